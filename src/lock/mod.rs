@@ -1,0 +1,10 @@
+//! Locks: where one lives, whether it is ours, and giving it back.
+//!
+//! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
+
+mod aws;
+mod dynamodb;
+pub(crate) mod place;
+pub(crate) mod proof;
+pub(crate) mod release;
+mod s3;

@@ -1,0 +1,115 @@
+//! Where a lock lives.
+//!
+//! The log names a lock's bucket and key, but neither its table nor its region, endpoint or account. Those are in the
+//! backend that `init` cached. So the log's bucket and key choose among the backends that this run can have used. A
+//! record that fits none of them is named to the user, and never looked up in another backend's table: it can come from
+//! a nested terraform, from `terraform_remote_state`, or from somebody who forged it.
+
+use crate::terraform::backend::CachedBackend;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::log::{Halves, RecordedLock};
+
+/// The place of one lock in an S3 backend.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// How to reach it.
+    pub(crate) backend: CachedBackend,
+    /// The bucket of the state.
+    pub(crate) bucket: String,
+    /// The key of the state.
+    pub(crate) key: String,
+    /// The DynamoDB table, where the lock has a half there.
+    pub(crate) table: Option<String>,
+    /// Whether the lock has a half in S3.
+    pub(crate) lock_file: bool,
+}
+
+impl Place {
+    /// The key of the half in DynamoDB, and the `Path` of the lock (backend/remote-state/s3/client.go, `lockPath`).
+    pub(crate) fn lock_path(&self) -> String {
+        format!("{}/{}", self.bucket, self.key)
+    }
+
+    /// The key of the half in S3.
+    pub(crate) fn lock_key(&self) -> String {
+        format!("{}.tflock", self.key)
+    }
+}
+
+/// The place of `lock`, from the backends before and after the run and the workspaces that the run can have used.
+pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Option<Place> {
+    let Halves { s3, dynamodb } = lock.halves;
+    backends.iter().filter_map(|directory| directory.backend.as_ref()).find_map(|backend| {
+        let fits = backend.kind == "s3"
+            && backend.string("bucket") == Some(&lock.bucket)
+            && workspaces.iter().any(|workspace| backend.state_key(workspace).as_ref() == Some(&lock.key));
+        let table = backend.string("dynamodb_table").filter(|_| dynamodb).map(ToOwned::to_owned);
+        // A half in a table that this backend does not name is another backend's.
+        (fits && (!dynamodb || table.is_some())).then(|| Place {
+            backend: backend.clone(),
+            bucket: lock.bucket.clone(),
+            key: lock.key.clone(),
+            table,
+            lock_file: s3,
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::{Log, tests::lock_line, tests::ID};
+
+    fn directory(config: &str) -> DataDirectory {
+        let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);
+        DataDirectory { backend: CachedBackend::parse(json.as_bytes()), workspace: "default".into() }
+    }
+
+    fn lock(kind: &str) -> RecordedLock {
+        let mut log = Log::default();
+        log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
+        log.locks.remove(0)
+    }
+
+    fn default() -> Vec<String> {
+        vec!["default".into()]
+    }
+
+    #[test]
+    fn the_backend_with_the_bucket_and_the_key_is_the_place() {
+        let fits = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","dynamodb_table":"locks","region":"r"}"#);
+        let place = find(&lock("S3 Native and DynamoDB"), &[&fits], &default()).unwrap();
+        assert_eq!(place.lock_path(), "bkt/dir/prod.tfstate");
+        assert_eq!(place.lock_key(), "dir/prod.tfstate.tflock");
+        assert_eq!((place.table.as_deref(), place.lock_file), (Some("locks"), true));
+    }
+
+    #[test]
+    fn a_record_that_fits_no_backend_has_no_place() {
+        for config in [
+            r#"{"bucket":"other","key":"dir/prod.tfstate","dynamodb_table":"locks"}"#,
+            r#"{"bucket":"bkt","key":"dir/other.tfstate","dynamodb_table":"locks"}"#,
+            r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#,
+            "{}",
+        ] {
+            assert!(find(&lock("DynamoDB only"), &[&directory(config)], &default()).is_none(), "{config}");
+        }
+        assert!(find(&lock("DynamoDB only"), &[], &default()).is_none());
+    }
+
+    #[test]
+    fn only_the_workspaces_of_this_run_fit() {
+        let backend = directory(r#"{"bucket":"bkt","key":"prod.tfstate","workspace_key_prefix":"dir"}"#);
+        let mut lock = lock("S3 Native only");
+        lock.key = "dir/green/prod.tfstate".into();
+        assert!(find(&lock, &[&backend], &default()).is_none());
+        assert!(find(&lock, &[&backend], &["default".into(), "green".into()]).is_some());
+    }
+
+    #[test]
+    fn the_backend_after_the_run_counts_as_much_as_the_one_before() {
+        let before = directory(r#"{"bucket":"old","key":"dir/prod.tfstate"}"#);
+        let after = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#);
+        assert!(find(&lock("S3 Native only"), &[&before, &after], &default()).is_some());
+    }
+}

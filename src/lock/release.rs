@@ -1,0 +1,396 @@
+//! Giving a lock back: read, judge, delete on condition of exactly what was read; each half by itself.
+//!
+//! DynamoDB first and `.tflock` last, the reverse of taking, so that no contender gets half in. Both are tried even if
+//! the other fails.
+//!
+//! Two things can still be on their way from a terraform that died. A *lock request* that was not answered can land
+//! after we looked: so an absent half is looked for again, for [`LATE`]. A *write*, of the state or of the unlock's own
+//! deletes, carries no condition and would hit whoever comes next: so the lock is kept until everything that such a
+//! write would change has been seen unchanged for [`QUIET`].
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use super::place::Place;
+use super::proof::{Run, Verdict, judge};
+use super::{aws, dynamodb, s3};
+use crate::report;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::RecordedLock;
+use crate::trace::trace;
+
+/// For how long a lock that was asked for, and not seen, is looked for.
+const LATE: Duration = Duration::from_secs(5);
+
+/// For how long nothing may have changed before the lock of a terraform that died while writing is given back.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// For how long a service that fails is asked again: not longer than a person would wait.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Between two looks at the same thing.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What a conditional delete did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deleted {
+    /// It is gone, by us.
+    Yes,
+    /// It is no longer the one that was read: to be read again. Gone, another's, or our own delete, whose answer was
+    /// lost, so that the SDK sent it twice.
+    Changed,
+}
+
+/// A request that did not work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{service}: {reason}")]
+pub(crate) struct Failure {
+    service: &'static str,
+    reason: String,
+    /// Asking again cannot help: the service understood, and refused.
+    refused: bool,
+}
+
+impl Failure {
+    /// `code` and `message` are the service's own; `otherwise` tells what happened where it said nothing.
+    pub(crate) fn new(service: &'static str, code: Option<&str>, message: Option<&str>, otherwise: &str) -> Self {
+        let refused = code.is_some_and(|code| {
+            ["AccessDenied", "NotFound", "NoSuchBucket", "InvalidSignature", "SignatureDoesNotMatch", "Validation",
+             "UnrecognizedClient", "InvalidAccessKeyId"]
+                .iter()
+                .any(|refusal| code.contains(refusal))
+        });
+        let reason = match (code, message) {
+            (Some(code), Some(message)) => format!("{code}: {message}"),
+            (Some(code), None) => code.to_owned(),
+            (None, Some(message)) => message.to_owned(),
+            (None, None) => otherwise.to_owned(),
+        };
+        Self { service, reason, refused }
+    }
+}
+
+/// What is known of the run whose lock is to be given back.
+#[derive(Clone, Debug)]
+pub(crate) struct Situation {
+    /// For the proof.
+    pub(crate) run: Run,
+    /// Terraform died, so that requests of it can still be on their way. One that ended by itself had its answers.
+    pub(crate) died: bool,
+}
+
+/// How giving a lock back came out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// No lock of ours stood. `anothers` is the ID that stands there, if one does.
+    Absent {
+        /// Somebody else's lock at the same place.
+        anothers: Option<String>,
+    },
+    /// It stood, and is gone.
+    Released(Released),
+    /// It stands, or may, and why.
+    Kept(String),
+}
+
+/// What is told of a lock that was given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Released {
+    /// `Created` of the lock.
+    pub(crate) created: Option<jiff::Timestamp>,
+    /// A write was waited for: what was seen of it.
+    pub(crate) write: Option<Write>,
+}
+
+/// What became of a write that was on its way when terraform died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// The state changed while we waited.
+    Landed,
+    /// Nothing changed for as long as we waited.
+    Quiet,
+}
+
+/// The two halves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Half {
+    DynamoDb,
+    S3,
+}
+
+/// One look at a half.
+enum Look {
+    Absent,
+    Standing(Standing),
+}
+
+/// A lock, or something at its place, and what a delete of it depends on.
+enum Standing {
+    Item(String),
+    Object(s3::Object),
+}
+
+impl Standing {
+    fn info(&self) -> Option<LockInfo> {
+        match self {
+            Self::Item(json) => LockInfo::parse(json),
+            Self::Object(object) => LockInfo::parse(&object.body),
+        }
+    }
+}
+
+/// The services, as the run reached them.
+struct Services<'a> {
+    place: &'a Place,
+    dynamodb: aws_sdk_dynamodb::Client,
+    s3: aws_sdk_s3::Client,
+}
+
+impl<'a> Services<'a> {
+    async fn connect(place: &'a Place) -> Result<Self, aws::Unreachable> {
+        let config = aws::connect(&place.backend).await?;
+        let dynamodb = dynamodb::client(&place.backend, &config);
+        let s3 = s3::client(&place.backend, &config);
+        Ok(Self { place, dynamodb, s3 })
+    }
+
+    fn halves(&self) -> Vec<Half> {
+        let dynamodb = self.place.table.is_some().then_some(Half::DynamoDb);
+        dynamodb.into_iter().chain(self.place.lock_file.then_some(Half::S3)).collect()
+    }
+
+    async fn look(&self, half: Half) -> Result<Look, Failure> {
+        let standing = match (half, &self.place.table) {
+            (Half::DynamoDb, Some(table)) => {
+                dynamodb::read(&self.dynamodb, table, &self.place.lock_path()).await?.map(Standing::Item)
+            }
+            (Half::DynamoDb, None) => None,
+            (Half::S3, _) => {
+                s3::read(&self.s3, &self.place.bucket, &self.place.lock_key()).await?.map(Standing::Object)
+            }
+        };
+        Ok(standing.map_or(Look::Absent, Look::Standing))
+    }
+
+    async fn delete(&self, standing: &Standing) -> Result<Deleted, Failure> {
+        match (standing, &self.place.table) {
+            (Standing::Item(info), Some(table)) => {
+                dynamodb::delete(&self.dynamodb, table, &self.place.lock_path(), info).await
+            }
+            (Standing::Item(_), None) => Ok(Deleted::Changed),
+            (Standing::Object(object), _) => {
+                s3::delete(&self.s3, &self.place.bucket, &self.place.lock_key(), object).await
+            }
+        }
+    }
+
+    /// Everything that a write of terraform's changes, as one text: the state, its digest, the lock itself.
+    async fn fingerprint(&self) -> Result<[String; 2], Failure> {
+        let state = s3::fingerprint(&self.s3, &self.place.bucket, &self.place.key).await?;
+        let digest = match &self.place.table {
+            Some(table) => dynamodb::digest(&self.dynamodb, table, &self.place.lock_path()).await?,
+            None => None,
+        };
+        let mut lock = String::new();
+        for half in self.halves() {
+            match self.look(half).await? {
+                Look::Absent => lock.push_str("- "),
+                Look::Standing(Standing::Item(text)) => lock.push_str(&text),
+                Look::Standing(Standing::Object(object)) => lock.push_str(&object.body),
+            }
+        }
+        Ok([format!("{state:?} {digest:?}"), lock])
+    }
+}
+
+/// Gives back the lock that the log recorded, if it stands and is ours.
+pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation) -> Outcome {
+    let begun = Instant::now();
+    let mut attempt = Attempt { recorded, place, situation, begun, deleted: None, write: None };
+    loop {
+        match attempt.go().await {
+            Ok(outcome) => return outcome,
+            Err(failure) => {
+                trace!("release of {}: {failure}", recorded.id);
+                if failure.refused || begun.elapsed() > PATIENCE {
+                    return Outcome::Kept(failure.to_string());
+                }
+                sleep(LOOK).await;
+            }
+        }
+    }
+}
+
+/// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the
+/// time of that run. Two machines with one name pass the same test, so it is only ever named.
+pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Option<LockInfo> {
+    let services = Services::connect(place).await.ok()?;
+    for half in services.halves() {
+        if let Ok(Look::Standing(standing)) = services.look(half).await
+            && let Some(info) = standing.info()
+            && info.who == situation.run.who
+            && info.created().is_some_and(|created| created >= situation.run.started)
+        {
+            return Some(info);
+        }
+    }
+    None
+}
+
+/// One release, which may need several goes.
+struct Attempt<'a> {
+    recorded: &'a RecordedLock,
+    place: &'a Place,
+    situation: &'a Situation,
+    begun: Instant,
+    /// A half was deleted; its `Created`.
+    deleted: Option<Option<jiff::Timestamp>>,
+    write: Option<Write>,
+}
+
+impl Attempt<'_> {
+    /// Credentials are resolved anew in each go: those of the run may have expired.
+    async fn go(&mut self) -> Result<Outcome, Failure> {
+        let services = match Services::connect(self.place).await {
+            Ok(services) => services,
+            Err(unreachable) => return Ok(Outcome::Kept(unreachable.to_string())),
+        };
+        let died = self.situation.died;
+        if died && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {
+            self.write = Some(wait_for_quiet(&services).await?);
+        }
+        // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
+        let late_until = (died && self.recorded.locked.is_none()).then(|| self.begun + LATE);
+        let mut failed = None;
+        let mut kept = None;
+        let mut anothers = None;
+        let mut missing;
+        loop {
+            missing = false;
+            for half in services.halves() {
+                match self.half(&services, half).await {
+                    Ok(Judged::Absent) => missing = true,
+                    Ok(Judged::Deleted) => {}
+                    Ok(Judged::Anothers(id)) => {
+                        missing = true;
+                        anothers = Some(id);
+                    }
+                    Ok(Judged::Doubt(reason)) => kept = Some(reason),
+                    Err(failure) => failed = Some(failure),
+                }
+            }
+            let again = failed.is_none() && missing && late_until.is_some_and(|until| Instant::now() < until);
+            if !again {
+                break;
+            }
+            anothers = None;
+            sleep(LOOK).await;
+        }
+        match (failed, kept, self.deleted) {
+            (Some(failure), _, _) => Err(failure),
+            (None, Some(reason), _) => Ok(Outcome::Kept(reason.to_owned())),
+            (None, None, Some(created)) => Ok(Outcome::Released(Released { created, write: self.write })),
+            (None, None, None) => Ok(Outcome::Absent { anothers }),
+        }
+    }
+
+    /// Reads one half, judges it and deletes it, until one of the three has settled it.
+    async fn half(&mut self, services: &Services<'_>, half: Half) -> Result<Judged, Failure> {
+        // Ours stood here and was asked to go. If it is then absent it went, though the answer was lost.
+        let mut asked_to_go = None;
+        loop {
+            let Look::Standing(standing) = services.look(half).await? else {
+                if asked_to_go.is_some() {
+                    self.deleted = asked_to_go;
+                    return Ok(Judged::Deleted);
+                }
+                return Ok(Judged::Absent);
+            };
+            let Some(info) = standing.info() else { return Ok(Judged::Anothers("what is no lock".to_owned())) };
+            let verdict = judge(self.recorded, &info, &self.situation.run);
+            trace!("{half:?} holds {}: {verdict:?}", info.id);
+            match verdict {
+                Verdict::Anothers => return Ok(Judged::Anothers(info.id)),
+                Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
+                Verdict::Ours => {}
+            }
+            asked_to_go = Some(info.created());
+            match services.delete(&standing).await? {
+                Deleted::Yes => {
+                    trace!("deleted {} in {half:?}", info.id);
+                    self.deleted = asked_to_go;
+                    return Ok(Judged::Deleted);
+                }
+                Deleted::Changed => {
+                    sleep(Duration::from_millis(20)).await;
+                    if self.begun.elapsed() > PATIENCE {
+                        return Ok(Judged::Doubt("it changes while it is deleted"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What became of a half.
+enum Judged {
+    Absent,
+    Deleted,
+    Anothers(String),
+    Doubt(&'static str),
+}
+
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`].
+async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
+    let mut write = Write::Quiet;
+    let mut last = services.fingerprint().await?;
+    let mut since = Instant::now();
+    let absent = "- ".repeat(services.halves().len());
+    if last[1] == absent {
+        // Nothing of ours stands in front of anybody: there is nothing to keep, and so nothing to wait for.
+        return Ok(write);
+    }
+    trace!("waiting for a write that may be on its way");
+    report::say(&report::waiting_for_write(QUIET));
+    while since.elapsed() < QUIET {
+        sleep(LOOK).await;
+        let now = services.fingerprint().await?;
+        if now != last {
+            trace!("it landed");
+            if now[0] != last[0] {
+                write = Write::Landed;
+            }
+            last = now;
+            since = Instant::now();
+        }
+    }
+    Ok(write)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_service_refused_is_not_asked_again() {
+        for (code, refused) in [
+            ("AccessDeniedException", true),
+            ("ResourceNotFoundException", true),
+            ("SignatureDoesNotMatch", true),
+            ("ProvisionedThroughputExceededException", false),
+            ("InternalServerError", false),
+            ("SlowDown", false),
+            ("ExpiredToken", false),
+            ("ExpiredTokenException", false),
+        ] {
+            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_failure_says_what_the_service_said() {
+        assert_eq!(Failure::new("S3", Some("AccessDenied"), Some("no"), "x").to_string(), "S3: AccessDenied: no");
+        assert_eq!(Failure::new("DynamoDB", None, None, "timed out").to_string(), "DynamoDB: timed out");
+    }
+}

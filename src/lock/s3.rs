@@ -1,0 +1,100 @@
+//! The half of a lock in S3: an object beside the state, its key with `.tflock` behind, its body the lock's JSON
+//! (backend/remote-state/s3/client.go, `lockWithFile`).
+
+use aws_sdk_s3::Client;
+use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+
+use super::release::{Deleted, Failure};
+use crate::terraform::backend::CachedBackend;
+
+/// A lock object as it was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Object {
+    /// Its body.
+    pub(crate) body: String,
+    /// The tag of exactly that body.
+    pub(crate) etag: Option<String>,
+}
+
+/// A client for the bucket of `backend`.
+pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
+    let mut builder = aws_sdk_s3::config::Builder::from(config);
+    let endpoint = super::aws::endpoint(
+        backend,
+        ["endpoints.s3", "endpoint"],
+        ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
+    );
+    if let Some(endpoint) = endpoint {
+        builder = builder.endpoint_url(endpoint);
+    }
+    if backend.flag("use_path_style") || backend.flag("force_path_style") {
+        builder = builder.force_path_style(true);
+    }
+    Client::from_conf(builder.build())
+}
+
+/// Reads the lock object. `None` when there is none, or only a delete marker.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
+    let answer = match client.get_object().bucket(bucket).key(key).send().await {
+        Ok(answer) => answer,
+        Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => return Ok(None),
+        Err(error) => return Err(failure(&error)),
+    };
+    let etag = answer.e_tag.clone();
+    let broken = |error: &dyn std::fmt::Display| Failure::new("S3", None, None, &error.to_string());
+    let body = answer.body.collect().await.map_err(|error| broken(&error))?;
+    Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
+}
+
+/// What tells one content of the state from the next: its tag and the time of its last change.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
+    match client.head_object().bucket(bucket).key(key).send().await {
+        Ok(answer) => Ok(Some(format!("{:?} {:?}", answer.e_tag, answer.last_modified))),
+        Err(error) if error.as_service_error().is_some_and(|error| error.is_not_found()) => Ok(None),
+        Err(error) => Err(failure(&error)),
+    }
+}
+
+/// Deletes the object on condition that it is still the one that was read (`If-Match`).
+///
+/// A service that ignores `If-Match` deletes whatever stands there. The caller reads immediately before, so that this
+/// is as narrow as such a service allows.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
+    let Some(etag) = &object.etag else {
+        return Err(Failure::new("S3", None, Some("the service gave the lock object no ETag"), ""));
+    };
+    match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {
+        Ok(_) => Ok(Deleted::Yes),
+        Err(error) => {
+            let status = error.raw_response().map(|response| response.status().as_u16());
+            match (error.code(), status) {
+                // 412 another object, 404 none, 409 somebody is writing it at this moment.
+                (Some("PreconditionFailed" | "NoSuchKey" | "ConditionalRequestConflict"), _)
+                | (_, Some(404 | 409 | 412)) => Ok(Deleted::Changed),
+                _ => Err(failure(&error)),
+            }
+        }
+    }
+}
+
+fn failure<E, R>(error: &SdkError<E, R>) -> Failure
+where
+    E: std::error::Error + ProvideErrorMetadata + 'static,
+    R: std::fmt::Debug,
+{
+    Failure::new(
+        "S3",
+        error.as_service_error().and_then(ProvideErrorMetadata::code),
+        error.as_service_error().and_then(ProvideErrorMetadata::message),
+        &DisplayErrorContext(error).to_string(),
+    )
+}

@@ -1,0 +1,82 @@
+//! `tf` runs in place of `terraform` and changes one thing: when terraform ends without giving back its state lock,
+//! `tf` gives it back. It never takes a lock from anybody alive.
+//!
+//! The whole story is in [`main`]; ARCHITECTURE.md has the map.
+
+mod lock;
+mod report;
+mod run;
+mod settings;
+mod sys;
+mod terraform;
+mod trace;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use run::{Invocation, outcome};
+use settings::Settings;
+use terraform::binary;
+use terraform::command_line::CommandLine;
+
+/// As shells have it: the program was not found, or found and not run.
+const NOT_FOUND: u8 = 127;
+const NOT_RUN: u8 = 126;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let called_as = arguments.next();
+    let arguments: Vec<OsString> = arguments.collect();
+    let command_line = CommandLine::parse(&arguments);
+
+    let terraform = match binary::find(binary::name(called_as.as_deref())) {
+        Ok(terraform) => terraform,
+        Err(reason) => return refuse(&reason, NOT_FOUND),
+    };
+    let name = terraform.path.file_name().unwrap_or(terraform.path.as_os_str()).to_owned();
+    let passes_through = terraform.supervised_already || asks_for_completion() || !command_line.can_lock(more_arguments());
+    let invocation = Invocation { terraform, name, arguments, command_line };
+    if passes_through {
+        return become_terraform(&invocation);
+    }
+
+    let settings = match Settings::read(|name| std::env::var_os(name)) {
+        Ok(settings) => settings,
+        Err(reason) => return refuse(&reason, 1),
+    };
+    if let Some(path) = &settings.log {
+        trace::open(Path::new(path));
+    }
+    match run::supervise(&invocation, &settings) {
+        Ok(ended) => ExitCode::from(outcome::end_as(ended)),
+        Err(error) => could_not_run(&invocation, &error),
+    }
+}
+
+/// A shell asks for completions: terraform answers on stdout (posener/complete), and takes no lock.
+fn asks_for_completion() -> bool {
+    std::env::var_os("COMP_LINE").is_some()
+}
+
+/// Terraform adds words from the environment to its command line (main.go, `EnvCLI`).
+fn more_arguments() -> bool {
+    std::env::vars_os().any(|(name, value)| name.as_encoded_bytes().starts_with(b"TF_CLI_ARGS") && !value.is_empty())
+}
+
+fn become_terraform(invocation: &Invocation) -> ExitCode {
+    match invocation.image(&[]) {
+        Ok(image) => could_not_run(invocation, &image.exec()),
+        Err(error) => could_not_run(invocation, &error),
+    }
+}
+
+fn could_not_run(invocation: &Invocation, error: &std::io::Error) -> ExitCode {
+    report::say(&report::cannot_run(&invocation.terraform.path, error));
+    ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN })
+}
+
+fn refuse(reason: &dyn std::fmt::Display, code: u8) -> ExitCode {
+    report::say(&report::cannot_start(reason));
+    ExitCode::from(code)
+}

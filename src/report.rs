@@ -1,0 +1,241 @@
+//! Every sentence that `tf` says to a person, and the only way to say one: on stderr, never on stdout.
+//!
+//! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here can fail
+//! or wait for long, and `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
+
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+use crate::lock::release::{Released, Write};
+use crate::run::stop::{OFFER, Why};
+use crate::sys::process::Process;
+use crate::sys::wait::Ended;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::RecordedLock;
+
+/// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
+const FULL: u16 = 2000;
+
+/// Writes `text` to stderr, each line with `tf: ` before it, in bold where stderr is a terminal and NO_COLOR is not set
+/// (no-color.org).
+pub(crate) fn say(text: &str) {
+    let stderr = std::io::stderr();
+    let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let mut message = String::new();
+    for line in text.lines() {
+        let prefix = if colour { "\u{1b}[1mtf:\u{1b}[0m" } else { "tf:" };
+        let _ = writeln!(message, "{prefix} {line}");
+    }
+    let mut rest = message.as_bytes();
+    while !rest.is_empty() {
+        let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        if poll(&mut ready, PollTimeout::from(FULL)) != Ok(1) {
+            return;
+        }
+        // What poll(2) calls writable takes at least PIPE_BUF bytes at once.
+        match nix::unistd::write(&stderr, &rest[..rest.len().min(512)]) {
+            Ok(length) if length > 0 => rest = &rest[length..],
+            _ => return,
+        }
+    }
+}
+
+/// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and cut.
+pub(crate) fn visible(text: &str) -> String {
+    const WIDTH: usize = 200;
+    let mut shown = String::new();
+    for (place, character) in text.chars().enumerate() {
+        if place == WIDTH {
+            shown.push('…');
+            break;
+        }
+        let changes_direction = matches!(character, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{61c}');
+        if character.is_control() || changes_direction {
+            let _ = write!(shown, "{}", character.escape_unicode());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+/// How terraform ended, as the beginning of a sentence.
+pub(crate) fn ending(ended: Ended, killed: Option<Why>, out_of_memory: bool) -> String {
+    match (killed, ended) {
+        (Some(Why::Forced), _) => "terraform was killed at the third ^C".to_owned(),
+        (Some(Why::StopTimeout), _) => "terraform was killed at the end of TFW_STOP_TIMEOUT".to_owned(),
+        (None, Ended::Killed(Signal::SIGKILL)) if out_of_memory => {
+            "terraform was killed by SIGKILL, out of memory".to_owned()
+        }
+        (None, Ended::Killed(signal)) => format!("terraform was killed by {}", signal.as_str()),
+        (None, Ended::Exited(11)) => "terraform crashed (exit code 11)".to_owned(),
+        (None, Ended::Exited(code)) => format!("terraform ended with exit code {code}"),
+    }
+}
+
+fn lock(operation: &str, path: &str, id: &str) -> String {
+    format!("{} on {}, ID {}", visible(operation), visible(path), visible(id))
+}
+
+/// A lock was given back.
+pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Released, now: Timestamp) -> String {
+    let mut text = format!("{ending} without giving its state lock back");
+    match released.write {
+        Some(Write::Landed) => text.push_str("; a write of it still arrived"),
+        Some(Write::Quiet) => text.push_str("; no write of it arrived any more"),
+        None => {}
+    }
+    let held = released.created.map_or_else(String::new, |created| {
+        format!(", held for {}", time(now.duration_since(created).unsigned_abs()))
+    });
+    let _ = write!(
+        text,
+        "\nreleased the lock: {}{held}",
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    );
+    text
+}
+
+/// A lock stands, or may, and what to type.
+pub(crate) fn kept(ending: &str, recorded: &RecordedLock, why: &str, unlock: &str) -> String {
+    format!(
+        "{ending}; its state lock was not released: {}\n{}\nonce nobody works there, type: {unlock} {}",
+        visible(why),
+        lock(&recorded.operation, &recorded.path, &recorded.id),
+        recorded.id
+    )
+}
+
+/// A lock whose log was lost may be this run's.
+pub(crate) fn suspected(ending: &str, info: &LockInfo, unlock: &str) -> String {
+    let id = visible(&info.id);
+    let command = if crate::terraform::lock_info::is_lock_id(&info.id) {
+        format!("\nif it is, type: {unlock} {id}")
+    } else {
+        String::new()
+    };
+    format!(
+        "{ending}, and its log does not tell whether it held a state lock; this one may be it, and was not released:\n{}, Who {}{command}",
+        lock(&info.operation, &info.path, &info.id),
+        visible(&info.who)
+    )
+}
+
+/// Why a lock was kept whose holder's tree did not die.
+pub(crate) fn still_alive(processes: &[Process]) -> String {
+    format!("what terraform started is still alive: {}", list(processes))
+}
+
+/// Why a lock was kept whose tree is not to be seen, but not gone either.
+pub(crate) const LIFELINE_HELD: &str = "somebody who cannot be seen from here still holds a file that only terraform's children inherited";
+
+/// Why a lock was kept while a terraform of the run goes on.
+pub(crate) fn another_terraform(process: &Process) -> String {
+    format!("a terraform that this run started still works: {}", list(std::slice::from_ref(process)))
+}
+
+/// Why a lock was kept that fits no backend.
+pub(crate) const NO_PLACE: &str = "no backend of this directory has it, so tf does not know where it stands";
+
+/// Why a lock was kept: it was not to be released.
+pub(crate) const NEVER: &str = "TFW_RELEASE is never";
+
+/// Why a lock was kept: somebody ended the waiting.
+pub(crate) const ENOUGH: &str = "^C ended the waiting for the lock service";
+
+/// After an interrupt, what terraform's provisioners left running.
+pub(crate) fn survivors(processes: &[Process]) -> String {
+    format!("terraform ended after the interrupt, and these that it started run on: {}", list(processes))
+}
+
+fn list(processes: &[Process]) -> String {
+    let mut names: Vec<_> =
+        processes.iter().take(5).map(|process| format!("{} (pid {})", visible(&process.program()), process.pid)).collect();
+    if processes.len() > names.len() {
+        names.push(format!("{} more", processes.len() - names.len()));
+    }
+    names.join(", ")
+}
+
+/// Another ^C while terraform stops.
+pub(crate) fn stopping(since: Duration, holds_lock: bool) -> String {
+    let releases = if holds_lock { " and will release its lock" } else { "" };
+    format!(
+        "terraform is stopping{releases}, for {} now; another ^C within {} s forces it",
+        time(since),
+        OFFER.as_secs()
+    )
+}
+
+/// The third ^C.
+pub(crate) fn forcing() -> String {
+    "terraform gets its second interrupt, and is killed if it does not end in 6 s".to_owned()
+}
+
+/// A write may be on its way.
+pub(crate) fn waiting_for_write(quiet: Duration) -> String {
+    format!(
+        "terraform died while it wrote; its lock is kept until nothing has arrived for {} s",
+        quiet.as_secs()
+    )
+}
+
+/// A ^C while a lock is being given back.
+pub(crate) fn still_releasing() -> String {
+    "giving the state lock back; another ^C leaves it".to_owned()
+}
+
+/// No terraform to run, or a setting that cannot be read.
+pub(crate) fn cannot_start(reason: &dyn std::fmt::Display) -> String {
+    format!("{reason}")
+}
+
+/// Terraform was found and could not be run.
+pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> String {
+    format!("cannot run {}: {error}", path.display())
+}
+
+/// A length of time, in the largest units that matter.
+fn time(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_text_cannot_reach_the_terminal() {
+        for text in ["\u{1b}]0;title\u{7}", "a\nb", "\u{202e}evil", "\r", "\u{9b}31m", "\u{2067}x"] {
+            let shown = visible(text);
+            assert!(shown.chars().all(|character| character.is_ascii_graphic() || character == ' '), "{shown:?}");
+        }
+        assert!(visible(&"x".repeat(300_000)).chars().count() <= 201);
+    }
+
+    #[test]
+    fn a_length_of_time_reads_well() {
+        for (seconds, expected) in [(0, "0 s"), (59, "59 s"), (75, "1 min 15 s"), (3600 * 2 + 60, "2 h 1 min")] {
+            assert_eq!(time(Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    #[test]
+    fn an_ending_names_its_signal() {
+        assert_eq!(ending(Ended::Killed(Signal::SIGKILL), None, false), "terraform was killed by SIGKILL");
+        assert_eq!(ending(Ended::Killed(Signal::SIGKILL), None, true), "terraform was killed by SIGKILL, out of memory");
+        assert_eq!(ending(Ended::Killed(Signal::SIGHUP), None, true), "terraform was killed by SIGHUP");
+        assert_eq!(ending(Ended::Exited(1), None, false), "terraform ended with exit code 1");
+    }
+}

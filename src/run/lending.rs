@@ -1,0 +1,192 @@
+//! Lending the terminal to terraform, and taking it back.
+//!
+//! Terraform runs in a background process group, so that the terminal's keys signal us alone. Output from there is
+//! allowed. When somebody in that group reads the terminal, or changes its modes, the kernel stops the whole group
+//! (SIGTTIN, SIGTTOU), and we hear of it as terraform's parent. Then its group becomes the foreground group and is
+//! continued. The terminal comes back to us when 20 ms have passed *and* its modes are those that it had when it was
+//! lent:
+//!
+//! - Terraform's own prompt is one read(2) of a line, and that survives being in the background once it has begun.
+//! - A no-echo or raw prompt (ssh, sudo, `terraform console`) reads byte by byte. Each further read from the
+//!   background would stop it, and the flush at its restart would throw away what was typed. Its modes tell it apart.
+//!
+//! While the terminal is lent its keys signal terraform's group. A witness in that group tells us of them.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getpgrp, getpid};
+
+use crate::sys::process::Process;
+use crate::sys::terminal::{Modes, Terminal};
+use crate::sys::witness::Witness;
+use crate::trace::trace;
+
+/// The shortest time for which the terminal is lent: a line read has begun by then.
+const SHORTEST: Duration = Duration::from_millis(20);
+
+/// How long after a lending the group is searched for members that stopped by themselves. Programs that ask for a
+/// password catch TTIN and TTOU and stop only themselves, later, by kill(2), and of that nobody is told but by looking.
+const SEARCHED: Duration = Duration::from_secs(2);
+
+/// How often it is searched.
+const SEARCH: Duration = Duration::from_millis(50);
+
+/// Who may read the terminal now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Foreground {
+    /// We, and so it can be lent.
+    Ours,
+    /// Terraform's group already.
+    Terraforms,
+    /// Another job of the shell.
+    Others,
+    /// There is no terminal, or it was hung up.
+    Gone,
+}
+
+/// The terminal, and to whom it is lent.
+#[derive(Debug)]
+pub(crate) struct Lending {
+    terminal: Option<Terminal>,
+    terraform: Pid,
+    own: Pid,
+    /// Since when it is lent.
+    since: Option<Instant>,
+    /// The modes that it must have again before it comes back.
+    normal: Option<Modes>,
+    witness: Option<Witness>,
+    /// The kernel stopped members of our own group, which the terminal did not belong to for a while.
+    stopped_ours: bool,
+    search_until: Option<Instant>,
+    searched: Option<Instant>,
+}
+
+impl Lending {
+    /// For the process group `terraform`, at the terminal that this process has.
+    pub(crate) fn new(terminal: Option<Terminal>, terraform: Pid) -> Self {
+        Self {
+            terminal,
+            terraform,
+            own: getpgrp(),
+            since: None,
+            normal: None,
+            witness: None,
+            stopped_ours: false,
+            search_until: None,
+            searched: None,
+        }
+    }
+
+    /// Whether the terminal is lent now.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.since.is_some()
+    }
+
+    /// Our witness in terraform's group, once it was needed.
+    pub(crate) fn witness(&self) -> Option<&Witness> {
+        self.witness.as_ref()
+    }
+
+    /// Whose turn it is.
+    pub(crate) fn foreground(&self) -> Foreground {
+        match self.terminal.as_ref().map(Terminal::foreground) {
+            Some(Ok(group)) if group == self.own => Foreground::Ours,
+            Some(Ok(group)) if group == self.terraform => Foreground::Terraforms,
+            Some(Ok(_)) => Foreground::Others,
+            Some(Err(_)) | None => Foreground::Gone,
+        }
+    }
+
+    /// Gives terraform's group the terminal and lets it go on. False if the terminal is gone.
+    pub(crate) fn lend(&mut self) -> bool {
+        let Some(terminal) = &self.terminal else { return false };
+        if self.normal.is_none() {
+            self.normal = terminal.modes();
+        }
+        if self.witness.is_none() {
+            // Without one, a key at the prompt is not counted; the prompt itself must not fail for that.
+            self.witness = Witness::place(self.terraform).ok();
+        }
+        if terminal.set_foreground(self.terraform).is_err() {
+            return false;
+        }
+        let now = Instant::now();
+        self.since = Some(now);
+        self.search_until = Some(now + SEARCHED);
+        trace!("lent the terminal to group {}", self.terraform);
+        let _ = killpg(self.terraform, Signal::SIGCONT);
+        true
+    }
+
+    /// Takes the terminal back, if it still belongs to terraform's group. A program in there that took it for a group
+    /// of its own, an interactive shell, keeps it, and gives it back to terraform's group when it ends.
+    pub(crate) fn take_back(&mut self) {
+        if self.since.take().is_none() {
+            return;
+        }
+        if self.foreground() == Foreground::Terraforms
+            && let Some(terminal) = &self.terminal
+        {
+            let _ = terminal.set_foreground(self.own);
+            trace!("took the terminal back");
+            if terminal.modes() == self.normal {
+                self.normal = None;
+            }
+        }
+        if std::mem::take(&mut self.stopped_ours) {
+            // A pager or an editor in our pipeline wanted the terminal meanwhile, and was stopped for it. The one CONT
+            // that reaches ourselves is relayed to terraform, where it does nothing.
+            let _ = kill(Pid::from_raw(0), Signal::SIGCONT);
+        }
+    }
+
+    /// Notes that the kernel stopped our own group for wanting the terminal.
+    pub(crate) fn note_stopped_ours(&mut self) {
+        self.stopped_ours |= self.is_lent();
+    }
+
+    /// When [`Lending::look`] is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let returns = self.since.map(|since| {
+            let lent = since.elapsed();
+            if lent < SHORTEST { since + SHORTEST } else { Instant::now() + SHORTEST.max(lent / 50).min(SEARCH) }
+        });
+        let search = self.search_until.map(|_| self.searched.map_or_else(Instant::now, |last| last + SEARCH));
+        returns.into_iter().chain(search).min()
+    }
+
+    /// Takes the terminal back if it is time, and wakes members of terraform's group that stopped by themselves.
+    pub(crate) fn look(&mut self) {
+        let now = Instant::now();
+        if let Some(since) = self.since
+            && now - since >= SHORTEST
+            && self.foreground() == Foreground::Terraforms
+            && self.terminal.as_ref().is_some_and(|terminal| terminal.modes() == self.normal)
+        {
+            self.take_back();
+        }
+        if self.search_until.is_none() || self.searched.is_some_and(|last| now - last < SEARCH) {
+            return;
+        }
+        self.searched = Some(now);
+        if self.search_until.is_some_and(|until| until < now) {
+            self.search_until = None;
+        }
+        if !Process::below(getpid()).iter().any(|process| process.group == self.terraform && process.state == 'T') {
+            return;
+        }
+        if self.is_lent() {
+            let _ = killpg(self.terraform, Signal::SIGCONT);
+        } else if self.foreground() == Foreground::Ours {
+            self.lend();
+        }
+    }
+}
+
+impl Drop for Lending {
+    /// The next reader of this terminal is whoever runs after us: a script that prompts.
+    fn drop(&mut self) {
+        self.take_back();
+    }
+}

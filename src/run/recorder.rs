@@ -1,0 +1,171 @@
+//! The recorder: the file into which terraform writes its core log, and what has been read out of it.
+//!
+//! Terraform logs its lock's ID before it asks for the lock. So `tf` gives it `TF_LOG_CORE=INFO` and a private
+//! `TF_LOG_PATH`. Where the user has set a variable of that family, all of theirs keep their effect, and the second,
+//! undocumented sink is used instead: `TF_TEMP_LOG_PATH` (internal/logging/logging.go, `RegisterSink`), which is always
+//! at TRACE, so it is read as it grows, and forgotten behind the reader.
+//!
+//! The log holds `-var` and `-backend-config` in clear (`CLI args:`). It lies in memory and goes away with us.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::sys::memory::MemoryFile;
+use crate::terraform::log::Log;
+
+/// Every variable by which a user sends terraform's log somewhere (internal/logging/logging.go, v1.15.9).
+const LOG_VARIABLES: [&str; 6] =
+    ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PATH", "TF_LOG_PROVIDER", "TF_LOG_CLOUD", "TF_LOG_STACKS"];
+
+/// Names our recorder, so that a `tf` below us does not take our setting for its user's.
+const RECORDER: &str = "TFW_RECORDER";
+
+/// What the environment of terraform gets: a value, or nothing any more.
+pub(crate) type Change = (&'static str, Option<OsString>);
+
+/// How terraform is made to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sink {
+    /// `TF_LOG_CORE=INFO` and `TF_LOG_PATH`: a few kilobytes.
+    Core,
+    /// `TF_TEMP_LOG_PATH`, at TRACE: megabytes.
+    Temporary,
+}
+
+/// The recorder of one run.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    file: MemoryFile,
+    sink: Sink,
+    inherited_core: bool,
+    offset: u64,
+    log: Log,
+}
+
+impl Recorder {
+    /// Makes the recorder of run `id`. `variable` reads the environment.
+    ///
+    /// # Errors
+    /// Where no file can be had in memory.
+    pub(crate) fn open(id: &str, variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
+        let outer = variable(RECORDER);
+        let outers = |name: &str| outer.is_some() && variable(name) == outer;
+        let inherited_core = outers("TF_LOG_PATH");
+        let sink = choose(|name| {
+            let ours = inherited_core && matches!(name, "TF_LOG_PATH" | "TF_LOG_CORE");
+            variable(name).filter(|_| !ours)
+        });
+        let file = MemoryFile::create(&format!("tf-{id}.log"))?;
+        Ok(Self { file, sink, inherited_core, offset: 0, log: Log::default() })
+    }
+
+    /// What terraform's environment must say.
+    pub(crate) fn changes(&self) -> Vec<Change> {
+        let path = || Some(self.path().as_os_str().to_owned());
+        let mut changes = vec![(RECORDER, path())];
+        match self.sink {
+            Sink::Core => {
+                changes.extend([("TF_LOG_CORE", Some("INFO".into())), ("TF_LOG_PATH", path())]);
+            }
+            Sink::Temporary => {
+                // The outer tf's, and not the user's: with them in place, theirs would not have their whole effect.
+                if self.inherited_core {
+                    changes.extend([("TF_LOG_CORE", None), ("TF_LOG_PATH", None)]);
+                }
+                changes.push(("TF_TEMP_LOG_PATH", path()));
+            }
+        }
+        changes
+    }
+
+    /// Where terraform finds it.
+    pub(crate) fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Whether it grows so fast that it should be read while terraform runs.
+    pub(crate) fn grows_fast(&self) -> bool {
+        self.sink == Sink::Temporary
+    }
+
+    /// Reads what has come since the last time, and returns everything that is known.
+    pub(crate) fn read(&mut self) -> &Log {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(length @ 1..) = self.file.file.read_at(&mut buffer, self.offset) {
+            self.log.read(&buffer[..length]);
+            self.offset += length as u64;
+        }
+        if self.grows_fast() {
+            self.file.forget_before(self.offset);
+        }
+        &self.log
+    }
+}
+
+fn choose(variable: impl Fn(&str) -> Option<OsString>) -> Sink {
+    let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
+    if LOG_VARIABLES.iter().any(|name| set(name)) { Sink::Temporary } else { Sink::Core }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(set: &[(&str, &str)]) -> Recorder {
+        let set: Vec<_> = set.iter().map(|(name, value)| ((*name).to_owned(), OsString::from(value))).collect();
+        let id = format!("test-{}-{:?}", std::process::id(), std::thread::current().id());
+        Recorder::open(&id, |name| set.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())).unwrap()
+    }
+
+    fn value(recorder: &Recorder, name: &str) -> Option<Option<OsString>> {
+        recorder.changes().into_iter().find(|(changed, _)| *changed == name).map(|(_, value)| value)
+    }
+
+    #[test]
+    fn without_a_variable_of_the_users_the_core_log_is_ours() {
+        for set in [&[][..], &[("TF_LOG", ""), ("TF_LOG_PATH", "")]] {
+            let recorder = open(set);
+            assert_eq!(value(&recorder, "TF_LOG_CORE"), Some(Some("INFO".into())));
+            assert_eq!(value(&recorder, "TF_LOG_PATH"), Some(Some(recorder.path().into())));
+            assert_eq!(value(&recorder, "TF_TEMP_LOG_PATH"), None);
+        }
+    }
+
+    #[test]
+    fn each_variable_of_the_users_keeps_its_effect() {
+        for name in LOG_VARIABLES {
+            let recorder = open(&[(name, "DEBUG")]);
+            assert!(recorder.changes().iter().all(|(changed, _)| !LOG_VARIABLES.contains(changed)), "{name}");
+            assert!(value(&recorder, "TF_TEMP_LOG_PATH").is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_recorder_of_a_tf_above_us_is_not_the_users() {
+        let above = [("TFW_RECORDER", "/dev/shm/o"), ("TF_LOG_CORE", "INFO"), ("TF_LOG_PATH", "/dev/shm/o")];
+        assert_eq!(value(&open(&above), "TF_LOG_CORE"), Some(Some("INFO".into())));
+        let with_own = [&above[..], &[("TF_LOG", "DEBUG")]].concat();
+        let recorder = open(&with_own);
+        assert_eq!(value(&recorder, "TF_LOG_CORE"), Some(None));
+        assert_eq!(value(&recorder, "TF_LOG_PATH"), Some(None));
+        assert!(recorder.grows_fast());
+    }
+
+    #[test]
+    fn what_was_read_is_forgotten_and_nothing_is_lost() {
+        use std::io::Write;
+        use std::os::unix::fs::MetadataExt;
+        let mut recorder = open(&[("TF_LOG", "DEBUG")]);
+        let mut writer = std::fs::OpenOptions::new().append(true).open(recorder.path()).unwrap();
+        for round in 0..50u32 {
+            let id = format!("{round:08x}-d70c-4132-39e0-d2abba1b3077");
+            let line = crate::terraform::log::tests::lock_line(7, "Attempting to lock remote state (DynamoDB only)...", &id, "r");
+            writer.write_all(&line.repeat(20).into_bytes()).unwrap();
+            assert_eq!(recorder.read().locks.len() as u32, round + 1);
+        }
+        let file = std::fs::metadata(recorder.path()).unwrap();
+        assert!(file.len() > 300_000 && file.blocks() * 512 <= 16_384, "{} bytes in {} blocks", file.len(), file.blocks());
+    }
+}

@@ -1,0 +1,294 @@
+//! What to do when somebody wants terraform to stop: the whole rule, without a process.
+//!
+//! Terraform counts interrupts, INT and TERM alike: the first is a graceful stop, the second makes it leave within five
+//! seconds, with its lock held if it was planning an apply (internal/command/meta.go, `RunOperation`;
+//! internal/backend/local/backend_apply.go). So it gets one, whoever asks and however often, and a second only when a
+//! person insists.
+
+use std::time::Duration;
+
+/// How long after the second ^C a third one forces.
+pub(crate) const OFFER: Duration = Duration::from_secs(3);
+
+/// How long terraform may take after its second interrupt: it leaves after five seconds itself.
+const AFTER_SECOND: Duration = Duration::from_secs(6);
+
+/// Something that asks for an end, or a moment that was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// ^C, and the terminal gave it to us.
+    Keyboard,
+    /// ^C, and the terminal gave it to terraform: it was lent. It counts, and is not sent again.
+    KeyboardAtTerraform,
+    /// INT, TERM or HUP that somebody sent, or a hangup.
+    Request,
+    /// Our parent died in a CI job, and with it whoever would have told us.
+    ParentGone,
+    /// Nobody reads what terraform writes.
+    ReaderGone,
+    /// Terraform asks at the terminal, and nobody can ever answer.
+    NobodyCanAnswer,
+    /// Time passed.
+    Time,
+}
+
+/// What is then done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// One SIGINT to terraform's process group, as the terminal would have sent it: providers ignore it, and a
+    /// provisioner's commands must get it, or they outlive the lock that terraform then gives back.
+    InterruptGroup,
+    /// One SIGINT to terraform alone.
+    InterruptTerraform,
+    /// SIGKILL to terraform and everything below it.
+    Kill(Why),
+    /// Say that terraform is stopping, since when, and what a third ^C does.
+    SayStopping(Duration),
+    /// Say that terraform got its second interrupt.
+    SayForcing,
+}
+
+/// Why terraform is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// A person pressed ^C three times.
+    Forced,
+    /// `TFW_STOP_TIMEOUT` is over.
+    StopTimeout,
+}
+
+/// What has been asked and done so far. Times are counted from the start of the run.
+#[derive(Clone, Debug)]
+pub(crate) struct Stop {
+    /// The command throws interrupts away: a second one would be for nothing.
+    ignores_interrupts: bool,
+    timeout: Option<Duration>,
+    interrupts: u32,
+    since: Option<Duration>,
+    offer_until: Option<Duration>,
+    kill: Option<(Duration, Why)>,
+    killed: Option<Why>,
+    forced: bool,
+}
+
+impl Stop {
+    /// `timeout` is `TFW_STOP_TIMEOUT`.
+    pub(crate) fn new(ignores_interrupts: bool, timeout: Option<Duration>) -> Self {
+        Self {
+            ignores_interrupts,
+            timeout,
+            interrupts: 0,
+            since: None,
+            offer_until: None,
+            kill: None,
+            killed: None,
+            forced: false,
+        }
+    }
+
+    /// Terraform was interrupted at least once.
+    pub(crate) fn was_interrupted(&self) -> bool {
+        self.interrupts > 0
+    }
+
+    /// Terraform got more than the one graceful stop: it may have left with its work undone.
+    pub(crate) fn was_forced(&self) -> bool {
+        self.forced || self.killed.is_some()
+    }
+
+    /// Terraform and its tree were to be killed, and why.
+    pub(crate) fn killed(&self) -> Option<Why> {
+        self.killed
+    }
+
+    /// When [`Event::Time`] is due.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.kill.map(|(at, _)| at)
+    }
+
+    /// What to do about `event` at time `now`.
+    pub(crate) fn decide(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        match event {
+            Event::Keyboard => self.keyboard(now),
+            Event::KeyboardAtTerraform => {
+                self.forced |= self.interrupts > 0;
+                self.interrupted(now);
+                vec![]
+            }
+            Event::Request | Event::ParentGone => {
+                if let (Some(timeout), None) = (self.timeout, self.kill)
+                    && self.killed.is_none()
+                {
+                    self.kill = Some((now + timeout, Why::StopTimeout));
+                }
+                self.graceful(Effect::InterruptTerraform, now)
+            }
+            Event::ReaderGone | Event::NobodyCanAnswer => self.graceful(Effect::InterruptTerraform, now),
+            Event::Time => match self.kill {
+                Some((at, why)) if at <= now => self.kill_now(why),
+                _ => vec![],
+            },
+        }
+    }
+
+    fn interrupted(&mut self, now: Duration) {
+        self.interrupts += 1;
+        self.since.get_or_insert(now);
+    }
+
+    fn graceful(&mut self, effect: Effect, now: Duration) -> Vec<Effect> {
+        if self.interrupts > 0 {
+            return vec![];
+        }
+        self.interrupted(now);
+        vec![effect]
+    }
+
+    fn keyboard(&mut self, now: Duration) -> Vec<Effect> {
+        if self.interrupts == 0 {
+            return self.graceful(Effect::InterruptGroup, now);
+        }
+        if self.forced || self.killed.is_some() {
+            return vec![];
+        }
+        if self.offer_until.is_none_or(|until| until < now) {
+            self.offer_until = Some(now + OFFER);
+            return vec![Effect::SayStopping(now - self.since.unwrap_or(now))];
+        }
+        self.forced = true;
+        if self.ignores_interrupts {
+            return self.kill_now(Why::Forced);
+        }
+        self.interrupted(now);
+        let at = now + AFTER_SECOND;
+        if self.kill.is_none_or(|(earlier, _)| earlier > at) {
+            self.kill = Some((at, Why::Forced));
+        }
+        vec![Effect::SayForcing, Effect::InterruptTerraform]
+    }
+
+    fn kill_now(&mut self, why: Why) -> Vec<Effect> {
+        self.kill = None;
+        self.killed = Some(why);
+        vec![Effect::Kill(why)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Event; 7] = [
+        Event::Keyboard,
+        Event::KeyboardAtTerraform,
+        Event::Request,
+        Event::ParentGone,
+        Event::ReaderGone,
+        Event::NobodyCanAnswer,
+        Event::Time,
+    ];
+
+    const fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    fn interrupts(effects: &[Effect]) -> usize {
+        effects.iter().filter(|effect| matches!(effect, Effect::InterruptGroup | Effect::InterruptTerraform)).count()
+    }
+
+    /// Feeds `events`, `apart` from each other, and returns all effects.
+    fn play(stop: &mut Stop, events: &[Event], apart: Duration) -> Vec<Effect> {
+        (1..).zip(events).flat_map(|(step, &event)| stop.decide(event, apart * step)).collect()
+    }
+
+    /// Every sequence of `length` events.
+    fn sequences(length: u32) -> impl Iterator<Item = Vec<Event>> {
+        (0..ALL.len().pow(length)).map(move |number| {
+            (0..length).map(|place| ALL[number / ALL.len().pow(place) % ALL.len()]).collect()
+        })
+    }
+
+    #[test]
+    fn whatever_comes_first_terraform_gets_one_interrupt_at_once() {
+        for event in ALL {
+            let effects = Stop::new(false, None).decide(event, ms(1));
+            let expected = match event {
+                Event::Keyboard => vec![Effect::InterruptGroup],
+                Event::KeyboardAtTerraform | Event::Time => vec![],
+                _ => vec![Effect::InterruptTerraform],
+            };
+            assert_eq!(effects, expected, "{event:?}");
+        }
+    }
+
+    #[test]
+    fn no_sequence_without_three_keys_gives_a_second_interrupt_or_a_kill() {
+        for apart in [ms(20), ms(7500)] {
+            for ignores in [false, true] {
+                for events in sequences(5) {
+                    let keys = events.iter().filter(|event| **event == Event::Keyboard).count();
+                    if keys >= 3 || (keys == 2 && events[0] != Event::Keyboard) {
+                        continue;
+                    }
+                    let mut stop = Stop::new(ignores, None);
+                    let effects = play(&mut stop, &events, apart);
+                    assert!(interrupts(&effects) <= 1, "{events:?}: {effects:?}");
+                    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Kill(_))), "{events:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_that_terraform_saw_is_not_sent_again() {
+        for events in sequences(4) {
+            if events[0] == Event::KeyboardAtTerraform && !events[1..].contains(&Event::Keyboard) {
+                assert_eq!(interrupts(&play(&mut Stop::new(false, None), &events, ms(20))), 0, "{events:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_third_key_in_time_forces_and_later_it_is_offered_anew() {
+        let mut stop = Stop::new(false, None);
+        assert_eq!(stop.decide(Event::Keyboard, ms(0)), [Effect::InterruptGroup]);
+        assert_eq!(stop.decide(Event::Keyboard, ms(9000)), [Effect::SayStopping(ms(9000))]);
+        assert_eq!(stop.decide(Event::Keyboard, ms(12_001)), [Effect::SayStopping(ms(12_001))]);
+        assert_eq!(stop.decide(Event::Keyboard, ms(15_001)), [Effect::SayForcing, Effect::InterruptTerraform]);
+        assert_eq!(stop.decide(Event::Keyboard, ms(15_100)), []);
+        assert_eq!(stop.deadline(), Some(ms(21_001)));
+        assert_eq!(stop.decide(Event::Time, ms(21_000)), []);
+        assert_eq!(stop.decide(Event::Time, ms(21_001)), [Effect::Kill(Why::Forced)]);
+        assert!(stop.was_forced());
+        assert_eq!(stop.deadline(), None);
+    }
+
+    #[test]
+    fn a_command_that_ignores_interrupts_is_killed_at_the_third_key() {
+        let effects = play(&mut Stop::new(true, None), &[Event::Keyboard; 3], ms(500));
+        assert_eq!(effects, [Effect::InterruptGroup, Effect::SayStopping(ms(500)), Effect::Kill(Why::Forced)]);
+    }
+
+    #[test]
+    fn the_stop_timeout_runs_from_the_first_request_and_never_from_a_key() {
+        for events in sequences(3) {
+            let mut stop = Stop::new(false, Some(ms(25_000)));
+            play(&mut stop, &events, ms(1));
+            let first = events.iter().position(|event| matches!(event, Event::Request | Event::ParentGone));
+            let forced = stop.was_forced() && stop.kill.is_some_and(|(_, why)| why == Why::Forced);
+            let expected = first.map(|place| ms(25_001 + place as u64));
+            if !forced {
+                assert_eq!(stop.deadline(), expected, "{events:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn after_the_stop_timeout_the_tree_is_killed_once() {
+        let mut stop = Stop::new(false, Some(ms(100)));
+        assert_eq!(stop.decide(Event::Request, ms(0)), [Effect::InterruptTerraform]);
+        assert_eq!(stop.decide(Event::Time, ms(100)), [Effect::Kill(Why::StopTimeout)]);
+        assert_eq!(stop.decide(Event::Request, ms(150)), []);
+        assert_eq!(stop.decide(Event::Time, ms(500)), []);
+    }
+}

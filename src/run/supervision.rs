@@ -1,0 +1,278 @@
+//! Watching one terraform from its start to its end.
+//!
+//! One loop, one thread, one poll(2). Signals come through a descriptor, and each becomes at most one effect on
+//! terraform: [`super::stop`] decides about those that ask for an end, [`super::lending`] keeps the terminal.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getppid};
+
+use super::lending::{Foreground, Lending};
+use super::pipes::{Pipes, Progress};
+use super::poll;
+use super::recorder::Recorder;
+use super::stop::{Effect, Event, Stop};
+use super::tree::Tree;
+use crate::report;
+use crate::sys::process;
+use crate::sys::signals::{Arrival, Origin, Signals};
+use crate::sys::wait::{self, Ended};
+use crate::trace::trace;
+
+/// How long terraform may take to act on a SIGTSTP before we stop without it: a program may ignore that signal.
+const STOPS_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
+const CONTINUED_EVERY: Duration = Duration::from_millis(5);
+
+/// How often a recorder that grows fast is read.
+const READ_EVERY: Duration = Duration::from_millis(100);
+
+/// Everything that one supervised run needs.
+pub(crate) struct Supervision<'a> {
+    pub(crate) terraform: Pid,
+    /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
+    pub(crate) shared: bool,
+    pub(crate) signals: &'a mut Signals,
+    pub(crate) stop: &'a mut Stop,
+    pub(crate) lending: Lending,
+    pub(crate) pipes: &'a mut Pipes,
+    pub(crate) recorder: &'a mut Recorder,
+    pub(crate) tree: &'a Tree,
+    /// Readable when our parent has ended, where that means that nobody is left to tell us.
+    pub(crate) parent: Option<OwnedFd>,
+    pub(crate) begun: Instant,
+}
+
+/// A descriptor for the end of our parent, where that is to be taken for a request to stop: in CI, unless we were
+/// meant to outlive it (`&`, nohup, setsid).
+///
+/// Never PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and runners start from thread pools.
+pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<OwnedFd> {
+    let inherited = signals.inherited();
+    let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
+    if !ci || inherited.int_ignored || inherited.hup_ignored || (leads_session && !has_terminal) {
+        return None;
+    }
+    let parent = getppid();
+    let watched = process::watch_end(parent).ok()?;
+    // Had it ended before it was opened, the number could already be another's.
+    (parent.as_raw() > 1 && getppid() == parent).then_some(watched)
+}
+
+impl Supervision<'_> {
+    /// Watches until terraform has ended. It stays a zombie.
+    pub(crate) fn watch(&mut self) -> Ended {
+        let mut continue_at: Option<Instant> = None;
+        let mut read_at = self.recorder.grows_fast().then(Instant::now);
+        loop {
+            while let Some(arrival) = self.signals.next() {
+                self.arrived(arrival);
+            }
+            self.hear_witness();
+            if let Some(ended) = wait::ended(self.terraform) {
+                trace!("terraform ended: {ended:?}");
+                return ended;
+            }
+            if let Some(signal) = wait::stopped(self.terraform)
+                && let Stopped::ContinueSoon = self.stopped(signal)
+            {
+                continue_at = Some(Instant::now() + CONTINUED_EVERY);
+            }
+            let now = Instant::now();
+            if continue_at.is_some_and(|at| at <= now) {
+                continue_at = None;
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+            }
+            if read_at.is_some_and(|at| at <= now) {
+                self.recorder.read();
+                read_at = Some(now + READ_EVERY);
+            }
+            if self.lending.deadline().is_some_and(|at| at <= now) {
+                self.lending.look();
+            }
+            self.asked(Event::Time);
+
+            let deadline = [
+                continue_at,
+                read_at,
+                self.lending.deadline(),
+                self.stop.deadline().map(|since_begun| self.begun + since_begun),
+            ];
+            let timeout = match deadline.into_iter().flatten().min() {
+                _ if self.signals.is_queued() => Some(Duration::ZERO),
+                at => at.map(|at| at.saturating_duration_since(Instant::now())),
+            };
+            self.wait(timeout);
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        let mut awaited = vec![(self.signals.as_fd(), PollFlags::POLLIN)];
+        let parent = self.parent.as_ref().map(|parent| (parent.as_fd(), PollFlags::POLLIN));
+        let has_parent = parent.is_some();
+        awaited.extend(parent);
+        let pipes_from = awaited.len();
+        awaited.extend(self.pipes.awaited());
+        let pipes_to = awaited.len();
+        awaited.extend(self.lending.witness().map(|witness| (witness.as_fd(), PollFlags::POLLIN)));
+        let ready = poll::wait(&awaited, timeout);
+        if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
+            trace!("the reader of our output is gone");
+            self.asked(Event::ReaderGone);
+        }
+        if has_parent && ready[1] {
+            self.parent = None;
+            self.asked(Event::ParentGone);
+        }
+    }
+
+    fn arrived(&mut self, arrival: Arrival) {
+        let Arrival { signal, origin } = arrival;
+        if signal != Signal::SIGCHLD {
+            trace!("got {signal} from {origin:?}");
+        }
+        match (signal, origin) {
+            (Signal::SIGCHLD, _) => {
+                let witness = self.lending.witness().map(crate::sys::witness::Witness::pid);
+                self.tree.reap_orphans(witness.as_slice());
+            }
+            (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
+            (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
+            (Signal::SIGHUP, _) if self.signals.inherited().hup_ignored => {}
+            (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(Event::Request),
+            (Signal::SIGTSTP, _) if self.signals.inherited().tstp_ignored => {}
+            (Signal::SIGTSTP, _) => self.suspend(),
+            (Signal::SIGTTIN | Signal::SIGTTOU, Origin::Kernel) => self.lending.note_stopped_ours(),
+            // From a key, or a window that changed its size, all of terraform's group would have got it.
+            (Signal::SIGQUIT | Signal::SIGWINCH | Signal::SIGCONT, Origin::Kernel) if !self.shared => {
+                let _ = killpg(self.terraform, signal);
+            }
+            (Signal::SIGCONT, Origin::Process) if !self.shared => {
+                let _ = killpg(self.terraform, signal);
+            }
+            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) => {}
+            (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
+                let _ = kill(self.terraform, signal);
+            }
+            _ => {}
+        }
+    }
+
+    fn hear_witness(&mut self) {
+        let Some(witness) = self.lending.witness() else { return };
+        for signal in witness.reports() {
+            trace!("the terminal sent {signal} to terraform");
+            if signal == Signal::SIGINT {
+                self.asked(Event::KeyboardAtTerraform);
+                // A second key is for us to count, whatever modes the first has left behind.
+                self.lending.take_back();
+            }
+        }
+    }
+
+    /// Puts `event` to [`Stop`] and does what it says.
+    fn asked(&mut self, event: Event) {
+        let effects = self.stop.decide(event, self.begun.elapsed());
+        if !effects.is_empty() {
+            trace!("{event:?}: {effects:?}");
+        }
+        for effect in effects {
+            match effect {
+                Effect::InterruptGroup => {
+                    let _ = killpg(self.terraform, Signal::SIGINT);
+                }
+                Effect::InterruptTerraform => {
+                    let _ = kill(self.terraform, Signal::SIGINT);
+                }
+                Effect::Kill(_) => self.tree.kill(),
+                Effect::SayStopping(since) => {
+                    let holds = self.recorder.read().standing().any(|lock| lock.locked.is_some());
+                    report::say(&report::stopping(since, holds));
+                }
+                Effect::SayForcing => report::say(&report::forcing()),
+            }
+        }
+    }
+
+    /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
+    fn suspend(&mut self) {
+        if !self.shared {
+            self.lending.take_back();
+            let _ = killpg(self.terraform, Signal::SIGTSTP);
+            let begun = Instant::now();
+            while wait::stopped(self.terraform).is_none()
+                && wait::ended(self.terraform).is_none()
+                && begun.elapsed() < STOPS_WITHIN
+            {
+                // The signalfd is readable as soon as SIGCHLD tells of the stop, but also as long as anything else is
+                // queued in it: a short sleep in poll keeps that from spinning.
+                poll::wait(&[], Some(Duration::from_millis(1)));
+            }
+        }
+        // In an orphaned group, and as leader of a session, the kernel discards our stop: nobody could continue us.
+        // Bare terraform goes on there as well.
+        let stopped = self.signals.stop(Signal::SIGTSTP, false);
+        trace!("stopped: {stopped}");
+        let _ = killpg(self.terraform, Signal::SIGCONT);
+    }
+
+    /// Terraform was stopped by `signal`.
+    fn stopped(&mut self, signal: Signal) -> Stopped {
+        trace!("terraform was stopped by {signal}");
+        match signal {
+            _ if self.shared => {
+                // The terminal stopped our whole group; for us it is blocked, and made good here.
+                self.signals.stop(signal_to_stop_with(signal), false);
+            }
+            Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
+            _ => {
+                // ^Z while the terminal was lent is for the whole job; a `kill -STOP terraform` is for terraform, and
+                // its stop is passed up so that a shell can tell its user and `fg` can mend it.
+                let key = signal == Signal::SIGTSTP && self.lending.is_lent();
+                self.lending.take_back();
+                let stopped = self.signals.stop(Signal::SIGTSTP, key);
+                if stopped || key {
+                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                }
+            }
+        }
+        Stopped::Handled
+    }
+
+    fn wants_terminal(&mut self, signal: Signal) -> Stopped {
+        match self.lending.foreground() {
+            Foreground::Terraforms => {
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+                return Stopped::Handled;
+            }
+            Foreground::Ours if self.lending.lend() => return Stopped::Handled,
+            Foreground::Others if self.signals.stop(signal, true) => {
+                // `fg` has made us the foreground, or `bg` has not: then terraform will stop again, and so shall we.
+                if self.lending.foreground() != Foreground::Ours || !self.lending.lend() {
+                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                }
+                return Stopped::Handled;
+            }
+            // Background, and the kernel would not stop us: an orphaned group. Or no terminal any more.
+            Foreground::Ours | Foreground::Others | Foreground::Gone => {}
+        }
+        self.asked(Event::NobodyCanAnswer);
+        Stopped::ContinueSoon
+    }
+}
+
+/// What is still to be done about a stop.
+enum Stopped {
+    Handled,
+    /// Continue terraform in a moment, as often as it stops.
+    ContinueSoon,
+}
+
+/// Never SIGSTOP for ourselves: nothing discards that where nobody can continue us.
+fn signal_to_stop_with(signal: Signal) -> Signal {
+    if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
+}

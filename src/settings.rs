@@ -1,0 +1,109 @@
+//! What the user asks of `tf` itself: the `TFW_*` variables.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+/// The settings of one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// `TFW_STOP_TIMEOUT`: how long after a TERM, INT or HUP that no keyboard sent everything is killed.
+    pub(crate) stop_timeout: Option<Duration>,
+    /// `TFW_RELEASE`: give a lock back (`auto`, the default), or only name it (`never`).
+    pub(crate) release: bool,
+    /// `TFW_TTY=shared`: leave terraform in our process group.
+    pub(crate) shared_terminal: bool,
+    /// `TFW_LOG`: the file that [`crate::trace`] writes.
+    pub(crate) log: Option<OsString>,
+    /// `CI`: a job runner may go away without a word.
+    pub(crate) ci: bool,
+}
+
+/// A variable that does not say what it must.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name} is {value:?}; it takes {takes}")]
+pub(crate) struct Unreadable {
+    name: &'static str,
+    value: OsString,
+    takes: &'static str,
+}
+
+impl Settings {
+    /// Reads the settings; `variable` reads the environment. Empty is the same as not set.
+    ///
+    /// # Errors
+    /// [`Unreadable`], before anything was started: who sets a stop timeout relies on it.
+    pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Unreadable> {
+        let set = |name| variable(name).filter(|value| !value.is_empty());
+        let choice = |name, default: bool, [yes, no]: [&str; 2], takes| match set(name) {
+            None => Ok(default),
+            Some(value) if value == yes => Ok(true),
+            Some(value) if value == no => Ok(false),
+            Some(value) => Err(Unreadable { name, value, takes }),
+        };
+        let stop_timeout = match set("TFW_STOP_TIMEOUT") {
+            None => None,
+            Some(value) => match value.to_str().and_then(duration) {
+                Some(duration) => Some(duration),
+                None => {
+                    let takes = "a time such as 25s, 1500ms, 2m, or a number of seconds";
+                    return Err(Unreadable { name: "TFW_STOP_TIMEOUT", value, takes });
+                }
+            },
+        };
+        Ok(Self {
+            stop_timeout,
+            release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
+            shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
+            log: set("TFW_LOG"),
+            ci: set("CI").is_some_and(|value| !["false", "0", "no"].iter().any(|no| value == *no)),
+        })
+    }
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "" | "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(name: &str, value: &str) -> Result<Settings, Unreadable> {
+        Settings::read(|asked| (asked == name).then(|| value.into()))
+    }
+
+    #[test]
+    fn a_time_is_read_with_its_unit() {
+        for (text, expected) in [("25s", 25_000), ("1500ms", 1500), ("2m", 120_000), ("7", 7000), ("0", 0)] {
+            assert_eq!(read("TFW_STOP_TIMEOUT", text).unwrap().stop_timeout, Some(Duration::from_millis(expected)));
+        }
+        assert_eq!(read("TFW_STOP_TIMEOUT", "").unwrap().stop_timeout, None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused_by_name() {
+        for (name, value) in [
+            ("TFW_STOP_TIMEOUT", "soon"), ("TFW_STOP_TIMEOUT", "-1"), ("TFW_STOP_TIMEOUT", "1.5s"),
+            ("TFW_STOP_TIMEOUT", "1h"), ("TFW_STOP_TIMEOUT", "99999999999999999999"), ("TFW_RELEASE", "yes"),
+            ("TFW_TTY", "none"),
+        ] {
+            let message = read(name, value).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains(value), "{message}");
+        }
+    }
+
+    #[test]
+    fn ci_is_what_says_so() {
+        for (value, expected) in [("true", true), ("1", true), ("woodpecker", true), ("false", false), ("0", false), ("", false)] {
+            assert_eq!(read("CI", value).unwrap().ci, expected, "{value:?}");
+        }
+    }
+}

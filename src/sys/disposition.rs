@@ -1,0 +1,51 @@
+//! What a signal does to this process: sigaction(2).
+
+use nix::sys::signal::Signal;
+
+/// The disposition that was replaced, to be put back.
+pub(crate) struct Disposition(libc::sigaction);
+
+fn read(signal: Signal) -> libc::sigaction {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: a null new action changes nothing; the old one is written into `action`, which is zeroed and so valid
+    // even if the call failed.
+    unsafe {
+        libc::sigaction(signal as i32, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init()
+    }
+}
+
+fn write(signal: Signal, action: &libc::sigaction) {
+    // SAFETY: `action` is a whole sigaction whose handler is SIG_DFL, SIG_IGN or what the kernel gave us before.
+    unsafe { libc::sigaction(signal as i32, action, std::ptr::null_mut()) };
+}
+
+/// Whether this process ignores `signal`.
+pub(crate) fn is_ignored(signal: Signal) -> bool {
+    read(signal).sa_sigaction == libc::SIG_IGN
+}
+
+/// Gives `signal` its default action and returns the disposition that it had.
+pub(crate) fn set_default(signal: Signal) -> Disposition {
+    set(signal, libc::SIG_DFL)
+}
+
+/// Ignores `signal` and returns the disposition that it had. A pending signal is discarded by this (sigaction(2)).
+/// Async-signal-safe: used between fork and exec.
+pub(crate) fn set_ignored(signal: Signal) -> Disposition {
+    set(signal, libc::SIG_IGN)
+}
+
+/// Puts a disposition back. Async-signal-safe.
+pub(crate) fn restore(signal: Signal, disposition: Disposition) {
+    write(signal, &disposition.0);
+}
+
+fn set(signal: Signal, handler: usize) -> Disposition {
+    let previous = read(signal);
+    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask, SIG_DFL.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler;
+    write(signal, &action);
+    Disposition(previous)
+}

@@ -1,0 +1,15 @@
+//! Where this thread's errno lies.
+
+/// The address of errno. Async-signal-safe.
+pub(crate) fn location() -> *mut libc::c_int {
+    #[cfg(target_os = "linux")]
+    // SAFETY: always valid, for the calling thread.
+    unsafe {
+        libc::__errno_location()
+    }
+    #[cfg(not(target_os = "linux"))]
+    // SAFETY: always valid, for the calling thread.
+    unsafe {
+        libc::__error()
+    }
+}

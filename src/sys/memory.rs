@@ -1,0 +1,105 @@
+//! A file that lies in memory and never on a disk.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// A file in memory and the path under which another process of this user can open it.
+#[derive(Debug)]
+pub(crate) struct MemoryFile {
+    /// Open for reading, closed on exec.
+    pub(crate) file: File,
+    /// Where it can be opened.
+    pub(crate) path: PathBuf,
+    /// It has a name in a directory, which goes away with this value.
+    named: bool,
+}
+
+impl MemoryFile {
+    /// Makes an empty file, readable by this user alone.
+    ///
+    /// In a directory that is a tmpfs, if there is one: any descendant can open it there by name. Else a
+    /// memfd_create(2), which has a name only as long as this process lives.
+    ///
+    /// # Errors
+    /// Where neither can be had.
+    pub(crate) fn create(name: &str) -> io::Result<Self> {
+        for directory in directories() {
+            if !lies_in_memory(&directory) {
+                continue;
+            }
+            let path = directory.join(name);
+            if let Ok(file) = create_private(&path) {
+                return Ok(Self { file, path, named: true });
+            }
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let descriptor = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+            let path = {
+                use std::os::fd::AsRawFd;
+                PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), descriptor.as_raw_fd()))
+            };
+            Ok(Self { file: File::from(descriptor), path, named: false })
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            // No file system in memory can be relied on: a private file in the user's own temporary directory.
+            let path = std::env::temp_dir().join(name);
+            create_private(&path).map(|file| Self { file, path, named: true })
+        }
+    }
+
+    /// Gives the memory of everything before `end` back to the system. The file keeps its length, so that a writer
+    /// with O_APPEND is not disturbed: truncating would lose what is written between the last read and the cut.
+    pub(crate) fn forget_before(&self, end: u64) {
+        #[cfg(target_os = "linux")]
+        {
+            use nix::fcntl::{FallocateFlags, fallocate};
+            if let Ok(length) = i64::try_from(end) {
+                let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let _ = fallocate(&self.file, flags, 0, length);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = end;
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        if self.named {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn directories() -> impl Iterator<Item = PathBuf> {
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|directory| directory.is_absolute())
+        .into_iter()
+        .chain([PathBuf::from("/dev/shm")])
+}
+
+fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        .open(path)
+}
+
+#[cfg(target_os = "linux")]
+fn lies_in_memory(directory: &Path) -> bool {
+    use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+    statfs(directory).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn lies_in_memory(_directory: &Path) -> bool {
+    false
+}

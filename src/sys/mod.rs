@@ -1,0 +1,15 @@
+//! What the operating system is asked for: the only unsafe code, and the only place that knows one system from
+//! another. One family of calls a file. Nothing here decides anything.
+#![expect(unsafe_code, reason = "system calls that no crate wraps, each with the reason why it is sound")]
+
+pub(crate) mod descriptor;
+mod disposition;
+pub(crate) mod entry;
+mod errno;
+pub(crate) mod memory;
+pub(crate) mod process;
+pub(crate) mod signals;
+pub(crate) mod spawn;
+pub(crate) mod terminal;
+pub(crate) mod wait;
+pub(crate) mod witness;

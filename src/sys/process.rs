@@ -1,0 +1,197 @@
+//! Processes: those of ours, those we adopted, and what /proc tells of the rest.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+
+use nix::unistd::Pid;
+
+/// Makes orphans of our descendants our children instead of init's (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
+/// False where the system has no such thing; then the proof of death rests on the other two.
+pub(crate) fn adopt_orphans() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        nix::sys::prctl::set_child_subreaper(true).is_ok()
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+/// Makes sure that our own death by a signal leaves no core file. A core size limit of 0 would not be enough: it does
+/// not stop a core that is piped to a program (core(5)).
+pub(crate) fn leave_no_core() {
+    #[cfg(target_os = "linux")]
+    let _ = nix::sys::prctl::set_dumpable(false);
+    #[cfg(not(target_os = "linux"))]
+    {
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `none` is a whole rlimit.
+        unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) };
+    }
+}
+
+/// A descriptor that becomes readable when `pid` has ended (pidfd_open(2), Linux 5.3).
+///
+/// # Errors
+/// ENOSYS where there is none, ESRCH when there is no such process.
+pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the call takes two numbers and gives a new descriptor, which is ours alone and closed on exec.
+        unsafe {
+            let descriptor = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
+            match i32::try_from(descriptor) {
+                Ok(descriptor) if descriptor >= 0 => Ok(OwnedFd::from_raw_fd(descriptor)),
+                _ => Err(io::Error::last_os_error()),
+            }
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = pid;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// What /proc/PID/stat says of a process (proc_pid_stat(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process {
+    /// Its number.
+    pub(crate) pid: Pid,
+    /// Its name: at most 15 bytes, chosen by itself, so not to be trusted and not to be printed raw.
+    pub(crate) name: String,
+    /// One letter; `T` is stopped, `Z` and `X` are dead.
+    pub(crate) state: char,
+    /// Its parent.
+    pub(crate) parent: Pid,
+    /// Its process group.
+    pub(crate) group: Pid,
+}
+
+impl Process {
+    /// A zombie is dead: it will do nothing any more, whatever kill(pid, 0) says.
+    pub(crate) fn is_dead(&self) -> bool {
+        matches!(self.state, 'Z' | 'X')
+    }
+
+    fn parse(pid: Pid, stat: &str) -> Option<Self> {
+        // The name stands in brackets and may itself hold brackets and spaces: the last bracket ends it.
+        let (before, after) = stat.rsplit_once(')')?;
+        let (_, name) = before.split_once('(')?;
+        let mut fields = after.split_ascii_whitespace();
+        let state = fields.next()?.chars().next()?;
+        let parent = Pid::from_raw(fields.next()?.parse().ok()?);
+        let group = Pid::from_raw(fields.next()?.parse().ok()?);
+        Some(Self { pid, name: name.to_owned(), state, parent, group })
+    }
+
+    /// Looks one process up.
+    pub(crate) fn look_up(pid: Pid) -> Option<Self> {
+        Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
+    }
+
+    /// Every process that /proc shows. Empty where there is no /proc.
+    pub(crate) fn all() -> Vec<Self> {
+        let Ok(directory) = std::fs::read_dir("/proc") else { return Vec::new() };
+        directory
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter_map(|pid| Self::look_up(Pid::from_raw(pid)))
+            .collect()
+    }
+
+    /// The children of `parent`, those that it adopted among them.
+    pub(crate) fn children(parent: Pid) -> Vec<Self> {
+        // A list for each thread (proc_pid_task_tid_children(5)); a kernel may be built without it.
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
+        let mut pids: Vec<i32> = Vec::new();
+        for thread in threads.flatten() {
+            match std::fs::read_to_string(thread.path().join("children")) {
+                Ok(list) => pids.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound && thread.path().exists() => {
+                    return Self::all().into_iter().filter(|process| process.parent == parent).collect();
+                }
+                Err(_) => {}
+            }
+        }
+        pids.into_iter().filter_map(|pid| Self::look_up(Pid::from_raw(pid))).collect()
+    }
+
+    /// Everything below `root`, `root` not among it.
+    pub(crate) fn below(root: Pid) -> Vec<Self> {
+        let mut found: Vec<Self> = Self::children(root);
+        let mut next = 0;
+        while next < found.len() {
+            let children = Self::children(found[next].pid);
+            // A process that forks while we look can be seen twice, once below each of two parents.
+            found.extend(children.into_iter().filter(|child| child.pid != root).collect::<Vec<_>>());
+            next += 1;
+            if next > 100_000 {
+                break;
+            }
+        }
+        found.sort_by_key(|process| process.pid);
+        found.dedup_by_key(|process| process.pid);
+        found
+    }
+
+    /// The value of `name` in the environment that the process started with. `None` as well for a process whose
+    /// environment we may not read: another user's.
+    pub(crate) fn environment(&self, name: &str) -> Option<Vec<u8>> {
+        let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).ok()?;
+        environment
+            .split(|&byte| byte == 0)
+            .find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
+            .map(<[u8]>::to_vec)
+    }
+
+    /// The program that it runs, without its directory, or else its name.
+    pub(crate) fn program(&self) -> String {
+        std::fs::read_link(format!("/proc/{}/exe", self.pid))
+            .ok()
+            .and_then(|path| Some(String::from_utf8_lossy(path.file_name()?.as_bytes()).into_owned()))
+            .unwrap_or_else(|| self.name.clone())
+    }
+}
+
+/// How often the kernel has killed a process of our control group for want of memory, as far as it tells
+/// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` where it does not.
+pub(crate) fn out_of_memory_kills() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let file = groups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        match controllers {
+            "" => Some(format!("/sys/fs/cgroup{path}/memory.events")),
+            _ if controllers.split(',').any(|controller| controller == "memory") => {
+                Some(format!("/sys/fs/cgroup/memory{path}/memory.oom_control"))
+            }
+            _ => None,
+        }
+        .filter(|file| std::path::Path::new(file).exists())
+    })?;
+    std::fs::read_to_string(file)
+        .ok()?
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_brackets_does_not_shift_the_fields_of_stat() {
+        let process = Process::parse(Pid::from_raw(7), "7 (a) T 1 (b)) S 3 4 5 0 -1").unwrap();
+        assert_eq!(process.name, "a) T 1 (b)");
+        assert_eq!((process.state, process.parent, process.group), ('S', Pid::from_raw(3), Pid::from_raw(4)));
+    }
+
+    #[test]
+    fn a_torn_stat_is_no_process() {
+        for stat in ["", "7", "7 (a", "7 (a)", "7 (a) S", "7 (a) S x", "7 (a) S 1"] {
+            assert_eq!(Process::parse(Pid::from_raw(7), stat), None, "{stat:?}");
+        }
+    }
+}

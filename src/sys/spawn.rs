@@ -1,0 +1,170 @@
+//! fork(2) and execve(2), for terraform.
+//!
+//! `std::process::Command` cannot do what is needed between the two: join a process group *and* throw away the signals
+//! that were already pending for the child, in that order, with every signal blocked until then. Without that a ^C
+//! that falls between fork and setpgid reaches the child as a member of our group, and once more when it is relayed.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::Pid;
+
+use super::{descriptor, disposition, entry};
+
+/// A program, its arguments and its environment, in the form that execve(2) takes.
+///
+/// Everything is allocated here, before a fork: between fork and exec nothing may allocate (signal-safety(7)).
+pub(crate) struct Image {
+    path: CString,
+    // The pointers of `argv` and `envp` point into these.
+    _arguments: Vec<CString>,
+    _environment: Vec<CString>,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+}
+
+impl Image {
+    /// `arguments` begins with the name of the program (argv\[0\]).
+    ///
+    /// # Errors
+    /// `InvalidInput` when a string holds a zero byte, which none that came to us from exec can.
+    pub(crate) fn new<'a>(
+        path: &Path,
+        arguments: impl IntoIterator<Item = &'a OsStr>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let arguments = arguments
+            .into_iter()
+            .map(|argument| CString::new(argument.as_bytes()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let environment = environment
+            .into_iter()
+            .map(|(name, value)| {
+                let mut entry = name.into_vec();
+                entry.push(b'=');
+                entry.extend_from_slice(value.as_bytes());
+                CString::new(entry)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let argv = pointers(&arguments);
+        let envp = pointers(&environment);
+        Ok(Self { path, _arguments: arguments, _environment: environment, argv, envp })
+    }
+
+    /// Becomes the program. Comes back only with the reason why it could not (execve(2)).
+    pub(crate) fn exec(&self) -> io::Error {
+        restore_entry();
+        // SAFETY: path, argv and envp are zero-terminated and live as long as `self`.
+        unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        io::Error::last_os_error()
+    }
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
+/// Undoes what Rust's runtime did before `main`. Async-signal-safe.
+fn restore_entry() {
+    if !entry::sigpipe_ignored() {
+        disposition::set_default(Signal::SIGPIPE);
+    }
+    for descriptor in entry::closed_standard_descriptors() {
+        // SAFETY: the runtime opened /dev/null there; nothing of ours uses it in a process that is about to exec.
+        unsafe { libc::close(descriptor) };
+    }
+}
+
+/// How the child is set up before it becomes the program.
+pub(crate) struct Setup<'a> {
+    /// A process group of its own, instead of ours.
+    pub(crate) own_group: bool,
+    /// What becomes the child's descriptor 1 or 2, where it is not ours.
+    pub(crate) redirect: [Option<BorrowedFd<'a>>; 2],
+    /// The signal mask that it gets.
+    pub(crate) mask: &'a SigSet,
+    /// SIGCHLD was ignored when we started.
+    pub(crate) ignore_chld: bool,
+}
+
+/// Signals that a terminal or a group kill may have sent to our group, the child still in it.
+const STRAY: [Signal; 6] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+    Signal::SIGTSTP,
+    Signal::SIGCONT,
+];
+
+/// Starts `image` as a child. Every signal must be blocked, and there must be one thread.
+///
+/// # Errors
+/// What fork(2) or execve(2) said: `NotFound`, `PermissionDenied`, ENOEXEC...
+pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
+    let (report, reporter) = descriptor::pipe()?;
+    // SAFETY: there is one thread (asserted by the caller), and the child calls only async-signal-safe functions.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => become_program(image, setup, reporter.as_raw_fd()),
+        pid => {
+            drop(reporter);
+            if setup.own_group {
+                // The child does the same: whichever is first, the group exists when either goes on.
+                // SAFETY: setpgid on a child of ours that may already have called exec (EACCES, harmless).
+                unsafe { libc::setpgid(pid, pid) };
+            }
+            let pid = Pid::from_raw(pid);
+            match exec_error(&report) {
+                None => Ok(pid),
+                Some(error) => {
+                    let _ = nix::sys::wait::waitpid(pid, None);
+                    Err(error)
+                }
+            }
+        }
+    }
+}
+
+fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
+    // SAFETY: only async-signal-safe calls on memory that was prepared before the fork (signal-safety(7)).
+    unsafe {
+        if setup.own_group {
+            libc::setpgid(0, 0);
+        }
+        for signal in STRAY {
+            let previous = disposition::set_ignored(signal);
+            disposition::restore(signal, previous);
+        }
+        if setup.ignore_chld {
+            disposition::set_ignored(Signal::SIGCHLD);
+        }
+        restore_entry();
+        for (target, source) in (1..).zip(setup.redirect) {
+            if let Some(source) = source {
+                libc::dup2(source.as_raw_fd(), target);
+            }
+        }
+        libc::sigprocmask(libc::SIG_SETMASK, setup.mask.as_ref(), std::ptr::null_mut());
+        libc::execve(image.path.as_ptr(), image.argv.as_ptr(), image.envp.as_ptr());
+        let error = *super::errno::location();
+        libc::write(reporter, (&raw const error).cast(), size_of::<i32>());
+        libc::_exit(127)
+    }
+}
+
+/// Waits until the child has become the program (the pipe closes on exec) or has said why not.
+fn exec_error(report: &OwnedFd) -> Option<io::Error> {
+    let mut number = [0; size_of::<i32>()];
+    match nix::unistd::read(report, &mut number) {
+        Ok(length) if length == number.len() => {
+            Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
+        }
+        _ => None,
+    }
+}

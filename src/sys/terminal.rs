@@ -1,0 +1,57 @@
+//! The controlling terminal: whose turn it is to read, and how it reads.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::sys::termios::{self, Termios};
+use nix::unistd::{self, Pid};
+
+/// The controlling terminal of this process.
+#[derive(Debug)]
+pub(crate) struct Terminal(File);
+
+/// The modes of a terminal that decide whether its reader reads lines or single bytes, and whether it echoes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Modes(Termios);
+
+impl Terminal {
+    /// Opens `/dev/tty` (tty(4)). `None` when this process has no controlling terminal.
+    pub(crate) fn open() -> Option<Self> {
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC)
+            .open("/dev/tty")
+            .ok()
+            .map(Self)
+    }
+
+    /// The process group that the terminal's keys go to, and that may read it.
+    ///
+    /// # Errors
+    /// ENOTTY or EIO when the terminal is gone.
+    pub(crate) fn foreground(&self) -> io::Result<Pid> {
+        Ok(unistd::tcgetpgrp(&self.0)?)
+    }
+
+    /// Makes `group` the foreground process group. SIGTTOU must be blocked (tcsetpgrp(3)).
+    ///
+    /// # Errors
+    /// EPERM when `group` is not of our session, ENOTTY or EIO when the terminal is gone.
+    pub(crate) fn set_foreground(&self, group: Pid) -> io::Result<()> {
+        Ok(unistd::tcsetpgrp(&self.0, group)?)
+    }
+
+    /// The terminal's modes now.
+    pub(crate) fn modes(&self) -> Option<Modes> {
+        termios::tcgetattr(&self.0).ok().map(Modes)
+    }
+}
+
+impl AsFd for Terminal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,152 @@
+//! The backend that `terraform init` wrote down in `.terraform/terraform.tfstate` (internal/command/workdir,
+//! backend_state.go): every attribute of its schema, `null` where it is not set.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+/// A backend block as it is cached. It may hold credentials, so it has no `Debug` output of its values and is never
+/// written anywhere.
+#[derive(Clone)]
+pub(crate) struct CachedBackend {
+    /// `s3`, `http`, `local`...
+    pub(crate) kind: String,
+    config: Map<String, Value>,
+}
+
+impl CachedBackend {
+    /// Reads the file. `None` when it is not one, or names no backend.
+    pub(crate) fn parse(json: &[u8]) -> Option<Self> {
+        let Value::Object(mut file) = serde_json::from_slice(json).ok()? else { return None };
+        let Value::Object(mut backend) = file.remove("backend")? else { return None };
+        let Value::String(kind) = backend.remove("type")? else { return None };
+        let config = match backend.remove("config") {
+            Some(Value::Object(config)) => config,
+            _ => Map::new(),
+        };
+        Some(Self { kind, config })
+    }
+
+    /// A string attribute that is set and not empty; `outer.inner` for one inside a nested attribute.
+    pub(crate) fn string(&self, name: &str) -> Option<&str> {
+        self.value(name)?.as_str().filter(|value| !value.is_empty())
+    }
+
+    /// A boolean attribute; false where it is not set.
+    pub(crate) fn flag(&self, name: &str) -> bool {
+        self.value(name).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// A list or set of strings; empty where it is not set.
+    pub(crate) fn strings(&self, name: &str) -> Vec<&str> {
+        let values = self.value(name).and_then(Value::as_array);
+        values.into_iter().flatten().filter_map(Value::as_str).collect()
+    }
+
+    /// A map of strings; empty where it is not set.
+    pub(crate) fn pairs(&self, name: &str) -> Vec<(&str, &str)> {
+        let map = self.value(name).and_then(Value::as_object);
+        map.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?))).collect()
+    }
+
+    /// The names of the attributes that are set.
+    pub(crate) fn set_attributes(&self) -> impl Iterator<Item = &str> {
+        self.config.iter().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str())
+    }
+
+    /// A nested attribute's own set attributes; empty where it is not set.
+    pub(crate) fn nested(&self, name: &str) -> Vec<&str> {
+        let nested = self.value(name).and_then(Value::as_object);
+        nested.into_iter().flatten().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str()).collect()
+    }
+
+    fn value(&self, name: &str) -> Option<&Value> {
+        match name.split_once('.') {
+            None => self.config.get(name),
+            Some((outer, inner)) => self.config.get(outer)?.as_object()?.get(inner),
+        }
+    }
+
+    /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`).
+    pub(crate) fn state_key(&self, workspace: &str) -> Option<String> {
+        let key = self.string("key")?;
+        if workspace == "default" {
+            return Some(key.to_owned());
+        }
+        // An empty prefix is a choice, and different from none.
+        let prefix = self.value("workspace_key_prefix").and_then(Value::as_str).unwrap_or("env:");
+        let parts = [prefix, workspace, key];
+        // Go's path.Join leaves empty elements out and cleans the rest.
+        let joined: Vec<_> = parts
+            .iter()
+            .flat_map(|part| part.split('/'))
+            .filter(|element| !element.is_empty() && *element != ".")
+            .collect();
+        Some(joined.join("/"))
+    }
+}
+
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.values().all(is_unset),
+        _ => false,
+    }
+}
+
+impl fmt::Debug for CachedBackend {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "CachedBackend({})", self.kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(config: &str) -> CachedBackend {
+        let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config},"hash":1}}}}"#);
+        CachedBackend::parse(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_workspace_has_its_own_key() {
+        let plain = backend(r#"{"key":"dir/prod.tfstate","workspace_key_prefix":null}"#);
+        assert_eq!(plain.state_key("default").unwrap(), "dir/prod.tfstate");
+        assert_eq!(plain.state_key("green").unwrap(), "env:/green/dir/prod.tfstate");
+        let prefixed = backend(r#"{"key":"a","workspace_key_prefix":"x//y/"}"#);
+        assert_eq!(prefixed.state_key("green").unwrap(), "x/y/green/a");
+        let without = backend(r#"{"key":"a","workspace_key_prefix":""}"#);
+        assert_eq!(without.state_key("green").unwrap(), "green/a");
+    }
+
+    #[test]
+    fn what_is_not_set_is_none() {
+        let backend = backend(
+            r#"{"key":"","region":null,"endpoints":{"s3":"http://x","dynamodb":null},"assume_role":{"role_arn":null},
+                "insecure":true,"shared_config_files":["a","b"]}"#,
+        );
+        assert_eq!(backend.string("key"), None);
+        assert_eq!(backend.string("endpoints.s3"), Some("http://x"));
+        assert_eq!(backend.string("endpoints.dynamodb"), None);
+        assert!(backend.flag("insecure") && !backend.flag("skip_region_validation"));
+        assert_eq!(backend.strings("shared_config_files"), ["a", "b"]);
+        let mut set: Vec<_> = backend.set_attributes().collect();
+        set.sort_unstable();
+        assert_eq!(set, ["endpoints", "insecure", "shared_config_files"]);
+    }
+
+    #[test]
+    fn a_secret_is_not_in_the_debug_output() {
+        assert_eq!(format!("{:?}", backend(r#"{"secret_key":"hunter2"}"#)), "CachedBackend(s3)");
+    }
+
+    #[test]
+    fn a_file_that_is_no_cached_backend_is_none() {
+        for json in ["", "{}", "[]", r#"{"backend":null}"#, r#"{"backend":{"type":7}}"#, r#"{"state_store":{}}"#] {
+            assert!(CachedBackend::parse(json.as_bytes()).is_none(), "{json}");
+        }
+    }
+}

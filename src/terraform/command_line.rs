@@ -1,0 +1,172 @@
+//! Terraform's command line, read only as far as we must. It is never changed.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// What a command line says that matters to us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CommandLine {
+    /// The value of `-chdir`, which is understood before the subcommand and only with `=` (main.go, extractChdirOption).
+    pub(crate) directory: Option<PathBuf>,
+    /// The subcommand and, after `state`, `workspace` and `providers`, the word behind it.
+    words: Vec<OsString>,
+    /// The words behind the subcommand that are no flags: names of workspaces, of files.
+    pub(crate) operands: Vec<OsString>,
+    asks_for_help_or_version: bool,
+}
+
+impl CommandLine {
+    /// `arguments` without the name of the program.
+    pub(crate) fn parse(arguments: &[OsString]) -> Self {
+        let mut directory = None;
+        let mut rest = arguments;
+        let mut asks = false;
+        while let [first, others @ ..] = rest {
+            let bytes = first.as_bytes();
+            if let Some(value) = bytes.strip_prefix(b"-chdir=") {
+                directory = Some(PathBuf::from(OsStr::from_bytes(value)));
+            } else if bytes.starts_with(b"-") {
+                asks |= is_help(first) || is_version(first);
+            } else {
+                break;
+            }
+            rest = others;
+        }
+        let (words, operands) = match rest {
+            [] => (Vec::new(), &[][..]),
+            [command, others @ ..] => {
+                let mut words = vec![command.clone()];
+                let nested = ["state", "workspace", "providers"].iter().any(|name| command == name);
+                match others {
+                    [word, behind @ ..] if nested && !word.as_bytes().starts_with(b"-") => {
+                        words.push(word.clone());
+                        (words, behind)
+                    }
+                    _ => (words, others),
+                }
+            }
+        };
+        // Right behind the subcommand, `-help` cannot be the value of another flag.
+        asks |= operands.first().is_some_and(|first| is_help(first));
+        let operands = operands
+            .iter()
+            .filter(|operand| !operand.as_bytes().starts_with(b"-"))
+            .cloned()
+            .collect();
+        Self { directory, words, operands, asks_for_help_or_version: asks }
+    }
+
+    /// The subcommand as terraform's help writes it: `apply`, `state mv`; empty for none.
+    pub(crate) fn command(&self) -> String {
+        let words: Vec<_> = self.words.iter().map(|word| word.to_string_lossy()).collect();
+        words.join(" ")
+    }
+
+    /// Whether the command can take a state lock, or is unknown to us, so that it might.
+    ///
+    /// Nearly every command can, also those that only read: an S3 backend locks while it creates the state of a
+    /// workspace that does not exist yet, whoever asks for it (backend/remote-state/s3/backend_state.go, StateMgr).
+    /// `more_arguments` tells that `TF_CLI_ARGS` or one of its kind is set: terraform puts those words behind the
+    /// first one that is no flag (main.go, mergeEnvArgs), where they may turn one command into another.
+    pub(crate) fn can_lock(&self, more_arguments: bool) -> bool {
+        let words: Vec<_> = self.words.iter().map(|word| word.as_bytes()).collect();
+        match words.as_slice() {
+            [] => more_arguments,
+            _ if self.asks_for_help_or_version => false,
+            [b"version" | b"fmt" | b"validate" | b"get" | b"login" | b"logout" | b"metadata"] => false,
+            [b"providers", b"lock" | b"mirror"] | [b"workspace", b"show"] => more_arguments,
+            _ => true,
+        }
+    }
+
+    /// Whether terraform throws every SIGINT and SIGTERM away while this command runs: it catches them for all
+    /// commands (commands.go, makeShutdownCh), and these never look.
+    pub(crate) fn ignores_interrupts(&self) -> bool {
+        let first = self.words.first().map(|word| word.as_bytes());
+        matches!(
+            first,
+            Some(
+                b"import" | b"state" | b"taint" | b"untaint" | b"workspace" | b"console" | b"force-unlock"
+                    | b"show" | b"graph"
+            )
+        )
+    }
+
+    /// Where terraform works: the current directory, changed by `-chdir`.
+    pub(crate) fn working_directory(&self, current: &Path) -> PathBuf {
+        match &self.directory {
+            Some(directory) => current.join(directory),
+            None => current.to_owned(),
+        }
+    }
+}
+
+/// hashicorp/cli, `processArgs`.
+fn is_help(argument: &OsStr) -> bool {
+    ["-h", "-help", "--help"].iter().any(|name| argument == *name)
+}
+
+/// main.go: any of these becomes the `version` command.
+fn is_version(argument: &OsStr) -> bool {
+    ["-v", "-version", "--version"].iter().any(|name| argument == *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> CommandLine {
+        let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        CommandLine::parse(&arguments)
+    }
+
+    #[test]
+    fn only_commands_that_cannot_lock_are_let_go() {
+        for line in [
+            "", "version", "-version", "--version", "-v", "fmt -check", "fmt", "validate -json", "-help", "-h",
+            "apply -help", "plan -h", "-chdir=x version", "get -update", "login", "logout host",
+            "providers lock", "providers mirror dir", "workspace show", "state -help", "state mv -help",
+        ] {
+            assert!(!parse(line).can_lock(false), "{line:?}");
+        }
+        for line in [
+            "apply", "plan", "destroy", "refresh", "import a b", "init", "console", "state mv a b", "state list",
+            "taint a", "workspace new w", "workspace select w", "workspace list", "show", "output", "test", "query",
+            "graph", "providers", "providers schema -json", "force-unlock id", "a-command-of-tomorrow", "state",
+            "-chdir=x apply", "apply -var -help", "state mv a -help",
+        ] {
+            assert!(parse(line).can_lock(false), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn words_from_the_environment_may_make_another_command() {
+        assert!(parse("").can_lock(true));
+        assert!(parse("workspace show").can_lock(true));
+        assert!(!parse("version").can_lock(true));
+    }
+
+    #[test]
+    fn the_last_chdir_before_the_subcommand_counts() {
+        assert_eq!(parse("-chdir=a plan -chdir=b").directory, Some(PathBuf::from("a")));
+        assert_eq!(parse("plan -chdir=b").directory, None);
+        assert_eq!(parse("-chdir=sub plan").working_directory(Path::new("/w")), Path::new("/w/sub"));
+        assert_eq!(parse("-chdir=/abs plan").working_directory(Path::new("/w")), Path::new("/abs"));
+    }
+
+    #[test]
+    fn the_command_has_one_word_or_two() {
+        assert_eq!(parse("apply plan.out").command(), "apply");
+        assert_eq!(parse("state mv -lock=true a b").command(), "state mv");
+        assert_eq!(parse("workspace new green").operands, ["green"]);
+        assert_eq!(parse("").command(), "");
+    }
+
+    #[test]
+    fn arguments_that_are_not_utf_8_are_read() {
+        let arguments = [OsString::from("plan"), OsStr::from_bytes(b"\xff\xfe").to_owned(), OsString::new()];
+        assert_eq!(CommandLine::parse(&arguments).command(), "plan");
+        assert!(CommandLine::parse(&[OsStr::from_bytes(b"\xff").to_owned()]).can_lock(false));
+    }
+}

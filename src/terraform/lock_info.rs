@@ -1,0 +1,112 @@
+//! Terraform's lock: the JSON that stands in a DynamoDB item or a `.tflock` object.
+
+use jiff::Timestamp;
+use serde::Deserialize;
+
+/// statemgr.LockInfo (internal/states/statemgr/locker.go). Field names are Go's own; nothing else is promised.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct LockInfo {
+    /// 8-4-4-4-12 hexadecimal digits, drawn anew for each lock.
+    #[serde(rename = "ID")]
+    pub(crate) id: String,
+    /// `OperationTypeApply`, `state-mv`, `init`...
+    #[serde(default)]
+    pub(crate) operation: String,
+    /// `user@host`.
+    #[serde(default)]
+    pub(crate) who: String,
+    /// Terraform's version.
+    #[serde(default)]
+    pub(crate) version: String,
+    /// When the holder began to ask for the lock, by its own clock, RFC 3339.
+    #[serde(default)]
+    pub(crate) created: String,
+    /// For S3: `bucket/key` of the state.
+    #[serde(default)]
+    pub(crate) path: String,
+}
+
+impl LockInfo {
+    /// Reads a lock. `None` for anything that is not one.
+    pub(crate) fn parse(json: &str) -> Option<Self> {
+        serde_json::from_str(json).ok()
+    }
+
+    /// `Created` as a point in time.
+    pub(crate) fn created(&self) -> Option<Timestamp> {
+        self.created.parse().ok()
+    }
+}
+
+/// Whether `text` has the form of a lock ID. A torn or foreign one must never be looked for.
+pub(crate) fn is_lock_id(text: &str) -> bool {
+    let lengths = [8, 4, 4, 4, 12];
+    let parts: Vec<_> = text.split('-').collect();
+    parts.len() == lengths.len()
+        && parts.iter().zip(lengths).all(|(part, length)| {
+            part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        })
+}
+
+/// `Who` as a terraform that we start writes it: `user@host`.
+///
+/// Release builds of Terraform have no C library, so Go reads /etc/passwd for the user ID, falls back to `$USER` where
+/// also `$HOME` is set, and the error of both leaves the name empty (os/user/lookup_stubs.go; statemgr.NewLockInfo).
+pub(crate) fn who() -> String {
+    let uid = nix::unistd::getuid();
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let user = user_in_passwd(&passwd, uid.as_raw()).or_else(|| {
+        #[cfg(target_os = "macos")]
+        if let Ok(Some(user)) = nix::unistd::User::from_uid(uid) {
+            return Some(user.name);
+        }
+        let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        set("HOME").and(set("USER"))
+    });
+    let host = nix::unistd::gethostname().map(|host| host.to_string_lossy().into_owned());
+    format!("{}@{}", user.unwrap_or_default(), host.unwrap_or_default())
+}
+
+fn user_in_passwd(passwd: &str, uid: u32) -> Option<String> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let number: u32 = fields.nth(1)?.parse().ok()?;
+        (number == uid && !name.is_empty() && !name.starts_with('#')).then(|| name.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_whole_or_it_is_none() {
+        assert!(is_lock_id("5e75cb05-d70c-4132-39e0-d2abba1b3077"));
+        for text in ["", "5e75cb", "5e75cb05-d70c-4132-39e0-d2abba1b307", "5E75CB05-D70C-4132-39E0-D2ABBA1B3077",
+            "5e75cb05-d70c-4132-39e0-d2abba1b30777", "g e75cb05-d70c-4132-39e0-d2abba1b3077", "----"]
+        {
+            assert!(!is_lock_id(text), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_user_is_the_one_of_the_number() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\n#old:x:7:7::/:/bin/sh\nanna:x:1000:1000::/home/anna:/bin/sh\n";
+        assert_eq!(user_in_passwd(passwd, 1000).as_deref(), Some("anna"));
+        assert_eq!(user_in_passwd(passwd, 7), None);
+        assert_eq!(user_in_passwd(passwd, 5), None);
+    }
+
+    #[test]
+    fn a_lock_is_read_and_junk_is_not() {
+        let json = r#"{"ID":"5e75cb05-d70c-4132-39e0-d2abba1b3077","Operation":"OperationTypeApply","Info":"","Who":"root@vm","Version":"1.11.4","Created":"2026-11-22T23:26:03.031578055Z","Path":"bkt/dir/prod.tfstate"}"#;
+        let info = LockInfo::parse(json).unwrap();
+        assert_eq!(info.who, "root@vm");
+        assert_eq!(info.created().unwrap().to_string(), "2026-11-22T23:26:03.031578055Z");
+        for junk in ["", "{}", "null", "[]", r#"{"ID":7}"#, &json[..40]] {
+            assert_eq!(LockInfo::parse(junk), None, "{junk:?}");
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! The locks that a core log tells of.
+//!
+//! Since Terraform 1.10 the S3 backend writes at INFO, each with the lock's ID (backend/remote-state/s3/client.go):
+//! `Attempting to lock remote state (KIND)...` before it asks, `Locked remote state (KIND)` when it has it,
+//! `Attempting to unlock remote state (KIND)...` before it gives it back, and `Unlocked remote state (KIND)` when every
+//! half is gone. KIND is `S3 Native only`, `DynamoDB only` or `S3 Native and DynamoDB`.
+//! `Uploading remote state` comes before a write of the state and of its digest; nothing comes after one.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::lock_info::is_lock_id;
+use super::record::Record;
+
+/// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Halves {
+    /// A `.tflock` object.
+    pub(crate) s3: bool,
+    /// A DynamoDB item.
+    pub(crate) dynamodb: bool,
+}
+
+/// What the log says of one lock that terraform asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordedLock {
+    /// The lock ID.
+    pub(crate) id: String,
+    /// `OperationTypeApply`...
+    pub(crate) operation: String,
+    /// `user@host`.
+    pub(crate) who: String,
+    /// Terraform's version.
+    pub(crate) version: String,
+    /// `bucket/key`.
+    pub(crate) path: String,
+    /// The bucket of the state.
+    pub(crate) bucket: String,
+    /// The key of the state.
+    pub(crate) key: String,
+    /// Which halves it asked for.
+    pub(crate) halves: Halves,
+    /// When it asked first. With `-lock-timeout` it asks again, with the same ID.
+    pub(crate) asked: Timestamp,
+    requests: Vec<String>,
+    /// When it got the lock.
+    pub(crate) locked: Option<Timestamp>,
+    /// It has begun to give the lock back: its deletes, which carry no condition, may be on their way.
+    pub(crate) unlocking: bool,
+    /// It said that every half is gone.
+    pub(crate) unlocked: bool,
+    /// It has begun to write the state and not yet to unlock: the write may be on its way.
+    pub(crate) uploading: bool,
+    /// Two records of this ID disagree, or an answer came to a request that was never made.
+    pub(crate) contradicted: bool,
+}
+
+/// How far a record's time may lie before the one above it: records of two goroutines are timed before they queue for
+/// the writer (go-hclog, intlogger.go, `log`), so neighbours may be swapped by as long as one was kept waiting.
+const DISORDER: SignedDuration = SignedDuration::from_secs(1);
+
+/// No record that matters is longer; what is, is skipped.
+const LONGEST_LINE: usize = 1 << 16;
+
+/// Everything that matters in a core log, read piece by piece.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Log {
+    /// In the order in which terraform asked for them.
+    pub(crate) locks: Vec<RecordedLock>,
+    /// The version of the terraform whose log this is, from its first record. None: that record was not seen, so the
+    /// log is not whole.
+    pub(crate) version: Option<String>,
+    /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
+    pub(crate) disordered: bool,
+    latest: Option<Timestamp>,
+    partial: Vec<u8>,
+}
+
+impl Log {
+    /// Takes the next bytes of the log.
+    pub(crate) fn read(&mut self, bytes: &[u8]) {
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            if self.partial.len() < LONGEST_LINE {
+                self.partial.extend_from_slice(piece);
+            }
+            if piece.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.partial);
+                // What is cut off at its end, by a full disk or by our limit, is no record: half an ID would be
+                // another lock's.
+                if line.ends_with(b"\n") {
+                    self.line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']));
+                }
+            }
+        }
+    }
+
+    /// The log ends within a line: the disk was full, or terraform died while it wrote.
+    pub(crate) fn is_torn(&self) -> bool {
+        !self.partial.is_empty()
+    }
+
+    /// Whether a lock would stand in this log: since Terraform 1.10 the S3 backend writes each down. OpenTofu does not.
+    pub(crate) fn tells_locks(&self) -> bool {
+        let Some(version) = &self.version else { return false };
+        let mut numbers = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+        (numbers.next(), numbers.next()) >= (Some(1), Some(10))
+    }
+
+    /// The locks that terraform asked for and did not say to have given back.
+    pub(crate) fn standing(&self) -> impl Iterator<Item = &RecordedLock> {
+        self.locks.iter().filter(|lock| !lock.unlocked)
+    }
+
+    fn line(&mut self, line: &str) {
+        let Some(record) = Record::parse(line) else { return };
+        if self.version.is_none() && record.message == "Terraform version" {
+            self.version = Some(record.rest().split(' ').next().unwrap_or_default().to_owned());
+        }
+        if self.latest.is_some_and(|latest| record.time < latest - DISORDER) {
+            self.disordered = true;
+        }
+        self.latest = self.latest.max(Some(record.time));
+        if record.module != "backend-s3" {
+            return;
+        }
+        if let Some(kind) = between(record.message, "Attempting to lock remote state (", ")...") {
+            self.asked(&record, kind);
+        } else if between(record.message, "Locked remote state (", ")").is_some() {
+            self.got(&record);
+        } else if between(record.message, "Attempting to unlock remote state (", ")...").is_some() {
+            if let Some(lock) = self.lock_of(&record) {
+                lock.unlocking = true;
+                lock.uploading = false;
+            }
+        } else if between(record.message, "Unlocked remote state (", ")").is_some() {
+            if let Some(lock) = self.lock_of(&record) {
+                lock.unlocked = true;
+            }
+        } else if record.message == "Uploading remote state" {
+            let field = |name| record.field(name).unwrap_or_default();
+            let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
+            for lock in &mut self.locks {
+                if lock.bucket == bucket && lock.key == key && !lock.unlocking {
+                    lock.uploading = true;
+                }
+            }
+        }
+    }
+
+    fn lock_of(&mut self, record: &Record<'_>) -> Option<&mut RecordedLock> {
+        let id = record.field("tf_backend.lock.id")?;
+        self.locks.iter_mut().find(|lock| lock.id == id)
+    }
+
+    fn asked(&mut self, record: &Record<'_>, kind: &str) {
+        let field = |name| record.field(name).unwrap_or_default();
+        let id = field("tf_backend.lock.id");
+        if !is_lock_id(&id) {
+            return;
+        }
+        let halves = match kind {
+            "S3 Native only" => Halves { s3: true, dynamodb: false },
+            "DynamoDB only" => Halves { s3: false, dynamodb: true },
+            // Both, and whatever a later version calls it: to look in both places is never wrong.
+            _ => Halves { s3: true, dynamodb: true },
+        };
+        let lock = RecordedLock {
+            id,
+            operation: field("tf_backend.lock.operation"),
+            who: field("tf_backend.lock.who"),
+            version: field("tf_backend.lock.version"),
+            path: field("tf_backend.lock.path"),
+            bucket: field("tf_backend.s3.bucket"),
+            key: field("tf_backend.s3.path"),
+            halves,
+            asked: record.time,
+            requests: vec![field("tf_backend.req_id")],
+            locked: None,
+            unlocking: false,
+            unlocked: false,
+            uploading: false,
+            contradicted: false,
+        };
+        match self.locks.iter_mut().find(|known| known.id == lock.id) {
+            None => self.locks.push(lock),
+            Some(known) => {
+                let same = known.operation == lock.operation
+                    && known.who == lock.who
+                    && known.version == lock.version
+                    && known.path == lock.path
+                    && known.bucket == lock.bucket
+                    && known.key == lock.key
+                    && known.halves == lock.halves;
+                // An ID is drawn for one lock: asked for again after it was had, it is somebody's forgery.
+                known.contradicted |= !same || known.locked.is_some() || known.unlocking;
+                known.requests.extend(lock.requests);
+            }
+        }
+    }
+
+    fn got(&mut self, record: &Record<'_>) {
+        let request = record.field("tf_backend.req_id").unwrap_or_default();
+        let path = record.field("tf_backend.lock.path").unwrap_or_default();
+        let time = record.time;
+        if let Some(lock) = self.lock_of(record) {
+            lock.contradicted |= !lock.requests.contains(&request) || lock.path != path;
+            lock.locked = Some(time);
+        }
+    }
+}
+
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    text.strip_prefix(before)?.strip_suffix(after)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) const ID: &str = "5e75cb05-d70c-4132-39e0-d2abba1b3077";
+
+    pub(crate) fn lock_line(second: u32, message: &str, id: &str, request: &str) -> String {
+        format!(
+            "2026-11-23T01:46:{second:02}.593Z [INFO]  backend-s3: {message}: tf_backend.lock.id={id} \
+             tf_backend.lock.info=\"\" tf_backend.lock.operation=OperationTypeApply \
+             tf_backend.lock.path=bkt/dir/prod.tfstate tf_backend.lock.version=1.11.4 tf_backend.lock.who=root@vm \
+             tf_backend.operation=Lock tf_backend.req_id={request} tf_backend.s3.bucket=bkt \
+             tf_backend.s3.path=dir/prod.tfstate\n"
+        )
+    }
+
+    fn asking(second: u32, id: &str, request: &str) -> String {
+        lock_line(second, "Attempting to lock remote state (S3 Native and DynamoDB)...", id, request)
+    }
+
+    fn locked(second: u32, id: &str, request: &str) -> String {
+        lock_line(second, "Locked remote state (S3 Native and DynamoDB)", id, request)
+    }
+
+    fn short(second: u32, message: &str, id: &str) -> String {
+        format!(
+            "2026-11-23T01:46:{second:02}.600Z [INFO]  backend-s3: {message}: tf_backend.lock.id={id} \
+             tf_backend.operation=Unlock tf_backend.req_id=u tf_backend.s3.bucket=bkt \
+             tf_backend.s3.path=dir/prod.tfstate\n"
+        )
+    }
+
+    const UPLOADING: &str = "2026-11-23T01:46:10.651Z [INFO]  backend-s3: Uploading remote state: \
+        tf_backend.operation=Put tf_backend.req_id=p tf_backend.s3.bucket=bkt tf_backend.s3.path=dir/prod.tfstate\n";
+
+    fn log(text: &str) -> Log {
+        let mut log = Log::default();
+        log.read(text.as_bytes());
+        log
+    }
+
+    fn whole_life() -> String {
+        [
+            "2026-11-23T01:46:07.565Z [INFO]  Terraform version: 1.11.4\n".to_owned(),
+            asking(7, ID, "r1"),
+            locked(8, ID, "r1"),
+            UPLOADING.to_owned(),
+            short(11, "Attempting to unlock remote state (S3 Native and DynamoDB)...", ID),
+            short(12, "Unlocked remote state (S3 Native and DynamoDB)", ID),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn a_lock_that_was_given_back_does_not_stand() {
+        let log = log(&whole_life());
+        assert_eq!(log.standing().count(), 0);
+        assert_eq!(log.locks.len(), 1);
+        assert!(log.tells_locks() && !log.disordered && !log.is_torn());
+    }
+
+    #[test]
+    fn only_a_terraform_that_writes_its_locks_down_is_believed_to_have_none() {
+        for (version, tells) in [("1.11.4", true), ("1.10.0-beta1", true), ("2.0.0", true), ("1.9.8", false), ("0.15.0", false)] {
+            let text = format!("2026-11-23T01:46:07.565Z [INFO]  Terraform version: {version}\n");
+            assert_eq!(log(&text).tells_locks(), tells, "{version}");
+        }
+        assert!(!log("2026-11-23T01:46:07.565Z [INFO]  OpenTofu version: 1.10.0\n").tells_locks());
+        assert!(!log("").tells_locks());
+    }
+
+    #[test]
+    fn a_log_cut_at_any_byte_claims_no_other_lock_and_no_lock_too_few() {
+        let text = whole_life();
+        let asked = text.find("Locked remote").unwrap();
+        for end in 0..text.len() {
+            let log = log(&text[..end]);
+            assert!(log.locks.iter().all(|lock| lock.id == ID), "cut at {end}");
+            if end >= asked {
+                assert_eq!(log.standing().count(), 1, "cut at {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_log_read_in_pieces_is_the_same_log() {
+        let text = whole_life();
+        for size in 1..200 {
+            let mut pieces = Log::default();
+            text.as_bytes().chunks(size).for_each(|piece| pieces.read(piece));
+            assert_eq!(pieces, log(&text), "pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn an_upload_is_under_way_until_the_unlock_begins() {
+        let until = |text: &str| log(&whole_life()[..whole_life().find(text).unwrap()]).locks[0].uploading;
+        assert!(!until("2026-11-23T01:46:10.651Z"));
+        assert!(until("2026-11-23T01:46:11"));
+        assert!(!until("2026-11-23T01:46:12"));
+    }
+
+    #[test]
+    fn asking_again_is_the_same_lock_with_one_more_request() {
+        let log = log(&[asking(7, ID, "r1"), asking(8, ID, "r2"), locked(8, ID, "r2")].concat());
+        assert_eq!(log.locks.len(), 1);
+        assert!(!log.locks[0].contradicted);
+        assert!(log.locks[0].locked.is_some());
+    }
+
+    #[test]
+    fn an_answer_to_a_request_that_was_never_made_is_a_contradiction() {
+        assert!(log(&[asking(7, ID, "r1"), locked(8, ID, "r9")].concat()).locks[0].contradicted);
+        let other = asking(8, ID, "r2").replace("who=root@vm", "who=anna@vm");
+        assert!(log(&[asking(7, ID, "r1"), other].concat()).locks[0].contradicted);
+        assert!(log(&[asking(7, ID, "r1"), locked(8, ID, "r1"), asking(9, ID, "r2")].concat()).locks[0].contradicted);
+    }
+
+    #[test]
+    fn locked_without_asking_is_no_lock() {
+        assert!(log(&locked(8, ID, "r1")).locks.is_empty());
+    }
+
+    #[test]
+    fn a_short_or_empty_id_is_no_lock() {
+        for id in ["", "1edeca", "*", "5e75cb05-d70c-4132-39e0-d2abba1b307"] {
+            assert!(log(&asking(7, id, "r1")).locks.is_empty(), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn time_that_runs_backwards_is_seen_and_swapped_neighbours_are_not() {
+        assert!(log(&[asking(9, ID, "r1"), locked(7, ID, "r1")].concat()).disordered);
+        assert!(!log(&[asking(9, ID, "r1"), locked(8, ID, "r1")].concat()).disordered);
+    }
+
+    #[test]
+    fn a_line_without_end_is_skipped_and_the_next_is_read() {
+        let text = format!("{}\n{}", "x".repeat(1 << 20), asking(7, ID, "r1"));
+        assert_eq!(log(&text).locks.len(), 1);
+    }
+
+    #[test]
+    fn two_locks_of_a_migration_are_two() {
+        let other = "11111111-d70c-4132-39e0-d2abba1b3077";
+        let log = log(&[asking(7, ID, "r1"), asking(7, other, "r2")].concat());
+        assert_eq!(log.standing().count(), 2);
+    }
+}

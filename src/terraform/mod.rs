@@ -1,0 +1,11 @@
+//! What we know of terraform: its command line, its binary, its data directory, its log and its lock.
+//!
+//! Facts about Terraform name the file of its source where they stand (v1.11.4 unless another version is given).
+
+pub(crate) mod backend;
+pub(crate) mod binary;
+pub(crate) mod command_line;
+pub(crate) mod data_directory;
+pub(crate) mod lock_info;
+pub(crate) mod log;
+pub(crate) mod record;
