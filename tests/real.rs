@@ -1,1 +1,20 @@
+//! `tf` around real Terraform, against a real protocol server, with real processes, signals and terminals.
+//!
+//! Every test is named for the promise that it holds. What bare terraform does in the same place is tried beside it
+//! wherever the promise is about a difference.
 
+#[path = "support/mod.rs"]
+mod support;
+
+#[path = "real/given_back.rs"]
+mod given_back;
+#[path = "real/interrupted_once.rs"]
+mod interrupted_once;
+#[path = "real/invisible.rs"]
+mod invisible;
+#[path = "real/never_anothers.rs"]
+mod never_anothers;
+#[path = "real/said_well.rs"]
+mod said_well;
+#[path = "real/terminal.rs"]
+mod terminal;

@@ -1,0 +1,131 @@
+//! S3, DynamoDB and STS on loopback: MiniStack, started once, ended with the tests.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::{Value, json};
+
+use super::http::{self, Message};
+use super::wait_for;
+
+/// A port that nobody listens on.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// A program of the tests' own virtual environment, which `make test` sets up.
+pub fn tool(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin").join(name);
+    assert!(path.exists(), "{} is missing: run `make tools` first, or `make test`, which does", path.display());
+    path
+}
+
+/// Starts a server that ends when the tests end, however they do: its keeper waits for the end of a pipe that we hold.
+pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Child {
+    let keeper = r#"
+import os, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+sys.stdin.read()
+child.send_signal(signal.SIGKILL)
+"#;
+    Command::new(tool("python3"))
+        .args(["-c", keeper])
+        .args(command)
+        .envs(environment.iter().copied())
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// The loopback cloud.
+pub struct Cloud {
+    pub port: u16,
+    /// DynamoDB's port: the same, or that of AWS's own DynamoDB Local in the conformance run.
+    pub dynamodb_port: u16,
+    _server: Child,
+}
+
+static CLOUD: OnceLock<Cloud> = OnceLock::new();
+
+/// The one that all tests share; each has buckets and tables of its own.
+pub fn cloud() -> &'static Cloud {
+    CLOUD.get_or_init(|| Cloud::start(&[]))
+}
+
+impl Cloud {
+    pub fn start(environment: &[(&str, &str)]) -> Self {
+        let port = free_port();
+        let text = port.to_string();
+        let mut all = vec![("BIND_HOST", "127.0.0.1"), ("GATEWAY_PORT", text.as_str())];
+        all.extend(environment);
+        let server = keep(&[tool("ministack").to_str().unwrap()], &all);
+        wait_for(
+            "MiniStack",
+            || http::ask(port, "GET", "/_ministack/health", &[], b"").filter(|answer| answer.status() == 200),
+            || format!("nothing on port {port}"),
+        );
+        let dynamodb_port = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok()).unwrap_or(port);
+        Self { port, dynamodb_port, _server: server }
+    }
+
+    /// A DynamoDB call.
+    pub fn dynamodb(&self, operation: &str, body: &Value) -> Value {
+        let target = format!("DynamoDB_20120810.{operation}");
+        let headers = [
+            ("X-Amz-Target", target.as_str()),
+            ("Content-Type", "application/x-amz-json-1.0"),
+            ("Authorization", &authorization("dynamodb")),
+            ("X-Amz-Date", "20260101T000000Z"),
+        ];
+        let answer = http::ask(self.dynamodb_port, "POST", "/", &headers, body.to_string().as_bytes()).unwrap();
+        serde_json::from_slice(&answer.body).unwrap_or(Value::Null)
+    }
+
+    /// An S3 call; `path` begins with the bucket.
+    pub fn s3(&self, method: &str, path: &str, body: &[u8]) -> Message {
+        let headers = [("Authorization", authorization("s3")), ("X-Amz-Date", "20260101T000000Z".into())];
+        let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        http::ask(self.port, method, &format!("/{path}"), &headers, body).unwrap()
+    }
+
+    pub fn create_table(&self, table: &str) {
+        let answer = self.dynamodb(
+            "CreateTable",
+            &json!({
+                "TableName": table, "BillingMode": "PAY_PER_REQUEST",
+                "AttributeDefinitions": [{"AttributeName": "LockID", "AttributeType": "S"}],
+                "KeySchema": [{"AttributeName": "LockID", "KeyType": "HASH"}],
+            }),
+        );
+        assert!(answer["TableDescription"].is_object(), "{answer}");
+    }
+
+    /// The `Info` of a lock item.
+    pub fn item(&self, table: &str, path: &str) -> Option<String> {
+        let answer = self.dynamodb(
+            "GetItem",
+            &json!({"TableName": table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}),
+        );
+        answer["Item"]["Info"]["S"].as_str().map(ToOwned::to_owned)
+    }
+
+    pub fn put_item(&self, table: &str, path: &str, info: &str) {
+        self.dynamodb("PutItem", &json!({"TableName": table, "Item": {"LockID": {"S": path}, "Info": {"S": info}}}));
+    }
+
+    pub fn delete_item(&self, table: &str, path: &str) {
+        self.dynamodb("DeleteItem", &json!({"TableName": table, "Key": {"LockID": {"S": path}}}));
+    }
+
+    /// The body of an object.
+    pub fn object(&self, path: &str) -> Option<String> {
+        let answer = self.s3("GET", path, b"");
+        (answer.status() == 200).then(|| answer.text())
+    }
+}
+
+fn authorization(service: &str) -> String {
+    format!("AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0")
+}

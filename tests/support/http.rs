@@ -1,0 +1,98 @@
+//! HTTP/1.1 as far as the tests need it: whole messages over a socket.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+
+/// A request or a response: its first line, its headers, its body.
+#[derive(Clone, Debug)]
+pub struct Message {
+    pub start: String,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Message {
+    /// The value of a header, its name in any case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+
+    pub fn status(&self) -> u16 {
+        self.start.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0)
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// The message as it goes over the wire, its body whole.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = format!("{}\r\n", self.start).into_bytes();
+        for (name, value) in &self.headers {
+            bytes.extend(format!("{name}: {value}\r\n").into_bytes());
+        }
+        bytes.extend(b"\r\n");
+        bytes.extend(&self.body);
+        bytes
+    }
+
+    /// Reads a message. `to_head` tells that it answers a HEAD, and so has no body whatever its length says.
+    /// With `continues`, a sender that waits for `100 Continue` is told to go on.
+    pub fn read(stream: &mut BufReader<TcpStream>, continues: bool, to_head: bool) -> Option<Self> {
+        let mut line = String::new();
+        stream.read_line(&mut line).ok().filter(|length| *length > 0)?;
+        let start = line.trim_end().to_owned();
+        let mut headers = Vec::new();
+        loop {
+            line.clear();
+            stream.read_line(&mut line).ok().filter(|length| *length > 0)?;
+            match line.trim_end().split_once(':') {
+                Some((name, value)) => headers.push((name.to_owned(), value.trim().to_owned())),
+                None => break,
+            }
+        }
+        let mut message = Self { start, headers, body: Vec::new() };
+        if continues && message.header("expect").is_some() {
+            stream.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
+            message.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("expect"));
+        }
+        if message.start.contains(" 100 ") {
+            return Self::read(stream, continues, to_head);
+        }
+        if to_head || message.status() == 204 || message.status() == 304 {
+            return Some(message);
+        }
+        if message.header("transfer-encoding").is_some_and(|value| value.contains("chunked")) {
+            loop {
+                line.clear();
+                stream.read_line(&mut line).ok()?;
+                let length = usize::from_str_radix(line.trim().split(';').next()?, 16).ok()?;
+                let mut chunk = vec![0; length + 2];
+                stream.read_exact(&mut chunk).ok()?;
+                message.body.extend(&chunk[..length]);
+                if length == 0 {
+                    break;
+                }
+            }
+            message.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("transfer-encoding"));
+            message.headers.push(("Content-Length".into(), message.body.len().to_string()));
+        } else if let Some(length) = message.header("content-length").and_then(|length| length.parse().ok()) {
+            message.body = vec![0; length];
+            stream.read_exact(&mut message.body).ok()?;
+        }
+        Some(message)
+    }
+}
+
+/// Sends one request to a port of this machine and reads the answer.
+pub fn ask(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Message> {
+    let stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let mut headers: Vec<_> = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    headers.push(("Host".into(), format!("127.0.0.1:{port}")));
+    headers.push(("Content-Length".into(), body.len().to_string()));
+    headers.push(("Connection".into(), "close".into()));
+    let request = Message { start: format!("{method} {path} HTTP/1.1"), headers, body: body.to_vec() };
+    let mut stream = BufReader::new(stream);
+    stream.get_mut().write_all(&request.bytes()).ok()?;
+    Message::read(&mut stream, false, method == "HEAD")
+}

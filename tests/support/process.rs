@@ -1,0 +1,200 @@
+//! A process under test: started with pipes in a session of its own, watched, signalled, waited for.
+
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+use super::wait_for;
+
+/// What a process left behind.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub out: String,
+    pub err: String,
+}
+
+impl Ended {
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
+    }
+
+    pub fn core_dumped(&self) -> bool {
+        self.status.core_dumped()
+    }
+}
+
+type Captured = Arc<Mutex<Vec<u8>>>;
+
+pub struct Run {
+    child: Child,
+    out: Captured,
+    err: Captured,
+    readers: Vec<JoinHandle<()>>,
+    pub stdin: Option<ChildStdin>,
+}
+
+fn capture(mut source: impl Read + Send + 'static, into: &Captured) -> JoinHandle<()> {
+    let into = Arc::clone(into);
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(length @ 1..) = source.read(&mut bytes) {
+            into.lock().unwrap().extend(&bytes[..length]);
+        }
+    })
+}
+
+fn text(captured: &Captured) -> String {
+    String::from_utf8_lossy(&captured.lock().unwrap()).into_owned()
+}
+
+impl Run {
+    pub fn start(mut command: Command) -> Self {
+        // SAFETY: setsid is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                Ok(())
+            });
+        }
+        Self::start_as_is(command)
+    }
+
+    /// Without a session of its own.
+    pub fn start_as_is(mut command: Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (out, err) = (Captured::default(), Captured::default());
+        let readers = vec![
+            capture(child.stdout.take().unwrap(), &out),
+            capture(child.stderr.take().unwrap(), &err),
+        ];
+        let stdin = child.stdin.take();
+        Self { child, out, err, readers, stdin }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    pub fn out(&self) -> String {
+        text(&self.out)
+    }
+
+    pub fn err(&self) -> String {
+        text(&self.err)
+    }
+
+    #[track_caller]
+    pub fn wait_for_out(&self, what: &str) {
+        wait_for(what, || self.out().contains(what).then_some(()), || format!("{}\n{}", self.out(), self.err()));
+    }
+
+    #[track_caller]
+    pub fn wait_for_err(&self, what: &str) {
+        wait_for(what, || self.err().contains(what).then_some(()), || format!("{}\n{}", self.out(), self.err()));
+    }
+
+    pub fn send(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    pub fn send_to_group(&self, signal: Signal) {
+        killpg(self.pid(), signal).unwrap();
+    }
+
+    pub fn type_in(&mut self, text: &str) {
+        self.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for the end of the process and of its output.
+    #[track_caller]
+    pub fn wait(mut self) -> Ended {
+        drop(self.stdin.take());
+        let (out, err) = (Arc::clone(&self.out), Arc::clone(&self.err));
+        let status = wait_for("the end of the process", || self.child.try_wait().unwrap(), || {
+            format!("{}\n{}\n{}", text(&out), text(&err), all_processes())
+        });
+        for reader in self.readers.drain(..) {
+            reader.join().unwrap();
+        }
+        Ended { status, out: text(&self.out), err: text(&self.err) }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            let _ = kill_tree(self.pid());
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn all_processes() -> String {
+    let output = Command::new("ps").args(["-eo", "pid,ppid,pgid,sid,tpgid,stat,args", "--forest"]).output();
+    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}
+
+/// The processes below `root`, itself among them, as /proc shows them: (pid, name, state, group).
+pub fn tree(root: Pid) -> Vec<(Pid, String, char, Pid)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Ok(stat) = std::fs::read(format!("/proc/{pid}/stat")) else { continue };
+        let stat = String::from_utf8_lossy(&stat).into_owned();
+        let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
+        let fields: Vec<&str> = stat[close + 2..].split(' ').collect();
+        let number = |place: usize| Pid::from_raw(fields[place].parse().unwrap_or(0));
+        all.push((Pid::from_raw(pid), stat[open + 1..close].to_owned(), fields[0].chars().next().unwrap(), number(1), number(2)));
+    }
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let parent = found[next];
+        found.extend(all.iter().filter(|process| process.3 == parent).map(|process| process.0));
+        next += 1;
+    }
+    all.into_iter()
+        .filter(|(pid, ..)| found.contains(pid))
+        .map(|(pid, name, state, _, group)| (pid, name, state, group))
+        .collect()
+}
+
+fn kill_tree(root: Pid) -> nix::Result<()> {
+    for (pid, ..) in tree(root) {
+        let _ = kill(pid, Signal::SIGKILL);
+    }
+    Ok(())
+}
+
+/// The terraform below `root`.
+#[track_caller]
+pub fn terraform_below(root: Pid) -> Pid {
+    wait_for(
+        "terraform",
+        || tree(root).into_iter().find(|(_, name, ..)| name == "terraform").map(|(pid, ..)| pid),
+        || format!("{:?}", tree(root)),
+    )
+}
+
+/// The state of a process: `S`, `T`, `Z`...; `None` when it is gone.
+pub fn state(pid: Pid) -> Option<char> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat).into_owned();
+    stat[stat.rfind(')')? + 2..].chars().next()
+}

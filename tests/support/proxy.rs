@@ -1,0 +1,119 @@
+//! A proxy in front of the loopback cloud, for what no real server does on demand: holding a request back and still
+//! delivering it when its sender is long dead; answering and losing the answer; answering something else.
+
+use std::io::{BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
+
+use super::http::Message;
+use super::wait_for;
+
+/// What is done with a request.
+pub enum Deed {
+    /// Passed on.
+    Pass,
+    /// Kept until [`Proxy::let_go`], then passed on.
+    Hold,
+    /// Passed on, its answer thrown away and the connection closed.
+    LoseAnswer,
+    /// Answered by us.
+    Answer(Message),
+}
+
+type Rule = dyn Fn(&Message) -> Deed + Send + Sync;
+
+struct Shared {
+    rule: Box<Rule>,
+    upstream: u16,
+    held: Mutex<(usize, bool)>,
+    changed: Condvar,
+    delivered: Mutex<Vec<String>>,
+}
+
+pub struct Proxy {
+    pub port: u16,
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    pub fn start(upstream: u16, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let shared = Arc::new(Shared {
+            rule: Box::new(rule),
+            upstream,
+            held: Mutex::new((0, false)),
+            changed: Condvar::new(),
+            delivered: Mutex::default(),
+        });
+        let for_listener = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = Arc::clone(&for_listener);
+                std::thread::spawn(move || serve(stream, &shared));
+            }
+        });
+        Self { port, shared }
+    }
+
+    /// Waits until a request is held.
+    #[track_caller]
+    pub fn wait_until_held(&self) {
+        wait_for("a held request", || (self.shared.held.lock().unwrap().0 > 0).then_some(()), || "none".to_owned());
+    }
+
+    /// Delivers what is held, and holds nothing any more.
+    pub fn let_go(&self) {
+        self.shared.held.lock().unwrap().1 = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until a held request was delivered and answered; gives the first line of its answer.
+    #[track_caller]
+    pub fn wait_until_delivered(&self) -> String {
+        wait_for("a delivery", || self.shared.delivered.lock().unwrap().first().cloned(), || "none".to_owned())
+    }
+}
+
+fn serve(stream: TcpStream, shared: &Shared) {
+    let mut client = BufReader::new(stream);
+    while let Some(mut request) = Message::read(&mut client, true, false) {
+        let deed = (shared.rule)(&request);
+        let mut held = false;
+        if matches!(deed, Deed::Hold) {
+            let mut state = shared.held.lock().unwrap();
+            if !state.1 {
+                held = true;
+                state.0 += 1;
+                while !state.1 {
+                    state = shared.changed.wait(state).unwrap();
+                }
+            }
+        }
+        if let Deed::Answer(answer) = deed {
+            if client.get_mut().write_all(&answer.bytes()).is_err() {
+                return;
+            }
+            continue;
+        }
+        let to_head = request.start.starts_with("HEAD ");
+        request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
+        request.headers.push(("Connection".into(), "close".into()));
+        let Ok(upstream) = TcpStream::connect(("127.0.0.1", shared.upstream)) else { return };
+        let mut upstream = BufReader::new(upstream);
+        if upstream.get_mut().write_all(&request.bytes()).is_err() {
+            return;
+        }
+        let Some(mut answer) = Message::read(&mut upstream, false, to_head) else { return };
+        if held {
+            shared.delivered.lock().unwrap().push(answer.start.clone());
+        }
+        if matches!(deed, Deed::LoseAnswer) {
+            return;
+        }
+        answer.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
+        if client.get_mut().write_all(&answer.bytes()).is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! A real pseudo-terminal with a session behind it: a shell, or the program under test itself.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Arc, Mutex};
+
+use nix::pty::{Winsize, openpty};
+use nix::unistd::Pid;
+
+use super::wait_for;
+
+pub struct Terminal {
+    master: Option<File>,
+    child: Child,
+    screen: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Terminal {
+    /// Starts `command` as leader of a new session whose terminal this is.
+    pub fn start(mut command: Command) -> Self {
+        let size = Winsize { ws_row: 40, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = openpty(Some(&size), None).unwrap();
+        let slave = pty.slave;
+        let number = slave.as_raw_fd();
+        // SAFETY: setsid and ioctl are async-signal-safe; `slave` stays open until after the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                nix::unistd::setsid()?;
+                if libc::ioctl(number, libc::TIOCSCTTY, 0) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let copy = |descriptor: &OwnedFd| descriptor.try_clone().unwrap();
+        let child = command.stdin(copy(&slave)).stdout(copy(&slave)).stderr(copy(&slave)).spawn().unwrap();
+        drop(command);
+        drop(slave);
+        let master = File::from(pty.master);
+        let screen = Arc::<Mutex<Vec<u8>>>::default();
+        let (mut source, into) = (master.try_clone().unwrap(), Arc::clone(&screen));
+        // The reader ends when the last slave is closed, or the master is hung up.
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            loop {
+                let mut ready = [nix::poll::PollFd::new(source.as_fd(), nix::poll::PollFlags::POLLIN)];
+                let _ = nix::poll::poll(&mut ready, 100u16);
+                if Arc::strong_count(&into) == 1 {
+                    return;
+                }
+                if ready[0].any() == Some(true) {
+                    match source.read(&mut bytes) {
+                        Ok(length @ 1..) => into.lock().unwrap().extend(&bytes[..length]),
+                        _ => return,
+                    }
+                }
+            }
+        });
+        Self { master: Some(master), child, screen }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    /// Everything that was ever written on it.
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
+    }
+
+    pub fn type_in(&mut self, text: &str) {
+        self.master.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) {
+        self.wait_for_times(text, 1);
+    }
+
+    #[track_caller]
+    pub fn wait_for_times(&self, text: &str, times: usize) {
+        wait_for(
+            &format!("{times} times {text:?} on the screen"),
+            || (self.screen().matches(text).count() >= times).then_some(()),
+            || format!("{}\n{:?}", self.screen(), super::process::tree(self.pid())),
+        );
+    }
+
+    /// The process group that the keys go to.
+    pub fn foreground(&self) -> Option<Pid> {
+        nix::unistd::tcgetpgrp(self.master.as_ref()?).ok()
+    }
+
+    /// Closes the window: the kernel hangs the terminal up.
+    pub fn close(&mut self) {
+        // Its reader holds a copy of the master, and lets go when it is told that it is alone.
+        let screen = std::mem::take(&mut *self.screen.lock().unwrap());
+        self.screen = Arc::new(Mutex::new(screen));
+        self.master = None;
+    }
+
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let (pid, screen) = (self.pid(), Arc::clone(&self.screen));
+        wait_for("the end of the session", || self.child.try_wait().unwrap(), || {
+            format!("{}\n{:?}", String::from_utf8_lossy(&screen.lock().unwrap()), super::process::tree(pid))
+        })
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            for (pid, ..) in super::process::tree(self.pid()) {
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            let _ = self.child.wait();
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! A working directory with a backend of its own in the loopback cloud, and commands run in it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::cloud::{Cloud, cloud};
+use super::process::Run;
+use super::wait_for;
+
+/// How the state is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    DynamoDb,
+    File,
+    Both,
+}
+
+impl Lock {
+    pub const ALL: [Self; 3] = [Self::DynamoDb, Self::File, Self::Both];
+}
+
+/// Who is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject {
+    Bare,
+    Tf,
+}
+
+impl Subject {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bare => "terraform",
+            Self::Tf => "tf",
+        }
+    }
+}
+
+pub struct World {
+    pub directory: PathBuf,
+    pub bucket: String,
+    pub table: String,
+    pub lock: Lock,
+    /// More environment for everything that is started here.
+    pub environment: Vec<(OsString, OsString)>,
+    _temporary: tempfile::TempDir,
+}
+
+/// The real terraform.
+pub fn terraform() -> PathBuf {
+    which("terraform").expect("terraform is not on PATH: the tests run the real one; see README.md, Building and testing")
+}
+
+pub fn which(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|directory| directory.join(name)).find(|path| path.is_file())
+}
+
+/// A command for a provisioner: says that it began, and waits until the test says `go`.
+pub const WAITS: &str = "touch began; while ! test -e go; do sleep 0.02; done";
+
+impl World {
+    /// A directory whose one resource runs `command` when it is made, initialised.
+    pub fn new(lock: Lock, command: &str) -> Self {
+        let world = Self::empty(lock);
+        world.write_main("", command);
+        world.init();
+        world
+    }
+
+    /// The same, not initialised.
+    pub fn empty(lock: Lock) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let temporary = tempfile::Builder::new().prefix("tf-test-").tempdir().unwrap();
+        let directory = temporary.path().canonicalize().unwrap();
+        let bin = directory.join("bin");
+        fs::create_dir(&bin).unwrap();
+        symlink(env!("CARGO_BIN_EXE_tf"), bin.join("tf")).unwrap();
+        symlink(terraform(), bin.join("terraform")).unwrap();
+        fs::create_dir(directory.join("home")).unwrap();
+        let pid = std::process::id();
+        let world = Self {
+            directory: directory.join("work"),
+            bucket: format!("bucket-{pid}-{number}"),
+            table: format!("locks-{pid}-{number}"),
+            lock,
+            environment: Vec::new(),
+            _temporary: temporary,
+        };
+        fs::create_dir(&world.directory).unwrap();
+        assert_eq!(cloud().s3("PUT", &world.bucket, b"").status(), 200);
+        if lock != Lock::File {
+            cloud().create_table(&world.table);
+        }
+        world
+    }
+
+    /// The lines of the backend block.
+    pub fn backend(&self, key: &str) -> String {
+        let mut lines = format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\n", self.bucket);
+        if self.lock != Lock::File {
+            lines += &format!("dynamodb_table = \"{}\"\n", self.table);
+        }
+        if self.lock != Lock::DynamoDb {
+            lines += "use_lockfile = true\n";
+        }
+        lines
+    }
+
+    pub fn write_main(&self, more: &str, command: &str) {
+        let command = serde_json::to_string(command).unwrap().replace("${", "$${");
+        let text = format!(
+            "terraform {{\nbackend \"s3\" {{\n{}}}\n}}\n{more}\nresource \"terraform_data\" \"a\" {{\n\
+             provisioner \"local-exec\" {{\ncommand = {command}\n}}\n}}\n",
+            self.backend("dir/prod.tfstate")
+        );
+        self.write("main.tf", &text);
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        fs::write(self.directory.join(name), text).unwrap();
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.directory.join(name)).unwrap_or_default()
+    }
+
+    pub fn exists(&self, name: &str) -> bool {
+        self.directory.join(name).exists()
+    }
+
+    #[track_caller]
+    pub fn wait_for_file(&self, name: &str) {
+        wait_for(name, || self.exists(name).then_some(()), || self.trace());
+    }
+
+    /// Lets a provisioner that [`WAITS`] go on.
+    pub fn go(&self) {
+        self.write("go", "");
+    }
+
+    #[track_caller]
+    pub fn init(&self) {
+        let end = self.run(Subject::Bare, &["init", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{}{}", end.out, end.err);
+    }
+
+    pub fn bin(&self) -> PathBuf {
+        self.directory.parent().unwrap().join("bin")
+    }
+
+    /// The environment of everything here: nothing of the caller's but PATH.
+    pub fn environment(&self) -> Vec<(OsString, OsString)> {
+        let cloud = cloud();
+        let mut path = self.bin().into_os_string();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap());
+        let home = self.directory.parent().unwrap().join("home");
+        let trace = self.directory.join("trace");
+        let mut all: Vec<(OsString, OsString)> = vec![
+            ("PATH".into(), path),
+            ("HOME".into(), home.into()),
+            ("TFW_LOG".into(), trace.into()),
+            ("TERM".into(), "xterm".into()),
+            ("CHECKPOINT_DISABLE".into(), "1".into()),
+            ("AWS_ACCESS_KEY_ID".into(), "test".into()),
+            ("AWS_SECRET_ACCESS_KEY".into(), "test".into()),
+            ("AWS_EC2_METADATA_DISABLED".into(), "true".into()),
+            ("AWS_ENDPOINT_URL".into(), format!("http://127.0.0.1:{}", cloud.port).into()),
+            ("AWS_ENDPOINT_URL_DYNAMODB".into(), format!("http://127.0.0.1:{}", cloud.dynamodb_port).into()),
+        ];
+        for (name, value) in &self.environment {
+            all.retain(|(known, _)| known != name);
+            all.push((name.clone(), value.clone()));
+        }
+        all
+    }
+
+    pub fn set(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// A command in this directory and environment.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        command.current_dir(&self.directory).env_clear().envs(self.environment());
+        command
+    }
+
+    /// Starts terraform or `tf` with pipes, in a session of its own.
+    pub fn start(&self, subject: Subject, arguments: &[&str]) -> Run {
+        let mut command = self.command(self.bin().join(subject.name()));
+        command.args(arguments);
+        Run::start(command)
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self, subject: Subject, arguments: &[&str]) -> super::Ended {
+        self.start(subject, arguments).wait()
+    }
+
+    /// Starts an apply whose provisioner [`WAITS`], and waits until it does.
+    #[track_caller]
+    pub fn start_apply(&self, subject: Subject) -> Run {
+        let run = self.start(subject, &["apply", "-auto-approve", "-no-color"]);
+        self.wait_for_began(&run);
+        run
+    }
+
+    #[track_caller]
+    pub fn wait_for_began(&self, run: &Run) {
+        wait_for(
+            "the provisioner",
+            || self.exists("began").then_some(()),
+            || format!("{}{}{}", run.out(), run.err(), self.trace()),
+        );
+    }
+
+    pub fn trace(&self) -> String {
+        self.read("trace")
+    }
+
+    #[track_caller]
+    pub fn wait_for_trace(&self, text: &str) {
+        wait_for(text, || self.trace().contains(text).then_some(()), || self.trace());
+    }
+
+    pub fn path(&self) -> String {
+        format!("{}/dir/prod.tfstate", self.bucket)
+    }
+
+    /// The halves of the lock that stand, as their JSON.
+    pub fn locks(&self) -> Vec<String> {
+        self.locks_at("dir/prod.tfstate")
+    }
+
+    pub fn locks_at(&self, key: &str) -> Vec<String> {
+        let item = (self.lock != Lock::File).then(|| cloud().item(&self.table, &format!("{}/{key}", self.bucket))).flatten();
+        let object = cloud().object(&format!("{}/{key}.tflock", self.bucket));
+        item.into_iter().chain(object).collect()
+    }
+
+    #[track_caller]
+    pub fn assert_locked(&self) {
+        let halves = if self.lock == Lock::Both { 2 } else { 1 };
+        assert_eq!(self.locks().len(), halves, "{:?}\n{}", self.locks(), self.trace());
+    }
+
+    #[track_caller]
+    pub fn assert_unlocked(&self) {
+        assert!(self.locks().is_empty(), "left: {:?}\n{}", self.locks(), self.trace());
+    }
+
+    /// A living lock of somebody else, at our place.
+    pub fn lock_of_another(&self) -> String {
+        let info = lock_json("11111111-2222-3333-4444-555555555555", &self.path());
+        self.put_lock(&info);
+        info
+    }
+
+    pub fn put_lock(&self, info: &str) {
+        if self.lock != Lock::File {
+            cloud().put_item(&self.table, &self.path(), info);
+        }
+        if self.lock != Lock::DynamoDb {
+            cloud().s3("PUT", &format!("{}.tflock", self.path()), info.as_bytes());
+        }
+    }
+
+    pub fn delete_lock(&self) {
+        if self.lock != Lock::File {
+            cloud().delete_item(&self.table, &self.path());
+        }
+        cloud().s3("DELETE", &format!("{}.tflock", self.path()), b"");
+    }
+
+    /// The state, as text.
+    pub fn state(&self) -> Option<String> {
+        cloud().object(&self.path())
+    }
+
+    pub fn cloud(&self) -> &'static Cloud {
+        cloud()
+    }
+}
+
+/// `user@host` of this machine, as terraform writes it.
+pub fn who() -> String {
+    let run = |command: &str| {
+        let output = Command::new("sh").args(["-c", command]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    format!("{}@{}", run("id -un"), run("uname -n"))
+}
+
+/// A lock of this user on this host, made now.
+pub fn lock_json(id: &str, path: &str) -> String {
+    serde_json::json!({
+        "ID": id, "Operation": "OperationTypeApply", "Info": "", "Who": who(), "Version": "1.11.4",
+        "Created": jiff::Timestamp::now().to_string(), "Path": path,
+    })
+    .to_string()
+}
+
+/// The ID inside a lock's JSON.
+pub fn id_of(json: &str) -> String {
+    serde_json::from_str::<serde_json::Value>(json).unwrap()["ID"].as_str().unwrap().to_owned()
+}
