@@ -29,8 +29,8 @@ const SHORTEST: Duration = Duration::from_millis(20);
 /// password catch TTIN and TTOU and stop only themselves, later, by kill(2), and of that nobody is told but by looking.
 const SEARCHED: Duration = Duration::from_secs(2);
 
-/// How often it is searched.
-const SEARCH: Duration = Duration::from_millis(50);
+/// How often the modes are looked at, and the group is searched.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Who may read the terminal now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub(crate) struct Lending {
     /// The kernel stopped members of our own group, which the terminal did not belong to for a while.
     stopped_ours: bool,
     search_until: Option<Instant>,
-    searched: Option<Instant>,
+    next_look: Option<Instant>,
 }
 
 impl Lending {
@@ -74,7 +74,7 @@ impl Lending {
             witness: None,
             stopped_ours: false,
             search_until: None,
-            searched: None,
+            next_look: None,
         }
     }
 
@@ -114,6 +114,7 @@ impl Lending {
         let now = Instant::now();
         self.since = Some(now);
         self.search_until = Some(now + SEARCHED);
+        self.next_look = Some(now + SHORTEST);
         trace!("lent the terminal to group {}", self.terraform);
         let _ = killpg(self.terraform, Signal::SIGCONT);
         true
@@ -148,39 +149,39 @@ impl Lending {
 
     /// When [`Lending::look`] is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let returns = self.since.map(|since| {
-            let lent = since.elapsed();
-            if lent < SHORTEST { since + SHORTEST } else { Instant::now() + SHORTEST.max(lent / 50).min(SEARCH) }
-        });
-        let search = self.search_until.map(|_| self.searched.map_or_else(Instant::now, |last| last + SEARCH));
-        returns.into_iter().chain(search).min()
+        self.next_look
     }
 
     /// Takes the terminal back if it is time, and wakes members of terraform's group that stopped by themselves.
     pub(crate) fn look(&mut self) {
-        let now = Instant::now();
-        if let Some(since) = self.since
-            && now - since >= SHORTEST
-            && self.foreground() == Foreground::Terraforms
-            && self.terminal.as_ref().is_some_and(|terminal| terminal.modes() == self.normal)
-        {
-            self.take_back();
+        if self.since.is_some_and(|since| since.elapsed() >= SHORTEST) {
+            match self.foreground() {
+                Foreground::Terraforms if self.modes_are_normal() => self.take_back(),
+                // A shell gave it to us, in the belief that it was ours: so it is.
+                Foreground::Ours => self.take_back(),
+                _ => {}
+            }
         }
-        if self.search_until.is_none() || self.searched.is_some_and(|last| now - last < SEARCH) {
-            return;
-        }
-        self.searched = Some(now);
-        if self.search_until.is_some_and(|until| until < now) {
+        if self.search_until.is_some_and(|until| until < Instant::now()) {
             self.search_until = None;
         }
-        if !Process::below(getpid()).iter().any(|process| process.group == self.terraform && process.state == 'T') {
-            return;
+        if self.search_until.is_some() && self.somebody_stopped() {
+            if self.is_lent() {
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+            } else if self.foreground() == Foreground::Ours {
+                self.lend();
+            }
         }
-        if self.is_lent() {
-            let _ = killpg(self.terraform, Signal::SIGCONT);
-        } else if self.foreground() == Foreground::Ours {
-            self.lend();
-        }
+        let again = self.is_lent() || self.search_until.is_some();
+        self.next_look = again.then(|| Instant::now() + LOOK);
+    }
+
+    fn modes_are_normal(&self) -> bool {
+        self.terminal.as_ref().is_some_and(|terminal| terminal.modes() == self.normal)
+    }
+
+    fn somebody_stopped(&self) -> bool {
+        Process::below(getpid()).iter().any(|process| process.group == self.terraform && process.state == 'T')
     }
 }
 

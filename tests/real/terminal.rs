@@ -1,1 +1,539 @@
+//! At a real terminal: keys, prompts, job control, a closed window. In shells, as session leader, under make and
+//! script(1).
 
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::process::{state, terraform_below, tree};
+use crate::support::terminal::Terminal;
+use crate::support::world::{WAITS, which};
+use crate::support::{Lock, Subject, World, wait_for};
+
+const APPLY: &str = "apply -auto-approve -no-color";
+
+/// An interactive shell that says `ready>` when it waits for a line.
+fn shell(world: &World) -> Terminal {
+    let mut command = world.command("bash");
+    command.args(["--norc", "--noprofile", "-i"]).env("PS1", "ready> ");
+    let terminal = Terminal::start(command);
+    terminal.wait_for("ready> ");
+    terminal
+}
+
+/// The program itself as leader of the session.
+fn alone(world: &World, subject: Subject, arguments: &str) -> Terminal {
+    let mut command = world.command(world.bin().join(subject.name()));
+    command.args(arguments.split(' '));
+    Terminal::start(command)
+}
+
+fn line_of(command: &str, arguments: &str) -> String {
+    format!("{command} {arguments}; echo status=$?\n")
+}
+
+#[track_caller]
+fn assert_interrupted_once(world: &World, screen: &str) {
+    assert_eq!(screen.matches("Interrupt received.").count(), 1, "{screen}\n{}", world.trace());
+    assert!(!screen.contains("Two interrupts"), "{screen}\n{}", world.trace());
+    world.assert_unlocked();
+}
+
+#[test]
+fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform() {
+    for subject in [Subject::Bare, Subject::Tf] {
+        let world = World::new(Lock::Both, "(touch began; sleep 30; touch survived); true");
+        let mut terminal = shell(&world);
+        terminal.type_in(&line_of(subject.name(), APPLY));
+        wait_for("the provisioner", || world.exists("began").then_some(()), || terminal.screen());
+        let sleeping = wait_for(
+            "sleep",
+            || tree(terminal.pid()).into_iter().find(|process| process.1 == "sleep").map(|process| process.0),
+            || terminal.screen(),
+        );
+        terminal.type_in("\x03");
+        terminal.wait_for("status=1");
+        assert_interrupted_once(&world, &terminal.screen());
+        assert!(state(sleeping).is_none_or(|state| state == 'Z'), "{subject:?}: the grandchild lives on");
+        assert!(!world.exists("survived"));
+    }
+}
+
+#[test]
+fn two_keys_are_one_interrupt_and_the_second_is_answered() {
+    let (world, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    world.wait_for_file("began");
+    terminal.type_in("\x03");
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    terminal.type_in("\x03");
+    terminal.wait_for("terraform is stopping and will release its lock");
+    proxy.let_go();
+    terminal.wait_for("status=1");
+    assert_interrupted_once(&world, &terminal.screen());
+}
+
+#[test]
+fn bare_terraform_takes_two_keys_for_two_interrupts() {
+    let (world, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("terraform", APPLY));
+    world.wait_for_file("began");
+    terminal.type_in("\x03");
+    terminal.wait_for("Interrupt received.");
+    terminal.type_in("\x03");
+    terminal.wait_for("Two interrupts received");
+    proxy.let_go();
+    terminal.wait_for("status=1");
+}
+
+#[test]
+fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
+    let (world, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    world.wait_for_file("began");
+    terminal.type_in("\x03");
+    terminal.wait_for("Interrupt received.");
+    terminal.type_in("\x03");
+    terminal.wait_for("another ^C within 3 s forces it");
+    terminal.type_in("\x03");
+    terminal.wait_for("Two interrupts received");
+    proxy.let_go();
+    terminal.wait_for("status=1");
+    world.assert_unlocked();
+}
+
+#[test]
+fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
+    let world = World::new(Lock::Both, "true");
+    let mut terminal = shell(&world);
+    // Its input is a pipe that stays open, so the terminal is never its to read.
+    terminal.type_in("sleep 60 | tf console; echo status=${PIPESTATUS[1]}\n");
+    world.wait_for_locked();
+    let terraform = terraform_below(terminal.pid());
+    terminal.type_in("\x03");
+    // The shell's own half of the pipeline dies of the key; console reads the end of its input, and leaves.
+    wait_for("console to end", || state(terraform).is_none_or(|state| state == 'Z').then_some(()), || terminal.screen());
+    terminal.wait_for("status=");
+    world.assert_unlocked();
+
+    let world = World::new(Lock::Both, "true");
+    let lock = world.lock_of_another();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", "state rm -lock-timeout=60s terraform_data.a"));
+    world.wait_for_trace("started terraform");
+    terminal.wait_for("Acquiring state lock");
+    terminal.type_in("\x03");
+    world.wait_for_trace("InterruptGroup");
+    terminal.type_in("\x03");
+    terminal.wait_for("forces it");
+    terminal.type_in("\x03");
+    terminal.wait_for("status=137");
+    assert!(world.locks().iter().all(|standing| *standing == lock), "{:?}", world.locks());
+    assert!(!world.locks().is_empty());
+}
+
+#[test]
+fn the_approval_prompt_is_answered() {
+    for (answer, expected, applied) in [("yes\n", "Apply complete!", true), ("no\n", "Apply cancelled.", false)] {
+        for as_leader in [false, true] {
+            let world = World::new(Lock::Both, "true");
+            let mut terminal = if as_leader {
+                alone(&world, Subject::Tf, "apply -no-color")
+            } else {
+                let mut terminal = shell(&world);
+                terminal.type_in(&line_of("tf", "apply -no-color"));
+                terminal
+            };
+            terminal.wait_for("Enter a value:");
+            terminal.type_in(answer);
+            terminal.wait_for(expected);
+            if as_leader {
+                assert_eq!(terminal.wait().code(), Some(i32::from(!applied)));
+            } else {
+                terminal.wait_for(&format!("status={}", i32::from(!applied)));
+            }
+            world.assert_unlocked();
+        }
+    }
+}
+
+#[test]
+fn a_key_at_the_approval_prompt_is_one_interrupt() {
+    for delay in [0, 10, 25, 200] {
+        let world = World::new(Lock::Both, "true");
+        let mut terminal = shell(&world);
+        terminal.type_in(&line_of("tf", "apply -no-color"));
+        terminal.wait_for("Enter a value:");
+        // While it is lent, and after it was taken back.
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        terminal.type_in("\x03");
+        terminal.wait_for("status=1");
+        let screen = terminal.screen();
+        assert!(!screen.contains("Two interrupts"), "{screen}\n{}", world.trace());
+        let delivered = world.trace().matches("InterruptGroup").count() + world.trace().matches("terminal sent SIGINT").count();
+        assert_eq!(delivered, 1, "after {delay} ms: {}", world.trace());
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn a_window_closed_while_applying_stops_terraform_once_and_leaves_no_lock() {
+    for as_leader in [false, true] {
+        let world = World::new(Lock::Both, WAITS);
+        let arguments = "apply -auto-approve -no-color";
+        let mut terminal = if as_leader {
+            alone(&world, Subject::Tf, arguments)
+        } else {
+            let mut terminal = shell(&world);
+            terminal.type_in(&line_of("tf", arguments));
+            terminal
+        };
+        world.wait_for_file("began");
+        world.assert_locked();
+        terminal.close();
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        assert_eq!(world.trace().matches("[InterruptTerraform]").count(), 1, "{}", world.trace());
+        assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
+        assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "its state was saved");
+    }
+}
+
+#[test]
+fn bare_terraform_leaves_its_lock_when_its_window_is_closed() {
+    let world = World::new(Lock::Both, WAITS);
+    let mut terminal = alone(&world, Subject::Bare, APPLY);
+    world.wait_for_file("began");
+    terminal.close();
+    terminal.wait();
+    world.go();
+    world.assert_locked();
+}
+
+#[test]
+fn a_window_closed_at_the_approval_prompt_leaves_no_lock() {
+    for as_leader in [false, true] {
+        let world = World::new(Lock::Both, "true");
+        let mut terminal = if as_leader {
+            alone(&world, Subject::Tf, "apply -no-color")
+        } else {
+            let mut terminal = shell(&world);
+            terminal.type_in(&line_of("tf", "apply -no-color"));
+            terminal
+        };
+        terminal.wait_for("Enter a value:");
+        world.wait_for_trace("took the terminal back");
+        terminal.close();
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        assert!(world.trace().matches("[InterruptTerraform]").count() <= 1, "{}", world.trace());
+    }
+}
+
+#[test]
+fn suspended_and_continued_terraform_is_really_stopped_in_between_and_keeps_its_lock() {
+    let world = World::new(Lock::Both, WAITS);
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    world.wait_for_file("began");
+    let terraform = terraform_below(terminal.pid());
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
+    world.assert_locked();
+    let provisioner = tree(terraform).into_iter().filter(|process| process.0 != terraform).collect::<Vec<_>>();
+    assert!(provisioner.iter().all(|process| process.2 == 'T'), "{provisioner:?}");
+    terminal.type_in("fg\n");
+    wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+    world.go();
+    terminal.wait_for("Apply complete!");
+    world.wait_for_trace("terraform ended");
+    world.assert_unlocked();
+}
+
+#[test]
+fn suspended_twice_and_then_in_the_background_it_goes_on() {
+    let world = World::new(Lock::Both, WAITS);
+    let mut terminal = shell(&world);
+    terminal.type_in("tf apply -auto-approve -no-color\n");
+    world.wait_for_file("began");
+    let terraform = terraform_below(terminal.pid());
+    for round in 1..3 {
+        terminal.type_in("\x1a");
+        terminal.wait_for_times("Stopped", round);
+        wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
+        if round == 1 {
+            terminal.type_in("fg\n");
+            wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+        }
+    }
+    terminal.type_in("bg\n");
+    wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+    world.go();
+    terminal.wait_for("Apply complete!");
+    world.wait_for_trace("terraform ended");
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_session_leader_that_is_suspended_goes_on() {
+    // Nobody could continue it: the kernel discards the stop of bare terraform there, and so must we.
+    let world = World::new(Lock::Both, WAITS);
+    let mut terminal = alone(&world, Subject::Tf, APPLY);
+    world.wait_for_file("began");
+    terminal.type_in("\x1a");
+    world.wait_for_trace("stopped: false");
+    world.go();
+    assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.screen());
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_terraform_stopped_by_somebody_stops_the_job_and_fg_mends_it() {
+    let world = World::new(Lock::Both, WAITS);
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    world.wait_for_file("began");
+    let terraform = terraform_below(terminal.pid());
+    kill(terraform, Signal::SIGSTOP).unwrap();
+    terminal.wait_for("Stopped");
+    terminal.type_in("fg\n");
+    wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+    world.go();
+    terminal.wait_for("Apply complete!");
+    world.wait_for_trace("terraform ended");
+    world.assert_unlocked();
+}
+
+#[test]
+fn started_in_the_background_it_stops_for_the_terminal_and_fg_lets_it_be_answered() {
+    let world = World::new(Lock::Both, "true");
+    let mut terminal = shell(&world);
+    terminal.type_in("tf apply -no-color &\n");
+    terminal.wait_for("Enter a value:");
+    world.wait_for_trace("was stopped by SIGTTIN");
+    terminal.type_in("\n");
+    terminal.wait_for("Stopped");
+    terminal.type_in("fg\n");
+    world.wait_for_trace("lent the terminal");
+    world.wait_for_trace("took the terminal back");
+    terminal.type_in("yes\n");
+    terminal.wait_for("Apply complete!");
+    world.wait_for_trace("terraform ended");
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_prompt_that_nobody_can_answer_ends_with_no_lock() {
+    for line in ["bash -c 'tf apply -no-color </dev/tty & exit'\n", "( tf apply -no-color </dev/tty & )\n"] {
+        let world = World::new(Lock::Both, "true");
+        let mut terminal = shell(&world);
+        terminal.type_in(line);
+        world.wait_for_trace("NobodyCanAnswer: [InterruptTerraform]");
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    }
+}
+
+#[test]
+fn a_script_that_prompts_after_us_can_read() {
+    let world = World::new(Lock::Both, "true");
+    world.write("script", "tf apply -no-color\nread -p 'and now? ' answer\necho answered=$answer\n");
+    let mut terminal = shell(&world);
+    terminal.type_in("bash script\n");
+    terminal.wait_for("Enter a value:");
+    terminal.type_in("yes\n");
+    terminal.wait_for("and now?");
+    terminal.type_in("well\n");
+    terminal.wait_for("answered=well");
+}
+
+#[test]
+fn a_passphrase_is_typed_into_a_provisioner() {
+    let world = World::empty(Lock::Both);
+    let status = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
+        .arg(world.directory.join("key"))
+        .status()
+        .expect("ssh-keygen (openssh-client) is missing");
+    assert!(status.success());
+    world.write_main("", "touch began; ssh-keygen -y -f key > public");
+    world.init();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    terminal.wait_for("Enter passphrase");
+    // A person is slower than 20 ms, and types byte by byte.
+    for byte in "open sesame\n".chars() {
+        terminal.type_in(&byte.to_string());
+        std::thread::sleep(std::time::Duration::from_millis(15));
+    }
+    terminal.wait_for("status=0");
+    assert!(world.read("public").starts_with("ssh-ed25519 "), "{}", terminal.screen());
+    assert_eq!(terminal.screen().matches("Enter passphrase").count(), 1, "{}", terminal.screen());
+    assert!(!terminal.screen().contains("sesame"), "it was echoed: {}", terminal.screen());
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
+    let world = World::empty(Lock::Both);
+    let status = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
+        .arg(world.directory.join("key"))
+        .status()
+        .expect("ssh-keygen (openssh-client) is missing");
+    assert!(status.success());
+    world.write_main("", "touch began; ssh-keygen -y -f key > public");
+    world.init();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    terminal.wait_for("Enter passphrase");
+    world.wait_for_trace("lent the terminal");
+    terminal.type_in("\x03");
+    terminal.wait_for("status=1");
+    assert_interrupted_once(&world, &terminal.screen());
+    assert!(world.trace().contains("the terminal sent SIGINT"), "{}", world.trace());
+    assert!(tree(terminal.pid()).iter().all(|process| process.1 != "ssh-keygen"), "{:?}", tree(terminal.pid()));
+    terminal.type_in("echo still$((1+1))\n");
+    terminal.wait_for("still2");
+}
+
+#[test]
+fn console_edits_its_line_and_leaves_at_end_of_input() {
+    let world = World::new(Lock::Both, "true");
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", "console"));
+    terminal.wait_for("> ");
+    world.wait_for_trace("lent the terminal");
+    // "21", one key to the left and "3" in between: 231.
+    for keys in ["2", "1", "\x1b[D", "3", " + 1000", "\r"] {
+        terminal.type_in(keys);
+        std::thread::sleep(std::time::Duration::from_millis(30));
+    }
+    wait_for(
+        "the result",
+        || terminal.screen().contains("10002311").then_some(()).or(terminal.screen().contains("23").then_some(())),
+        || terminal.screen(),
+    );
+    terminal.type_in("\x04");
+    terminal.wait_for("status=0");
+    world.assert_unlocked();
+}
+
+#[test]
+fn tostop_does_not_stop_a_plan() {
+    let world = World::new(Lock::Both, "true");
+    let mut terminal = shell(&world);
+    terminal.type_in("stty tostop; tf plan -no-color; echo status=$?\n");
+    terminal.wait_for("status=0");
+    world.assert_unlocked();
+}
+
+#[test]
+fn under_make_and_script_and_other_shells_a_key_is_one_interrupt() {
+    let mut lines = vec![
+        ("make", "make apply".to_owned()),
+        ("script(1)", "script -qec 'tf apply -auto-approve -no-color' /dev/null".to_owned()),
+        ("a script", "sh -c 'tf apply -auto-approve -no-color; echo $?'".to_owned()),
+        ("a script in bash", "bash -c 'tf apply -auto-approve -no-color; echo $?'".to_owned()),
+    ];
+    for shell in ["dash", "zsh", "fish"] {
+        if which(shell).is_some() {
+            lines.push((shell, format!("{shell} -c 'tf apply -auto-approve -no-color; echo'")));
+        }
+    }
+    for (name, line) in lines {
+        let world = World::new(Lock::Both, WAITS);
+        world.write("Makefile", "apply:\n\ttf apply -auto-approve -no-color\n");
+        let mut terminal = shell(&world);
+        terminal.type_in(&format!("{line}\n"));
+        wait_for(name, || world.exists("began").then_some(()), || terminal.screen());
+        terminal.type_in("\x03");
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        terminal.wait_for_times("ready> ", 2);
+        let screen = terminal.screen();
+        assert_eq!(screen.matches("Interrupt received.").count(), 1, "{name}: {screen}\n{}", world.trace());
+        assert!(!screen.contains("Two interrupts"), "{name}: {screen}");
+    }
+}
+
+#[test]
+fn in_interactive_zsh_and_fish_keys_and_job_control_work() {
+    for (name, arguments) in [("zsh", vec!["-f", "-i"]), ("fish", vec!["--no-config", "-i"])] {
+        if which(name).is_none() {
+            continue;
+        }
+        let world = World::new(Lock::Both, WAITS);
+        let mut command = world.command(name);
+        command.args(arguments);
+        let mut terminal = Terminal::start(command);
+        // fish asks the terminal who it is before it shows a prompt.
+        terminal.type_in("echo shell$(math 1+1 2>/dev/null || echo 2)\n");
+        terminal.wait_for("shell2");
+        terminal.type_in("tf apply -auto-approve -no-color\n");
+        wait_for(name, || world.exists("began").then_some(()), || terminal.screen());
+        let terraform = terraform_below(terminal.pid());
+        terminal.type_in("\x1a");
+        wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
+        world.wait_for_trace("got SIGTSTP");
+        let tf = tree(terminal.pid()).into_iter().find(|process| process.1 == "tf").unwrap().0;
+        wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || terminal.screen());
+        wait_for("the shell in the foreground", || (terminal.foreground() != Some(tf)).then_some(()), || terminal.screen());
+        world.assert_locked();
+        terminal.type_in("fg\n");
+        wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+        wait_for("us in the foreground", || (terminal.foreground() == Some(tf)).then_some(()), || terminal.screen());
+        terminal.type_in("\x03");
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{name}: {}", terminal.screen());
+    }
+}
+
+#[test]
+fn in_tmux_a_key_is_one_interrupt_and_a_killed_window_leaves_no_lock() {
+    if which("tmux").is_none() {
+        return;
+    }
+    for kill_window in [false, true] {
+        let world = World::new(Lock::Both, WAITS);
+        let socket = world.directory.join("tmux");
+        let tmux = |arguments: &[&str]| {
+            let output = world.command("tmux").arg("-S").arg(&socket).arg("-f").arg("/dev/null").args(arguments).output().unwrap();
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        tmux(&["new-session", "-d", "-x", "150", "-y", "50", "bash --norc --noprofile -i"]);
+        tmux(&["send-keys", "tf apply -auto-approve -no-color", "Enter"]);
+        wait_for("the provisioner", || world.exists("began").then_some(()), || tmux(&["capture-pane", "-p"]));
+        if kill_window { tmux(&["kill-window"]) } else { tmux(&["send-keys", "C-c"]) };
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
+        let told = world.trace().matches("[InterruptGroup]").count() + world.trace().matches("[InterruptTerraform]").count();
+        assert_eq!(told, 1, "{}", world.trace());
+        tmux(&["kill-server"]);
+    }
+}
+
+#[test]
+fn with_a_shared_terminal_it_is_as_bare() {
+    let mut world = World::new(Lock::Both, WAITS);
+    world.set("TFW_TTY", "shared");
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    world.wait_for_file("began");
+    let terraform = terraform_below(terminal.pid());
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
+    terminal.type_in("fg\n");
+    wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
+    terminal.type_in("\x03");
+    world.wait_for_trace("terraform ended");
+    wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{}", terminal.screen());
+}

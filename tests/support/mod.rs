@@ -13,7 +13,7 @@ pub use process::{Ended, Run};
 pub use world::{Lock, Subject, World};
 
 /// The longest that anything here takes. It is not how long a test waits: a test waits for a state.
-pub const LONGEST: Duration = Duration::from_secs(60);
+pub const LONGEST: Duration = Duration::from_secs(30);
 
 /// Waits until `state` gives a value, and fails with the last thing that `seen` tells.
 #[track_caller]

@@ -1,13 +1,15 @@
 //! A real pseudo-terminal with a session behind it: a shell, or the program under test itself.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex};
 
-use nix::pty::{Winsize, openpty};
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::unistd::Pid;
 
 use super::wait_for;
@@ -21,12 +23,21 @@ pub struct Terminal {
 impl Terminal {
     /// Starts `command` as leader of a new session whose terminal this is.
     pub fn start(mut command: Command) -> Self {
-        let size = Winsize { ws_row: 40, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
-        let pty = openpty(Some(&size), None).unwrap();
-        let slave = pty.slave;
+        // Closed on exec from the beginning: another test's child that held the master would keep the window open.
+        let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let slave = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(ptsname_r(&master).unwrap())
+            .unwrap();
         let number = slave.as_raw_fd();
+        let size = libc::winsize { ws_row: 40, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: setsid and ioctl are async-signal-safe; `slave` stays open until after the spawn.
         unsafe {
+            libc::ioctl(number, libc::TIOCSWINSZ, &raw const size);
             command.pre_exec(move || {
                 nix::unistd::setsid()?;
                 if libc::ioctl(number, libc::TIOCSCTTY, 0) != 0 {
@@ -35,11 +46,11 @@ impl Terminal {
                 Ok(())
             });
         }
-        let copy = |descriptor: &OwnedFd| descriptor.try_clone().unwrap();
+        let copy = |descriptor: &File| descriptor.try_clone().unwrap();
         let child = command.stdin(copy(&slave)).stdout(copy(&slave)).stderr(copy(&slave)).spawn().unwrap();
         drop(command);
         drop(slave);
-        let master = File::from(pty.master);
+        let master = File::from(OwnedFd::from(master));
         let screen = Arc::<Mutex<Vec<u8>>>::default();
         let (mut source, into) = (master.try_clone().unwrap(), Arc::clone(&screen));
         // The reader ends when the last slave is closed, or the master is hung up.

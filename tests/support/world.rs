@@ -100,7 +100,7 @@ impl World {
 
     /// The lines of the backend block.
     pub fn backend(&self, key: &str) -> String {
-        let mut lines = format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\n", self.bucket);
+        let mut lines = format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\nuse_path_style = true\n", self.bucket);
         if self.lock != Lock::File {
             lines += &format!("dynamodb_table = \"{}\"\n", self.table);
         }
@@ -229,6 +229,41 @@ impl World {
         wait_for(text, || self.trace().contains(text).then_some(()), || self.trace());
     }
 
+    /// Everything about a run that a failed assertion should show.
+    pub fn story(&self, end: &super::Ended) -> String {
+        format!("{:?}\n-- stdout\n{}\n-- stderr\n{}\n-- trace\n{}", end.status, end.out, end.err, self.trace())
+    }
+
+    /// A program in place of terraform that writes down each signal that it gets, and ends when the test says `go`.
+    /// For counting: terraform itself tells of its first two interrupts only.
+    pub fn count_signals(&mut self) -> &mut Self {
+        let script = format!(
+            r#"#!{}
+import os, signal, time
+def seen(number, frame):
+    with open("seen", "a") as file:
+        file.write(signal.Signals(number).name + "\n")
+for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT"):
+    signal.signal(getattr(signal, name), seen)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, seen)
+open("began", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.005)
+"#,
+            super::cloud::tool("python3").display()
+        );
+        let path = self.directory.join("counts-signals");
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        self.set("TFW_TERRAFORM", path)
+    }
+
+    /// The signals that it got, in order.
+    pub fn seen(&self) -> Vec<String> {
+        self.read("seen").lines().map(ToOwned::to_owned).collect()
+    }
+
     pub fn path(&self) -> String {
         format!("{}/dir/prod.tfstate", self.bucket)
     }
@@ -248,6 +283,12 @@ impl World {
     pub fn assert_locked(&self) {
         let halves = if self.lock == Lock::Both { 2 } else { 1 };
         assert_eq!(self.locks().len(), halves, "{:?}\n{}", self.locks(), self.trace());
+    }
+
+    #[track_caller]
+    pub fn wait_for_locked(&self) {
+        let halves = if self.lock == Lock::Both { 2 } else { 1 };
+        wait_for("the lock", || (self.locks().len() == halves).then_some(()), || self.trace());
     }
 
     #[track_caller]
