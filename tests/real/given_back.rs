@@ -1,10 +1,14 @@
 //! "When terraform ends in any way, the lock that it held is gone by the time `tf` returns."
 
-use nix::sys::signal::Signal;
+use std::time::{Duration, Instant};
 
-use crate::support::process::{terraform_below, tree};
-use crate::support::world::WAITS;
-use crate::support::{Lock, Subject, World};
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::http::Message;
+use crate::support::process::{Run, state, terraform_below};
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::world::{WAITS, id_of};
+use crate::support::{Ended, Lock, Subject, World, wait_for};
 
 #[test]
 fn bare_terraform_leaves_its_lock_when_it_is_killed() {
@@ -25,10 +29,448 @@ fn a_killed_terraform_leaves_no_lock_of_any_kind() {
             let world = World::new(lock, WAITS);
             let run = world.start_apply(Subject::Tf);
             world.assert_locked();
-            nix::sys::signal::kill(terraform_below(run.pid()), signal).unwrap();
+            kill(terraform_below(run.pid()), signal).unwrap();
             let end = run.wait();
             world.assert_unlocked();
             assert!(end.err.contains("released the lock"), "{signal}: {}", end.err);
+            match signal {
+                // Go's runtime catches these, writes its goroutines down and exits with 2.
+                Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => assert_eq!(end.code(), Some(2), "{}", world.story(&end)),
+                _ => assert_eq!(end.signal(), Some(signal as i32), "{}", world.story(&end)),
+            }
+            assert!(!end.core_dumped());
         }
+    }
+}
+
+#[test]
+fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
+    let world = World::new(Lock::Both, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    run.send(Signal::SIGQUIT);
+    let end = run.wait();
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.err.contains("goroutine "), "terraform's own dump is there");
+    world.assert_unlocked();
+}
+
+/// A terraform that takes a real lock, by the real terraform, and then ends as the test says.
+#[test]
+fn a_panic_leaves_no_lock() {
+    let mut world = World::new(Lock::Both, WAITS);
+    // Terraform's own panic handler exits with 11; here a shell stands in front of it to say so.
+    world.write("panics", "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n");
+    std::process::Command::new("chmod").arg("755").arg(world.directory.join("panics")).status().unwrap();
+    let script = world.directory.join("panics");
+    world.set("TFW_TERRAFORM", script);
+    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(11), "{}", world.story(&end));
+    assert!(end.err.contains("terraform crashed (exit code 11)"), "{}", end.err);
+    world.assert_unlocked();
+}
+
+#[test]
+fn out_of_memory_is_named_and_the_lock_goes() {
+    let Some(group) = memory_group() else {
+        panic!("no memory control group can be made here: it takes root and a writable /sys/fs/cgroup");
+    };
+    let world = World::new(Lock::Both, "touch began; while ! test -e go; do sleep 0.02; done");
+    let mut command = world.command("sh");
+    command.args(["-c", &format!("echo $$ > {group}/cgroup.procs; exec tf apply -auto-approve -no-color")]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    let terraform = terraform_below(run.pid());
+    // Terraform is the largest in the group, and would be the one even without this.
+    std::fs::write(format!("/proc/{terraform}/oom_score_adj"), "1000").unwrap();
+    let hog = "x=x; while :; do x=$x$x; done";
+    let _ = std::process::Command::new("sh")
+        .args(["-c", &format!("echo $$ > {group}/cgroup.procs; exec timeout 20 bash -c '{hog}'")])
+        .stderr(std::process::Stdio::null())
+        .status();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    assert!(end.err.contains("killed by SIGKILL, out of memory"), "{}", end.err);
+    world.assert_unlocked();
+    let _ = std::fs::remove_dir(&group);
+}
+
+/// A control group with little memory: version 2, or the memory controller of version 1.
+fn memory_group() -> Option<String> {
+    let name = format!("tf-test-{}", std::process::id());
+    let (group, limit) = if std::path::Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
+        (format!("/sys/fs/cgroup/memory/{name}"), "memory.limit_in_bytes")
+    } else {
+        let _ = std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+        (format!("/sys/fs/cgroup/{name}"), "memory.max")
+    };
+    std::fs::create_dir(&group).ok()?;
+    std::fs::write(format!("{group}/{limit}"), "300000000").ok()?;
+    Some(group)
+}
+
+#[test]
+fn killed_at_any_moment_it_leaves_no_lock() {
+    // From before the lock is asked for until after it was given back: the whole run takes some 250 ms.
+    let rounds: u32 = std::env::var("TF_TEST_KILLS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(60);
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        let (mut held, mut released) = (0, 0);
+        for round in 0..rounds / 3 {
+            let begun = Instant::now();
+            let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"]);
+            // Spread evenly over the part of a run in which locks come and go.
+            let moment = Duration::from_millis(20 + u64::from(round) * 280 / u64::from(rounds / 3));
+            let terraform = terraform_below(run.pid());
+            std::thread::sleep(moment.saturating_sub(begun.elapsed()));
+            if !world.locks().is_empty() {
+                held += 1;
+            }
+            let _ = kill(terraform, Signal::SIGKILL);
+            let end = run.wait();
+            assert!(world.locks().is_empty(), "round {round}, killed after {moment:?}: {}", world.story(&end));
+            if end.err.contains("released the lock") {
+                released += 1;
+            }
+            assert!(!end.err.contains("was not released"), "round {round}: {}", world.story(&end));
+        }
+        assert!(held > 0 && released > 0, "{lock:?}: held {held}, released {released} of {rounds} times");
+    }
+}
+
+fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
+    let proxy = Proxy::start(world.cloud().port, rule);
+    let url = format!("http://127.0.0.1:{}", proxy.port);
+    world.set("AWS_ENDPOINT_URL", &url).set("AWS_ENDPOINT_URL_DYNAMODB", &url);
+    proxy
+}
+
+fn is_dynamodb(request: &Message, operation: &str) -> bool {
+    request.header("x-amz-target").is_some_and(|target| target.ends_with(operation))
+}
+
+fn takes_item(request: &Message) -> bool {
+    is_dynamodb(request, ".PutItem") && !request.text().contains("-md5")
+}
+
+fn takes_file(request: &Message) -> bool {
+    request.start.starts_with("PUT ") && request.start.contains(".tflock")
+}
+
+fn writes_state(request: &Message) -> bool {
+    request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
+}
+
+#[test]
+fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut world = World::new(lock, "true");
+        let proxy = through(&mut world, move |request| {
+            if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
+        });
+        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        proxy.wait_until_held();
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        // It lands when its sender is dead, and tf has looked and seen nothing.
+        world.wait_for_trace("the tree is dead");
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(world.locks().is_empty());
+        proxy.let_go();
+        proxy.wait_until_delivered();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
+    for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
+        for lock in [Lock::DynamoDb, Lock::File] {
+            let mut world = World::new(lock, "true");
+            let once = std::sync::atomic::AtomicBool::new(true);
+            through(&mut world, move |request| {
+                let takes = takes_item(request) || takes_file(request);
+                if takes && once.swap(false, std::sync::atomic::Ordering::SeqCst) { Deed::LoseAnswer } else { Deed::Pass }
+            });
+            let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
+            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            assert!(end.err.contains("Error acquiring the state lock"), "{}", end.err);
+            assert_eq!(!world.locks().is_empty(), left, "{subject:?} {lock:?}: {}", world.story(&end));
+        }
+    }
+}
+
+#[test]
+fn a_failing_unlock_leaves_no_lock() {
+    for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
+        for lock in Lock::ALL {
+            let mut world = World::new(lock, "true");
+            // Every unlock of terraform's own fails; it tells itself by carrying no condition.
+            through(&mut world, move |request| {
+                let item = is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression");
+                let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
+                if item || file {
+                    Deed::Answer(Message {
+                        start: "HTTP/1.1 403 Forbidden".into(),
+                        headers: vec![("Content-Length".into(), "0".into())],
+                        body: Vec::new(),
+                    })
+                } else {
+                    Deed::Pass
+                }
+            });
+            let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
+            assert!(end.err.contains("Error releasing the state lock"), "{}", world.story(&end));
+            assert_eq!(!world.locks().is_empty(), left, "{subject:?} {lock:?}: {}", world.story(&end));
+        }
+    }
+}
+
+#[test]
+fn half_a_lock_is_given_back() {
+    // Killed between the two requests of taking: the file is there, the item is not.
+    let mut world = World::new(Lock::Both, "true");
+    let proxy = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    assert_eq!(world.locks().len(), 1);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+
+    // Killed between the two of giving back: the file is gone, the item is not.
+    let mut world = World::new(Lock::Both, "true");
+    let proxy = through(&mut world, |request| if is_dynamodb(request, ".DeleteItem") && !request.text().contains("Condition") { Deed::Hold } else { Deed::Pass });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    assert_eq!(world.locks().len(), 1);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[test]
+fn an_unlock_in_flight_never_hits_the_next_holder() {
+    // Terraform's own delete carries no condition. It is held back, terraform is killed, and somebody waits.
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let proxy = through(&mut world, |request| {
+        let unlock = is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression");
+        if unlock { Deed::Hold } else { Deed::Pass }
+    });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    world.wait_for_trace("waiting for a write");
+    world.assert_locked();
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    // What it deletes is still our own lock.
+    world.assert_unlocked();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+}
+
+#[test]
+fn wherever_the_working_directory_says_the_state_is() {
+    let kill_it = |world: &World, run: Run| -> Ended {
+        world.wait_for_began(&run);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+        end
+    };
+    // A workspace, selected.
+    let world = World::new(Lock::Both, WAITS);
+    assert_eq!(world.run(Subject::Tf, &["workspace", "new", "green"]).code(), Some(0));
+    let run = world.start_apply(Subject::Tf);
+    assert_eq!(world.locks_at("env:/green/dir/prod.tfstate").len(), 2);
+    kill_it(&world, run);
+    assert!(world.locks_at("env:/green/dir/prod.tfstate").is_empty());
+
+    // A workspace by TF_WORKSPACE.
+    let mut world = World::new(Lock::Both, WAITS);
+    world.set("TF_WORKSPACE", "blue");
+    let run = world.start_apply(Subject::Tf);
+    assert_eq!(world.locks_at("env:/blue/dir/prod.tfstate").len(), 2);
+    kill_it(&world, run);
+    assert!(world.locks_at("env:/blue/dir/prod.tfstate").is_empty());
+
+    // -chdir, the command run from above.
+    let world = World::empty(Lock::Both);
+    std::fs::create_dir(world.directory.join("sub")).unwrap();
+    world.write_main("", "touch ../began; while ! test -e ../go; do sleep 0.02; done");
+    std::fs::rename(world.directory.join("main.tf"), world.directory.join("sub/main.tf")).unwrap();
+    assert_eq!(world.run(Subject::Bare, &["-chdir=sub", "init"]).code(), Some(0));
+    let run = world.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
+    kill_it(&world, run);
+    world.assert_unlocked();
+
+    // TF_DATA_DIR, relative and absolute.
+    for absolute in [false, true] {
+        let mut world = World::empty(Lock::Both);
+        let data = if absolute { world.directory.join("elsewhere") } else { "elsewhere".into() };
+        world.set("TF_DATA_DIR", data);
+        world.write_main("", WAITS);
+        world.init();
+        assert!(!world.exists(".terraform"));
+        let run = world.start_apply(Subject::Tf);
+        kill_it(&world, run);
+        world.assert_unlocked();
+    }
+
+    // The user's own logging, whose variables keep their effect.
+    let mut world = World::new(Lock::Both, WAITS);
+    let log = world.directory.join("own.log");
+    world.set("TF_LOG", "DEBUG").set("TF_LOG_PATH", log);
+    let run = world.start_apply(Subject::Tf);
+    kill_it(&world, run);
+    world.assert_unlocked();
+    assert!(world.read("own.log").contains("[DEBUG]"), "the user's own log is there");
+}
+
+/// An apply whose provisioner starts `worker`, which appends to `work` again and again, and then waits.
+fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (World, Run) {
+    let world = World::empty(Lock::Both);
+    let python3 = crate::support::cloud::tool("python3");
+    let command = if python { starts.replace("PYTHON", python3.to_str().unwrap()) } else { starts.to_owned() };
+    world.write_main("", &command);
+    world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
+    world.write("spawn.py", "import subprocess, time\nsubprocess.Popen(['bash', 'worker'], start_new_session=True)\nopen('began', 'w').close()\ntime.sleep(60)\n");
+    world.write("closes", "for n in $(seq 3 1023); do eval \"exec $n>&-\"; done\nbash worker & touch began; wait\n");
+    world.init();
+    let run = world.start_apply(subject);
+    world.wait_for_file("work");
+    (world, run)
+}
+
+#[test]
+fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
+    for (name, starts, python) in [
+        ("ignores TERM", "bash worker & touch began; wait", false),
+        ("python's subprocess, its own session", "exec PYTHON spawn.py", true),
+        ("closed descriptors", "exec 3>&1; exec bash closes", false),
+        ("a cleared environment", "env -i PATH=$PATH bash worker & touch began; wait", false),
+        ("a cleared environment and a session of its own", "env -i PATH=$PATH setsid bash worker & touch began; sleep 60", false),
+    ] {
+        let (world, run) = apply_with_worker(Subject::Tf, starts, python);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let mut at_release = None;
+        let last_held = wait_for(
+            "the lock to go",
+            || {
+                let work = world.read("work").len();
+                if world.locks().is_empty() { at_release } else { at_release = Some(work); None }
+            },
+            || world.trace(),
+        );
+        let end = run.wait();
+        let work = world.read("work").len();
+        // What was written when the lock stood for the last time is all that was ever written, but for the write that
+        // fell between our two looks, before the release.
+        assert!(work - last_held < 200, "{name}: {work} after {last_held}");
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(world.read("work").len(), work, "{name}: it works on. {}", world.story(&end));
+        assert!(end.err.contains("released the lock"), "{name}: {}", world.story(&end));
+    }
+}
+
+#[test]
+fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
+    // Its unlock fails, so that there is a lock to release, and nothing to end.
+    let mut world = World::new(Lock::DynamoDb, "nohup sh -c 'touch began; while ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &");
+    through(&mut world, |request| {
+        if is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression") {
+            let headers = vec![("Content-Length".into(), "0".into())];
+            Deed::Answer(Message { start: "HTTP/1.1 403 Forbidden".into(), headers, body: Vec::new() })
+        } else {
+            Deed::Pass
+        }
+    });
+    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    world.assert_unlocked();
+    world.wait_for_file("began");
+    assert!(!world.exists("ended"));
+    world.go();
+    world.wait_for_file("ended");
+}
+
+#[test]
+fn after_an_interrupt_what_runs_on_is_named_and_not_ended() {
+    let world = World::new(Lock::Both, "setsid sleep 30 & touch began; wait");
+    let run = world.start_apply(Subject::Tf);
+    let sleeping = wait_for(
+        "sleep",
+        || crate::support::process::tree(run.pid()).into_iter().find(|process| process.1 == "sleep").map(|process| process.0),
+        || world.trace(),
+    );
+    run.send(Signal::SIGTERM);
+    let end = run.wait();
+    assert!(end.err.contains(&format!("sleep (pid {sleeping})")), "{}", world.story(&end));
+    assert!(state(sleeping).is_some_and(|state| state != 'Z'));
+    kill(sleeping, Signal::SIGKILL).unwrap();
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_state_write_in_flight_never_lands_over_the_next_ones() {
+    let mut world = World::new(Lock::Both, "true");
+    let proxy = through(&mut world, |request| if writes_state(request) { Deed::Hold } else { Deed::Pass });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    world.wait_for_trace("waiting for a write");
+    // The contender reaches the cloud directly, and waits for the lock.
+    let cloud = format!("http://127.0.0.1:{}", world.cloud().port);
+    world.set("AWS_ENDPOINT_URL", &cloud).set("AWS_ENDPOINT_URL_DYNAMODB", &cloud);
+    let contender = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
+    // The write lands 6 s after its sender died.
+    std::thread::sleep(Duration::from_secs(6));
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    let end = run.wait();
+    assert!(end.err.contains("a write of it still arrived"), "{}", world.story(&end));
+    let theirs = contender.wait();
+    assert_eq!(theirs.code(), Some(0), "{}{}", theirs.out, theirs.err);
+    world.assert_unlocked();
+    // The contender saw the write, and built on it.
+    let state: serde_json::Value = serde_json::from_str(&world.state().unwrap()).unwrap();
+    assert!(state["serial"].as_u64().unwrap() >= 1, "{state}");
+    assert_eq!(state["resources"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn the_sdk_follows_a_plain_block_and_the_environment() {
+    // No path style, no endpoint in the block: as most people have it.
+    let world = World::empty(Lock::Both);
+    world.write_main("", WAITS);
+    let text = world.read("main.tf").replace("use_path_style = true\n", "");
+    world.write("main.tf", &text);
+    world.init();
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    world.assert_unlocked();
+    assert!(end.err.contains(&id), "{}", end.err);
+}
+
+#[test]
+fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut world = World::new(lock, WAITS);
+        let once = std::sync::atomic::AtomicBool::new(true);
+        through(&mut world, move |request| {
+            let ours = (is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression"))
+                || (request.start.starts_with("DELETE ") && request.header("if-match").is_some());
+            if ours && once.swap(false, std::sync::atomic::Ordering::SeqCst) { Deed::LoseAnswer } else { Deed::Pass }
+        });
+        let run = world.start_apply(Subject::Tf);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+        world.assert_unlocked();
     }
 }

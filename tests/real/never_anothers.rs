@@ -1,1 +1,286 @@
+//! "A lock that it did not hold is never touched."
 
+use std::process::Stdio;
+
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::http::Message;
+use crate::support::process::terraform_below;
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::world::{WAITS, id_of, lock_json, who};
+use crate::support::{Lock, Run, Subject, World};
+
+const OTHER: &str = "22222222-3333-4444-5555-666666666666";
+
+#[test]
+fn the_lock_that_we_waited_for_stands_when_we_are_killed() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        // The same user on the same host, and taken after we began: only the ID tells them apart.
+        let first = world.lock_of_another();
+        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
+        run.wait_for_out("Acquiring state lock");
+        let _ = first;
+        let second = lock_json(OTHER, &world.path());
+        world.put_lock(&second);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+        assert!(world.locks().iter().all(|standing| *standing == second), "{:?}", world.locks());
+        world.assert_locked();
+        assert!(!end.err.contains("released"), "{}", end.err);
+    }
+}
+
+#[test]
+fn a_refused_run_says_and_touches_nothing() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        let theirs = world.lock_of_another();
+        let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        assert_eq!(end.code(), Some(1));
+        assert!(!end.err.contains("tf:"), "{}", world.story(&end));
+        assert!(world.locks().iter().all(|standing| *standing == theirs));
+        world.assert_locked();
+    }
+}
+
+#[test]
+fn a_lock_that_replaced_ours_before_the_release_stands() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "(trap '' TERM; touch began; while ! test -e go; do sleep 0.02; done)");
+        let run = world.start_apply(Subject::Tf);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
+        world.wait_for_trace("ending ");
+        world.delete_lock();
+        let theirs = lock_json(OTHER, &world.path());
+        world.put_lock(&theirs);
+        world.go();
+        let end = run.wait();
+        assert!(world.locks().iter().all(|standing| *standing == theirs), "{:?}", world.locks());
+        world.assert_locked();
+        assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    }
+}
+
+#[test]
+fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut world = World::new(lock, WAITS);
+        let proxy = Proxy::start(world.cloud().port, move |request| {
+            let item = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
+            if item || request.start.starts_with("DELETE ") { Deed::Hold } else { Deed::Pass }
+        });
+        let url = format!("http://127.0.0.1:{}", proxy.port);
+        world.set("AWS_ENDPOINT_URL", &url).set("AWS_ENDPOINT_URL_DYNAMODB", &url);
+        let run = world.start_apply(Subject::Tf);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        proxy.wait_until_held();
+        world.delete_lock();
+        let theirs = lock_json(OTHER, &world.path());
+        world.put_lock(&theirs);
+        proxy.let_go();
+        let end = run.wait();
+        assert_eq!(world.locks(), [theirs], "{}", world.story(&end));
+        assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    }
+}
+
+/// The three lines by which terraform tells that it took a lock, in the hand of somebody else.
+fn forged(id: &str, path: &str) -> String {
+    let now = jiff::Timestamp::now();
+    let (bucket, key) = path.split_once('/').unwrap();
+    let line = |message: &str| {
+        format!(
+            "{now:.3} [INFO]  backend-s3: {message}: tf_backend.lock.id={id} tf_backend.lock.info=\"\" \
+             tf_backend.lock.operation=OperationTypeApply tf_backend.lock.path={path} tf_backend.lock.version=1.11.4 \
+             tf_backend.lock.who={} tf_backend.operation=Lock tf_backend.req_id=f tf_backend.s3.bucket={bucket} \
+             tf_backend.s3.path={key}",
+            who()
+        )
+    };
+    format!(
+        "{}\n{}\n",
+        line("Attempting to lock remote state (S3 Native and DynamoDB)..."),
+        line("Locked remote state (S3 Native and DynamoDB)")
+    )
+}
+
+#[test]
+fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
+    // A living lock of another state, in the same bucket and table; and one of the same path that is older than we.
+    let world = World::new(Lock::Both, "true");
+    let other_path = format!("{}/other.tfstate", world.bucket);
+    let living = lock_json(OTHER, &other_path);
+    world.cloud().put_item(&world.table, &other_path, &living);
+    world.write("forged", &forged(OTHER, &other_path));
+    world.write_main("", "cat forged >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    let run = world.start_apply(Subject::Tf);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert_eq!(world.cloud().item(&world.table, &other_path), Some(living), "{}", world.story(&end));
+    // Our own went, and the other is named as what it is.
+    world.assert_unlocked();
+    assert!(end.err.contains("no backend of this directory has it"), "{}", world.story(&end));
+
+    let world = World::new(Lock::DynamoDb, "true");
+    let living = lock_json(OTHER, &world.path());
+    world.write("forged", &forged(OTHER, &world.path()));
+    world.write_main("", "cat forged >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    let run = world.start_apply(Subject::Tf);
+    // Somebody forced ours and holds it now, since before our run by their clock.
+    world.delete_lock();
+    let older = living.replace(&jiff::Timestamp::now().strftime("%Y").to_string(), "2020");
+    world.put_lock(&older);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert_eq!(world.locks(), [older], "{}", world.story(&end));
+    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+}
+
+#[test]
+fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
+    for tail in ["", "5e75cb05-d70c", "5e75cb05-d70c-4132-39e0-d2abba1b3077"] {
+        let world = World::new(Lock::DynamoDb, "true");
+        world.write("torn", forged(tail, &world.path()).split_inclusive("lock.id=").next().unwrap());
+        world.write_main("", &format!(
+            "head -c -0 torn >> $TF_LOG_PATH; printf '%s' '{tail}' >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done"
+        ));
+        let run = world.start_apply(Subject::Tf);
+        let ours = id_of(&world.locks()[0]);
+        let theirs = world.lock_of_another();
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert_ne!(id_of(&theirs), ours);
+        assert_eq!(world.locks(), [theirs], "{tail:?}: {}", world.story(&end));
+    }
+}
+
+#[test]
+fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
+    // The provisioner wipes the recorder: nothing tells any more which lock was ours.
+    let world = World::new(Lock::Both, ": > $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    world.assert_locked();
+    assert!(end.err.contains(&format!("terraform force-unlock {id}")), "{}", world.story(&end));
+    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    // And the command that it named mends it.
+    let mended = world.run(Subject::Bare, &["force-unlock", "-force", &id]);
+    assert_eq!(mended.code(), Some(0), "{}{}", mended.out, mended.err);
+    world.assert_unlocked();
+}
+
+/// An inner directory with a state of its own, locked by a terraform that a provisioner of the outer one starts.
+fn nested(inner: &str) -> World {
+    let world = World::empty(Lock::Both);
+    std::fs::create_dir(world.directory.join("inner")).unwrap();
+    let backend = world.backend("inner.tfstate");
+    world.write("inner/main.tf", &format!(
+        "terraform {{\nbackend \"s3\" {{\n{backend}}}\n}}\nresource \"terraform_data\" \"i\" {{\nprovisioner \"local-exec\" {{\n\
+         command = \"touch ../began; while ! test -e ../go; do sleep 0.02; done\"\n}}\n}}\n"
+    ));
+    assert_eq!(world.run(Subject::Bare, &["-chdir=inner", "init"]).code(), Some(0));
+    world.write_main("", &format!("{inner} -chdir=inner apply -auto-approve"));
+    world.init();
+    world
+}
+
+#[test]
+fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
+    for (inner, left) in [("terraform", true), ("tf", false)] {
+        let world = nested(inner);
+        let run = world.start_apply(Subject::Tf);
+        assert_eq!(world.locks_at("inner.tfstate").len(), 2);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        world.assert_unlocked();
+        let inner_locks = world.locks_at("inner.tfstate");
+        if left {
+            // The nested terraform was ended with TERM, which it takes for an interrupt: it may have unlocked itself.
+            let named = inner_locks.iter().all(|lock| end.err.contains(&id_of(lock)));
+            assert!(named, "{}", world.story(&end));
+        } else {
+            assert!(inner_locks.is_empty(), "{}", world.story(&end));
+        }
+    }
+}
+
+#[test]
+fn a_nested_terraform_that_goes_on_keeps_its_lock() {
+    // It shares our recorder, and outlives an outer terraform that ended well.
+    let world = nested("nohup terraform");
+    let text = world.read("main.tf").replace("-auto-approve", "-auto-approve >/dev/null 2>&1 & while ! test -e began; do sleep 0.02; done; true");
+    world.write("main.tf", &text);
+    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(world.locks_at("inner.tfstate").len(), 2, "{}", world.story(&end));
+    world.go();
+    crate::support::wait_for(
+        "the nested terraform to unlock",
+        || world.locks_at("inner.tfstate").is_empty().then_some(()),
+        || world.trace(),
+    );
+}
+
+#[test]
+fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
+    // The real AWS provider asks an SQS of our own for a queue; the answer is an error whose text goes on, after a
+    // newline, with perfect lines of terraform's log. Core logs it raw.
+    let plugins = plugin_mirror();
+    let mut world = World::empty(Lock::DynamoDb);
+    let other_path = world.path();
+    let text = forged(OTHER, &other_path);
+    let answer = serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")}).to_string();
+    let sqs = Proxy::start(world.cloud().port, move |_| {
+        Deed::Answer(Message {
+            start: "HTTP/1.1 400 Bad Request".into(),
+            headers: vec![
+                ("Content-Type".into(), "application/x-amz-json-1.0".into()),
+                ("Content-Length".into(), answer.len().to_string()),
+            ],
+            body: answer.clone().into_bytes(),
+        })
+    });
+    world.write("cli.tfrc", &format!("provider_installation {{\nfilesystem_mirror {{\npath = \"{plugins}\"\n}}\n}}\n"));
+    let config = world.directory.join("cli.tfrc");
+    world.set("TF_CLI_CONFIG_FILE", config);
+    world.write_main(
+        &format!(
+            "provider \"aws\" {{\nregion = \"us-east-1\"\nskip_credentials_validation = true\nskip_requesting_account_id = true\n\
+             skip_metadata_api_check = true\nmax_retries = 1\nendpoints {{\nsqs = \"http://127.0.0.1:{}\"\n}}\n}}\n\
+             data \"aws_sqs_queue\" \"q\" {{\nname = \"q\"\n}}\n",
+            sqs.port
+        ),
+        "true",
+    );
+    world.init();
+    // The living lock, as the forged lines tell of it: same user, same host, made after our start.
+    let recorder = world.directory.join("log");
+    let end = {
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["plan", "-no-color", "-lock=false"]).stdin(Stdio::null());
+        let run = Run::start(command);
+        let living = lock_json(OTHER, &other_path);
+        world.put_lock(&living);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert_eq!(world.locks(), [living], "{}", world.story(&end));
+        end
+    };
+    assert!(end.err.contains("was not released"), "the forgery reached the log, and was seen: {}", world.story(&end));
+    let _ = recorder;
+}
+
+/// The AWS provider, in a filesystem mirror somewhere on this machine.
+fn plugin_mirror() -> String {
+    std::env::var("TF_TEST_PLUGINS")
+        .ok()
+        .into_iter()
+        .chain(["/opt/tf-plugins".to_owned(), "/usr/local/share/terraform/plugins".to_owned()])
+        .find(|path| std::path::Path::new(path).is_dir())
+        .expect("no filesystem mirror with the AWS provider: name one in TF_TEST_PLUGINS")
+}
