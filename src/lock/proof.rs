@@ -18,6 +18,8 @@ pub(crate) struct Run {
     pub(crate) started: Timestamp,
     /// The times in its log run backwards.
     pub(crate) disordered: bool,
+    /// It was told to take no lock (`-lock=false`).
+    pub(crate) locking_disabled: bool,
 }
 
 /// What a standing lock is to us.
@@ -43,6 +45,10 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
     let conditions = [
         (!recorded.contradicted, "the log of the run contradicts itself"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
+        (
+            !run.locking_disabled || recorded.operation == "init",
+            "the run was told to take no lock (-lock=false), and its log names one",
+        ),
         (standing.operation == recorded.operation, "its Operation is not the one that the log names"),
         (standing.who == recorded.who, "its Who is not the one that the log names"),
         (standing.version == recorded.version, "its Version is not the one that the log names"),
@@ -85,7 +91,7 @@ mod tests {
     }
 
     fn run() -> Run {
-        Run { who: "root@vm".into(), started: "2026-11-23T01:46:07Z".parse().unwrap(), disordered: false }
+        Run { who: "root@vm".into(), started: "2026-11-23T01:46:07Z".parse().unwrap(), disordered: false, locking_disabled: false }
     }
 
     #[test]
@@ -119,6 +125,7 @@ mod tests {
             ("recorded key", |recorded, _, _| recorded.key = "other".into()),
             ("contradicted", |recorded, _, _| recorded.contradicted = true),
             ("disordered", |_, _, run| run.disordered = true),
+            ("told to take no lock", |_, _, run| run.locking_disabled = true),
             ("another host", |_, _, run| run.who = "root@other".into()),
             ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
         ];

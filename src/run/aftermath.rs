@@ -67,7 +67,12 @@ impl Aftermath<'_> {
         let keep = self.reason_to_keep(died, signals);
         let places = Places::new(self);
         let situation = Situation {
-            run: Run { who: lock_info::who(), started: self.started, disordered: self.log.disordered },
+            run: Run {
+                who: lock_info::who(),
+                started: self.started,
+                disordered: self.log.disordered,
+                locking_disabled: self.log.locking_disabled,
+            },
             died,
         };
         // A migration holds two, and gives back the second first.

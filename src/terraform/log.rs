@@ -69,6 +69,8 @@ pub(crate) struct Log {
     /// The version of the terraform whose log this is, from its first record. None: that record was not seen, so the
     /// log is not whole.
     pub(crate) version: Option<String>,
+    /// Terraform was told to take no lock. It still takes one while it creates a workspace's state, and no other.
+    pub(crate) locking_disabled: bool,
     /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
     pub(crate) disordered: bool,
     latest: Option<Timestamp>,
@@ -119,6 +121,9 @@ impl Log {
             self.disordered = true;
         }
         self.latest = self.latest.max(Some(record.time));
+        if record.message == "CLI command args" {
+            self.locking_disabled |= disables_locking(record.rest());
+        }
         if record.module != "backend-s3" {
             return;
         }
@@ -206,6 +211,12 @@ impl Log {
             lock.locked = Some(time);
         }
     }
+}
+
+/// Whether terraform's arguments, as Go prints a list of strings, hold `-lock=false` in any of Go's spellings
+/// (strconv.ParseBool). The words of `TF_CLI_ARGS` are among them.
+fn disables_locking(arguments: &str) -> bool {
+    ["0", "f", "F", "false", "FALSE", "False"].iter().any(|no| arguments.contains(&format!("-lock={no}\"")))
 }
 
 fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
@@ -352,6 +363,14 @@ pub(crate) mod tests {
     fn a_line_without_end_is_skipped_and_the_next_is_read() {
         let text = format!("{}\n{}", "x".repeat(1 << 20), asking(7, ID, "r1"));
         assert_eq!(log(&text).locks.len(), 1);
+    }
+
+    #[test]
+    fn a_terraform_that_was_told_not_to_lock_is_known() {
+        let line = |word: &str| format!("2026-11-23T01:46:07.5Z [INFO]  CLI command args: []string{{\"plan\", \"{word}\"}}\n");
+        for (word, disabled) in [("-lock=false", true), ("--lock=0", true), ("-lock=true", false), ("-lock-timeout=0", false)] {
+            assert_eq!(log(&line(word)).locking_disabled, disabled, "{word}");
+        }
     }
 
     #[test]

@@ -1,1 +1,470 @@
+//! "For every command and ending, bare terraform and `tf` give the same bytes and the same wait status."
 
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
+
+use crate::support::process::tree;
+use crate::support::world::WAITS;
+use crate::support::{Ended, Lock, Run, Subject, World, wait_for};
+
+#[track_caller]
+fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
+    assert_eq!(bare.status, tf.status, "{what}: bare {bare:?}\ntf {tf:?}");
+    assert_eq!(bare.out, tf.out, "{what}: stdout");
+    assert_eq!(bare.err, tf.err, "{what}: stderr");
+}
+
+/// Writes a program in place of terraform.
+fn stub(world: &mut World, text: &str) {
+    let path = world.directory.join("stub");
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    world.set("TFW_TERRAFORM", path);
+}
+
+/// The same stub, started by its own name and through `tf`.
+fn both(world: &World, prepare: impl Fn(&mut Command)) -> [Ended; 2] {
+    ["stub", "tf"].map(|name| {
+        let program = if name == "tf" { world.bin().join("tf") } else { world.directory.join("stub") };
+        let mut command = world.command(program);
+        prepare(&mut command);
+        Run::start(command).wait()
+    })
+}
+
+#[test]
+fn every_command_has_the_same_output_and_status() {
+    let world = World::new(Lock::Both, "true");
+    world.write("unformatted.tf", "locals{a=1}\n");
+    let commands: &[&[&str]] = &[
+        &[],
+        &["-help"],
+        &["version"],
+        &["-version"],
+        &["no-such-command"],
+        &["fmt", "-check", "-diff"],
+        &["validate", "-no-color"],
+        &["init", "-no-color"],
+        &["plan", "-no-color"],
+        &["plan", "-no-color", "-detailed-exitcode"],
+        &["plan", "-no-such-flag"],
+        &["apply", "-help"],
+        &["apply", "-auto-approve", "-no-color", "-target=terraform_data.none"],
+        &["show", "-no-color"],
+        &["output", "-json"],
+        &["state", "list"],
+        &["state", "rm", "terraform_data.none"],
+        &["workspace", "list"],
+        &["workspace", "show"],
+        &["providers"],
+        &["graph"],
+        &["force-unlock"],
+        &["taint", "terraform_data.none"],
+        &["-chdir=nowhere", "plan"],
+    ];
+    for arguments in commands {
+        let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| world.run(subject, arguments));
+        assert_same(&format!("{arguments:?}"), &bare, &tf);
+    }
+    world.assert_unlocked();
+}
+
+#[test]
+fn every_exit_code_is_passed_on() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\nexit $2\n");
+    for code in 0..=255 {
+        let end = world.run(Subject::Tf, &["apply", &code.to_string()]);
+        assert_eq!(end.code(), Some(code), "{end:?}");
+        assert!(end.out.is_empty() && end.err.is_empty(), "{end:?}");
+    }
+}
+
+#[test]
+fn death_by_a_signal_is_passed_on_without_a_core() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\nulimit -c unlimited\nkill -$2 $$\nsleep 5\n");
+    for signal in ["HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM"] {
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["apply", signal]);
+        let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: setrlimit is async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                libc::setrlimit(libc::RLIMIT_CORE, &raw const limit);
+                Ok(())
+            });
+        }
+        let end = Run::start(command).wait();
+        let expected: Signal = format!("SIG{signal}").parse().unwrap();
+        assert_eq!(end.signal(), Some(expected as i32), "{signal}: {end:?}");
+        assert!(!end.core_dumped(), "{signal}: tf left a core");
+    }
+}
+
+#[test]
+fn arguments_reach_terraform_as_they_are() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\nfor a in \"$@\"; do printf '[%s]\\n' \"$a\"; done | cksum; echo $#\n");
+    let odd: Vec<OsString> = vec![
+        "apply".into(),
+        OsString::new(),
+        OsStr::from_bytes(b"\xff\xfe\x80").to_owned(),
+        " two  words ".into(),
+        "-var=a=$(b) `c` \"d\" 'e'".into(),
+        "new\nline".into(),
+    ];
+    let long: Vec<OsString> = std::iter::once("apply".into()).chain((0..6000).map(|n| format!("-var=v{n}={n}").into())).collect();
+    for arguments in [odd, long] {
+        let [bare, tf] = both(&world, |command| {
+            command.args(&arguments);
+        });
+        assert_same("arguments", &bare, &tf);
+    }
+}
+
+#[test]
+fn stdin_is_what_it_was() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\nreadlink /proc/self/fd/0 | sed 's/[0-9]*//g'; cat; echo rc=$?\n");
+    for kind in ["null", "file", "closed"] {
+        world.write("input", "from a file\n");
+        let [bare, tf] = both(&world, |command| {
+            command.arg("apply");
+            // Run::start gives a pipe; the child puts what is to be tried in its place.
+            let input = match kind {
+                "null" => Some(OwnedFd::from(File::open("/dev/null").unwrap())),
+                "file" => Some(OwnedFd::from(File::open(world.directory.join("input")).unwrap())),
+                _ => None,
+            };
+            // SAFETY: dup2 and close are async-signal-safe.
+            unsafe {
+                command.pre_exec(move || {
+                    match &input {
+                        Some(input) => drop(nix::unistd::dup2_stdin(input)),
+                        None => drop(nix::unistd::close(0)),
+                    }
+                    Ok(())
+                });
+            }
+        });
+        assert_same(kind, &bare, &tf);
+    }
+}
+
+#[test]
+fn yes_through_a_pipe_approves() {
+    let world = World::new(Lock::Both, "true");
+    for subject in [Subject::Bare, Subject::Tf] {
+        let mut command = world.command("sh");
+        command.args(["-c", &format!("echo yes | {} apply -no-color -replace=terraform_data.a", subject.name())]);
+        let end = Run::start(command).wait();
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.out.contains("Apply complete!"), "{}", world.story(&end));
+        assert!(end.err.is_empty(), "{}", end.err);
+    }
+    world.assert_unlocked();
+}
+
+#[test]
+fn the_signal_mask_and_the_ignored_signals_are_inherited() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/cat\n");
+    let prepared = |ignored: &'static [Signal], blocked: &'static [Signal]| {
+        both(&world, move |command| {
+            command.arg("/proc/self/status");
+            // SAFETY: sigaction and sigprocmask are async-signal-safe.
+            unsafe {
+                command.pre_exec(move || {
+                    // std has given SIGPIPE its default action by now.
+                    for signal in ignored {
+                        nix::sys::signal::signal(*signal, SigHandler::SigIgn)?;
+                    }
+                    let set: SigSet = blocked.iter().copied().collect();
+                    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&set), None)?;
+                    Ok(())
+                });
+            }
+        })
+        .map(|end| {
+            let lines: Vec<_> = end.out.lines().filter(|line| line.starts_with("Sig") || line.starts_with("Shd")).map(ToOwned::to_owned).collect();
+            lines.into_iter().filter(|line| !line.starts_with("SigQ")).collect::<Vec<_>>()
+        })
+    };
+    let all: &[Signal] = &[Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGPIPE, Signal::SIGTERM, Signal::SIGCHLD,
+        Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGUSR1, Signal::SIGALRM];
+    for ignored in [&[][..], &[Signal::SIGPIPE], &[Signal::SIGHUP], &[Signal::SIGINT, Signal::SIGQUIT], &[Signal::SIGCHLD], all] {
+        for blocked in [&[][..], &[Signal::SIGTERM, Signal::SIGUSR2], all] {
+            let [bare, tf] = prepared(ignored, blocked);
+            assert!(bare.len() >= 4, "{bare:?}");
+            assert_eq!(bare, tf, "ignored {ignored:?}, blocked {blocked:?}");
+        }
+    }
+}
+
+#[test]
+fn the_same_descriptors_are_open_but_for_the_lifeline() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\nexec ls /proc/self/fd\n");
+    let [bare, tf] = both(&world, |command| {
+        command.arg("apply");
+    });
+    let more: Vec<i32> = tf.out.lines().filter(|line| !bare.out.lines().any(|other| other == *line)).map(|line| line.parse().unwrap()).collect();
+    assert_eq!(more.len(), 1, "bare {} tf {}", bare.out, tf.out);
+    assert!(more[0] >= 500, "{more:?}");
+}
+
+#[test]
+fn commands_that_cannot_lock_become_terraform() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\necho $$ > pid; touch began; while ! test -e go; do sleep 0.01; done\n");
+    for arguments in [&["version"][..], &["fmt"], &["validate"], &["-help"], &["get"], &["workspace", "show"]] {
+        for name in ["began", "go"] {
+            let _ = std::fs::remove_file(world.directory.join(name));
+        }
+        let run = world.start(Subject::Tf, arguments);
+        world.wait_for_began(&run);
+        assert_eq!(world.read("pid").trim(), run.pid().to_string(), "{arguments:?}");
+        world.go();
+        run.wait();
+    }
+}
+
+#[test]
+fn completion_is_terraforms_own() {
+    let world = World::empty(Lock::DynamoDb);
+    let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| {
+        let mut command = world.command(world.bin().join(subject.name()));
+        command.args(["terraform", "works", "terraform"]).env("COMP_LINE", "terraform works").env("COMP_POINT", "15");
+        Run::start(command).wait()
+    });
+    assert_eq!(bare.out, "workspace\n", "{bare:?}");
+    assert_same("completion", &bare, &tf);
+}
+
+#[test]
+fn named_terraform_it_finds_the_real_one_behind_it() {
+    let world = World::empty(Lock::DynamoDb);
+    let version = world.run(Subject::Bare, &["version"]).out;
+    for copied in [false, true] {
+        for arguments in [&["version"][..], &["plan", "-help"], &["output"]] {
+            let first = world.directory.join(format!("first-{copied}"));
+            let second = world.directory.join(format!("second-{copied}"));
+            for directory in [&first, &second] {
+                let _ = std::fs::create_dir(directory);
+                let link = directory.join("terraform");
+                let _ = std::fs::remove_file(&link);
+                if copied {
+                    std::fs::copy(env!("CARGO_BIN_EXE_tf"), &link).unwrap();
+                } else {
+                    symlink(env!("CARGO_BIN_EXE_tf"), &link).unwrap();
+                }
+            }
+            // A script of a user's own that leads back to us.
+            let script = world.directory.join("script");
+            let _ = std::fs::create_dir(&script);
+            std::fs::write(script.join("terraform"), "#!/bin/sh\nexec tf \"$@\"\n").unwrap();
+            std::fs::set_permissions(script.join("terraform"), std::fs::Permissions::from_mode(0o755)).unwrap();
+            let real = world.bin();
+            for order in [vec![&first], vec![&first, &second], vec![&second, &first], vec![&script], vec![&first, &script, &second]] {
+                let path = std::env::join_paths(order.iter().map(|path| path.as_path()).chain([real.as_path(), Path::new("/usr/bin"), Path::new("/bin")])).unwrap();
+                let mut command = world.command(order[0].join("terraform"));
+                command.args(arguments).env("PATH", &path);
+                let end = Run::start(command).wait();
+                let mut bare = world.command(real.join("terraform"));
+                bare.args(arguments).env("PATH", &path);
+                assert_same(&format!("copied {copied} {arguments:?} {order:?}"), &Run::start(bare).wait(), &end);
+                if arguments == ["version"] {
+                    assert_eq!(end.out, version);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn two_wrappers_in_a_row_are_one() {
+    let world = World::new(Lock::Both, WAITS);
+    let first = world.directory.join("first");
+    std::fs::create_dir(&first).unwrap();
+    std::fs::copy(env!("CARGO_BIN_EXE_tf"), first.join("terraform")).unwrap();
+    let path = std::env::join_paths([first.as_path(), world.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["apply", "-auto-approve", "-no-color"]).env("PATH", path);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    let names: Vec<String> = tree(run.pid()).into_iter().map(|process| process.1).collect();
+    assert_eq!(names.iter().filter(|name| *name == "tf" || *name == "terraform").count(), 2, "{names:?}");
+    nix::sys::signal::kill(crate::support::process::terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert_eq!(end.err.matches("released the lock").count(), 1, "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[test]
+fn without_a_terraform_it_says_where_it_looked() {
+    let world = World::empty(Lock::DynamoDb);
+    let empty = world.directory.join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    symlink(env!("CARGO_BIN_EXE_tf"), empty.join("terraform")).unwrap();
+    let mut command = world.command(world.bin().join("tf"));
+    command.arg("plan").env("PATH", &empty);
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(127), "{end:?}");
+    assert!(end.err.contains(empty.to_str().unwrap()), "{}", end.err);
+    assert!(end.out.is_empty());
+
+    let mut command = world.command(world.bin().join("tf"));
+    command.arg("plan").env("TFW_TERRAFORM", "/no/such/terraform");
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(127), "{end:?}");
+    assert!(end.err.contains("TFW_TERRAFORM") && end.err.contains("/no/such/terraform"), "{}", end.err);
+}
+
+#[test]
+fn a_terraform_that_cannot_be_run_is_an_error_of_the_shells_kind() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "\x7fELF no program\n");
+    let end = world.run(Subject::Tf, &["apply"]);
+    assert_eq!(end.code(), Some(126), "{end:?}");
+    assert!(end.err.contains("stub"), "{}", end.err);
+}
+
+#[test]
+fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\ntouch began\n");
+    for (name, value) in [("TFW_STOP_TIMEOUT", "soon"), ("TFW_RELEASE", "perhaps"), ("TFW_TTY", "mine")] {
+        let mut command = world.command(world.bin().join("tf"));
+        command.arg("apply").env(name, value);
+        let end = Run::start(command).wait();
+        assert_eq!(end.code(), Some(1), "{end:?}");
+        assert!(end.err.contains(name) && end.err.contains(value), "{}", end.err);
+        assert!(!world.exists("began"));
+    }
+}
+
+#[test]
+fn the_users_logging_keeps_its_whole_effect() {
+    let plain = |text: &str| -> Vec<String> {
+        // Times, addresses and IDs differ from run to run; what is logged, and where, does not.
+        let mut lines: Vec<String> = text
+            .lines()
+            .filter_map(|line| line.get(24..).map(|rest| rest.chars().take_while(|c| !c.is_ascii_digit() && *c != ':' && *c != '=').collect()))
+            .collect();
+        lines.sort();
+        lines.dedup();
+        lines
+    };
+    for (name, value) in [("TF_LOG", "INFO"), ("TF_LOG", "json"), ("TF_LOG_CORE", "INFO"), ("TF_LOG_PROVIDER", "DEBUG"), ("TF_LOG_PATH", "own.log"), ("TF_LOG_CLOUD", "DEBUG")] {
+        let mut world = World::new(Lock::Both, "true");
+        world.set(name, value);
+        let run = |subject| {
+            let _ = std::fs::remove_file(world.directory.join("own.log"));
+            let end = world.run(subject, &["plan", "-no-color"]);
+            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+            (plain(&end.err), world.read("own.log").is_empty())
+        };
+        let (bare, tf) = (run(Subject::Bare), run(Subject::Tf));
+        assert_eq!(bare, tf, "{name}={value}");
+    }
+}
+
+#[test]
+fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
+    let world = World::new(Lock::Both, "true");
+    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0));
+    assert!(end.err.is_empty(), "{}", end.err);
+    assert!(!world.trace().contains("may stand"), "{}", world.trace());
+    let run = world.trace().split("run ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+    for directory in ["/dev/shm", "/tmp"] {
+        let left: Vec<_> = std::fs::read_dir(directory).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().contains(&run)).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+#[test]
+fn no_secret_is_on_disk_at_any_moment() {
+    // Made up now, so that only what we start can write them anywhere.
+    let secret = |name: &str| format!("hunter2-{name}-{}-{}", std::process::id(), jiff::Timestamp::now().as_nanosecond());
+    let secrets = ["variable", "backend", "environment", "key"].map(secret);
+    let secrets = secrets.each_ref().map(String::as_str);
+    for (name, value) in [("TF_IN_AUTOMATION", "1"), ("TF_LOG_PROVIDER", "DEBUG")] {
+        let mut world = World::empty(Lock::Both);
+        world.set("TF_VAR_from_environment", secrets[2]).set("AWS_SECRET_ACCESS_KEY", secrets[3]).set(name, value);
+        let key = format!("-backend-config=secret_key={}", secrets[1]);
+        world.write_main("variable \"secret\" {}\nvariable \"from_environment\" {\nsensitive = true\n}\n", WAITS);
+        // Terraform itself writes what -backend-config says into .terraform: that one is looked for everywhere else.
+        let end = world.run(Subject::Tf, &["init", "-no-color", "-backend-config=access_key=test", &key]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["apply", "-auto-approve", "-no-color", &format!("-var=secret={}", secrets[0])]);
+        let run = Run::start(command);
+        world.wait_for_began(&run);
+        // While it runs, when it was killed, and after.
+        assert_no_secret(&world, &secrets);
+        nix::sys::signal::kill(crate::support::process::terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert_no_secret(&world, &secrets);
+        for secret in secrets {
+            assert!(!end.err.contains(secret) && !world.trace().contains(secret), "{}", world.story(&end));
+        }
+        assert_eq!(std::fs::metadata(world.directory.join("trace")).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+}
+
+/// Looks everywhere where we or terraform may write, but into what the user wrote.
+#[track_caller]
+fn assert_no_secret(world: &World, secrets: &[&str]) {
+    let places = [world.directory.parent().unwrap().to_owned(), "/tmp".into(), "/var/tmp".into()];
+    for secret in secrets {
+        let output = Command::new("grep")
+            .args(["-rlsF", "--exclude-dir=.terraform", "--exclude-dir=target", secret])
+            .args(&places[1..])
+            .output()
+            .unwrap();
+        assert!(output.stdout.is_empty(), "{secret}: {}", String::from_utf8_lossy(&output.stdout));
+        let output = Command::new("grep").args(["-rlsF", "--exclude-dir=.terraform", secret]).arg(&places[0]).output().unwrap();
+        assert!(output.stdout.is_empty(), "{secret}: {}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+#[test]
+fn a_missing_cli_configuration_is_terraforms_own_warning() {
+    let mut world = World::new(Lock::Both, "true");
+    world.set("TF_CLI_CONFIG_FILE", "/no/such/terraformrc");
+    let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| world.run(subject, &["plan", "-no-color"]));
+    assert!(bare.err.contains("/no/such/terraformrc"), "{bare:?}");
+    assert_same("plan", &bare, &tf);
+}
+
+#[test]
+fn a_pipeline_sees_the_end_of_output_when_we_end() {
+    let mut world = World::empty(Lock::DynamoDb);
+    stub(&mut world, "#!/bin/sh\necho one; echo two >&2\n");
+    let mut command = world.command("sh");
+    command.args(["-c", "tf apply 2>/dev/null | cat; tf apply 2>&1 >/dev/null | cat; tf apply > file 2>&1; cat file"]).stdin(Stdio::null());
+    let end = Run::start(command).wait();
+    assert_eq!(end.out, "one\ntwo\none\ntwo\n", "{end:?}");
+}
+
+#[test]
+fn nothing_of_ours_is_left_running() {
+    let world = World::new(Lock::Both, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let all: Vec<_> = tree(run.pid()).into_iter().map(|process| process.0).collect();
+    world.go();
+    run.wait();
+    for pid in all {
+        wait_for("an end", || crate::support::process::state(pid).is_none_or(|state| state == 'Z').then_some(()), || pid.to_string());
+    }
+}

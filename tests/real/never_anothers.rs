@@ -1,14 +1,12 @@
 //! "A lock that it did not hold is never touched."
 
-use std::process::Stdio;
-
 use nix::sys::signal::{Signal, kill};
 
 use crate::support::http::Message;
 use crate::support::process::terraform_below;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, id_of, lock_json, who};
-use crate::support::{Lock, Run, Subject, World};
+use crate::support::{Lock, Subject, World};
 
 const OTHER: &str = "22222222-3333-4444-5555-666666666666";
 
@@ -233,16 +231,21 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     let plugins = plugin_mirror();
     let mut world = World::empty(Lock::DynamoDb);
     let other_path = world.path();
-    let text = forged(OTHER, &other_path);
-    let answer = serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")}).to_string();
+    // Made at the moment of the request: the living lock is there, and everything about the lines is right.
+    let (cloud, table) = (world.cloud(), world.table.clone());
+    let path = other_path.clone();
     let sqs = Proxy::start(world.cloud().port, move |_| {
+        cloud.put_item(&table, &path, &lock_json(OTHER, &path));
+        let text = forged(OTHER, &path);
+        let answer = serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
+        let body = answer.to_string().into_bytes();
         Deed::Answer(Message {
             start: "HTTP/1.1 400 Bad Request".into(),
             headers: vec![
                 ("Content-Type".into(), "application/x-amz-json-1.0".into()),
-                ("Content-Length".into(), answer.len().to_string()),
+                ("Content-Length".into(), body.len().to_string()),
             ],
-            body: answer.clone().into_bytes(),
+            body,
         })
     });
     world.write("cli.tfrc", &format!("provider_installation {{\nfilesystem_mirror {{\npath = \"{plugins}\"\n}}\n}}\n"));
@@ -258,21 +261,15 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
         "true",
     );
     world.init();
-    // The living lock, as the forged lines tell of it: same user, same host, made after our start.
-    let recorder = world.directory.join("log");
-    let end = {
-        let mut command = world.command(world.bin().join("tf"));
-        command.args(["plan", "-no-color", "-lock=false"]).stdin(Stdio::null());
-        let run = Run::start(command);
-        let living = lock_json(OTHER, &other_path);
-        world.put_lock(&living);
-        let end = run.wait();
+    for arguments in [["plan", "-no-color", "-lock=false"], ["plan", "-no-color", "-lock=true"]] {
+        world.delete_lock();
+        let end = world.run(Subject::Tf, &arguments);
         assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        assert_eq!(world.locks(), [living], "{}", world.story(&end));
-        end
-    };
-    assert!(end.err.contains("was not released"), "the forgery reached the log, and was seen: {}", world.story(&end));
-    let _ = recorder;
+        if arguments[2] == "-lock=false" {
+            assert_eq!(world.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(), [OTHER], "{}", world.story(&end));
+            assert!(end.err.contains("-lock=false"), "the forgery reached the log, and was seen: {}", world.story(&end));
+        }
+    }
 }
 
 /// The AWS provider, in a filesystem mirror somewhere on this machine.

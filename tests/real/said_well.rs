@@ -1,1 +1,153 @@
+//! "One or two lines on stderr after a release", and what to type where there was none.
 
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::process::terraform_below;
+use crate::support::terminal::Terminal;
+use crate::support::world::{WAITS, id_of};
+use crate::support::{Lock, Run, Subject, World, wait_for};
+
+#[test]
+fn a_release_is_told_in_two_lines() {
+    let world = World::new(Lock::Both, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    let lines: Vec<&str> = end.err.lines().collect();
+    assert_eq!(lines.len(), 2, "{}", end.err);
+    assert_eq!(lines[0], "tf: terraform was killed by SIGKILL without giving its state lock back");
+    let told = format!("tf: released the lock: OperationTypeApply on {}, ID {id}, held for ", world.path());
+    assert!(lines[1].starts_with(&told), "{}", end.err);
+    assert!(!end.out.contains("tf:"), "stdout carries not one byte of ours");
+}
+
+#[test]
+fn what_could_not_be_released_is_told_with_the_command_that_mends_it() {
+    let mut world = World::new(Lock::Both, WAITS);
+    world.set("TFW_RELEASE", "never");
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    world.assert_locked();
+    assert!(end.err.contains("TFW_RELEASE is never"), "{}", end.err);
+    let command = end.err.split("type: ").nth(1).unwrap().lines().next().unwrap().trim();
+    assert_eq!(command, format!("terraform force-unlock {id}"));
+    let mut shell = world.command("sh");
+    shell.args(["-c", &format!("{} -force {id}", command.rsplit_once(' ').unwrap().0)]);
+    assert_eq!(Run::start(shell).wait().code(), Some(0));
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_lock_service_that_refuses_is_quoted() {
+    use crate::support::http::Message;
+    use crate::support::proxy::{Deed, Proxy};
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let proxy = Proxy::start(world.cloud().port, |request| {
+        if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
+            let body = br#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not allowed to delete"}"#.to_vec();
+            Deed::Answer(Message {
+                start: "HTTP/1.1 400 Bad Request".into(),
+                headers: vec![("Content-Type".into(), "application/x-amz-json-1.0".into()), ("Content-Length".into(), body.len().to_string())],
+                body,
+            })
+        } else {
+            Deed::Pass
+        }
+    });
+    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("AccessDeniedException: not allowed to delete"), "{}", world.story(&end));
+    assert!(end.err.contains(&format!("terraform force-unlock {id}")), "{}", end.err);
+    assert_eq!(end.signal(), Some(9), "it ends as terraform ended all the same");
+    world.assert_locked();
+}
+
+#[test]
+fn an_attribute_that_cannot_be_followed_is_named_and_the_lock_kept() {
+    let world = World::empty(Lock::DynamoDb);
+    world.write_main("", WAITS);
+    let text = world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\nsts_region = \"us-east-1\"\n");
+    world.write("main.tf", &text);
+    world.init();
+    let run = world.start_apply(Subject::Tf);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("sts_region"), "{}", world.story(&end));
+    world.assert_locked();
+}
+
+#[test]
+fn a_lock_service_that_does_not_answer_is_not_waited_for_when_a_person_says_so() {
+    use crate::support::proxy::{Deed, Proxy};
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let killed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = std::sync::Arc::clone(&killed);
+    let proxy = Proxy::start(world.cloud().port, move |_| {
+        if flag.load(std::sync::atomic::Ordering::SeqCst) { Deed::Hold } else { Deed::Pass }
+    });
+    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
+    let run = world.start_apply(Subject::Tf);
+    killed.store(true, std::sync::atomic::Ordering::SeqCst);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    proxy.wait_until_held();
+    run.send(Signal::SIGINT);
+    run.wait_for_err("another ^C leaves it");
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(end.err.contains("force-unlock"), "{}", world.story(&end));
+    world.assert_locked();
+    proxy.let_go();
+}
+
+#[test]
+fn colour_is_for_a_terminal_that_wants_it() {
+    for (no_color, coloured) in [(None, true), (Some("1"), false)] {
+        let mut world = World::new(Lock::Both, WAITS);
+        if let Some(value) = no_color {
+            world.set("NO_COLOR", value);
+        }
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["apply", "-auto-approve", "-no-color"]);
+        let mut terminal = Terminal::start(command);
+        world.wait_for_file("began");
+        kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
+        terminal.wait_for("released the lock");
+        terminal.wait();
+        let escapes = terminal.screen().split("without giving").next().unwrap().lines().last().unwrap().contains('\u{1b}');
+        assert_eq!(escapes, coloured, "{}", terminal.screen());
+    }
+}
+
+#[test]
+fn a_dead_stderr_never_stops_a_release() {
+    for closed in [false, true] {
+        let world = World::new(Lock::Both, WAITS);
+        let mut command = world.command("sh");
+        let redirect = if closed { "2>&-" } else { "2>/dev/full" };
+        command.args(["-c", &format!("exec tf apply -auto-approve -no-color {redirect}")]);
+        let run = Run::start(command);
+        world.wait_for_began(&run);
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+        world.assert_unlocked();
+    }
+    // A window that was closed: every write there fails with EIO.
+    let world = World::new(Lock::Both, WAITS);
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["apply", "-auto-approve", "-no-color"]);
+    let mut terminal = Terminal::start(command);
+    world.wait_for_file("began");
+    let terraform = terraform_below(terminal.pid());
+    kill(terraform, Signal::SIGSTOP).unwrap();
+    terminal.close();
+    world.wait_for_trace("got SIGHUP");
+    kill(terraform, Signal::SIGKILL).unwrap();
+    wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+}

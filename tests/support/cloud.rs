@@ -26,12 +26,15 @@ pub fn tool(name: &str) -> PathBuf {
 pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Child {
     let keeper = r#"
 import os, signal, subprocess, sys
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+log = open(sys.argv[1], "ab")
+child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 sys.stdin.read()
 child.send_signal(signal.SIGKILL)
 "#;
+    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join("servers.log");
     Command::new(tool("python3"))
         .args(["-c", keeper])
+        .arg(log)
         .args(command)
         .envs(environment.iter().copied())
         .stdin(Stdio::piped())
