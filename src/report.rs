@@ -112,6 +112,30 @@ pub(crate) fn kept(ending: &str, recorded: &RecordedLock, why: &str, unlock: &st
     )
 }
 
+/// A lock was asked for, was not seen, and may still come. `kept`: the next `tf` knows of it.
+pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
+    let then = if kept {
+        "should it come within 20 min, the next tf here gives it back".to_owned()
+    } else {
+        format!("should it come, type: {unlock} {}", recorded.id)
+    };
+    format!(
+        "{ending} while it asked for a state lock, which did not come: {}\n{then}",
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    )
+}
+
+/// A lock came late, and was given back.
+pub(crate) fn came_late(recorded: &RecordedLock) -> String {
+    format!(
+        "released a lock that a dead terraform's request took late: {}",
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    )
+}
+
+/// The lock that refused this run is gone.
+pub(crate) const TRY_AGAIN: &str = "it was what refused this run: run it again";
+
 /// A lock whose log was lost may be this run's.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, unlock: &str) -> String {
     let id = visible(&info.id);

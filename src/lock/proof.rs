@@ -5,12 +5,13 @@
 //! must fit, and nothing in the log may contradict itself. A doubt keeps the lock.
 
 use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
 
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 
 /// What is known about the run that recorded a lock.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Run {
     /// `user@host`, as a terraform of ours writes it.
     pub(crate) who: String,

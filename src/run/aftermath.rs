@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::stop::Stop;
 use super::tree::{Fate, Tree};
+use super::tombstone::{Graveyard, Tombstone};
 use super::Invocation;
 use crate::lock::place::{self, Place};
 use crate::lock::proof::Run;
@@ -32,6 +33,7 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) invocation: &'a Invocation,
     pub(crate) before: &'a DataDirectory,
     pub(crate) data_directory: &'a Path,
+    pub(crate) graveyard: Option<&'a Graveyard>,
     pub(crate) release: bool,
 }
 
@@ -65,7 +67,8 @@ impl Aftermath<'_> {
         trace!("{} locks may stand; died: {died}, log lost: {lost}", standing.len());
         let ending = report::ending(self.ended, self.stop.killed(), self.out_of_memory);
         let keep = self.reason_to_keep(died, signals);
-        let places = Places::new(self);
+        let after = DataDirectory::read(self.data_directory);
+        let places = Places::new(self.before.clone(), after, self.invocation);
         let situation = Situation {
             run: Run {
                 who: lock_info::who(),
@@ -92,11 +95,36 @@ impl Aftermath<'_> {
                 Some(Outcome::Kept(reason)) => {
                     report::say(&report::kept(&ending, recorded, &reason, &self.unlock_command()));
                 }
-                Some(Outcome::Absent { .. }) | None => {}
+                Some(Outcome::Absent { anothers }) => {
+                    if died && recorded.locked.is_none() {
+                        self.bury(recorded, &situation, &ending);
+                    }
+                    if let (Some(id), Some(place)) = (anothers, places.of(recorded)) {
+                        self.release_late(signals, &id, &place);
+                    }
+                }
+                None => {}
             }
         }
         if lost && standing.is_empty() {
             self.name_suspect(signals, &ending, &places, &situation);
+        }
+    }
+
+    /// Keeps the facts of a lock whose request may still land.
+    fn bury(&self, recorded: &RecordedLock, situation: &Situation, ending: &str) {
+        let tombstone = Tombstone { since: Timestamp::now(), lock: recorded.clone(), run: situation.run.clone() };
+        let kept = self.graveyard.is_some_and(|graveyard| graveyard.put(&tombstone).is_ok());
+        report::say(&report::may_still_come(ending, recorded, kept, &self.unlock_command()));
+    }
+
+    /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
+    fn release_late(&self, signals: &mut Signals, id: &str, place: &Place) {
+        let Some(graveyard) = self.graveyard else { return };
+        for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
+            if visit(tombstone, place, graveyard, signals) {
+                report::say(report::TRY_AGAIN);
+            }
         }
     }
 
@@ -135,6 +163,38 @@ impl Aftermath<'_> {
     }
 }
 
+/// Before a run: gives back what requests of dead runs took here after everybody had looked.
+pub(crate) fn release_what_came_late(
+    graveyard: &Graveyard,
+    before: &DataDirectory,
+    invocation: &Invocation,
+    signals: &mut Signals,
+) {
+    let tombstones = graveyard.read(Timestamp::now());
+    if tombstones.is_empty() {
+        return;
+    }
+    let places = Places::new(before.clone(), before.clone(), invocation);
+    for tombstone in &tombstones {
+        if let Some(place) = places.of(&tombstone.lock) {
+            visit(tombstone, &place, graveyard, signals);
+        }
+    }
+}
+
+/// Looks once whether the lock has come, and gives it back. True if it had.
+fn visit(tombstone: &Tombstone, place: &Place, graveyard: &Graveyard, signals: &mut Signals) -> bool {
+    // Its terraform is long dead, and one look is enough: the next `tf` looks again.
+    let situation = Situation { run: tombstone.run.clone(), died: false };
+    let outcome = wait_for(signals, release::release(&tombstone.lock, place, &situation));
+    trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
+    let Some(Outcome::Released(_)) = outcome else { return false };
+    // Terraform asks for one half after the other: what came was the last that it asked for.
+    graveyard.take_away(&tombstone.lock.id);
+    report::say(&report::came_late(&tombstone.lock));
+    true
+}
+
 /// A recorded lock is named when it was had, or when its holder died before it knew. One that was refused is
 /// somebody else's.
 fn may_stand(recorded: &RecordedLock, died: bool) -> bool {
@@ -161,10 +221,8 @@ struct Places {
 }
 
 impl Places {
-    fn new(aftermath: &Aftermath<'_>) -> Self {
-        let after = DataDirectory::read(aftermath.data_directory);
-        let before = aftermath.before.clone();
-        let command_line = &aftermath.invocation.command_line;
+    fn new(before: DataDirectory, after: DataDirectory, invocation: &Invocation) -> Self {
+        let command_line = &invocation.command_line;
         // TF_WORKSPACE wins over what is selected (internal/command/meta.go, `WorkspaceOverridden`).
         let mut workspaces = match std::env::var("TF_WORKSPACE") {
             Ok(name) if !name.is_empty() => vec![name],

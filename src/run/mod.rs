@@ -10,6 +10,7 @@ mod poll;
 mod recorder;
 pub(crate) mod stop;
 mod supervision;
+mod tombstone;
 mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -35,6 +36,7 @@ use pipes::Pipes;
 use recorder::{Change, Recorder};
 use stop::Stop;
 use supervision::Supervision;
+use tombstone::Graveyard;
 use tree::Tree;
 
 /// What is to be run.
@@ -77,8 +79,13 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
     let before = DataDirectory::read(&data_directory);
     let memory_kills = process::out_of_memory_kills();
 
-    let id = run_id();
     let variable = |name: &str| std::env::var_os(name);
+    let graveyard = Graveyard::of_user(variable);
+    if let Some(graveyard) = graveyard.as_ref().filter(|_| settings.release) {
+        aftermath::release_what_came_late(graveyard, &before, invocation, &mut signals);
+    }
+
+    let id = run_id();
     let mut recorder = Recorder::open(&id, variable)?;
     let (mut tree, lifeline) = Tree::new(&id)?;
     let mut pipes = Pipes::interpose()?;
@@ -131,6 +138,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
         invocation,
         before: &before,
         data_directory: &data_directory,
+        graveyard: graveyard.as_ref(),
         release: settings.release,
     }
     .settle(&mut signals);

@@ -7,12 +7,13 @@
 //! `Uploading remote state` comes before a write of the state and of its digest; nothing comes after one.
 
 use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
 
 use super::lock_info::is_lock_id;
 use super::record::Record;
 
 /// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Halves {
     /// A `.tflock` object.
     pub(crate) s3: bool,
@@ -21,7 +22,7 @@ pub(crate) struct Halves {
 }
 
 /// What the log says of one lock that terraform asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RecordedLock {
     /// The lock ID.
     pub(crate) id: String,

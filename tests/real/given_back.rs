@@ -110,16 +110,22 @@ fn memory_group() -> Option<String> {
 
 #[test]
 fn killed_at_any_moment_it_leaves_no_lock() {
-    // From before the lock is asked for until after it was given back: the whole run takes some 250 ms.
     let rounds: u32 = std::env::var("TF_TEST_KILLS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(60);
     for lock in Lock::ALL {
         let world = World::new(lock, "true");
+        let mut whole = Duration::ZERO;
         let (mut held, mut released) = (0, 0);
+        let arguments = ["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"];
         for round in 0..rounds / 3 {
+            // Spread evenly over a whole run, as long as one takes at this moment on this machine.
             let begun = Instant::now();
-            let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"]);
-            // Spread evenly over the part of a run in which locks come and go.
-            let moment = Duration::from_millis(20 + u64::from(round) * 280 / u64::from(rounds / 3));
+            if round % 10 == 0 {
+                assert_eq!(world.run(Subject::Tf, &arguments).code(), Some(0));
+                whole = begun.elapsed();
+            }
+            let moment = whole * (round + 1) / (rounds / 3);
+            let begun = Instant::now();
+            let run = world.start(Subject::Tf, &arguments);
             let terraform = terraform_below(run.pid());
             std::thread::sleep(moment.saturating_sub(begun.elapsed()));
             if !world.locks().is_empty() {
@@ -180,6 +186,55 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
         assert!(end.err.contains("released the lock"), "{}", world.story(&end));
         world.assert_unlocked();
     }
+}
+
+#[test]
+fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut world = World::new(lock, "true");
+        let direct = world.environment();
+        let proxy = through(&mut world, move |request| {
+            if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
+        });
+        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        proxy.wait_until_held();
+        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert!(end.err.contains("the next tf here gives it back"), "{}", world.story(&end));
+        // It lands only now.
+        proxy.let_go();
+        proxy.wait_until_delivered();
+        world.assert_locked();
+        let mut next = world.command(world.bin().join("tf"));
+        next.args(["plan", "-no-color"]).env_clear().envs(direct);
+        let end = Run::start(next).wait();
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.err.contains("took late"), "{}", world.story(&end));
+        world.assert_unlocked();
+        let left = std::fs::read_dir(world.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
+        assert_eq!(left, 0);
+    }
+}
+
+#[test]
+fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let first = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    first.wait_until_held();
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.wait();
+    // The next run begins before the request lands, and asks for its lock after.
+    let second = through(&mut world, |request| if request.start.contains("list-type") { Deed::Hold } else { Deed::Pass });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    second.wait_until_held();
+    first.let_go();
+    first.wait_until_delivered();
+    second.let_go();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("took late") && end.err.contains("run it again"), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 #[test]

@@ -203,6 +203,7 @@ fn after_the_stop_timeout_terraform_is_killed_and_its_lock_released() {
     let run = world.start(Subject::Tf, &["console", "-no-color"]);
     world.wait_for_locked();
     run.send(Signal::SIGTERM);
+    world.wait_for_trace("Kill(StopTimeout)");
     let end = run.wait();
     assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
     assert!(end.err.contains("TFW_STOP_TIMEOUT"), "{}", end.err);

@@ -28,6 +28,15 @@ fn alone(world: &World, subject: Subject, arguments: &str) -> Terminal {
     Terminal::start(command)
 }
 
+/// Whether the program `name` waits in read(2).
+fn reads(terminal: &Terminal, name: &str) -> bool {
+    tree(terminal.pid()).iter().any(|process| {
+        process.1 == name
+            && process.2 == 'S'
+            && std::fs::read_to_string(format!("/proc/{}/syscall", process.0)).is_ok_and(|call| call.starts_with("0 "))
+    })
+}
+
 fn line_of(command: &str, arguments: &str) -> String {
     format!("{command} {arguments}; echo status=$?\n")
 }
@@ -392,10 +401,14 @@ fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
     terminal.type_in(&line_of("tf", APPLY));
     terminal.wait_for("Enter passphrase");
     world.wait_for_trace("lent the terminal");
+    // OpenSSH's prompt misses a signal that comes just before its read(2), and takes the next byte first: so under bare
+    // terraform too. A person's key comes when it reads.
+    wait_for("ssh-keygen to read", || reads(&terminal, "ssh-keygen").then_some(()), || terminal.screen());
     terminal.type_in("\x03");
     terminal.wait_for("status=1");
     assert_interrupted_once(&world, &terminal.screen());
     assert!(world.trace().contains("the terminal sent SIGINT"), "{}", world.trace());
+    assert!(!terminal.screen().contains("run on"), "{}\n{}", terminal.screen(), world.trace());
     assert!(tree(terminal.pid()).iter().all(|process| process.1 != "ssh-keygen"), "{:?}", tree(terminal.pid()));
     terminal.type_in("echo still$((1+1))\n");
     terminal.wait_for("still2");

@@ -1,0 +1,189 @@
+//! A lock request that nobody saw answered can land long after its sender died: held by a proxy or an overloaded
+//! service, for as long as its signature is valid (5 minutes for DynamoDB, 15 for S3). No waiting covers that. So the
+//! lock's facts are kept here, and every `tf` that starts on that place, or is refused by that lock, gives it back.
+//!
+//! One file a lock, under the user's state directory, readable for its owner alone. What is in it was read from
+//! terraform's log: no argument, no key, no token. It can make nobody delete another's lock: whatever it says, the lock
+//! that stands must agree with it in everything ([`crate::lock::proof`]).
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::lock::proof::Run;
+use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::log::RecordedLock;
+use crate::trace::trace;
+
+/// How long a request can still land: longer than any signature is valid.
+pub(crate) const STANDS: SignedDuration = SignedDuration::from_mins(20);
+
+/// What is kept of a lock that may still come.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Tombstone {
+    /// When its terraform was seen dead.
+    pub(crate) since: Timestamp,
+    /// What the log said of it.
+    pub(crate) lock: RecordedLock,
+    /// What is known of the run.
+    pub(crate) run: Run,
+}
+
+/// Where tombstones stand.
+#[derive(Debug)]
+pub(crate) struct Graveyard(PathBuf);
+
+impl Graveyard {
+    /// The one of this user: below `TFW_STATE_DIR`, `XDG_STATE_HOME/tf` or `~/.local/state/tf`. `None` when there is no
+    /// such place that is ours, as under sudo with another's HOME.
+    pub(crate) fn of_user(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Option<Self> {
+        let set = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let (owned, directory) = if let Some(directory) = set("TFW_STATE_DIR") {
+            (directory.clone(), directory)
+        } else if let Some(state) = set("XDG_STATE_HOME").filter(|path| path.is_absolute()) {
+            (state.clone(), state.join("tf"))
+        } else {
+            let home = set("HOME")?;
+            (home.clone(), home.join(".local/state/tf"))
+        };
+        let foreign = fs::metadata(&owned).is_ok_and(|place| place.uid() != nix::unistd::geteuid().as_raw());
+        (!foreign).then(|| Self(directory.join("tombstones")))
+    }
+
+    /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
+    pub(crate) fn read(&self, now: Timestamp) -> Vec<Tombstone> {
+        let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
+        if !self.is_private() {
+            return Vec::new();
+        }
+        let mut standing = Vec::new();
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Some(tombstone) = read_one(&path) else { continue };
+            if now.duration_since(tombstone.since) > STANDS {
+                let _ = fs::remove_file(path);
+            } else {
+                standing.push(tombstone);
+            }
+        }
+        standing
+    }
+
+    /// Puts one up.
+    ///
+    /// # Errors
+    /// Where the directory is not writable, or not private.
+    pub(crate) fn put(&self, tombstone: &Tombstone) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.0)?;
+        if !self.is_private() || !is_lock_id(&tombstone.lock.id) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        // Whole or not at all: written beside its place, and moved there.
+        let path = self.path(&tombstone.lock.id);
+        let unfinished = path.with_extension(std::process::id().to_string());
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+        file.write_all(&serde_json::to_vec(tombstone)?)?;
+        file.sync_all()?;
+        trace!("tombstone for {}", tombstone.lock.id);
+        fs::rename(unfinished, path)
+    }
+
+    /// Takes one away: its lock came, and is gone.
+    pub(crate) fn take_away(&self, id: &str) {
+        let _ = fs::remove_file(self.path(id));
+    }
+
+    fn path(&self, id: &str) -> PathBuf {
+        self.0.join(format!("{id}.json"))
+    }
+
+    /// A directory of ours that nobody else can write into, and no link to one.
+    fn is_private(&self) -> bool {
+        fs::symlink_metadata(&self.0).is_ok_and(|place| {
+            place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
+        })
+    }
+}
+
+fn read_one(path: &Path) -> Option<Tombstone> {
+    if path.extension()? != "json" {
+        return None;
+    }
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    if !metadata.is_file() || metadata.len() > 1 << 16 {
+        return None;
+    }
+    let tombstone: Tombstone = serde_json::from_reader(file).ok()?;
+    (path.file_stem()? == tombstone.lock.id.as_str() && is_lock_id(&tombstone.lock.id)).then_some(tombstone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+
+    fn tombstone() -> Tombstone {
+        let mut log = Log::default();
+        log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        let run = Run {
+            who: "root@vm".into(),
+            started: "2026-11-23T01:46:07Z".parse().unwrap(),
+            disordered: false,
+            locking_disabled: false,
+        };
+        Tombstone { since: "2026-11-23T01:47:00Z".parse().unwrap(), lock: log.locks.remove(0), run }
+    }
+
+    fn graveyard() -> (tempfile::TempDir, Graveyard) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().as_os_str().to_owned();
+        let graveyard = Graveyard::of_user(|name| (name == "TFW_STATE_DIR").then(|| path.clone())).unwrap();
+        (directory, graveyard)
+    }
+
+    #[test]
+    fn a_tombstone_stands_for_its_time() {
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        assert_eq!((at(0), at(20), at(21), at(0)), (1, 1, 0, 0));
+    }
+
+    #[test]
+    fn what_is_torn_or_hostile_is_not_obeyed_and_breaks_nothing() {
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        let whole = fs::read(graveyard.path(ID)).unwrap();
+        for length in 0..whole.len() {
+            fs::write(graveyard.path(ID), &whole[..length]).unwrap();
+            assert!(graveyard.read(tombstone().since).is_empty(), "cut at {length}");
+        }
+        fs::remove_file(graveyard.path(ID)).unwrap();
+        // Under another name, and through a link.
+        let other = "11111111-d70c-4132-39e0-d2abba1b3077";
+        fs::write(graveyard.path(other), &whole).unwrap();
+        fs::write(graveyard.0.join("elsewhere"), &whole).unwrap();
+        std::os::unix::fs::symlink(graveyard.0.join("elsewhere"), graveyard.path(ID)).unwrap();
+        assert!(graveyard.read(tombstone().since).is_empty());
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_not_used() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        fs::set_permissions(&graveyard.0, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(graveyard.read(tombstone().since).is_empty());
+        assert!(graveyard.put(&tombstone()).is_err());
+    }
+
+    #[test]
+    fn without_a_home_there_is_none() {
+        assert!(Graveyard::of_user(|_| None).is_none());
+    }
+}
