@@ -35,7 +35,8 @@ fn main() -> ExitCode {
         Err(reason) => return refuse(&reason, NOT_FOUND),
     };
     let name = terraform.path.file_name().unwrap_or(terraform.path.as_os_str()).to_owned();
-    let passes_through = terraform.supervised_already || asks_for_completion() || !command_line.can_lock(more_arguments());
+    let passes_through =
+        terraform.supervised_already || asks_for_completion() || !command_line.can_lock(more_arguments());
     let invocation = Invocation { terraform, name, arguments, command_line };
     if passes_through {
         return become_terraform(&invocation);

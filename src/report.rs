@@ -91,14 +91,10 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
         Some(Write::Quiet) => text.push_str("; no write of it arrived any more"),
         None => {}
     }
-    let held = released.created.map_or_else(String::new, |created| {
-        format!(", held for {}", time(now.duration_since(created).unsigned_abs()))
-    });
-    let _ = write!(
-        text,
-        "\nreleased the lock: {}{held}",
-        lock(&recorded.operation, &recorded.path, &recorded.id)
-    );
+    let held = released
+        .created
+        .map_or_else(String::new, |created| format!(", held for {}", time(now.duration_since(created).unsigned_abs())));
+    let _ = write!(text, "\nreleased the lock: {}{held}", lock(&recorded.operation, &recorded.path, &recorded.id));
     text
 }
 
@@ -157,7 +153,8 @@ pub(crate) fn still_alive(processes: &[Process]) -> String {
 }
 
 /// Why a lock was kept whose tree is not to be seen, but not gone either.
-pub(crate) const LIFELINE_HELD: &str = "somebody who cannot be seen from here still holds a file that only terraform's children inherited";
+pub(crate) const LIFELINE_HELD: &str =
+    "somebody who cannot be seen from here still holds a file that only terraform's children inherited";
 
 /// Why a lock was kept while a terraform of the run goes on.
 pub(crate) fn another_terraform(process: &Process) -> String {
@@ -179,8 +176,11 @@ pub(crate) fn survivors(processes: &[Process]) -> String {
 }
 
 fn list(processes: &[Process]) -> String {
-    let mut names: Vec<_> =
-        processes.iter().take(5).map(|process| format!("{} (pid {})", visible(&process.program()), process.pid)).collect();
+    let mut names: Vec<_> = processes
+        .iter()
+        .take(5)
+        .map(|process| format!("{} (pid {})", visible(&process.program()), process.pid))
+        .collect();
     if processes.len() > names.len() {
         names.push(format!("{} more", processes.len() - names.len()));
     }
@@ -204,10 +204,7 @@ pub(crate) fn forcing() -> String {
 
 /// A write may be on its way.
 pub(crate) fn waiting_for_write(quiet: Duration) -> String {
-    format!(
-        "terraform died while it wrote; its lock is kept until nothing has arrived for {} s",
-        quiet.as_secs()
-    )
+    format!("terraform died while it wrote; its lock is kept until nothing has arrived for {} s", quiet.as_secs())
 }
 
 /// A ^C while a lock is being given back.
@@ -258,7 +255,10 @@ mod tests {
     #[test]
     fn an_ending_names_its_signal() {
         assert_eq!(ending(Ended::Killed(Signal::SIGKILL), None, false), "terraform was killed by SIGKILL");
-        assert_eq!(ending(Ended::Killed(Signal::SIGKILL), None, true), "terraform was killed by SIGKILL, out of memory");
+        assert_eq!(
+            ending(Ended::Killed(Signal::SIGKILL), None, true),
+            "terraform was killed by SIGKILL, out of memory"
+        );
         assert_eq!(ending(Ended::Killed(Signal::SIGHUP), None, true), "terraform was killed by SIGHUP");
         assert_eq!(ending(Ended::Exited(1), None, false), "terraform ended with exit code 1");
     }

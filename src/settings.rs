@@ -42,13 +42,14 @@ impl Settings {
         };
         let stop_timeout = match set("TFW_STOP_TIMEOUT") {
             None => None,
-            Some(value) => match value.to_str().and_then(duration) {
-                Some(duration) => Some(duration),
-                None => {
+            Some(value) => {
+                if let Some(duration) = value.to_str().and_then(duration) {
+                    Some(duration)
+                } else {
                     let takes = "a time such as 25s, 1500ms, 2m, or a number of seconds";
                     return Err(Unreadable { name: "TFW_STOP_TIMEOUT", value, takes });
                 }
-            },
+            }
         };
         Ok(Self {
             stop_timeout,
@@ -91,8 +92,12 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_refused_by_name() {
         for (name, value) in [
-            ("TFW_STOP_TIMEOUT", "soon"), ("TFW_STOP_TIMEOUT", "-1"), ("TFW_STOP_TIMEOUT", "1.5s"),
-            ("TFW_STOP_TIMEOUT", "1h"), ("TFW_STOP_TIMEOUT", "99999999999999999999"), ("TFW_RELEASE", "yes"),
+            ("TFW_STOP_TIMEOUT", "soon"),
+            ("TFW_STOP_TIMEOUT", "-1"),
+            ("TFW_STOP_TIMEOUT", "1.5s"),
+            ("TFW_STOP_TIMEOUT", "1h"),
+            ("TFW_STOP_TIMEOUT", "99999999999999999999"),
+            ("TFW_RELEASE", "yes"),
             ("TFW_TTY", "none"),
         ] {
             let message = read(name, value).unwrap_err().to_string();
@@ -102,7 +107,9 @@ mod tests {
 
     #[test]
     fn ci_is_what_says_so() {
-        for (value, expected) in [("true", true), ("1", true), ("woodpecker", true), ("false", false), ("0", false), ("", false)] {
+        for (value, expected) in
+            [("true", true), ("1", true), ("woodpecker", true), ("false", false), ("0", false), ("", false)]
+        {
             assert_eq!(read("CI", value).unwrap().ci, expected, "{value:?}");
         }
     }

@@ -3,6 +3,15 @@
 //! Every test is named for the promise that it holds. What bare terraform does in the same place is tried beside it
 //! wherever the promise is about a difference.
 
+#![expect(
+    unsafe_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking, starts processes, and changes them between fork and exec"
+)]
+
 #[path = "support/mod.rs"]
 mod support;
 

@@ -130,7 +130,11 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
 
 /// The endpoint for one service: the attribute, its deprecated form, or the deprecated variable. `AWS_ENDPOINT_URL` and
 /// its service's own variant are followed by the SDK.
-pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], [variable, deprecated]: [&str; 2]) -> Option<String> {
+pub(crate) fn endpoint(
+    backend: &CachedBackend,
+    attributes: [&str; 2],
+    [variable, deprecated]: [&str; 2],
+) -> Option<String> {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     attributes
         .iter()
@@ -242,10 +246,8 @@ fn client_with_certificates(
     let unusable = |reason: String| Unreachable::Certificates { path: path.clone(), reason };
     let certificates = std::fs::read(expand_home(&path)).map_err(|error| unusable(error.to_string()))?;
     let trusted = tls::TrustStore::empty().with_pem_certificate(certificates);
-    let context = tls::TlsContext::builder()
-        .with_trust_store(trusted)
-        .build()
-        .map_err(|error| unusable(error.to_string()))?;
+    let context =
+        tls::TlsContext::builder().with_trust_store(trusted).build().map_err(|error| unusable(error.to_string()))?;
     let client = aws_smithy_http_client::Builder::new()
         .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc))
         .tls_context(context)
@@ -279,8 +281,8 @@ mod tests {
 
     #[test]
     fn a_go_duration_is_read() {
-        assert_eq!(go_duration("1h30m"), Some(Duration::from_secs(5400)));
-        assert_eq!(go_duration("900s"), Some(Duration::from_secs(900)));
+        assert_eq!(go_duration("1h30m"), Some(Duration::from_mins(90)));
+        assert_eq!(go_duration("900s"), Some(Duration::from_mins(15)));
         for text in ["", "900", "1d", "-1h", "1.5h"] {
             assert_eq!(go_duration(text), None, "{text:?}");
         }

@@ -69,7 +69,11 @@ pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &str)
         .await;
     match answer {
         Ok(_) => Ok(Deleted::Yes),
-        Err(error) if error.as_service_error().is_some_and(|error| error.is_conditional_check_failed_exception()) => {
+        Err(error)
+            if error.as_service_error().is_some_and(
+                aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
+            ) =>
+        {
             Ok(Deleted::Changed)
         }
         Err(error) => Err(failure(&error)),

@@ -58,7 +58,7 @@ pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::{Log, tests::lock_line, tests::ID};
+    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
 
     fn directory(config: &str) -> DataDirectory {
         let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);

@@ -92,7 +92,12 @@ mod tests {
     }
 
     fn run() -> Run {
-        Run { who: "root@vm".into(), started: "2026-11-23T01:46:07Z".parse().unwrap(), disordered: false, locking_disabled: false }
+        Run {
+            who: "root@vm".into(),
+            started: "2026-11-23T01:46:07Z".parse().unwrap(),
+            disordered: false,
+            locking_disabled: false,
+        }
     }
 
     #[test]

@@ -56,10 +56,18 @@ impl Failure {
     /// `code` and `message` are the service's own; `otherwise` tells what happened where it said nothing.
     pub(crate) fn new(service: &'static str, code: Option<&str>, message: Option<&str>, otherwise: &str) -> Self {
         let refused = code.is_some_and(|code| {
-            ["AccessDenied", "NotFound", "NoSuchBucket", "InvalidSignature", "SignatureDoesNotMatch", "Validation",
-             "UnrecognizedClient", "InvalidAccessKeyId"]
-                .iter()
-                .any(|refusal| code.contains(refusal))
+            [
+                "AccessDenied",
+                "NotFound",
+                "NoSuchBucket",
+                "InvalidSignature",
+                "SignatureDoesNotMatch",
+                "Validation",
+                "UnrecognizedClient",
+                "InvalidAccessKeyId",
+            ]
+            .iter()
+            .any(|refusal| code.contains(refusal))
         });
         let reason = match (code, message) {
             (Some(code), Some(message)) => format!("{code}: {message}"),
@@ -207,7 +215,16 @@ impl<'a> Services<'a> {
 /// Gives back the lock that the log recorded, if it stands and is ours.
 pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation) -> Outcome {
     let begun = Instant::now();
-    let mut attempt = Attempt { recorded, place, situation, begun, deleted: None, write: None };
+    let mut attempt = Attempt {
+        recorded,
+        place,
+        situation,
+        begun,
+        asked_to_go: Vec::new(),
+        created: None,
+        deleted: false,
+        write: None,
+    };
     loop {
         match attempt.go().await {
             Ok(outcome) => return outcome,
@@ -244,8 +261,11 @@ struct Attempt<'a> {
     place: &'a Place,
     situation: &'a Situation,
     begun: Instant,
-    /// A half was deleted; its `Created`.
-    deleted: Option<Option<jiff::Timestamp>>,
+    /// The halves that were ours, and were asked to go.
+    asked_to_go: Vec<Half>,
+    created: Option<jiff::Timestamp>,
+    /// A half is known to be gone by us.
+    deleted: bool,
     write: Option<Write>,
 }
 
@@ -271,7 +291,7 @@ impl Attempt<'_> {
             for half in services.halves() {
                 match self.half(&services, half).await {
                     Ok(Judged::Absent) => missing = true,
-                    Ok(Judged::Deleted) => {}
+                    Ok(Judged::Deleted) => self.deleted = true,
                     Ok(Judged::Anothers(id)) => {
                         missing = true;
                         anothers = Some(id);
@@ -287,25 +307,22 @@ impl Attempt<'_> {
             anothers = None;
             sleep(LOOK).await;
         }
-        match (failed, kept, self.deleted) {
-            (Some(failure), _, _) => Err(failure),
-            (None, Some(reason), _) => Ok(Outcome::Kept(reason.to_owned())),
-            (None, None, Some(created)) => Ok(Outcome::Released(Released { created, write: self.write })),
-            (None, None, None) => Ok(Outcome::Absent { anothers }),
+        match (failed, kept) {
+            (Some(failure), _) => Err(failure),
+            (None, Some(reason)) => Ok(Outcome::Kept(reason.to_owned())),
+            (None, None) if self.deleted => {
+                Ok(Outcome::Released(Released { created: self.created, write: self.write }))
+            }
+            (None, None) => Ok(Outcome::Absent { anothers }),
         }
     }
 
     /// Reads one half, judges it and deletes it, until one of the three has settled it.
     async fn half(&mut self, services: &Services<'_>, half: Half) -> Result<Judged, Failure> {
-        // Ours stood here and was asked to go. If it is then absent it went, though the answer was lost.
-        let mut asked_to_go = None;
         loop {
             let Look::Standing(standing) = services.look(half).await? else {
-                if asked_to_go.is_some() {
-                    self.deleted = asked_to_go;
-                    return Ok(Judged::Deleted);
-                }
-                return Ok(Judged::Absent);
+                // Ours stood here and was asked to go: it went, though the answer to that was lost.
+                return Ok(if self.asked_to_go.contains(&half) { Judged::Deleted } else { Judged::Absent });
             };
             let Some(info) = standing.info() else { return Ok(Judged::Anothers("what is no lock".to_owned())) };
             let verdict = judge(self.recorded, &info, &self.situation.run);
@@ -315,11 +332,11 @@ impl Attempt<'_> {
                 Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
                 Verdict::Ours => {}
             }
-            asked_to_go = Some(info.created());
+            self.asked_to_go.push(half);
+            self.created = info.created();
             match services.delete(&standing).await? {
                 Deleted::Yes => {
                     trace!("deleted {} in {half:?}", info.id);
-                    self.deleted = asked_to_go;
                     return Ok(Judged::Deleted);
                 }
                 Deleted::Changed => {

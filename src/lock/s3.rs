@@ -19,11 +19,8 @@ pub(crate) struct Object {
 /// A client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
-    let endpoint = super::aws::endpoint(
-        backend,
-        ["endpoints.s3", "endpoint"],
-        ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
-    );
+    let endpoint =
+        super::aws::endpoint(backend, ["endpoints.s3", "endpoint"], ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"]);
     if let Some(endpoint) = endpoint {
         builder = builder.endpoint_url(endpoint);
     }
@@ -40,7 +37,13 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
     let answer = match client.get_object().bucket(bucket).key(key).send().await {
         Ok(answer) => answer,
-        Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => return Ok(None),
+        Err(error)
+            if error
+                .as_service_error()
+                .is_some_and(aws_sdk_s3::operation::get_object::GetObjectError::is_no_such_key) =>
+        {
+            return Ok(None);
+        }
         Err(error) => return Err(failure(&error)),
     };
     let etag = answer.e_tag.clone();
@@ -56,7 +59,13 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
 pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
     match client.head_object().bucket(bucket).key(key).send().await {
         Ok(answer) => Ok(Some(format!("{:?} {:?}", answer.e_tag, answer.last_modified))),
-        Err(error) if error.as_service_error().is_some_and(|error| error.is_not_found()) => Ok(None),
+        Err(error)
+            if error
+                .as_service_error()
+                .is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(failure(&error)),
     }
 }

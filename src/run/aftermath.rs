@@ -6,10 +6,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
-use super::stop::Stop;
-use super::tree::{Fate, Tree};
-use super::tombstone::{Graveyard, Tombstone};
 use super::Invocation;
+use super::stop::Stop;
+use super::tombstone::{Graveyard, Tombstone};
+use super::tree::{Fate, Tree};
 use crate::lock::place::{self, Place};
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
@@ -84,8 +84,10 @@ impl Aftermath<'_> {
             let outcome = match (&keep, place) {
                 (Some(reason), _) => may_stand(recorded, died).then(|| Outcome::Kept(reason.clone())),
                 (None, None) => may_stand(recorded, died).then(|| Outcome::Kept(report::NO_PLACE.to_owned())),
-                (None, Some(place)) => Some(wait_for(signals, release::release(recorded, &place, &situation))
-                    .unwrap_or_else(|| Outcome::Kept(report::ENOUGH.to_owned()))),
+                (None, Some(place)) => Some(
+                    wait_for(signals, release::release(recorded, &place, &situation))
+                        .unwrap_or_else(|| Outcome::Kept(report::ENOUGH.to_owned())),
+                ),
             };
             trace!("lock {}: {outcome:?}", recorded.id);
             match outcome {
@@ -203,14 +205,20 @@ fn may_stand(recorded: &RecordedLock, died: bool) -> bool {
 
 fn is_terraform(process: &Process) -> bool {
     let program = process.program();
-    let named = |name: &str| program == name || program.starts_with(&format!("{name}_")) || program.starts_with(&format!("{name}-v"));
+    let named = |name: &str| {
+        program == name || program.starts_with(&format!("{name}_")) || program.starts_with(&format!("{name}-v"))
+    };
     named("terraform") || named("tofu")
 }
 
 /// A word that a shell takes as it is.
 fn quoted(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:@%+,".contains(character);
-    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 /// The places that this run can have locked.
@@ -240,7 +248,8 @@ impl Places {
 
     /// Where a command without further words would lock.
     fn selected(&self) -> Option<Place> {
-        let backend = self.after.backend.as_ref().or(self.before.backend.as_ref()).filter(|backend| backend.kind == "s3")?;
+        let backend =
+            self.after.backend.as_ref().or(self.before.backend.as_ref()).filter(|backend| backend.kind == "s3")?;
         let place = Place {
             bucket: backend.string("bucket")?.to_owned(),
             key: backend.state_key(self.workspaces.first()?)?,

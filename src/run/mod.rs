@@ -103,7 +103,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
             own_group: !settings.shared_terminal,
             redirect: pipes.writers(),
             mask: signals.mask_at_entry(),
-            ignore_chld: signals.inherited().chld_ignored,
+            ignored: signals.inherited().ignored(),
         },
     )?;
     drop((lifeline, image));

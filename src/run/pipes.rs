@@ -81,7 +81,14 @@ impl Pipes {
             let (source, writer) = descriptor::pipe()?;
             pipes.writers[place] = Some(writer);
             identities.push(identity);
-            pipes.drains.push(Drain { source, standard, target, full: false, finished: false, buffer: VecDeque::new() });
+            pipes.drains.push(Drain {
+                source,
+                standard,
+                target,
+                full: false,
+                finished: false,
+                buffer: VecDeque::new(),
+            });
         }
         Ok(pipes)
     }
@@ -187,7 +194,9 @@ impl Drain {
                 let mut bytes = [0; 512];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),
-                    length => Ok(Moved::Bytes(nix::unistd::write(descriptor::standard(self.standard), &bytes[..length])?)),
+                    length => {
+                        Ok(Moved::Bytes(nix::unistd::write(descriptor::standard(self.standard), &bytes[..length])?))
+                    }
                 }
             }
             Target::Socket => {

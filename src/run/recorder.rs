@@ -106,7 +106,7 @@ impl Recorder {
 
 fn choose(variable: impl Fn(&str) -> Option<OsString>) -> Sink {
     let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
-    if LOG_VARIABLES.iter().any(|name| set(name)) { Sink::Temporary } else { Sink::Core }
+    if LOG_VARIABLES.iter().any(set) { Sink::Temporary } else { Sink::Core }
 }
 
 #[cfg(test)]
@@ -119,17 +119,18 @@ mod tests {
         Recorder::open(&id, |name| set.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())).unwrap()
     }
 
-    fn value(recorder: &Recorder, name: &str) -> Option<Option<OsString>> {
-        recorder.changes().into_iter().find(|(changed, _)| *changed == name).map(|(_, value)| value)
+    /// What becomes of a variable: nothing, or a change.
+    fn value(recorder: &Recorder, name: &str) -> Vec<Option<OsString>> {
+        recorder.changes().into_iter().filter(|(changed, _)| *changed == name).map(|(_, value)| value).collect()
     }
 
     #[test]
     fn without_a_variable_of_the_users_the_core_log_is_ours() {
         for set in [&[][..], &[("TF_LOG", ""), ("TF_LOG_PATH", "")]] {
             let recorder = open(set);
-            assert_eq!(value(&recorder, "TF_LOG_CORE"), Some(Some("INFO".into())));
-            assert_eq!(value(&recorder, "TF_LOG_PATH"), Some(Some(recorder.path().into())));
-            assert_eq!(value(&recorder, "TF_TEMP_LOG_PATH"), None);
+            assert_eq!(value(&recorder, "TF_LOG_CORE"), [Some("INFO".into())]);
+            assert_eq!(value(&recorder, "TF_LOG_PATH"), [Some(recorder.path().into())]);
+            assert!(value(&recorder, "TF_TEMP_LOG_PATH").is_empty());
         }
     }
 
@@ -138,18 +139,18 @@ mod tests {
         for name in LOG_VARIABLES {
             let recorder = open(&[(name, "DEBUG")]);
             assert!(recorder.changes().iter().all(|(changed, _)| !LOG_VARIABLES.contains(changed)), "{name}");
-            assert!(value(&recorder, "TF_TEMP_LOG_PATH").is_some(), "{name}");
+            assert_eq!(value(&recorder, "TF_TEMP_LOG_PATH").len(), 1, "{name}");
         }
     }
 
     #[test]
     fn the_recorder_of_a_tf_above_us_is_not_the_users() {
         let above = [("TFW_RECORDER", "/dev/shm/o"), ("TF_LOG_CORE", "INFO"), ("TF_LOG_PATH", "/dev/shm/o")];
-        assert_eq!(value(&open(&above), "TF_LOG_CORE"), Some(Some("INFO".into())));
+        assert_eq!(value(&open(&above), "TF_LOG_CORE"), [Some("INFO".into())]);
         let with_own = [&above[..], &[("TF_LOG", "DEBUG")]].concat();
         let recorder = open(&with_own);
-        assert_eq!(value(&recorder, "TF_LOG_CORE"), Some(None));
-        assert_eq!(value(&recorder, "TF_LOG_PATH"), Some(None));
+        assert_eq!(value(&recorder, "TF_LOG_CORE"), [None]);
+        assert_eq!(value(&recorder, "TF_LOG_PATH"), [None]);
         assert!(recorder.grows_fast());
     }
 
@@ -161,11 +162,21 @@ mod tests {
         let mut writer = std::fs::OpenOptions::new().append(true).open(recorder.path()).unwrap();
         for round in 0..50u32 {
             let id = format!("{round:08x}-d70c-4132-39e0-d2abba1b3077");
-            let line = crate::terraform::log::tests::lock_line(7, "Attempting to lock remote state (DynamoDB only)...", &id, "r");
+            let line = crate::terraform::log::tests::lock_line(
+                7,
+                "Attempting to lock remote state (DynamoDB only)...",
+                &id,
+                "r",
+            );
             writer.write_all(&line.repeat(20).into_bytes()).unwrap();
-            assert_eq!(recorder.read().locks.len() as u32, round + 1);
+            assert_eq!(recorder.read().locks.len(), usize::try_from(round).unwrap() + 1);
         }
         let file = std::fs::metadata(recorder.path()).unwrap();
-        assert!(file.len() > 300_000 && file.blocks() * 512 <= 16_384, "{} bytes in {} blocks", file.len(), file.blocks());
+        assert!(
+            file.len() > 300_000 && file.blocks() * 512 <= 16_384,
+            "{} bytes in {} blocks",
+            file.len(),
+            file.blocks()
+        );
     }
 }

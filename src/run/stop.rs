@@ -153,7 +153,7 @@ impl Stop {
         }
         if self.offer_until.is_none_or(|until| until < now) {
             self.offer_until = Some(now + OFFER);
-            return vec![Effect::SayStopping(now - self.since.unwrap_or(now))];
+            return vec![Effect::SayStopping(now.saturating_sub(self.since.unwrap_or(now)))];
         }
         self.forced = true;
         if self.ignores_interrupts {
@@ -203,9 +203,8 @@ mod tests {
 
     /// Every sequence of `length` events.
     fn sequences(length: u32) -> impl Iterator<Item = Vec<Event>> {
-        (0..ALL.len().pow(length)).map(move |number| {
-            (0..length).map(|place| ALL[number / ALL.len().pow(place) % ALL.len()]).collect()
-        })
+        (0..ALL.len().pow(length))
+            .map(move |number| (0..length).map(|place| ALL[number / ALL.len().pow(place) % ALL.len()]).collect())
     }
 
     #[test]

@@ -54,7 +54,8 @@ pub(crate) struct Supervision<'a> {
 pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<OwnedFd> {
     let inherited = signals.inherited();
     let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
-    if !ci || inherited.int_ignored || inherited.hup_ignored || (leads_session && !has_terminal) {
+    if !ci || inherited.ignores(Signal::SIGINT) || inherited.ignores(Signal::SIGHUP) || (leads_session && !has_terminal)
+    {
         return None;
     }
     let parent = getppid();
@@ -142,16 +143,13 @@ impl Supervision<'_> {
             }
             (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
             (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
-            (Signal::SIGHUP, _) if self.signals.inherited().hup_ignored => {}
+            (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}
             (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(Event::Request),
-            (Signal::SIGTSTP, _) if self.signals.inherited().tstp_ignored => {}
+            (Signal::SIGTSTP, _) if self.signals.inherited().ignores(Signal::SIGTSTP) => {}
             (Signal::SIGTSTP, _) => self.suspend(),
             (Signal::SIGTTIN | Signal::SIGTTOU, Origin::Kernel) => self.lending.note_stopped_ours(),
             // From a key, or a window that changed its size, all of terraform's group would have got it.
-            (Signal::SIGQUIT | Signal::SIGWINCH | Signal::SIGCONT, Origin::Kernel) if !self.shared => {
-                let _ = killpg(self.terraform, signal);
-            }
-            (Signal::SIGCONT, Origin::Process) if !self.shared => {
+            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) | (Signal::SIGCONT, _) if !self.shared => {
                 let _ = killpg(self.terraform, signal);
             }
             (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) => {}

@@ -89,9 +89,7 @@ pub(crate) fn send(socket: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
     #[cfg(not(target_os = "linux"))]
     let flags = libc::MSG_DONTWAIT;
     // SAFETY: `bytes` is readable for its length.
-    let sent = unsafe {
-        libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags)
-    };
+    let sent = unsafe { libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
     moved_bytes(sent)
 }
 

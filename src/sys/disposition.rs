@@ -37,7 +37,7 @@ pub(crate) fn set_ignored(signal: Signal) -> Disposition {
 }
 
 /// Puts a disposition back. Async-signal-safe.
-pub(crate) fn restore(signal: Signal, disposition: Disposition) {
+pub(crate) fn restore(signal: Signal, disposition: &Disposition) {
     write(signal, &disposition.0);
 }
 

@@ -171,10 +171,7 @@ pub(crate) fn out_of_memory_kills() -> Option<u64> {
         }
         .filter(|file| std::path::Path::new(file).exists())
     })?;
-    std::fs::read_to_string(file)
-        .ok()?
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+    std::fs::read_to_string(file).ok()?.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::Pid;
 
 use super::{descriptor, disposition, entry};
@@ -38,10 +38,8 @@ impl Image {
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> io::Result<Self> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        let arguments = arguments
-            .into_iter()
-            .map(|argument| CString::new(argument.as_bytes()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let arguments =
+            arguments.into_iter().map(|argument| CString::new(argument.as_bytes())).collect::<Result<Vec<_>, _>>()?;
         let environment = environment
             .into_iter()
             .map(|(name, value)| {
@@ -88,32 +86,27 @@ pub(crate) struct Setup<'a> {
     pub(crate) redirect: [Option<BorrowedFd<'a>>; 2],
     /// The signal mask that it gets.
     pub(crate) mask: &'a SigSet,
-    /// SIGCHLD was ignored when we started.
-    pub(crate) ignore_chld: bool,
+    /// The signals that it must ignore, as we did when we started.
+    pub(crate) ignored: &'a [Signal],
 }
 
-/// Signals that a terminal or a group kill may have sent to our group, the child still in it.
-const STRAY: [Signal; 6] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGTSTP,
-    Signal::SIGCONT,
-];
+/// Signals that a terminal or a group kill may have sent to our group, the child still in it. Ignoring one discards it.
+const STRAY: [Signal; 6] =
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGCONT];
 
-/// Starts `image` as a child. Every signal must be blocked, and there must be one thread.
+/// Starts `image` as a child. There must be one thread.
 ///
 /// # Errors
 /// What fork(2) or execve(2) said: `NotFound`, `PermissionDenied`, ENOEXEC...
 pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     let (report, reporter) = descriptor::pipe()?;
+    let blocked = AllBlocked::now()?;
     // SAFETY: there is one thread (asserted by the caller), and the child calls only async-signal-safe functions.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => become_program(image, setup, reporter.as_raw_fd()),
         pid => {
-            drop(reporter);
+            drop((reporter, blocked));
             if setup.own_group {
                 // The child does the same: whichever is first, the group exists when either goes on.
                 // SAFETY: setpgid on a child of ours that may already have called exec (EACCES, harmless).
@@ -131,6 +124,23 @@ pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     }
 }
 
+/// Every signal blocked, until this is dropped in the parent. The child replaces the mask.
+struct AllBlocked(SigSet);
+
+impl AllBlocked {
+    fn now() -> io::Result<Self> {
+        let mut before = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for AllBlocked {
+    fn drop(&mut self) {
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.0), None);
+    }
+}
+
 fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
     // SAFETY: only async-signal-safe calls on memory that was prepared before the fork (signal-safety(7)).
     unsafe {
@@ -138,11 +148,11 @@ fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
             libc::setpgid(0, 0);
         }
         for signal in STRAY {
-            let previous = disposition::set_ignored(signal);
-            disposition::restore(signal, previous);
+            disposition::set_ignored(signal);
+            disposition::set_default(signal);
         }
-        if setup.ignore_chld {
-            disposition::set_ignored(Signal::SIGCHLD);
+        for signal in setup.ignored {
+            disposition::set_ignored(*signal);
         }
         restore_entry();
         for (target, source) in (1..).zip(setup.redirect) {
@@ -162,9 +172,7 @@ fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
 fn exec_error(report: &OwnedFd) -> Option<io::Error> {
     let mut number = [0; size_of::<i32>()];
     match nix::unistd::read(report, &mut number) {
-        Ok(length) if length == number.len() => {
-            Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
-        }
+        Ok(length) if length == number.len() => Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number))),
         _ => None,
     }
 }

@@ -6,7 +6,6 @@
 //! that a library of ours started.
 
 use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 /// How a process ended (wait(2)).
@@ -20,26 +19,31 @@ pub(crate) enum Ended {
 
 /// How `child` ended, or `None` while it lives. It stays a zombie.
 pub(crate) fn ended(child: Pid) -> Option<Ended> {
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
-    match waitid(Id::Pid(child), flags) {
-        Ok(WaitStatus::Exited(_, code)) => Some(Ended::Exited(code)),
-        Ok(WaitStatus::Signaled(_, signal, _)) => Some(Ended::Killed(signal)),
-        _ => None,
+    match look(child, libc::WEXITED | libc::WNOWAIT | libc::WNOHANG)? {
+        (libc::CLD_EXITED, code) => Some(Ended::Exited(code)),
+        // A real-time signal has no name here; nobody sends one, and KILL is what it amounts to.
+        (_, signal) => Some(Ended::Killed(Signal::try_from(signal).unwrap_or(Signal::SIGKILL))),
     }
 }
 
 /// The signal that stopped `child` since the last call, if one did.
 pub(crate) fn stopped(child: Pid) -> Option<Signal> {
-    match waitid(Id::Pid(child), WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG) {
-        Ok(WaitStatus::Stopped(_, signal)) => Some(signal),
-        _ => None,
-    }
+    let (_, signal) = look(child, libc::WSTOPPED | libc::WNOHANG)?;
+    Signal::try_from(signal).ok()
 }
 
 /// Takes a zombie child away. False if it lives, or is no child of ours.
 pub(crate) fn reap(child: Pid) -> bool {
-    matches!(
-        waitpid(child, Some(WaitPidFlag::WNOHANG)),
-        Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))
-    )
+    look(child, libc::WEXITED | libc::WNOHANG).is_some()
+}
+
+/// `si_code` and `si_status`. nix has no waitid for macOS.
+fn look(child: Pid, options: i32) -> Option<(i32, i32)> {
+    let id = libc::id_t::try_from(child.as_raw()).ok()?;
+    // SAFETY: `info` is zeroed, and so valid, before the kernel fills it; si_pid and si_status are what waitid fills.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let found = libc::waitid(libc::P_PID, id, &raw mut info, options) == 0 && info.si_pid() == child.as_raw();
+        found.then(|| (info.si_code, info.si_status()))
+    }
 }

@@ -78,7 +78,7 @@ impl Drop for Witness {
 }
 
 fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
-    // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal is blocked by the parent already.
+    // SAFETY: async-signal-safe calls only (signal-safety(7)).
     unsafe {
         #[cfg(target_os = "linux")]
         {
@@ -96,6 +96,8 @@ fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
             libc::_exit(1);
         }
         let mut awaited = std::mem::zeroed();
+        libc::sigfillset(&raw mut awaited);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const awaited, std::ptr::null_mut());
         libc::sigemptyset(&raw mut awaited);
         for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGHUP] {
             libc::sigaddset(&raw mut awaited, signal);

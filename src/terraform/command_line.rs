@@ -49,11 +49,7 @@ impl CommandLine {
         };
         // Right behind the subcommand, `-help` cannot be the value of another flag.
         asks |= operands.first().is_some_and(|first| is_help(first));
-        let operands = operands
-            .iter()
-            .filter(|operand| !operand.as_bytes().starts_with(b"-"))
-            .cloned()
-            .collect();
+        let operands = operands.iter().filter(|operand| !operand.as_bytes().starts_with(b"-")).cloned().collect();
         Self { directory, words, operands, asks_for_help_or_version: asks }
     }
 
@@ -87,8 +83,15 @@ impl CommandLine {
         matches!(
             first,
             Some(
-                b"import" | b"state" | b"taint" | b"untaint" | b"workspace" | b"console" | b"force-unlock"
-                    | b"show" | b"graph"
+                b"import"
+                    | b"state"
+                    | b"taint"
+                    | b"untaint"
+                    | b"workspace"
+                    | b"console"
+                    | b"force-unlock"
+                    | b"show"
+                    | b"graph"
             )
         )
     }
@@ -124,17 +127,57 @@ mod tests {
     #[test]
     fn only_commands_that_cannot_lock_are_let_go() {
         for line in [
-            "", "version", "-version", "--version", "-v", "fmt -check", "fmt", "validate -json", "-help", "-h",
-            "apply -help", "plan -h", "-chdir=x version", "get -update", "login", "logout host",
-            "providers lock", "providers mirror dir", "workspace show", "state -help", "state mv -help",
+            "",
+            "version",
+            "-version",
+            "--version",
+            "-v",
+            "fmt -check",
+            "fmt",
+            "validate -json",
+            "-help",
+            "-h",
+            "apply -help",
+            "plan -h",
+            "-chdir=x version",
+            "get -update",
+            "login",
+            "logout host",
+            "providers lock",
+            "providers mirror dir",
+            "workspace show",
+            "state -help",
+            "state mv -help",
         ] {
             assert!(!parse(line).can_lock(false), "{line:?}");
         }
         for line in [
-            "apply", "plan", "destroy", "refresh", "import a b", "init", "console", "state mv a b", "state list",
-            "taint a", "workspace new w", "workspace select w", "workspace list", "show", "output", "test", "query",
-            "graph", "providers", "providers schema -json", "force-unlock id", "a-command-of-tomorrow", "state",
-            "-chdir=x apply", "apply -var -help", "state mv a -help",
+            "apply",
+            "plan",
+            "destroy",
+            "refresh",
+            "import a b",
+            "init",
+            "console",
+            "state mv a b",
+            "state list",
+            "taint a",
+            "workspace new w",
+            "workspace select w",
+            "workspace list",
+            "show",
+            "output",
+            "test",
+            "query",
+            "graph",
+            "providers",
+            "providers schema -json",
+            "force-unlock id",
+            "a-command-of-tomorrow",
+            "state",
+            "-chdir=x apply",
+            "apply -var -help",
+            "state mv a -help",
         ] {
             assert!(parse(line).can_lock(false), "{line:?}");
         }

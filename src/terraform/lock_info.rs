@@ -84,9 +84,15 @@ mod tests {
     #[test]
     fn an_id_is_whole_or_it_is_none() {
         assert!(is_lock_id("5e75cb05-d70c-4132-39e0-d2abba1b3077"));
-        for text in ["", "5e75cb", "5e75cb05-d70c-4132-39e0-d2abba1b307", "5E75CB05-D70C-4132-39E0-D2ABBA1B3077",
-            "5e75cb05-d70c-4132-39e0-d2abba1b30777", "g e75cb05-d70c-4132-39e0-d2abba1b3077", "----"]
-        {
+        for text in [
+            "",
+            "5e75cb",
+            "5e75cb05-d70c-4132-39e0-d2abba1b307",
+            "5E75CB05-D70C-4132-39E0-D2ABBA1B3077",
+            "5e75cb05-d70c-4132-39e0-d2abba1b30777",
+            "g e75cb05-d70c-4132-39e0-d2abba1b3077",
+            "----",
+        ] {
             assert!(!is_lock_id(text), "{text:?}");
         }
     }

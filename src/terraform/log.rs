@@ -287,7 +287,9 @@ pub(crate) mod tests {
 
     #[test]
     fn only_a_terraform_that_writes_its_locks_down_is_believed_to_have_none() {
-        for (version, tells) in [("1.11.4", true), ("1.10.0-beta1", true), ("2.0.0", true), ("1.9.8", false), ("0.15.0", false)] {
+        for (version, tells) in
+            [("1.11.4", true), ("1.10.0-beta1", true), ("2.0.0", true), ("1.9.8", false), ("0.15.0", false)]
+        {
             let text = format!("2026-11-23T01:46:07.565Z [INFO]  Terraform version: {version}\n");
             assert_eq!(log(&text).tells_locks(), tells, "{version}");
         }
@@ -368,8 +370,11 @@ pub(crate) mod tests {
 
     #[test]
     fn a_terraform_that_was_told_not_to_lock_is_known() {
-        let line = |word: &str| format!("2026-11-23T01:46:07.5Z [INFO]  CLI command args: []string{{\"plan\", \"{word}\"}}\n");
-        for (word, disabled) in [("-lock=false", true), ("--lock=0", true), ("-lock=true", false), ("-lock-timeout=0", false)] {
+        let line =
+            |word: &str| format!("2026-11-23T01:46:07.5Z [INFO]  CLI command args: []string{{\"plan\", \"{word}\"}}\n");
+        for (word, disabled) in
+            [("-lock=false", true), ("--lock=0", true), ("-lock=true", false), ("-lock-timeout=0", false)]
+        {
             assert_eq!(log(&line(word)).locking_disabled, disabled, "{word}");
         }
     }

@@ -143,9 +143,16 @@ mod tests {
 
     #[test]
     fn what_is_not_a_record_is_none() {
-        for line in ["", "  | x", "2026-11-23T01:46:07.593Z", "2026-11-23T01:46:07.593Z [INFO", "hello world",
-            "2026-13-45T01:46:07.593Z [INFO]  x", "2026-11-23T01:46:07.593Z [LOUD]  x: y", "\u{fc}\u{fc}\u{fc} [INFO] x"]
-        {
+        for line in [
+            "",
+            "  | x",
+            "2026-11-23T01:46:07.593Z",
+            "2026-11-23T01:46:07.593Z [INFO",
+            "hello world",
+            "2026-13-45T01:46:07.593Z [INFO]  x",
+            "2026-11-23T01:46:07.593Z [LOUD]  x: y",
+            "\u{fc}\u{fc}\u{fc} [INFO] x",
+        ] {
             assert_eq!(Record::parse(line), None, "{line:?}");
         }
     }

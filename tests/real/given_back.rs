@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 
+use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::proxy::{Deed, Proxy};
@@ -35,7 +36,9 @@ fn a_killed_terraform_leaves_no_lock_of_any_kind() {
             assert!(end.err.contains("released the lock"), "{signal}: {}", end.err);
             match signal {
                 // Go's runtime catches these, writes its goroutines down and exits with 2.
-                Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => assert_eq!(end.code(), Some(2), "{}", world.story(&end)),
+                Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => {
+                    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+                }
                 _ => assert_eq!(end.signal(), Some(signal as i32), "{}", world.story(&end)),
             }
             assert!(!end.core_dumped());
@@ -59,7 +62,10 @@ fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
 fn a_panic_leaves_no_lock() {
     let mut world = World::new(Lock::Both, WAITS);
     // Terraform's own panic handler exits with 11; here a shell stands in front of it to say so.
-    world.write("panics", "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n");
+    world.write(
+        "panics",
+        "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n",
+    );
     std::process::Command::new("chmod").arg("755").arg(world.directory.join("panics")).status().unwrap();
     let script = world.directory.join("panics");
     world.set("TFW_TERRAFORM", script);
@@ -144,7 +150,7 @@ fn killed_at_any_moment_it_leaves_no_lock() {
 }
 
 fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
-    let proxy = Proxy::start(world.cloud().port, rule);
+    let proxy = Proxy::start(cloud().port, rule);
     let url = format!("http://127.0.0.1:{}", proxy.port);
     world.set("AWS_ENDPOINT_URL", &url).set("AWS_ENDPOINT_URL_DYNAMODB", &url);
     proxy
@@ -170,9 +176,13 @@ fn writes_state(request: &Message) -> bool {
 fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
     for lock in [Lock::DynamoDb, Lock::File] {
         let mut world = World::new(lock, "true");
-        let proxy = through(&mut world, move |request| {
-            if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
-        });
+        let proxy =
+            through(
+                &mut world,
+                move |request| {
+                    if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
+                },
+            );
         let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
         kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
@@ -193,9 +203,13 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
     for lock in [Lock::DynamoDb, Lock::File] {
         let mut world = World::new(lock, "true");
         let direct = world.environment();
-        let proxy = through(&mut world, move |request| {
-            if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
-        });
+        let proxy =
+            through(
+                &mut world,
+                move |request| {
+                    if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
+                },
+            );
         let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
         kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
@@ -225,7 +239,8 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     run.wait();
     // The next run begins before the request lands, and asks for its lock after.
-    let second = through(&mut world, |request| if request.start.contains("list-type") { Deed::Hold } else { Deed::Pass });
+    let second =
+        through(&mut world, |request| if request.start.contains("list-type") { Deed::Hold } else { Deed::Pass });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     second.wait_until_held();
     first.let_go();
@@ -245,7 +260,11 @@ fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
             let once = std::sync::atomic::AtomicBool::new(true);
             through(&mut world, move |request| {
                 let takes = takes_item(request) || takes_file(request);
-                if takes && once.swap(false, std::sync::atomic::Ordering::SeqCst) { Deed::LoseAnswer } else { Deed::Pass }
+                if takes && once.swap(false, std::sync::atomic::Ordering::SeqCst) {
+                    Deed::LoseAnswer
+                } else {
+                    Deed::Pass
+                }
             });
             let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
             assert_eq!(end.code(), Some(1), "{}", world.story(&end));
@@ -296,7 +315,13 @@ fn half_a_lock_is_given_back() {
 
     // Killed between the two of giving back: the file is gone, the item is not.
     let mut world = World::new(Lock::Both, "true");
-    let proxy = through(&mut world, |request| if is_dynamodb(request, ".DeleteItem") && !request.text().contains("Condition") { Deed::Hold } else { Deed::Pass });
+    let proxy = through(&mut world, |request| {
+        if is_dynamodb(request, ".DeleteItem") && !request.text().contains("Condition") {
+            Deed::Hold
+        } else {
+            Deed::Pass
+        }
+    });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     assert_eq!(world.locks().len(), 1);
@@ -407,7 +432,11 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
         ("python's subprocess, its own session", "exec PYTHON spawn.py", true),
         ("closed descriptors", "exec 3>&1; exec bash closes", false),
         ("a cleared environment", "env -i PATH=$PATH bash worker & touch began; wait", false),
-        ("a cleared environment and a session of its own", "env -i PATH=$PATH setsid bash worker & touch began; sleep 60", false),
+        (
+            "a cleared environment and a session of its own",
+            "env -i PATH=$PATH setsid bash worker & touch began; sleep 60",
+            false,
+        ),
     ] {
         let (world, run) = apply_with_worker(Subject::Tf, starts, python);
         kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
@@ -416,7 +445,12 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
             "the lock to go",
             || {
                 let work = world.read("work").len();
-                if world.locks().is_empty() { at_release } else { at_release = Some(work); None }
+                if world.locks().is_empty() {
+                    at_release
+                } else {
+                    at_release = Some(work);
+                    None
+                }
             },
             || world.trace(),
         );
@@ -434,7 +468,10 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
 #[test]
 fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     // Its unlock fails, so that there is a lock to release, and nothing to end.
-    let mut world = World::new(Lock::DynamoDb, "nohup sh -c 'touch began; while ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &");
+    let mut world = World::new(
+        Lock::DynamoDb,
+        "nohup sh -c 'touch began; while ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
+    );
     through(&mut world, |request| {
         if is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression") {
             let headers = vec![("Content-Length".into(), "0".into())];
@@ -458,7 +495,12 @@ fn after_an_interrupt_what_runs_on_is_named_and_not_ended() {
     let run = world.start_apply(Subject::Tf);
     let sleeping = wait_for(
         "sleep",
-        || crate::support::process::tree(run.pid()).into_iter().find(|process| process.1 == "sleep").map(|process| process.0),
+        || {
+            crate::support::process::tree(run.pid())
+                .into_iter()
+                .find(|process| process.1 == "sleep")
+                .map(|process| process.0)
+        },
         || world.trace(),
     );
     run.send(Signal::SIGTERM);
@@ -478,7 +520,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     world.wait_for_trace("waiting for a write");
     // The contender reaches the cloud directly, and waits for the lock.
-    let cloud = format!("http://127.0.0.1:{}", world.cloud().port);
+    let cloud = format!("http://127.0.0.1:{}", cloud().port);
     world.set("AWS_ENDPOINT_URL", &cloud).set("AWS_ENDPOINT_URL_DYNAMODB", &cloud);
     let contender = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
     // The write lands 6 s after its sender died.

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 
-use crate::support::process::{Run, state, terraform_below};
+use crate::support::cloud::cloud;
+use crate::support::process::{Run, state};
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::WAITS;
 use crate::support::{Ended, Lock, Subject, World, wait_for};
@@ -15,7 +16,7 @@ use crate::support::{Ended, Lock, Subject, World, wait_for};
 /// A world in which terraform, once interrupted, is busy stopping until the proxy lets its state go.
 pub fn slow_to_stop() -> (World, Proxy) {
     let mut world = World::new(Lock::Both, WAITS);
-    let proxy = Proxy::start(world.cloud().port, |request| {
+    let proxy = Proxy::start(cloud().port, |request| {
         let is_state = request.start.starts_with("PUT ") && request.start.contains("prod.tfstate?");
         let is_state = is_state || (request.start.starts_with("PUT ") && request.start.contains("prod.tfstate "));
         if is_state { Deed::Hold } else { Deed::Pass }
@@ -40,7 +41,11 @@ fn any_one_stop_reaches_terraform_as_one_interrupt() {
             world.count_signals();
             let run = world.start(Subject::Tf, &["apply"]);
             world.wait_for_began(&run);
-            if to_group { run.send_to_group(signal) } else { run.send(signal) }
+            if to_group {
+                run.send_to_group(signal);
+            } else {
+                run.send(signal);
+            }
             wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
             world.go();
             let end = run.wait();
@@ -85,7 +90,11 @@ fn a_storm_of_signals_is_one_stop() {
     world.wait_for_began(&run);
     for round in 0..60 {
         let signal = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP][round % 3];
-        if round % 2 == 0 { run.send(signal) } else { run.send_to_group(signal) }
+        if round % 2 == 0 {
+            run.send(signal);
+        } else {
+            run.send_to_group(signal);
+        }
         std::thread::yield_now();
     }
     run.send(Signal::SIGUSR1);
@@ -105,7 +114,11 @@ fn the_other_signals_are_passed_on_as_they_are() {
     world.wait_for_began(&run);
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGQUIT, Signal::SIGCONT] {
         run.send(signal);
-        wait_for(signal.as_str(), || world.seen().contains(&signal.as_str().to_owned()).then_some(()), || world.trace());
+        wait_for(
+            signal.as_str(),
+            || world.seen().contains(&signal.as_str().to_owned()).then_some(()),
+            || world.trace(),
+        );
     }
     world.go();
     run.wait();
@@ -161,8 +174,8 @@ fn slow_to_plan() -> (World, Proxy) {
     );
     world.init();
     let state = br#"{"version":4,"terraform_version":"1.11.4","serial":1,"lineage":"l","outputs":{},"resources":[]}"#;
-    world.cloud().s3("PUT", &format!("{}/slow.tfstate", world.bucket), state);
-    let proxy = Proxy::start(world.cloud().port, |request| {
+    cloud().s3("PUT", &format!("{}/slow.tfstate", world.bucket), state);
+    let proxy = Proxy::start(cloud().port, |request| {
         let reads = request.start.starts_with("GET ") || request.start.starts_with("HEAD ");
         if reads && request.start.contains("slow.tfstate") { Deed::Hold } else { Deed::Pass }
     });
@@ -232,7 +245,11 @@ const TALKS: &str = "touch began; while ! test -e go; do echo talking; sleep 0.0
 fn apply_whose_reader_leaves(subject: Subject) -> (World, Ended) {
     let world = World::new(Lock::Both, TALKS);
     let mut command = world.command(subject.name());
-    command.args(["apply", "-auto-approve", "-no-color"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["apply", "-auto-approve", "-no-color"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut reader = child.stdout.take().unwrap();
     let mut text = String::new();
@@ -312,16 +329,13 @@ fn blocked_in_write(pid: nix::unistd::Pid) -> bool {
 #[test]
 fn two_streams_into_one_pipe_keep_their_order() {
     let mut world = World::empty(Lock::DynamoDb);
-    world.write(
-        "talks",
-        "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n",
-    );
+    world.write("talks", "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n");
     std::process::Command::new("chmod").args(["755"]).arg(world.directory.join("talks")).status().unwrap();
     world.set("TFW_TERRAFORM", world.directory.join("talks"));
     let mut command = world.command("sh");
     command.args(["-c", "tf apply 2>&1"]);
     let end = Run::start(command).wait();
-    let expected: String = (0..2000).map(|number| format!("o{number}\ne{number}\n")).collect();
+    let expected: String = (0..2000).flat_map(|number| [format!("o{number}\n"), format!("e{number}\n")]).collect();
     assert!(end.out == expected, "{} bytes of {}", end.out.len(), expected.len());
 }
 
@@ -338,7 +352,7 @@ fn a_socket_is_drained_as_a_pipe_is() {
     drop(command);
     let mut text = String::new();
     (&ours).read_to_string(&mut text).unwrap();
-    let expected: String = (1..=200_000).map(|number| format!("{number}\n")).collect();
+    let expected: String = (1..=200_000).flat_map(|number| [number.to_string(), "\n".to_owned()]).collect();
     assert!(text == expected, "{} bytes of {}", text.len(), expected.len());
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
@@ -354,7 +368,12 @@ fn in_ci_the_death_of_our_parent_stops_terraform_once() {
     world.wait_for_began(&run);
     let tf = wait_for(
         "tf",
-        || crate::support::process::tree(run.pid()).into_iter().find(|process| process.1 == "tf").map(|process| process.0),
+        || {
+            crate::support::process::tree(run.pid())
+                .into_iter()
+                .find(|process| process.1 == "tf")
+                .map(|process| process.0)
+        },
         || world.trace(),
     );
     run.send(Signal::SIGTERM);
@@ -366,7 +385,11 @@ fn in_ci_the_death_of_our_parent_stops_terraform_once() {
 
 #[test]
 fn what_was_meant_to_outlive_its_parent_does_so_in_ci_too() {
-    for line in ["nohup tf apply -auto-approve > out 2>&1 &", "tf apply -auto-approve > out 2>&1 &", "setsid tf apply -auto-approve > out 2>&1 &"] {
+    for line in [
+        "nohup tf apply -auto-approve > out 2>&1 &",
+        "tf apply -auto-approve > out 2>&1 &",
+        "setsid tf apply -auto-approve > out 2>&1 &",
+    ] {
         let mut world = World::new(Lock::Both, WAITS);
         world.set("CI", "true");
         let mut command = world.command("sh");

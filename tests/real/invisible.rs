@@ -92,7 +92,10 @@ fn every_exit_code_is_passed_on() {
 fn death_by_a_signal_is_passed_on_without_a_core() {
     let mut world = World::empty(Lock::DynamoDb);
     stub(&mut world, "#!/bin/sh\nulimit -c unlimited\nkill -$2 $$\nsleep 5\n");
-    for signal in ["HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM"] {
+    for signal in [
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
+        "TERM",
+    ] {
         let mut command = world.command(world.bin().join("tf"));
         command.args(["apply", signal]);
         let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
@@ -122,7 +125,8 @@ fn arguments_reach_terraform_as_they_are() {
         "-var=a=$(b) `c` \"d\" 'e'".into(),
         "new\nline".into(),
     ];
-    let long: Vec<OsString> = std::iter::once("apply".into()).chain((0..6000).map(|n| format!("-var=v{n}={n}").into())).collect();
+    let long: Vec<OsString> =
+        std::iter::once("apply".into()).chain((0..6000).map(|n| format!("-var=v{n}={n}").into())).collect();
     for arguments in [odd, long] {
         let [bare, tf] = both(&world, |command| {
             command.args(&arguments);
@@ -195,13 +199,31 @@ fn the_signal_mask_and_the_ignored_signals_are_inherited() {
             }
         })
         .map(|end| {
-            let lines: Vec<_> = end.out.lines().filter(|line| line.starts_with("Sig") || line.starts_with("Shd")).map(ToOwned::to_owned).collect();
+            let lines: Vec<_> = end
+                .out
+                .lines()
+                .filter(|line| line.starts_with("Sig") || line.starts_with("Shd"))
+                .map(ToOwned::to_owned)
+                .collect();
             lines.into_iter().filter(|line| !line.starts_with("SigQ")).collect::<Vec<_>>()
         })
     };
-    let all: &[Signal] = &[Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGPIPE, Signal::SIGTERM, Signal::SIGCHLD,
-        Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGUSR1, Signal::SIGALRM];
-    for ignored in [&[][..], &[Signal::SIGPIPE], &[Signal::SIGHUP], &[Signal::SIGINT, Signal::SIGQUIT], &[Signal::SIGCHLD], all] {
+    let all: &[Signal] = &[
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGPIPE,
+        Signal::SIGTERM,
+        Signal::SIGCHLD,
+        Signal::SIGTSTP,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+        Signal::SIGUSR1,
+        Signal::SIGALRM,
+    ];
+    for ignored in
+        [&[][..], &[Signal::SIGPIPE], &[Signal::SIGHUP], &[Signal::SIGINT, Signal::SIGQUIT], &[Signal::SIGCHLD], all]
+    {
         for blocked in [&[][..], &[Signal::SIGTERM, Signal::SIGUSR2], all] {
             let [bare, tf] = prepared(ignored, blocked);
             assert!(bare.len() >= 4, "{bare:?}");
@@ -217,7 +239,12 @@ fn the_same_descriptors_are_open_but_for_the_lifeline() {
     let [bare, tf] = both(&world, |command| {
         command.arg("apply");
     });
-    let more: Vec<i32> = tf.out.lines().filter(|line| !bare.out.lines().any(|other| other == *line)).map(|line| line.parse().unwrap()).collect();
+    let more: Vec<i32> = tf
+        .out
+        .lines()
+        .filter(|line| !bare.out.lines().any(|other| other == *line))
+        .map(|line| line.parse().unwrap())
+        .collect();
     assert_eq!(more.len(), 1, "bare {} tf {}", bare.out, tf.out);
     assert!(more[0] >= 500, "{more:?}");
 }
@@ -274,8 +301,19 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
             std::fs::write(script.join("terraform"), "#!/bin/sh\nexec tf \"$@\"\n").unwrap();
             std::fs::set_permissions(script.join("terraform"), std::fs::Permissions::from_mode(0o755)).unwrap();
             let real = world.bin();
-            for order in [vec![&first], vec![&first, &second], vec![&second, &first], vec![&script], vec![&first, &script, &second]] {
-                let path = std::env::join_paths(order.iter().map(|path| path.as_path()).chain([real.as_path(), Path::new("/usr/bin"), Path::new("/bin")])).unwrap();
+            for order in [
+                vec![&first],
+                vec![&first, &second],
+                vec![&second, &first],
+                vec![&script],
+                vec![&first, &script, &second],
+            ] {
+                let path = std::env::join_paths(order.iter().map(|path| path.as_path()).chain([
+                    real.as_path(),
+                    Path::new("/usr/bin"),
+                    Path::new("/bin"),
+                ]))
+                .unwrap();
                 let mut command = world.command(order[0].join("terraform"));
                 command.args(arguments).env("PATH", &path);
                 let end = Run::start(command).wait();
@@ -296,7 +334,8 @@ fn two_wrappers_in_a_row_are_one() {
     let first = world.directory.join("first");
     std::fs::create_dir(&first).unwrap();
     std::fs::copy(env!("CARGO_BIN_EXE_tf"), first.join("terraform")).unwrap();
-    let path = std::env::join_paths([first.as_path(), world.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
+    let path = std::env::join_paths([first.as_path(), world.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")])
+        .unwrap();
     let mut command = world.command(world.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]).env("PATH", path);
     let run = Run::start(command);
@@ -358,13 +397,23 @@ fn the_users_logging_keeps_its_whole_effect() {
         // Times, addresses and IDs differ from run to run; what is logged, and where, does not.
         let mut lines: Vec<String> = text
             .lines()
-            .filter_map(|line| line.get(24..).map(|rest| rest.chars().take_while(|c| !c.is_ascii_digit() && *c != ':' && *c != '=').collect()))
+            .filter_map(|line| {
+                line.get(24..)
+                    .map(|rest| rest.chars().take_while(|c| !c.is_ascii_digit() && *c != ':' && *c != '=').collect())
+            })
             .collect();
         lines.sort();
         lines.dedup();
         lines
     };
-    for (name, value) in [("TF_LOG", "INFO"), ("TF_LOG", "json"), ("TF_LOG_CORE", "INFO"), ("TF_LOG_PROVIDER", "DEBUG"), ("TF_LOG_PATH", "own.log"), ("TF_LOG_CLOUD", "DEBUG")] {
+    for (name, value) in [
+        ("TF_LOG", "INFO"),
+        ("TF_LOG", "json"),
+        ("TF_LOG_CORE", "INFO"),
+        ("TF_LOG_PROVIDER", "DEBUG"),
+        ("TF_LOG_PATH", "own.log"),
+        ("TF_LOG_CLOUD", "DEBUG"),
+    ] {
         let mut world = World::new(Lock::Both, "true");
         world.set(name, value);
         let run = |subject| {
@@ -387,7 +436,11 @@ fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
     assert!(!world.trace().contains("may stand"), "{}", world.trace());
     let run = world.trace().split("run ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     for directory in ["/dev/shm", "/tmp"] {
-        let left: Vec<_> = std::fs::read_dir(directory).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().contains(&run)).collect();
+        let left: Vec<_> = std::fs::read_dir(directory)
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().contains(&run))
+            .collect();
         assert!(left.is_empty(), "{left:?}");
     }
 }
@@ -395,7 +448,8 @@ fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
 #[test]
 fn no_secret_is_on_disk_at_any_moment() {
     // Made up now, so that only what we start can write them anywhere.
-    let secret = |name: &str| format!("hunter2-{name}-{}-{}", std::process::id(), jiff::Timestamp::now().as_nanosecond());
+    let secret =
+        |name: &str| format!("hunter2-{name}-{}-{}", std::process::id(), jiff::Timestamp::now().as_nanosecond());
     let secrets = ["variable", "backend", "environment", "key"].map(secret);
     let secrets = secrets.each_ref().map(String::as_str);
     for (name, value) in [("TF_IN_AUTOMATION", "1"), ("TF_LOG_PROVIDER", "DEBUG")] {
@@ -433,7 +487,8 @@ fn assert_no_secret(world: &World, secrets: &[&str]) {
             .output()
             .unwrap();
         assert!(output.stdout.is_empty(), "{secret}: {}", String::from_utf8_lossy(&output.stdout));
-        let output = Command::new("grep").args(["-rlsF", "--exclude-dir=.terraform", secret]).arg(&places[0]).output().unwrap();
+        let output =
+            Command::new("grep").args(["-rlsF", "--exclude-dir=.terraform", secret]).arg(&places[0]).output().unwrap();
         assert!(output.stdout.is_empty(), "{secret}: {}", String::from_utf8_lossy(&output.stdout));
     }
 }
@@ -452,7 +507,9 @@ fn a_pipeline_sees_the_end_of_output_when_we_end() {
     let mut world = World::empty(Lock::DynamoDb);
     stub(&mut world, "#!/bin/sh\necho one; echo two >&2\n");
     let mut command = world.command("sh");
-    command.args(["-c", "tf apply 2>/dev/null | cat; tf apply 2>&1 >/dev/null | cat; tf apply > file 2>&1; cat file"]).stdin(Stdio::null());
+    command
+        .args(["-c", "tf apply 2>/dev/null | cat; tf apply 2>&1 >/dev/null | cat; tf apply > file 2>&1; cat file"])
+        .stdin(Stdio::null());
     let end = Run::start(command).wait();
     assert_eq!(end.out, "one\ntwo\none\ntwo\n", "{end:?}");
 }
@@ -465,6 +522,10 @@ fn nothing_of_ours_is_left_running() {
     world.go();
     run.wait();
     for pid in all {
-        wait_for("an end", || crate::support::process::state(pid).is_none_or(|state| state == 'Z').then_some(()), || pid.to_string());
+        wait_for(
+            "an end",
+            || crate::support::process::state(pid).is_none_or(|state| state == 'Z').then_some(()),
+            || pid.to_string(),
+        );
     }
 }

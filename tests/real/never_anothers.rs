@@ -2,6 +2,7 @@
 
 use nix::sys::signal::{Signal, kill};
 
+use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::terraform_below;
 use crate::support::proxy::{Deed, Proxy};
@@ -66,7 +67,7 @@ fn a_lock_that_replaced_ours_before_the_release_stands() {
 fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
     for lock in [Lock::DynamoDb, Lock::File] {
         let mut world = World::new(lock, WAITS);
-        let proxy = Proxy::start(world.cloud().port, move |request| {
+        let proxy = Proxy::start(cloud().port, move |request| {
             let item = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
             if item || request.start.starts_with("DELETE ") { Deed::Hold } else { Deed::Pass }
         });
@@ -111,13 +112,13 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     let world = World::new(Lock::Both, "true");
     let other_path = format!("{}/other.tfstate", world.bucket);
     let living = lock_json(OTHER, &other_path);
-    world.cloud().put_item(&world.table, &other_path, &living);
+    cloud().put_item(&world.table, &other_path, &living);
     world.write("forged", &forged(OTHER, &other_path));
     world.write_main("", "cat forged >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
     let run = world.start_apply(Subject::Tf);
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
-    assert_eq!(world.cloud().item(&world.table, &other_path), Some(living), "{}", world.story(&end));
+    assert_eq!(cloud().item(&world.table, &other_path), Some(living), "{}", world.story(&end));
     // Our own went, and the other is named as what it is.
     world.assert_unlocked();
     assert!(end.err.contains("no backend of this directory has it"), "{}", world.story(&end));
@@ -211,7 +212,9 @@ fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
 fn a_nested_terraform_that_goes_on_keeps_its_lock() {
     // It shares our recorder, and outlives an outer terraform that ended well.
     let world = nested("nohup terraform");
-    let text = world.read("main.tf").replace("-auto-approve", "-auto-approve >/dev/null 2>&1 & while ! test -e began; do sleep 0.02; done; true");
+    let text = world
+        .read("main.tf")
+        .replace("-auto-approve", "-auto-approve >/dev/null 2>&1 & while ! test -e began; do sleep 0.02; done; true");
     world.write("main.tf", &text);
     let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
@@ -232,12 +235,13 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     let mut world = World::empty(Lock::DynamoDb);
     let other_path = world.path();
     // Made at the moment of the request: the living lock is there, and everything about the lines is right.
-    let (cloud, table) = (world.cloud(), world.table.clone());
+    let table = world.table.clone();
     let path = other_path.clone();
-    let sqs = Proxy::start(world.cloud().port, move |_| {
-        cloud.put_item(&table, &path, &lock_json(OTHER, &path));
+    let sqs = Proxy::start(cloud().port, move |_| {
+        cloud().put_item(&table, &path, &lock_json(OTHER, &path));
         let text = forged(OTHER, &path);
-        let answer = serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
+        let answer =
+            serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
         let body = answer.to_string().into_bytes();
         Deed::Answer(Message {
             start: "HTTP/1.1 400 Bad Request".into(),
@@ -266,8 +270,17 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
         let end = world.run(Subject::Tf, &arguments);
         assert_eq!(end.code(), Some(1), "{}", world.story(&end));
         if arguments[2] == "-lock=false" {
-            assert_eq!(world.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(), [OTHER], "{}", world.story(&end));
-            assert!(end.err.contains("was not released"), "the forgery reached the log, and was seen: {}", world.story(&end));
+            assert_eq!(
+                world.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(),
+                [OTHER],
+                "{}",
+                world.story(&end)
+            );
+            assert!(
+                end.err.contains("was not released"),
+                "the forgery reached the log, and was seen: {}",
+                world.story(&end)
+            );
         }
     }
 }

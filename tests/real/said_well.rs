@@ -2,6 +2,7 @@
 
 use nix::sys::signal::{Signal, kill};
 
+use crate::support::cloud::cloud;
 use crate::support::process::terraform_below;
 use crate::support::terminal::Terminal;
 use crate::support::world::{WAITS, id_of};
@@ -45,12 +46,17 @@ fn a_lock_service_that_refuses_is_quoted() {
     use crate::support::http::Message;
     use crate::support::proxy::{Deed, Proxy};
     let mut world = World::new(Lock::DynamoDb, WAITS);
-    let proxy = Proxy::start(world.cloud().port, |request| {
+    let proxy = Proxy::start(cloud().port, |request| {
         if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
-            let body = br#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not allowed to delete"}"#.to_vec();
+            let body =
+                br#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not allowed to delete"}"#
+                    .to_vec();
             Deed::Answer(Message {
                 start: "HTTP/1.1 400 Bad Request".into(),
-                headers: vec![("Content-Type".into(), "application/x-amz-json-1.0".into()), ("Content-Length".into(), body.len().to_string())],
+                headers: vec![
+                    ("Content-Type".into(), "application/x-amz-json-1.0".into()),
+                    ("Content-Length".into(), body.len().to_string()),
+                ],
                 body,
             })
         } else {
@@ -72,7 +78,8 @@ fn a_lock_service_that_refuses_is_quoted() {
 fn an_attribute_that_cannot_be_followed_is_named_and_the_lock_kept() {
     let world = World::empty(Lock::DynamoDb);
     world.write_main("", WAITS);
-    let text = world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\nsts_region = \"us-east-1\"\n");
+    let text =
+        world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\nsts_region = \"us-east-1\"\n");
     world.write("main.tf", &text);
     world.init();
     let run = world.start_apply(Subject::Tf);
@@ -88,7 +95,7 @@ fn a_lock_service_that_does_not_answer_is_not_waited_for_when_a_person_says_so()
     let mut world = World::new(Lock::DynamoDb, WAITS);
     let killed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let flag = std::sync::Arc::clone(&killed);
-    let proxy = Proxy::start(world.cloud().port, move |_| {
+    let proxy = Proxy::start(cloud().port, move |_| {
         if flag.load(std::sync::atomic::Ordering::SeqCst) { Deed::Hold } else { Deed::Pass }
     });
     world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
@@ -119,7 +126,8 @@ fn colour_is_for_a_terminal_that_wants_it() {
         kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
         terminal.wait_for("released the lock");
         terminal.wait();
-        let escapes = terminal.screen().split("without giving").next().unwrap().lines().last().unwrap().contains('\u{1b}');
+        let escapes =
+            terminal.screen().split("without giving").next().unwrap().lines().last().unwrap().contains('\u{1b}');
         assert_eq!(escapes, coloured, "{}", terminal.screen());
     }
 }

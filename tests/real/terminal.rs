@@ -124,7 +124,11 @@ fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x03");
     // The shell's own half of the pipeline dies of the key; console reads the end of its input, and leaves.
-    wait_for("console to end", || state(terraform).is_none_or(|state| state == 'Z').then_some(()), || terminal.screen());
+    wait_for(
+        "console to end",
+        || state(terraform).is_none_or(|state| state == 'Z').then_some(()),
+        || terminal.screen(),
+    );
     terminal.wait_for("status=");
     world.assert_unlocked();
 
@@ -182,7 +186,8 @@ fn a_key_at_the_approval_prompt_is_one_interrupt() {
         terminal.wait_for("status=1");
         let screen = terminal.screen();
         assert!(!screen.contains("Two interrupts"), "{screen}\n{}", world.trace());
-        let delivered = world.trace().matches("InterruptGroup").count() + world.trace().matches("terminal sent SIGINT").count();
+        let delivered =
+            world.trace().matches("InterruptGroup").count() + world.trace().matches("terminal sent SIGINT").count();
         assert_eq!(delivered, 1, "after {delay} ms: {}", world.trace());
         world.assert_unlocked();
     }
@@ -495,7 +500,11 @@ fn in_interactive_zsh_and_fish_keys_and_job_control_work() {
         world.wait_for_trace("got SIGTSTP");
         let tf = tree(terminal.pid()).into_iter().find(|process| process.1 == "tf").unwrap().0;
         wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || terminal.screen());
-        wait_for("the shell in the foreground", || (terminal.foreground() != Some(tf)).then_some(()), || terminal.screen());
+        wait_for(
+            "the shell in the foreground",
+            || (terminal.foreground() != Some(tf)).then_some(()),
+            || terminal.screen(),
+        );
         world.assert_locked();
         terminal.type_in("fg\n");
         wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
@@ -516,17 +525,30 @@ fn in_tmux_a_key_is_one_interrupt_and_a_killed_window_leaves_no_lock() {
         let world = World::new(Lock::Both, WAITS);
         let socket = world.directory.join("tmux");
         let tmux = |arguments: &[&str]| {
-            let output = world.command("tmux").arg("-S").arg(&socket).arg("-f").arg("/dev/null").args(arguments).output().unwrap();
+            let output = world
+                .command("tmux")
+                .arg("-S")
+                .arg(&socket)
+                .arg("-f")
+                .arg("/dev/null")
+                .args(arguments)
+                .output()
+                .unwrap();
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
         tmux(&["new-session", "-d", "-x", "150", "-y", "50", "bash --norc --noprofile -i"]);
         tmux(&["send-keys", "tf apply -auto-approve -no-color", "Enter"]);
         wait_for("the provisioner", || world.exists("began").then_some(()), || tmux(&["capture-pane", "-p"]));
-        if kill_window { tmux(&["kill-window"]) } else { tmux(&["send-keys", "C-c"]) };
+        if kill_window {
+            tmux(&["kill-window"])
+        } else {
+            tmux(&["send-keys", "C-c"])
+        };
         world.wait_for_trace("terraform ended");
         wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
         assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
-        let told = world.trace().matches("[InterruptGroup]").count() + world.trace().matches("[InterruptTerraform]").count();
+        let told =
+            world.trace().matches("[InterruptGroup]").count() + world.trace().matches("[InterruptTerraform]").count();
         assert_eq!(told, 1, "{}", world.trace());
         tmux(&["kill-server"]);
     }

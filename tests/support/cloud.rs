@@ -76,7 +76,8 @@ impl Cloud {
         // on a connection of its own for each request. What is lost in these tests is lost on purpose.
         let front = Proxy::start(port, |_| Deed::Pass);
         let port = front.port;
-        let dynamodb_port = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok()).unwrap_or(port);
+        let dynamodb_port =
+            std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok()).unwrap_or(port);
         Self { port, dynamodb_port, _server: server, _front: front }
     }
 
@@ -114,10 +115,8 @@ impl Cloud {
 
     /// The `Info` of a lock item.
     pub fn item(&self, table: &str, path: &str) -> Option<String> {
-        let answer = self.dynamodb(
-            "GetItem",
-            &json!({"TableName": table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}),
-        );
+        let answer = self
+            .dynamodb("GetItem", &json!({"TableName": table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}));
         answer["Item"]["Info"]["S"].as_str().map(ToOwned::to_owned)
     }
 
@@ -137,5 +136,7 @@ impl Cloud {
 }
 
 fn authorization(service: &str) -> String {
-    format!("AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0")
+    format!(
+        "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0"
+    )
 }

@@ -1,6 +1,6 @@
 //! A process under test: started with pipes in a session of its own, watched, signalled, waited for.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -71,13 +71,9 @@ impl Run {
 
     /// Without a session of its own.
     pub fn start_as_is(mut command: Command) -> Self {
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (out, err) = (Captured::default(), Captured::default());
-        let readers = vec![
-            capture(child.stdout.take().unwrap(), &out),
-            capture(child.stderr.take().unwrap(), &err),
-        ];
+        let readers = vec![capture(child.stdout.take().unwrap(), &out), capture(child.stderr.take().unwrap(), &err)];
         let stdin = child.stdin.take();
         Self { child, out, err, readers, stdin }
     }
@@ -112,22 +108,16 @@ impl Run {
         killpg(self.pid(), signal).unwrap();
     }
 
-    pub fn type_in(&mut self, text: &str) {
-        self.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
-    }
-
-    pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
     /// Waits for the end of the process and of its output.
     #[track_caller]
     pub fn wait(mut self) -> Ended {
         drop(self.stdin.take());
         let (out, err) = (Arc::clone(&self.out), Arc::clone(&self.err));
-        let status = wait_for("the end of the process", || self.child.try_wait().unwrap(), || {
-            format!("{}\n{}\n{}", text(&out), text(&err), all_processes())
-        });
+        let status = wait_for(
+            "the end of the process",
+            || self.child.try_wait().unwrap(),
+            || format!("{}\n{}\n{}", text(&out), text(&err), all_processes()),
+        );
         for reader in self.readers.drain(..) {
             reader.join().unwrap();
         }
@@ -138,7 +128,7 @@ impl Run {
 impl Drop for Run {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|status| status.is_none()) {
-            let _ = kill_tree(self.pid());
+            kill_tree(self.pid());
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
@@ -160,7 +150,13 @@ pub fn tree(root: Pid) -> Vec<(Pid, String, char, Pid)> {
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         let fields: Vec<&str> = stat[close + 2..].split(' ').collect();
         let number = |place: usize| Pid::from_raw(fields[place].parse().unwrap_or(0));
-        all.push((Pid::from_raw(pid), stat[open + 1..close].to_owned(), fields[0].chars().next().unwrap(), number(1), number(2)));
+        all.push((
+            Pid::from_raw(pid),
+            stat[open + 1..close].to_owned(),
+            fields[0].chars().next().unwrap(),
+            number(1),
+            number(2),
+        ));
     }
     let mut found = vec![root];
     let mut next = 0;
@@ -175,11 +171,10 @@ pub fn tree(root: Pid) -> Vec<(Pid, String, char, Pid)> {
         .collect()
 }
 
-fn kill_tree(root: Pid) -> nix::Result<()> {
+fn kill_tree(root: Pid) {
     for (pid, ..) in tree(root) {
         let _ = kill(pid, Signal::SIGKILL);
     }
-    Ok(())
 }
 
 /// The terraform below `root`.

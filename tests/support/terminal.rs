@@ -116,9 +116,11 @@ impl Terminal {
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let (pid, screen) = (self.pid(), Arc::clone(&self.screen));
-        wait_for("the end of the session", || self.child.try_wait().unwrap(), || {
-            format!("{}\n{:?}", String::from_utf8_lossy(&screen.lock().unwrap()), super::process::tree(pid))
-        })
+        wait_for(
+            "the end of the session",
+            || self.child.try_wait().unwrap(),
+            || format!("{}\n{:?}", String::from_utf8_lossy(&screen.lock().unwrap()), super::process::tree(pid)),
+        )
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::cloud::{Cloud, cloud};
+use super::cloud::cloud;
 use super::process::Run;
 use super::wait_for;
 
@@ -51,7 +51,8 @@ pub struct World {
 
 /// The real terraform.
 pub fn terraform() -> PathBuf {
-    which("terraform").expect("terraform is not on PATH: the tests run the real one; see README.md, Building and testing")
+    which("terraform")
+        .expect("terraform is not on PATH: the tests run the real one; see README.md, Building and testing")
 }
 
 pub fn which(name: &str) -> Option<PathBuf> {
@@ -100,9 +101,10 @@ impl World {
 
     /// The lines of the backend block.
     pub fn backend(&self, key: &str) -> String {
-        let mut lines = format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\nuse_path_style = true\n", self.bucket);
+        let mut lines =
+            format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\nuse_path_style = true\n", self.bucket);
         if self.lock != Lock::File {
-            lines += &format!("dynamodb_table = \"{}\"\n", self.table);
+            lines.extend(["dynamodb_table = \"", &self.table, "\"\n"]);
         }
         if self.lock != Lock::DynamoDb {
             lines += "use_lockfile = true\n";
@@ -274,7 +276,8 @@ while not os.path.exists("go"):
     }
 
     pub fn locks_at(&self, key: &str) -> Vec<String> {
-        let item = (self.lock != Lock::File).then(|| cloud().item(&self.table, &format!("{}/{key}", self.bucket))).flatten();
+        let item =
+            (self.lock != Lock::File).then(|| cloud().item(&self.table, &format!("{}/{key}", self.bucket))).flatten();
         let object = cloud().object(&format!("{}/{key}.tflock", self.bucket));
         item.into_iter().chain(object).collect()
     }
@@ -322,10 +325,6 @@ while not os.path.exists("go"):
     /// The state, as text.
     pub fn state(&self) -> Option<String> {
         cloud().object(&self.path())
-    }
-
-    pub fn cloud(&self) -> &'static Cloud {
-        cloud()
     }
 }
 

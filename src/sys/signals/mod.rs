@@ -1,16 +1,25 @@
 //! The signals that reach `tf`, one after the other, each with who sent it.
 //!
-//! All of them are blocked and read from a signalfd. No handler is installed, so every disposition stays as it was
-//! inherited, and the one thing to undo in terraform is the mask. signalfd(2) also reports a signal that was ignored
-//! at entry as long as it is blocked, which is what INT and TERM need (terraform catches both even then, because Go's
-//! `signal.Notify` does) and what HUP must be protected from (`nohup`).
+//! On Linux all of them are blocked and read from a signalfd. No handler is installed, so every disposition stays as it
+//! was inherited, and the one thing to undo in terraform is the mask. signalfd(2) also reports a signal that was
+//! ignored at entry as long as it is blocked, which is what INT and TERM need (terraform catches both even then, because
+//! Go's `signal.Notify` does) and what HUP must be protected from (`nohup`). Elsewhere handlers write into a pipe.
+
+#[cfg(any(not(target_os = "linux"), tf_portable))]
+#[path = "handlers.rs"]
+mod source;
+#[cfg(all(target_os = "linux", not(tf_portable)))]
+#[path = "signalfd.rs"]
+mod source;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::disposition;
+use source::Source;
 
 /// Who made a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,57 +40,68 @@ pub(crate) struct Arrival {
 }
 
 /// What was inherited and matters to what we do with a signal.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Inherited {
-    /// SIGHUP was ignored: `nohup`.
-    pub(crate) hup_ignored: bool,
-    /// SIGINT was ignored: `tf &` in a shell without job control.
-    pub(crate) int_ignored: bool,
-    /// SIGTSTP was ignored: ^Z does nothing here.
-    pub(crate) tstp_ignored: bool,
-    /// SIGCHLD was ignored. It cannot stay so: the kernel would then throw a child's status away (waitpid(2)).
-    pub(crate) chld_ignored: bool,
+    /// The signals that were ignored.
+    ignored: Vec<Signal>,
+}
+
+impl Inherited {
+    /// Whether `signal` was ignored when we started: HUP under `nohup`, INT behind `&` in a shell without job control.
+    pub(crate) fn ignores(&self, signal: Signal) -> bool {
+        self.ignored.contains(&signal)
+    }
+
+    /// All that were ignored, for terraform to ignore them too.
+    pub(crate) fn ignored(&self) -> &[Signal] {
+        &self.ignored
+    }
 }
 
 /// The signals of this process, blocked and queued.
 #[derive(Debug)]
 pub(crate) struct Signals {
-    descriptor: SignalFd,
+    source: Source,
     queue: VecDeque<Arrival>,
     mask_at_entry: SigSet,
     inherited: Inherited,
 }
 
-/// Signals that only a fault of our own makes. Blocking them would change nothing, for the kernel then kills.
-const FAULTS: [Signal; 5] = [
-    Signal::SIGSEGV,
-    Signal::SIGBUS,
-    Signal::SIGFPE,
-    Signal::SIGILL,
-    Signal::SIGTRAP,
+/// What is listened to.
+const HEARD: [Signal; 15] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGABRT,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGPIPE,
+    Signal::SIGALRM,
+    Signal::SIGTERM,
+    Signal::SIGCHLD,
+    Signal::SIGCONT,
+    Signal::SIGTSTP,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGWINCH,
 ];
 
 impl Signals {
-    /// Blocks every signal of this process and starts to listen. To be called while there is one thread.
+    /// Starts to listen. To be called while there is one thread.
+    ///
+    /// # Errors
+    /// When no descriptor can be had.
     pub(crate) fn listen() -> io::Result<Self> {
-        let mut all = SigSet::all();
-        for fault in FAULTS {
-            all.remove(fault);
+        let ignored: Vec<Signal> = HEARD.into_iter().filter(|signal| disposition::is_ignored(*signal)).collect();
+        if ignored.contains(&Signal::SIGCHLD) {
+            // It cannot stay so: the kernel would throw a child's status away (waitpid(2)).
+            disposition::set_default(Signal::SIGCHLD);
         }
         let mut mask_at_entry = SigSet::empty();
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut mask_at_entry))?;
-        let inherited = Inherited {
-            hup_ignored: ignored(Signal::SIGHUP),
-            int_ignored: ignored(Signal::SIGINT),
-            tstp_ignored: ignored(Signal::SIGTSTP),
-            chld_ignored: ignored(Signal::SIGCHLD),
-        };
-        if inherited.chld_ignored {
-            super::disposition::set_default(Signal::SIGCHLD);
-        }
-        let descriptor =
-            SignalFd::with_flags(&all, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        Ok(Self { descriptor, queue: VecDeque::new(), mask_at_entry, inherited })
+        let source = Source::open(&HEARD, &mut mask_at_entry)?;
+        // Rust's runtime ignores SIGPIPE; what was inherited is known from before it.
+        let ignored = ignored.into_iter().filter(|signal| *signal != Signal::SIGPIPE).collect();
+        Ok(Self { source, queue: VecDeque::new(), mask_at_entry, inherited: Inherited { ignored } })
     }
 
     /// The mask that terraform must get.
@@ -90,8 +110,8 @@ impl Signals {
     }
 
     /// The dispositions that matter to us, as they were inherited.
-    pub(crate) fn inherited(&self) -> Inherited {
-        self.inherited
+    pub(crate) fn inherited(&self) -> &Inherited {
+        &self.inherited
     }
 
     /// The next signal that has arrived, or `None` when there is none now.
@@ -114,11 +134,8 @@ impl Signals {
     }
 
     fn fetch(&mut self) {
-        while let Ok(Some(info)) = self.descriptor.read_signal() {
-            // Real-time signals have no name in nix; nobody sends them to terraform, whose runtime ignores them.
-            let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) else { continue };
-            let origin = if info.ssi_code > 0 { Origin::Kernel } else { Origin::Process };
-            self.queue.push_back(Arrival { signal, origin });
+        while let Some(arrival) = self.source.read() {
+            self.queue.push_back(arrival);
         }
     }
 
@@ -130,7 +147,7 @@ impl Signals {
     pub(crate) fn stop(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.take(Signal::SIGCONT);
         self.take(signal);
-        let previous = super::disposition::set_default(signal);
+        let previous = disposition::set_default(signal);
         let to = nix::unistd::Pid::from_raw(if whole_group { 0 } else { nix::unistd::getpid().as_raw() });
         let _ = nix::sys::signal::kill(to, signal);
         let mut only = SigSet::empty();
@@ -138,7 +155,7 @@ impl Signals {
         // Unblocked, the pending stop acts before sigprocmask returns; we go on from here when somebody sends CONT.
         let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&only), None);
         let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&only), None);
-        super::disposition::restore(signal, previous);
+        disposition::restore(signal, &previous);
         // CONT is blocked like the rest, so the one that woke us is waiting in the signalfd.
         self.take(Signal::SIGCONT)
     }
@@ -146,21 +163,11 @@ impl Signals {
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.descriptor.as_fd()
-    }
-}
-
-impl AsRawFd for Signals {
-    fn as_raw_fd(&self) -> i32 {
-        self.descriptor.as_raw_fd()
+        self.source.as_fd()
     }
 }
 
 /// Gives `signal` back its default action, to die of it.
 pub(crate) fn default_action(signal: Signal) {
-    super::disposition::set_default(signal);
-}
-
-fn ignored(signal: Signal) -> bool {
-    super::disposition::is_ignored(signal)
+    disposition::set_default(signal);
 }

@@ -1,0 +1,151 @@
+"""A loopback S3 and DynamoDB with one bucket and one lock table, and a terraform working directory in it.
+
+Shared by the demo and the measurements.
+"""
+
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+WAITS = "touch began; while ! test -e go; do sleep 0.05; done"
+
+
+class Cloud:
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        environment = dict(os.environ, BIND_HOST="127.0.0.1", GATEWAY_PORT=str(self.port))
+        self.server = subprocess.Popen(
+            [HERE / "target/tools/bin/ministack"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(600):
+            try:
+                if self.ask("GET", "/_ministack/health")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            sys.exit("the loopback cloud did not start")
+        self.ask("PUT", "/bucket", service="s3")
+        self.dynamodb("CreateTable", {
+            "TableName": "locks", "BillingMode": "PAY_PER_REQUEST",
+            "AttributeDefinitions": [{"AttributeName": "LockID", "AttributeType": "S"}],
+            "KeySchema": [{"AttributeName": "LockID", "KeyType": "HASH"}],
+        })
+
+    def ask(self, method, path, body=b"", headers=None, service="s3"):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        scope = f"test/20260101/us-east-1/{service}/aws4_request"
+        all_headers = {
+            "Authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
+            "X-Amz-Date": "20260101T000000Z",
+        }
+        all_headers.update(headers or {})
+        connection.request(method, path, body, all_headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    def dynamodb(self, operation, body):
+        headers = {"X-Amz-Target": f"DynamoDB_20120810.{operation}", "Content-Type": "application/x-amz-json-1.0"}
+        return json.loads(self.ask("POST", "/", json.dumps(body), headers, "dynamodb")[1])
+
+    def locks(self, key="prod.tfstate"):
+        """The halves of the lock that stand: (where, Info)."""
+        item = self.dynamodb("GetItem", {"TableName": "locks", "Key": {"LockID": {"S": f"bucket/{key}"}}}).get("Item")
+        if item and "Info" in item:
+            yield "DynamoDB", json.loads(item["Info"]["S"])
+        status, body = self.ask("GET", f"/bucket/{key}.tflock")
+        if status == 200:
+            yield "S3", json.loads(body)
+
+    def unlock(self, key="prod.tfstate"):
+        self.dynamodb("DeleteItem", {"TableName": "locks", "Key": {"LockID": {"S": f"bucket/{key}"}}})
+        self.ask("DELETE", f"/bucket/{key}.tflock")
+
+    def stop(self):
+        self.server.kill()
+        self.server.wait()
+
+
+class Work:
+    """A working directory, initialised; `programs` are put first on PATH."""
+
+    def __init__(self, cloud, body, key="prod.tfstate", programs=()):
+        self.root = pathlib.Path(tempfile.mkdtemp(prefix="tf-work-"))
+        self.directory = self.root / "work"
+        (self.root / "bin").mkdir()
+        (self.root / "home").mkdir()
+        self.directory.mkdir()
+        for name, target in programs:
+            (self.root / "bin" / name).symlink_to(target)
+        self.environment = {
+            "PATH": f"{self.root}/bin:{os.environ['PATH']}", "HOME": str(self.root / "home"),
+            "TERM": os.environ.get("TERM", "dumb"), "CHECKPOINT_DISABLE": "1",
+            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{cloud.port}",
+        }
+        (self.directory / "main.tf").write_text(f"""
+terraform {{
+  backend "s3" {{
+    bucket         = "bucket"
+    key            = "{key}"
+    region         = "us-east-1"
+    dynamodb_table = "locks"
+    use_lockfile   = true
+  }}
+}}
+{body}
+""")
+        self.run(["terraform", "init", "-no-color"], check=True, stdout=subprocess.DEVNULL)
+
+    def run(self, command, **more):
+        return subprocess.run(command, cwd=self.directory, env=self.environment, **more)
+
+    def start(self, command, **more):
+        return subprocess.Popen(command, cwd=self.directory, env=self.environment, **more)
+
+    def wait_for(self, name):
+        for _ in range(1200):
+            if (self.directory / name).exists():
+                return
+            time.sleep(0.02)
+        sys.exit(f"waited in vain for {name} in {self.directory}")
+
+    def forget(self, *names):
+        for name in names:
+            (self.directory / name).unlink(missing_ok=True)
+
+    def remove(self):
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def provisioner(command):
+    return f"""
+resource "terraform_data" "production" {{
+  provisioner "local-exec" {{
+    command = {json.dumps(command)}
+  }}
+}}
+"""
+
+
+def terraform_below(pid):
+    """The terraform among the children of `pid`, or `pid` itself."""
+    for _ in range(500):
+        children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in children:
+            if pathlib.Path(f"/proc/{child}/comm").read_text().strip() == "terraform":
+                return int(child)
+        if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "terraform":
+            return pid
+        time.sleep(0.01)
+    sys.exit("no terraform")

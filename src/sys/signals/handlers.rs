@@ -1,0 +1,65 @@
+//! Handlers that write into a pipe: where there is no signalfd.
+//!
+//! What is weaker than with one: between a fork and the child's exec a handler of ours could still run in the child, so
+//! every signal is blocked around the fork (`sys::spawn`); and where the kernel says nothing of who made a signal, a
+//! sender of 0 stands for the kernel itself.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+
+use super::{Arrival, Origin};
+use crate::sys::descriptor;
+
+/// The reading end of the pipe that the handlers write into.
+#[derive(Debug)]
+pub(super) struct Source {
+    arrivals: OwnedFd,
+    _pen: OwnedFd,
+}
+
+impl Source {
+    /// Installs a handler for each of `heard`. The mask that was in force goes into `mask`; `heard` are unblocked.
+    pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
+        let (arrivals, pen) = descriptor::pipe()?;
+        for end in [&arrivals, &pen] {
+            fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        }
+        let number = pen.as_raw_fd();
+        for signal in heard {
+            let signal_number = *signal as i32;
+            let write = move |info: &libc::siginfo_t| {
+                // SAFETY: the kernel filled `info` for a signal; `number` stays open as long as the program runs.
+                unsafe {
+                    let kernel = info.si_code > 0 || info.si_pid() == 0;
+                    let bytes = [u8::try_from(signal_number).unwrap_or(0), u8::from(kernel)];
+                    libc::write(number, bytes.as_ptr().cast(), bytes.len());
+                }
+            };
+            // SAFETY: the action calls write(2) alone, which is async-signal-safe.
+            unsafe { signal_hook_registry::register_sigaction(signal_number, write)? };
+        }
+        let set: SigSet = heard.iter().copied().collect();
+        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&set), Some(mask))?;
+        Ok(Self { arrivals, _pen: pen })
+    }
+
+    /// The next signal, if one has arrived.
+    pub(super) fn read(&self) -> Option<Arrival> {
+        let mut bytes = [0; 2];
+        // Two bytes are written and read in one piece (PIPE_BUF).
+        if nix::unistd::read(&self.arrivals, &mut bytes) != Ok(2) {
+            return None;
+        }
+        let signal = Signal::try_from(i32::from(bytes[0])).ok()?;
+        Some(Arrival { signal, origin: if bytes[1] == 1 { Origin::Kernel } else { Origin::Process } })
+    }
+}
+
+impl AsFd for Source {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.arrivals.as_fd()
+    }
+}
