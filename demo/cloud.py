@@ -15,7 +15,7 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-WAITS = "touch began; while ! test -e go; do sleep 0.05; done"
+WAITS = "touch began; while test -e began && ! test -e go; do sleep 0.05; done"
 
 
 class Cloud:
@@ -80,6 +80,7 @@ class Work:
     """A working directory, initialised; `programs` are put first on PATH."""
 
     def __init__(self, cloud, body, key="prod.tfstate", programs=()):
+        self.cloud, self.key = cloud, key
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="tf-work-"))
         self.directory = self.root / "work"
         (self.root / "bin").mkdir()

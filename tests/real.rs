@@ -25,5 +25,7 @@ mod invisible;
 mod never_anothers;
 #[path = "real/said_well.rs"]
 mod said_well;
+#[path = "real/services.rs"]
+mod services;
 #[path = "real/terminal.rs"]
 mod terminal;

@@ -36,10 +36,17 @@ impl Place {
     }
 }
 
-/// The place of `lock`, from the backends before and after the run and the workspaces that the run can have used.
-pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Option<Place> {
+/// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
+/// used. More than one where an `init` changed how the same bucket is reached.
+pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
     let Halves { s3, dynamodb } = lock.halves;
-    backends.iter().filter_map(|directory| directory.backend.as_ref()).find_map(|backend| {
+    let mut known: Vec<&CachedBackend> = Vec::new();
+    for backend in backends.iter().filter_map(|directory| directory.backend.as_ref()) {
+        if !known.contains(&backend) {
+            known.push(backend);
+        }
+    }
+    let places = known.into_iter().filter_map(|backend| {
         let fits = backend.kind == "s3"
             && backend.string("bucket") == Some(&lock.bucket)
             && workspaces.iter().any(|workspace| backend.state_key(workspace).as_ref() == Some(&lock.key));
@@ -52,7 +59,8 @@ pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces:
             table,
             lock_file: s3,
         })
-    })
+    });
+    places.collect()
 }
 
 #[cfg(test)]
@@ -78,7 +86,8 @@ mod tests {
     #[test]
     fn the_backend_with_the_bucket_and_the_key_is_the_place() {
         let fits = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","dynamodb_table":"locks","region":"r"}"#);
-        let place = find(&lock("S3 Native and DynamoDB"), &[&fits], &default()).unwrap();
+        let place = find(&lock("S3 Native and DynamoDB"), &[&fits, &fits], &default());
+        let [place] = place.as_slice() else { panic!("{place:?}") };
         assert_eq!(place.lock_path(), "bkt/dir/prod.tfstate");
         assert_eq!(place.lock_key(), "dir/prod.tfstate.tflock");
         assert_eq!((place.table.as_deref(), place.lock_file), (Some("locks"), true));
@@ -92,9 +101,9 @@ mod tests {
             r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#,
             "{}",
         ] {
-            assert!(find(&lock("DynamoDB only"), &[&directory(config)], &default()).is_none(), "{config}");
+            assert!(find(&lock("DynamoDB only"), &[&directory(config)], &default()).is_empty(), "{config}");
         }
-        assert!(find(&lock("DynamoDB only"), &[], &default()).is_none());
+        assert!(find(&lock("DynamoDB only"), &[], &default()).is_empty());
     }
 
     #[test]
@@ -102,14 +111,16 @@ mod tests {
         let backend = directory(r#"{"bucket":"bkt","key":"prod.tfstate","workspace_key_prefix":"dir"}"#);
         let mut lock = lock("S3 Native only");
         lock.key = "dir/green/prod.tfstate".into();
-        assert!(find(&lock, &[&backend], &default()).is_none());
-        assert!(find(&lock, &[&backend], &["default".into(), "green".into()]).is_some());
+        assert!(find(&lock, &[&backend], &default()).is_empty());
+        assert_eq!(find(&lock, &[&backend], &["default".into(), "green".into()]).len(), 1);
     }
 
     #[test]
     fn the_backend_after_the_run_counts_as_much_as_the_one_before() {
         let before = directory(r#"{"bucket":"old","key":"dir/prod.tfstate"}"#);
         let after = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#);
-        assert!(find(&lock("S3 Native only"), &[&before, &after], &default()).is_some());
+        assert_eq!(find(&lock("S3 Native only"), &[&before, &after], &default()).len(), 1);
+        let moved = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","region":"elsewhere"}"#);
+        assert_eq!(find(&lock("S3 Native only"), &[&moved, &after], &default()).len(), 2);
     }
 }

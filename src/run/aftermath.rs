@@ -80,14 +80,10 @@ impl Aftermath<'_> {
         };
         // A migration holds two, and gives back the second first.
         for recorded in standing.iter().rev() {
-            let place = places.of(recorded);
-            let outcome = match (&keep, place) {
-                (Some(reason), _) => may_stand(recorded, died).then(|| Outcome::Kept(reason.clone())),
-                (None, None) => may_stand(recorded, died).then(|| Outcome::Kept(report::NO_PLACE.to_owned())),
-                (None, Some(place)) => Some(
-                    wait_for(signals, release::release(recorded, &place, &situation))
-                        .unwrap_or_else(|| Outcome::Kept(report::ENOUGH.to_owned())),
-                ),
+            let outcome = match &keep {
+                Some(reason) => may_stand(recorded, died).then(|| Outcome::Kept(reason.clone())),
+                None => release_wherever_it_is(recorded, &places.of(recorded), &situation, signals)
+                    .or_else(|| may_stand(recorded, died).then(|| Outcome::Kept(report::NO_PLACE.to_owned()))),
             };
             trace!("lock {}: {outcome:?}", recorded.id);
             match outcome {
@@ -101,8 +97,8 @@ impl Aftermath<'_> {
                     if died && recorded.locked.is_none() {
                         self.bury(recorded, &situation, &ending);
                     }
-                    if let (Some(id), Some(place)) = (anothers, places.of(recorded)) {
-                        self.release_late(signals, &id, &place);
+                    if let Some(id) = anothers {
+                        self.release_late(signals, &id, &places);
                     }
                 }
                 None => {}
@@ -121,10 +117,10 @@ impl Aftermath<'_> {
     }
 
     /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
-    fn release_late(&self, signals: &mut Signals, id: &str, place: &Place) {
+    fn release_late(&self, signals: &mut Signals, id: &str, places: &Places) {
         let Some(graveyard) = self.graveyard else { return };
         for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
-            if visit(tombstone, place, graveyard, signals) {
+            if visit(tombstone, places, graveyard, signals) {
                 report::say(report::TRY_AGAIN);
             }
         }
@@ -178,23 +174,41 @@ pub(crate) fn release_what_came_late(
     }
     let places = Places::new(before.clone(), before.clone(), invocation);
     for tombstone in &tombstones {
-        if let Some(place) = places.of(&tombstone.lock) {
-            visit(tombstone, &place, graveyard, signals);
-        }
+        visit(tombstone, &places, graveyard, signals);
     }
 }
 
 /// Looks once whether the lock has come, and gives it back. True if it had.
-fn visit(tombstone: &Tombstone, place: &Place, graveyard: &Graveyard, signals: &mut Signals) -> bool {
+fn visit(tombstone: &Tombstone, places: &Places, graveyard: &Graveyard, signals: &mut Signals) -> bool {
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let situation = Situation { run: tombstone.run.clone(), died: false };
-    let outcome = wait_for(signals, release::release(&tombstone.lock, place, &situation));
+    let outcome = release_wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, signals);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     let Some(Outcome::Released(_)) = outcome else { return false };
     // Terraform asks for one half after the other: what came was the last that it asked for.
     graveyard.take_away(&tombstone.lock.id);
     report::say(&report::came_late(&tombstone.lock));
     true
+}
+
+/// Gives the lock back in the place where it is. `None` where there is no place to look in.
+fn release_wherever_it_is(
+    recorded: &RecordedLock,
+    places: &[Place],
+    situation: &Situation,
+    signals: &mut Signals,
+) -> Option<Outcome> {
+    let mut worst = None;
+    for place in places {
+        let outcome = wait_for(signals, release::release(recorded, place, situation))
+            .unwrap_or_else(|| Outcome::Kept(report::ENOUGH.to_owned()));
+        match outcome {
+            Outcome::Released(_) => return Some(outcome),
+            Outcome::Kept(_) => worst = Some(outcome),
+            Outcome::Absent { .. } => worst = worst.or(Some(outcome)),
+        }
+    }
+    worst
 }
 
 /// A recorded lock is named when it was had, or when its holder died before it knew. One that was refused is
@@ -242,7 +256,7 @@ impl Places {
         Self { before, after, workspaces }
     }
 
-    fn of(&self, recorded: &RecordedLock) -> Option<Place> {
+    fn of(&self, recorded: &RecordedLock) -> Vec<Place> {
         place::find(recorded, &[&self.after, &self.before], &self.workspaces)
     }
 

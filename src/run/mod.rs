@@ -20,6 +20,8 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use nix::sys::signal::Signal;
+
 use crate::settings::Settings;
 use crate::sys::process;
 use crate::sys::signals::Signals;
@@ -77,7 +79,6 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
     let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
     let data_directory = DataDirectory::path(&current, &invocation.command_line);
     let before = DataDirectory::read(&data_directory);
-    let memory_kills = process::out_of_memory_kills();
 
     let variable = |name: &str| std::env::var_os(name);
     let graveyard = Graveyard::of_user(variable);
@@ -109,6 +110,8 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
     drop((lifeline, image));
     pipes.close_writers();
     tree.started(terraform);
+    // What terraform need not wait for comes after its start.
+    let memory_kills = process::out_of_memory_kills();
     trace!("started terraform as {terraform}, run {id}");
 
     let mut stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
@@ -123,11 +126,12 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Res
         tree: &tree,
         parent,
         begun,
+        children_changed: false,
     }
     .watch();
     let all_written = pipes.flush();
 
-    let out_of_memory = memory_kills < process::out_of_memory_kills();
+    let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
     Aftermath {
         ended,
         stop: &stop,

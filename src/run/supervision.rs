@@ -20,6 +20,7 @@ use crate::report;
 use crate::sys::process;
 use crate::sys::signals::{Arrival, Origin, Signals};
 use crate::sys::wait::{self, Ended};
+use crate::sys::witness::Witness;
 use crate::trace::trace;
 
 /// How long terraform may take to act on a SIGTSTP before we stop without it: a program may ignore that signal.
@@ -45,6 +46,8 @@ pub(crate) struct Supervision<'a> {
     /// Readable when our parent has ended, where that means that nobody is left to tell us.
     pub(crate) parent: Option<OwnedFd>,
     pub(crate) begun: Instant,
+    /// SIGCHLD came: something below us stopped or ended, and may be an orphan to take away.
+    pub(crate) children_changed: bool,
 }
 
 /// A descriptor for the end of our parent, where that is to be taken for a request to stop: in CI, unless we were
@@ -77,6 +80,10 @@ impl Supervision<'_> {
             if let Some(ended) = wait::ended(self.terraform) {
                 trace!("terraform ended: {ended:?}");
                 return ended;
+            }
+            if std::mem::take(&mut self.children_changed) {
+                let witness = self.lending.witness().map(Witness::pid);
+                self.tree.reap_orphans(witness.as_slice());
             }
             if let Some(signal) = wait::stopped(self.terraform)
                 && let Stopped::ContinueSoon = self.stopped(signal)
@@ -137,10 +144,7 @@ impl Supervision<'_> {
             trace!("got {signal} from {origin:?}");
         }
         match (signal, origin) {
-            (Signal::SIGCHLD, _) => {
-                let witness = self.lending.witness().map(crate::sys::witness::Witness::pid);
-                self.tree.reap_orphans(witness.as_slice());
-            }
+            (Signal::SIGCHLD, _) => self.children_changed = true,
             (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
             (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
             (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}

@@ -20,7 +20,7 @@ use nix::unistd::{Pid, getpid};
 
 use super::poll;
 use crate::sys::descriptor;
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
 use crate::sys::wait;
 use crate::trace::trace;
@@ -80,7 +80,7 @@ impl Tree {
     pub(crate) fn new(run: &str) -> std::io::Result<(Self, OwnedFd)> {
         let (lifeline, end) = descriptor::pipe()?;
         let inherited = descriptor::inheritable_high(&end)?;
-        let strangers: Vec<Pid> = Process::children(getpid()).iter().map(|process| process.pid).collect();
+        let strangers = process::own_children();
         let strangers_possible = !strangers.is_empty() || getpid() == Pid::from_raw(1);
         let tree = Self { lifeline, run: run.to_owned(), terraform: None, strangers, strangers_possible };
         Ok((tree, inherited))

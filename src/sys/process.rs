@@ -155,6 +155,12 @@ impl Process {
     }
 }
 
+/// The children of this process, while it has one thread. Empty where a kernel does not tell.
+pub(crate) fn own_children() -> Vec<Pid> {
+    let list = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
+}
+
 /// How often the kernel has killed a process of our control group for want of memory, as far as it tells
 /// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` where it does not.
 pub(crate) fn out_of_memory_kills() -> Option<u64> {

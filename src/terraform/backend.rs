@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 /// A backend block as it is cached. It may hold credentials, so it has no `Debug` output of its values and is never
 /// written anywhere.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub(crate) struct CachedBackend {
     /// `s3`, `http`, `local`...
     pub(crate) kind: String,

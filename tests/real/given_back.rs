@@ -80,7 +80,7 @@ fn out_of_memory_is_named_and_the_lock_goes() {
     let Some(group) = memory_group() else {
         panic!("no memory control group can be made here: it takes root and a writable /sys/fs/cgroup");
     };
-    let world = World::new(Lock::Both, "touch began; while ! test -e go; do sleep 0.02; done");
+    let world = World::new(Lock::Both, "touch began; while test -e began && ! test -e go; do sleep 0.02; done");
     let mut command = world.command("sh");
     command.args(["-c", &format!("echo $$ > {group}/cgroup.procs; exec tf apply -auto-approve -no-color")]);
     let run = Run::start(command);
@@ -152,7 +152,7 @@ fn killed_at_any_moment_it_leaves_no_lock() {
 fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
     let proxy = Proxy::start(cloud().port, rule);
     let url = format!("http://127.0.0.1:{}", proxy.port);
-    world.set("AWS_ENDPOINT_URL", &url).set("AWS_ENDPOINT_URL_DYNAMODB", &url);
+    world.set("AWS_ENDPOINT_URL", &url);
     proxy
 }
 
@@ -380,7 +380,7 @@ fn wherever_the_working_directory_says_the_state_is() {
     // -chdir, the command run from above.
     let world = World::empty(Lock::Both);
     std::fs::create_dir(world.directory.join("sub")).unwrap();
-    world.write_main("", "touch ../began; while ! test -e ../go; do sleep 0.02; done");
+    world.write_main("", "touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done");
     std::fs::rename(world.directory.join("main.tf"), world.directory.join("sub/main.tf")).unwrap();
     assert_eq!(world.run(Subject::Bare, &["-chdir=sub", "init"]).code(), Some(0));
     let run = world.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
@@ -470,7 +470,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     // Its unlock fails, so that there is a lock to release, and nothing to end.
     let mut world = World::new(
         Lock::DynamoDb,
-        "nohup sh -c 'touch began; while ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
+        "nohup sh -c 'touch began; while test -e began && ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
     );
     through(&mut world, |request| {
         if is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression") {
@@ -521,7 +521,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     world.wait_for_trace("waiting for a write");
     // The contender reaches the cloud directly, and waits for the lock.
     let cloud = format!("http://127.0.0.1:{}", cloud().port);
-    world.set("AWS_ENDPOINT_URL", &cloud).set("AWS_ENDPOINT_URL_DYNAMODB", &cloud);
+    world.set("AWS_ENDPOINT_URL", cloud);
     let contender = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
     // The write lands 6 s after its sender died.
     std::thread::sleep(Duration::from_secs(6));

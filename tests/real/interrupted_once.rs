@@ -240,7 +240,7 @@ fn nohup_survives_a_hangup() {
 }
 
 /// Prints a line again and again until it is stopped or told to go on.
-const TALKS: &str = "touch began; while ! test -e go; do echo talking; sleep 0.02; done";
+const TALKS: &str = "touch began; while test -e began && ! test -e go; do echo talking; sleep 0.02; done";
 
 fn apply_whose_reader_leaves(subject: Subject) -> (World, Ended) {
     let world = World::new(Lock::Both, TALKS);

@@ -252,7 +252,10 @@ fn the_same_descriptors_are_open_but_for_the_lifeline() {
 #[test]
 fn commands_that_cannot_lock_become_terraform() {
     let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\necho $$ > pid; touch began; while ! test -e go; do sleep 0.01; done\n");
+    stub(
+        &mut world,
+        "#!/bin/sh\necho $$ > pid; touch began; while test -e began && ! test -e go; do sleep 0.01; done\n",
+    );
     for arguments in [&["version"][..], &["fmt"], &["validate"], &["-help"], &["get"], &["workspace", "show"]] {
         for name in ["began", "go"] {
             let _ = std::fs::remove_file(world.directory.join(name));

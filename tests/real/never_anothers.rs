@@ -47,7 +47,8 @@ fn a_refused_run_says_and_touches_nothing() {
 #[test]
 fn a_lock_that_replaced_ours_before_the_release_stands() {
     for lock in Lock::ALL {
-        let world = World::new(lock, "(trap '' TERM; touch began; while ! test -e go; do sleep 0.02; done)");
+        let world =
+            World::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
         let run = world.start_apply(Subject::Tf);
         kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
         // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
@@ -72,7 +73,7 @@ fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
             if item || request.start.starts_with("DELETE ") { Deed::Hold } else { Deed::Pass }
         });
         let url = format!("http://127.0.0.1:{}", proxy.port);
-        world.set("AWS_ENDPOINT_URL", &url).set("AWS_ENDPOINT_URL_DYNAMODB", &url);
+        world.set("AWS_ENDPOINT_URL", &url);
         let run = world.start_apply(Subject::Tf);
         kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
         proxy.wait_until_held();
@@ -114,7 +115,10 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     let living = lock_json(OTHER, &other_path);
     cloud().put_item(&world.table, &other_path, &living);
     world.write("forged", &forged(OTHER, &other_path));
-    world.write_main("", "cat forged >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    world.write_main(
+        "",
+        "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+    );
     let run = world.start_apply(Subject::Tf);
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
@@ -126,7 +130,10 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     let world = World::new(Lock::DynamoDb, "true");
     let living = lock_json(OTHER, &world.path());
     world.write("forged", &forged(OTHER, &world.path()));
-    world.write_main("", "cat forged >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    world.write_main(
+        "",
+        "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+    );
     let run = world.start_apply(Subject::Tf);
     // Somebody forced ours and holds it now, since before our run by their clock.
     world.delete_lock();
@@ -144,7 +151,7 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
         let world = World::new(Lock::DynamoDb, "true");
         world.write("torn", forged(tail, &world.path()).split_inclusive("lock.id=").next().unwrap());
         world.write_main("", &format!(
-            "head -c -0 torn >> $TF_LOG_PATH; printf '%s' '{tail}' >> $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done"
+            "head -c -0 torn >> $TF_LOG_PATH; printf '%s' '{tail}' >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done"
         ));
         let run = world.start_apply(Subject::Tf);
         let ours = id_of(&world.locks()[0]);
@@ -159,7 +166,10 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
 #[test]
 fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     // The provisioner wipes the recorder: nothing tells any more which lock was ours.
-    let world = World::new(Lock::Both, ": > $TF_LOG_PATH; touch began; while ! test -e go; do sleep 0.02; done");
+    let world = World::new(
+        Lock::Both,
+        ": > $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+    );
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
@@ -180,7 +190,7 @@ fn nested(inner: &str) -> World {
     let backend = world.backend("inner.tfstate");
     world.write("inner/main.tf", &format!(
         "terraform {{\nbackend \"s3\" {{\n{backend}}}\n}}\nresource \"terraform_data\" \"i\" {{\nprovisioner \"local-exec\" {{\n\
-         command = \"touch ../began; while ! test -e ../go; do sleep 0.02; done\"\n}}\n}}\n"
+         command = \"touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done\"\n}}\n}}\n"
     ));
     assert_eq!(world.run(Subject::Bare, &["-chdir=inner", "init"]).code(), Some(0));
     world.write_main("", &format!("{inner} -chdir=inner apply -auto-approve"));

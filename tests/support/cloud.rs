@@ -24,7 +24,7 @@ pub fn tool(name: &str) -> PathBuf {
 }
 
 /// Starts a server that ends when the tests end, however they do: its keeper waits for the end of a pipe that we hold.
-pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Child {
+pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Server {
     let keeper = r#"
 import os, signal, subprocess, sys
 log = open(sys.argv[1], "ab")
@@ -40,15 +40,26 @@ child.send_signal(signal.SIGKILL)
         .envs(environment.iter().copied())
         .stdin(Stdio::piped())
         .spawn()
+        .map(Server)
         .unwrap()
+}
+
+/// A server and its keeper, which end when this is dropped.
+pub struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }
 
 /// The loopback cloud.
 pub struct Cloud {
     pub port: u16,
-    /// DynamoDB's port: the same, or that of AWS's own DynamoDB Local in the conformance run.
-    pub dynamodb_port: u16,
-    _server: Child,
+    /// It checks signatures and permissions (`AUTH=true`), so what the tests ask of it themselves must be signed.
+    pub checks: bool,
+    _server: Server,
     _front: Proxy,
 }
 
@@ -60,6 +71,7 @@ pub fn cloud() -> &'static Cloud {
 }
 
 impl Cloud {
+    /// With more environment for MiniStack.
     pub fn start(environment: &[(&str, &str)]) -> Self {
         let port = free_port();
         let text = port.to_string();
@@ -74,11 +86,34 @@ impl Cloud {
         // MiniStack's HTTP server loses the answer to about one request in a thousand that reuses a connection (a
         // PutItem that had its effect, and terraform's SDK then retries into its own lock). A proxy in front asks it
         // on a connection of its own for each request. What is lost in these tests is lost on purpose.
-        let front = Proxy::start(port, |_| Deed::Pass);
+        // In the conformance run DynamoDB is AWS's own DynamoDB Local, on a port that the caller names.
+        let dynamodb: Option<u16> = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok());
+        let front = Proxy::start(port, move |request| match dynamodb {
+            Some(port) if request.header("x-amz-target").is_some_and(|target| target.starts_with("DynamoDB")) => {
+                Deed::PassTo(port)
+            }
+            _ => Deed::Pass,
+        });
         let port = front.port;
-        let dynamodb_port =
-            std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok()).unwrap_or(port);
-        Self { port, dynamodb_port, _server: server, _front: front }
+        let checks = environment.contains(&("AUTH", "true"));
+        Self { port, checks, _server: server, _front: front }
+    }
+
+    /// A call by AWS's own client, signed. `call` is Python: `s3`, `dynamodb` and `iam` are clients.
+    #[track_caller]
+    pub fn signed(&self, call: &str) -> Value {
+        let script = format!(
+            "import json, botocore.session\n\
+             session = botocore.session.get_session()\n\
+             make = lambda name: session.create_client(name, region_name='us-east-1', endpoint_url='http://127.0.0.1:{}',\n\
+             \u{20}aws_access_key_id='test', aws_secret_access_key='test')\n\
+             s3, dynamodb, iam = make('s3'), make('dynamodb'), make('iam')\n\
+             print(json.dumps({call}, default=str))\n",
+            self.port
+        );
+        let output = Command::new(tool("python3")).args(["-c", &script]).env_remove("AWS_CA_BUNDLE").output().unwrap();
+        assert!(output.status.success(), "{call}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// A DynamoDB call.
@@ -90,7 +125,7 @@ impl Cloud {
             ("Authorization", &authorization("dynamodb")),
             ("X-Amz-Date", "20260101T000000Z"),
         ];
-        let answer = http::ask(self.dynamodb_port, "POST", "/", &headers, body.to_string().as_bytes()).unwrap();
+        let answer = http::ask(self.port, "POST", "/", &headers, body.to_string().as_bytes()).unwrap();
         serde_json::from_slice(&answer.body).unwrap_or(Value::Null)
     }
 

@@ -12,6 +12,8 @@ use super::wait_for;
 pub enum Deed {
     /// Passed on.
     Pass,
+    /// Passed on to another port.
+    PassTo(u16),
     /// Kept until [`Proxy::let_go`], then passed on.
     Hold,
     /// Passed on, its answer thrown away and the connection closed.
@@ -99,7 +101,8 @@ fn serve(stream: TcpStream, shared: &Shared) {
         let to_head = request.start.starts_with("HEAD ");
         request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
         request.headers.push(("Connection".into(), "close".into()));
-        let Ok(upstream) = TcpStream::connect(("127.0.0.1", shared.upstream)) else { return };
+        let port = if let Deed::PassTo(port) = deed { port } else { shared.upstream };
+        let Ok(upstream) = TcpStream::connect(("127.0.0.1", port)) else { return };
         let mut upstream = BufReader::new(upstream);
         if upstream.get_mut().write_all(&request.bytes()).is_err() {
             return;

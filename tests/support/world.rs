@@ -60,7 +60,7 @@ pub fn which(name: &str) -> Option<PathBuf> {
 }
 
 /// A command for a provisioner: says that it began, and waits until the test says `go`.
-pub const WAITS: &str = "touch began; while ! test -e go; do sleep 0.02; done";
+pub const WAITS: &str = "touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
 impl World {
     /// A directory whose one resource runs `command` when it is made, initialised.
@@ -172,7 +172,6 @@ impl World {
             ("AWS_SECRET_ACCESS_KEY".into(), "test".into()),
             ("AWS_EC2_METADATA_DISABLED".into(), "true".into()),
             ("AWS_ENDPOINT_URL".into(), format!("http://127.0.0.1:{}", cloud.port).into()),
-            ("AWS_ENDPOINT_URL_DYNAMODB".into(), format!("http://127.0.0.1:{}", cloud.dynamodb_port).into()),
         ];
         for (name, value) in &self.environment {
             all.retain(|(known, _)| known != name);
