@@ -143,14 +143,18 @@ pub(crate) fn endpoint(
 }
 
 fn not_followed(backend: &CachedBackend) -> Option<String> {
-    let plain = backend.set_attributes().find(|name| {
-        !FOLLOWED.contains(name) && !FOLLOWED_NETWORK.contains(name) && !WITHOUT_EFFECT.contains(name)
-            // Set to false it says what is so without it.
-            && !matches!(*name, "insecure" if !backend.flag("insecure"))
+    let assumes = !backend.nested("assume_role").is_empty();
+    let plain = backend.set_attributes().find(|name| match *name {
+        // Set to false it says what is so without it.
+        "insecure" => backend.flag("insecure"),
+        // Nobody asks STS where no role is assumed.
+        "sts_endpoint" | "sts_region" => assumes,
+        name => ![&FOLLOWED[..], &FOLLOWED_NETWORK, &WITHOUT_EFFECT].iter().any(|list| list.contains(&name)),
     });
     plain.map(ToOwned::to_owned).or_else(|| {
         FOLLOWED_NESTED.iter().find_map(|(outer, followed)| {
-            let inner = backend.nested(outer).into_iter().find(|inner| !followed.contains(inner))?;
+            let mut inner = backend.nested(outer).into_iter().filter(|inner| assumes || *inner != "sts");
+            let inner = inner.find(|inner| !followed.contains(inner))?;
             Some(format!("{outer}.{inner}"))
         })
     })
@@ -269,6 +273,9 @@ mod tests {
         for (config, expected) in [
             (r#"{"bucket":"b","region":"r","encrypt":true,"skip_region_validation":true}"#, None),
             (r#"{"insecure":false}"#, None),
+            (r#"{"endpoints":{"sts":"http://x"},"sts_region":"r"}"#, None),
+            (r#"{"sts_region":"r","assume_role":{"role_arn":"a"}}"#, Some("sts_region")),
+            (r#"{"endpoints":{"sts":"http://x"},"assume_role":{"role_arn":"a"}}"#, Some("endpoints.sts")),
             (r#"{"insecure":true}"#, Some("insecure")),
             (r#"{"http_proxy":"http://x"}"#, Some("http_proxy")),
             (r#"{"an_attribute_of_tomorrow":"x"}"#, Some("an_attribute_of_tomorrow")),

@@ -11,6 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::sys::memory::MemoryFile;
 use crate::terraform::log::Log;
@@ -18,6 +19,9 @@ use crate::terraform::log::Log;
 /// Every variable by which a user sends terraform's log somewhere (internal/logging/logging.go, v1.15.9).
 const LOG_VARIABLES: [&str; 6] =
     ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PATH", "TF_LOG_PROVIDER", "TF_LOG_CLOUD", "TF_LOG_STACKS"];
+
+/// What was read is forgotten once there is so much of it: less would cost more than it frees.
+const FORGET_FROM: u64 = 1 << 16;
 
 /// Names our recorder, so that a `tf` below us does not take our setting for its user's.
 const RECORDER: &str = "TFW_RECORDER";
@@ -85,19 +89,27 @@ impl Recorder {
         &self.file.path
     }
 
-    /// Whether it grows so fast that it should be read while terraform runs.
-    pub(crate) fn grows_fast(&self) -> bool {
-        self.sink == Sink::Temporary
+    /// How often it is to be read while terraform runs, so that it does not fill the memory: a TRACE log is megabytes,
+    /// and a nested terraform with a `TF_LOG` of its own writes as much into a core log.
+    pub(crate) fn interval(&self) -> Duration {
+        match self.sink {
+            Sink::Core => Duration::from_secs(2),
+            Sink::Temporary => Duration::from_millis(100),
+        }
     }
 
     /// Reads what has come since the last time, and returns everything that is known.
     pub(crate) fn read(&mut self) -> &Log {
+        if self.file.file.metadata().is_ok_and(|file| file.len() < self.offset) {
+            // Somebody has cut it: what was written since then is not whole.
+            self.log.version = None;
+        }
         let mut buffer = vec![0; 1 << 16];
         while let Ok(length @ 1..) = self.file.file.read_at(&mut buffer, self.offset) {
             self.log.read(&buffer[..length]);
             self.offset += length as u64;
         }
-        if self.grows_fast() {
+        if self.offset > FORGET_FROM {
             self.file.forget_before(self.offset);
         }
         &self.log
@@ -151,7 +163,7 @@ mod tests {
         let recorder = open(&with_own);
         assert_eq!(value(&recorder, "TF_LOG_CORE"), [None]);
         assert_eq!(value(&recorder, "TF_LOG_PATH"), [None]);
-        assert!(recorder.grows_fast());
+        assert_eq!(recorder.sink, Sink::Temporary);
     }
 
     #[test]

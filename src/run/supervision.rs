@@ -29,9 +29,6 @@ const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
 const CONTINUED_EVERY: Duration = Duration::from_millis(5);
 
-/// How often a recorder that grows fast is read.
-const READ_EVERY: Duration = Duration::from_millis(100);
-
 /// Everything that one supervised run needs.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
@@ -71,7 +68,7 @@ impl Supervision<'_> {
     /// Watches until terraform has ended. It stays a zombie.
     pub(crate) fn watch(&mut self) -> Ended {
         let mut continue_at: Option<Instant> = None;
-        let mut read_at = self.recorder.grows_fast().then(Instant::now);
+        let mut read_at = Instant::now() + self.recorder.interval();
         loop {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
@@ -95,9 +92,9 @@ impl Supervision<'_> {
                 continue_at = None;
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             }
-            if read_at.is_some_and(|at| at <= now) {
+            if read_at <= now {
                 self.recorder.read();
-                read_at = Some(now + READ_EVERY);
+                read_at = now + self.recorder.interval();
             }
             if self.lending.deadline().is_some_and(|at| at <= now) {
                 self.lending.look();
@@ -106,7 +103,7 @@ impl Supervision<'_> {
 
             let deadline = [
                 continue_at,
-                read_at,
+                Some(read_at),
                 self.lending.deadline(),
                 self.stop.deadline().map(|since_begun| self.begun + since_begun),
             ];

@@ -164,6 +164,11 @@ fn takes_item(request: &Message) -> bool {
     is_dynamodb(request, ".PutItem") && !request.text().contains("-md5")
 }
 
+/// Terraform's own delete: it carries no condition, and ours does.
+fn unlocks_item(request: &Message) -> bool {
+    is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression")
+}
+
 fn takes_file(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains(".tflock")
 }
@@ -185,7 +190,7 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
             );
         let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         // It lands when its sender is dead, and tf has looked and seen nothing.
         world.wait_for_trace("the tree is dead");
         std::thread::sleep(Duration::from_millis(1500));
@@ -212,7 +217,7 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
             );
         let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert!(end.err.contains("the next tf here gives it back"), "{}", world.story(&end));
         // It lands only now.
@@ -236,7 +241,7 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     let first = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     first.wait_until_held();
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     run.wait();
     // The next run begins before the request lands, and asks for its lock after.
     let second =
@@ -281,17 +286,9 @@ fn a_failing_unlock_leaves_no_lock() {
             let mut world = World::new(lock, "true");
             // Every unlock of terraform's own fails; it tells itself by carrying no condition.
             through(&mut world, move |request| {
-                let item = is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression");
+                let item = unlocks_item(request);
                 let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
-                if item || file {
-                    Deed::Answer(Message {
-                        start: "HTTP/1.1 403 Forbidden".into(),
-                        headers: vec![("Content-Length".into(), "0".into())],
-                        body: Vec::new(),
-                    })
-                } else {
-                    Deed::Pass
-                }
+                if item || file { Deed::Answer(Message::answer("403 Forbidden", "")) } else { Deed::Pass }
             });
             let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
             assert!(end.err.contains("Error releasing the state lock"), "{}", world.story(&end));
@@ -308,24 +305,18 @@ fn half_a_lock_is_given_back() {
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     assert_eq!(world.locks().len(), 1);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
 
     // Killed between the two of giving back: the file is gone, the item is not.
     let mut world = World::new(Lock::Both, "true");
-    let proxy = through(&mut world, |request| {
-        if is_dynamodb(request, ".DeleteItem") && !request.text().contains("Condition") {
-            Deed::Hold
-        } else {
-            Deed::Pass
-        }
-    });
+    let proxy = through(&mut world, |request| if unlocks_item(request) { Deed::Hold } else { Deed::Pass });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     assert_eq!(world.locks().len(), 1);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
@@ -336,12 +327,12 @@ fn an_unlock_in_flight_never_hits_the_next_holder() {
     // Terraform's own delete carries no condition. It is held back, terraform is killed, and somebody waits.
     let mut world = World::new(Lock::DynamoDb, "true");
     let proxy = through(&mut world, |request| {
-        let unlock = is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression");
+        let unlock = unlocks_item(request);
         if unlock { Deed::Hold } else { Deed::Pass }
     });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     world.wait_for_trace("waiting for a write");
     world.assert_locked();
     proxy.let_go();
@@ -356,7 +347,7 @@ fn an_unlock_in_flight_never_hits_the_next_holder() {
 fn wherever_the_working_directory_says_the_state_is() {
     let kill_it = |world: &World, run: Run| -> Ended {
         world.wait_for_began(&run);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert!(end.err.contains("released the lock"), "{}", world.story(&end));
         end
@@ -439,7 +430,7 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
         ),
     ] {
         let (world, run) = apply_with_worker(Subject::Tf, starts, python);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let mut at_release = None;
         let last_held = wait_for(
             "the lock to go",
@@ -473,12 +464,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
         "nohup sh -c 'touch began; while test -e began && ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
     );
     through(&mut world, |request| {
-        if is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression") {
-            let headers = vec![("Content-Length".into(), "0".into())];
-            Deed::Answer(Message { start: "HTTP/1.1 403 Forbidden".into(), headers, body: Vec::new() })
-        } else {
-            Deed::Pass
-        }
+        if unlocks_item(request) { Deed::Answer(Message::answer("403 Forbidden", "")) } else { Deed::Pass }
     });
     let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", world.story(&end));
@@ -517,7 +503,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     let proxy = through(&mut world, |request| if writes_state(request) { Deed::Hold } else { Deed::Pass });
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     world.wait_for_trace("waiting for a write");
     // The contender reaches the cloud directly, and waits for the lock.
     let cloud = format!("http://127.0.0.1:{}", cloud().port);
@@ -548,7 +534,7 @@ fn the_sdk_follows_a_plain_block_and_the_environment() {
     world.init();
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     world.assert_unlocked();
     assert!(end.err.contains(&id), "{}", end.err);
@@ -565,7 +551,7 @@ fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
             if ours && once.swap(false, std::sync::atomic::Ordering::SeqCst) { Deed::LoseAnswer } else { Deed::Pass }
         });
         let run = world.start_apply(Subject::Tf);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert!(end.err.contains("released the lock"), "{}", world.story(&end));
         world.assert_unlocked();

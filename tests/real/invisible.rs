@@ -345,7 +345,7 @@ fn two_wrappers_in_a_row_are_one() {
     world.wait_for_began(&run);
     let names: Vec<String> = tree(run.pid()).into_iter().map(|process| process.1).collect();
     assert_eq!(names.iter().filter(|name| *name == "tf" || *name == "terraform").count(), 2, "{names:?}");
-    nix::sys::signal::kill(crate::support::process::terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert_eq!(end.err.matches("released the lock").count(), 1, "{}", world.story(&end));
     world.assert_unlocked();
@@ -469,7 +469,7 @@ fn no_secret_is_on_disk_at_any_moment() {
         world.wait_for_began(&run);
         // While it runs, when it was killed, and after.
         assert_no_secret(&world, &secrets);
-        nix::sys::signal::kill(crate::support::process::terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert_no_secret(&world, &secrets);
         for secret in secrets {

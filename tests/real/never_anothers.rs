@@ -1,10 +1,7 @@
 //! "A lock that it did not hold is never touched."
 
-use nix::sys::signal::{Signal, kill};
-
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::terraform_below;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, id_of, lock_json, who};
 use crate::support::{Lock, Subject, World};
@@ -22,7 +19,7 @@ fn the_lock_that_we_waited_for_stands_when_we_are_killed() {
         let _ = first;
         let second = lock_json(OTHER, &world.path());
         world.put_lock(&second);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
         assert!(world.locks().iter().all(|standing| *standing == second), "{:?}", world.locks());
@@ -50,7 +47,7 @@ fn a_lock_that_replaced_ours_before_the_release_stands() {
         let world =
             World::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
         let run = world.start_apply(Subject::Tf);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
         world.wait_for_trace("ending ");
         world.delete_lock();
@@ -75,7 +72,7 @@ fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
         let url = format!("http://127.0.0.1:{}", proxy.port);
         world.set("AWS_ENDPOINT_URL", &url);
         let run = world.start_apply(Subject::Tf);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         proxy.wait_until_held();
         world.delete_lock();
         let theirs = lock_json(OTHER, &world.path());
@@ -120,7 +117,7 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
         "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
     );
     let run = world.start_apply(Subject::Tf);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert_eq!(cloud().item(&world.table, &other_path), Some(living), "{}", world.story(&end));
     // Our own went, and the other is named as what it is.
@@ -139,7 +136,7 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     world.delete_lock();
     let older = living.replace(&jiff::Timestamp::now().strftime("%Y").to_string(), "2020");
     world.put_lock(&older);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert_eq!(world.locks(), [older], "{}", world.story(&end));
     assert!(end.err.contains("was not released"), "{}", world.story(&end));
@@ -156,7 +153,7 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
         let run = world.start_apply(Subject::Tf);
         let ours = id_of(&world.locks()[0]);
         let theirs = world.lock_of_another();
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert_ne!(id_of(&theirs), ours);
         assert_eq!(world.locks(), [theirs], "{tail:?}: {}", world.story(&end));
@@ -172,7 +169,7 @@ fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     );
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     world.assert_locked();
     assert!(end.err.contains(&format!("terraform force-unlock {id}")), "{}", world.story(&end));
@@ -204,7 +201,7 @@ fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
         let world = nested(inner);
         let run = world.start_apply(Subject::Tf);
         assert_eq!(world.locks_at("inner.tfstate").len(), 2);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         world.assert_unlocked();
         let inner_locks = world.locks_at("inner.tfstate");
@@ -252,15 +249,7 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
         let text = forged(OTHER, &path);
         let answer =
             serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
-        let body = answer.to_string().into_bytes();
-        Deed::Answer(Message {
-            start: "HTTP/1.1 400 Bad Request".into(),
-            headers: vec![
-                ("Content-Type".into(), "application/x-amz-json-1.0".into()),
-                ("Content-Length".into(), body.len().to_string()),
-            ],
-            body,
-        })
+        Deed::Answer(Message::answer("400 Bad Request", &answer.to_string()))
     });
     world.write("cli.tfrc", &format!("provider_installation {{\nfilesystem_mirror {{\npath = \"{plugins}\"\n}}\n}}\n"));
     let config = world.directory.join("cli.tfrc");

@@ -13,7 +13,7 @@ fn a_release_is_told_in_two_lines() {
     let world = World::new(Lock::Both, WAITS);
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     let lines: Vec<&str> = end.err.lines().collect();
     assert_eq!(lines.len(), 2, "{}", end.err);
@@ -29,7 +29,7 @@ fn what_could_not_be_released_is_told_with_the_command_that_mends_it() {
     world.set("TFW_RELEASE", "never");
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     world.assert_locked();
     assert!(end.err.contains("TFW_RELEASE is never"), "{}", end.err);
@@ -49,16 +49,8 @@ fn a_lock_service_that_refuses_is_quoted() {
     let proxy = Proxy::start(cloud().port, |request| {
         if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
             let body =
-                br#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not allowed to delete"}"#
-                    .to_vec();
-            Deed::Answer(Message {
-                start: "HTTP/1.1 400 Bad Request".into(),
-                headers: vec![
-                    ("Content-Type".into(), "application/x-amz-json-1.0".into()),
-                    ("Content-Length".into(), body.len().to_string()),
-                ],
-                body,
-            })
+                r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not allowed to delete"}"#;
+            Deed::Answer(Message::answer("400 Bad Request", body))
         } else {
             Deed::Pass
         }
@@ -66,7 +58,7 @@ fn a_lock_service_that_refuses_is_quoted() {
     world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("AccessDeniedException: not allowed to delete"), "{}", world.story(&end));
     assert!(end.err.contains(&format!("terraform force-unlock {id}")), "{}", end.err);
@@ -78,14 +70,13 @@ fn a_lock_service_that_refuses_is_quoted() {
 fn an_attribute_that_cannot_be_followed_is_named_and_the_lock_kept() {
     let world = World::empty(Lock::DynamoDb);
     world.write_main("", WAITS);
-    let text =
-        world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\nsts_region = \"us-east-1\"\n");
+    let text = world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\ninsecure = true\n");
     world.write("main.tf", &text);
     world.init();
     let run = world.start_apply(Subject::Tf);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("sts_region"), "{}", world.story(&end));
+    assert!(end.err.contains("the backend sets insecure"), "{}", world.story(&end));
     world.assert_locked();
 }
 
@@ -101,7 +92,7 @@ fn a_lock_service_that_does_not_answer_is_not_waited_for_when_a_person_says_so()
     world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
     let run = world.start_apply(Subject::Tf);
     killed.store(true, std::sync::atomic::Ordering::SeqCst);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_err("another ^C leaves it");
@@ -141,7 +132,7 @@ fn a_dead_stderr_never_stops_a_release() {
         command.args(["-c", &format!("exec tf apply -auto-approve -no-color {redirect}")]);
         let run = Run::start(command);
         world.wait_for_began(&run);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
         world.assert_unlocked();

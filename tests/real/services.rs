@@ -3,11 +3,9 @@
 
 use std::process::Stdio;
 
-use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
 use crate::support::cloud::{Cloud, cloud, free_port, keep, tool};
-use crate::support::process::terraform_below;
 use crate::support::world::{WAITS, lock_json};
 use crate::support::{Lock, Subject, World, http, wait_for};
 
@@ -44,7 +42,7 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     world.init();
     let run = world.start_apply(Subject::Tf);
     assert_eq!(halves(&cloud, &world), 2);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     assert_eq!(halves(&cloud, &world), 0);
@@ -61,7 +59,7 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     world.set("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"].as_str().unwrap());
     let _ = std::fs::remove_file(world.directory.join("began"));
     let run = world.start_apply(Subject::Tf);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("AccessDenied") && end.err.contains("force-unlock"), "{}", world.story(&end));
     assert_eq!(halves(&cloud, &world), 2);
@@ -86,7 +84,7 @@ fn on_a_service_that_ignores_conditions_ours_goes_and_anothers_stands() {
         let place = format!("/{}.tflock", world.path());
         let run = world.start_apply(Subject::Tf);
         assert_eq!(http::ask(port, "GET", &place, &[], b"").unwrap().status(), 200);
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let theirs = lock_json("22222222-3333-4444-5555-666666666666", &world.path());
         if replaced {
             world.wait_for_trace("ending ");
@@ -140,7 +138,7 @@ fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
             rule[0].as_object_mut().unwrap().remove("response");
         }
         assert!(rules(rule.clone()).is_some(), "{name}: {rule}");
-        kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        run.kill_terraform();
         let end = run.wait();
         assert_eq!(world.locks().is_empty(), released, "{name}: {}", world.story(&end));
         assert_eq!(end.err.contains("released the lock"), released, "{name}: {}", world.story(&end));
@@ -159,7 +157,7 @@ fn a_lock_is_looked_for_where_the_run_took_it() {
     let moved = cached.replace("us-east-1", "eu-west-1");
     assert_ne!(cached, moved);
     world.write(".terraform/terraform.tfstate", &moved);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     // The backend of before the run is tried as well, and there it is.
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
@@ -187,7 +185,7 @@ fn credentials_of_a_profile_in_an_odd_place_are_followed() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let run = world.start_apply(Subject::Tf);
     assert_eq!(halves(&cloud, &world), 2);
-    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     assert_eq!(halves(&cloud, &world), 0);

@@ -37,6 +37,23 @@ fn reads(terminal: &Terminal, name: &str) -> bool {
     })
 }
 
+/// An apply whose provisioner asks for the passphrase of a key: "open sesame".
+fn asks_for_a_passphrase() -> (World, Terminal) {
+    let world = World::empty(Lock::Both);
+    let status = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
+        .arg(world.directory.join("key"))
+        .status()
+        .expect("ssh-keygen (openssh-client) is missing");
+    assert!(status.success());
+    world.write_main("", "touch began; ssh-keygen -y -f key > public");
+    world.init();
+    let mut terminal = shell(&world);
+    terminal.type_in(&line_of("tf", APPLY));
+    terminal.wait_for("Enter passphrase");
+    (world, terminal)
+}
+
 fn line_of(command: &str, arguments: &str) -> String {
     format!("{command} {arguments}; echo status=$?\n")
 }
@@ -367,18 +384,7 @@ fn a_script_that_prompts_after_us_can_read() {
 
 #[test]
 fn a_passphrase_is_typed_into_a_provisioner() {
-    let world = World::empty(Lock::Both);
-    let status = Command::new("ssh-keygen")
-        .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
-        .arg(world.directory.join("key"))
-        .status()
-        .expect("ssh-keygen (openssh-client) is missing");
-    assert!(status.success());
-    world.write_main("", "touch began; ssh-keygen -y -f key > public");
-    world.init();
-    let mut terminal = shell(&world);
-    terminal.type_in(&line_of("tf", APPLY));
-    terminal.wait_for("Enter passphrase");
+    let (world, mut terminal) = asks_for_a_passphrase();
     // A person is slower than 20 ms, and types byte by byte.
     for byte in "open sesame\n".chars() {
         terminal.type_in(&byte.to_string());
@@ -393,18 +399,7 @@ fn a_passphrase_is_typed_into_a_provisioner() {
 
 #[test]
 fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
-    let world = World::empty(Lock::Both);
-    let status = Command::new("ssh-keygen")
-        .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
-        .arg(world.directory.join("key"))
-        .status()
-        .expect("ssh-keygen (openssh-client) is missing");
-    assert!(status.success());
-    world.write_main("", "touch began; ssh-keygen -y -f key > public");
-    world.init();
-    let mut terminal = shell(&world);
-    terminal.type_in(&line_of("tf", APPLY));
-    terminal.wait_for("Enter passphrase");
+    let (world, mut terminal) = asks_for_a_passphrase();
     world.wait_for_trace("lent the terminal");
     // OpenSSH's prompt misses a signal that comes just before its read(2), and takes the next byte first: so under bare
     // terraform too. A person's key comes when it reads.
@@ -417,6 +412,26 @@ fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
     assert!(tree(terminal.pid()).iter().all(|process| process.1 != "ssh-keygen"), "{:?}", tree(terminal.pid()));
     terminal.type_in("echo still$((1+1))\n");
     terminal.wait_for("still2");
+}
+
+#[test]
+fn a_window_closed_at_a_no_echo_or_raw_prompt_leaves_no_lock() {
+    // The terminal is lent at that moment, so the kernel hangs terraform up itself, as it does bare.
+    let console = {
+        let world = World::new(Lock::Both, "true");
+        let mut terminal = shell(&world);
+        terminal.type_in("tf console\n");
+        terminal.wait_for("> ");
+        wait_for("console to read", || reads(&terminal, "terraform").then_some(()), || terminal.screen());
+        (world, terminal)
+    };
+    for (world, mut terminal) in [console, asks_for_a_passphrase()] {
+        world.wait_for_trace("lent the terminal");
+        world.assert_locked();
+        terminal.close();
+        world.wait_for_trace("terraform ended");
+        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    }
 }
 
 #[test]

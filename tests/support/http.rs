@@ -17,6 +17,17 @@ impl Message {
         self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
+    /// An answer with a JSON body.
+    pub fn answer(status: &str, body: &str) -> Self {
+        let headers =
+            [("Content-Type", "application/x-amz-json-1.0".to_owned()), ("Content-Length", body.len().to_string())];
+        Self {
+            start: format!("HTTP/1.1 {status}"),
+            headers: headers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            body: body.as_bytes().to_vec(),
+        }
+    }
+
     pub fn status(&self) -> u16 {
         self.start.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0)
     }

@@ -104,6 +104,12 @@ impl Run {
         kill(self.pid(), signal).unwrap();
     }
 
+    /// kill -9 to the terraform below.
+    #[track_caller]
+    pub fn kill_terraform(&self) {
+        kill(terraform_below(self.pid()), Signal::SIGKILL).unwrap();
+    }
+
     pub fn send_to_group(&self, signal: Signal) {
         killpg(self.pid(), signal).unwrap();
     }
