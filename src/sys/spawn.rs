@@ -69,7 +69,9 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 
 /// Undoes what Rust's runtime did before `main`. Async-signal-safe.
 fn restore_entry() {
-    if !entry::sigpipe_ignored() {
+    if entry::sigpipe_ignored() {
+        disposition::set_ignored(Signal::SIGPIPE);
+    } else {
         disposition::set_default(Signal::SIGPIPE);
     }
     for descriptor in entry::closed_standard_descriptors() {

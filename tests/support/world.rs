@@ -321,6 +321,14 @@ while not os.path.exists("go"):
         cloud().s3("DELETE", &format!("{}.tflock", self.path()), b"");
     }
 
+    /// Takes the state away, and its digest.
+    pub fn forget_state(&self) {
+        cloud().s3("DELETE", &self.path(), b"");
+        if self.lock != Lock::File {
+            cloud().delete_item(&self.table, &format!("{}-md5", self.path()));
+        }
+    }
+
     /// The state, as text.
     pub fn state(&self) -> Option<String> {
         cloud().object(&self.path())

@@ -21,14 +21,18 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Installs a handler for each of `heard`. The mask that was in force goes into `mask`; `heard` are unblocked.
+    /// Installs a handler for each of `heard`. The mask that was in force goes into `mask`.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
         let (arrivals, pen) = descriptor::pipe()?;
         for end in [&arrivals, &pen] {
             fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         let number = pen.as_raw_fd();
-        for signal in heard {
+        // Blocked and not handled: with either of these handled, tcsetpgrp(3) from the background would be interrupted
+        // again and again instead of done.
+        let (waiting, handled): (Vec<Signal>, Vec<Signal>) =
+            heard.iter().partition(|signal| matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU));
+        for signal in &handled {
             let signal_number = *signal as i32;
             let write = move |info: &libc::siginfo_t| {
                 // SAFETY: the kernel filled `info` for a signal; `number` stays open as long as the program runs.
@@ -41,8 +45,8 @@ impl Source {
             // SAFETY: the action calls write(2) alone, which is async-signal-safe.
             unsafe { signal_hook_registry::register_sigaction(signal_number, write)? };
         }
-        let set: SigSet = heard.iter().copied().collect();
-        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&set), Some(mask))?;
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&waiting.into_iter().collect()), Some(mask))?;
+        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&handled.into_iter().collect()), None)?;
         Ok(Self { arrivals, _pen: pen })
     }
 

@@ -153,10 +153,11 @@ impl Signals {
         let mut only = SigSet::empty();
         only.add(signal);
         // Unblocked, the pending stop acts before sigprocmask returns; we go on from here when somebody sends CONT.
-        let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&only), None);
-        let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&only), None);
+        let mut mask = SigSet::empty();
+        let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&only), Some(&mut mask));
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None);
         disposition::restore(signal, &previous);
-        // CONT is blocked like the rest, so the one that woke us is waiting in the signalfd.
+        // CONT is listened to like the rest, so the one that woke us is waiting.
         self.take(Signal::SIGCONT)
     }
 }
