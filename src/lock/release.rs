@@ -29,6 +29,9 @@ const QUIET: Duration = Duration::from_secs(10);
 /// For how long a service that fails is asked again: not longer than a person would wait.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// For how long a write is waited for at most: somebody may go on writing there without a lock.
+const LONGEST_QUIET: Duration = Duration::from_mins(1);
+
 /// Between two looks at the same thing.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -53,6 +56,11 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
+    /// Something that asking again cannot mend.
+    fn refusal(service: &'static str, reason: &str) -> Self {
+        Self { service, reason: reason.to_owned(), refused: true }
+    }
+
     /// `code` and `message` are the service's own; `otherwise` tells what happened where it said nothing.
     pub(crate) fn new(service: &'static str, code: Option<&str>, message: Option<&str>, otherwise: &str) -> Self {
         let refused = code.is_some_and(|code| {
@@ -214,12 +222,11 @@ impl<'a> Services<'a> {
 
 /// Gives back the lock that the log recorded, if it stands and is ours.
 pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation) -> Outcome {
-    let begun = Instant::now();
     let mut attempt = Attempt {
         recorded,
         place,
         situation,
-        begun,
+        begun: Instant::now(),
         asked_to_go: Vec::new(),
         created: None,
         deleted: false,
@@ -230,7 +237,7 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
             Ok(outcome) => return outcome,
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
-                if failure.refused || begun.elapsed() > PATIENCE {
+                if failure.refused || attempt.begun.elapsed() > PATIENCE {
                     return Outcome::Kept(failure.to_string());
                 }
                 sleep(LOOK).await;
@@ -279,6 +286,8 @@ impl Attempt<'_> {
         let died = self.situation.died;
         if died && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {
             self.write = Some(wait_for_quiet(&services).await?);
+            // The service answered all that time: patience begins anew.
+            self.begun = Instant::now();
         }
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
         let late_until = (died && self.recorded.locked.is_none()).then(|| self.begun + LATE);
@@ -362,7 +371,8 @@ enum Judged {
 async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
     let mut write = Write::Quiet;
     let mut last = services.fingerprint().await?;
-    let mut since = Instant::now();
+    let begun = Instant::now();
+    let mut since = begun;
     let absent = "- ".repeat(services.halves().len());
     if last[1] == absent {
         // Nothing of ours stands in front of anybody: there is nothing to keep, and so nothing to wait for.
@@ -371,6 +381,12 @@ async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
     trace!("waiting for a write that may be on its way");
     report::say(&report::waiting_for_write(QUIET));
     while since.elapsed() < QUIET {
+        if begun.elapsed() > LONGEST_QUIET {
+            return Err(Failure::refusal(
+                "S3",
+                "the state is written again and again, by somebody who does not lock it",
+            ));
+        }
         sleep(LOOK).await;
         let now = services.fingerprint().await?;
         if now != last {

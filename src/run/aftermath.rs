@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
 use super::Invocation;
+use super::poll;
 use super::stop::Stop;
 use super::tombstone::{Graveyard, Tombstone};
 use super::tree::{Fate, Tree};
@@ -57,10 +58,7 @@ impl Aftermath<'_> {
         let lost = died && (!self.log.tells_locks() || self.log.is_torn());
         if standing.is_empty() && !lost {
             if self.stop.was_interrupted() && !died {
-                let living = self.tree.living();
-                if !living.is_empty() {
-                    report::say(&report::survivors(&living));
-                }
+                self.name_survivors();
             }
             return;
         }
@@ -106,6 +104,19 @@ impl Aftermath<'_> {
         }
         if lost && standing.is_empty() {
             self.name_suspect(signals, &ending, &places, &situation);
+        }
+    }
+
+    /// Names what runs on after an interrupt. Terraform's providers may be dying at this moment: those are no survivors.
+    fn name_survivors(&self) {
+        let mut living = self.tree.living();
+        if !living.is_empty() {
+            poll::wait(&[], Some(Duration::from_millis(100)));
+            let later = self.tree.living();
+            living.retain(|process| later.iter().any(|other| other.pid == process.pid));
+        }
+        if !living.is_empty() {
+            report::say(&report::survivors(&living));
         }
     }
 

@@ -127,10 +127,10 @@ pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
 }
 
 /// Every signal blocked, until this is dropped in the parent. The child replaces the mask.
-struct AllBlocked(SigSet);
+pub(super) struct AllBlocked(SigSet);
 
 impl AllBlocked {
-    fn now() -> io::Result<Self> {
+    pub(super) fn now() -> io::Result<Self> {
         let mut before = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
         Ok(Self(before))

@@ -14,7 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use super::descriptor;
+use super::spawn::AllBlocked;
+use super::{descriptor, disposition};
 
 /// The witness, as its parent sees it. It is ended when this is dropped.
 #[derive(Debug)]
@@ -31,13 +32,14 @@ impl Witness {
     pub(crate) fn place(group: Pid) -> io::Result<Self> {
         let (reports, pen) = descriptor::pipe()?;
         let parent = nix::unistd::getpid();
+        let blocked = AllBlocked::now()?;
         // SAFETY: one thread; the child calls only async-signal-safe functions.
         let pid = match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()),
             0 => watch(group, parent, pen.as_raw_fd()),
             pid => Pid::from_raw(pid),
         };
-        drop(pen);
+        drop((pen, blocked));
         let witness = Self { pid, reports };
         // Its first byte says that it is in the group: only now may the terminal be lent.
         let mut byte = [0];
@@ -78,7 +80,7 @@ impl Drop for Witness {
 }
 
 fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
-    // SAFETY: async-signal-safe calls only (signal-safety(7)).
+    // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal is blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
         {
@@ -96,11 +98,13 @@ fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
             libc::_exit(1);
         }
         let mut awaited = std::mem::zeroed();
-        libc::sigfillset(&raw mut awaited);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const awaited, std::ptr::null_mut());
         libc::sigemptyset(&raw mut awaited);
-        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGHUP] {
-            libc::sigaddset(&raw mut awaited, signal);
+        for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP] {
+            // What is pending came while this was still a member of our own group: `tf` has it itself, and a key must
+            // not count twice. Ignoring a signal discards it.
+            disposition::set_ignored(signal);
+            disposition::set_default(signal);
+            libc::sigaddset(&raw mut awaited, signal as i32);
         }
         let ready = 0u8;
         libc::write(pen, (&raw const ready).cast(), 1);

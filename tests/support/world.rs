@@ -59,8 +59,9 @@ pub fn which(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?).map(|directory| directory.join(name)).find(|path| path.is_file())
 }
 
-/// A command for a provisioner: says that it began, and waits until the test says `go`.
-pub const WAITS: &str = "touch began; while test -e began && ! test -e go; do sleep 0.02; done";
+/// A command for a provisioner: says that it began, and waits until the test says `go`. It does not die of an interrupt
+/// that its group gets: else terraform may end for that before it has said a word of its own.
+pub const WAITS: &str = "trap '' INT; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
 impl World {
     /// A directory whose one resource runs `command` when it is made, initialised.
