@@ -1,5 +1,7 @@
 //! "A lock that it did not hold is never touched."
 
+use std::path::PathBuf;
+
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::proxy::{Deed, Proxy};
@@ -238,7 +240,6 @@ fn a_nested_terraform_that_goes_on_keeps_its_lock() {
 fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     // The real AWS provider asks an SQS of our own for a queue; the answer is an error whose text goes on, after a
     // newline, with perfect lines of terraform's log. Core logs it raw.
-    let plugins = plugin_mirror();
     let mut world = World::empty(Lock::DynamoDb);
     let other_path = world.path();
     // Made at the moment of the request: the living lock is there, and everything about the lines is right.
@@ -251,9 +252,12 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
             serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
         Deed::Answer(Message::answer("400 Bad Request", &answer.to_string()))
     });
-    world.write("cli.tfrc", &format!("provider_installation {{\nfilesystem_mirror {{\npath = \"{plugins}\"\n}}\n}}\n"));
-    let config = world.directory.join("cli.tfrc");
-    world.set("TF_CLI_CONFIG_FILE", config);
+    if let Some(plugins) = plugin_mirror() {
+        let mirror = format!("provider_installation {{\nfilesystem_mirror {{\npath = {plugins:?}\n}}\n}}\n");
+        world.write("cli.tfrc", &mirror);
+        let config = world.directory.join("cli.tfrc");
+        world.set("TF_CLI_CONFIG_FILE", config);
+    }
     world.write_main(
         &format!(
             "provider \"aws\" {{\nregion = \"us-east-1\"\nskip_credentials_validation = true\nskip_requesting_account_id = true\n\
@@ -284,12 +288,12 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     }
 }
 
-/// The AWS provider, in a filesystem mirror somewhere on this machine.
-fn plugin_mirror() -> String {
-    std::env::var("TF_TEST_PLUGINS")
-        .ok()
-        .into_iter()
-        .chain(["/opt/tf-plugins".to_owned(), "/usr/local/share/terraform/plugins".to_owned()])
-        .find(|path| std::path::Path::new(path).is_dir())
-        .expect("no filesystem mirror with the AWS provider: name one in TF_TEST_PLUGINS")
+/// A filesystem mirror with the AWS provider: the one that TF_TEST_PLUGINS names, one where terraform looks itself, or
+/// one below /opt. Without any, `init` fetches the provider.
+fn plugin_mirror() -> Option<PathBuf> {
+    let named = std::env::var_os("TF_TEST_PLUGINS").map(PathBuf::from);
+    let usual = ["/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins"].map(PathBuf::from);
+    let below_opt = std::fs::read_dir("/opt").into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut all = named.into_iter().chain(usual).chain(below_opt);
+    all.find(|path| path.join("registry.terraform.io/hashicorp/aws").is_dir())
 }
