@@ -62,13 +62,10 @@ fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
 fn a_panic_leaves_no_lock() {
     let mut world = World::new(Lock::Both, WAITS);
     // Terraform's own panic handler exits with 11; here a shell stands in front of it to say so.
-    world.write(
+    world.stand_in(
         "panics",
         "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n",
     );
-    std::process::Command::new("chmod").arg("755").arg(world.directory.join("panics")).status().unwrap();
-    let script = world.directory.join("panics");
-    world.set("TFW_TERRAFORM", script);
     let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(11), "{}", world.story(&end));
     assert!(end.err.contains("terraform crashed (exit code 11)"), "{}", end.err);

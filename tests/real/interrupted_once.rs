@@ -293,12 +293,10 @@ fn head_stops_an_apply_and_the_pipeline_ends() {
 #[test]
 fn a_reader_that_does_not_read_keeps_no_signal_waiting() {
     let mut world = World::empty(Lock::DynamoDb);
-    world.write(
+    world.stand_in(
         "fills",
         "#!/bin/sh\ntrap 'echo INT >> seen; exit 3' INT\ntouch began\nwhile :; do echo yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy; done\n",
     );
-    std::process::Command::new("chmod").args(["755"]).arg(world.directory.join("fills")).status().unwrap();
-    world.set("TFW_TERRAFORM", world.directory.join("fills"));
     let mut command = world.command("tf");
     command.arg("apply").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
@@ -329,9 +327,7 @@ fn blocked_in_write(pid: nix::unistd::Pid) -> bool {
 #[test]
 fn two_streams_into_one_pipe_keep_their_order() {
     let mut world = World::empty(Lock::DynamoDb);
-    world.write("talks", "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n");
-    std::process::Command::new("chmod").args(["755"]).arg(world.directory.join("talks")).status().unwrap();
-    world.set("TFW_TERRAFORM", world.directory.join("talks"));
+    world.stand_in("talks", "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n");
     let mut command = world.command("sh");
     command.args(["-c", "tf apply 2>&1"]);
     let end = Run::start(command).wait();
@@ -342,9 +338,7 @@ fn two_streams_into_one_pipe_keep_their_order() {
 #[test]
 fn a_socket_is_drained_as_a_pipe_is() {
     let mut world = World::empty(Lock::DynamoDb);
-    world.write("talks", "#!/bin/sh\nseq 1 200000\n");
-    std::process::Command::new("chmod").args(["755"]).arg(world.directory.join("talks")).status().unwrap();
-    world.set("TFW_TERRAFORM", world.directory.join("talks"));
+    world.stand_in("talks", "#!/bin/sh\nseq 1 200000\n");
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut command = world.command("tf");
     command.arg("apply").stdin(Stdio::null()).stdout(std::os::fd::OwnedFd::from(theirs));

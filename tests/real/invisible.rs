@@ -24,10 +24,7 @@ fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
 
 /// Writes a program in place of terraform.
 fn stub(world: &mut World, text: &str) {
-    let path = world.directory.join("stub");
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    world.set("TFW_TERRAFORM", path);
+    world.stand_in("stub", text);
 }
 
 /// The same stub, started by its own name and through `tf`.

@@ -32,20 +32,25 @@ fn halves(cloud: &Cloud, world: &World) -> usize {
     items.as_array().unwrap().len() + objects.as_array().unwrap().len()
 }
 
+/// Kills a terraform that holds both halves, and finds both gone.
+#[track_caller]
+fn assert_killed_and_released(cloud: &Cloud, world: &World) {
+    let run = world.start_apply(Subject::Tf);
+    assert_eq!(halves(cloud, world), 2);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    assert_eq!(halves(cloud, world), 0);
+}
+
 #[test]
 fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     let cloud = Cloud::start(&[("AUTH", "true")]);
-    assert!(cloud.checks);
     let mut world = World::empty(Lock::Both);
     move_to(&mut world, &cloud);
     world.write_main("", WAITS);
     world.init();
-    let run = world.start_apply(Subject::Tf);
-    assert_eq!(halves(&cloud, &world), 2);
-    run.kill_terraform();
-    let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert_eq!(halves(&cloud, &world), 0);
+    assert_killed_and_released(&cloud, &world);
 
     // A user who may lock and not unlock: everything but the two deletes.
     let policy = json!({"Version": "2012-10-17", "Statement": [
@@ -183,10 +188,5 @@ fn credentials_of_a_profile_in_an_odd_place_are_followed() {
     init.args(["init", "-no-color"]).stdin(Stdio::null());
     let output = init.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let run = world.start_apply(Subject::Tf);
-    assert_eq!(halves(&cloud, &world), 2);
-    run.kill_terraform();
-    let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert_eq!(halves(&cloud, &world), 0);
+    assert_killed_and_released(&cloud, &world);
 }

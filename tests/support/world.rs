@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -255,9 +255,14 @@ while not os.path.exists("go"):
 "#,
             super::cloud::tool("python3").display()
         );
-        let path = self.directory.join("counts-signals");
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        self.stand_in("counts-signals", &script)
+    }
+
+    /// Puts a program, in this directory under `name`, in terraform's place.
+    pub fn stand_in(&mut self, name: &str, program: &str) -> &mut Self {
+        self.write(name, program);
+        let path = self.directory.join(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         self.set("TFW_TERRAFORM", path)
     }
 
