@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use run::{Invocation, outcome};
+use run::{Invocation, NotSupervised, outcome};
 use settings::Settings;
 use terraform::binary;
 use terraform::command_line::CommandLine;
@@ -51,7 +51,12 @@ fn main() -> ExitCode {
     }
     match run::supervise(&invocation, &settings) {
         Ok(ended) => ExitCode::from(outcome::end_as(ended)),
-        Err(error) => could_not_run(&invocation, &error),
+        Err(NotSupervised::NotStarted(error)) => could_not_run(&invocation, &error),
+        // Terraform must run, whatever we lack. It runs as it would without us.
+        Err(NotSupervised::Unprepared(error)) => {
+            trace::trace!("not supervised: {error}");
+            become_terraform(&invocation)
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use crate::lock::release::{Released, Write};
+use crate::run::journal::Record;
 use crate::run::stop::{OFFER, Why};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
@@ -98,15 +99,79 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     text
 }
 
-/// A lock stands, or may, and what to type.
-pub(crate) fn kept(ending: &str, recorded: &RecordedLock, why: &str, unlock: &str) -> String {
+/// A lock stands, or may, and what to type. `later`: the next `tf` knows of it, and tries again.
+pub(crate) fn kept(ending: &str, recorded: &RecordedLock, why: &str, later: bool, unlock: &str) -> String {
+    let again = if later { "the next tf here tries again; or, " } else { "" };
     format!(
-        "{ending}; its state lock was not released: {}\n{}\nonce nobody works there, type: {unlock} {}",
+        "{ending}; its state lock was not released: {}\n{}\n{again}once nobody works there, type: {unlock} {}",
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
         recorded.id
     )
 }
+
+/// The command that removes a lock, without its ID.
+pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
+    match directory {
+        None => format!("{program} force-unlock"),
+        Some(directory) => format!("{program} -chdir={} force-unlock", quoted(directory)),
+    }
+}
+
+/// A word that a shell takes as it is.
+fn quoted(word: &str) -> String {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:@%+,".contains(character);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// A lock of an earlier run is gone.
+pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp) -> String {
+    format!(
+        "released the lock that an earlier run left, started {} ago by pid {}: {}",
+        time(now.duration_since(record.started).unsigned_abs()),
+        record.tf,
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    )
+}
+
+/// A lock of an earlier run could not be given back.
+pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str) -> String {
+    format!(
+        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\nonce nobody works there, type: {} {}",
+        record.tf,
+        visible(why),
+        lock(&recorded.operation, &recorded.path, &recorded.id),
+        visible(&record.surroundings.needs()),
+        unlock_command(&visible(&record.program), record.chdir.as_deref().map(visible).as_deref()),
+        recorded.id
+    )
+}
+
+/// Why a lock of an earlier run counts as standing, though it is not to be seen.
+pub(crate) const ANOTHER_ACCOUNT: &str =
+    "it is not to be seen with the credentials at hand, which are not of its account";
+
+/// Why a lock of an earlier run cannot be looked for.
+pub(crate) fn missing(attributes: &str, directory: &str) -> String {
+    format!("{attributes} of its backend are kept nowhere but in {directory}, which names another backend now")
+}
+
+/// A record that is none.
+pub(crate) fn set_aside(path: &std::path::Path) -> String {
+    format!("a record of an earlier run cannot be read; it lies in {} now", visible(&path.display().to_string()))
+}
+
+/// What was missing, after an abnormal end.
+pub(crate) fn unprotected(why: &str) -> String {
+    format!("this run had no journal ({}): had tf been killed as well, its lock would have stayed", visible(why))
+}
+
+/// Why a lock was kept: another run says that it is its.
+pub(crate) const CLAIMED: &str = "another run of tf on this host, which is alive, holds a lock with this ID";
 
 /// A lock was asked for, was not seen, and may still come. `kept`: the next `tf` knows of it.
 pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
@@ -261,5 +326,13 @@ mod tests {
         );
         assert_eq!(ending(Ended::Killed(Signal::SIGHUP), None, true), "terraform was killed by SIGHUP");
         assert_eq!(ending(Ended::Exited(1), None, false), "terraform ended with exit code 1");
+    }
+
+    #[test]
+    fn a_word_for_the_shell_stays_one_word() {
+        assert_eq!(quoted("envs/prod"), "envs/prod");
+        assert_eq!(quoted("my dir"), "'my dir'");
+        assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+        assert_eq!(quoted(""), "''");
     }
 }

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -18,6 +19,12 @@ pub(crate) fn open(path: &Path) {
     if let Ok(file) = OpenOptions::new().append(true).create(true).mode(0o600).open(path) {
         let _ = FILE.set(file);
     }
+}
+
+/// The file, for a process that keeps only what it needs: where it is a regular one, and nobody waits for its end.
+pub(crate) fn descriptor() -> Option<RawFd> {
+    let file = FILE.get()?;
+    file.metadata().is_ok_and(|file| file.is_file()).then(|| file.as_raw_fd())
 }
 
 /// Writes a line, in one piece: several processes may share the file.

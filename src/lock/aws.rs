@@ -65,6 +65,30 @@ const FOLLOWED_NESTED: [(&str, &[&str]); 2] = [
     ("assume_role", &["role_arn", "session_name", "external_id", "duration", "policy", "policy_arns", "tags"]),
 ];
 
+/// Whether the attribute cannot matter to whom and what we reach.
+pub(crate) fn has_no_effect(name: &str) -> bool {
+    WITHOUT_EFFECT.contains(&name)
+}
+
+/// Whether the attribute (`outer.inner` for a nested one) is known to hold no secret, in a form that we can follow.
+pub(crate) fn holds_no_secret(name: &str) -> bool {
+    const SECRET: [&str; 4] = ["access_key", "secret_key", "token", "assume_role.external_id"];
+    let followed = match name.split_once('.') {
+        None => FOLLOWED.contains(&name) || FOLLOWED_NETWORK.contains(&name),
+        Some((outer, inner)) => {
+            FOLLOWED_NESTED.iter().any(|(name, followed)| *name == outer && followed.contains(&inner))
+        }
+    };
+    followed && !SECRET.contains(&name)
+}
+
+/// The account that the credentials of this moment belong to, as STS says. `None` where it does not answer.
+pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
+    let config = connect(backend).await.ok()?;
+    let answer = aws_sdk_sts::Client::new(&config).get_caller_identity().send().await.ok()?;
+    answer.account
+}
+
 /// Why AWS cannot be reached as terraform did.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreachable {

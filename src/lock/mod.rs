@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
 
+pub(crate) mod access;
 mod aws;
 mod dynamodb;
 pub(crate) mod place;

@@ -92,8 +92,11 @@ impl Failure {
 pub(crate) struct Situation {
     /// For the proof.
     pub(crate) run: Run,
-    /// Terraform died, so that requests of it can still be on their way. One that ended by itself had its answers.
-    pub(crate) died: bool,
+    /// A request for the lock can still be on its way: terraform has died just now. One that ended by itself had its
+    /// answers.
+    pub(crate) request_may_land: bool,
+    /// A write of it can still be on its way.
+    pub(crate) write_may_land: bool,
 }
 
 /// How giving a lock back came out.
@@ -107,7 +110,24 @@ pub(crate) enum Outcome {
     /// It stood, and is gone.
     Released(Released),
     /// It stands, or may, and why.
-    Kept(String),
+    Kept {
+        /// What is told of it.
+        reason: String,
+        /// Whether a later try may do better: a service was not to be reached, somebody still lived.
+        later: bool,
+    },
+}
+
+impl Outcome {
+    /// Kept, and nothing that we could do later would change that.
+    pub(crate) fn kept(reason: impl Into<String>) -> Self {
+        Self::Kept { reason: reason.into(), later: false }
+    }
+
+    /// Kept for now.
+    pub(crate) fn later(reason: impl Into<String>) -> Self {
+        Self::Kept { reason: reason.into(), later: true }
+    }
 }
 
 /// What is told of a lock that was given back.
@@ -238,7 +258,7 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
                 if failure.refused || attempt.begun.elapsed() > PATIENCE {
-                    return Outcome::Kept(failure.to_string());
+                    return Outcome::later(failure.to_string());
                 }
                 sleep(LOOK).await;
             }
@@ -281,16 +301,17 @@ impl Attempt<'_> {
     async fn go(&mut self) -> Result<Outcome, Failure> {
         let services = match Services::connect(self.place).await {
             Ok(services) => services,
-            Err(unreachable) => return Ok(Outcome::Kept(unreachable.to_string())),
+            Err(unreachable @ aws::Unreachable::Attribute(_)) => return Ok(Outcome::kept(unreachable.to_string())),
+            Err(unreachable) => return Ok(Outcome::later(unreachable.to_string())),
         };
-        let died = self.situation.died;
-        if died && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {
+        let Situation { request_may_land, write_may_land, .. } = *self.situation;
+        if write_may_land && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {
             self.write = Some(wait_for_quiet(&services).await?);
             // The service answered all that time: patience begins anew.
             self.begun = Instant::now();
         }
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
-        let late_until = (died && self.recorded.locked.is_none()).then(|| self.begun + LATE);
+        let late_until = (request_may_land && self.recorded.locked.is_none()).then(|| self.begun + LATE);
         let mut failed = None;
         let mut kept = None;
         let mut anothers = None;
@@ -318,7 +339,7 @@ impl Attempt<'_> {
         }
         match (failed, kept) {
             (Some(failure), _) => Err(failure),
-            (None, Some(reason)) => Ok(Outcome::Kept(reason.to_owned())),
+            (None, Some(reason)) => Ok(Outcome::kept(reason)),
             (None, None) if self.deleted => {
                 Ok(Outcome::Released(Released { created: self.created, write: self.write }))
             }

@@ -3,11 +3,21 @@
 //! Nothing here knows of DynamoDB or S3: [`crate::lock`] does.
 
 mod aftermath;
+mod charge;
+mod crash_point;
+mod giving_back;
+mod guardian;
+mod host;
+pub(crate) mod journal;
 mod lending;
 pub(crate) mod outcome;
+mod patience;
 mod pipes;
+mod places;
 mod poll;
 mod recorder;
+mod recovery;
+mod state_directory;
 pub(crate) mod stop;
 mod supervision;
 mod tombstone;
@@ -16,12 +26,14 @@ mod tree;
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
+use crate::lock::access::{Access, Surroundings};
 use crate::settings::Settings;
 use crate::sys::process;
 use crate::sys::signals::Signals;
@@ -33,9 +45,15 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::trace::trace;
 use aftermath::Aftermath;
+use charge::Charge;
+use guardian::{Guardian, Ward};
+use journal::{Journal, Record};
 use lending::Lending;
+use patience::Patience;
 use pipes::Pipes;
+use places::Places;
 use recorder::{Change, Recorder};
+use state_directory::StateDirectory;
 use stop::Stop;
 use supervision::Supervision;
 use tombstone::Graveyard;
@@ -69,87 +87,255 @@ impl Invocation {
     }
 }
 
+/// Why there was no supervised run.
+#[derive(Debug)]
+pub(crate) enum NotSupervised {
+    /// What it needs cannot be had: no descriptors, no process. Nothing was started.
+    Unprepared(io::Error),
+    /// Terraform could not be started.
+    NotStarted(io::Error),
+}
+
 /// Runs terraform, gives its lock back if it did not, and tells how it ended.
 ///
 /// # Errors
-/// When terraform could not be started; nothing was done then.
-pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> io::Result<Ended> {
-    let mut signals = Signals::listen()?;
+/// [`NotSupervised`].
+pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<Ended, NotSupervised> {
+    use NotSupervised::Unprepared;
+    let mut signals = Signals::listen().map_err(Unprepared)?;
     let begun = Instant::now();
     let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
     let data_directory = DataDirectory::path(&current, &invocation.command_line);
     let before = DataDirectory::read(&data_directory);
+    let here = Places::new(&data_directory, &before, before.clone(), &invocation.command_line);
 
     let variable = |name: &str| std::env::var_os(name);
-    let graveyard = Graveyard::of_user(variable);
-    if let Some(graveyard) = graveyard.as_ref().filter(|_| settings.release) {
-        aftermath::release_what_came_late(graveyard, &before, invocation, &mut signals);
+    if settings.release
+        && let Some(signal) = recovery::before_run(&StateDirectory::all(variable), &here, &mut signals)
+    {
+        return Ok(Ended::Killed(signal));
+    }
+    crash_point::reached("tf: begun");
+
+    let prepared = Prepared::new(invocation, settings, &signals, begun, [&current, &data_directory], &before, &here);
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            signals.stop_listening();
+            return Err(Unprepared(error));
+        }
+    };
+    prepared.run(invocation, settings, &mut signals, &before)
+}
+
+/// Everything that stands before terraform does.
+struct Prepared<'a> {
+    run: String,
+    begun: Instant,
+    started: Timestamp,
+    data_directory: &'a Path,
+    journal: Result<Journal, String>,
+    graveyard: Option<Graveyard>,
+    recorder: Recorder,
+    tree: Tree,
+    /// What terraform must inherit: the lifeline, and the file of the journal.
+    inherited: Vec<OwnedFd>,
+    pipes: Pipes,
+    terminal: Option<Terminal>,
+    parent: Option<OwnedFd>,
+    stop: Stop,
+    charge: Charge,
+    image: Image,
+}
+
+impl<'a> Prepared<'a> {
+    fn new(
+        invocation: &Invocation,
+        settings: &Settings,
+        signals: &Signals,
+        begun: Instant,
+        [current, data_directory]: [&'a Path; 2],
+        before: &DataDirectory,
+        here: &Places,
+    ) -> io::Result<Self> {
+        let variable = |name: &str| std::env::var_os(name);
+        let run = run_id();
+        let state = StateDirectory::open(variable);
+        let graveyard = state.as_ref().ok().map(Graveyard::of);
+        let journal = state.and_then(|state| Journal::open(&state));
+        let mut recorder = Recorder::open(&run, variable)?;
+        let (mut tree, lifeline) = Tree::new(&run)?;
+        let mut inherited = vec![lifeline];
+        let mut pipes = Pipes::interpose()?;
+        let terminal = if settings.shared_terminal { None } else { Terminal::open() };
+        let parent = supervision::parent_to_watch(settings.ci, signals, terminal.is_some());
+        let stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
+
+        let mut changes = recorder.changes();
+        changes.push((tree::RUN, Some(nested(variable(tree::RUN), &run))));
+        let image = invocation.image(&changes)?;
+        let started = Timestamp::now();
+        // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
+        let mut entry = None;
+        let journal = journal.and_then(|journal| {
+            let record = record(&run, &journal, started, invocation, current, here);
+            let (made, life) = journal.begin(&record)?;
+            inherited.push(life);
+            entry = Some((made, record));
+            Ok(journal)
+        });
+        let journal = journal.map_err(|error: io::Error| error.to_string());
+        if let Err(reason) = &journal {
+            trace!("no journal: {reason}");
+        }
+        crash_point::reached("tf: prepared");
+        let guardian = Guardian::fork(Ward {
+            run: &run,
+            begun,
+            started,
+            tree: &mut tree,
+            pipes: &mut pipes,
+            recorder: &mut recorder,
+            journal: journal.as_ref().ok(),
+            entry: entry.as_ref().map(|(entry, _)| entry),
+            record: entry.as_ref().map(|(_, record)| record.clone()),
+            graveyard: graveyard.as_ref(),
+            stop: stop.clone(),
+            before,
+            current,
+            data_directory,
+            command_line: &invocation.command_line,
+            release: settings.release,
+        });
+        let guardian = guardian.inspect_err(|error| trace!("no guardian: {error}")).ok();
+        crash_point::reached("tf: guarded");
+        if let Some(pid) = guardian.as_ref().and_then(Guardian::pid) {
+            tree.leave_out(pid);
+        }
+        process::adopt_orphans();
+        let charge = Charge { guardian, entry, told: (0, Vec::new()), failed: false };
+        Ok(Self {
+            run,
+            begun,
+            started,
+            data_directory,
+            journal,
+            graveyard,
+            recorder,
+            tree,
+            inherited,
+            pipes,
+            terminal,
+            parent,
+            stop,
+            charge,
+            image,
+        })
     }
 
-    let id = run_id();
-    let mut recorder = Recorder::open(&id, variable)?;
-    let (mut tree, lifeline) = Tree::new(&id)?;
-    let mut pipes = Pipes::interpose()?;
-    let terminal = if settings.shared_terminal { None } else { Terminal::open() };
-    let parent = supervision::parent_to_watch(settings.ci, &signals, terminal.is_some());
-    process::adopt_orphans();
-
-    let mut changes = recorder.changes();
-    changes.push((tree::RUN, Some(nested(variable(tree::RUN), &id))));
-    let image = invocation.image(&changes)?;
-    let started = jiff::Timestamp::now();
-    let terraform = spawn::spawn(
-        &image,
-        &Setup {
+    fn run(
+        mut self,
+        invocation: &Invocation,
+        settings: &Settings,
+        signals: &mut Signals,
+        before: &DataDirectory,
+    ) -> Result<Ended, NotSupervised> {
+        let setup = Setup {
             own_group: !settings.shared_terminal,
-            redirect: pipes.writers(),
+            redirect: self.pipes.writers(),
             mask: signals.mask_at_entry(),
             ignored: signals.inherited().ignored(),
-        },
-    )?;
-    drop((lifeline, image));
-    pipes.close_writers();
-    tree.started(terraform);
-    // What terraform need not wait for comes after its start.
-    let memory_kills = process::out_of_memory_kills();
-    trace!("started terraform as {terraform}, run {id}");
+            announce: self.charge.awaited().map(|socket| (socket, &guardian::STARTED_PREFIX[..])),
+        };
+        let terraform = match spawn::spawn(&self.image, &setup) {
+            Ok(terraform) => terraform,
+            Err(error) => {
+                self.charge.close(Vec::new());
+                return Err(NotSupervised::NotStarted(error));
+            }
+        };
+        self.inherited.clear();
+        self.pipes.close_writers();
+        self.tree.started(terraform);
+        self.charge.started(terraform);
+        crash_point::reached("tf: started");
+        // What terraform need not wait for comes after its start.
+        let memory_kills = process::out_of_memory_kills();
+        trace!("started terraform as {terraform}, run {}", self.run);
 
-    let mut stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
-    let ended = Supervision {
-        terraform,
-        shared: settings.shared_terminal,
-        signals: &mut signals,
-        stop: &mut stop,
-        lending: Lending::new(terminal, terraform),
-        pipes: &mut pipes,
-        recorder: &mut recorder,
-        tree: &tree,
-        parent,
-        begun,
-        children_changed: false,
+        let ended = Supervision {
+            terraform,
+            shared: settings.shared_terminal,
+            signals: &mut *signals,
+            stop: &mut self.stop,
+            lending: Lending::new(self.terminal, terraform),
+            pipes: &mut self.pipes,
+            recorder: &mut self.recorder,
+            tree: &self.tree,
+            charge: &mut self.charge,
+            parent: self.parent,
+            begun: self.begun,
+            children_changed: false,
+        }
+        .watch();
+        crash_point::reached("tf: terraform ended");
+        let all_written = self.pipes.flush();
+
+        let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
+        self.recorder.read();
+        let failed = self.charge.failed.then(|| "it cannot be written".to_owned());
+        let left_over = Aftermath {
+            run: &self.run,
+            ended,
+            stop: &self.stop,
+            out_of_memory,
+            started: self.started,
+            log: self.recorder.log(),
+            tree: &self.tree,
+            invocation,
+            before,
+            data_directory: self.data_directory,
+            journal: self.journal.as_ref().ok(),
+            unprotected: failed.as_deref().or(self.journal.as_ref().err().map(String::as_str)),
+            graveyard: self.graveyard.as_ref(),
+            release: settings.release,
+        }
+        .settle(&mut Patience::Person(signals));
+        crash_point::reached("tf: settled");
+        self.charge.close(left_over);
+        crash_point::reached("tf: closed");
+        if !all_written {
+            write_the_rest(&mut self.pipes, signals);
+        }
+        Ok(ended)
     }
-    .watch();
-    let all_written = pipes.flush();
+}
 
-    let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
-    Aftermath {
-        ended,
-        stop: &stop,
-        out_of_memory,
+/// What the journal says of a run before it has begun.
+fn record(
+    run: &str,
+    journal: &Journal,
+    started: Timestamp,
+    invocation: &Invocation,
+    current: &Path,
+    here: &Places,
+) -> Record {
+    let mut access: Vec<Access> =
+        here.directories.iter().filter_map(|directory| directory.backend.as_ref()).map(Access::of).collect();
+    access.dedup();
+    Record {
         started,
-        log: recorder.read(),
-        tree: &tree,
-        invocation,
-        before: &before,
-        data_directory: &data_directory,
-        graveyard: graveyard.as_ref(),
-        release: settings.release,
+        program: Path::new(&invocation.name).file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        chdir: invocation.command_line.directory.as_ref().map(|path| path.to_string_lossy().into_owned()),
+        command: invocation.command_line.command(),
+        flags: journal::flag_names(invocation.arguments.iter().map(OsString::as_os_str)),
+        directory: current.to_string_lossy().into_owned(),
+        data_directory: here.data_directory.clone(),
+        workspaces: here.workspaces.clone(),
+        surroundings: Surroundings::of_environment(run, &access, |name| std::env::var_os(name)),
+        access,
+        ..Record::new(run, journal)
     }
-    .settle(&mut signals);
-    if !all_written {
-        write_the_rest(&mut pipes, &mut signals);
-    }
-    Ok(ended)
 }
 
 /// Waits for a slow reader of terraform's last words. Whoever asks us to stop meanwhile need not wait for that reader.

@@ -103,6 +103,19 @@ impl Pipes {
         self.writers = [None, None];
     }
 
+    /// The ends that a process must keep to drain them in our place.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.drains.iter().map(|drain| drain.source.as_fd())
+    }
+
+    /// From now on nobody reads what comes.
+    pub(crate) fn lead_nowhere(&mut self) {
+        for drain in &mut self.drains {
+            drain.target = Target::Nowhere;
+            drain.buffer.clear();
+        }
+    }
+
     /// What to wait for, for each pipe that is still open.
     pub(crate) fn awaited(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
         self.drains

@@ -9,6 +9,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
@@ -46,6 +47,8 @@ pub(crate) struct Recorder {
     inherited_core: bool,
     offset: u64,
     log: Log,
+    /// Readable when terraform has written.
+    watch: Option<OwnedFd>,
 }
 
 impl Recorder {
@@ -61,8 +64,17 @@ impl Recorder {
             let ours = inherited_core && matches!(name, "TF_LOG_PATH" | "TF_LOG_CORE");
             variable(name).filter(|_| !ours)
         });
-        let file = MemoryFile::create(&format!("tf-{id}.log"))?;
-        Ok(Self { file, sink, inherited_core, offset: 0, log: Log::default() })
+        let file = MemoryFile::create(&name(id))?;
+        let watch = file.watch();
+        Ok(Self { file, sink, inherited_core, offset: 0, log: Log::default(), watch })
+    }
+
+    /// The recorder that run `id` has left behind, to be read on from where `log` ends.
+    pub(crate) fn find(id: &str, log: Log, offset: u64) -> Option<Self> {
+        let file = MemoryFile::find(&name(id))?;
+        // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
+        let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
+        Some(Self { file, sink: Sink::Core, inherited_core: false, offset, log, watch: None })
     }
 
     /// What terraform's environment must say.
@@ -89,13 +101,61 @@ impl Recorder {
         &self.file.path
     }
 
-    /// How often it is to be read while terraform runs, so that it does not fill the memory: a TRACE log is megabytes,
-    /// and a nested terraform with a `TF_LOG` of its own writes as much into a core log.
-    pub(crate) fn interval(&self) -> Duration {
-        match self.sink {
-            Sink::Core => Duration::from_secs(2),
-            Sink::Temporary => Duration::from_millis(100),
+    /// How long after one look the next may follow, while terraform runs: its log is read as it grows, so that the
+    /// journal knows of a lock before it stands, and so that a TRACE log, or what a nested terraform with a `TF_LOG` of its
+    /// own writes, does not fill the memory.
+    pub(crate) fn spacing(&self) -> Duration {
+        match (self.sink, &self.watch) {
+            (Sink::Core, Some(_)) => Duration::from_millis(20),
+            (Sink::Core, None) => Duration::from_millis(500),
+            (Sink::Temporary, _) => Duration::from_millis(100),
         }
+    }
+
+    /// What becomes readable when terraform has written. Without it only looking tells.
+    pub(crate) fn watch(&self) -> Option<BorrowedFd<'_>> {
+        self.watch.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Empties [`Recorder::watch`].
+    pub(crate) fn heard(&self) {
+        let mut events = [0; 4096];
+        if let Some(watch) = &self.watch {
+            while nix::unistd::read(watch, &mut events).is_ok_and(|length| length == events.len()) {}
+        }
+    }
+
+    /// The descriptor that a process forked from this one must keep in order to read on.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.file.as_fd()
+    }
+
+    /// Where whoever goes on with what is kept of the log must begin to read.
+    pub(crate) fn whole_until(&self) -> u64 {
+        self.offset - self.log.unfinished()
+    }
+
+    /// What has been read so far.
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Goes on from where another reader of the same file has come to.
+    pub(crate) fn resume(&mut self, log: Log, offset: u64) {
+        (self.log, self.offset) = (log, offset);
+    }
+
+    /// Gives back the memory of what was read. Not before somebody else knows what it said, who might have to go on.
+    pub(crate) fn forget(&self) {
+        let until = self.whole_until();
+        if until > FORGET_FROM {
+            self.file.forget_before(until);
+        }
+    }
+
+    /// Takes the file away, for a process that ends without dropping anything.
+    pub(crate) fn remove(&self) {
+        self.file.remove();
     }
 
     /// Reads what has come since the last time, and returns everything that is known.
@@ -109,11 +169,13 @@ impl Recorder {
             self.log.read(&buffer[..length]);
             self.offset += length as u64;
         }
-        if self.offset > FORGET_FROM {
-            self.file.forget_before(self.offset);
-        }
         &self.log
     }
+}
+
+/// The name of the file of run `id`.
+fn name(id: &str) -> String {
+    format!("tf-{id}.log")
 }
 
 fn choose(variable: impl Fn(&str) -> Option<OsString>) -> Sink {
@@ -182,6 +244,7 @@ mod tests {
             );
             writer.write_all(&line.repeat(20).into_bytes()).unwrap();
             assert_eq!(recorder.read().locks.len(), usize::try_from(round).unwrap() + 1);
+            recorder.forget();
         }
         let file = std::fs::metadata(recorder.path()).unwrap();
         assert!(

@@ -32,6 +32,19 @@ pub(crate) enum Event {
     Time,
 }
 
+impl Event {
+    /// All of them.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Keyboard,
+        Self::KeyboardAtTerraform,
+        Self::Request,
+        Self::ParentGone,
+        Self::ReaderGone,
+        Self::NobodyCanAnswer,
+        Self::Time,
+    ];
+}
+
 /// What is then done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
@@ -178,15 +191,7 @@ impl Stop {
 mod tests {
     use super::*;
 
-    const ALL: [Event; 7] = [
-        Event::Keyboard,
-        Event::KeyboardAtTerraform,
-        Event::Request,
-        Event::ParentGone,
-        Event::ReaderGone,
-        Event::NobodyCanAnswer,
-        Event::Time,
-    ];
+    const ALL: [Event; 7] = Event::ALL;
 
     const fn ms(milliseconds: u64) -> Duration {
         Duration::from_millis(milliseconds)

@@ -10,6 +10,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getppid};
 
+use super::charge::Charge;
 use super::lending::{Foreground, Lending};
 use super::pipes::{Pipes, Progress};
 use super::poll;
@@ -40,6 +41,7 @@ pub(crate) struct Supervision<'a> {
     pub(crate) pipes: &'a mut Pipes,
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
+    pub(crate) charge: &'a mut Charge,
     /// Readable when our parent has ended, where that means that nobody is left to tell us.
     pub(crate) parent: Option<OwnedFd>,
     pub(crate) begun: Instant,
@@ -68,7 +70,9 @@ impl Supervision<'_> {
     /// Watches until terraform has ended. It stays a zombie.
     pub(crate) fn watch(&mut self) -> Ended {
         let mut continue_at: Option<Instant> = None;
-        let mut read_at = Instant::now() + self.recorder.interval();
+        // When the log is read next; while it is none, for terraform to write something.
+        let mut read_at = self.recorder.watch().is_none().then(Instant::now);
+        let mut read_last = None;
         loop {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
@@ -92,9 +96,12 @@ impl Supervision<'_> {
                 continue_at = None;
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             }
-            if read_at <= now {
+            if read_at.is_some_and(|at| at <= now) {
+                self.recorder.heard();
                 self.recorder.read();
-                read_at = now + self.recorder.interval();
+                self.charge.news(self.recorder);
+                read_last = Some(now);
+                read_at = self.recorder.watch().is_none().then(|| now + self.recorder.spacing());
             }
             if self.lending.deadline().is_some_and(|at| at <= now) {
                 self.lending.look();
@@ -103,7 +110,7 @@ impl Supervision<'_> {
 
             let deadline = [
                 continue_at,
-                Some(read_at),
+                read_at,
                 self.lending.deadline(),
                 self.stop.deadline().map(|since_begun| self.begun + since_begun),
             ];
@@ -111,11 +118,15 @@ impl Supervision<'_> {
                 _ if self.signals.is_queued() => Some(Duration::ZERO),
                 at => at.map(|at| at.saturating_duration_since(Instant::now())),
             };
-            self.wait(timeout);
+            if self.wait(timeout, read_at.is_none()) {
+                let spacing = self.recorder.spacing();
+                read_at = Some(read_last.map_or_else(Instant::now, |last: Instant| last + spacing));
+            }
         }
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) {
+    /// Waits until something happens. True when terraform has written into its log, if `log` asks for that.
+    fn wait(&mut self, timeout: Option<Duration>, log: bool) -> bool {
         let mut awaited = vec![(self.signals.as_fd(), PollFlags::POLLIN)];
         let parent = self.parent.as_ref().map(|parent| (parent.as_fd(), PollFlags::POLLIN));
         let has_parent = parent.is_some();
@@ -124,7 +135,14 @@ impl Supervision<'_> {
         awaited.extend(self.pipes.awaited());
         let pipes_to = awaited.len();
         awaited.extend(self.lending.witness().map(|witness| (witness.as_fd(), PollFlags::POLLIN)));
+        let charge_at = awaited.len();
+        let charge = self.charge.awaited();
+        awaited.extend(charge.map(|guardian| (guardian, PollFlags::POLLIN)));
+        let log_at = awaited.len();
+        awaited.extend(self.recorder.watch().filter(|_| log).map(|watch| (watch, PollFlags::POLLIN)));
         let ready = poll::wait(&awaited, timeout);
+        let has_written = ready.get(log_at) == Some(&true);
+        let guardian_speaks = log_at > charge_at && ready[charge_at];
         if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
             trace!("the reader of our output is gone");
             self.asked(Event::ReaderGone);
@@ -133,6 +151,10 @@ impl Supervision<'_> {
             self.parent = None;
             self.asked(Event::ParentGone);
         }
+        if guardian_speaks {
+            self.charge.hear(self.recorder);
+        }
+        has_written
     }
 
     fn arrived(&mut self, arrival: Arrival) {
@@ -176,6 +198,9 @@ impl Supervision<'_> {
     /// Puts `event` to [`Stop`] and does what it says.
     fn asked(&mut self, event: Event) {
         let effects = self.stop.decide(event, self.begun.elapsed());
+        if event != Event::Time {
+            self.charge.note(event, self.recorder);
+        }
         if !effects.is_empty() {
             trace!("{event:?}: {effects:?}");
         }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::state_directory::StateDirectory;
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::RecordedLock;
@@ -38,20 +39,9 @@ pub(crate) struct Tombstone {
 pub(crate) struct Graveyard(PathBuf);
 
 impl Graveyard {
-    /// The one of this user: below `TFW_STATE_DIR`, `XDG_STATE_HOME/tf` or `~/.local/state/tf`. `None` when there is no
-    /// such place that is ours, as under sudo with another's HOME.
-    pub(crate) fn of_user(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Option<Self> {
-        let set = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let (owned, directory) = if let Some(directory) = set("TFW_STATE_DIR") {
-            (directory.clone(), directory)
-        } else if let Some(state) = set("XDG_STATE_HOME").filter(|path| path.is_absolute()) {
-            (state.clone(), state.join("tf"))
-        } else {
-            let home = set("HOME")?;
-            (home.clone(), home.join(".local/state/tf"))
-        };
-        let foreign = fs::metadata(&owned).is_ok_and(|place| place.uid() != nix::unistd::geteuid().as_raw());
-        (!foreign).then(|| Self(directory.join("tombstones")))
+    /// The one in `directory`.
+    pub(crate) fn of(directory: &StateDirectory) -> Self {
+        Self(directory.join("tombstones"))
     }
 
     /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
@@ -141,8 +131,7 @@ mod tests {
 
     fn graveyard() -> (tempfile::TempDir, Graveyard) {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().as_os_str().to_owned();
-        let graveyard = Graveyard::of_user(|name| (name == "TFW_STATE_DIR").then(|| path.clone())).unwrap();
+        let graveyard = Graveyard::of(&StateDirectory::at(directory.path()));
         (directory, graveyard)
     }
 
@@ -180,10 +169,5 @@ mod tests {
         fs::set_permissions(&graveyard.0, fs::Permissions::from_mode(0o777)).unwrap();
         assert!(graveyard.read(tombstone().since).is_empty());
         assert!(graveyard.put(&tombstone()).is_err());
-    }
-
-    #[test]
-    fn without_a_home_there_is_none() {
-        assert!(Graveyard::of_user(|_| None).is_none());
     }
 }

@@ -8,9 +8,14 @@
 //! - nothing is below us: orphans come to us, as their subreaper, and not to init;
 //! - no process of ours anywhere has `TFW_RUN` with this run in its environment.
 //!
+//! The guardian is no ancestor of anybody, and orphans do not come to it. Instead of looking below itself it follows the
+//! mark downwards: whatever descends from a marked process, or did when it was looked at last, belongs to the tree too.
+//! What escapes that cleared its environment, closed every descriptor and lost its parent before the guardian ever saw it.
+//!
 //! A zombie is dead. A process that we may not signal is a reason for doubt, and doubt keeps the lock.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,10 +23,10 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
+use super::patience::Patience;
 use super::poll;
 use crate::sys::descriptor;
 use crate::sys::process::{self, Process};
-use crate::sys::signals::Signals;
 use crate::sys::wait;
 use crate::trace::trace;
 
@@ -44,10 +49,33 @@ pub(crate) struct Tree {
     /// The value of `TFW_RUN`, or its last part.
     run: String,
     terraform: Option<Pid>,
+    /// Children that we started for ourselves.
+    ours: Vec<Pid>,
     /// Children that we had before terraform: a shell that became us by exec may leave some.
     strangers: Vec<Pid>,
     /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
     strangers_possible: bool,
+    vantage: Vantage,
+}
+
+/// From where a tree is seen.
+#[derive(Debug)]
+enum Vantage {
+    /// By its parent, to whom its orphans come.
+    Above,
+    /// By the guardian: with everybody that was ever seen to belong to it.
+    Beside(RefCell<Vec<(Pid, u64)>>),
+}
+
+/// Whether anybody is alive who carries the mark of run `run`.
+pub(crate) fn has_living(run: &str) -> bool {
+    Process::all().iter().any(|process| !process.is_dead() && is_marked(process, run) == Some(true))
+}
+
+/// Whether the process carries the mark of `run`; `None` when its environment cannot be read or is empty.
+fn is_marked(process: &Process, run: &str) -> Option<bool> {
+    let runs = process.environment(RUN)?;
+    Some(runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()))
 }
 
 /// What a process found below us is.
@@ -82,8 +110,32 @@ impl Tree {
         let inherited = descriptor::inheritable_high(&end)?;
         let strangers = process::own_children();
         let strangers_possible = !strangers.is_empty() || getpid() == Pid::from_raw(1);
-        let tree = Self { lifeline, run: run.to_owned(), terraform: None, strangers, strangers_possible };
+        let tree = Self {
+            lifeline,
+            run: run.to_owned(),
+            terraform: None,
+            ours: Vec::new(),
+            strangers,
+            strangers_possible,
+            vantage: Vantage::Above,
+        };
         Ok((tree, inherited))
+    }
+
+    /// This is not terraform's parent any more, but its guardian.
+    pub(crate) fn see_from_beside(&mut self) {
+        self.vantage = Vantage::Beside(RefCell::default());
+        self.strangers.clear();
+    }
+
+    /// What a process forked from us must keep to see the tree.
+    pub(crate) fn lifeline(&self) -> BorrowedFd<'_> {
+        self.lifeline.as_fd()
+    }
+
+    /// The guardian is a child of ours and none of terraform's.
+    pub(crate) fn leave_out(&mut self, pid: Pid) {
+        self.ours.push(pid);
     }
 
     /// Terraform was started as `pid`.
@@ -92,9 +144,13 @@ impl Tree {
     }
 
     /// Takes away the zombies that came to us, but not terraform, nor a child that something else of ours started.
-    pub(crate) fn reap_orphans(&self, ours: &[Pid]) {
+    pub(crate) fn reap_orphans(&self, others: &[Pid]) {
+        if matches!(self.vantage, Vantage::Beside(_)) {
+            return;
+        }
         for process in Process::children(getpid()) {
-            if process.is_dead() && Some(process.pid) != self.terraform && !ours.contains(&process.pid) {
+            let ours = self.ours.contains(&process.pid) || others.contains(&process.pid);
+            if process.is_dead() && Some(process.pid) != self.terraform && !ours {
                 wait::reap(process.pid);
             }
         }
@@ -111,12 +167,15 @@ impl Tree {
 
     /// The living kin, and those of which nothing tells whether they are.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
+        if let Vantage::Beside(known) = &self.vantage {
+            return (self.look_from_beside(&mut known.borrow_mut()), Vec::new());
+        }
         let mut kin = Vec::new();
         let mut unclear = Vec::new();
         let below = Process::below(getpid());
         for process in &below {
             match self.kinship(process, &below) {
-                _ if process.is_dead() => {}
+                _ if process.is_dead() || self.ours.contains(&process.pid) => {}
                 Kinship::Kin => kin.push(process.clone()),
                 Kinship::Unclear => unclear.push(process.clone()),
                 Kinship::Stranger => {}
@@ -125,21 +184,51 @@ impl Tree {
         // Where orphans do not come to us, or came to a namespace's own init, the mark is what is left of them.
         for process in Process::all() {
             let known = below.iter().any(|other| other.pid == process.pid);
-            if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) == Some(true) {
+            if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
                 kin.push(process);
             }
         }
         (kin, unclear)
     }
 
-    /// Whether the process carries the mark of this run; `None` when its environment cannot be read or is empty.
-    fn is_marked(&self, process: &Process) -> Option<bool> {
-        let runs = process.environment(RUN)?;
-        Some(runs.split(|&byte| byte == b'/').any(|run| run == self.run.as_bytes()))
+    /// Everybody alive who carries the mark, descends from one who does, or was seen to belong before.
+    fn look_from_beside(&self, known: &mut Vec<(Pid, u64)>) -> Vec<Process> {
+        let all: Vec<Process> = Process::all().into_iter().filter(|process| process.pid != getpid()).collect();
+        let mut found: Vec<bool> = all
+            .iter()
+            .map(|process| known.contains(&(process.pid, process.start)) || self.is_marked(process))
+            .collect();
+        // Downwards, until nobody new is found. A zombie's children have another parent already.
+        loop {
+            let parents: Vec<Pid> =
+                all.iter().zip(&found).filter(|(_, found)| **found).map(|(process, _)| process.pid).collect();
+            let mut more = false;
+            for (process, found) in all.iter().zip(&mut found) {
+                if !*found && parents.contains(&process.parent) {
+                    (*found, more) = (true, true);
+                }
+            }
+            if !more {
+                break;
+            }
+        }
+        let kin: Vec<Process> = all
+            .into_iter()
+            .zip(found)
+            .filter(|(process, found)| *found && !process.is_dead())
+            .map(|(process, _)| process)
+            .collect();
+        *known = kin.iter().map(|process| (process.pid, process.start)).collect();
+        kin
+    }
+
+    /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
+    pub(crate) fn is_marked(&self, process: &Process) -> bool {
+        is_marked(process, &self.run) == Some(true)
     }
 
     fn kinship(&self, process: &Process, below: &[Process]) -> Kinship {
-        if Some(process.pid) == self.terraform || self.is_marked(process) == Some(true) {
+        if Some(process.pid) == self.terraform || self.is_marked(process) {
             return Kinship::Kin;
         }
         // Up to the child of ours that it hangs from.
@@ -161,20 +250,19 @@ impl Tree {
 
     /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when
     /// `at_once` says that the time for grace is over. A key at the terminal ends the grace too.
-    pub(crate) fn end(&self, signals: &mut Signals, at_once: bool) -> Fate {
+    pub(crate) fn end(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
         let begun = Instant::now();
         let mut kill_from = if at_once { Duration::ZERO } else { GRACE };
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
-            while let Some(arrival) = signals.next() {
-                if arrival.signal == Signal::SIGINT && !ended.is_empty() {
-                    kill_from = kill_from.min(begun.elapsed());
-                }
+            if patience.interrupts() > 0 && !ended.is_empty() {
+                kill_from = kill_from.min(begun.elapsed());
             }
             self.reap_orphans(&[]);
             let (kin, unclear) = self.look();
-            let alive = kin.iter().filter(|process| Some(process.pid) != self.terraform).count();
+            let above = matches!(self.vantage, Vantage::Above);
+            let alive = kin.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
             if alive == 0 && unclear.is_empty() && self.lifeline_is_closed() {
                 // Twice: a process whose parent dies while we look comes to us behind our back. If nothing was below
                 // us then, it is below us now.
@@ -206,7 +294,7 @@ impl Tree {
                     ended.push(process.pid);
                 }
             }
-            poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+            patience.wait(LOOK);
         }
     }
 

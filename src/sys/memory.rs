@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -51,6 +52,41 @@ impl MemoryFile {
         }
     }
 
+    /// Opens the file that another process made under `name`, if it has a name and is still there: a file of this user,
+    /// in a directory in memory, and no link.
+    pub(crate) fn find(name: &str) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        directories().filter(|directory| lies_in_memory(directory)).find_map(|directory| {
+            let path = directory.join(name);
+            let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+            let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path).ok()?;
+            let place = file.metadata().ok()?;
+            let ours = place.is_file() && place.uid() == nix::unistd::geteuid().as_raw() && place.nlink() == 1;
+            ours.then_some(Self { file, path, named: true })
+        })
+    }
+
+    /// A descriptor that becomes readable when somebody writes into the file (inotify(7)); what is read from it says
+    /// nothing more. `None` where there is no such thing.
+    pub(crate) fn watch(&self) -> Option<OwnedFd> {
+        #[cfg(target_os = "linux")]
+        {
+            use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+            inotify.add_watch(&self.path, AddWatchFlags::IN_MODIFY).ok()?;
+            Some(inotify.into())
+        }
+        #[cfg(not(target_os = "linux"))]
+        None
+    }
+
+    /// Takes its name away, for a process that ends without dropping anything.
+    pub(crate) fn remove(&self) {
+        if self.named {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Gives the memory of everything before `end` back to the system. The file keeps its length, so that a writer
     /// with O_APPEND is not disturbed: truncating would lose what is written between the last read and the cut.
     pub(crate) fn forget_before(&self, end: u64) {
@@ -69,9 +105,7 @@ impl MemoryFile {
 
 impl Drop for MemoryFile {
     fn drop(&mut self) {
-        if self.named {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.remove();
     }
 }
 

@@ -3,9 +3,13 @@
 #![expect(unsafe_code, reason = "system calls that no crate wraps, each with the reason why it is sound")]
 
 pub(crate) mod descriptor;
+pub(crate) mod detached;
 mod disposition;
 pub(crate) mod entry;
+pub(crate) mod environment;
 mod errno;
+pub(crate) mod filesystem;
+pub(crate) mod lock_file;
 pub(crate) mod memory;
 pub(crate) mod process;
 pub(crate) mod signals;

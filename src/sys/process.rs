@@ -4,7 +4,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+
+use super::wait::Ended;
 
 /// Makes orphans of our descendants our children instead of init's (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
 /// False where the system has no such thing; then the proof of death rests on the other two.
@@ -54,6 +57,78 @@ pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
+/// Sends `signal` to the process behind a descriptor of [`watch_end`]: to that one, and never to another that has its
+/// number now (pidfd_send_signal(2)).
+///
+/// # Errors
+/// ESRCH when it is gone.
+pub(crate) fn signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: numbers and a null pointer.
+        let sent = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                process.as_raw_fd(),
+                signal as i32,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (process, signal);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// How the process behind a descriptor of [`watch_end`] ended, though it was no child of ours and somebody else has taken
+/// its status (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` where the kernel does not tell, or not yet.
+pub(crate) fn end_of(process: &OwnedFd) -> Option<Ended> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        /// struct pidfd_info, as its first version has it (linux/pidfd.h).
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            mask: u64,
+            control_group: u64,
+            numbers: [u32; 11],
+            exit_code: i32,
+        }
+        const EXIT: u64 = 1 << 3;
+        const GET_INFO: libc::c_ulong = 0xC040_FF0B;
+        let mut info = Info { mask: EXIT, ..Info::default() };
+        debug_assert_eq!(size_of::<Info>(), 64);
+        // SAFETY: the call writes at most the 64 bytes that its number names into `info`.
+        let asked = unsafe { libc::ioctl(process.as_raw_fd(), GET_INFO, &raw mut info) };
+        (asked == 0 && info.mask & EXIT != 0).then_some(())?;
+        Some(if libc::WIFSIGNALED(info.exit_code) {
+            Ended::Killed(Signal::try_from(libc::WTERMSIG(info.exit_code)).unwrap_or(Signal::SIGKILL))
+        } else {
+            Ended::Exited(libc::WEXITSTATUS(info.exit_code))
+        })
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = process;
+        None
+    }
+}
+
+/// The number of our pid namespace, and whether it is the first one, which sees every process of the machine
+/// (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where there is no such thing.
+pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
+    use std::os::unix::fs::MetadataExt;
+    const FIRST: u64 = 0xEFFF_FFFC;
+    let number = std::fs::metadata("/proc/self/ns/pid").ok()?.ino();
+    Some((number, number == FIRST))
+}
+
 /// What /proc/PID/stat says of a process (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
@@ -67,6 +142,8 @@ pub(crate) struct Process {
     pub(crate) parent: Pid,
     /// Its process group.
     pub(crate) group: Pid,
+    /// When it started, in clock ticks since boot. With its number it names one process for ever: a number comes again.
+    pub(crate) start: u64,
 }
 
 impl Process {
@@ -75,15 +152,17 @@ impl Process {
         matches!(self.state, 'Z' | 'X')
     }
 
-    fn parse(pid: Pid, stat: &str) -> Option<Self> {
+    fn parse(pid: Pid, line: &str) -> Option<Self> {
         // The name stands in brackets and may itself hold brackets and spaces: the last bracket ends it.
-        let (before, after) = stat.rsplit_once(')')?;
+        let (before, after) = line.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
         let mut fields = after.split_ascii_whitespace();
         let state = fields.next()?.chars().next()?;
         let parent = Pid::from_raw(fields.next()?.parse().ok()?);
         let group = Pid::from_raw(fields.next()?.parse().ok()?);
-        Some(Self { pid, name: name.to_owned(), state, parent, group })
+        // Field 22; the group is field 5.
+        let start = fields.nth(16)?.parse().ok()?;
+        Some(Self { pid, name: name.to_owned(), state, parent, group, start })
     }
 
     /// Looks one process up.
@@ -186,14 +265,16 @@ mod tests {
 
     #[test]
     fn a_name_with_brackets_does_not_shift_the_fields_of_stat() {
-        let process = Process::parse(Pid::from_raw(7), "7 (a) T 1 (b)) S 3 4 5 0 -1").unwrap();
+        let process =
+            Process::parse(Pid::from_raw(7), "7 (a) T 1 (b)) S 3 4 5 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0 815 9").unwrap();
         assert_eq!(process.name, "a) T 1 (b)");
         assert_eq!((process.state, process.parent, process.group), ('S', Pid::from_raw(3), Pid::from_raw(4)));
+        assert_eq!(process.start, 815);
     }
 
     #[test]
     fn a_torn_stat_is_no_process() {
-        for stat in ["", "7", "7 (a", "7 (a)", "7 (a) S", "7 (a) S x", "7 (a) S 1"] {
+        for stat in ["", "7", "7 (a", "7 (a)", "7 (a) S", "7 (a) S x", "7 (a) S 1", "7 (a) S 1 2 3"] {
             assert_eq!(Process::parse(Pid::from_raw(7), stat), None, "{stat:?}");
         }
     }

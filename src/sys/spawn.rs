@@ -90,6 +90,9 @@ pub(crate) struct Setup<'a> {
     pub(crate) mask: &'a SigSet,
     /// The signals that it must ignore, as we did when we started.
     pub(crate) ignored: &'a [Signal],
+    /// Where the child writes these bytes, and behind them its own pid, before it becomes the program: whoever waits
+    /// there knows of it before anything can happen to us.
+    pub(crate) announce: Option<(BorrowedFd<'a>, &'a [u8])>,
 }
 
 /// Signals that a terminal or a group kill may have sent to our group, the child still in it. Ignoring one discards it.
@@ -157,6 +160,14 @@ fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
             disposition::set_ignored(*signal);
         }
         restore_entry();
+        if let Some((socket, prefix)) = &setup.announce {
+            let mut message = [0u8; 16];
+            let pid = libc::getpid().to_ne_bytes();
+            let length = prefix.len().min(message.len() - pid.len());
+            message[..length].copy_from_slice(&prefix[..length]);
+            message[length..length + pid.len()].copy_from_slice(&pid);
+            libc::write(socket.as_raw_fd(), message.as_ptr().cast(), length + pid.len());
+        }
         for (target, source) in (1..).zip(setup.redirect) {
             if let Some(source) = source {
                 libc::dup2(source.as_raw_fd(), target);

@@ -60,6 +60,16 @@ impl CachedBackend {
         nested.into_iter().flatten().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str()).collect()
     }
 
+    /// A block with these values, as one was kept elsewhere.
+    pub(crate) fn from_parts(kind: &str, config: Map<String, Value>) -> Self {
+        Self { kind: kind.to_owned(), config }
+    }
+
+    /// The attributes that are set, with their values: secrets among them.
+    pub(crate) fn attributes(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.config.iter().filter(|(_, value)| !is_unset(value)).map(|(name, value)| (name.as_str(), value))
+    }
+
     fn value(&self, name: &str) -> Option<&Value> {
         match name.split_once('.') {
             None => self.config.get(name),

@@ -63,7 +63,9 @@ const DISORDER: SignedDuration = SignedDuration::from_secs(1);
 const LONGEST_LINE: usize = 1 << 16;
 
 /// Everything that matters in a core log, read piece by piece.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// Serialised, it is what may be kept of a log: no text of it but what is said of its locks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Log {
     /// In the order in which terraform asked for them.
     pub(crate) locks: Vec<RecordedLock>,
@@ -74,8 +76,13 @@ pub(crate) struct Log {
     pub(crate) locking_disabled: bool,
     /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
     pub(crate) disordered: bool,
-    latest: Option<Timestamp>,
+    /// The time of the last record, as far as they run forwards.
+    pub(crate) latest: Option<Timestamp>,
+    #[serde(skip)]
     partial: Vec<u8>,
+    /// How many bytes were read since the last whole line.
+    #[serde(skip)]
+    unfinished: u64,
 }
 
 impl Log {
@@ -85,7 +92,9 @@ impl Log {
             if self.partial.len() < LONGEST_LINE {
                 self.partial.extend_from_slice(piece);
             }
+            self.unfinished += piece.len() as u64;
             if piece.ends_with(b"\n") {
+                self.unfinished = 0;
                 let line = std::mem::take(&mut self.partial);
                 // What is cut off at its end, by a full disk or by our limit, is no record: half an ID would be
                 // another lock's.
@@ -94,6 +103,12 @@ impl Log {
                 }
             }
         }
+    }
+
+    /// How many of the bytes that were read belong to a line that is not whole yet. They are not part of what is kept, so
+    /// whoever goes on with that must read them again.
+    pub(crate) fn unfinished(&self) -> u64 {
+        self.unfinished
     }
 
     /// The log ends within a line: the disk was full, or terraform died while it wrote.

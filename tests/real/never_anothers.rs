@@ -164,21 +164,33 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
 
 #[test]
 fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
-    // The provisioner wipes the recorder: nothing tells any more which lock was ours.
-    let world = World::new(
-        Lock::Both,
-        ": > $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
-    );
+    // Something between us and terraform throws the recorder away: nothing tells which lock was ours.
+    let mut world = World::new(Lock::Both, WAITS);
+    world.stand_in("forgets", "#!/bin/sh\nexec env -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n");
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
     run.kill_terraform();
     let end = run.wait();
     world.assert_locked();
-    assert!(end.err.contains(&format!("terraform force-unlock {id}")), "{}", world.story(&end));
+    assert!(end.err.contains(&format!("force-unlock {id}")), "{}", world.story(&end));
     assert!(end.err.contains("was not released"), "{}", world.story(&end));
     // And the command that it named mends it.
     let mended = world.run(Subject::Bare, &["force-unlock", "-force", &id]);
     assert_eq!(mended.code(), Some(0), "{}{}", mended.out, mended.err);
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_provisioner_that_wipes_the_recorder_hides_no_lock() {
+    let world = World::new(
+        Lock::Both,
+        ": > $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+    );
+    let run = world.start_apply(Subject::Tf);
+    world.assert_locked();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
 }
 

@@ -109,6 +109,11 @@ impl Signals {
         &self.mask_at_entry
     }
 
+    /// Puts the mask back, for a program that we become after all.
+    pub(crate) fn stop_listening(self) {
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
+    }
+
     /// The dispositions that matter to us, as they were inherited.
     pub(crate) fn inherited(&self) -> &Inherited {
         &self.inherited

@@ -24,7 +24,13 @@ impl Source {
         }
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(mask))?;
         let set: SigSet = heard.iter().copied().collect();
-        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+        match SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC) {
+            Ok(descriptor) => Ok(Self(descriptor)),
+            Err(error) => {
+                sigprocmask(SigmaskHow::SIG_SETMASK, Some(mask), None)?;
+                Err(error.into())
+            }
+        }
     }
 
     /// The next signal, if one has arrived.

@@ -1,0 +1,363 @@
+//! How a run reached its locks: everything that another process needs to reach the very same place, and no secret.
+//!
+//! An attribute is kept only when it is known to hold none, and so is a variable. What is left out is named, so that
+//! whoever needs it can look where the run had it from: in the cached backend of its directory, as long as that is still
+//! the same one.
+//!
+//! Under other credentials a lock that is not seen is not gone: another account has a table of the same name, and it is
+//! empty. So what tells one identity from another is kept too: the account ID where it is known without asking anybody,
+//! and else a hash of the access key's ID.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::aws;
+use crate::terraform::backend::CachedBackend;
+
+/// One backend block without its secrets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Access {
+    kind: String,
+    config: Map<String, Value>,
+    /// Attributes that were set and are not kept.
+    withheld: Vec<String>,
+}
+
+impl Access {
+    /// What may be kept of `backend`.
+    pub(crate) fn of(backend: &CachedBackend) -> Self {
+        let mut config = Map::new();
+        let mut withheld = Vec::new();
+        for (name, value) in backend.attributes() {
+            match value {
+                _ if backend.kind != "s3" || aws::has_no_effect(name) => {}
+                Value::Object(inner) => {
+                    let mut kept = Map::new();
+                    for (inner_name, value) in inner.iter().filter(|(_, value)| !value.is_null()) {
+                        let whole = format!("{name}.{inner_name}");
+                        if aws::holds_no_secret(&whole) && !names_a_person(value) {
+                            kept.insert(inner_name.clone(), value.clone());
+                        } else {
+                            withheld.push(whole);
+                        }
+                    }
+                    config.insert(name.to_owned(), Value::Object(kept));
+                }
+                value if aws::holds_no_secret(name) && !names_a_person(value) => {
+                    config.insert(name.to_owned(), value.clone());
+                }
+                _ => withheld.push(name.to_owned()),
+            }
+        }
+        Self { kind: backend.kind.clone(), config, withheld }
+    }
+
+    /// The block itself. What was withheld is taken from `cached`, where that is the same block to this day.
+    ///
+    /// # Errors
+    /// The attributes that are missing.
+    pub(crate) fn backend(&self, cached: Option<&CachedBackend>) -> Result<CachedBackend, String> {
+        match cached {
+            Some(cached) if Self::of(cached) == *self => Ok(cached.clone()),
+            _ if self.withheld.is_empty() => Ok(CachedBackend::from_parts(&self.kind, self.config.clone())),
+            _ => Err(self.withheld.join(", ")),
+        }
+    }
+
+    /// The account that the block itself names, by a role or by a key.
+    fn account(&self) -> Option<String> {
+        let role = self.config.get("assume_role")?.get("role_arn")?.as_str()?;
+        account_of_role(role)
+    }
+}
+
+/// Whether a URL has a user in it, who may have a password.
+fn names_a_person(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| text.contains("://") && text.contains('@'))
+}
+
+/// The variables that decide how AWS is reached and as whom, but for those that are credentials themselves.
+const VARIABLES: [&str; 27] = [
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_SDK_LOAD_CONFIG",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL_DYNAMODB",
+    "AWS_ENDPOINT_URL_STS",
+    "AWS_ENDPOINT_URL_SSO",
+    "AWS_ENDPOINT_URL_SSO_OIDC",
+    "AWS_S3_ENDPOINT",
+    "AWS_DYNAMODB_ENDPOINT",
+    "AWS_STS_ENDPOINT",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_STS_REGIONAL_ENDPOINTS",
+    "AWS_CA_BUNDLE",
+    "AWS_USE_FIPS_ENDPOINT",
+    "AWS_USE_DUALSTACK_ENDPOINT",
+    "AWS_EC2_METADATA_DISABLED",
+    "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+    "HOME",
+];
+
+/// Credentials in the environment.
+const KEYS: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+
+/// What of the environment decides whom and what a run reaches.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Surroundings {
+    variables: BTreeMap<String, String>,
+    /// Variables that were set, and are not kept because a user stands in their URL.
+    withheld: Vec<String>,
+    /// The environment had credentials.
+    had_keys: bool,
+    /// Who they belong to, as far as it is known.
+    identity: Identity,
+}
+
+/// Whose credentials they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    account: Option<String>,
+    /// A hash of the access key's ID, where the account is not known.
+    key: Option<String>,
+}
+
+impl Surroundings {
+    /// Those of this process. `run` makes the hash another in each run.
+    pub(crate) fn of_environment(run: &str, access: &[Access], variable: impl Fn(&str) -> Option<OsString>) -> Self {
+        let set =
+            |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
+        let mut variables = BTreeMap::new();
+        let mut withheld = Vec::new();
+        for name in VARIABLES {
+            match set(name) {
+                Some(value) if value.contains("://") && value.contains('@') => withheld.push(name.to_owned()),
+                Some(value) => {
+                    variables.insert(name.to_owned(), value);
+                }
+                None => {}
+            }
+        }
+        let identity = identity(run, access, &set);
+        Self { variables, withheld, had_keys: set(KEYS[0]).is_some(), identity }
+    }
+
+    /// What must be changed in an environment so that AWS is reached as it was: each name with its value or none.
+    pub(crate) fn changes(&self) -> Vec<(&'static str, Option<OsString>)> {
+        let withheld = |name: &&str| !self.withheld.iter().any(|withheld| withheld == name);
+        let mut changes: Vec<_> = VARIABLES
+            .into_iter()
+            .filter(withheld)
+            .map(|name| (name, self.variables.get(name).map(OsString::from)))
+            .collect();
+        if !self.had_keys {
+            // The run had its credentials from elsewhere, and these would go before.
+            changes.extend(KEYS.map(|name| (name, None)));
+        }
+        changes
+    }
+
+    /// Whether the credentials that are at hand now are known to be of the same account as the run's. To be asked in an
+    /// environment that was changed as [`Surroundings::changes`] says.
+    pub(crate) async fn are_of_the_same_account(
+        &self,
+        run: &str,
+        access: &[Access],
+        backend: &CachedBackend,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> bool {
+        let set =
+            |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
+        let now = identity(run, access, &set);
+        match (&self.identity, now) {
+            (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) => *then == now,
+            (Identity { account: Some(then), .. }, _) => aws::account(backend).await.as_ref() == Some(then),
+            (Identity { key: Some(then), .. }, now) => now.key.as_ref() == Some(then),
+            // From a profile, a file, a role of this machine: by the same names they are the same ones.
+            (Identity { account: None, key: None }, _) => true,
+        }
+    }
+
+    /// What a person must provide to reach the lock, in words.
+    pub(crate) fn needs(&self) -> String {
+        let mut text = String::new();
+        match &self.identity.account {
+            Some(account) => {
+                let _ = write!(text, "credentials of account {account}");
+            }
+            None if self.had_keys => text.push_str("the credentials that its environment had"),
+            None => text.push_str("its credentials"),
+        }
+        let named = [
+            ("AWS_PROFILE", "profile"),
+            ("AWS_ROLE_ARN", "role"),
+            ("AWS_REGION", "region"),
+            ("AWS_ENDPOINT_URL", "endpoint"),
+        ];
+        for (variable, word) in named {
+            if let Some(value) = self.variables.get(variable) {
+                let _ = write!(text, ", {word} {value}");
+            }
+        }
+        text
+    }
+}
+
+fn identity(run: &str, access: &[Access], set: &impl Fn(&str) -> Option<String>) -> Identity {
+    if let Some(account) = access.iter().find_map(Access::account) {
+        return Identity { account: Some(account), key: None };
+    }
+    if let Some(key) = set(KEYS[0]) {
+        return match account_of_key(&key) {
+            Some(account) => Identity { account: Some(account), key: None },
+            None => Identity { account: None, key: Some(hash(run, &key)) },
+        };
+    }
+    Identity { account: set("AWS_ROLE_ARN").and_then(|role| account_of_role(&role)), key: None }
+}
+
+fn hash(run: &str, key: &str) -> String {
+    let digest = Sha256::new().chain_update(run).chain_update([0]).chain_update(key).finalize();
+    digest.iter().take(16).fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// `arn:PARTITION:iam::ACCOUNT:role/NAME`.
+fn account_of_role(arn: &str) -> Option<String> {
+    let account = arn.split(':').nth(4)?;
+    is_account(account).then(|| account.to_owned())
+}
+
+fn is_account(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The account that an access key's ID carries, in base 32 behind its first four letters. Keys made before 2019 carry none;
+/// their fifth letter lies in the first half of the alphabet. LocalStack and its like take an account ID itself for a key.
+fn account_of_key(key: &str) -> Option<String> {
+    if is_account(key) {
+        return Some(key.to_owned());
+    }
+    let letters = key.get(4..).filter(|letters| key.is_ascii() && letters.len() >= 12)?;
+    let mut number: u128 = 0;
+    for letter in letters.bytes().take(10) {
+        let value = match letter {
+            b'A'..=b'Z' => letter - b'A',
+            b'2'..=b'7' => letter - b'2' + 26,
+            _ => return None,
+        };
+        number = number << 5 | u128::from(value);
+    }
+    // 50 bits were read; the account is in the first 48, between their first bit and their last seven.
+    let first = u64::try_from(number >> 2).ok()?;
+    let account = (first & 0x7fff_ffff_ff80) >> 7;
+    (first >> 47 == 1).then(|| format!("{account:012}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(config: &str) -> CachedBackend {
+        let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);
+        CachedBackend::parse(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn no_secret_of_the_block_is_kept_and_what_is_missing_is_named() {
+        let block = backend(
+            r#"{"bucket":"b","key":"k","region":"r","access_key":"AKIASECRET","secret_key":"hunter2","token":"tok",
+                "endpoints":{"s3":"http://anna:hunter3@x","dynamodb":"http://x"},"sse_customer_key":"hunter4",
+                "assume_role":{"role_arn":"arn:aws:iam::111122223333:role/x","external_id":"hunter5"},
+                "an_attribute_of_tomorrow":"hunter6","encrypt":true}"#,
+        );
+        let access = Access::of(&block);
+        let text = serde_json::to_string(&access).unwrap();
+        for secret in ["AKIASECRET", "hunter", "\"tok\""] {
+            assert!(!text.contains(secret), "{secret}: {text}");
+        }
+        let missing = access.backend(None).unwrap_err();
+        for name in ["access_key", "secret_key", "token", "endpoints.s3", "sse_customer_key", "assume_role.external_id"]
+        {
+            assert!(missing.contains(name), "{name}: {missing}");
+        }
+        assert!(access.backend(Some(&block)).unwrap() == block, "the block itself has them");
+        assert_eq!(access.account().as_deref(), Some("111122223333"));
+        let other = backend(r#"{"bucket":"b","key":"k","region":"elsewhere","access_key":"x"}"#);
+        assert!(access.backend(Some(&other)).is_err(), "another block has others");
+    }
+
+    #[test]
+    fn a_block_without_secrets_is_whole() {
+        let block = backend(
+            r#"{"bucket":"b","key":"k","region":"r","dynamodb_table":"t","use_path_style":true,"profile":null}"#,
+        );
+        let again = Access::of(&block).backend(None).unwrap();
+        assert_eq!(again.string("dynamodb_table"), Some("t"));
+        assert!(again.flag("use_path_style"));
+    }
+
+    #[test]
+    fn the_account_of_a_key() {
+        // The example of AWS's own documentation carries an account; ASIA keys do as well.
+        assert_eq!(account_of_key("ASIAQNZGKIQY56JQ7WML").as_deref(), Some("029608264753"));
+        assert_eq!(account_of_key("123456789012").as_deref(), Some("123456789012"));
+        for key in ["AKIAIOSFODNN7EXAMPLE", "test", "", "AKIA", "AKIA0000000000000000"] {
+            assert_eq!(account_of_key(key), None, "{key}");
+        }
+    }
+
+    fn surroundings(set: &[(&str, &str)]) -> Surroundings {
+        Surroundings::of_environment("run", &[], |name| {
+            set.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value))
+        })
+    }
+
+    #[test]
+    fn the_environment_is_kept_without_its_credentials() {
+        let here = surroundings(&[
+            ("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE"),
+            ("AWS_SECRET_ACCESS_KEY", "hunter2"),
+            ("AWS_SESSION_TOKEN", "hunter3"),
+            ("AWS_REGION", "eu-west-1"),
+            ("AWS_ENDPOINT_URL", "http://anna:hunter4@localhost"),
+        ]);
+        let text = serde_json::to_string(&here).unwrap();
+        for secret in ["AKIAIOSFODNN7EXAMPLE", "hunter"] {
+            assert!(!text.contains(secret), "{text}");
+        }
+        let changes = here.changes();
+        assert!(changes.contains(&("AWS_REGION", Some("eu-west-1".into()))));
+        assert!(changes.contains(&("AWS_PROFILE", None)), "what was not set must not be set now");
+        assert!(!changes.iter().any(|(name, _)| *name == "AWS_ENDPOINT_URL" || KEYS.contains(name)));
+        let without = surroundings(&[("AWS_PROFILE", "prod")]).changes();
+        assert!(
+            KEYS.iter().all(|key| without.contains(&(key, None))),
+            "keys of now would go before the profile of then"
+        );
+    }
+
+    #[test]
+    fn one_identity_is_told_from_another() {
+        let at = |key: &str| surroundings(&[("AWS_ACCESS_KEY_ID", key)]).identity;
+        assert_eq!(at("111111111111"), Identity { account: Some("111111111111".into()), key: None });
+        assert!(at("test").key.is_some() && at("test") == at("test") && at("test") != at("other"));
+        let role = surroundings(&[("AWS_ROLE_ARN", "arn:aws:iam::444455556666:role/x")]).identity;
+        assert_eq!(role.account.as_deref(), Some("444455556666"));
+    }
+}

@@ -1,0 +1,128 @@
+//! Who takes care of a run while `tf` lives, and after: its entry in the journal, and its guardian.
+//!
+//! The guardian writes the journal, because waiting for a disk would keep signals waiting here. Where there is no guardian
+//! any more, `tf` writes it itself.
+
+use std::os::fd::BorrowedFd;
+
+use nix::unistd::Pid;
+
+use super::crash_point;
+use super::guardian::{Guardian, Heard};
+use super::journal::{Entry, Record};
+use super::recorder::Recorder;
+use super::stop::Event;
+use crate::terraform::log::RecordedLock;
+use crate::trace::trace;
+
+/// So much of a log may be read and not told, and therefore not forgotten.
+const TELL_FROM: u64 = 1 << 16;
+
+/// The hold of `tf` on its run.
+pub(crate) struct Charge {
+    pub(crate) guardian: Option<Guardian>,
+    /// The entry and what stands in it, where there is a journal.
+    pub(crate) entry: Option<(Entry, Record)>,
+    /// What was told last.
+    pub(crate) told: (u64, Vec<RecordedLock>),
+    /// The journal could not be written.
+    pub(crate) failed: bool,
+}
+
+impl Charge {
+    /// Readable when the guardian has something to say, or is gone.
+    pub(crate) fn awaited(&self) -> Option<BorrowedFd<'_>> {
+        self.guardian.as_ref().map(Guardian::socket)
+    }
+
+    /// Terraform was started.
+    pub(crate) fn started(&mut self, terraform: Pid) {
+        if let Some((_, record)) = &mut self.entry {
+            record.terraform = Some(terraform.as_raw());
+        }
+    }
+
+    /// Hears what the guardian says: that the journal cannot be written, or nothing any more.
+    pub(crate) fn hear(&mut self, recorder: &Recorder) {
+        let Some(guardian) = &self.guardian else { return };
+        match guardian.hear() {
+            Heard::Nothing => {}
+            Heard::CannotWrite => self.failed = true,
+            Heard::Gone => self.guardian_is_gone(recorder),
+        }
+    }
+
+    /// Something asked for an end.
+    pub(crate) fn note(&mut self, event: Event, recorder: &Recorder) {
+        if let Some(guardian) = &mut self.guardian
+            && guardian.note(event).is_err()
+        {
+            self.guardian_is_gone(recorder);
+        }
+    }
+
+    /// Terraform's log was read: what is new in it goes into the journal, and may then be forgotten.
+    pub(crate) fn news(&mut self, recorder: &Recorder) {
+        let (log, offset) = (recorder.log(), recorder.whole_until());
+        let (told_until, told_locks) = &self.told;
+        if *told_locks == log.locks && offset - told_until < TELL_FROM {
+            return;
+        }
+        let told = if let Some(guardian) = &mut self.guardian {
+            guardian.tell(log, offset).unwrap_or_else(|_| {
+                self.guardian_is_gone(recorder);
+                true
+            })
+        } else {
+            self.write(recorder);
+            true
+        };
+        if told {
+            crash_point::reached("tf: told news");
+            self.told = (offset, log.locks.clone());
+            recorder.forget();
+        }
+    }
+
+    fn guardian_is_gone(&mut self, recorder: &Recorder) {
+        trace!("the guardian is gone");
+        if let Some(guardian) = self.guardian.take() {
+            guardian.wait();
+        }
+        // Whether it has written what it was told last, nobody knows.
+        self.write(recorder);
+    }
+
+    fn write(&mut self, recorder: &Recorder) {
+        if let Some((entry, record)) = &mut self.entry {
+            record.log = recorder.log().clone();
+            record.offset = recorder.whole_until();
+            self.failed |= entry.write(record, true).is_err();
+            crash_point::reached("tf: has written");
+        }
+    }
+
+    /// The run is over, but for `left_over`.
+    pub(crate) fn close(mut self, left_over: Vec<RecordedLock>) {
+        if let Some(guardian) = &mut self.guardian {
+            guardian.over();
+        }
+        crash_point::reached("tf: over");
+        if left_over.is_empty() {
+            // The guardian writes nothing any more once it has heard that it is over. If it is writing at this moment,
+            // it does so into a directory that is moved away, and what it has left there is cleared away below.
+            if let Some((entry, _)) = &self.entry {
+                entry.take_away();
+            }
+        }
+        if let Some(guardian) = self.guardian.take() {
+            guardian.wait();
+        }
+        if let Some((entry, mut record)) = self.entry.take()
+            && !left_over.is_empty()
+        {
+            record.leave(left_over);
+            let _ = entry.write(&record, true);
+        }
+    }
+}

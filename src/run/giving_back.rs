@@ -1,0 +1,122 @@
+//! Giving back the locks of a run whose operation is over: by `tf`, else by its guardian, else by the next `tf`. All three
+//! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::crash_point;
+use super::patience::Patience;
+use super::places::Places;
+use super::tombstone::{Graveyard, Tombstone};
+use crate::lock::place::Place;
+use crate::lock::release::{self, Outcome, Situation};
+use crate::report;
+use crate::terraform::log::RecordedLock;
+use crate::trace::trace;
+
+/// What became of one recorded lock. None of what it may be: a lock that was refused, and looked for in vain.
+#[derive(Debug)]
+pub(crate) struct Settled {
+    pub(crate) lock: RecordedLock,
+    pub(crate) outcome: Option<Outcome>,
+    /// Its request was not answered, and may still land.
+    pub(crate) may_still_come: bool,
+}
+
+impl Settled {
+    /// Whether the next `tf` has something to do about it.
+    pub(crate) fn is_left_over(&self) -> bool {
+        matches!(self.outcome, Some(Outcome::Kept { later: true, .. }))
+    }
+}
+
+/// Gives back what of `standing` is ours.
+///
+/// `died`: terraform died, so that a lock without an answer may be its own too. `keep`: a reason not to touch any of
+/// them. `is_claimed` asks whether another run that is alive says that a lock is its.
+pub(crate) fn give_back(
+    standing: &[&RecordedLock],
+    places: &Places,
+    situation: &Situation,
+    died: bool,
+    keep: Option<&Outcome>,
+    is_claimed: impl Fn(&str) -> bool,
+    patience: &mut Patience<'_>,
+) -> Vec<Settled> {
+    // A migration holds two, and gives back the second first.
+    let settled = standing.iter().rev().map(|recorded| {
+        crash_point::reached("release: next lock");
+        // A recorded lock is named when it was had, or when its holder died before it knew. One that was refused is
+        // somebody else's.
+        let may_stand = recorded.locked.is_some() || died;
+        let named = |outcome: Outcome| may_stand.then_some(outcome);
+        let outcome = if let Some(kept) = keep {
+            named(kept.clone())
+        } else if is_claimed(&recorded.id) {
+            // Whoever put this ID into our log knew it from there.
+            named(Outcome::kept(report::CLAIMED))
+        } else {
+            wherever_it_is(recorded, &places.of(recorded), situation, patience)
+                .or_else(|| named(Outcome::kept(report::NO_PLACE)))
+        };
+        trace!("lock {}: {outcome:?}", recorded.id);
+        let absent = matches!(outcome, Some(Outcome::Absent { .. }));
+        Settled { lock: (*recorded).clone(), may_still_come: absent && died && recorded.locked.is_none(), outcome }
+    });
+    settled.collect()
+}
+
+/// Gives the lock back in the place where it is. `None` where there is no place to look in.
+fn wherever_it_is(
+    recorded: &RecordedLock,
+    places: &[Place],
+    situation: &Situation,
+    patience: &mut Patience<'_>,
+) -> Option<Outcome> {
+    let mut worst = None;
+    for place in places {
+        let outcome = patience
+            .until(release::release(recorded, place, situation))
+            .unwrap_or_else(|| Outcome::later(report::ENOUGH));
+        match outcome {
+            Outcome::Released(_) => return Some(outcome),
+            Outcome::Kept { .. } => worst = Some(outcome),
+            Outcome::Absent { .. } => worst = worst.or(Some(outcome)),
+        }
+    }
+    worst
+}
+
+/// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
+pub(crate) fn bury(settled: &[Settled], situation: &Situation, graveyard: Option<&Graveyard>) -> Vec<String> {
+    let late = settled.iter().filter(|settled| settled.may_still_come);
+    late.filter_map(|settled| {
+        let tombstone = Tombstone { since: Timestamp::now(), lock: settled.lock.clone(), run: situation.run.clone() };
+        graveyard?.put(&tombstone).ok()?;
+        Some(settled.lock.id.clone())
+    })
+    .collect()
+}
+
+/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. True if it had.
+pub(crate) fn visit(
+    tombstone: &Tombstone,
+    places: &Places,
+    graveyard: &Graveyard,
+    patience: &mut Patience<'_>,
+) -> bool {
+    // Its terraform is long dead, and one look is enough: the next `tf` looks again.
+    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false };
+    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);
+    trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
+    let Some(Outcome::Released(_)) = outcome else { return false };
+    // Terraform asks for one half after the other: what came was the last that it asked for.
+    graveyard.take_away(&tombstone.lock.id);
+    true
+}
+
+/// Whether a request that was signed at `then` can still land: longer than any signature is valid it cannot.
+pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
+    /// S3's are valid for 15 minutes, DynamoDB's for 5.
+    const VALID: SignedDuration = SignedDuration::from_mins(20);
+    then.is_none_or(|then| now.duration_since(then) < VALID)
+}

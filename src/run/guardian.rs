@@ -1,0 +1,465 @@
+//! The guardian: who asks terraform to stop, and gives its lock back, when `tf` is killed.
+//!
+//! It is forked before terraform starts, and waits for one thing: the end of the socket that it shares with `tf`. If `tf`
+//! said before that everything is over, it ends. If not, `tf` was killed, and the guardian does the rest of its work, with
+//! the same code, on what it has in its memory since the fork and what `tf` has told it since.
+//!
+//! It stands beside the run and not above it. The other shape, a supervisor that the caller does not know, with a thin
+//! `tf` in front of it, would keep the subreaper's proof when `tf` is killed; but the front is what the shell stops and
+//! continues, so every stop, every lending of the terminal and every signal would go through two processes, each of which
+//! can die alone; and against what kills a session, a control group or all descendants it is no safer.
+//!
+//! - It leads a session of its own, with its descriptors 0, 1 and 2 on /dev/null and every other one closed that it does
+//!   not need ([`crate::sys::detached`]): neither the caller's pipe nor an outer run's lifeline stays open for it.
+//! - CI runners find what they kill by a variable in its environment: those are gone from it. Jenkins also kills what
+//!   descends from what it finds, so there the guardian is a child of init's. Elsewhere it is a child of `tf`, which takes
+//!   its end away: a container whose first process reaps nobody would collect a zombie with each run.
+//! - It knows terraform by a descriptor for that process, which never means another one with the same number. The child
+//!   itself sends its number before it becomes terraform.
+//! - It mirrors what `tf` decided about signals ([`Stop`] is fed the same events), so that terraform gets one interrupt
+//!   whoever sends it.
+//! - It reads terraform's pipes in the place of `tf`, into nothing: terraform must not die of SIGPIPE with its state
+//!   unsaved.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::aftermath::{died, reason_to_keep};
+use super::crash_point;
+use super::giving_back::{bury, give_back};
+use super::journal::{Entry, Journal, Record};
+use super::patience::Patience;
+use super::pipes::Pipes;
+use super::places::Places;
+use super::poll;
+use super::recorder::Recorder;
+use super::stop::{Effect, Event, Stop};
+use super::tombstone::Graveyard;
+use super::tree::Tree;
+use crate::lock::proof::Run;
+use crate::lock::release::Situation;
+use crate::sys::process::{self, Process};
+use crate::sys::wait::Ended;
+use crate::sys::{detached, environment};
+use crate::terraform::command_line::CommandLine;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info;
+use crate::terraform::log::{Log, RecordedLock};
+use crate::trace::{self, trace};
+
+/// A message's first byte; four bytes with the length of the rest follow.
+const STARTED: u8 = 1;
+const EVENT: u8 = 2;
+const NEWS: u8 = 3;
+const OVER: u8 = 4;
+
+/// What the child writes before its pid.
+pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
+
+/// No message is longer: the facts of a few locks.
+const LONGEST: usize = 1 << 20;
+
+/// How long a guardian may take to end once it was told that all is over.
+const ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Between two looks at a terraform that was interrupted and may be stopped.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Between two looks at everybody who is below it.
+const LOOK_AROUND: Duration = Duration::from_millis(500);
+
+/// How long init may take to bury a terraform before its status is taken for unknown.
+const BURIED_WITHIN: Duration = Duration::from_millis(200);
+
+/// The guardian, as `tf` sees it.
+#[derive(Debug)]
+pub(crate) struct Guardian {
+    /// Where it is a child of ours.
+    pid: Option<Pid>,
+    socket: UnixStream,
+    /// What did not fit into the socket yet.
+    unsent: Vec<u8>,
+}
+
+/// What the guardian says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    Nothing,
+    /// The journal cannot be written: a full disk.
+    CannotWrite,
+    Gone,
+}
+
+/// What the guardian is to know and to keep.
+pub(crate) struct Ward<'a> {
+    pub(crate) run: &'a str,
+    pub(crate) begun: Instant,
+    pub(crate) started: Timestamp,
+    pub(crate) tree: &'a mut Tree,
+    pub(crate) pipes: &'a mut Pipes,
+    pub(crate) recorder: &'a mut Recorder,
+    pub(crate) journal: Option<&'a Journal>,
+    pub(crate) entry: Option<&'a Entry>,
+    pub(crate) record: Option<Record>,
+    pub(crate) graveyard: Option<&'a Graveyard>,
+    pub(crate) stop: Stop,
+    pub(crate) before: &'a DataDirectory,
+    pub(crate) current: &'a Path,
+    pub(crate) data_directory: &'a Path,
+    pub(crate) command_line: &'a CommandLine,
+    /// Whether locks are to be given back at all.
+    pub(crate) release: bool,
+}
+
+impl Guardian {
+    /// Forks it. There must be one thread, and terraform must not have been started.
+    ///
+    /// # Errors
+    /// When there can be no socket or no process: then the run goes on without.
+    pub(crate) fn fork(ward: Ward<'_>) -> io::Result<Self> {
+        let (socket, its_end) = UnixStream::pair()?;
+        socket.set_nonblocking(true)?;
+        let mut keep: Vec<RawFd> = [its_end.as_fd(), ward.tree.lifeline(), ward.recorder.descriptor()]
+            .iter()
+            .chain(&ward.pipes.sources().collect::<Vec<_>>())
+            .map(AsRawFd::as_raw_fd)
+            .collect();
+        keep.extend(ward.entry.map(|entry| entry.charge().as_raw_fd()));
+        keep.extend(trace::descriptor());
+        let parent = if runner_kills_descendants() { detached::Parent::Init } else { detached::Parent::Us };
+        let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, ward))?;
+        Ok(Self { pid, socket, unsent: Vec::new() })
+    }
+
+    /// Its process, where it is a child of ours.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+
+    /// What the child of a fork writes its pid into.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// What it has said.
+    pub(crate) fn hear(&self) -> Heard {
+        match (&self.socket).read(&mut [0]) {
+            Ok(1) => Heard::CannotWrite,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
+            _ => Heard::Gone,
+        }
+    }
+
+    /// Tells of something that asked for an end.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn note(&mut self, event: Event) -> io::Result<()> {
+        let place = Event::ALL.iter().position(|known| *known == event).unwrap_or_default();
+        self.send(EVENT, &[u8::try_from(place).unwrap_or_default()])
+    }
+
+    /// Tells what terraform's log has told. False when there is no room for that now.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
+        self.flush()?;
+        if !self.unsent.is_empty() {
+            return Ok(false);
+        }
+        self.send(NEWS, &serde_json::to_vec(&(offset, log))?)?;
+        Ok(true)
+    }
+
+    /// Tells that everything is over. It will do nothing more, and [`Guardian::wait`] sees it end.
+    pub(crate) fn over(&mut self) {
+        let _ = self.send(OVER, &[]);
+    }
+
+    /// Waits until it has ended.
+    pub(crate) fn wait(self) {
+        let begun = Instant::now();
+        let mut guardian = self;
+        while begun.elapsed() < ENDS_WITHIN {
+            let _ = guardian.flush();
+            // Its end alone: what it may have said before counts no more.
+            if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(ENDS_WITHIN)) == [true] {
+                break;
+            }
+        }
+        if let Some(pid) = guardian.pid {
+            if begun.elapsed() >= ENDS_WITHIN {
+                trace!("the guardian does not end");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            let _ = nix::sys::wait::waitpid(pid, None);
+        }
+    }
+
+    fn send(&mut self, kind: u8, payload: &[u8]) -> io::Result<()> {
+        self.unsent.push(kind);
+        self.unsent.extend(u32::try_from(payload.len()).unwrap_or(0).to_le_bytes());
+        self.unsent.extend(payload);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.unsent.is_empty() {
+            match self.socket.write(&self.unsent) {
+                Ok(length) => drop(self.unsent.drain(..length)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a runner would kill what descends from us, whatever its environment says (Jenkins, ProcessTree.java,
+/// `killRecursively`).
+fn runner_kills_descendants() -> bool {
+    std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
+}
+
+fn is_jenkins_cookie(name: &str) -> bool {
+    (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
+}
+
+/// The variables by which a runner finds what it started, and the mark of the run that we may be nested in.
+fn marks_us(name: &str) -> bool {
+    is_jenkins_cookie(name) || matches!(name, "RUNNER_TRACKING_ID" | "BUILD_ID" | super::tree::RUN)
+}
+
+/// The guardian's own story.
+struct Watch<'a> {
+    socket: UnixStream,
+    ward: Ward<'a>,
+    terraform: Option<(Pid, OwnedFd)>,
+    received: Vec<u8>,
+    /// What the log has told, and was not written down yet.
+    news: Option<(u64, Log)>,
+}
+
+/// How the time with `tf` ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parting {
+    Over,
+    Vanished,
+}
+
+impl<'a> Watch<'a> {
+    fn begin(socket: UnixStream, ward: Ward<'a>) {
+        environment::forget(marks_us);
+        ward.tree.see_from_beside();
+        crash_point::reached("guardian: watching");
+        let mut watch = Self { socket, ward, terraform: None, received: Vec::new(), news: None };
+        if watch.until_parting() == Parting::Vanished {
+            crash_point::reached("guardian: alone");
+            watch.finish();
+        }
+    }
+
+    /// Listens to `tf`, for as long as there is one.
+    fn until_parting(&mut self) -> Parting {
+        let mut bytes = [0; 1 << 14];
+        loop {
+            // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
+            let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
+            let deadline =
+                self.ward.stop.deadline().map(|at| (self.ward.begun + at).saturating_duration_since(Instant::now()));
+            if poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], deadline) == [false] {
+                continue;
+            }
+            let length = match self.socket.read(&mut bytes) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => 0,
+            };
+            self.received.extend(&bytes[..length]);
+            while let Some((kind, payload)) = self.message() {
+                if kind == OVER {
+                    return Parting::Over;
+                }
+                self.heard(kind, &payload);
+            }
+            if length == 0 {
+                return Parting::Vanished;
+            }
+            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
+                self.write_news();
+            }
+        }
+    }
+
+    fn message(&mut self) -> Option<(u8, Vec<u8>)> {
+        let (kind, length) = self
+            .received
+            .split_first_chunk::<5>()
+            .map(|(head, _)| (head[0], u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize))?;
+        if length > LONGEST || self.received.len() < 5 + length {
+            return None;
+        }
+        let payload = self.received[5..5 + length].to_vec();
+        self.received.drain(..5 + length);
+        Some((kind, payload))
+    }
+
+    fn heard(&mut self, kind: u8, payload: &[u8]) {
+        match kind {
+            STARTED => {
+                let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
+                let pid = Pid::from_raw(number);
+                self.terraform = process::watch_end(pid).ok().map(|process| (pid, process));
+                self.ward.tree.started(pid);
+                if let Some(record) = &mut self.ward.record {
+                    record.terraform = Some(number);
+                }
+                crash_point::reached("guardian: knows terraform");
+            }
+            EVENT => {
+                if let Some(event) = payload.first().and_then(|&place| Event::ALL.get(usize::from(place))) {
+                    // What follows from it `tf` does itself.
+                    let _ = self.ward.stop.decide(*event, self.ward.begun.elapsed());
+                }
+            }
+            NEWS => {
+                if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
+                    self.news = Some((offset, log));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn write_news(&mut self) {
+        let Some((offset, log)) = self.news.take() else { return };
+        crash_point::reached("guardian: has news");
+        if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+            record.log = log.clone();
+            record.offset = offset;
+            // A lock that is gone need not be known to be gone after a loss of power: whoever looks will see.
+            let to_disk = log.standing().next().is_some();
+            let written = entry.write(record, to_disk);
+            trace!("guardian: journal written: {}", written.is_ok());
+            if written.is_err() {
+                let _ = self.socket.write(&[1]);
+            }
+            crash_point::reached("guardian: has written");
+        }
+        self.ward.recorder.resume(log, offset);
+    }
+
+    /// `tf` is gone: everything that it would have done.
+    fn finish(mut self) {
+        trace!("guardian: tf is gone");
+        self.write_news();
+        let _ = std::env::set_current_dir(self.ward.current);
+        self.ward.pipes.lead_nowhere();
+        let ended = self.stop_terraform();
+        trace!("guardian: terraform ended: {ended:?}");
+        crash_point::reached("guardian: terraform ended");
+        let left_over = self.settle(ended);
+        self.ward.recorder.remove();
+        if let (Some(entry), Some(mut record)) = (self.ward.entry, self.ward.record.take()) {
+            if left_over.is_empty() {
+                entry.take_away();
+            } else {
+                record.leave(left_over);
+                let _ = entry.write(&record, true);
+            }
+        }
+        crash_point::reached("guardian: done");
+    }
+
+    /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
+    fn stop_terraform(&mut self) -> Option<Ended> {
+        let (pid, process) = self.terraform.take()?;
+        let mut effects = self.ward.stop.decide(Event::ParentGone, self.ward.begun.elapsed());
+        let mut interrupt = false;
+        let mut looked: Option<Instant> = None;
+        loop {
+            for effect in effects.drain(..) {
+                match effect {
+                    Effect::InterruptGroup | Effect::InterruptTerraform => interrupt = true,
+                    Effect::Kill(_) => self.ward.tree.kill(),
+                    Effect::SayStopping(_) | Effect::SayForcing => {}
+                }
+            }
+            // Not before it is terraform: what comes earlier is thrown away between fork and exec.
+            if interrupt && Process::look_up(pid).is_some_and(|process| self.ward.tree.is_marked(&process)) {
+                interrupt = false;
+                let sent = process::signal(&process, Signal::SIGINT);
+                trace!("guardian: interrupted terraform: {}", sent.is_ok());
+                crash_point::reached("guardian: interrupted");
+            }
+            // One that was stopped when its parent died was hung up by the kernel. Where that did not happen, as in a
+            // session without a terminal, it acts on nothing until it is continued.
+            if Process::look_up(pid).is_some_and(|process| process.state == 'T') {
+                let _ = process::signal(&process, Signal::SIGCONT);
+            }
+            let mut awaited = vec![(process.as_fd(), PollFlags::POLLIN)];
+            awaited.extend(self.ward.pipes.awaited());
+            let ready = poll::wait(&awaited, Some(LOOK));
+            self.ward.pipes.step(&ready[1..]);
+            if ready[0] {
+                break;
+            }
+            // Everybody who is below it now, so that they are known when they are not below it any more.
+            if looked.is_none_or(|at| at.elapsed() > LOOK_AROUND) {
+                self.ward.tree.living();
+                looked = Some(Instant::now());
+            }
+            effects = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
+        }
+        let begun = Instant::now();
+        loop {
+            let ended = process::end_of(&process);
+            if ended.is_some() || begun.elapsed() > BURIED_WITHIN {
+                return ended;
+            }
+            poll::wait(&[], Some(Duration::from_millis(5)));
+        }
+    }
+
+    /// Gives back what terraform has left. Returns the locks that could not be given back yet.
+    fn settle(&mut self, ended: Option<Ended>) -> Vec<RecordedLock> {
+        let ward = &mut self.ward;
+        let log = ward.recorder.read().clone();
+        let standing: Vec<&RecordedLock> = log.standing().collect();
+        if standing.is_empty() || !ward.release {
+            return Vec::new();
+        }
+        // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
+        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), true));
+        let mut patience = Patience::Nobodys;
+        let keep = reason_to_keep(ward.tree, died, ward.stop.killed().is_some(), &mut patience);
+        trace!("guardian: {} locks may stand; died: {died}; kept: {keep:?}", standing.len());
+        crash_point::reached("guardian: tree judged");
+        let after = DataDirectory::read(ward.data_directory);
+        let places = Places::new(ward.data_directory, ward.before, after, ward.command_line);
+        let situation = Situation {
+            run: Run {
+                who: lock_info::who(),
+                started: ward.started,
+                disordered: log.disordered,
+                locking_disabled: log.locking_disabled,
+            },
+            request_may_land: died,
+            write_may_land: died,
+        };
+        let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
+        let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
+        crash_point::reached("guardian: gave back");
+        bury(&settled, &situation, ward.graveyard);
+        settled.into_iter().filter(super::giving_back::Settled::is_left_over).map(|settled| settled.lock).collect()
+    }
+}

@@ -1,0 +1,521 @@
+//! The journal: who releases when everything was killed.
+//!
+//! Each run has a directory below `runs/` in the state directory, with two files. `record.json` says what the next `tf`
+//! must know: the lock facts out of terraform's log, where the lock lives and how it was reached; no argument's value, no
+//! key, no token. `lock` tells who is alive, by two bytes that are locked ([`crate::sys::lock_file`]):
+//!
+//! - [`LIFE`] is held by terraform and by all that inherited the descriptor from it;
+//! - [`CHARGE`] is held by whoever takes care of the run: `tf` and its guardian together, later one recoverer. Nothing
+//!   inherits it.
+//!
+//! A run that ends well takes its directory away.
+//!
+//! A directory is made under another name, locked, written, and then moved to its place, and moved away again before it
+//! is emptied: so whatever is found in place is whole, and was locked from its first moment on. A record is replaced by
+//! rename(2), so it is whole at every moment as well.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::crash_point;
+use super::host::{Host, Standpoint};
+use super::state_directory::StateDirectory;
+use super::tree;
+use crate::lock::access::{Access, Surroundings};
+use crate::sys::{descriptor, lock_file};
+use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::log::{Log, RecordedLock};
+use crate::trace::trace;
+
+/// The byte that the whole tree below terraform holds.
+const LIFE: u8 = 0;
+
+/// The byte of whoever takes care of the run.
+const CHARGE: u8 = 1;
+
+/// No record is longer; what is, is hostile.
+const LONGEST: u64 = 1 << 20;
+
+/// So many unreadable records are kept for somebody to look at.
+const SET_ASIDE: usize = 16;
+
+/// What nobody here may judge, or nobody came back for, goes after so long.
+const FORGOTTEN: Duration = Duration::from_hours(30 * 24);
+
+/// What is written down of one run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) format: u32,
+    /// The run's ID, the last part of its `TFW_RUN` and the name of its directory.
+    pub(crate) run: String,
+    pub(crate) host: Host,
+    /// The pid of its `tf`, and of its terraform.
+    pub(crate) tf: u32,
+    pub(crate) terraform: Option<i32>,
+    /// When terraform was started.
+    pub(crate) started: Timestamp,
+    /// `terraform`, or by what name it was run.
+    pub(crate) program: String,
+    /// `-chdir`, where it was given.
+    pub(crate) chdir: Option<String>,
+    /// The subcommand, and the names of the flags that terraform has.
+    pub(crate) command: String,
+    pub(crate) flags: Vec<String>,
+    /// Where it ran, and where its data directory is.
+    pub(crate) directory: String,
+    pub(crate) data_directory: String,
+    /// The workspaces that it can have used.
+    pub(crate) workspaces: Vec<String>,
+    /// The backends that it can have used.
+    pub(crate) access: Vec<Access>,
+    pub(crate) surroundings: Surroundings,
+    /// What its log has told so far, and up to where it was read.
+    pub(crate) log: Log,
+    pub(crate) offset: u64,
+    /// Its operation is over, and what is left of it could not be done then.
+    pub(crate) over: bool,
+}
+
+impl Record {
+    /// The first form of a record; the rest is for the caller to fill in.
+    pub(crate) fn new(run: &str, journal: &Journal) -> Self {
+        Self {
+            format: 1,
+            run: run.to_owned(),
+            host: journal.host.clone(),
+            tf: std::process::id(),
+            terraform: None,
+            started: Timestamp::now(),
+            program: String::new(),
+            chdir: None,
+            command: String::new(),
+            flags: Vec::new(),
+            directory: String::new(),
+            data_directory: String::new(),
+            workspaces: Vec::new(),
+            access: Vec::new(),
+            surroundings: Surroundings::default(),
+            log: Log::default(),
+            offset: 0,
+            over: false,
+        }
+    }
+
+    /// What is left when a run is over: locks that could not be given back.
+    pub(crate) fn leave(&mut self, locks: Vec<RecordedLock>) {
+        self.log.locks = locks;
+        self.over = true;
+    }
+
+    /// A record is obeyed only if all of it makes sense.
+    fn is_sound(&self, name: &str) -> bool {
+        self.format == 1 && self.run == name && self.log.locks.iter().all(|lock| is_lock_id(&lock.id))
+    }
+}
+
+/// The runs below one state directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Journal {
+    runs: PathBuf,
+    host: Host,
+}
+
+/// A run's directory, and the hold on it of whoever takes care of the run.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    path: PathBuf,
+    charge: File,
+}
+
+/// What is found in the place of a run.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// Somebody of it is alive.
+    Living(Box<Record>),
+    /// Terraform's tree seems dead, and somebody takes care of the rest at this moment.
+    Settling(Box<Record>),
+    /// It is dead, and ours to finish.
+    Dead(Box<Record>, Entry, Standpoint),
+    /// Not for us to judge, and why. For whoever lists what there is; nothing is done about it.
+    Foreign(&'static str),
+    /// It was no record, and lies here now.
+    SetAside(PathBuf),
+    /// Nothing, or nothing any more.
+    Gone,
+}
+
+impl Journal {
+    /// The journal in `directory`, which is made.
+    ///
+    /// # Errors
+    /// Where it cannot be.
+    pub(crate) fn open(directory: &StateDirectory) -> io::Result<Self> {
+        let runs = directory.join("runs");
+        match DirBuilder::new().mode(0o700).create(&runs) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        Self::there(directory).ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "runs/ is not ours alone"))
+    }
+
+    /// The journal in `directory`, if there is one.
+    pub(crate) fn there(directory: &StateDirectory) -> Option<Self> {
+        let runs = directory.join("runs");
+        is_private(&runs).then(|| Self { host: Host::here(&runs), runs })
+    }
+
+    /// Makes the directory of a run. Gives the descriptor that terraform must inherit.
+    ///
+    /// # Errors
+    /// Where it cannot be made, written or locked. Nothing is left then.
+    pub(crate) fn begin(&self, record: &Record) -> io::Result<(Entry, OwnedFd)> {
+        let unfinished = self.runs.join(format!(".new-{}", record.run));
+        let begun = self.begin_in(&unfinished, record);
+        if begun.is_err() {
+            let _ = fs::remove_dir_all(&unfinished);
+        }
+        begun
+    }
+
+    fn begin_in(&self, unfinished: &Path, record: &Record) -> io::Result<(Entry, OwnedFd)> {
+        DirBuilder::new().mode(0o700).create(unfinished)?;
+        crash_point::reached("journal: made");
+        let path = unfinished.join("lock");
+        let life = create(&path)?;
+        let charge = open(&path, true)?;
+        if !lock_file::try_lock(&life, LIFE)? || !lock_file::try_lock(&charge, CHARGE)? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let inherited = descriptor::inheritable_high(&life)?;
+        crash_point::reached("journal: locked");
+        create(&unfinished.join("record.json"))?.write_all(&serde_json::to_vec(record)?)?;
+        crash_point::reached("journal: written");
+        let path = self.runs.join(&record.run);
+        fs::rename(unfinished, &path)?;
+        crash_point::reached("journal: in place");
+        Ok((Entry { path, charge }, inherited))
+    }
+
+    /// The names of the runs that are there. What was begun or taken away and not finished, and is old, is cleared away.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(&self.runs) else { return Vec::new() };
+        let mut names = Vec::new();
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if is_run_id(&name) {
+                names.push(name);
+            } else if (name.starts_with(".new-") && is_older(&entry.path(), Duration::from_hours(1)))
+                || name.starts_with(".old-")
+            {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        names
+    }
+
+    /// Looks at one run. What is dead is ours from then on, as long as the [`Entry`] is held.
+    pub(crate) fn look(&self, name: &str) -> Found {
+        let path = self.runs.join(name);
+        let Ok(place) = fs::symlink_metadata(&path) else { return Found::Gone };
+        if !is_private(&path) {
+            return Found::Foreign("it is not a directory of ours alone");
+        }
+        let record = match read(&path, name) {
+            Ok(record) => record,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Found::Gone,
+            Err(error) => {
+                trace!("record of {name}: {error}");
+                return self.set_aside(&path, name);
+            }
+        };
+        let standpoint = record.host.seen_from(&self.host);
+        if let Standpoint::Foreign(why) = standpoint {
+            if is_older(&path, FORGOTTEN) {
+                remove(&path);
+            }
+            return Found::Foreign(why);
+        }
+        let Ok(charge) = open(&path.join("lock"), false) else { return self.set_aside(&path, name) };
+        let record = Box::new(record);
+        let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
+        if standpoint == Standpoint::ThisBoot
+            && (lock_file::is_locked(&charge, LIFE).unwrap_or(true) || tree::has_living(name))
+        {
+            return Found::Living(record);
+        }
+        if !in_charge {
+            return Found::Settling(record);
+        }
+        // Whoever was in charge before us may have taken it away while we looked; and have written in between.
+        let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
+        match read(&path, name) {
+            Ok(record) if same => Found::Dead(Box::new(record), Entry { path, charge }, standpoint),
+            _ => Found::Gone,
+        }
+    }
+
+    /// Whether another run than `own`, with somebody of it alive, says that the lock `id` is its.
+    pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
+        self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
+            Found::Living(record) => record.log.locks.iter().any(|lock| lock.id == id && !lock.unlocked),
+            _ => false,
+        })
+    }
+
+    /// Puts what is no record out of the way, where a person can look at it.
+    fn set_aside(&self, path: &Path, name: &str) -> Found {
+        let directory = self.runs.with_file_name("set-aside");
+        let _ = DirBuilder::new().mode(0o700).create(&directory);
+        let target = directory.join(name);
+        let _ = fs::remove_dir_all(&target);
+        if !is_private(&directory) || fs::rename(path, &target).is_err() {
+            return Found::Foreign("it cannot be read");
+        }
+        let mut kept: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
+        kept.sort_by_key(|entry| std::cmp::Reverse(entry.metadata().and_then(|place| place.modified()).ok()));
+        for old in kept.into_iter().skip(SET_ASIDE) {
+            let _ = fs::remove_dir_all(old.path());
+        }
+        Found::SetAside(target)
+    }
+}
+
+impl Entry {
+    /// Replaces the record. With `to_disk` it is there after a loss of power too.
+    ///
+    /// # Errors
+    /// A full disk, or one that is gone.
+    pub(crate) fn write(&self, record: &Record, to_disk: bool) -> io::Result<()> {
+        let unfinished = self.path.join(format!("record.{}", std::process::id()));
+        let _ = fs::remove_file(&unfinished);
+        let written = (|| {
+            let mut file = create(&unfinished)?;
+            file.write_all(&serde_json::to_vec(record)?)?;
+            if to_disk {
+                file.sync_data()?;
+            }
+            fs::rename(&unfinished, self.path.join("record.json"))?;
+            if to_disk {
+                File::open(&self.path)?.sync_all()?;
+            }
+            Ok(())
+        })();
+        if written.is_err() {
+            let _ = fs::remove_file(&unfinished);
+        }
+        written
+    }
+
+    /// Takes the run out of the journal.
+    pub(crate) fn take_away(&self) {
+        remove(&self.path);
+    }
+
+    /// What must stay open in whoever takes care of the run.
+    pub(crate) fn charge(&self) -> &File {
+        &self.charge
+    }
+}
+
+/// Moved away first: nobody may find it half empty.
+fn remove(path: &Path) {
+    let Some(name) = path.file_name() else { return };
+    let mut old = std::ffi::OsString::from(".old-");
+    old.push(name);
+    let old = path.with_file_name(old);
+    if fs::rename(path, &old).is_ok() {
+        crash_point::reached("journal: moved away");
+        for file in ["record.json", "lock"] {
+            let _ = fs::remove_file(old.join(file));
+        }
+        if fs::remove_dir(&old).is_err() {
+            let _ = fs::remove_dir_all(&old);
+        }
+    }
+}
+
+fn read(path: &Path, name: &str) -> io::Result<Record> {
+    let mut text = Vec::new();
+    open(&path.join("record.json"), false)?.take(LONGEST + 1).read_to_end(&mut text)?;
+    let record: Record = serde_json::from_slice(&text)?;
+    if text.len() as u64 > LONGEST || !record.is_sound(name) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it contradicts itself"));
+    }
+    Ok(record)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+/// Opens a file of ours, and nothing that somebody else has put or linked there.
+fn open(path: &Path, just_made: bool) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
+    if !just_made {
+        let place = file.metadata()?;
+        if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || place.nlink() != 1 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of ours alone"));
+        }
+    }
+    Ok(file)
+}
+
+/// A directory of ours that nobody else can look into, and no link to one.
+fn is_private(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|place| {
+        place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
+    })
+}
+
+fn is_older(path: &Path, age: Duration) -> bool {
+    let modified = fs::symlink_metadata(path).and_then(|place| place.modified());
+    modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
+}
+
+/// `PID-RANDOM`, as [`super::run_id`] makes it.
+fn is_run_id(name: &str) -> bool {
+    name.split_once('-').is_some_and(|(pid, random)| {
+        pid.parse::<u32>().is_ok()
+            && random.len() == 16
+            && random.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+/// The flags of terraform that say something about a run and whose names can be told from values.
+const FLAGS: [&str; 22] = [
+    "auto-approve",
+    "backend",
+    "backend-config",
+    "backup",
+    "destroy",
+    "detailed-exitcode",
+    "force-copy",
+    "input",
+    "json",
+    "lock",
+    "lock-timeout",
+    "migrate-state",
+    "out",
+    "parallelism",
+    "reconfigure",
+    "refresh",
+    "refresh-only",
+    "replace",
+    "state",
+    "target",
+    "var",
+    "var-file",
+];
+
+/// The names of the flags among `arguments`, never a value: a word that is no flag of terraform's is somebody's value.
+pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> Vec<String> {
+    let mut names = Vec::new();
+    for argument in arguments {
+        let Some(word) = argument.to_str().and_then(|word| word.strip_prefix('-')) else { continue };
+        let name = word.trim_start_matches('-').split('=').next().unwrap_or_default();
+        if FLAGS.contains(&name) {
+            names.push(format!("-{name}"));
+        }
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::tests::{ID, lock_line};
+
+    const RUN: &str = "4000000-0123456789abcdef";
+
+    fn journal() -> (tempfile::TempDir, Journal) {
+        let root = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&StateDirectory::at(root.path())).unwrap();
+        (root, journal)
+    }
+
+    fn record(journal: &Journal) -> Record {
+        let mut record = Record::new(RUN, journal);
+        record.log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        record
+    }
+
+    #[test]
+    fn a_run_is_living_then_settling_then_dead_then_gone() {
+        let (_root, journal) = journal();
+        let (entry, life) = journal.begin(&record(&journal)).unwrap();
+        assert_eq!(journal.names(), [RUN]);
+        assert!(matches!(journal.look(RUN), Found::Living(_)));
+        assert!(journal.is_claimed(ID, "other") && !journal.is_claimed(ID, RUN));
+        drop(life);
+        assert!(matches!(journal.look(RUN), Found::Settling(_)));
+        let kept = entry.path.clone();
+        drop(entry);
+        let Found::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
+        assert_eq!(found.log.locks[0].id, ID);
+        assert!(matches!(journal.look(RUN), Found::Settling(_)), "one recoverer at a time");
+        entry.take_away();
+        assert!(!kept.exists() && fs::read_dir(&journal.runs).unwrap().next().is_none(), "nothing is left");
+        assert!(matches!(journal.look(RUN), Found::Gone));
+    }
+
+    #[test]
+    fn a_record_that_is_cut_anywhere_is_set_aside_and_nothing_breaks() {
+        let (root, journal) = journal();
+        let whole = serde_json::to_vec(&record(&journal)).unwrap();
+        for length in 0..whole.len() {
+            let (entry, life) = journal.begin(&record(&journal)).unwrap();
+            fs::write(entry.path.join("record.json"), &whole[..length]).unwrap();
+            drop((entry, life));
+            let found = journal.look(RUN);
+            assert!(matches!(found, Found::SetAside(_)), "cut at {length}: {found:?}");
+            assert!(journal.names().is_empty());
+        }
+        assert!(fs::read_dir(root.path().join("set-aside")).unwrap().count() <= SET_ASIDE);
+    }
+
+    #[test]
+    fn what_others_put_there_is_never_obeyed() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let (root, journal) = journal();
+        let (entry, life) = journal.begin(&record(&journal)).unwrap();
+        let path = entry.path.clone();
+        drop((entry, life));
+        // A link to a whole record, in place of the directory and of the file.
+        let elsewhere = root.path().join("elsewhere");
+        fs::rename(&path, &elsewhere).unwrap();
+        symlink(&elsewhere, &path).unwrap();
+        assert!(matches!(journal.look(RUN), Found::Foreign(_)));
+        fs::remove_file(&path).unwrap();
+        fs::rename(&elsewhere, &path).unwrap();
+        fs::rename(path.join("record.json"), root.path().join("record")).unwrap();
+        symlink(root.path().join("record"), path.join("record.json")).unwrap();
+        assert!(matches!(journal.look(RUN), Found::SetAside(_)));
+        // One that is open to others.
+        let (entry, life) = journal.begin(&record(&journal)).unwrap();
+        drop((entry, life));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(journal.look(RUN), Found::Foreign(_)));
+        // One that says to be another run.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        let other = "4000000-fedcba9876543210";
+        fs::rename(&path, path.with_file_name(other)).unwrap();
+        assert!(matches!(journal.look(other), Found::SetAside(_)));
+    }
+
+    #[test]
+    fn only_the_names_of_flags_are_kept() {
+        let arguments =
+            ["-auto-approve", "-var", "secret=hunter2", "-var=x=hunter3", "--target=a", "-hunter4", "-lock-timeout=0s"];
+        let names = flag_names(arguments.iter().map(OsStr::new));
+        assert_eq!(names, ["-auto-approve", "-var", "-var", "-target", "-lock-timeout"]);
+    }
+}

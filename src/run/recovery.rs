@@ -1,0 +1,315 @@
+//! The next `tf`: finishes what dead runs on this host have left.
+//!
+//! A run of the same place is finished before terraform starts, which would be refused by its lock. Any other is finished
+//! by a process that goes on by itself, so that nobody waits for another directory's lock service.
+//!
+//! Both happen in a process of their own. It changes its environment to that of the dead run, because AWS must be
+//! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
+//! a process that never had any; and a person who has had enough can end it.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::crash_point;
+use super::giving_back::{Settled, bury, give_back, may_land, visit};
+use super::host::Standpoint;
+use super::journal::{Entry, Found, Journal, Record};
+use super::patience::Patience;
+use super::places::Places;
+use super::poll;
+use super::recorder::Recorder;
+use super::state_directory::StateDirectory;
+use super::tombstone::{Graveyard, Tombstone};
+use crate::lock::proof::Run;
+use crate::lock::release::{Outcome, Situation};
+use crate::report;
+use crate::sys::signals::Signals;
+use crate::sys::{detached, environment};
+use crate::terraform::backend::CachedBackend;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info;
+use crate::terraform::log::RecordedLock;
+use crate::trace::{self, trace};
+
+/// How long somebody who is finishing a run of our place at this moment is waited for.
+const OTHERS_FINISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// Between two looks at that.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A dead run that is ours to finish.
+struct Dead {
+    record: Box<Record>,
+    entry: Entry,
+    standpoint: Standpoint,
+    journal: Journal,
+    graveyard: Graveyard,
+}
+
+/// Finishes dead runs before terraform starts in `here`. Gives the signal by which somebody asked us to stop meanwhile.
+/// There must be one thread.
+pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut Signals) -> Option<Signal> {
+    let mut near = Vec::new();
+    let mut far = Vec::new();
+    let mut late = Vec::new();
+    for state in states {
+        let graveyard = Graveyard::of(state);
+        late.extend(
+            graveyard
+                .read(Timestamp::now())
+                .into_iter()
+                .filter(|tombstone| !here.of(&tombstone.lock).is_empty())
+                .map(|tombstone| (tombstone, Graveyard::of(state))),
+        );
+        let Some(journal) = Journal::there(state) else { continue };
+        for name in journal.names() {
+            match look(&journal, &name, here, signals) {
+                Found::Dead(record, entry, standpoint) => {
+                    let is_near = is_of(&record, here);
+                    let graveyard = Graveyard::of(state);
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
+                    if is_near { near.push(dead) } else { far.push(dead) }
+                }
+                Found::SetAside(path) => report::say(&report::set_aside(&path)),
+                Found::Foreign(why) => trace!("run {name} is left alone: {why}"),
+                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+            }
+        }
+    }
+    if !far.is_empty() {
+        finish_without_waiting(far);
+    }
+    let mut asked = None;
+    if !near.is_empty() || !late.is_empty() {
+        finish_and_wait(near, &late, here, signals, &mut asked);
+    }
+    asked
+}
+
+/// Whether the run of `record` can have locked the place where we are.
+fn is_of(record: &Record, here: &Places) -> bool {
+    record.log.standing().any(|lock| !here.of(lock).is_empty()) || record.data_directory == here.data_directory
+}
+
+/// Looks at a run; one of our place that somebody else is finishing is waited for, for it is about to be gone.
+fn look(journal: &Journal, name: &str, here: &Places, signals: &mut Signals) -> Found {
+    let begun = Instant::now();
+    loop {
+        match journal.look(name) {
+            Found::Settling(record)
+                if is_of(&record, here)
+                    && record.log.standing().next().is_some()
+                    && begun.elapsed() < OTHERS_FINISH_WITHIN
+                    && !poll::ready_now(signals.as_fd(), PollFlags::POLLIN) =>
+            {
+                poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+            }
+            found => return found,
+        }
+    }
+}
+
+fn descriptors(runs: &[Dead]) -> Vec<i32> {
+    runs.iter().map(|dead| dead.entry.charge().as_raw_fd()).chain(trace::descriptor()).collect()
+}
+
+/// Runs that have nothing to do with this one.
+fn finish_without_waiting(runs: Vec<Dead>) {
+    let keep = descriptors(&runs);
+    let work = || {
+        for dead in runs {
+            finish(dead);
+        }
+    };
+    if let Err(error) = detached::run(c"tf-recovery", detached::Parent::Init, &keep, work) {
+        trace!("no process for the recovery: {error}");
+    }
+}
+
+/// Runs of our place, and locks that came late to it.
+fn finish_and_wait(
+    runs: Vec<Dead>,
+    late: &[(Tombstone, Graveyard)],
+    here: &Places,
+    signals: &mut Signals,
+    asked: &mut Option<Signal>,
+) {
+    let Ok((mut lines, mut pen)) = UnixStream::pair() else { return };
+    let mut keep = descriptors(&runs);
+    keep.push(pen.as_raw_fd());
+    let current = std::env::current_dir();
+    let forked = detached::run(c"tf-recovery", detached::Parent::Us, &keep, || {
+        if let Ok(current) = current {
+            let _ = std::env::set_current_dir(current);
+        }
+        for (tombstone, graveyard) in late {
+            if visit(tombstone, here, graveyard, &mut Patience::Nobodys) {
+                write_message(&mut pen, &report::came_late(&tombstone.lock));
+            }
+        }
+        for dead in runs {
+            for message in finish(dead) {
+                write_message(&mut pen, &message);
+            }
+        }
+    });
+    drop(pen);
+    let Ok(Some(pid)) = forked else { return };
+    let mut received = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let ready = poll::wait(&[(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)], None);
+        if ready[1] {
+            hear(signals, asked, pid);
+        }
+        if ready[0] {
+            match lines.read(&mut buffer) {
+                Ok(length @ 1..) => received.extend(&buffer[..length]),
+                _ => break,
+            }
+            while let Some(end) = received.iter().position(|&byte| byte == 0) {
+                let message: Vec<u8> = received.drain(..=end).collect();
+                report::say(&String::from_utf8_lossy(&message[..end]));
+            }
+        }
+    }
+    let _ = nix::sys::wait::waitpid(pid, None);
+}
+
+/// The first request to stop is answered and remembered; the second ^C ends the recovery, which loses nothing.
+fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
+    while let Some(arrival) = signals.next() {
+        if ![Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].contains(&arrival.signal) {
+            continue;
+        }
+        if arrival.signal == Signal::SIGHUP && signals.inherited().ignores(Signal::SIGHUP) {
+            continue;
+        }
+        if asked.is_none() {
+            report::say(&report::still_releasing());
+        } else if arrival.signal == Signal::SIGINT {
+            let _ = kill(recovery, Signal::SIGKILL);
+        }
+        asked.get_or_insert(arrival.signal);
+    }
+}
+
+fn write_message(pen: &mut UnixStream, message: &str) {
+    let _ = pen.write_all(message.as_bytes());
+    let _ = pen.write_all(&[0]);
+}
+
+/// Finishes one dead run. Gives what is to be said of it.
+fn finish(dead: Dead) -> Vec<String> {
+    let Dead { mut record, entry, standpoint, journal, graveyard } = dead;
+    trace!("recovery: run {} is dead ({standpoint:?})", record.run);
+    crash_point::reached("recovery: begun");
+    let recorder = match standpoint {
+        // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
+        Standpoint::ThisBoot => Recorder::find(&record.run, record.log.clone(), record.offset),
+        _ => None,
+    };
+    let recorder = recorder.filter(|_| !record.over).map(|mut recorder| {
+        record.log = recorder.read().clone();
+        recorder
+    });
+    for (name, value) in record.surroundings.changes() {
+        environment::change(name, value.as_ref());
+    }
+    let _ = std::env::set_current_dir(&record.directory);
+    let (messages, left_over) = settle(&record, &journal, &graveyard);
+    crash_point::reached("recovery: settled");
+    if left_over.is_empty() {
+        entry.take_away();
+    } else {
+        record.leave(left_over);
+        let _ = entry.write(&record, true);
+    }
+    crash_point::reached("recovery: closed");
+    // Last: as long as the record stands, the next one needs it as much as we did.
+    drop(recorder);
+    messages
+}
+
+fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<String>, Vec<RecordedLock>) {
+    let standing: Vec<&RecordedLock> = record.log.standing().collect();
+    if standing.is_empty() {
+        return (Vec::new(), Vec::new());
+    }
+    let now = Timestamp::now();
+    let after = DataDirectory::read(Path::new(&record.data_directory));
+    let mut missing = Vec::new();
+    let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
+        Ok(backend) => Some(DataDirectory { backend: Some(backend), workspace: after.workspace.clone() }),
+        Err(attributes) => {
+            missing.push(attributes);
+            None
+        }
+    });
+    let places = Places {
+        directories: directories.collect(),
+        workspaces: record.workspaces.clone(),
+        data_directory: record.data_directory.clone(),
+    };
+    let recent = may_land(record.log.latest, now);
+    let situation = Situation {
+        run: Run {
+            who: lock_info::who(),
+            started: record.started,
+            disordered: record.log.disordered,
+            locking_disabled: record.log.locking_disabled,
+        },
+        // One look is enough: what comes later is found by its tombstone.
+        request_may_land: false,
+        write_may_land: recent,
+    };
+    // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
+    let died = true;
+    let unreachable = (places.directories.is_empty() && !missing.is_empty())
+        .then(|| Outcome::later(report::missing(&missing.join(", "), &record.data_directory)));
+    let claimed = |id: &str| journal.is_claimed(id, &record.run);
+    let mut patience = Patience::Nobodys;
+    let settled = give_back(&standing, &places, &situation, died, unreachable.as_ref(), claimed, &mut patience);
+    if recent {
+        bury(&settled, &situation, Some(graveyard));
+    }
+    let mut messages = Vec::new();
+    let mut left_over = Vec::new();
+    for Settled { lock, outcome, .. } in settled {
+        match outcome {
+            Some(Outcome::Released(_)) => messages.push(report::recovered(record, &lock, now)),
+            Some(Outcome::Kept { reason, later }) => {
+                messages.push(report::not_recovered(record, &lock, &reason));
+                if later {
+                    left_over.push(lock);
+                }
+            }
+            Some(Outcome::Absent { .. }) => {
+                let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
+                if !is_gone_for_sure(record, backend, &mut patience) {
+                    messages.push(report::not_recovered(record, &lock, report::ANOTHER_ACCOUNT));
+                    left_over.push(lock);
+                }
+            }
+            None => {}
+        }
+    }
+    (messages, left_over)
+}
+
+/// Whether "it is not there" was said by the place where it was: the same account, and by how we have set up our
+/// environment the same region and endpoint.
+fn is_gone_for_sure(record: &Record, backend: Option<&CachedBackend>, patience: &mut Patience<'_>) -> bool {
+    let Some(backend) = backend else { return false };
+    let variable = |name: &str| std::env::var_os(name);
+    let same = record.surroundings.are_of_the_same_account(&record.run, &record.access, backend, variable);
+    patience.until(same).unwrap_or(false)
+}

@@ -1,0 +1,197 @@
+//! The directory in which `tf` keeps what must outlive it.
+//!
+//! It must be this user's own, on a disk of this machine, and nobody else may have a hand in its path: under sudo with
+//! another's HOME, root would write into a directory that its owner rearranges as he likes. So from the place that the
+//! environment names downwards every directory must belong to us and be no link, and nobody else may write into the last.
+//! What does not fit is passed over for the next; without any, terraform runs unprotected by the journal.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::sys::filesystem;
+
+/// A place where the directory may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Candidate {
+    /// What the environment names; it must be ours.
+    base: PathBuf,
+    /// What of the path below it is ours to make.
+    below: PathBuf,
+    /// Whether the base may be made too.
+    made: bool,
+}
+
+/// A directory that may be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StateDirectory(PathBuf);
+
+impl StateDirectory {
+    /// The first that can be used, made where it is not there yet.
+    ///
+    /// # Errors
+    /// Why the first place that the environment names cannot be used, when no other can either.
+    pub(crate) fn open(variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
+        let mut first = None;
+        for candidate in candidates(variable) {
+            match candidate.open() {
+                Ok(directory) => return Ok(directory),
+                Err(error) => {
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        Err(first.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
+    }
+
+    /// All that are there and can be used: where earlier runs may have left something, in whatever environment.
+    pub(crate) fn all(variable: impl Fn(&str) -> Option<OsString>) -> Vec<Self> {
+        let mut all: Vec<Self> = candidates(variable).filter_map(|candidate| candidate.there().ok()).collect();
+        all.dedup();
+        all
+    }
+
+    /// A directory in it, which may not be there.
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+}
+
+/// The places, the preferred one first: `TFW_STATE_DIR`, `XDG_STATE_HOME/tf`, `~/.local/state/tf`, `XDG_RUNTIME_DIR/tf`,
+/// `/var/tmp/tf-UID`.
+fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item = Candidate> {
+    let uid = nix::unistd::geteuid().as_raw();
+    let set = |name| variable(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
+    let place = |base: PathBuf, below: &str, made| Candidate { base, below: below.into(), made };
+    let home = set("HOME").filter(|home| is_ours(home)).or_else(|| home_in_passwd(uid));
+    [
+        set("TFW_STATE_DIR").map(|base| place(base, "", true)),
+        set("XDG_STATE_HOME").map(|base| place(base, "tf", true)),
+        home.map(|base| place(base, ".local/state/tf", false)),
+        set("XDG_RUNTIME_DIR").map(|base| place(base, "tf", false)),
+        Some(place(format!("/var/tmp/tf-{uid}").into(), "", true)),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// The home that the user database names, where HOME is somebody else's (sudo).
+fn home_in_passwd(uid: u32) -> Option<PathBuf> {
+    let passwd = fs::read_to_string("/etc/passwd").ok()?;
+    passwd.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(PathBuf::from)).flatten()
+    })
+}
+
+fn is_ours(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|place| place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw())
+}
+
+impl Candidate {
+    fn path(&self) -> PathBuf {
+        if self.below.as_os_str().is_empty() { self.base.clone() } else { self.base.join(&self.below) }
+    }
+
+    fn open(&self) -> io::Result<StateDirectory> {
+        if !self.made && !is_ours(&self.base) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is not ours", self.base.display())));
+        }
+        match self.there() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                DirBuilder::new().recursive(true).mode(0o700).create(self.path())?;
+                self.there()
+            }
+            there => there,
+        }
+    }
+
+    /// The directory, if it is there and fit for use.
+    fn there(&self) -> io::Result<StateDirectory> {
+        let refused = |path: &Path, why: &str| {
+            io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))
+        };
+        let uid = nix::unistd::geteuid().as_raw();
+        let mut path = self.base.clone();
+        // A home may be reached through a link of the administrator's; what is below it may not.
+        let mut last = fs::metadata(&path)?;
+        for part in &self.below {
+            path.push(part);
+            if last.uid() != uid {
+                break;
+            }
+            last = fs::symlink_metadata(&path)?;
+            if last.is_symlink() {
+                return Err(refused(&path, "is a link"));
+            }
+        }
+        if !last.is_dir() || last.uid() != uid {
+            return Err(refused(&path, "is not ours"));
+        }
+        if last.mode() & 0o022 != 0 {
+            return Err(refused(&path, "can be written by others"));
+        }
+        if fs::symlink_metadata(&path)?.is_symlink() {
+            return Err(refused(&path, "is a link"));
+        }
+        if !filesystem::is_local(&path) {
+            return Err(refused(&path, "lies on a file system whose locks may mean nothing"));
+        }
+        Ok(StateDirectory(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn open(set: &[(&str, &Path)]) -> Option<PathBuf> {
+        let known = |name: &str| set.iter().find(|(known, _)| *known == name).map(|(_, path)| (*path).into());
+        let candidate = candidates(known).find(|candidate| !candidate.base.starts_with("/var/tmp"))?;
+        candidate.open().ok().map(|directory| directory.0)
+    }
+
+    #[test]
+    fn the_first_place_that_is_named_is_used_and_made_for_us_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let state = root.path().join("state");
+        assert_eq!(open(&[("TFW_STATE_DIR", &state), ("HOME", root.path())]), Some(state.clone()));
+        assert_eq!(fs::metadata(&state).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(open(&[("XDG_STATE_HOME", &state)]), Some(state.join("tf")));
+        assert_eq!(open(&[("HOME", root.path())]), Some(root.path().join(".local/state/tf")));
+    }
+
+    #[test]
+    fn a_link_on_the_way_or_a_door_left_open_is_not_used() {
+        let root = tempfile::tempdir().unwrap();
+        let elsewhere = root.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        symlink(&elsewhere, root.path().join(".local")).unwrap();
+        assert_eq!(open(&[("HOME", root.path())]), None);
+        let state = root.path().join("state");
+        symlink(&elsewhere, &state).unwrap();
+        assert_eq!(open(&[("TFW_STATE_DIR", &state)]), None);
+        fs::remove_file(&state).unwrap();
+        fs::create_dir(&state).unwrap();
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(open(&[("TFW_STATE_DIR", &state)]), None);
+    }
+
+    #[test]
+    fn a_relative_path_names_no_place() {
+        assert_eq!(
+            candidates(|name| (name == "TFW_STATE_DIR").then(|| "state".into()))
+                .filter(|c| c.base == Path::new("state"))
+                .count(),
+            0
+        );
+    }
+}

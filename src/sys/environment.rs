@@ -1,0 +1,46 @@
+//! The environment of this process, as others see it and as libraries read it.
+
+use std::ffi::{CStr, OsStr, OsString};
+
+unsafe extern "C" {
+    #[cfg_attr(target_os = "macos", expect(dead_code, reason = "not linked there"))]
+    static mut environ: *mut *mut libc::c_char;
+}
+
+/// Takes every variable for which `unwanted` says so out of the environment, and out of what /proc/PID/environ shows of
+/// this process: a runner that looks for its mark there does not find it any more. There must be one thread.
+pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
+    // SAFETY: one thread. `environ` is the list that the kernel laid out at exec (nothing was added since, and if it was,
+    // an entry is still a writable, zero-terminated string that nothing else refers to).
+    unsafe {
+        let mut from = environ;
+        let mut to = environ;
+        if from.is_null() {
+            return;
+        }
+        while !(*from).is_null() {
+            let entry = *from;
+            let text = CStr::from_ptr(entry).to_bytes();
+            let name = text.split(|&byte| byte == b'=').next().unwrap_or_default();
+            if std::str::from_utf8(name).is_ok_and(&unwanted) {
+                std::ptr::write_bytes(entry, 0, text.len());
+            } else {
+                *to = entry;
+                to = to.add(1);
+            }
+            from = from.add(1);
+        }
+        *to = std::ptr::null_mut();
+    }
+}
+
+/// Sets a variable, or takes it away. There must be one thread.
+pub(crate) fn change(name: &str, value: Option<&OsString>) {
+    // SAFETY: one thread.
+    unsafe {
+        match value {
+            Some(value) => std::env::set_var(name, AsRef::<OsStr>::as_ref(value)),
+            None => std::env::remove_var(name),
+        }
+    }
+}

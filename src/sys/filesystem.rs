@@ -1,0 +1,42 @@
+//! What kind of file system a directory lies on.
+
+use std::path::Path;
+
+/// Whether the locks of the file system at `path` are this machine's own, and nobody else's: a list of those of which
+/// that is known. On a network file system a lock may be granted and mean nothing on the next host.
+pub(crate) fn is_local(path: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        /// statfs(2), linux/magic.h: ext2 to ext4, xfs, btrfs, tmpfs, overlayfs, f2fs, zfs, bcachefs.
+        const LOCAL: [u64; 8] =
+            [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0x794C_7630, 0xF2F5_2010, 0x2FC1_2FC1, 0xCA45_1A4E];
+        nix::sys::statfs::statfs(path).is_ok_and(|system| {
+            #[expect(
+                clippy::cast_sign_loss,
+                reason = "a magic number of 32 bits, in a type that differs between libraries"
+            )]
+            let kind = (system.filesystem_type().0 as u64) & 0xffff_ffff;
+            LOCAL.contains(&kind)
+        })
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        // MNT_LOCAL in f_flags (statfs(2) of macOS).
+        const MNT_LOCAL: u32 = 0x1000;
+        let Ok(path) = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())) else {
+            return false;
+        };
+        // SAFETY: `path` is zero-terminated, `system` is written by the kernel.
+        unsafe {
+            let mut system: libc::statfs = std::mem::zeroed();
+            libc::statfs(path.as_ptr(), &raw mut system) == 0 && system.f_flags & MNT_LOCAL != 0
+        }
+    }
+}
+
+/// A number that stays the same as long as the file system does, over reboots too where it has a UUID (statvfs(3),
+/// `f_fsid`). 0 where there is none.
+pub(crate) fn identity(path: &Path) -> u64 {
+    #[expect(clippy::useless_conversion, reason = "the type differs between systems")]
+    nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))
+}

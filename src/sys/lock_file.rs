@@ -1,0 +1,79 @@
+//! Locks on single bytes of a file that belong to an open file description (F_OFD_SETLK, fcntl_locking(2)): inherited
+//! through fork and exec with the descriptor, given back when the last process that has it is gone, however it ended.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+#[cfg(target_os = "linux")]
+use libc::{F_OFD_GETLK, F_OFD_SETLK};
+/// Since macOS 10.15 (sys/fcntl.h).
+#[cfg(not(target_os = "linux"))]
+const F_OFD_SETLK: i32 = 90;
+#[cfg(not(target_os = "linux"))]
+const F_OFD_GETLK: i32 = 92;
+
+/// Locks `byte` of `file` without waiting. False when somebody else has it.
+///
+/// # Errors
+/// Where the file system has no locks (ENOLCK, EOPNOTSUPP...).
+pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
+    match call(file, F_OFD_SETLK, byte) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::EACCES) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether `byte` is locked by another open file than this one. Tells without taking: two that ask at once must not see
+/// each other.
+///
+/// # Errors
+/// As for [`try_lock`].
+pub(crate) fn is_locked(file: &File, byte: u8) -> io::Result<bool> {
+    let found = call(file, F_OFD_GETLK, byte)?;
+    #[expect(clippy::cast_possible_truncation, reason = "F_UNLCK is small; the field is 16 bits wide")]
+    let free = libc::F_UNLCK as libc::c_short;
+    Ok(found.l_type != free)
+}
+
+fn call(file: &File, command: i32, byte: u8) -> io::Result<libc::flock> {
+    // SAFETY: a zeroed flock is valid; the kernel reads it, and writes it for F_OFD_GETLK.
+    unsafe {
+        let mut lock: libc::flock = std::mem::zeroed();
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "F_WRLCK and SEEK_SET are small; the fields are 16 bits wide"
+        )]
+        {
+            lock.l_type = libc::F_WRLCK as libc::c_short;
+            lock.l_whence = libc::SEEK_SET as libc::c_short;
+        }
+        lock.l_start = libc::off_t::from(byte);
+        lock.l_len = 1;
+        match libc::fcntl(file.as_raw_fd(), command, &raw mut lock) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(lock),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_is_locked_for_every_other_open_file_and_no_other_byte_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let holder = file.reopen().unwrap();
+        let other = file.reopen().unwrap();
+        assert!(try_lock(&holder, 0).unwrap());
+        assert!(is_locked(&other, 0).unwrap() && !is_locked(&holder, 0).unwrap());
+        assert!(!try_lock(&other, 0).unwrap());
+        assert!(!is_locked(&other, 1).unwrap() && try_lock(&other, 1).unwrap());
+        drop(holder);
+        assert!(!is_locked(&other, 0).unwrap());
+    }
+}
