@@ -23,6 +23,8 @@ mod interrupted_once;
 mod invisible;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
+#[path = "real/runners.rs"]
+mod runners;
 #[path = "real/said_well.rs"]
 mod said_well;
 #[path = "real/services.rs"]

@@ -162,7 +162,7 @@ fn a_script_killed_by_its_group_stops_terraform_once() {
 }
 
 /// A world in which a plan waits until the proxy lets the state that it reads go.
-fn slow_to_plan() -> (World, Proxy) {
+pub fn slow_to_plan() -> (World, Proxy) {
     let mut world = World::empty(Lock::Both);
     world.write_main(
         &format!(

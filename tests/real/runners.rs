@@ -1,0 +1,969 @@
+//! How CI systems and supervisors stop a job: the signals that they send, to the processes that they send them to, in
+//! the time that they leave. Whatever they do, no lock stands in the end, and nothing of ours runs on.
+//!
+//! The spans are the runners' own, and then a delay *is* the case. One that is merely long is shortened, and the test
+//! says so.
+
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getsid};
+
+use super::interrupted_once::slow_to_plan;
+use crate::support::cloud::tool;
+use crate::support::process::{Run, state, terraform_below, tree};
+use crate::support::proxy::Proxy;
+use crate::support::terminal::Terminal;
+use crate::support::world::WAITS;
+use crate::support::{Ended, Lock, Subject, World, wait_for};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+fn apply(subject: Subject) -> String {
+    format!("{} {}", subject.name(), APPLY.join(" "))
+}
+
+/// Neither an interrupt nor a TERM ends it.
+const STUBBORN: &str = "trap '' INT TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
+
+/// Tries the same with bare terraform and with `tf`, at the same time: what runners wait for adds up.
+fn with_both(job: impl Fn(Subject) + Sync) {
+    std::thread::scope(|scope| {
+        for subject in [Subject::Bare, Subject::Tf] {
+            let job = &job;
+            scope.spawn(move || job(subject));
+        }
+    });
+}
+
+/// Ends everything of a world when the test ends, however it does: a job that was torn apart has no root to begin at.
+struct Sweep(String);
+
+impl Drop for Sweep {
+    fn drop(&mut self) {
+        for pid in marked(&self.0) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+/// A terraform that holds its lock and does not stop, however it is asked, until the proxy lets go what it reads. (One
+/// whose provisioner ignores signals would not do: terraform kills a provisioner's shell as soon as it is interrupted.)
+fn unstoppable(environment: &[(&str, &str)]) -> (World, Proxy, Sweep) {
+    let (mut world, proxy) = slow_to_plan();
+    for (name, value) in environment {
+        world.set(name, value);
+    }
+    let sweep = Sweep(home(&world));
+    (world, proxy, sweep)
+}
+
+/// What every process of a world has in its environment.
+fn home(world: &World) -> String {
+    format!("HOME={}", world.directory.parent().unwrap().join("home").display())
+}
+
+fn everybody() -> Vec<Pid> {
+    let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
+    let mut pids: Vec<i32> = names.filter_map(|name| name.to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    pids.into_iter().map(Pid::from_raw).collect()
+}
+
+/// The processes that began with `entry`, a `NAME=value`, in their environment, as a runner looks them up.
+fn marked(entry: &str) -> Vec<Pid> {
+    let has = |pid: &Pid| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|other| other == entry.as_bytes())
+    };
+    everybody().into_iter().filter(has).collect()
+}
+
+/// The processes of a world that are ours: `tf` itself, and its guardian.
+fn ours(world: &World) -> Vec<Pid> {
+    let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
+    let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
+    marked(&home(world)).into_iter().filter(is_ours).collect()
+}
+
+/// The `tf` of a world, and not its guardian, which has a session of its own and was there after it.
+fn tf_of(world: &World) -> Pid {
+    wait_for("tf", || ours(world).first().copied(), || world.trace())
+}
+
+/// The guardian of `tf`.
+#[track_caller]
+fn guardian_of(world: &World, tf: Pid) -> Pid {
+    wait_for(
+        "the guardian",
+        || ours(world).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
+        || format!("tf {tf}, ours {:?}\n{}", ours(world), world.trace()),
+    )
+}
+
+fn is_gone(pid: Pid) -> bool {
+    state(pid).is_none_or(|state| state == 'Z')
+}
+
+#[track_caller]
+fn wait_until_gone(world: &World, pid: Pid) {
+    wait_for("the end of a process", || is_gone(pid).then_some(()), || format!("{pid}\n{}", world.trace()));
+}
+
+/// Whether a process ends within the time that a runner gives it.
+fn ends_within(pid: Pid, time: Duration) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        if is_gone(pid) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+#[track_caller]
+fn wait_until_unlocked(world: &World) {
+    wait_for(
+        "the lock to go",
+        || world.locks().is_empty().then_some(()),
+        || format!("{:?}, ours {:?}\n{}", world.locks(), ours(world), world.trace()),
+    );
+}
+
+/// Waits until nothing of a world runs any more, whoever started it.
+#[track_caller]
+fn wait_until_all_is_gone(world: &World) {
+    wait_for(
+        "the end of all",
+        || marked(&home(world)).is_empty().then_some(()),
+        || format!("{:?}", marked(&home(world))),
+    );
+}
+
+/// The promise, and what bare terraform does instead: all of it is dead, and its lock stands.
+#[track_caller]
+fn assert_outcome(world: &World, subject: Subject) {
+    match subject {
+        Subject::Tf => {
+            wait_until_unlocked(world);
+            wait_for(
+                "the end of all that is ours",
+                || ours(world).is_empty().then_some(()),
+                || format!("{:?}\n{}", ours(world), world.trace()),
+            );
+        }
+        Subject::Bare => {
+            wait_until_all_is_gone(world);
+            world.assert_locked();
+        }
+    }
+}
+
+/// Everything was killed, the guardian too: the next `tf` in the same directory gives the lock back, and then works.
+#[track_caller]
+fn assert_next_gives_back(world: &World, proxy: &Proxy) {
+    wait_until_all_is_gone(world);
+    proxy.let_go();
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[track_caller]
+fn assert_interrupted_once(world: &World, end: &Ended) {
+    assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", world.story(end));
+    assert!(!end.err.contains("Two interrupts"), "{}", world.story(end));
+}
+
+// ---- GitHub Actions
+
+/// How the runner cancels a step: signals to the entry process alone, each only if the one before was not enough
+/// (actions/runner, ProcessInvoker.cs).
+fn cancel_step(entry: Pid) {
+    for (signal, time) in [(Signal::SIGINT, 7500), (Signal::SIGTERM, 2500), (Signal::SIGKILL, 0)] {
+        kill(entry, signal).unwrap();
+        if ends_within(entry, Duration::from_millis(time)) {
+            return;
+        }
+    }
+}
+
+/// How it cleans up at the end of the job (JobExtension.cs): whoever still has the job's mark is killed. It does so no
+/// earlier than here: between the two are the job's last steps.
+fn clean_up_orphans(world: &World) {
+    for pid in marked(&format!("RUNNER_TRACKING_ID=github_{}", world.bucket)) {
+        let _ = kill(pid, Signal::SIGKILL);
+    }
+}
+
+fn github(world: &mut World) {
+    let id = format!("github_{}", world.bucket);
+    world.set("CI", "true").set("GITHUB_ACTIONS", "true").set("RUNNER_TRACKING_ID", id);
+}
+
+/// A step's `run:`, as the runner starts it without a `shell:`.
+fn step(world: &World, script: &str) -> Run {
+    world.write("step.sh", script);
+    let mut command = world.command("bash");
+    command.args(["-e", "step.sh"]);
+    Run::start(command)
+}
+
+#[test]
+fn github_actions_cancels_a_step() {
+    // bash waits at INT for its child and dies of TERM, and neither terraform nor tf is told anything by anybody.
+    with_both(|subject| {
+        let (mut world, proxy, _sweep) = unstoppable(&[]);
+        github(&mut world);
+        let entry = step(&world, &format!("{}\necho done\n", apply(subject)));
+        proxy.wait_until_held();
+        cancel_step(entry.pid());
+        clean_up_orphans(&world);
+        assert_outcome(&world, subject);
+        assert!(!entry.out().contains("done"), "{}", entry.out());
+    });
+}
+
+#[test]
+fn github_actions_cancels_a_step_whose_provisioner_still_works() {
+    // At the end of the step, terraform has just been told to stop, and may be killed wherever it is in that.
+    let mut world = World::new(Lock::Both, STUBBORN);
+    let _sweep = Sweep(home(&world));
+    github(&mut world);
+    let entry = step(&world, &format!("{}\necho done\n", apply(Subject::Tf)));
+    world.wait_for_began(&entry);
+    cancel_step(entry.pid());
+    clean_up_orphans(&world);
+    assert_outcome(&world, Subject::Tf);
+}
+
+#[test]
+fn github_actions_cancels_a_step_that_is_tf_itself() {
+    // With exec there is no bash in between: tf gets INT, TERM and KILL, and terraform lives until the job's end.
+    let (mut world, proxy, _sweep) = unstoppable(&[]);
+    github(&mut world);
+    let entry = step(&world, &format!("exec {}\n", apply(Subject::Tf)));
+    proxy.wait_until_held();
+    cancel_step(entry.pid());
+    clean_up_orphans(&world);
+    assert_outcome(&world, Subject::Tf);
+    assert_interrupted_once(&world, &entry.wait());
+}
+
+#[test]
+fn github_actions_two_signals_to_a_step_that_is_tf_itself_are_one_interrupt() {
+    with_both(|subject| {
+        let (mut world, proxy, _sweep) = unstoppable(&[]);
+        github(&mut world);
+        let entry = step(&world, &format!("exec {}\n", apply(subject)));
+        proxy.wait_until_held();
+        entry.send(Signal::SIGINT);
+        entry.wait_for_out("Interrupt received");
+        std::thread::sleep(Duration::from_millis(7500));
+        entry.send(Signal::SIGTERM);
+        match subject {
+            // The second ends it at once, while it plans, with its lock held.
+            Subject::Bare => entry.wait_for_err("Two interrupts received"),
+            Subject::Tf => {
+                world.wait_for_trace("got SIGTERM");
+                proxy.let_go();
+                let end = entry.wait();
+                assert_interrupted_once(&world, &end);
+                assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            }
+        }
+        assert_outcome(&world, subject);
+    });
+}
+
+// ---- GitLab
+
+/// A job's script, as the runner gives it to bash: on its standard input, the commands in an eval that must not read it.
+fn gitlab_job(mut command: Command, script: &str) -> Run {
+    command.env("CI", "true").env("GITLAB_CI", "true");
+    let mut run = Run::start(command);
+    let script = format!("set -eo pipefail\n: | eval $'{script}'\nexit 0\n");
+    run.stdin.as_mut().unwrap().write_all(script.as_bytes()).unwrap();
+    run
+}
+
+#[test]
+fn gitlabs_shell_executor_stops_a_group() {
+    // The time between the two is ten minutes, unless it is configured: a second here.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let job = gitlab_job(world.command("bash"), &apply(subject));
+        proxy.wait_until_held();
+        job.send_to_group(Signal::SIGTERM);
+        std::thread::sleep(Duration::from_secs(1));
+        job.send_to_group(Signal::SIGKILL);
+        if subject == Subject::Tf {
+            // Terraform, in a group of its own, is not hit. It was told to stop, and can now.
+            proxy.let_go();
+        }
+        assert_outcome(&world, subject);
+        if subject == Subject::Tf {
+            assert_interrupted_once(&world, &job.wait());
+        }
+    });
+}
+
+#[test]
+fn gitlabs_shell_executor_stops_a_group_and_terraform_never_does() {
+    let (world, proxy, _sweep) = unstoppable(&[("TFW_STOP_TIMEOUT", "3s")]);
+    let job = gitlab_job(world.command("bash"), &apply(Subject::Tf));
+    proxy.wait_until_held();
+    job.send_to_group(Signal::SIGTERM);
+    world.wait_for_trace("got SIGTERM");
+    job.send_to_group(Signal::SIGKILL);
+    // What is left of TFW_STOP_TIMEOUT is kept by whoever outlives tf.
+    assert_outcome(&world, Subject::Tf);
+}
+
+// ---- containers
+
+/// The process 1 of the process namespace that `unshare`, started as `run`, has made.
+#[track_caller]
+fn init_of(run: &Run) -> Pid {
+    let is_init = |pid: &Pid| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("NSpid:") && line.split_whitespace().skip(2).any(|pid| pid == "1"))
+    };
+    wait_for(
+        "process 1",
+        || tree(run.pid()).into_iter().map(|process| process.0).find(is_init),
+        || format!("{:?}\n{}", tree(run.pid()), run.err()),
+    )
+}
+
+/// A command as process 1 of a container: a process namespace, and its own /proc.
+fn contained(world: &World, program: &str) -> Command {
+    let mut command = world.command("unshare");
+    command.args(["--fork", "--pid", "--mount-proc", program]);
+    command
+}
+
+/// Only root can make namespaces and control groups. tests/left-out names these tests.
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+#[test]
+fn gitlabs_docker_executor_stops_a_container() {
+    if !is_root() {
+        return;
+    }
+    // A script in the container sends TERM to every process but 1, the highest number first, and waits for each up to
+    // 6 s; after 10 s it is left to `docker stop`: TERM to process 1, 10 s, KILL. All of that shortened by six.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let job = gitlab_job(contained(&world, "bash"), &apply(subject));
+        proxy.wait_until_held();
+        let init = init_of(&job);
+        let begun = Instant::now();
+        let mut inside = tree(init);
+        inside.sort_by_key(|process| std::cmp::Reverse(process.0));
+        for (pid, ..) in inside.into_iter().filter(|process| process.0 != init) {
+            let left = Duration::from_millis(1700).saturating_sub(begun.elapsed());
+            if !left.is_zero() && kill(pid, Signal::SIGTERM).is_ok() {
+                // Unlike other runners it waits for a zombie too.
+                let until = Instant::now() + left.min(Duration::from_secs(1));
+                while state(pid).is_some() && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+        // bash may have ended by then: it is process 1, so TERM does nothing to it, but its pipeline has failed.
+        if kill(init, Signal::SIGTERM).is_ok() && !ends_within(init, Duration::from_millis(1700)) {
+            kill(init, Signal::SIGKILL).unwrap();
+        }
+        match subject {
+            Subject::Tf => assert_next_gives_back(&world, &proxy),
+            Subject::Bare => assert_outcome(&world, subject),
+        }
+    });
+}
+
+#[test]
+fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
+    if !is_root() {
+        return;
+    }
+    for as_init in [false, true] {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let mut command = contained(&world, if as_init { "tf" } else { "bash" });
+        if as_init {
+            command.args(APPLY);
+        } else {
+            command.args(["-c", &format!("{}; true", apply(Subject::Tf))]);
+        }
+        let run = Run::start(command);
+        proxy.wait_until_held();
+        // The kernel kills all others with it, the guardian among them.
+        kill(init_of(&run), Signal::SIGKILL).unwrap();
+        run.wait();
+        world.assert_locked();
+        assert_next_gives_back(&world, &proxy);
+    }
+}
+
+#[test]
+fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
+    if !is_root() {
+        return;
+    }
+    // The pod has 30 s, of which TFW_STOP_TIMEOUT leaves 25 to terraform: 5 s and 2 s here.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[("TFW_STOP_TIMEOUT", "2s")]);
+        let mut command = contained(&world, subject.name());
+        command.args(APPLY);
+        let pod = Run::start(command);
+        proxy.wait_until_held();
+        let init = init_of(&pod);
+        kill(init, Signal::SIGTERM).unwrap();
+        let ended = ends_within(init, Duration::from_secs(5));
+        if subject == Subject::Tf {
+            world.assert_unlocked();
+            assert!(ended, "{}", world.trace());
+        } else {
+            assert!(!ended);
+            kill(init, Signal::SIGKILL).unwrap();
+        }
+        let end = pod.wait();
+        assert_outcome(&world, subject);
+        if subject == Subject::Tf {
+            assert!(end.err.contains("TFW_STOP_TIMEOUT"), "{}", world.story(&end));
+        }
+    });
+}
+
+#[test]
+fn as_process_1_it_hears_every_signal() {
+    if !is_root() {
+        return;
+    }
+    // The kernel keeps from a process 1 what it has no handler for. Runtimes send from outside, `kubectl exec` inside.
+    for (signal, becomes) in [
+        (Signal::SIGINT, "SIGINT"),
+        (Signal::SIGTERM, "SIGINT"),
+        (Signal::SIGHUP, "SIGINT"),
+        (Signal::SIGUSR1, "SIGUSR1"),
+        (Signal::SIGUSR2, "SIGUSR2"),
+        (Signal::SIGQUIT, "SIGQUIT"),
+    ] {
+        for inside in [false, true] {
+            let mut world = World::empty(Lock::DynamoDb);
+            let _sweep = Sweep(home(&world));
+            world.count_signals();
+            let mut command = contained(&world, "tf");
+            command.arg("apply");
+            let run = Run::start(command);
+            world.wait_for_began(&run);
+            let init = init_of(&run);
+            if inside {
+                let line = format!("kill -{} 1", signal.as_str().trim_start_matches("SIG"));
+                assert_eq!(Run::start(entering(&world, init, &line)).wait().code(), Some(0));
+            } else {
+                kill(init, signal).unwrap();
+            }
+            wait_for("the signal", || (!world.seen().is_empty()).then_some(()), || world.trace());
+            world.go();
+            let end = run.wait();
+            assert_eq!(world.seen(), [becomes], "{signal} from inside {inside}: {}", world.story(&end));
+            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        }
+    }
+}
+
+/// A shell's line in the namespace of `init`, as `kubectl exec` starts it.
+fn entering(world: &World, init: Pid, line: &str) -> Command {
+    let mut command = world.command("nsenter");
+    command.args(["--target", &init.to_string(), "--pid", "--mount", "sh", "-c", line]);
+    command
+}
+
+#[test]
+fn as_process_1_it_takes_strange_zombies_away() {
+    if !is_root() {
+        return;
+    }
+    let world = World::new(Lock::Both, WAITS);
+    let _sweep = Sweep(home(&world));
+    let mut command = contained(&world, "tf");
+    command.args(APPLY);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    let init = init_of(&run);
+    // Its parent ends at once, so it comes to process 1; a name of its own tells it from terraform's shells.
+    world.write("orphan", "while ! test -e orphan-goes; do sleep 0.02; done\n");
+    symlink("/bin/sh", world.directory.join("stranger")).unwrap();
+    let line = format!("cd {}; ./stranger orphan >/dev/null 2>&1 &", world.directory.display());
+    assert_eq!(Run::start(entering(&world, init, &line)).wait().code(), Some(0));
+    let orphan = wait_for(
+        "the orphan",
+        || tree(init).into_iter().find(|process| process.1 == "stranger").map(|process| process.0),
+        || format!("{:?}", tree(init)),
+    );
+    world.write("orphan-goes", "");
+    wait_for(
+        "process 1 to take it away",
+        || state(orphan).is_none().then_some(()),
+        || format!("{:?}\n{}", tree(init), world.trace()),
+    );
+    // Terraform, and what it started, are still there and end well.
+    assert!(!is_gone(terraform_below(init)));
+    world.go();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+// ---- Jenkins
+
+/// How Jenkins kills: everybody with the mark, each with all below it, children first. TERM, then KILL for whoever is
+/// still there when 5 s are over: one deadline for a whole tree, so that the last to be told have no time at all. It
+/// looks at the processes once, before the first signal (hudson.util.ProcessTree).
+fn kill_all(mark: &str) {
+    let parent = |pid: &Pid| -> Option<Pid> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        line.trim().parse().ok().map(Pid::from_raw)
+    };
+    let roots = marked(mark);
+    let all: Vec<(Pid, Pid)> = everybody().into_iter().filter_map(|pid| Some((pid, parent(&pid)?))).collect();
+    for root in roots {
+        kill_recursively(root, &all, Instant::now() + Duration::from_secs(5));
+    }
+}
+
+fn kill_recursively(pid: Pid, all: &[(Pid, Pid)], deadline: Instant) {
+    for (child, _) in all.iter().filter(|(_, parent)| *parent == pid) {
+        kill_recursively(*child, all, deadline);
+    }
+    if kill(pid, Signal::SIGTERM).is_err() {
+        return;
+    }
+    let mut pause = Duration::from_millis(10);
+    // A zombie is there as well: tf leaves one, until it ends itself.
+    while state(pid).is_some() {
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+        if Instant::now() >= deadline {
+            let _ = kill(pid, Signal::SIGKILL);
+            return;
+        }
+    }
+}
+
+/// Its marks, but for the one that tells a script from what started it.
+fn jenkins(world: &mut World) {
+    let node = format!("node-{}", world.bucket);
+    world.set("BUILD_ID", "7").set("JENKINS_NODE_COOKIE", node).set("JENKINS_SERVER_COOKIE", "dontkill");
+    world.set("HUDSON_COOKIE", "a").set("HUDSON_SERVER_COOKIE", "b").set("CI", "true");
+}
+
+/// A script, as a pipeline's `sh` step starts it: nobody's child any more, INT and HUP ignored (durable-task).
+fn sh_step(world: &World, script: &str) {
+    world.write("script.sh", script);
+    let line = format!(
+        "(JENKINS_SERVER_COOKIE=durable-{} sh -xe script.sh > log 2>&1; echo $? > result) >&- 2>&- &",
+        world.bucket
+    );
+    let mut command = world.command("nohup");
+    command.args(["sh", "-c", &line]);
+    Run::start(command).wait();
+}
+
+/// The end of the step, and then that of the node.
+fn abort(world: &World) {
+    kill_all(&format!("JENKINS_SERVER_COOKIE=durable-{}", world.bucket));
+    kill_all(&format!("JENKINS_NODE_COOKIE=node-{}", world.bucket));
+}
+
+#[test]
+fn jenkins_aborts_a_build() {
+    with_both(|subject| {
+        let (mut world, proxy, _sweep) = unstoppable(&[]);
+        jenkins(&mut world);
+        sh_step(&world, &apply(subject));
+        proxy.wait_until_held();
+        abort(&world);
+        assert_outcome(&world, subject);
+    });
+}
+
+#[test]
+fn jenkins_aborts_a_build_whose_provisioner_ignores_term() {
+    let mut world = World::new(Lock::Both, STUBBORN);
+    let _sweep = Sweep(home(&world));
+    jenkins(&mut world);
+    sh_step(&world, &apply(Subject::Tf));
+    world.wait_for_file("began");
+    // The provisioner has used up the five seconds: terraform, and then tf, are killed 10 ms after their TERM.
+    abort(&world);
+    assert_outcome(&world, Subject::Tf);
+}
+
+#[test]
+fn no_runner_can_tell_the_guardian() {
+    for in_jenkins in [false, true] {
+        let mut world = World::new(Lock::Both, WAITS);
+        let _sweep = Sweep(home(&world));
+        if in_jenkins {
+            jenkins(&mut world);
+        }
+        github(&mut world);
+        let run = world.start_apply(Subject::Tf);
+        let guardian = guardian_of(&world, run.pid());
+        let environment = std::fs::read(format!("/proc/{guardian}/environ")).unwrap();
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        for name in [
+            "RUNNER_TRACKING_ID",
+            "JENKINS_NODE_COOKIE",
+            "JENKINS_SERVER_COOKIE",
+            "HUDSON_COOKIE",
+            "HUDSON_SERVER_COOKIE",
+            "BUILD_ID",
+        ] {
+            let found = environment.split('\0').find(|entry| entry.starts_with(&format!("{name}=")));
+            assert_eq!(found, None);
+        }
+        // Terraform's own environment is untouched.
+        let terraforms = std::fs::read_to_string(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
+        assert!(terraforms.contains("RUNNER_TRACKING_ID="), "{terraforms}");
+        assert_eq!(terraforms.contains("JENKINS_NODE_COOKIE="), in_jenkins);
+        assert_eq!(getsid(Some(guardian)), Ok(guardian));
+        // Jenkins kills the descendants of what it knows, whatever is in their environment.
+        assert_eq!(tree(run.pid()).iter().any(|process| process.0 == guardian), !in_jenkins);
+        for number in 0..3 {
+            let path = std::fs::read_link(format!("/proc/{guardian}/fd/{number}")).unwrap();
+            assert_eq!(path, PathBuf::from("/dev/null"), "{number}");
+        }
+        assert_eq!(std::fs::read_link(format!("/proc/{guardian}/cwd")).unwrap(), PathBuf::from("/"));
+        world.go();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        wait_until_gone(&world, guardian);
+        world.assert_unlocked();
+    }
+}
+
+// ---- Buildkite
+
+#[test]
+fn buildkite_cancels_a_job() {
+    // The job is on a pseudo-terminal that its shell leads: when the shell dies, that is hung up as well.
+    with_both(|subject| {
+        for script in [apply(subject), format!("{}; echo done", apply(subject))] {
+            let (world, proxy, _sweep) = unstoppable(&[("CI", "true"), ("BUILDKITE", "true")]);
+            let mut command = world.command("bash");
+            command.args(["-e", "-c", &script]);
+            let job = Terminal::start(command);
+            proxy.wait_until_held();
+            let _ = killpg(job.pid(), Signal::SIGTERM);
+            std::thread::sleep(Duration::from_secs(9));
+            let _ = killpg(job.pid(), Signal::SIGKILL);
+            if subject == Subject::Tf {
+                // Terraform is in a group of its own, and is not hit. It was told to stop, and can now.
+                proxy.let_go();
+            }
+            assert_outcome(&world, subject);
+        }
+    });
+}
+
+// ---- timeout(1)
+
+#[test]
+fn timeout_kills_what_does_not_stop() {
+    for stop_timeout in [None, Some("2s")] {
+        with_both(|subject| {
+            if subject == Subject::Bare && stop_timeout.is_some() {
+                return;
+            }
+            let (mut world, proxy, _sweep) = unstoppable(&[]);
+            if let Some(time) = stop_timeout {
+                world.set("TFW_STOP_TIMEOUT", time);
+            }
+            let mut command = world.command("timeout");
+            command.args(["-k", "1", "2", subject.name()]).args(APPLY);
+            let run = Run::start(command);
+            proxy.wait_until_held();
+            // It kills its whole group, and so itself.
+            let end = run.wait();
+            assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+            if stop_timeout.is_none() && subject == Subject::Tf {
+                assert_interrupted_once(&world, &end);
+                proxy.let_go();
+            }
+            assert_outcome(&world, subject);
+        });
+    }
+}
+
+// ---- systemd
+
+/// A control group, as a unit has one.
+struct ControlGroup(PathBuf);
+
+impl ControlGroup {
+    fn new(world: &World) -> Self {
+        let root = Path::new("/sys/fs/cgroup");
+        let root = if root.join("pids").exists() { root.join("pids") } else { root.to_owned() };
+        let path = root.join(format!("tf-test-{}", world.bucket));
+        std::fs::create_dir(&path).expect("no control group can be made: /sys/fs/cgroup is not writable");
+        Self(path)
+    }
+
+    /// Starts a unit's main process in it.
+    fn start(&self, world: &World, subject: Subject) -> Run {
+        let mut command = world.command("sh");
+        command.args(["-c", &format!("echo $$ > {}/cgroup.procs; exec {}", self.0.display(), apply(subject))]);
+        Run::start(command)
+    }
+
+    fn members(&self) -> Vec<Pid> {
+        let list = std::fs::read_to_string(self.0.join("cgroup.procs")).unwrap();
+        list.lines().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
+    }
+
+    /// KillMode=control-group: to each, in the order of the list.
+    fn send(&self, signal: Signal) {
+        for pid in self.members() {
+            let _ = kill(pid, signal);
+        }
+    }
+}
+
+impl Drop for ControlGroup {
+    fn drop(&mut self) {
+        self.send(Signal::SIGKILL);
+        let begun = Instant::now();
+        while std::fs::remove_dir(&self.0).is_err() && begun.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn systemd_stops_a_unit() {
+    if !is_root() {
+        return;
+    }
+    // TimeoutStopSec is 90 s: 8 s here, which is more than the 5 s in which terraform leaves after the two interrupts
+    // that it gets now, systemd's and ours. With its lock held, which tf gives back.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let unit = ControlGroup::new(&world);
+        let run = unit.start(&world, subject);
+        proxy.wait_until_held();
+        unit.send(Signal::SIGTERM);
+        let ended = ends_within(run.pid(), Duration::from_secs(8));
+        assert_eq!(ended, subject == Subject::Tf, "{}{}{}", run.out(), run.err(), world.trace());
+        unit.send(Signal::SIGKILL);
+        assert_outcome(&world, subject);
+    });
+}
+
+#[test]
+fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
+    if !is_root() {
+        return;
+    }
+    for stopped in [false, true] {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let unit = ControlGroup::new(&world);
+        let run = unit.start(&world, Subject::Tf);
+        proxy.wait_until_held();
+        if stopped {
+            unit.send(Signal::SIGTERM);
+            run.wait_for_err("Two interrupts received");
+        }
+        // The guardian is a member, and is killed with the others.
+        unit.send(Signal::SIGKILL);
+        run.wait();
+        world.assert_locked();
+        assert_next_gives_back(&world, &proxy);
+    }
+}
+
+#[test]
+fn a_killed_session_leaves_no_lock_and_no_worker() {
+    // As `pkill -s`, or a login manager without control groups. The worker is in a session of its own.
+    let world = World::empty(Lock::Both);
+    let _sweep = Sweep(home(&world));
+    world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
+    world.write_main("", "setsid bash worker & touch began; wait");
+    world.init();
+    let run = world.start_apply(Subject::Tf);
+    world.wait_for_file("work");
+    let session = getsid(Some(run.pid())).unwrap();
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in everybody().into_iter().filter(|pid| getsid(Some(*pid)) == Ok(session)) {
+            let _ = kill(pid, signal);
+        }
+    }
+    run.wait();
+    assert_outcome(&world, Subject::Tf);
+    let work = world.read("work").len();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(world.read("work").len(), work, "it works on. {}", world.trace());
+}
+
+// ---- parents that are programs
+
+/// A parent that starts terraform as terraform-exec does: a group of its own, pipes, and SIGKILL when the parent dies.
+/// It passes a cancelled context on as SIGINT, and dies when it is told to.
+const TERRAFORM_EXEC: &str = r#"
+import ctypes, os, signal, subprocess, sys, time
+def before():
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], preexec_fn=before, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+cancelled = False
+while not os.path.exists("die"):
+    if not cancelled and os.path.exists("cancel"):
+        child.send_signal(signal.SIGINT)
+        cancelled = True
+    time.sleep(0.005)
+os.kill(os.getpid(), signal.SIGKILL)
+"#;
+
+fn terraform_exec(world: &World, subject: Subject) -> Run {
+    let mut command = world.command(tool("python3"));
+    command.args(["-c", TERRAFORM_EXEC, subject.name()]).args(APPLY);
+    for name in ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PROVIDER", "TF_LOG_PATH"] {
+        command.env(name, "");
+    }
+    command.env("TF_IN_AUTOMATION", "1").env("CHECKPOINT_DISABLE", "");
+    Run::start(command)
+}
+
+#[test]
+fn terraform_execs_program_cancels_and_dies() {
+    for stop_timeout in [None, Some("1s")] {
+        with_both(|subject| {
+            if subject == Subject::Bare && stop_timeout.is_some() {
+                return;
+            }
+            let (mut world, proxy, _sweep) = unstoppable(&[]);
+            if let Some(time) = stop_timeout {
+                world.set("TFW_STOP_TIMEOUT", time);
+            }
+            let parent = terraform_exec(&world, subject);
+            proxy.wait_until_held();
+            world.write("cancel", "");
+            if subject == Subject::Tf {
+                world.wait_for_trace("InterruptTerraform");
+                let tf = tf_of(&world);
+                world.write("die", "");
+                wait_until_gone(&world, tf);
+                if stop_timeout.is_none() {
+                    proxy.let_go();
+                }
+            } else {
+                world.write("die", "");
+            }
+            parent.wait();
+            assert_outcome(&world, subject);
+        });
+    }
+}
+
+#[test]
+fn terraform_execs_program_dies_and_terraform_gets_one_interrupt() {
+    for cancelled in [false, true] {
+        let mut world = World::empty(Lock::DynamoDb);
+        let _sweep = Sweep(home(&world));
+        world.count_signals();
+        let parent = terraform_exec(&world, Subject::Tf);
+        world.wait_for_began(&parent);
+        let tf = tf_of(&world);
+        if cancelled {
+            world.write("cancel", "");
+            wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
+        }
+        world.write("die", "");
+        parent.wait();
+        wait_until_gone(&world, tf);
+        wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
+        // That no second one comes can only be seen by giving it time.
+        std::thread::sleep(Duration::from_millis(300));
+        world.go();
+        wait_for("the end of all that is ours", || ours(&world).is_empty().then_some(()), || world.trace());
+        assert_eq!(world.seen(), ["SIGINT"], "cancelled {cancelled}: {}", world.trace());
+    }
+}
+
+/// A parent that starts terraform as terragrunt does: in its own group, its version asked first. It passes a signal on
+/// late, since it cannot know whether terraform got it too, and kills in the end. Its delays are its first arguments.
+const TERRAGRUNT: &str = r#"
+import os, signal, subprocess, sys, time
+delay, patience, terraform = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+assert "Terraform v" in subprocess.check_output([terraform[0], "-version"], text=True)
+got = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: got.append((number, time.monotonic())))
+child = subprocess.Popen(terraform)
+forwarded = False
+while child.poll() is None:
+    if got and not forwarded and time.monotonic() - got[0][1] >= delay:
+        child.send_signal(got[0][0])
+        forwarded = True
+    if got and time.monotonic() - got[0][1] >= patience:
+        child.kill()
+    time.sleep(0.005)
+"#;
+
+fn terragrunt(world: &World, subject: Subject, delay: &str, patience: &str) -> Run {
+    let mut command = world.command(tool("python3"));
+    command.args(["-c", TERRAGRUNT, delay, patience, subject.name()]).args(APPLY);
+    Run::start(command)
+}
+
+#[test]
+fn terragrunt_is_told_to_stop_and_kills() {
+    // It passes TERM on after 15 s, and kills after 30 s: 1 s and 2 s here.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[("CI", "true")]);
+        let run = terragrunt(&world, subject, "1", "2");
+        proxy.wait_until_held();
+        run.send(Signal::SIGTERM);
+        let end = run.wait();
+        if subject == Subject::Tf {
+            assert_interrupted_once(&world, &end);
+            proxy.let_go();
+        }
+        assert_outcome(&world, subject);
+    });
+}
+
+#[test]
+fn terragrunts_late_second_interrupt_is_none() {
+    // A group gets INT, and 15 s later, here 1 s, terragrunt sends it once more.
+    with_both(|subject| {
+        let (world, proxy, _sweep) = unstoppable(&[]);
+        let run = terragrunt(&world, subject, "1", "30");
+        proxy.wait_until_held();
+        run.send_to_group(Signal::SIGINT);
+        run.wait_for_out("Interrupt received");
+        match subject {
+            Subject::Bare => run.wait_for_err("Two interrupts received"),
+            Subject::Tf => {
+                let times = || (world.trace().matches("got SIGINT").count() == 2).then_some(());
+                wait_for("the second", times, || world.trace());
+                proxy.let_go();
+            }
+        }
+        let end = run.wait();
+        if subject == Subject::Tf {
+            assert_interrupted_once(&world, &end);
+        }
+        assert_outcome(&world, subject);
+    });
+}
