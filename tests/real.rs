@@ -29,5 +29,7 @@ mod runners;
 mod said_well;
 #[path = "real/services.rs"]
 mod services;
+#[path = "real/survived.rs"]
+mod survived;
 #[path = "real/terminal.rs"]
 mod terminal;

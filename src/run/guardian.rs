@@ -422,7 +422,7 @@ impl<'a> Watch<'a> {
         }
         let begun = Instant::now();
         loop {
-            let ended = process::end_of(&process);
+            let ended = process::end_of(pid, &process);
             if ended.is_some() || begun.elapsed() > BURIED_WITHIN {
                 return ended;
             }

@@ -251,6 +251,12 @@ impl<'a> Prepared<'a> {
             Ok(terraform) => terraform,
             Err(error) => {
                 self.charge.close(Vec::new());
+                // No process, or no descriptor for what must be watched about it: it may still run in our place.
+                let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
+                if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
+                    signals.stop_listening();
+                    return Err(NotSupervised::Unprepared(error));
+                }
                 return Err(NotSupervised::NotStarted(error));
             }
         };

@@ -7,9 +7,10 @@
 //!
 //! The log holds `-var` and `-backend-config` in clear (`CLI args:`). It lies in memory and goes away with us.
 
+use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
@@ -47,8 +48,6 @@ pub(crate) struct Recorder {
     inherited_core: bool,
     offset: u64,
     log: Log,
-    /// Readable when terraform has written.
-    watch: Option<OwnedFd>,
 }
 
 impl Recorder {
@@ -65,8 +64,7 @@ impl Recorder {
             variable(name).filter(|_| !ours)
         });
         let file = MemoryFile::create(&name(id))?;
-        let watch = file.watch();
-        Ok(Self { file, sink, inherited_core, offset: 0, log: Log::default(), watch })
+        Ok(Self { file, sink, inherited_core, offset: 0, log: Log::default() })
     }
 
     /// The recorder that run `id` has left behind, to be read on from where `log` ends.
@@ -74,7 +72,7 @@ impl Recorder {
         let file = MemoryFile::find(&name(id))?;
         // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
         let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
-        Some(Self { file, sink: Sink::Core, inherited_core: false, offset, log, watch: None })
+        Some(Self { file, sink: Sink::Core, inherited_core: false, offset, log })
     }
 
     /// What terraform's environment must say.
@@ -101,27 +99,19 @@ impl Recorder {
         &self.file.path
     }
 
-    /// How long after one look the next may follow, while terraform runs: its log is read as it grows, so that the
-    /// journal knows of a lock before it stands, and so that a TRACE log, or what a nested terraform with a `TF_LOG` of its
-    /// own writes, does not fill the memory.
-    pub(crate) fn spacing(&self) -> Duration {
-        match (self.sink, &self.watch) {
-            (Sink::Core, Some(_)) => Duration::from_millis(20),
-            (Sink::Core, None) => Duration::from_millis(500),
-            (Sink::Temporary, _) => Duration::from_millis(100),
-        }
-    }
-
-    /// What becomes readable when terraform has written. Without it only looking tells.
-    pub(crate) fn watch(&self) -> Option<BorrowedFd<'_>> {
-        self.watch.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Empties [`Recorder::watch`].
-    pub(crate) fn heard(&self) {
-        let mut events = [0; 4096];
-        if let Some(watch) = &self.watch {
-            while nix::unistd::read(watch, &mut events).is_ok_and(|length| length == events.len()) {}
+    /// How long after one look the next follows, when terraform has run for `age`: its log is read as it grows, so that the
+    /// journal knows of a lock almost as soon as it is asked for, and so that a TRACE log, or what a nested terraform with
+    /// a `TF_LOG` of its own writes, does not fill the memory. A look is one fstat(2).
+    ///
+    /// Not inotify(7): closing one waits for the kernel to clear its marks away, up to 15 ms, when terraform has ended and
+    /// everybody waits for us.
+    pub(crate) fn interval(&self, age: Duration) -> Duration {
+        /// Within that time most runs have asked for their lock.
+        const YOUNG: Duration = Duration::from_secs(3);
+        match self.sink {
+            Sink::Core if age < YOUNG => Duration::from_millis(20),
+            Sink::Core => Duration::from_millis(250),
+            Sink::Temporary => Duration::from_millis(100),
         }
     }
 
@@ -160,9 +150,11 @@ impl Recorder {
 
     /// Reads what has come since the last time, and returns everything that is known.
     pub(crate) fn read(&mut self) -> &Log {
-        if self.file.file.metadata().is_ok_and(|file| file.len() < self.offset) {
+        match self.file.file.metadata().map(|file| file.len().cmp(&self.offset)) {
+            Ok(Ordering::Equal) => return &self.log,
             // Somebody has cut it: what was written since then is not whole.
-            self.log.version = None;
+            Ok(Ordering::Less) => self.log.version = None,
+            _ => {}
         }
         let mut buffer = vec![0; 1 << 16];
         while let Ok(length @ 1..) = self.file.file.read_at(&mut buffer, self.offset) {

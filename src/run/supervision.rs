@@ -70,9 +70,8 @@ impl Supervision<'_> {
     /// Watches until terraform has ended. It stays a zombie.
     pub(crate) fn watch(&mut self) -> Ended {
         let mut continue_at: Option<Instant> = None;
-        // When the log is read next; while it is none, for terraform to write something.
-        let mut read_at = self.recorder.watch().is_none().then(Instant::now);
-        let mut read_last = None;
+        let started = Instant::now();
+        let mut read_at = started;
         loop {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
@@ -96,12 +95,10 @@ impl Supervision<'_> {
                 continue_at = None;
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             }
-            if read_at.is_some_and(|at| at <= now) {
-                self.recorder.heard();
+            if read_at <= now {
                 self.recorder.read();
                 self.charge.news(self.recorder);
-                read_last = Some(now);
-                read_at = self.recorder.watch().is_none().then(|| now + self.recorder.spacing());
+                read_at = now + self.recorder.interval(now - started);
             }
             if self.lending.deadline().is_some_and(|at| at <= now) {
                 self.lending.look();
@@ -110,7 +107,7 @@ impl Supervision<'_> {
 
             let deadline = [
                 continue_at,
-                read_at,
+                Some(read_at),
                 self.lending.deadline(),
                 self.stop.deadline().map(|since_begun| self.begun + since_begun),
             ];
@@ -118,15 +115,11 @@ impl Supervision<'_> {
                 _ if self.signals.is_queued() => Some(Duration::ZERO),
                 at => at.map(|at| at.saturating_duration_since(Instant::now())),
             };
-            if self.wait(timeout, read_at.is_none()) {
-                let spacing = self.recorder.spacing();
-                read_at = Some(read_last.map_or_else(Instant::now, |last: Instant| last + spacing));
-            }
+            self.wait(timeout);
         }
     }
 
-    /// Waits until something happens. True when terraform has written into its log, if `log` asks for that.
-    fn wait(&mut self, timeout: Option<Duration>, log: bool) -> bool {
+    fn wait(&mut self, timeout: Option<Duration>) {
         let mut awaited = vec![(self.signals.as_fd(), PollFlags::POLLIN)];
         let parent = self.parent.as_ref().map(|parent| (parent.as_fd(), PollFlags::POLLIN));
         let has_parent = parent.is_some();
@@ -138,11 +131,8 @@ impl Supervision<'_> {
         let charge_at = awaited.len();
         let charge = self.charge.awaited();
         awaited.extend(charge.map(|guardian| (guardian, PollFlags::POLLIN)));
-        let log_at = awaited.len();
-        awaited.extend(self.recorder.watch().filter(|_| log).map(|watch| (watch, PollFlags::POLLIN)));
         let ready = poll::wait(&awaited, timeout);
-        let has_written = ready.get(log_at) == Some(&true);
-        let guardian_speaks = log_at > charge_at && ready[charge_at];
+        let guardian_speaks = ready.get(charge_at) == Some(&true);
         if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
             trace!("the reader of our output is gone");
             self.asked(Event::ReaderGone);
@@ -154,7 +144,6 @@ impl Supervision<'_> {
         if guardian_speaks {
             self.charge.hear(self.recorder);
         }
-        has_written
     }
 
     fn arrived(&mut self, arrival: Arrival) {

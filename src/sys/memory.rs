@@ -2,7 +2,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -64,20 +63,6 @@ impl MemoryFile {
             let ours = place.is_file() && place.uid() == nix::unistd::geteuid().as_raw() && place.nlink() == 1;
             ours.then_some(Self { file, path, named: true })
         })
-    }
-
-    /// A descriptor that becomes readable when somebody writes into the file (inotify(7)); what is read from it says
-    /// nothing more. `None` where there is no such thing.
-    pub(crate) fn watch(&self) -> Option<OwnedFd> {
-        #[cfg(target_os = "linux")]
-        {
-            use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
-            inotify.add_watch(&self.path, AddWatchFlags::IN_MODIFY).ok()?;
-            Some(inotify.into())
-        }
-        #[cfg(not(target_os = "linux"))]
-        None
     }
 
     /// Takes its name away, for a process that ends without dropping anything.

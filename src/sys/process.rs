@@ -64,20 +64,7 @@ pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
 /// ESRCH when it is gone.
 pub(crate) fn signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
     #[cfg(target_os = "linux")]
-    {
-        use std::os::fd::AsRawFd;
-        // SAFETY: numbers and a null pointer.
-        let sent = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                process.as_raw_fd(),
-                signal as i32,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
+    return signal_number(process, signal as i32);
     #[cfg(not(target_os = "linux"))]
     {
         let _ = (process, signal);
@@ -85,39 +72,60 @@ pub(crate) fn signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// How the process behind a descriptor of [`watch_end`] ended, though it was no child of ours and somebody else has taken
-/// its status (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` where the kernel does not tell, or not yet.
-pub(crate) fn end_of(process: &OwnedFd) -> Option<Ended> {
+#[cfg(target_os = "linux")]
+fn signal_number(process: &OwnedFd, number: i32) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: numbers and a null pointer.
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), number, none, 0) };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How the process behind a descriptor of [`watch_end`] ended, though it was no child of ours. While it is a zombie that
+/// stands in /proc/PID/stat (the last field, for whoever may trace it); once it was taken away the descriptor tells it
+/// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` where nothing does.
+pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
     #[cfg(target_os = "linux")]
     {
-        use std::os::fd::AsRawFd;
-        /// struct pidfd_info, as its first version has it (linux/pidfd.h).
-        #[repr(C)]
-        #[derive(Default)]
-        struct Info {
-            mask: u64,
-            control_group: u64,
-            numbers: [u32; 11],
-            exit_code: i32,
-        }
-        const EXIT: u64 = 1 << 3;
-        const GET_INFO: libc::c_ulong = 0xC040_FF0B;
-        let mut info = Info { mask: EXIT, ..Info::default() };
-        debug_assert_eq!(size_of::<Info>(), 64);
-        // SAFETY: the call writes at most the 64 bytes that its number names into `info`.
-        let asked = unsafe { libc::ioctl(process.as_raw_fd(), GET_INFO, &raw mut info) };
-        (asked == 0 && info.mask & EXIT != 0).then_some(())?;
-        Some(if libc::WIFSIGNALED(info.exit_code) {
-            Ended::Killed(Signal::try_from(libc::WTERMSIG(info.exit_code)).unwrap_or(Signal::SIGKILL))
+        let status = status_by_descriptor(process).or_else(|| {
+            let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+            let stat = String::from_utf8_lossy(&stat);
+            // Still there to be asked, so it is that one and no other with its number.
+            let zombie = Process::parse(pid, &stat)?.state == 'Z' && signal_number(process, 0).is_ok();
+            zombie.then(|| stat.trim_end().rsplit(' ').next()?.parse().ok()).flatten()
+        })?;
+        Some(if libc::WIFSIGNALED(status) {
+            Ended::Killed(Signal::try_from(libc::WTERMSIG(status)).unwrap_or(Signal::SIGKILL))
         } else {
-            Ended::Exited(libc::WEXITSTATUS(info.exit_code))
+            Ended::Exited(libc::WEXITSTATUS(status))
         })
     }
     #[cfg(not(target_os = "linux"))]
     {
-        let _ = process;
+        let _ = (pid, process);
         None
     }
+}
+
+#[cfg(target_os = "linux")]
+fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
+    use std::os::fd::AsRawFd;
+    /// struct pidfd_info, as its first version has it (linux/pidfd.h).
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        mask: u64,
+        control_group: u64,
+        numbers: [u32; 11],
+        exit_code: i32,
+    }
+    const EXIT: u64 = 1 << 3;
+    const GET_INFO: libc::c_ulong = 0xC040_FF0B;
+    let mut info = Info { mask: EXIT, ..Info::default() };
+    debug_assert_eq!(size_of::<Info>(), 64);
+    // SAFETY: the call writes at most the 64 bytes that its number names into `info`.
+    let asked = unsafe { libc::ioctl(process.as_raw_fd(), GET_INFO, &raw mut info) };
+    (asked == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
 }
 
 /// The number of our pid namespace, and whether it is the first one, which sees every process of the machine

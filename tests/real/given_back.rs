@@ -150,18 +150,18 @@ fn killed_at_any_moment_it_leaves_no_lock() {
     }
 }
 
-fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
+pub fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
     let proxy = Proxy::start(cloud().port, rule);
     let url = format!("http://127.0.0.1:{}", proxy.port);
     world.set("AWS_ENDPOINT_URL", &url);
     proxy
 }
 
-fn is_dynamodb(request: &Message, operation: &str) -> bool {
+pub fn is_dynamodb(request: &Message, operation: &str) -> bool {
     request.header("x-amz-target").is_some_and(|target| target.ends_with(operation))
 }
 
-fn takes_item(request: &Message) -> bool {
+pub fn takes_item(request: &Message) -> bool {
     is_dynamodb(request, ".PutItem") && !request.text().contains("-md5")
 }
 
@@ -170,7 +170,7 @@ fn unlocks_item(request: &Message) -> bool {
     is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression")
 }
 
-fn takes_file(request: &Message) -> bool {
+pub fn takes_file(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains(".tflock")
 }
 
@@ -403,7 +403,7 @@ fn wherever_the_working_directory_says_the_state_is() {
 }
 
 /// An apply whose provisioner starts `worker`, which appends to `work` again and again, and then waits.
-fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (World, Run) {
+pub fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (World, Run) {
     let world = World::empty(Lock::Both);
     let python3 = crate::support::cloud::tool("python3");
     let command = if python { starts.replace("PYTHON", python3.to_str().unwrap()) } else { starts.to_owned() };

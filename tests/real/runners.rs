@@ -15,6 +15,10 @@ use nix::unistd::{Pid, getsid};
 
 use super::interrupted_once::slow_to_plan;
 use crate::support::cloud::tool;
+use crate::support::household::{
+    Sweep, everybody, guardian_of, home, is_gone, marked, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+    wait_until_ours_are_gone, wait_until_unlocked,
+};
 use crate::support::process::{Run, state, terraform_below, tree};
 use crate::support::proxy::Proxy;
 use crate::support::terminal::Terminal;
@@ -40,17 +44,6 @@ fn with_both(job: impl Fn(Subject) + Sync) {
     });
 }
 
-/// Ends everything of a world when the test ends, however it does: a job that was torn apart has no root to begin at.
-struct Sweep(String);
-
-impl Drop for Sweep {
-    fn drop(&mut self) {
-        for pid in marked(&self.0) {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-    }
-}
-
 /// A terraform that holds its lock and does not stop, however it is asked, until the proxy lets go what it reads. (One
 /// whose provisioner ignores signals would not do: terraform kills a provisioner's shell as soon as it is interrupted.)
 fn unstoppable(environment: &[(&str, &str)]) -> (World, Proxy, Sweep) {
@@ -60,58 +53,6 @@ fn unstoppable(environment: &[(&str, &str)]) -> (World, Proxy, Sweep) {
     }
     let sweep = Sweep(home(&world));
     (world, proxy, sweep)
-}
-
-/// What every process of a world has in its environment.
-fn home(world: &World) -> String {
-    format!("HOME={}", world.directory.parent().unwrap().join("home").display())
-}
-
-fn everybody() -> Vec<Pid> {
-    let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
-    let mut pids: Vec<i32> = names.filter_map(|name| name.to_str()?.parse().ok()).collect();
-    pids.sort_unstable();
-    pids.into_iter().map(Pid::from_raw).collect()
-}
-
-/// The processes that began with `entry`, a `NAME=value`, in their environment, as a runner looks them up.
-fn marked(entry: &str) -> Vec<Pid> {
-    let has = |pid: &Pid| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|&byte| byte == 0).any(|other| other == entry.as_bytes())
-    };
-    everybody().into_iter().filter(has).collect()
-}
-
-/// The processes of a world that are ours: `tf` itself, and its guardian.
-fn ours(world: &World) -> Vec<Pid> {
-    let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
-    let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
-    marked(&home(world)).into_iter().filter(is_ours).collect()
-}
-
-/// The `tf` of a world, and not its guardian, which has a session of its own and was there after it.
-fn tf_of(world: &World) -> Pid {
-    wait_for("tf", || ours(world).first().copied(), || world.trace())
-}
-
-/// The guardian of `tf`.
-#[track_caller]
-fn guardian_of(world: &World, tf: Pid) -> Pid {
-    wait_for(
-        "the guardian",
-        || ours(world).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
-        || format!("tf {tf}, ours {:?}\n{}", ours(world), world.trace()),
-    )
-}
-
-fn is_gone(pid: Pid) -> bool {
-    state(pid).is_none_or(|state| state == 'Z')
-}
-
-#[track_caller]
-fn wait_until_gone(world: &World, pid: Pid) {
-    wait_for("the end of a process", || is_gone(pid).then_some(()), || format!("{pid}\n{}", world.trace()));
 }
 
 /// Whether a process ends within the time that a runner gives it.
@@ -126,36 +67,13 @@ fn ends_within(pid: Pid, time: Duration) -> bool {
     false
 }
 
-#[track_caller]
-fn wait_until_unlocked(world: &World) {
-    wait_for(
-        "the lock to go",
-        || world.locks().is_empty().then_some(()),
-        || format!("{:?}, ours {:?}\n{}", world.locks(), ours(world), world.trace()),
-    );
-}
-
-/// Waits until nothing of a world runs any more, whoever started it.
-#[track_caller]
-fn wait_until_all_is_gone(world: &World) {
-    wait_for(
-        "the end of all",
-        || marked(&home(world)).is_empty().then_some(()),
-        || format!("{:?}", marked(&home(world))),
-    );
-}
-
 /// The promise, and what bare terraform does instead: all of it is dead, and its lock stands.
 #[track_caller]
 fn assert_outcome(world: &World, subject: Subject) {
     match subject {
         Subject::Tf => {
             wait_until_unlocked(world);
-            wait_for(
-                "the end of all that is ours",
-                || ours(world).is_empty().then_some(()),
-                || format!("{:?}\n{}", ours(world), world.trace()),
-            );
+            wait_until_ours_are_gone(world);
         }
         Subject::Bare => {
             wait_until_all_is_gone(world);

@@ -116,11 +116,16 @@ impl Cloud {
 
     /// A DynamoDB call.
     pub fn dynamodb(&self, operation: &str, body: &Value) -> Value {
+        self.dynamodb_as("test", operation, body)
+    }
+
+    /// The same with another key. One that is an account's number reaches that account's tables.
+    pub fn dynamodb_as(&self, key: &str, operation: &str, body: &Value) -> Value {
         let target = format!("DynamoDB_20120810.{operation}");
         let headers = [
             ("X-Amz-Target", target.as_str()),
             ("Content-Type", "application/x-amz-json-1.0"),
-            ("Authorization", &authorization("dynamodb")),
+            ("Authorization", &authorization(key, "dynamodb")),
             ("X-Amz-Date", "20260101T000000Z"),
         ];
         let answer = http::ask(self.port, "POST", "/", &headers, body.to_string().as_bytes()).unwrap();
@@ -129,13 +134,22 @@ impl Cloud {
 
     /// An S3 call; `path` begins with the bucket.
     pub fn s3(&self, method: &str, path: &str, body: &[u8]) -> Message {
-        let headers = [("Authorization", authorization("s3")), ("X-Amz-Date", "20260101T000000Z".into())];
+        self.s3_as("test", method, path, body)
+    }
+
+    pub fn s3_as(&self, key: &str, method: &str, path: &str, body: &[u8]) -> Message {
+        let headers = [("Authorization", authorization(key, "s3")), ("X-Amz-Date", "20260101T000000Z".into())];
         let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
         http::ask(self.port, method, &format!("/{path}"), &headers, body).unwrap()
     }
 
     pub fn create_table(&self, table: &str) {
-        let answer = self.dynamodb(
+        self.create_table_as("test", table);
+    }
+
+    pub fn create_table_as(&self, key: &str, table: &str) {
+        let answer = self.dynamodb_as(
+            key,
             "CreateTable",
             &json!({
                 "TableName": table, "BillingMode": "PAY_PER_REQUEST",
@@ -148,8 +162,15 @@ impl Cloud {
 
     /// The `Info` of a lock item.
     pub fn item(&self, table: &str, path: &str) -> Option<String> {
-        let answer = self
-            .dynamodb("GetItem", &json!({"TableName": table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}));
+        self.item_as("test", table, path)
+    }
+
+    pub fn item_as(&self, key: &str, table: &str, path: &str) -> Option<String> {
+        let answer = self.dynamodb_as(
+            key,
+            "GetItem",
+            &json!({"TableName": table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}),
+        );
         answer["Item"]["Info"]["S"].as_str().map(ToOwned::to_owned)
     }
 
@@ -168,8 +189,8 @@ impl Cloud {
     }
 }
 
-fn authorization(service: &str) -> String {
+fn authorization(key: &str, service: &str) -> String {
     format!(
-        "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0"
+        "AWS4-HMAC-SHA256 Credential={key}/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0"
     )
 }

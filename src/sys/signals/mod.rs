@@ -110,7 +110,7 @@ impl Signals {
     }
 
     /// Puts the mask back, for a program that we become after all.
-    pub(crate) fn stop_listening(self) {
+    pub(crate) fn stop_listening(&self) {
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
     }
 

@@ -1,0 +1,115 @@
+//! The processes of a world: which they are, which of them are ours, and when they are gone.
+
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getsid};
+
+use super::process::state;
+use super::{World, wait_for};
+
+/// Ends everything of a world when the test ends, however it does: a job that was torn apart has no root to begin at.
+pub struct Sweep(pub String);
+
+impl Drop for Sweep {
+    fn drop(&mut self) {
+        for pid in marked(&self.0) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+/// What every process of a world has in its environment.
+pub fn home(world: &World) -> String {
+    format!("HOME={}", world.directory.parent().unwrap().join("home").display())
+}
+
+pub fn everybody() -> Vec<Pid> {
+    let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
+    let mut pids: Vec<i32> = names.filter_map(|name| name.to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    pids.into_iter().map(Pid::from_raw).collect()
+}
+
+/// The processes that began with `entry`, a `NAME=value`, in their environment, as a runner looks them up.
+pub fn marked(entry: &str) -> Vec<Pid> {
+    let has = |pid: &Pid| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|other| other == entry.as_bytes())
+    };
+    everybody().into_iter().filter(has).collect()
+}
+
+/// The processes of a world that are ours: `tf` itself, and its guardian.
+pub fn ours(world: &World) -> Vec<Pid> {
+    let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
+    let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
+    marked(&home(world)).into_iter().filter(is_ours).collect()
+}
+
+/// The `tf` of a world, and not its guardian, which has a session of its own and was there after it.
+pub fn tf_of(world: &World) -> Pid {
+    wait_for("tf", || ours(world).first().copied(), || world.trace())
+}
+
+/// The guardian of `tf`.
+#[track_caller]
+pub fn guardian_of(world: &World, tf: Pid) -> Pid {
+    wait_for(
+        "the guardian",
+        || ours(world).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
+        || format!("tf {tf}, ours {:?}\n{}", ours(world), world.trace()),
+    )
+}
+
+pub fn is_gone(pid: Pid) -> bool {
+    state(pid).is_none_or(|state| state == 'Z')
+}
+
+#[track_caller]
+pub fn wait_until_gone(world: &World, pid: Pid) {
+    wait_for("the end of a process", || is_gone(pid).then_some(()), || format!("{pid}\n{}", world.trace()));
+}
+
+#[track_caller]
+pub fn wait_until_unlocked(world: &World) {
+    wait_for(
+        "the lock to go",
+        || world.locks().is_empty().then_some(()),
+        || format!("{:?}, ours {:?}\n{}", world.locks(), ours(world), world.trace()),
+    );
+}
+
+/// Waits until nothing of a world runs any more, whoever started it.
+#[track_caller]
+pub fn wait_until_all_is_gone(world: &World) {
+    wait_for(
+        "the end of all",
+        || marked(&home(world)).is_empty().then_some(()),
+        || format!("{:?}", marked(&home(world))),
+    );
+}
+
+/// Kills everything that is ours in a world, and everything that runs in it: as when its container is stopped.
+pub fn kill_all(world: &World) {
+    // Those first that would notice the others' end.
+    let ours = ours(world);
+    let others: Vec<Pid> = marked(&home(world)).into_iter().filter(|pid| !ours.contains(pid)).collect();
+    for pid in ours.iter().chain(&others) {
+        let _ = kill(*pid, Signal::SIGSTOP);
+    }
+    for pid in ours.iter().chain(&others) {
+        let _ = kill(*pid, Signal::SIGKILL);
+    }
+    wait_until_all_is_gone(world);
+}
+
+/// Waits until nothing of ours runs in a world.
+#[track_caller]
+pub fn wait_until_ours_are_gone(world: &World) {
+    wait_for(
+        "the end of all that is ours",
+        || ours(world).is_empty().then_some(()),
+        || format!("{:?}\n{}", ours(world), world.trace()),
+    );
+}
