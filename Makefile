@@ -25,6 +25,10 @@ test: tools ## every test, against real terraform and a real protocol server
 	cargo test
 	@tests/left-out
 
+.PHONY: crash
+crash: tools ## tf, its guardian and a recovery stopped dead at every step, alone and in pairs
+	cargo test --features crash-points --test real crash:: -- --nocapture
+
 .PHONY: conformance
 conformance: tools $(TOOLS)/dynamodb/.made ## the release tests once more, on AWS's own DynamoDB Local (Java 17, npm)
 	tests/conformance
@@ -37,6 +41,7 @@ portable: tools ## every test once more, with the signal handling of systems tha
 check: ## formatting, lints, documentation
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features crash-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
 .PHONY: bench

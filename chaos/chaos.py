@@ -74,6 +74,8 @@ def proxy(upstream, access_log):
     print(listener.getsockname()[1], flush=True)
     log = os.open(access_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
+    proxy.distance = 0
+
     def serve(client):
         with client:
             try:
@@ -86,8 +88,9 @@ def proxy(upstream, access_log):
             threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
-    # We end with whoever started us, however that ends.
-    sys.stdin.buffer.read()
+    # How far away the cloud is, in seconds. We end with whoever tells us, however that ends.
+    for line in sys.stdin:
+        proxy.distance = float(line)
 
 
 def serve_one(client, upstream, log):
@@ -116,13 +119,14 @@ def serve_one(client, upstream, log):
         if len(body) < length:
             return
     headers[b"connection"] = b"close"
+    time.sleep(proxy.distance / 2)
     began = time.time()
     with socket.create_connection(("127.0.0.1", upstream), timeout=30) as server:
         server.sendall(start + b"".join(b"%s: %s\r\n" % header for header in headers.items()) + b"\r\n" + body)
         answer = b""
         while piece := server.recv(1 << 16):
             answer += piece
-    # Before the answer goes out: whoever sees that a lock was taken can read here by whom.
+    # Written down before the answer goes out: whoever sees that a lock was taken can read here by whom.
     method, path = start.decode().split(" ")[:2]
     agent = headers.get(b"user-agent", b"").decode()
     by = re.search(r"chaos/(\S+)", agent)
@@ -135,6 +139,7 @@ def serve_one(client, upstream, log):
         "id": lock.group(1).decode() if lock else None,
         "status": int(answer.split(b" ", 2)[1]),
     }) + "\n").encode())
+    time.sleep(proxy.distance / 2)
     head, rest = answer.split(b"\r\n", 1)
     if b"\nconnection: close" not in answer.split(b"\r\n\r\n", 1)[0].lower():
         rest = b"Connection: close\r\n" + rest
@@ -214,6 +219,8 @@ def draw(seed, number):
         "shell": dice.random() < 0.3 or who == "shell", "session": dice.random() < 0.3,
         "stdout": dice.choice(["pipe", "file", "null"]),
         "contenders": [], "next_from": dice.choice(["holder", "holder", "next"]),
+        # On loopback a request is hardly ever on its way when its sender dies. In the world it is.
+        "distance": dice.choice([0, dice.uniform(0, 0.02), dice.uniform(0, 0.08)]),
     }
     for _ in range(dice.randrange(3)):
         plan["contenders"].append({
@@ -300,6 +307,7 @@ class Round:
         self.directory = chaos.root / f"round-{number}"
         self.directory.mkdir()
         self.mark = f"CHAOS_ROUND={chaos.root}/{number}/".encode()
+        self.usual = chaos.usual + self.plan["pause"] + chaos.usual_requests * self.plan["distance"]
         self.began = time.monotonic()
         self.commands = {}
         self.failures = []
@@ -326,13 +334,13 @@ class Round:
     def run(self):
         plan, chaos = self.plan, self.chaos
         chaos.reset(self.key)
+        chaos.set_distance(plan["distance"])
         self.say(f"seed {chaos.seed}, round {self.number}, {chaos.program}: {json.dumps(plan)}")
         holder = self.start(
             "holder", ["apply", "-auto-approve", "-no-color", "-input=false"], "holder", pause=plan["pause"],
             shell=plan["shell"], session=plan["session"], stdout=plan["stdout"],
         )
-        moment = plan["moment"] * (chaos.usual + plan["pause"])
-        time.sleep(max(0, holder.started + moment - time.monotonic()))
+        time.sleep(max(0, holder.started + plan["moment"] * self.usual - time.monotonic()))
         for place, name in enumerate(plan["signals"]):
             if place:
                 time.sleep(plan["gap"])
@@ -556,10 +564,10 @@ class Round:
         )
         how = "+".join(plan["signals"]) if plan["how"] == "two" else plan["how"]
         more = [word for word in ("shell", "session") if plan[word]] + [plan["stdout"]]
-        at = plan["moment"] * (self.chaos.usual + plan["pause"])
         return (
-            f"{plan['kind']:8} {self.who:17} {how:9} {'at' if self.hit else 'missed,'} {at:.2f} s of "
-            f"{self.chaos.usual + plan['pause']:.2f}, {' '.join(more)}; contenders: {contenders or 'none'}"
+            f"{plan['kind']:8} {self.who:17} {how:9} {'at' if self.hit else 'missed,'} "
+            f"{plan['moment'] * self.usual:.2f} s of {self.usual:.2f}, {' '.join(more)}, "
+            f"{plan['distance'] * 1000:.0f} ms away; contenders: {contenders or 'none'}"
         )
 
 
@@ -633,7 +641,7 @@ resource "terraform_data" "critical" {{
             )
             for name in ("contender1", "contender2", "next"):
                 shutil.copytree(first, self.root / kind / name)
-        # How long an apply takes here that provisions for no time, the first not counted.
+        # How long an apply takes here that provisions for no time, and what it asks of the cloud; the first not counted.
         for _ in range(2):
             self.reset("both.tfstate")
             began = time.monotonic()
@@ -646,6 +654,11 @@ resource "terraform_data" "critical" {{
                 check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )
             self.usual = time.monotonic() - began
+            self.usual_requests = len(list(self.new_requests()))
+
+    def set_distance(self, seconds):
+        self.proxy.stdin.write(f"{seconds}\n".encode())
+        self.proxy.stdin.flush()
 
     def new_requests(self):
         with open(self.requests, "rb") as file:
@@ -735,13 +748,13 @@ class Tally:
     def report(self, chaos, seconds):
         whos = list(dict.fromkeys(VICTIMS.values() if chaos.bare else VICTIMS))
         print(f"\n{chaos.program}, seed {chaos.seed}: {self.rounds} rounds in {seconds:.0f} s\n")
-        print(f"{'deaths':18}" + "".join(f"{how:>10}" for how in SIGNALS) + f"{'all':>8}")
+        print(f"{'deaths':18}" + "".join(f"{how:>10}" for how in SIGNALS) + f"{'together':>10}")
         for who in whos:
             counts = [self.deaths[who, how] for how in SIGNALS]
-            print(f"{who:18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>8}")
+            print(f"{who:18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>10}")
         counts = [sum(self.deaths[who, how] for who in whos) for how in SIGNALS]
-        print(f"{'all':18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>8}")
-        print(f"{'came too late':18}" + " " * 10 * len(SIGNALS) + f"{self.missed or '-':>8}\n")
+        print(f"{'together':18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>10}")
+        print(f"{'came too late':18}" + " " * 10 * len(SIGNALS) + f"{self.missed or '-':>10}\n")
         for what, name in self.ROWS:
             print(f"{name:50}{self.failures[what]:6}")
         print("for information")

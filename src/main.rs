@@ -3,6 +3,7 @@
 //!
 //! The whole story is in [`main`]; ARCHITECTURE.md has the map.
 
+mod crash_point;
 mod lock;
 mod report;
 mod run;

@@ -15,6 +15,9 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[cfg(feature = "crash-points")]
+#[path = "real/crash.rs"]
+mod crash;
 #[path = "real/given_back.rs"]
 mod given_back;
 #[path = "real/interrupted_once.rs"]

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep};
 use super::place::Place;
 use super::proof::{Run, Verdict, judge};
 use super::{aws, dynamodb, s3};
+use crate::crash_point;
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
@@ -364,9 +365,11 @@ impl Attempt<'_> {
             }
             self.asked_to_go.push(half);
             self.created = info.created();
+            crash_point::reached("release: half judged");
             match services.delete(&standing).await? {
                 Deleted::Yes => {
                     trace!("deleted {} in {half:?}", info.id);
+                    crash_point::reached("release: half deleted");
                     return Ok(Judged::Deleted);
                 }
                 Deleted::Changed => {

@@ -6,7 +6,6 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::Invocation;
-use super::crash_point;
 use super::giving_back::{Settled, bury, give_back, visit};
 use super::journal::Journal;
 use super::patience::Patience;
@@ -15,6 +14,7 @@ use super::poll;
 use super::stop::Stop;
 use super::tombstone::Graveyard;
 use super::tree::{Fate, Tree};
+use crate::crash_point;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;

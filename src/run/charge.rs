@@ -7,11 +7,11 @@ use std::os::fd::BorrowedFd;
 
 use nix::unistd::Pid;
 
-use super::crash_point;
 use super::guardian::{Guardian, Heard};
 use super::journal::{Entry, Record};
 use super::recorder::Recorder;
 use super::stop::Event;
+use crate::crash_point;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
 

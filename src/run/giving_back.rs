@@ -3,10 +3,10 @@
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::crash_point;
 use super::patience::Patience;
 use super::places::Places;
 use super::tombstone::{Graveyard, Tombstone};
+use crate::crash_point;
 use crate::lock::place::Place;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;

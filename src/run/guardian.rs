@@ -33,7 +33,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::{died, reason_to_keep};
-use super::crash_point;
 use super::giving_back::{bury, give_back};
 use super::journal::{Entry, Journal, Record};
 use super::patience::Patience;
@@ -44,6 +43,7 @@ use super::recorder::Recorder;
 use super::stop::{Effect, Event, Stop};
 use super::tombstone::Graveyard;
 use super::tree::Tree;
+use crate::crash_point;
 use crate::lock::proof::Run;
 use crate::lock::release::Situation;
 use crate::sys::process::{self, Process};
@@ -368,7 +368,6 @@ impl<'a> Watch<'a> {
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let left_over = self.settle(ended);
-        self.ward.recorder.remove();
         if let (Some(entry), Some(mut record)) = (self.ward.entry, self.ward.record.take()) {
             if left_over.is_empty() {
                 entry.take_away();
@@ -377,6 +376,7 @@ impl<'a> Watch<'a> {
                 let _ = entry.write(&record, true);
             }
         }
+        self.ward.recorder.remove();
         crash_point::reached("guardian: done");
     }
 

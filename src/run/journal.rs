@@ -25,10 +25,11 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::crash_point;
 use super::host::{Host, Standpoint};
+use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
 use super::tree;
+use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
@@ -212,10 +213,13 @@ impl Journal {
             let name = entry.file_name().to_string_lossy().into_owned();
             if is_run_id(&name) {
                 names.push(name);
-            } else if (name.starts_with(".new-") && is_older(&entry.path(), Duration::from_hours(1)))
-                || name.starts_with(".old-")
+            } else if let Some(run) = name.strip_prefix(".new-")
+                && is_older(&entry.path(), Duration::from_hours(1))
             {
-                let _ = fs::remove_dir_all(entry.path());
+                // It died before terraform was started, so there is nothing of it but this.
+                clear_away(&entry.path(), run);
+            } else if let Some(run) = name.strip_prefix(".old-") {
+                clear_away(&entry.path(), run);
             }
         }
         names
@@ -327,18 +331,23 @@ impl Entry {
 
 /// Moved away first: nobody may find it half empty.
 fn remove(path: &Path) {
-    let Some(name) = path.file_name() else { return };
-    let mut old = std::ffi::OsString::from(".old-");
-    old.push(name);
-    let old = path.with_file_name(old);
+    let Some(run) = path.file_name().and_then(OsStr::to_str) else { return };
+    let old = path.with_file_name(format!(".old-{run}"));
     if fs::rename(path, &old).is_ok() {
         crash_point::reached("journal: moved away");
-        for file in ["record.json", "lock"] {
-            let _ = fs::remove_file(old.join(file));
-        }
-        if fs::remove_dir(&old).is_err() {
-            let _ = fs::remove_dir_all(&old);
-        }
+        clear_away(&old, run);
+    }
+}
+
+/// Deletes what was moved away, and what its run has logged.
+fn clear_away(old: &Path, run: &str) {
+    // Before the directory: as long as that stands somebody knows that there may be a log.
+    Recorder::clear_away(run);
+    for file in ["record.json", "lock"] {
+        let _ = fs::remove_file(old.join(file));
+    }
+    if fs::remove_dir(old).is_err() {
+        let _ = fs::remove_dir_all(old);
     }
 }
 

@@ -4,7 +4,6 @@
 
 mod aftermath;
 mod charge;
-mod crash_point;
 mod giving_back;
 mod guardian;
 mod host;
@@ -33,6 +32,7 @@ use std::time::Instant;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
+use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
 use crate::settings::Settings;
 use crate::sys::process;

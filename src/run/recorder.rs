@@ -75,6 +75,11 @@ impl Recorder {
         Some(Self { file, sink: Sink::Core, inherited_core: false, offset, log })
     }
 
+    /// Takes away what run `id` has left behind.
+    pub(crate) fn clear_away(id: &str) {
+        drop(MemoryFile::find(&name(id)));
+    }
+
     /// What terraform's environment must say.
     pub(crate) fn changes(&self) -> Vec<Change> {
         let path = || Some(self.path().as_os_str().to_owned());
@@ -141,6 +146,11 @@ impl Recorder {
         if until > FORGET_FROM {
             self.file.forget_before(until);
         }
+    }
+
+    /// Goes away without taking the file along.
+    pub(crate) fn leave(self) {
+        self.file.leave();
     }
 
     /// Takes the file away, for a process that ends without dropping anything.

@@ -18,7 +18,6 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::crash_point;
 use super::giving_back::{Settled, bury, give_back, may_land, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, Record};
@@ -28,6 +27,7 @@ use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
 use super::tombstone::{Graveyard, Tombstone};
+use crate::crash_point;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::report;
@@ -212,15 +212,15 @@ fn finish(dead: Dead) -> Vec<String> {
     let Dead { mut record, entry, standpoint, journal, graveyard } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    let recorder = match standpoint {
-        // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
-        Standpoint::ThisBoot => Recorder::find(&record.run, record.log.clone(), record.offset),
-        _ => None,
-    };
-    let recorder = recorder.filter(|_| !record.over).map(|mut recorder| {
+    // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
+    if standpoint == Standpoint::ThisBoot
+        && !record.over
+        && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
+    {
         record.log = recorder.read().clone();
-        recorder
-    });
+        // As long as the record stands, the next one needs it as much as we do.
+        recorder.leave();
+    }
     for (name, value) in record.surroundings.changes() {
         environment::change(name, value.as_ref());
     }
@@ -231,11 +231,11 @@ fn finish(dead: Dead) -> Vec<String> {
         entry.take_away();
     } else {
         record.leave(left_over);
-        let _ = entry.write(&record, true);
+        if entry.write(&record, true).is_ok() {
+            Recorder::clear_away(&record.run);
+        }
     }
     crash_point::reached("recovery: closed");
-    // Last: as long as the record stands, the next one needs it as much as we did.
-    drop(recorder);
     messages
 }
 

@@ -65,6 +65,11 @@ impl MemoryFile {
         })
     }
 
+    /// Goes away without taking the name along.
+    pub(crate) fn leave(mut self) {
+        self.named = false;
+    }
+
     /// Takes its name away, for a process that ends without dropping anything.
     pub(crate) fn remove(&self) {
         if self.named {

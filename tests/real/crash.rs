@@ -1,0 +1,263 @@
+//! Crash points: `tf`, its guardian or a recovery is stopped dead at every step of its way, alone and then once more in the
+//! recovery after it. In the end no lock of the dead stands, and every lock of the living does.
+//!
+//! Only in a build with the feature `crash-points`. The points are those that the program itself says it has come to, and
+//! they must be all that its source names.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::Mutex;
+
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::cloud::cloud;
+use crate::support::household::{Sweep, home, kill_all, marked, ours, wait_until_all_is_gone};
+use crate::support::process::{Run, state, tree};
+use crate::support::world::{WAITS, lock_json};
+use crate::support::{Ended, Lock, World, wait_for};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+/// What happens to a run, so that it comes to different points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    /// It ends well.
+    Ends,
+    /// Terraform is killed.
+    TerraformKilled,
+    /// `tf` is killed.
+    TfKilled,
+    /// Both are.
+    BothKilled,
+    /// Its guardian is killed, and then terraform.
+    GuardianKilled,
+    /// Everything is killed, and the next run recovers.
+    AllKilled,
+}
+
+const FATES: [Fate; 6] =
+    [Fate::Ends, Fate::TerraformKilled, Fate::TfKilled, Fate::BothKilled, Fate::GuardianKilled, Fate::AllKilled];
+
+/// A world that serves many cases, one after the other.
+struct Ground {
+    world: World,
+    /// A living lock beside ours, in the same table and bucket.
+    neighbour: String,
+    _sweep: Sweep,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let world = World::new(Lock::Both, WAITS);
+        let neighbour = lock_json("22222222-2222-3333-4444-555555555555", &format!("{}/other", world.bucket));
+        cloud().put_item(&world.table, &format!("{}/other", world.bucket), &neighbour);
+        cloud().s3("PUT", &format!("{}/other.tflock", world.bucket), neighbour.as_bytes());
+        let sweep = Sweep(home(&world));
+        Self { world, neighbour, _sweep: sweep }
+    }
+
+    fn clear(&self) {
+        for name in ["began", "go", "trace", "points"] {
+            let _ = fs::remove_file(self.world.directory.join(name));
+        }
+        self.world.forget_state();
+    }
+
+    /// Starts `tf`, which dies at `point`.
+    fn start(&self, arguments: &[&str], point: &str) -> Run {
+        let mut command = self.world.command(self.world.bin().join("tf"));
+        command.args(arguments).env("TFW_CRASH", point).env("TFW_CRASH_LIST", self.world.directory.join("points"));
+        Run::start(command)
+    }
+
+    /// Plays a run to its end. Whoever is left of it afterwards, nothing of it runs any more.
+    fn play(&self, fate: Fate, point: &str) {
+        let run = self.start(&APPLY, point);
+        let tf = run.pid();
+        let is_over = || !matches!(state(tf), Some(state) if state != 'Z');
+        // Until the provisioner works, or the run is dead before it.
+        let works = wait_for(
+            "the provisioner, or the end",
+            || {
+                if self.world.exists("began") {
+                    Some(true)
+                } else if is_over() && tree(tf).len() <= 1 && marked(&home(&self.world)).is_empty() {
+                    Some(false)
+                } else {
+                    None
+                }
+            },
+            || self.world.trace(),
+        );
+        if works {
+            let terraform = || tree(tf).into_iter().find(|(_, name, ..)| name == "terraform").map(|(pid, ..)| pid);
+            let kill_one = |pid| {
+                let _ = kill(pid, Signal::SIGKILL);
+            };
+            match fate {
+                Fate::Ends => self.world.go(),
+                Fate::TerraformKilled => {
+                    if let Some(pid) = terraform() {
+                        kill_one(pid);
+                    }
+                }
+                Fate::TfKilled => kill_one(tf),
+                Fate::BothKilled => {
+                    let terraform = terraform();
+                    kill_one(tf);
+                    if let Some(pid) = terraform {
+                        kill_one(pid);
+                    }
+                }
+                Fate::GuardianKilled => {
+                    let guardian = tree(tf).into_iter().find(|(_, name, ..)| name == "tf-guardian");
+                    if let Some((pid, ..)) = guardian {
+                        kill_one(pid);
+                    }
+                    if let Some(pid) = terraform() {
+                        kill_one(pid);
+                    }
+                }
+                Fate::AllKilled => kill_all(&self.world),
+            }
+        }
+        // One that nobody looks after any more goes on until it is done.
+        drop_when_over(run, self);
+    }
+
+    /// The next run, which may die at `point` while it recovers.
+    fn next(&self, point: &str) -> Ended {
+        for name in ["began", "go"] {
+            let _ = fs::remove_file(self.world.directory.join(name));
+        }
+        let end = self.start(&["plan", "-no-color"], point).wait();
+        wait_until_all_is_gone(&self.world);
+        end
+    }
+
+    /// Nothing of the dead is left, and everything of the living.
+    fn assert_well(&self, case: &str) {
+        let end = self.next("none");
+        let story = || format!("{case}\n{}", self.world.story(&end));
+        assert_eq!(end.code(), Some(0), "{}", story());
+        assert!(self.world.locks().is_empty(), "{:?}\n{}", self.world.locks(), story());
+        let path = format!("{}/other", self.world.bucket);
+        assert_eq!(cloud().item(&self.world.table, &path).as_ref(), Some(&self.neighbour), "{}", story());
+        assert_eq!(cloud().object(&format!("{path}.tflock")).as_ref(), Some(&self.neighbour), "{}", story());
+        // A second one finds nothing more to do, and no record of anybody.
+        let end = self.next("none");
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{case}\n{}", self.world.story(&end));
+        let runs = self.world.directory.parent().unwrap().join("home/.local/state/tf/runs");
+        let left: Vec<_> = fs::read_dir(runs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        // What died while it was being made is cleared away when it is an hour old.
+        assert!(left.iter().all(|path| path.to_string_lossy().contains(".new-")), "{left:?}\n{case}");
+        for path in left {
+            fs::remove_dir_all(path).unwrap();
+        }
+        // Nor what terraform has logged, which lies in memory for as long as it has a name.
+        let trace = self.world.trace();
+        for run in trace.lines().filter_map(|line| line.split(", run ").nth(1)) {
+            assert!(!Path::new(&format!("/dev/shm/tf-{run}.log")).exists(), "{run}\n{case}\n{trace}");
+        }
+    }
+
+    fn points(&self) -> BTreeSet<String> {
+        self.world.read("points").lines().map(ToOwned::to_owned).collect()
+    }
+}
+
+fn drop_when_over(run: Run, ground: &Ground) {
+    // A terraform without `tf` and guardian waits for the test to say go.
+    wait_for(
+        "the end of all",
+        || {
+            let left = marked(&home(&ground.world));
+            if ours(&ground.world).is_empty() {
+                ground.world.go();
+            }
+            left.is_empty().then_some(())
+        },
+        || ground.world.trace(),
+    );
+    drop(run);
+}
+
+/// The points that each fate comes to, in the run and in what the next run does about it.
+fn reached() -> Vec<(Fate, BTreeSet<String>, BTreeSet<String>)> {
+    let ground = Ground::new();
+    FATES
+        .into_iter()
+        .map(|fate| {
+            ground.clear();
+            ground.play(fate, "none");
+            let in_run = ground.points();
+            let _ = fs::remove_file(ground.world.directory.join("points"));
+            ground.next("none");
+            let after = ground.points();
+            ground.assert_well(&format!("{fate:?}"));
+            (fate, in_run, after)
+        })
+        .collect()
+}
+
+/// Every name that the source gives to a point.
+fn in_source() -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap().flatten() {
+            if entry.path().is_dir() {
+                directories.push(entry.path());
+                continue;
+            }
+            let text = fs::read_to_string(entry.path()).unwrap();
+            for piece in text.split("crash_point::reached(\"").skip(1) {
+                names.insert(piece.split('"').next().unwrap().to_owned());
+            }
+        }
+    }
+    names
+}
+
+/// Runs `cases` on a few grounds at the same time.
+fn on_grounds<T: Sync>(cases: &[T], play: impl Fn(&Ground, &T) + Sync) {
+    let next = Mutex::new(cases.iter());
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let ground = Ground::new();
+                loop {
+                    let Some(case) = next.lock().unwrap().next() else { return };
+                    ground.clear();
+                    play(&ground, case);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living() {
+    let reached = reached();
+    let known: BTreeSet<String> = reached.iter().flat_map(|(_, run, after)| run | after).collect();
+    assert_eq!(known, in_source(), "points that no fate comes to, or that the source does not name");
+    let cases: Vec<(Fate, String)> =
+        reached.iter().flat_map(|(fate, run, _)| run.iter().map(|point| (*fate, point.clone()))).collect();
+    on_grounds(&cases, |ground, (fate, point)| {
+        ground.play(*fate, point);
+        ground.assert_well(&format!("{fate:?}, dead at {point:?}"));
+    });
+    println!("{} points, {} deaths", known.len(), cases.len());
+
+    // Once more dead in the recovery: after each point at which everything that was left was killed too.
+    let (_, of_all_killed, after) = reached.iter().find(|(fate, ..)| *fate == Fate::AllKilled).unwrap();
+    let pairs: Vec<(&String, &String)> =
+        of_all_killed.iter().flat_map(|first| after.iter().map(move |second| (first, second))).collect();
+    on_grounds(&pairs, |ground, (first, second)| {
+        ground.play(Fate::AllKilled, first);
+        ground.next(second);
+        ground.assert_well(&format!("everything killed, one at {first:?}, the next at {second:?}"));
+    });
+    println!("{} pairs of deaths", pairs.len());
+}
