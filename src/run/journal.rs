@@ -237,7 +237,11 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Found::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
-                return self.set_aside(&path, name);
+                let held = open(&path.join("lock"), false).is_ok_and(|lock| {
+                    [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
+                });
+                // Whoever holds it will write it anew, or take it away.
+                return if held { Found::Foreign("it cannot be read") } else { self.set_aside(&path, name) };
             }
         };
         let standpoint = record.host.seen_from(&self.host);
@@ -283,6 +287,7 @@ impl Journal {
         if !is_private(&directory) || fs::rename(path, &target).is_err() {
             return Found::Foreign("it cannot be read");
         }
+        Recorder::clear_away(name);
         let mut kept: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
         kept.sort_by_key(|entry| std::cmp::Reverse(entry.metadata().and_then(|place| place.modified()).ok()));
         for old in kept.into_iter().skip(SET_ASIDE) {
