@@ -128,6 +128,11 @@ fn quoted(word: &str) -> String {
     }
 }
 
+/// The recovery takes its time.
+pub(crate) fn recovering() -> String {
+    "finishing what an earlier run left here, before terraform starts; ^C twice leaves it".to_owned()
+}
+
 /// A lock of an earlier run is gone.
 pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp) -> String {
     format!(

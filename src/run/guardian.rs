@@ -225,9 +225,9 @@ impl Guardian {
 }
 
 /// Whether a runner would kill what descends from us, whatever its environment says (Jenkins, ProcessTree.java,
-/// `killRecursively`).
+/// `killRecursively`). As the first process of a namespace we are init ourselves, and whoever ends us ends all.
 fn runner_kills_descendants() -> bool {
-    std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
+    std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
 }
 
 fn is_jenkins_cookie(name: &str) -> bool {

@@ -328,6 +328,11 @@ impl Entry {
         remove(&self.path);
     }
 
+    /// Whether somebody has written the record in the last while.
+    pub(crate) fn was_written_within(&self, time: Duration) -> bool {
+        !is_older(&self.path.join("record.json"), time)
+    }
+
     /// What must stay open in whoever takes care of the run.
     pub(crate) fn charge(&self) -> &File {
         &self.charge

@@ -31,6 +31,7 @@ use crate::crash_point;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::report;
+use crate::sys::process::Process;
 use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
 use crate::terraform::backend::CachedBackend;
@@ -41,6 +42,15 @@ use crate::trace::{self, trace};
 
 /// How long somebody who is finishing a run of our place at this moment is waited for.
 const OTHERS_FINISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a run is waited for that nobody but its guardian takes care of: its terraform may go on for long.
+const ORPHANS_END_WITHIN: Duration = Duration::from_secs(2);
+
+/// After how long what could not be finished for another directory is tried again.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_mins(5);
+
+/// From when on a person is told what takes so long.
+const QUIETLY: Duration = Duration::from_secs(1);
 
 /// Between two looks at that.
 const LOOK: Duration = Duration::from_millis(20);
@@ -74,6 +84,9 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
             match look(&journal, &name, here, signals) {
                 Found::Dead(record, entry, standpoint) => {
                     let is_near = is_of(&record, here);
+                    if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
+                        continue;
+                    }
                     let graveyard = Graveyard::of(state);
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
                     if is_near { near.push(dead) } else { far.push(dead) }
@@ -99,22 +112,27 @@ fn is_of(record: &Record, here: &Places) -> bool {
     record.log.standing().any(|lock| !here.of(lock).is_empty()) || record.data_directory == here.data_directory
 }
 
-/// Looks at a run; one of our place that somebody else is finishing is waited for, for it is about to be gone.
+/// Looks at a run. One of our place that is about to be gone is waited for, or it would refuse terraform a moment before:
+/// one that somebody else is finishing, and one whose `tf` is dead, as whose processes may be dying at this moment.
 fn look(journal: &Journal, name: &str, here: &Places, signals: &mut Signals) -> Found {
     let begun = Instant::now();
     loop {
-        match journal.look(name) {
-            Found::Settling(record)
-                if is_of(&record, here)
-                    && record.log.standing().next().is_some()
-                    && begun.elapsed() < OTHERS_FINISH_WITHIN
-                    && !poll::ready_now(signals.as_fd(), PollFlags::POLLIN) =>
-            {
-                poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
-            }
-            found => return found,
+        let found = journal.look(name);
+        let patience = match &found {
+            Found::Settling(record) if is_of(record, here) => OTHERS_FINISH_WITHIN,
+            Found::Living(record) if is_of(record, here) && !is_alive(record.tf) => ORPHANS_END_WITHIN,
+            _ => return found,
+        };
+        if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
+            return found;
         }
+        poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
     }
+}
+
+fn is_alive(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().map(Pid::from_raw);
+    pid.and_then(Process::look_up).is_some_and(|process| !process.is_dead())
 }
 
 fn descriptors(runs: &[Dead]) -> Vec<i32> {
@@ -165,8 +183,15 @@ fn finish_and_wait(
     let Ok(Some(pid)) = forked else { return };
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
+    let mut told = false;
     loop {
-        let ready = poll::wait(&[(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)], None);
+        let timeout = (!told).then_some(QUIETLY);
+        let awaited = [(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
+        let ready = poll::wait(&awaited, timeout);
+        if ready == [false, false] {
+            told = true;
+            report::say(&report::recovering());
+        }
         if ready[1] {
             hear(signals, asked, pid);
         }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use nix::sys::signal::{Signal, kill};
@@ -17,7 +17,10 @@ use crate::support::process::{Run, state, tree};
 use crate::support::world::{WAITS, lock_json};
 use crate::support::{Ended, Lock, World, wait_for};
 
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+const APPLY: [&str; 4] = ["apply", "-auto-approve", "-no-color", "-var=a=hunter-var"];
+
+/// What must never be written down, wherever a run is stopped.
+const SECRETS: [&str; 3] = ["hunter-var", "hunter-backend", "hunter-env"];
 
 /// What happens to a run, so that it comes to different points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,7 +52,17 @@ struct Ground {
 
 impl Ground {
     fn new() -> Self {
-        let world = World::new(Lock::Both, WAITS);
+        let mut world = World::empty(Lock::Both);
+        world.write_main("variable \"a\" {\n}\n", WAITS);
+        world.set("AWS_SECRET_ACCESS_KEY", "hunter-env");
+        let mut init = world.command(world.bin().join("terraform"));
+        init.args([
+            "init",
+            "-no-color",
+            "-backend-config=access_key=test",
+            "-backend-config=secret_key=hunter-backend",
+        ]);
+        assert_eq!(Run::start(init).wait().code(), Some(0));
         let neighbour = lock_json("22222222-2222-3333-4444-555555555555", &format!("{}/other", world.bucket));
         cloud().put_item(&world.table, &format!("{}/other", world.bucket), &neighbour);
         cloud().s3("PUT", &format!("{}/other.tflock", world.bucket), neighbour.as_bytes());
@@ -124,6 +137,29 @@ impl Ground {
         }
         // One that nobody looks after any more goes on until it is done.
         drop_when_over(run, self);
+        self.assert_no_secret(point);
+    }
+
+    fn state_directory(&self) -> PathBuf {
+        self.world.directory.parent().unwrap().join("home/.local/state/tf")
+    }
+
+    fn assert_no_secret(&self, point: &str) {
+        let mut directories = vec![self.state_directory()];
+        while let Some(directory) = directories.pop() {
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                let text = fs::read(entry.path()).unwrap_or_default();
+                let text = String::from_utf8_lossy(&text);
+                for secret in SECRETS {
+                    assert!(
+                        !text.contains(secret),
+                        "{secret} in {}, dead at {point:?}: {text}",
+                        entry.path().display()
+                    );
+                }
+                directories.push(entry.path());
+            }
+        }
     }
 
     /// The next run, which may die at `point` while it recovers.
@@ -131,7 +167,7 @@ impl Ground {
         for name in ["began", "go"] {
             let _ = fs::remove_file(self.world.directory.join(name));
         }
-        let end = self.start(&["plan", "-no-color"], point).wait();
+        let end = self.start(&["plan", "-no-color", "-var=a=x"], point).wait();
         wait_until_all_is_gone(&self.world);
         end
     }
@@ -148,7 +184,7 @@ impl Ground {
         // A second one finds nothing more to do, and no record of anybody.
         let end = self.next("none");
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{case}\n{}", self.world.story(&end));
-        let runs = self.world.directory.parent().unwrap().join("home/.local/state/tf/runs");
+        let runs = self.state_directory().join("runs");
         let left: Vec<_> = fs::read_dir(runs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         // What died while it was being made is cleared away when it is an hour old.
         assert!(left.iter().all(|path| path.to_string_lossy().contains(".new-")), "{left:?}\n{case}");
