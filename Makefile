@@ -48,8 +48,13 @@ check: ## formatting, lints, documentation
 bench: release tools ## what tf costs, as paired differences against bare terraform
 	@$(TOOLS)/bin/python3 bench/bench.py
 
+SEED ?= 1
 .PHONY: chaos
-chaos: tools ## kill terraform 600 times at moments spread over its run, for each kind of lock, and count
+chaos: build tools ## random deaths and contenders: SECONDS=60 SEED=1; BARE=1 for terraform without tf
+	@$(TOOLS)/bin/python3 chaos/chaos.py --seconds $(if $(SECONDS),$(SECONDS),60) --seed $(SEED) $(if $(BARE),--bare)
+
+.PHONY: kills
+kills: tools ## kill terraform 600 times at moments spread over its run, and count
 	TF_TEST_KILLS=600 cargo test --test real killed_at_any_moment -- --nocapture
 
 .PHONY: tools

@@ -243,10 +243,42 @@ fn marks_us(name: &str) -> bool {
 struct Watch<'a> {
     socket: UnixStream,
     ward: Ward<'a>,
-    terraform: Option<(Pid, OwnedFd)>,
+    terraform: Option<Terraform>,
     received: Vec<u8>,
     /// What the log has told, and was not written down yet.
     news: Option<(u64, Log)>,
+}
+
+/// Terraform, as its guardian knows it.
+struct Terraform {
+    pid: Pid,
+    /// It, and never another with its number. None before Linux 5.3 and on other systems; there the number is used, in the
+    /// moment after the death of `tf`, which until then kept it from being used again.
+    process: Option<OwnedFd>,
+}
+
+impl Terraform {
+    fn is_marked(&self, tree: &Tree) -> bool {
+        match Process::look_up(self.pid) {
+            Some(process) => tree.is_marked(&process),
+            // No /proc.
+            None => self.process.is_none() && !Path::new("/proc/self").exists(),
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match &self.process {
+            Some(process) => process::signal(process, signal),
+            None => Ok(kill(self.pid, signal)?),
+        }
+    }
+
+    fn has_ended(&self, tree: &Tree) -> bool {
+        match &self.process {
+            Some(process) => poll::ready_now(process.as_fd(), PollFlags::POLLIN),
+            None => tree.lifeline_is_closed() || kill(self.pid, None).is_err(),
+        }
+    }
 }
 
 /// How the time with `tf` ended.
@@ -318,7 +350,7 @@ impl<'a> Watch<'a> {
             STARTED => {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
-                self.terraform = process::watch_end(pid).ok().map(|process| (pid, process));
+                self.terraform = Some(Terraform { pid, process: process::watch_end(pid).ok() });
                 self.ward.tree.started(pid);
                 if let Some(record) = &mut self.ward.record {
                     record.terraform = Some(number);
@@ -382,7 +414,7 @@ impl<'a> Watch<'a> {
 
     /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
     fn stop_terraform(&mut self) -> Option<Ended> {
-        let (pid, process) = self.terraform.take()?;
+        let terraform = self.terraform.take()?;
         let mut effects = self.ward.stop.decide(Event::ParentGone, self.ward.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
@@ -395,22 +427,24 @@ impl<'a> Watch<'a> {
                 }
             }
             // Not before it is terraform: what comes earlier is thrown away between fork and exec.
-            if interrupt && Process::look_up(pid).is_some_and(|process| self.ward.tree.is_marked(&process)) {
+            if interrupt && terraform.is_marked(self.ward.tree) {
                 interrupt = false;
-                let sent = process::signal(&process, Signal::SIGINT);
+                let sent = terraform.signal(Signal::SIGINT);
                 trace!("guardian: interrupted terraform: {}", sent.is_ok());
                 crash_point::reached("guardian: interrupted");
             }
             // One that was stopped when its parent died was hung up by the kernel. Where that did not happen, as in a
             // session without a terminal, it acts on nothing until it is continued.
-            if Process::look_up(pid).is_some_and(|process| process.state == 'T') {
-                let _ = process::signal(&process, Signal::SIGCONT);
+            if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
+                let _ = terraform.signal(Signal::SIGCONT);
             }
-            let mut awaited = vec![(process.as_fd(), PollFlags::POLLIN)];
+            let mut awaited: Vec<_> =
+                terraform.process.iter().map(|process| (process.as_fd(), PollFlags::POLLIN)).collect();
+            let pipes_from = awaited.len();
             awaited.extend(self.ward.pipes.awaited());
             let ready = poll::wait(&awaited, Some(LOOK));
-            self.ward.pipes.step(&ready[1..]);
-            if ready[0] {
+            self.ward.pipes.step(&ready[pipes_from..]);
+            if terraform.has_ended(self.ward.tree) {
                 break;
             }
             // Everybody who is below it now, so that they are known when they are not below it any more.
@@ -422,7 +456,7 @@ impl<'a> Watch<'a> {
         }
         let begun = Instant::now();
         loop {
-            let ended = process::end_of(pid, &process);
+            let ended = terraform.process.as_ref().and_then(|process| process::end_of(terraform.pid, process));
             if ended.is_some() || begun.elapsed() > BURIED_WITHIN {
                 return ended;
             }

@@ -161,7 +161,8 @@ impl Tree {
         self.look().0
     }
 
-    fn lifeline_is_closed(&self) -> bool {
+    /// Nobody holds the end that terraform inherited.
+    pub(crate) fn lifeline_is_closed(&self) -> bool {
         poll::ready_now(self.lifeline.as_fd(), PollFlags::POLLIN)
     }
 

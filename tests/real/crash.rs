@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -273,6 +274,11 @@ fn on_grounds<T: Sync>(cases: &[T], play: impl Fn(&Ground, &T) + Sync) {
     });
 }
 
+/// For whoever asked for the output of the tests.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 #[test]
 fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living() {
     let reached = reached();
@@ -284,7 +290,7 @@ fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living(
         ground.play(*fate, point);
         ground.assert_well(&format!("{fate:?}, dead at {point:?}"));
     });
-    println!("{} points, {} deaths", known.len(), cases.len());
+    tell(&format!("{} points, {} deaths", known.len(), cases.len()));
 
     // Once more dead in the recovery: after each point at which everything that was left was killed too.
     let (_, of_all_killed, after) = reached.iter().find(|(fate, ..)| *fate == Fate::AllKilled).unwrap();
@@ -295,5 +301,5 @@ fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living(
         ground.next(second);
         ground.assert_well(&format!("everything killed, one at {first:?}, the next at {second:?}"));
     });
-    println!("{} pairs of deaths", pairs.len());
+    tell(&format!("{} pairs of deaths", pairs.len()));
 }
