@@ -1,8 +1,8 @@
 """Random deaths under random locks, against real terraform, and a count of what they leave behind.
 
 In each round a holder applies, somebody of it is signalled at a random moment, contenders for the same state come and
-go, and an ordinary `plan` ends it. Everything that is drawn in a round depends on the seed and the round's number alone,
-so the same seed brings the same deaths to tf and to bare terraform.
+go, and an ordinary `plan` ends it. What is drawn in a round depends on the seed and the round's number alone, so the
+same seed brings the same deaths to tf and to bare terraform.
 
 This file has two more parts to play, each in a process of its own: `proxy`, in front of the loopback cloud, and
 `critical`, what the applies provision: a section that no two of them may be in.
@@ -29,6 +29,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
+sys.dont_write_bytecode = True
 from cloud import Cloud
 
 KINDS = {"dynamodb": ["DynamoDB"], "lockfile": ["S3"], "both": ["DynamoDB", "S3"]}
@@ -45,8 +46,9 @@ VICTIMS = {
     "shell": "shell",
 }
 SIGNALS = ["INT", "TERM", "HUP", "QUIT", "KILL", "two", "STOP+KILL"]
-# KILL is what a lock is usually lost by.
-WEIGHTS = [2, 2, 2, 2, 5, 3, 2]
+# KILL is what a lock is usually lost by; a shell's death is the least of these.
+VICTIM_WEIGHTS = [3, 3, 3, 2, 2, 2, 4, 1]
+SIGNAL_WEIGHTS = [2, 2, 2, 2, 5, 3, 2]
 
 REFUSED = "Error acquiring the state lock"
 REFUSED_BY = re.compile(r"^\W*ID:\s+([0-9a-f-]{36})", re.M)
@@ -58,8 +60,11 @@ LOCK_ID = re.compile(rb'ID\\*":\s*\\*"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{1
 
 LOOK = 0.03
 HUNG_AFTER = 60
+STOPPED_FOR = 5
 # So long after the last process of a tree has ended, nobody of it can be about to give its lock back.
 DEAD_FOR = 1.0
+# So long after it, none of its requests is on its way any more.
+LANDED = 0.2
 
 
 # The proxy.
@@ -204,8 +209,8 @@ def draw(seed, number):
     """All that is random in a round, as fractions where it depends on how fast this machine is."""
     dice = random.Random(f"{seed}-{number}")
     kind = dice.choice(list(KINDS))
-    who = dice.choice(list(VICTIMS))
-    how = dice.choices(SIGNALS, WEIGHTS)[0]
+    who = dice.choices(list(VICTIMS), VICTIM_WEIGHTS)[0]
+    how = dice.choices(SIGNALS, SIGNAL_WEIGHTS)[0]
     if how == "two":
         signals = [dice.choice(["INT", "TERM", "HUP", "QUIT", "KILL"]) for _ in range(2)]
         gap = 0.02
@@ -216,17 +221,17 @@ def draw(seed, number):
     plan = {
         "kind": kind, "who": who, "how": how, "signals": signals, "gap": gap, "order": dice.random(),
         "moment": dice.uniform(0, 1.2), "pause": dice.uniform(0, 0.6),
-        "shell": dice.random() < 0.3 or who == "shell", "session": dice.random() < 0.3,
+        "shell": dice.random() < 0.3 or who == "shell", "session": dice.random() < 0.3, "ci": dice.random() < 0.3,
         "stdout": dice.choice(["pipe", "file", "null"]),
         "contenders": [], "next_from": dice.choice(["holder", "holder", "next"]),
         # On loopback a request is hardly ever on its way when its sender dies. In the world it is.
         "distance": dice.choice([0, dice.uniform(0, 0.02), dice.uniform(0, 0.08)]),
     }
-    for _ in range(dice.randrange(3)):
+    for _ in range(dice.choice([0, 1, 1, 2, 2])):
         plan["contenders"].append({
             # From the deaths, or from the moment when nobody of the holder is alive any more.
-            "after": dice.choice(["deaths", "tree"]), "delay": dice.uniform(0, 1.5),
-            "timeout": dice.choice(["0s", "0s", "20s"]), "pause": dice.uniform(0, 0.6),
+            "after": dice.choice(["deaths", "deaths", "tree"]), "delay": dice.uniform(0, dice.choice([0.1, 0.4, 1.5])),
+            "timeout": dice.choice(["0s", "20s"]), "pause": dice.uniform(0, 0.6),
         })
     return plan
 
@@ -234,7 +239,7 @@ def draw(seed, number):
 class Command:
     """A terraform, or tf, that was started, and what it said."""
 
-    def __init__(self, round, who, arguments, place, pause=0, shell=False, session=False, stdout="file"):
+    def __init__(self, round, who, arguments, place, pause=0, shell=False, session=False, ci=False, stdout="file"):
         self.who = who
         self.signalled = False
         self.dead_since = None
@@ -266,7 +271,7 @@ class Command:
         self.environment = dict(
             chaos.environment,
             CHAOS_ROUND=f"{chaos.root}/{round.number}/{who}", TF_APPEND_USER_AGENT=f"chaos/{round.number}-{who}",
-            TFW_LOG=str(round.directory / "trace"),
+            TFW_LOG=str(round.directory / "trace"), **({"CI": "true"} if ci else {}),
         )
         self.started = time.monotonic()
         round.say(f"{who} starts: {' '.join(arguments)} in {place}")
@@ -307,13 +312,13 @@ class Round:
         self.directory = chaos.root / f"round-{number}"
         self.directory.mkdir()
         self.mark = f"CHAOS_ROUND={chaos.root}/{number}/".encode()
-        self.usual = chaos.usual + self.plan["pause"] + chaos.usual_requests * self.plan["distance"]
+        kind = self.plan["kind"]
+        self.usual = chaos.usual[kind] + self.plan["pause"] + chaos.requests_usual[kind] * self.plan["distance"]
         self.began = time.monotonic()
         self.commands = {}
         self.failures = []
         self.hit = 0
-        self.standing = 0
-        self.hung = False
+        self.standing = self.continued = 0
         self.digest = False
         self.owners = {}
 
@@ -338,7 +343,7 @@ class Round:
         self.say(f"seed {chaos.seed}, round {self.number}, {chaos.program}: {json.dumps(plan)}")
         holder = self.start(
             "holder", ["apply", "-auto-approve", "-no-color", "-input=false"], "holder", pause=plan["pause"],
-            shell=plan["shell"], session=plan["session"], stdout=plan["stdout"],
+            shell=plan["shell"], session=plan["session"], ci=plan["ci"], stdout=plan["stdout"],
         )
         time.sleep(max(0, holder.started + plan["moment"] * self.usual - time.monotonic()))
         for place, name in enumerate(plan["signals"]):
@@ -346,8 +351,7 @@ class Round:
                 time.sleep(plan["gap"])
             self.strike(holder, name)
         self.wait(holder)
-        if not self.hung:
-            self.next_command()
+        self.next_command()
         self.judge()
 
     # Deaths.
@@ -461,6 +465,8 @@ class Round:
             living = self.look_around()
             now = time.monotonic()
             dead = holder.dead_since
+            if now > deaths + STOPPED_FOR:
+                self.go_on(living)
             for number, contender in list(pending):
                 since = deaths if contender["after"] == "deaths" else dead and dead + DEAD_FOR
                 if since is not None and now >= since + contender["delay"]:
@@ -472,10 +478,10 @@ class Round:
                         f"contender{number}", [*arguments, f"-lock-timeout={contender['timeout']}"],
                         f"contender{number}", pause=contender["pause"],
                     ).dead_before = before
-            if dead and not looked and now >= dead + DEAD_FOR:
-                looked = True
+            if dead and not looked and now >= dead + LANDED:
                 left = {where: lock for where, lock in self.locks().items() if self.owners.get(lock) == "holder"}
-                if left:
+                looked = not left or now >= dead + DEAD_FOR
+                if left and looked:
                     self.standing = 1
                     self.say(f"its lock stands {DEAD_FOR:.0f} s after the death of the holder's tree: {left}")
             if looked and not pending and all(command.dead_since for command in self.commands.values()):
@@ -485,8 +491,20 @@ class Round:
                 return
             time.sleep(LOOK)
 
+    def go_on(self, living):
+        """What a person does with `fg`. With tf nothing may wait for that: whoever stopped it was killed or is dead."""
+        for process in living:
+            if process.state == "T":
+                self.continued = 1
+                if not self.chaos.bare:
+                    self.fail("hung", f"{process.name} {process.pid} of {process.who} stands still, and nobody continues it")
+                self.say(f"{process.who}: {process.name} {process.pid} is stopped, and is continued")
+                try:
+                    os.kill(process.pid, signal.SIGCONT)
+                except ProcessLookupError:
+                    pass
+
     def is_hung(self, living):
-        self.hung = True
         left = "; ".join(f"{process.who}: {process.name} {process.pid}, state {process.state}" for process in living)
         self.fail("hung", f"after {HUNG_AFTER} s there are still {left or 'children of ours'}")
         for process in living:
@@ -501,6 +519,7 @@ class Round:
         for command in self.commands.values():
             command.signalled = True
             command.process.wait()
+            command.dead_since = command.dead_since or time.monotonic()
 
     def next_command(self):
         before = {who: time.monotonic() - command.dead_since for who, command in self.commands.items()}
@@ -563,7 +582,7 @@ class Round:
             for contender in plan["contenders"]
         )
         how = "+".join(plan["signals"]) if plan["how"] == "two" else plan["how"]
-        more = [word for word in ("shell", "session") if plan[word]] + [plan["stdout"]]
+        more = [word for word in ("shell", "session", "ci") if plan[word]] + [plan["stdout"]]
         return (
             f"{plan['kind']:8} {self.who:17} {how:9} {'at' if self.hit else 'missed,'} "
             f"{plan['moment'] * self.usual:.2f} s of {self.usual:.2f}, {' '.join(more)}, "
@@ -589,6 +608,7 @@ class Chaos:
         self.requests = self.root / "requests"
         self.requests.touch()
         self.read_to = 0
+        self.usual, self.requests_usual = {}, {}
         self.proxy = subprocess.Popen(
             [sys.executable, __file__, "proxy", str(self.cloud.port), str(self.requests)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -641,20 +661,26 @@ resource "terraform_data" "critical" {{
             )
             for name in ("contender1", "contender2", "next"):
                 shutil.copytree(first, self.root / kind / name)
-        # How long an apply takes here that provisions for no time, and what it asks of the cloud; the first not counted.
+            self.measure(kind)
+
+    def measure(self, kind):
+        """How long an apply takes here that provisions for no time, and how many requests it is."""
+        directory = self.root / kind / "holder"
+        (directory / "orders.json").write_text(
+            json.dumps({"who": "measured", "pause": 0, "notes": str(self.root / "notes")})
+        )
+        # The first is a warm-up.
         for _ in range(2):
-            self.reset("both.tfstate")
+            self.reset(f"{kind}.tfstate")
+            collections.deque(self.new_requests(), maxlen=0)
             began = time.monotonic()
-            (self.root / "both" / "holder" / "orders.json").write_text(
-                json.dumps({"who": "measured", "pause": 0, "notes": str(self.root / "notes")})
-            )
             subprocess.run(
-                [self.root / "bin/tf" if not self.bare else "terraform", "apply", "-auto-approve", "-no-color"],
-                cwd=self.root / "both" / "holder", env=dict(self.environment, CHAOS_ROUND=f"{self.root}/0/measured"),
-                check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                ["terraform" if self.bare else self.root / "bin/tf", "apply", "-auto-approve", "-no-color"],
+                cwd=directory, env=dict(self.environment, CHAOS_ROUND=f"{self.root}/0/measured"), check=True,
+                timeout=HUNG_AFTER, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )
-            self.usual = time.monotonic() - began
-            self.usual_requests = len(list(self.new_requests()))
+            self.usual[kind] = time.monotonic() - began
+            self.requests_usual[kind] = len(list(self.new_requests()))
 
     def set_distance(self, seconds):
         self.proxy.stdin.write(f"{seconds}\n".encode())
@@ -723,7 +749,7 @@ class Tally:
     ]
 
     def __init__(self):
-        self.rounds = self.missed = self.standing = self.standing_all = self.digests = 0
+        self.rounds = self.missed = self.standing = self.standing_all = self.continued = self.digests = 0
         self.deaths = collections.Counter()
         self.failures = collections.Counter()
         self.stories = []
@@ -738,6 +764,7 @@ class Tally:
             self.standing_all += round.standing
         else:
             self.standing += round.standing
+        self.continued += round.continued
         self.digests += round.digest
         # A round fails once in each way, however often it was seen.
         for what in {what for what, _ in round.failures}:
@@ -761,6 +788,7 @@ class Tally:
         for name, count in [
             (f"locks standing {DEAD_FOR:.0f} s after the tree's death", self.standing),
             ("  the same, where everything was killed", self.standing_all),
+            (f"runs that stood still for {STOPPED_FOR} s and were continued", self.continued),
             ("digest mismatches", self.digests),
         ]:
             print(f"{name:50}{count:6}")
@@ -785,6 +813,10 @@ def run(options):
                     break
             elif time.monotonic() - began >= options.seconds:
                 break
+            plan = draw(options.seed, number)
+            if not {plan["kind"], plan["who"], plan["how"]} >= set(options.only):
+                number += 1
+                continue
             round = Round(chaos, number)
             round.run()
             kept = None
@@ -822,7 +854,13 @@ def main():
     parser.add_argument("--tf", default=str(HERE / "target/debug/tf"))
     parser.add_argument("--keep", action="store_true", help="keep every round, and not only those that failed")
     parser.add_argument("--verbose", action="store_true", help="a line for each round")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORD",
+        help=f"only rounds with this lock, victim or signal: {', '.join([*KINDS, *VICTIMS, *SIGNALS])}",
+    )
     options = parser.parse_args()
+    if unknown := set(options.only) - {*KINDS, *VICTIMS, *SIGNALS}:
+        parser.error(f"--only does not know {', '.join(sorted(unknown))}")
     if options.round and options.rounds is None:
         options.rounds = 1
     # A crash of terraform's is on purpose here.

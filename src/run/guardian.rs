@@ -101,6 +101,8 @@ pub(crate) enum Heard {
 /// What the guardian is to know and to keep.
 pub(crate) struct Ward<'a> {
     pub(crate) run: &'a str,
+    /// Our own process, before the fork.
+    pub(crate) tf: Pid,
     pub(crate) begun: Instant,
     pub(crate) started: Timestamp,
     pub(crate) tree: &'a mut Tree,
@@ -303,12 +305,22 @@ impl<'a> Watch<'a> {
     /// Listens to `tf`, for as long as there is one.
     fn until_parting(&mut self) -> Parting {
         let mut bytes = [0; 1 << 14];
+        // Terraform's end was seen.
+        let mut ended = false;
         loop {
             // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
             let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
             let deadline =
                 self.ward.stop.deadline().map(|at| (self.ward.begun + at).saturating_duration_since(Instant::now()));
-            if poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], deadline) == [false] {
+            let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
+            let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
+            awaited.extend(terraform.filter(|_| !ended).map(|process| (process.as_fd(), PollFlags::POLLIN)));
+            let ready = poll::wait(&awaited, if ended { Some(LOOK) } else { deadline });
+            ended |= ready.get(1) == Some(&true);
+            if ended {
+                self.continue_tf();
+            }
+            if !ready[0] {
                 continue;
             }
             let length = match self.socket.read(&mut bytes) {
@@ -329,6 +341,15 @@ impl<'a> Watch<'a> {
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
                 self.write_news();
             }
+        }
+    }
+
+    /// A `tf` that stopped with its terraform, which was then killed, has a lock to give back and nobody who continues it:
+    /// a shell would, if its user asked, and a CI runner has none.
+    fn continue_tf(&self) {
+        if Process::look_up(self.ward.tf).is_some_and(|process| process.state == 'T') {
+            trace!("guardian: continues tf, whose terraform has ended");
+            let _ = kill(self.ward.tf, Signal::SIGCONT);
         }
     }
 

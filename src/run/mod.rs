@@ -191,6 +191,7 @@ impl<'a> Prepared<'a> {
         crash_point::reached("tf: prepared");
         let guardian = Guardian::fork(Ward {
             run: &run,
+            tf: nix::unistd::getpid(),
             begun,
             started,
             tree: &mut tree,

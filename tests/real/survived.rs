@@ -235,6 +235,25 @@ fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
 }
 
 #[test]
+fn a_tf_that_stopped_with_a_terraform_that_is_then_killed_goes_on_and_gives_the_lock_back() {
+    let world = World::new(Lock::Both, WAITS);
+    let _sweep = Sweep(home(&world));
+    let mut shell = world.command("bash");
+    shell.args(["--norc", "-i"]);
+    let mut terminal = Terminal::start(shell);
+    terminal.type_in(&format!("tf {}\r", APPLY.join(" ")));
+    world.wait_for_file("began");
+    let tf = tf_of(&world);
+    let terraform = terraform_below(tf);
+    terminal.type_in("\x1a");
+    wait_for("the stop", || (state(tf) == Some('T')).then_some(()), || world.trace());
+    world.assert_locked();
+    kill(terraform, Signal::SIGKILL).unwrap();
+    wait_until_unlocked(&world);
+    wait_until_ours_are_gone(&world);
+}
+
+#[test]
 fn the_guardian_ends_what_outlives_terraform_before_the_lock_goes() {
     for (name, starts, python) in [
         ("ignores TERM", "bash worker & touch began; wait", false),
