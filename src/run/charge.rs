@@ -61,6 +61,15 @@ impl Charge {
         }
     }
 
+    /// `tf` is about to stop itself, or was continued.
+    pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
+        if let Some(guardian) = &mut self.guardian
+            && guardian.stands_still(still).is_err()
+        {
+            self.guardian_is_gone(recorder);
+        }
+    }
+
     /// Terraform's log was read: what is new in it goes into the journal, and may then be forgotten.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());

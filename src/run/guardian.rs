@@ -59,7 +59,8 @@ use crate::trace::{self, trace};
 const STARTED: u8 = 1;
 const EVENT: u8 = 2;
 const NEWS: u8 = 3;
-const OVER: u8 = 4;
+const STILL: u8 = 4;
+const OVER: u8 = 5;
 
 /// What the child writes before its pid.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
@@ -169,6 +170,14 @@ impl Guardian {
         self.send(EVENT, &[u8::try_from(place).unwrap_or_default()])
     }
 
+    /// Tells that `tf` stands still from now on, or does not any more.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
+        self.send(STILL, &[u8::from(still)])
+    }
+
     /// Tells what terraform's log has told. False when there is no room for that now.
     ///
     /// # Errors
@@ -247,6 +256,8 @@ struct Watch<'a> {
     ward: Ward<'a>,
     terraform: Option<Terraform>,
     received: Vec<u8>,
+    /// `tf` has stopped itself.
+    still: bool,
     /// What the log has told, and was not written down yet.
     news: Option<(u64, Log)>,
 }
@@ -295,7 +306,7 @@ impl<'a> Watch<'a> {
         environment::forget(marks_us);
         ward.tree.see_from_beside();
         crash_point::reached("guardian: watching");
-        let mut watch = Self { socket, ward, terraform: None, received: Vec::new(), news: None };
+        let mut watch = Self { socket, ward, terraform: None, received: Vec::new(), still: false, news: None };
         if watch.until_parting() == Parting::Vanished {
             crash_point::reached("guardian: alone");
             watch.finish();
@@ -305,22 +316,22 @@ impl<'a> Watch<'a> {
     /// Listens to `tf`, for as long as there is one.
     fn until_parting(&mut self) -> Parting {
         let mut bytes = [0; 1 << 14];
-        // Terraform's end was seen.
-        let mut ended = false;
         loop {
             // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
             let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
             let deadline =
                 self.ward.stop.deadline().map(|at| (self.ward.begun + at).saturating_duration_since(Instant::now()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
+            // Of terraform's end `tf` hears itself, but when it stands still.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
-            awaited.extend(terraform.filter(|_| !ended).map(|process| (process.as_fd(), PollFlags::POLLIN)));
-            let ready = poll::wait(&awaited, if ended { Some(LOOK) } else { deadline });
-            ended |= ready.get(1) == Some(&true);
-            if ended {
+            awaited.extend(terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN)));
+            let ready = poll::wait(&awaited, deadline);
+            if ready.get(1) == Some(&true) {
                 self.continue_tf();
+                // It may have been about to stop when it said so.
+                poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(LOOK));
             }
-            if !ready[0] {
+            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
                 continue;
             }
             let length = match self.socket.read(&mut bytes) {
@@ -384,6 +395,7 @@ impl<'a> Watch<'a> {
                     let _ = self.ward.stop.decide(*event, self.ward.begun.elapsed());
                 }
             }
+            STILL => self.still = payload == [1],
             NEWS => {
                 if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
                     self.news = Some((offset, log));

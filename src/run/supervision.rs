@@ -211,6 +211,15 @@ impl Supervision<'_> {
         }
     }
 
+    /// Stops `tf` as [`Signals::stop`] says. The guardian knows of it: should terraform be killed meanwhile, nobody else
+    /// would continue us.
+    fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
+        self.charge.stands_still(true, self.recorder);
+        let stopped = self.signals.stop(signal, whole_group);
+        self.charge.stands_still(false, self.recorder);
+        stopped
+    }
+
     /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
     fn suspend(&mut self) {
         if !self.shared {
@@ -228,7 +237,7 @@ impl Supervision<'_> {
         }
         // In an orphaned group, and as leader of a session, the kernel discards our stop: nobody could continue us.
         // Bare terraform goes on there as well.
-        let stopped = self.signals.stop(Signal::SIGTSTP, false);
+        let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
         trace!("stopped: {stopped}");
         let _ = killpg(self.terraform, Signal::SIGCONT);
     }
@@ -239,7 +248,7 @@ impl Supervision<'_> {
         match signal {
             _ if self.shared => {
                 // The terminal stopped our whole group; for us it is blocked, and made good here.
-                self.signals.stop(signal_to_stop_with(signal), false);
+                self.stop_ourselves(signal_to_stop_with(signal), false);
             }
             Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
             _ => {
@@ -247,7 +256,7 @@ impl Supervision<'_> {
                 // its stop is passed up so that a shell can tell its user and `fg` can mend it.
                 let key = signal == Signal::SIGTSTP && self.lending.is_lent();
                 self.lending.take_back();
-                let stopped = self.signals.stop(Signal::SIGTSTP, key);
+                let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
                 if stopped || key {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
                 }
@@ -263,7 +272,7 @@ impl Supervision<'_> {
                 return Stopped::Handled;
             }
             Foreground::Ours if self.lending.lend() => return Stopped::Handled,
-            Foreground::Others if self.signals.stop(signal, true) => {
+            Foreground::Others if self.stop_ourselves(signal, true) => {
                 // `fg` has made us the foreground, or `bg` has not: then terraform will stop again, and so shall we.
                 if self.lending.foreground() != Foreground::Ours || !self.lending.lend() {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
