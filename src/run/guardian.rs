@@ -268,12 +268,16 @@ struct Terraform {
     /// It, and never another with its number. None before Linux 5.3 and on other systems; there the number is used, in the
     /// moment after the death of `tf`, which until then kept it from being used again.
     process: Option<OwnedFd>,
+    /// The number meant the child of `tf` when the descriptor was opened.
+    certain: bool,
 }
 
 impl Terraform {
-    fn is_marked(&self, tree: &Tree) -> bool {
+    /// Whether the child has become a program, and is the one that it was. Its mark says so; a wrapper may have cleared its
+    /// environment, and is another program than ours then.
+    fn has_begun(&self, tree: &Tree) -> bool {
         match Process::look_up(self.pid) {
-            Some(process) => tree.is_marked(&process),
+            Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
             // No /proc.
             None => self.process.is_none() && !Path::new("/proc/self").exists(),
         }
@@ -382,7 +386,10 @@ impl<'a> Watch<'a> {
             STARTED => {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
-                self.terraform = Some(Terraform { pid, process: process::watch_end(pid).ok() });
+                let process = process::watch_end(pid).ok();
+                // `tf` keeps a dead terraform's number from being used again, for as long as it lives itself.
+                let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
+                self.terraform = Some(Terraform { pid, process, certain });
                 self.ward.tree.started(pid);
                 if let Some(record) = &mut self.ward.record {
                     record.terraform = Some(number);
@@ -460,7 +467,7 @@ impl<'a> Watch<'a> {
                 }
             }
             // Not before it is terraform: what comes earlier is thrown away between fork and exec.
-            if interrupt && terraform.is_marked(self.ward.tree) {
+            if interrupt && terraform.has_begun(self.ward.tree) {
                 interrupt = false;
                 let sent = terraform.signal(Signal::SIGINT);
                 trace!("guardian: interrupted terraform: {}", sent.is_ok());

@@ -279,11 +279,14 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
             None
         }
     });
-    let places = Places {
+    let mut places = Places {
         directories: directories.collect(),
         workspaces: record.workspaces.clone(),
         data_directory: record.data_directory.clone(),
     };
+    // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
+    places.workspaces.push(after.workspace.clone());
+    places.directories.push(after);
     let recent = may_land(record.log.latest, now);
     let situation = Situation {
         run: Run {
@@ -298,7 +301,8 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
     };
     // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
     let died = true;
-    let unreachable = (places.directories.is_empty() && !missing.is_empty())
+    let nowhere = standing.iter().all(|lock| places.of(lock).is_empty());
+    let unreachable = (nowhere && !missing.is_empty())
         .then(|| Outcome::later(report::missing(&missing.join(", "), &record.data_directory)));
     let claimed = |id: &str| journal.is_claimed(id, &record.run);
     let mut patience = Patience::Nobodys;

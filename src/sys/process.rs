@@ -233,6 +233,14 @@ impl Process {
             .map(<[u8]>::to_vec)
     }
 
+    /// Whether it runs another program than we do: a child that was forked has become one by exec.
+    pub(crate) fn runs_another_program(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let program =
+            |process: &str| std::fs::metadata(format!("/proc/{process}/exe")).map(|file| (file.dev(), file.ino())).ok();
+        program(&self.pid.to_string()).is_some_and(|theirs| Some(theirs) != program("self"))
+    }
+
     /// The program that it runs, without its directory, or else its name.
     pub(crate) fn program(&self) -> String {
         std::fs::read_link(format!("/proc/{}/exe", self.pid))

@@ -367,6 +367,37 @@ fn forget_recorder(world: &World) {
 }
 
 #[test]
+fn what_an_init_locked_in_a_new_directory_is_given_back_too() {
+    // An init of a workspace that does not exist yet locks while it makes its state.
+    let mut world = World::empty(Lock::DynamoDb);
+    world.write_main("", "true");
+    world.set("TF_WORKSPACE", "green");
+    let held = Arc::new(AtomicBool::new(true));
+    let holds = Arc::clone(&held);
+    let proxy = through(&mut world, move |request| {
+        let writes = request.start.starts_with("PUT ") && request.start.contains("green");
+        if writes && holds.load(Ordering::Relaxed) { Deed::Hold } else { Deed::Pass }
+    });
+    let run = world.start(Subject::Tf, &["init", "-no-color", "-input=false"]);
+    let locks = || world.locks_at("env:/green/dir/prod.tfstate");
+    wait_for(
+        "a lock, or the end",
+        || (!locks().is_empty() || !marked(&home(&world)).iter().any(|pid| *pid == run.pid())).then_some(()),
+        || format!("{}{}{}", run.out(), run.err(), world.trace()),
+    );
+    assert!(!locks().is_empty(), "{}{}", run.out(), run.err());
+    world.wait_for_trace("journal written");
+    kill_all(&world);
+    drop(run);
+    held.store(false, Ordering::Relaxed);
+    proxy.let_go();
+    assert!(!locks().is_empty());
+    let end = world.run(Subject::Tf, &["init", "-no-color", "-input=false"]);
+    assert!(end.err.contains("an earlier run left"), "{}", world.story(&end));
+    assert!(locks().is_empty(), "{}", world.story(&end));
+}
+
+#[test]
 fn a_run_elsewhere_gives_it_back_without_waiting_for_it() {
     let dead = killed_whole(Lock::Both);
     // The lock service of the dead run is slow; the command elsewhere does not know.
