@@ -7,8 +7,9 @@
 //! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
 //! a process that never had any; and a person who has had enough can end it.
 
+use std::ffi::CStr;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ use super::places::Places;
 use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
-use super::tombstone::{Graveyard, Tombstone};
+use super::tombstone::Graveyard;
 use crate::crash_point;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
@@ -39,6 +40,9 @@ use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info;
 use crate::terraform::log::RecordedLock;
 use crate::trace::{self, trace};
+
+/// The name of the process that does it.
+const RECOVERY: &CStr = c"tf-recovery";
 
 /// How long somebody who is finishing a run of our place at this moment is waited for.
 const OTHERS_FINISH_WITHIN: Duration = Duration::from_secs(30);
@@ -101,8 +105,19 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         finish_without_waiting(far);
     }
     let mut asked = None;
-    if !near.is_empty() || !late.is_empty() {
-        finish_and_wait(near, &late, here, signals, &mut asked);
+    if !late.is_empty() {
+        let visit_all = || {
+            let come =
+                late.iter().filter(|(tombstone, graveyard)| visit(tombstone, here, graveyard, &mut Patience::Nobodys));
+            come.map(|(tombstone, _)| report::came_late(&tombstone.lock)).collect()
+        };
+        in_a_process(Vec::new(), visit_all, signals, &mut asked);
+    }
+    for dead in near {
+        if asked.is_some() {
+            break;
+        }
+        in_a_process(vec![dead.entry.charge().as_raw_fd()], || finish(dead), signals, &mut asked);
     }
     asked
 }
@@ -135,48 +150,43 @@ fn is_alive(pid: u32) -> bool {
     pid.and_then(Process::look_up).is_some_and(|process| !process.is_dead())
 }
 
-fn descriptors(runs: &[Dead]) -> Vec<i32> {
-    runs.iter().map(|dead| dead.entry.charge().as_raw_fd()).chain(trace::descriptor()).collect()
-}
-
-/// Runs that have nothing to do with this one.
+/// Runs that have nothing to do with this one, one after the other: each in a process, for each changes its environment.
 fn finish_without_waiting(runs: Vec<Dead>) {
-    let keep = descriptors(&runs);
+    let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.charge().as_raw_fd()).collect();
+    keep.extend(trace::descriptor());
     let work = || {
         for dead in runs {
-            finish(dead);
+            let keep: Vec<RawFd> = [dead.entry.charge().as_raw_fd()].into_iter().chain(trace::descriptor()).collect();
+            let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || drop(finish(dead)));
+            if let Ok(Some(pid)) = forked {
+                let _ = nix::sys::wait::waitpid(pid, None);
+            }
         }
     };
-    if let Err(error) = detached::run(c"tf-recovery", detached::Parent::Init, &keep, work) {
+    if let Err(error) = detached::run(RECOVERY, detached::Parent::Init, &keep, work) {
         trace!("no process for the recovery: {error}");
     }
 }
 
-/// Runs of our place, and locks that came late to it.
-fn finish_and_wait(
-    runs: Vec<Dead>,
-    late: &[(Tombstone, Graveyard)],
-    here: &Places,
+/// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
+/// ended, or when a person has ended it.
+fn in_a_process(
+    mut keep: Vec<RawFd>,
+    work: impl FnOnce() -> Vec<String>,
     signals: &mut Signals,
     asked: &mut Option<Signal>,
 ) {
     let Ok((mut lines, mut pen)) = UnixStream::pair() else { return };
-    let mut keep = descriptors(&runs);
     keep.push(pen.as_raw_fd());
+    keep.extend(trace::descriptor());
     let current = std::env::current_dir();
-    let forked = detached::run(c"tf-recovery", detached::Parent::Us, &keep, || {
+    let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || {
         if let Ok(current) = current {
             let _ = std::env::set_current_dir(current);
         }
-        for (tombstone, graveyard) in late {
-            if visit(tombstone, here, graveyard, &mut Patience::Nobodys) {
-                write_message(&mut pen, &report::came_late(&tombstone.lock));
-            }
-        }
-        for dead in runs {
-            for message in finish(dead) {
-                write_message(&mut pen, &message);
-            }
+        for message in work() {
+            let _ = pen.write_all(message.as_bytes());
+            let _ = pen.write_all(&[0]);
         }
     });
     drop(pen);
@@ -227,12 +237,7 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     }
 }
 
-fn write_message(pen: &mut UnixStream, message: &str) {
-    let _ = pen.write_all(message.as_bytes());
-    let _ = pen.write_all(&[0]);
-}
-
-/// Finishes one dead run. Gives what is to be said of it.
+/// Finishes one dead run, in a process that does nothing else. Gives what is to be said of it.
 fn finish(dead: Dead) -> Vec<String> {
     let Dead { mut record, entry, standpoint, journal, graveyard } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);

@@ -367,6 +367,29 @@ fn forget_recorder(world: &World) {
 }
 
 #[test]
+fn several_dead_runs_are_finished_each_in_its_own_surroundings() {
+    // One had its keys from the environment, and one from a profile, which a key of now would go before.
+    let first = killed_whole(Lock::Both);
+    let home = first.directory.parent().unwrap().join("home");
+    let mut second = World::new(Lock::DynamoDb, WAITS);
+    let config = second.directory.join("credentials");
+    fs::write(&config, "[other]\naws_access_key_id = test\naws_secret_access_key = s\n").unwrap();
+    second.set("AWS_SHARED_CREDENTIALS_FILE", config).set("AWS_PROFILE", "other").set("AWS_ACCESS_KEY_ID", "");
+    kill_whole(&second);
+    // Into one journal, as one user's.
+    let [record] = records(&second).try_into().unwrap();
+    let directory = record.parent().unwrap();
+    fs::rename(directory, home.join(".local/state/tf/runs").join(directory.file_name().unwrap())).unwrap();
+    let mut third = World::new(Lock::File, "true");
+    third.set("HOME", &home);
+    let end = third.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", third.story(&end));
+    wait_until_unlocked(&first);
+    wait_until_unlocked(&second);
+    assert_nothing_left(&first);
+}
+
+#[test]
 fn what_an_init_locked_in_a_new_directory_is_given_back_too() {
     // An init of a workspace that does not exist yet locks while it makes its state.
     let mut world = World::empty(Lock::DynamoDb);
