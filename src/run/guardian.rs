@@ -416,10 +416,11 @@ impl<'a> Watch<'a> {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");
         if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+            // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
+            let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
+            let to_disk = log.standing().any(|lock| !known(&lock.id));
             record.log = log.clone();
             record.offset = offset;
-            // A lock that is gone need not be known to be gone after a loss of power: whoever looks will see.
-            let to_disk = log.standing().next().is_some();
             let written = entry.write(record, to_disk);
             trace!("guardian: journal written: {}", written.is_ok());
             if written.is_err() {
