@@ -1001,3 +1001,59 @@ fn a_number_that_is_somebody_elses_now_is_not_taken_for_terraform() {
     stranger.kill().unwrap();
     stranger.wait().unwrap();
 }
+
+#[test]
+fn a_log_that_was_forgotten_behind_the_reader_is_known_to_whoever_comes_after() {
+    // The user's own TRACE log, and a resource for each of many lines of it: much is written after the lock was taken, and
+    // given back to the system once it was told.
+    let world = || {
+        let mut world = World::empty(Lock::Both);
+        let many = "resource \"terraform_data\" \"many\" {\ncount = 300\n}\n";
+        world.write_main(many, WAITS);
+        let log = world.directory.join("own.log");
+        world.set("TF_LOG", "TRACE").set("TF_LOG_PATH", log);
+        world.init();
+        world
+    };
+    let forgotten = |world: &World| {
+        let [path] = records(world).try_into().ok()?;
+        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        (record["offset"].as_u64()? > 100_000 && record["log"]["locks"][0]["locked"].is_string()).then_some(())
+    };
+    let start = |world: &World| {
+        let run = world.start(Subject::Tf, &APPLY);
+        world.wait_for_began(&run);
+        wait_for("a log to be forgotten", || forgotten(world), || format!("{:?}\n{}", records(world), world.trace()));
+        run
+    };
+    let guarded = world();
+    let run = start(&guarded);
+    let terraform = terraform_below(run.pid());
+    for pid in [terraform, run.pid()] {
+        kill(pid, Signal::SIGKILL).unwrap();
+    }
+    run.wait();
+    wait_until_unlocked(&guarded);
+    wait_until_ours_are_gone(&guarded);
+
+    let alone = world();
+    let run = start(&alone);
+    kill_all(&alone);
+    drop(run);
+    alone.assert_locked();
+    let end = alone.run(Subject::Tf, &["plan", "-no-color"]);
+    assert!(end.err.contains("an earlier run left"), "{}", alone.trace());
+    alone.assert_unlocked();
+}
+
+#[test]
+fn in_a_shared_group_a_killed_tf_leaves_no_lock_either() {
+    let mut world = World::new(Lock::Both, WAITS);
+    world.set("TFW_TTY", "shared");
+    let run = world.start_apply(Subject::Tf);
+    killpg(run.pid(), Signal::SIGKILL).unwrap();
+    run.wait();
+    wait_until_unlocked(&world);
+    wait_until_all_is_gone(&world);
+    assert_nothing_left(&world);
+}
