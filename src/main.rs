@@ -3,6 +3,7 @@
 //!
 //! The whole story is in [`main`]; ARCHITECTURE.md has the map.
 
+mod commands;
 mod crash_point;
 mod lock;
 mod report;
@@ -29,6 +30,12 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let called_as = arguments.next();
     let arguments: Vec<OsString> = arguments.collect();
+    if commands::are_ours(&arguments) {
+        if let Some(path) = std::env::var_os("TFW_LOG").filter(|path| !path.is_empty()) {
+            trace::open(Path::new(&path));
+        }
+        return ExitCode::from(commands::run(&arguments[1..]));
+    }
     let command_line = CommandLine::parse(&arguments);
 
     let terraform = match binary::find(binary::name(called_as.as_deref())) {

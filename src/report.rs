@@ -47,6 +47,13 @@ pub(crate) fn say(text: &str) {
     }
 }
 
+/// Writes `text` and a new line to stdout: the result of a command of ours. Whoever stopped reading it misses nothing else.
+pub(crate) fn print(text: &str) {
+    use std::io::Write as _;
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(format!("{}\n", text.trim_end()).as_bytes()).and_then(|()| stdout.flush());
+}
+
 /// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and cut.
 pub(crate) fn visible(text: &str) -> String {
     const WIDTH: usize = 200;
@@ -138,6 +145,15 @@ pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp
     format!(
         "released the lock that an earlier run left, started {} ago by pid {}: {}",
         time(now.duration_since(record.started).unsigned_abs()),
+        record.tf,
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    )
+}
+
+/// A lock of a dead run, which may stand.
+pub(crate) fn would_recover(record: &Record, recorded: &RecordedLock) -> String {
+    format!(
+        "would give back, if it stands, the lock of a dead run (pid {}): {}",
         record.tf,
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )

@@ -24,6 +24,8 @@ mod given_back;
 mod interrupted_once;
 #[path = "real/invisible.rs"]
 mod invisible;
+#[path = "real/locks_recover.rs"]
+mod locks_recover;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
 #[path = "real/runners.rs"]

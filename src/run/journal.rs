@@ -225,6 +225,11 @@ impl Journal {
         names
     }
 
+    /// Whether there is a run of that name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        fs::symlink_metadata(self.runs.join(name)).is_ok()
+    }
+
     /// Looks at one run. What is dead is ours from then on, as long as the [`Entry`] is held.
     pub(crate) fn look(&self, name: &str) -> Found {
         let path = self.runs.join(name);

@@ -15,7 +15,7 @@ mod pipes;
 mod places;
 mod poll;
 mod recorder;
-mod recovery;
+pub(crate) mod recovery;
 mod state_directory;
 pub(crate) mod stop;
 mod supervision;

@@ -85,7 +85,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         );
         let Some(journal) = Journal::there(state) else { continue };
         for name in journal.names() {
-            match look(&journal, &name, here, signals) {
+            match look(&journal, &name, |record| is_of(record, here), ORPHANS_END_WITHIN, signals) {
                 Found::Dead(record, entry, standpoint) => {
                     let is_near = is_of(&record, here);
                     if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
@@ -111,15 +111,69 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                 late.iter().filter(|(tombstone, graveyard)| visit(tombstone, here, graveyard, &mut Patience::Nobodys));
             come.map(|(tombstone, _)| report::came_late(&tombstone.lock)).collect()
         };
-        in_a_process(Vec::new(), visit_all, signals, &mut asked);
+        in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
     }
     for dead in near {
         if asked.is_some() {
             break;
         }
-        in_a_process(vec![dead.entry.charge().as_raw_fd()], || finish(dead), signals, &mut asked);
+        in_a_process(vec![dead.entry.charge().as_raw_fd()], || finish(dead), report::say, signals, &mut asked);
     }
     asked
+}
+
+/// What became of [`everything`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Recovered {
+    /// So many runs are not finished: their locks could not be given back, or would be in a real run.
+    pub(crate) left: usize,
+    /// Somebody asked us to stop meanwhile.
+    pub(crate) asked: Option<Signal>,
+}
+
+/// Finishes every dead run of this user on this host, one after the other, and says on stdout what was done. One that its
+/// guardian takes care of is waited for. With `dry_run` it only says what is dead. There must be one thread.
+pub(crate) fn everything(dry_run: bool, signals: &mut Signals) -> Recovered {
+    let mut recovered = Recovered::default();
+    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+        let Some(journal) = Journal::there(&state) else { continue };
+        for name in journal.names() {
+            match look(&journal, &name, |_| true, OTHERS_FINISH_WITHIN, signals) {
+                Found::Dead(record, _, _) if dry_run => {
+                    let standing: Vec<&RecordedLock> = record.log.standing().collect();
+                    recovered.left += usize::from(!standing.is_empty());
+                    for lock in standing {
+                        report::print(&report::would_recover(&record, lock));
+                    }
+                }
+                Found::Dead(record, entry, standpoint) => {
+                    let graveyard = Graveyard::of(&state);
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
+                    let keep = vec![dead.entry.charge().as_raw_fd()];
+                    in_a_process(keep, || finish(dead), report::print, signals, &mut recovered.asked);
+                    // What is finished is gone from the journal.
+                    recovered.left += usize::from(journal.has(&name));
+                }
+                Found::SetAside(path) => {
+                    report::say(&report::set_aside(&path));
+                    recovered.left += 1;
+                }
+                Found::Foreign(why) => trace!("run {name} is left alone: {why}"),
+                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+            }
+            if recovered.asked.is_some() || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
+                while let Some(arrival) = signals.next() {
+                    if [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].contains(&arrival.signal) {
+                        recovered.asked.get_or_insert(arrival.signal);
+                    }
+                }
+                if recovered.asked.is_some() {
+                    return recovered;
+                }
+            }
+        }
+    }
+    recovered
 }
 
 /// Whether the run of `record` can have locked the place where we are.
@@ -127,15 +181,21 @@ fn is_of(record: &Record, here: &Places) -> bool {
     record.log.standing().any(|lock| !here.of(lock).is_empty()) || record.data_directory == here.data_directory
 }
 
-/// Looks at a run. One of our place that is about to be gone is waited for, or it would refuse terraform a moment before:
+/// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
 /// one that somebody else is finishing, and one whose `tf` is dead, as whose processes may be dying at this moment.
-fn look(journal: &Journal, name: &str, here: &Places, signals: &mut Signals) -> Found {
+fn look(
+    journal: &Journal,
+    name: &str,
+    is_near: impl Fn(&Record) -> bool,
+    orphans_end_within: Duration,
+    signals: &mut Signals,
+) -> Found {
     let begun = Instant::now();
     loop {
         let found = journal.look(name);
         let patience = match &found {
-            Found::Settling(record) if is_of(record, here) => OTHERS_FINISH_WITHIN,
-            Found::Living(record) if is_of(record, here) && !is_alive(record.tf) => ORPHANS_END_WITHIN,
+            Found::Settling(record) if is_near(record) => OTHERS_FINISH_WITHIN,
+            Found::Living(record) if is_near(record) && !is_alive(record.tf) => orphans_end_within,
             _ => return found,
         };
         if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
@@ -173,6 +233,7 @@ fn finish_without_waiting(runs: Vec<Dead>) {
 fn in_a_process(
     mut keep: Vec<RawFd>,
     work: impl FnOnce() -> Vec<String>,
+    say: impl Fn(&str),
     signals: &mut Signals,
     asked: &mut Option<Signal>,
 ) {
@@ -212,7 +273,7 @@ fn in_a_process(
             }
             while let Some(end) = received.iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = received.drain(..=end).collect();
-                report::say(&String::from_utf8_lossy(&message[..end]));
+                say(&String::from_utf8_lossy(&message[..end]));
             }
         }
     }

@@ -36,7 +36,7 @@ fn journal(world: &World) -> PathBuf {
 }
 
 /// The records that are there, by their paths.
-fn records(world: &World) -> Vec<PathBuf> {
+pub fn records(world: &World) -> Vec<PathBuf> {
     let entries = fs::read_dir(journal(world).join("runs")).into_iter().flatten().flatten();
     entries.map(|entry| entry.path().join("record.json")).filter(|path| path.exists()).collect()
 }
@@ -58,7 +58,7 @@ fn everything_written(world: &World) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[track_caller]
-fn assert_nothing_left(world: &World) {
+pub fn assert_nothing_left(world: &World) {
     wait_for(
         "an empty journal",
         || everything_written(world).is_empty().then_some(()),
@@ -67,7 +67,7 @@ fn assert_nothing_left(world: &World) {
 }
 
 /// Changes the one record of a world.
-fn edit(world: &World, change: impl Fn(&mut Value)) {
+pub fn edit(world: &World, change: impl Fn(&mut Value)) {
     let [path] = records(world).try_into().expect("one record");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     change(&mut record);
@@ -75,7 +75,7 @@ fn edit(world: &World, change: impl Fn(&mut Value)) {
 }
 
 /// A world in which a run was killed, with everything that was to look after it; its lock stands.
-fn killed_whole(lock: Lock) -> World {
+pub fn killed_whole(lock: Lock) -> World {
     let world = World::new(lock, WAITS);
     kill_whole(&world);
     world

@@ -1,0 +1,89 @@
+//! `tf locks recover`: finishes the dead runs of this host, a line each; silent when there is nothing to do.
+
+use nix::sys::signal::{Signal, kill};
+
+use super::survived::{assert_nothing_left, edit, killed_whole, records};
+use crate::support::household::wait_until_all_is_gone;
+use crate::support::process::Run;
+use crate::support::world::WAITS;
+use crate::support::{Ended, Lock, Subject, World};
+
+fn recover(world: &World, more: &[&str]) -> Ended {
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["locks", "recover"]).args(more);
+    // From anywhere, and without a terraform.
+    command.current_dir("/").env("PATH", "/nowhere");
+    Run::start(command).wait()
+}
+
+#[test]
+fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do() {
+    for lock in Lock::ALL {
+        let world = killed_whole(lock);
+        let end = recover(&world, &[]);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+        assert_eq!(end.out.lines().count(), 1, "{}", end.out);
+        assert!(end.out.starts_with("released the lock that an earlier run left"), "{}", end.out);
+        world.assert_unlocked();
+        assert_nothing_left(&world);
+        let end = recover(&world, &[]);
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""));
+    }
+}
+
+#[test]
+fn a_dry_run_deletes_nothing_and_names_the_lock() {
+    let world = killed_whole(Lock::Both);
+    let end = recover(&world, &["--dry-run"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("would give back") && end.out.contains(&world.path()), "{}", end.out);
+    world.assert_locked();
+    assert_eq!(records(&world).len(), 1);
+}
+
+#[test]
+fn what_cannot_be_finished_is_named_and_ends_with_2() {
+    let world = killed_whole(Lock::DynamoDb);
+    // Nobody listens there.
+    edit(&world, |record| record["surroundings"]["variables"]["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9".into());
+    let end = recover(&world, &[]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("was not released") && end.out.contains("force-unlock"), "{}", end.out);
+    world.assert_locked();
+    assert_eq!(records(&world).len(), 1);
+}
+
+#[test]
+fn a_living_run_keeps_its_lock() {
+    let world = World::new(Lock::Both, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let end = recover(&world, &[]);
+    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
+    world.assert_locked();
+    world.go();
+    assert_eq!(run.wait().code(), Some(0));
+}
+
+#[test]
+fn a_guardian_at_work_is_waited_for() {
+    let world = World::new(Lock::Both, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    kill(run.pid(), Signal::SIGKILL).unwrap();
+    let end = recover(&world, &[]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+    drop(run);
+    wait_until_all_is_gone(&world);
+    assert_nothing_left(&world);
+}
+
+#[test]
+fn a_word_that_it_does_not_know_is_refused_and_help_is_given() {
+    let world = World::empty(Lock::DynamoDb);
+    let end = recover(&world, &["--bogus"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(1), ""));
+    assert!(end.err.contains("--bogus"), "{}", end.err);
+    let end = recover(&world, &["--help"]);
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""));
+    assert!(end.out.contains("--dry-run"), "{}", end.out);
+}
