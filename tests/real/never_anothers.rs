@@ -181,13 +181,16 @@ fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
 }
 
 #[test]
-fn a_provisioner_that_wipes_the_recorder_hides_no_lock() {
+fn a_provisioner_that_wipes_the_recorder_hides_no_lock_that_was_read_before() {
     let world = World::new(
         Lock::Both,
-        ": > $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+        "touch began; while ! test -e wipe; do sleep 0.02; done; : > $TF_LOG_PATH; touch wiped; while ! test -e go; do sleep 0.02; done",
     );
     let run = world.start_apply(Subject::Tf);
     world.assert_locked();
+    world.wait_for_trace("journal written");
+    world.write("wipe", "");
+    world.wait_for_file("wiped");
     run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
