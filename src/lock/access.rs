@@ -272,11 +272,7 @@ fn account_of_key(key: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn backend(config: &str) -> CachedBackend {
-        let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);
-        CachedBackend::parse(json.as_bytes()).unwrap()
-    }
+    use crate::terraform::backend::tests::backend;
 
     #[test]
     fn no_secret_of_the_block_is_kept_and_what_is_missing_is_named() {

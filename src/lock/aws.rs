@@ -286,11 +286,7 @@ fn client_with_certificates(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn backend(config: &str) -> CachedBackend {
-        let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);
-        CachedBackend::parse(json.as_bytes()).unwrap()
-    }
+    use crate::terraform::backend::tests::backend;
 
     #[test]
     fn what_cannot_be_followed_is_named() {

@@ -7,8 +7,8 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::lock_info::{self, LockInfo};
+use crate::terraform::log::{Log, RecordedLock};
 
 /// What is known about the run that recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,6 +21,13 @@ pub(crate) struct Run {
     pub(crate) disordered: bool,
     /// It was told to take no lock (`-lock=false`).
     pub(crate) locking_disabled: bool,
+}
+
+impl Run {
+    /// What `log` tells of a run that this user has started on this host at `started`.
+    pub(crate) fn recorded(started: Timestamp, log: &Log) -> Self {
+        Self { who: lock_info::who(), started, disordered: log.disordered, locking_disabled: log.locking_disabled }
+    }
 }
 
 /// What a standing lock is to us.

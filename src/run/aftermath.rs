@@ -21,7 +21,6 @@ use crate::report;
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::lock_info;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
@@ -95,16 +94,8 @@ impl Aftermath<'_> {
         crash_point::reached("tf: tree judged");
         let after = DataDirectory::read(self.data_directory);
         let places = Places::new(self.data_directory, self.before, after, &self.invocation.command_line);
-        let situation = Situation {
-            run: Run {
-                who: lock_info::who(),
-                started: self.started,
-                disordered: self.log.disordered,
-                locking_disabled: self.log.locking_disabled,
-            },
-            request_may_land: died,
-            write_may_land: died,
-        };
+        let situation =
+            Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
         let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");

@@ -51,7 +51,6 @@ use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::lock_info;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::{self, trace};
 
@@ -521,16 +520,8 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: tree judged");
         let after = DataDirectory::read(ward.data_directory);
         let places = Places::new(ward.data_directory, ward.before, after, ward.command_line);
-        let situation = Situation {
-            run: Run {
-                who: lock_info::who(),
-                started: ward.started,
-                disordered: log.disordered,
-                locking_disabled: log.locking_disabled,
-            },
-            request_may_land: died,
-            write_may_land: died,
-        };
+        let situation =
+            Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
         let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");

@@ -14,6 +14,7 @@
 //! is emptied: so whatever is found in place is whole, and was locked from its first moment on. A record is replaced by
 //! rename(2), so it is whole at every moment as well.
 
+use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::{Host, Standpoint};
 use super::recorder::Recorder;
-use super::state_directory::StateDirectory;
+use super::state_directory::{StateDirectory, is_private, open_private};
 use super::tree;
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
@@ -91,7 +92,7 @@ impl Record {
         Self {
             format: 1,
             run: run.to_owned(),
-            host: journal.host.clone(),
+            host: journal.host().clone(),
             tf: std::process::id(),
             terraform: None,
             started: Timestamp::now(),
@@ -126,7 +127,8 @@ impl Record {
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     runs: PathBuf,
-    host: Host,
+    /// Asked for when there is something to judge or to write down.
+    host: OnceCell<Host>,
 }
 
 /// A run's directory, and the hold on it of whoever takes care of the run.
@@ -170,7 +172,11 @@ impl Journal {
     /// The journal in `directory`, if there is one.
     pub(crate) fn there(directory: &StateDirectory) -> Option<Self> {
         let runs = directory.join("runs");
-        is_private(&runs).then(|| Self { host: Host::here(&runs), runs })
+        is_private(&runs).then(|| Self { runs, host: OnceCell::new() })
+    }
+
+    fn host(&self) -> &Host {
+        self.host.get_or_init(|| Host::here(&self.runs))
     }
 
     /// Makes the directory of a run. Gives the descriptor that terraform must inherit.
@@ -191,7 +197,7 @@ impl Journal {
         crash_point::reached("journal: made");
         let path = unfinished.join("lock");
         let life = create(&path)?;
-        let charge = open(&path, true)?;
+        let charge = open_lock(&path)?;
         if !lock_file::try_lock(&life, LIFE)? || !lock_file::try_lock(&charge, CHARGE)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -242,21 +248,21 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Found::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
-                let held = open(&path.join("lock"), false).is_ok_and(|lock| {
+                let held = open_lock(&path.join("lock")).is_ok_and(|lock| {
                     [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
                 });
                 // Whoever holds it will write it anew, or take it away.
                 return if held { Found::Foreign("it cannot be read") } else { self.set_aside(&path, name) };
             }
         };
-        let standpoint = record.host.seen_from(&self.host);
+        let standpoint = record.host.seen_from(self.host());
         if let Standpoint::Foreign(why) = standpoint {
             if is_older(&path, FORGOTTEN) {
                 remove(&path);
             }
             return Found::Foreign(why);
         }
-        let Ok(charge) = open(&path.join("lock"), false) else { return self.set_aside(&path, name) };
+        let Ok(charge) = open_lock(&path.join("lock")) else { return self.set_aside(&path, name) };
         let record = Box::new(record);
         let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
         if standpoint == Standpoint::ThisBoot
@@ -368,7 +374,7 @@ fn clear_away(old: &Path, run: &str) {
 
 fn read(path: &Path, name: &str) -> io::Result<Record> {
     let mut text = Vec::new();
-    open(&path.join("record.json"), false)?.take(LONGEST + 1).read_to_end(&mut text)?;
+    open_private(OpenOptions::new().read(true), &path.join("record.json"))?.take(LONGEST + 1).read_to_end(&mut text)?;
     let record: Record = serde_json::from_slice(&text)?;
     if text.len() as u64 > LONGEST || !record.is_sound(name) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it contradicts itself"));
@@ -380,24 +386,9 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
-/// Opens a file of ours, and nothing that somebody else has put or linked there.
-fn open(path: &Path, just_made: bool) -> io::Result<File> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
-    if !just_made {
-        let place = file.metadata()?;
-        if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || place.nlink() != 1 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of ours alone"));
-        }
-    }
-    Ok(file)
-}
-
-/// A directory of ours that nobody else can look into, and no link to one.
-fn is_private(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|place| {
-        place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
-    })
+/// A file must be open for writing for its bytes to be locked (fcntl_locking(2)).
+fn open_lock(path: &Path) -> io::Result<File> {
+    open_private(OpenOptions::new().read(true).write(true), path)
 }
 
 fn is_older(path: &Path, age: Duration) -> bool {

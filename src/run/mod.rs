@@ -348,15 +348,12 @@ fn record(
 /// Waits for a slow reader of terraform's last words. Whoever asks us to stop meanwhile need not wait for that reader.
 fn write_the_rest(pipes: &mut Pipes, signals: &mut Signals) {
     use nix::poll::PollFlags;
-    use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGTERM};
     while !pipes.flush() {
         let mut awaited = vec![(signals.as_fd(), PollFlags::POLLIN)];
         awaited.extend(pipes.awaited());
         poll::wait(&awaited, None);
-        while let Some(arrival) = signals.next() {
-            if [SIGINT, SIGTERM, SIGHUP].contains(&arrival.signal) {
-                return;
-            }
+        if signals.next_stop().is_some() {
+            return;
         }
     }
 }

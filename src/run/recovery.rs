@@ -37,7 +37,6 @@ use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::lock_info;
 use crate::terraform::log::RecordedLock;
 use crate::trace::{self, trace};
 
@@ -161,15 +160,9 @@ pub(crate) fn everything(dry_run: bool, signals: &mut Signals) -> Recovered {
                 Found::Foreign(why) => trace!("run {name} is left alone: {why}"),
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
-            if recovered.asked.is_some() || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
-                while let Some(arrival) = signals.next() {
-                    if [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].contains(&arrival.signal) {
-                        recovered.asked.get_or_insert(arrival.signal);
-                    }
-                }
-                if recovered.asked.is_some() {
-                    return recovered;
-                }
+            recovered.asked = recovered.asked.or_else(|| signals.next_stop());
+            if recovered.asked.is_some() {
+                return recovered;
             }
         }
     }
@@ -282,19 +275,13 @@ fn in_a_process(
 
 /// The first request to stop is answered and remembered; the second ^C ends the recovery, which loses nothing.
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
-    while let Some(arrival) = signals.next() {
-        if ![Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].contains(&arrival.signal) {
-            continue;
-        }
-        if arrival.signal == Signal::SIGHUP && signals.inherited().ignores(Signal::SIGHUP) {
-            continue;
-        }
+    while let Some(signal) = signals.next_stop() {
         if asked.is_none() {
             report::say(&report::still_releasing());
-        } else if arrival.signal == Signal::SIGINT {
+        } else if signal == Signal::SIGINT {
             let _ = kill(recovery, Signal::SIGKILL);
         }
-        asked.get_or_insert(arrival.signal);
+        asked.get_or_insert(signal);
     }
 }
 
@@ -355,12 +342,7 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
     places.directories.push(after);
     let recent = may_land(record.log.latest, now);
     let situation = Situation {
-        run: Run {
-            who: lock_info::who(),
-            started: record.started,
-            disordered: record.log.disordered,
-            locking_disabled: record.log.locking_disabled,
-        },
+        run: Run::recorded(record.started, &record.log),
         // One look is enough: what comes later is found by its tombstone.
         request_may_land: false,
         write_may_land: recent,

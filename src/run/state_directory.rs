@@ -6,9 +6,9 @@
 //! What does not fit is passed over for the next; without any, terraform runs unprotected by the journal.
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::sys::filesystem;
@@ -89,6 +89,26 @@ fn home_in_passwd(uid: u32) -> Option<PathBuf> {
         let fields: Vec<&str> = line.split(':').collect();
         (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(PathBuf::from)).flatten()
     })
+}
+
+/// A directory of ours that nobody else can look into, and no link to one.
+pub(crate) fn is_private(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|place| {
+        place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
+    })
+}
+
+/// Opens a file of ours, for what `options` say, and nothing that somebody else has put or linked there.
+///
+/// # Errors
+/// `InvalidData` for what is no file of ours alone.
+pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    let place = file.metadata()?;
+    if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || place.nlink() != 1 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of ours alone"));
+    }
+    Ok(file)
 }
 
 fn is_ours(path: &Path) -> bool {

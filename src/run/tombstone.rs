@@ -8,13 +8,13 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::state_directory::StateDirectory;
+use super::state_directory::{StateDirectory, is_private, open_private};
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::RecordedLock;
@@ -47,7 +47,7 @@ impl Graveyard {
     /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<Tombstone> {
         let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
-        if !self.is_private() {
+        if !is_private(&self.0) {
             return Vec::new();
         }
         let mut standing = Vec::new();
@@ -69,7 +69,7 @@ impl Graveyard {
     /// Where the directory is not writable, or not private.
     pub(crate) fn put(&self, tombstone: &Tombstone) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.0)?;
-        if !self.is_private() || !is_lock_id(&tombstone.lock.id) {
+        if !is_private(&self.0) || !is_lock_id(&tombstone.lock.id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         // Whole or not at all: written beside its place, and moved there.
@@ -90,22 +90,14 @@ impl Graveyard {
     fn path(&self, id: &str) -> PathBuf {
         self.0.join(format!("{id}.json"))
     }
-
-    /// A directory of ours that nobody else can write into, and no link to one.
-    fn is_private(&self) -> bool {
-        fs::symlink_metadata(&self.0).is_ok_and(|place| {
-            place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
-        })
-    }
 }
 
 fn read_one(path: &Path) -> Option<Tombstone> {
     if path.extension()? != "json" {
         return None;
     }
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).ok()?;
-    let metadata = file.metadata().ok()?;
-    if !metadata.is_file() || metadata.len() > 1 << 16 {
+    let file = open_private(OpenOptions::new().read(true), path).ok()?;
+    if file.metadata().ok()?.len() > 1 << 16 {
         return None;
     }
     let tombstone: Tombstone = serde_json::from_reader(file).ok()?;

@@ -113,10 +113,11 @@ impl fmt::Debug for CachedBackend {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn backend(config: &str) -> CachedBackend {
+    /// An S3 backend with these attributes, as `init` caches it.
+    pub(crate) fn backend(config: &str) -> CachedBackend {
         let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config},"hash":1}}}}"#);
         CachedBackend::parse(json.as_bytes()).unwrap()
     }

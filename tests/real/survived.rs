@@ -205,17 +205,22 @@ fn both_groups_killed_leave_no_lock_and_bare_leaves_one() {
     assert_nothing_left(&world);
 }
 
-#[test]
-fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
-    // In a terminal with job control, where the kernel hangs it up.
-    let world = World::new(Lock::Both, WAITS);
-    let _sweep = Sweep(home(&world));
+/// An apply in an interactive shell with job control, its provisioner at work.
+fn apply_in_a_shell(world: &World) -> (Terminal, Pid) {
     let mut shell = world.command("bash");
     shell.args(["--norc", "-i"]);
     let mut terminal = Terminal::start(shell);
     terminal.type_in(&format!("tf {}\r", APPLY.join(" ")));
     world.wait_for_file("began");
-    let tf = tf_of(&world);
+    (terminal, tf_of(world))
+}
+
+#[test]
+fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
+    // In a terminal with job control, where the kernel hangs it up.
+    let world = World::new(Lock::Both, WAITS);
+    let _sweep = Sweep(home(&world));
+    let (mut terminal, tf) = apply_in_a_shell(&world);
     terminal.type_in("\x1a");
     wait_for("the stop", || (state(tf) == Some('T')).then_some(()), || world.trace());
     kill(tf, Signal::SIGKILL).unwrap();
@@ -238,12 +243,7 @@ fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
 fn a_tf_that_stopped_with_a_terraform_that_is_then_killed_goes_on_and_gives_the_lock_back() {
     let world = World::new(Lock::Both, WAITS);
     let _sweep = Sweep(home(&world));
-    let mut shell = world.command("bash");
-    shell.args(["--norc", "-i"]);
-    let mut terminal = Terminal::start(shell);
-    terminal.type_in(&format!("tf {}\r", APPLY.join(" ")));
-    world.wait_for_file("began");
-    let tf = tf_of(&world);
+    let (mut terminal, tf) = apply_in_a_shell(&world);
     let terraform = terraform_below(tf);
     terminal.type_in("\x1a");
     wait_for("the stop", || (state(tf) == Some('T')).then_some(()), || world.trace());

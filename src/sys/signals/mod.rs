@@ -125,6 +125,19 @@ impl Signals {
         self.queue.pop_front()
     }
 
+    /// The next signal by which somebody asks for an end: INT, TERM, or HUP where that was not ignored at entry. What else
+    /// has arrived before it is passed over.
+    pub(crate) fn next_stop(&mut self) -> Option<Signal> {
+        while let Some(Arrival { signal, .. }) = self.next() {
+            match signal {
+                Signal::SIGINT | Signal::SIGTERM => return Some(signal),
+                Signal::SIGHUP if !self.inherited.ignores(Signal::SIGHUP) => return Some(signal),
+                _ => {}
+            }
+        }
+        None
+    }
+
     /// Signals were fetched that [`Signals::next`] has not yet returned: the descriptor will not tell of them again.
     pub(crate) fn is_queued(&self) -> bool {
         !self.queue.is_empty()
