@@ -198,9 +198,18 @@ fn look(
     }
 }
 
+/// Whether a `tf` is there that will do something. One that was killed a moment ago, and is not even a zombie yet, will
+/// not: its guardian takes over, and is to be waited for.
+///
+/// Between taking the SIGKILL from its queue and saying that it exits, the kernel shows neither for some instructions:
+/// so it is looked at twice. Should it be held up just there for longer, the lock refuses us, as it would bare terraform,
+/// and whoever is refused looks once more.
 fn is_alive(pid: u32) -> bool {
-    let pid = i32::try_from(pid).ok().map(Pid::from_raw);
-    pid.and_then(Process::look_up).is_some_and(|process| !process.is_dead())
+    let Some(process) = i32::try_from(pid).ok().map(Pid::from_raw).and_then(Process::look_up) else { return false };
+    !process.is_dying() && {
+        poll::wait(&[], Some(Duration::from_millis(2)));
+        !process.is_dying()
+    }
 }
 
 /// Runs that have nothing to do with this one, one after the other: each in a process, for each changes its environment.

@@ -137,6 +137,15 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     Some((number, number == FIRST))
 }
 
+/// Whether a SIGKILL is pending, for the process or for the thread that leads it, in the text of /proc/PID/status.
+fn has_pending_kill(status: &str) -> bool {
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    status
+        .lines()
+        .filter_map(|line| line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:")))
+        .any(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
+}
+
 /// What /proc/PID/stat says of a process (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
@@ -171,6 +180,21 @@ impl Process {
         // Field 22; the group is field 5.
         let start = fields.nth(16)?.parse().ok()?;
         Some(Self { pid, name: name.to_owned(), state, parent, group, start })
+    }
+
+    /// Whether it is dead, or will be as soon as the kernel comes to it: it is taken apart (PF_EXITING in the flags of
+    /// proc_pid_stat(5), linux/sched.h), or a SIGKILL waits for it (proc_pid_status(5)), which nothing can take back. The
+    /// pid and the files of such a process are still its own, and it does nothing any more.
+    pub(crate) fn is_dying(&self) -> bool {
+        const EXITING: u64 = 0x4;
+        let stat = std::fs::read(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let stat = String::from_utf8_lossy(&stat);
+        // Gone since, or another one has its number now.
+        let Some(now) = Self::parse(self.pid, &stat).filter(|now| now.start == self.start) else { return true };
+        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+        let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
     }
 
     /// Looks one process up.
@@ -286,6 +310,18 @@ mod tests {
         assert_eq!(process.name, "a) T 1 (b)");
         assert_eq!((process.state, process.parent, process.group), ('S', Pid::from_raw(3), Pid::from_raw(4)));
         assert_eq!(process.start, 815);
+    }
+
+    #[test]
+    fn a_pending_kill_is_seen_for_the_process_and_for_its_thread() {
+        for (status, expected) in [
+            ("SigPnd:\t0000000000000000\nShdPnd:\t0000000000000100\n", true),
+            ("SigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n", true),
+            ("SigPnd:\t0000000000000000\nShdPnd:\t0000000000000200\nSigBlk:\t0000000000000100\n", false),
+            ("", false),
+        ] {
+            assert_eq!(has_pending_kill(status), expected, "{status}");
+        }
     }
 
     #[test]

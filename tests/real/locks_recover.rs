@@ -69,7 +69,7 @@ fn a_guardian_at_work_is_waited_for() {
     let world = World::new(Lock::Both, WAITS);
     let run = world.start_apply(Subject::Tf);
     kill(run.pid(), Signal::SIGKILL).unwrap();
-    world.wait_for_trace("guardian: tf is gone");
+    // At once: tf may still be dying, and its guardian need not have noticed.
     let end = recover(&world, &[]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
     world.assert_unlocked();
