@@ -57,6 +57,10 @@ chaos: build tools ## random deaths and contenders: SECONDS=60 SEED=1; BARE=1 fo
 kills: tools ## kill terraform 600 times at moments spread over its run, and count
 	TF_TEST_KILLS=600 cargo test --test real killed_at_any_moment -- --nocapture
 
+.PHONY: generated
+generated: ## completions and pages of the manual, from the definitions of the commands
+	TF_WRITE_GENERATED=1 cargo test --bin tf what_is_generated
+
 .PHONY: tools
 tools: terraform-there $(TOOLS)/.made ## what the tests stand on: the loopback cloud, in target/tools
 

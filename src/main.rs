@@ -5,6 +5,8 @@
 
 mod commands;
 mod crash_point;
+mod holder;
+mod json;
 mod lock;
 mod report;
 mod run;
@@ -30,11 +32,11 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let called_as = arguments.next();
     let arguments: Vec<OsString> = arguments.collect();
-    if commands::are_ours(&arguments) {
+    if let Some(words) = commands::ours(&arguments) {
         if let Some(path) = std::env::var_os("TFW_LOG").filter(|path| !path.is_empty()) {
             trace::open(Path::new(&path));
         }
-        return ExitCode::from(commands::run(&arguments[1..]));
+        return ExitCode::from(commands::run(words));
     }
     let command_line = CommandLine::parse(&arguments);
 

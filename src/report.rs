@@ -12,12 +12,14 @@ use jiff::Timestamp;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+use crate::holder::evidence::{Judgement, Verdict};
+use crate::lock::digest::Comparison;
 use crate::lock::release::{Released, Write};
 use crate::run::journal::Record;
 use crate::run::stop::{OFFER, Why};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
-use crate::terraform::lock_info::LockInfo;
+use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::RecordedLock;
 
 /// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
@@ -99,11 +101,35 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
         Some(Write::Quiet) => text.push_str("; no write of it arrived any more"),
         None => {}
     }
-    let held = released
-        .created
-        .map_or_else(String::new, |created| format!(", held for {}", time(now.duration_since(created).unsigned_abs())));
+    let held = released.created.map_or_else(String::new, |created| {
+        format!(", held for {}", length_of_time(now.duration_since(created).unsigned_abs()))
+    });
     let _ = write!(text, "\nreleased the lock: {}{held}", lock(&recorded.operation, &recorded.path, &recorded.id));
     text
+}
+
+/// What an abrupt end has left of a digest.
+pub(crate) fn unfit_digest(unfit: &Comparison) -> String {
+    let written = unfit.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
+    let state = unfit
+        .computed
+        .as_deref()
+        .map_or("there is no state".to_owned(), |digest| format!("the state{written} has {digest}"));
+    format!(
+        "the state's digest does not fit: {state}, and {} is recorded; every command will fail with a checksum error\n\
+         look at the state; if it is the right one, its digest belongs into the item whose LockID ends with -md5",
+        visible(unfit.recorded.as_deref().unwrap_or("none"))
+    )
+}
+
+/// A state that terraform could not write, and put beside the configuration.
+pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Option<&str>) -> String {
+    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
+    format!(
+        "{} lies there: terraform could not write its state, which is newer than the one in the backend\n\
+         before anybody works there again, type: {program}{directory} state push errored.tfstate",
+        visible(&path.display().to_string())
+    )
 }
 
 /// A lock stands, or may, and what to type. `later`: the next `tf` knows of it, and tries again.
@@ -135,6 +161,11 @@ fn quoted(word: &str) -> String {
     }
 }
 
+/// Terraform waits for the lock of a run that died.
+pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
+    format!("the lock that terraform waits for may be that of a dead run here (pid {tf}), which is being finished")
+}
+
 /// The recovery takes its time.
 pub(crate) fn recovering() -> String {
     "finishing what an earlier run left here, before terraform starts; ^C twice leaves it".to_owned()
@@ -144,7 +175,7 @@ pub(crate) fn recovering() -> String {
 pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp) -> String {
     format!(
         "released the lock that an earlier run left, started {} ago by pid {}: {}",
-        time(now.duration_since(record.started).unsigned_abs()),
+        length_of_time(now.duration_since(record.started).unsigned_abs()),
         record.tf,
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
@@ -218,14 +249,46 @@ pub(crate) fn came_late(recorded: &RecordedLock) -> String {
 /// The lock that refused this run is gone.
 pub(crate) const TRY_AGAIN: &str = "it was what refused this run: run it again";
 
+/// Terraform was refused by a lock: whose it is, whether the holder lives, and what to type. `finishing`: its dead run is
+/// about to be finished, so there is nothing to type.
+pub(crate) fn refused(
+    info: &LockInfo,
+    judgement: &Judgement,
+    now: Timestamp,
+    directory: Option<&str>,
+    finishing: bool,
+) -> String {
+    let since = info.created().map_or_else(String::new, |created| {
+        let age = length_of_time(now.duration_since(created).unsigned_abs());
+        format!(", since {created:.0} ({age})")
+    });
+    let said = format!(
+        "the lock is held by {} for {}{since}, ID {}\nits holder is {}: {}",
+        visible(&info.who),
+        visible(&info.operation),
+        visible(&info.id),
+        judgement.verdict.words(),
+        judgement.reason
+    );
+    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
+    // A stranger's ID is put into a command only if it is one.
+    let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
+    let next = match judgement.verdict {
+        _ if finishing => return said,
+        Verdict::Alive => "wait for it, or let terraform wait: -lock-timeout=10m".to_owned(),
+        Verdict::Dead => format!("to give it back, type: tf locks release{id}{directory}"),
+        Verdict::LikelyDead => {
+            format!("if you know that nobody works there, type: tf locks release{id}{directory}")
+        }
+        Verdict::Unknown => format!("for everything that is known of it, type: tf locks show{id}{directory}"),
+    };
+    format!("{said}\n{next}")
+}
+
 /// A lock whose log was lost may be this run's.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, unlock: &str) -> String {
     let id = visible(&info.id);
-    let command = if crate::terraform::lock_info::is_lock_id(&info.id) {
-        format!("\nif it is, type: {unlock} {id}")
-    } else {
-        String::new()
-    };
+    let command = if is_lock_id(&info.id) { format!("\nif it is, type: {unlock} {id}") } else { String::new() };
     format!(
         "{ending}, and its log does not tell whether it held a state lock; this one may be it, and was not released:\n{}, Who {}{command}",
         lock(&info.operation, &info.path, &info.id),
@@ -278,7 +341,7 @@ pub(crate) fn stopping(since: Duration, holds_lock: bool) -> String {
     let releases = if holds_lock { " and will release its lock" } else { "" };
     format!(
         "terraform is stopping{releases}, for {} now; another ^C within {} s forces it",
-        time(since),
+        length_of_time(since),
         OFFER.as_secs()
     )
 }
@@ -309,12 +372,13 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 }
 
 /// A length of time, in the largest units that matter.
-fn time(duration: Duration) -> String {
+pub(crate) fn length_of_time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, seconds) => format!("{seconds} s"),
         (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
-        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+        (hours @ 0..48, minutes, _) => format!("{hours} h {minutes} min"),
+        (hours, ..) => format!("{} d {} h", hours / 24, hours % 24),
     }
 }
 
@@ -333,8 +397,10 @@ mod tests {
 
     #[test]
     fn a_length_of_time_reads_well() {
-        for (seconds, expected) in [(0, "0 s"), (59, "59 s"), (75, "1 min 15 s"), (3600 * 2 + 60, "2 h 1 min")] {
-            assert_eq!(time(Duration::from_secs(seconds)), expected);
+        for (seconds, expected) in
+            [(0, "0 s"), (59, "59 s"), (75, "1 min 15 s"), (3600 * 2 + 60, "2 h 1 min"), (3600 * 50, "2 d 2 h")]
+        {
+            assert_eq!(length_of_time(Duration::from_secs(seconds)), expected);
         }
     }
 

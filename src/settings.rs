@@ -61,7 +61,8 @@ impl Settings {
     }
 }
 
-fn duration(text: &str) -> Option<Duration> {
+/// A length of time as people write it: a whole number with `ms`, `s`, `m`, `h` or `d` behind it, or of seconds.
+pub(crate) fn duration(text: &str) -> Option<Duration> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().ok()?;
@@ -69,6 +70,8 @@ fn duration(text: &str) -> Option<Duration> {
         "ms" => Some(Duration::from_millis(number)),
         "" | "s" => Some(Duration::from_secs(number)),
         "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3600).map(Duration::from_secs),
+        "d" => number.checked_mul(86_400).map(Duration::from_secs),
         _ => None,
     }
 }
@@ -83,7 +86,9 @@ mod tests {
 
     #[test]
     fn a_time_is_read_with_its_unit() {
-        for (text, expected) in [("25s", 25_000), ("1500ms", 1500), ("2m", 120_000), ("7", 7000), ("0", 0)] {
+        for (text, expected) in
+            [("25s", 25_000), ("1500ms", 1500), ("2m", 120_000), ("1h", 3_600_000), ("7", 7000), ("0", 0)]
+        {
             assert_eq!(read("TFW_STOP_TIMEOUT", text).unwrap().stop_timeout, Some(Duration::from_millis(expected)));
         }
         assert_eq!(read("TFW_STOP_TIMEOUT", "").unwrap().stop_timeout, None);
@@ -95,7 +100,7 @@ mod tests {
             ("TFW_STOP_TIMEOUT", "soon"),
             ("TFW_STOP_TIMEOUT", "-1"),
             ("TFW_STOP_TIMEOUT", "1.5s"),
-            ("TFW_STOP_TIMEOUT", "1h"),
+            ("TFW_STOP_TIMEOUT", "1w"),
             ("TFW_STOP_TIMEOUT", "99999999999999999999"),
             ("TFW_RELEASE", "yes"),
             ("TFW_TTY", "none"),

@@ -24,8 +24,12 @@ mod given_back;
 mod interrupted_once;
 #[path = "real/invisible.rs"]
 mod invisible;
+#[path = "real/left_behind.rs"]
+mod left_behind;
 #[path = "real/locks_recover.rs"]
 mod locks_recover;
+#[path = "real/locks_release.rs"]
+mod locks_release;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
 #[path = "real/runners.rs"]

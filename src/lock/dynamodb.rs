@@ -53,6 +53,91 @@ async fn attribute(client: &Client, table: &str, path: &str, name: &str) -> Resu
     Ok(answer.item.map(|item| item.get(name).and_then(|value| value.as_s().ok()).cloned()))
 }
 
+/// What a table is, as far as it matters to whoever reads all of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Description {
+    /// Its partition key, and its sort key if it has one.
+    pub(crate) keys: Vec<String>,
+    /// The read capacity units that were provisioned; none for a table that is paid for by request.
+    pub(crate) read_capacity: Option<i64>,
+    /// About so many items are in it, as of some hours ago.
+    pub(crate) items: Option<i64>,
+}
+
+/// Describes a table.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description, Failure> {
+    let answer = client.describe_table().table_name(table).send().await.map_err(|error| failure(&error))?;
+    let table = answer.table;
+    let table = table.as_ref();
+    let provisioned = table.and_then(|table| table.provisioned_throughput()?.read_capacity_units());
+    Ok(Description {
+        keys: table
+            .map(|table| table.key_schema().iter().map(|key| key.attribute_name.clone()).collect())
+            .unwrap_or_default(),
+        // By request: 0.
+        read_capacity: provisioned.filter(|units| *units > 0),
+        items: table.and_then(aws_sdk_dynamodb::types::TableDescription::item_count),
+    })
+}
+
+/// One page of a table.
+#[derive(Debug, Default)]
+pub(crate) struct Page {
+    /// `LockID` and `Info` of what is no digest; none for an item whose `Info` is no text.
+    pub(crate) items: Vec<(String, Option<String>)>,
+    /// So many items were looked at for it.
+    pub(crate) scanned: u64,
+    /// And so many read capacity units were used, where the service tells.
+    pub(crate) consumed: Option<f64>,
+    /// Where the next begins. None: this was the last.
+    pub(crate) next: Option<std::collections::HashMap<String, AttributeValue>>,
+}
+
+/// Reads the next page of one of `segments` parts of a table, eventually consistent, which costs half.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn scan(
+    client: &Client,
+    table: &str,
+    (segment, segments): (i32, i32),
+    limit: Option<i32>,
+    from: Option<std::collections::HashMap<String, AttributeValue>>,
+) -> Result<Page, Failure> {
+    let answer = client
+        .scan()
+        .table_name(table)
+        .segment(segment)
+        .total_segments(segments)
+        .set_limit(limit)
+        .set_exclusive_start_key(from)
+        .projection_expression("LockID, #info")
+        // The digests of states stand in the same table, and are most of it.
+        .filter_expression("attribute_exists(#info) OR attribute_not_exists(Digest)")
+        .expression_attribute_names("#info", "Info")
+        .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
+        .send()
+        .await
+        .map_err(|error| failure(&error))?;
+    let items = answer.items.unwrap_or_default().into_iter().map(|mut item| {
+        let text = |value: AttributeValue| match value {
+            AttributeValue::S(text) => Some(text),
+            _ => None,
+        };
+        let info = item.remove("Info").map_or(Some(String::new()), text);
+        (item.remove("LockID").and_then(text).unwrap_or_default(), info)
+    });
+    Ok(Page {
+        items: items.collect(),
+        scanned: answer.scanned_count.try_into().unwrap_or(0),
+        consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
+        next: answer.last_evaluated_key.filter(|key| !key.is_empty()),
+    })
+}
+
 /// Deletes the item on condition that its `Info` is, byte for byte, the one that was read. Never `contains`: an empty
 /// or partial ID matches that.
 ///

@@ -3,9 +3,11 @@
 //! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
 
 pub(crate) mod access;
-mod aws;
-mod dynamodb;
+pub(crate) mod aws;
+pub(crate) mod digest;
+pub(crate) mod dynamodb;
 pub(crate) mod place;
 pub(crate) mod proof;
 pub(crate) mod release;
-mod s3;
+pub(crate) mod s3;
+pub(crate) mod stores;

@@ -5,6 +5,7 @@
 //! record that fits none of them is named to the user, and never looked up in another backend's table: it can come from
 //! a nested terraform, from `terraform_remote_state`, or from somebody who forged it.
 
+use super::stores::{LOCK_FILE, Spot, Stores};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{Halves, RecordedLock};
@@ -32,7 +33,13 @@ impl Place {
 
     /// The key of the half in S3.
     pub(crate) fn lock_key(&self) -> String {
-        format!("{}.tflock", self.key)
+        format!("{}{LOCK_FILE}", self.key)
+    }
+
+    /// Where its halves can stand, in the order in which they are given back.
+    pub(crate) fn spots(&self, stores: &Stores) -> Vec<Spot> {
+        let item = self.table.as_ref().map(|table| stores.item(table, &self.lock_path()));
+        item.into_iter().chain(self.lock_file.then(|| stores.object(&self.bucket, &self.lock_key()))).collect()
     }
 }
 

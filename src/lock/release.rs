@@ -12,9 +12,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::digest::Comparison;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge};
-use super::{aws, dynamodb, s3};
+use super::stores::{Spot, Standing, Stores};
+use super::{aws, digest, dynamodb, s3};
 use crate::crash_point;
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
@@ -60,6 +62,11 @@ impl Failure {
     /// Something that asking again cannot mend.
     fn refusal(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), refused: true }
+    }
+
+    /// Whether the service understood and refused.
+    pub(crate) fn is_refusal(&self) -> bool {
+        self.refused
     }
 
     /// `code` and `message` are the service's own; `otherwise` tells what happened where it said nothing.
@@ -138,6 +145,8 @@ pub(crate) struct Released {
     pub(crate) created: Option<jiff::Timestamp>,
     /// A write was waited for: what was seen of it.
     pub(crate) write: Option<Write>,
+    /// The state and its digest, where they do not fit any more.
+    pub(crate) unfit: Option<Comparison>,
 }
 
 /// What became of a write that was on its way when terraform died.
@@ -149,93 +158,30 @@ pub(crate) enum Write {
     Quiet,
 }
 
-/// The two halves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Half {
-    DynamoDb,
-    S3,
-}
-
-/// One look at a half.
-enum Look {
-    Absent,
-    Standing(Standing),
-}
-
-/// A lock, or something at its place, and what a delete of it depends on.
-enum Standing {
-    Item(String),
-    Object(s3::Object),
-}
-
-impl Standing {
-    fn info(&self) -> Option<LockInfo> {
-        match self {
-            Self::Item(json) => LockInfo::parse(json),
-            Self::Object(object) => LockInfo::parse(&object.body),
-        }
-    }
-}
-
-/// The services, as the run reached them.
+/// One place, and the services that it is in, as the run reached them.
 struct Services<'a> {
     place: &'a Place,
-    dynamodb: aws_sdk_dynamodb::Client,
-    s3: aws_sdk_s3::Client,
+    stores: Stores,
+    /// Where its halves can stand.
+    halves: Vec<Spot>,
 }
 
 impl<'a> Services<'a> {
     async fn connect(place: &'a Place) -> Result<Self, aws::Unreachable> {
-        let config = aws::connect(&place.backend).await?;
-        let dynamodb = dynamodb::client(&place.backend, &config);
-        let s3 = s3::client(&place.backend, &config);
-        Ok(Self { place, dynamodb, s3 })
-    }
-
-    fn halves(&self) -> Vec<Half> {
-        let dynamodb = self.place.table.is_some().then_some(Half::DynamoDb);
-        dynamodb.into_iter().chain(self.place.lock_file.then_some(Half::S3)).collect()
-    }
-
-    async fn look(&self, half: Half) -> Result<Look, Failure> {
-        let standing = match (half, &self.place.table) {
-            (Half::DynamoDb, Some(table)) => {
-                dynamodb::read(&self.dynamodb, table, &self.place.lock_path()).await?.map(Standing::Item)
-            }
-            (Half::DynamoDb, None) => None,
-            (Half::S3, _) => {
-                s3::read(&self.s3, &self.place.bucket, &self.place.lock_key()).await?.map(Standing::Object)
-            }
-        };
-        Ok(standing.map_or(Look::Absent, Look::Standing))
-    }
-
-    async fn delete(&self, standing: &Standing) -> Result<Deleted, Failure> {
-        match (standing, &self.place.table) {
-            (Standing::Item(info), Some(table)) => {
-                dynamodb::delete(&self.dynamodb, table, &self.place.lock_path(), info).await
-            }
-            (Standing::Item(_), None) => Ok(Deleted::Changed),
-            (Standing::Object(object), _) => {
-                s3::delete(&self.s3, &self.place.bucket, &self.place.lock_key(), object).await
-            }
-        }
+        let stores = Stores::connect(&place.backend).await?;
+        Ok(Self { place, halves: place.spots(&stores), stores })
     }
 
     /// Everything that a write of terraform's changes, as one text: the state, its digest, the lock itself.
     async fn fingerprint(&self) -> Result<[String; 2], Failure> {
-        let state = s3::fingerprint(&self.s3, &self.place.bucket, &self.place.key).await?;
+        let state = s3::fingerprint(&self.stores.s3, &self.place.bucket, &self.place.key).await?;
         let digest = match &self.place.table {
-            Some(table) => dynamodb::digest(&self.dynamodb, table, &self.place.lock_path()).await?,
+            Some(table) => dynamodb::digest(&self.stores.dynamodb, table, &self.place.lock_path()).await?,
             None => None,
         };
         let mut lock = String::new();
-        for half in self.halves() {
-            match self.look(half).await? {
-                Look::Absent => lock.push_str("- "),
-                Look::Standing(Standing::Item(text)) => lock.push_str(&text),
-                Look::Standing(Standing::Object(object)) => lock.push_str(&object.body),
-            }
+        for half in &self.halves {
+            lock.push_str(self.stores.read(half).await?.as_ref().map_or("- ", Standing::text));
         }
         Ok([format!("{state:?} {digest:?}"), lock])
     }
@@ -267,12 +213,27 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
     }
 }
 
+/// The locks that stand at `place` now: one, or two where somebody got half in. None where nothing can be read.
+pub(crate) async fn standing(place: &Place) -> Vec<LockInfo> {
+    let Ok(services) = Services::connect(place).await else { return Vec::new() };
+    let mut locks: Vec<LockInfo> = Vec::new();
+    for half in &services.halves {
+        if let Ok(Some(standing)) = services.stores.read(half).await
+            && let Some(info) = standing.info()
+            && !locks.contains(&info)
+        {
+            locks.push(info);
+        }
+    }
+    locks
+}
+
 /// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the
 /// time of that run. Two machines with one name pass the same test, so it is only ever named.
 pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Option<LockInfo> {
     let services = Services::connect(place).await.ok()?;
-    for half in services.halves() {
-        if let Ok(Look::Standing(standing)) = services.look(half).await
+    for half in &services.halves {
+        if let Ok(Some(standing)) = services.stores.read(half).await
             && let Some(info) = standing.info()
             && info.who == situation.run.who
             && info.created().is_some_and(|created| created >= situation.run.started)
@@ -290,7 +251,7 @@ struct Attempt<'a> {
     situation: &'a Situation,
     begun: Instant,
     /// The halves that were ours, and were asked to go.
-    asked_to_go: Vec<Half>,
+    asked_to_go: Vec<Spot>,
     created: Option<jiff::Timestamp>,
     /// A half is known to be gone by us.
     deleted: bool,
@@ -319,7 +280,7 @@ impl Attempt<'_> {
         let mut missing;
         loop {
             missing = false;
-            for half in services.halves() {
+            for half in &services.halves {
                 match self.half(&services, half).await {
                     Ok(Judged::Absent) => missing = true,
                     Ok(Judged::Deleted) => self.deleted = true,
@@ -342,18 +303,19 @@ impl Attempt<'_> {
             (Some(failure), _) => Err(failure),
             (None, Some(reason)) => Ok(Outcome::kept(reason)),
             (None, None) if self.deleted => {
-                Ok(Outcome::Released(Released { created: self.created, write: self.write }))
+                let unfit = unfit_digest(&services).await;
+                Ok(Outcome::Released(Released { created: self.created, write: self.write, unfit }))
             }
             (None, None) => Ok(Outcome::Absent { anothers }),
         }
     }
 
     /// Reads one half, judges it and deletes it, until one of the three has settled it.
-    async fn half(&mut self, services: &Services<'_>, half: Half) -> Result<Judged, Failure> {
+    async fn half(&mut self, services: &Services<'_>, half: &Spot) -> Result<Judged, Failure> {
         loop {
-            let Look::Standing(standing) = services.look(half).await? else {
+            let Some(standing) = services.stores.read(half).await? else {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
-                return Ok(if self.asked_to_go.contains(&half) { Judged::Deleted } else { Judged::Absent });
+                return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
             };
             let Some(info) = standing.info() else { return Ok(Judged::Anothers("what is no lock".to_owned())) };
             let verdict = judge(self.recorded, &info, &self.situation.run);
@@ -363,10 +325,10 @@ impl Attempt<'_> {
                 Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
                 Verdict::Ours => {}
             }
-            self.asked_to_go.push(half);
+            self.asked_to_go.push(half.clone());
             self.created = info.created();
             crash_point::reached("release: half judged");
-            match services.delete(&standing).await? {
+            match services.stores.delete(half, &standing).await? {
                 Deleted::Yes => {
                     trace!("deleted {} in {half:?}", info.id);
                     crash_point::reached("release: half deleted");
@@ -391,13 +353,33 @@ enum Judged {
     Doubt(&'static str),
 }
 
+/// The state and its digest, if they do not fit, and nobody is writing them at this moment. What cannot be read is not
+/// said to be wrong, and the lock is gone in any case.
+async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
+    let Place { bucket, key, table, .. } = services.place;
+    let table = table.as_ref()?;
+    let compare = || async {
+        let compared = digest::compare(&services.stores, bucket, key, table);
+        let compared = tokio::time::timeout(PATIENCE, compared).await.ok()?.ok()?;
+        (!compared.fits()).then_some(compared)
+    };
+    let first = compare().await?;
+    for half in &services.halves {
+        if services.stores.read(half).await.ok()?.is_some() {
+            return None;
+        }
+    }
+    // The same again, and nobody held the lock in between: so nobody was between the state and its digest.
+    (compare().await.as_ref() == Some(&first)).then_some(first)
+}
+
 /// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`].
 async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
     let mut write = Write::Quiet;
     let mut last = services.fingerprint().await?;
     let begun = Instant::now();
     let mut since = begun;
-    let absent = "- ".repeat(services.halves().len());
+    let absent = "- ".repeat(services.halves.len());
     if last[1] == absent {
         // Nothing of ours stands in front of anybody: there is nothing to keep, and so nothing to wait for.
         return Ok(write);

@@ -7,8 +7,11 @@ use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
+/// No lock is longer.
+const LONGEST: i64 = 1 << 20;
+
 /// A lock object as it was read.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
     /// Its body.
     pub(crate) body: String,
@@ -35,21 +38,77 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
-    let answer = match client.get_object().bucket(bucket).key(key).send().await {
-        Ok(answer) => answer,
+    let Some(answer) = get(client, bucket, key).await? else { return Ok(None) };
+    let etag = answer.e_tag.clone();
+    if answer.content_length.is_some_and(|length| length > LONGEST) {
+        // No lock, and not to be brought here: what stands at that name may be of any size.
+        return Ok(Some(Object { body: String::new(), etag }));
+    }
+    let broken = |error: &dyn std::fmt::Display| Failure::new("S3", None, None, &error.to_string());
+    let body = answer.body.collect().await.map_err(|error| broken(&error))?;
+    Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
+}
+
+/// Reads an object piece by piece. `None` when there is none; else when it was written, as far as the service tells.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn stream(
+    client: &Client,
+    bucket: &str,
+    key: &str,
+    mut take: impl FnMut(&[u8]),
+) -> Result<Option<Option<jiff::Timestamp>>, Failure> {
+    let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
+    let written = answer.last_modified.and_then(|at| jiff::Timestamp::from_second(at.secs()).ok());
+    while let Some(bytes) = answer.body.next().await {
+        take(&bytes.map_err(|error| Failure::new("S3", None, None, &error.to_string()))?);
+    }
+    Ok(Some(written))
+}
+
+async fn get(
+    client: &Client,
+    bucket: &str,
+    key: &str,
+) -> Result<Option<aws_sdk_s3::operation::get_object::GetObjectOutput>, Failure> {
+    match client.get_object().bucket(bucket).key(key).send().await {
+        Ok(answer) => Ok(Some(answer)),
         Err(error)
             if error
                 .as_service_error()
                 .is_some_and(aws_sdk_s3::operation::get_object::GetObjectError::is_no_such_key) =>
         {
-            return Ok(None);
+            Ok(None)
         }
-        Err(error) => return Err(failure(&error)),
-    };
-    let etag = answer.e_tag.clone();
-    let broken = |error: &dyn std::fmt::Display| Failure::new("S3", None, None, &error.to_string());
-    let body = answer.body.collect().await.map_err(|error| broken(&error))?;
-    Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
+        Err(error) => Err(failure(&error)),
+    }
+}
+
+/// The keys that begin with `prefix`, in order, page by page.
+pub(crate) fn keys(client: &Client, bucket: &str, prefix: &str) -> Keys {
+    Keys { pages: client.list_objects_v2().bucket(bucket).prefix(prefix).into_paginator().send() }
+}
+
+/// See [`keys`].
+pub(crate) struct Keys {
+    pages: aws_smithy_async::future::pagination_stream::PaginationStream<
+        Result<
+            aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output,
+            SdkError<aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Error>,
+        >,
+    >,
+}
+
+impl Keys {
+    /// The next page. `None` after the last.
+    pub(crate) async fn next(&mut self) -> Option<Result<Vec<String>, Failure>> {
+        let page = self.pages.next().await?;
+        Some(match page {
+            Ok(page) => Ok(page.contents.unwrap_or_default().into_iter().filter_map(|object| object.key).collect()),
+            Err(error) => Err(failure(&error)),
+        })
+    }
 }
 
 /// What tells one content of the state from the next: its tag and the time of its last change.

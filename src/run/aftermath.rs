@@ -1,9 +1,10 @@
 //! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
 
-use std::path::Path;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
 use super::giving_back::{Settled, bury, give_back, visit};
@@ -14,7 +15,10 @@ use super::poll;
 use super::stop::Stop;
 use super::tombstone::Graveyard;
 use super::tree::{Fate, Tree};
+use super::waiting;
 use crate::crash_point;
+use crate::holder::evidence::Verdict;
+use crate::holder::host::Host;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
@@ -35,6 +39,8 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) tree: &'a Tree,
     pub(crate) invocation: &'a Invocation,
     pub(crate) before: &'a DataDirectory,
+    /// Where `tf` was started.
+    pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
     pub(crate) journal: Option<&'a Journal>,
     /// Why there is no journal of this run, where there is none.
@@ -81,6 +87,9 @@ impl Aftermath<'_> {
             if self.stop.was_interrupted() && !died {
                 self.name_survivors();
             }
+            if died {
+                self.name_errored_state();
+            }
             return Vec::new();
         }
         trace!("{} locks may stand; died: {died}, log lost: {lost}", standing.len());
@@ -106,8 +115,12 @@ impl Aftermath<'_> {
                 self.release_late(patience, id, &places);
             }
         }
+        self.explain_refusals(&settled, &places, died, patience);
         if lost && standing.is_empty() {
             self.name_suspect(patience, &ending, &places, &situation);
+        }
+        if died {
+            self.name_errored_state();
         }
         if let Some(why) = self.unprotected.filter(|_| died) {
             report::say(&report::unprotected(why));
@@ -121,6 +134,9 @@ impl Aftermath<'_> {
             match outcome {
                 Some(Outcome::Released(released)) => {
                     report::say(&report::released(ending, lock, released, Timestamp::now()));
+                    if let Some(unfit) = &released.unfit {
+                        report::say(&report::unfit_digest(unfit));
+                    }
                 }
                 Some(Outcome::Kept { reason, later }) => {
                     report::say(&report::kept(ending, lock, reason, *later && kept, &self.unlock_command()));
@@ -158,6 +174,41 @@ impl Aftermath<'_> {
         }
     }
 
+    /// Terraform was refused by somebody's lock and has said so. We add what it cannot know: whether the holder lives, and
+    /// what to type. One that is proven dead is finished, and its lock given back; terraform is not started once more: its
+    /// stdin may be consumed, and its output was read.
+    fn explain_refusals(&self, settled: &[Settled], places: &Places, died: bool, patience: &mut Patience<'_>) {
+        if died || matches!(self.ended, Ended::Exited(0)) {
+            return;
+        }
+        for Settled { lock, outcome, .. } in settled {
+            if lock.locked.is_some() || matches!(outcome, Some(Outcome::Released(_))) {
+                continue;
+            }
+            for place in places.of(lock) {
+                let standing = patience.until(release::standing(&place)).unwrap_or_default();
+                for info in standing.into_iter().filter(|info| info.id != lock.id) {
+                    let host = Host::look();
+                    let judgement = host.judge(&info);
+                    trace!("refused by {}: {:?}", info.id, judgement.verdict);
+                    let directory = self.directory();
+                    let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
+                    let now = Timestamp::now();
+                    report::say(&report::refused(&info, &judgement, now, directory.as_deref(), dead.is_some()));
+                    if let Some(run) = dead
+                        && let Ok(child) = waiting::start(run)
+                    {
+                        waiting::wait_for(child, patience);
+                        let left = patience.until(release::standing(&place)).unwrap_or_default();
+                        if !left.iter().any(|left| left.id == info.id) {
+                            report::say(report::TRY_AGAIN);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// Names a lock that only its own JSON connects with this run.
     fn name_suspect(&self, patience: &mut Patience<'_>, ending: &str, places: &Places, situation: &Situation) {
         let Some(place) = places.selected() else { return };
@@ -166,11 +217,33 @@ impl Aftermath<'_> {
         }
     }
 
+    /// `-chdir`, as it was given.
+    fn directory(&self) -> Option<Cow<'_, str>> {
+        self.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
+    }
+
+    /// Names a state that terraform could not write. It says so itself, if it lives to say it and anybody reads it.
+    fn name_errored_state(&self) {
+        let directory = self.invocation.command_line.working_directory(self.current);
+        if let Some(path) = errored_state(&directory, self.started) {
+            let name = Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy();
+            report::say(&report::errored_state(&path, &name, self.directory().as_deref()));
+        }
+    }
+
     fn unlock_command(&self) -> String {
         let name = Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy();
-        let directory = self.invocation.command_line.directory.as_deref().map(Path::to_string_lossy);
-        report::unlock_command(&name, directory.as_deref())
+        report::unlock_command(&name, self.directory().as_deref())
     }
+}
+
+/// A state that a terraform which was started at `since` in `directory` has put there because it could not write it
+/// (internal/backend/local/backend_apply.go, `backupStateForError`).
+pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBuf> {
+    let path = directory.join("errored.tfstate");
+    let written = Timestamp::try_from(std::fs::metadata(&path).ok()?.modified().ok()?).ok()?;
+    // File systems keep coarser times than clocks.
+    (written >= since - SignedDuration::from_secs(2)).then_some(path)
 }
 
 fn is_terraform(process: &Process) -> bool {

@@ -111,6 +111,13 @@ impl Record {
         }
     }
 
+    /// Where its terraform worked: the directory that `-chdir` names, or its own.
+    pub(crate) fn working_directory(&self) -> String {
+        let directory = Path::new(&self.directory);
+        let working = self.chdir.as_ref().map_or_else(|| directory.to_owned(), |chdir| directory.join(chdir));
+        working.to_string_lossy().into_owned()
+    }
+
     /// What is left when a run is over: locks that could not be given back.
     pub(crate) fn leave(&mut self, locks: Vec<RecordedLock>) {
         self.log.locks = locks;
@@ -147,8 +154,9 @@ pub(crate) enum Found {
     Settling(Box<Record>),
     /// It is dead, and ours to finish.
     Dead(Box<Record>, Entry, Standpoint),
-    /// Not for us to judge, and why. For whoever lists what there is; nothing is done about it.
-    Foreign(&'static str),
+    /// Not for us to judge, and why; with what it says, where it can be read. For whoever lists what there is; nothing is
+    /// done about it.
+    Foreign(&'static str, Option<Box<Record>>),
     /// It was no record, and lies here now.
     SetAside(PathBuf),
     /// Nothing, or nothing any more.
@@ -241,7 +249,7 @@ impl Journal {
         let path = self.runs.join(name);
         let Ok(place) = fs::symlink_metadata(&path) else { return Found::Gone };
         if !is_private(&path) {
-            return Found::Foreign("it is not a directory of ours alone");
+            return Found::Foreign("it is not a directory of ours alone", None);
         }
         let record = match read(&path, name) {
             Ok(record) => record,
@@ -252,7 +260,7 @@ impl Journal {
                     [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
                 });
                 // Whoever holds it will write it anew, or take it away.
-                return if held { Found::Foreign("it cannot be read") } else { self.set_aside(&path, name) };
+                return if held { Found::Foreign("it cannot be read", None) } else { self.set_aside(&path, name) };
             }
         };
         let standpoint = record.host.seen_from(self.host());
@@ -260,7 +268,7 @@ impl Journal {
             if is_older(&path, FORGOTTEN) {
                 remove(&path);
             }
-            return Found::Foreign(why);
+            return Found::Foreign(why, Some(Box::new(record)));
         }
         let Ok(charge) = open_lock(&path.join("lock")) else { return self.set_aside(&path, name) };
         let record = Box::new(record);
@@ -296,7 +304,7 @@ impl Journal {
         let target = directory.join(name);
         let _ = fs::remove_dir_all(&target);
         if !is_private(&directory) || fs::rename(path, &target).is_err() {
-            return Found::Foreign("it cannot be read");
+            return Found::Foreign("it cannot be read", None);
         }
         Recorder::clear_away(name);
         let mut kept: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
@@ -508,7 +516,7 @@ mod tests {
         let elsewhere = root.path().join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
         symlink(&elsewhere, &path).unwrap();
-        assert!(matches!(journal.look(RUN), Found::Foreign(_)));
+        assert!(matches!(journal.look(RUN), Found::Foreign(..)));
         fs::remove_file(&path).unwrap();
         fs::rename(&elsewhere, &path).unwrap();
         fs::rename(path.join("record.json"), root.path().join("record")).unwrap();
@@ -518,7 +526,7 @@ mod tests {
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         drop((entry, life));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(matches!(journal.look(RUN), Found::Foreign(_)));
+        assert!(matches!(journal.look(RUN), Found::Foreign(..)));
         // One that says to be another run.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
         let other = "4000000-fedcba9876543210";

@@ -16,11 +16,12 @@ mod places;
 mod poll;
 mod recorder;
 pub(crate) mod recovery;
-mod state_directory;
+pub(crate) mod state_directory;
 pub(crate) mod stop;
 mod supervision;
-mod tombstone;
+pub(crate) mod tombstone;
 mod tree;
+pub(crate) mod waiting;
 
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -58,6 +59,7 @@ use stop::Stop;
 use supervision::Supervision;
 use tombstone::Graveyard;
 use tree::Tree;
+use waiting::Waiting;
 
 /// What is to be run.
 pub(crate) struct Invocation {
@@ -125,7 +127,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
             return Err(Unprepared(error));
         }
     };
-    prepared.run(invocation, settings, &mut signals, &before)
+    prepared.run(invocation, settings, &mut signals, &before, &here)
 }
 
 /// Everything that stands before terraform does.
@@ -133,6 +135,7 @@ struct Prepared<'a> {
     run: String,
     begun: Instant,
     started: Timestamp,
+    current: &'a Path,
     data_directory: &'a Path,
     journal: Result<Journal, String>,
     graveyard: Option<Graveyard>,
@@ -219,6 +222,7 @@ impl<'a> Prepared<'a> {
             run,
             begun,
             started,
+            current,
             data_directory,
             journal,
             graveyard,
@@ -240,6 +244,7 @@ impl<'a> Prepared<'a> {
         settings: &Settings,
         signals: &mut Signals,
         before: &DataDirectory,
+        here: &Places,
     ) -> Result<Ended, NotSupervised> {
         let setup = Setup {
             own_group: !settings.shared_terminal,
@@ -270,8 +275,11 @@ impl<'a> Prepared<'a> {
         let memory_kills = process::out_of_memory_kills();
         trace!("started terraform as {terraform}, run {}", self.run);
 
+        let mut waiting = settings.release.then(Waiting::default);
         let ended = Supervision {
             terraform,
+            here,
+            waiting: waiting.as_mut(),
             shared: settings.shared_terminal,
             signals: &mut *signals,
             stop: &mut self.stop,
@@ -286,6 +294,9 @@ impl<'a> Prepared<'a> {
         }
         .watch();
         crash_point::reached("tf: terraform ended");
+        if let Some(waiting) = waiting {
+            waiting.finish(&mut Patience::Person(signals));
+        }
         let all_written = self.pipes.flush();
 
         let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
@@ -301,6 +312,7 @@ impl<'a> Prepared<'a> {
             tree: &self.tree,
             invocation,
             before,
+            current: self.current,
             data_directory: self.data_directory,
             journal: self.journal.as_ref().ok(),
             unprotected: failed.as_deref().or(self.journal.as_ref().err().map(String::as_str)),

@@ -19,6 +19,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::aftermath::errored_state;
 use super::giving_back::{Settled, bury, give_back, may_land, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, Record};
@@ -95,7 +96,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                     if is_near { near.push(dead) } else { far.push(dead) }
                 }
                 Found::SetAside(path) => report::say(&report::set_aside(&path)),
-                Found::Foreign(why) => trace!("run {name} is left alone: {why}"),
+                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
         }
@@ -121,6 +122,22 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     asked
 }
 
+/// The dead runs that can have locked `here` and that nobody is finishing, with the pids of their `tf`. Nothing is done
+/// about them. One that was tried a moment ago and not finished is not among them.
+pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> {
+    let Some(journal) = Journal::there(state) else { return Vec::new() };
+    let names = journal.names().into_iter();
+    let dead = names.filter_map(|name| match journal.look(&name) {
+        Found::Dead(record, entry, _)
+            if is_of(&record, here) && !(record.over && entry.was_written_within(TRIED_AGAIN_AFTER)) =>
+        {
+            Some((name, record.tf))
+        }
+        _ => None,
+    });
+    dead.collect()
+}
+
 /// What became of [`everything`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recovered {
@@ -130,26 +147,27 @@ pub(crate) struct Recovered {
     pub(crate) asked: Option<Signal>,
 }
 
-/// Finishes every dead run of this user on this host, one after the other, and says on stdout what was done. One that its
-/// guardian takes care of is waited for. With `dry_run` it only says what is dead. There must be one thread.
-pub(crate) fn everything(dry_run: bool, signals: &mut Signals) -> Recovered {
+/// Finishes every dead run of this user on this host, or `only` that one, one after the other, and has `say` tell what was
+/// done. One that its guardian takes care of is waited for. With `dry_run` it only says what is dead. There must be one
+/// thread.
+pub(crate) fn everything(dry_run: bool, only: Option<&str>, say: fn(&str), signals: &mut Signals) -> Recovered {
     let mut recovered = Recovered::default();
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
-        for name in journal.names() {
+        for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             match look(&journal, &name, |_| true, OTHERS_FINISH_WITHIN, signals) {
                 Found::Dead(record, _, _) if dry_run => {
                     let standing: Vec<&RecordedLock> = record.log.standing().collect();
                     recovered.left += usize::from(!standing.is_empty());
                     for lock in standing {
-                        report::print(&report::would_recover(&record, lock));
+                        say(&report::would_recover(&record, lock));
                     }
                 }
                 Found::Dead(record, entry, standpoint) => {
                     let graveyard = Graveyard::of(&state);
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
                     let keep = vec![dead.entry.charge().as_raw_fd()];
-                    in_a_process(keep, || finish(dead), report::print, signals, &mut recovered.asked);
+                    in_a_process(keep, || finish(dead), say, signals, &mut recovered.asked);
                     // What is finished is gone from the journal.
                     recovered.left += usize::from(journal.has(&name));
                 }
@@ -157,7 +175,7 @@ pub(crate) fn everything(dry_run: bool, signals: &mut Signals) -> Recovered {
                     report::say(&report::set_aside(&path));
                     recovered.left += 1;
                 }
-                Found::Foreign(why) => trace!("run {name} is left alone: {why}"),
+                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
             recovered.asked = recovered.asked.or_else(|| signals.next_stop());
@@ -371,7 +389,10 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
     let mut left_over = Vec::new();
     for Settled { lock, outcome, .. } in settled {
         match outcome {
-            Some(Outcome::Released(_)) => messages.push(report::recovered(record, &lock, now)),
+            Some(Outcome::Released(released)) => {
+                messages.push(report::recovered(record, &lock, now));
+                messages.extend(released.unfit.map(|unfit| report::unfit_digest(&unfit)));
+            }
             Some(Outcome::Kept { reason, later }) => {
                 messages.push(report::not_recovered(record, &lock, &reason));
                 if later {
@@ -387,6 +408,9 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
             }
             None => {}
         }
+    }
+    if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
+        messages.push(report::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
     (messages, left_over)
 }

@@ -13,10 +13,12 @@ use nix::unistd::{Pid, getppid};
 use super::charge::Charge;
 use super::lending::{Foreground, Lending};
 use super::pipes::{Pipes, Progress};
+use super::places::Places;
 use super::poll;
 use super::recorder::Recorder;
 use super::stop::{Effect, Event, Stop};
 use super::tree::Tree;
+use super::waiting::Waiting;
 use crate::report;
 use crate::sys::process;
 use crate::sys::signals::{Arrival, Origin, Signals};
@@ -33,6 +35,10 @@ const CONTINUED_EVERY: Duration = Duration::from_millis(5);
 /// Everything that one supervised run needs.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
+    /// What this run can lock.
+    pub(crate) here: &'a Places,
+    /// What is done about a lock that terraform waits for, where something may be.
+    pub(crate) waiting: Option<&'a mut Waiting>,
     /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
     pub(crate) shared: bool,
     pub(crate) signals: &'a mut Signals,
@@ -99,6 +105,9 @@ impl Supervision<'_> {
                 self.recorder.read();
                 self.charge.news(self.recorder);
                 read_at = now + self.recorder.interval(now - started);
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.step(self.recorder.log(), self.here, self.tree);
+                }
             }
             if self.lending.deadline().is_some_and(|at| at <= now) {
                 self.lending.look();

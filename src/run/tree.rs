@@ -50,7 +50,7 @@ pub(crate) struct Tree {
     run: String,
     terraform: Option<Pid>,
     /// Children that we started for ourselves.
-    ours: Vec<Pid>,
+    ours: RefCell<Vec<Pid>>,
     /// Children that we had before terraform: a shell that became us by exec may leave some.
     strangers: Vec<Pid>,
     /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
@@ -114,7 +114,7 @@ impl Tree {
             lifeline,
             run: run.to_owned(),
             terraform: None,
-            ours: Vec::new(),
+            ours: RefCell::default(),
             strangers,
             strangers_possible,
             vantage: Vantage::Above,
@@ -133,9 +133,9 @@ impl Tree {
         self.lifeline.as_fd()
     }
 
-    /// The guardian is a child of ours and none of terraform's.
-    pub(crate) fn leave_out(&mut self, pid: Pid) {
-        self.ours.push(pid);
+    /// `pid`, the guardian or another helper, is a child of ours and none of terraform's.
+    pub(crate) fn leave_out(&self, pid: Pid) {
+        self.ours.borrow_mut().push(pid);
     }
 
     /// Terraform was started as `pid`.
@@ -149,7 +149,7 @@ impl Tree {
             return;
         }
         for process in Process::children(getpid()) {
-            let ours = self.ours.contains(&process.pid) || others.contains(&process.pid);
+            let ours = self.ours.borrow().contains(&process.pid) || others.contains(&process.pid);
             if process.is_dead() && Some(process.pid) != self.terraform && !ours {
                 wait::reap(process.pid);
             }
@@ -176,7 +176,7 @@ impl Tree {
         let below = Process::below(getpid());
         for process in &below {
             match self.kinship(process, &below) {
-                _ if process.is_dead() || self.ours.contains(&process.pid) => {}
+                _ if process.is_dead() => {}
                 Kinship::Kin => kin.push(process.clone()),
                 Kinship::Unclear => unclear.push(process.clone()),
                 Kinship::Stranger => {}
@@ -240,7 +240,7 @@ impl Tree {
                 None => break,
             }
         }
-        if self.strangers.contains(&top.pid) {
+        if self.strangers.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
             Kinship::Stranger
         } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.strangers_possible {
             Kinship::Kin

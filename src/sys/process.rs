@@ -197,6 +197,13 @@ impl Process {
         now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
     }
 
+    /// When it started, on a machine that was started at `booted`.
+    pub(crate) fn started(&self, booted: jiff::Timestamp) -> Option<jiff::Timestamp> {
+        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+        let seconds = self.start.checked_div(ticks.try_into().ok()?)?;
+        booted.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
+    }
+
     /// Looks one process up.
     pub(crate) fn look_up(pid: Pid) -> Option<Self> {
         Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
@@ -272,6 +279,13 @@ impl Process {
             .and_then(|path| Some(String::from_utf8_lossy(path.file_name()?.as_bytes()).into_owned()))
             .unwrap_or_else(|| self.name.clone())
     }
+}
+
+/// When this machine was started, by its clock of now (`btime` in proc_stat(5)). `None` where nothing tells.
+pub(crate) fn booted() -> Option<jiff::Timestamp> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    jiff::Timestamp::from_second(seconds).ok()
 }
 
 /// The children of this process, while it has one thread. Empty where a kernel does not tell.

@@ -1,0 +1,183 @@
+//! `tf locks audit`: for a schedule. It counts, and tells by its exit code whether somebody must look.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::found::Entry;
+use super::output::{Output, Widths};
+use super::reach::{Reach, Target, Trouble, Where};
+use super::scan::{Scan, Speed};
+use super::staleness::Staleness;
+use super::{Finding, inventory};
+use crate::holder::evidence::Verdict;
+use crate::json;
+use crate::report;
+use crate::settings;
+
+pub(super) const EXAMPLES: &str = "Examples:
+  tf locks audit --older-than 2h
+  tf locks audit --older-than 2h --table terraform-locks --json
+  tf locks audit --older-than 2h --table terraform-locks --prometheus > /var/lib/node_exporter/tf_locks.prom
+
+A lock is stale if it is older than that and not known to be alive. Exit codes: 0 none is stale, 2 one is, 1 it could not be
+done.";
+
+#[derive(Args, Clone, Debug)]
+pub(super) struct Audit {
+    /// Only locks older than this count: 90s, 45m, 2h, 3d
+    #[arg(long, value_name = "TIME", value_parser = age)]
+    older_than: Duration,
+    #[command(flatten)]
+    place: Where,
+    #[command(flatten)]
+    speed: Speed,
+    /// One JSON object with the counts
+    #[arg(long)]
+    json: bool,
+    /// Metrics in the text format of Prometheus
+    #[arg(long, conflicts_with = "json")]
+    prometheus: bool,
+}
+
+fn age(text: &str) -> Result<Duration, String> {
+    settings::duration(text).ok_or_else(|| "it takes a time such as 90s, 45m, 2h or 3d".to_owned())
+}
+
+/// What an audit comes to. Everything but the last two is the same for the same table.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Count {
+    /// Everything that stands, by verdict.
+    alive: u64,
+    unknown: u64,
+    likely_dead: u64,
+    dead: u64,
+    stale: u64,
+    unreadable: u64,
+    /// Items, objects or states that were looked at.
+    scanned: u64,
+    complete: bool,
+    older_than_seconds: u64,
+    oldest_age_seconds: f64,
+    scan_seconds: f64,
+}
+
+impl Count {
+    fn of(&self, verdict: Verdict) -> u64 {
+        match verdict {
+            Verdict::Alive => self.alive,
+            Verdict::Unknown => self.unknown,
+            Verdict::LikelyDead => self.likely_dead,
+            Verdict::Dead => self.dead,
+        }
+    }
+
+    fn add(&mut self, entry: &Entry, now: Timestamp) {
+        let Entry::Lock(lock) = entry else {
+            self.unreadable += 1;
+            return;
+        };
+        match lock.verdict() {
+            Verdict::Alive => self.alive += 1,
+            Verdict::Unknown => self.unknown += 1,
+            Verdict::LikelyDead => self.likely_dead += 1,
+            Verdict::Dead => self.dead += 1,
+        }
+        self.stale += u64::from(lock.stale);
+        if let Some(age) = lock.age(now) {
+            self.oldest_age_seconds = self.oldest_age_seconds.max(age.as_secs_f64());
+        }
+    }
+
+    /// The text format of Prometheus, version 0.0.4.
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        let mut metric = |name: &str, help: &str, samples: &[(String, String)]| {
+            text = format!("{text}# HELP tf_locks{name} {help}\n# TYPE tf_locks{name} gauge\n");
+            for (labels, value) in samples {
+                text = format!("{text}tf_locks{name}{labels} {value}\n");
+            }
+        };
+        let by_verdict =
+            Verdict::ALL.map(|verdict| (format!("{{verdict=\"{}\"}}", verdict.word()), self.of(verdict).to_string()));
+        let one = |value: String| [(String::new(), value)];
+        metric("", "Locks that stand, by what is believed of their holders.", &by_verdict);
+        metric("_stale", "Locks that somebody must look at.", &one(self.stale.to_string()));
+        metric("_unreadable", "Things in the place of a lock that are none.", &one(self.unreadable.to_string()));
+        metric("_oldest_age_seconds", "Age of the oldest lock.", &one(self.oldest_age_seconds.to_string()));
+        metric("_scanned", "Items, objects or states that were looked at.", &one(self.scanned.to_string()));
+        metric("_scan_seconds", "How long that took.", &one(self.scan_seconds.to_string()));
+        metric("_scan_complete", "1 if everything was looked at.", &one(u8::from(self.complete).to_string()));
+        text
+    }
+}
+
+impl Audit {
+    pub(super) fn run(self) -> Result<Finding, Trouble> {
+        super::block_on(async {
+            let begun = Instant::now();
+            let staleness = Staleness { older_than: Some(self.older_than) };
+            let Reach { target, stores } = self.place.reach().await?;
+            let silent = self.json || self.prometheus;
+            let now = Timestamp::now();
+            let mut count = Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() };
+            // With numbers asked for, nothing else is shown.
+            let is_shown = |entry: &Entry| !silent && matches!(entry, Entry::Lock(lock) if lock.stale);
+            let mut output = Output::new(false, Widths::USUAL)?;
+            if let Target::Directory(directory) = &target {
+                let inventory = inventory::take(directory, &stores, &staleness).await?;
+                for entry in &inventory.entries {
+                    count.add(entry, now);
+                    if is_shown(entry) {
+                        output.put(&output.render(entry)?)?;
+                    }
+                }
+                count.scanned = inventory.states;
+                if let Some(why) = inventory.incomplete {
+                    report::say(&why);
+                    count.complete = false;
+                }
+            } else {
+                let scan = Scan { target, stores, speed: self.speed, staleness };
+                let scanned = scan
+                    .run(&mut output, |entry| {
+                        count.add(entry, now);
+                        is_shown(entry)
+                    })
+                    .await?;
+                count.scanned = scanned.items;
+                if let Some(signal) = scanned.stopped {
+                    return Ok(Finding::Stopped(signal));
+                }
+            }
+            count.scan_seconds = begun.elapsed().as_secs_f64();
+            if self.json {
+                report::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
+            } else if self.prometheus {
+                report::print(&count.metrics());
+            }
+            Ok(match (count.stale, count.complete) {
+                (1.., _) => Finding::Stale,
+                (0, false) => Finding::Failed,
+                (0, true) => Finding::Nothing,
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_age_is_read() {
+        for (text, seconds) in [("90s", 90), ("45m", 2700), ("2h", 7200), ("3d", 259_200), ("0s", 0)] {
+            assert_eq!(age(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "h", "-2h", "2 h", "2w", "99999999999999999999d", "999999999999999999d"] {
+            assert!(age(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! One lock, by its path or its ID.
+
+use super::found::{Entry, Found, Wanted, pair};
+use super::inventory;
+use super::reach::{Reach, Target, Trouble};
+use super::staleness::Staleness;
+use crate::holder::host::Host;
+use crate::lock::stores::{LOCK_FILE, Spot};
+use crate::report::visible;
+use crate::terraform::lock_info::is_lock_id;
+
+/// Finds the lock that is meant by `which`: an ID, a path (`bucket/key`), a key, or the name of a workspace. Without a
+/// word it is the only one that stands.
+///
+/// # Errors
+/// [`Trouble`]: it matches nothing, or several.
+pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Found, Trouble> {
+    let entries = match (&reach.target, which) {
+        (Target::Directory(directory), _) => {
+            inventory::take(directory, &reach.stores, &Staleness::default()).await?.entries
+        }
+        (Target::Table(_), Some(word)) if is_lock_id(word) => {
+            return Err(Trouble::Said(format!(
+                "a table is read by path, not by ID\nname the lock's path; `tf locks list --table` shows it beside {word}"
+            )));
+        }
+        (Target::Table(table), Some(path)) => read(reach, reach.stores.item(table, path)).await?,
+        (Target::Bucket(bucket, _), Some(path)) => {
+            let key = path.strip_prefix(&format!("{bucket}/")).unwrap_or(path);
+            let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
+            read(reach, reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await?
+        }
+        (Target::Table(_) | Target::Bucket(..), None) => {
+            return Err(Trouble::Said(
+                "which lock?\nname its path; `tf locks list` with the same options shows it".into(),
+            ));
+        }
+    };
+    one_of(entries, which, matches!(reach.target, Target::Directory(_)))
+}
+
+async fn read(reach: &Reach, spot: Spot) -> Result<Vec<Entry>, Trouble> {
+    let what = spot.describe();
+    let standing =
+        reach.stores.read(&spot).await.map_err(|failure| Trouble::failed(failure, &visible(&what), &reach.stores))?;
+    let halves = standing.map(|standing| (spot, standing)).into_iter().collect();
+    let mut entries = pair(Wanted::default(), halves, None);
+    Staleness::default().judge(&mut entries, &Host::look());
+    Ok(entries)
+}
+
+fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Found, Trouble> {
+    let matches = |entry: &Entry| {
+        let Some(word) = which.filter(|_| select) else { return true };
+        let in_bucket = |path: &str| path.split_once('/').is_some_and(|(_, key)| key == word);
+        match entry {
+            Entry::Lock(lock) => {
+                lock.info.id == word
+                    || lock.path() == word
+                    || in_bucket(&lock.path())
+                    || lock.workspace.as_deref() == Some(word)
+            }
+            Entry::Unreadable(unreadable) => unreadable.place.path() == word || in_bucket(&unreadable.place.path()),
+        }
+    };
+    let standing = entries.len();
+    let (meant, others): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(matches);
+    let named = |entries: &[Entry]| {
+        entries.iter().fold(String::new(), |all, entry| match entry {
+            Entry::Lock(lock) => format!("{all}\n  {}  {}", visible(&lock.info.id), visible(&lock.path())),
+            Entry::Unreadable(unreadable) => {
+                format!("{all}\n  {} (no lock: {})", visible(&unreadable.place.describe()), unreadable.reason)
+            }
+        })
+    };
+    let (locks, junk): (Vec<Entry>, Vec<Entry>) = meant.into_iter().partition(|entry| matches!(entry, Entry::Lock(_)));
+    match (locks.len(), which) {
+        (1, _) => {}
+        (0, _) if !junk.is_empty() => {
+            return Err(Trouble::Said(format!("what stands there is no lock:{}\nlook at it by hand", named(&junk))));
+        }
+        (0, Some(word)) if standing > 0 && select => {
+            return Err(Trouble::Said(format!("no lock matches {:?}; these stand:{}", visible(word), named(&others))));
+        }
+        (0, Some(word)) => {
+            return Err(Trouble::Said(format!("no lock stands at {:?}: there is nothing to release", visible(word))));
+        }
+        (0, None) => return Err(Trouble::Said("no lock stands here: there is nothing to release".into())),
+        _ => {
+            return Err(Trouble::Said(format!("several locks match; name one by its ID:{}", named(&locks))));
+        }
+    }
+    match locks.into_iter().next() {
+        Some(Entry::Lock(lock)) => Ok(*lock),
+        _ => Err(Trouble::Said("no lock stands here".into())),
+    }
+}

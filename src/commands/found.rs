@@ -1,0 +1,238 @@
+//! The locks that a command has found, and what is believed of their holders.
+
+use jiff::Timestamp;
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
+
+use crate::holder::evidence::{Judgement, Verdict};
+use crate::lock::stores::{Spot, Standing};
+use crate::terraform::lock_info::LockInfo;
+
+/// One lock: the halves of it that stand.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) info: LockInfo,
+    /// DynamoDB before S3.
+    pub(super) halves: Vec<(Spot, Standing)>,
+    /// The workspace, where it is known.
+    pub(super) workspace: Option<String>,
+    /// What is odd about it.
+    pub(super) notes: Vec<String>,
+    pub(super) judgement: Judgement,
+    /// Somebody must look at it.
+    pub(super) stale: bool,
+}
+
+/// Something in the place of a lock that is none.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Unreadable {
+    pub(super) place: Spot,
+    pub(super) reason: String,
+}
+
+/// Either.
+#[derive(Clone, Debug)]
+pub(super) enum Entry {
+    Lock(Box<Found>),
+    Unreadable(Unreadable),
+}
+
+/// Which halves a lock of a backend must have.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) dynamodb: bool,
+    pub(super) s3: bool,
+}
+
+impl Found {
+    pub(super) fn verdict(&self) -> Verdict {
+        self.judgement.verdict
+    }
+
+    /// Where it stands, for the eye: its first half.
+    pub(super) fn place(&self) -> &Spot {
+        &self.halves[0].0
+    }
+
+    /// `bucket/key` of its state.
+    pub(super) fn path(&self) -> String {
+        self.place().path()
+    }
+
+    /// For how long it has been held, by this host's clock. `None` where Created is no time, or lies ahead of us.
+    pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
+        let age = now.duration_since(self.info.created()?);
+        age.try_into().ok()
+    }
+}
+
+/// What stands at the two places of one lock, as locks: halves are one lock only if their IDs are equal.
+pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Option<&str>) -> Vec<Entry> {
+    let mut locks: Vec<Found> = Vec::new();
+    let mut unreadable = Vec::new();
+    for (spot, standing) in halves {
+        let info = match standing.info() {
+            Some(info) if !info.id.is_empty() => info,
+            _ => {
+                unreadable.push(Entry::Unreadable(Unreadable { reason: why_unreadable(standing.text()), place: spot }));
+                continue;
+            }
+        };
+        if let Some(lock) = locks.iter_mut().find(|lock| lock.info.id == info.id) {
+            lock.halves.push((spot, standing));
+            continue;
+        }
+        locks.push(Found {
+            notes: Vec::new(),
+            workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&spot.path())),
+            info,
+            halves: vec![(spot, standing)],
+            judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
+            stale: false,
+        });
+    }
+    let rivals = locks.len() > 1;
+    for lock in &mut locks {
+        let has =
+            |dynamodb: bool| lock.halves.iter().any(|(spot, _)| matches!(spot, Spot::DynamoDb { .. }) == dynamodb);
+        let (item, object) = (has(true), has(false));
+        if rivals {
+            lock.notes.push("another lock, with another ID, stands in the other half of this place".to_owned());
+        } else if item && !object && wanted.s3 {
+            lock.notes.push("half a lock: the backend locks in S3 too, and no .tflock object stands there".to_owned());
+        } else if object && !item && wanted.dynamodb && wanted.s3 {
+            lock.notes.push("half a lock: the backend locks in DynamoDB too, and no item stands there".to_owned());
+        } else if object && !item && wanted.dynamodb {
+            lock.notes
+                .push("the backend here has no use_lockfile: it was taken by somebody whose backend has".to_owned());
+        }
+        if lock.info.path != lock.path() {
+            lock.notes.push("its Path is not the place where it stands".to_owned());
+        }
+    }
+    locks.into_iter().map(|lock| Entry::Lock(Box::new(lock))).chain(unreadable).collect()
+}
+
+/// What keeps a text from being a lock.
+fn why_unreadable(text: &str) -> String {
+    match serde_json::from_str::<serde_json::Value>(text) {
+        _ if text.is_empty() => "it has no Info".to_owned(),
+        Err(_) => "its Info is not JSON".to_owned(),
+        Ok(value) if !value.is_object() => "its Info is not a JSON object".to_owned(),
+        Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
+            "its Info has no ID".to_owned()
+        }
+        Ok(_) => "its Info is not a lock of terraform's".to_owned(),
+    }
+}
+
+/// Terraform's own prefix for workspaces, `env:`, tells which one it is; a prefix that somebody chose does not.
+fn guess_workspace(path: &str) -> Option<String> {
+    let (_, key) = path.split_once('/')?;
+    let (name, _) = key.strip_prefix("env:/")?.split_once('/')?;
+    Some(name.to_owned())
+}
+
+impl Serialize for Found {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let places: Vec<&Spot> = self.halves.iter().map(|(spot, _)| spot).collect();
+        let mut object = serializer.serialize_struct("Lock", 14)?;
+        object.serialize_field("id", &self.info.id)?;
+        object.serialize_field("path", &self.path())?;
+        object.serialize_field("workspace", &self.workspace)?;
+        object.serialize_field("operation", &self.info.operation)?;
+        object.serialize_field("who", &self.info.who)?;
+        object.serialize_field("created", &self.info.created)?;
+        object.serialize_field("version", &self.info.version)?;
+        object.serialize_field("place", self.place())?;
+        object.serialize_field("halves", &places)?;
+        object.serialize_field("verdict", &self.judgement.verdict)?;
+        object.serialize_field("stale", &self.stale)?;
+        object.serialize_field("reason", &self.judgement.reason)?;
+        object.serialize_field("evidence", &self.judgement.evidence)?;
+        object.serialize_field("notes", &self.notes)?;
+        object.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(info: &str) -> (Spot, Standing) {
+        let spot = Spot::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
+        (spot, Standing::Item(info.into()))
+    }
+
+    fn object(body: &str) -> (Spot, Standing) {
+        let spot = Spot::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
+        (spot, Standing::Object(crate::lock::s3::Object { body: body.into(), etag: None }))
+    }
+
+    fn info(id: &str) -> String {
+        format!(r#"{{"ID":"{id}","Path":"b/k"}}"#)
+    }
+
+    const BOTH: Wanted = Wanted { dynamodb: true, s3: true };
+
+    fn locks(entries: &[Entry]) -> Vec<&Found> {
+        entries
+            .iter()
+            .filter_map(|entry| match entry {
+                Entry::Lock(lock) => Some(&**lock),
+                Entry::Unreadable(_) => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn halves_of_one_id_are_one_lock_and_of_two_are_two() {
+        let one = pair(BOTH, vec![item(&info("a")), object(&info("a"))], None);
+        assert_eq!((one.len(), locks(&one)[0].halves.len(), locks(&one)[0].notes.len()), (1, 2, 0));
+        let two = pair(BOTH, vec![item(&info("a")), object(&info("b"))], None);
+        assert_eq!(locks(&two).len(), 2);
+        assert!(locks(&two).iter().all(|lock| lock.notes[0].contains("another ID")));
+    }
+
+    #[test]
+    fn a_half_alone_is_said_to_be_one() {
+        for (wanted, half, expected) in [
+            (BOTH, item(&info("a")), "half a lock"),
+            (BOTH, object(&info("a")), "half a lock"),
+            (Wanted { dynamodb: true, s3: false }, object(&info("a")), "no use_lockfile"),
+        ] {
+            let found = pair(wanted, vec![half], None);
+            assert!(locks(&found)[0].notes[0].contains(expected), "{:?}", locks(&found)[0].notes);
+        }
+        for (wanted, half) in
+            [(Wanted { dynamodb: true, s3: false }, item(&info("a"))), (Wanted::default(), object(&info("a")))]
+        {
+            assert!(locks(&pair(wanted, vec![half], None))[0].notes.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_no_lock_says_why() {
+        for (text, expected) in [
+            ("", "no Info"),
+            ("{", "not JSON"),
+            ("[]", "not a JSON object"),
+            ("{}", "no ID"),
+            (r#"{"ID":""}"#, "no ID"),
+            (r#"{"ID":7}"#, "no ID"),
+            (r#"{"ID":"a","Who":7}"#, "not a lock"),
+        ] {
+            match &pair(BOTH, vec![item(text)], None)[..] {
+                [Entry::Unreadable(unreadable)] => assert!(unreadable.reason.contains(expected), "{text}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_workspace_is_told_by_terraforms_own_prefix() {
+        assert_eq!(guess_workspace("b/env:/green/dir/k").as_deref(), Some("green"));
+        assert_eq!(guess_workspace("b/dir/env:/green/k"), None);
+        assert_eq!(guess_workspace("b"), None);
+    }
+}

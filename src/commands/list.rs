@@ -1,0 +1,87 @@
+//! `tf locks` and `tf locks list`: what stands, and what is believed of it.
+
+use clap::Args;
+
+use super::found::Entry;
+use super::output::{End, Output, Widths};
+use super::reach::{Reach, Target, Trouble, Where};
+use super::scan::{Scan, Speed};
+use super::staleness::Staleness;
+use super::{Finding, inventory};
+use crate::lock::stores::Stores;
+use crate::report;
+
+pub(super) const EXAMPLES: &str = "Examples:
+  tf locks                                        the locks of this directory's backend
+  tf locks list --json | jq '.locks[].path'
+  tf locks list --table terraform-locks --region eu-west-1
+  tf locks list --bucket my-states --prefix prod/
+
+Exit codes: 0 nothing is stale, 2 something is (dead or likely dead), 1 it could not be done.";
+
+/// The arguments of `tf locks list`, and of `tf locks` alone.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct List {
+    #[command(flatten)]
+    place: Where,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    speed: Speed,
+}
+
+impl List {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub(super) fn run(self) -> Result<Finding, Trouble> {
+        super::block_on(async {
+            let Reach { target, stores } = self.place.reach().await?;
+            let Target::Directory(directory) = &target else {
+                let output = Output::new(self.json, Widths::USUAL)?;
+                return self.list_scanned(target, stores, output).await;
+            };
+            let inventory = inventory::take(directory, &stores, &Staleness::default()).await?;
+            let entries = inventory.entries;
+            let stale = entries.iter().any(|entry| matches!(entry, Entry::Lock(lock) if lock.stale));
+            let mut output = Output::new(self.json, Widths::of(&entries))?;
+            for entry in &entries {
+                let shown = output.render(entry)?;
+                output.put(&shown)?;
+            }
+            if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
+                let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
+                report::print(&format!("no lock stands for {}/{}{workspaces}", directory.bucket, directory.key));
+            }
+            let end = End { complete: inventory.incomplete.is_none(), scanned: inventory.states };
+            output.end(end)?;
+            Ok(match inventory.incomplete {
+                _ if stale => Finding::Stale,
+                Some(why) => {
+                    report::say(&why);
+                    Finding::Failed
+                }
+                None => Finding::Nothing,
+            })
+        })
+    }
+
+    async fn list_scanned(&self, target: Target, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
+        let mut stale = false;
+        let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
+        let scanned = scan
+            .run(&mut output, |entry| {
+                stale |= matches!(entry, Entry::Lock(lock) if lock.stale);
+                true
+            })
+            .await?;
+        output.end(End { complete: scanned.stopped.is_none(), scanned: scanned.items })?;
+        Ok(match scanned.stopped {
+            Some(signal) => Finding::Stopped(signal),
+            None if stale => Finding::Stale,
+            None => Finding::Nothing,
+        })
+    }
+}

@@ -1,0 +1,451 @@
+//! How locks are shown: as a table that fits the terminal, as plain lines in a pipe, or as JSON. One by one, so that
+//! a table of a million needs no more memory than one of ten.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Seek, Write};
+
+use console::{Style, Term};
+use jiff::Timestamp;
+use unicode_width::UnicodeWidthStr;
+
+use super::found::{Entry, Found, Unreadable};
+use crate::holder::evidence::Verdict;
+use crate::json;
+use crate::lock::stores::Spot;
+use crate::report::{length_of_time, visible};
+
+/// Where locks are shown.
+pub(super) enum Output {
+    /// On a terminal.
+    Table(Table),
+    /// In a pipe or file.
+    Lines(Widths),
+    /// With `--json`.
+    Json(Json),
+}
+
+/// How wide the columns are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Widths {
+    path: usize,
+    workspace: usize,
+    operation: usize,
+    who: usize,
+}
+
+/// What a scan came to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct End {
+    /// Everything was looked at.
+    pub(super) complete: bool,
+    /// How many items or objects were.
+    pub(super) scanned: u64,
+}
+
+impl Widths {
+    /// For locks that are not known beforehand.
+    pub(super) const USUAL: Self = Self { path: 48, workspace: 10, operation: 10, who: 20 };
+
+    /// What these locks need.
+    pub(super) fn of(entries: &[Entry]) -> Self {
+        let mut widths = Self { path: 4, workspace: 9, operation: 9, who: 3 };
+        for entry in entries {
+            let Entry::Lock(lock) = entry else { continue };
+            let wider = |known: usize, text: &str| known.max(visible(text).width()).min(200);
+            widths.path = wider(widths.path, &lock.path());
+            widths.workspace = wider(widths.workspace, lock.workspace.as_deref().unwrap_or("-"));
+            widths.operation = wider(widths.operation, operation(lock));
+            widths.who = wider(widths.who, &lock.info.who);
+        }
+        widths
+    }
+}
+
+/// One lock, or what is none, as it will be shown.
+pub(super) struct Shown {
+    is_lock: bool,
+    text: String,
+}
+
+impl Output {
+    /// As `json` and stdout ask for.
+    ///
+    /// # Errors
+    /// No place for a temporary file.
+    pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
+        let terminal = Term::stdout();
+        if json {
+            let out = BufWriter::new(io::stdout());
+            Ok(Self::Json(Json { out, later: tempfile::tempfile()?, locks: 0, unreadable: 0 }))
+        } else if terminal.is_term() {
+            Ok(Self::Table(Table::new(usize::from(terminal.size().1), widths)))
+        } else {
+            Ok(Self::Lines(widths))
+        }
+    }
+
+    /// How one will be shown.
+    ///
+    /// # Errors
+    /// What cannot be JSON.
+    pub(super) fn render(&self, entry: &Entry) -> io::Result<Shown> {
+        let now = Timestamp::now();
+        let text = match (self, entry) {
+            (Self::Table(table), Entry::Lock(lock)) => table.lock(lock, now),
+            (Self::Table(table), Entry::Unreadable(unreadable)) => table.unreadable(unreadable),
+            (Self::Lines(widths), Entry::Lock(lock)) => line(lock, *widths, now),
+            (Self::Lines(widths), Entry::Unreadable(unreadable)) => unreadable_line(unreadable, *widths),
+            (Self::Json(_), Entry::Lock(lock)) => json::to_string(lock)?,
+            (Self::Json(_), Entry::Unreadable(unreadable)) => json::to_string(unreadable)?,
+        };
+        Ok(Shown { is_lock: matches!(entry, Entry::Lock(_)), text })
+    }
+
+    /// Shows one.
+    ///
+    /// # Errors
+    /// Whoever reads it is gone.
+    pub(super) fn put(&mut self, shown: &Shown) -> io::Result<()> {
+        match self {
+            Self::Table(table) => {
+                let head = table.head();
+                write(&(head + &shown.text))
+            }
+            Self::Lines(_) => write(&shown.text),
+            Self::Json(json) => json.put(shown),
+        }
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// Whoever reads it is gone.
+    pub(super) fn end(self, end: End) -> io::Result<()> {
+        match self {
+            Self::Json(json) => json.end(end),
+            Self::Table(_) | Self::Lines(_) => Ok(()),
+        }
+    }
+}
+
+impl Shown {
+    /// Puts it into a file for later.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
+        file.write_all(&[u8::from(self.is_lock)])?;
+        file.write_all(&(self.text.len() as u64).to_le_bytes())?;
+        file.write_all(self.text.as_bytes())
+    }
+
+    /// Takes the next out of such a file. `None` at its end.
+    ///
+    /// # Errors
+    /// A file that is not whole.
+    pub(super) fn fetch(file: &mut impl Read) -> io::Result<Option<Self>> {
+        let mut is_lock = [0];
+        if file.read(&mut is_lock)? == 0 {
+            return Ok(None);
+        }
+        let mut length = [0; 8];
+        file.read_exact(&mut length)?;
+        let mut text = String::new();
+        file.by_ref().take(u64::from_le_bytes(length)).read_to_string(&mut text)?;
+        Ok(Some(Self { is_lock: is_lock == [1], text }))
+    }
+}
+
+fn write(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// `apply` for `OperationTypeApply`.
+fn operation(lock: &Found) -> &str {
+    lock.info.operation.strip_prefix("OperationType").unwrap_or(&lock.info.operation)
+}
+
+/// For how long, and since when exactly.
+fn since(lock: &Found, now: Timestamp) -> String {
+    match (lock.info.created(), lock.age(now)) {
+        (Some(created), Some(age)) => format!("{} ago, {created:.0}", length_of_time(age)),
+        (Some(created), None) => format!("{created:.0}, which is ahead of this host's clock"),
+        (None, _) => format!("{:?}, which is not a time", visible(&lock.info.created)),
+    }
+}
+
+/// Which halves stand.
+pub(super) fn halves(lock: &Found) -> String {
+    let names = lock.halves.iter().map(|(spot, _)| match spot {
+        Spot::DynamoDb { .. } => "dynamodb",
+        Spot::S3 { .. } => "s3",
+    });
+    names.collect::<Vec<_>>().join("+")
+}
+
+/// One line for `grep` and `awk -F '  +'`: nothing is cut, and a lock has one line.
+fn line(lock: &Found, widths: Widths, now: Timestamp) -> String {
+    let age = lock.age(now).map_or_else(|| "-".to_owned(), length_of_time);
+    let created = lock.info.created().map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
+    let mut reason = lock.judgement.reason.clone();
+    for note in &lock.notes {
+        reason = format!("{reason}; {note}");
+    }
+    format!(
+        "{}  {}  {}  {}  {}  {}  {}  {}  {}  {reason}\n",
+        padded(lock.verdict().word(), 11),
+        padded(&visible(&lock.path()), widths.path),
+        padded(&visible(lock.workspace.as_deref().unwrap_or("-")), widths.workspace),
+        padded(&visible(operation(lock)).to_lowercase(), widths.operation),
+        padded(&visible(&lock.info.who), widths.who),
+        padded(&created, 20),
+        padded(&age, 12),
+        padded(&visible(&lock.info.id), 36),
+        padded(&halves(lock), 11),
+    )
+}
+
+fn unreadable_line(unreadable: &Unreadable, widths: Widths) -> String {
+    let path = padded(&visible(&unreadable.place.path()), widths.path);
+    format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
+}
+
+/// Filled up with spaces, and never cut.
+fn padded(text: &str, width: usize) -> String {
+    format!("{text}{}", " ".repeat(width.saturating_sub(text.width())))
+}
+
+/// In exactly that width: filled up, or cut at its end.
+fn cut(text: &str, width: usize) -> String {
+    padded(&console::truncate_str(text, width, "…"), width)
+}
+
+/// In exactly that width, cut at its beginning: of a path, the end tells more.
+fn cut_front(text: &str, width: usize) -> String {
+    let mut kept: &str = text;
+    while kept.width() + usize::from(kept.len() < text.len()) > width {
+        let Some(first) = kept.chars().next() else { break };
+        kept = &kept[first.len_utf8()..];
+    }
+    let mark = if kept.len() < text.len() && width > 0 { "…" } else { "" };
+    padded(&format!("{mark}{kept}"), width)
+}
+
+/// A table on a terminal.
+pub(super) struct Table {
+    width: usize,
+    widths: Widths,
+    /// There is room for the time in the first line.
+    wide: bool,
+    headed: bool,
+}
+
+impl Table {
+    const VERDICT: usize = 11;
+    /// `30 d 23 h ago, 2026-11-24T10:00:00Z`.
+    const SINCE: usize = 38;
+
+    fn new(width: usize, wanted: Widths) -> Self {
+        let width = width.max(20);
+        let wide = width >= 130;
+        let mut widths = Widths {
+            workspace: wanted.workspace.clamp(9, 16),
+            operation: wanted.operation.clamp(9, 12),
+            who: wanted.who.clamp(3, 24),
+            ..wanted
+        };
+        let rest = |widths: &Widths| {
+            let others = Self::VERDICT + widths.workspace + widths.operation + widths.who + 4 * 2;
+            width.saturating_sub(others + if wide { Self::SINCE + 2 } else { 0 })
+        };
+        // Where it is narrow, the path matters most.
+        while rest(&widths) < widths.path.min(30) && (widths.workspace > 4 || widths.who > 4 || widths.operation > 5) {
+            widths.workspace = (widths.workspace - 1).max(4);
+            widths.who = (widths.who - 1).max(4);
+            widths.operation = (widths.operation - 1).max(5);
+        }
+        widths.path = widths.path.min(rest(&widths)).max(4);
+        Self { width, widths, wide, headed: false }
+    }
+
+    fn row(&self, verdict: &str, style: &Style, cells: [&str; 5]) -> String {
+        let [path, workspace, operation, who, since] = cells;
+        let mut rest = format!(
+            "  {}  {}  {}  {}",
+            cut_front(path, self.widths.path),
+            cut(workspace, self.widths.workspace),
+            cut(operation, self.widths.operation),
+            cut(who, self.widths.who)
+        );
+        if self.wide {
+            rest = format!("{rest}  {since}");
+        }
+        let room = self.width.saturating_sub(Self::VERDICT);
+        let rest = console::truncate_str(&rest, room, "…").trim_end().to_owned();
+        format!("{}{rest}\n", style.apply_to(padded(verdict, Self::VERDICT)))
+    }
+
+    fn head(&mut self) -> String {
+        if std::mem::replace(&mut self.headed, true) {
+            return String::new();
+        }
+        self.row("VERDICT", &Style::new().bold(), ["PATH", "WORKSPACE", "OPERATION", "WHO", "SINCE"])
+    }
+
+    fn lock(&self, lock: &Found, now: Timestamp) -> String {
+        let path = visible(&lock.path());
+        let since = since(lock, now);
+        let cells = [
+            path.as_str(),
+            &visible(lock.workspace.as_deref().unwrap_or("-")),
+            &visible(operation(lock)).to_lowercase(),
+            &visible(&lock.info.who),
+            &since,
+        ];
+        let verdict = lock.verdict();
+        let mut text = self.row(verdict.words(), &style(verdict), cells);
+        let mut more = String::new();
+        if path.width() > self.widths.path {
+            more = format!("{path}; ");
+        }
+        if !self.wide {
+            more = format!("{more}{since}; ");
+        }
+        more = format!("{more}{}; ID {}, {}", lock.judgement.reason, visible(&lock.info.id), halves(lock));
+        for note in &lock.notes {
+            more = format!("{more}; {note}");
+        }
+        text.push_str(&self.below(&more));
+        text
+    }
+
+    fn unreadable(&self, unreadable: &Unreadable) -> String {
+        let path = visible(&unreadable.place.path());
+        let row = self.row("unreadable", &Style::new().dim(), [&path, "-", "-", "-", ""]);
+        let more = format!("{}; {}", unreadable.reason, visible(&unreadable.place.describe()));
+        row + &self.below(&more)
+    }
+
+    /// More about a row, under it and within the width.
+    fn below(&self, text: &str) -> String {
+        let indent = " ".repeat(if self.width > 60 { Self::VERDICT + 2 } else { 2 });
+        let room = self.width.saturating_sub(indent.len()).max(10);
+        // An ID stays whole, for whoever copies it, as long as there is room.
+        let options = textwrap::Options::new(room).word_splitter(textwrap::WordSplitter::NoHyphenation);
+        textwrap::wrap(text, options).iter().fold(String::new(), |all, line| format!("{all}{indent}{line}\n"))
+    }
+}
+
+/// The colour of a verdict. NO_COLOR takes it away.
+fn style(verdict: Verdict) -> Style {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    match verdict {
+        _ if plain => Style::new(),
+        Verdict::Alive => Style::new().green(),
+        Verdict::Dead => Style::new().red().bold(),
+        Verdict::LikelyDead => Style::new().red(),
+        Verdict::Unknown => Style::new().yellow(),
+    }
+}
+
+/// One JSON object. What is no lock comes behind the locks, and waits in a file that has no name for as long as those come.
+pub(super) struct Json {
+    out: BufWriter<io::Stdout>,
+    later: File,
+    locks: u64,
+    unreadable: u64,
+}
+
+impl Json {
+    fn put(&mut self, shown: &Shown) -> io::Result<()> {
+        let (out, count, first): (&mut dyn Write, _, _) = if shown.is_lock {
+            (&mut self.out, &mut self.locks, "{\"locks\":[\n")
+        } else {
+            (&mut self.later, &mut self.unreadable, "\n")
+        };
+        let before = if *count == 0 { first } else { ",\n" };
+        *count += 1;
+        out.write_all(before.as_bytes())?;
+        out.write_all(shown.text.as_bytes())
+    }
+
+    fn end(mut self, end: End) -> io::Result<()> {
+        if self.locks == 0 {
+            self.out.write_all(b"{\"locks\":[")?;
+        }
+        self.out.write_all(b"],\n\"unreadable\":[")?;
+        self.later.rewind()?;
+        io::copy(&mut Read::by_ref(&mut self.later), &mut self.out)?;
+        writeln!(self.out, "],\n\"complete\":{},\"scanned\":{}}}", end.complete, end.scanned)?;
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::found::{Wanted, pair};
+    use crate::holder::evidence::Judgement;
+    use crate::lock::stores::Standing;
+
+    fn entry(who: &str, path: &str) -> Entry {
+        let info = serde_json::json!({"ID": "5e75cb05-d70c-4132-39e0-d2abba1b3077", "Operation": "OperationTypeApply",
+            "Who": who, "Version": "1", "Created": "2026-11-24T10:00:00Z", "Path": path});
+        let spot = Spot::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
+        let mut entries = pair(Wanted::default(), vec![(spot, Standing::Item(info.to_string()))], None);
+        if let Entry::Lock(lock) = &mut entries[0] {
+            lock.judgement = Judgement { verdict: Verdict::Unknown, reason: "why ".repeat(30), evidence: Vec::new() };
+        }
+        entries.remove(0)
+    }
+
+    fn lock(entry: &Entry) -> &Found {
+        match entry {
+            Entry::Lock(lock) => lock,
+            Entry::Unreadable(_) => panic!("no lock"),
+        }
+    }
+
+    const STRANGE: [&str; 6] =
+        ["root@vm", "\u{1b}]0;x\u{7}\u{1b}[2J", "a\nb\r\tc", "\u{202e}evil\u{2066}", "寿司@東京", "🔒"];
+
+    /// Whatever a stranger has put into a lock, and however narrow the terminal is.
+    #[test]
+    fn every_line_of_the_table_fits_the_terminal() {
+        for width in [20, 40, 60, 80, 100, 132, 200] {
+            for who in STRANGE.map(ToOwned::to_owned).into_iter().chain(["w".repeat(300_000)]) {
+                for path in ["b/k".to_owned(), format!("b/{}/prod.tfstate", "deep/".repeat(40)), who.clone()] {
+                    let entry = entry(&who, &path);
+                    let table = Table::new(width, Widths::of(std::slice::from_ref(&entry)));
+                    let shown = table.lock(lock(&entry), "2026-11-24T13:12:00Z".parse().unwrap());
+                    let plain = console::strip_ansi_codes(&shown).into_owned();
+                    for line in plain.lines() {
+                        assert!(line.width() <= width, "{} > {width}: {line}", line.width());
+                        assert!(!line.chars().any(char::is_control) && !line.contains('\u{202e}'), "{line:?}");
+                    }
+                    assert!(plain.split_whitespace().collect::<Vec<_>>().join(" ").contains("3 h 12 min"), "{plain}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_in_a_pipe_is_one_plain_line() {
+        for who in STRANGE {
+            let entry = entry(who, "b/k");
+            let line = line(lock(&entry), Widths::USUAL, Timestamp::now());
+            assert_eq!(line.matches('\n').count(), 1, "{line:?}");
+            assert!(!line.trim_end().chars().any(char::is_control), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_is_cut_at_its_beginning() {
+        assert_eq!(cut_front("bucket/dir/prod", 8), "…ir/prod");
+        assert_eq!(cut_front("b/k", 5), "b/k  ");
+        assert_eq!(cut_front("b/k", 0), "");
+        assert_eq!(cut("operation", 5), "oper…");
+    }
+}

@@ -1,0 +1,226 @@
+//! Which locks are meant: those of this directory's backend, or of a whole table or bucket; and what to say when that
+//! cannot be told or reached.
+
+use std::io;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Map, Value, json};
+
+use crate::lock::aws::Unreachable;
+use crate::lock::release::Failure;
+use crate::lock::stores::Stores;
+use crate::report::visible;
+use crate::terraform::backend::CachedBackend;
+use crate::terraform::command_line::CommandLine;
+use crate::terraform::data_directory::DataDirectory;
+
+/// Where to look. Without any of these: in the backend of the current directory.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct Where {
+    /// The working directory whose backend is meant, as terraform's own -chdir
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket"])]
+    pub(super) chdir: Option<PathBuf>,
+    /// Look into this DynamoDB table, outside of any working directory
+    #[arg(long, value_name = "TABLE", group = "outside")]
+    pub(super) table: Option<String>,
+    /// Look at the .tflock objects of this bucket, outside of any working directory
+    #[arg(long, value_name = "BUCKET", group = "outside")]
+    pub(super) bucket: Option<String>,
+    /// Only objects whose key begins so
+    #[arg(long, value_name = "PREFIX", requires = "bucket")]
+    pub(super) prefix: Option<String>,
+    /// The region of the table or bucket (else as the AWS CLI finds it)
+    #[arg(long, value_name = "REGION", requires = "outside")]
+    region: Option<String>,
+    /// The profile to use
+    #[arg(long, value_name = "PROFILE", requires = "outside")]
+    profile: Option<String>,
+    /// The endpoint, for what is not AWS itself
+    #[arg(long, value_name = "URL", requires = "outside")]
+    endpoint_url: Option<String>,
+}
+
+/// What is to be looked at.
+pub(super) enum Target {
+    /// A working directory.
+    Directory(Directory),
+    /// A table.
+    Table(String),
+    /// A bucket, and how its keys begin.
+    Bucket(String, String),
+}
+
+/// A working directory with an S3 backend.
+pub(super) struct Directory {
+    pub(super) backend: CachedBackend,
+    pub(super) bucket: String,
+    /// The key of the default workspace's state.
+    pub(super) key: String,
+    pub(super) table: Option<String>,
+    pub(super) lock_file: bool,
+    /// The workspace that a command there would use.
+    pub(super) workspace: String,
+}
+
+/// The target, and the services that it is in.
+pub(super) struct Reach {
+    pub(super) target: Target,
+    pub(super) stores: Stores,
+}
+
+/// Why a command could not do what it was asked for, and what to do about that.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    /// What is there does not have what is needed.
+    #[error("{0}")]
+    Said(String),
+    /// The services cannot be reached as the backend says.
+    #[error("{0}\nname the place by hand: --table or --bucket, with --region, --profile and --endpoint-url")]
+    Unreachable(#[from] Unreachable),
+    /// Nobody reads what we write. Nothing is said of it.
+    #[error("")]
+    ReaderGone,
+    /// A request did not work.
+    #[error("{failure}{next}")]
+    Failed {
+        /// What the service said.
+        failure: Failure,
+        /// What to do.
+        next: String,
+    },
+}
+
+/// What is to be shown cannot be: the reader of stdout is gone, as in `| head`, or there is no place for a temporary file.
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe { Self::ReaderGone } else { Self::Said(error.to_string()) }
+    }
+}
+
+impl Trouble {
+    /// A failed request about `what`, with what to do about it.
+    pub(super) fn failed(failure: Failure, what: &str, stores: &Stores) -> Self {
+        let region = match stores.region() {
+            "" => "no region is known".to_owned(),
+            region => format!("the region is {region}"),
+        };
+        let says = |text: &str| failure.to_string().contains(text);
+        let next = if says("ResourceNotFound") || says("NoSuchBucket") || says("non-existent table") {
+            format!("\nthere is no {what} for these credentials: {region}; is it the right one? (--region, --profile)")
+        } else if says("AccessDenied") || says("not authorized") {
+            format!(
+                "\nthese credentials may not read {what}: `aws sts get-caller-identity` tells whose they are; try --profile"
+            )
+        } else if says("ExpiredToken") || says("UnrecognizedClient") || says("InvalidAccessKeyId") || says("Signature")
+        {
+            "\nthe service does not take these credentials: log in again, or try another --profile".to_owned()
+        } else if says("region") {
+            "\nname the region: --region, or AWS_REGION".to_owned()
+        } else if says("credentials") || says("Credentials") {
+            "\nno credentials were found: set AWS_PROFILE, log in, or try --profile".to_owned()
+        } else {
+            format!("\n{region}; if the network is well, try again")
+        };
+        Self::Failed { failure, next }
+    }
+}
+
+impl Where {
+    /// What is meant, and the way there. Nobody is asked for anything yet.
+    ///
+    /// # Errors
+    /// [`Trouble`]: no backend, or not one that is understood; no region.
+    pub(super) async fn reach(&self) -> Result<Reach, Trouble> {
+        let (target, stores) = if let Some(table) = &self.table {
+            (Target::Table(table.clone()), Stores::connect(&self.backend()).await?)
+        } else if let Some(bucket) = &self.bucket {
+            let prefix = self.prefix.clone().unwrap_or_default();
+            (Target::Bucket(bucket.clone(), prefix), Stores::connect(&self.backend()).await?)
+        } else {
+            let directory = self.directory()?;
+            let stores = Stores::connect(&directory.backend).await?;
+            (Target::Directory(directory), stores)
+        };
+        if stores.region().is_empty() {
+            return Err(Trouble::Said(
+                "no region is known\nname it: --region eu-west-1, or AWS_REGION, or a profile that has one".into(),
+            ));
+        }
+        Ok(Reach { target, stores })
+    }
+
+    /// A backend block that says what the options do.
+    fn backend(&self) -> CachedBackend {
+        let mut config = Map::new();
+        for (name, value) in [("region", &self.region), ("profile", &self.profile)] {
+            if let Some(value) = value {
+                config.insert(name.into(), value.clone().into());
+            }
+        }
+        if let Some(url) = &self.endpoint_url {
+            config.insert("endpoints".into(), json!({ "dynamodb": url, "s3": url }));
+            // What has one URL for everything has no host name for each bucket.
+            config.insert("use_path_style".into(), Value::Bool(true));
+        }
+        CachedBackend::from_parts("s3", config)
+    }
+
+    /// The working directory, as terraform sees it.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub(super) fn directory(&self) -> Result<Directory, Trouble> {
+        let current = std::env::current_dir()
+            .map_err(|error| Trouble::Said(format!("the current directory cannot be read: {error}")))?;
+        let mut command_line = CommandLine::parse(&[]);
+        command_line.directory.clone_from(&self.chdir);
+        let path = command_line.working_directory(&current);
+        let shown = visible(&path.display().to_string());
+        if !path.is_dir() {
+            return Err(Trouble::Said(format!("{shown} is no directory\nname one that has terraform's files in it")));
+        }
+        let data_directory = DataDirectory::path(&current, &command_line);
+        let read = DataDirectory::read(&data_directory);
+        let workspace = std::env::var("TF_WORKSPACE").ok().filter(|name| !name.is_empty()).unwrap_or(read.workspace);
+        let Some(backend) = read.backend else {
+            return Err(Trouble::Said(format!(
+                "there is no initialised backend in {shown}\n\
+                 if it is a terraform directory, type `terraform init` first; a state in a local file has no lock to \
+                 list: its lock ends with the process that holds it\n\
+                 elsewhere, name a table or a bucket: `tf locks list --table TABLE`"
+            )));
+        };
+        match backend.kind.as_str() {
+            "s3" => {}
+            "local" => {
+                return Err(Trouble::Said(format!(
+                    "the state of {shown} is a local file: its lock is a lock of the operating system, which ends with \
+                     the process that holds it\nthere is nothing to list and nothing to release"
+                )));
+            }
+            "remote" | "cloud" => {
+                return Err(Trouble::Said(format!(
+                    "the state of {shown} is in HCP Terraform, which keeps the locks itself\n\
+                     look at the workspace there; it has a button that unlocks, and says who holds the lock"
+                )));
+            }
+            kind => {
+                return Err(Trouble::Said(format!(
+                    "the backend of {shown} is {:?}; tf reads the locks of the s3 backend alone\n\
+                     terraform prints the lock's ID when it is refused, and `terraform force-unlock ID` removes it",
+                    visible(kind)
+                )));
+            }
+        }
+        let said = |what: &str| Trouble::Said(format!("the backend of {shown} names no {what}: type `terraform init`"));
+        Ok(Directory {
+            bucket: backend.string("bucket").ok_or_else(|| said("bucket"))?.to_owned(),
+            key: backend.string("key").ok_or_else(|| said("key"))?.to_owned(),
+            table: backend.string("dynamodb_table").map(ToOwned::to_owned),
+            lock_file: backend.flag("use_lockfile"),
+            workspace,
+            backend,
+        })
+    }
+}

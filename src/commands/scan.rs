@@ -1,0 +1,483 @@
+//! Every lock of a table or a bucket, however large: page by page, in constant memory.
+//!
+//! Terraform itself reads and writes that table while we do, and must not starve. A table with provisioned capacity is
+//! read in one segment, a quarter of its read capacity a second; one that is paid for by request in four segments, as
+//! fast as they come. Reads are eventually consistent, which costs half; what is about to be called stale is read again
+//! consistently, so that nobody is sent after a lock that is gone.
+//!
+//! Segments are shown one after the other, whichever is read first, so that an unchanged table is listed the same each
+//! time: what comes before its turn waits in a file without a name.
+
+use std::fs::File;
+use std::io::{self, BufReader, Seek};
+use std::time::Duration;
+
+use clap::Args;
+use futures_util::stream::{self, StreamExt};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::signal::Signal;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::found::{Entry, Unreadable, Wanted, pair};
+use super::output::{Output, Shown};
+use super::reach::{Target, Trouble};
+use super::staleness::Staleness;
+use crate::holder::host::Host;
+use crate::lock::release::Failure;
+use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
+use crate::lock::{dynamodb, s3};
+use crate::report::{self, visible};
+use crate::sys::signals::Signals;
+
+/// How fast a table may be read.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub(super) struct Speed {
+    /// Use at most so many read capacity units a second (else a quarter of a provisioned table's, and no limit for a table
+    /// that is paid for by request)
+    #[arg(long, value_name = "UNITS", requires = "table", value_parser = units)]
+    rate: Option<f64>,
+}
+
+fn units(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "it takes a number".to_owned())?;
+    if number.is_finite() && number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) }
+}
+
+/// Of what a provisioned table can give, so much is ours.
+const SHARE: f64 = 0.25;
+
+/// Where nobody tells what a table can give: the least that AWS gives a new one by default is 5.
+const UNKNOWN_RATE: f64 = 5.0 * SHARE;
+
+/// How many segments a table has that can take it.
+const SEGMENTS: i32 = 4;
+
+/// So many pages wait for us at most, in each segment.
+const WAITING: usize = 1;
+
+/// So many single reads are on their way at once.
+const AT_ONCE: usize = 8;
+
+/// How often a ^C is looked for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What is read, and how.
+pub(super) struct Scan {
+    pub(super) target: Target,
+    pub(super) stores: Stores,
+    pub(super) speed: Speed,
+    pub(super) staleness: Staleness,
+}
+
+/// What became of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Scanned {
+    /// So many items or objects were looked at.
+    pub(super) items: u64,
+    /// A signal ended it before its end.
+    pub(super) stopped: Option<Signal>,
+}
+
+/// How a table is read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Plan {
+    segments: i32,
+    rate: Option<f64>,
+}
+
+impl Plan {
+    fn new(asked: Option<f64>, description: Option<&dynamodb::Description>) -> Self {
+        let rate = asked.or(match description {
+            None => Some(UNKNOWN_RATE),
+            #[expect(clippy::cast_precision_loss, reason = "no table has so many units")]
+            Some(description) => description.read_capacity.map(|units| units as f64 * SHARE),
+        });
+        Self { segments: if rate.is_some() { 1 } else { SEGMENTS }, rate }
+    }
+}
+
+/// One page, read and judged.
+struct Page {
+    entries: Vec<Entry>,
+    scanned: u64,
+}
+
+type Pages = mpsc::Sender<(usize, Result<Page, Trouble>)>;
+
+impl Scan {
+    /// Reads all of it. `each` is asked for every entry, in whatever order they come, whether it is to be shown; what is
+    /// shown is in order.
+    ///
+    /// # Errors
+    /// [`Trouble`]: nothing could be read, or not all of it.
+    pub(super) async fn run(
+        &self,
+        output: &mut Output,
+        mut each: impl FnMut(&Entry) -> bool,
+    ) -> Result<Scanned, Trouble> {
+        let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
+        let (segments, total) = self.prepare().await?;
+        let progress = progress(total);
+        let count = segments.len();
+        let (sender, mut pages) = mpsc::channel(WAITING * count);
+        for (number, segment) in segments.into_iter().enumerate() {
+            let (pages, stores, staleness) = (sender.clone(), self.stores.clone(), self.staleness);
+            match segment {
+                Segment::Table(table, plan, part) => {
+                    tokio::spawn(table_segment(table, plan, part, number, stores, staleness, pages));
+                }
+                Segment::Bucket(bucket, prefix) => {
+                    tokio::spawn(bucket_segment(bucket, prefix, number, stores, staleness, pages));
+                }
+            }
+        }
+        drop(sender);
+        let mut scanned = Scanned::default();
+        let mut order = Order::new(count)?;
+        let (mut locks, mut stale) = (0_u64, 0_u64);
+        loop {
+            let page = tokio::select! {
+                page = pages.recv() => page,
+                () = sleep(LOOK) => {
+                    scanned.stopped = signals.next_stop();
+                    if scanned.stopped.is_some() {
+                        break;
+                    }
+                    continue;
+                }
+            };
+            let Some((segment, page)) = page else { break };
+            let Page { entries, scanned: more } = page?;
+            scanned.items += more;
+            let mut shown = Vec::new();
+            for entry in &entries {
+                if let Entry::Lock(lock) = entry {
+                    locks += 1;
+                    stale += u64::from(lock.stale);
+                }
+                if each(entry) {
+                    shown.push(output.render(entry)?);
+                }
+            }
+            progress.set_position(scanned.items);
+            progress.set_message(format!("{locks} locks, {stale} stale"));
+            let last = more == 0 && entries.is_empty();
+            progress.suspend(|| order.take(segment, &shown, last, output))?;
+        }
+        progress.finish_and_clear();
+        order.rest(output)?;
+        if scanned.stopped.is_some() {
+            let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
+            report::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
+        }
+        Ok(scanned)
+    }
+
+    /// What there is to read, and about how many items it has.
+    async fn prepare(&self) -> Result<(Vec<Segment>, Option<u64>), Trouble> {
+        match &self.target {
+            Target::Table(table) => {
+                let what = format!("table {table}");
+                let description = match dynamodb::describe(&self.stores.dynamodb, table).await {
+                    Ok(description) => Some(description),
+                    Err(failure) if failure.to_string().contains("AccessDenied") => {
+                        let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
+                        report::say(&format!(
+                            "what {} can give is not known (dynamodb:DescribeTable is missing): it is read slowly, {rate} \
+                             units a second; --rate changes that",
+                            visible(table)
+                        ));
+                        None
+                    }
+                    Err(failure) => return Err(Trouble::failed(failure, &what, &self.stores)),
+                };
+                if let Some(description) = &description
+                    && description.keys != ["LockID"]
+                {
+                    return Err(Trouble::Said(format!(
+                        "{} is no lock table: its key is {}, and terraform's is LockID alone\nis it the right table?",
+                        visible(table),
+                        visible(&description.keys.join(" and "))
+                    )));
+                }
+                let plan = Plan::new(self.speed.rate, description.as_ref());
+                let total =
+                    description.and_then(|description| description.items).and_then(|items| items.try_into().ok());
+                let parts = (0..plan.segments).map(|part| Segment::Table(table.clone(), plan, part));
+                Ok((parts.collect(), total))
+            }
+            Target::Bucket(bucket, prefix) => Ok((vec![Segment::Bucket(bucket.clone(), prefix.clone())], None)),
+            Target::Directory(_) => Ok((Vec::new(), None)),
+        }
+    }
+}
+
+enum Segment {
+    Table(String, Plan, i32),
+    Bucket(String, String),
+}
+
+/// A bar on stderr, if that is a terminal.
+fn progress(total: Option<u64>) -> ProgressBar {
+    let target = ProgressDrawTarget::stderr_with_hz(5);
+    let (bar, template) = match total {
+        Some(total) => (
+            ProgressBar::with_draw_target(Some(total), target),
+            "{wide_bar} {pos} of about {len} items, {msg} ({elapsed})",
+        ),
+        None => (ProgressBar::with_draw_target(None, target), "{spinner} {pos} objects, {msg} ({elapsed})"),
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Shows segments one after the other.
+struct Order {
+    /// The one whose turn it is.
+    current: usize,
+    /// For each: what waits, and whether it has ended.
+    waiting: Vec<(File, bool)>,
+}
+
+impl Order {
+    fn new(count: usize) -> io::Result<Self> {
+        let waiting = (0..count).map(|_| Ok((tempfile::tempfile()?, false))).collect::<io::Result<_>>()?;
+        Ok(Self { current: 0, waiting })
+    }
+
+    /// Takes what came in `segment`; `last`: no more will.
+    fn take(&mut self, segment: usize, shown: &[Shown], last: bool, output: &mut Output) -> io::Result<()> {
+        if segment == self.current {
+            shown.iter().try_for_each(|shown| output.put(shown))?;
+        } else {
+            let mut buffer = Vec::new();
+            shown.iter().try_for_each(|shown| shown.store(&mut buffer))?;
+            io::Write::write_all(&mut self.waiting[segment].0, &buffer)?;
+        }
+        self.waiting[segment].1 |= last;
+        while self.waiting.get(self.current).is_some_and(|(_, ended)| *ended) {
+            self.current += 1;
+            self.show_waiting(self.current, output)?;
+        }
+        Ok(())
+    }
+
+    /// Shows everything that still waits.
+    fn rest(mut self, output: &mut Output) -> io::Result<()> {
+        (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output))
+    }
+
+    fn show_waiting(&mut self, segment: usize, output: &mut Output) -> io::Result<()> {
+        let Some((file, _)) = self.waiting.get_mut(segment) else { return Ok(()) };
+        file.rewind()?;
+        let mut reader = BufReader::new(&mut *file);
+        while let Some(shown) = Shown::fetch(&mut reader)? {
+            output.put(&shown)?;
+        }
+        file.set_len(0)?;
+        file.rewind()
+    }
+}
+
+/// Reads one segment of a table, to its end or until nobody listens any more.
+async fn table_segment(
+    table: String,
+    plan: Plan,
+    part: i32,
+    number: usize,
+    stores: Stores,
+    staleness: Staleness,
+    pages: Pages,
+) {
+    let mut from = None;
+    let mut limit = plan.rate.map(first_limit);
+    loop {
+        let begun = Instant::now();
+        let page = match dynamodb::scan(&stores.dynamodb, &table, (part, plan.segments), limit, from).await {
+            Ok(page) => page,
+            Err(failure) => {
+                let _ = pages.send((number, Err(Trouble::failed(failure, &format!("table {table}"), &stores)))).await;
+                return;
+            }
+        };
+        from = page.next.clone();
+        let found = page.items.into_iter().flat_map(|(key, info)| {
+            let spot = stores.item(&table, &key);
+            match info {
+                Some(info) => pair(Wanted::default(), vec![(spot, Standing::Item(info))], None),
+                None => vec![Entry::Unreadable(Unreadable { place: spot, reason: "its Info is not a text".into() })],
+            }
+        });
+        let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
+        if pages.send((number, entries.map(|entries| Page { entries, scanned: page.scanned }))).await.is_err() {
+            return;
+        }
+        if from.is_none() {
+            let _ = pages.send((number, Ok(Page { entries: Vec::new(), scanned: 0 }))).await;
+            return;
+        }
+        if let Some(rate) = plan.rate {
+            // Eight kilobytes a unit: no item of a lock table is larger than one unit, as long as it is one of terraform's.
+            #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
+            let scanned = page.scanned as f64;
+            let consumed = page.consumed.unwrap_or(scanned);
+            limit = Some(next_limit(rate, scanned, consumed));
+            #[expect(clippy::cast_precision_loss, reason = "as above")]
+            let used = consumed + read_again as f64;
+            sleep_until(begun + Duration::from_secs_f64((used / rate).min(3600.0))).await;
+        }
+    }
+}
+
+/// Before anything is known of the items: at most one unit each, so a second's worth.
+fn first_limit(rate: f64) -> i32 {
+    clamped(rate)
+}
+
+/// So many items that they use what a second may.
+fn next_limit(rate: f64, scanned: f64, consumed: f64) -> i32 {
+    clamped(if consumed > 0.0 { scanned * rate / consumed } else { rate })
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "it is clamped")]
+fn clamped(items: f64) -> i32 {
+    items.clamp(1.0, 10_000.0) as i32
+}
+
+/// Reads the lock objects of a bucket.
+async fn bucket_segment(
+    bucket: String,
+    prefix: String,
+    number: usize,
+    stores: Stores,
+    staleness: Staleness,
+    pages: Pages,
+) {
+    let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
+    let mut keys = s3::keys(&stores.s3, &bucket, &prefix);
+    while let Some(page) = keys.next().await {
+        let page = match page {
+            Ok(page) => page,
+            Err(failure) => {
+                let _ = pages.send((number, Err(failed(failure, &stores)))).await;
+                return;
+            }
+        };
+        let scanned = page.len() as u64;
+        let spots: Vec<Spot> =
+            page.iter().filter(|key| key.ends_with(LOCK_FILE)).map(|key| stores.object(&bucket, key)).collect();
+        let (stores_here, failed) = (&stores, &failed);
+        let found: Vec<Result<Vec<Entry>, Trouble>> = stream::iter(spots)
+            .map(|spot| async move {
+                match stores_here.read(&spot).await {
+                    Ok(None) => Ok(Vec::new()),
+                    Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
+                    Err(failure) if failure.is_refusal() => {
+                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason: visible(&failure.to_string()) })])
+                    }
+                    Err(failure) => Err(failed(failure, stores_here)),
+                }
+            })
+            .buffered(AT_ONCE)
+            .collect()
+            .await;
+        let found: Result<Vec<Vec<Entry>>, Trouble> = found.into_iter().collect();
+        let page = match found {
+            Ok(found) => {
+                let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
+                entries.map(|entries| Page { entries, scanned })
+            }
+            Err(trouble) => Err(trouble),
+        };
+        if pages.send((number, page)).await.is_err() {
+            return;
+        }
+    }
+    let _ = pages.send((number, Ok(Page { entries: Vec::new(), scanned: 0 }))).await;
+}
+
+/// Judges what was read. What would be called stale is read once more, consistently: if it is another lock by now, that
+/// one is judged, and if it is gone, nothing is said. Gives how many were read again.
+async fn judged(
+    mut entries: Vec<Entry>,
+    stores: &Stores,
+    staleness: Staleness,
+) -> (Result<Vec<Entry>, Trouble>, usize) {
+    if !entries.iter().any(|entry| matches!(entry, Entry::Lock(_))) {
+        return (Ok(entries), 0);
+    }
+    staleness.judge(&mut entries, &Host::look());
+    let mut again = 0;
+    let checked: Vec<Result<Vec<Entry>, Failure>> = stream::iter(entries)
+        .map(|entry| {
+            let stale = matches!(&entry, Entry::Lock(lock) if lock.stale);
+            again += usize::from(stale);
+            async move {
+                let Entry::Lock(lock) = &entry else { return Ok(vec![entry]) };
+                if !stale {
+                    return Ok(vec![entry]);
+                }
+                let (spot, before) = &lock.halves[0];
+                let Some(standing) = stores.read(spot).await? else { return Ok(Vec::new()) };
+                if standing == *before {
+                    return Ok(vec![entry]);
+                }
+                let mut changed = pair(Wanted::default(), vec![(spot.clone(), standing)], None);
+                staleness.judge(&mut changed, &Host::look());
+                Ok(changed)
+            }
+        })
+        .buffered(AT_ONCE)
+        .collect()
+        .await;
+    let entries: Result<Vec<Vec<Entry>>, Failure> = checked.into_iter().collect();
+    let entries = entries
+        .map(|entries| entries.into_iter().flatten().collect())
+        .map_err(|failure| Trouble::failed(failure, "what was just read", stores));
+    (entries, again)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(read_capacity: Option<i64>) -> dynamodb::Description {
+        dynamodb::Description { keys: vec!["LockID".into()], read_capacity, items: None }
+    }
+
+    #[test]
+    fn a_provisioned_table_gives_a_quarter_and_one_segment() {
+        for (asked, description, segments, rate) in [
+            (None, Some(table(None)), 4, None),
+            (None, Some(table(Some(100))), 1, Some(25.0)),
+            (None, Some(table(Some(1))), 1, Some(0.25)),
+            (None, None, 1, Some(UNKNOWN_RATE)),
+            (Some(7.5), Some(table(Some(100))), 1, Some(7.5)),
+            (Some(7.5), Some(table(None)), 1, Some(7.5)),
+            (Some(7.5), None, 1, Some(7.5)),
+        ] {
+            assert_eq!(Plan::new(asked, description.as_ref()), Plan { segments, rate });
+        }
+    }
+
+    #[test]
+    fn a_page_takes_what_a_second_may() {
+        assert_eq!(first_limit(25.0), 25);
+        assert_eq!(first_limit(0.25), 1);
+        // Items of 256 bytes: 32 of them are a unit.
+        assert_eq!(next_limit(25.0, 25.0, 1.0), 625);
+        assert_eq!(next_limit(25.0, 10.0, 500.0), 1);
+        assert_eq!(next_limit(25.0, 0.0, 0.0), 25);
+    }
+
+    #[test]
+    fn a_rate_is_a_number_above_nothing() {
+        assert_eq!(units("2.5"), Ok(2.5));
+        for text in ["0", "-1", "NaN", "inf", "many", ""] {
+            assert!(units(text).is_err(), "{text}");
+        }
+    }
+}

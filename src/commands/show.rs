@@ -1,0 +1,114 @@
+//! `tf locks show`: one lock, and every piece of evidence for and against its holder being alive.
+
+use clap::Args;
+use jiff::Timestamp;
+use serde_json::Value;
+
+use super::Finding;
+use super::choose::choose;
+use super::found::{Entry, Found};
+use super::output::{End, Output, Widths};
+use super::reach::{Trouble, Where};
+use crate::holder::evidence::Verdict;
+use crate::report::{self, length_of_time, visible};
+use crate::terraform::lock_info::is_lock_id;
+
+pub(super) const EXAMPLES: &str = "Examples:
+  tf locks show                            the only lock that stands for this directory
+  tf locks show green                      the one of workspace green
+  tf locks show 5e75cb05-d70c-4132-39e0-d2abba1b3077
+  tf locks show my-states/prod.tfstate --table terraform-locks
+
+Exit codes: 0 it is not stale, 2 it is (dead or likely dead), 1 it could not be found.";
+
+#[derive(Args, Clone, Debug)]
+pub(super) struct Show {
+    /// The lock: its ID, its path (bucket/key), or a workspace; without it, the only one that stands
+    #[arg(value_name = "PATH|ID")]
+    lock: Option<String>,
+    #[command(flatten)]
+    place: Where,
+    /// The same JSON as `tf locks list --json`, with this lock alone
+    #[arg(long)]
+    json: bool,
+}
+
+impl Show {
+    pub(super) fn run(self) -> Result<Finding, Trouble> {
+        super::block_on(async {
+            let reach = self.place.reach().await?;
+            let lock = choose(&reach, self.lock.as_deref()).await?;
+            let finding = if lock.stale { Finding::Stale } else { Finding::Nothing };
+            if self.json {
+                let mut output = Output::new(true, Widths::USUAL)?;
+                let shown = output.render(&Entry::Lock(Box::new(lock)))?;
+                output.put(&shown)?;
+                output.end(End { complete: true, scanned: 1 })?;
+            } else {
+                report::print(&description(&lock, Timestamp::now()));
+                report::print(&next_step(&lock));
+            }
+            Ok(finding)
+        })
+    }
+}
+
+/// What a person can do about a lock, in a sentence.
+pub(super) fn next_step(lock: &Found) -> String {
+    let id = &lock.info.id;
+    // What is no ID is never put into a command.
+    let command = |more: &str| {
+        if is_lock_id(id) {
+            format!("type: tf locks release {more}{id}")
+        } else {
+            "remove it by hand, for its ID is none".to_owned()
+        }
+    };
+    match lock.verdict() {
+        Verdict::Alive => "interrupt that run with ^C and let it end: it gives its lock back itself".to_owned(),
+        Verdict::Dead => command(""),
+        Verdict::LikelyDead => format!("that is no proof; if you know that nobody works there, {}", command("--yes ")),
+        Verdict::Unknown => {
+            format!("ask {}; once you know that nobody works there, {}", visible(&lock.info.who), command("--force "))
+        }
+    }
+}
+
+/// Everything about a lock: a line for each thing, its name before it.
+pub(super) fn description(lock: &Found, now: Timestamp) -> String {
+    let mut lines: Vec<(String, String)> = Vec::new();
+    // Whatever stands in it, under its own names: what terraform does not write is shown as well, behind the rest.
+    if let Ok(Value::Object(mut fields)) = serde_json::from_str(lock.halves[0].1.text()) {
+        const KNOWN: [&str; 7] = ["ID", "Path", "Operation", "Who", "Version", "Created", "Info"];
+        let known: Vec<_> = KNOWN.iter().filter_map(|name| fields.remove_entry(*name)).collect();
+        for (name, value) in known.into_iter().chain(fields) {
+            let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+            let mut shown = visible(&text);
+            if name == "Created"
+                && let Some(age) = lock.age(now)
+            {
+                shown = format!("{shown} ({} ago)", length_of_time(age));
+            }
+            lines.push((visible(&name), shown));
+        }
+    }
+    if let Some(workspace) = &lock.workspace {
+        lines.push(("workspace".into(), visible(workspace)));
+    }
+    let mut name = "stands in";
+    for (spot, _) in &lock.halves {
+        lines.push((name.into(), visible(&spot.describe())));
+        name = "";
+    }
+    for note in &lock.notes {
+        lines.push(("note".into(), note.clone()));
+    }
+    lines.push(("holder is".into(), format!("{}: {}", lock.verdict().words(), lock.judgement.reason)));
+    let mut name = "evidence";
+    for evidence in &lock.judgement.evidence {
+        lines.push((name.into(), format!("{}; this proves {}", evidence.seen, evidence.proves)));
+        name = "";
+    }
+    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).min(24);
+    lines.iter().fold(String::new(), |all, (name, text)| format!("{all}{name:width$}  {text}\n"))
+}

@@ -1,0 +1,308 @@
+//! The verdict on a lock's holder: a function of what was seen, and of nothing else.
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use crate::report;
+use crate::terraform::lock_info::LockInfo;
+
+/// What is believed of a holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Verdict {
+    /// Proven: it works.
+    Alive,
+    /// Nothing tells.
+    Unknown,
+    /// Everything that is to be seen says so, and none of it is a proof.
+    LikelyDead,
+    /// Proven: its operation is over.
+    Dead,
+}
+
+impl Verdict {
+    /// All of them, the most harmless first.
+    pub(crate) const ALL: [Self; 4] = [Self::Alive, Self::Unknown, Self::LikelyDead, Self::Dead];
+
+    /// In words.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Unknown => "unknown",
+            Self::LikelyDead => "likely dead",
+            Self::Dead => "dead",
+        }
+    }
+
+    /// As it stands in JSON and in metrics.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::LikelyDead => "likely_dead",
+            other => other.words(),
+        }
+    }
+
+    /// Whether somebody should do something about the lock.
+    pub(crate) fn is_stale(self) -> bool {
+        matches!(self, Self::Dead | Self::LikelyDead)
+    }
+}
+
+/// One thing that was seen, and what it proves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Evidence {
+    /// What was seen.
+    pub(crate) seen: String,
+    /// What follows from it alone.
+    pub(crate) proves: String,
+}
+
+/// What the journal of this host says of a lock's ID.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// A run that somebody of is alive says that it is its.
+    Living { run: String, tf: u32, terraform: Option<i32>, command: String },
+    /// A dead one. `settling`: its guardian or another `tf` finishes it at this moment. `disagrees`: what stands is not
+    /// what its log recorded.
+    Dead { run: String, tf: u32, settling: bool, disagrees: Option<&'static str> },
+    /// A dead terraform asked for it and nobody saw an answer (a tombstone).
+    Late { disagrees: Option<&'static str> },
+    /// A run that nobody may judge from here.
+    Foreign { why: &'static str },
+}
+
+/// A process that may be the holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Suspect {
+    pub(crate) pid: i32,
+    pub(crate) program: String,
+    /// None: it cannot be told when it started.
+    pub(crate) started: Option<Timestamp>,
+}
+
+/// Everything that this host can say about one lock.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) claim: Option<Claim>,
+    /// This user on this host, as terraform writes it.
+    pub(crate) who: String,
+    /// Every process of the machine is to be seen from here, and not only those of a container.
+    pub(crate) sees_all: bool,
+    /// The terraforms that run here, and what they have started.
+    pub(crate) terraforms: Vec<Suspect>,
+    /// When this machine was started.
+    pub(crate) booted: Option<Timestamp>,
+}
+
+/// How much the times of processes and of the boot, which the kernel keeps in its own way, may be off.
+const SLACK: SignedDuration = SignedDuration::from_secs(5);
+
+/// What is believed, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Judgement {
+    pub(crate) verdict: Verdict,
+    /// The reason, in a few words.
+    pub(crate) reason: String,
+    /// Everything that was looked at.
+    pub(crate) evidence: Vec<Evidence>,
+}
+
+/// Judges the holder of `lock`.
+pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
+    let mut evidence = Vec::new();
+    let mut note = |seen: String, proves: &str| evidence.push(Evidence { seen, proves: proves.to_owned() });
+    let claimed = by_claim(seen.claim.as_ref(), &mut note);
+    let (verdict, reason) = match claimed {
+        Some(claimed) => claimed,
+        None => by_likelihood(lock, seen, &mut note),
+    };
+    Judgement { verdict, reason, evidence }
+}
+
+fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Option<(Verdict, String)> {
+    let disagreement = |why: &str| {
+        let reason = format!("a dead run here recorded this ID, but {why}");
+        (Verdict::Unknown, reason)
+    };
+    Some(match claim {
+        None => {
+            note("no run of tf on this host recorded this ID".into(), "nothing: it may be bare terraform's");
+            return None;
+        }
+        Some(Claim::Living { run, tf, terraform, command }) => {
+            let terraform = terraform.map_or_else(String::new, |pid| format!(", terraform pid {pid}"));
+            let reason = format!("held by {} here (tf pid {tf}{terraform})", report::visible(command));
+            note(format!("the journal of this host has it, run {run}, and somebody of that run lives"), "it is alive");
+            (Verdict::Alive, reason)
+        }
+        Some(Claim::Dead { run, disagrees: Some(why), .. }) => {
+            note(format!("the journal of this host has its ID, run {run}, which is dead, but {why}"), "nothing");
+            disagreement(why)
+        }
+        Some(Claim::Dead { run, tf, settling, disagrees: None }) => {
+            note(
+                format!("the journal of this host has it, run {run}, and agrees with it in everything"),
+                "whose lock it is",
+            );
+            note("every process of that run is gone, and nobody holds its lock file".into(), "it is dead");
+            let mut reason = format!("its run here (tf pid {tf}) is dead");
+            if *settling {
+                note("somebody else has the run in charge".into(), "its lock is being given back at this moment");
+                reason.push_str(", and is being finished now");
+            }
+            (Verdict::Dead, reason)
+        }
+        Some(Claim::Late { disagrees: Some(why) }) => {
+            note(format!("a terraform that died here asked for this ID, but {why}"), "nothing");
+            disagreement(why)
+        }
+        Some(Claim::Late { disagrees: None }) => {
+            note("a terraform that died here had asked for it, and was not answered".into(), "it is dead");
+            (Verdict::Dead, "its terraform died here before the lock came".into())
+        }
+        Some(Claim::Foreign { why }) => {
+            note(format!("a record of it is in this journal, but {why}"), "nothing");
+            (Verdict::Unknown, format!("recorded here, but {why}"))
+        }
+    })
+}
+
+fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &str)) -> (Verdict, String) {
+    let ours = host_of(&seen.who);
+    let theirs = host_of(&lock.who);
+    let shown = report::visible(theirs);
+    if theirs.is_empty() || ours.is_empty() || theirs != ours {
+        note(format!("its Who names the host {shown:?}, and this is {ours:?}"), "nothing: only that host can tell");
+        return (
+            Verdict::Unknown,
+            if theirs.is_empty() {
+                "its Who names no host".into()
+            } else {
+                format!("held from host {shown}: look there")
+            },
+        );
+    }
+    note(format!("its Who names this host, {shown}"), "little: two machines may have one name");
+    if !seen.sees_all {
+        note("tf runs in a container".into(), "nothing: the holder may be outside, or in another one of this name");
+        return (
+            Verdict::Unknown,
+            "its host has this one's name, but from a container not all of it is to be seen".into(),
+        );
+    }
+    let Some(created) = lock.created() else {
+        note("its Created is not a time".into(), "nothing");
+        return (Verdict::Unknown, "its Created is not a time".into());
+    };
+    if let Some(booted) = seen.booted.filter(|booted| created + SLACK < *booted) {
+        note(
+            format!("it was made before this host was started ({booted:.0})"),
+            "that it is likely dead, if this is the host that its Who means",
+        );
+        return (Verdict::LikelyDead, "older than the start of its host, this one".into());
+    }
+    let mut older =
+        seen.terraforms.iter().filter(|process| process.started.is_none_or(|started| started <= created + SLACK));
+    if let Some(process) = older.next() {
+        let name = report::visible(&process.program);
+        note(format!("{name} (pid {}) runs here since before the lock was made", process.pid), "that it may be alive");
+        return (Verdict::Unknown, format!("may be held by {name}, pid {}, here", process.pid));
+    }
+    note("no terraform runs here since before the lock was made".into(), "that it is likely dead");
+    if lock.who == seen.who {
+        note("its Who is this user on this host".into(), "little more");
+        return (Verdict::LikelyDead, "held by this user on this host, where no terraform of its time runs".into());
+    }
+    note("its Who is another user on this host".into(), "nothing against it");
+    (Verdict::Unknown, "held by another user on this host".into())
+}
+
+/// The part behind the last `@`: a user's name may hold one, a host's may not.
+fn host_of(who: &str) -> &str {
+    who.rsplit_once('@').map_or("", |(_, host)| host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock(who: &str, created: &str) -> LockInfo {
+        LockInfo {
+            id: "5e75cb05-d70c-4132-39e0-d2abba1b3077".into(),
+            operation: "OperationTypeApply".into(),
+            who: who.into(),
+            version: "1.11.4".into(),
+            created: created.into(),
+            path: "b/k".into(),
+        }
+    }
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    const MADE: &str = "2026-11-24T10:00:00Z";
+
+    fn seen() -> Seen {
+        Seen { who: "anna@vm".into(), sees_all: true, booted: Some(at("2026-11-24T08:00:00Z")), ..Seen::default() }
+    }
+
+    fn claims() -> Vec<(Claim, Verdict)> {
+        let run = || "7-x".to_owned();
+        vec![
+            (Claim::Living { run: run(), tf: 7, terraform: Some(8), command: "apply".into() }, Verdict::Alive),
+            (Claim::Dead { run: run(), tf: 7, settling: true, disagrees: None }, Verdict::Dead),
+            (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: None }, Verdict::Dead),
+            (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: Some("its Who differs") }, Verdict::Unknown),
+            (Claim::Late { disagrees: None }, Verdict::Dead),
+            (Claim::Late { disagrees: Some("its Who differs") }, Verdict::Unknown),
+            (Claim::Foreign { why: "it ran on another machine" }, Verdict::Unknown),
+        ]
+    }
+
+    /// Whatever else is to be seen: what the journal says counts alone.
+    #[test]
+    fn only_the_journal_proves_alive_or_dead() {
+        for who in ["anna@vm", "bert@vm", "anna@other", "nobody", ""] {
+            for sees_all in [false, true] {
+                for older in [false, true] {
+                    for booted in [None, Some(at("2026-11-24T08:00:00Z")), Some(at("2026-11-24T12:00:00Z"))] {
+                        for created in [MADE, "yesterday"] {
+                            let started = Some(at(if older { "2026-11-24T09:59:59Z" } else { "2026-11-24T10:01:00Z" }));
+                            let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started }];
+                            let mut seen = Seen { sees_all, terraforms, booted, ..seen() };
+                            for (claim, expected) in claims() {
+                                seen.claim = Some(claim.clone());
+                                assert_eq!(judge(&lock(who, created), &seen).verdict, expected, "{claim:?}");
+                            }
+                            seen.claim = None;
+                            let verdict = judge(&lock(who, created), &seen).verdict;
+                            assert!(!matches!(verdict, Verdict::Alive | Verdict::Dead), "{verdict:?}");
+                            let from_before = booted == Some(at("2026-11-24T12:00:00Z"));
+                            let likely = sees_all
+                                && created == MADE
+                                && ((who.ends_with("@vm") && from_before) || (who == "anna@vm" && !older));
+                            assert_eq!(verdict == Verdict::LikelyDead, likely, "{who} {sees_all} {older} {booted:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_process_of_unknown_age_may_be_the_holder() {
+        let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started: None }];
+        let judgement = judge(&lock("anna@vm", MADE), &Seen { terraforms, ..seen() });
+        assert_eq!(judgement.verdict, Verdict::Unknown);
+        assert!(judgement.reason.contains("pid 9"), "{}", judgement.reason);
+    }
+
+    #[test]
+    fn every_verdict_has_evidence_and_a_reason_without_a_strangers_raw_text() {
+        let judgement = judge(&lock("anna@\u{1b}[31mvm\n", MADE), &seen());
+        assert!(judgement.verdict == Verdict::Unknown && !judgement.evidence.is_empty());
+        let said = format!("{}{:?}", judgement.reason, judgement.evidence);
+        assert!(!said.contains('\u{1b}') && !said.contains('\n'), "{said}");
+    }
+}

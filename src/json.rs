@@ -1,0 +1,48 @@
+//! JSON whose every character is ASCII: what is in it comes from strangers, and is printed on terminals. Nothing is lost
+//! by that, for any reader turns `\u202e` back into what it was.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use serde_json::ser::{Formatter, Serializer};
+
+struct Ascii;
+
+impl Formatter for Ascii {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        for character in fragment.chars() {
+            if character.is_ascii() && character != '\u{7f}' {
+                writer.write_all(&[character as u8])?;
+            } else {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    write!(writer, "\\u{unit:04x}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `value` in one line.
+///
+/// # Errors
+/// As [`serde_json::to_string`].
+pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
+    let mut bytes = Vec::new();
+    value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_character_is_ascii_and_none_is_lost() {
+        for text in ["a\nb\u{1b}[31m", "\u{202e}evil", "\u{7f}\u{9b}", "grün 🔒", "\"\\"] {
+            let json = to_string(text).unwrap();
+            assert!(json.chars().all(|character| (' '..='~').contains(&character)), "{json}");
+            assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! While terraform waits for a lock that it was refused (`-lock-timeout`): one whose holder is dead is given back, so that
+//! terraform's own next try succeeds. What died before our start was finished then; what dies meanwhile is seen here.
+//!
+//! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
+//! is asked for that one run. We are its parent and keep it apart from terraform's tree.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+
+use super::patience::Patience;
+use super::places::Places;
+use super::recovery;
+use super::state_directory::StateDirectory;
+use super::tree::Tree;
+use crate::report;
+use crate::terraform::log::Log;
+use crate::trace::trace;
+
+/// From when on a lock that is not answered counts as refused, and how often is looked then.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Between two looks at whether the other `tf` has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What is done while terraform waits.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    /// When the journal is looked at next. None: terraform does not wait.
+    look_at: Option<Instant>,
+    tried: Vec<String>,
+    at_work: Vec<Child>,
+}
+
+impl Waiting {
+    /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
+    pub(crate) fn step(&mut self, log: &Log, here: &Places, tree: &Tree) {
+        let waits = log.standing().any(|lock| lock.locked.is_none());
+        let now = Instant::now();
+        match self.look_at {
+            _ if !waits => self.look_at = None,
+            None => self.look_at = Some(now + EVERY),
+            Some(at) if at > now => {}
+            Some(_) => {
+                self.look_at = Some(now + EVERY);
+                self.finish_the_dead(here, tree);
+            }
+        }
+    }
+
+    fn finish_the_dead(&mut self, here: &Places, tree: &Tree) {
+        for state in StateDirectory::all(|name| std::env::var_os(name)) {
+            for (name, pid) in recovery::dead(&state, here) {
+                if self.tried.contains(&name) {
+                    continue;
+                }
+                report::say(&report::waiting_for_the_dead(pid));
+                match start(&name) {
+                    Ok(child) => {
+                        if let Ok(pid) = i32::try_from(child.id()) {
+                            tree.leave_out(Pid::from_raw(pid));
+                        }
+                        self.at_work.push(child);
+                    }
+                    Err(error) => trace!("no other tf for run {name}: {error}"),
+                }
+                self.tried.push(name);
+            }
+        }
+    }
+
+    /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too.
+    pub(crate) fn finish(self, patience: &mut Patience<'_>) {
+        for child in self.at_work {
+            wait_for(child, patience);
+        }
+    }
+}
+
+/// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
+pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
+    let mut interrupts = 0;
+    while matches!(child.try_wait(), Ok(None)) {
+        patience.wait(LOOK);
+        interrupts += patience.interrupts();
+        if interrupts > 1 {
+            let _ = child.kill();
+        }
+    }
+}
+
+/// Another `tf`, which finishes the run `name` and says on stderr what it did. It is no part of our group: a key that
+/// interrupts terraform is not for it.
+///
+/// # Errors
+/// It cannot be started.
+pub(crate) fn start(name: &str) -> std::io::Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["locks", "recover", "--say", "--run", name]).stdin(Stdio::null()).stdout(Stdio::null());
+    command.process_group(0);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it is no terraform; nothing of it must be in order but what is above"
+    )]
+    command.spawn()
+}
