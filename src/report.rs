@@ -109,15 +109,16 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
 }
 
 /// What an abrupt end has left of a digest.
-pub(crate) fn unfit_digest(unfit: &Comparison) -> String {
+pub(crate) fn unfit_digest(unfit: &Comparison, directory: Option<&str>) -> String {
     let written = unfit.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
     let state = unfit
         .computed
         .as_deref()
         .map_or("there is no state".to_owned(), |digest| format!("the state{written} has {digest}"));
+    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
     format!(
         "the state's digest does not fit: {state}, and {} is recorded; every command will fail with a checksum error\n\
-         look at the state; if it is the right one, its digest belongs into the item whose LockID ends with -md5",
+         look at the state; if it is the right one, type: tf locks doctor --fix-digest{directory}",
         visible(unfit.recorded.as_deref().unwrap_or("none"))
     )
 }
@@ -152,7 +153,7 @@ pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
 }
 
 /// A word that a shell takes as it is.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:@%+,".contains(character);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()

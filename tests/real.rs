@@ -26,6 +26,8 @@ mod interrupted_once;
 mod invisible;
 #[path = "real/left_behind.rs"]
 mod left_behind;
+#[path = "real/locks_doctor.rs"]
+mod locks_doctor;
 #[path = "real/locks_recover.rs"]
 mod locks_recover;
 #[path = "real/locks_release.rs"]

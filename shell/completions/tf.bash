@@ -31,6 +31,9 @@ _tf() {
             tf__subcmd__help__subcmd__locks,audit)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__audit"
                 ;;
+            tf__subcmd__help__subcmd__locks,doctor)
+                cmd="tf__subcmd__help__subcmd__locks__subcmd__doctor"
+                ;;
             tf__subcmd__help__subcmd__locks,list)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__list"
                 ;;
@@ -45,6 +48,9 @@ _tf() {
                 ;;
             tf__subcmd__locks,audit)
                 cmd="tf__subcmd__locks__subcmd__audit"
+                ;;
+            tf__subcmd__locks,doctor)
+                cmd="tf__subcmd__locks__subcmd__doctor"
                 ;;
             tf__subcmd__locks,help)
                 cmd="tf__subcmd__locks__subcmd__help"
@@ -63,6 +69,9 @@ _tf() {
                 ;;
             tf__subcmd__locks__subcmd__help,audit)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__audit"
+                ;;
+            tf__subcmd__locks__subcmd__help,doctor)
+                cmd="tf__subcmd__locks__subcmd__help__subcmd__doctor"
                 ;;
             tf__subcmd__locks__subcmd__help,help)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__help"
@@ -128,7 +137,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__help__subcmd__locks)
-            opts="list show release audit recover"
+            opts="list show release audit doctor recover"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -142,6 +151,20 @@ _tf() {
             return 0
             ;;
         tf__subcmd__help__subcmd__locks__subcmd__audit)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__help__subcmd__locks__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -212,7 +235,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit recover help"
+            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -307,8 +330,30 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        tf__subcmd__locks__subcmd__doctor)
+            opts="-y -h --chdir --fix-digest --yes --dry-run --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --chdir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fix-digest)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         tf__subcmd__locks__subcmd__help)
-            opts="list show release audit recover help"
+            opts="list show release audit doctor recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -322,6 +367,20 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__help__subcmd__audit)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__help__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

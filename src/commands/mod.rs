@@ -5,6 +5,8 @@
 
 mod audit;
 mod choose;
+mod doctor;
+mod fix_digest;
 mod found;
 mod inventory;
 mod list;
@@ -79,6 +81,9 @@ enum Command {
     /// For a schedule: count what stands, and end with 2 if something is stale
     #[command(after_help = audit::EXAMPLES)]
     Audit(audit::Audit),
+    /// Try everything that a release in this directory needs; mend a digest
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::Doctor),
     /// Finish what dead runs on this host have left: give their locks back, a line for each
     ///
     /// A run that somebody takes care of at this moment is waited for. Nothing to do is silent. Ends with 0, or with 2
@@ -113,6 +118,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Release(release) => release.run(),
             Command::Audit(audit) => audit.run(),
             Command::Recover(recover) => recover.run(),
+            Command::Doctor(doctor) => doctor.run(),
         },
         Err(error) if error.use_stderr() => {
             report::say(error.render().to_string().trim_end());

@@ -53,6 +53,10 @@ pub(super) enum Target {
 
 /// A working directory with an S3 backend.
 pub(super) struct Directory {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// Where terraform keeps its own files.
+    pub(super) own_files: PathBuf,
     pub(super) backend: CachedBackend,
     pub(super) bucket: String,
     /// The key of the default workspace's state.
@@ -76,7 +80,7 @@ pub(super) enum Trouble {
     #[error("{0}")]
     Said(String),
     /// The services cannot be reached as the backend says.
-    #[error("{0}\nname the place by hand: --table or --bucket, with --region, --profile and --endpoint-url")]
+    #[error("{0}\ntype `tf locks doctor` in that directory: it tries everything that a release needs")]
     Unreachable(#[from] Unreachable),
     /// Nobody reads what we write. Nothing is said of it.
     #[error("")]
@@ -127,6 +131,11 @@ impl Trouble {
 }
 
 impl Where {
+    /// A working directory, the current one if none is named.
+    pub(super) fn directory_of(chdir: Option<PathBuf>) -> Self {
+        Self { chdir, ..Self::default() }
+    }
+
     /// What is meant, and the way there. Nobody is asked for anything yet.
     ///
     /// # Errors
@@ -221,6 +230,8 @@ impl Where {
             lock_file: backend.flag("use_lockfile"),
             workspace,
             backend,
+            path,
+            own_files: data_directory,
         })
     }
 }

@@ -89,6 +89,18 @@ pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     answer.account
 }
 
+/// Whose the credentials of this moment are, as STS says: an ARN.
+///
+/// # Errors
+/// Why it does not say.
+pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> {
+    let config = connect(backend).await.map_err(|error| error.to_string())?;
+    match aws_sdk_sts::Client::new(&config).get_caller_identity().send().await {
+        Ok(answer) => answer.arn.ok_or_else(|| "no answer".to_owned()),
+        Err(error) => Err(aws_sdk_sts::error::DisplayErrorContext(&error).to_string()),
+    }
+}
+
 /// Why AWS cannot be reached as terraform did.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreachable {

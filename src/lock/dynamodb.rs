@@ -3,6 +3,7 @@
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{DisplayErrorContext, SdkError};
+use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::AttributeValue;
 
 use super::release::{Deleted, Failure};
@@ -62,6 +63,8 @@ pub(crate) struct Description {
     pub(crate) read_capacity: Option<i64>,
     /// About so many items are in it, as of some hours ago.
     pub(crate) items: Option<i64>,
+    /// The regions that it is replicated to.
+    pub(crate) replicas: Vec<String>,
 }
 
 /// Describes a table.
@@ -80,6 +83,9 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
         // By request: 0.
         read_capacity: provisioned.filter(|units| *units > 0),
         items: table.and_then(aws_sdk_dynamodb::types::TableDescription::item_count),
+        replicas: table
+            .map(|table| table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect())
+            .unwrap_or_default(),
     })
 }
 
@@ -138,6 +144,55 @@ pub(crate) async fn scan(
     })
 }
 
+/// Puts a lock there if nothing is there, as terraform does. False when something is.
+///
+/// # Errors
+/// [`Failure`]; the lock may have been put all the same.
+pub(crate) async fn put_if_absent(client: &Client, table: &str, path: &str, info: &str) -> Result<bool, Failure> {
+    let answer = client
+        .put_item()
+        .table_name(table)
+        .item("LockID", AttributeValue::S(path.to_owned()))
+        .item("Info", AttributeValue::S(info.to_owned()))
+        .condition_expression("attribute_not_exists(LockID)")
+        .send()
+        .await;
+    written(answer.map(drop))
+}
+
+/// Writes the digest of the state at `path` on condition that it is `old`. False when it is another one.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn replace_digest(
+    client: &Client,
+    table: &str,
+    path: &str,
+    old: &str,
+    new: &str,
+) -> Result<bool, Failure> {
+    let answer = client
+        .put_item()
+        .table_name(table)
+        .item("LockID", AttributeValue::S(format!("{path}-md5")))
+        .item("Digest", AttributeValue::S(new.to_owned()))
+        .condition_expression("Digest = :old")
+        .expression_attribute_values(":old", AttributeValue::S(old.to_owned()))
+        .send()
+        .await;
+    written(answer.map(drop))
+}
+
+fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> {
+    match answer {
+        Ok(()) => Ok(true),
+        Err(error) if error.as_service_error().is_some_and(PutItemError::is_conditional_check_failed_exception) => {
+            Ok(false)
+        }
+        Err(error) => Err(failure(&error)),
+    }
+}
+
 /// Deletes the item on condition that its `Info` is, byte for byte, the one that was read. Never `contains`: an empty
 /// or partial ID matches that.
 ///
@@ -165,7 +220,7 @@ pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &str)
     }
 }
 
-fn failure<E, R>(error: &SdkError<E, R>) -> Failure
+pub(super) fn failure<E, R>(error: &SdkError<E, R>) -> Failure
 where
     E: std::error::Error + aws_sdk_dynamodb::error::ProvideErrorMetadata + 'static,
     R: std::fmt::Debug,

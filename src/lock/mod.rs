@@ -7,6 +7,7 @@ pub(crate) mod aws;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
 pub(crate) mod place;
+pub(crate) mod probe;
 pub(crate) mod proof;
 pub(crate) mod release;
 pub(crate) mod s3;

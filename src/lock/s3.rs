@@ -129,6 +129,34 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
     }
 }
 
+/// Puts a lock there if nothing is there, encrypted as `backend` says. False when something is.
+///
+/// # Errors
+/// [`Failure`]; the lock may have been put all the same.
+pub(crate) async fn put_if_absent(
+    client: &Client,
+    backend: &CachedBackend,
+    bucket: &str,
+    key: &str,
+    body: &str,
+) -> Result<bool, Failure> {
+    use aws_sdk_s3::types::ServerSideEncryption;
+    let mut request = client.put_object().bucket(bucket).key(key).if_none_match("*").content_type("application/json");
+    if backend.flag("encrypt") {
+        request = match backend.string("kms_key_id") {
+            Some(id) => request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(id),
+            None => request.server_side_encryption(ServerSideEncryption::Aes256),
+        };
+    }
+    match request.body(body.as_bytes().to_vec().into()).send().await {
+        Ok(_) => Ok(true),
+        Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
+            Some(409 | 412) => Ok(false),
+            _ => Err(failure(&error)),
+        },
+    }
+}
+
 /// Deletes the object on condition that it is still the one that was read (`If-Match`).
 ///
 /// A service that ignores `If-Match` deletes whatever stands there. The caller reads immediately before, so that this
@@ -154,7 +182,7 @@ pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Ob
     }
 }
 
-fn failure<E, R>(error: &SdkError<E, R>) -> Failure
+pub(super) fn failure<E, R>(error: &SdkError<E, R>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
     R: std::fmt::Debug,

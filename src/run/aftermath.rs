@@ -135,7 +135,7 @@ impl Aftermath<'_> {
                 Some(Outcome::Released(released)) => {
                     report::say(&report::released(ending, lock, released, Timestamp::now()));
                     if let Some(unfit) = &released.unfit {
-                        report::say(&report::unfit_digest(unfit));
+                        report::say(&report::unfit_digest(unfit, self.directory().as_deref()));
                     }
                 }
                 Some(Outcome::Kept { reason, later }) => {

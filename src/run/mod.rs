@@ -371,7 +371,7 @@ fn write_the_rest(pipes: &mut Pipes, signals: &mut Signals) {
 }
 
 /// A name for this run that no other has.
-fn run_id() -> String {
+pub(crate) fn run_id() -> String {
     let random = RandomState::new().build_hasher().finish();
     format!("{}-{random:016x}", std::process::id())
 }

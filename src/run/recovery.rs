@@ -391,7 +391,9 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
         match outcome {
             Some(Outcome::Released(released)) => {
                 messages.push(report::recovered(record, &lock, now));
-                messages.extend(released.unfit.map(|unfit| report::unfit_digest(&unfit)));
+                messages.extend(
+                    released.unfit.map(|unfit| report::unfit_digest(&unfit, Some(&record.working_directory()))),
+                );
             }
             Some(Outcome::Kept { reason, later }) => {
                 messages.push(report::not_recovered(record, &lock, &reason));

@@ -4,7 +4,7 @@
 
 pub(crate) mod descriptor;
 pub(crate) mod detached;
-mod disposition;
+pub(crate) mod disposition;
 pub(crate) mod entry;
 pub(crate) mod environment;
 mod errno;

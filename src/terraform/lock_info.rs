@@ -49,6 +49,21 @@ pub(crate) fn is_lock_id(text: &str) -> bool {
         })
 }
 
+/// A new ID, in the form that terraform's have.
+pub(crate) fn new_id() -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let random = || RandomState::new().build_hasher().finish();
+    let (high, low) = (random(), random());
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        high >> 32,
+        high >> 16 & 0xffff,
+        high & 0xffff,
+        low >> 48,
+        low & 0xffff_ffff_ffff
+    )
+}
+
 /// `Who` as a terraform that we start writes it: `user@host`.
 ///
 /// Release builds of Terraform have no C library, so Go reads /etc/passwd for the user ID, falls back to `$USER` where
@@ -83,6 +98,7 @@ mod tests {
 
     #[test]
     fn an_id_is_whole_or_it_is_none() {
+        assert!(is_lock_id(&new_id()) && new_id() != new_id());
         assert!(is_lock_id("5e75cb05-d70c-4132-39e0-d2abba1b3077"));
         for text in [
             "",

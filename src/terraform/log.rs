@@ -9,7 +9,7 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::lock_info::is_lock_id;
+use super::lock_info::{LockInfo, is_lock_id};
 use super::record::Record;
 
 /// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
@@ -53,6 +53,29 @@ pub(crate) struct RecordedLock {
     pub(crate) uploading: bool,
     /// Two records of this ID disagree, or an answer came to a request that was never made.
     pub(crate) contradicted: bool,
+}
+
+impl RecordedLock {
+    /// A lock that is no terraform's: one that we take ourselves, as if a log had told of it.
+    pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
+        Self {
+            id: info.id.clone(),
+            operation: info.operation.clone(),
+            who: info.who.clone(),
+            version: info.version.clone(),
+            path: info.path.clone(),
+            bucket: bucket.to_owned(),
+            key: key.to_owned(),
+            halves,
+            asked: at,
+            requests: Vec::new(),
+            locked: Some(at),
+            unlocking: false,
+            unlocked: false,
+            uploading: false,
+            contradicted: false,
+        }
+    }
 }
 
 /// How far a record's time may lie before the one above it: records of two goroutines are timed before they queue for

@@ -8,7 +8,7 @@ use crate::support::{Lock, Subject, World};
 use super::given_back::through;
 use super::survived::killed_whole;
 
-fn writes_digest(request: &Message) -> bool {
+pub fn writes_digest(request: &Message) -> bool {
     request.header("x-amz-target").is_some_and(|target| target.ends_with(".PutItem"))
         && String::from_utf8_lossy(&request.body).contains("-md5")
 }
@@ -27,7 +27,7 @@ fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
         let end = run.wait();
         world.assert_unlocked();
         assert!(end.err.contains("released the lock") && end.err.contains("digest does not fit"), "{}", end.err);
-        assert!(end.err.contains("ends with -md5"), "{}", end.err);
+        assert!(end.err.contains("tf locks doctor --fix-digest"), "{}", end.err);
         // It says the truth: the next command is refused by terraform itself.
         let next = world.run(Subject::Bare, &["plan", "-no-color"]);
         assert_eq!(next.code(), Some(1), "{}", world.story(&next));

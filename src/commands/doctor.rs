@@ -1,0 +1,341 @@
+//! `tf locks doctor`: what would keep a release in this directory from working, tried before it is needed.
+
+use std::path::Path;
+
+use clap::Args;
+use jiff::Timestamp;
+
+use super::reach::{Directory, Reach, Target, Trouble, Where};
+use super::{Finding, fix_digest, inventory};
+use crate::lock::probe::{self, Attempt, IfMatch};
+use crate::lock::release::Failure;
+use crate::lock::stores::{LOCK_FILE, Stores};
+use crate::lock::{aws, digest, dynamodb, s3};
+use crate::report::{self, length_of_time, quoted, visible};
+use crate::run::journal::Journal;
+use crate::run::state_directory::StateDirectory;
+use crate::sys::lock_file;
+use crate::terraform::{binary, lock_info};
+
+pub(super) const EXAMPLES: &str = "Examples:
+  tf locks doctor
+  tf locks doctor --chdir envs/prod
+  tf locks doctor --fix-digest             the selected workspace's digest, after a question
+  tf locks doctor --fix-digest green --yes
+
+Exit codes: 0 all is well, 2 something is wrong and the line below it mends it, 1 it could not be done.";
+
+#[derive(Args, Clone, Debug)]
+pub(super) struct Doctor {
+    #[arg(long, value_name = "DIR", help = "The working directory, as terraform's own -chdir")]
+    chdir: Option<std::path::PathBuf>,
+    /// Set the digest of a workspace's state to what the state has, holding its lock
+    #[arg(long, value_name = "WORKSPACE", num_args = 0..=1)]
+    #[expect(clippy::option_option, reason = "not asked for, asked for, and asked for by name")]
+    fix_digest: Option<Option<String>>,
+    /// Answer yes where it would ask
+    #[arg(long, short, requires = "fix_digest")]
+    yes: bool,
+    /// Only say what would be done
+    #[arg(long, requires = "fix_digest")]
+    dry_run: bool,
+}
+
+/// How one thing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Health {
+    Ok,
+    /// Not wrong, and to be known.
+    Note,
+    Wrong,
+}
+
+/// What was found so far.
+struct Findings {
+    wrong: bool,
+}
+
+impl Findings {
+    fn tell(&mut self, health: Health, name: &str, text: &str, next: &str) {
+        self.wrong |= health == Health::Wrong;
+        let mark = match health {
+            Health::Ok => "ok   ",
+            Health::Note => "note ",
+            Health::Wrong => "WRONG",
+        };
+        report::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
+        if !next.is_empty() {
+            report::print(&format!("       {}", next.replace('\n', "\n       ")));
+        }
+    }
+
+    fn ok(&mut self, name: &str, text: &str) {
+        self.tell(Health::Ok, name, text, "");
+    }
+
+    fn note(&mut self, name: &str, text: &str, next: &str) {
+        self.tell(Health::Note, name, text, next);
+    }
+
+    fn wrong(&mut self, name: &str, text: &str, next: &str) {
+        self.tell(Health::Wrong, name, text, next);
+    }
+}
+
+impl Doctor {
+    pub(super) fn run(self) -> Result<Finding, Trouble> {
+        let place = Where::directory_of(self.chdir);
+        if let Some(workspace) = self.fix_digest {
+            return fix_digest::run(&place, workspace.as_deref(), self.yes, self.dry_run);
+        }
+        let mut findings = Findings { wrong: false };
+        terraform(&mut findings);
+        journal(&mut findings);
+        super::block_on(async {
+            match place.reach().await {
+                Ok(Reach { target: Target::Directory(directory), stores }) => {
+                    backend(&mut findings, &directory, &stores).await;
+                }
+                Ok(_) => {}
+                Err(trouble) => findings.wrong("backend", &trouble.to_string(), ""),
+            }
+            Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing })
+        })
+    }
+}
+
+fn terraform(findings: &mut Findings) {
+    match binary::find(binary::name(None)) {
+        Ok(found) => findings.ok("terraform", &visible(&found.path.display().to_string())),
+        Err(reason) => {
+            findings.wrong("terraform", &reason.to_string(), "put it on the PATH, or name it: TFW_TERRAFORM");
+        }
+    }
+}
+
+/// Without a journal terraform runs all the same, and nobody finishes what a killed `tf` leaves.
+fn journal(findings: &mut Findings) {
+    let next = "name a directory of your own on a disk of this machine: TFW_STATE_DIR";
+    let state = match StateDirectory::open(|name| std::env::var_os(name)) {
+        Ok(state) => state,
+        Err(error) => return findings.wrong("journal", &error.to_string(), next),
+    };
+    let shown = visible(&state.join("").display().to_string());
+    match Journal::open(&state) {
+        Ok(_) => findings.ok("journal", &shown),
+        Err(error) => return findings.wrong("journal", &format!("{shown}: {error}"), next),
+    }
+    // Two open files, as two processes have them.
+    let works = || -> std::io::Result<bool> {
+        let file = tempfile::NamedTempFile::new_in(state.join(""))?;
+        let (holder, other) = (file.reopen()?, file.reopen()?);
+        Ok(lock_file::try_lock(&holder, 0)? && !lock_file::try_lock(&other, 0)?)
+    };
+    match works() {
+        Ok(true) => findings.ok("file locks", "a lock there keeps others out"),
+        Ok(false) => findings.wrong("file locks", "a lock there keeps nobody out", next),
+        Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), next),
+    }
+}
+
+async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores) {
+    let Directory { bucket, key, workspace, .. } = directory;
+    let table = directory.table.as_deref();
+    let locks = match (directory.lock_file, table) {
+        (true, Some(table)) => format!("{LOCK_FILE} beside it, and DynamoDB table {}", visible(table)),
+        (true, None) => format!("{LOCK_FILE} beside it"),
+        (false, Some(table)) => format!("DynamoDB table {}", visible(table)),
+        (false, None) => String::new(),
+    };
+    let state = format!("s3, {} in {}", visible(&format!("{bucket}/{key}")), visible(stores.region()));
+    if locks.is_empty() {
+        findings.note(
+            "backend",
+            &format!("{state}, which takes no lock"),
+            "two runs at once can write one state; set use_lockfile = true in the backend block",
+        );
+    } else {
+        findings.ok("backend", &format!("{state}, workspace {}; lock: {locks}", visible(workspace)));
+    }
+    match aws::identity(&directory.backend).await {
+        Ok(arn) => findings.ok("credentials", &visible(&arn)),
+        // A release does not need that answer; one that needs credentials is tried below.
+        Err(reason) => {
+            findings.note("credentials", &format!("STS does not say whose they are: {}", visible(&reason)), "");
+        }
+    }
+    let mut clock = None;
+    if let Some(table) = table {
+        describe_table(findings, stores, table).await;
+        let path = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{bucket}/{key}"));
+        let read = stores.read(&stores.item(table, &path)).await.map(drop);
+        permission(findings, "dynamodb:GetItem", table, &read, stores);
+        let Attempt { answer, clock: told } = probe::delete_item(&stores.dynamodb, table, &path).await;
+        permission(findings, "dynamodb:DeleteItem", table, &answer, stores);
+        clock = clock.or(told);
+    }
+    let lock_key = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{key}{LOCK_FILE}"));
+    match s3::keys(&stores.s3, bucket, key).next().await {
+        Some(Err(failure)) => permission(findings, "s3:ListBucket", bucket, &Err(failure), stores),
+        _ => permission(findings, "s3:ListBucket", bucket, &Ok(()), stores),
+    }
+    let read = stores.read(&stores.object(bucket, &lock_key)).await.map(drop);
+    permission(findings, "s3:GetObject", bucket, &read, stores);
+    if directory.lock_file {
+        let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
+        let (Attempt { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
+        permission(findings, "s3:DeleteObject", bucket, &answer, stores);
+        clock = clock.or(told);
+        conditional_delete(findings, bucket, if_match);
+        versions(findings, stores, bucket).await;
+    }
+    skew(findings, clock);
+    digests(findings, directory, stores).await;
+    errored_state(findings, directory);
+}
+
+async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
+    let name = format!("table {}", visible(table));
+    match dynamodb::describe(&stores.dynamodb, table).await {
+        Ok(described) if described.keys != ["LockID"] => findings.wrong(
+            &name,
+            &format!("its key is {}", visible(&described.keys.join(", "))),
+            "terraform needs a table whose only key is LockID, a string: make another one, and name it in the backend block",
+        ),
+        Ok(described) if described.replicas.len() > 1 => findings.note(
+            &name,
+            &format!("a global table ({}): its last writer wins, in each region", described.replicas.join(", ")),
+            "a condition holds in one region alone: let every run use the same one",
+        ),
+        Ok(_) => findings.ok(&name, "its key is LockID"),
+        Err(failure) if failure.to_string().contains("AccessDenied") => {
+            findings.note(&name, "these credentials may not describe it, which a release does not need", "");
+        }
+        Err(failure) => {
+            findings.wrong(&name, &Trouble::failed(failure, &format!("table {table}"), stores).to_string(), "");
+        }
+    }
+}
+
+fn permission(findings: &mut Findings, action: &str, what: &str, answer: &Result<(), Failure>, stores: &Stores) {
+    match answer {
+        Ok(()) => findings.ok(action, "permitted"),
+        Err(failure) if failure.to_string().contains("AccessDenied") => findings.wrong(
+            action,
+            &visible(&failure.to_string()),
+            &format!("let these credentials do {action} on {}", visible(what)),
+        ),
+        Err(failure) => {
+            findings.wrong(action, &Trouble::failed(failure.clone(), &visible(what), stores).to_string(), "");
+        }
+    }
+}
+
+fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) {
+    match if_match {
+        IfMatch::Obeyed => findings.ok("If-Match", "a delete on a condition is obeyed"),
+        IfMatch::Ignored => findings.wrong(
+            "If-Match",
+            &format!("the service of {} ignores it: a delete hits whatever lock stands there", visible(bucket)),
+            "lock with a DynamoDB table as well, or let tf only name locks: TFW_RELEASE=never",
+        ),
+        IfMatch::Unknown => {
+            findings.note("If-Match", "whether a delete on a condition is obeyed could not be found out", "");
+        }
+    }
+}
+
+async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
+    match probe::keeps_versions(&stores.s3, bucket).await {
+        Ok(true) => findings.note(
+            "versioning",
+            "on: each lock leaves an old version and a delete marker, which nobody sees and everybody pays for",
+            "a lifecycle rule that ends old versions takes them away; the state's own history needs them for some time",
+        ),
+        Ok(false) => findings.note(
+            "versioning",
+            "off: a lost state cannot be brought back",
+            &format!(
+                "type: aws s3api put-bucket-versioning --bucket {} --versioning-configuration Status=Enabled",
+                quoted(bucket)
+            ),
+        ),
+        Err(failure) => findings.note("versioning", &format!("not to be seen: {}", visible(&failure.to_string())), ""),
+    }
+}
+
+/// Signed requests are refused at 5 min (S3) and 15 min (DynamoDB).
+fn skew(findings: &mut Findings, service: Option<Timestamp>) {
+    let Some(service) = service else { return findings.note("clock", "the service did not tell its time", "") };
+    let apart = Timestamp::now().duration_since(service).unsigned_abs();
+    let text = format!("{} from the service's", length_of_time(apart));
+    if apart.as_secs() > 60 {
+        findings.wrong(
+            "clock",
+            &text,
+            "set it: requests are refused when it is 5 min off, and ages of locks are wrong",
+        );
+    } else {
+        findings.ok("clock", &text);
+    }
+}
+
+async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores) {
+    let states = match inventory::states(directory, stores).await {
+        Ok((states, incomplete)) => {
+            if let Some(why) = incomplete {
+                findings.note("workspaces", &visible(&why), "");
+            }
+            states
+        }
+        Err(trouble) => return findings.wrong("workspaces", &trouble.to_string(), ""),
+    };
+    for state in states {
+        let Some(table) = &state.table else { continue };
+        let name = format!("digest of {}", visible(&state.workspace));
+        match digest::compare(stores, &state.bucket, &state.key, table).await {
+            Ok(compared) if compared.fits() => findings.ok(&name, "it fits the state"),
+            Ok(compared) => {
+                // Between a run's two writes it does not fit either.
+                let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
+                let text = format!(
+                    "{} is recorded, and the state has {}",
+                    visible(compared.recorded.as_deref().unwrap_or("none")),
+                    compared.computed.as_deref().unwrap_or("none, for there is no state")
+                );
+                if locked {
+                    findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
+                } else {
+                    let command =
+                        format!("type: tf locks doctor --fix-digest {}{}", quoted(&state.workspace), chdir(directory));
+                    findings.wrong(&name, &text, &command);
+                }
+            }
+            Err(failure) => findings.wrong(&name, &visible(&failure.to_string()), ""),
+        }
+    }
+}
+
+/// `--chdir`, where the directory is not the current one.
+fn chdir(directory: &Directory) -> String {
+    match std::env::current_dir() {
+        Ok(current) if current == directory.path => String::new(),
+        _ => format!(" --chdir {}", quoted(&directory.path.to_string_lossy())),
+    }
+}
+
+fn errored_state(findings: &mut Findings, directory: &Directory) {
+    let path = directory.path.join("errored.tfstate");
+    if !Path::new(&path).exists() {
+        return findings.ok("errored.tfstate", "none");
+    }
+    let option = match std::env::current_dir() {
+        Ok(current) if current == directory.path => String::new(),
+        _ => format!(" -chdir={}", quoted(&directory.path.to_string_lossy())),
+    };
+    findings.wrong(
+        "errored.tfstate",
+        "it lies there: a state that terraform could not write",
+        &format!("before anybody works there, type: terraform{option} state push errored.tfstate"),
+    );
+}

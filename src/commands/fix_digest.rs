@@ -1,0 +1,308 @@
+//! `tf locks doctor --fix-digest`: makes a digest fit its state, as terraform's next write would.
+//!
+//! Everything happens under the state's lock, taken as terraform takes it: first the object, then the item, each only
+//! where nothing stands. What a person agreed to is compared once more under that lock, and the digest is written on
+//! condition that it is still the one that was shown. The lock stands in the journal before it is asked for, so that
+//! whatever kills us, `tf locks recover` or the next `tf` gives it back.
+
+use std::io::{BufRead, IsTerminal};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use super::Finding;
+use super::inventory::{self, State};
+use super::reach::{Directory, Reach, Target, Trouble, Where};
+use crate::lock::access::{Access, Surroundings};
+use crate::lock::digest::{self, Comparison};
+use crate::lock::release::{Deleted, Failure};
+use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
+use crate::lock::{dynamodb, s3};
+use crate::report::{self, length_of_time, visible};
+use crate::run::journal::{Entry, Journal, Record};
+use crate::run::state_directory::StateDirectory;
+use crate::sys::disposition;
+use crate::terraform::lock_info::{self, LockInfo};
+use crate::terraform::log::{Halves, RecordedLock};
+
+/// What our lock calls itself.
+const OPERATION: &str = "tf locks doctor --fix-digest";
+
+/// Fixes the digest of `workspace`, or of the selected one.
+///
+/// # Errors
+/// [`Trouble`].
+pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bool) -> Result<Finding, Trouble> {
+    let mut agreed = None;
+    let finding = super::block_on(async {
+        let (directory, stores, state) = find(place, workspace).await?;
+        let compared = compare(&stores, &state).await?;
+        let name = visible(&state.path());
+        if compared.fits() {
+            report::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
+            return Ok(Finding::Nothing);
+        }
+        let Some(computed) = &compared.computed else {
+            return Err(Trouble::Said(format!(
+                "a digest is recorded for {name}, and there is no state\nbring the state back (its bucket may keep old \
+                 versions); if there shall be none, delete the item {name}-md5 of the table"
+            )));
+        };
+        let now = Timestamp::now();
+        let written = compared.written.map_or_else(String::new, |at| {
+            format!(", written at {at:.0} ({} ago)", length_of_time(now.duration_since(at).unsigned_abs()))
+        });
+        report::print(&format!(
+            "state     {name}{written}\nrecorded  {}\nit has    {computed}",
+            visible(compared.recorded.as_deref().unwrap_or("none"))
+        ));
+        if dry_run {
+            report::print("would record what it has");
+            return Ok(Finding::Stale);
+        }
+        if !yes && !std::io::stdin().is_terminal() {
+            return Err(Trouble::Said("nobody is there to ask: add --yes to record what it has".into()));
+        }
+        if !yes && !ask() {
+            report::say("it was left alone");
+            return Ok(Finding::Failed);
+        }
+        agreed = Some((directory, state, compared));
+        Ok(Finding::Failed)
+    })?;
+    let Some((directory, state, compared)) = agreed else { return Ok(finding) };
+    // From here on there is a lock of ours; it takes as long as the state takes to be read. Whoever asks us to stop
+    // gets that soon enough, and what cannot be ignored is for the journal.
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP] {
+        disposition::set_ignored(signal);
+    }
+    let mut work = Work::new(&directory, state, compared);
+    super::block_on(async {
+        let stores = Stores::connect(&directory.backend).await?;
+        work.under_lock(&stores).await
+    })
+}
+
+async fn find(place: &Where, workspace: Option<&str>) -> Result<(Directory, Stores, State), Trouble> {
+    let Reach { target: Target::Directory(directory), stores } = place.reach().await? else {
+        return Err(Trouble::Said("a digest is fixed from the directory of its state".into()));
+    };
+    if directory.table.is_none() {
+        return Err(Trouble::Said(
+            "this backend has no DynamoDB table, and so no digest: there is nothing to fix".into(),
+        ));
+    }
+    let wanted = workspace.unwrap_or(&directory.workspace);
+    let (states, _) = inventory::states(&directory, &stores).await?;
+    let found = states.iter().find(|state| state.workspace == wanted).cloned();
+    let state = found.ok_or_else(|| {
+        let names: Vec<String> = states.iter().map(|state| visible(&state.workspace)).collect();
+        Trouble::Said(format!("there is no workspace {:?}; there are: {}", visible(wanted), names.join(", ")))
+    })?;
+    Ok((directory, stores, state))
+}
+
+async fn compare(stores: &Stores, state: &State) -> Result<Comparison, Trouble> {
+    let table = state.table.as_deref().unwrap_or_default();
+    let compared = digest::compare(stores, &state.bucket, &state.key, table).await;
+    compared.map_err(|failure| Trouble::failed(failure, &visible(&state.path()), stores))
+}
+
+/// The work that is done with a lock in hand.
+struct Work<'a> {
+    directory: &'a Directory,
+    state: State,
+    /// What was agreed to.
+    shown: Comparison,
+    info: LockInfo,
+    /// Our lock, as it stands.
+    text: String,
+    entry: Option<Entry>,
+    /// Held for as long as we live: whoever looks at the journal sees us by it.
+    _life: Option<std::os::fd::OwnedFd>,
+}
+
+impl<'a> Work<'a> {
+    fn new(directory: &'a Directory, state: State, shown: Comparison) -> Self {
+        let begun = Timestamp::now();
+        let info = LockInfo {
+            id: lock_info::new_id(),
+            operation: OPERATION.into(),
+            who: lock_info::who(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            created: begun.to_string(),
+            path: state.path(),
+        };
+        let text = json!({
+            "ID": info.id, "Operation": info.operation, "Info": "", "Who": info.who, "Version": info.version,
+            "Created": info.created, "Path": info.path,
+        })
+        .to_string();
+        let halves = Halves { s3: directory.lock_file, dynamodb: true };
+        let lock = RecordedLock::held(&info, &state.bucket, &state.key, halves, begun);
+        let kept = journal(directory, &state, lock, begun);
+        let (entry, life) = kept.map_or((None, None), |(entry, life)| (Some(entry), Some(life)));
+        Self { directory, state, shown, info, text, entry, _life: life }
+    }
+
+    async fn under_lock(&mut self, stores: &Stores) -> Result<Finding, Trouble> {
+        let mut taken = Vec::new();
+        let done = match self.lock(stores, &mut taken).await {
+            Ok(true) => self.write(stores).await,
+            Ok(false) => Err(self.refused(stores, &taken).await),
+            Err(failure) => Err(Trouble::failed(failure, &visible(&self.state.path()), stores)),
+        };
+        // A request whose answer was lost may have taken a half.
+        let gone = self.unlock(stores).await;
+        match (&self.entry, gone) {
+            (Some(entry), Ok(())) => entry.take_away(),
+            (_, Ok(())) => {}
+            (kept, Err(why)) => {
+                let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
+                let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
+                report::say(&format!("the lock {} was not given back: {}\n{next}{more}", self.info.id, visible(&why)));
+                return done.map(|_| Finding::Failed);
+            }
+        }
+        done
+    }
+
+    fn spots(&self, stores: &Stores) -> Vec<Spot> {
+        let table = self.state.table.as_deref().unwrap_or_default();
+        let object = stores.object(&self.state.bucket, &format!("{}{LOCK_FILE}", self.state.key));
+        // As terraform takes them: the object first.
+        let object = self.directory.lock_file.then_some(object);
+        object.into_iter().chain([stores.item(table, &self.state.path())]).collect()
+    }
+
+    /// Takes both halves. False when one is somebody else's.
+    async fn lock(&self, stores: &Stores, taken: &mut Vec<Spot>) -> Result<bool, Failure> {
+        for spot in self.spots(stores) {
+            let took = match &spot {
+                Spot::S3 { bucket, key, .. } => {
+                    s3::put_if_absent(&stores.s3, &self.directory.backend, bucket, key, &self.text).await?
+                }
+                Spot::DynamoDb { table, key, .. } => {
+                    dynamodb::put_if_absent(&stores.dynamodb, table, key, &self.text).await?
+                }
+            };
+            // Refused by our own request, whose answer was lost and which the SDK sent again.
+            if !took && stores.read(&spot).await?.is_none_or(|standing| standing.text() != self.text) {
+                return Ok(false);
+            }
+            taken.push(spot);
+        }
+        Ok(true)
+    }
+
+    /// Whose lock is in the way.
+    async fn refused(&self, stores: &Stores, taken: &[Spot]) -> Trouble {
+        let mut holder = "somebody".to_owned();
+        for spot in self.spots(stores).into_iter().filter(|spot| !taken.contains(spot)) {
+            if let Ok(Some(standing)) = stores.read(&spot).await
+                && let Some(info) = standing.info()
+            {
+                holder = format!("{}, ID {}", visible(&info.who), visible(&info.id));
+            }
+        }
+        Trouble::Said(format!(
+            "the state is locked by {holder}: nothing was changed\ntype: tf locks, and once it is free, try again"
+        ))
+    }
+
+    async fn write(&self, stores: &Stores) -> Result<Finding, Trouble> {
+        let now = compare(stores, &self.state).await?;
+        if now.fits() {
+            report::print("it fits by now: somebody has mended it, or it was being written");
+            return Ok(Finding::Nothing);
+        }
+        let (Some(old), Some(new)) = (&now.recorded, &now.computed) else {
+            return Err(Trouble::Said("the state is gone meanwhile: nothing was changed".into()));
+        };
+        if now != self.shown {
+            return Err(Trouble::Said(format!(
+                "it changed in between: {} is recorded, and the state has {new}: nothing was changed\nlook once more: tf locks doctor --fix-digest",
+                visible(old)
+            )));
+        }
+        let table = self.state.table.as_deref().unwrap_or_default();
+        let failed = |failure| Trouble::failed(failure, &visible(&self.state.path()), stores);
+        if !dynamodb::replace_digest(&stores.dynamodb, table, &self.state.path(), old, new).await.map_err(failed)? {
+            // The SDK may have sent it twice.
+            let now = compare(stores, &self.state).await?;
+            if !now.fits() {
+                return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
+            }
+        }
+        report::print(&format!("recorded {new}"));
+        Ok(Finding::Nothing)
+    }
+
+    /// Gives back what is ours, the item first. Comes back when nothing of ours stands any more.
+    async fn unlock(&self, stores: &Stores) -> Result<(), String> {
+        let mut why = String::new();
+        for _ in 0..5 {
+            let mut left = false;
+            for spot in self.spots(stores).into_iter().rev() {
+                match self.unlock_half(stores, &spot).await {
+                    Ok(gone) => left |= !gone,
+                    Err(failure) => {
+                        left = true;
+                        why = failure.to_string();
+                    }
+                }
+            }
+            if !left {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Err(why)
+    }
+
+    async fn unlock_half(&self, stores: &Stores, spot: &Spot) -> Result<bool, Failure> {
+        let Some(standing) = stores.read(spot).await? else { return Ok(true) };
+        if standing.text() != self.text {
+            return Ok(true);
+        }
+        Ok(match stores.delete(spot, &standing).await? {
+            Deleted::Yes => true,
+            Deleted::Changed => stores.read(spot).await?.as_ref().map(Standing::text) != Some(&self.text),
+        })
+    }
+}
+
+/// Writes down that we are about to hold `lock`. None where there is no journal: then only a signal that cannot be
+/// ignored can leave it.
+fn journal(
+    directory: &Directory,
+    state: &State,
+    lock: RecordedLock,
+    begun: Timestamp,
+) -> Option<(Entry, std::os::fd::OwnedFd)> {
+    let journal = Journal::open(&StateDirectory::open(|name| std::env::var_os(name)).ok()?).ok()?;
+    let access = vec![Access::of(&directory.backend)];
+    let run = crate::run::run_id();
+    let mut record = Record {
+        started: begun,
+        program: "terraform".into(),
+        command: OPERATION.into(),
+        directory: directory.path.to_string_lossy().into_owned(),
+        data_directory: directory.own_files.to_string_lossy().into_owned(),
+        workspaces: vec![state.workspace.clone()],
+        surroundings: Surroundings::of_environment(&run, &access, |name| std::env::var_os(name)),
+        access,
+        ..Record::new(&run, &journal)
+    };
+    record.log.locks.push(lock);
+    journal.begin(&record).ok()
+}
+
+fn ask() -> bool {
+    report::say("Record what the state has? Only \"yes\" is taken for one:");
+    let mut answer = String::new();
+    let read = std::io::stdin().lock().read_line(&mut answer);
+    read.is_ok() && answer.trim() == "yes"
+}

@@ -1,0 +1,202 @@
+//! `tf locks doctor`: what would stop a release is found before it is needed, and a digest is mended under the lock.
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+
+use super::given_back::through;
+use super::left_behind::writes_digest;
+use super::locks_release::locks;
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::Run;
+use crate::support::proxy::Deed;
+use crate::support::world::id_of;
+use crate::support::{Lock, Subject, World};
+
+const WRONG: &str = "00000000000000000000000000000000";
+
+/// A state whose recorded digest is not its own.
+fn unfit(lock: Lock) -> World {
+    let world = World::new(lock, "true");
+    let end = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    set_digest(&world, WRONG);
+    world
+}
+
+fn set_digest(world: &World, digest: &str) {
+    let item = json!({ "LockID": { "S": format!("{}-md5", world.path()) }, "Digest": { "S": digest } });
+    cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+}
+
+fn digest(world: &World) -> String {
+    let key = json!({ "LockID": { "S": format!("{}-md5", world.path()) } });
+    let answer = cloud().dynamodb("GetItem", &json!({ "TableName": world.table, "Key": key, "ConsistentRead": true }));
+    answer["Item"]["Digest"]["S"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_directory_in_which_all_is_well_is_told_so() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        assert_eq!(world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]).code(), Some(0));
+        let end = locks(&world, &["doctor"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        for checked in ["terraform:", "backend:", "credentials:", "s3:GetObject:", "clock:", "journal:", "file locks:"]
+        {
+            assert!(
+                end.out.lines().any(|line| line.starts_with(&format!("ok     {checked}"))),
+                "{checked}: {}",
+                end.out
+            );
+        }
+        // It has left nothing of what it tried.
+        assert!(world.locks().is_empty());
+        let listed = locks(&world, &["list"]);
+        assert_eq!((listed.code(), listed.out.as_str()), (Some(0), ""), "{}", world.story(&listed));
+    }
+}
+
+#[test]
+fn what_it_tries_leaves_a_standing_lock_alone() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        let theirs = world.lock_of_another();
+        let _ = locks(&world, &["doctor"]);
+        assert!(!world.locks().is_empty() && world.locks().iter().all(|standing| *standing == theirs));
+    }
+}
+
+#[test]
+fn each_permission_that_is_missing_is_named() {
+    for (operation, name) in [("DeleteItem", "dynamodb:DeleteItem"), ("GetItem", "dynamodb:GetItem")] {
+        let mut world = World::new(Lock::Both, "true");
+        let _proxy = through(&mut world, move |request| {
+            let asked = request.header("x-amz-target").is_some_and(|target| target.ends_with(&format!(".{operation}")));
+            if asked { denied() } else { Deed::Pass }
+        });
+        let end = locks(&world, &["doctor"]);
+        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        assert!(end.out.contains(&format!("WRONG  {name}: ")), "{}", end.out);
+        let others = ["dynamodb:DeleteItem", "dynamodb:GetItem", "s3:GetObject", "s3:DeleteObject"];
+        for other in others.into_iter().filter(|other| *other != name) {
+            assert!(end.out.contains(&format!("ok     {other}: permitted")), "{}", end.out);
+        }
+    }
+}
+
+fn denied() -> Deed {
+    let body = json!({
+        "__type": "com.amazon.coral.service#AccessDeniedException",
+        "message": "User: arn:aws:iam::000000000000:user/anna is not authorized",
+    });
+    Deed::Answer(Message::answer("400 Bad Request", &body.to_string()))
+}
+
+#[test]
+fn a_service_that_ignores_if_match_is_named_as_that() {
+    let mut world = World::new(Lock::File, "true");
+    let _proxy = through(&mut world, |request| {
+        // What such a service answers, whatever stands there.
+        if request.start.starts_with("DELETE ") {
+            Deed::Answer(Message::answer("204 No Content", ""))
+        } else {
+            Deed::Pass
+        }
+    });
+    let end = locks(&world, &["doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("WRONG  If-Match: "), "{}", end.out);
+}
+
+#[test]
+fn a_table_with_another_key_is_named() {
+    let world = World::new(Lock::DynamoDb, "true");
+    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+    cloud().dynamodb(
+        "CreateTable",
+        &json!({
+            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
+            "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
+            "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
+        }),
+    );
+    let end = locks(&world, &["doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("its key is Id"), "{}", end.out);
+}
+
+#[test]
+fn an_unfit_digest_and_an_errored_state_are_named_with_what_mends_them() {
+    let world = unfit(Lock::DynamoDb);
+    world.write("errored.tfstate", "{}");
+    let end = locks(&world, &["doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("WRONG  digest of default: ") && end.out.contains("--fix-digest default"), "{}", end.out);
+    assert!(end.out.contains("state push errored.tfstate"), "{}", end.out);
+}
+
+#[test]
+fn a_digest_is_fixed_when_somebody_says_so_and_terraform_is_content() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let world = unfit(lock);
+        let unsaid = locks(&world, &["doctor", "--fix-digest"]);
+        assert_eq!(unsaid.code(), Some(1), "{}", world.story(&unsaid));
+        let dry = locks(&world, &["doctor", "--fix-digest", "--dry-run"]);
+        assert_eq!(dry.code(), Some(2), "{}", world.story(&dry));
+        assert_eq!(digest(&world), WRONG);
+        let end = locks(&world, &["doctor", "--fix-digest", "default", "--yes"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.out.contains(WRONG) && end.out.contains(&digest(&world)) && end.out.contains("written at"));
+        world.assert_unlocked();
+        let plan = world.run(Subject::Bare, &["plan", "-no-color"]);
+        assert_eq!(plan.code(), Some(0), "{}", world.story(&plan));
+    }
+}
+
+#[test]
+fn a_digest_is_not_touched_while_somebody_holds_the_lock() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let world = unfit(lock);
+        let theirs = world.lock_of_another();
+        let end = locks(&world, &["doctor", "--fix-digest", "--yes"]);
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert!(end.err.contains(&id_of(&theirs)), "{}", end.err);
+        assert_eq!(digest(&world), WRONG);
+        assert!(!world.locks().is_empty() && world.locks().iter().all(|standing| *standing == theirs));
+    }
+}
+
+#[test]
+fn a_fix_that_is_killed_keeps_terraform_out_and_is_recovered() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut world = unfit(lock);
+        let proxy = through(&mut world, |request| if writes_digest(request) { Deed::Hold } else { Deed::Pass });
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["locks", "doctor", "--fix-digest", "--yes"]);
+        let fix = Run::start(command);
+        proxy.wait_until_held();
+        let refused = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+        assert!(refused.err.contains("Error acquiring the state lock"), "{}", world.story(&refused));
+        let listed = locks(&world, &["list"]);
+        assert!(listed.out.contains("alive"), "{}", world.story(&listed));
+        // What asks it to stop is not answered while it has the lock; what cannot be ignored kills it.
+        kill(fix.pid(), Signal::SIGTERM).unwrap();
+        kill(fix.pid(), Signal::SIGKILL).unwrap();
+        assert_eq!(fix.wait().signal(), Some(9));
+        proxy.let_go();
+        world.assert_locked();
+        let end = locks(&world, &["recover"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.out.contains("released the lock"), "{}", end.out);
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn without_a_backend_the_rest_is_looked_at_all_the_same() {
+    let world = World::empty(Lock::DynamoDb);
+    let end = locks(&world, &["doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("ok     terraform: ") && end.out.contains("WRONG  backend: "), "{}", end.out);
+}
