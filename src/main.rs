@@ -5,6 +5,8 @@
 
 mod commands;
 mod crash_point;
+mod event_command;
+mod history;
 mod holder;
 mod json;
 mod lock;

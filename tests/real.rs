@@ -28,6 +28,8 @@ mod invisible;
 mod left_behind;
 #[path = "real/locks_doctor.rs"]
 mod locks_doctor;
+#[path = "real/locks_history.rs"]
+mod locks_history;
 #[path = "real/locks_recover.rs"]
 mod locks_recover;
 #[path = "real/locks_release.rs"]

@@ -34,6 +34,9 @@ _tf() {
             tf__subcmd__help__subcmd__locks,doctor)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__doctor"
                 ;;
+            tf__subcmd__help__subcmd__locks,history)
+                cmd="tf__subcmd__help__subcmd__locks__subcmd__history"
+                ;;
             tf__subcmd__help__subcmd__locks,list)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__list"
                 ;;
@@ -46,6 +49,9 @@ _tf() {
             tf__subcmd__help__subcmd__locks,show)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__show"
                 ;;
+            tf__subcmd__help__subcmd__locks,tell-event)
+                cmd="tf__subcmd__help__subcmd__locks__subcmd__tell__subcmd__event"
+                ;;
             tf__subcmd__locks,audit)
                 cmd="tf__subcmd__locks__subcmd__audit"
                 ;;
@@ -54,6 +60,9 @@ _tf() {
                 ;;
             tf__subcmd__locks,help)
                 cmd="tf__subcmd__locks__subcmd__help"
+                ;;
+            tf__subcmd__locks,history)
+                cmd="tf__subcmd__locks__subcmd__history"
                 ;;
             tf__subcmd__locks,list)
                 cmd="tf__subcmd__locks__subcmd__list"
@@ -67,6 +76,9 @@ _tf() {
             tf__subcmd__locks,show)
                 cmd="tf__subcmd__locks__subcmd__show"
                 ;;
+            tf__subcmd__locks,tell-event)
+                cmd="tf__subcmd__locks__subcmd__tell__subcmd__event"
+                ;;
             tf__subcmd__locks__subcmd__help,audit)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__audit"
                 ;;
@@ -75,6 +87,9 @@ _tf() {
                 ;;
             tf__subcmd__locks__subcmd__help,help)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__help"
+                ;;
+            tf__subcmd__locks__subcmd__help,history)
+                cmd="tf__subcmd__locks__subcmd__help__subcmd__history"
                 ;;
             tf__subcmd__locks__subcmd__help,list)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__list"
@@ -87,6 +102,9 @@ _tf() {
                 ;;
             tf__subcmd__locks__subcmd__help,show)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__show"
+                ;;
+            tf__subcmd__locks__subcmd__help,tell-event)
+                cmd="tf__subcmd__locks__subcmd__help__subcmd__tell__subcmd__event"
                 ;;
             *)
                 ;;
@@ -137,7 +155,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__help__subcmd__locks)
-            opts="list show release audit doctor recover"
+            opts="list show release audit doctor history tell-event recover"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -165,6 +183,20 @@ _tf() {
             return 0
             ;;
         tf__subcmd__help__subcmd__locks__subcmd__doctor)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__help__subcmd__locks__subcmd__history)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -234,8 +266,22 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        tf__subcmd__help__subcmd__locks__subcmd__tell__subcmd__event)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         tf__subcmd__locks)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor recover help"
+            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor history tell-event recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -353,7 +399,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__help)
-            opts="list show release audit doctor recover help"
+            opts="list show release audit doctor history tell-event recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -395,6 +441,20 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__help__subcmd__history)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -453,6 +513,34 @@ _tf() {
         tf__subcmd__locks__subcmd__help__subcmd__show)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__help__subcmd__tell__subcmd__event)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__history)
+            opts="-h --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -617,6 +705,20 @@ _tf() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__tell__subcmd__event)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;

@@ -8,6 +8,7 @@ mod choose;
 mod doctor;
 mod fix_digest;
 mod found;
+mod history;
 mod inventory;
 mod list;
 mod output;
@@ -84,6 +85,12 @@ enum Command {
     /// Try everything that a release in this directory needs; mend a digest
     #[command(after_help = doctor::EXAMPLES)]
     Doctor(doctor::Doctor),
+    /// What was released, forced and refused
+    #[command(after_help = history::EXAMPLES)]
+    History(history::History),
+    /// Starts the command of `TFW_ON_EVENT`
+    #[command(name = crate::event_command::WORD, hide = true)]
+    TellEvent,
     /// Finish what dead runs on this host have left: give their locks back, a line for each
     ///
     /// A run that somebody takes care of at this moment is waited for. Nothing to do is silent. Ends with 0, or with 2
@@ -119,6 +126,11 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Audit(audit) => audit.run(),
             Command::Recover(recover) => recover.run(),
             Command::Doctor(doctor) => doctor.run(),
+            Command::History(history) => history.run(),
+            Command::TellEvent => {
+                crate::event_command::stand_between();
+                Ok(Finding::Nothing)
+            }
         },
         Err(error) if error.use_stderr() => {
             report::say(error.render().to_string().trim_end());

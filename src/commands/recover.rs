@@ -27,7 +27,7 @@ pub(super) struct Recover {
     #[arg(long, hide = true)]
     say: bool,
     /// Why, for the history
-    #[arg(long, value_name = "TEXT", hide = true)]
+    #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
 
@@ -35,7 +35,8 @@ impl Recover {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
         let say = if self.say { report::say } else { report::print };
-        let recovered = recovery::everything(self.dry_run, self.run.as_deref(), say, &mut signals);
+        let recovered =
+            recovery::everything(self.dry_run, self.run.as_deref(), self.reason.as_deref(), say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
             None if recovered.left > 0 => Finding::Stale,

@@ -14,6 +14,7 @@ use super::found::{Entry, Found};
 use super::reach::{Reach, Trouble, Where};
 use super::staleness::Staleness;
 use super::{Finding, show};
+use crate::history::{self, By, Event, What};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::lock::release::Deleted;
@@ -24,7 +25,7 @@ use crate::terraform::lock_info::is_lock_id;
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks release                         the only lock that stands for this directory
   tf locks release --dry-run
-  tf locks release green --yes
+  tf locks release green --yes --reason 'runner 7 was reclaimed'
   tf locks release --force 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
 A lock whose holder is proven dead goes. One whose holder is likely dead goes when you say so. One whose holder is alive,
@@ -49,7 +50,7 @@ pub(super) struct Release {
     #[arg(long)]
     dry_run: bool,
     /// Why, for the history
-    #[arg(long, value_name = "TEXT", hide = true)]
+    #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
 
@@ -102,7 +103,10 @@ impl Release {
             }
             match step {
                 Step::Finish => self.finish(&reach, &lock).await,
-                Step::Refuse => Ok(Self::refuse(&lock)),
+                Step::Refuse => {
+                    self.remember(What::Refused, &lock);
+                    Ok(Self::refuse(&lock))
+                }
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if ask() => self.delete(&reach, &lock).await,
                 Step::Ask => {
@@ -120,6 +124,13 @@ impl Release {
             Step::Refuse => return Self::refuse(lock),
         }
         Finding::Stale
+    }
+
+    /// For the history.
+    fn remember(&self, what: What, lock: &Found) {
+        let why = format!("its holder is {}: {}", lock.verdict().words(), lock.judgement.reason);
+        let path = lock.path();
+        history::record(&Event::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
     fn refuse(lock: &Found) -> Finding {
@@ -169,6 +180,7 @@ impl Release {
         if let Some(Entry::Lock(again)) = again.first()
             && decide(again.verdict(), self.force.is_some(), true, true) == Step::Refuse
         {
+            self.remember(What::Refused, again);
             return Ok(Self::refuse(again));
         }
         let mut gone = true;
@@ -181,6 +193,8 @@ impl Release {
         if !gone {
             return self.changed(reach, lock).await;
         }
+        let agreed = matches!(lock.verdict(), Verdict::Dead | Verdict::LikelyDead);
+        self.remember(if agreed { What::Released } else { What::Forced }, lock);
         report::print(&format!("released the lock {}", visible(&lock.info.id)));
         Ok(Finding::Nothing)
     }

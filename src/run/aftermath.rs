@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
-use super::giving_back::{Settled, bury, give_back, visit};
+use super::giving_back::{Settled, bury, give_back, remember, visit};
 use super::journal::Journal;
 use super::patience::Patience;
 use super::places::Places;
@@ -17,6 +17,7 @@ use super::tombstone::Graveyard;
 use super::tree::{Fate, Tree};
 use super::waiting;
 use crate::crash_point;
+use crate::history::By;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::lock::proof::Run;
@@ -110,6 +111,7 @@ impl Aftermath<'_> {
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
         self.tell(&settled, &remembered, &ending);
+        remember(&settled, By::Tf, &ending, None);
         for settled in &settled {
             if let Some(Outcome::Absent { anothers: Some(id) }) = &settled.outcome {
                 self.release_late(patience, id, &places);

@@ -7,6 +7,7 @@ use super::patience::Patience;
 use super::places::Places;
 use super::tombstone::{Graveyard, Tombstone};
 use crate::crash_point;
+use crate::history::{self, By, Event, What};
 use crate::lock::place::Place;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
@@ -111,7 +112,16 @@ pub(crate) fn visit(
     let Some(Outcome::Released(_)) = outcome else { return false };
     // Terraform asks for one half after the other: what came was the last that it asked for.
     graveyard.take_away(&tombstone.lock.id);
+    let why = "a dead terraform's request took it late";
+    history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
     true
+}
+
+/// Writes into the history what was released.
+pub(crate) fn remember(settled: &[Settled], by: By, why: &str, reason: Option<&str>) {
+    for Settled { lock, .. } in settled.iter().filter(|one| matches!(one.outcome, Some(Outcome::Released(_)))) {
+        history::record(&Event::of_recorded(What::Released, by, lock, why, reason));
+    }
 }
 
 /// Whether a request that was signed at `then` can still land: longer than any signature is valid it cannot.

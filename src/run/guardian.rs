@@ -33,7 +33,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::{died, reason_to_keep};
-use super::giving_back::{bury, give_back};
+use super::giving_back::{bury, give_back, remember};
 use super::journal::{Entry, Journal, Record};
 use super::patience::Patience;
 use super::pipes::Pipes;
@@ -44,6 +44,7 @@ use super::stop::{Effect, Event, Stop};
 use super::tombstone::Graveyard;
 use super::tree::Tree;
 use crate::crash_point;
+use crate::history::By;
 use crate::lock::proof::Run;
 use crate::lock::release::Situation;
 use crate::sys::process::{self, Process};
@@ -526,6 +527,7 @@ impl<'a> Watch<'a> {
         let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
+        remember(&settled, By::Guardian, "its tf was killed, and its terraform is dead", None);
         settled.into_iter().filter(super::giving_back::Settled::is_left_over).map(|settled| settled.lock).collect()
     }
 }

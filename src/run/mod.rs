@@ -13,7 +13,7 @@ pub(crate) mod outcome;
 mod patience;
 mod pipes;
 mod places;
-mod poll;
+pub(crate) mod poll;
 mod recorder;
 pub(crate) mod recovery;
 pub(crate) mod state_directory;

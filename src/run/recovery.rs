@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
-use super::giving_back::{Settled, bury, give_back, may_land, visit};
+use super::giving_back::{Settled, bury, give_back, may_land, remember, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, Record};
 use super::patience::Patience;
@@ -30,6 +30,7 @@ use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
 use super::tombstone::Graveyard;
 use crate::crash_point;
+use crate::history::By;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::report;
@@ -66,6 +67,8 @@ struct Dead {
     standpoint: Standpoint,
     journal: Journal,
     graveyard: Graveyard,
+    /// What a person gave as the reason, for the history.
+    reason: Option<String>,
 }
 
 /// Finishes dead runs before terraform starts in `here`. Gives the signal by which somebody asked us to stop meanwhile.
@@ -92,7 +95,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                         continue;
                     }
                     let graveyard = Graveyard::of(state);
-                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason: None };
                     if is_near { near.push(dead) } else { far.push(dead) }
                 }
                 Found::SetAside(path) => report::say(&report::set_aside(&path)),
@@ -150,7 +153,13 @@ pub(crate) struct Recovered {
 /// Finishes every dead run of this user on this host, or `only` that one, one after the other, and has `say` tell what was
 /// done. One that its guardian takes care of is waited for. With `dry_run` it only says what is dead. There must be one
 /// thread.
-pub(crate) fn everything(dry_run: bool, only: Option<&str>, say: fn(&str), signals: &mut Signals) -> Recovered {
+pub(crate) fn everything(
+    dry_run: bool,
+    only: Option<&str>,
+    reason: Option<&str>,
+    say: fn(&str),
+    signals: &mut Signals,
+) -> Recovered {
     let mut recovered = Recovered::default();
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -165,7 +174,8 @@ pub(crate) fn everything(dry_run: bool, only: Option<&str>, say: fn(&str), signa
                 }
                 Found::Dead(record, entry, standpoint) => {
                     let graveyard = Graveyard::of(&state);
-                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard };
+                    let reason = reason.map(ToOwned::to_owned);
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason };
                     let keep = vec![dead.entry.charge().as_raw_fd()];
                     in_a_process(keep, || finish(dead), say, signals, &mut recovered.asked);
                     // What is finished is gone from the journal.
@@ -314,7 +324,7 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
 
 /// Finishes one dead run, in a process that does nothing else. Gives what is to be said of it.
 fn finish(dead: Dead) -> Vec<String> {
-    let Dead { mut record, entry, standpoint, journal, graveyard } = dead;
+    let Dead { mut record, entry, standpoint, journal, graveyard, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
     // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
@@ -330,7 +340,7 @@ fn finish(dead: Dead) -> Vec<String> {
         environment::change(name, value.as_ref());
     }
     let _ = std::env::set_current_dir(&record.directory);
-    let (messages, left_over) = settle(&record, &journal, &graveyard);
+    let (messages, left_over) = settle(&record, &journal, &graveyard, reason.as_deref());
     crash_point::reached("recovery: settled");
     if left_over.is_empty() {
         entry.take_away();
@@ -344,7 +354,12 @@ fn finish(dead: Dead) -> Vec<String> {
     messages
 }
 
-fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<String>, Vec<RecordedLock>) {
+fn settle(
+    record: &Record,
+    journal: &Journal,
+    graveyard: &Graveyard,
+    reason: Option<&str>,
+) -> (Vec<String>, Vec<RecordedLock>) {
     let standing: Vec<&RecordedLock> = record.log.standing().collect();
     if standing.is_empty() {
         return (Vec::new(), Vec::new());
@@ -385,6 +400,7 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard) -> (Vec<Str
     if recent {
         bury(&settled, &situation, Some(graveyard));
     }
+    remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
     let mut left_over = Vec::new();
     for Settled { lock, outcome, .. } in settled {

@@ -1,0 +1,132 @@
+//! What was done to locks is written down, and told to a command that nobody waits for.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use serde_json::Value;
+
+use super::locks_release::locks;
+use crate::support::process::Run;
+use crate::support::world::{WAITS, id_of, lock_json};
+use crate::support::{Ended, Lock, Subject, World};
+
+fn history(world: &World) -> Vec<Value> {
+    let end = locks(world, &["history", "--json"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let all: Value = serde_json::from_str(&end.out).unwrap();
+    assert_eq!(all["unreadable"], 0);
+    all["events"].as_array().unwrap().clone()
+}
+
+/// A run whose terraform is killed.
+fn killed(world: &World) -> Ended {
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    run.wait()
+}
+
+/// A program of the world, to be told of events.
+fn told_by(world: &mut World, script: &str) {
+    world.write("told", &format!("#!/bin/sh\n{script}\n"));
+    let path = world.directory.join("told");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+    world.set("TFW_ON_EVENT", path.as_os_str());
+}
+
+#[test]
+fn a_release_is_written_down_and_told() {
+    let mut world = World::new(Lock::Both, WAITS);
+    told_by(&mut world, "cat >told.tmp; ls -l /proc/self/fd >fds; env >environment; mv told.tmp told.json");
+    let end = killed(&world);
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    let events = history(&world);
+    let [event] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!((&event["event"], &event["by"]), (&"released".into(), &"tf".into()), "{event}");
+    assert_eq!(event["path"], world.path());
+    assert!(event["why"].as_str().unwrap().contains("killed by SIGKILL"), "{event}");
+    world.wait_for_file("told.json");
+    assert_eq!(serde_json::from_str::<Value>(&world.read("told.json")).unwrap(), *event);
+    let environment = world.read("environment");
+    assert!(!environment.contains("TFW_ON_EVENT=") && !environment.contains("TFW_RUN="), "{environment}");
+    let descriptors = world.read("fds");
+    // 0, 1 (its own file), 2, and the directory that ls reads; pipes of ours would hold up whoever reads them.
+    assert_eq!(descriptors.lines().filter(|line| line.contains("->")).count(), 4, "{descriptors}");
+}
+
+#[test]
+fn what_a_person_releases_forces_and_is_refused_is_written_down_with_the_reason() {
+    let world = World::new(Lock::DynamoDb, "true");
+    let mut info: Value =
+        serde_json::from_str(&lock_json("33333333-3333-4444-5555-666666666666", &world.path())).unwrap();
+    info["Who"] = "anna\u{1b}[31m@elsewhere".into();
+    let text = info.to_string();
+    world.put_lock(&text);
+    assert_eq!(locks(&world, &["release", "--yes"]).code(), Some(1));
+    let forced = locks(&world, &["release", "--force", &id_of(&text), "--reason", "she said so"]);
+    assert_eq!(forced.code(), Some(0), "{}", world.story(&forced));
+    let events = history(&world);
+    let seen: Vec<_> =
+        events.iter().map(|event| (event["event"].as_str().unwrap(), event["reason"].as_str())).collect();
+    assert_eq!(seen, [("refused", None), ("forced", Some("she said so"))]);
+    let shown = locks(&world, &["history"]);
+    assert!(shown.out.contains("forced") && shown.out.contains("she said so"), "{}", shown.out);
+    assert!(
+        shown.out.chars().all(|character| character == '\n' || (' '..='~').contains(&character)),
+        "{:?}",
+        shown.out
+    );
+}
+
+#[test]
+fn a_dry_run_is_no_event() {
+    let world = World::new(Lock::DynamoDb, "true");
+    let text = lock_json("33333333-3333-4444-5555-666666666666", &world.path());
+    world.put_lock(&text);
+    let _ = locks(&world, &["release", "--dry-run", "--force", &id_of(&text)]);
+    assert!(history(&world).is_empty());
+    world.assert_locked();
+}
+
+/// A command that hangs, fails or is not there: the run ends as it would without it, and its reader is not held up.
+#[test]
+fn a_command_that_hangs_delays_nothing_and_one_that_fails_is_nobodys_business() {
+    let mut world = World::new(Lock::File, WAITS);
+    told_by(
+        &mut world,
+        "touch told.began; trap '' TERM INT HUP; while ! test -e told.go; do sleep 0.05; done; touch told.ended",
+    );
+    // Run::wait reads stdout and stderr to their ends: a command that held them would be waited for.
+    let end = killed(&world);
+    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    world.wait_for_file("told.began");
+    assert!(!world.exists("told.ended"));
+    world.write("told.go", "");
+    world.wait_for_file("told.ended");
+    for command in ["exit 7", "kill -9 $$"] {
+        let mut world = World::new(Lock::File, WAITS);
+        told_by(&mut world, command);
+        assert!(killed(&world).err.contains("released the lock"));
+    }
+    let mut world = World::new(Lock::File, WAITS);
+    world.set("TFW_ON_EVENT", "/nonexistent/command");
+    let end = killed(&world);
+    assert!(end.err.contains("released the lock") && !end.err.contains("nonexistent"), "{}", end.err);
+}
+
+#[test]
+fn the_file_is_for_its_owner_alone_and_bare_terraform_writes_none() {
+    let world = World::new(Lock::File, WAITS);
+    killed(&world);
+    let find = Run::start({
+        let mut find = world.command("find");
+        find.arg(world.directory.parent().unwrap()).args(["-name", "history.jsonl"]);
+        find
+    });
+    let found = find.wait();
+    let path = found.out.lines().next().unwrap_or_else(|| panic!("no history: {}", found.err));
+    assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o777, 0o600);
+    let bare = World::new(Lock::File, WAITS);
+    let run = bare.start_apply(Subject::Bare);
+    run.kill_terraform();
+    run.wait();
+    assert!(history(&bare).is_empty());
+}
