@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 .PHONY: help
 help: ## list what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
 build: ## a debug build: target/debug/tf
@@ -47,6 +47,11 @@ check: ## formatting, lints, documentation
 .PHONY: bench
 bench: release tools ## what tf costs, as paired differences against bare terraform
 	@$(TOOLS)/bin/python3 bench/bench.py
+
+.PHONY: bench-scan
+bench-scan: release tools ## what reading a table of 100,000 items costs, beside aws dynamodb scan
+	@$(TOOLS)/bin/python3 -m pip install --quiet --disable-pip-version-check awscli==1.46.3
+	@$(TOOLS)/bin/python3 bench/scan.py
 
 SEED ?= 1
 .PHONY: chaos

@@ -30,6 +30,8 @@ mod left_behind;
 mod locks_doctor;
 #[path = "real/locks_history.rs"]
 mod locks_history;
+#[path = "real/locks_list.rs"]
+mod locks_list;
 #[path = "real/locks_recover.rs"]
 mod locks_recover;
 #[path = "real/locks_release.rs"]

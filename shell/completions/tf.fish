@@ -35,7 +35,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcomm
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l profile -d 'The profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l endpoint-url -d 'The endpoint, for what is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l rate -d 'Use at most so many read capacity units a second (else a quarter of a provisioned table\'s, and no limit for a table that is paid for by request)' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l json -d 'One JSON object'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l json -d 'One JSON object, as docs/locks.schema.json describes it'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "list" -d 'Every lock of this directory\'s backend, of a table or of a bucket'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "show" -d 'One lock, and every piece of evidence for and against its holder being alive'
@@ -54,7 +54,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l profile -d 'The profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l endpoint-url -d 'The endpoint, for what is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l rate -d 'Use at most so many read capacity units a second (else a quarter of a provisioned table\'s, and no limit for a table that is paid for by request)' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l json -d 'One JSON object'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l json -d 'One JSON object, as docs/locks.schema.json describes it'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from show" -l chdir -d 'The working directory whose backend is meant, as terraform\'s own -chdir' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from show" -l table -d 'Look into this DynamoDB table, outside of any working directory' -r

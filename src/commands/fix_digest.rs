@@ -5,16 +5,16 @@
 //! condition that it is still the one that was shown. The lock stands in the journal before it is asked for, so that
 //! whatever kills us, `tf locks recover` or the next `tf` gives it back.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::Finding;
 use super::inventory::{self, State};
 use super::reach::{Directory, Reach, Target, Trouble, Where};
+use super::{Finding, agreement};
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::digest::{self, Comparison};
 use crate::lock::release::{Deleted, Failure};
@@ -65,7 +65,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
         if !yes && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said("nobody is there to ask: add --yes to record what it has".into()));
         }
-        if !yes && !ask() {
+        if !yes && !agreement::is_given("Record what the state has?") {
             report::say("it was left alone");
             return Ok(Finding::Failed);
         }
@@ -298,11 +298,4 @@ fn journal(
     };
     record.log.locks.push(lock);
     journal.begin(&record).ok()
-}
-
-fn ask() -> bool {
-    report::say("Record what the state has? Only \"yes\" is taken for one:");
-    let mut answer = String::new();
-    let read = std::io::stdin().lock().read_line(&mut answer);
-    read.is_ok() && answer.trim() == "yes"
 }

@@ -24,7 +24,7 @@ Exit codes: 0 nothing is stale, 2 something is (dead or likely dead), 1 it could
 pub(super) struct List {
     #[command(flatten)]
     place: Where,
-    /// One JSON object
+    /// One JSON object, as docs/locks.schema.json describes it
     #[arg(long)]
     json: bool,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 //! They end with 0 when there is nothing to worry about, with 2 when something is left that somebody must look at, and
 //! with 1 when they could not do what they were asked for.
 
+mod agreement;
 mod audit;
 mod choose;
 mod doctor;

@@ -3,7 +3,7 @@
 //! What is deleted is exactly what was shown, byte for byte. Evidence is judged again after a person's answer, right
 //! before the delete: a lock that was given back and taken anew meanwhile is another one, and is shown instead.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
@@ -13,7 +13,7 @@ use super::choose::choose;
 use super::found::{Entry, Found};
 use super::reach::{Reach, Trouble, Where};
 use super::staleness::Staleness;
-use super::{Finding, show};
+use super::{Finding, agreement, show};
 use crate::history::{self, By, Event, What};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
@@ -32,6 +32,9 @@ A lock whose holder is proven dead goes. One whose holder is likely dead goes wh
 or of which nothing is known, stays, unless you force it by its full ID.
 
 Exit codes: 0 it is gone, 2 it would go (--dry-run), 1 it stands.";
+
+/// The question.
+const LIKELY: &str = "its holder is likely dead, which is no proof. Release it?";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
@@ -108,7 +111,7 @@ impl Release {
                     Ok(Self::refuse(&lock))
                 }
                 Step::Delete => self.delete(&reach, &lock).await,
-                Step::Ask if ask() => self.delete(&reach, &lock).await,
+                Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
                 Step::Ask => {
                     report::say("it was left alone");
                     Ok(Finding::Failed)
@@ -244,14 +247,6 @@ enum Half {
 async fn read(reach: &Reach, spot: &Spot) -> Result<Option<crate::lock::stores::Standing>, Trouble> {
     let failed = |failure| Trouble::failed(failure, &visible(&spot.describe()), &reach.stores);
     reach.stores.read(spot).await.map_err(failed)
-}
-
-/// Asks the person at the terminal.
-fn ask() -> bool {
-    report::say("its holder is likely dead, which is no proof. Release it? Only \"yes\" is taken for one:");
-    let mut answer = String::new();
-    let read = std::io::stdin().lock().read_line(&mut answer);
-    read.is_ok() && answer.trim() == "yes"
 }
 
 #[cfg(test)]

@@ -1,0 +1,13 @@
+//! Asking the person at the terminal.
+
+use std::io::BufRead;
+
+use crate::report;
+
+/// Whether the person at the terminal answers `question` with the word yes. Nothing shorter is taken for one.
+pub(super) fn is_given(question: &str) -> bool {
+    report::say(&format!("{question} Only \"yes\" is taken for one:"));
+    let mut answer = String::new();
+    let read = std::io::stdin().lock().read_line(&mut answer);
+    read.is_ok() && answer.trim() == "yes"
+}

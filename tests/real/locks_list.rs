@@ -1,0 +1,240 @@
+//! `tf locks list`: what stands is shown as what it is, to people, to scripts and to programs.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::locks_release::locks;
+use crate::support::cloud::{cloud, tool};
+use crate::support::process::Run;
+use crate::support::terminal::Terminal;
+use crate::support::world::lock_json;
+use crate::support::{Ended, Lock, World};
+
+const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
+const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";
+
+fn of_anna(id: &str, path: &str) -> String {
+    let mut info: Value = serde_json::from_str(&lock_json(id, path)).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    info.to_string()
+}
+
+fn table<'a>(world: &'a World, more: &[&'a str]) -> Vec<&'a str> {
+    [&["list", "--table", world.table.as_str(), "--region", "us-east-1"], more].concat()
+}
+
+fn parsed(world: &World, end: &Ended) -> Value {
+    let read = serde_json::from_str(&end.out);
+    assert!(read.is_ok(), "{read:?} {}", world.story(end));
+    read.unwrap()
+}
+
+/// Checks JSON with a real validator against the schema in the repository.
+fn assert_fits_the_schema(world: &World, text: &str) {
+    let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/locks.schema.json");
+    world.write("shown.json", text);
+    let mut python = world.command(tool("python3"));
+    let script = "import sys, json, jsonschema\nschema = json.load(open(sys.argv[1]))\n\
+                  jsonschema.Draft202012Validator.check_schema(schema)\n\
+                  jsonschema.Draft202012Validator(schema).validate(json.load(open('shown.json')))";
+    python.args(["-c", script]).arg(schema);
+    let end = Run::start(python).wait();
+    assert_eq!(end.code(), Some(0), "{}\n{text}", end.err);
+}
+
+#[test]
+fn every_workspace_of_the_backend_is_listed_from_both_services() {
+    let world = World::new(Lock::Both, "true");
+    world.put_lock(&of_anna(A, &world.path()));
+    let green = format!("{}/env:/green/dir/prod.tfstate", world.bucket);
+    cloud().s3("PUT", &format!("{green}.tflock"), of_anna(B, &green).as_bytes());
+    let end = locks(&world, &["list", "--json"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_fits_the_schema(&world, &end.out);
+    let all = parsed(&world, &end);
+    let seen: Vec<_> = all["locks"].as_array().unwrap().iter().map(|lock| (&lock["id"], &lock["workspace"])).collect();
+    assert_eq!(seen, [(&json!(A), &json!("default")), (&json!(B), &json!("green"))], "{all}");
+    assert_eq!(all["locks"][0]["halves"].as_array().unwrap().len(), 2);
+    // A half alone is said as that.
+    assert!(!all["locks"][1]["notes"].as_array().unwrap().is_empty(), "{all}");
+    assert_eq!(all["locks"][0]["verdict"], "unknown");
+}
+
+#[test]
+fn two_ids_at_one_path_are_two_locks() {
+    let world = World::new(Lock::Both, "true");
+    cloud().put_item(&world.table, &world.path(), &of_anna(A, &world.path()));
+    cloud().s3("PUT", &format!("{}.tflock", world.path()), of_anna(B, &world.path()).as_bytes());
+    let end = locks(&world, &["list", "--json"]);
+    let all = parsed(&world, &end);
+    assert_fits_the_schema(&world, &end.out);
+    assert_eq!(all["locks"].as_array().unwrap().len(), 2, "{all}");
+    assert!(all["locks"].as_array().unwrap().iter().all(|lock| !lock["notes"].as_array().unwrap().is_empty()), "{all}");
+}
+
+/// Escape sequences, line ends, overrides of direction, and a Who of 300 kB, on a terminal of any width, in a pipe and as
+/// JSON.
+#[test]
+fn a_strangers_text_cannot_do_anything() {
+    let world = World::new(Lock::File, "true");
+    let mut info: Value = serde_json::from_str(&of_anna(A, &world.path())).unwrap();
+    info["Who"] = format!("\u{1b}]0;owned\u{7}\u{1b}[2J\n\r\u{202e}evil\u{9b}31m{}", "w".repeat(300_000)).into();
+    info["Operation"] = "a\nb\u{2067}".into();
+    world.put_lock(&info.to_string());
+    let is_plain =
+        |text: &str| text.chars().all(|character| matches!(character, '\n' | '…') || (' '..='~').contains(&character));
+    for words in [&["list"][..], &["list", "--json"], &["show"]] {
+        let end = locks(&world, words);
+        assert_eq!(end.code(), Some(0), "{words:?} {}", end.err);
+        assert!(
+            is_plain(&end.out),
+            "{words:?} {:?}",
+            end.out.chars().filter(|one| !is_plain(&one.to_string())).take(9).collect::<String>()
+        );
+    }
+    let all = parsed(&world, &locks(&world, &["list", "--json"]));
+    assert_eq!(all["locks"][0]["who"], info["Who"]);
+    // One lock is one line, and another one of our own is not counterfeited.
+    assert_eq!(locks(&world, &["list"]).out.lines().count(), 1);
+    for width in [40, 80, 132] {
+        let mut sized = world.command("sh");
+        sized.args(["-c", &format!("stty cols {width}; exec \"$0\" locks list")]).arg(world.bin().join("tf"));
+        let mut terminal = Terminal::start(sized);
+        terminal.wait();
+        let screen = terminal.screen();
+        assert!(
+            !screen.contains("\u{1b}]0;") && !screen.contains('\u{202e}') && !screen.contains('\u{9b}'),
+            "{screen:?}"
+        );
+        for line in screen.lines() {
+            let shown = console_width(line);
+            assert!(shown <= width, "{width}: {shown} {line:?}");
+        }
+    }
+}
+
+/// How wide a line is without its colours.
+fn console_width(line: &str) -> usize {
+    let mut width = 0;
+    let mut rest = line.trim_end_matches('\r').chars();
+    while let Some(character) = rest.next() {
+        if character == '\u{1b}' {
+            for character in rest.by_ref() {
+                if character.is_ascii_alphabetic() {
+                    break;
+                }
+            }
+        } else {
+            width += 1;
+        }
+    }
+    width
+}
+
+#[test]
+fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
+    let world = World::new(Lock::DynamoDb, "true");
+    let put = |item: Value| {
+        cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+    };
+    put(json!({ "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } }));
+    put(json!({ "LockID": { "S": "broken" }, "Info": { "S": "{\"ID\":" } }));
+    put(json!({ "LockID": { "S": "number" }, "Info": { "N": "7" } }));
+    put(json!({ "LockID": { "S": "without" } }));
+    put(json!({ "LockID": { "S": "foreign" }, "Colour": { "S": "green" } }));
+    put(json!({ "LockID": { "S": "a-md5" }, "Digest": { "S": "0" } }));
+    let end = locks(&world, &table(&world, &["--json"]));
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_fits_the_schema(&world, &end.out);
+    let all = parsed(&world, &end);
+    assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{all}");
+    let mut junk: Vec<_> =
+        all["unreadable"].as_array().unwrap().iter().map(|one| one["place"]["key"].as_str().unwrap()).collect();
+    junk.sort_unstable();
+    assert_eq!(junk, ["broken", "foreign", "number", "without"]);
+    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(6)));
+    // The same twice, and whoever stops reading is no error of ours.
+    let first = locks(&world, &table(&world, &[])).out;
+    assert_eq!(first.lines().count(), 5, "{first}");
+    let mut head = world.command("bash");
+    let tf = world.bin().join("tf");
+    let line = format!(
+        "'{}' locks list --table {} --region us-east-1 | head -n 1; echo ${{PIPESTATUS[0]}}",
+        tf.display(),
+        world.table
+    );
+    head.args(["-c", &line]);
+    let end = Run::start(head).wait();
+    assert!(end.err.is_empty(), "{}", end.err);
+}
+
+#[test]
+fn a_bucket_is_listed_below_a_prefix() {
+    let world = World::new(Lock::File, "true");
+    for (key, id) in [("prod/a.tfstate", A), ("test/b.tfstate", B)] {
+        let path = format!("{}/{key}", world.bucket);
+        cloud().s3("PUT", &format!("{path}.tflock"), of_anna(id, &path).as_bytes());
+        cloud().s3("PUT", &path, b"{}");
+    }
+    let words = [
+        "list",
+        "--bucket",
+        &world.bucket,
+        "--prefix",
+        "prod/",
+        "--region",
+        "us-east-1",
+        "--endpoint-url",
+        &url(),
+        "--json",
+    ];
+    let end = locks(&world, &words);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_fits_the_schema(&world, &end.out);
+    let all = parsed(&world, &end);
+    assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{all}");
+    assert_eq!(
+        all["locks"][0]["place"],
+        json!({ "kind": "s3", "bucket": world.bucket, "key": "prod/a.tfstate.tflock", "region": "us-east-1" })
+    );
+}
+
+fn url() -> String {
+    format!("http://127.0.0.1:{}", cloud().port)
+}
+
+/// Each is a sentence and what to do, and ends with 1.
+#[test]
+fn bad_input_is_a_sentence_and_a_next_step() {
+    let world = World::new(Lock::DynamoDb, "true");
+    let nobody = "http://127.0.0.1:9";
+    let empty = world.directory.join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let backends = [("local", "ends with"), ("cloud", "HCP Terraform"), ("http", "force-unlock")];
+    for (kind, _) in backends {
+        let data = world.directory.join(kind).join(".terraform");
+        std::fs::create_dir_all(&data).unwrap();
+        let cached = json!({ "version": 3, "backend": { "type": kind, "config": {}, "hash": 1 } });
+        std::fs::write(data.join("terraform.tfstate"), cached.to_string()).unwrap();
+    }
+    let no_table = ["list", "--table", "no-such-table", "--region", "us-east-1"];
+    let mut cases: Vec<(Vec<&str>, &str)> = vec![
+        (no_table.to_vec(), "is it the right one?"),
+        (vec!["list", "--table", "t", "--region", "us-east-1", "--endpoint-url", nobody], "if the network is well"),
+        (vec!["list", "--bucket", "no-such-bucket", "--region", "us-east-1", "--endpoint-url"], "is it the right one?"),
+        (vec!["--chdir", "empty"], "terraform init"),
+        (vec!["show", "nothing-like-it"], "nothing to release"),
+        (vec!["lits"], "list"),
+        (vec!["release", "--force", "5e75"], "full ID"),
+    ];
+    let here = url();
+    cases[2].0.push(&here);
+    cases.extend(backends.map(|(kind, expected)| (vec!["--chdir", kind], expected)));
+    for (words, expected) in cases {
+        let end = locks(&world, &words);
+        assert_eq!(end.code(), Some(1), "{words:?} {}", world.story(&end));
+        assert!(end.err.contains(expected) && end.out.is_empty(), "{words:?} {}", end.err);
+        assert!(!end.err.contains("panicked") && end.err.lines().count() < 12, "{words:?} {}", end.err);
+    }
+}
