@@ -1,12 +1,15 @@
 //! `tf locks list`: what stands is shown as what it is, to people, to scripts and to programs.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use super::given_back::through;
 use super::locks_release::locks;
 use crate::support::cloud::{cloud, tool};
 use crate::support::process::Run;
+use crate::support::proxy::Deed;
 use crate::support::terminal::Terminal;
 use crate::support::world::lock_json;
 use crate::support::{Ended, Lock, World};
@@ -236,5 +239,47 @@ fn bad_input_is_a_sentence_and_a_next_step() {
         assert_eq!(end.code(), Some(1), "{words:?} {}", world.story(&end));
         assert!(end.err.contains(expected) && end.out.is_empty(), "{words:?} {}", end.err);
         assert!(!end.err.contains("panicked") && end.err.lines().count() < 12, "{words:?} {}", end.err);
+    }
+}
+
+/// A scan must not take the capacity that terraform itself needs.
+#[test]
+fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
+    for provisioned in [true, false] {
+        let mut world = World::new(Lock::DynamoDb, "true");
+        cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+        let mut table_of_it = json!({
+            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
+            "AttributeDefinitions": [{ "AttributeName": "LockID", "AttributeType": "S" }],
+            "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],
+        });
+        if provisioned {
+            table_of_it["BillingMode"] = "PROVISIONED".into();
+            table_of_it["ProvisionedThroughput"] = json!({ "ReadCapacityUnits": 40, "WriteCapacityUnits": 5 });
+        }
+        cloud().dynamodb("CreateTable", &table_of_it);
+        // Of this user on this host, and older than its boot.
+        let mut info: Value = serde_json::from_str(&lock_json(A, "a")).unwrap();
+        info["Created"] = "2020-01-01T00:00:00Z".into();
+        cloud().put_item(&world.table, "a", &info.to_string());
+        let asked: Arc<Mutex<Vec<(String, Value)>>> = Arc::default();
+        let seen = Arc::clone(&asked);
+        let _proxy = through(&mut world, move |request| {
+            if let Some(target) = request.header("x-amz-target") {
+                let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
+                seen.lock().unwrap().push((operation, serde_json::from_slice(&request.body).unwrap_or_default()));
+            }
+            Deed::Pass
+        });
+        let end = locks(&world, &table(&world, &["--json"]));
+        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        let asked = asked.lock().unwrap();
+        assert_eq!(asked[0].0, "DescribeTable", "{asked:?}");
+        let scans: Vec<&Value> = asked.iter().filter(|one| one.0 == "Scan").map(|one| &one.1).collect();
+        let segments = if provisioned { 1 } else { 4 };
+        assert_eq!(scans.len(), segments, "{asked:?}");
+        assert!(scans.iter().all(|scan| scan["TotalSegments"] == segments && scan["ConsistentRead"] != true));
+        let again: Vec<&Value> = asked.iter().filter(|one| one.0 == "GetItem").map(|one| &one.1).collect();
+        assert!(again.len() == 1 && again[0]["ConsistentRead"] == true && again[0]["Key"]["LockID"]["S"] == "a");
     }
 }
