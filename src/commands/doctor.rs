@@ -202,7 +202,7 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
             &format!("its key is {}", visible(&described.keys.join(", "))),
             "terraform needs a table whose only key is LockID, a string: make another one, and name it in the backend block",
         ),
-        Ok(described) if described.replicas.len() > 1 => findings.note(
+        Ok(described) if !described.replicas.is_empty() => findings.note(
             &name,
             &format!("a global table ({}): its last writer wins, in each region", described.replicas.join(", ")),
             "a condition holds in one region alone: let every run use the same one",

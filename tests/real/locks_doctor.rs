@@ -200,3 +200,19 @@ fn without_a_backend_the_rest_is_looked_at_all_the_same() {
     assert_eq!(end.code(), Some(2), "{}", world.story(&end));
     assert!(end.out.contains("ok     terraform: ") && end.out.contains("WRONG  backend: "), "{}", end.out);
 }
+
+/// Of which the loopback services have none.
+#[test]
+fn a_global_table_is_named_as_that() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let described = json!({ "Table": {
+        "TableName": world.table, "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],
+        "Replicas": [{ "RegionName": "eu-west-1" }, { "RegionName": "us-east-1" }],
+    } });
+    let _proxy = through(&mut world, move |request| {
+        let asked = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DescribeTable"));
+        if asked { Deed::Answer(Message::answer("200 OK", &described.to_string())) } else { Deed::Pass }
+    });
+    let end = locks(&world, &["doctor"]);
+    assert!(end.out.contains("a global table (eu-west-1, us-east-1)"), "{}", world.story(&end));
+}
