@@ -1,7 +1,5 @@
 //! `tf locks doctor`: what would keep a release in this directory from working, tried before it is needed.
 
-use std::path::Path;
-
 use clap::Args;
 use jiff::Timestamp;
 
@@ -306,8 +304,11 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                 if locked {
                     findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
                 } else {
-                    let command =
-                        format!("type: tf locks doctor --fix-digest {}{}", quoted(&state.workspace), chdir(directory));
+                    let command = format!(
+                        "type: tf locks doctor --fix-digest {}{}",
+                        quoted(&state.workspace),
+                        elsewhere("--chdir ", directory)
+                    );
                     findings.wrong(&name, &text, &command);
                 }
             }
@@ -316,26 +317,24 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
     }
 }
 
-/// `--chdir`, where the directory is not the current one.
-fn chdir(directory: &Directory) -> String {
+/// `option` with the directory behind it, where that is not the current one.
+fn elsewhere(option: &str, directory: &Directory) -> String {
     match std::env::current_dir() {
         Ok(current) if current == directory.path => String::new(),
-        _ => format!(" --chdir {}", quoted(&directory.path.to_string_lossy())),
+        _ => format!(" {option}{}", quoted(&directory.path.to_string_lossy())),
     }
 }
 
 fn errored_state(findings: &mut Findings, directory: &Directory) {
-    let path = directory.path.join("errored.tfstate");
-    if !Path::new(&path).exists() {
+    if !directory.path.join("errored.tfstate").exists() {
         return findings.ok("errored.tfstate", "none");
     }
-    let option = match std::env::current_dir() {
-        Ok(current) if current == directory.path => String::new(),
-        _ => format!(" -chdir={}", quoted(&directory.path.to_string_lossy())),
-    };
     findings.wrong(
         "errored.tfstate",
         "it lies there: a state that terraform could not write",
-        &format!("before anybody works there, type: terraform{option} state push errored.tfstate"),
+        &format!(
+            "before anybody works there, type: terraform{} state push errored.tfstate",
+            elsewhere("-chdir=", directory)
+        ),
     );
 }

@@ -18,7 +18,7 @@ use super::{Finding, agreement};
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::digest::{self, Comparison};
 use crate::lock::release::{Deleted, Failure};
-use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
+use crate::lock::stores::{Spot, Standing, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::report::{self, length_of_time, visible};
 use crate::run::journal::{Entry, Journal, Record};
@@ -169,12 +169,10 @@ impl<'a> Work<'a> {
         done
     }
 
+    /// Where the halves of our lock stand, in the order in which terraform takes them: the object first.
     fn spots(&self, stores: &Stores) -> Vec<Spot> {
-        let table = self.state.table.as_deref().unwrap_or_default();
-        let object = stores.object(&self.state.bucket, &format!("{}{LOCK_FILE}", self.state.key));
-        // As terraform takes them: the object first.
-        let object = self.directory.lock_file.then_some(object);
-        object.into_iter().chain([stores.item(table, &self.state.path())]).collect()
+        let spots = self.state.spots(stores).into_iter().rev();
+        spots.filter(|spot| self.directory.lock_file || matches!(spot, Spot::DynamoDb { .. })).collect()
     }
 
     /// Takes both halves. False when one is somebody else's.

@@ -45,7 +45,7 @@ impl State {
     }
 
     /// Both places, DynamoDB first. A lock object is looked for whether or not this backend makes one: another's may.
-    fn spots(&self, stores: &Stores) -> Vec<Spot> {
+    pub(super) fn spots(&self, stores: &Stores) -> Vec<Spot> {
         let item = self.table.as_ref().map(|table| stores.item(table, &self.path()));
         let object = stores.object(&self.bucket, &format!("{}{LOCK_FILE}", self.key));
         item.into_iter().chain([object]).collect()

@@ -18,7 +18,7 @@ use crate::history::{self, By, Event, What};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::lock::release::Deleted;
-use crate::lock::stores::Spot;
+use crate::lock::stores::{Spot, Standing};
 use crate::report::{self, visible};
 use crate::terraform::lock_info::is_lock_id;
 
@@ -202,12 +202,7 @@ impl Release {
         Ok(Finding::Nothing)
     }
 
-    async fn delete_half(
-        &self,
-        reach: &Reach,
-        spot: &Spot,
-        shown: &crate::lock::stores::Standing,
-    ) -> Result<Half, Trouble> {
+    async fn delete_half(&self, reach: &Reach, spot: &Spot, shown: &Standing) -> Result<Half, Trouble> {
         // The SDK may send a delete twice, and then the second finds nothing: so what stands decides, not the answer.
         for _ in 0..5 {
             let failed = |failure| Trouble::failed(failure, &visible(&spot.describe()), &reach.stores);
@@ -244,7 +239,7 @@ enum Half {
     Anothers,
 }
 
-async fn read(reach: &Reach, spot: &Spot) -> Result<Option<crate::lock::stores::Standing>, Trouble> {
+async fn read(reach: &Reach, spot: &Spot) -> Result<Option<Standing>, Trouble> {
     let failed = |failure| Trouble::failed(failure, &visible(&spot.describe()), &reach.stores);
     reach.stores.read(spot).await.map_err(failed)
 }

@@ -219,6 +219,11 @@ impl Aftermath<'_> {
         }
     }
 
+    /// By what name terraform was run, without a directory.
+    fn program(&self) -> Cow<'_, str> {
+        Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy()
+    }
+
     /// `-chdir`, as it was given.
     fn directory(&self) -> Option<Cow<'_, str>> {
         self.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
@@ -228,14 +233,12 @@ impl Aftermath<'_> {
     fn name_errored_state(&self) {
         let directory = self.invocation.command_line.working_directory(self.current);
         if let Some(path) = errored_state(&directory, self.started) {
-            let name = Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy();
-            report::say(&report::errored_state(&path, &name, self.directory().as_deref()));
+            report::say(&report::errored_state(&path, &self.program(), self.directory().as_deref()));
         }
     }
 
     fn unlock_command(&self) -> String {
-        let name = Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy();
-        report::unlock_command(&name, self.directory().as_deref())
+        report::unlock_command(&self.program(), self.directory().as_deref())
     }
 }
 
