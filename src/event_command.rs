@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::another_tf;
 use crate::run::poll;
 use crate::sys::detached;
 use crate::trace::trace;
@@ -41,8 +42,8 @@ fn named() -> Option<OsString> {
 }
 
 fn between(line: &str) -> std::io::Result<()> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["locks", WORD]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    let mut command = another_tf::locks(&[WORD])?;
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     #[expect(clippy::disallowed_methods, reason = "it is no terraform, and ends at once")]
     let mut child = command.spawn()?;
     // Shorter than a pipe is long, so that this does not wait for a reader.

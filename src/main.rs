@@ -3,6 +3,7 @@
 //!
 //! The whole story is in [`main`]; ARCHITECTURE.md has the map.
 
+mod another_tf;
 mod commands;
 mod crash_point;
 mod event_command;

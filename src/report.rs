@@ -125,11 +125,30 @@ pub(crate) fn unfit_digest(unfit: &Comparison, directory: Option<&str>) -> Strin
 
 /// A state that terraform could not write, and put beside the configuration.
 pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Option<&str>) -> String {
-    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
     format!(
-        "{} lies there: terraform could not write its state, which is newer than the one in the backend\n\
-         before anybody works there again, type: {program}{directory} state push errored.tfstate",
-        visible(&path.display().to_string())
+        "{} lies there: {ERRORED_STATE}\n{}",
+        visible(&path.display().to_string()),
+        push_errored_state(program, directory)
+    )
+}
+
+/// What an `errored.tfstate` is (terraform's internal/command: the local backend writes it).
+pub(crate) const ERRORED_STATE: &str =
+    "terraform could not write its state, which is newer than the one in the backend";
+
+/// What mends it.
+pub(crate) fn push_errored_state(program: &str, directory: Option<&str>) -> String {
+    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
+    format!("before anybody works there again, type: {program}{directory} state push errored.tfstate")
+}
+
+/// Why a lock in a global table stands.
+pub(crate) fn global_table(table: &str, replicas: &[String]) -> String {
+    format!(
+        "DynamoDB table {} is a global table ({}), where a delete can undo what another region has just locked; set \
+         TFW_RELEASE=auto if every run uses the same region",
+        visible(table),
+        visible(&replicas.join(", "))
     )
 }
 

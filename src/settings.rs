@@ -61,6 +61,11 @@ impl Settings {
     }
 }
 
+/// Whether `TFW_RELEASE` says `auto` by name: then also a lock in a global table goes.
+pub(crate) fn release_is_asked_for() -> bool {
+    std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "auto")
+}
+
 /// A length of time as people write it: a whole number with `ms`, `s`, `m`, `h` or `d` behind it, or of seconds.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());

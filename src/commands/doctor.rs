@@ -200,10 +200,11 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
             &format!("its key is {}", visible(&described.keys.join(", "))),
             "terraform needs a table whose only key is LockID, a string: make another one, and name it in the backend block",
         ),
-        Ok(described) if !described.replicas.is_empty() => findings.note(
+        Ok(described) if described.last_writer_wins() => findings.note(
             &name,
             &format!("a global table ({}): its last writer wins, in each region", described.replicas.join(", ")),
-            "a condition holds in one region alone: let every run use the same one",
+            "a condition holds in one region alone, and so tf only names locks here; if every run uses the same region, \
+             set TFW_RELEASE=auto",
         ),
         Ok(_) => findings.ok(&name, "its key is LockID"),
         Err(failure) if failure.to_string().contains("AccessDenied") => {
@@ -319,10 +320,13 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
 
 /// `option` with the directory behind it, where that is not the current one.
 fn elsewhere(option: &str, directory: &Directory) -> String {
-    match std::env::current_dir() {
-        Ok(current) if current == directory.path => String::new(),
-        _ => format!(" {option}{}", quoted(&directory.path.to_string_lossy())),
-    }
+    other(directory).map_or_else(String::new, |other| format!(" {option}{}", quoted(&other)))
+}
+
+/// The directory, where that is not the current one.
+fn other(directory: &Directory) -> Option<String> {
+    let current = std::env::current_dir().is_ok_and(|current| current == directory.path);
+    (!current).then(|| directory.path.to_string_lossy().into_owned())
 }
 
 fn errored_state(findings: &mut Findings, directory: &Directory) {
@@ -331,10 +335,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     }
     findings.wrong(
         "errored.tfstate",
-        "it lies there: a state that terraform could not write",
-        &format!(
-            "before anybody works there, type: terraform{} state push errored.tfstate",
-            elsewhere("-chdir=", directory)
-        ),
+        &format!("it lies there: {}", report::ERRORED_STATE),
+        &report::push_errored_state("terraform", other(directory).as_deref()),
     );
 }

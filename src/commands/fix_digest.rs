@@ -17,8 +17,8 @@ use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::digest::{self, Comparison};
-use crate::lock::release::{Deleted, Failure};
-use crate::lock::stores::{Spot, Standing, Stores};
+use crate::lock::release::Failure;
+use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::report::{self, length_of_time, visible};
 use crate::run::journal::{Entry, Journal, Record};
@@ -265,10 +265,7 @@ impl<'a> Work<'a> {
         if standing.text() != self.text {
             return Ok(true);
         }
-        Ok(match stores.delete(spot, &standing).await? {
-            Deleted::Yes => true,
-            Deleted::Changed => stores.read(spot).await?.as_ref().map(Standing::text) != Some(&self.text),
-        })
+        Ok(stores.remove(spot, &standing).await? != Removed::Refused)
     }
 }
 

@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::Finding;
 use super::reach::Trouble;
+use crate::another_tf;
 use crate::report;
 use crate::run::recovery;
 use crate::sys::signals::Signals;
@@ -51,8 +52,9 @@ impl Recover {
 /// We could not be started once more.
 pub(super) fn in_a_process(run: &str, reason: Option<&str>) -> Result<(), Trouble> {
     let failed = |error: std::io::Error| Trouble::Said(format!("tf could not be started once more: {error}"));
-    let mut command = std::process::Command::new(std::env::current_exe().map_err(failed)?);
-    command.args(["locks", "recover", "--run", run]);
+    let mut command = another_tf::locks(&["recover", "--run", run]).map_err(failed)?;
+    // Who types `release` has asked for it.
+    command.env("TFW_RELEASE", "auto");
     if let Some(reason) = reason {
         command.arg(format!("--reason={reason}"));
     }

@@ -4,7 +4,6 @@
 //! before the delete: a lock that was given back and taken anew meanwhile is another one, and is shown instead.
 
 use std::io::IsTerminal;
-use std::time::Duration;
 
 use clap::Args;
 use jiff::Timestamp;
@@ -17,8 +16,7 @@ use super::{Finding, agreement, show};
 use crate::history::{self, By, Event, What};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
-use crate::lock::release::Deleted;
-use crate::lock::stores::{Spot, Standing};
+use crate::lock::stores::{Removed, Spot, Standing};
 use crate::report::{self, visible};
 use crate::terraform::lock_info::is_lock_id;
 
@@ -188,9 +186,16 @@ impl Release {
         }
         let mut gone = true;
         for (spot, shown) in &lock.halves {
-            match self.delete_half(reach, spot, shown).await? {
-                Half::Gone => {}
-                Half::Anothers => gone = false,
+            let place = visible(&spot.describe());
+            match reach.stores.remove(spot, shown).await {
+                Ok(Removed::Gone) => {}
+                Ok(Removed::Anothers) => gone = false,
+                Ok(Removed::Refused) => {
+                    return Err(Trouble::Said(format!(
+                        "{place} refuses to delete what stands there, though it has not changed\nlook at it by hand"
+                    )));
+                }
+                Err(failure) => return Err(Trouble::failed(failure, &place, &reach.stores)),
             }
         }
         if !gone {
@@ -200,25 +205,6 @@ impl Release {
         self.remember(if agreed { What::Released } else { What::Forced }, lock);
         report::print(&format!("released the lock {}", visible(&lock.info.id)));
         Ok(Finding::Nothing)
-    }
-
-    async fn delete_half(&self, reach: &Reach, spot: &Spot, shown: &Standing) -> Result<Half, Trouble> {
-        // The SDK may send a delete twice, and then the second finds nothing: so what stands decides, not the answer.
-        for _ in 0..5 {
-            let failed = |failure| Trouble::failed(failure, &visible(&spot.describe()), &reach.stores);
-            match reach.stores.delete(spot, shown).await.map_err(failed)? {
-                Deleted::Yes => return Ok(Half::Gone),
-                Deleted::Changed => match read(reach, spot).await? {
-                    None => return Ok(Half::Gone),
-                    Some(now) if now == *shown => tokio::time::sleep(Duration::from_millis(50)).await,
-                    Some(_) => return Ok(Half::Anothers),
-                },
-            }
-        }
-        Err(Trouble::Said(format!(
-            "{} refuses to delete what stands there, though it has not changed\nlook at it by hand",
-            visible(&spot.describe())
-        )))
     }
 
     /// Another lock stands there by now.
@@ -231,12 +217,6 @@ impl Release {
         }
         Ok(Finding::Failed)
     }
-}
-
-/// What became of one half.
-enum Half {
-    Gone,
-    Anothers,
 }
 
 async fn read(reach: &Reach, spot: &Spot) -> Result<Option<Standing>, Trouble> {

@@ -445,7 +445,13 @@ mod tests {
     use super::*;
 
     fn table(read_capacity: Option<i64>) -> dynamodb::Description {
-        dynamodb::Description { keys: vec!["LockID".into()], read_capacity, items: None, replicas: Vec::new() }
+        dynamodb::Description {
+            keys: vec!["LockID".into()],
+            read_capacity,
+            items: None,
+            replicas: Vec::new(),
+            strong: false,
+        }
     }
 
     #[test]

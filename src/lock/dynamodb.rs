@@ -4,7 +4,7 @@
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{DisplayErrorContext, SdkError};
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency};
 
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
@@ -65,6 +65,16 @@ pub(crate) struct Description {
     pub(crate) items: Option<i64>,
     /// The regions that it is replicated to.
     pub(crate) replicas: Vec<String>,
+    /// Its replicas agree before a write is answered (a global table with multi-region strong consistency).
+    pub(crate) strong: bool,
+}
+
+impl Description {
+    /// Whether a condition holds in the region that is asked, and nowhere else: of two writes in two regions the later
+    /// stays, whatever each of them found.
+    pub(crate) fn last_writer_wins(&self) -> bool {
+        !self.replicas.is_empty() && !self.strong
+    }
 }
 
 /// Describes a table.
@@ -86,6 +96,7 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
         replicas: table
             .map(|table| table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect())
             .unwrap_or_default(),
+        strong: table.and_then(|table| table.multi_region_consistency()) == Some(&MultiRegionConsistency::Strong),
     })
 }
 

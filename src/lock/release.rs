@@ -19,6 +19,7 @@ use super::stores::{Spot, Standing, Stores};
 use super::{aws, digest, dynamodb, s3};
 use crate::crash_point;
 use crate::report;
+use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
@@ -198,6 +199,7 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
         created: None,
         deleted: false,
         write: None,
+        agreed: release_is_asked_for(),
     };
     loop {
         match attempt.go().await {
@@ -256,6 +258,8 @@ struct Attempt<'a> {
     /// A half is known to be gone by us.
     deleted: bool,
     write: Option<Write>,
+    /// A delete here holds everywhere, or was asked for by name.
+    agreed: bool,
 }
 
 impl Attempt<'_> {
@@ -288,7 +292,8 @@ impl Attempt<'_> {
                         missing = true;
                         anothers = Some(id);
                     }
-                    Ok(Judged::Doubt(reason)) => kept = Some(reason),
+                    Ok(Judged::Doubt(reason)) => kept = Some(Outcome::kept(reason)),
+                    Ok(Judged::Unasked(reason)) => kept = Some(Outcome::later(reason)),
                     Err(failure) => failed = Some(failure),
                 }
             }
@@ -301,12 +306,27 @@ impl Attempt<'_> {
         }
         match (failed, kept) {
             (Some(failure), _) => Err(failure),
-            (None, Some(reason)) => Ok(Outcome::kept(reason)),
+            (None, Some(kept)) => Ok(kept),
             (None, None) if self.deleted => {
                 let unfit = unfit_digest(&services).await;
                 Ok(Outcome::Released(Released { created: self.created, write: self.write, unfit }))
             }
             (None, None) => Ok(Outcome::Absent { anothers }),
+        }
+    }
+
+    /// Why nothing of this lock is deleted unasked: its table is a global one. A delete on condition is right in the
+    /// region that we ask, and can still undo the lock that somebody took in another one a moment ago. Asked only where
+    /// something of ours stands; who may not ask has a table as nearly all of them are.
+    async fn replicated(&mut self, services: &Services<'_>) -> Result<Option<String>, Failure> {
+        let (false, Some(table)) = (self.agreed, &self.place.table) else { return Ok(None) };
+        match dynamodb::describe(&services.stores.dynamodb, table).await {
+            Ok(described) if described.last_writer_wins() => Ok(Some(report::global_table(table, &described.replicas))),
+            Err(failure) if !failure.refused => Err(failure),
+            Ok(_) | Err(_) => {
+                self.agreed = true;
+                Ok(None)
+            }
         }
     }
 
@@ -324,6 +344,9 @@ impl Attempt<'_> {
                 Verdict::Anothers => return Ok(Judged::Anothers(info.id)),
                 Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
                 Verdict::Ours => {}
+            }
+            if let Some(reason) = self.replicated(services).await? {
+                return Ok(Judged::Unasked(reason));
             }
             self.asked_to_go.push(half.clone());
             self.created = info.created();
@@ -351,6 +374,8 @@ enum Judged {
     Deleted,
     Anothers(String),
     Doubt(&'static str),
+    /// It is ours, and goes only where that is asked for.
+    Unasked(String),
 }
 
 /// The state and its digest, if they do not fit, and nobody is writing them at this moment. What cannot be read is not

@@ -1,5 +1,7 @@
 //! The two services that locks stand in, as one backend reaches them; what stands there, read and deleted.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::release::{Deleted, Failure};
@@ -77,6 +79,17 @@ impl Standing {
     }
 }
 
+/// What became of what was to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Removed {
+    /// It stands no more.
+    Gone,
+    /// Something else stands there.
+    Anothers,
+    /// It stands unchanged, and the service will not delete it.
+    Refused,
+}
+
 /// The services, as a backend block and this environment reach them.
 #[derive(Clone, Debug)]
 pub(crate) struct Stores {
@@ -138,5 +151,24 @@ impl Stores {
             // What was read in one service is not in the other.
             (Spot::DynamoDb { .. }, Standing::Object(_)) | (Spot::S3 { .. }, Standing::Item(_)) => Ok(Deleted::Changed),
         }
+    }
+
+    /// Deletes exactly what was read, and looks what became of it. The SDK may send a delete twice, and then the second
+    /// finds nothing: so what stands decides, not the answer.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub(crate) async fn remove(&self, spot: &Spot, standing: &Standing) -> Result<Removed, Failure> {
+        for _ in 0..5 {
+            if self.delete(spot, standing).await? == Deleted::Yes {
+                return Ok(Removed::Gone);
+            }
+            match self.read(spot).await? {
+                None => return Ok(Removed::Gone),
+                Some(now) if now == *standing => tokio::time::sleep(Duration::from_millis(50)).await,
+                Some(_) => return Ok(Removed::Anothers),
+            }
+        }
+        Ok(Removed::Refused)
     }
 }

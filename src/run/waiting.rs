@@ -5,7 +5,7 @@
 //! is asked for that one run. We are its parent and keep it apart from terraform's tree.
 
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
@@ -15,6 +15,7 @@ use super::places::Places;
 use super::recovery;
 use super::state_directory::StateDirectory;
 use super::tree::Tree;
+use crate::another_tf;
 use crate::report;
 use crate::terraform::log::Log;
 use crate::trace::trace;
@@ -97,9 +98,8 @@ pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
 /// # Errors
 /// It cannot be started.
 pub(crate) fn start(name: &str) -> std::io::Result<Child> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["locks", "recover", "--say", "--run", name]).stdin(Stdio::null()).stdout(Stdio::null());
-    command.process_group(0);
+    let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
+    command.stdout(Stdio::null()).process_group(0);
     #[expect(
         clippy::disallowed_methods,
         reason = "it is no terraform; nothing of it must be in order but what is above"

@@ -9,7 +9,7 @@ use super::locks_release::locks;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::Deed;
+use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::id_of;
 use crate::support::{Lock, Subject, World};
 
@@ -202,17 +202,22 @@ fn without_a_backend_the_rest_is_looked_at_all_the_same() {
 }
 
 /// Of which the loopback services have none.
-#[test]
-fn a_global_table_is_named_as_that() {
-    let mut world = World::new(Lock::DynamoDb, "true");
+pub fn as_a_global_table(world: &mut World, consistency: &str) -> Proxy {
     let described = json!({ "Table": {
         "TableName": world.table, "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],
         "Replicas": [{ "RegionName": "eu-west-1" }, { "RegionName": "us-east-1" }],
+        "MultiRegionConsistency": consistency,
     } });
-    let _proxy = through(&mut world, move |request| {
+    through(world, move |request| {
         let asked = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DescribeTable"));
         if asked { Deed::Answer(Message::answer("200 OK", &described.to_string())) } else { Deed::Pass }
-    });
+    })
+}
+
+#[test]
+fn a_global_table_is_named_as_that() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let _proxy = as_a_global_table(&mut world, "EVENTUAL");
     let end = locks(&world, &["doctor"]);
     assert!(end.out.contains("a global table (eu-west-1, us-east-1)"), "{}", world.story(&end));
 }

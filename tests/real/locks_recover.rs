@@ -2,7 +2,9 @@
 
 use nix::sys::signal::{Signal, kill};
 
-use super::survived::{assert_nothing_left, edit, killed_whole, records};
+use super::locks_doctor::as_a_global_table;
+use super::locks_release::locks;
+use super::survived::{assert_nothing_left, edit, kill_whole, killed_whole, records};
 use crate::support::household::wait_until_all_is_gone;
 use crate::support::process::Run;
 use crate::support::world::WAITS;
@@ -29,6 +31,46 @@ fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do() {
         let end = recover(&world, &[]);
         assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""));
     }
+}
+
+/// There a condition holds in one region, and a delete can undo what another region has locked a moment ago.
+#[test]
+fn a_lock_in_a_global_table_goes_only_where_that_is_asked_for() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut world = World::new(lock, WAITS);
+        let _proxy = as_a_global_table(&mut world, "EVENTUAL");
+        kill_whole(&world);
+        let end = recover(&world, &[]);
+        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        assert!(end.out.contains("is a global table (eu-west-1, us-east-1)"), "{}", world.story(&end));
+        world.assert_locked();
+        world.set("TFW_RELEASE", "auto");
+        let end = recover(&world, &[]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        world.assert_unlocked();
+        assert_nothing_left(&world);
+    }
+}
+
+#[test]
+fn whoever_types_release_has_asked_for_it_in_a_global_table_too() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let _proxy = as_a_global_table(&mut world, "EVENTUAL");
+    kill_whole(&world);
+    let end = locks(&world, &["release"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// Its regions agree before they answer, and a condition holds in all of them.
+#[test]
+fn a_global_table_whose_regions_agree_is_one_as_any_other() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let _proxy = as_a_global_table(&mut world, "STRONG");
+    kill_whole(&world);
+    let end = recover(&world, &[]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 #[test]

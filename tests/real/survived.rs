@@ -84,7 +84,7 @@ pub fn killed_whole(lock: Lock) -> World {
     world
 }
 
-fn kill_whole(world: &World) {
+pub fn kill_whole(world: &World) {
     let run = world.start_apply(Subject::Tf);
     world.assert_locked();
     let id = id_of(&world.locks()[0]);
