@@ -315,25 +315,15 @@ impl Attempt<'_> {
         }
     }
 
-    /// Why nothing of this lock is deleted unasked: its table is a global one. A delete on condition is right in the
-    /// region that we ask, and can still undo the lock that somebody took in another one a moment ago. Asked only where
-    /// something of ours stands; who may not ask has a table as nearly all of them are.
-    async fn replicated(&mut self, services: &Services<'_>) -> Result<Option<String>, Failure> {
-        let (false, Some(table)) = (self.agreed, &self.place.table) else { return Ok(None) };
-        match dynamodb::describe(&services.stores.dynamodb, table).await {
-            Ok(described) if described.last_writer_wins() => Ok(Some(report::global_table(table, &described.replicas))),
-            Err(failure) if !failure.refused => Err(failure),
-            Ok(_) | Err(_) => {
-                self.agreed = true;
-                Ok(None)
-            }
-        }
-    }
-
     /// Reads one half, judges it and deletes it, until one of the three has settled it.
     async fn half(&mut self, services: &Services<'_>, half: &Spot) -> Result<Judged, Failure> {
         loop {
-            let Some(standing) = services.stores.read(half).await? else {
+            // At the same time: a slow service is paid for once.
+            let agreed = self.agreed;
+            let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
+            let (standing, global) = tokio::join!(services.stores.read(half), is_global);
+            self.agreed |= global == Ok(None);
+            let Some(standing) = standing? else {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
                 return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
             };
@@ -345,7 +335,7 @@ impl Attempt<'_> {
                 Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
                 Verdict::Ours => {}
             }
-            if let Some(reason) = self.replicated(services).await? {
+            if let Some(reason) = global? {
                 return Ok(Judged::Unasked(reason));
             }
             self.asked_to_go.push(half.clone());
@@ -365,6 +355,18 @@ impl Attempt<'_> {
                 }
             }
         }
+    }
+}
+
+/// Why nothing of a lock is deleted unasked: its table is a global one. A delete on condition is right in the region that
+/// we ask, and can still undo the lock that somebody took in another one a moment ago. Who may not ask has a table as
+/// nearly all of them are.
+async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
+    let Some(table) = &services.place.table else { return Ok(None) };
+    match dynamodb::describe(&services.stores.dynamodb, table).await {
+        Ok(described) if described.last_writer_wins() => Ok(Some(report::global_table(table, &described.replicas))),
+        Err(failure) if !failure.refused => Err(failure),
+        Ok(_) | Err(_) => Ok(None),
     }
 }
 
