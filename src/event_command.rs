@@ -21,7 +21,7 @@ use crate::trace::trace;
 /// The variable.
 const ON_EVENT: &str = "TFW_ON_EVENT";
 
-/// The hidden command that stands between.
+/// The word behind `tf locks` that makes a `tf` stand between. No command that people know.
 pub(crate) const WORD: &str = "tell-event";
 
 /// So long it may take.

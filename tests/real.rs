@@ -15,6 +15,8 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "real/completions.rs"]
+mod completions;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;

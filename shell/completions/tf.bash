@@ -49,9 +49,6 @@ _tf() {
             tf__subcmd__help__subcmd__locks,show)
                 cmd="tf__subcmd__help__subcmd__locks__subcmd__show"
                 ;;
-            tf__subcmd__help__subcmd__locks,tell-event)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__tell__subcmd__event"
-                ;;
             tf__subcmd__locks,audit)
                 cmd="tf__subcmd__locks__subcmd__audit"
                 ;;
@@ -76,9 +73,6 @@ _tf() {
             tf__subcmd__locks,show)
                 cmd="tf__subcmd__locks__subcmd__show"
                 ;;
-            tf__subcmd__locks,tell-event)
-                cmd="tf__subcmd__locks__subcmd__tell__subcmd__event"
-                ;;
             tf__subcmd__locks__subcmd__help,audit)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__audit"
                 ;;
@@ -102,9 +96,6 @@ _tf() {
                 ;;
             tf__subcmd__locks__subcmd__help,show)
                 cmd="tf__subcmd__locks__subcmd__help__subcmd__show"
-                ;;
-            tf__subcmd__locks__subcmd__help,tell-event)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__tell__subcmd__event"
                 ;;
             *)
                 ;;
@@ -155,7 +146,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__help__subcmd__locks)
-            opts="list show release audit doctor history tell-event recover"
+            opts="list show release audit doctor history recover"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -266,22 +257,8 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        tf__subcmd__help__subcmd__locks__subcmd__tell__subcmd__event)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         tf__subcmd__locks)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor history tell-event recover help"
+            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor history recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -399,7 +376,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__help)
-            opts="list show release audit doctor history tell-event recover help"
+            opts="list show release audit doctor history recover help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -511,20 +488,6 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__help__subcmd__show)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__tell__subcmd__event)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -705,20 +668,6 @@ _tf() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__tell__subcmd__event)
-            opts="-h --help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;

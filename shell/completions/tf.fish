@@ -27,25 +27,24 @@ end
 complete -c tf -n "__fish_tf_needs_command" -s h -l help -d 'Print help'
 complete -c tf -n "__fish_tf_needs_command" -f -a "locks" -d 'See who holds terraform\'s state locks, whether that holder lives, and release what is proven dead'
 complete -c tf -n "__fish_tf_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l chdir -d 'The working directory whose backend is meant, as terraform\'s own -chdir' -r -F
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l table -d 'Look into this DynamoDB table, outside of any working directory' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l bucket -d 'Look at the .tflock objects of this bucket, outside of any working directory' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l prefix -d 'Only objects whose key begins so' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l region -d 'The region of the table or bucket (else as the AWS CLI finds it)' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l profile -d 'The profile to use' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l endpoint-url -d 'The endpoint, for what is not AWS itself' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l rate -d 'Use at most so many read capacity units a second (else a quarter of a provisioned table\'s, and no limit for a table that is paid for by request)' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -l json -d 'One JSON object, as docs/locks.schema.json describes it'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "list" -d 'Every lock of this directory\'s backend, of a table or of a bucket'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "show" -d 'One lock, and every piece of evidence for and against its holder being alive'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "release" -d 'Release a lock whose holder is proven dead; ask if it is likely dead; refuse if it is alive'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "audit" -d 'For a schedule: count what stands, and end with 2 if something is stale'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "doctor" -d 'Try everything that a release in this directory needs; mend a digest'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "history" -d 'What was released, forced and refused'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "tell-event" -d 'Starts the command of `TFW_ON_EVENT`'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "recover" -d 'Finish what dead runs on this host have left: give their locks back, a line for each'
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history tell-event recover help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l chdir -d 'The working directory whose backend is meant, as terraform\'s own -chdir' -r -F
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l table -d 'Look into this DynamoDB table, outside of any working directory' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l bucket -d 'Look at the .tflock objects of this bucket, outside of any working directory' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l prefix -d 'Only objects whose key begins so' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l region -d 'The region of the table or bucket (else as the AWS CLI finds it)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l profile -d 'The profile to use' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l endpoint-url -d 'The endpoint, for what is not AWS itself' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l rate -d 'Use at most so many read capacity units a second (else a quarter of a provisioned table\'s, and no limit for a table that is paid for by request)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -l json -d 'One JSON object, as docs/locks.schema.json describes it'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "list" -d 'Every lock of this directory\'s backend, of a table or of a bucket'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "show" -d 'One lock, and every piece of evidence for and against its holder being alive'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "release" -d 'Release a lock whose holder is proven dead; ask if it is likely dead; refuse if it is alive'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "audit" -d 'For a schedule: count what stands, and end with 2 if something is stale'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "doctor" -d 'Try everything that a release in this directory needs; mend a digest'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "history" -d 'What was released, forced and refused'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "recover" -d 'Finish what dead runs on this host have left: give their locks back, a line for each'
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l chdir -d 'The working directory whose backend is meant, as terraform\'s own -chdir' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l table -d 'Look into this DynamoDB table, outside of any working directory' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l bucket -d 'Look at the .tflock objects of this bucket, outside of any working directory' -r
@@ -96,7 +95,6 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -s h -l help -d 'Print help'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l json -d 'One JSON object: its `events` are the lines of the file, the oldest first'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -s h -l help -d 'Print help'
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from tell-event" -s h -l help -d 'Print help'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l run -d 'Only this run of the journal' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l reason -d 'Why, for the history' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l dry-run -d 'Only say what would be finished'
@@ -108,7 +106,6 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "audit" -d 'For a schedule: count what stands, and end with 2 if something is stale'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "doctor" -d 'Try everything that a release in this directory needs; mend a digest'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "history" -d 'What was released, forced and refused'
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "tell-event" -d 'Starts the command of `TFW_ON_EVENT`'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "recover" -d 'Finish what dead runs on this host have left: give their locks back, a line for each'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c tf -n "__fish_tf_using_subcommand help; and not __fish_seen_subcommand_from locks help" -f -a "locks" -d 'See who holds terraform\'s state locks, whether that holder lives, and release what is proven dead'
@@ -119,5 +116,4 @@ complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_f
 complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_from locks" -f -a "audit" -d 'For a schedule: count what stands, and end with 2 if something is stale'
 complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_from locks" -f -a "doctor" -d 'Try everything that a release in this directory needs; mend a digest'
 complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_from locks" -f -a "history" -d 'What was released, forced and refused'
-complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_from locks" -f -a "tell-event" -d 'Starts the command of `TFW_ON_EVENT`'
 complete -c tf -n "__fish_tf_using_subcommand help; and __fish_seen_subcommand_from locks" -f -a "recover" -d 'Finish what dead runs on this host have left: give their locks back, a line for each'

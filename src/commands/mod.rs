@@ -26,9 +26,9 @@ use std::os::unix::ffi::OsStrExt;
 use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
-use crate::report;
 use crate::run::outcome;
 use crate::sys::wait::Ended;
+use crate::{event_command, report};
 use reach::Trouble;
 
 /// What a command found.
@@ -89,9 +89,6 @@ enum Command {
     /// What was released, forced and refused
     #[command(after_help = history::EXAMPLES)]
     History(history::History),
-    /// Starts the command of `TFW_ON_EVENT`
-    #[command(name = crate::event_command::WORD, hide = true)]
-    TellEvent,
     /// Finish what dead runs on this host have left: give their locks back, a line for each
     ///
     /// A run that somebody takes care of at this moment is waited for. Nothing to do is silent. Ends with 0, or with 2
@@ -118,6 +115,11 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
 
 /// Runs `tf locks`, with the words behind that. Gives the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
+    // For ourselves alone: what clap knows is offered to people by help, completions and did-you-mean.
+    if words == [event_command::WORD] {
+        event_command::stand_between();
+        return Finding::Nothing.code();
+    }
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
         Ok(Locks { command, list }) => match command.unwrap_or(Command::List(list)) {
@@ -128,10 +130,6 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Recover(recover) => recover.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::History(history) => history.run(),
-            Command::TellEvent => {
-                crate::event_command::stand_between();
-                Ok(Finding::Nothing)
-            }
         },
         Err(error) if error.use_stderr() => {
             report::say(error.render().to_string().trim_end());
@@ -223,7 +221,7 @@ mod tests {
     fn the_definitions_are_sound_and_every_command_has_examples() {
         let command = Locks::command();
         command.clone().debug_assert();
-        for subcommand in command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()) {
+        for subcommand in command.get_subcommands() {
             let help = subcommand.clone().render_long_help().to_string();
             assert!(help.contains("Examples:") && help.contains("xit codes:"), "{}", subcommand.get_name());
         }
