@@ -3,7 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
-use super::given_back::through;
+use super::given_back::{is_dynamodb, through};
 use super::left_behind::writes_digest;
 use super::locks_release::locks;
 use crate::support::cloud::cloud;
@@ -69,28 +69,60 @@ fn what_it_tries_leaves_a_standing_lock_alone() {
 
 #[test]
 fn each_permission_that_is_missing_is_named() {
-    for (operation, name) in [("DeleteItem", "dynamodb:DeleteItem"), ("GetItem", "dynamodb:GetItem")] {
+    type Asked = fn(&Message) -> bool;
+    let cases: [(&str, Asked); 5] = [
+        ("dynamodb:DeleteItem", |request| is_dynamodb(request, ".DeleteItem")),
+        ("dynamodb:GetItem", |request| is_dynamodb(request, ".GetItem")),
+        ("s3:GetObject", |request| request.start.starts_with("GET ") && request.start.contains(".tflock")),
+        ("s3:DeleteObject", |request| request.start.starts_with("DELETE ")),
+        ("s3:ListBucket", |request| request.start.starts_with("GET ") && request.start.contains("list-type=2")),
+    ];
+    for (name, asked) in cases {
         let mut world = World::new(Lock::Both, "true");
-        let _proxy = through(&mut world, move |request| {
-            let asked = request.header("x-amz-target").is_some_and(|target| target.ends_with(&format!(".{operation}")));
-            if asked { denied() } else { Deed::Pass }
-        });
+        let _proxy = through(&mut world, move |request| if asked(request) { denied(request) } else { Deed::Pass });
         let end = locks(&world, &["doctor"]);
         assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-        assert!(end.out.contains(&format!("WRONG  {name}: ")), "{}", end.out);
-        let others = ["dynamodb:DeleteItem", "dynamodb:GetItem", "s3:GetObject", "s3:DeleteObject"];
-        for other in others.into_iter().filter(|other| *other != name) {
+        let wrong: Vec<&str> = end.out.lines().filter(|line| line.starts_with("WRONG  ")).collect();
+        assert!(wrong.iter().any(|line| line.starts_with(&format!("WRONG  {name}: "))), "{}", end.out);
+        assert!(end.out.contains(&format!("let these credentials do {name} on ")), "{}", end.out);
+        for (other, _) in cases.into_iter().filter(|(other, _)| *other != name) {
             assert!(end.out.contains(&format!("ok     {other}: permitted")), "{}", end.out);
         }
     }
 }
 
-fn denied() -> Deed {
-    let body = json!({
-        "__type": "com.amazon.coral.service#AccessDeniedException",
-        "message": "User: arn:aws:iam::000000000000:user/anna is not authorized",
-    });
+/// How either service says it.
+pub fn denied(request: &Message) -> Deed {
+    let said = "User: arn:aws:iam::000000000000:user/anna is not authorized";
+    if request.header("x-amz-target").is_none() {
+        let body = format!("<Error><Code>AccessDenied</Code><Message>{said}</Message></Error>");
+        return Deed::Answer(Message::answer("403 Forbidden", &body));
+    }
+    let body = json!({ "__type": "com.amazon.coral.service#AccessDeniedException", "message": said });
     Deed::Answer(Message::answer("400 Bad Request", &body.to_string()))
+}
+
+#[test]
+fn a_clock_that_is_off_is_named() {
+    for (off, health) in [(0, "ok   "), (-4 * 60, "WRONG"), (4 * 60, "WRONG")] {
+        let mut world = World::new(Lock::DynamoDb, "true");
+        let _proxy = through(&mut world, move |request| {
+            if !is_dynamodb(request, ".DeleteItem") {
+                return Deed::Pass;
+            }
+            let body = json!({
+                "__type": "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException",
+                "message": "The conditional request failed",
+            });
+            let mut answer = Message::answer("400 Bad Request", &body.to_string());
+            let now = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(off);
+            answer.headers.push(("Date".into(), now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()));
+            Deed::Answer(answer)
+        });
+        let end = locks(&world, &["doctor"]);
+        assert_eq!(end.code(), Some(if off == 0 { 0 } else { 2 }), "{off}: {}", world.story(&end));
+        assert!(end.out.contains(&format!("{health}  clock: ")), "{off}: {}", end.out);
+    }
 }
 
 #[test]

@@ -1,15 +1,20 @@
 //! `tf locks list`: what stands is shown as what it is, to people, to scripts and to programs.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
-use super::given_back::through;
+use super::given_back::{is_dynamodb, through};
+use super::locks_doctor::denied;
 use super::locks_release::locks;
 use crate::support::cloud::{cloud, tool};
+use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::Deed;
+use crate::support::proxy::{Deed, Proxy};
 use crate::support::terminal::Terminal;
 use crate::support::world::lock_json;
 use crate::support::{Ended, Lock, World};
@@ -240,6 +245,130 @@ fn bad_input_is_a_sentence_and_a_next_step() {
         assert!(end.err.contains(expected) && end.out.is_empty(), "{words:?} {}", end.err);
         assert!(!end.err.contains("panicked") && end.err.lines().count() < 12, "{words:?} {}", end.err);
     }
+}
+
+#[test]
+fn what_is_asked_of_a_service_that_says_no_is_a_sentence_too() {
+    let mut world = World::new(Lock::File, "true");
+    let unknown = locks(&world, &["list", "--table", "t"]);
+    assert_eq!(unknown.code(), Some(1), "{}", world.story(&unknown));
+    assert!(unknown.err.contains("no region is known") && unknown.err.contains("--region"), "{}", unknown.err);
+    let _proxy = through(&mut world, denied);
+    for words in [
+        &["list", "--table", "t", "--region", "us-east-1"][..],
+        &["list", "--bucket", &world.bucket, "--region", "us-east-1"],
+        &["list"],
+        &["show"],
+        &["release", "--yes"],
+    ] {
+        let end = locks(&world, words);
+        assert_eq!(end.code(), Some(1), "{words:?} {}", world.story(&end));
+        assert!(end.err.contains("is not authorized"), "{words:?} {}", end.err);
+        assert!(end.err.contains("get-caller-identity"), "{words:?} {}", end.err);
+    }
+}
+
+/// The scans that came, and when.
+type Asked = Arc<Mutex<Vec<(Instant, Value)>>>;
+
+/// A table that has a lock on its first page, and on its second what `rest` says. No real service is slow on demand.
+fn table_of_pages(world: &mut World, capacity: i64, rest: fn() -> Deed) -> (Proxy, Asked) {
+    let name = world.table.clone();
+    let asked = Asked::default();
+    let scans = Arc::clone(&asked);
+    let proxy = through(world, move |request| {
+        if is_dynamodb(request, ".DescribeTable") {
+            let described = json!({ "Table": {
+                "TableName": name, "ItemCount": 1000,
+                "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],
+                "BillingModeSummary": { "BillingMode": if capacity > 0 { "PROVISIONED" } else { "PAY_PER_REQUEST" } },
+                "ProvisionedThroughput": { "ReadCapacityUnits": capacity, "WriteCapacityUnits": capacity },
+            } });
+            return Deed::Answer(Message::answer("200 OK", &described.to_string()));
+        }
+        if !is_dynamodb(request, ".Scan") {
+            return Deed::Pass;
+        }
+        let mut scans = scans.lock().unwrap();
+        scans.push((Instant::now(), serde_json::from_slice(&request.body).unwrap()));
+        let goes_on = scans.last().unwrap().1.get("ExclusiveStartKey").is_some();
+        if goes_on && !matches!(rest(), Deed::Pass) {
+            return rest();
+        }
+        let mut page = json!({
+            "Count": 3, "ScannedCount": 3, "ConsumedCapacity": { "TableName": name, "CapacityUnits": CONSUMED },
+            "Items": [
+                { "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } },
+                { "LockID": { "S": "a-md5" }, "Digest": { "S": "0" } },
+                { "LockID": { "S": "b-md5" }, "Digest": { "S": "0" } },
+            ],
+        });
+        if scans.len() < PAGES {
+            page["LastEvaluatedKey"] = json!({ "LockID": { "S": "b-md5" } });
+        }
+        Deed::Answer(Message::answer("200 OK", &page.to_string()))
+    });
+    (proxy, asked)
+}
+
+/// What a page costs there, in read capacity units.
+const CONSUMED: f64 = 2.0;
+const PAGES: usize = 4;
+
+/// What it took before is behind it for as long as it may take before it takes more.
+#[test]
+fn a_scan_takes_a_quarter_of_a_provisioned_table_or_what_it_is_told() {
+    for (capacity, told, rate) in [(80, None, 20.0), (80, Some("40"), 40.0), (0, Some("10"), 10.0)] {
+        let mut world = World::new(Lock::DynamoDb, "true");
+        let (_proxy, asked) = table_of_pages(&mut world, capacity, || Deed::Pass);
+        let more = told.map_or_else(Vec::new, |told| vec!["--rate", told]);
+        let end = locks(&world, &table(&world, &more));
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let asked = asked.lock().unwrap();
+        assert_eq!(asked.len(), PAGES, "{asked:?}");
+        assert!(asked.iter().all(|(_, scan)| scan["TotalSegments"] == 1 && scan["Limit"].is_number()), "{asked:?}");
+        #[expect(clippy::cast_possible_truncation, reason = "a rate of this test")]
+        let first = rate as i64;
+        assert_eq!(asked[0].1["Limit"], first, "{asked:?}");
+        for pair in asked.windows(2) {
+            let apart = pair[1].0.duration_since(pair[0].0).as_secs_f64();
+            // Each is seen here a little after it was sent.
+            assert!(apart > CONSUMED / rate * 0.9, "{apart} s apart at {rate} units a second");
+        }
+    }
+}
+
+#[test]
+fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let (proxy, _) = table_of_pages(&mut world, 0, || Deed::Hold);
+    let mut command = world.command(world.bin().join("tf"));
+    command.arg("locks").args(table(&world, &["--rate", "1000"]));
+    let mut terminal = Terminal::start(command);
+    proxy.wait_until_held();
+    // The bar, with its counts.
+    terminal.wait_for("3 of about 1000 items, 1 locks, 0 stale");
+    terminal.type_in("\x03");
+    let status = terminal.wait();
+    let screen = terminal.screen();
+    assert_eq!(status.signal(), Some(2), "{screen}");
+    assert!(screen.contains("stopped after 3 of about 1000 items: this is not all"), "{screen}");
+    assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");
+    // The same in a script: what there is of it is whole JSON, and tells.
+    let mut command = world.command(world.bin().join("tf"));
+    command.arg("locks").args(table(&world, &["--rate", "1000", "--json"]));
+    let run = Run::start(command);
+    proxy.wait_until_held_times(2);
+    kill(run.pid(), Signal::SIGTERM).unwrap();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(15), "{}", world.story(&end));
+    assert_fits_the_schema(&world, &end.out);
+    let all = parsed(&world, &end);
+    assert_eq!(
+        (&all["complete"], &all["scanned"], &all["locks"][0]["id"]),
+        (&json!(false), &json!(3), &json!(A)),
+        "{all}"
+    );
 }
 
 /// A scan must not take the capacity that terraform itself needs.

@@ -61,7 +61,14 @@ impl Proxy {
     /// Waits until a request is held.
     #[track_caller]
     pub fn wait_until_held(&self) {
-        wait_for("a held request", || (self.shared.held.lock().unwrap().0 > 0).then_some(()), || "none".to_owned());
+        self.wait_until_held_times(1);
+    }
+
+    /// Waits until so many have been held.
+    #[track_caller]
+    pub fn wait_until_held_times(&self, times: usize) {
+        let held = || self.shared.held.lock().unwrap().0;
+        wait_for("a held request", || (held() >= times).then_some(()), || format!("{} of {times}", held()));
     }
 
     /// Delivers what is held, and holds nothing any more.
