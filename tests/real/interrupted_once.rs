@@ -306,7 +306,8 @@ fn a_reader_that_does_not_read_keeps_no_signal_waiting() {
     kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     world.wait_for_trace("InterruptTerraform");
     drop(child.stdout.take());
-    assert_eq!(child.wait().unwrap().code(), Some(3));
+    let status = wait_for("the end of tf", || child.try_wait().unwrap(), || world.trace());
+    assert_eq!(status.code(), Some(3));
     assert_eq!(world.seen(), ["INT"]);
 }
 

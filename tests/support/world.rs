@@ -3,9 +3,12 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::sys::signal::{self, SigHandler, Signal};
 
 use super::cloud::cloud;
 use super::process::Run;
@@ -186,10 +189,20 @@ impl World {
         self
     }
 
-    /// A command in this directory and environment.
+    /// A command in this directory and environment. What the caller of the tests ignores, it does not: in the background
+    /// of a script, or under nohup, that would be signals that the tests send.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         command.current_dir(&self.directory).env_clear().envs(self.environment());
+        // SAFETY: sigaction is async-signal-safe, and SIG_DFL is no handler.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+                    signal::signal(signal, SigHandler::SigDfl)?;
+                }
+                Ok(())
+            });
+        }
         command
     }
 
