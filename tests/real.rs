@@ -40,6 +40,8 @@ mod locks_recover;
 mod locks_release;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
+#[path = "real/reached_alike.rs"]
+mod reached_alike;
 #[path = "real/runners.rs"]
 mod runners;
 #[path = "real/said_well.rs"]

@@ -325,8 +325,7 @@ fn elsewhere(option: &str, directory: &Directory) -> String {
 
 /// The directory, where that is not the current one.
 fn other(directory: &Directory) -> Option<String> {
-    let current = std::env::current_dir().is_ok_and(|current| current == directory.path);
-    (!current).then(|| directory.path.to_string_lossy().into_owned())
+    (directory.asked_from != directory.path).then(|| directory.path.to_string_lossy().into_owned())
 }
 
 fn errored_state(findings: &mut Findings, directory: &Directory) {

@@ -27,6 +27,7 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::run::outcome;
+use crate::sys::environment;
 use crate::sys::wait::Ended;
 use crate::{event_command, report};
 use reach::Trouble;
@@ -120,6 +121,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         event_command::stand_between();
         return Finding::Nothing.code();
     }
+    environment::forget_empty("AWS_");
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
         Ok(Locks { command, list }) => match command.unwrap_or(Command::List(list)) {
@@ -188,6 +190,7 @@ mod tests {
             let page = page.unwrap().path();
             files.insert(Path::new("man").join(page.file_name().unwrap()), std::fs::read(&page).unwrap());
         }
+        files.insert("docs/backend-s3.md".into(), crate::lock::attributes::document().into_bytes());
         files
     }
 

@@ -11,7 +11,7 @@ use crate::lock::aws::Unreachable;
 use crate::lock::release::Failure;
 use crate::lock::stores::Stores;
 use crate::report::visible;
-use crate::terraform::backend::CachedBackend;
+use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 
@@ -55,6 +55,8 @@ pub(super) enum Target {
 pub(super) struct Directory {
     /// Where it is.
     pub(super) path: PathBuf,
+    /// Where whoever asks for it is.
+    pub(super) asked_from: PathBuf,
     /// Where terraform keeps its own files.
     pub(super) own_files: PathBuf,
     pub(super) backend: CachedBackend,
@@ -172,7 +174,7 @@ impl Where {
             // What has one URL for everything has no host name for each bucket.
             config.insert("use_path_style".into(), Value::Bool(true));
         }
-        CachedBackend::from_parts("s3", config)
+        CachedBackend::from_parts("s3", config, Origin::default())
     }
 
     /// The working directory, as terraform sees it.
@@ -190,6 +192,8 @@ impl Where {
             return Err(Trouble::Said(format!("{shown} is no directory\nname one that has terraform's files in it")));
         }
         let data_directory = DataDirectory::path(&current, &command_line);
+        // Paths in the backend mean what they mean to terraform, which is there.
+        let _ = std::env::set_current_dir(&path);
         let read = DataDirectory::read(&data_directory);
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|name| !name.is_empty()).unwrap_or(read.workspace);
         let Some(backend) = read.backend else {
@@ -231,6 +235,7 @@ impl Where {
             workspace,
             backend,
             path,
+            asked_from: current,
             own_files: data_directory,
         })
     }

@@ -16,8 +16,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use super::attributes::{self, Treatment};
 use super::aws;
-use crate::terraform::backend::CachedBackend;
+use crate::terraform::backend::{CachedBackend, Origin};
 
 /// One backend block without its secrets.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +27,8 @@ pub(crate) struct Access {
     config: Map<String, Value>,
     /// Attributes that were set and are not kept.
     withheld: Vec<String>,
+    #[serde(default)]
+    origin: Origin,
 }
 
 impl Access {
@@ -35,12 +38,12 @@ impl Access {
         let mut withheld = Vec::new();
         for (name, value) in backend.attributes() {
             match value {
-                _ if backend.kind != "s3" || aws::has_no_effect(name) => {}
+                _ if backend.kind != "s3" || attributes::of_attribute(name) == Treatment::NoEffect => {}
                 Value::Object(inner) => {
                     let mut kept = Map::new();
                     for (inner_name, value) in inner.iter().filter(|(_, value)| !value.is_null()) {
                         let whole = format!("{name}.{inner_name}");
-                        if aws::holds_no_secret(&whole) && !names_a_person(value) {
+                        if may_be_kept(&whole, value) {
                             kept.insert(inner_name.clone(), value.clone());
                         } else {
                             withheld.push(whole);
@@ -48,13 +51,13 @@ impl Access {
                     }
                     config.insert(name.to_owned(), Value::Object(kept));
                 }
-                value if aws::holds_no_secret(name) && !names_a_person(value) => {
+                value if may_be_kept(name, value) => {
                     config.insert(name.to_owned(), value.clone());
                 }
                 _ => withheld.push(name.to_owned()),
             }
         }
-        Self { kind: backend.kind.clone(), config, withheld }
+        Self { kind: backend.kind.clone(), config, withheld, origin: backend.origin() }
     }
 
     /// The block itself. What was withheld is taken from `cached`, where that is the same block to this day.
@@ -64,16 +67,24 @@ impl Access {
     pub(crate) fn backend(&self, cached: Option<&CachedBackend>) -> Result<CachedBackend, String> {
         match cached {
             Some(cached) if Self::of(cached) == *self => Ok(cached.clone()),
-            _ if self.withheld.is_empty() => Ok(CachedBackend::from_parts(&self.kind, self.config.clone())),
+            _ if self.withheld.is_empty() => {
+                Ok(CachedBackend::from_parts(&self.kind, self.config.clone(), self.origin))
+            }
             _ => Err(self.withheld.join(", ")),
         }
     }
 
-    /// The account that the block itself names, by a role or by a key.
+    /// The account that the block itself names, by a role.
     fn account(&self) -> Option<String> {
-        let role = self.config.get("assume_role")?.get("role_arn")?.as_str()?;
-        account_of_role(role)
+        let inside = |outer: &str| self.config.get(outer).and_then(|inner| inner.get("role_arn"));
+        let role = inside("assume_role").or_else(|| self.config.get("role_arn"));
+        account_of_role(role.or_else(|| inside("assume_role_with_web_identity"))?.as_str()?)
     }
+}
+
+/// Whether the attribute is known to hold no secret, in a form that we can follow.
+fn may_be_kept(name: &str, value: &Value) -> bool {
+    attributes::of_attribute(name) == Treatment::Followed && !names_a_person(value)
 }
 
 /// Whether a URL has a user in it, who may have a password.
@@ -81,39 +92,14 @@ fn names_a_person(value: &Value) -> bool {
     value.as_str().is_some_and(|text| text.contains("://") && text.contains('@'))
 }
 
-/// The variables that decide how AWS is reached and as whom, but for those that are credentials themselves.
-const VARIABLES: [&str; 27] = [
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_PROFILE",
-    "AWS_DEFAULT_PROFILE",
-    "AWS_CONFIG_FILE",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    "AWS_SDK_LOAD_CONFIG",
-    "AWS_ROLE_ARN",
-    "AWS_ROLE_SESSION_NAME",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL_DYNAMODB",
-    "AWS_ENDPOINT_URL_STS",
-    "AWS_ENDPOINT_URL_SSO",
-    "AWS_ENDPOINT_URL_SSO_OIDC",
-    "AWS_S3_ENDPOINT",
-    "AWS_DYNAMODB_ENDPOINT",
-    "AWS_STS_ENDPOINT",
-    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
-    "AWS_STS_REGIONAL_ENDPOINTS",
-    "AWS_CA_BUNDLE",
-    "AWS_USE_FIPS_ENDPOINT",
-    "AWS_USE_DUALSTACK_ENDPOINT",
-    "AWS_EC2_METADATA_DISABLED",
-    "AWS_EC2_METADATA_SERVICE_ENDPOINT",
-    "HOME",
-];
+/// Credentials in the environment; each kind under its second name too.
+const KEYS: [&str; 5] =
+    ["AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"];
 
-/// Credentials in the environment.
-const KEYS: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+/// The ID of the access key in the environment.
+fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
+    set(KEYS[0]).or_else(|| set(KEYS[1]))
+}
 
 /// What of the environment decides whom and what a run reaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,7 +128,7 @@ impl Surroundings {
             |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
         let mut variables = BTreeMap::new();
         let mut withheld = Vec::new();
-        for name in VARIABLES {
+        for name in attributes::kept_variables() {
             match set(name) {
                 Some(value) if value.contains("://") && value.contains('@') => withheld.push(name.to_owned()),
                 Some(value) => {
@@ -152,14 +138,13 @@ impl Surroundings {
             }
         }
         let identity = identity(run, access, &set);
-        Self { variables, withheld, had_keys: set(KEYS[0]).is_some(), identity }
+        Self { variables, withheld, had_keys: key(&set).is_some(), identity }
     }
 
     /// What must be changed in an environment so that AWS is reached as it was: each name with its value or none.
     pub(crate) fn changes(&self) -> Vec<(&'static str, Option<OsString>)> {
         let withheld = |name: &&str| !self.withheld.iter().any(|withheld| withheld == name);
-        let mut changes: Vec<_> = VARIABLES
-            .into_iter()
+        let mut changes: Vec<_> = attributes::kept_variables()
             .filter(withheld)
             .map(|name| (name, self.variables.get(name).map(OsString::from)))
             .collect();
@@ -220,7 +205,9 @@ fn identity(run: &str, access: &[Access], set: &impl Fn(&str) -> Option<String>)
     if let Some(account) = access.iter().find_map(Access::account) {
         return Identity { account: Some(account), key: None };
     }
-    if let Some(key) = set(KEYS[0]) {
+    // A profile of the block goes before keys of the environment.
+    let by_profile = access.iter().any(|access| access.config.contains_key("profile"));
+    if let Some(key) = key(set).filter(|_| !by_profile) {
         return match account_of_key(&key) {
             Some(account) => Identity { account: Some(account), key: None },
             None => Identity { account: None, key: Some(hash(run, &key)) },

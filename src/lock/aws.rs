@@ -1,91 +1,30 @@
 //! Reaching AWS as the backend block and the environment of the run say, or not at all.
 //!
-//! An attribute that changes whom or what we reach, and that we cannot follow, makes the release a doubt: under another
-//! identity, or in another place, a lock that is not seen is not gone.
+//! What is followed and what is not stands in [`super::attributes`]. An attribute that changes whom or what we reach, and
+//! that we cannot follow, makes the release a doubt: under another identity, or in another place, a lock that is not seen
+//! is not gone.
 
 use std::ffi::OsString;
 use std::time::Duration;
 
+use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
-use aws_config::sts::AssumeRoleProvider;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
-use aws_credential_types::Credentials;
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
+use aws_runtime::env_config::section::EnvConfigSections;
+use aws_types::os_shim_internal::{Env, Fs};
 
+use super::attributes::{self, Treatment};
+use super::credentials;
+use super::network::Network;
+use super::proxies::Proxies;
 use crate::terraform::backend::CachedBackend;
-
-/// Attributes that we follow here, in `dynamodb` or in `s3`.
-const FOLLOWED: [&str; 19] = [
-    "bucket",
-    "key",
-    "workspace_key_prefix",
-    "dynamodb_table",
-    "use_lockfile",
-    "region",
-    "profile",
-    "access_key",
-    "secret_key",
-    "token",
-    "endpoint",
-    "dynamodb_endpoint",
-    "endpoints",
-    "shared_config_files",
-    "shared_credentials_file",
-    "shared_credentials_files",
-    "use_path_style",
-    "force_path_style",
-    "assume_role",
-];
-
-/// More of them, from the network's side.
-const FOLLOWED_NETWORK: [&str; 3] = ["use_fips_endpoint", "use_dualstack_endpoint", "custom_ca_bundle"];
-
-/// Attributes that cannot matter to a release: how objects are written, what is checked first, how often is retried.
-const WITHOUT_EFFECT: [&str; 14] = [
-    "acl",
-    "allowed_account_ids",
-    "encrypt",
-    "forbidden_account_ids",
-    "iam_endpoint",
-    "kms_key_id",
-    "max_retries",
-    "retry_mode",
-    "skip_credentials_validation",
-    "skip_metadata_api_check",
-    "skip_region_validation",
-    "skip_requesting_account_id",
-    "skip_s3_checksum",
-    "state_tags",
-];
-
-/// What is followed inside nested attributes.
-const FOLLOWED_NESTED: [(&str, &[&str]); 2] = [
-    ("endpoints", &["s3", "dynamodb", "iam"]),
-    ("assume_role", &["role_arn", "session_name", "external_id", "duration", "policy", "policy_arns", "tags"]),
-];
-
-/// Whether the attribute cannot matter to whom and what we reach.
-pub(crate) fn has_no_effect(name: &str) -> bool {
-    WITHOUT_EFFECT.contains(&name)
-}
-
-/// Whether the attribute (`outer.inner` for a nested one) is known to hold no secret, in a form that we can follow.
-pub(crate) fn holds_no_secret(name: &str) -> bool {
-    const SECRET: [&str; 4] = ["access_key", "secret_key", "token", "assume_role.external_id"];
-    let followed = match name.split_once('.') {
-        None => FOLLOWED.contains(&name) || FOLLOWED_NETWORK.contains(&name),
-        Some((outer, inner)) => {
-            FOLLOWED_NESTED.iter().any(|(name, followed)| *name == outer && followed.contains(&inner))
-        }
-    };
-    followed && !SECRET.contains(&name)
-}
 
 /// The account that the credentials of this moment belong to, as STS says. `None` where it does not answer.
 pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     let config = connect(backend).await.ok()?;
-    let answer = aws_sdk_sts::Client::new(&config).get_caller_identity().send().await.ok()?;
+    let answer = credentials::sts(backend, &config).get_caller_identity().send().await.ok()?;
     answer.account
 }
 
@@ -95,7 +34,7 @@ pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
 /// Why it does not say.
 pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> {
     let config = connect(backend).await.map_err(|error| error.to_string())?;
-    match aws_sdk_sts::Client::new(&config).get_caller_identity().send().await {
+    match credentials::sts(backend, &config).get_caller_identity().send().await {
         Ok(answer) => answer.arn.ok_or_else(|| "no answer".to_owned()),
         Err(error) => Err(aws_sdk_sts::error::DisplayErrorContext(&error).to_string()),
     }
@@ -104,9 +43,15 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
 /// Why AWS cannot be reached as terraform did.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
-    /// An attribute of the backend block.
+    /// An attribute of the backend block, or a key of a profile.
     #[error("the backend sets {0}, which tf cannot follow")]
     Attribute(String),
+    /// A key of the profile that is used.
+    #[error("the profile sets {0}, which tf cannot follow")]
+    ProfileKey(&'static str),
+    /// A part of the block that says half of something.
+    #[error("the backend sets {0}")]
+    Incomplete(&'static str),
     /// The file with certificate authorities.
     #[error("the certificates in {path} cannot be used: {reason}")]
     Certificates {
@@ -115,9 +60,27 @@ pub(crate) enum Unreachable {
         /// What is wrong with it.
         reason: String,
     },
-    /// `assume_role.duration`.
-    #[error("the backend's assume_role.duration {0:?} is not a time such as 1h30m")]
+    /// A proxy, or what stands in the file of certificates.
+    #[error("tf cannot use {0}")]
+    Network(String),
+    /// Where the instance's credentials come from.
+    #[error("the endpoint of the instance's metadata cannot be used: {0}")]
+    Metadata(String),
+    /// `duration` of a role.
+    #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]
     Duration(String),
+}
+
+impl Unreachable {
+    /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, Self::Certificates { .. } | Self::Network(_))
+    }
+}
+
+/// A variable that is set and not empty.
+pub(super) fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// A connection's settings. Credentials are resolved anew each time that this is made.
@@ -128,28 +91,28 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     if let Some(attribute) = not_followed(backend) {
         return Err(Unreachable::Attribute(attribute));
     }
+    let files = shared_files(backend).build();
+    let profile = profile(backend, &files).await;
+    if let Some(key) = profile.as_ref().and_then(unknown_key) {
+        return Err(Unreachable::ProfileKey(key));
+    }
+    let client = network(backend, profile.as_ref())?.client();
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
         .operation_attempt_timeout(Duration::from_secs(8))
         .build();
+    let retries = RetryConfig::standard().with_max_attempts(3);
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
-        .retry_config(RetryConfig::standard().with_max_attempts(3))
-        .timeout_config(timeouts);
-    if let Some(client) = client_with_certificates(backend)? {
-        loader = loader.http_client(client);
-    }
+        .retry_config(retries.clone())
+        .timeout_config(timeouts.clone())
+        .http_client(client.clone())
+        .profile_files(files)
+        .no_credentials();
     if let Some(region) = backend.string("region") {
         loader = loader.region(Region::new(region.to_owned()));
     }
     if let Some(profile) = backend.string("profile") {
         loader = loader.profile_name(profile);
-    }
-    if let Some(files) = profile_files(backend) {
-        loader = loader.profile_files(files);
-    }
-    if let (Some(key), Some(secret)) = (backend.string("access_key"), backend.string("secret_key")) {
-        let token = backend.string("token").map(ToOwned::to_owned);
-        loader = loader.credentials_provider(Credentials::new(key, secret, token, None, "backend"));
     }
     if backend.flag("use_fips_endpoint") {
         loader = loader.use_fips(true);
@@ -158,141 +121,165 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         loader = loader.use_dual_stack(true);
     }
     let config = loader.load().await;
-    match backend.string("assume_role.role_arn") {
-        None => Ok(config),
-        Some(role) => assume(backend, role, config).await,
-    }
+    let sts_endpoint = credentials::sts_endpoint(backend);
+    // The SDK's own calls of STS, for a role of a profile, are in that region only where STS has an endpoint
+    // (aws-sdk-go-base, endpoints.go).
+    let region = backend.string("sts_region").filter(|_| sts_endpoint.is_some());
+    let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
+    let for_providers = ProviderConfig::without_region()
+        .with_region(region)
+        .with_use_fips(config.use_fips())
+        .with_use_dual_stack(config.use_dual_stack())
+        .with_behavior_version(Some(BehaviorVersion::latest()))
+        .with_http_client(client)
+        .with_retry_config(retries)
+        .with_timeout_config(timeouts);
+    let files = with_endpoints(backend, shared_files(backend), sts_endpoint, profile.as_ref()).build();
+    let provider = credentials::provider(backend, files, &for_providers, &config)?;
+    Ok(config.into_builder().credentials_provider(provider).build())
 }
 
-/// The endpoint for one service: the attribute, its deprecated form, or the deprecated variable. `AWS_ENDPOINT_URL` and
-/// its service's own variant are followed by the SDK.
-pub(crate) fn endpoint(
-    backend: &CachedBackend,
-    attributes: [&str; 2],
-    [variable, deprecated]: [&str; 2],
-) -> Option<String> {
-    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    attributes
-        .iter()
-        .find_map(|name| backend.string(name).map(ToOwned::to_owned))
-        .or_else(|| set(deprecated).filter(|_| set(variable).is_none()))
+/// The endpoint for one service: the attribute, its deprecated form, or a variable. What is left follows the SDK:
+/// `AWS_ENDPOINT_URL` and the shared files.
+pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], variables: [&str; 2]) -> Option<String> {
+    let attribute = attributes.iter().find_map(|name| backend.string(name).map(ToOwned::to_owned));
+    let endpoint = attribute.or_else(|| variables.iter().find_map(|name| set(name)))?;
+    // OpenTofu puts the scheme in front (backend.go, `customEndpoint`); terraform does not get as far as to a lock.
+    Some(if endpoint.contains("://") { endpoint } else { format!("https://{endpoint}") })
 }
 
 fn not_followed(backend: &CachedBackend) -> Option<String> {
-    let assumes = !backend.nested("assume_role").is_empty();
-    let plain = backend.set_attributes().find(|name| match *name {
-        // Set to false it says what is so without it.
-        "insecure" => backend.flag("insecure"),
-        // Nobody asks STS where no role is assumed.
-        "sts_endpoint" | "sts_region" => assumes,
-        name => ![&FOLLOWED[..], &FOLLOWED_NETWORK, &WITHOUT_EFFECT].iter().any(|list| list.contains(&name)),
-    });
-    plain.map(ToOwned::to_owned).or_else(|| {
-        FOLLOWED_NESTED.iter().find_map(|(outer, followed)| {
-            let mut inner = backend.nested(outer).into_iter().filter(|inner| assumes || *inner != "sts");
-            let inner = inner.find(|inner| !followed.contains(inner))?;
-            Some(format!("{outer}.{inner}"))
-        })
+    let is_unknown = |name: &str| attributes::of_attribute(name) == Treatment::NotFollowed;
+    backend.set_attributes().find_map(|outer| match outer {
+        "endpoints" | "assume_role" | "assume_role_with_web_identity" => {
+            let mut names = backend.nested(outer).into_iter().map(|inner| format!("{outer}.{inner}"));
+            names.find(|name| is_unknown(name))
+        }
+        name => is_unknown(name).then(|| name.to_owned()),
     })
 }
 
-fn profile_files(backend: &CachedBackend) -> Option<EnvConfigFiles> {
-    let configs = backend.strings("shared_config_files");
-    let mut credentials = backend.strings("shared_credentials_files");
-    credentials.extend(backend.string("shared_credentials_file"));
-    if configs.is_empty() && credentials.is_empty() {
-        return None;
-    }
-    let mut files = EnvConfigFiles::builder();
-    if configs.is_empty() {
-        files = files.include_default_config_file(true);
-    }
-    if credentials.is_empty() {
-        files = files.include_default_credentials_file(true);
-    }
+/// The shared files that the block or the environment names, in terraform's order.
+fn shared_files(backend: &CachedBackend) -> aws_runtime::env_config::file::Builder {
+    let listed = |name: &str| backend.strings(name).into_iter().map(ToOwned::to_owned).collect::<Vec<_>>();
+    let or =
+        |files: Vec<String>, other: Option<String>| if files.is_empty() { other.into_iter().collect() } else { files };
+    let configs = or(listed("shared_config_files"), set("AWS_SHARED_CONFIG_FILE"));
+    let credentials = or(listed("shared_credentials_files"), set("AWS_SHARED_CREDENTIALS_FILE"));
+    let credentials = or(credentials, backend.string("shared_credentials_file").map(ToOwned::to_owned));
+    let mut files = EnvConfigFiles::builder()
+        .include_default_config_file(configs.is_empty())
+        .include_default_credentials_file(credentials.is_empty());
     for file in configs {
-        files = files.with_file(EnvConfigFileKind::Config, expand_home(file));
+        files = files.with_file(EnvConfigFileKind::Config, expand(&file));
     }
     for file in credentials {
-        files = files.with_file(EnvConfigFileKind::Credentials, expand_home(file));
+        files = files.with_file(EnvConfigFileKind::Credentials, expand(&file));
     }
-    Some(files.build())
+    files
 }
 
-/// Terraform expands `~` in these (aws-sdk-go-base, internal/expand).
-fn expand_home(path: &str) -> OsString {
-    match (path.strip_prefix("~/"), std::env::var_os("HOME")) {
-        (Some(rest), Some(mut home)) => {
-            home.push("/");
+/// The same files, with the block's endpoints of STS and SSO in the profile: the only place from where the SDK's own
+/// credential providers take them.
+fn with_endpoints(
+    backend: &CachedBackend,
+    files: aws_runtime::env_config::file::Builder,
+    sts: Option<String>,
+    profile: Option<&EnvConfigSections>,
+) -> aws_runtime::env_config::file::Builder {
+    let sso = backend.string("endpoints.sso").map(ToOwned::to_owned);
+    let named = [("sts", sts), ("sso", sso)];
+    let Some(profile) = profile.filter(|_| named.iter().any(|(_, url)| url.is_some())) else { return files };
+    let header = match profile.selected_profile() {
+        "default" => "default".to_owned(),
+        name => format!("profile {name}"),
+    };
+    let endpoints =
+        named.into_iter().filter_map(|(service, url)| Some(format!("{service} =\n  endpoint_url = {}", url?)));
+    let endpoints = endpoints.collect::<Vec<_>>().join("\n");
+    let text = format!("[{header}]\nservices = of-the-backend\n[services of-the-backend]\n{endpoints}\n");
+    files.with_contents(EnvConfigFileKind::Config, text)
+}
+
+/// The shared files as the profile that is used sees them. None where they cannot be read, which is nobody's error yet.
+async fn profile(backend: &CachedBackend, files: &EnvConfigFiles) -> Option<EnvConfigSections> {
+    let named = backend.string("profile").map(ToOwned::to_owned);
+    let name = named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"));
+    aws_config::profile::load(&Fs::real(), &Env::real(), files, name.map(Into::into)).await.ok()
+}
+
+fn unknown_key(profile: &EnvConfigSections) -> Option<&'static str> {
+    let keys = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
+    keys.map(|key| key.name).find(|key| profile.get(key).is_some())
+}
+
+/// Proxies, authorities and trust, as terraform has them.
+fn network(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> Result<Network, Unreachable> {
+    let network = Network {
+        proxies: proxies(backend),
+        authorities: authorities(backend, profile)?,
+        insecure: backend.flag("insecure"),
+    };
+    network.check().map_err(Unreachable::Network)?;
+    Ok(network)
+}
+
+/// aws-sdk-go-base, internal/config/config.go, `HTTPProxyMode`: an attribute goes before its variable, also when it is
+/// empty. In Terraform `http_proxy` of the block serves https as well, where nothing else says what does.
+fn proxies(backend: &CachedBackend) -> Proxies {
+    let either = |upper: &str, lower: &str| set(upper).or_else(|| set(lower));
+    let [plain, secure] = ["http_proxy", "https_proxy"].map(|name| backend.text(name).map(ToOwned::to_owned));
+    let mut https = either("HTTPS_PROXY", "https_proxy");
+    if https.is_none() && !backend.is_opentofu() {
+        https.clone_from(&plain);
+    }
+    let http = plain.or_else(|| either("HTTP_PROXY", "http_proxy"));
+    let no = backend.string("no_proxy").map(ToOwned::to_owned).or_else(|| either("NO_PROXY", "no_proxy"));
+    Proxies::new(http, secure.or(https), no.as_deref())
+}
+
+/// The authorities that are trusted in place of the system's.
+fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> Result<Option<Vec<u8>>, Unreachable> {
+    let named = backend.string("custom_ca_bundle").map(ToOwned::to_owned).or_else(|| set("AWS_CA_BUNDLE"));
+    let path = named.map(|path| expand(&path));
+    let path = path.or_else(|| profile.and_then(|profile| profile.get("ca_bundle")).map(OsString::from));
+    let Some(path) = path else { return Ok(None) };
+    match std::fs::read(&path) {
+        Ok(pem) => Ok(Some(pem)),
+        Err(error) => {
+            Err(Unreachable::Certificates { path: path.to_string_lossy().into_owned(), reason: error.to_string() })
+        }
+    }
+}
+
+/// `$NAME`, `${NAME}` and then `~` in a path, as terraform expands them (aws-sdk-go-base, internal/expand; os.ExpandEnv).
+pub(super) fn expand(path: &str) -> OsString {
+    let mut expanded = String::new();
+    let mut rest = path;
+    while let Some(at) = rest.find('$') {
+        expanded.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        let (name, behind) = match rest.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
+            Some(parts) => parts,
+            None => rest.split_at(
+                rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_').unwrap_or(rest.len()),
+            ),
+        };
+        if name.is_empty() {
+            expanded.push('$');
+        } else {
+            expanded.push_str(&std::env::var(name).unwrap_or_default());
+        }
+        rest = behind;
+    }
+    expanded.push_str(rest);
+    match (expanded.strip_prefix('~'), std::env::var_os("HOME")) {
+        (Some(rest), Some(mut home)) if rest.is_empty() || rest.starts_with('/') => {
             home.push(rest);
             home
         }
-        _ => path.into(),
+        _ => expanded.into(),
     }
-}
-
-async fn assume(backend: &CachedBackend, role: &str, config: SdkConfig) -> Result<SdkConfig, Unreachable> {
-    let mut provider = AssumeRoleProvider::builder(role).configure(&config);
-    provider = provider.session_name(backend.string("assume_role.session_name").unwrap_or("tf-lock-release"));
-    if let Some(id) = backend.string("assume_role.external_id") {
-        provider = provider.external_id(id);
-    }
-    if let Some(policy) = backend.string("assume_role.policy") {
-        provider = provider.policy(policy);
-    }
-    let arns = backend.strings("assume_role.policy_arns");
-    if !arns.is_empty() {
-        provider = provider.policy_arns(arns.into_iter().map(ToOwned::to_owned).collect());
-    }
-    if let Some(text) = backend.string("assume_role.duration") {
-        provider = provider.session_length(go_duration(text).ok_or_else(|| Unreachable::Duration(text.to_owned()))?);
-    }
-    let tags = backend.pairs("assume_role.tags");
-    if !tags.is_empty() {
-        provider = provider.tags(tags);
-    }
-    let provider = provider.build().await;
-    let shared = aws_credential_types::provider::SharedCredentialsProvider::new(provider);
-    Ok(config.into_builder().credentials_provider(shared).build())
-}
-
-/// A Go duration in whole units: `15m`, `1h30m`, `900s`.
-fn go_duration(text: &str) -> Option<Duration> {
-    let mut seconds: u64 = 0;
-    let mut rest = text;
-    while !rest.is_empty() {
-        let digits = rest.find(|character: char| !character.is_ascii_digit())?;
-        let number: u64 = rest[..digits].parse().ok()?;
-        let unit = match rest.as_bytes()[digits] {
-            b'h' => 3600,
-            b'm' => 60,
-            b's' => 1,
-            _ => return None,
-        };
-        seconds = seconds.checked_add(number.checked_mul(unit)?)?;
-        rest = &rest[digits + 1..];
-    }
-    (seconds > 0).then(|| Duration::from_secs(seconds))
-}
-
-/// A client that trusts the authorities of `custom_ca_bundle` or `AWS_CA_BUNDLE` alone, as terraform's does.
-fn client_with_certificates(
-    backend: &CachedBackend,
-) -> Result<Option<aws_sdk_s3::config::SharedHttpClient>, Unreachable> {
-    use aws_smithy_http_client::tls;
-    let attribute = backend.string("custom_ca_bundle").map(ToOwned::to_owned);
-    let bundle = attribute.or_else(|| std::env::var("AWS_CA_BUNDLE").ok().filter(|path| !path.is_empty()));
-    let Some(path) = bundle else { return Ok(None) };
-    let unusable = |reason: String| Unreachable::Certificates { path: path.clone(), reason };
-    let certificates = std::fs::read(expand_home(&path)).map_err(|error| unusable(error.to_string()))?;
-    let trusted = tls::TrustStore::empty().with_pem_certificate(certificates);
-    let context =
-        tls::TlsContext::builder().with_trust_store(trusted).build().map_err(|error| unusable(error.to_string()))?;
-    let client = aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc))
-        .tls_context(context)
-        .build_https();
-    Ok(Some(client))
 }
 
 #[cfg(test)]
@@ -304,26 +291,46 @@ mod tests {
     fn what_cannot_be_followed_is_named() {
         for (config, expected) in [
             (r#"{"bucket":"b","region":"r","encrypt":true,"skip_region_validation":true}"#, None),
-            (r#"{"insecure":false}"#, None),
-            (r#"{"endpoints":{"sts":"http://x"},"sts_region":"r"}"#, None),
-            (r#"{"sts_region":"r","assume_role":{"role_arn":"a"}}"#, Some("sts_region")),
-            (r#"{"endpoints":{"sts":"http://x"},"assume_role":{"role_arn":"a"}}"#, Some("endpoints.sts")),
-            (r#"{"insecure":true}"#, Some("insecure")),
-            (r#"{"http_proxy":"http://x"}"#, Some("http_proxy")),
+            (r#"{"insecure":true,"http_proxy":"http://x","sts_region":"r"}"#, None),
+            (r#"{"endpoints":{"sts":"http://x","sso":"http://x"}}"#, None),
+            (r#"{"assume_role":{"role_arn":"a","source_identity":"x","transitive_tag_keys":["a"]}}"#, None),
             (r#"{"an_attribute_of_tomorrow":"x"}"#, Some("an_attribute_of_tomorrow")),
-            (r#"{"endpoints":{"sso":"http://x"}}"#, Some("endpoints.sso")),
-            (r#"{"assume_role":{"role_arn":"a","source_identity":"x"}}"#, Some("assume_role.source_identity")),
+            (r#"{"an_attribute_of_tomorrow":null}"#, None),
+            (r#"{"endpoints":{"glacier":"http://x"}}"#, Some("endpoints.glacier")),
+            (r#"{"assume_role":{"role_arn":"a","tomorrow":"x"}}"#, Some("assume_role.tomorrow")),
         ] {
             assert_eq!(not_followed(&backend(config)).as_deref(), expected, "{config}");
         }
     }
 
     #[test]
-    fn a_go_duration_is_read() {
-        assert_eq!(go_duration("1h30m"), Some(Duration::from_mins(90)));
-        assert_eq!(go_duration("900s"), Some(Duration::from_mins(15)));
-        for text in ["", "900", "1d", "-1h", "1.5h"] {
-            assert_eq!(go_duration(text), None, "{text:?}");
+    fn in_terraform_a_proxy_for_http_serves_https_too() {
+        let choose = |config: &str, opentofu: bool| {
+            let marker = if opentofu { r#""state_tags":null,"# } else { "" };
+            let proxies = proxies(&backend(&format!("{{{marker}{config}}}")));
+            proxies.choose("https", "s3.example", 443).map(ToOwned::to_owned)
+        };
+        assert_eq!(choose(r#""http_proxy":"http://p""#, false).as_deref(), Some("http://p"));
+        assert_eq!(choose(r#""http_proxy":"http://p""#, true), None);
+        assert_eq!(choose(r#""http_proxy":"http://p","https_proxy":"http://q""#, false).as_deref(), Some("http://q"));
+        assert_eq!(choose(r#""http_proxy":"http://p","https_proxy":"""#, false), None);
+        assert_eq!(choose(r#""http_proxy":"http://p","no_proxy":"s3.example""#, false), None);
+    }
+
+    #[test]
+    fn a_path_is_expanded_as_terraform_does() {
+        let home = std::env::var("HOME").unwrap();
+        for (path, expected) in [
+            ("/a/b", "/a/b".to_owned()),
+            ("~/x", format!("{home}/x")),
+            ("~", home.clone()),
+            ("~anna/x", "~anna/x".to_owned()),
+            ("$HOME/x", format!("{home}/x")),
+            ("${HOME}/x", format!("{home}/x")),
+            ("/a/$NOT_SET_ANYWHERE/x", "/a//x".to_owned()),
+            ("/a$", "/a$".to_owned()),
+        ] {
+            assert_eq!(expand(path), OsString::from(expected), "{path}");
         }
     }
 }

@@ -18,7 +18,7 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
         ["AWS_ENDPOINT_URL_DYNAMODB", "AWS_DYNAMODB_ENDPOINT"],
     );
     if let Some(endpoint) = endpoint {
-        builder = builder.endpoint_url(endpoint);
+        builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
     Client::from_conf(builder.build())
 }

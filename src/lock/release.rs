@@ -267,8 +267,8 @@ impl Attempt<'_> {
     async fn go(&mut self) -> Result<Outcome, Failure> {
         let services = match Services::connect(self.place).await {
             Ok(services) => services,
-            Err(unreachable @ aws::Unreachable::Attribute(_)) => return Ok(Outcome::kept(unreachable.to_string())),
-            Err(unreachable) => return Ok(Outcome::later(unreachable.to_string())),
+            Err(unreachable) if unreachable.may_pass() => return Ok(Outcome::later(unreachable.to_string())),
+            Err(unreachable) => return Ok(Outcome::kept(unreachable.to_string())),
         };
         let Situation { request_may_land, write_may_land, .. } = *self.situation;
         if write_may_land && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {

@@ -3,6 +3,16 @@
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::get_object::GetObjectInput;
+use aws_sdk_s3::operation::head_object::HeadObjectInput;
+use aws_sdk_s3::operation::put_object::PutObjectInput;
+use aws_smithy_runtime_api::box_error::BoxError;
+use aws_smithy_runtime_api::client::interceptors::context::BeforeSerializationInterceptorContextMut;
+use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
+use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::base64;
+use aws_smithy_types::config_bag::ConfigBag;
+use md5::{Digest, Md5};
 
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
@@ -25,12 +35,69 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
     let endpoint =
         super::aws::endpoint(backend, ["endpoints.s3", "endpoint"], ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"]);
     if let Some(endpoint) = endpoint {
-        builder = builder.endpoint_url(endpoint);
+        builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
     if backend.flag("use_path_style") || backend.flag("force_path_style") {
         builder = builder.force_path_style(true);
     }
+    if let Some(key) = CustomerKey::of(backend) {
+        builder = builder.interceptor(key);
+    }
     Client::from_conf(builder.build())
+}
+
+/// `sse_customer_key`: S3 keeps no such key, so each request that reads or writes an object must bring it. Terraform sends
+/// it only with `encrypt` (client.go).
+#[derive(Clone)]
+struct CustomerKey {
+    /// In base 64, as the backend has it.
+    key: String,
+    /// The key's own MD5.
+    md5: String,
+}
+
+impl std::fmt::Debug for CustomerKey {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("CustomerKey")
+    }
+}
+
+impl CustomerKey {
+    fn of(backend: &CachedBackend) -> Option<Self> {
+        let key = backend.string("sse_customer_key").map(ToOwned::to_owned);
+        let key = key.or_else(|| super::aws::set("AWS_SSE_CUSTOMER_KEY")).filter(|_| backend.flag("encrypt"))?;
+        let raw = base64::decode(&key).ok()?;
+        Some(Self { md5: base64::encode(Md5::digest(&raw)), key })
+    }
+}
+
+#[dyn_dispatch_hint]
+impl Intercept for CustomerKey {
+    fn name(&self) -> &'static str {
+        "CustomerKey"
+    }
+
+    fn modify_before_serialization(
+        &self,
+        context: &mut BeforeSerializationInterceptorContextMut<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let input = context.input_mut();
+        let (algorithm, key, md5) = if let Some(get) = input.downcast_mut::<GetObjectInput>() {
+            (&mut get.sse_customer_algorithm, &mut get.sse_customer_key, &mut get.sse_customer_key_md5)
+        } else if let Some(head) = input.downcast_mut::<HeadObjectInput>() {
+            (&mut head.sse_customer_algorithm, &mut head.sse_customer_key, &mut head.sse_customer_key_md5)
+        } else if let Some(put) = input.downcast_mut::<PutObjectInput>() {
+            (&mut put.sse_customer_algorithm, &mut put.sse_customer_key, &mut put.sse_customer_key_md5)
+        } else {
+            return Ok(());
+        };
+        *algorithm = Some("AES256".to_owned());
+        *key = Some(self.key.clone());
+        *md5 = Some(self.md5.clone());
+        Ok(())
+    }
 }
 
 /// Reads the lock object. `None` when there is none, or only a delete marker.
@@ -142,7 +209,8 @@ pub(crate) async fn put_if_absent(
 ) -> Result<bool, Failure> {
     use aws_sdk_s3::types::ServerSideEncryption;
     let mut request = client.put_object().bucket(bucket).key(key).if_none_match("*").content_type("application/json");
-    if backend.flag("encrypt") {
+    // With a key of the customer's the client itself says so.
+    if backend.flag("encrypt") && CustomerKey::of(backend).is_none() {
         request = match backend.string("kms_key_id") {
             Some(id) => request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(id),
             None => request.server_side_encryption(ServerSideEncryption::Aes256),

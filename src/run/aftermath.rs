@@ -16,16 +16,19 @@ use super::stop::Stop;
 use super::tombstone::Graveyard;
 use super::tree::{Fate, Tree};
 use super::waiting;
+use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::By;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
+use crate::lock::place::Place;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
@@ -103,7 +106,7 @@ impl Aftermath<'_> {
         };
         crash_point::reached("tf: tree judged");
         let after = DataDirectory::read(self.data_directory);
-        let places = Places::new(self.data_directory, self.before, after, &self.invocation.command_line);
+        let places = Places::new(self.current, self.before, after, &self.invocation.command_line);
         let situation =
             Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
@@ -188,8 +191,8 @@ impl Aftermath<'_> {
                 continue;
             }
             for place in places.of(lock) {
-                let standing = patience.until(release::standing(&place)).unwrap_or_default();
-                for info in standing.into_iter().filter(|info| info.id != lock.id) {
+                let found = standing(&place, places, patience);
+                for info in found.into_iter().filter(|info| info.id != lock.id) {
                     let host = Host::look();
                     let judgement = host.judge(&info);
                     trace!("refused by {}: {:?}", info.id, judgement.verdict);
@@ -201,7 +204,7 @@ impl Aftermath<'_> {
                         && let Ok(child) = waiting::start(run)
                     {
                         waiting::wait_for(child, patience);
-                        let left = patience.until(release::standing(&place)).unwrap_or_default();
+                        let left = standing(&place, places, patience);
                         if !left.iter().any(|left| left.id == info.id) {
                             report::say(report::TRY_AGAIN);
                         }
@@ -214,6 +217,7 @@ impl Aftermath<'_> {
     /// Names a lock that only its own JSON connects with this run.
     fn name_suspect(&self, patience: &mut Patience<'_>, ending: &str, places: &Places, situation: &Situation) {
         let Some(place) = places.selected() else { return };
+        let _there = Within::enter(&places.working_directory);
         if let Some(Some(info)) = patience.until(release::suspect(&place, situation)) {
             report::say(&report::suspected(ending, &info, &self.unlock_command()));
         }
@@ -240,6 +244,12 @@ impl Aftermath<'_> {
     fn unlock_command(&self) -> String {
         report::unlock_command(&self.program(), self.directory().as_deref())
     }
+}
+
+/// The locks that stand at `place` now.
+fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<LockInfo> {
+    let _there = Within::enter(&places.working_directory);
+    patience.until(release::standing(place)).unwrap_or_default()
 }
 
 /// A state that a terraform which was started at `since` in `directory` has put there because it could not write it

@@ -6,6 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::patience::Patience;
 use super::places::Places;
 use super::tombstone::{Graveyard, Tombstone};
+use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::{self, By, Event, What};
 use crate::lock::place::Place;
@@ -43,6 +44,7 @@ pub(crate) fn give_back(
     is_claimed: impl Fn(&str) -> bool,
     patience: &mut Patience<'_>,
 ) -> Vec<Settled> {
+    let _there = Within::enter(&places.working_directory);
     // A migration holds two, and gives back the second first.
     let settled = standing.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
@@ -105,6 +107,7 @@ pub(crate) fn visit(
     graveyard: &Graveyard,
     patience: &mut Patience<'_>,
 ) -> bool {
+    let _there = Within::enter(&places.working_directory);
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false };
     let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);

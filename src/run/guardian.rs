@@ -308,6 +308,7 @@ enum Parting {
 impl<'a> Watch<'a> {
     fn begin(socket: UnixStream, ward: Ward<'a>) {
         environment::forget(marks_us);
+        environment::forget_empty("AWS_");
         ward.tree.see_from_beside();
         crash_point::reached("guardian: watching");
         let mut watch = Self { socket, ward, terraform: None, received: Vec::new(), still: false, news: None };
@@ -520,7 +521,7 @@ impl<'a> Watch<'a> {
         trace!("guardian: {} locks may stand; died: {died}; kept: {keep:?}", standing.len());
         crash_point::reached("guardian: tree judged");
         let after = DataDirectory::read(ward.data_directory);
-        let places = Places::new(ward.data_directory, ward.before, after, ward.command_line);
+        let places = Places::new(ward.current, ward.before, after, ward.command_line);
         let situation =
             Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));

@@ -22,6 +22,7 @@ mod supervision;
 pub(crate) mod tombstone;
 mod tree;
 pub(crate) mod waiting;
+mod working_directory;
 
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -36,11 +37,11 @@ use nix::sys::signal::Signal;
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
 use crate::settings::Settings;
-use crate::sys::process;
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
 use crate::sys::terminal::Terminal;
 use crate::sys::wait::Ended;
+use crate::sys::{environment, process};
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -109,7 +110,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
     let data_directory = DataDirectory::path(&current, &invocation.command_line);
     let before = DataDirectory::read(&data_directory);
-    let here = Places::new(&data_directory, &before, before.clone(), &invocation.command_line);
+    let here = Places::new(&current, &before, before.clone(), &invocation.command_line);
 
     let variable = |name: &str| std::env::var_os(name);
     if settings.release
@@ -273,6 +274,7 @@ impl<'a> Prepared<'a> {
         crash_point::reached("tf: started");
         // What terraform need not wait for comes after its start.
         let memory_kills = process::out_of_memory_kills();
+        environment::forget_empty("AWS_");
         trace!("started terraform as {terraform}, run {}", self.run);
 
         let mut waiting = settings.release.then(Waiting::default);

@@ -1,6 +1,6 @@
 //! The places that one run can have locked: its backends, before and after, and its workspaces.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::lock::place::{self, Place};
 use crate::terraform::command_line::CommandLine;
@@ -15,11 +15,19 @@ pub(crate) struct Places {
     pub(crate) workspaces: Vec<String>,
     /// Where it read that.
     pub(crate) data_directory: String,
+    /// Where its terraform works.
+    pub(crate) working_directory: PathBuf,
 }
 
 impl Places {
-    /// Those of a run of `command_line`, whose data directory, at `path`, said so `before`, and says so `after`.
-    pub(crate) fn new(path: &Path, before: &DataDirectory, after: DataDirectory, command_line: &CommandLine) -> Self {
+    /// Those of a run of `command_line` in the directory `current`, whose data directory said so `before`, and says so
+    /// `after`.
+    pub(crate) fn new(
+        current: &Path,
+        before: &DataDirectory,
+        after: DataDirectory,
+        command_line: &CommandLine,
+    ) -> Self {
         // TF_WORKSPACE wins over what is selected (internal/command/meta.go, `WorkspaceOverridden`).
         let mut workspaces = match std::env::var("TF_WORKSPACE") {
             Ok(name) if !name.is_empty() => vec![name],
@@ -29,8 +37,9 @@ impl Places {
         if command_line.command().starts_with("workspace ") {
             workspaces.extend(command_line.operands.iter().map(|operand| operand.to_string_lossy().into_owned()));
         }
-        let data_directory = path.to_string_lossy().into_owned();
-        Self { directories: vec![after, before.clone()], workspaces, data_directory }
+        let data_directory = DataDirectory::path(current, command_line).to_string_lossy().into_owned();
+        let working_directory = command_line.working_directory(current);
+        Self { directories: vec![after, before.clone()], workspaces, data_directory, working_directory }
     }
 
     /// Where a lock that a log recorded can be.

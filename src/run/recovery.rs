@@ -29,6 +29,7 @@ use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
 use super::tombstone::Graveyard;
+use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::proof::Run;
@@ -336,6 +337,7 @@ fn finish(dead: Dead) -> Vec<String> {
         // As long as the record stands, the next one needs it as much as we do.
         recorder.leave();
     }
+    environment::forget_empty("AWS_");
     for (name, value) in record.surroundings.changes() {
         environment::change(name, value.as_ref());
     }
@@ -378,6 +380,7 @@ fn settle(
         directories: directories.collect(),
         workspaces: record.workspaces.clone(),
         data_directory: record.data_directory.clone(),
+        working_directory: record.working_directory().into(),
     };
     // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
     places.workspaces.push(after.workspace.clone());
@@ -396,6 +399,7 @@ fn settle(
         .then(|| Outcome::later(report::missing(&missing.join(", "), &record.data_directory)));
     let claimed = |id: &str| journal.is_claimed(id, &record.run);
     let mut patience = Patience::Nobodys;
+    let _there = Within::enter(&places.working_directory);
     let settled = give_back(&standing, &places, &situation, died, unreachable.as_ref(), claimed, &mut patience);
     if recent {
         bury(&settled, &situation, Some(graveyard));

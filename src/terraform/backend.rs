@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// A backend block as it is cached. It may hold credentials, so it has no `Debug` output of its values and is never
@@ -12,6 +13,29 @@ pub(crate) struct CachedBackend {
     /// `s3`, `http`, `local`...
     pub(crate) kind: String,
     config: Map<String, Value>,
+    origin: Origin,
+}
+
+/// Whose block it is, as far as that changes what the block means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// OpenTofu's, not Terraform's.
+    opentofu: bool,
+    /// From before 1.6, when the backend had another SDK.
+    before_1_6: bool,
+}
+
+impl Origin {
+    /// The file names the version of either program in the same words. What tells OpenTofu are attributes that only it has,
+    /// set or not: OpenTofu up to 1.9 is taken for Terraform.
+    fn of(version: &str, config: &Map<String, Value>) -> Self {
+        let has = |name: &str| config.contains_key(name);
+        let numbers: Vec<u32> = version.split('.').map_while(|part| part.parse().ok()).collect();
+        Self {
+            opentofu: has("state_tags") || (has("role_arn") && has("use_lockfile")),
+            before_1_6: matches!(numbers.as_slice(), [major, minor, ..] if (*major, *minor) < (1, 6)),
+        }
+    }
 }
 
 impl CachedBackend {
@@ -24,7 +48,34 @@ impl CachedBackend {
             Some(Value::Object(config)) => config,
             _ => Map::new(),
         };
-        Some(Self { kind, config })
+        let version = file.get("terraform_version").and_then(Value::as_str).unwrap_or_default();
+        let origin = Origin::of(version, &config);
+        Some(Self { kind, config, origin })
+    }
+
+    /// Whether it is a block of OpenTofu's.
+    pub(crate) fn is_opentofu(&self) -> bool {
+        self.origin.opentofu
+    }
+
+    /// Whether it is from before 1.6, where keys of the environment went before a profile of the block.
+    pub(crate) fn is_of_before_1_6(&self) -> bool {
+        self.origin.before_1_6
+    }
+
+    /// See [`Origin`].
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// A string attribute that is set, also when it is set to nothing.
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
+        self.value(name)?.as_str()
+    }
+
+    /// A whole number.
+    pub(crate) fn number(&self, name: &str) -> Option<u64> {
+        self.value(name)?.as_u64()
     }
 
     /// A string attribute that is set and not empty; `outer.inner` for one inside a nested attribute.
@@ -61,8 +112,8 @@ impl CachedBackend {
     }
 
     /// A block with these values, as one was kept elsewhere.
-    pub(crate) fn from_parts(kind: &str, config: Map<String, Value>) -> Self {
-        Self { kind: kind.to_owned(), config }
+    pub(crate) fn from_parts(kind: &str, config: Map<String, Value>, origin: Origin) -> Self {
+        Self { kind: kind.to_owned(), config, origin }
     }
 
     /// The attributes that are set, with their values: secrets among them.

@@ -49,7 +49,7 @@ impl Message {
 
     /// Reads a message. `to_head` tells that it answers a HEAD, and so has no body whatever its length says.
     /// With `continues`, a sender that waits for `100 Continue` is told to go on.
-    pub fn read(stream: &mut BufReader<TcpStream>, continues: bool, to_head: bool) -> Option<Self> {
+    pub fn read(stream: &mut BufReader<impl Read + Write>, continues: bool, to_head: bool) -> Option<Self> {
         let mut line = String::new();
         stream.read_line(&mut line).ok().filter(|length| *length > 0)?;
         let start = line.trim_end().to_owned();

@@ -1,10 +1,11 @@
 //! A proxy in front of the loopback cloud, for what no real server does on demand: holding a request back and still
 //! delivering it when its sender is long dead; answering and losing the answer; answering something else.
 
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
+use super::authority::Authority;
 use super::http::Message;
 use super::wait_for;
 
@@ -20,6 +21,8 @@ pub enum Deed {
     LoseAnswer,
     /// Answered by us.
     Answer(Message),
+    /// A CONNECT: we are the host that is asked for.
+    Tunnel(Arc<Authority>),
 }
 
 type Rule = dyn Fn(&Message) -> Deed + Send + Sync;
@@ -39,6 +42,23 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(upstream: u16, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Self {
+        Self::listen(upstream, rule, |stream, shared| serve(Box::new(stream), shared, |_| {}))
+    }
+
+    /// The same, with every request changed before it is passed on.
+    pub fn start_changing(
+        upstream: u16,
+        change: fn(&mut Message),
+        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+    ) -> Self {
+        Self::listen(upstream, rule, move |stream, shared| serve(Box::new(stream), shared, change))
+    }
+
+    fn listen(
+        upstream: u16,
+        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+        serve: impl Fn(TcpStream, &Shared) + Clone + Send + 'static,
+    ) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
@@ -51,11 +71,21 @@ impl Proxy {
         let for_listener = Arc::clone(&shared);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let shared = Arc::clone(&for_listener);
+                let (shared, serve) = (Arc::clone(&for_listener), serve.clone());
                 std::thread::spawn(move || serve(stream, &shared));
             }
         });
         Self { port, shared }
+    }
+
+    /// The same, spoken to by TLS as the host 127.0.0.1.
+    pub fn start_tls(
+        upstream: u16,
+        authority: &Authority,
+        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+    ) -> Self {
+        let config = authority.server("127.0.0.1");
+        Self::listen(upstream, rule, move |stream, shared| serve(by_tls(Box::new(stream), &config), shared, |_| {}))
     }
 
     /// Waits until a request is held.
@@ -84,10 +114,26 @@ impl Proxy {
     }
 }
 
-fn serve(stream: TcpStream, shared: &Shared) {
+trait Duplex: Read + Write {}
+
+impl<S: Read + Write> Duplex for S {}
+
+fn by_tls(stream: Box<dyn Duplex>, config: &Arc<rustls::ServerConfig>) -> Box<dyn Duplex> {
+    let connection = rustls::ServerConnection::new(Arc::clone(config)).unwrap();
+    Box::new(rustls::StreamOwned::new(connection, stream))
+}
+
+fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
     let mut client = BufReader::new(stream);
     while let Some(mut request) = Message::read(&mut client, true, false) {
         let deed = (shared.rule)(&request);
+        if let Deed::Tunnel(authority) = deed {
+            let host = request.start.split([' ', ':']).nth(1).unwrap_or_default().to_owned();
+            if client.get_mut().write_all(b"HTTP/1.1 200 OK\r\n\r\n").is_ok() {
+                serve(by_tls(client.into_inner(), &authority.server(&host)), shared, change);
+            }
+            return;
+        }
         let mut held = false;
         if matches!(deed, Deed::Hold) {
             let mut state = shared.held.lock().unwrap();
@@ -106,6 +152,7 @@ fn serve(stream: TcpStream, shared: &Shared) {
             continue;
         }
         let to_head = request.start.starts_with("HEAD ");
+        change(&mut request);
         request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
         request.headers.push(("Connection".into(), "close".into()));
         let port = if let Deed::PassTo(port) = deed { port } else { shared.upstream };

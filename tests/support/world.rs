@@ -66,6 +66,9 @@ pub fn which(name: &str) -> Option<PathBuf> {
 /// that its group gets: else terraform may end for that before it has said a word of its own.
 pub const WAITS: &str = "trap '' INT; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
+/// The value of a variable that is not to be there at all.
+pub const UNSET: &str = "(unset)";
+
 impl World {
     /// A directory whose one resource runs `command` when it is made, initialised.
     pub fn new(lock: Lock, command: &str) -> Self {
@@ -179,7 +182,9 @@ impl World {
         ];
         for (name, value) in &self.environment {
             all.retain(|(known, _)| known != name);
-            all.push((name.clone(), value.clone()));
+            if value != UNSET {
+                all.push((name.clone(), value.clone()));
+            }
         }
         all
     }

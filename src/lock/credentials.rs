@@ -1,0 +1,452 @@
+//! As whom AWS is reached: the order in which terraform looks for credentials (aws-sdk-go-base, credentials.go; the AWS
+//! SDK for Go, config/resolve_credentials.go), which is not that of the SDK for Rust.
+//!
+//! 1. `access_key` and `secret_key` of the block.
+//! 2. Its `profile`; that, and keys of the environment are not looked at. Terraform before 1.6 had it the other way round.
+//! 3. Keys of the environment, else a web identity of the environment, else the profile of the environment.
+//! 4. Where the profile has nothing: the container, then the instance.
+//! 5. `assume_role_with_web_identity` takes the place of 2 to 4.
+//! 6. `assume_role` goes on top of all.
+
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_config::ecs::EcsCredentialsProvider;
+use aws_config::imds;
+use aws_config::imds::credentials::ImdsCredentialsProvider;
+use aws_config::meta::credentials::CredentialsProviderChain;
+use aws_config::profile::ProfileFileCredentialsProvider;
+use aws_config::provider_config::ProviderConfig;
+use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, Result as Provided, SharedCredentialsProvider, future};
+use aws_runtime::env_config::file::EnvConfigFiles;
+use aws_sdk_sts::error::DisplayErrorContext;
+use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
+
+use super::aws::{Unreachable, endpoint, expand, set};
+use crate::terraform::backend::CachedBackend;
+
+/// The name of the session in which a role is assumed, where the block has none.
+const SESSION: &str = "tf-lock-release";
+
+/// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
+const DURATION: Duration = Duration::from_mins(15);
+
+/// Credentials as `backend` and the environment say, not asked for yet. `config` has everything else.
+///
+/// # Errors
+/// [`Unreachable`]: a part of the block contradicts itself.
+pub(super) fn provider(
+    backend: &CachedBackend,
+    files: EnvConfigFiles,
+    for_providers: &ProviderConfig,
+    config: &SdkConfig,
+) -> Result<SharedCredentialsProvider, Unreachable> {
+    let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
+    let base = if let [Some(key), Some(secret), token] = fixed {
+        SharedCredentialsProvider::new(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"))
+    } else if fixed.iter().any(Option::is_some) {
+        return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
+    } else if let Some(role) = WebRole::of(backend)? {
+        SharedCredentialsProvider::new(role.with(sts(backend, config)))
+    } else {
+        SharedCredentialsProvider::new(chain(backend, files, for_providers)?)
+    };
+    let Some(role) = Role::of(backend)? else { return Ok(base) };
+    let config = config.to_builder().credentials_provider(base).build();
+    Ok(SharedCredentialsProvider::new(role.with(sts(backend, &config))))
+}
+
+/// What is found in the environment, the shared files, the container and the instance.
+fn chain(
+    backend: &CachedBackend,
+    files: EnvConfigFiles,
+    config: &ProviderConfig,
+) -> Result<CredentialsProviderChain, Unreachable> {
+    let mut profile = ProfileFileCredentialsProvider::builder().configure(config).profile_files(files);
+    let named = backend.string("profile").map(ToOwned::to_owned).or_else(|| {
+        // Go's SDK knows a second name for it.
+        set("AWS_PROFILE").is_none().then(|| set("AWS_DEFAULT_PROFILE")).flatten()
+    });
+    if let Some(name) = named {
+        profile = profile.profile_name(name);
+    }
+    let metadata = metadata(backend, config)?;
+    if let Some(metadata) = &metadata {
+        profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata());
+    }
+    let profile = profile.build();
+    let environment_first = backend.string("profile").is_none() || backend.is_of_before_1_6();
+    let chain = if environment_first {
+        let web = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
+        CredentialsProviderChain::first_try("Environment", Environment)
+            .or_else("WebIdentityToken", web)
+            .or_else("Profile", profile)
+    } else {
+        CredentialsProviderChain::first_try("Profile", profile)
+    };
+    let chain = chain.or_else("Container", EcsCredentialsProvider::builder().configure(config).build());
+    Ok(match metadata {
+        Some(metadata) => chain.or_else("Instance", metadata()),
+        None => chain,
+    })
+}
+
+/// The instance's own credentials, where it is to be asked.
+fn metadata(
+    backend: &CachedBackend,
+    config: &ProviderConfig,
+) -> Result<Option<impl Fn() -> ImdsCredentialsProvider + use<>>, Unreachable> {
+    if backend.flag("skip_metadata_api_check") {
+        return Ok(None);
+    }
+    let mut client = imds::Client::builder().configure(config).connect_timeout(Duration::from_secs(1));
+    let address = backend.string("ec2_metadata_service_endpoint").map(ToOwned::to_owned);
+    let address = address.or_else(|| set("AWS_EC2_METADATA_SERVICE_ENDPOINT")).or_else(|| set("AWS_METADATA_URL"));
+    if let Some(address) = address {
+        client = client.endpoint(address).map_err(|error| Unreachable::Metadata(error.to_string()))?;
+    }
+    let mode = backend.string("ec2_metadata_service_endpoint_mode").map(ToOwned::to_owned);
+    match mode.or_else(|| set("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE")) {
+        Some(mode) if mode.eq_ignore_ascii_case("ipv6") => {
+            client = client.endpoint_mode(imds::client::EndpointMode::IpV6);
+        }
+        Some(_) => client = client.endpoint_mode(imds::client::EndpointMode::IpV4),
+        None => {}
+    }
+    let (client, config) = (client.build(), config.clone());
+    Ok(Some(move || ImdsCredentialsProvider::builder().configure(&config).imds_client(client.clone()).build()))
+}
+
+/// Keys in the environment, under every name that Go's SDK knows.
+#[derive(Debug)]
+struct Environment;
+
+impl ProvideCredentials for Environment {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        let key = set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"));
+        let secret = set("AWS_SECRET_ACCESS_KEY").or_else(|| set("AWS_SECRET_KEY"));
+        future::ProvideCredentials::ready(match (key, secret) {
+            (Some(key), Some(secret)) => {
+                Ok(Credentials::new(key, secret, set("AWS_SESSION_TOKEN"), None, "environment"))
+            }
+            _ => Err(CredentialsError::not_loaded("no keys in the environment")),
+        })
+    }
+}
+
+/// A client of STS for the roles of the block.
+pub(super) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::Client {
+    let mut builder = aws_sdk_sts::config::Builder::from(config);
+    if let Some(region) = backend.string("sts_region") {
+        builder = builder.region(aws_sdk_sts::config::Region::new(region.to_owned()));
+    }
+    if let Some(endpoint) = sts_endpoint(backend) {
+        builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
+    }
+    aws_sdk_sts::Client::from_conf(builder.build())
+}
+
+/// The endpoint of STS that the block or the environment names.
+pub(super) fn sts_endpoint(backend: &CachedBackend) -> Option<String> {
+    endpoint(backend, ["endpoints.sts", "sts_endpoint"], ["AWS_ENDPOINT_URL_STS", "AWS_STS_ENDPOINT"])
+}
+
+/// What both ways to assume a role take.
+#[derive(Clone, Debug)]
+struct Assumed {
+    arn: String,
+    session: Option<String>,
+    duration: Option<Duration>,
+    policy: Option<String>,
+    policy_arns: Vec<String>,
+}
+
+impl Assumed {
+    /// `prefix` is the attribute with a dot behind.
+    fn of(backend: &CachedBackend, prefix: &str, arn: String) -> Result<Self, Unreachable> {
+        let text = |name: &str| backend.string(&format!("{prefix}{name}")).map(ToOwned::to_owned);
+        let duration = match text("duration") {
+            Some(text) => Some(go_duration(&text).ok_or(Unreachable::Duration(text))?),
+            None => None,
+        };
+        let policy_arns = backend.strings(&format!("{prefix}policy_arns"));
+        Ok(Self {
+            arn,
+            session: text("session_name"),
+            duration,
+            policy: text("policy").map(|policy| policy.trim().to_owned()),
+            policy_arns: policy_arns.into_iter().map(ToOwned::to_owned).collect(),
+        })
+    }
+
+    fn seconds(duration: Duration) -> i32 {
+        i32::try_from(duration.as_secs()).unwrap_or(i32::MAX)
+    }
+
+    fn policies(&self) -> Option<Vec<PolicyDescriptorType>> {
+        let one = |arn: &String| PolicyDescriptorType::builder().arn(arn).build();
+        (!self.policy_arns.is_empty()).then(|| self.policy_arns.iter().map(one).collect())
+    }
+}
+
+/// `assume_role`.
+#[derive(Clone, Debug)]
+struct Role {
+    assumed: Assumed,
+    external_id: Option<String>,
+    tags: Vec<(String, String)>,
+    transitive: Vec<String>,
+    source_identity: Option<String>,
+}
+
+impl Role {
+    fn of(backend: &CachedBackend) -> Result<Option<Self>, Unreachable> {
+        let owned = |values: Vec<&str>| values.into_iter().map(ToOwned::to_owned).collect();
+        let pairs = |name: &str| {
+            let pairs = backend.pairs(name).into_iter();
+            pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+        };
+        if let Some(arn) = backend.string("assume_role.role_arn") {
+            return Ok(Some(Self {
+                assumed: Assumed::of(backend, "assume_role.", arn.to_owned())?,
+                external_id: backend.string("assume_role.external_id").map(ToOwned::to_owned),
+                tags: pairs("assume_role.tags"),
+                transitive: owned(backend.strings("assume_role.transitive_tag_keys")),
+                source_identity: backend.string("assume_role.source_identity").map(ToOwned::to_owned),
+            }));
+        }
+        // As OpenTofu and Terraform before 1.10 have it, without a block of its own.
+        let Some(arn) = backend.string("role_arn") else { return Ok(None) };
+        Ok(Some(Self {
+            assumed: Assumed {
+                arn: arn.to_owned(),
+                session: backend.string("session_name").map(ToOwned::to_owned),
+                duration: backend.number("assume_role_duration_seconds").map(Duration::from_secs),
+                policy: backend.string("assume_role_policy").map(|policy| policy.trim().to_owned()),
+                policy_arns: owned(backend.strings("assume_role_policy_arns")),
+            },
+            external_id: backend.string("external_id").map(ToOwned::to_owned),
+            tags: pairs("assume_role_tags"),
+            transitive: owned(backend.strings("assume_role_transitive_tag_keys")),
+            source_identity: None,
+        }))
+    }
+
+    fn with(self, sts: aws_sdk_sts::Client) -> Assuming<Self> {
+        Assuming { sts, role: self }
+    }
+}
+
+/// `assume_role_with_web_identity`.
+#[derive(Clone)]
+struct WebRole {
+    assumed: Assumed,
+    token: Token,
+}
+
+#[derive(Clone)]
+enum Token {
+    Text(String),
+    File(std::path::PathBuf),
+}
+
+impl std::fmt::Debug for WebRole {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "WebRole({})", self.assumed.arn)
+    }
+}
+
+impl WebRole {
+    fn of(backend: &CachedBackend) -> Result<Option<Self>, Unreachable> {
+        const BLOCK: &str = "assume_role_with_web_identity";
+        if backend.nested(BLOCK).is_empty() {
+            return Ok(None);
+        }
+        let text = |name: &str, variable: &str| {
+            let text = backend.string(&format!("{BLOCK}.{name}")).map(ToOwned::to_owned);
+            // OpenTofu looks into the environment for what the block leaves out; in Terraform it must not leave it out.
+            text.or_else(|| set(variable))
+        };
+        let Some(arn) = text("role_arn", "AWS_ROLE_ARN") else {
+            return Err(Unreachable::Incomplete("assume_role_with_web_identity without a role"));
+        };
+        let mut assumed = Assumed::of(backend, "assume_role_with_web_identity.", arn)?;
+        assumed.session = text("session_name", "AWS_ROLE_SESSION_NAME");
+        let token = text("web_identity_token", "AWS_WEB_IDENTITY_TOKEN").map(Token::Text);
+        let file = || text("web_identity_token_file", "AWS_WEB_IDENTITY_TOKEN_FILE");
+        let token = token.or_else(|| file().map(|path| Token::File(expand(&path).into())));
+        match token {
+            Some(token) => Ok(Some(Self { assumed, token })),
+            None => Err(Unreachable::Incomplete("assume_role_with_web_identity without a token")),
+        }
+    }
+
+    fn with(self, sts: aws_sdk_sts::Client) -> Assuming<Self> {
+        Assuming { sts, role: self }
+    }
+}
+
+/// A role, and who is asked for it.
+#[derive(Debug)]
+struct Assuming<R> {
+    sts: aws_sdk_sts::Client,
+    role: R,
+}
+
+impl Assuming<Role> {
+    async fn ask(&self) -> Provided {
+        let Role { assumed, external_id, tags, transitive, source_identity } = &self.role;
+        let tags: Result<Vec<Tag>, _> =
+            tags.iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect();
+        let tags = tags.map_err(CredentialsError::invalid_configuration)?;
+        let answer = self
+            .sts
+            .assume_role()
+            .role_arn(&assumed.arn)
+            .role_session_name(assumed.session.as_deref().unwrap_or(SESSION))
+            .duration_seconds(Assumed::seconds(assumed.duration.unwrap_or(DURATION)))
+            .set_policy(assumed.policy.clone())
+            .set_policy_arns(assumed.policies())
+            .set_external_id(external_id.clone())
+            .set_tags((!tags.is_empty()).then_some(tags))
+            .set_transitive_tag_keys((!transitive.is_empty()).then(|| transitive.clone()))
+            .set_source_identity(source_identity.clone())
+            .send()
+            .await;
+        match answer {
+            Ok(answer) => credentials(answer.credentials),
+            Err(error) => Err(refused(&assumed.arn, &DisplayErrorContext(&error).to_string())),
+        }
+    }
+}
+
+impl Assuming<WebRole> {
+    async fn ask(&self) -> Provided {
+        let WebRole { assumed, token } = &self.role;
+        let token = match token {
+            Token::Text(token) => token.clone(),
+            Token::File(path) => std::fs::read_to_string(path).map_err(|error| {
+                CredentialsError::provider_error(format!("the web identity token {}: {error}", path.display()))
+            })?,
+        };
+        let answer = self
+            .sts
+            .assume_role_with_web_identity()
+            .role_arn(&assumed.arn)
+            .role_session_name(assumed.session.as_deref().unwrap_or(SESSION))
+            .web_identity_token(token)
+            .set_duration_seconds(assumed.duration.map(Assumed::seconds))
+            .set_policy(assumed.policy.clone())
+            .set_policy_arns(assumed.policies())
+            .send()
+            .await;
+        match answer {
+            Ok(answer) => credentials(answer.credentials),
+            Err(error) => Err(refused(&assumed.arn, &DisplayErrorContext(&error).to_string())),
+        }
+    }
+}
+
+impl ProvideCredentials for Assuming<Role> {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(self.ask())
+    }
+}
+
+impl ProvideCredentials for Assuming<WebRole> {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(self.ask())
+    }
+}
+
+fn refused(arn: &str, why: &str) -> CredentialsError {
+    CredentialsError::provider_error(format!("the role {arn} cannot be assumed: {why}"))
+}
+
+fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
+    let Some(given) = given else { return Err(CredentialsError::unhandled("STS gave no credentials")) };
+    let until = std::time::SystemTime::try_from(given.expiration).ok();
+    Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
+}
+
+/// A Go duration in whole units: `15m`, `1h30m`, `900s`.
+fn go_duration(text: &str) -> Option<Duration> {
+    let mut seconds: u64 = 0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|character: char| !character.is_ascii_digit())?;
+        let number: u64 = rest[..digits].parse().ok()?;
+        let unit = match rest.as_bytes()[digits] {
+            b'h' => 3600,
+            b'm' => 60,
+            b's' => 1,
+            _ => return None,
+        };
+        seconds = seconds.checked_add(number.checked_mul(unit)?)?;
+        rest = &rest[digits + 1..];
+    }
+    (seconds > 0).then(|| Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::backend::tests::backend;
+
+    #[test]
+    fn a_go_duration_is_read() {
+        assert_eq!(go_duration("1h30m"), Some(Duration::from_mins(90)));
+        assert_eq!(go_duration("900s"), Some(Duration::from_mins(15)));
+        for text in ["", "900", "1d", "-1h", "1.5h"] {
+            assert_eq!(go_duration(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_role_in_either_form_is_the_same_role() {
+        let new = backend(
+            r#"{"assume_role":{"role_arn":"arn:x","session_name":"s","external_id":"e","duration":"20m","policy":" p ",
+                "policy_arns":["a","b"],"tags":{"k":"v"},"transitive_tag_keys":["k"]}}"#,
+        );
+        let old = backend(
+            r#"{"role_arn":"arn:x","session_name":"s","external_id":"e","assume_role_duration_seconds":1200,
+                "assume_role_policy":" p ","assume_role_policy_arns":["a","b"],"assume_role_tags":{"k":"v"},
+                "assume_role_transitive_tag_keys":["k"]}"#,
+        );
+        let [new, old] = [new, old].map(|backend| format!("{:?}", Role::of(&backend).unwrap().unwrap()));
+        assert_eq!(new, old);
+        assert!(Role::of(&backend("{}")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_token_is_in_no_debug_output() {
+        let block = backend(r#"{"assume_role_with_web_identity":{"role_arn":"arn:x","web_identity_token":"hunter2"}}"#);
+        assert_eq!(format!("{:?}", WebRole::of(&block).unwrap().unwrap()), "WebRole(arn:x)");
+    }
+
+    #[test]
+    fn a_role_for_nobody_is_an_error() {
+        for config in [
+            r#"{"assume_role_with_web_identity":{"role_arn":"arn:x"}}"#,
+            r#"{"assume_role_with_web_identity":{"web_identity_token":"t"}}"#,
+        ] {
+            assert!(matches!(WebRole::of(&backend(config)), Err(Unreachable::Incomplete(_))), "{config}");
+        }
+        assert!(matches!(
+            Role::of(&backend(r#"{"assume_role":{"role_arn":"a","duration":"long"}}"#)),
+            Err(Unreachable::Duration(_))
+        ));
+    }
+}

@@ -1,0 +1,173 @@
+//! Through which proxy a request goes, as Go's HTTP client decides it (golang.org/x/net/http/httpproxy), which is
+//! terraform's. The SDK's own client follows no proxy, and others read these variables in other ways.
+
+use std::net::IpAddr;
+
+/// The proxies of a backend and an environment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Proxies {
+    /// For `http` URLs.
+    pub(crate) http: Option<String>,
+    /// For `https` URLs.
+    pub(crate) https: Option<String>,
+    exceptions: Vec<Exception>,
+}
+
+/// Hosts that are reached directly.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Exception {
+    Everything,
+    Network { address: IpAddr, bits: u8 },
+    Address { address: IpAddr, port: Option<u16> },
+    Domain { suffix: String, itself: bool, port: Option<u16> },
+}
+
+impl Proxies {
+    /// `http` and `https` as they are written in a backend or a variable, `no_proxy` with its commas.
+    pub(crate) fn new(http: Option<String>, https: Option<String>, no_proxy: Option<&str>) -> Self {
+        let set = |url: Option<String>| url.filter(|url| !url.is_empty()).map(with_scheme);
+        let words = no_proxy.unwrap_or_default().split(',').map(|word| word.trim().to_lowercase());
+        Self { http: set(http), https: set(https), exceptions: words.filter_map(|word| exception(&word)).collect() }
+    }
+
+    /// The proxy for `scheme://host:port`. Never one for this machine itself.
+    pub(crate) fn choose(&self, scheme: &str, host: &str, port: u16) -> Option<&str> {
+        let proxy = if scheme == "https" { &self.https } else { &self.http }.as_deref()?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_lowercase();
+        let address: Option<IpAddr> = host.parse().ok();
+        if host == "localhost" || address.is_some_and(|address| address.is_loopback()) {
+            return None;
+        }
+        (!self.exceptions.iter().any(|exception| exception.covers(&host, address, port))).then_some(proxy)
+    }
+
+    /// The proxies that any request can go through.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &str> {
+        self.http.as_deref().into_iter().chain(self.https.as_deref())
+    }
+}
+
+impl Exception {
+    fn covers(&self, host: &str, address: Option<IpAddr>, port: u16) -> bool {
+        let fits = |wanted: &Option<u16>| wanted.is_none_or(|wanted| wanted == port);
+        match self {
+            Self::Everything => true,
+            Self::Network { address: network, bits } => {
+                address.is_some_and(|address| in_network(address, *network, *bits))
+            }
+            Self::Address { address: wanted, port } => address == Some(*wanted) && fits(port),
+            Self::Domain { suffix, itself, port } => {
+                (host.ends_with(suffix.as_str()) || (*itself && host == &suffix[1..])) && fits(port)
+            }
+        }
+    }
+}
+
+/// A proxy may be written without a scheme.
+fn with_scheme(url: String) -> String {
+    if url.contains("://") { url } else { format!("http://{url}") }
+}
+
+fn exception(word: &str) -> Option<Exception> {
+    if word.is_empty() {
+        return None;
+    }
+    if word == "*" {
+        return Some(Exception::Everything);
+    }
+    if let Some((address, bits)) = word.split_once('/')
+        && let (Ok(address), Ok(bits)) = (address.parse::<IpAddr>(), bits.parse())
+    {
+        return Some(Exception::Network { address, bits });
+    }
+    let (host, port) = match word.rsplit_once(':') {
+        // An IPv6 address without brackets has colons of its own.
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => match port.parse() {
+            Ok(port) => (host, Some(port)),
+            Err(_) => (word, None),
+        },
+        _ => (word, None),
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(address) = host.parse() {
+        return Some(Exception::Address { address, port });
+    }
+    if host.is_empty() {
+        return None;
+    }
+    let host = host.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(host);
+    // `.example.com` means what is below it, `example.com` that and itself.
+    let itself = !host.starts_with('.');
+    let suffix = if itself { format!(".{host}") } else { host.to_owned() };
+    Some(Exception::Domain { suffix, itself, port })
+}
+
+fn in_network(address: IpAddr, network: IpAddr, bits: u8) -> bool {
+    let same = |a: &[u8], b: &[u8]| {
+        a.len() == b.len()
+            && usize::from(bits) <= a.len() * 8
+            && (0..usize::from(bits)).all(|bit| (a[bit / 8] ^ b[bit / 8]) & (0x80 >> (bit % 8)) == 0)
+    };
+    match (address, network) {
+        (IpAddr::V4(address), IpAddr::V4(network)) => same(&address.octets(), &network.octets()),
+        (IpAddr::V6(address), IpAddr::V6(network)) => same(&address.octets(), &network.octets()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proxies(no_proxy: &str) -> Proxies {
+        Proxies::new(Some("plain:1".into()), Some("http://secure:2".into()), Some(no_proxy))
+    }
+
+    #[test]
+    fn each_scheme_has_its_proxy() {
+        let both = proxies("");
+        assert_eq!(both.choose("http", "x.example", 80), Some("http://plain:1"));
+        assert_eq!(both.choose("https", "x.example", 443), Some("http://secure:2"));
+        let none = Proxies::new(None, Some(String::new()), None);
+        assert_eq!(none.choose("https", "x.example", 443), None);
+        assert_eq!(none.choose("http", "x.example", 80), None);
+    }
+
+    #[test]
+    fn this_machine_is_reached_directly() {
+        for host in ["localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"] {
+            assert_eq!(proxies("").choose("http", host, 80), None, "{host}");
+        }
+        assert!(proxies("").choose("http", "169.254.169.254", 80).is_some());
+    }
+
+    #[test]
+    fn exceptions_are_read_as_go_reads_them() {
+        for (no_proxy, host, port, direct) in [
+            ("*", "x.example", 443, true),
+            ("example.com", "example.com", 443, true),
+            ("example.com", "s3.example.com", 443, true),
+            ("example.com", "notexample.com", 443, false),
+            (".example.com", "example.com", 443, false),
+            (".example.com", "s3.example.com", 443, true),
+            ("*.example.com", "s3.example.com", 443, true),
+            ("*.example.com", "example.com", 443, false),
+            ("Example.COM", "S3.example.com", 443, true),
+            ("example.com:443", "example.com", 443, true),
+            ("example.com:8443", "example.com", 443, false),
+            (" a , example.com ", "example.com", 443, true),
+            ("10.0.0.0/8", "10.1.2.3", 443, true),
+            ("10.0.0.0/8", "11.1.2.3", 443, false),
+            ("10.0.0.0/99", "10.1.2.3", 443, false),
+            ("fd00::/8", "fd12::1", 443, true),
+            ("169.254.169.254", "169.254.169.254", 80, true),
+            ("10.1.2.3:80", "10.1.2.3", 443, false),
+            ("[fd12::1]:443", "fd12::1", 443, true),
+            ("fd12::1", "[fd12::1]", 443, true),
+            ("", "example.com", 443, false),
+            (",,", "example.com", 443, false),
+        ] {
+            assert_eq!(proxies(no_proxy).choose("https", host, port).is_none(), direct, "{no_proxy} {host}:{port}");
+        }
+    }
+}
