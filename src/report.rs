@@ -210,6 +210,36 @@ pub(crate) fn would_recover(record: &Record, recorded: &RecordedLock) -> String 
     )
 }
 
+/// What would be done about a lock whose ID its run's log does not tell.
+pub(crate) fn would_look_for(record: &Record, asked: Timestamp) -> String {
+    format!(
+        "would look for the lock that a dead run (pid {}) had at {asked}, and whose ID its log does not tell",
+        record.tf
+    )
+}
+
+/// A lock that an earlier run may have left.
+pub(crate) fn may_be_its(record: &Record, info: &LockInfo, why: &str) -> String {
+    let command = unlock_command(&visible(&record.program), record.chdir.as_deref().map(visible).as_deref());
+    let id = if is_lock_id(&info.id) { format!("\nif it is, type: {command} {}", info.id) } else { String::new() };
+    format!(
+        "this lock may be an earlier run's (pid {}), and was not released ({why}):\n{}, Who {}{id}",
+        record.tf,
+        lock(&info.operation, &info.path, &info.id),
+        visible(&info.who)
+    )
+}
+
+/// A lock of an earlier run, whose ID its log does not tell, could not be looked for.
+pub(crate) fn not_looked_for_again(record: &Record, why: &str) -> String {
+    format!(
+        "an earlier run (pid {}) may have left a state lock, which could not be looked for: {}\nit was reached with {}",
+        record.tf,
+        visible(why),
+        visible(&record.surroundings.needs())
+    )
+}
+
 /// A lock of an earlier run could not be given back.
 pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str) -> String {
     format!(
@@ -306,13 +336,22 @@ pub(crate) fn refused(
 }
 
 /// A lock whose log was lost may be this run's.
-pub(crate) fn suspected(ending: &str, info: &LockInfo, unlock: &str) -> String {
+pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlock: &str) -> String {
     let id = visible(&info.id);
     let command = if is_lock_id(&info.id) { format!("\nif it is, type: {unlock} {id}") } else { String::new() };
     format!(
-        "{ending}, and its log does not tell whether it held a state lock; this one may be it, and was not released:\n{}, Who {}{command}",
+        "{ending}, and its log does not tell whether it held a state lock; this one may be it, and was not released{}:\n{}, Who {}{command}",
+        doubt.map_or_else(String::new, |doubt| format!(" ({doubt})")),
         lock(&info.operation, &info.path, &info.id),
         visible(&info.who)
+    )
+}
+
+/// Terraform held a lock whose ID is not known, and the lock service could not be asked.
+pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
+    format!(
+        "{ending}, and held a state lock whose ID its log does not tell; it could not be looked for: {reason}\nthe next tf \
+         in this directory tries again, or type: tf locks recover"
     )
 }
 

@@ -8,7 +8,7 @@
 use super::stores::{LOCK_FILE, Spot, Stores};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::{Halves, RecordedLock};
+use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
 
 /// The place of one lock in an S3 backend.
 #[derive(Clone, Debug)]
@@ -46,28 +46,56 @@ impl Place {
 /// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
 /// used. More than one where an `init` changed how the same bucket is reached.
 pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
-    let Halves { s3, dynamodb } = lock.halves;
+    let places = at(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
+        let Halves { s3, dynamodb } = lock.halves;
+        let table = place.table.filter(|_| dynamodb);
+        // A half in a table that this backend does not name is another backend's.
+        (!dynamodb || table.is_some()).then_some(Place { table, lock_file: s3, ..place })
+    });
+    places.collect()
+}
+
+/// The places where a lock can be whose ID is not known.
+pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
+    match &lock.mark {
+        Mark::Object { bucket, key, .. } => at(bucket, key, backends, workspaces),
+        Mark::Workspace(workspace) => {
+            let s3 = distinct(backends).into_iter().filter(|backend| backend.kind == "s3");
+            s3.filter_map(|backend| Some(of(backend, backend.string("bucket")?, &backend.state_key(workspace)?)))
+                .collect()
+        }
+    }
+}
+
+/// The backends that have this state in one of these workspaces.
+fn at(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
+    let fitting = distinct(backends).into_iter().filter(|backend| {
+        backend.kind == "s3"
+            && backend.string("bucket") == Some(bucket)
+            && workspaces.iter().any(|workspace| backend.state_key(workspace).as_deref() == Some(key))
+    });
+    fitting.map(|backend| of(backend, bucket, key)).collect()
+}
+
+/// Where a backend has a state.
+fn of(backend: &CachedBackend, bucket: &str, key: &str) -> Place {
+    Place {
+        backend: backend.clone(),
+        bucket: bucket.to_owned(),
+        key: key.to_owned(),
+        table: backend.string("dynamodb_table").map(ToOwned::to_owned),
+        lock_file: backend.flag("use_lockfile"),
+    }
+}
+
+fn distinct<'a>(directories: &[&'a DataDirectory]) -> Vec<&'a CachedBackend> {
     let mut known: Vec<&CachedBackend> = Vec::new();
-    for backend in backends.iter().filter_map(|directory| directory.backend.as_ref()) {
+    for backend in directories.iter().filter_map(|directory| directory.backend.as_ref()) {
         if !known.contains(&backend) {
             known.push(backend);
         }
     }
-    let places = known.into_iter().filter_map(|backend| {
-        let fits = backend.kind == "s3"
-            && backend.string("bucket") == Some(&lock.bucket)
-            && workspaces.iter().any(|workspace| backend.state_key(workspace).as_ref() == Some(&lock.key));
-        let table = backend.string("dynamodb_table").filter(|_| dynamodb).map(ToOwned::to_owned);
-        // A half in a table that this backend does not name is another backend's.
-        (fits && (!dynamodb || table.is_some())).then(|| Place {
-            backend: backend.clone(),
-            bucket: lock.bucket.clone(),
-            key: lock.key.clone(),
-            table,
-            lock_file: s3,
-        })
-    });
-    places.collect()
+    known
 }
 
 #[cfg(test)]

@@ -6,9 +6,11 @@
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::terraform::lock_info::{self, LockInfo};
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::lock_info::{self, LockInfo, is_lock_id};
+use crate::terraform::log::{Log, Mark, RecordedLock, UnnamedLock};
+use crate::terraform::version::Version;
 
 /// What is known about the run that recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,12 +23,21 @@ pub(crate) struct Run {
     pub(crate) disordered: bool,
     /// It was told to take no lock (`-lock=false`).
     pub(crate) locking_disabled: bool,
+    /// The program, as its log names it.
+    #[serde(default)]
+    pub(crate) program: Option<Version>,
 }
 
 impl Run {
     /// What `log` tells of a run that this user has started on this host at `started`.
     pub(crate) fn recorded(started: Timestamp, log: &Log) -> Self {
-        Self { who: lock_info::who(), started, disordered: log.disordered, locking_disabled: log.locking_disabled }
+        Self {
+            who: lock_info::who(),
+            started,
+            disordered: log.disordered,
+            locking_disabled: log.locking_disabled,
+            program: log.program.clone(),
+        }
     }
 }
 
@@ -76,6 +87,60 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
     }
 }
 
+/// How long after terraform said that it would ask for a lock the lock was made. It makes it right behind those words: in
+/// microseconds, on a busy machine in milliseconds. On one that is busier its own lock is a doubt.
+const MADE_WITHIN: SignedDuration = SignedDuration::from_millis(10);
+
+/// Whoever has to wait for a lock asks again after a second at the earliest (statemgr.LockWithContext).
+const ANSWERED_WITHIN: SignedDuration = SignedDuration::from_millis(900);
+
+/// Judges the lock that stands, `text` and what is in it, by a log that does not name the lock that the run had.
+///
+/// By its checksum it is the very text that terraform has put there, on condition that nothing stood there. Without one,
+/// the log says that terraform was given the lock of this state, so that nobody else had it then; and that it did not come
+/// to its end. Who stands there now is our run, unless that had given its lock back before it died and another took it at
+/// once, or a person forced ours away. Such another made its lock later than we made ours, or in the same moment: so that
+/// moment is kept narrow, and a run that had to wait itself, among others, is not judged. What is left is a run of a user
+/// and a host of the same names, of the same version, that began within the same few milliseconds and waited for ours.
+pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &str, run: &Run, died: bool) -> Verdict {
+    let created = standing.created();
+    let Some(program) = &run.program else { return Verdict::Doubt("the log of the run does not tell its version") };
+    let (checksum, path) = match &unnamed.mark {
+        Mark::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
+        Mark::Workspace(_) => (None, None),
+    };
+    if let Some(checksum) = checksum
+        && aws_smithy_types::base64::encode(Sha256::digest(text)) != *checksum
+    {
+        return Verdict::Anothers;
+    }
+    let known = checksum.is_some();
+    let latest = if known { unnamed.asked + ROUNDING } else { unnamed.asked + MADE_WITHIN };
+    let waited = unnamed.granted.is_none_or(|granted| granted > unnamed.asked + ANSWERED_WITHIN);
+    let conditions = [
+        (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
+        (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
+        (standing.who == run.who, "its Who is not this user on this host"),
+        (standing.version == program.in_locks(), "its Version is not the one that the log names"),
+        (path.is_none_or(|path| standing.path == path), "its Path is not the one that the log names"),
+        (is_lock_id(&standing.id), "its ID is none of terraform's"),
+        (created.is_some(), "its Created is not a time"),
+        (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
+        (known || died, "the log does not name it, and the run ended by itself"),
+        (known || unnamed.granted.is_some(), "the log does not say that the run had it"),
+        (known || !waited, "the run had to wait for it, and the log does not name it"),
+        (
+            known || created.is_none_or(|created| created + ROUNDING >= unnamed.asked),
+            "it was created before this run asked for one",
+        ),
+        (created.is_none_or(|created| created <= latest), "it was created after this run asked for it"),
+    ];
+    match conditions.iter().find(|(holds, _)| !holds) {
+        Some((_, reason)) => Verdict::Doubt(reason),
+        None => Verdict::Ours,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,12 +169,80 @@ mod tests {
             started: "2026-11-23T01:46:07Z".parse().unwrap(),
             disordered: false,
             locking_disabled: false,
+            program: Version::of_record("OpenTofu version", "1.11.4 dev"),
         }
     }
 
     #[test]
     fn the_lock_that_agrees_in_everything_is_ours() {
         assert_eq!(judge(&recorded(), &standing(), &run()), Verdict::Ours);
+    }
+
+    /// A lock that was had for a workspace, or put as an object whose text `text` is.
+    fn unnamed(text: Option<&str>) -> UnnamedLock {
+        let at = |time: &str| time.parse().unwrap();
+        UnnamedLock {
+            mark: match text {
+                Some(text) => Mark::Object {
+                    bucket: "bkt".into(),
+                    key: "dir/prod.tfstate".into(),
+                    checksum: Some(aws_smithy_types::base64::encode(Sha256::digest(text))),
+                },
+                None => Mark::Workspace("default".into()),
+            },
+            asked: at("2026-11-23T01:46:07.594Z"),
+            granted: Some(at("2026-11-23T01:46:07.597Z")),
+            unlocking: false,
+            uploading: false,
+            unlocked: false,
+        }
+    }
+
+    #[test]
+    fn a_lock_that_the_log_does_not_name_is_known_by_its_text_or_by_its_moment() {
+        let judge = |unnamed: &UnnamedLock, lock: &LockInfo, died| judge_unnamed(unnamed, lock, "text", &run(), died);
+        let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+        for died in [false, true] {
+            assert_eq!(judge(&unnamed(Some("text")), &in_time, died), Verdict::Ours, "{died}");
+            assert_eq!(judge(&unnamed(Some("another")), &in_time, died), Verdict::Anothers, "{died}");
+        }
+        assert_eq!(judge(&unnamed(None), &in_time, true), Verdict::Ours);
+        assert!(matches!(judge(&unnamed(None), &in_time, false), Verdict::Doubt(_)));
+    }
+
+    #[test]
+    fn any_one_thing_that_does_not_fit_a_lock_without_a_name_is_a_doubt() {
+        type Change = (&'static str, fn(&mut UnnamedLock, &mut LockInfo, &mut Run));
+        let always: &[Change] = &[
+            ("who", |_, lock, _| lock.who = "anna@vm".into()),
+            ("version", |_, lock, _| lock.version = "1.6.2".into()),
+            ("another program", |_, _, run| run.program = Version::of_record("OpenTofu version", "1.6.2")),
+            ("no program", |_, _, run| run.program = None),
+            ("no ID", |_, lock, _| lock.id = "1".into()),
+            ("created is no time", |_, lock, _| lock.created = "yesterday".into()),
+            ("created later", |_, lock, _| lock.created = "2026-11-23T01:46:07.9Z".into()),
+            ("disordered", |_, _, run| run.disordered = true),
+            ("told to take no lock", |_, _, run| run.locking_disabled = true),
+            ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
+        ];
+        let by_moment: &[Change] = &[
+            ("created earlier", |_, lock, _| lock.created = "2026-11-23T01:46:07.5Z".into()),
+            ("created in the time in which it waited", |unnamed, lock, _| {
+                unnamed.granted = Some("2026-11-23T01:46:08.4Z".parse().unwrap());
+                lock.created = "2026-11-23T01:46:07.7Z".into();
+            }),
+            ("not granted", |unnamed, _, _| unnamed.granted = None),
+            ("waited", |unnamed, _, _| unnamed.granted = Some("2026-11-23T01:46:09Z".parse().unwrap())),
+        ];
+        for (text, changes) in [(Some("text"), vec![always]), (None, vec![always, by_moment])] {
+            for (name, change) in changes.into_iter().flatten() {
+                let (mut unnamed, mut run) = (unnamed(text), run());
+                let mut lock = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+                change(&mut unnamed, &mut lock, &mut run);
+                let verdict = judge_unnamed(&unnamed, &lock, "text", &run, true);
+                assert!(matches!(verdict, Verdict::Doubt(_)), "{name} {text:?}: {verdict:?}");
+            }
+        }
     }
 
     #[test]

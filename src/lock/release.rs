@@ -14,14 +14,14 @@ use tokio::time::{Instant, sleep};
 
 use super::digest::Comparison;
 use super::place::Place;
-use super::proof::{Run, Verdict, judge};
+use super::proof::{Run, Verdict, judge, judge_unnamed};
 use super::stores::{Spot, Standing, Stores};
 use super::{aws, digest, dynamodb, s3};
 use crate::crash_point;
 use crate::report;
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// For how long a lock that was asked for, and not seen, is looked for.
@@ -228,6 +228,53 @@ pub(crate) async fn standing(place: &Place) -> Vec<LockInfo> {
         }
     }
     locks
+}
+
+/// What stands at `place` of a lock that the log of its run does not name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Light {
+    /// Nothing that could be it.
+    None,
+    /// It is it.
+    Ours(Box<RecordedLock>),
+    /// It may be it, and why that is not certain.
+    Suspect(Box<LockInfo>, &'static str),
+}
+
+/// Looks at `place` for a lock that the log does not name.
+///
+/// # Errors
+/// [`Failure`], when a service did not let it be read.
+pub(crate) async fn bring_to_light(
+    unnamed: &UnnamedLock,
+    place: &Place,
+    run: &Run,
+    died: bool,
+) -> Result<Light, Failure> {
+    let unreachable = |error: aws::Unreachable| Failure::refusal("AWS", &error.to_string());
+    let services = Services::connect(place).await.map_err(unreachable)?;
+    let mut light = Light::None;
+    for half in &services.halves {
+        let Some(standing) = services.stores.read(half).await? else { continue };
+        let Some(info) = standing.info() else { continue };
+        let verdict = judge_unnamed(unnamed, &info, standing.text(), run, died);
+        trace!("{half:?} holds {}, which the log does not name: {verdict:?}", info.id);
+        match verdict {
+            Verdict::Ours => {
+                let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
+                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, halves, unnamed.asked);
+                // It was made in the moment in which it was asked for, and the log tells that moment to the millisecond.
+                lock.asked = info.created().map_or(unnamed.asked, |created| created.max(unnamed.asked));
+                // Of what its log does not tell anything may be under way.
+                let tells = matches!(unnamed.mark, Mark::Object { .. });
+                (lock.uploading, lock.unlocking) = (unnamed.uploading || !tells, unnamed.unlocking || !tells);
+                return Ok(Light::Ours(Box::new(lock)));
+            }
+            Verdict::Doubt(reason) if info.who == run.who => light = Light::Suspect(Box::new(info), reason),
+            Verdict::Doubt(_) | Verdict::Anothers => {}
+        }
+    }
+    Ok(light)
 }
 
 /// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the

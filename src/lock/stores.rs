@@ -33,9 +33,7 @@ pub(crate) enum Spot {
     },
 }
 
-/// What terraform puts behind the key of a state for the lock's object (backend/remote-state/s3/client.go,
-/// `lockFileSuffix`).
-pub(crate) const LOCK_FILE: &str = ".tflock";
+pub(crate) use crate::terraform::exchange::LOCK_FILE;
 
 impl Spot {
     /// `bucket/key` of the state that a lock here belongs to.

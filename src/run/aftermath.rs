@@ -7,8 +7,8 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
-use super::giving_back::{Settled, bury, give_back, remember, visit};
-use super::journal::Journal;
+use super::giving_back::{Settled, Standing, bury, give_back, remember, visit};
+use super::journal::{Journal, LeftOver};
 use super::patience::Patience;
 use super::places::Places;
 use super::poll;
@@ -29,7 +29,7 @@ use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::log::Log;
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
@@ -83,20 +83,19 @@ pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &
 
 impl Aftermath<'_> {
     /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
-    pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> Vec<RecordedLock> {
-        let standing: Vec<&RecordedLock> = self.log.standing().collect();
-        let died = died(self.ended, self.stop.was_forced(), !standing.is_empty());
+    pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
+        let died = died(self.ended, self.stop.was_forced(), self.log.breaks_off());
         let lost = died && (!self.log.tells_locks() || self.log.is_torn());
-        if standing.is_empty() && !lost {
+        if !self.log.may_hold() && !lost {
             if self.stop.was_interrupted() && !died {
                 self.name_survivors();
             }
             if died {
                 self.name_errored_state();
             }
-            return Vec::new();
+            return LeftOver::default();
         }
-        trace!("{} locks may stand; died: {died}, log lost: {lost}", standing.len());
+        trace!("a lock may stand; died: {died}, log lost: {lost}");
         crash_point::reached("tf: locks may stand");
         let ending = report::ending(self.ended, self.stop.killed(), self.out_of_memory);
         let keep = if self.release {
@@ -110,7 +109,8 @@ impl Aftermath<'_> {
         let situation =
             Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
-        let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, patience);
+        let standing = Standing::find(self.log, &places, &situation, died, patience);
+        let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
         self.tell(&settled, &remembered, &ending);
@@ -121,7 +121,13 @@ impl Aftermath<'_> {
             }
         }
         self.explain_refusals(&settled, &places, died, patience);
-        if lost && standing.is_empty() {
+        for (info, reason) in &standing.suspects {
+            report::say(&report::suspected(&ending, info, Some(reason), &self.unlock_command()));
+        }
+        for (_, reason) in &standing.unread {
+            report::say(&report::not_looked_for(&ending, reason));
+        }
+        if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
             self.name_suspect(patience, &ending, &places, &situation);
         }
         if died {
@@ -130,7 +136,7 @@ impl Aftermath<'_> {
         if let Some(why) = self.unprotected.filter(|_| died) {
             report::say(&report::unprotected(why));
         }
-        settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect()
+        standing.left_over(settled)
     }
 
     fn tell(&self, settled: &[Settled], remembered: &[String], ending: &str) {
@@ -219,7 +225,7 @@ impl Aftermath<'_> {
         let Some(place) = places.selected() else { return };
         let _there = Within::enter(&places.working_directory);
         if let Some(Some(info)) = patience.until(release::suspect(&place, situation)) {
-            report::say(&report::suspected(ending, &info, &self.unlock_command()));
+            report::say(&report::suspected(ending, &info, None, &self.unlock_command()));
         }
     }
 

@@ -8,11 +8,11 @@ use std::os::fd::BorrowedFd;
 use nix::unistd::Pid;
 
 use super::guardian::{Guardian, Heard};
-use super::journal::{Entry, Record};
+use super::journal::{Entry, LeftOver, Record};
 use super::recorder::Recorder;
 use super::stop::Event;
 use crate::crash_point;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::log::{RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// So much of a log may be read and not told, and therefore not forgotten.
@@ -24,7 +24,7 @@ pub(crate) struct Charge {
     /// The entry and what stands in it, where there is a journal.
     pub(crate) entry: Option<(Entry, Record)>,
     /// What was told last.
-    pub(crate) told: (u64, Vec<RecordedLock>),
+    pub(crate) told: (u64, Vec<RecordedLock>, Vec<UnnamedLock>),
     /// The journal could not be written.
     pub(crate) failed: bool,
 }
@@ -73,8 +73,8 @@ impl Charge {
     /// Terraform's log was read: what is new in it goes into the journal, and may then be forgotten.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
-        let (told_until, told_locks) = &self.told;
-        if *told_locks == log.locks && offset - told_until < TELL_FROM {
+        let (told_until, told_locks, told_unnamed) = &self.told;
+        if *told_locks == log.locks && *told_unnamed == log.unnamed && offset - told_until < TELL_FROM {
             return;
         }
         let told = if let Some(guardian) = &mut self.guardian {
@@ -88,7 +88,7 @@ impl Charge {
         };
         if told {
             crash_point::reached("tf: told news");
-            self.told = (offset, log.locks.clone());
+            self.told = (offset, log.locks.clone(), log.unnamed.clone());
             recorder.forget();
         }
     }
@@ -112,7 +112,7 @@ impl Charge {
     }
 
     /// The run is over, but for `left_over`.
-    pub(crate) fn close(mut self, left_over: Vec<RecordedLock>) {
+    pub(crate) fn close(mut self, left_over: LeftOver) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }

@@ -3,6 +3,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::journal::LeftOver;
 use super::patience::Patience;
 use super::places::Places;
 use super::tombstone::{Graveyard, Tombstone};
@@ -10,10 +11,57 @@ use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::{self, By, Event, What};
 use crate::lock::place::Place;
-use crate::lock::release::{self, Outcome, Situation};
+use crate::lock::release::{self, Light, Outcome, Situation};
 use crate::report;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
+
+/// The locks of a run that may stand.
+#[derive(Debug, Default)]
+pub(crate) struct Standing {
+    /// Those that its log names, and those that came to light when their places were read.
+    pub(crate) named: Vec<RecordedLock>,
+    /// Those that may be the run's, and why that is not certain.
+    pub(crate) suspects: Vec<(LockInfo, &'static str)>,
+    /// Those that could not be looked for, and why.
+    pub(crate) unread: Vec<(UnnamedLock, String)>,
+}
+
+impl Standing {
+    /// Looks for what the log does not name. `died` as in [`give_back`].
+    pub(crate) fn find(
+        log: &Log,
+        places: &Places,
+        situation: &Situation,
+        died: bool,
+        patience: &mut Patience<'_>,
+    ) -> Self {
+        let mut standing = Self { named: log.standing().cloned().collect(), ..Self::default() };
+        let _there = Within::enter(&places.working_directory);
+        for unnamed in log.standing_unnamed() {
+            for place in places.of_unnamed(unnamed) {
+                let looked = release::bring_to_light(unnamed, &place, &situation.run, died);
+                match patience.until(looked) {
+                    Some(Ok(Light::None)) => {}
+                    Some(Ok(Light::Ours(lock))) => standing.named.push(*lock),
+                    Some(Ok(Light::Suspect(info, reason))) => standing.suspects.push((*info, reason)),
+                    Some(Err(failure)) => standing.unread.push((unnamed.clone(), failure.to_string())),
+                    None => standing.unread.push((unnamed.clone(), report::ENOUGH.to_owned())),
+                }
+            }
+        }
+        standing
+    }
+
+    /// What is left of these for the next `tf`, when `settled` is what became of the named ones.
+    pub(crate) fn left_over(self, settled: Vec<Settled>) -> LeftOver {
+        LeftOver {
+            locks: settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect(),
+            unnamed: self.unread.into_iter().map(|(lock, _)| lock).collect(),
+        }
+    }
+}
 
 /// What became of one recorded lock. None of what it may be: a lock that was refused, and looked for in vain.
 #[derive(Debug)]
@@ -36,7 +84,7 @@ impl Settled {
 /// `died`: terraform died, so that a lock without an answer may be its own too. `keep`: a reason not to touch any of
 /// them. `is_claimed` asks whether another run that is alive says that a lock is its.
 pub(crate) fn give_back(
-    standing: &[&RecordedLock],
+    standing: &[RecordedLock],
     places: &Places,
     situation: &Situation,
     died: bool,
@@ -63,7 +111,7 @@ pub(crate) fn give_back(
         };
         trace!("lock {}: {outcome:?}", recorded.id);
         let absent = matches!(outcome, Some(Outcome::Absent { .. }));
-        Settled { lock: (*recorded).clone(), may_still_come: absent && died && recorded.locked.is_none(), outcome }
+        Settled { lock: recorded.clone(), may_still_come: absent && died && recorded.locked.is_none(), outcome }
     });
     settled.collect()
 }

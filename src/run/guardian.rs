@@ -33,8 +33,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::{died, reason_to_keep};
-use super::giving_back::{bury, give_back, remember};
-use super::journal::{Entry, Journal, Record};
+use super::giving_back::{Standing, bury, give_back, remember};
+use super::journal::{Entry, Journal, LeftOver, Record};
 use super::patience::Patience;
 use super::pipes::Pipes;
 use super::places::Places;
@@ -52,7 +52,7 @@ use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::log::Log;
 use crate::trace::{self, trace};
 
 /// A message's first byte; four bytes with the length of the rest follow.
@@ -419,7 +419,7 @@ impl<'a> Watch<'a> {
         if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
             // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
             let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
-            let to_disk = log.standing().any(|lock| !known(&lock.id));
+            let to_disk = log.standing().any(|lock| !known(&lock.id)) || log.unnamed.len() > record.log.unnamed.len();
             record.log = log.clone();
             record.offset = offset;
             let written = entry.write(record, to_disk);
@@ -507,28 +507,31 @@ impl<'a> Watch<'a> {
     }
 
     /// Gives back what terraform has left. Returns the locks that could not be given back yet.
-    fn settle(&mut self, ended: Option<Ended>) -> Vec<RecordedLock> {
+    fn settle(&mut self, ended: Option<Ended>) -> LeftOver {
         let ward = &mut self.ward;
-        let log = ward.recorder.read().clone();
-        let standing: Vec<&RecordedLock> = log.standing().collect();
-        if standing.is_empty() || !ward.release {
-            return Vec::new();
+        let mut log = ward.recorder.read().clone();
+        if ended == Some(Ended::Exited(0)) {
+            log.ended_well();
+        }
+        if !log.may_hold() || !ward.release {
+            return LeftOver::default();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), true));
+        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), log.breaks_off()));
         let mut patience = Patience::Nobodys;
         let keep = reason_to_keep(ward.tree, died, ward.stop.killed().is_some(), &mut patience);
-        trace!("guardian: {} locks may stand; died: {died}; kept: {keep:?}", standing.len());
+        trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
         let after = DataDirectory::read(ward.data_directory);
         let places = Places::new(ward.current, ward.before, after, ward.command_line);
         let situation =
             Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
-        let settled = give_back(&standing, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
+        let standing = Standing::find(&log, &places, &situation, died, &mut patience);
+        let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
         remember(&settled, By::Guardian, "its tf was killed, and its terraform is dead", None);
-        settled.into_iter().filter(super::giving_back::Settled::is_left_over).map(|settled| settled.lock).collect()
+        standing.left_over(settled)
     }
 }

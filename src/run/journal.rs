@@ -34,7 +34,7 @@ use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// The byte that the whole tree below terraform holds.
@@ -51,6 +51,21 @@ const SET_ASIDE: usize = 16;
 
 /// What nobody here may judge, or nobody came back for, goes after so long.
 const FORGOTTEN: Duration = Duration::from_hours(30 * 24);
+
+/// What is left of a run that is over: locks that could not be given back.
+#[derive(Debug, Default)]
+pub(crate) struct LeftOver {
+    pub(crate) locks: Vec<RecordedLock>,
+    /// Those that could not even be looked for.
+    pub(crate) unnamed: Vec<UnnamedLock>,
+}
+
+impl LeftOver {
+    /// Nothing is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.locks.is_empty() && self.unnamed.is_empty()
+    }
+}
 
 /// What is written down of one run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,8 +134,9 @@ impl Record {
     }
 
     /// What is left when a run is over: locks that could not be given back.
-    pub(crate) fn leave(&mut self, locks: Vec<RecordedLock>) {
-        self.log.locks = locks;
+    pub(crate) fn leave(&mut self, left: LeftOver) {
+        self.log.locks = left.locks;
+        self.log.unnamed = left.unnamed;
         self.over = true;
     }
 

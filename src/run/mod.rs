@@ -14,6 +14,7 @@ mod patience;
 mod pipes;
 mod places;
 pub(crate) mod poll;
+mod program;
 mod recorder;
 pub(crate) mod recovery;
 pub(crate) mod state_directory;
@@ -45,15 +46,17 @@ use crate::sys::{environment, process};
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::version::Version;
 use crate::trace::trace;
 use aftermath::Aftermath;
 use charge::Charge;
 use guardian::{Guardian, Ward};
-use journal::{Journal, Record};
+use journal::{Journal, LeftOver, Record};
 use lending::Lending;
 use patience::Patience;
 use pipes::Pipes;
 use places::Places;
+use program::Program;
 use recorder::{Change, Recorder};
 use state_directory::StateDirectory;
 use stop::Stop;
@@ -140,6 +143,7 @@ struct Prepared<'a> {
     data_directory: &'a Path,
     journal: Result<Journal, String>,
     graveyard: Option<Graveyard>,
+    program: Program,
     recorder: Recorder,
     tree: Tree,
     /// What terraform must inherit: the lifeline, and the file of the journal.
@@ -166,8 +170,9 @@ impl<'a> Prepared<'a> {
         let run = run_id();
         let state = StateDirectory::open(variable);
         let graveyard = state.as_ref().ok().map(Graveyard::of);
-        let journal = state.and_then(|state| Journal::open(&state));
-        let mut recorder = Recorder::open(&run, variable)?;
+        let program = Program::look(state.as_ref().ok(), &invocation.terraform.path, data_directory);
+        let backend = before.backend.as_ref().map(|backend| backend.kind.as_str());
+        let mut recorder = Recorder::open(&run, program.level(backend), variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
         let mut inherited = vec![lifeline];
         let mut pipes = Pipes::interpose()?;
@@ -177,8 +182,13 @@ impl<'a> Prepared<'a> {
 
         let mut changes = recorder.changes();
         changes.push((tree::RUN, Some(nested(variable(tree::RUN), &run))));
+        if program.version.as_ref().is_some_and(Version::is_two_processes) {
+            // In one process it hears our one interrupt (panicwrap, main.go).
+            changes.push(("TF_FORK", Some("0".into())));
+        }
         let image = invocation.image(&changes)?;
         let started = Timestamp::now();
+        let journal = state.and_then(|state| Journal::open(&state));
         // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
         let mut entry = None;
         let journal = journal.and_then(|journal| {
@@ -218,7 +228,7 @@ impl<'a> Prepared<'a> {
             tree.leave_out(pid);
         }
         process::adopt_orphans();
-        let charge = Charge { guardian, entry, told: (0, Vec::new()), failed: false };
+        let charge = Charge { guardian, entry, told: (0, Vec::new(), Vec::new()), failed: false };
         Ok(Self {
             run,
             begun,
@@ -227,6 +237,7 @@ impl<'a> Prepared<'a> {
             data_directory,
             journal,
             graveyard,
+            program,
             recorder,
             tree,
             inherited,
@@ -257,7 +268,7 @@ impl<'a> Prepared<'a> {
         let terraform = match spawn::spawn(&self.image, &setup) {
             Ok(terraform) => terraform,
             Err(error) => {
-                self.charge.close(Vec::new());
+                self.charge.close(LeftOver::default());
                 // No process, or no descriptor for what must be watched about it: it may still run in our place.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
@@ -302,7 +313,11 @@ impl<'a> Prepared<'a> {
         let all_written = self.pipes.flush();
 
         let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
-        self.recorder.read();
+        let mut log = self.recorder.read().clone();
+        self.program.learn(log.program.as_ref());
+        if ended == Ended::Exited(0) && !self.stop.was_forced() {
+            log.ended_well();
+        }
         let failed = self.charge.failed.then(|| "it cannot be written".to_owned());
         let left_over = Aftermath {
             run: &self.run,
@@ -310,7 +325,7 @@ impl<'a> Prepared<'a> {
             stop: &self.stop,
             out_of_memory,
             started: self.started,
-            log: self.recorder.log(),
+            log: &log,
             tree: &self.tree,
             invocation,
             before,

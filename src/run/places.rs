@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::lock::place::{self, Place};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::log::{RecordedLock, UnnamedLock};
 
 /// The backends and workspaces of a run.
 #[derive(Clone, Debug)]
@@ -46,6 +46,12 @@ impl Places {
     pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<Place> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         place::find(recorded, &directories, &self.workspaces)
+    }
+
+    /// Where a lock can be that a log does not name.
+    pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<Place> {
+        let directories: Vec<&DataDirectory> = self.directories.iter().collect();
+        place::find_unnamed(unnamed, &directories, &self.workspaces)
     }
 
     /// Where a command without further words would lock.

@@ -1,7 +1,7 @@
 //! The recorder: the file into which terraform writes its core log, and what has been read out of it.
 //!
 //! Terraform logs its lock's ID before it asks for the lock. So `tf` gives it `TF_LOG_CORE=INFO` and a private
-//! `TF_LOG_PATH`. Where the user has set a variable of that family, all of theirs keep their effect, and the second,
+//! `TF_LOG_PATH`; or the level at which the program that it is tells of locks ([`super::program`]). Where the user has set a variable of that family, all of theirs keep their effect, and the second,
 //! undocumented sink is used instead: `TF_TEMP_LOG_PATH` (internal/logging/logging.go, `RegisterSink`), which is always
 //! at TRACE, so it is read as it grows, and forgotten behind the reader.
 //!
@@ -34,8 +34,8 @@ pub(crate) type Change = (&'static str, Option<OsString>);
 /// How terraform is made to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sink {
-    /// `TF_LOG_CORE=INFO` and `TF_LOG_PATH`: a few kilobytes.
-    Core,
+    /// `TF_LOG_CORE` at this level, and `TF_LOG_PATH`: a few kilobytes at INFO.
+    Core(&'static str),
     /// `TF_TEMP_LOG_PATH`, at TRACE: megabytes.
     Temporary,
 }
@@ -51,15 +51,15 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Makes the recorder of run `id`. `variable` reads the environment.
+    /// Makes the recorder of run `id`, for a log at `level`. `variable` reads the environment.
     ///
     /// # Errors
     /// Where no file can be had in memory.
-    pub(crate) fn open(id: &str, variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
+    pub(crate) fn open(id: &str, level: &'static str, variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
         let outer = variable(RECORDER);
         let outers = |name: &str| outer.is_some() && variable(name) == outer;
         let inherited_core = outers("TF_LOG_PATH");
-        let sink = choose(|name| {
+        let sink = choose(level, |name| {
             let ours = inherited_core && matches!(name, "TF_LOG_PATH" | "TF_LOG_CORE");
             variable(name).filter(|_| !ours)
         });
@@ -72,7 +72,7 @@ impl Recorder {
         let file = MemoryFile::find(&name(id))?;
         // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
         let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
-        Some(Self { file, sink: Sink::Core, inherited_core: false, offset, log })
+        Some(Self { file, sink: Sink::Core("INFO"), inherited_core: false, offset, log })
     }
 
     /// Takes away what run `id` has left behind.
@@ -85,8 +85,8 @@ impl Recorder {
         let path = || Some(self.path().as_os_str().to_owned());
         let mut changes = vec![(RECORDER, path())];
         match self.sink {
-            Sink::Core => {
-                changes.extend([("TF_LOG_CORE", Some("INFO".into())), ("TF_LOG_PATH", path())]);
+            Sink::Core(level) => {
+                changes.extend([("TF_LOG_CORE", Some(level.into())), ("TF_LOG_PATH", path())]);
             }
             Sink::Temporary => {
                 // The outer tf's, and not the user's: with them in place, theirs would not have their whole effect.
@@ -114,9 +114,9 @@ impl Recorder {
         /// Within that time most runs have asked for their lock.
         const YOUNG: Duration = Duration::from_secs(3);
         match self.sink {
-            Sink::Core if age < YOUNG => Duration::from_millis(20),
-            Sink::Core => Duration::from_millis(250),
-            Sink::Temporary => Duration::from_millis(100),
+            _ if age < YOUNG => Duration::from_millis(20),
+            Sink::Core("INFO") => Duration::from_millis(250),
+            Sink::Core(_) | Sink::Temporary => Duration::from_millis(100),
         }
     }
 
@@ -163,7 +163,7 @@ impl Recorder {
         match self.file.file.metadata().map(|file| file.len().cmp(&self.offset)) {
             Ok(Ordering::Equal) => return &self.log,
             // Somebody has cut it: what was written since then is not whole.
-            Ok(Ordering::Less) => self.log.version = None,
+            Ok(Ordering::Less) => self.log.program = None,
             _ => {}
         }
         let mut buffer = vec![0; 1 << 16];
@@ -180,9 +180,9 @@ fn name(id: &str) -> String {
     format!("tf-{id}.log")
 }
 
-fn choose(variable: impl Fn(&str) -> Option<OsString>) -> Sink {
+fn choose(level: &'static str, variable: impl Fn(&str) -> Option<OsString>) -> Sink {
     let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
-    if LOG_VARIABLES.iter().any(set) { Sink::Temporary } else { Sink::Core }
+    if LOG_VARIABLES.iter().any(set) { Sink::Temporary } else { Sink::Core(level) }
 }
 
 #[cfg(test)]
@@ -192,7 +192,8 @@ mod tests {
     fn open(set: &[(&str, &str)]) -> Recorder {
         let set: Vec<_> = set.iter().map(|(name, value)| ((*name).to_owned(), OsString::from(value))).collect();
         let id = format!("test-{}-{:?}", std::process::id(), std::thread::current().id());
-        Recorder::open(&id, |name| set.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())).unwrap()
+        Recorder::open(&id, "INFO", |name| set.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()))
+            .unwrap()
     }
 
     /// What becomes of a variable: nothing, or a change.

@@ -20,9 +20,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
-use super::giving_back::{Settled, bury, give_back, may_land, remember, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, visit};
 use super::host::Standpoint;
-use super::journal::{Entry, Found, Journal, Record};
+use super::journal::{Entry, Found, Journal, LeftOver, Record};
 use super::patience::Patience;
 use super::places::Places;
 use super::poll;
@@ -40,7 +40,6 @@ use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::RecordedLock;
 use crate::trace::{self, trace};
 
 /// The name of the process that does it.
@@ -167,10 +166,12 @@ pub(crate) fn everything(
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             match look(&journal, &name, |_| true, OTHERS_FINISH_WITHIN, signals) {
                 Found::Dead(record, _, _) if dry_run => {
-                    let standing: Vec<&RecordedLock> = record.log.standing().collect();
-                    recovered.left += usize::from(!standing.is_empty());
-                    for lock in standing {
+                    recovered.left += usize::from(record.log.may_hold());
+                    for lock in record.log.standing() {
                         say(&report::would_recover(&record, lock));
+                    }
+                    for lock in record.log.standing_unnamed() {
+                        say(&report::would_look_for(&record, lock.asked));
                     }
                 }
                 Found::Dead(record, entry, standpoint) => {
@@ -200,7 +201,9 @@ pub(crate) fn everything(
 
 /// Whether the run of `record` can have locked the place where we are.
 fn is_of(record: &Record, here: &Places) -> bool {
-    record.log.standing().any(|lock| !here.of(lock).is_empty()) || record.data_directory == here.data_directory
+    record.log.standing().any(|lock| !here.of(lock).is_empty())
+        || record.log.standing_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
+        || record.data_directory == here.data_directory
 }
 
 /// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
@@ -356,15 +359,9 @@ fn finish(dead: Dead) -> Vec<String> {
     messages
 }
 
-fn settle(
-    record: &Record,
-    journal: &Journal,
-    graveyard: &Graveyard,
-    reason: Option<&str>,
-) -> (Vec<String>, Vec<RecordedLock>) {
-    let standing: Vec<&RecordedLock> = record.log.standing().collect();
-    if standing.is_empty() {
-        return (Vec::new(), Vec::new());
+fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Option<&str>) -> (Vec<String>, LeftOver) {
+    if !record.log.may_hold() {
+        return (Vec::new(), LeftOver::default());
     }
     let now = Timestamp::now();
     let after = DataDirectory::read(Path::new(&record.data_directory));
@@ -394,19 +391,33 @@ fn settle(
     };
     // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
     let died = true;
-    let nowhere = standing.iter().all(|lock| places.of(lock).is_empty());
+    let mut patience = Patience::Nobodys;
+    let standing = Standing::find(&record.log, &places, &situation, died, &mut patience);
+    let nowhere = standing.named.iter().all(|lock| places.of(lock).is_empty());
     let unreachable = (nowhere && !missing.is_empty())
         .then(|| Outcome::later(report::missing(&missing.join(", "), &record.data_directory)));
     let claimed = |id: &str| journal.is_claimed(id, &record.run);
-    let mut patience = Patience::Nobodys;
     let _there = Within::enter(&places.working_directory);
-    let settled = give_back(&standing, &places, &situation, died, unreachable.as_ref(), claimed, &mut patience);
+    let settled = give_back(&standing.named, &places, &situation, died, unreachable.as_ref(), claimed, &mut patience);
     if recent {
         bury(&settled, &situation, Some(graveyard));
     }
     remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
-    let mut left_over = Vec::new();
+    let mut left_over = LeftOver::default();
+    if standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
+        // It was looked for, and not seen: as with those that have a name, that counts in the run's own account alone.
+        let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
+        if !is_gone_for_sure(record, backend, &mut patience) {
+            messages.push(report::not_looked_for_again(record, report::ANOTHER_ACCOUNT));
+            left_over.unnamed.extend(record.log.standing_unnamed().cloned());
+        }
+    }
+    messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
+    for (unnamed, reason) in standing.unread {
+        messages.push(report::not_looked_for_again(record, &reason));
+        left_over.unnamed.push(unnamed);
+    }
     for Settled { lock, outcome, .. } in settled {
         match outcome {
             Some(Outcome::Released(released)) => {
@@ -418,14 +429,14 @@ fn settle(
             Some(Outcome::Kept { reason, later }) => {
                 messages.push(report::not_recovered(record, &lock, &reason));
                 if later {
-                    left_over.push(lock);
+                    left_over.locks.push(lock);
                 }
             }
             Some(Outcome::Absent { .. }) => {
                 let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
                 if !is_gone_for_sure(record, backend, &mut patience) {
                     messages.push(report::not_recovered(record, &lock, report::ANOTHER_ACCOUNT));
-                    left_over.push(lock);
+                    left_over.locks.push(lock);
                 }
             }
             None => {}

@@ -5,15 +5,22 @@
 //! `Attempting to unlock remote state (KIND)...` before it gives it back, and `Unlocked remote state (KIND)` when every
 //! half is gone. KIND is `S3 Native only`, `DynamoDB only` or `S3 Native and DynamoDB`.
 //! `Uploading remote state` comes before a write of the state and of its digest; nothing comes after one.
+//!
+//! Other versions tell less, or otherwise ([`Telling`]): requests and their answers ([`super::exchange`]), or only that the
+//! local backend asked for a lock and went on (internal/backend/local/backend_local.go): `requesting state lock for workspace
+//! "x"`, then `reading remote state for workspace "x"`. That last pair stands in every program's trace, for every backend.
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::exchange::{Exchange, Exchanges, LOCK_FILE};
 use super::lock_info::{LockInfo, is_lock_id};
 use super::record::Record;
+use super::version::{Product, Telling, Version};
 
 /// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Halves {
     /// A `.tflock` object.
     pub(crate) s3: bool,
@@ -53,10 +60,14 @@ pub(crate) struct RecordedLock {
     pub(crate) uploading: bool,
     /// Two records of this ID disagree, or an answer came to a request that was never made.
     pub(crate) contradicted: bool,
+    /// The halves whose deletes were answered.
+    #[serde(default)]
+    gone: Halves,
 }
 
 impl RecordedLock {
-    /// A lock that is no terraform's: one that we take ourselves, as if a log had told of it.
+    /// A lock that was seen to be what it is, as if a log had told of it: one that we take ourselves, or one whose ID came
+    /// to light only when it was read.
     pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
         Self {
             id: info.id.clone(),
@@ -74,8 +85,50 @@ impl RecordedLock {
             unlocked: false,
             uploading: false,
             contradicted: false,
+            gone: Halves::default(),
         }
     }
+}
+
+/// A lock that terraform had, and whose ID its log does not tell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct UnnamedLock {
+    /// What it can be known by.
+    pub(crate) mark: Mark,
+    /// When it was asked for.
+    pub(crate) asked: Timestamp,
+    /// When terraform went on with it, or had its answer.
+    pub(crate) granted: Option<Timestamp>,
+    /// As in [`RecordedLock`].
+    pub(crate) unlocking: bool,
+    /// As in [`RecordedLock`].
+    pub(crate) uploading: bool,
+    /// Its delete was answered.
+    pub(crate) unlocked: bool,
+}
+
+/// What an [`UnnamedLock`] can be known by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Mark {
+    /// It was put as this object: bucket, and key of the state; with the SHA-256 of its text, in base 64.
+    Object {
+        /// The bucket.
+        bucket: String,
+        /// The key of the state.
+        key: String,
+        /// None where terraform was told to send none (`skip_s3_checksum`).
+        checksum: Option<String>,
+    },
+    /// It was had between two records, for this workspace.
+    Workspace(String),
+}
+
+/// A request that was not answered yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Awaited {
+    method: String,
+    /// The lock's ID, its path, or nothing of ours.
+    about: Option<String>,
 }
 
 /// How far a record's time may lie before the one above it: records of two goroutines are timed before they queue for
@@ -92,20 +145,38 @@ const LONGEST_LINE: usize = 1 << 16;
 pub(crate) struct Log {
     /// In the order in which terraform asked for them.
     pub(crate) locks: Vec<RecordedLock>,
-    /// The version of the terraform whose log this is, from its first record. None: that record was not seen, so the
-    /// log is not whole.
-    pub(crate) version: Option<String>,
+    /// Locks of which it tells less.
+    #[serde(default)]
+    pub(crate) unnamed: Vec<UnnamedLock>,
+    /// The program whose log this is, from its first record. None: that record was not seen, so the log is not whole.
+    #[serde(default)]
+    pub(crate) program: Option<Version>,
     /// Terraform was told to take no lock. It still takes one while it creates a workspace's state, and no other.
     pub(crate) locking_disabled: bool,
     /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
     pub(crate) disordered: bool,
     /// The time of the last record, as far as they run forwards.
     pub(crate) latest: Option<Timestamp>,
+    /// Terraform has asked for the lock of that workspace, at that time, and has not gone on yet.
+    #[serde(default)]
+    asking: Option<(String, Timestamp)>,
+    #[serde(default)]
+    awaited: Vec<Awaited>,
+    /// It tells of requests at all.
+    #[serde(default)]
+    has_exchanges: bool,
+    #[serde(skip)]
+    exchanges: Exchanges,
+    /// The time of the record that the lines below it belong to.
+    #[serde(skip)]
+    within: Option<Timestamp>,
     #[serde(skip)]
     partial: Vec<u8>,
-    /// How many bytes were read since the last whole line.
+    /// How many bytes were read since the last whole line, and since the beginning of the last record.
     #[serde(skip)]
     unfinished: u64,
+    #[serde(skip)]
+    since_record: u64,
 }
 
 impl Log {
@@ -117,12 +188,13 @@ impl Log {
             }
             self.unfinished += piece.len() as u64;
             if piece.ends_with(b"\n") {
-                self.unfinished = 0;
+                let length = std::mem::take(&mut self.unfinished);
                 let line = std::mem::take(&mut self.partial);
+                self.since_record += length;
                 // What is cut off at its end, by a full disk or by our limit, is no record: half an ID would be
                 // another lock's.
-                if line.ends_with(b"\n") {
-                    self.line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']));
+                if line.ends_with(b"\n") && self.line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r'])) {
+                    self.since_record = length;
                 }
             }
         }
@@ -131,7 +203,7 @@ impl Log {
     /// How many of the bytes that were read belong to a line that is not whole yet. They are not part of what is kept, so
     /// whoever goes on with that must read them again.
     pub(crate) fn unfinished(&self) -> u64 {
-        self.unfinished
+        self.unfinished + if self.exchanges.is_within() { self.since_record } else { 0 }
     }
 
     /// The log ends within a line: the disk was full, or terraform died while it wrote.
@@ -139,11 +211,48 @@ impl Log {
         !self.partial.is_empty()
     }
 
-    /// Whether a lock would stand in this log: since Terraform 1.10 the S3 backend writes each down. OpenTofu does not.
+    /// What this log tells of locks of the S3 backend. None: it is not whole.
+    pub(crate) fn telling(&self) -> Option<Telling> {
+        self.program.as_ref().map(Version::telling)
+    }
+
+    /// Whether a lock of the S3 backend would stand in this log.
     pub(crate) fn tells_locks(&self) -> bool {
-        let Some(version) = &self.version else { return false };
-        let mut numbers = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
-        (numbers.next(), numbers.next()) >= (Some(1), Some(10))
+        match self.telling() {
+            Some(Telling::Whole | Telling::Requests) => true,
+            // Terraform up to 1.5 tells them only where its own log has that level, and not the one that we have put beside.
+            Some(Telling::Exchanges) => self.has_exchanges,
+            Some(Telling::Brackets | Telling::Nothing) | None => false,
+        }
+    }
+
+    /// Terraform has ended well: what it had begun to give back is gone, or it would have said so (`Error releasing the
+    /// state lock` is an error like any other, in all versions), and so is what its log tells nothing of.
+    pub(crate) fn ended_well(&mut self) {
+        for lock in &mut self.locks {
+            lock.unlocked |=
+                lock.unlocking && self.program.as_ref().is_some_and(|program| program.telling() != Telling::Whole);
+        }
+        self.unnamed.clear();
+    }
+
+    /// Whether a lock of it may stand.
+    pub(crate) fn may_hold(&self) -> bool {
+        self.standing().next().is_some() || self.standing_unnamed().next().is_some()
+    }
+
+    /// Whether it holds a lock that was not begun to be given back. An end that may be a crash or not is one then.
+    pub(crate) fn breaks_off(&self) -> bool {
+        let answers = self.telling() != Some(Telling::Requests);
+        self.standing().any(|lock| !lock.unlocking || answers)
+    }
+
+    /// The locks that it had, did not say to have given back, and does not name.
+    pub(crate) fn standing_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
+        // Where requests are told, a lock that only two records of the local backend tell of was none.
+        let requests_are_told = self.tells_locks();
+        let was_none = move |lock: &UnnamedLock| requests_are_told && matches!(lock.mark, Mark::Workspace(_));
+        self.unnamed.iter().filter(move |lock| !(lock.unlocked || was_none(lock)))
     }
 
     /// The locks that terraform asked for and did not say to have given back.
@@ -151,10 +260,18 @@ impl Log {
         self.locks.iter().filter(|lock| !lock.unlocked)
     }
 
-    fn line(&mut self, line: &str) {
-        let Some(record) = Record::parse(line) else { return };
-        if self.version.is_none() && record.message == "Terraform version" {
-            self.version = Some(record.rest().split(' ').next().unwrap_or_default().to_owned());
+    /// Takes a line. Whether it begins a record.
+    fn line(&mut self, line: &str) -> bool {
+        let Some(record) = Record::parse(line) else {
+            let (exchange, time) = (self.exchanges.line(line), self.within);
+            if let (Some(exchange), Some(time)) = (exchange, time) {
+                self.exchange(exchange, time);
+            }
+            return false;
+        };
+        self.within = Some(record.time);
+        if self.program.is_none() {
+            self.program = Version::of_record(record.message, record.rest());
         }
         if self.latest.is_some_and(|latest| record.time < latest - DISORDER) {
             self.disordered = true;
@@ -163,29 +280,216 @@ impl Log {
         if record.message == "CLI command args" {
             self.locking_disabled |= disables_locking(record.rest());
         }
+        if record.module == "backend/local" {
+            self.local_backend(&record);
+        }
+        // A Terraform that names its locks says all that its exchanges would.
+        let names_locks = self.program.as_ref().is_none_or(|program| {
+            program.product() == Product::Terraform && matches!(program.telling(), Telling::Whole | Telling::Requests)
+        });
+        if !names_locks {
+            let exchange = self.exchanges.record(&record);
+            self.has_exchanges |= exchange.is_some() || self.exchanges.is_within();
+            if let Some(exchange) = exchange {
+                self.exchange(exchange, record.time);
+            }
+        }
+        self.s3_backend(&record);
+        true
+    }
+
+    /// The pair of records that every backend's operations have.
+    fn local_backend(&mut self, record: &Record<'_>) {
+        let workspace = |before| between(record.message, before, "\"");
+        if let Some(workspace) = workspace("requesting state lock for workspace \"") {
+            self.asking = Some((workspace.to_owned(), record.time));
+        } else if workspace("reading remote state for workspace \"").is_some()
+            && let Some((workspace, asked)) = self.asking.take()
+        {
+            let named = self.locks.iter().any(|lock| lock.asked >= asked)
+                || self.unnamed.iter().any(|lock| lock.asked >= asked);
+            if !named && !self.locking_disabled {
+                self.unnamed.push(UnnamedLock {
+                    mark: Mark::Workspace(workspace),
+                    asked,
+                    granted: Some(record.time),
+                    unlocking: false,
+                    uploading: false,
+                    unlocked: false,
+                });
+            }
+        }
+    }
+
+    fn s3_backend(&mut self, record: &Record<'_>) {
         if record.module != "backend-s3" {
             return;
         }
+        let field = |name| record.field(name).unwrap_or_default();
         if let Some(kind) = between(record.message, "Attempting to lock remote state (", ")...") {
-            self.asked(&record, kind);
+            self.asked(record, kind);
+        } else if record.message == "Locking remote state" {
+            self.asked(record, "DynamoDB only");
         } else if between(record.message, "Locked remote state (", ")").is_some() {
-            self.got(&record);
-        } else if between(record.message, "Attempting to unlock remote state (", ")...").is_some() {
-            if let Some(lock) = self.lock_of(&record) {
+            self.got(record);
+        } else if between(record.message, "Attempting to unlock remote state (", ")...").is_some()
+            || record.message == "Unlocking remote state"
+        {
+            if let Some(lock) = self.lock_of(record) {
                 lock.unlocking = true;
                 lock.uploading = false;
             }
         } else if between(record.message, "Unlocked remote state (", ")").is_some() {
-            if let Some(lock) = self.lock_of(&record) {
+            if let Some(lock) = self.lock_of(record) {
                 lock.unlocked = true;
             }
         } else if record.message == "Uploading remote state" {
-            let field = |name| record.field(name).unwrap_or_default();
+            self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
+        } else if record.message == "Downloading remote state" && self.telling() == Some(Telling::Requests) {
+            // No answer is told there; but what is read after it was asked for is read under the lock.
             let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
-            for lock in &mut self.locks {
-                if lock.bucket == bucket && lock.key == key && !lock.unlocking {
-                    lock.uploading = true;
+            let asked =
+                self.locks.iter_mut().filter(|lock| lock.bucket == bucket && lock.key == key && !lock.unlocking);
+            if let Some(lock) = asked.last() {
+                lock.locked = lock.locked.or(Some(record.time));
+            }
+        }
+    }
+
+    fn uploads(&mut self, bucket: &str, key: &str) {
+        for lock in &mut self.locks {
+            if lock.bucket == bucket && lock.key == key && !lock.unlocking {
+                lock.uploading = true;
+            }
+        }
+        for lock in &mut self.unnamed {
+            let other = matches!(&lock.mark, Mark::Object { bucket: its, key: own, .. } if its != bucket || own != key);
+            lock.uploading |= !other && !lock.unlocking;
+        }
+    }
+
+    fn exchange(&mut self, exchange: Exchange, time: Timestamp) {
+        let mut await_answer = |method: &str, about: Option<String>| {
+            self.awaited.push(Awaited { method: method.to_owned(), about });
+        };
+        match exchange {
+            Exchange::PutItem { info, text } => {
+                await_answer("PutItem", Some(info.id.clone()));
+                self.put_item(&info, &text, time);
+            }
+            Exchange::PutLock { bucket, key, checksum } => {
+                await_answer("PutObject", Some(format!("{bucket}/{key}")));
+                let mark = Mark::Object { bucket, key, checksum };
+                // With -lock-timeout it is asked for again, and is the same one.
+                if !self.unnamed.iter().any(|lock| lock.mark == mark && !lock.unlocked) {
+                    let lock = UnnamedLock {
+                        mark,
+                        asked: time,
+                        granted: None,
+                        unlocking: false,
+                        uploading: false,
+                        unlocked: false,
+                    };
+                    self.unnamed.push(lock);
                 }
+            }
+            Exchange::PutState { bucket, key } => self.uploads(&bucket, &key),
+            Exchange::DeleteItem { path } => {
+                self.unlocks(&path);
+                self.awaited.push(Awaited { method: "DeleteItem".to_owned(), about: Some(path) });
+            }
+            Exchange::DeleteLock { bucket, key } => {
+                let path = format!("{bucket}/{key}");
+                self.unlocks(&path);
+                self.awaited.push(Awaited { method: "DeleteObject".to_owned(), about: Some(path) });
+            }
+            Exchange::Other { method } => await_answer(&method, None),
+            Exchange::Answered { method, object, status } => self.answered(&method, object, status, time),
+        }
+    }
+
+    fn unlocks(&mut self, path: &str) {
+        for lock in self.locks.iter_mut().filter(|lock| lock.path == path) {
+            lock.unlocking = true;
+            lock.uploading = false;
+        }
+        for lock in &mut self.unnamed {
+            if matches!(&lock.mark, Mark::Object { bucket, key, .. } if format!("{bucket}/{key}") == path) {
+                lock.unlocking = true;
+                lock.uploading = false;
+            }
+        }
+    }
+
+    fn put_item(&mut self, info: &LockInfo, text: &str, time: Timestamp) {
+        let Some((bucket, key)) = info.path.split_once('/').filter(|_| is_lock_id(&info.id)) else { return };
+        if self.locks.iter().any(|known| known.id == info.id) {
+            return;
+        }
+        let checksum = aws_smithy_types::base64::encode(Sha256::digest(text));
+        let same = |lock: &UnnamedLock| {
+            let Mark::Object { bucket: its, key: own, checksum: sum } = &lock.mark else { return false };
+            its == bucket && own == key && sum.as_ref().is_none_or(|sum| *sum == checksum)
+        };
+        // Its other half was put into S3 a moment before.
+        let before = self.unnamed.len();
+        self.unnamed.retain(|lock| !same(lock));
+        let halves = Halves { s3: self.unnamed.len() < before, dynamodb: true };
+        let mut lock = RecordedLock::held(info, bucket, key, halves, time);
+        lock.locked = None;
+        self.locks.push(lock);
+    }
+
+    fn answered(&mut self, method: &str, object: Option<(String, String)>, status: u16, time: Timestamp) {
+        let path = match object {
+            Some((bucket, key)) => match key.strip_suffix(LOCK_FILE) {
+                Some(state) => Some(format!("{bucket}/{state}")),
+                // A state's own object.
+                None => return,
+            },
+            None => None,
+        };
+        let mut fits = Vec::new();
+        for (place, awaited) in self.awaited.iter().enumerate() {
+            if awaited.method == method && (path.is_none() || awaited.about == path) {
+                fits.push(place);
+            }
+        }
+        let [place] = fits.as_slice() else {
+            // To which of several it belongs nothing tells. What is not known to be answered is looked after.
+            fits.iter().rev().for_each(|place| drop(self.awaited.remove(*place)));
+            return;
+        };
+        let Some(about) = self.awaited.remove(*place).about.filter(|_| (200..300).contains(&status)) else { return };
+        match method {
+            "PutItem" => {
+                for lock in self.locks.iter_mut().filter(|lock| lock.id == about) {
+                    lock.locked = lock.locked.or(Some(time));
+                }
+            }
+            "PutObject" => {
+                for lock in &mut self.unnamed {
+                    if matches!(&lock.mark, Mark::Object { bucket, key, .. } if format!("{bucket}/{key}") == about) {
+                        lock.granted = lock.granted.or(Some(time));
+                    }
+                }
+            }
+            _ => self.is_gone(&about, method == "DeleteObject"),
+        }
+    }
+
+    fn is_gone(&mut self, path: &str, object: bool) {
+        for lock in self.locks.iter_mut().filter(|lock| lock.path == path && lock.unlocking) {
+            if object {
+                lock.gone.s3 = true;
+            } else {
+                lock.gone.dynamodb = true;
+            }
+            lock.unlocked = (lock.gone.s3 || !lock.halves.s3) && (lock.gone.dynamodb || !lock.halves.dynamodb);
+        }
+        for lock in &mut self.unnamed {
+            if matches!(&lock.mark, Mark::Object { bucket, key, .. } if object && format!("{bucket}/{key}") == path) {
+                lock.unlocked = true;
             }
         }
     }
@@ -223,6 +527,7 @@ impl Log {
             unlocked: false,
             uploading: false,
             contradicted: false,
+            gone: Halves::default(),
         };
         match self.locks.iter_mut().find(|known| known.id == lock.id) {
             None => self.locks.push(lock),
@@ -326,7 +631,7 @@ pub(crate) mod tests {
     #[test]
     fn only_a_terraform_that_writes_its_locks_down_is_believed_to_have_none() {
         for (version, tells) in
-            [("1.11.4", true), ("1.10.0-beta1", true), ("2.0.0", true), ("1.9.8", false), ("0.15.0", false)]
+            [("1.11.4", true), ("1.10.0 beta1", true), ("2.0.0", true), ("1.6.6", true), ("1.5.7", false)]
         {
             let text = format!("2026-11-23T01:46:07.565Z [INFO]  Terraform version: {version}\n");
             assert_eq!(log(&text).tells_locks(), tells, "{version}");
@@ -424,3 +729,7 @@ pub(crate) mod tests {
         assert_eq!(log.standing().count(), 2);
     }
 }
+
+#[cfg(test)]
+#[path = "log_of_other_versions.rs"]
+mod other_versions;

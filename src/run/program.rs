@@ -1,0 +1,144 @@
+//! Which program stands behind terraform's name, so that its log is asked for at the level at which it tells of its locks.
+//!
+//! A program is asked once (`terraform version`), and what it says is remembered for as long as the file is the same one.
+//! What only leads to a terraform (a script of tfenv's, tenv, a wrapper of somebody's own) is not asked: it may choose by
+//! directory, download, or do anything else. What it leads to is told by the log of the first run in a directory, which is
+//! therefore asked for everything.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::poll;
+use super::state_directory::{StateDirectory, open_private};
+use crate::terraform::version::{Telling, Version};
+use crate::trace::trace;
+
+/// Every terraform and tofu is larger (0.15: 80 MB), and nothing that only starts one is.
+const LARGE: u64 = 40 << 20;
+
+/// How long it may take to say its version.
+const SAYS_WITHIN: Duration = Duration::from_secs(3);
+
+/// So many programs and directories are remembered.
+const REMEMBERED: usize = 256;
+
+/// What is known of the program of one run.
+#[derive(Debug)]
+pub(crate) struct Program {
+    /// Where that is written down.
+    file: Option<PathBuf>,
+    key: String,
+    /// None: nobody knows.
+    pub(crate) version: Option<Version>,
+}
+
+impl Program {
+    /// What is known of the program at `path`, which is run with this data directory. There must be one thread.
+    pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
+        let file = state.map(|state| state.join("programs.json"));
+        let Ok(place) = fs::metadata(path) else { return Self { file: None, key: String::new(), version: None } };
+        let mut key =
+            format!("{}.{} {} {}.{:09}", place.dev(), place.ino(), place.size(), place.mtime(), place.mtime_nsec());
+        let itself = place.size() >= LARGE && is_executable_file(path);
+        if !itself {
+            key = format!("{key} {}", data_directory.display());
+        }
+        let known = file.as_deref().map(read).unwrap_or_default();
+        let mut program = Self { file, version: known.get(&key).cloned(), key };
+        // Where nothing can be remembered nobody is asked: it would be asked each time.
+        if program.version.is_none() && itself && program.file.is_some() {
+            match ask(path) {
+                Some(version) => program.remember(&version),
+                None => trace!("{} does not say its version", path.display()),
+            }
+        }
+        trace!("program: {:?}", program.version);
+        program
+    }
+
+    /// What `TF_LOG_CORE` must be, so that its log tells of locks of a backend of this kind. Of the other backends' locks a
+    /// trace alone tells anything.
+    pub(crate) fn level(&self, backend: Option<&str>) -> &'static str {
+        match (&self.version, backend) {
+            (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.telling().level(),
+            (Some(version), _) if version.telling() == Telling::Nothing => version.telling().level(),
+            _ => Telling::Brackets.level(),
+        }
+    }
+
+    /// Takes what its log has told.
+    pub(crate) fn learn(&mut self, told: Option<&Version>) {
+        if let Some(told) = told.filter(|told| self.version.as_ref() != Some(*told)) {
+            self.remember(told);
+        }
+    }
+
+    fn remember(&mut self, version: &Version) {
+        self.version = Some(version.clone());
+        let Some(file) = &self.file else { return };
+        let mut known = read(file);
+        if known.len() >= REMEMBERED {
+            known.clear();
+        }
+        known.insert(self.key.clone(), version.clone());
+        let unfinished = file.with_extension(std::process::id().to_string());
+        let written = (|| {
+            let mut new = File::options().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+            new.write_all(&serde_json::to_vec(&known)?)?;
+            fs::rename(&unfinished, file)
+        })();
+        if let Err(error) = written {
+            trace!("{}: {error}", file.display());
+            let _ = fs::remove_file(&unfinished);
+        }
+    }
+}
+
+fn read(file: &Path) -> BTreeMap<String, Version> {
+    let mut text = Vec::new();
+    let opened = open_private(File::options().read(true), file);
+    let read = opened.and_then(|file| file.take(1 << 20).read_to_end(&mut text));
+    read.ok().and_then(|_| serde_json::from_slice(&text).ok()).unwrap_or_default()
+}
+
+/// Not a script.
+fn is_executable_file(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    // ELF; Mach-O in its 64-bit form, and as a file for several machines.
+    read.is_ok() && matches!(magic, [0x7f, b'E', b'L', b'F'] | [0xcf, 0xfa, 0xed, 0xfe] | [0xca, 0xfe, 0xba, 0xbe])
+}
+
+#[expect(clippy::disallowed_methods, reason = "it locks nothing, and says its version to us alone")]
+fn ask(path: &Path) -> Option<Version> {
+    let kept = std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME");
+    let mut child = Command::new(path)
+        .arg("version")
+        .env_clear()
+        .envs(kept)
+        // It would ask HashiCorp whether there is a newer one.
+        .env("CHECKPOINT_DISABLE", "1")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let begun = Instant::now();
+    while child.try_wait().ok()?.is_none() {
+        if begun.elapsed() > SAYS_WITHIN {
+            let _ = child.kill();
+            let _ = child.wait();
+            return None;
+        }
+        poll::wait(&[], Some(Duration::from_millis(2)));
+    }
+    let mut said = String::new();
+    child.stdout.take()?.take(1 << 16).read_to_string(&mut said).ok()?;
+    Version::of_command(&said)
+}

@@ -1,0 +1,300 @@
+//! Logs of versions that cannot be had here, made from the formats in their sources.
+
+use super::*;
+use crate::terraform::log::tests::ID;
+
+const INFO: &str = r#"{\"ID\":\"5e75cb05-d70c-4132-39e0-d2abba1b3077\",\"Operation\":\"OperationTypeApply\",\"Info\":\"\",\"Who\":\"root@vm\",\"Version\":\"1.5.7\",\"Created\":\"2026-11-23T01:46:07.59Z\",\"Path\":\"bkt/dir/prod.tfstate\"}"#;
+
+fn log(text: &str) -> Log {
+    let mut log = Log::default();
+    log.read(text.as_bytes());
+    log
+}
+
+fn at(millisecond: u32) -> String {
+    format!("2026-11-23T01:46:07.{millisecond:03}Z")
+}
+
+/// `[DEBUG] [aws-sdk-go] %s` (aws-sdk-go-base v0.7.1, logger.go:17) around the dumps of the SDK for Go v1 (aws/client/logger.go,
+/// `logReqMsg` and `logRespMsg`), through the standard logger, which leaves the lines below the first as they are
+/// (Terraform v1.5.7, internal/logging/logging.go:57).
+fn v1_request(millisecond: u32, call: &str, body: &str) -> String {
+    let target = call.split('/').nth(1).unwrap();
+    format!(
+        "{} [DEBUG] [aws-sdk-go] DEBUG: Request {call} Details:\n\
+         ---[ REQUEST POST-SIGN ]-----------------------------\nPOST / HTTP/1.1\r\nHost: dynamodb.eu-west-1.amazonaws.com\r\n\
+         Authorization: AWS4-HMAC-SHA256 Credential=K\r\nX-Amz-Target: DynamoDB_20120810.{target}\r\n\r\n{body}\n\
+         -----------------------------------------------------\n",
+        at(millisecond)
+    )
+}
+
+fn v1_answer(millisecond: u32, call: &str, status: &str, body: &str) -> String {
+    format!(
+        "{time} [DEBUG] [aws-sdk-go] DEBUG: Response {call} Details:\n\
+         ---[ RESPONSE ]--------------------------------------\nHTTP/1.1 {status}\r\nX-Amz-Crc32: 2745614147\r\n\r\n\n\
+         -----------------------------------------------------\n{time} [DEBUG] [aws-sdk-go] {body}\n",
+        time = at(millisecond)
+    )
+}
+
+fn v1_put(millisecond: u32) -> String {
+    let body = format!(
+        r#"{{"ConditionExpression":"attribute_not_exists(LockID)","Item":{{"Info":{{"S":"{INFO}"}},"LockID":{{"S":"bkt/dir/prod.tfstate"}}}},"TableName":"locks"}}"#
+    );
+    v1_request(millisecond, "dynamodb/PutItem", &body)
+}
+
+const V1_DELETE: &str = r#"{"Key":{"LockID":{"S":"bkt/dir/prod.tfstate"}},"TableName":"locks"}"#;
+
+/// Terraform v1.5.7, main.go:82 and backend/remote-state/s3/client.go:182 (`log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
+fn v1_life() -> Vec<String> {
+    vec![
+        format!("{} [INFO]  Terraform version: 1.5.7\n", at(500)),
+        v1_put(594),
+        v1_answer(600, "dynamodb/PutItem", "200 OK", "{}"),
+        format!(
+            "{} [DEBUG] Uploading remote state to S3: {{\n  Body: buffer(0xc000),\n  Bucket: \"bkt\",\n  ContentLength: 157,\n  Key: \"dir/prod.tfstate\"\n}}\n",
+            at(700)
+        ),
+        v1_request(
+            710,
+            "dynamodb/PutItem",
+            r#"{"Item":{"Digest":{"S":"d41d"},"LockID":{"S":"bkt/dir/prod.tfstate-md5"}},"TableName":"locks"}"#,
+        ),
+        v1_answer(720, "dynamodb/PutItem", "200 OK", "{}"),
+        v1_request(800, "dynamodb/DeleteItem", V1_DELETE),
+        v1_answer(810, "dynamodb/DeleteItem", "200 OK", "{}"),
+    ]
+}
+
+#[test]
+fn a_terraform_before_1_6_tells_its_lock_by_its_requests() {
+    let life = v1_life();
+    for (steps, standing, locked, uploading, unlocking) in [
+        (1, 0, false, false, false),
+        (2, 1, false, false, false),
+        (3, 1, true, false, false),
+        (4, 1, true, true, false),
+        (6, 1, true, true, false),
+        (7, 1, true, false, true),
+        (8, 0, true, false, true),
+    ] {
+        let log = log(&life[..steps].concat());
+        assert_eq!(log.standing().count(), standing, "{steps}");
+        if let Some(lock) = log.locks.first() {
+            let seen = (lock.locked.is_some(), lock.uploading, lock.unlocking);
+            assert_eq!(seen, (locked, uploading, unlocking), "{steps}");
+            assert_eq!((lock.id.as_str(), lock.bucket.as_str(), lock.key.as_str()), (ID, "bkt", "dir/prod.tfstate"));
+            assert_eq!(lock.halves, Halves { s3: false, dynamodb: true });
+        }
+        assert!(log.tells_locks() || steps == 1, "{steps}");
+    }
+}
+
+#[test]
+fn a_refused_request_of_old_is_no_lock_that_was_had_and_stays_to_be_looked_for() {
+    let refusal = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException","message":"x"}"#;
+    let log =
+        log(&[v1_life()[0].clone(), v1_put(594), v1_answer(600, "dynamodb/PutItem", "400 Bad Request", refusal)]
+            .concat());
+    assert!(log.locks[0].locked.is_none());
+    assert_eq!(log.standing().count(), 1);
+}
+
+#[test]
+fn a_log_of_requests_cut_at_any_byte_or_read_in_pieces_claims_no_other_lock() {
+    for text in [v1_life().concat(), tofu_life(true).concat()] {
+        for end in 0..text.len() {
+            assert!(log(&text[..end]).locks.iter().all(|lock| lock.id == ID), "cut at {end}");
+        }
+        for size in [1, 2, 7, 64, 1000] {
+            let mut pieces = Log::default();
+            text.as_bytes().chunks(size).for_each(|piece| pieces.read(piece));
+            assert_eq!(pieces, log(&text), "pieces of {size}");
+        }
+    }
+}
+
+/// Whoever reads on from what was kept of a log begins before a record that was not whole, and comes to the same end.
+#[test]
+fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
+    for text in [v1_life().concat(), tofu_life(true).concat()] {
+        for end in (0..text.len()).step_by(13) {
+            let mut first = Log::default();
+            first.read(&text.as_bytes()[..end]);
+            let from = end - usize::try_from(first.unfinished()).unwrap();
+            let kept = serde_json::to_string(&first).unwrap();
+            let mut second: Log = serde_json::from_str(&kept).unwrap();
+            second.read(&text.as_bytes()[from..]);
+            let whole = log(&text);
+            assert_eq!(second.standing().count(), whole.standing().count(), "kept at {end}");
+            assert_eq!(second.standing_unnamed().count(), whole.standing_unnamed().count(), "kept at {end}");
+        }
+    }
+}
+
+/// OpenTofu v1.11.0 and later: attachLoggerToContext in s3Lock and dynamoDBLock (backend/remote-state/s3/client.go:294, 332);
+/// records of aws-sdk-go-base v2.0.0-beta.66 (logger.go:139 and 163, logging/hc_logger.go), and with `newer` those of beta.72,
+/// which call a method by its service too.
+fn tofu_record(millisecond: u32, kind: &str, service: &str, method: &str, newer: bool, fields: &str) -> String {
+    let method = if newer {
+        format!("rpc.method={service}/{method} rpc.system.name=aws-api")
+    } else {
+        format!("rpc.method={method} rpc.service={service} rpc.system=aws-api")
+    };
+    format!("{} [DEBUG] backend-s3: HTTP {kind}: aws.region=eu-west-1 {method} {fields}\n", at(millisecond))
+}
+
+const LOCK_OBJECT: &str = "aws.s3.bucket=bkt aws.s3.key=dir/prod.tfstate.tflock";
+
+/// The SHA-256 of the lock as it is in `tofu_life`, as the log quotes it.
+fn checksum() -> String {
+    aws_smithy_types::base64::encode(Sha256::digest(INFO.replace('\\', "")))
+}
+
+fn tofu_life(newer: bool) -> Vec<String> {
+    let record = |at, kind, service, method, fields: &str| tofu_record(at, kind, service, method, newer, fields);
+    let (sent, received) = ("Request Sent", "Response Received");
+    vec![
+        format!("{} [INFO]  OpenTofu version: 1.11.5\n", at(500)),
+        record(
+            594,
+            sent,
+            "S3",
+            "PutObject",
+            &format!(
+                "{LOCK_OBJECT} http.request.header.if_none_match=\"*\" http.request.header.x_amz_checksum_sha256=\"{}\" \
+                 http.request.body=\"[Redacted: 245 bytes, Type: application/json]\"",
+                checksum()
+            ),
+        ),
+        record(
+            600,
+            received,
+            "S3",
+            "PutObject",
+            &format!("{LOCK_OBJECT} http.status_code=200 http.response.body=\"\""),
+        ),
+        record(
+            601,
+            sent,
+            "DynamoDB",
+            "PutItem",
+            &format!(
+                "aws.dynamodb.table_names=[\"locks\"] http.method=POST\n  http.request.body=\n  | {{\"ConditionExpression\":\"attribute_not_exists(LockID)\",\"Item\":{{\"LockID\":{{\"S\":\"bkt/dir/prod.tfstate\"}},\"Info\":{{\"S\":\"{INFO}\"}}}},\"TableName\":\"locks\"}}\n   http.request_content_length=402"
+            ),
+        ),
+        // The status stands behind the body here: the fields have no order.
+        record(
+            610,
+            received,
+            "DynamoDB",
+            "PutItem",
+            "http.duration=9\n  http.response.body=\n  | {}\n   http.status_code=200",
+        ),
+        record(700, sent, "S3", "PutObject", "aws.s3.bucket=bkt aws.s3.key=dir/prod.tfstate http.method=PUT"),
+        record(710, received, "S3", "PutObject", "aws.s3.bucket=bkt aws.s3.key=dir/prod.tfstate http.status_code=200"),
+        record(800, sent, "S3", "DeleteObject", LOCK_OBJECT),
+        record(805, received, "S3", "DeleteObject", &format!("{LOCK_OBJECT} http.status_code=204")),
+        record(
+            806,
+            sent,
+            "DynamoDB",
+            "DeleteItem",
+            "http.method=POST\n  http.request.body=\n  | {\"ConditionExpression\":\"Info = :info\",\"Key\":{\"LockID\":{\"S\":\"bkt/dir/prod.tfstate\"}},\"TableName\":\"locks\"}\n  ",
+        ),
+        record(810, received, "DynamoDB", "DeleteItem", "http.status_code=200\n  http.response.body=\n  | {}\n  "),
+    ]
+}
+
+#[test]
+fn a_later_opentofu_tells_both_halves_by_its_requests() {
+    for newer in [false, true] {
+        let life = tofu_life(newer);
+        let seen = |steps: usize| log(&life[..steps].concat());
+        // The object alone: known by its text.
+        let first = seen(3);
+        let object = first.standing_unnamed().next().unwrap();
+        let expected =
+            Mark::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
+        assert_eq!((&object.mark, object.granted.is_some()), (&expected, true));
+        // Its ID, and so both halves of one lock.
+        let second = seen(4);
+        assert_eq!(second.standing_unnamed().count(), 0);
+        assert_eq!(second.locks[0].halves, Halves { s3: true, dynamodb: true });
+        assert!(second.locks[0].locked.is_none());
+        assert!(seen(5).locks[0].locked.is_some());
+        assert!(!seen(5).locks[0].uploading && seen(6).locks[0].uploading && seen(7).locks[0].uploading);
+        assert!(seen(8).locks[0].unlocking && !seen(8).locks[0].uploading);
+        assert_eq!(seen(9).standing().count(), 1, "one half is gone");
+        assert_eq!(seen(10).standing().count(), 1);
+        assert_eq!(seen(11).standing().count(), 0);
+    }
+}
+
+#[test]
+fn without_a_checksum_an_object_is_known_by_its_place_alone() {
+    let life = tofu_life(false);
+    let put = life[1].replace(&format!("http.request.header.x_amz_checksum_sha256=\"{}\"", checksum()), "");
+    let log = log(&[life[0].clone(), put].concat());
+    let Mark::Object { checksum, .. } = &log.unnamed[0].mark else { panic!() };
+    assert_eq!(*checksum, None);
+}
+
+/// internal/backend/local/backend_local.go:51 and 64 of OpenTofu v1.6.0, 57 and 70 of v1.10.0, 54 and 67 of Terraform v1.15.9.
+#[test]
+fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_would_tell_it() {
+    let pair = format!(
+        "{} [TRACE] backend/local: requesting state lock for workspace \"green\"\n{} [TRACE] backend/local: reading remote state for workspace \"green\"\n",
+        at(594),
+        at(597)
+    );
+    for (version, unnamed) in [
+        ("OpenTofu version: 1.6.2", 1),
+        ("OpenTofu version: 1.10.9", 1),
+        ("Terraform version: 1.11.4", 0),
+        ("Terraform version: 1.8.4", 0),
+        // Its requests were not logged: the level was somebody else's choice.
+        ("Terraform version: 1.5.7", 1),
+    ] {
+        let log = log(&format!("{} [INFO]  {version}\n{pair}", at(500)));
+        assert_eq!(log.standing_unnamed().count(), unnamed, "{version}");
+        assert_eq!(log.unnamed[0].mark, Mark::Workspace("green".into()));
+    }
+    let told = format!(
+        "{} [INFO]  OpenTofu version: 1.6.2\n{} [INFO]  CLI command args: []string{{\"plan\", \"-lock=false\"}}\n{pair}",
+        at(500),
+        at(501)
+    );
+    assert!(log(&told).unnamed.is_empty(), "it was told to take no lock");
+    let waiting = format!("{} [INFO]  OpenTofu version: 1.6.2\n{}\n", at(500), pair.lines().next().unwrap());
+    assert!(log(&waiting).unnamed.is_empty(), "it was not given one");
+}
+
+/// backend/remote-state/s3/client.go:296 and 343 of Terraform v1.9.8.
+#[test]
+fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
+    let locked = |at, text: &str| super::tests::lock_line(at, text, ID, "r");
+    let life = [
+        format!("{} [INFO]  Terraform version: 1.9.8\n", at(100)),
+        locked(7, "Locking remote state"),
+        "2026-11-23T01:46:08.100Z [INFO]  backend-s3: Downloading remote state: tf_backend.operation=Get tf_backend.s3.bucket=bkt tf_backend.s3.path=dir/prod.tfstate\n".to_owned(),
+        locked(9, "Unlocking remote state"),
+    ];
+    assert!(log(&life[..2].concat()).locks[0].locked.is_none());
+    assert!(log(&life[..3].concat()).locks[0].locked.is_some());
+    let mut whole = log(&life.concat());
+    assert!(whole.tells_locks());
+    assert_eq!(whole.standing().count(), 1, "it does not say that it is gone");
+    assert!(!whole.breaks_off() && log(&life[..3].concat()).breaks_off());
+    whole.ended_well();
+    assert_eq!(whole.standing().count(), 0);
+    // One that says what is gone is believed in that alone.
+    let mut newer = log(&life
+        .concat()
+        .replace("1.9.8\n", "1.10.5\n")
+        .replace("Locking remote state", "Attempting to lock remote state (DynamoDB only)..."));
+    newer.ended_well();
+    assert_eq!(newer.standing().count(), 1);
+}

@@ -1,0 +1,163 @@
+//! Which program terraform is, and what its log tells of its locks.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The program behind the name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Product {
+    /// HashiCorp's.
+    Terraform,
+    /// Its fork.
+    OpenTofu,
+}
+
+/// A program and its version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Version {
+    product: Product,
+    /// As the program writes it: `1.11.4`, `1.6.0 dev`.
+    text: String,
+}
+
+/// How much of a lock of the S3 backend a log tells, and at which level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Telling {
+    /// Terraform since 1.10: the lock's ID before it is asked for, when it is had, and when it is gone; at INFO.
+    Whole,
+    /// Terraform 1.6 to 1.9: the ID before the lock is asked for and before it is given back, and no answers; at INFO.
+    Requests,
+    /// Terraform 0.15 to 1.5, OpenTofu since 1.11: the requests to the services and their answers, at DEBUG.
+    Exchanges,
+    /// OpenTofu up to 1.10: that a lock was had, and not which; at TRACE.
+    Brackets,
+    /// Anything older.
+    Nothing,
+}
+
+impl Telling {
+    /// What terraform's `TF_LOG_CORE` must be for it.
+    pub(crate) fn level(self) -> &'static str {
+        match self {
+            Self::Whole | Self::Requests | Self::Nothing => "INFO",
+            Self::Exchanges => "DEBUG",
+            Self::Brackets => "TRACE",
+        }
+    }
+}
+
+impl Version {
+    /// Out of a log's first record: its message, `Terraform version`, and what stands behind (main.go of either program).
+    pub(crate) fn of_record(message: &str, rest: &str) -> Option<Self> {
+        let product = match message {
+            "Terraform version" => Product::Terraform,
+            "OpenTofu version" => Product::OpenTofu,
+            _ => return None,
+        };
+        Some(Self { product, text: rest.trim().to_owned() })
+    }
+
+    /// Out of the first line that `terraform version` prints: `Terraform v1.11.4`.
+    pub(crate) fn of_command(output: &str) -> Option<Self> {
+        let mut words = output.lines().next()?.split_whitespace();
+        let product = match words.next()? {
+            "Terraform" => Product::Terraform,
+            "OpenTofu" => Product::OpenTofu,
+            _ => return None,
+        };
+        let text = words.next()?.strip_prefix('v')?;
+        text.starts_with(|first: char| first.is_ascii_digit()).then(|| Self { product, text: text.to_owned() })
+    }
+
+    /// The version as it stands in a lock: without what is no release.
+    pub(crate) fn in_locks(&self) -> &str {
+        self.text.split([' ', '-', '+']).next().unwrap_or_default()
+    }
+
+    /// The program.
+    pub(crate) fn product(&self) -> Product {
+        self.product
+    }
+
+    fn numbers(&self) -> (u32, u32) {
+        let mut numbers = self.in_locks().split('.').map(|part| part.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    }
+
+    /// What its log tells.
+    pub(crate) fn telling(&self) -> Telling {
+        match (self.product, self.numbers()) {
+            (Product::Terraform, (1, 10..) | (2.., _)) => Telling::Whole,
+            (Product::Terraform, (1, 6..)) => Telling::Requests,
+            (Product::Terraform, (1, _) | (0, 15..)) | (Product::OpenTofu, (1, 11..) | (2.., _)) => Telling::Exchanges,
+            (Product::OpenTofu, _) => Telling::Brackets,
+            (Product::Terraform, _) => Telling::Nothing,
+        }
+    }
+
+    /// Whether it runs as two processes, of which the outer one throws an interrupt away: it expects that the terminal
+    /// sends one to both (panicwrap, up to Terraform 1.0).
+    pub(crate) fn is_two_processes(&self) -> bool {
+        self.product == Product::Terraform && self.numbers() < (1, 1)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{:?} {}", self.product, self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terraform(text: &str) -> Version {
+        Version::of_record("Terraform version", text).unwrap()
+    }
+
+    fn tofu(text: &str) -> Version {
+        Version::of_record("OpenTofu version", text).unwrap()
+    }
+
+    #[test]
+    fn each_version_has_its_own_telling() {
+        for (version, telling) in [
+            (terraform("0.14.11"), Telling::Nothing),
+            (terraform("0.15.0 rc2"), Telling::Exchanges),
+            (terraform("1.0.11"), Telling::Exchanges),
+            (terraform("1.5.7"), Telling::Exchanges),
+            (terraform("1.6.0 beta1"), Telling::Requests),
+            (terraform("1.9.8"), Telling::Requests),
+            (terraform("1.10.0"), Telling::Whole),
+            (terraform("1.17.0 dev"), Telling::Whole),
+            (terraform("2.0.0"), Telling::Whole),
+            (tofu("1.6.0 dev"), Telling::Brackets),
+            (tofu("1.10.9"), Telling::Brackets),
+            (tofu("1.11.0"), Telling::Exchanges),
+            (tofu("1.12.6"), Telling::Exchanges),
+        ] {
+            assert_eq!(version.telling(), telling, "{version}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_says_is_read() {
+        assert_eq!(Version::of_command("Terraform v1.11.4\non linux_amd64\n"), Some(terraform("1.11.4")));
+        assert_eq!(Version::of_command("OpenTofu v1.6.2\non linux_amd64\n"), Some(tofu("1.6.2")));
+        for other in
+            ["", "Terraform", "Terraform 1.5", "tenv version v1.2.3", "No version is set for command terraform"]
+        {
+            assert_eq!(Version::of_command(other), None, "{other:?}");
+        }
+        assert_eq!(terraform("1.6.0 dev").in_locks(), "1.6.0");
+        assert_eq!(terraform("1.12.0-rc1").in_locks(), "1.12.0");
+    }
+
+    #[test]
+    fn only_an_old_terraform_is_two_processes() {
+        assert!(terraform("1.0.11").is_two_processes() && terraform("0.15.0").is_two_processes());
+        assert!(!terraform("1.1.0").is_two_processes() && !tofu("1.0.0").is_two_processes());
+    }
+}
