@@ -52,3 +52,5 @@ mod services;
 mod survived;
 #[path = "real/terminal.rs"]
 mod terminal;
+#[path = "real/where_it_is.rs"]
+mod where_it_is;

@@ -43,9 +43,28 @@ impl Place {
     }
 }
 
+/// The workspaces that a run can have used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Workspaces<'a> {
+    /// These.
+    These(&'a [String]),
+    /// Each that there is.
+    Any,
+}
+
+impl Workspaces<'_> {
+    /// Whether the state of one of them has this key in `backend`.
+    fn have(self, backend: &CachedBackend, key: &str) -> bool {
+        match self {
+            Self::These(names) => names.iter().any(|name| backend.state_key(name).as_deref() == Some(key)),
+            Self::Any => backend.workspace_of(key).is_some(),
+        }
+    }
+}
+
 /// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
 /// used. More than one where an `init` changed how the same bucket is reached.
-pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
+pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     let places = at(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
         let Halves { s3, dynamodb } = lock.halves;
         let table = place.table.filter(|_| dynamodb);
@@ -56,7 +75,7 @@ pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces:
 }
 
 /// The places where a lock can be whose ID is not known.
-pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
+pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     match &lock.mark {
         Mark::Object { bucket, key, .. } => at(bucket, key, backends, workspaces),
         Mark::Workspace(workspace) => {
@@ -68,11 +87,9 @@ pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], work
 }
 
 /// The backends that have this state in one of these workspaces.
-fn at(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: &[String]) -> Vec<Place> {
+fn at(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     let fitting = distinct(backends).into_iter().filter(|backend| {
-        backend.kind == "s3"
-            && backend.string("bucket") == Some(bucket)
-            && workspaces.iter().any(|workspace| backend.state_key(workspace).as_deref() == Some(key))
+        backend.kind == "s3" && backend.string("bucket") == Some(bucket) && workspaces.have(backend, key)
     });
     fitting.map(|backend| of(backend, bucket, key)).collect()
 }
@@ -121,7 +138,7 @@ mod tests {
     #[test]
     fn the_backend_with_the_bucket_and_the_key_is_the_place() {
         let fits = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","dynamodb_table":"locks","region":"r"}"#);
-        let place = find(&lock("S3 Native and DynamoDB"), &[&fits, &fits], &default());
+        let place = find(&lock("S3 Native and DynamoDB"), &[&fits, &fits], Workspaces::These(&default()));
         let [place] = place.as_slice() else { panic!("{place:?}") };
         assert_eq!(place.lock_path(), "bkt/dir/prod.tfstate");
         assert_eq!(place.lock_key(), "dir/prod.tfstate.tflock");
@@ -136,9 +153,12 @@ mod tests {
             r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#,
             "{}",
         ] {
-            assert!(find(&lock("DynamoDB only"), &[&directory(config)], &default()).is_empty(), "{config}");
+            assert!(
+                find(&lock("DynamoDB only"), &[&directory(config)], Workspaces::These(&default())).is_empty(),
+                "{config}"
+            );
         }
-        assert!(find(&lock("DynamoDB only"), &[], &default()).is_empty());
+        assert!(find(&lock("DynamoDB only"), &[], Workspaces::These(&default())).is_empty());
     }
 
     #[test]
@@ -146,16 +166,33 @@ mod tests {
         let backend = directory(r#"{"bucket":"bkt","key":"prod.tfstate","workspace_key_prefix":"dir"}"#);
         let mut lock = lock("S3 Native only");
         lock.key = "dir/green/prod.tfstate".into();
-        assert!(find(&lock, &[&backend], &default()).is_empty());
-        assert_eq!(find(&lock, &[&backend], &["default".into(), "green".into()]).len(), 1);
+        assert!(find(&lock, &[&backend], Workspaces::These(&default())).is_empty());
+        assert_eq!(find(&lock, &[&backend], Workspaces::These(&["default".into(), "green".into()])).len(), 1);
+    }
+
+    #[test]
+    fn a_migration_goes_through_every_workspace_and_through_no_other_state() {
+        let backend = directory(r#"{"bucket":"bkt","key":"prod.tfstate","workspace_key_prefix":"dir"}"#);
+        let mut lock = lock("S3 Native only");
+        for (key, found) in [
+            ("prod.tfstate", 1),
+            ("dir/green/prod.tfstate", 1),
+            ("dir/green/other.tfstate", 0),
+            ("green/prod.tfstate", 0),
+            ("dir/a/b/prod.tfstate", 0),
+            ("dir//prod.tfstate", 0),
+        ] {
+            lock.key = key.into();
+            assert_eq!(find(&lock, &[&backend], Workspaces::Any).len(), found, "{key}");
+        }
     }
 
     #[test]
     fn the_backend_after_the_run_counts_as_much_as_the_one_before() {
         let before = directory(r#"{"bucket":"old","key":"dir/prod.tfstate"}"#);
         let after = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate"}"#);
-        assert_eq!(find(&lock("S3 Native only"), &[&before, &after], &default()).len(), 1);
+        assert_eq!(find(&lock("S3 Native only"), &[&before, &after], Workspaces::These(&default())).len(), 1);
         let moved = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","region":"elsewhere"}"#);
-        assert_eq!(find(&lock("S3 Native only"), &[&moved, &after], &default()).len(), 2);
+        assert_eq!(find(&lock("S3 Native only"), &[&moved, &after], Workspaces::These(&default())).len(), 2);
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
+use super::destinations::Destinations;
 use super::giving_back::{Settled, Standing, bury, give_back, remember, visit};
 use super::journal::{Journal, LeftOver};
 use super::patience::Patience;
@@ -46,6 +47,7 @@ pub(crate) struct Aftermath<'a> {
     /// Where `tf` was started.
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
+    pub(crate) destinations: &'a Destinations,
     pub(crate) journal: Option<&'a Journal>,
     /// Why there is no journal of this run, where there is none.
     pub(crate) unprotected: Option<&'a str>,
@@ -105,7 +107,9 @@ impl Aftermath<'_> {
         };
         crash_point::reached("tf: tree judged");
         let after = DataDirectory::read(self.data_directory);
-        let places = Places::new(self.current, self.before, after, &self.invocation.command_line);
+        let command_line = &self.invocation.command_line;
+        let places =
+            Places::new(self.current, self.before, after, command_line, self.destinations).with_plan(self.destinations);
         let situation =
             Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));

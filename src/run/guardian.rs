@@ -33,6 +33,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::{died, reason_to_keep};
+use super::destinations::Destinations;
 use super::giving_back::{Standing, bury, give_back, remember};
 use super::journal::{Entry, Journal, LeftOver, Record};
 use super::patience::Patience;
@@ -118,6 +119,7 @@ pub(crate) struct Ward<'a> {
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
     pub(crate) command_line: &'a CommandLine,
+    pub(crate) destinations: &'a Destinations,
     /// Whether locks are to be given back at all.
     pub(crate) release: bool,
 }
@@ -136,6 +138,7 @@ impl Guardian {
             .map(AsRawFd::as_raw_fd)
             .collect();
         keep.extend(ward.entry.map(|entry| entry.charge().as_raw_fd()));
+        keep.extend(ward.destinations.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
         let parent = if runner_kills_descendants() { detached::Parent::Init } else { detached::Parent::Us };
         let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, ward))?;
@@ -523,7 +526,8 @@ impl<'a> Watch<'a> {
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
         let after = DataDirectory::read(ward.data_directory);
-        let places = Places::new(ward.current, ward.before, after, ward.command_line);
+        let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations)
+            .with_plan(ward.destinations);
         let situation =
             Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));

@@ -91,6 +91,9 @@ pub(crate) struct Record {
     pub(crate) data_directory: String,
     /// The workspaces that it can have used.
     pub(crate) workspaces: Vec<String>,
+    /// The plan that it applied.
+    #[serde(default)]
+    pub(crate) plan: Option<String>,
     /// The backends that it can have used.
     pub(crate) access: Vec<Access>,
     pub(crate) surroundings: Surroundings,
@@ -118,6 +121,7 @@ impl Record {
             directory: String::new(),
             data_directory: String::new(),
             workspaces: Vec::new(),
+            plan: None,
             access: Vec::new(),
             surroundings: Surroundings::default(),
             log: Log::default(),

@@ -4,6 +4,7 @@
 
 mod aftermath;
 mod charge;
+mod destinations;
 mod giving_back;
 mod guardian;
 mod host;
@@ -50,6 +51,7 @@ use crate::terraform::version::Version;
 use crate::trace::trace;
 use aftermath::Aftermath;
 use charge::Charge;
+use destinations::Destinations;
 use guardian::{Guardian, Ward};
 use journal::{Journal, LeftOver, Record};
 use lending::Lending;
@@ -113,7 +115,8 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
     let data_directory = DataDirectory::path(&current, &invocation.command_line);
     let before = DataDirectory::read(&data_directory);
-    let here = Places::new(&current, &before, before.clone(), &invocation.command_line);
+    let destinations = Destinations::of(&invocation.command_line, &current);
+    let here = Places::new(&current, &before, before.clone(), &invocation.command_line, &destinations);
 
     let variable = |name: &str| std::env::var_os(name);
     if settings.release
@@ -123,7 +126,15 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     }
     crash_point::reached("tf: begun");
 
-    let prepared = Prepared::new(invocation, settings, &signals, begun, [&current, &data_directory], &before, &here);
+    let prepared = Prepared::new(
+        invocation,
+        settings,
+        &signals,
+        begun,
+        [&current, &data_directory],
+        &before,
+        (&here, &destinations),
+    );
     let prepared = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -141,6 +152,7 @@ struct Prepared<'a> {
     started: Timestamp,
     current: &'a Path,
     data_directory: &'a Path,
+    destinations: &'a Destinations,
     journal: Result<Journal, String>,
     graveyard: Option<Graveyard>,
     program: Program,
@@ -164,7 +176,7 @@ impl<'a> Prepared<'a> {
         begun: Instant,
         [current, data_directory]: [&'a Path; 2],
         before: &DataDirectory,
-        here: &Places,
+        (here, destinations): (&Places, &'a Destinations),
     ) -> io::Result<Self> {
         let variable = |name: &str| std::env::var_os(name);
         let run = run_id();
@@ -192,7 +204,7 @@ impl<'a> Prepared<'a> {
         // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
         let mut entry = None;
         let journal = journal.and_then(|journal| {
-            let record = record(&run, &journal, started, invocation, current, here);
+            let record = record(&run, &journal, started, invocation, current, (here, destinations));
             let (made, life) = journal.begin(&record)?;
             inherited.push(life);
             entry = Some((made, record));
@@ -220,6 +232,7 @@ impl<'a> Prepared<'a> {
             current,
             data_directory,
             command_line: &invocation.command_line,
+            destinations,
             release: settings.release,
         });
         let guardian = guardian.inspect_err(|error| trace!("no guardian: {error}")).ok();
@@ -235,6 +248,7 @@ impl<'a> Prepared<'a> {
             started,
             current,
             data_directory,
+            destinations,
             journal,
             graveyard,
             program,
@@ -331,6 +345,7 @@ impl<'a> Prepared<'a> {
             before,
             current: self.current,
             data_directory: self.data_directory,
+            destinations: self.destinations,
             journal: self.journal.as_ref().ok(),
             unprotected: failed.as_deref().or(self.journal.as_ref().err().map(String::as_str)),
             graveyard: self.graveyard.as_ref(),
@@ -354,7 +369,7 @@ fn record(
     started: Timestamp,
     invocation: &Invocation,
     current: &Path,
-    here: &Places,
+    (here, destinations): (&Places, &Destinations),
 ) -> Record {
     let mut access: Vec<Access> =
         here.directories.iter().filter_map(|directory| directory.backend.as_ref()).map(Access::of).collect();
@@ -368,6 +383,7 @@ fn record(
         directory: current.to_string_lossy().into_owned(),
         data_directory: here.data_directory.clone(),
         workspaces: here.workspaces.clone(),
+        plan: destinations.plan().map(|path| path.to_string_lossy().into_owned()),
         surroundings: Surroundings::of_environment(run, &access, |name| std::env::var_os(name)),
         access,
         ..Record::new(run, journal)

@@ -2,10 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::lock::place::{self, Place};
+use super::destinations::Destinations;
+use crate::lock::place::{self, Place, Workspaces};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{RecordedLock, UnnamedLock};
+
+/// Whether a command goes through all workspaces: a migration does (internal/command/meta_backend_migrate.go).
+pub(crate) fn is_for_any_workspace(command: &str) -> bool {
+    command == "init"
+}
 
 /// The backends and workspaces of a run.
 #[derive(Clone, Debug)]
@@ -13,6 +19,8 @@ pub(crate) struct Places {
     /// The most likely first.
     pub(crate) directories: Vec<DataDirectory>,
     pub(crate) workspaces: Vec<String>,
+    /// It can have used every workspace that there is.
+    pub(crate) any_workspace: bool,
     /// Where it read that.
     pub(crate) data_directory: String,
     /// Where its terraform works.
@@ -21,12 +29,13 @@ pub(crate) struct Places {
 
 impl Places {
     /// Those of a run of `command_line` in the directory `current`, whose data directory said so `before`, and says so
-    /// `after`.
+    /// `after`, and which leads to `destinations`.
     pub(crate) fn new(
         current: &Path,
         before: &DataDirectory,
         after: DataDirectory,
         command_line: &CommandLine,
+        destinations: &Destinations,
     ) -> Self {
         // TF_WORKSPACE wins over what is selected (internal/command/meta.go, `WorkspaceOverridden`).
         let mut workspaces = match std::env::var("TF_WORKSPACE") {
@@ -39,19 +48,35 @@ impl Places {
         }
         let data_directory = DataDirectory::path(current, command_line).to_string_lossy().into_owned();
         let working_directory = command_line.working_directory(current);
-        Self { directories: vec![after, before.clone()], workspaces, data_directory, working_directory }
+        let configured = destinations.configured(&after.workspace);
+        let directories = [after, before.clone()].into_iter().chain(configured).collect();
+        let any_workspace = is_for_any_workspace(&command_line.command());
+        Self { directories, workspaces, any_workspace, data_directory, working_directory }
+    }
+
+    /// The same, with what the plan of the run says.
+    pub(crate) fn with_plan(mut self, destinations: &Destinations) -> Self {
+        if let Some(planned) = destinations.planned() {
+            self.workspaces.push(planned.workspace.clone());
+            self.directories.push(planned);
+        }
+        self
     }
 
     /// Where a lock that a log recorded can be.
     pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<Place> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
-        place::find(recorded, &directories, &self.workspaces)
+        place::find(recorded, &directories, self.usable())
     }
 
     /// Where a lock can be that a log does not name.
     pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<Place> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
-        place::find_unnamed(unnamed, &directories, &self.workspaces)
+        place::find_unnamed(unnamed, &directories, self.usable())
+    }
+
+    fn usable(&self) -> Workspaces<'_> {
+        if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }
 
     /// Where a command without further words would lock.

@@ -20,11 +20,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
+use super::destinations::Destinations;
 use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, LeftOver, Record};
 use super::patience::Patience;
-use super::places::Places;
+use super::places::{Places, is_for_any_workspace};
 use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
@@ -376,12 +377,16 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
     let mut places = Places {
         directories: directories.collect(),
         workspaces: record.workspaces.clone(),
+        any_workspace: is_for_any_workspace(&record.command),
         data_directory: record.data_directory.clone(),
         working_directory: record.working_directory().into(),
     };
     // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
     places.workspaces.push(after.workspace.clone());
     places.directories.push(after);
+    if let Some(plan) = &record.plan {
+        places = places.with_plan(&Destinations::of_plan(Path::new(plan)));
+    }
     let recent = may_land(record.log.latest, now);
     let situation = Situation {
         run: Run::recorded(record.started, &record.log),

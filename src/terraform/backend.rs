@@ -53,6 +53,12 @@ impl CachedBackend {
         Some(Self { kind, config, origin })
     }
 
+    /// A block out of a plan, or out of the configuration: with what an `init` by `program` would cache.
+    pub(crate) fn of_parts(kind: &str, config: Map<String, Value>, version: &str) -> Self {
+        let origin = Origin::of(version, &config);
+        Self { kind: kind.to_owned(), config, origin }
+    }
+
     /// Whether it is a block of OpenTofu's.
     pub(crate) fn is_opentofu(&self) -> bool {
         self.origin.opentofu
@@ -126,6 +132,20 @@ impl CachedBackend {
             None => self.config.get(name),
             Some((outer, inner)) => self.config.get(outer)?.as_object()?.get(inner),
         }
+    }
+
+    /// The workspace whose state has this S3 key, if one can have it.
+    pub(crate) fn workspace_of(&self, key: &str) -> Option<String> {
+        /// No name that a workspace can have.
+        const NAME: &str = "\u{0}";
+        if self.string("key")? == key {
+            return Some("default".to_owned());
+        }
+        // A name stands between what is before it and what is behind it in the key of any workspace.
+        let whole = self.state_key(NAME)?;
+        let (before, behind) = whole.split_once(NAME)?;
+        let name = key.strip_prefix(before)?.strip_suffix(behind)?;
+        (!name.is_empty() && !name.contains('/')).then(|| name.to_owned())
     }
 
     /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`).

@@ -13,6 +13,8 @@ pub(crate) struct CommandLine {
     words: Vec<OsString>,
     /// The words behind the subcommand that are no flags: names of workspaces, of files.
     pub(crate) operands: Vec<OsString>,
+    /// The values of `-backend-config`, in their order: `NAME=VALUE`, or a file.
+    pub(crate) backend_configs: Vec<OsString>,
     asks_for_help_or_version: bool,
 }
 
@@ -49,8 +51,9 @@ impl CommandLine {
         };
         // Right behind the subcommand, `-help` cannot be the value of another flag.
         asks |= operands.first().is_some_and(|first| is_help(first));
+        let backend_configs = backend_configs(operands);
         let operands = operands.iter().filter(|operand| !operand.as_bytes().starts_with(b"-")).cloned().collect();
-        Self { directory, words, operands, asks_for_help_or_version: asks }
+        Self { directory, words, operands, backend_configs, asks_for_help_or_version: asks }
     }
 
     /// The subcommand as terraform's help writes it: `apply`, `state mv`; empty for none.
@@ -96,6 +99,14 @@ impl CommandLine {
         )
     }
 
+    /// The plan that is to be applied, if any of the words behind `apply` is a file. Which of them is one only terraform knows
+    /// for sure: some are values of flags.
+    pub(crate) fn plan(&self, current: &Path) -> Option<PathBuf> {
+        let directory = self.working_directory(current);
+        let mut words = self.operands.iter().rev().filter(|_| self.command() == "apply");
+        words.find_map(|word| Some(directory.join(word)).filter(|path| path.is_file()))
+    }
+
     /// Where terraform works: the current directory, changed by `-chdir`.
     pub(crate) fn working_directory(&self, current: &Path) -> PathBuf {
         match &self.directory {
@@ -103,6 +114,22 @@ impl CommandLine {
             None => current.to_owned(),
         }
     }
+}
+
+/// The values of `-backend-config` among `arguments`, behind a `=` or as the next word.
+pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
+    let mut found = Vec::new();
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let Some(flag) = argument.as_bytes().strip_prefix(b"-") else { continue };
+        let flag = flag.strip_prefix(b"-").unwrap_or(flag);
+        match flag.strip_prefix(b"backend-config") {
+            Some(b"") => found.extend(arguments.next().cloned()),
+            Some([b'=', value @ ..]) => found.push(OsStr::from_bytes(value).to_owned()),
+            _ => {}
+        }
+    }
+    found
 }
 
 /// hashicorp/cli, `processArgs`.
@@ -204,6 +231,25 @@ mod tests {
         assert_eq!(parse("state mv -lock=true a b").command(), "state mv");
         assert_eq!(parse("workspace new green").operands, ["green"]);
         assert_eq!(parse("").command(), "");
+    }
+
+    #[test]
+    fn each_backend_config_is_found_in_its_order() {
+        let found = parse("init -backend-config=a=b --backend-config c.tfbackend -input=false -backend-config=d=e=f")
+            .backend_configs;
+        assert_eq!(found, ["a=b", "c.tfbackend", "d=e=f"]);
+        assert!(parse("init -backend=false").backend_configs.is_empty());
+    }
+
+    #[test]
+    fn a_plan_is_the_last_word_that_is_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("plan.out"), "").unwrap();
+        let plan = |line: &str| parse(line).plan(directory.path());
+        assert_eq!(plan("apply -var a=b plan.out"), Some(directory.path().join("plan.out")));
+        for line in ["apply", "apply other", "plan -out plan.out", "show plan.out"] {
+            assert_eq!(plan(line), None, "{line}");
+        }
     }
 
     #[test]

@@ -5,9 +5,11 @@
 pub(crate) mod backend;
 pub(crate) mod binary;
 pub(crate) mod command_line;
+pub(crate) mod configuration;
 pub(crate) mod data_directory;
 pub(crate) mod exchange;
 pub(crate) mod lock_info;
 pub(crate) mod log;
+pub(crate) mod plan_file;
 pub(crate) mod record;
 pub(crate) mod version;

@@ -151,6 +151,7 @@ fn when_tf_is_killed_the_guardian_sees_to_the_lock() {
                 kill(terraform, Signal::SIGKILL).unwrap();
             }
             world.go();
+            run.wait();
             wait_until_gone(&world, guardian);
             world.assert_unlocked();
             assert_works_again(name, &world);
@@ -176,7 +177,7 @@ fn when_everything_is_killed_the_next_tf_gives_the_lock_back() {
             || world.trace(),
         );
         kill_all(&world);
-        drop(run);
+        run.wait();
         world.assert_locked();
         world.go();
         let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);

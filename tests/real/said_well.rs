@@ -67,17 +67,21 @@ fn a_lock_service_that_refuses_is_quoted() {
 }
 
 #[test]
-fn an_attribute_that_cannot_be_followed_is_named_and_the_lock_kept() {
-    let world = World::empty(Lock::DynamoDb);
+fn what_cannot_be_followed_is_named_and_the_lock_kept() {
+    let mut world = World::empty(Lock::DynamoDb);
     world.write_main("", WAITS);
-    let text = world.read("main.tf").replace("use_path_style = true\n", "use_path_style = true\ninsecure = true\n");
-    world.write("main.tf", &text);
+    // This terraform's SDK does not know the key, and takes the ones beside it; ours knows it, and cannot follow it.
+    let keys = "[profile login]\nlogin_session = x\naws_access_key_id = test\naws_secret_access_key = test\n";
+    world.write("config", keys);
+    world.set("AWS_CONFIG_FILE", world.directory.join("config")).set("AWS_PROFILE", "login");
     world.init();
     let run = world.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("the backend sets insecure"), "{}", world.story(&end));
+    assert!(end.err.contains("the profile sets login_session"), "{}", world.story(&end));
     world.assert_locked();
+    let end = world.run(Subject::Tf, &["locks", "doctor"]);
+    assert!(end.out.contains("WRONG  backend: the profile sets login_session"), "{}", world.story(&end));
 }
 
 #[test]

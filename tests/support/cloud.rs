@@ -121,11 +121,20 @@ impl Cloud {
 
     /// The same with another key. One that is an account's number reaches that account's tables.
     pub fn dynamodb_as(&self, key: &str, operation: &str, body: &Value) -> Value {
+        self.dynamodb_with(&authorization(key, "dynamodb"), operation, body)
+    }
+
+    /// The same in another region, which has tables of its own.
+    pub fn dynamodb_in(&self, region: &str, operation: &str, body: &Value) -> Value {
+        self.dynamodb_with(&authorization("test", "dynamodb").replace("us-east-1", region), operation, body)
+    }
+
+    fn dynamodb_with(&self, authorization: &str, operation: &str, body: &Value) -> Value {
         let target = format!("DynamoDB_20120810.{operation}");
         let headers = [
             ("X-Amz-Target", target.as_str()),
             ("Content-Type", "application/x-amz-json-1.0"),
-            ("Authorization", &authorization(key, "dynamodb")),
+            ("Authorization", authorization),
             ("X-Amz-Date", "20260101T000000Z"),
         ];
         let answer = http::ask(self.port, "POST", "/", &headers, body.to_string().as_bytes()).unwrap();

@@ -1,0 +1,201 @@
+//! The backend that the configuration and the arguments of an `init` ask for. A migration locks it as well as the one that is
+//! cached, and killed meanwhile it leaves only the latter in the data directory.
+//!
+//! The block has literals alone (internal/configs/backend.go decodes it without variables). OpenTofu allows variables there:
+//! what depends on one is left out, and a lock that cannot be placed without it is named.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use hcl::eval::{Context, Evaluate};
+use hcl::{Body, Expression};
+use serde_json::{Map, Value};
+
+use super::backend::CachedBackend;
+
+/// No file of a configuration is larger.
+const LARGEST: u64 = 8 << 20;
+
+/// The backend that the configuration in `directory` names, changed by `-backend-config`.
+pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
+    let mut found = None;
+    let (plain, overriding): (Vec<_>, Vec<_>) = files(directory).into_iter().partition(|path| !overrides(path));
+    for path in plain.iter().chain(&overriding) {
+        // A block of an override file takes the whole place of the one before (internal/configs/module.go).
+        found = in_file(path).or(found);
+    }
+    let (kind, mut config) = found?;
+    for given in backend_configs {
+        config.extend(of_argument(directory, given));
+    }
+    Some(CachedBackend::of_parts(&kind, config, ""))
+}
+
+/// Those that terraform reads (internal/configs/parser_config_dir.go), and OpenTofu.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let is_read = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().as_bytes();
+        let ignored =
+            name.starts_with(b".") || name.ends_with(b"~") || (name.starts_with(b"#") && name.ends_with(b"#"));
+        !ignored && [&b".tf"[..], b".tf.json", b".tofu", b".tofu.json"].iter().any(|ending| name.ends_with(ending))
+    };
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_read).collect();
+    files.sort();
+    files
+}
+
+fn overrides(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.split(".t").next().unwrap_or_default();
+    stem == "override" || stem.ends_with("_override")
+}
+
+fn in_file(path: &Path) -> Option<(String, Map<String, Value>)> {
+    let text = small(path).filter(|text| text.contains("backend"))?;
+    if path.extension().is_some_and(|ending| ending == "json") {
+        return in_json(&serde_json::from_str(&text).ok()?);
+    }
+    let body = hcl::parse(&text).ok()?;
+    let backend = body
+        .blocks()
+        .filter(|block| block.identifier.as_str() == "terraform")
+        .flat_map(|block| block.body.blocks())
+        .find(|block| block.identifier.as_str() == "backend")?;
+    let kind = backend.labels.first()?.as_str().to_owned();
+    Some((kind, attributes(&backend.body)))
+}
+
+fn small(path: &Path) -> Option<String> {
+    let is_small = fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() <= LARGEST);
+    is_small.then(|| fs::read_to_string(path).ok())?
+}
+
+/// `{"terraform": {"backend": {"s3": {...}}}}`, where each may be a list of such objects too.
+fn in_json(file: &Value) -> Option<(String, Map<String, Value>)> {
+    let each = |value: &Value| match value {
+        Value::Array(list) => list.clone(),
+        one => vec![one.clone()],
+    };
+    let terraform = each(file.get("terraform")?);
+    let backend = terraform.iter().filter_map(|block| block.get("backend")).flat_map(each).next()?;
+    let (kind, config) = backend.as_object()?.iter().next()?;
+    let config = each(config).into_iter().next()?;
+    Some((kind.clone(), config.as_object()?.clone()))
+}
+
+fn attributes(body: &Body) -> Map<String, Value> {
+    body.attributes().filter_map(|attribute| Some((attribute.key.to_string(), value(&attribute.expr)?))).collect()
+}
+
+/// The value of an expression that depends on nothing.
+fn value(expression: &Expression) -> Option<Value> {
+    serde_json::to_value(expression.evaluate(&Context::new()).ok()?).ok()
+}
+
+/// One `-backend-config`: `NAME=VALUE`, else a file in HCL or JSON (internal/command/init.go, `backendConfigOverrideBody`).
+fn of_argument(directory: &Path, given: &OsString) -> Map<String, Value> {
+    let text = given.to_string_lossy();
+    if let Some((name, value)) = text.split_once('=') {
+        return Map::from_iter([(name.trim().to_owned(), of_text(name.trim(), value))]);
+    }
+    let path = directory.join(given);
+    let Some(text) = small(&path).filter(|_| !given.is_empty()) else { return Map::new() };
+    if path.extension().is_some_and(|ending| ending == "json") {
+        return serde_json::from_str(&text).unwrap_or_default();
+    }
+    hcl::parse(&text).map(|body| attributes(&body)).unwrap_or_default()
+}
+
+/// A value on the command line: text as it is, but for what the schema has as something else.
+fn of_text(name: &str, text: &str) -> Value {
+    let as_expression = || {
+        let body = hcl::parse(&format!("value = {text}\n")).ok()?;
+        attributes(&body).remove("value")
+    };
+    let nested = text.trim_start().starts_with(['{', '[']);
+    let flag = matches!(text, "true" | "false") && !matches!(name, "bucket" | "key" | "dynamodb_table" | "profile");
+    if nested || flag { as_expression().unwrap_or_else(|| text.into()) } else { text.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend_of(files: &[(&str, &str)], given: &[&str]) -> Option<CachedBackend> {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        let given: Vec<OsString> = given.iter().map(OsString::from).collect();
+        backend(directory.path(), &given)
+    }
+
+    const MAIN: &str = r#"
+        terraform {
+          required_version = ">= 1.0"
+          backend "s3" {
+            bucket       = "b"
+            key          = "dir/${"k"}"
+            use_lockfile = true
+            endpoints    = { s3 = "http://x", dynamodb = "http://y" }
+            shared_config_files = ["a", "b"]
+          }
+        }
+        resource "null_resource" "a" { triggers = { x = var.y } }
+    "#;
+
+    #[test]
+    fn the_block_is_read_with_its_literals() {
+        let backend = backend_of(&[("main.tf", MAIN)], &[]).unwrap();
+        assert_eq!((backend.kind.as_str(), backend.string("bucket")), ("s3", Some("b")));
+        assert_eq!(backend.string("key"), Some("dir/k"));
+        assert!(backend.flag("use_lockfile"));
+        assert_eq!(backend.string("endpoints.dynamodb"), Some("http://y"));
+        assert_eq!(backend.strings("shared_config_files"), ["a", "b"]);
+    }
+
+    #[test]
+    fn arguments_go_before_the_block_the_later_before_the_earlier() {
+        let files = [
+            ("main.tf", MAIN),
+            ("prod.tfbackend", "bucket = \"from-file\"\nregion = \"r\"\n"),
+            ("more.json", r#"{"dynamodb_table": "t"}"#),
+        ];
+        let given =
+            ["prod.tfbackend", "more.json", "bucket=last=b", "use_lockfile=false", "endpoints={ s3 = \"http://z\" }"];
+        let backend = backend_of(&files, &given).unwrap();
+        assert_eq!(backend.string("bucket"), Some("last=b"));
+        assert_eq!(backend.string("region"), Some("r"));
+        assert_eq!(backend.string("dynamodb_table"), Some("t"));
+        assert!(!backend.flag("use_lockfile"));
+        assert_eq!((backend.string("endpoints.s3"), backend.string("endpoints.dynamodb")), (Some("http://z"), None));
+        assert_eq!(backend_of(&files, &["true.tfbackend", "bucket=true"]).unwrap().string("bucket"), Some("true"));
+    }
+
+    #[test]
+    fn json_and_overrides_are_read_as_terraform_reads_them() {
+        let json = r#"{"terraform": [{"backend": {"s3": {"bucket": "j", "key": "${not.interpreted}"}}}]}"#;
+        let backend = backend_of(&[("main.tf.json", json)], &[]).unwrap();
+        assert_eq!((backend.string("bucket"), backend.string("key")), (Some("j"), Some("${not.interpreted}")));
+        let other = "terraform {\n backend \"s3\" {\n key = \"o\"\n }\n}\n";
+        for name in ["override.tf", "a_override.tf"] {
+            let backend = backend_of(&[("zz.tf", MAIN), (name, other)], &[]).unwrap();
+            assert_eq!((backend.string("key"), backend.string("bucket")), (Some("o"), None), "{name}");
+        }
+        for name in [".hidden.tf", "x.tf~", "x.txt"] {
+            assert!(backend_of(&[(name, MAIN)], &[]).is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_depends_on_something_is_left_out() {
+        let text = "terraform {\n backend \"s3\" {\n bucket = var.b\n key = \"k\"\n }\n}\n";
+        let backend = backend_of(&[("main.tf", text)], &[]).unwrap();
+        assert_eq!((backend.string("bucket"), backend.string("key")), (None, Some("k")));
+        assert!(backend_of(&[("main.tf", "this is { no HCL")], &[]).is_none());
+        assert!(backend_of(&[("main.tf", "backend")], &["bucket=b"]).is_none());
+    }
+}
