@@ -21,6 +21,7 @@ use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::RecordedLock;
+use crate::terraform::other_backends::OtherBackend;
 
 /// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
 const FULL: u16 = 2000;
@@ -237,6 +238,48 @@ pub(crate) fn not_looked_for_again(record: &Record, why: &str) -> String {
         record.tf,
         visible(why),
         visible(&record.surroundings.needs())
+    )
+}
+
+/// A dead run, as the beginning of a sentence about its lock.
+pub(crate) fn earlier_run(record: &Record) -> String {
+    format!("an earlier run (pid {}) was killed", record.tf)
+}
+
+/// A write may still be on its way to a backend that nobody here can look into.
+pub(crate) fn waiting_blindly(time: Duration) -> String {
+    format!("what terraform wrote last may still be on its way; its lock is kept for {} s", time.as_secs())
+}
+
+/// A lock in another backend than S3 was given back.
+pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockInfo) -> String {
+    format!(
+        "{ending} without giving its state lock back\nreleased the lock: {}, backend {}",
+        lock(&info.operation, &info.path, &info.id),
+        kind.kind
+    )
+}
+
+/// A lock in another backend than S3 stands, or may.
+pub(crate) fn left_elsewhere(
+    ending: &str,
+    kind: &OtherBackend,
+    place: &str,
+    why: &str,
+    info: Option<&LockInfo>,
+    unlock: &str,
+) -> String {
+    let what = match info {
+        Some(info) => format!("{}, Who {}", lock(&info.operation, &info.path, &info.id), visible(&info.who)),
+        None => format!("backend {}, {}", kind.kind, visible(place)),
+    };
+    let id = info.map_or("ID", |info| &info.id);
+    format!(
+        "{ending}, and may have left its state lock, which was not released ({}): {what}\nto see who holds it: {}\n\
+         once nobody works there, type: {unlock} {}",
+        visible(why),
+        kind.look,
+        visible(id)
     )
 }
 

@@ -16,5 +16,7 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "elsewhere/backends.rs"]
+mod backends;
 #[path = "elsewhere/versions.rs"]
 mod versions;

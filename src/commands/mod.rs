@@ -190,6 +190,7 @@ mod tests {
             let page = page.unwrap().path();
             files.insert(Path::new("man").join(page.file_name().unwrap()), std::fs::read(&page).unwrap());
         }
+        files.insert("docs/backends.md".into(), crate::terraform::other_backends::document().into_bytes());
         files.insert("docs/backend-s3.md".into(), crate::lock::attributes::document().into_bytes());
         files
     }

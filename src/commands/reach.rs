@@ -14,6 +14,7 @@ use crate::report::visible;
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::other_backends::OtherBackend;
 
 /// Where to look. Without any of these: in the backend of the current directory.
 #[derive(Args, Clone, Debug, Default)]
@@ -219,8 +220,11 @@ impl Where {
                 )));
             }
             kind => {
+                let see = OtherBackend::of(&backend).map_or_else(String::new, |other| {
+                    format!("\nit is {}; to see who holds the lock: {}", visible(&other.place(&backend)), other.look)
+                });
                 return Err(Trouble::Said(format!(
-                    "the backend of {shown} is {:?}; tf reads the locks of the s3 backend alone\n\
+                    "the backend of {shown} is {:?}; tf reads the locks of the s3 backend alone{see}\n\
                      terraform prints the lock's ID when it is refused, and `terraform force-unlock ID` removes it",
                     visible(kind)
                 )));

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::attributes::{self, Treatment};
 use super::aws;
 use crate::terraform::backend::{CachedBackend, Origin};
+use crate::terraform::other_backends::OtherBackend;
 
 /// One backend block without its secrets.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,7 +39,12 @@ impl Access {
         let mut withheld = Vec::new();
         for (name, value) in backend.attributes() {
             match value {
-                _ if backend.kind != "s3" || attributes::of_attribute(name) == Treatment::NoEffect => {}
+                value if backend.kind != "s3" => {
+                    if OtherBackend::of(backend).is_some_and(|other| other.may_keep(name, value)) {
+                        config.insert(name.to_owned(), value.clone());
+                    }
+                }
+                _ if attributes::of_attribute(name) == Treatment::NoEffect => {}
                 Value::Object(inner) => {
                     let mut kept = Map::new();
                     for (inner_name, value) in inner.iter().filter(|(_, value)| !value.is_null()) {
@@ -58,6 +64,11 @@ impl Access {
             }
         }
         Self { kind: backend.kind.clone(), config, withheld, origin: backend.origin() }
+    }
+
+    /// Whether it is another backend than S3. Of such a one only what names its place is kept.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.kind != "s3"
     }
 
     /// The block itself. What was withheld is taken from `cached`, where that is the same block to this day.
@@ -283,6 +294,17 @@ mod tests {
         assert_eq!(access.account().as_deref(), Some("111122223333"));
         let other = backend(r#"{"bucket":"b","key":"k","region":"elsewhere","access_key":"x"}"#);
         assert!(access.backend(Some(&other)).is_err(), "another block has others");
+    }
+
+    #[test]
+    fn of_another_backend_its_place_is_kept_and_no_secret() {
+        let json = r#"{"backend":{"type":"gcs","config":{"bucket":"b","prefix":"p","access_token":"hunter2","credentials":"hunter3"}}}"#;
+        let block = CachedBackend::parse(json.as_bytes()).unwrap();
+        let access = Access::of(&block);
+        assert!(access.is_elsewhere() && !serde_json::to_string(&access).unwrap().contains("hunter"));
+        let kept = access.backend(None).unwrap();
+        let other = OtherBackend::of(&block).unwrap();
+        assert_eq!(other.place(&kept), other.place(&block));
     }
 
     #[test]

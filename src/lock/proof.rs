@@ -123,7 +123,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         (standing.who == run.who, "its Who is not this user on this host"),
         (standing.version == program.in_locks(), "its Version is not the one that the log names"),
         (path.is_none_or(|path| standing.path == path), "its Path is not the one that the log names"),
-        (is_lock_id(&standing.id), "its ID is none of terraform's"),
+        // A generation, in Google Cloud Storage.
+        (is_lock_id(&standing.id) || standing.id.parse::<u64>().is_ok(), "its ID is none of terraform's"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (known || died, "the log does not name it, and the run ended by itself"),
@@ -218,7 +219,7 @@ mod tests {
             ("version", |_, lock, _| lock.version = "1.6.2".into()),
             ("another program", |_, _, run| run.program = Version::of_record("OpenTofu version", "1.6.2")),
             ("no program", |_, _, run| run.program = None),
-            ("no ID", |_, lock, _| lock.id = "1".into()),
+            ("no ID", |_, lock, _| lock.id = "x".into()),
             ("created is no time", |_, lock, _| lock.created = "yesterday".into()),
             ("created later", |_, lock, _| lock.created = "2026-11-23T01:46:07.9Z".into()),
             ("disordered", |_, _, run| run.disordered = true),

@@ -20,7 +20,7 @@ use super::{aws, digest, dynamodb, s3};
 use crate::crash_point;
 use crate::report;
 use crate::settings::release_is_asked_for;
-use crate::terraform::lock_info::LockInfo;
+use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
@@ -131,6 +131,14 @@ impl Outcome {
     /// Kept, and nothing that we could do later would change that.
     pub(crate) fn kept(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), later: false }
+    }
+
+    /// Why it is kept.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Kept { reason, .. } => Some(reason),
+            Self::Absent { .. } | Self::Released(_) => None,
+        }
     }
 
     /// Kept for now.
@@ -257,6 +265,9 @@ pub(crate) async fn bring_to_light(
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
         let Some(info) = standing.info() else { continue };
+        if !is_lock_id(&info.id) {
+            continue;
+        }
         let verdict = judge_unnamed(unnamed, &info, standing.text(), run, died);
         trace!("{half:?} holds {}, which the log does not name: {verdict:?}", info.id);
         match verdict {

@@ -10,6 +10,7 @@ use super::Invocation;
 use super::destinations::Destinations;
 use super::giving_back::{Settled, Standing, bury, give_back, remember, visit};
 use super::journal::{Journal, LeftOver};
+use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
 use super::places::Places;
 use super::poll;
@@ -30,7 +31,7 @@ use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::Log;
+use crate::terraform::log::{Log, UnnamedLock};
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
@@ -88,13 +89,18 @@ impl Aftermath<'_> {
     pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
         let died = died(self.ended, self.stop.was_forced(), self.log.breaks_off());
         let lost = died && (!self.log.tells_locks() || self.log.is_torn());
-        if !self.log.may_hold() && !lost {
-            if self.stop.was_interrupted() && !died {
+        if !self.log.may_hold() && !died {
+            if self.stop.was_interrupted() {
                 self.name_survivors();
             }
-            if died {
-                self.name_errored_state();
-            }
+            return LeftOver::default();
+        }
+        let after = DataDirectory::read(self.data_directory);
+        let command_line = &self.invocation.command_line;
+        let places = Places::new(self.current, self.before, after, command_line, self.destinations);
+        let elsewhere = died && other_backend::may_be_left(&places);
+        if !self.log.may_hold() && !lost && !elsewhere {
+            self.name_errored_state();
             return LeftOver::default();
         }
         trace!("a lock may stand; died: {died}, log lost: {lost}");
@@ -106,10 +112,7 @@ impl Aftermath<'_> {
             Some(Outcome::kept(report::NEVER))
         };
         crash_point::reached("tf: tree judged");
-        let after = DataDirectory::read(self.data_directory);
-        let command_line = &self.invocation.command_line;
-        let places =
-            Places::new(self.current, self.before, after, command_line, self.destinations).with_plan(self.destinations);
+        let places = places.with_plan(self.destinations);
         let situation =
             Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
@@ -140,7 +143,30 @@ impl Aftermath<'_> {
         if let Some(why) = self.unprotected.filter(|_| died) {
             report::say(&report::unprotected(why));
         }
-        standing.left_over(settled)
+        let mut left_over = standing.left_over(settled);
+        if elsewhere {
+            left_over.unnamed.extend(self.settle_elsewhere(&places, &situation, keep.as_ref(), &ending, patience));
+        }
+        left_over
+    }
+
+    /// The same for another backend than S3. Gives the lock back that is left for the next `tf`.
+    fn settle_elsewhere(
+        &self,
+        places: &Places,
+        situation: &Situation,
+        keep: Option<&Outcome>,
+        ending: &str,
+        patience: &mut Patience<'_>,
+    ) -> Option<UnnamedLock> {
+        let Invocation { terraform, command_line, .. } = self.invocation;
+        let elsewhere =
+            Elsewhere::of(places, self.log, &terraform.path, self.current, command_line.directory.as_deref())?;
+        let keep = keep.and_then(Outcome::reason);
+        let told = command_line.tells_of_its_lock();
+        let end = elsewhere.settle(&situation.run, told, keep, [ending, &self.unlock_command()], By::Tf, patience);
+        end.messages.iter().for_each(|message| report::say(message));
+        elsewhere.had.filter(|_| end.later)
     }
 
     fn tell(&self, settled: &[Settled], remembered: &[String], ending: &str) {

@@ -36,6 +36,7 @@ use super::aftermath::{died, reason_to_keep};
 use super::destinations::Destinations;
 use super::giving_back::{Standing, bury, give_back, remember};
 use super::journal::{Entry, Journal, LeftOver, Record};
+use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
 use super::pipes::Pipes;
 use super::places::Places;
@@ -47,7 +48,7 @@ use super::tree::Tree;
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::proof::Run;
-use crate::lock::release::Situation;
+use crate::lock::release::{Outcome, Situation};
 use crate::sys::process::{self, Process};
 use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
@@ -55,6 +56,9 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::Log;
 use crate::trace::{self, trace};
+
+/// What the history says of a guardian's release.
+const WHY: &str = "its tf was killed, and its terraform is dead";
 
 /// A message's first byte; four bytes with the length of the rest follow.
 const STARTED: u8 = 1;
@@ -118,6 +122,8 @@ pub(crate) struct Ward<'a> {
     pub(crate) before: &'a DataDirectory,
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
+    /// The terraform that runs.
+    pub(crate) program: &'a Path,
     pub(crate) command_line: &'a CommandLine,
     pub(crate) destinations: &'a Destinations,
     /// Whether locks are to be given back at all.
@@ -516,18 +522,19 @@ impl<'a> Watch<'a> {
         if ended == Some(Ended::Exited(0)) {
             log.ended_well();
         }
-        if !log.may_hold() || !ward.release {
-            return LeftOver::default();
-        }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
         let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), log.breaks_off()));
+        let after = DataDirectory::read(ward.data_directory);
+        let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
+        let elsewhere = died && other_backend::may_be_left(&places);
+        if !(log.may_hold() || elsewhere) || !ward.release {
+            return LeftOver::default();
+        }
         let mut patience = Patience::Nobodys;
         let keep = reason_to_keep(ward.tree, died, ward.stop.killed().is_some(), &mut patience);
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
-        let after = DataDirectory::read(ward.data_directory);
-        let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations)
-            .with_plan(ward.destinations);
+        let places = places.with_plan(ward.destinations);
         let situation =
             Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
@@ -535,7 +542,17 @@ impl<'a> Watch<'a> {
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
-        remember(&settled, By::Guardian, "its tf was killed, and its terraform is dead", None);
-        standing.left_over(settled)
+        remember(&settled, By::Guardian, WHY, None);
+        let mut left_over = standing.left_over(settled);
+        if elsewhere {
+            let directory = ward.command_line.directory.as_deref();
+            let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);
+            left_over.unnamed.extend(elsewhere.and_then(|elsewhere| {
+                let (told, keep) = (ward.command_line.tells_of_its_lock(), keep.as_ref().and_then(Outcome::reason));
+                let end = elsewhere.settle(&situation.run, told, keep, [WHY, ""], By::Guardian, &mut patience);
+                elsewhere.had.filter(|_| end.later)
+            }));
+        }
+        left_over
     }
 }

@@ -10,6 +10,7 @@ mod guardian;
 mod host;
 pub(crate) mod journal;
 mod lending;
+mod other_backend;
 pub(crate) mod outcome;
 mod patience;
 mod pipes;
@@ -231,6 +232,7 @@ impl<'a> Prepared<'a> {
             before,
             current,
             data_directory,
+            program: &invocation.terraform.path,
             command_line: &invocation.command_line,
             destinations,
             release: settings.release,

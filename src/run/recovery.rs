@@ -7,7 +7,7 @@
 //! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
 //! a process that never had any; and a person who has had enough can end it.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -24,6 +24,7 @@ use super::destinations::Destinations;
 use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, LeftOver, Record};
+use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
 use super::places::{Places, is_for_any_workspace};
 use super::poll;
@@ -33,6 +34,7 @@ use super::tombstone::Graveyard;
 use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::By;
+use crate::lock::access::Access;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::report;
@@ -40,6 +42,8 @@ use crate::sys::process::Process;
 use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
 use crate::terraform::backend::CachedBackend;
+use crate::terraform::binary;
+use crate::terraform::command_line::tells_of_its_lock;
 use crate::terraform::data_directory::DataDirectory;
 use crate::trace::{self, trace};
 
@@ -361,7 +365,8 @@ fn finish(dead: Dead) -> Vec<String> {
 }
 
 fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Option<&str>) -> (Vec<String>, LeftOver) {
-    if !record.log.may_hold() {
+    let elsewhere = record.log.of_workspaces().next().is_some() && record.access.iter().any(Access::is_elsewhere);
+    if !record.log.may_hold() && !elsewhere {
         return (Vec::new(), LeftOver::default());
     }
     let now = Timestamp::now();
@@ -410,7 +415,8 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
     remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
     let mut left_over = LeftOver::default();
-    if standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
+    let nothing_seen = standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty();
+    if nothing_seen && record.log.may_hold() {
         // It was looked for, and not seen: as with those that have a name, that counts in the run's own account alone.
         let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
         if !is_gone_for_sure(record, backend, &mut patience) {
@@ -447,10 +453,45 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
             None => {}
         }
     }
+    if elsewhere {
+        recover_elsewhere(record, &places, &situation, &mut patience, (&mut messages, &mut left_over));
+    }
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(report::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
     (messages, left_over)
+}
+
+/// The same for a lock in another backend than S3, by the program of that name that is found now.
+fn recover_elsewhere(
+    record: &Record,
+    places: &Places,
+    situation: &Situation,
+    patience: &mut Patience<'_>,
+    (messages, left_over): (&mut Vec<String>, &mut LeftOver),
+) {
+    let unlock = report::unlock_command(&record.program, record.chdir.as_deref());
+    let told = tells_of_its_lock(&record.command);
+    let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
+    let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));
+    let end = match &program {
+        Ok(program) => Elsewhere::of(places, &record.log, &program.path, directory, chdir).map(|elsewhere| {
+            elsewhere.settle(
+                &situation.run,
+                told,
+                None,
+                [&report::earlier_run(record), &unlock],
+                By::Recovery,
+                patience,
+            )
+        }),
+        Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true }),
+    };
+    let end = end.unwrap_or_default();
+    messages.extend(end.messages);
+    if end.later {
+        left_over.unnamed.extend(record.log.of_workspaces().cloned());
+    }
 }
 
 /// Whether "it is not there" was said by the place where it was: the same account, and by how we have set up our

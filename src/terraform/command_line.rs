@@ -99,6 +99,12 @@ impl CommandLine {
         )
     }
 
+    /// Whether its log tells that it was given a lock, for every backend (internal/backend/local/backend_local.go, and its
+    /// callers).
+    pub(crate) fn tells_of_its_lock(&self) -> bool {
+        tells_of_its_lock(&self.command())
+    }
+
     /// The plan that is to be applied, if any of the words behind `apply` is a file. Which of them is one only terraform knows
     /// for sure: some are values of flags.
     pub(crate) fn plan(&self, current: &Path) -> Option<PathBuf> {
@@ -114,6 +120,11 @@ impl CommandLine {
             None => current.to_owned(),
         }
     }
+}
+
+/// See [`CommandLine::tells_of_its_lock`].
+pub(crate) fn tells_of_its_lock(command: &str) -> bool {
+    matches!(command, "plan" | "apply" | "destroy" | "refresh" | "import" | "console")
 }
 
 /// The values of `-backend-config` among `arguments`, behind a `=` or as the next word.

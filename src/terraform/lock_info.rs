@@ -33,6 +33,29 @@ impl LockInfo {
         serde_json::from_str(json).ok()
     }
 
+    /// The lock that refused a terraform, out of what it says of it (statemgr.LockError, `Error`): lines of a name, a colon and
+    /// a value. Lines of an API's own text may look like that too; what counts stands behind `Lock Info:`.
+    pub(crate) fn of_refusal(said: &str) -> Option<Self> {
+        let (_, block) = said.split_once("Lock Info:")?;
+        let line = |name: &str| {
+            let lines = block.lines().map(|line| line.trim_matches(['\u{2502}', ' ']));
+            let value = lines.take(8).find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            Some(value.trim().to_owned())
+        };
+        // As Go prints a time: `2026-11-22 23:26:03.031578055 +0000 UTC`.
+        let created = line("Created")?;
+        let created = created.strip_suffix(" UTC").unwrap_or(&created);
+        let created = Timestamp::strptime("%Y-%m-%d %H:%M:%S%.f %z", created).ok();
+        Some(Self {
+            id: line("ID")?,
+            operation: line("Operation")?,
+            who: line("Who")?,
+            version: line("Version")?,
+            created: created.map(|created| created.to_string()).unwrap_or_default(),
+            path: line("Path").unwrap_or_default(),
+        })
+    }
+
     /// `Created` as a point in time.
     pub(crate) fn created(&self) -> Option<Timestamp> {
         self.created.parse().ok()
@@ -119,6 +142,19 @@ mod tests {
         assert_eq!(user_in_passwd(passwd, 1000).as_deref(), Some("anna"));
         assert_eq!(user_in_passwd(passwd, 7), None);
         assert_eq!(user_in_passwd(passwd, 5), None);
+    }
+
+    #[test]
+    fn the_lock_that_refused_a_terraform_is_read() {
+        let said = "Error: Error acquiring the state lock\n\nError message: writing failed: ID: 7\nLock Info:\n  \
+                    ID:        1795580240844605\n  Path:      gs://b/p/default.tflock\n  Operation: OperationTypeApply\n  \
+                    Who:       root@vm\n  Version:   1.11.4\n  Created:   2026-11-22 23:26:03.031578055 +0000 UTC\n  Info:      \n\n";
+        let info = LockInfo::of_refusal(said).unwrap();
+        assert_eq!((info.id.as_str(), info.who.as_str()), ("1795580240844605", "root@vm"));
+        assert_eq!(info.created().unwrap().to_string(), "2026-11-22T23:26:03.031578055Z");
+        let boxed: Vec<String> = said.lines().map(|line| format!("\u{2502} {line}")).collect();
+        assert_eq!(LockInfo::of_refusal(&boxed.join("\n")), Some(info));
+        assert_eq!(LockInfo::of_refusal("Error: No such resource instance"), None);
     }
 
     #[test]

@@ -236,6 +236,11 @@ impl Log {
         self.unnamed.clear();
     }
 
+    /// The locks of which only the local backend's own records tell, whichever backend they are in.
+    pub(crate) fn of_workspaces(&self) -> impl Iterator<Item = &UnnamedLock> {
+        self.unnamed.iter().filter(|lock| matches!(lock.mark, Mark::Workspace(_)))
+    }
+
     /// Whether a lock of it may stand.
     pub(crate) fn may_hold(&self) -> bool {
         self.standing().next().is_some() || self.standing_unnamed().next().is_some()

@@ -10,6 +10,7 @@ pub(crate) mod data_directory;
 pub(crate) mod exchange;
 pub(crate) mod lock_info;
 pub(crate) mod log;
+pub(crate) mod other_backends;
 pub(crate) mod plan_file;
 pub(crate) mod record;
 pub(crate) mod version;

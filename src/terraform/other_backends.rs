@@ -1,0 +1,268 @@
+//! The backends other than S3: what an abrupt end leaves in each, and what `tf` does about it. The one list;
+//! docs/backends.md is made from it.
+//!
+//! Read in the sources of Terraform 1.15 and OpenTofu 1.12 (internal/backend/remote-state/KIND/client.go, `Lock` and `Unlock`).
+
+use serde_json::Value;
+
+use super::backend::CachedBackend;
+
+/// What is done about a lock that a dead terraform left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deed {
+    /// Nothing: the lock ends with its process, or with its session.
+    Nothing,
+    /// `force-unlock` with the lock's ID, whose delete the service itself makes depend on that ID.
+    ForceUnlock,
+    /// It is named: an unlock there may hit whoever holds the lock by then.
+    Name,
+}
+
+/// One backend.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OtherBackend {
+    pub(crate) kind: &'static str,
+    pub(crate) deed: Deed,
+    /// What is left when terraform is killed.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
+    leaves: &'static str,
+    /// Whether its unlock depends on the ID, and how that was shown.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
+    conditional: &'static str,
+    /// How a person sees who holds the lock.
+    pub(crate) look: &'static str,
+    /// The attributes that say where the lock is, and hold no secret.
+    place: &'static [&'static str],
+}
+
+const fn backend(
+    kind: &'static str,
+    deed: Deed,
+    leaves: &'static str,
+    conditional: &'static str,
+    look: &'static str,
+    place: &'static [&'static str],
+) -> OtherBackend {
+    OtherBackend { kind, deed, leaves, conditional, look, place }
+}
+
+/// Every one that Terraform has had since 0.15.
+pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
+    backend(
+        "local",
+        Deed::Nothing,
+        "nothing that locks: the kernel's lock ends with the process; `.terraform.tfstate.lock.info` stays, and is ignored",
+        "no lock to give back (test: killed, and the next run locks)",
+        "cat .terraform.tfstate.lock.info",
+        &["path", "workspace_dir"],
+    ),
+    backend(
+        "pg",
+        Deed::Nothing,
+        "nothing that locks: PostgreSQL frees a session's advisory lock when the connection ends",
+        "no: force-unlock answers success and does nothing (test: killed, and the next run locks)",
+        "select * from pg_locks where locktype = 'advisory'",
+        &["schema_name"],
+    ),
+    backend(
+        "consul",
+        Deed::Nothing,
+        "a lock for 20 to 35 s: its session ends by itself; `.lockinfo` stays, and is ignored",
+        "no: force-unlock destroys the session and then deletes whatever lock stands (read in the source)",
+        "consul kv get PATH/.lockinfo",
+        &["path", "address", "datacenter"],
+    ),
+    backend(
+        "inmem",
+        Deed::Nothing,
+        "nothing: it is in the memory of the process",
+        "no lock to give back",
+        "no place to look in",
+        &[],
+    ),
+    backend(
+        "gcs",
+        Deed::ForceUnlock,
+        "the object PREFIX/WORKSPACE.tflock",
+        "yes: the delete names the object's generation, which is the lock's ID (test: another's lock stands)",
+        "gcloud storage cat gs://BUCKET/PREFIX/WORKSPACE.tflock",
+        &["bucket", "prefix"],
+    ),
+    backend(
+        "azurerm",
+        Deed::ForceUnlock,
+        "an infinite lease of the state's blob",
+        "yes: the release names the lease, which is the lock's ID (read in the source)",
+        "az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease",
+        &["storage_account_name", "container_name", "key"],
+    ),
+    backend(
+        "kubernetes",
+        Deed::ForceUnlock,
+        "the holder in the Lease lock-tfstate-WORKSPACE-SUFFIX",
+        "yes: the update names the version of the Lease that was compared (read in the source)",
+        "kubectl -n NAMESPACE get lease lock-tfstate-WORKSPACE-SUFFIX -o yaml",
+        &["secret_suffix", "namespace", "host"],
+    ),
+    backend(
+        "oci",
+        Deed::ForceUnlock,
+        "the object KEY.tflock",
+        "yes: the delete names the tag of the object that was compared (read in the source)",
+        "oci os object get -ns NAMESPACE -bn BUCKET --name KEY.tflock --file -",
+        &["bucket", "namespace", "key", "region", "workspace_key_prefix"],
+    ),
+    backend(
+        "http",
+        Deed::Name,
+        "the lock in the server",
+        "no: force-unlock sends no ID, and the server unlocks whoever holds it (test: a stranger's lock went)",
+        "ask the server of the state, which shows it (in GitLab: Operate, Terraform states)",
+        &["address", "lock_address", "unlock_address"],
+    ),
+    backend(
+        "cos",
+        Deed::Name,
+        "the object KEY.tflock, and for a moment a tag",
+        "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
+        "read the object KEY.tflock in the bucket",
+        &["bucket", "prefix", "key", "region"],
+    ),
+    backend(
+        "oss",
+        Deed::Name,
+        "the row of the state in Tablestore",
+        "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
+        "read the row LockID = BUCKET/PREFIX/KEY of the table",
+        &["bucket", "prefix", "key", "region", "tablestore_endpoint", "tablestore_table"],
+    ),
+    backend(
+        "remote",
+        Deed::Name,
+        "the lock of the workspace in HCP Terraform, where the run was here",
+        "no: force-unlock there removes whoever's lock it is (read in the source)",
+        "look at the workspace, which says who holds it",
+        &["hostname", "organization", "workspaces"],
+    ),
+    backend(
+        "cloud",
+        Deed::Name,
+        "the lock of the workspace in HCP Terraform, where the run was here",
+        "no: force-unlock there removes whoever's lock it is (read in the source)",
+        "look at the workspace, which says who holds it",
+        &["hostname", "organization", "workspaces"],
+    ),
+];
+
+/// Who answers in place of Google Cloud Storage.
+const ENDPOINT: &str = "storage_custom_endpoint";
+
+impl OtherBackend {
+    /// What is known of a backend. `None` for S3, and for one that nobody has heard of.
+    pub(crate) fn of(backend: &CachedBackend) -> Option<&'static Self> {
+        OTHER_BACKENDS.iter().find(|other| other.kind == backend.kind)
+    }
+
+    /// What is to be done in this very backend. A service that is not Google's own may ignore the condition: the one that
+    /// the tests use does.
+    pub(crate) fn deed_in(&self, backend: &CachedBackend, variable: impl Fn(&str) -> Option<String>) -> Deed {
+        const ENDPOINTS: [&str; 3] =
+            ["GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", "GOOGLE_STORAGE_CUSTOM_ENDPOINT", "STORAGE_EMULATOR_HOST"];
+        let elsewhere = backend.string(ENDPOINT).is_some()
+            || ENDPOINTS.iter().any(|name| variable(name).is_some_and(|value| !value.is_empty()));
+        if self.kind == "gcs" && elsewhere { Deed::Name } else { self.deed }
+    }
+
+    /// Whether an attribute of it says where the lock is or who answers there, and is known to hold no secret.
+    pub(crate) fn may_keep(&self, name: &str, value: &Value) -> bool {
+        let known = self.place.contains(&name) || name == ENDPOINT;
+        known && value.as_str().is_none_or(|text| without_secrets(text) == text)
+    }
+
+    /// Where the lock is, for a person: what the block says of it, without a secret.
+    pub(crate) fn place(&self, backend: &CachedBackend) -> String {
+        let named = self.place.iter().filter_map(|name| {
+            let value = match backend.attributes().find(|(known, _)| known == name)?.1 {
+                Value::String(text) => without_secrets(text).to_owned(),
+                other => other.to_string(),
+            };
+            Some(format!("{name} {value}"))
+        });
+        named.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// A URL without its user and its query, either of which can be a password.
+fn without_secrets(text: &str) -> &str {
+    if !text.contains("://") {
+        return text;
+    }
+    let text = text.split(['?', '#']).next().unwrap_or_default();
+    if text.contains('@') { "(not shown: it has a user in it)" } else { text }
+}
+
+/// docs/backends.md.
+#[cfg(test)]
+pub(crate) fn document() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::from(
+        "# Other backends than S3\n\n\
+         What a terraform that was killed leaves in each backend, and what `tf` does about it. Where `tf` gives the lock back,\n\
+         it learns of it by asking for the lock itself (`terraform taint` of a resource that there is not, which changes\n\
+         nothing), takes it for its run's by the moment in which it was made, waits for 10 s, and runs `terraform force-unlock`\n\
+         with its ID: same program, directory and environment. Then it looks once more. Where it does not, it names the lock\n\
+         and how to see who holds it. Made from src/terraform/other_backends.rs by `make generated`.\n\n\
+         | backend | is left | is its unlock conditional on the ID? | `tf` | to see who holds it |\n|---|---|---|---|---|\n",
+    );
+    for OtherBackend { kind, deed, leaves, conditional, look, .. } in OTHER_BACKENDS {
+        let does = match deed {
+            Deed::Nothing => "nothing: there is nothing to do",
+            Deed::ForceUnlock if *kind == "gcs" => "gives it back; names it where the endpoint is not Google's",
+            Deed::ForceUnlock => "gives it back",
+            Deed::Name => "names it",
+        };
+        let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | `{}` |", look.replace('|', "\\|"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(kind: &str, config: &str) -> CachedBackend {
+        let json = format!(r#"{{"backend":{{"type":"{kind}","config":{config}}}}}"#);
+        CachedBackend::parse(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_place_has_no_secret_in_it() {
+        for (kind, config, place) in [
+            ("http", r#"{"address":"https://x/state?token=hunter2","password":"hunter2"}"#, "address https://x/state"),
+            ("http", r#"{"address":"https://anna:hunter2@x/state"}"#, "address (not shown: it has a user in it)"),
+            ("pg", r#"{"conn_str":"postgres://anna:hunter2@x/db","schema_name":"s"}"#, "schema_name s"),
+            ("gcs", r#"{"bucket":"b","prefix":null,"access_token":"hunter2"}"#, "bucket b"),
+            ("azurerm", r#"{"key":"k","access_key":"hunter2","sas_token":"hunter2"}"#, "key k"),
+        ] {
+            let block = backend(kind, config);
+            let shown = OtherBackend::of(&block).unwrap().place(&block);
+            assert_eq!(shown, place);
+        }
+    }
+
+    #[test]
+    fn only_where_the_service_itself_looks_at_the_id_is_force_unlock_used() {
+        let deed = |kind: &str, config: &str, set: &str| {
+            let block = backend(kind, config);
+            OtherBackend::of(&block).map(|other| other.deed_in(&block, |name| (name == set).then(|| "http://x".into())))
+        };
+        assert_eq!(deed("gcs", r#"{"bucket":"b"}"#, ""), Some(Deed::ForceUnlock));
+        assert_eq!(deed("gcs", r#"{"storage_custom_endpoint":"http://x"}"#, ""), Some(Deed::Name));
+        assert_eq!(deed("gcs", "{}", "STORAGE_EMULATOR_HOST"), Some(Deed::Name));
+        assert_eq!(deed("azurerm", "{}", "STORAGE_EMULATOR_HOST"), Some(Deed::ForceUnlock));
+        assert_eq!(deed("http", "{}", ""), Some(Deed::Name));
+        assert_eq!(deed("local", "{}", ""), Some(Deed::Nothing));
+        assert_eq!(deed("s3", "{}", ""), None);
+        assert_eq!(deed("a_backend_of_tomorrow", "{}", ""), None);
+    }
+}

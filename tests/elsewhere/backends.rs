@@ -1,0 +1,441 @@
+//! Other backends than S3, each with a real terraform that is killed: what is given back, what is named, what needs neither.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
+
+use crate::support::authority::Authority;
+use crate::support::cloud::{Server, free_port, keep};
+use crate::support::household::{Sweep, guardian_of, home, kill_all, tf_of, wait_until_gone};
+use crate::support::http::{self, Message};
+use crate::support::process::terraform_below;
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::world::{WAITS, who};
+use crate::support::{Ended, Lock, Run, Subject, World, wait_for};
+use crate::versions::program;
+
+/// A directory with another backend, whose provisioner is `command`.
+fn write_main(world: &World, backend: &str, command: &str) {
+    let command = serde_json::to_string(command).unwrap();
+    world.write(
+        "main.tf",
+        &format!(
+            "terraform {{\n  {backend}\n}}\nresource \"terraform_data\" \"a\" {{\n  provisioner \"local-exec\" {{\n    command = {command}\n  }}\n}}\n"
+        ),
+    );
+}
+
+#[track_caller]
+fn init(world: &World) {
+    let end = world.run(Subject::Tf, &["init", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+}
+
+#[track_caller]
+fn apply_again(world: &World) -> Ended {
+    world.go();
+    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    end
+}
+
+#[track_caller]
+fn start_bare(world: &World) -> Run {
+    let run = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    world.wait_for_began(&run);
+    run
+}
+
+/// Google Cloud Storage: a real implementation of its protocol behind Google's own host name. That implementation takes any
+/// delete, whatever generation it names; the front compares, as Google does.
+struct Storage {
+    port: u16,
+    /// Requests that deleted a lock, as they came.
+    deletes: Arc<Mutex<Vec<String>>>,
+    front: Proxy,
+    authority: Arc<Authority>,
+    _server: Server,
+}
+
+const LOCK: &str = "env%2Fprod%2Fdefault.tflock";
+
+impl Storage {
+    fn start() -> Self {
+        let port = free_port();
+        let binary = program("fake-gcs-server");
+        let (own, url) = (port.to_string(), format!("http://127.0.0.1:{port}"));
+        let command = [
+            binary.to_str().unwrap(),
+            "-scheme",
+            "http",
+            "-host",
+            "127.0.0.1",
+            "-port",
+            &own,
+            "-backend",
+            "memory",
+            "-public-host",
+            "storage.googleapis.com",
+            "-external-url",
+            &url,
+        ];
+        let server = keep(&command, &[]);
+        wait_for(
+            "the storage",
+            || http::ask(port, "GET", "/storage/v1/b?project=t", &[], b""),
+            || format!("port {port}"),
+        );
+        let json = [("Content-Type", "application/json")];
+        http::ask(port, "POST", "/storage/v1/b?project=t", &json, b"{\"name\":\"tfb\"}").unwrap();
+        let (authority, deletes) = (Authority::new(), Arc::new(Mutex::new(Vec::new())));
+        let (for_front, seen) = (Arc::clone(&authority), Arc::clone(&deletes));
+        let front = Proxy::start(port, move |request| {
+            if request.start.starts_with("CONNECT ") {
+                return Deed::Tunnel(Arc::clone(&for_front));
+            }
+            if !request.start.starts_with("DELETE ") || !request.start.contains(".tflock") {
+                return Deed::Pass;
+            }
+            seen.lock().unwrap().push(request.start.clone());
+            let wanted =
+                request.start.split("ifGenerationMatch=").nth(1).and_then(|rest| rest.split(['&', ' ']).next());
+            let standing = generation(port);
+            if wanted.is_some_and(|wanted| standing.as_deref() != Some(wanted)) {
+                return Deed::Answer(Message::answer("412 Precondition Failed", "{\"error\":{\"code\":412}}"));
+            }
+            Deed::Pass
+        });
+        Self { port, deletes, front, authority, _server: server }
+    }
+
+    /// A directory that is at home there, initialised.
+    fn world(&self, command: &str) -> World {
+        let mut world = World::empty(Lock::File);
+        let above = world.directory.parent().unwrap().to_owned();
+        std::fs::write(above.join("ca.pem"), &self.authority.pem).unwrap();
+        world.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
+        world.set("SSL_CERT_FILE", above.join("ca.pem")).set("GOOGLE_OAUTH_ACCESS_TOKEN", "fake");
+        write_main(&world, "backend \"gcs\" {\n    bucket = \"tfb\"\n    prefix = \"env/prod\"\n  }", command);
+        init(&world);
+        world
+    }
+
+    fn is_locked(&self) -> bool {
+        generation(self.port).is_some()
+    }
+
+    /// Puts another's lock in the place of whatever stands there.
+    fn put_lock(&self, created: &str) -> String {
+        http::ask(self.port, "DELETE", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"");
+        let info = json!({"ID": "22222222-3333-4444-5555-666666666666", "Operation": "OperationTypeApply", "Info": "", "Who": who(),
+                          "Version": "1.11.4", "Created": created, "Path": "gs://tfb/env/prod/default.tflock"});
+        let path = "/upload/storage/v1/b/tfb/o?uploadType=media&name=env/prod/default.tflock";
+        http::ask(self.port, "POST", path, &[("Content-Type", "application/json")], info.to_string().as_bytes())
+            .unwrap();
+        generation(self.port).unwrap()
+    }
+}
+
+/// The generation of the lock's object.
+fn generation(port: u16) -> Option<String> {
+    let answer = http::ask(port, "GET", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"")?;
+    let object: Value = serde_json::from_slice(&answer.body).ok()?;
+    object["generation"].as_str().map(ToOwned::to_owned)
+}
+
+#[test]
+fn gcs_a_killed_terraform_leaves_its_lock_and_under_tf_none() {
+    let storage = Storage::start();
+    let world = storage.world(WAITS);
+    let run = start_bare(&world);
+    kill(run.pid(), Signal::SIGKILL).unwrap();
+    world.go();
+    run.wait();
+    assert!(storage.is_locked(), "bare leaves it");
+
+    for name in ["terraform", "tofu-1.6.2"] {
+        let storage = Storage::start();
+        let mut world = storage.world(WAITS);
+        if name != "terraform" {
+            world.set("TFW_TERRAFORM", program(name));
+        }
+        init(&world);
+        let run = world.start_apply(Subject::Tf);
+        assert!(storage.is_locked());
+        let own = generation(storage.port).unwrap();
+        let terraform = crate::versions::terraform_of(&run);
+        kill(terraform, Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock") && end.err.contains(&own), "{name}: {}", world.story(&end));
+        assert!(!storage.is_locked(), "{name}: {}", world.story(&end));
+        let deletes = storage.deletes.lock().unwrap().clone();
+        assert!(deletes.iter().any(|delete| delete.contains(&format!("ifGenerationMatch={own}"))), "{deletes:?}");
+        apply_again(&world);
+    }
+}
+
+#[test]
+fn gcs_anothers_lock_stands_whenever_it_came() {
+    let storage = Storage::start();
+    let world = storage.world("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+    // Before we look: made a moment later than ours.
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    world.wait_for_trace("ending ");
+    let theirs = storage.put_lock(&jiff::Timestamp::now().to_string());
+    world.go();
+    let end = run.wait();
+    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", world.story(&end));
+    assert!(end.err.contains(&theirs) && !end.err.contains("released the lock"), "{}", world.story(&end));
+    http::ask(storage.port, "DELETE", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"");
+
+    // Between our look and our delete.
+    let _ = std::fs::remove_file(world.directory.join("began"));
+    let _ = std::fs::remove_file(world.directory.join("go"));
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    world.go();
+    run.wait_for_err("its lock is kept for 10 s");
+    let theirs = storage.put_lock(&jiff::Timestamp::now().to_string());
+    let end = run.wait();
+    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", world.story(&end));
+}
+
+#[test]
+fn gcs_when_tf_is_killed_the_guardian_or_the_next_tf_gives_it_back() {
+    for everything in [false, true] {
+        let storage = Storage::start();
+        let world = storage.world(WAITS);
+        let _sweep = Sweep(home(&world));
+        let run = world.start_apply(Subject::Tf);
+        let (tf, terraform) = (tf_of(&world), terraform_below(run.pid()));
+        let guardian = guardian_of(&world, tf);
+        if everything {
+            wait_for(
+                "the journal",
+                || (world.trace().matches("guardian: journal written: true").count() > 0).then_some(()),
+                || world.trace(),
+            );
+            kill_all(&world);
+            run.wait();
+            assert!(storage.is_locked());
+            let end = world.run(Subject::Tf, &["locks", "recover"]);
+            assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+        } else {
+            kill(tf, Signal::SIGKILL).unwrap();
+            kill(terraform, Signal::SIGKILL).unwrap();
+            run.wait();
+            wait_until_gone(&world, guardian);
+        }
+        assert!(!storage.is_locked(), "{everything}: {}", world.trace());
+        apply_again(&world);
+    }
+}
+
+#[test]
+fn gcs_a_run_that_ends_by_itself_is_left_alone_and_so_is_a_service_that_is_not_googles() {
+    let storage = Storage::start();
+    let mut world = storage.world(WAITS);
+    let run = world.start_apply(Subject::Tf);
+    run.send(Signal::SIGINT);
+    run.wait_for_out("Interrupt received");
+    world.go();
+    let end = run.wait();
+    assert!(end.code() == Some(1) && !end.err.contains("tf: "), "{}", world.story(&end));
+    assert!(!storage.is_locked());
+
+    let _ = std::fs::remove_file(world.directory.join("began"));
+    let _ = std::fs::remove_file(world.directory.join("go"));
+    world.set("GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", format!("http://127.0.0.1:{}/storage/v1/b", storage.port));
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(
+        end.err.contains("was not released") && end.err.contains("bucket tfb, prefix env/prod"),
+        "{}",
+        world.story(&end)
+    );
+    assert!(storage.is_locked());
+}
+
+/// A server of the `http` backend's protocol that unlocks whoever asks, as the protocol allows.
+struct States {
+    proxy: Proxy,
+    held: Arc<Mutex<Option<String>>>,
+}
+
+impl States {
+    fn start() -> Self {
+        let held: Arc<Mutex<Option<String>>> = Arc::default();
+        let states: Mutex<BTreeMap<String, Vec<u8>>> = Mutex::default();
+        let lock = Arc::clone(&held);
+        let proxy = Proxy::start(0, move |request| {
+            let (mut held, mut states) = (lock.lock().unwrap(), states.lock().unwrap());
+            let method = request.start.split(' ').next().unwrap_or_default();
+            let ok = || Deed::Answer(Message::answer("200 OK", ""));
+            match method {
+                "LOCK" => {
+                    if let Some(theirs) = held.as_ref() {
+                        return Deed::Answer(Message::answer("423 Locked", theirs));
+                    }
+                    *held = Some(request.text());
+                    ok()
+                }
+                "UNLOCK" => {
+                    *held = None;
+                    ok()
+                }
+                "POST" => {
+                    states.insert("state".into(), request.body.clone());
+                    ok()
+                }
+                _ => match states.get("state") {
+                    Some(state) => Deed::Answer(Message::answer("200 OK", &String::from_utf8_lossy(state))),
+                    None => Deed::Answer(Message::answer("404 Not Found", "")),
+                },
+            }
+        });
+        Self { proxy, held }
+    }
+
+    fn world(&self, command: &str) -> World {
+        let world = World::empty(Lock::File);
+        let url = format!("http://127.0.0.1:{}/state", self.proxy.port);
+        let backend = format!(
+            "backend \"http\" {{\n    address = \"{url}?token=hunter2\"\n    lock_address = \"{url}\"\n    unlock_address = \"{url}\"\n  }}"
+        );
+        write_main(&world, &backend, command);
+        init(&world);
+        world
+    }
+}
+
+#[test]
+fn http_its_lock_is_named_and_never_unlocked_for_its_unlock_hits_anybody() {
+    let states = States::start();
+    let world = states.world(WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let own = states.held.lock().unwrap().clone().unwrap();
+    run.kill_terraform();
+    let end = run.wait();
+    assert_eq!(states.held.lock().unwrap().as_ref(), Some(&own), "{}", world.story(&end));
+    assert!(end.err.contains("backend http") && end.err.contains("was not released"), "{}", world.story(&end));
+    assert!(end.err.contains(&format!("http://127.0.0.1:{}/state", states.proxy.port)), "{}", world.story(&end));
+    assert!(!end.err.contains("hunter2"), "{}", end.err);
+    // Why: with any ID at all terraform's own unlock takes it from whoever holds it.
+    let end = world.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(*states.held.lock().unwrap(), None);
+    // And a run that ends well leaves nothing and says nothing.
+    assert!(apply_again(&world).err.is_empty());
+}
+
+#[test]
+fn local_a_lock_ends_with_its_process_and_nothing_is_said() {
+    let world = World::empty(Lock::File);
+    write_main(&world, "backend \"local\" {}", WAITS);
+    init(&world);
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(!end.err.contains("lock"), "{}", world.story(&end));
+    assert!(world.exists(".terraform.tfstate.lock.info"), "what stays is ignored");
+    assert!(apply_again(&world).err.is_empty());
+}
+
+/// PostgreSQL, which does not run as root.
+struct Postgres {
+    port: u16,
+    directory: tempfile::TempDir,
+    bin: PathBuf,
+}
+
+impl Postgres {
+    fn start() -> Self {
+        let found = Command::new("sh")
+            .args([
+                "-c",
+                "ls -d /usr/lib/postgresql/*/bin 2>/dev/null | tail -1; dirname \"$(command -v initdb)\" 2>/dev/null",
+            ])
+            .output()
+            .unwrap();
+        let found = String::from_utf8(found.stdout).unwrap();
+        let bin = found.lines().map(PathBuf::from).find(|bin| bin.join("initdb").exists());
+        let bin = bin.expect("initdb is missing: apt install postgresql");
+        let directory = tempfile::Builder::new().prefix("tf-test-pg-").tempdir().unwrap();
+        let postgres = Self { port: free_port(), directory, bin };
+        postgres.run("true");
+        if nix::unistd::geteuid().is_root() {
+            let owned = Command::new("chown").args(["postgres"]).arg(postgres.directory.path()).status().unwrap();
+            assert!(owned.success());
+        }
+        let options = format!("-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories=DIR", postgres.port);
+        postgres.run("BIN/initdb -D DIR/data -A trust -U postgres");
+        postgres.run(&format!("BIN/pg_ctl -D DIR/data -w -l DIR/log -o '{options}' start"));
+        postgres.run(&format!("BIN/createdb -h 127.0.0.1 -p {} -U postgres tf", postgres.port));
+        postgres
+    }
+
+    #[track_caller]
+    fn run(&self, command: &str) {
+        let directory = self.directory.path().to_str().unwrap();
+        let command = command.replace("BIN", self.bin.to_str().unwrap()).replace("DIR", directory);
+        let mut shell = if nix::unistd::geteuid().is_root() {
+            let mut shell = Command::new("su");
+            shell.args(["postgres", "-s", "/bin/sh", "-c", &command]);
+            shell
+        } else {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &command]);
+            shell
+        };
+        // Its server must not hold a pipe of ours.
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let out = || Stdio::from(log.reopen().unwrap());
+        let status = shell.current_dir("/").stdin(Stdio::null()).stdout(out()).stderr(out()).status().unwrap();
+        assert!(status.success(), "{command}: {}", std::fs::read_to_string(log.path()).unwrap());
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        self.run("BIN/pg_ctl -D DIR/data -m immediate stop");
+        // Files of another user: emptied by that user.
+        self.run("rm -rf DIR/data");
+    }
+}
+
+#[test]
+fn pg_a_lock_ends_with_its_connection_and_nothing_is_said() {
+    let postgres = Postgres::start();
+    let world = World::empty(Lock::File);
+    let url = format!("postgres://postgres:hunter2@127.0.0.1:{}/tf?sslmode=disable", postgres.port);
+    write_main(&world, &format!("backend \"pg\" {{\n    conn_str = \"{url}\"\n  }}"), WAITS);
+    init(&world);
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(!end.err.contains("lock") && !end.err.contains("hunter2"), "{}", world.story(&end));
+    assert!(apply_again(&world).err.is_empty());
+    // Why nothing is done: its force-unlock answers success to anything.
+    let end = world.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+}
+
+#[test]
+fn what_tf_locks_says_of_another_backend_is_what_the_table_says() {
+    let states = States::start();
+    let world = states.world("true");
+    let end = world.run(Subject::Tf, &["locks"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(
+        end.err.contains("is \"http\"") && end.err.contains("ask the server of the state"),
+        "{}",
+        world.story(&end)
+    );
+    assert!(!end.err.contains("hunter2"), "{}", end.err);
+}
