@@ -22,7 +22,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use run::{Invocation, NotSupervised, outcome};
+use run::{Invocation, NotSupervised, outcome, step_outputs};
 use settings::Settings;
 use terraform::binary;
 use terraform::command_line::CommandLine;
@@ -47,9 +47,13 @@ fn main() -> ExitCode {
         Ok(terraform) => terraform,
         Err(reason) => return refuse(&reason, NOT_FOUND),
     };
-    let name = terraform.path.file_name().unwrap_or(terraform.path.as_os_str()).to_owned();
-    let passes_through =
-        terraform.supervised_already || asks_for_completion() || !command_line.can_lock(more_arguments());
+    let name = match terraform.for_a_step {
+        true => OsString::from("terraform"),
+        false => terraform.path.file_name().unwrap_or(terraform.path.as_os_str()).to_owned(),
+    };
+    let passes_through = terraform.supervised_already
+        || asks_for_completion()
+        || !(command_line.can_lock(more_arguments()) || terraform.for_a_step);
     let invocation = Invocation { terraform, name, arguments, command_line };
     if passes_through {
         return become_terraform(&invocation);
@@ -63,6 +67,9 @@ fn main() -> ExitCode {
         trace::open(Path::new(path));
     }
     match run::supervise(&invocation, &settings) {
+        Ok(ended) if invocation.terraform.for_a_step => {
+            ExitCode::from(outcome::end_as(step_outputs::end_of_step(ended)))
+        }
         Ok(ended) => ExitCode::from(outcome::end_as(ended)),
         Err(NotSupervised::NotStarted(error)) => could_not_run(&invocation, &error),
         // Terraform must run, whatever we lack. It runs as it would without us.

@@ -241,6 +241,11 @@ pub(crate) fn not_looked_for_again(record: &Record, why: &str) -> String {
     )
 }
 
+/// The outputs of a step could not be written.
+pub(crate) fn no_outputs(path: &std::ffi::OsStr, error: &std::io::Error) -> String {
+    format!("the outputs of this step are missing: {}: {error}", visible(&path.to_string_lossy()))
+}
+
 /// A dead run, as the beginning of a sentence about its lock.
 pub(crate) fn earlier_run(record: &Record) -> String {
     format!("an earlier run (pid {}) was killed", record.tf)

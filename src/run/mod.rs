@@ -20,6 +20,7 @@ mod program;
 mod recorder;
 pub(crate) mod recovery;
 pub(crate) mod state_directory;
+pub(crate) mod step_outputs;
 pub(crate) mod stop;
 mod supervision;
 pub(crate) mod tombstone;
@@ -39,6 +40,7 @@ use nix::sys::signal::Signal;
 
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
+use crate::report;
 use crate::settings::Settings;
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
@@ -188,7 +190,7 @@ impl<'a> Prepared<'a> {
         let mut recorder = Recorder::open(&run, program.level(backend), variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
         let mut inherited = vec![lifeline];
-        let mut pipes = Pipes::interpose()?;
+        let mut pipes = Pipes::interpose(invocation.terraform.for_a_step)?;
         let terminal = if settings.shared_terminal { None } else { Terminal::open() };
         let parent = supervision::parent_to_watch(settings.ci, signals, terminal.is_some());
         let stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
@@ -359,6 +361,12 @@ impl<'a> Prepared<'a> {
         crash_point::reached("tf: closed");
         if !all_written {
             write_the_rest(&mut self.pipes, signals);
+        }
+        if let Some(path) =
+            std::env::var_os("GITHUB_OUTPUT").filter(|path| invocation.terraform.for_a_step && !path.is_empty())
+            && let Err(error) = step_outputs::write(&path, self.pipes.copies(), ended)
+        {
+            report::say(&report::no_outputs(&path, &error));
         }
         Ok(ended)
     }

@@ -22,6 +22,8 @@ use crate::sys::descriptor::{self, Moved};
 enum Target {
     Pipe,
     Socket,
+    /// A file or a terminal, which terraform is not handed because a copy is kept.
+    Other,
     /// Its reader is gone.
     Nowhere,
 }
@@ -38,6 +40,8 @@ struct Drain {
     finished: bool,
     /// What was read and not yet sent, where the two cannot be spliced.
     buffer: VecDeque<u8>,
+    /// Everything that came, where it is to be kept.
+    copy: Option<Vec<u8>>,
 }
 
 /// What became of one step.
@@ -58,11 +62,12 @@ pub(crate) struct Pipes {
 }
 
 impl Pipes {
-    /// Puts a pipe wherever descriptor 1 or 2 is a pipe or a socket.
+    /// Puts a pipe wherever descriptor 1 or 2 is a pipe or a socket. With `keeps_copies` wherever it is anything, one for
+    /// each stream, and what comes is kept.
     ///
     /// # Errors
     /// When no pipe can be made.
-    pub(crate) fn interpose() -> io::Result<Self> {
+    pub(crate) fn interpose(keeps_copies: bool) -> io::Result<Self> {
         let mut pipes = Self::default();
         let mut identities = Vec::new();
         for (place, standard) in [1, 2].into_iter().enumerate() {
@@ -70,10 +75,11 @@ impl Pipes {
             let target = match SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT {
                 SFlag::S_IFIFO => Target::Pipe,
                 SFlag::S_IFSOCK => Target::Socket,
+                _ if keeps_copies => Target::Other,
                 _ => continue,
             };
             let identity = (stat.st_dev, stat.st_ino);
-            if place == 1 && identities.contains(&identity) {
+            if place == 1 && identities.contains(&identity) && !keeps_copies {
                 // `2>&1`: with one pipe for both, the order of what is written stays.
                 pipes.writers[1] = pipes.writers[0].as_ref().map(OwnedFd::try_clone).transpose()?;
                 continue;
@@ -88,9 +94,18 @@ impl Pipes {
                 full: false,
                 finished: false,
                 buffer: VecDeque::new(),
+                copy: keeps_copies.then(Vec::new),
             });
         }
         Ok(pipes)
+    }
+
+    /// What came on descriptors 1 and 2, where copies are kept.
+    pub(crate) fn copies(&self) -> [&[u8]; 2] {
+        [1, 2].map(|standard| {
+            let drain = self.drains.iter().find(|drain| drain.standard == standard);
+            drain.and_then(|drain| drain.copy.as_deref()).unwrap_or_default()
+        })
     }
 
     /// What becomes terraform's descriptors 1 and 2.
@@ -122,7 +137,9 @@ impl Pipes {
             .iter()
             .filter(|drain| !drain.finished)
             .map(|drain| match (drain.full, drain.target) {
-                (true, Target::Pipe | Target::Socket) => (descriptor::standard(drain.standard), PollFlags::POLLOUT),
+                (true, Target::Pipe | Target::Socket | Target::Other) => {
+                    (descriptor::standard(drain.standard), PollFlags::POLLOUT)
+                }
                 _ => (drain.source.as_fd(), PollFlags::POLLIN),
             })
             .collect()
@@ -197,17 +214,26 @@ impl Drain {
         }
     }
 
+    fn keep(&mut self, bytes: &[u8]) {
+        if let Some(copy) = &mut self.copy {
+            copy.extend_from_slice(bytes);
+        }
+    }
+
     fn move_on(&mut self) -> io::Result<Moved> {
         match self.target {
             #[cfg(target_os = "linux")]
-            Target::Pipe => descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard)),
-            #[cfg(not(target_os = "linux"))]
-            Target::Pipe => {
-                // No splice: what poll(2) called writable takes PIPE_BUF bytes without waiting.
+            Target::Pipe if self.copy.is_none() => {
+                descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
+            }
+            Target::Pipe | Target::Other => {
+                // No splice: what poll(2) called writable takes PIPE_BUF bytes, which POSIX has at 512 at least, without
+                // waiting.
                 let mut bytes = [0; 512];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),
                     length => {
+                        self.keep(&bytes[..length]);
                         Ok(Moved::Bytes(nix::unistd::write(descriptor::standard(self.standard), &bytes[..length])?))
                     }
                 }
@@ -217,7 +243,10 @@ impl Drain {
                     let mut bytes = [0; 1 << 14];
                     match nix::unistd::read(&self.source, &mut bytes)? {
                         0 => return Ok(Moved::EndOfSource),
-                        length => self.buffer.extend(&bytes[..length]),
+                        length => {
+                            self.keep(&bytes[..length]);
+                            self.buffer.extend(&bytes[..length]);
+                        }
                     }
                 }
                 let moved = descriptor::send(&descriptor::standard(self.standard), self.buffer.make_contiguous())?;
@@ -231,7 +260,10 @@ impl Drain {
                 let mut bytes = [0; 1 << 14];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),
-                    length => Ok(Moved::Bytes(length)),
+                    length => {
+                        self.keep(&bytes[..length]);
+                        Ok(Moved::Bytes(length))
+                    }
                 }
             }
         }

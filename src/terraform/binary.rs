@@ -27,6 +27,8 @@ pub(crate) struct Binary {
     pub(crate) chain: OsString,
     /// A `tf` is our parent and has us run where it expects terraform: it supervises, we only pass through.
     pub(crate) supervised_already: bool,
+    /// It is run in the place of setup-terraform's wrapper, which would have told the workflow how it came out.
+    pub(crate) for_a_step: bool,
 }
 
 /// Why there is none.
@@ -97,9 +99,12 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     chain.seen.extend(us.as_deref().and_then(identity));
     let seen = chain.seen.clone();
     let mut found = |path: PathBuf| {
+        let behind = behind_wrapper(&path, std::env::var_os("TERRAFORM_CLI_PATH"));
+        let for_a_step = behind.is_some() && !supervised_already;
+        let path = behind.filter(|_| for_a_step).unwrap_or(path);
         // What we start is passed on too: should it be a script that leads back to a tf, that one looks further.
         chain.seen.extend(identity(&path));
-        Binary { path, chain: chain.value(), supervised_already }
+        Binary { path, chain: chain.value(), supervised_already, for_a_step }
     };
     if let Some(wanted) = std::env::var_os(OVERRIDE).filter(|wanted| !wanted.is_empty()) {
         let path = which::which(&wanted).map_err(|_| NotFound::Override(wanted))?;
@@ -117,6 +122,16 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
             looked_in: std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default(),
         }),
     }
+}
+
+/// The terraform behind the wrapper that hashicorp/setup-terraform has put into the directory `installed`, if `path` is that
+/// wrapper (wrapper/lib/terraform-bin.js).
+fn behind_wrapper(path: &Path, installed: Option<OsString>) -> Option<PathBuf> {
+    let installed = installed.filter(|installed| !installed.is_empty())?;
+    let behind = Path::new(&installed).join("terraform-bin");
+    let is_wrapper = path.file_name()? == "terraform"
+        && path.parent()?.canonicalize().ok()? == Path::new(&installed).canonicalize().ok()?;
+    (is_wrapper && behind.is_file()).then_some(behind)
 }
 
 /// What `TFW_CHAIN` tells.

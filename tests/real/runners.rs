@@ -4,6 +4,7 @@
 //! The spans are the runners' own, and then a delay *is* the case. One that is merely long is shortened, and the test
 //! says so.
 
+use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -884,4 +885,79 @@ fn terragrunts_late_second_interrupt_is_none() {
         }
         assert_outcome(&world, subject);
     });
+}
+
+/// A directory as hashicorp/setup-terraform leaves it: its wrapper under terraform's name, the real one beside it. Whoever
+/// runs this wrapper has lost: the real one dies of the first interrupt and leaves terraform alone.
+fn set_up_as_the_action_does(world: &mut World) {
+    let installed = world.directory.parent().unwrap().join("installed");
+    fs::create_dir(&installed).unwrap();
+    let wrapper = installed.join("terraform");
+    fs::write(&wrapper, "#!/bin/sh\necho the wrapper ran\nexit 99\n").unwrap();
+    fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::os::unix::fs::symlink(crate::support::world::terraform(), installed.join("terraform-bin")).unwrap();
+    // `tf` stands before both under terraform's name.
+    let bin = world.bin();
+    fs::remove_file(bin.join("terraform")).unwrap();
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), bin.join("terraform")).unwrap();
+    let path = format!("{}:{}:/usr/bin:/bin", bin.display(), installed.display());
+    world.set("PATH", path).set("TERRAFORM_CLI_PATH", installed);
+    let output = world.directory.join("github-output");
+    world.set("GITHUB_OUTPUT", output).set("CI", "true").set("GITHUB_ACTIONS", "true");
+}
+
+/// The outputs of a step, as the runner reads them.
+fn outputs(world: &World) -> std::collections::BTreeMap<String, String> {
+    let text = world.read("github-output");
+    let mut found = std::collections::BTreeMap::new();
+    let mut lines = text.lines();
+    while let Some((name, end)) = lines.next().and_then(|line| line.split_once("<<")) {
+        let value: Vec<_> = lines.by_ref().take_while(|line| *line != end).collect();
+        found.insert(name.to_owned(), value.join("\n"));
+    }
+    found
+}
+
+#[test]
+fn in_the_place_of_setup_terraforms_wrapper_its_outputs_are_kept() {
+    let mut world = World::new(Lock::Both, "true");
+    set_up_as_the_action_does(&mut world);
+    for (arguments, code, step) in [
+        (&["plan", "-detailed-exitcode", "-no-color"][..], "2", 0),
+        (&["version"], "0", 0),
+        (&["apply", "-auto-approve", "-no-color"], "0", 0),
+        (&["plan", "-detailed-exitcode", "-no-color"], "0", 0),
+        (&["state", "show", "nothing.here"], "1", 1),
+    ] {
+        let _ = fs::remove_file(world.directory.join("github-output"));
+        let mut command = world.command(world.bin().join("terraform"));
+        command.args(arguments);
+        let end = Run::start(command).wait();
+        let outputs = outputs(&world);
+        assert_eq!(end.code(), Some(step), "{arguments:?}: {}", world.story(&end));
+        assert_eq!(outputs["exitcode"], code, "{arguments:?}: {}", world.story(&end));
+        assert_eq!(outputs["stdout"].trim_end(), end.out.trim_end(), "{arguments:?}");
+        assert_eq!(outputs["stderr"].trim_end(), end.err.trim_end(), "{arguments:?}");
+        assert!(!end.out.contains("the wrapper ran"), "{}", end.out);
+    }
+    assert!(world.read("github-output").contains("exitcode<<"));
+}
+
+#[test]
+fn in_the_place_of_setup_terraforms_wrapper_a_cancelled_job_leaves_no_lock() {
+    let mut world = World::new(Lock::Both, WAITS);
+    set_up_as_the_action_does(&mut world);
+    let mut command = world.command(world.bin().join("terraform"));
+    command.args(["apply", "-auto-approve", "-no-color"]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    world.assert_locked();
+    run.send(Signal::SIGINT);
+    run.wait_for_out("Interrupt received");
+    run.send(Signal::SIGTERM);
+    world.go();
+    let end = run.wait();
+    assert!(!end.out.contains("Two interrupts") && !end.err.contains("Two interrupts"), "{}", world.story(&end));
+    assert_eq!(outputs(&world)["exitcode"], "1", "{}", world.story(&end));
+    world.assert_unlocked();
 }
