@@ -48,6 +48,8 @@ mod runners;
 mod said_well;
 #[path = "real/services.rs"]
 mod services;
+#[path = "real/shims.rs"]
+mod shims;
 #[path = "real/survived.rs"]
 mod survived;
 #[path = "real/terminal.rs"]

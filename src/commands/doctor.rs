@@ -1,5 +1,7 @@
 //! `tf locks doctor`: what would keep a release in this directory from working, tried before it is needed.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 use jiff::Timestamp;
 
@@ -11,8 +13,13 @@ use crate::lock::stores::{LOCK_FILE, Stores};
 use crate::lock::{aws, digest, dynamodb, s3};
 use crate::report::{self, length_of_time, quoted, visible};
 use crate::run::journal::Journal;
+use crate::run::program::Program;
 use crate::run::state_directory::StateDirectory;
 use crate::sys::lock_file;
+use crate::terraform::command_line::CommandLine;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::other_backends::{Deed, OtherBackend};
+use crate::terraform::version::Telling;
 use crate::terraform::{binary, lock_info};
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -82,13 +89,36 @@ impl Findings {
 
 impl Doctor {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
+        let own_files = own_files(self.chdir.clone());
         let place = Where::directory_of(self.chdir);
         if let Some(workspace) = self.fix_digest {
             return fix_digest::run(&place, workspace.as_deref(), self.yes, self.dry_run);
         }
         let mut findings = Findings { wrong: false };
-        terraform(&mut findings);
+        terraform(&mut findings, &own_files);
         journal(&mut findings);
+        let backend_there = DataDirectory::read(&own_files).backend;
+        if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
+        {
+            let said = format!("{}, {}", other.kind, visible(&other.place(backend)));
+            match other.deed_in(backend, |name| std::env::var(name).ok()) {
+                Deed::Nothing => findings.ok("backend", &format!("{said}: a lock there ends with its process")),
+                Deed::ForceUnlock => {
+                    findings.ok(
+                        "backend",
+                        &format!("{said}: a lock there is given back by terraform force-unlock, after 10 s"),
+                    );
+                }
+                Deed::Name => findings.note(
+                    "backend",
+                    &format!(
+                        "{said}: a lock there is named, and not given back: an unlock may hit whoever holds it by then"
+                    ),
+                    &format!("to see who holds it: {}", other.look),
+                ),
+            }
+            return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
+        }
         super::block_on(async {
             match place.reach().await {
                 Ok(Reach { target: Target::Directory(directory), stores }) => {
@@ -102,13 +132,43 @@ impl Doctor {
     }
 }
 
-fn terraform(findings: &mut Findings) {
-    match binary::find(binary::name(None)) {
-        Ok(found) => findings.ok("terraform", &visible(&found.path.display().to_string())),
+fn terraform(findings: &mut Findings, own_files: &Path) {
+    match binary::find(binary::name(std::env::args_os().next().as_deref())) {
+        Ok(found) => {
+            let shown = visible(&found.path.display().to_string());
+            let state = StateDirectory::open(|name| std::env::var_os(name)).ok();
+            let program = Program::look(state.as_ref(), &found.path, own_files);
+            match &program.version {
+                Some(version) if version.telling() == Telling::Nothing => findings.note(
+                    "terraform",
+                    &format!("{shown}, {version}: its log does not tell of its locks"),
+                    "a lock that it leaves is named at best; Terraform since 0.15 and OpenTofu are understood",
+                ),
+                Some(version) if version.telling() == Telling::Brackets => findings.note(
+                    "terraform",
+                    &format!("{shown}, {version}: its log tells that it had a lock, and not which"),
+                    "what it leaves is given back after 10 s, but for the locks of state and workspace commands, which are \
+                     named; OpenTofu since 1.11 tells more",
+                ),
+                Some(version) => findings.ok("terraform", &format!("{shown}, {version}: its log tells of its locks")),
+                None => findings.note(
+                    "terraform",
+                    &format!("{shown}: it only leads to a terraform, and nobody knows yet to which"),
+                    "the first run in this directory tells",
+                ),
+            }
+        }
         Err(reason) => {
             findings.wrong("terraform", &reason.to_string(), "put it on the PATH, or name it: TFW_TERRAFORM");
         }
     }
+}
+
+/// Where terraform keeps its own files, in the directory that is asked about.
+fn own_files(chdir: Option<PathBuf>) -> PathBuf {
+    let mut command_line = CommandLine::parse(&[]);
+    command_line.directory = chdir;
+    DataDirectory::path(&std::env::current_dir().unwrap_or_default(), &command_line)
 }
 
 /// Without a journal terraform runs all the same, and nobody finishes what a killed `tf` leaves.

@@ -42,6 +42,7 @@ use super::pipes::Pipes;
 use super::places::Places;
 use super::poll;
 use super::recorder::Recorder;
+use super::shim;
 use super::stop::{Effect, Event, Stop};
 use super::tombstone::Graveyard;
 use super::tree::Tree;
@@ -480,7 +481,16 @@ impl<'a> Watch<'a> {
             // Not before it is terraform: what comes earlier is thrown away between fork and exec.
             if interrupt && terraform.has_begun(self.ward.tree) {
                 interrupt = false;
-                let sent = terraform.signal(Signal::SIGINT);
+                let bereaved = self.ward.tree.bereaved();
+                let sent = match shim::behind(terraform.pid) {
+                    Some((_, behind)) => process::signal(&behind, Signal::SIGINT),
+                    None => terraform.signal(Signal::SIGINT),
+                };
+                if terraform.has_ended(self.ward.tree) {
+                    for process in bereaved {
+                        let _ = kill(process.pid, Signal::SIGINT);
+                    }
+                }
                 trace!("guardian: interrupted terraform: {}", sent.is_ok());
                 crash_point::reached("guardian: interrupted");
             }
@@ -495,7 +505,7 @@ impl<'a> Watch<'a> {
             awaited.extend(self.ward.pipes.awaited());
             let ready = poll::wait(&awaited, Some(LOOK));
             self.ward.pipes.step(&ready[pipes_from..]);
-            if terraform.has_ended(self.ward.tree) {
+            if terraform.has_ended(self.ward.tree) && self.ward.tree.bereaved().is_empty() {
                 break;
             }
             // Everybody who is below it now, so that they are known when they are not below it any more.

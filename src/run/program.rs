@@ -15,11 +15,9 @@ use std::time::{Duration, Instant};
 
 use super::poll;
 use super::state_directory::{StateDirectory, open_private};
+use crate::terraform::binary::LARGE;
 use crate::terraform::version::{Telling, Version};
 use crate::trace::trace;
-
-/// Every terraform and tofu is larger (0.15: 80 MB), and nothing that only starts one is.
-const LARGE: u64 = 40 << 20;
 
 /// How long it may take to say its version.
 const SAYS_WITHIN: Duration = Duration::from_secs(3);
@@ -33,6 +31,8 @@ pub(crate) struct Program {
     /// Where that is written down.
     file: Option<PathBuf>,
     key: String,
+    /// It is a terraform itself, and nothing that only leads to one.
+    pub(crate) itself: bool,
     /// None: nobody knows.
     pub(crate) version: Option<Version>,
 }
@@ -41,7 +41,9 @@ impl Program {
     /// What is known of the program at `path`, which is run with this data directory. There must be one thread.
     pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
         let file = state.map(|state| state.join("programs.json"));
-        let Ok(place) = fs::metadata(path) else { return Self { file: None, key: String::new(), version: None } };
+        let Ok(place) = fs::metadata(path) else {
+            return Self { file: None, key: String::new(), itself: true, version: None };
+        };
         let mut key =
             format!("{}.{} {} {}.{:09}", place.dev(), place.ino(), place.size(), place.mtime(), place.mtime_nsec());
         let itself = place.size() >= LARGE && is_executable_file(path);
@@ -49,7 +51,7 @@ impl Program {
             key = format!("{key} {}", data_directory.display());
         }
         let known = file.as_deref().map(read).unwrap_or_default();
-        let mut program = Self { file, version: known.get(&key).cloned(), key };
+        let mut program = Self { file, itself, version: known.get(&key).cloned(), key };
         // Where nothing can be remembered nobody is asked: it would be asked each time.
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {

@@ -16,6 +16,7 @@ use super::pipes::{Pipes, Progress};
 use super::places::Places;
 use super::poll;
 use super::recorder::Recorder;
+use super::shim;
 use super::stop::{Effect, Event, Stop};
 use super::tree::Tree;
 use super::waiting::Waiting;
@@ -83,7 +84,9 @@ impl Supervision<'_> {
                 self.arrived(arrival);
             }
             self.hear_witness();
-            if let Some(ended) = wait::ended(self.terraform) {
+            if let Some(ended) = wait::ended(self.terraform)
+                && !self.is_outlived(ended)
+            {
                 trace!("terraform ended: {ended:?}");
                 return ended;
             }
@@ -126,6 +129,19 @@ impl Supervision<'_> {
             };
             self.wait(timeout);
         }
+    }
+
+    /// What we started has died, and the terraform that it led to lives and works: that is told to stop, and is waited for as
+    /// if it were what we started. What ended by itself has left on purpose what it has left.
+    fn is_outlived(&mut self, ended: Ended) -> bool {
+        if !(matches!(ended, Ended::Killed(_)) || self.stop.was_interrupted()) || self.tree.bereaved().is_empty() {
+            return false;
+        }
+        if !self.stop.was_interrupted() {
+            trace!("what led to terraform ended: {ended:?}");
+            self.asked(Event::ParentGone);
+        }
+        true
     }
 
     fn wait(&mut self, timeout: Option<Duration>) {
@@ -208,7 +224,14 @@ impl Supervision<'_> {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
                 Effect::InterruptTerraform => {
-                    let _ = kill(self.terraform, Signal::SIGINT);
+                    let bereaved = self.tree.bereaved();
+                    if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
+                        shim::signal(self.terraform, Signal::SIGINT);
+                    } else {
+                        for process in bereaved {
+                            let _ = kill(process.pid, Signal::SIGINT);
+                        }
+                    }
                 }
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {

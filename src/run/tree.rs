@@ -25,6 +25,7 @@ use nix::unistd::{Pid, getpid};
 
 use super::patience::Patience;
 use super::poll;
+use super::shim;
 use crate::sys::descriptor;
 use crate::sys::process::{self, Process};
 use crate::sys::wait;
@@ -55,6 +56,8 @@ pub(crate) struct Tree {
     strangers: Vec<Pid>,
     /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
     strangers_possible: bool,
+    /// What we start is no terraform itself, and leads to one, which may outlive it.
+    leads_on: bool,
     vantage: Vantage,
 }
 
@@ -117,6 +120,7 @@ impl Tree {
             ours: RefCell::default(),
             strangers,
             strangers_possible,
+            leads_on: false,
             vantage: Vantage::Above,
         };
         Ok((tree, inherited))
@@ -247,6 +251,19 @@ impl Tree {
         } else {
             Kinship::Unclear
         }
+    }
+
+    /// Tells whether what is started is no terraform itself, and leads to one.
+    pub(crate) fn leads_on(&mut self, leads_on: bool) {
+        self.leads_on = leads_on;
+    }
+
+    /// The terraforms that what we started has led to, and that outlived it. Each is at work as it always was.
+    pub(crate) fn bereaved(&self) -> Vec<Process> {
+        if !self.leads_on {
+            return Vec::new();
+        }
+        self.look().0.into_iter().filter(|process| !process.is_dead() && shim::is_terraform(process.pid)).collect()
     }
 
     /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when

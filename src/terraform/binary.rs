@@ -18,6 +18,9 @@ pub(crate) const CHAIN: &str = "TFW_CHAIN";
 /// More wrappers in a row than anybody has. A chain that grows longer leads back to itself.
 const DEEPEST: u32 = 16;
 
+/// Every terraform and tofu is larger (0.15: 80 MB), and nothing that only leads to one is.
+pub(crate) const LARGE: u64 = 40 << 20;
+
 /// A terraform to run.
 #[derive(Debug)]
 pub(crate) struct Binary {

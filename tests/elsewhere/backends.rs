@@ -438,4 +438,11 @@ fn what_tf_locks_says_of_another_backend_is_what_the_table_says() {
         world.story(&end)
     );
     assert!(!end.err.contains("hunter2"), "{}", end.err);
+    let end = world.run(Subject::Tf, &["locks", "doctor"]);
+    assert!(
+        end.out.contains("note   backend: http, ") && end.out.contains("named, and not given back"),
+        "{}",
+        world.story(&end)
+    );
+    assert!(!end.out.contains("hunter2"), "{}", end.out);
 }

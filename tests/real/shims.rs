@@ -1,0 +1,181 @@
+//! Programs that stand between `tf` and terraform, or between the caller and `tf`.
+
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::cloud::tool;
+use crate::support::process::tree;
+use crate::support::world::{WAITS, terraform};
+use crate::support::{Lock, Run, Subject, World, wait_for};
+
+/// A program in terraform's place that stays above it, and throws an interrupt away as tenv does (pkg/cmdproxy,
+/// transmit_others.go): the terminal has sent one to terraform as well, it thinks.
+fn stays_above(world: &mut World) {
+    let script = format!(
+        "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGINT, lambda *_: None)\n\
+         sys.exit(subprocess.call([\"{}\"] + sys.argv[1:]))\n",
+        tool("python3").display(),
+        terraform().display()
+    );
+    world.stand_in("tenv", &script);
+}
+
+#[track_caller]
+fn real_terraform_below(run: &Run) -> Pid {
+    wait_for(
+        "terraform below its shim",
+        || tree(run.pid()).into_iter().find(|(_, name, ..)| name == "terraform").map(|(pid, ..)| pid),
+        || format!("{:?}", tree(run.pid())),
+    )
+}
+
+#[track_caller]
+fn shim_of(run: &Run) -> Pid {
+    wait_for(
+        "the shim",
+        || tree(run.pid()).into_iter().find(|(_, name, ..)| name == "tenv").map(|(pid, ..)| pid),
+        || format!("{:?}", tree(run.pid())),
+    )
+}
+
+#[test]
+fn a_shim_that_throws_interrupts_away_keeps_none_from_terraform() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let mut world = World::new(Lock::Both, WAITS);
+        stays_above(&mut world);
+        let run = world.start_apply(Subject::Tf);
+        real_terraform_below(&run);
+        run.send(signal);
+        run.wait_for_out("Interrupt received");
+        // What a runner sends next is none. Terraform ends its provisioner itself.
+        run.send(Signal::SIGTERM);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(1), "{signal}: {}", world.story(&end));
+        assert!(!end.err.contains("Two interrupts"), "{signal}: {}", world.story(&end));
+        assert!(!end.err.contains("released the lock"), "terraform unlocks by itself: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn bare_a_shim_that_is_told_to_stop_leaves_terraform_alone_with_its_lock() {
+    let mut world = World::new(Lock::Both, WAITS);
+    stays_above(&mut world);
+    let mut command = world.command(world.directory.join("tenv"));
+    command.args(["apply", "-auto-approve", "-no-color"]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    let terraform = real_terraform_below(&run);
+    run.send(Signal::SIGTERM);
+    wait_for("the end of the shim", || crate::support::household::is_gone(run.pid()).then_some(()), String::new);
+    assert!(!crate::support::household::is_gone(terraform));
+    world.assert_locked();
+    kill(terraform, Signal::SIGKILL).unwrap();
+    world.go();
+    run.wait();
+}
+
+#[test]
+fn a_shim_that_dies_takes_no_working_terraform_with_it() {
+    let mut world = World::new(Lock::Both, WAITS);
+    stays_above(&mut world);
+    let run = world.start_apply(Subject::Tf);
+    let terraform = real_terraform_below(&run);
+    kill(shim_of(&run), Signal::SIGKILL).unwrap();
+    run.wait_for_out("Interrupt received");
+    assert!(!crate::support::household::is_gone(terraform), "{}", world.trace());
+    world.assert_locked();
+    world.go();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "it ends as what it started: {}", world.story(&end));
+    assert!(
+        world.state().is_some_and(|state| state.contains("terraform_data")),
+        "the state is saved: {}",
+        world.story(&end)
+    );
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_tf_that_is_killed_above_a_shim_has_terraform_stop_once() {
+    let mut world = World::new(Lock::Both, WAITS);
+    stays_above(&mut world);
+    let run = world.start_apply(Subject::Tf);
+    let terraform = real_terraform_below(&run);
+    kill(run.pid(), Signal::SIGKILL).unwrap();
+    run.wait();
+    world.wait_for_trace("guardian: interrupted terraform");
+    world.go();
+    crate::support::household::wait_until_gone(&world, terraform);
+    crate::support::household::wait_until_unlocked(&world);
+    assert!(!world.trace().contains("ending "), "nobody was ended: {}", world.trace());
+}
+
+/// As tfenv: a script that becomes the terraform of this directory's choice.
+#[test]
+fn behind_a_script_the_first_run_tells_which_terraform_it_is() {
+    let levels = "echo $TF_LOG_CORE >> levels; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
+    let mut world = World::new(Lock::Both, levels);
+    let script = format!("#!/bin/sh\necho asked >> asked\nexec {} \"$@\"\n", terraform().display());
+    world.stand_in("tfenv", &script);
+    for round in 0..2 {
+        let run = world.start_apply(Subject::Tf);
+        kill(run_pid_of_terraform(&run), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{round}: {}", world.story(&end));
+        world.assert_unlocked();
+        fs::remove_file(world.directory.join("began")).unwrap();
+        world.forget_state();
+    }
+    assert_eq!(world.read("levels").lines().collect::<Vec<_>>(), ["TRACE", "INFO"]);
+    // It is started as often as it was asked to, and for nothing else.
+    assert_eq!(world.read("asked").lines().count(), 2);
+}
+
+#[track_caller]
+fn run_pid_of_terraform(run: &Run) -> Pid {
+    let below = || tree(run.pid()).into_iter().find(|(_, name, ..)| name == "terraform" || name == "tfenv");
+    wait_for("terraform", || below().map(|(pid, ..)| pid), || format!("{:?}", tree(run.pid())))
+}
+
+/// Terraform up to 1.0 wraps itself into a second process, which throws interrupts away.
+#[test]
+fn a_terraform_of_two_processes_is_made_one() {
+    let mut world = World::empty(Lock::DynamoDb);
+    let script = "#!/bin/sh\necho \"$TF_FORK,$TF_LOG_CORE\" >> seen\n\
+                  echo '2026-11-23T01:46:07.500Z [INFO]  Terraform version: 1.0.11' >> \"$TF_LOG_PATH\"\n";
+    world.stand_in("old", script);
+    for _ in 0..2 {
+        let end = world.run(Subject::Tf, &["plan"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    }
+    assert_eq!(world.read("seen").lines().collect::<Vec<_>>(), [",TRACE", "0,DEBUG"]);
+}
+
+/// Both installed: a link called tofu runs OpenTofu's name, and one called terraform Terraform's.
+#[test]
+fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
+    let mut world = World::empty(Lock::DynamoDb);
+    let real = world.directory.parent().unwrap().join("real");
+    let ours = world.directory.parent().unwrap().join("ours");
+    for directory in [&real, &ours] {
+        fs::create_dir(directory).unwrap();
+    }
+    for name in ["tofu", "terraform"] {
+        let program = real.join(name);
+        fs::write(&program, format!("#!/bin/sh\necho this is {name}\n")).unwrap();
+        fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), ours.join(name)).unwrap();
+    }
+    world.set("PATH", format!("{}:{}:/usr/bin:/bin", ours.display(), real.display()));
+    for name in ["tofu", "terraform"] {
+        for command in ["plan", "version"] {
+            let mut started = world.command(ours.join(name));
+            started.arg(command);
+            let end = Run::start(started).wait();
+            assert_eq!(end.out, format!("this is {name}\n"), "{}", world.story(&end));
+        }
+    }
+}
