@@ -179,3 +179,46 @@ fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
         }
     }
 }
+
+/// Atlantis has a binary for each version, and applies the plan that it has made.
+#[test]
+fn as_atlantis_runs_a_plan_its_lock_is_given_back() {
+    let mut world = World::new(Lock::Both, WAITS);
+    let bin = world.directory.parent().unwrap().join("atlantis");
+    fs::create_dir(&bin).unwrap();
+    std::os::unix::fs::symlink(terraform(), bin.join("terraform1.11.4")).unwrap();
+    let plan = world.directory.join("default.tfplan");
+    world.set("PATH", format!("{}:{}:/usr/bin:/bin", world.bin().display(), bin.display()));
+    world.set("TFW_TERRAFORM", "terraform1.11.4").set("PLANFILE", &plan).set("TF_IN_AUTOMATION", "true");
+    let mut command = world.command("/bin/sh");
+    command.args(["-c", "tf plan -input=false -out $PLANFILE"]);
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let mut command = world.command("/bin/sh");
+    command.args(["-c", "exec tf apply -input=false $PLANFILE"]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    let below = || tree(run.pid()).into_iter().find(|(_, name, ..)| name.starts_with("terraform"));
+    kill(wait_for("terraform", || below().map(|(pid, ..)| pid), String::new), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// Every test that docs/wrappers.md names is there.
+#[test]
+fn the_tests_that_the_recipes_name_are_there() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/wrappers.md")).unwrap();
+    let sources: String = fs::read_dir(root.join("tests/real"))
+        .unwrap()
+        .map(|file| fs::read_to_string(file.unwrap().path()).unwrap())
+        .collect();
+    let named: Vec<&str> =
+        text.split('`').filter(|word| word.matches('_').count() > 3 && !word.contains(' ')).collect();
+    assert!(named.len() > 8, "{named:?}");
+    for name in named {
+        let name = name.trim_start_matches('.');
+        assert!(sources.contains(&format!("{}(", name.trim_start_matches('_'))), "{name}");
+    }
+}
