@@ -92,7 +92,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         "azurerm",
         Deed::ForceUnlock,
         "an infinite lease of the state's blob",
-        "yes: the release names the lease, which is the lock's ID (read in the source)",
+        "yes: the release names the lease, which is the lock's ID (test: another's lease stands)",
         "az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease",
         &["storage_account_name", "container_name", "key"],
     ),

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 use crate::support::authority::Authority;
-use crate::support::cloud::{Server, free_port, keep};
+use crate::support::cloud::{Server, free_port, keep, tool};
 use crate::support::household::{Sweep, guardian_of, home, kill_all, tf_of, wait_until_gone};
 use crate::support::http::{self, Message};
 use crate::support::process::terraform_below;
@@ -260,6 +260,124 @@ fn gcs_a_run_that_ends_by_itself_is_left_alone_and_so_is_a_service_that_is_not_g
         world.story(&end)
     );
     assert!(storage.is_locked());
+}
+
+/// Azure Blob Storage: Microsoft's own emulator behind its true host name.
+struct Blobs {
+    port: u16,
+    signature: String,
+    front: Proxy,
+    authority: Arc<Authority>,
+    _server: Server,
+}
+
+impl Blobs {
+    fn start() -> Self {
+        let port = free_port();
+        let own = port.to_string();
+        let program = program("azurite-blob");
+        let command = [
+            program.to_str().unwrap(),
+            "--silent",
+            "--skipApiVersionCheck",
+            "--disableTelemetry",
+            "--inMemoryPersistence",
+            "--blobHost",
+            "127.0.0.1",
+            "--blobPort",
+            &own,
+        ];
+        let server = keep(&command, &[]);
+        wait_for("the blobs", || http::ask(port, "GET", "/", &[], b""), || format!("port {port}"));
+        // A signature for the emulator's one account, whose key is in its manual.
+        let script = "import base64, hashlib, hmac, urllib.parse\n\
+            key = base64.b64decode('Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==')\n\
+            p = dict(sv='2021-06-08', ss='b', srt='sco', sp='rwdlacupx', st='2020-01-01T00:00:00Z', se='2099-01-01T00:00:00Z', spr='https,http')\n\
+            text = '\\n'.join(['devstoreaccount1', p['sp'], p['ss'], p['srt'], p['st'], p['se'], '', p['spr'], p['sv'], '', ''])\n\
+            p['sig'] = base64.b64encode(hmac.new(key, text.encode(), hashlib.sha256).digest()).decode()\n\
+            print(urllib.parse.urlencode(p))\n";
+        let output = Command::new(tool("python3")).args(["-c", script]).output().unwrap();
+        let signature = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        let authority = Authority::new();
+        let for_front = Arc::clone(&authority);
+        let front = Proxy::start(port, move |request| {
+            if request.start.starts_with("CONNECT ") { Deed::Tunnel(Arc::clone(&for_front)) } else { Deed::Pass }
+        });
+        let blobs = Self { port, signature, front, authority, _server: server };
+        assert_eq!(blobs.ask("PUT", "tfc?restype=container&", &[]).status(), 201);
+        blobs
+    }
+
+    fn ask(&self, method: &str, what: &str, headers: &[(&str, &str)]) -> Message {
+        let path = format!("/devstoreaccount1/{what}{}", self.signature);
+        http::ask(self.port, method, &path, headers, b"").unwrap()
+    }
+
+    fn is_locked(&self) -> bool {
+        let answer = self.ask("HEAD", "tfc/prod.tfstate?", &[]);
+        answer.header("x-ms-lease-state") == Some("leased")
+    }
+
+    fn world(&self, command: &str) -> World {
+        let mut world = World::empty(Lock::File);
+        let above = world.directory.parent().unwrap().to_owned();
+        std::fs::write(above.join("ca.pem"), &self.authority.pem).unwrap();
+        world.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
+        world.set("SSL_CERT_FILE", above.join("ca.pem"));
+        let backend = format!(
+            "backend \"azurerm\" {{\n    storage_account_name = \"devstoreaccount1\"\n    container_name = \"tfc\"\n    key = \"prod.tfstate\"\n    sas_token = \"{}\"\n  }}",
+            self.signature
+        );
+        write_main(&world, &backend, command);
+        init(&world);
+        world
+    }
+}
+
+#[test]
+fn azurerm_a_killed_terraform_leaves_its_lease_and_under_tf_none() {
+    let blobs = Blobs::start();
+    let world = blobs.world(WAITS);
+    let run = start_bare(&world);
+    kill(run.pid(), Signal::SIGKILL).unwrap();
+    world.go();
+    run.wait();
+    assert!(blobs.is_locked(), "bare leaves it");
+
+    let blobs = Blobs::start();
+    let world = blobs.world(WAITS);
+    let run = world.start_apply(Subject::Tf);
+    assert!(blobs.is_locked());
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(!end.err.contains("sig=") && !world.trace().contains("sig="), "{}", world.story(&end));
+    assert!(!blobs.is_locked(), "{}", world.story(&end));
+    apply_again(&world);
+}
+
+#[test]
+fn azurerm_anothers_lease_stands() {
+    let blobs = Blobs::start();
+    let world = blobs.world("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    world.wait_for_trace("ending ");
+    // A person breaks it, and another's terraform takes it.
+    let broken = blobs.ask(
+        "PUT",
+        "tfc/prod.tfstate?comp=lease&",
+        &[("x-ms-lease-action", "break"), ("x-ms-lease-break-period", "0")],
+    );
+    assert_eq!(broken.status(), 202, "{}", broken.text());
+    let id = "22222222-3333-4444-5555-666666666666";
+    let headers = [("x-ms-lease-action", "acquire"), ("x-ms-lease-duration", "-1"), ("x-ms-proposed-lease-id", id)];
+    assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &headers).status(), 201);
+    world.go();
+    let end = run.wait();
+    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    let still = [("x-ms-lease-action", "renew"), ("x-ms-lease-id", id)];
+    assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &still).status(), 200, "{}", world.story(&end));
 }
 
 /// A server of the `http` backend's protocol that unlocks whoever asks, as the protocol allows.
