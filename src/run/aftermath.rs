@@ -59,18 +59,32 @@ pub(crate) struct Aftermath<'a> {
 /// Whether terraform died, or left its work, rather than ended by itself.
 ///
 /// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). 2 is both "there are changes"
-/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock.
-pub(crate) fn died(ended: Ended, forced: bool, leaves_lock: bool) -> bool {
-    match ended {
-        Ended::Killed(_) | Ended::Exited(11) => true,
-        Ended::Exited(2) => leaves_lock || forced,
-        Ended::Exited(_) => forced,
-    }
+/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock. The code of a shim tells of terraform's death
+/// whatever it likes (tenv 255, a shell 137, `terraform | tee` 0): there the log alone tells, and where that does not, 0 and
+/// 1 are believed to be terraform's own.
+pub(crate) fn died(ended: Ended, forced: bool, behind_a_shim: bool, log: &Log) -> bool {
+    forced
+        || match ended {
+            Ended::Killed(_) | Ended::Exited(11) => true,
+            Ended::Exited(0 | 1) => behind_a_shim && log.breaks_off_locked(),
+            Ended::Exited(2) => log.breaks_off() || (log.had_untold() && !log.announces_changes),
+            Ended::Exited(_) => behind_a_shim && (log.breaks_off() || log.had_untold()),
+        }
 }
 
 /// Makes sure that an operation is over: ends what is left of the tree of a terraform that died, and leaves alone what
 /// one that ended by itself has left on purpose. Gives the reason why no lock may go, if there is one.
 pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &mut Patience<'_>) -> Option<Outcome> {
+    // A terraform that a provisioner started without us, or a shim that has ended, writes into our recorder, and may hold
+    // what we see there.
+    if !died || (tree.is_behind_a_shim() && !at_once) {
+        let logging = tree.logging();
+        let living = tree.living();
+        let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
+        if let Some(process) = other {
+            return Some(Outcome::later(report::another_terraform(process)));
+        }
+    }
     if died {
         return match tree.end(patience, at_once) {
             Fate::Dead(_) => None,
@@ -78,16 +92,13 @@ pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &
             Fate::LifelineHeld => Some(Outcome::later(report::LIFELINE_HELD)),
         };
     }
-    // A terraform that a provisioner started without us writes into our recorder, and may hold what we see there.
-    let living = tree.living();
-    let other = living.iter().find(|process| is_terraform(process));
-    other.map(|process| Outcome::later(report::another_terraform(process)))
+    None
 }
 
 impl Aftermath<'_> {
     /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
     pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
-        let died = died(self.ended, self.stop.was_forced(), self.log.breaks_off());
+        let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log);
         let lost = died && (!self.log.tells_locks() || self.log.is_torn());
         if !self.log.may_hold() && !died {
             if self.stop.was_interrupted() {
@@ -310,16 +321,61 @@ mod tests {
     use super::*;
     use nix::sys::signal::Signal;
 
+    /// What a log of Terraform 1.11 tells, up to that many of its records: of a lock that was asked for, had, given back.
+    fn told(records: usize) -> Log {
+        let line = |message| crate::terraform::log::tests::lock_line(7, message, crate::terraform::log::tests::ID, "r");
+        let records = [
+            "2026-11-23T01:46:07.565Z [INFO]  Terraform version: 1.11.4\n".to_owned(),
+            line("Attempting to lock remote state (DynamoDB only)..."),
+            line("Locked remote state (DynamoDB only)"),
+            line("Attempting to unlock remote state (DynamoDB only)..."),
+            line("Unlocked remote state (DynamoDB only)"),
+        ][..records]
+            .concat();
+        let mut log = Log::default();
+        log.read(records.as_bytes());
+        log
+    }
+
     #[test]
     fn only_a_terraform_that_ended_by_itself_did_not_die() {
         for forced in [false, true] {
-            for leaves_lock in [false, true] {
-                assert!(died(Ended::Killed(Signal::SIGKILL), forced, leaves_lock));
-                assert!(died(Ended::Exited(11), forced, leaves_lock));
-                assert_eq!(died(Ended::Exited(0), forced, leaves_lock), forced);
-                assert_eq!(died(Ended::Exited(1), forced, leaves_lock), forced);
-                assert_eq!(died(Ended::Exited(2), forced, leaves_lock), forced || leaves_lock);
+            for records in 1..=5 {
+                let log = &told(records);
+                let (asked, had, over) = ((2..5).contains(&records), (3..5).contains(&records), records == 5);
+                assert_eq!((log.breaks_off(), log.breaks_off_locked()), (asked, had), "{over}");
+                for shim in [false, true] {
+                    assert!(died(Ended::Killed(Signal::SIGKILL), forced, shim, log));
+                    assert!(died(Ended::Exited(11), forced, shim, log));
+                    assert_eq!(died(Ended::Exited(2), forced, shim, log), forced || asked);
+                    for code in [0, 1] {
+                        assert_eq!(died(Ended::Exited(code), forced, shim, log), forced || (shim && had));
+                    }
+                    for code in [3, 137, 247, 255] {
+                        assert_eq!(died(Ended::Exited(code), forced, shim, log), forced || (shim && asked));
+                    }
+                }
             }
+        }
+    }
+
+    /// Of OpenTofu's locks nothing tells when they are given back; that changes are announced tells the command line.
+    #[test]
+    fn code_2_is_a_crash_unless_changes_are_announced_by_it() {
+        for (arguments, crash) in [("\"plan\"", true), ("\"plan\", \"-detailed-exitcode\"", false)] {
+            let mut log = Log::default();
+            log.read(
+                format!(
+                    "2026-11-23T01:46:07.565Z [INFO]  OpenTofu version: 1.6.2\n\
+                     2026-11-23T01:46:07.566Z [INFO]  CLI command args: []string{{{arguments}}}\n\
+                     2026-11-23T01:46:07.600Z [TRACE] backend/local: requesting state lock for workspace \"default\"\n\
+                     2026-11-23T01:46:07.700Z [TRACE] backend/local: reading remote state for workspace \"default\"\n"
+                )
+                .as_bytes(),
+            );
+            assert!(log.had_untold());
+            assert_eq!(died(Ended::Exited(2), false, false, &log), crash);
+            assert!(!died(Ended::Exited(1), false, true, &log) && died(Ended::Exited(255), false, true, &log));
         }
     }
 }

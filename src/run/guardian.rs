@@ -533,7 +533,7 @@ impl<'a> Watch<'a> {
             log.ended_well();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), log.breaks_off()));
+        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), ward.tree.is_behind_a_shim(), &log));
         let after = DataDirectory::read(ward.data_directory);
         let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
         let elsewhere = died && other_backend::may_be_left(&places);

@@ -190,7 +190,7 @@ impl<'a> Prepared<'a> {
         let backend = before.backend.as_ref().map(|backend| backend.kind.as_str());
         let mut recorder = Recorder::open(&run, program.level(backend), variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
-        tree.leads_on(!program.itself);
+        tree.records_into(recorder.descriptor(), !program.itself);
         let mut inherited = vec![lifeline];
         let mut pipes = Pipes::interpose(invocation.terraform.for_a_step)?;
         let terminal = if settings.shared_terminal { None } else { Terminal::open() };
@@ -324,6 +324,7 @@ impl<'a> Prepared<'a> {
             parent: self.parent,
             begun: self.begun,
             children_changed: false,
+            outlived: false,
         }
         .watch();
         crash_point::reached("tf: terraform ended");

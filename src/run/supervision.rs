@@ -54,6 +54,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) begun: Instant,
     /// SIGCHLD came: something below us stopped or ended, and may be an orphan to take away.
     pub(crate) children_changed: bool,
+    /// What we started has ended, and a terraform that it led to works on.
+    pub(crate) outlived: bool,
 }
 
 /// A descriptor for the end of our parent, where that is to be taken for a request to stop: in CI, unless we were
@@ -131,15 +133,23 @@ impl Supervision<'_> {
         }
     }
 
-    /// What we started has died, and the terraform that it led to lives and works: that is told to stop, and is waited for as
-    /// if it were what we started. What ended by itself has left on purpose what it has left.
+    /// What we started has ended, and the terraform that it led to lives and works: that is waited for as if it were what we
+    /// started, and told to stop if its shim died. A shim that ended by itself may have left it on purpose, or not: where
+    /// it holds a lock, what we would do after it must not be done before.
     fn is_outlived(&mut self, ended: Ended) -> bool {
-        if !(matches!(ended, Ended::Killed(_)) || self.stop.was_interrupted()) || self.tree.bereaved().is_empty() {
+        if !self.tree.is_behind_a_shim() {
             return false;
         }
-        if !self.stop.was_interrupted() {
+        let died = matches!(ended, Ended::Killed(_));
+        if !(died || self.stop.was_interrupted() || self.recorder.read().may_hold()) || self.tree.bereaved().is_empty()
+        {
+            return false;
+        }
+        if !std::mem::replace(&mut self.outlived, true) {
             trace!("what led to terraform ended: {ended:?}");
-            self.asked(Event::ParentGone);
+            if died && !self.stop.was_interrupted() {
+                self.asked(Event::ParentGone);
+            }
         }
         true
     }

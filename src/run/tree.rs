@@ -25,7 +25,6 @@ use nix::unistd::{Pid, getpid};
 
 use super::patience::Patience;
 use super::poll;
-use super::shim;
 use crate::sys::descriptor;
 use crate::sys::process::{self, Process};
 use crate::sys::wait;
@@ -56,8 +55,10 @@ pub(crate) struct Tree {
     strangers: Vec<Pid>,
     /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
     strangers_possible: bool,
-    /// What we start is no terraform itself, and leads to one, which may outlive it.
+    /// What we start is no terraform itself, and leads to one: its status is not terraform's, which may outlive it.
     leads_on: bool,
+    /// The recorder: its device and its number there.
+    recorder: Option<(u64, u64)>,
     vantage: Vantage,
 }
 
@@ -121,6 +122,7 @@ impl Tree {
             strangers,
             strangers_possible,
             leads_on: false,
+            recorder: None,
             vantage: Vantage::Above,
         };
         Ok((tree, inherited))
@@ -253,17 +255,28 @@ impl Tree {
         }
     }
 
-    /// Tells whether what is started is no terraform itself, and leads to one.
-    pub(crate) fn leads_on(&mut self, leads_on: bool) {
+    /// Tells the file that terraform logs into, and whether what is started is no terraform itself, and leads to one.
+    pub(crate) fn records_into(&mut self, recorder: BorrowedFd<'_>, leads_on: bool) {
+        self.recorder = descriptor::identity(recorder);
         self.leads_on = leads_on;
+    }
+
+    /// Whether what was started only leads to terraform.
+    pub(crate) fn is_behind_a_shim(&self) -> bool {
+        self.leads_on
+    }
+
+    /// The living terraforms of which we see the log: whatever they are called, each has the recorder open, and neither a
+    /// provider has it nor what a provisioner started, for Go closes it on exec (os.OpenFile).
+    pub(crate) fn logging(&self) -> Vec<Process> {
+        let Some(recorder) = self.recorder else { return Vec::new() };
+        let logs = |process: &Process| process.has_open(recorder) && process.runs_another_program();
+        self.look().0.into_iter().filter(|process| !process.is_dead() && logs(process)).collect()
     }
 
     /// The terraforms that what we started has led to, and that outlived it. Each is at work as it always was.
     pub(crate) fn bereaved(&self) -> Vec<Process> {
-        if !self.leads_on {
-            return Vec::new();
-        }
-        self.look().0.into_iter().filter(|process| !process.is_dead() && shim::is_terraform(process.pid)).collect()
+        if self.leads_on { self.logging() } else { Vec::new() }
     }
 
     /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when

@@ -45,6 +45,13 @@ pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
+/// Which file it is: its device and its number there.
+pub(crate) fn identity(descriptor: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::File::from(descriptor.try_clone_to_owned().ok()?).metadata().ok()?;
+    Some((file.dev(), file.ino()))
+}
+
 /// How far a move of bytes went.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Moved {

@@ -272,6 +272,16 @@ impl Process {
         program(&self.pid.to_string()).is_some_and(|theirs| Some(theirs) != program("self"))
     }
 
+    /// Whether it has that file open (proc(5), `/proc/PID/fd`). False for a process that we may not look into.
+    pub(crate) fn has_open(&self, (device, number): (u64, u64)) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
+        descriptors
+            .flatten()
+            .filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok())
+            .any(|file| (file.dev(), file.ino()) == (device, number))
+    }
+
     /// The program that it runs, without its directory, or else its name.
     pub(crate) fn program(&self) -> String {
         std::fs::read_link(format!("/proc/{}/exe", self.pid))

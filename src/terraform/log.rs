@@ -153,6 +153,9 @@ pub(crate) struct Log {
     pub(crate) program: Option<Version>,
     /// Terraform was told to take no lock. It still takes one while it creates a workspace's state, and no other.
     pub(crate) locking_disabled: bool,
+    /// Terraform was told to end with code 2 where there are changes.
+    #[serde(default)]
+    pub(crate) announces_changes: bool,
     /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
     pub(crate) disordered: bool,
     /// The time of the last record, as far as they run forwards.
@@ -233,7 +236,7 @@ impl Log {
             lock.unlocked |=
                 lock.unlocking && self.program.as_ref().is_some_and(|program| program.telling() != Telling::Whole);
         }
-        self.unnamed.clear();
+        self.unnamed.retain(|lock| matches!(lock.mark, Mark::Object { .. }) && !lock.unlocking && !lock.unlocked);
     }
 
     /// The locks of which only the local backend's own records tell, whichever backend they are in.
@@ -246,10 +249,24 @@ impl Log {
         self.standing().next().is_some() || self.standing_unnamed().next().is_some()
     }
 
-    /// Whether it holds a lock that was not begun to be given back. An end that may be a crash or not is one then.
+    /// Whether it holds a lock that was not begun to be given back, and would tell so if it was. An end that may be a crash or
+    /// not is one then.
     pub(crate) fn breaks_off(&self) -> bool {
         let answers = self.telling() != Some(Telling::Requests);
-        self.standing().any(|lock| !lock.unlocking || answers)
+        let of_an_object = |lock: &UnnamedLock| matches!(lock.mark, Mark::Object { .. });
+        self.standing().any(|lock| !lock.unlocking || answers) || self.standing_unnamed().any(of_an_object)
+    }
+
+    /// Whether it broke off with a lock that it had, and not only asked for.
+    pub(crate) fn breaks_off_locked(&self) -> bool {
+        let had = self.standing().any(|lock| lock.locked.is_some())
+            || self.standing_unnamed().any(|lock| lock.granted.is_some());
+        had && self.breaks_off()
+    }
+
+    /// Whether it had a lock of which it would not tell that it was given back.
+    pub(crate) fn had_untold(&self) -> bool {
+        self.standing_unnamed().any(|lock| matches!(lock.mark, Mark::Workspace(_)))
     }
 
     /// The locks that it had, did not say to have given back, and does not name.
@@ -284,6 +301,7 @@ impl Log {
         self.latest = self.latest.max(Some(record.time));
         if record.message == "CLI command args" {
             self.locking_disabled |= disables_locking(record.rest());
+            self.announces_changes |= record.rest().contains("-detailed-exitcode");
         }
         if record.module == "backend/local" {
             self.local_backend(&record);

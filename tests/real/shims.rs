@@ -98,6 +98,54 @@ fn a_shim_that_dies_takes_no_working_terraform_with_it() {
     world.assert_unlocked();
 }
 
+/// Whatever the shim makes of it: minus nine, or nothing at all.
+#[test]
+fn a_terraform_that_dies_behind_its_shim_is_a_dead_one() {
+    for (code, hides) in [(247, false), (0, true)] {
+        let mut world = World::new(Lock::Both, WAITS);
+        if hides {
+            world.stand_in("tenv", &format!("#!/bin/sh\n{} \"$@\" | cat\n", terraform().display()));
+        } else {
+            stays_above(&mut world);
+        }
+        let run = world.start_apply(Subject::Tf);
+        kill(real_terraform_below(&run), Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(code), "{}", world.story(&end));
+        assert!(end.err.contains("released the lock"), "{code}: {}", world.story(&end));
+        let trace = world.trace();
+        assert!(trace.contains("the tree is dead"), "its provisioner was still at work: {trace}");
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn a_shim_that_gives_up_takes_no_lock_from_the_terraform_that_works_on() {
+    let mut world = World::new(Lock::Both, WAITS);
+    let real = world.directory.parent().unwrap().join("terraform-bin");
+    fs::copy(terraform(), &real).unwrap();
+    let script = format!(
+        "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGUSR1, lambda *_: os._exit(3))\n\
+         sys.exit(subprocess.call([\"{}\"] + sys.argv[1:]))\n",
+        tool("python3").display(),
+        real.display()
+    );
+    world.stand_in("tenv", &script);
+    let run = world.start_apply(Subject::Tf);
+    let shim = shim_of(&run);
+    kill(shim, Signal::SIGUSR1).unwrap();
+    let is_over = || crate::support::household::is_gone(shim).then_some(());
+    wait_for("the end of the shim", is_over, || world.trace());
+    world.wait_for_trace("what led to terraform ended");
+    world.assert_locked();
+    world.go();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(3), "{}", world.story(&end));
+    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
 #[test]
 fn a_tf_that_is_killed_above_a_shim_has_terraform_stop_once() {
     let mut world = World::new(Lock::Both, WAITS);
