@@ -40,6 +40,13 @@ pub(crate) enum Exchange {
     },
 }
 
+impl Exchange {
+    /// Whether requests are told here. Of a state that is written, Terraform up to 1.5 tells at any level of the SDK's.
+    pub(crate) fn is_of_http(&self) -> bool {
+        !matches!(self, Self::PutState { .. })
+    }
+}
+
 /// What the lines above have begun.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Begun {
@@ -65,6 +72,11 @@ impl Exchanges {
     /// Whether the lines to come belong to what has been read: whoever begins to read later must begin before it.
     pub(crate) fn is_within(&self) -> bool {
         self.0 != Begun::Nothing
+    }
+
+    /// The same, of a request or an answer.
+    pub(crate) fn is_within_http(&self) -> bool {
+        matches!(self.0, Begun::Request { .. } | Begun::Answer { .. })
     }
 
     /// Takes the first line of a record.

@@ -312,7 +312,8 @@ impl Log {
         });
         if !names_locks {
             let exchange = self.exchanges.record(&record);
-            self.has_exchanges |= exchange.is_some() || self.exchanges.is_within();
+            self.has_exchanges |=
+                exchange.as_ref().is_some_and(Exchange::is_of_http) || self.exchanges.is_within_http();
             if let Some(exchange) = exchange {
                 self.exchange(exchange, record.time);
             }

@@ -262,6 +262,15 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         assert_eq!(log.standing_unnamed().count(), unnamed, "{version}");
         assert_eq!(log.unnamed[0].mark, Mark::Workspace("green".into()));
     }
+    // Nor were they where it has told that it writes its state, which is at another level
+    // (backend/remote-state/s3/client.go:182).
+    let upload = format!(
+        "{} [DEBUG] Uploading remote state to S3: {{\n  Body: buffer(0xc000),\n  Bucket: \"bkt\",\n  Key: \"dir/prod.tfstate\"\n}}\n",
+        at(700)
+    );
+    let written = log(&format!("{} [INFO]  Terraform version: 1.5.7\n{pair}{upload}", at(500)));
+    assert!(written.may_hold() && !written.tells_locks());
+    assert!(written.unnamed[0].uploading, "its write may be on its way");
     let told = format!(
         "{} [INFO]  OpenTofu version: 1.6.2\n{} [INFO]  CLI command args: []string{{\"plan\", \"-lock=false\"}}\n{pair}",
         at(500),
