@@ -87,8 +87,9 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
     }
 }
 
-/// How long after terraform said that it would ask for a lock the lock was made. It makes it right behind those words: in
-/// microseconds, on a busy machine in milliseconds. On one that is busier its own lock is a doubt.
+/// How long after terraform said that it would ask for a lock the lock was made, or before it was put where the log tells of
+/// the request alone. In between are microseconds, on a busy machine milliseconds. On one that is busier its own lock is a
+/// doubt.
 const MADE_WITHIN: SignedDuration = SignedDuration::from_millis(10);
 
 /// Whoever has to wait for a lock asks again after a second at the earliest (statemgr.LockWithContext).
@@ -115,7 +116,11 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         return Verdict::Anothers;
     }
     let known = checksum.is_some();
-    let latest = if known { unnamed.asked + ROUNDING } else { unnamed.asked + MADE_WITHIN };
+    let (earliest, latest) = match (&unnamed.mark, known) {
+        (Mark::Object { .. }, true) => (run.started, unnamed.asked + ROUNDING),
+        (Mark::Object { .. }, false) => (unnamed.asked - MADE_WITHIN, unnamed.asked + ROUNDING),
+        (Mark::Workspace(_), _) => (unnamed.asked - ROUNDING, unnamed.asked + MADE_WITHIN),
+    };
     let waited = unnamed.granted.is_none_or(|granted| granted > unnamed.asked + ANSWERED_WITHIN);
     let conditions = [
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
@@ -130,10 +135,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         (known || died, "the log does not name it, and the run ended by itself"),
         (known || unnamed.granted.is_some(), "the log does not say that the run had it"),
         (known || !waited, "the run had to wait for it, and the log does not name it"),
-        (
-            known || created.is_none_or(|created| created + ROUNDING >= unnamed.asked),
-            "it was created before this run asked for one",
-        ),
+        (created.is_none_or(|created| created >= earliest), "it was created before this run asked for one"),
         (created.is_none_or(|created| created <= latest), "it was created after this run asked for it"),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
@@ -209,6 +211,25 @@ mod tests {
         }
         assert_eq!(judge(&unnamed(None), &in_time, true), Verdict::Ours);
         assert!(matches!(judge(&unnamed(None), &in_time, false), Verdict::Doubt(_)));
+    }
+
+    /// Terraform makes it behind the local backend's words, and before the request.
+    #[test]
+    fn a_lock_without_a_name_was_made_on_the_side_of_the_record_where_terraform_makes_it() {
+        let workspace = unnamed(None);
+        let mark = Mark::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: None };
+        let object = UnnamedLock { mark, ..workspace.clone() };
+        for (created, by_request, by_words) in [
+            ("2026-11-23T01:46:07.580Z", false, false),
+            ("2026-11-23T01:46:07.589Z", true, false),
+            ("2026-11-23T01:46:07.594Z", true, true),
+            ("2026-11-23T01:46:07.599Z", false, true),
+            ("2026-11-23T01:46:07.609Z", false, false),
+        ] {
+            let lock = LockInfo { created: created.into(), ..standing() };
+            let ours = |unnamed| judge_unnamed(unnamed, &lock, "text", &run(), true) == Verdict::Ours;
+            assert_eq!((ours(&object), ours(&workspace)), (by_request, by_words), "{created}");
+        }
     }
 
     #[test]
