@@ -31,7 +31,7 @@ use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::{Log, UnnamedLock};
+use crate::terraform::log::Log;
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
@@ -156,28 +156,30 @@ impl Aftermath<'_> {
         }
         let mut left_over = standing.left_over(settled);
         if elsewhere {
-            left_over.unnamed.extend(self.settle_elsewhere(&places, &situation, keep.as_ref(), &ending, patience));
+            self.settle_elsewhere(&places, &situation, (keep.as_ref(), &ending), patience, &mut left_over);
         }
         left_over
     }
 
-    /// The same for another backend than S3. Gives the lock back that is left for the next `tf`.
+    /// The same for another backend than S3.
     fn settle_elsewhere(
         &self,
         places: &Places,
         situation: &Situation,
-        keep: Option<&Outcome>,
-        ending: &str,
+        (keep, ending): (Option<&Outcome>, &str),
         patience: &mut Patience<'_>,
-    ) -> Option<UnnamedLock> {
+        left_over: &mut LeftOver,
+    ) {
         let Invocation { terraform, command_line, .. } = self.invocation;
-        let elsewhere =
-            Elsewhere::of(places, self.log, &terraform.path, self.current, command_line.directory.as_deref())?;
+        let chdir = command_line.directory.as_deref();
+        let Some(elsewhere) = Elsewhere::of(places, self.log, &terraform.path, self.current, chdir) else { return };
         let keep = keep.and_then(Outcome::reason);
         let told = command_line.tells_of_its_lock();
         let end = elsewhere.settle(&situation.run, told, keep, [ending, &self.unlock_command()], By::Tf, patience);
         end.messages.iter().for_each(|message| report::say(message));
-        elsewhere.had.filter(|_| end.later)
+        if end.later {
+            left_over.add_elsewhere(elsewhere.had);
+        }
     }
 
     fn tell(&self, settled: &[Settled], remembered: &[String], ending: &str) {

@@ -59,6 +59,23 @@ impl Standing {
         LeftOver {
             locks: settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect(),
             unnamed: self.unread.into_iter().map(|(lock, _)| lock).collect(),
+            elsewhere: false,
+        }
+    }
+
+    /// The same for whoever has nobody to tell: all of which a person should hear is left for the next `tf`, which judges it
+    /// again, and says it.
+    pub(crate) fn untold(self, settled: Vec<Settled>, log: &Log) -> LeftOver {
+        let kept = |settled: &Settled| matches!(settled.outcome, Some(Outcome::Kept { .. }));
+        let unread: Vec<UnnamedLock> = if self.suspects.is_empty() {
+            self.unread.into_iter().map(|(lock, _)| lock).collect()
+        } else {
+            log.standing_unnamed().cloned().collect()
+        };
+        LeftOver {
+            locks: settled.into_iter().filter(kept).map(|settled| settled.lock).collect(),
+            unnamed: unread,
+            elsewhere: false,
         }
     }
 }

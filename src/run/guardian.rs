@@ -553,15 +553,17 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
-        let mut left_over = standing.left_over(settled);
+        let mut left_over = standing.untold(settled, &log);
         if elsewhere {
             let directory = ward.command_line.directory.as_deref();
             let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);
-            left_over.unnamed.extend(elsewhere.and_then(|elsewhere| {
+            if let Some(elsewhere) = elsewhere {
                 let (told, keep) = (ward.command_line.tells_of_its_lock(), keep.as_ref().and_then(Outcome::reason));
                 let end = elsewhere.settle(&situation.run, told, keep, [WHY, ""], By::Guardian, &mut patience);
-                elsewhere.had.filter(|_| end.later)
-            }));
+                if end.leaves_one() {
+                    left_over.add_elsewhere(elsewhere.had);
+                }
+            }
         }
         left_over
     }

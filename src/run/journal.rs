@@ -58,12 +58,20 @@ pub(crate) struct LeftOver {
     pub(crate) locks: Vec<RecordedLock>,
     /// Those that could not even be looked for.
     pub(crate) unnamed: Vec<UnnamedLock>,
+    /// One that may stand in another backend than S3.
+    pub(crate) elsewhere: bool,
 }
 
 impl LeftOver {
+    /// Leaves what may stand in another backend, and what is known of it.
+    pub(crate) fn add_elsewhere(&mut self, had: impl IntoIterator<Item = UnnamedLock>) {
+        self.elsewhere = true;
+        self.unnamed.extend(had);
+    }
+
     /// Nothing is.
     pub(crate) fn is_empty(&self) -> bool {
-        self.locks.is_empty() && self.unnamed.is_empty()
+        self.locks.is_empty() && self.unnamed.is_empty() && !self.elsewhere
     }
 }
 

@@ -8,7 +8,9 @@
 //! none ([`crate::lock::proof::judge_unnamed`]).
 
 use std::ffi::OsString;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -62,6 +64,14 @@ pub(crate) fn may_be_left(places: &Places) -> bool {
 pub(crate) struct Ending {
     pub(crate) messages: Vec<String>,
     pub(crate) later: bool,
+    pub(crate) released: bool,
+}
+
+impl Ending {
+    /// Whether a lock may stand of which a person should hear.
+    pub(crate) fn leaves_one(&self) -> bool {
+        !self.released && !self.messages.is_empty()
+    }
 }
 
 impl<'a> Elsewhere<'a> {
@@ -99,13 +109,14 @@ impl<'a> Elsewhere<'a> {
         let variable = |name: &str| std::env::var(name).ok();
         let deed = self.kind.deed_in(self.backend, variable);
         trace!("backend {}: {deed:?}; had: {:?}", self.kind.kind, self.had);
-        if deed == Deed::Nothing || run.locking_disabled || (self.had.is_none() && brackets) {
+        // A run that takes no lock has had none; where it had one, it was another terraform in its log that takes none.
+        if deed == Deed::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
             return Ending::default();
         }
         let place = self.kind.place(self.backend);
         let named = |why: &str, info: Option<&LockInfo>| Ending {
             messages: vec![report::left_elsewhere(ending, self.kind, &place, why, info, unlock)],
-            later: false,
+            ..Ending::default()
         };
         if deed == Deed::Name {
             return named("its unlock would hit whoever holds the lock by then", None);
@@ -144,6 +155,7 @@ impl<'a> Elsewhere<'a> {
         let named = |why: &str| Ending {
             messages: vec![report::left_elsewhere(ending, self.kind, place, why, Some(info), unlock)],
             later: true,
+            released: false,
         };
         report::say(&report::waiting_blindly(QUIET));
         let begun = Instant::now();
@@ -164,7 +176,7 @@ impl<'a> Elsewhere<'a> {
             Ok(_) => {
                 history::record(&Event::of_standing(What::Released, by, info, &info.path, ending, None));
                 let message = report::released_elsewhere(ending, self.kind, info);
-                Ending { messages: vec![message], later: false }
+                Ending { messages: vec![message], later: false, released: true }
             }
         }
     }
@@ -181,31 +193,36 @@ impl<'a> Elsewhere<'a> {
     }
 
     /// Runs terraform as the run did. Gives its exit code, if it had one, and what it said on stderr.
+    ///
+    /// It may have the lock itself for a moment, so it is never ended, and nothing that ends us ends it: it is in a group of
+    /// its own, of which no key tells, and writes into a file. Whoever does not wait for it lets it come to its end.
     fn terraform(&self, arguments: &[&str], patience: &mut Patience<'_>) -> io::Result<(Option<i32>, String)> {
-        let mut child = self.start(arguments)?;
+        let mut said = tempfile::tempfile()?;
+        let mut child = self.start(arguments, said.try_clone()?)?;
         let begun = Instant::now();
         let mut enough = 0;
         let status = loop {
             if let Some(status) = child.try_wait()? {
                 break status;
             }
-            enough += patience.interrupts();
+            let interrupts = patience.interrupts();
+            if interrupts > 0 {
+                trace!("an interrupt while terraform is asked");
+            }
+            enough += interrupts;
             if begun.elapsed() > ANSWERS_WITHIN || enough > 1 {
-                let _ = child.kill();
-                let _ = child.wait();
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "terraform did not answer"));
             }
             patience.wait(LOOK);
         };
-        let mut said = String::new();
-        if let Some(stderr) = child.stderr.take() {
-            stderr.take(1 << 16).read_to_string(&mut said)?;
-        }
-        Ok((status.code(), said))
+        let mut text = String::new();
+        said.rewind()?;
+        said.take(1 << 16).read_to_string(&mut text)?;
+        Ok((status.code(), text))
     }
 
     #[expect(clippy::disallowed_methods, reason = "the run is over; this one asks, and unlocks, and changes nothing")]
-    fn start(&self, arguments: &[&str]) -> io::Result<Child> {
+    fn start(&self, arguments: &[&str], said: File) -> io::Result<Child> {
         let mut command = Command::new(self.program);
         if let Some(chdir) = self.chdir {
             let mut flag = OsString::from("-chdir=");
@@ -226,7 +243,8 @@ impl<'a> Elsewhere<'a> {
             .current_dir(self.current)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(said)
+            .process_group(0)
             .spawn()
     }
 }

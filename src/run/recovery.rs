@@ -365,7 +365,8 @@ fn finish(dead: Dead) -> Vec<String> {
 }
 
 fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Option<&str>) -> (Vec<String>, LeftOver) {
-    let elsewhere = record.log.of_workspaces().next().is_some() && record.access.iter().any(Access::is_elsewhere);
+    let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
+    let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
     if !record.log.may_hold() && !elsewhere {
         return (Vec::new(), LeftOver::default());
     }
@@ -485,12 +486,12 @@ fn recover_elsewhere(
                 patience,
             )
         }),
-        Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true }),
+        Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true, released: false }),
     };
     let end = end.unwrap_or_default();
     messages.extend(end.messages);
     if end.later {
-        left_over.unnamed.extend(record.log.of_workspaces().cloned());
+        left_over.add_elsewhere(record.log.of_workspaces().cloned());
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
@@ -56,6 +57,8 @@ struct Storage {
     port: u16,
     /// Requests that deleted a lock, as they came.
     deletes: Arc<Mutex<Vec<String>>>,
+    /// Which of them is held back.
+    held: Arc<AtomicUsize>,
     front: Proxy,
     authority: Arc<Authority>,
     _server: Server,
@@ -93,6 +96,8 @@ impl Storage {
         http::ask(port, "POST", "/storage/v1/b?project=t", &json, b"{\"name\":\"tfb\"}").unwrap();
         let (authority, deletes) = (Authority::new(), Arc::new(Mutex::new(Vec::new())));
         let (for_front, seen) = (Arc::clone(&authority), Arc::clone(&deletes));
+        let held = Arc::new(AtomicUsize::new(0));
+        let which = Arc::clone(&held);
         let front = Proxy::start(port, move |request| {
             if request.start.starts_with("CONNECT ") {
                 return Deed::Tunnel(Arc::clone(&for_front));
@@ -100,7 +105,11 @@ impl Storage {
             if !request.start.starts_with("DELETE ") || !request.start.contains(".tflock") {
                 return Deed::Pass;
             }
-            seen.lock().unwrap().push(request.start.clone());
+            let mut seen = seen.lock().unwrap();
+            seen.push(request.start.clone());
+            if seen.len() == which.load(Ordering::SeqCst) {
+                return Deed::Hold;
+            }
             let wanted =
                 request.start.split("ifGenerationMatch=").nth(1).and_then(|rest| rest.split(['&', ' ']).next());
             let standing = generation(port);
@@ -109,7 +118,7 @@ impl Storage {
             }
             Deed::Pass
         });
-        Self { port, deletes, front, authority, _server: server }
+        Self { port, deletes, held, front, authority, _server: server }
     }
 
     /// A directory that is at home there, initialised.
@@ -233,6 +242,33 @@ fn gcs_when_tf_is_killed_the_guardian_or_the_next_tf_gives_it_back() {
         }
         assert!(!storage.is_locked(), "{everything}: {}", world.trace());
         apply_again(&world);
+    }
+}
+
+/// The question is asked by a terraform that has the lock itself for a moment. Whoever does not wait for it, or goes, must
+/// not leave that one.
+#[test]
+fn gcs_a_question_that_nobody_waits_for_leaves_no_lock_of_its_own() {
+    for closed in [false, true] {
+        let storage = Storage::start();
+        let world = storage.world(WAITS);
+        let run = world.start_apply(Subject::Tf);
+        // The first delete is the release's, the second the question's own.
+        storage.held.store(2, Ordering::SeqCst);
+        run.kill_terraform();
+        storage.front.wait_until_held();
+        assert!(storage.is_locked());
+        if closed {
+            run.send_to_group(Signal::SIGKILL);
+        } else {
+            // Two at once would be one to the kernel.
+            run.send(Signal::SIGINT);
+            world.wait_for_trace("an interrupt while terraform is asked");
+            run.send(Signal::SIGINT);
+        }
+        run.wait();
+        storage.front.let_go();
+        wait_for("the end of the question", || (!storage.is_locked()).then_some(()), || world.trace());
     }
 }
 
@@ -450,6 +486,26 @@ fn http_its_lock_is_named_and_never_unlocked_for_its_unlock_hits_anybody() {
     assert_eq!(*states.held.lock().unwrap(), None);
     // And a run that ends well leaves nothing and says nothing.
     assert!(apply_again(&world).err.is_empty());
+}
+
+#[test]
+fn http_a_lock_that_the_guardian_can_only_name_the_next_tf_names() {
+    let states = States::start();
+    let world = states.world(WAITS);
+    let _sweep = Sweep(home(&world));
+    let run = world.start_apply(Subject::Tf);
+    let (tf, terraform) = (tf_of(&world), terraform_below(run.pid()));
+    let guardian = guardian_of(&world, tf);
+    kill(tf, Signal::SIGKILL).unwrap();
+    kill(terraform, Signal::SIGKILL).unwrap();
+    run.wait();
+    wait_until_gone(&world, guardian);
+    for named in [true, false] {
+        let end = world.run(Subject::Tf, &["locks", "recover"]);
+        let said = end.out.clone() + &end.err;
+        assert_eq!(said.contains("backend http") && said.contains("was not released"), named, "{}", world.story(&end));
+    }
+    assert!(states.held.lock().unwrap().is_some());
 }
 
 #[test]
