@@ -16,6 +16,7 @@ use aws_runtime::env_config::section::EnvConfigSections;
 use aws_types::os_shim_internal::{Env, Fs};
 
 use super::attributes::{self, Treatment};
+use super::causes::causes;
 use super::credentials;
 use super::network::Network;
 use super::proxies::Proxies;
@@ -36,7 +37,7 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
     let config = connect(backend).await.map_err(|error| error.to_string())?;
     match credentials::sts(backend, &config).get_caller_identity().send().await {
         Ok(answer) => answer.arn.ok_or_else(|| "no answer".to_owned()),
-        Err(error) => Err(aws_sdk_sts::error::DisplayErrorContext(&error).to_string()),
+        Err(error) => Err(causes(&error)),
     }
 }
 
@@ -49,6 +50,9 @@ pub(crate) enum Unreachable {
     /// A key of the profile that is used.
     #[error("the profile sets {0}, which tf cannot follow")]
     ProfileKey(&'static str),
+    /// A profile that is named.
+    #[error("the profile {0} is in none of the shared files")]
+    Profile(String),
     /// A part of the block that says half of something.
     #[error("the backend sets {0}")]
     Incomplete(&'static str),
@@ -74,7 +78,7 @@ pub(crate) enum Unreachable {
 impl Unreachable {
     /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Certificates { .. } | Self::Network(_))
+        matches!(self, Self::Certificates { .. } | Self::Network(_) | Self::Profile(_))
     }
 }
 
@@ -93,9 +97,6 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     }
     let files = shared_files(backend).build();
     let profile = profile(backend, &files).await;
-    if let Some(key) = profile.as_ref().and_then(unknown_key) {
-        return Err(Unreachable::ProfileKey(key));
-    }
     let client = network(backend, profile.as_ref())?.client();
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
@@ -111,7 +112,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     if let Some(region) = backend.string("region") {
         loader = loader.region(Region::new(region.to_owned()));
     }
-    if let Some(profile) = backend.string("profile") {
+    if let Some(profile) = profile_name(backend, set) {
         loader = loader.profile_name(profile);
     }
     if backend.flag("use_fips_endpoint") {
@@ -121,10 +122,9 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         loader = loader.use_dual_stack(true);
     }
     let config = loader.load().await;
-    let sts_endpoint = credentials::sts_endpoint(backend);
     // The SDK's own calls of STS, for a role of a profile, are in that region only where STS has an endpoint
     // (aws-sdk-go-base, endpoints.go).
-    let region = backend.string("sts_region").filter(|_| sts_endpoint.is_some());
+    let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
     let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
     let for_providers = ProviderConfig::without_region()
         .with_region(region)
@@ -134,8 +134,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         .with_http_client(client)
         .with_retry_config(retries)
         .with_timeout_config(timeouts);
-    let files = with_endpoints(backend, shared_files(backend), sts_endpoint, profile.as_ref()).build();
-    let provider = credentials::provider(backend, files, &for_providers, &config)?;
+    let provider = credentials::provider(backend, profile.as_ref(), &for_providers, &config)?;
     Ok(config.into_builder().credentials_provider(provider).build())
 }
 
@@ -160,7 +159,7 @@ fn not_followed(backend: &CachedBackend) -> Option<String> {
 }
 
 /// The shared files that the block or the environment names, in terraform's order.
-fn shared_files(backend: &CachedBackend) -> aws_runtime::env_config::file::Builder {
+pub(super) fn shared_files(backend: &CachedBackend) -> aws_runtime::env_config::file::Builder {
     let listed = |name: &str| backend.strings(name).into_iter().map(ToOwned::to_owned).collect::<Vec<_>>();
     let or =
         |files: Vec<String>, other: Option<String>| if files.is_empty() { other.into_iter().collect() } else { files };
@@ -179,38 +178,16 @@ fn shared_files(backend: &CachedBackend) -> aws_runtime::env_config::file::Build
     files
 }
 
-/// The same files, with the block's endpoints of STS and SSO in the profile: the only place from where the SDK's own
-/// credential providers take them.
-fn with_endpoints(
-    backend: &CachedBackend,
-    files: aws_runtime::env_config::file::Builder,
-    sts: Option<String>,
-    profile: Option<&EnvConfigSections>,
-) -> aws_runtime::env_config::file::Builder {
-    let sso = backend.string("endpoints.sso").map(ToOwned::to_owned);
-    let named = [("sts", sts), ("sso", sso)];
-    let Some(profile) = profile.filter(|_| named.iter().any(|(_, url)| url.is_some())) else { return files };
-    let header = match profile.selected_profile() {
-        "default" => "default".to_owned(),
-        name => format!("profile {name}"),
-    };
-    let endpoints =
-        named.into_iter().filter_map(|(service, url)| Some(format!("{service} =\n  endpoint_url = {}", url?)));
-    let endpoints = endpoints.collect::<Vec<_>>().join("\n");
-    let text = format!("[{header}]\nservices = of-the-backend\n[services of-the-backend]\n{endpoints}\n");
-    files.with_contents(EnvConfigFileKind::Config, text)
-}
-
 /// The shared files as the profile that is used sees them. None where they cannot be read, which is nobody's error yet.
 async fn profile(backend: &CachedBackend, files: &EnvConfigFiles) -> Option<EnvConfigSections> {
-    let named = backend.string("profile").map(ToOwned::to_owned);
-    let name = named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"));
+    let name = profile_name(backend, set);
     aws_config::profile::load(&Fs::real(), &Env::real(), files, name.map(Into::into)).await.ok()
 }
 
-fn unknown_key(profile: &EnvConfigSections) -> Option<&'static str> {
-    let keys = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
-    keys.map(|key| key.name).find(|key| profile.get(key).is_some())
+/// The profile that is named: by the block, or in one of the two variables that Go's SDK knows.
+pub(super) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let named = backend.string("profile").map(ToOwned::to_owned);
+    named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"))
 }
 
 /// Proxies, authorities and trust, as terraform has them.

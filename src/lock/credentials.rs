@@ -4,28 +4,30 @@
 //! 1. `access_key` and `secret_key` of the block.
 //! 2. Its `profile`; that, and keys of the environment are not looked at. Terraform before 1.6 had it the other way round.
 //! 3. Keys of the environment, else a web identity of the environment, else the profile of the environment.
-//! 4. Where the profile has nothing: the container, then the instance.
+//! 4. Where there is no profile, or nothing of the kind in it: the container, then the instance.
 //! 5. `assume_role_with_web_identity` takes the place of 2 to 4.
 //! 6. `assume_role` goes on top of all.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_config::ecs::EcsCredentialsProvider;
 use aws_config::imds;
 use aws_config::imds::credentials::ImdsCredentialsProvider;
-use aws_config::meta::credentials::CredentialsProviderChain;
 use aws_config::profile::ProfileFileCredentialsProvider;
 use aws_config::provider_config::ProviderConfig;
 use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, Result as Provided, SharedCredentialsProvider, future};
-use aws_runtime::env_config::file::EnvConfigFiles;
-use aws_sdk_sts::error::DisplayErrorContext;
+use aws_runtime::env_config::file::EnvConfigFileKind;
+use aws_runtime::env_config::section::EnvConfigSections;
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
-use super::aws::{Unreachable, endpoint, expand, set};
+use super::attributes::{self, Treatment};
+use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
+use super::causes::causes;
 use crate::terraform::backend::CachedBackend;
 
 /// The name of the session in which a role is assumed, where the block has none.
@@ -34,13 +36,14 @@ const SESSION: &str = "tf-lock-release";
 /// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
 const DURATION: Duration = Duration::from_mins(15);
 
-/// Credentials as `backend` and the environment say, not asked for yet. `config` has everything else.
+/// Credentials as `backend` and the environment say, not asked for yet. `profile` is what the shared files have, where they
+/// can be read; `config` has everything else.
 ///
 /// # Errors
-/// [`Unreachable`]: a part of the block contradicts itself.
+/// [`Unreachable`]: a part of the block contradicts itself, or the profile is not there.
 pub(super) fn provider(
     backend: &CachedBackend,
-    files: EnvConfigFiles,
+    profile: Option<&EnvConfigSections>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
 ) -> Result<SharedCredentialsProvider, Unreachable> {
@@ -52,53 +55,210 @@ pub(super) fn provider(
     } else if let Some(role) = WebRole::of(backend)? {
         SharedCredentialsProvider::new(role.with(sts(backend, config)))
     } else {
-        SharedCredentialsProvider::new(chain(backend, files, for_providers)?)
+        let source = source(backend, profile, set)?;
+        from(source, backend, profile, for_providers)?
     };
     let Some(role) = Role::of(backend)? else { return Ok(base) };
     let config = config.to_builder().credentials_provider(base).build();
     Ok(SharedCredentialsProvider::new(role.with(sts(backend, &config))))
 }
 
-/// What is found in the environment, the shared files, the container and the instance.
-fn chain(
+/// Where credentials come from, if the block itself has none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Environment(Keys),
+    WebIdentity,
+    Profile,
+    /// Keys that stand in the profile; with `role`, they assume the role that stands beside them.
+    KeysOfProfile {
+        keys: Keys,
+        role: bool,
+    },
+    Container,
+    Instance,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Keys {
+    id: String,
+    secret: String,
+    token: Option<String>,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Keys")
+    }
+}
+
+impl Keys {
+    fn provider(self, name: &'static str) -> SharedCredentialsProvider {
+        SharedCredentialsProvider::new(Credentials::new(self.id, self.secret, self.token, None, name))
+    }
+
+    /// Under every name that Go's SDK knows.
+    fn of_environment(set: &impl Fn(&str) -> Option<String>) -> Option<Self> {
+        Some(Self {
+            id: set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"))?,
+            secret: set("AWS_SECRET_ACCESS_KEY").or_else(|| set("AWS_SECRET_KEY"))?,
+            token: set("AWS_SESSION_TOKEN"),
+        })
+    }
+}
+
+/// Decides it as the AWS SDK for Go does: by what is set, before anybody is asked. The SDK for Rust tries one after the
+/// other and takes the next when one has nothing, and that would be somebody else: the machine, where a profile was meant.
+///
+/// A profile that is named and not there is an error even where Go would not mind (`AWS_DEFAULT_PROFILE`): it may have
+/// been there when the run began.
+fn source(
     backend: &CachedBackend,
-    files: EnvConfigFiles,
-    config: &ProviderConfig,
-) -> Result<CredentialsProviderChain, Unreachable> {
-    let mut profile = ProfileFileCredentialsProvider::builder().configure(config).profile_files(files);
-    let named = backend.string("profile").map(ToOwned::to_owned).or_else(|| {
-        // Go's SDK knows a second name for it.
-        set("AWS_PROFILE").is_none().then(|| set("AWS_DEFAULT_PROFILE")).flatten()
-    });
-    if let Some(name) = named {
-        profile = profile.profile_name(name);
+    sections: Option<&EnvConfigSections>,
+    set: impl Fn(&str) -> Option<String>,
+) -> Result<Source, Unreachable> {
+    if backend.string("profile").is_none() || backend.is_of_before_1_6() {
+        if let Some(keys) = Keys::of_environment(&set) {
+            return Ok(Source::Environment(keys));
+        }
+        if set("AWS_WEB_IDENTITY_TOKEN_FILE").is_some() {
+            return Ok(Source::WebIdentity);
+        }
     }
-    let metadata = metadata(backend, config)?;
-    if let Some(metadata) = &metadata {
-        profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata());
+    // Files that cannot be read: whoever needs them says why.
+    let Some(sections) = sections else { return Ok(Source::Profile) };
+    let profile = sections.get_profile(sections.selected_profile());
+    if let (None, Some(name)) = (profile, profile_name(backend, &set)) {
+        return Err(Unreachable::Profile(name));
     }
-    let profile = profile.build();
-    let environment_first = backend.string("profile").is_none() || backend.is_of_before_1_6();
-    let chain = if environment_first {
-        let web = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
-        CredentialsProviderChain::first_try("Environment", Environment)
-            .or_else("WebIdentityToken", web)
-            .or_else("Profile", profile)
+    let get = |name: &str| profile.and_then(|profile| profile.get(name)).filter(|value| !value.is_empty());
+    if get("source_profile").is_some() {
+        return Ok(Source::Profile);
+    }
+    if let (Some(id), Some(secret)) = (get("aws_access_key_id"), get("aws_secret_access_key")) {
+        let token = get("aws_session_token").map(ToOwned::to_owned);
+        let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token };
+        return Ok(Source::KeysOfProfile { keys, role: get("role_arn").is_some() });
+    }
+    let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
+    if let Some(key) = not_followed.map(|key| key.name).find(|name| get(name).is_some()) {
+        return Err(Unreachable::ProfileKey(key));
+    }
+    let others = [
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "role_arn",
+        "credential_source",
+        "web_identity_token_file",
+        "sso_session",
+        "sso_account_id",
+        "sso_role_name",
+        "sso_start_url",
+        "credential_process",
+    ];
+    Ok(if others.iter().any(|name| get(name).is_some()) {
+        Source::Profile
+    } else if CONTAINER.iter().any(|name| set(name).is_some()) {
+        Source::Container
     } else {
-        CredentialsProviderChain::first_try("Profile", profile)
-    };
-    let chain = chain.or_else("Container", EcsCredentialsProvider::builder().configure(config).build());
-    Ok(match metadata {
-        Some(metadata) => chain.or_else("Instance", metadata()),
-        None => chain,
+        Source::Instance
     })
 }
 
-/// The instance's own credentials, where it is to be asked.
-fn metadata(
+/// Where a container's credentials are.
+const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+
+fn from(
+    source: Source,
     backend: &CachedBackend,
+    sections: Option<&EnvConfigSections>,
     config: &ProviderConfig,
-) -> Result<Option<impl Fn() -> ImdsCredentialsProvider + use<>>, Unreachable> {
+) -> Result<SharedCredentialsProvider, Unreachable> {
+    let keys = match source {
+        Source::Environment(keys) => return Ok(keys.provider("environment")),
+        Source::KeysOfProfile { keys, role: false } => return Ok(keys.provider("profile")),
+        Source::WebIdentity => {
+            let provider = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
+            return Ok(SharedCredentialsProvider::new(provider));
+        }
+        Source::Container => {
+            let provider = EcsCredentialsProvider::builder().configure(config).build();
+            return Ok(SharedCredentialsProvider::new(provider));
+        }
+        Source::Instance => {
+            return Ok(match metadata(backend, config)? {
+                Some(metadata) => SharedCredentialsProvider::new(metadata),
+                None => SharedCredentialsProvider::new(Nobody),
+            });
+        }
+        Source::KeysOfProfile { keys, role: true } => Some(keys),
+        Source::Profile => None,
+    };
+    let files = with_additions(backend, sections, keys.as_ref()).build();
+    let mut profile = ProfileFileCredentialsProvider::builder().configure(config).profile_files(files);
+    if let Some(name) = profile_name(backend, set) {
+        profile = profile.profile_name(name);
+    }
+    if let Some(metadata) = metadata(backend, config)? {
+        profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata);
+    }
+    Ok(SharedCredentialsProvider::new(profile.build()))
+}
+
+/// The shared files, and in the profile what the SDK's own providers take from nowhere else: the block's endpoints of STS
+/// and SSO, and who is to assume a role where the keys stand in the same profile.
+fn with_additions(
+    backend: &CachedBackend,
+    sections: Option<&EnvConfigSections>,
+    keys: Option<&Keys>,
+) -> aws_runtime::env_config::file::Builder {
+    let files = shared_files(backend);
+    let Some(sections) = sections else { return files };
+    let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
+    let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
+    let mut profile = String::new();
+    let mut others = String::new();
+    if !endpoints.is_empty() {
+        profile.push_str("services = of-the-backend\n");
+        others.push_str("[services of-the-backend]\n");
+        for (service, url) in endpoints {
+            let _ = writeln!(others, "{service} =\n  endpoint_url = {url}");
+        }
+    }
+    if let Some(Keys { id, secret, token }) = keys {
+        profile.push_str("source_profile = of-the-same-profile\n");
+        let _ = writeln!(others, "[profile of-the-same-profile]\naws_access_key_id = {id}");
+        let _ = writeln!(others, "aws_secret_access_key = {secret}");
+        if let Some(token) = token {
+            let _ = writeln!(others, "aws_session_token = {token}");
+        }
+    }
+    if profile.is_empty() {
+        return files;
+    }
+    let header = match sections.selected_profile() {
+        "default" => "default".to_owned(),
+        name => format!("profile {name}"),
+    };
+    files.with_contents(EnvConfigFileKind::Config, format!("[{header}]\n{profile}{others}"))
+}
+
+/// There are no credentials to be had.
+#[derive(Debug)]
+struct Nobody;
+
+impl ProvideCredentials for Nobody {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::ready(Err(CredentialsError::not_loaded(
+            "there are none in the backend, the environment or a profile, and the backend says not to ask the instance",
+        )))
+    }
+}
+
+/// The instance's own credentials, where it is to be asked.
+fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<ImdsCredentialsProvider>, Unreachable> {
     if backend.flag("skip_metadata_api_check") {
         return Ok(None);
     }
@@ -116,28 +276,7 @@ fn metadata(
         Some(_) => client = client.endpoint_mode(imds::client::EndpointMode::IpV4),
         None => {}
     }
-    let (client, config) = (client.build(), config.clone());
-    Ok(Some(move || ImdsCredentialsProvider::builder().configure(&config).imds_client(client.clone()).build()))
-}
-
-/// Keys in the environment, under every name that Go's SDK knows.
-#[derive(Debug)]
-struct Environment;
-
-impl ProvideCredentials for Environment {
-    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
-    where
-        Self: 'a,
-    {
-        let key = set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"));
-        let secret = set("AWS_SECRET_ACCESS_KEY").or_else(|| set("AWS_SECRET_KEY"));
-        future::ProvideCredentials::ready(match (key, secret) {
-            (Some(key), Some(secret)) => {
-                Ok(Credentials::new(key, secret, set("AWS_SESSION_TOKEN"), None, "environment"))
-            }
-            _ => Err(CredentialsError::not_loaded("no keys in the environment")),
-        })
-    }
+    Ok(Some(ImdsCredentialsProvider::builder().configure(config).imds_client(client.build()).build()))
 }
 
 /// A client of STS for the roles of the block.
@@ -321,7 +460,7 @@ impl Assuming<Role> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &DisplayErrorContext(&error).to_string())),
+            Err(error) => Err(refused(&assumed.arn, &causes(&error))),
         }
     }
 }
@@ -348,7 +487,7 @@ impl Assuming<WebRole> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &DisplayErrorContext(&error).to_string())),
+            Err(error) => Err(refused(&assumed.arn, &causes(&error))),
         }
     }
 }

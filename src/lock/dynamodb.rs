@@ -2,10 +2,11 @@
 //! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::error::{DisplayErrorContext, SdkError};
+use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency};
 
+use super::causes::causes;
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
@@ -240,6 +241,6 @@ where
         "DynamoDB",
         error.as_service_error().and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::code),
         error.as_service_error().and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::message),
-        &DisplayErrorContext(error).to_string(),
+        &causes(error),
     )
 }

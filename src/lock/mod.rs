@@ -5,6 +5,7 @@
 pub(crate) mod access;
 pub(crate) mod attributes;
 pub(crate) mod aws;
+mod causes;
 mod credentials;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;

@@ -2,7 +2,7 @@
 //! (backend/remote-state/s3/client.go, `lockWithFile`).
 
 use aws_sdk_s3::Client;
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectInput;
 use aws_sdk_s3::operation::head_object::HeadObjectInput;
 use aws_sdk_s3::operation::put_object::PutObjectInput;
@@ -14,6 +14,7 @@ use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 
+use super::causes::causes;
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
@@ -259,6 +260,6 @@ where
         "S3",
         error.as_service_error().and_then(ProvideErrorMetadata::code),
         error.as_service_error().and_then(ProvideErrorMetadata::message),
-        &DisplayErrorContext(error).to_string(),
+        &causes(error),
     )
 }

@@ -360,6 +360,53 @@ fn credentials_are_terraforms() {
             ..PLAIN
         },
         Case {
+            name: "all that the default profile by its other name says",
+            block: "use_path_style = true",
+            environment: &[
+                ("AWS_DEFAULT_PROFILE", "other"),
+                ("AWS_ENDPOINT_URL", UNSET),
+                ("AWS_ACCESS_KEY_ID", ""),
+                ("AWS_SECRET_ACCESS_KEY", ""),
+            ],
+            files: &[(
+                "home/.aws/config",
+                "[profile other]\naws_access_key_id = PROCESS\naws_secret_access_key = s\nendpoint_url = http://127.0.0.1:{port}\n",
+            )],
+            seen: "PROCESS",
+        },
+        Case {
+            name: "keys of a profile, before the process in it",
+            block: "profile = \"both\"",
+            files: &[(
+                "home/.aws/config",
+                "[profile both]\naws_access_key_id = PROFILE\naws_secret_access_key = s\ncredential_process = echo '{\"Version\":1,\"AccessKeyId\":\"PROCESS\",\"SecretAccessKey\":\"s\"}'\n",
+            )],
+            seen: "PROFILE",
+            ..PLAIN
+        },
+        Case {
+            name: "keys of a profile, before the login in it",
+            block: "profile = \"both\"",
+            files: &[(
+                "home/.aws/config",
+                "[profile both]\naws_access_key_id = PROFILE\naws_secret_access_key = s\nsso_session = corp\nsso_account_id = 111122223333\nsso_role_name = r\nlogin_session = arn:aws:iam::111122223333:user/anna\n[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://x.example/start\n",
+            )],
+            seen: "PROFILE",
+            ..PLAIN
+        },
+        Case {
+            name: "a container where the profile has nothing of the kind",
+            environment: &[
+                ("AWS_PROFILE", "empty"),
+                ("AWS_ACCESS_KEY_ID", ""),
+                ("AWS_SECRET_ACCESS_KEY", ""),
+                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:{port}/container"),
+            ],
+            files: &[("home/.aws/config", "[profile empty]\noutput = json\n")],
+            seen: "CONTAINER",
+            ..PLAIN
+        },
+        Case {
             name: "keys by their other names",
             environment: &[
                 ("AWS_ACCESS_KEY_ID", ""),
@@ -457,6 +504,27 @@ fn credentials_are_terraforms() {
     }
 }
 
+/// It would be another identity, for whom a lock may not be there: and what is not there needs no release any more.
+#[test]
+fn where_a_profile_is_gone_nobody_else_is_asked() {
+    let mut stage = Stage::new();
+    let endpoint = format!("http://127.0.0.1:{}", stage.plain.port);
+    stage.world.set("AWS_CONTAINER_CREDENTIALS_FULL_URI", format!("{endpoint}/container"));
+    stage.world.set("AWS_ENDPOINT_URL", endpoint);
+    let keys = stage.world.directory.parent().unwrap().join("keys");
+    std::fs::write(&keys, OTHER_KEYS).unwrap();
+    let files = format!("profile = \"other\"\nshared_credentials_files = [{keys:?}]");
+    let backend = stage.world.backend("dir/prod.tfstate");
+    stage.world.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{backend}{files}\n}}\n}}\n"));
+    stage.see(Subject::Bare, &["init", "-no-color"]);
+    let (there, story) = stage.see(Subject::Tf, &["locks", "list"]);
+    assert!(there.iter().any(|line| line.contains("PROCESS")), "{story}");
+    std::fs::write(&keys, "[another]\n").unwrap();
+    let (gone, story) = stage.see(Subject::Tf, &["locks", "list"]);
+    assert!(gone.is_empty(), "{gone:#?}\n{story}");
+    assert!(story.contains("the profile other is in none of the shared files"), "{story}");
+}
+
 #[test]
 fn roles_are_assumed_as_terraform_assumes_them() {
     for case in [
@@ -501,6 +569,16 @@ fn roles_are_assumed_as_terraform_assumes_them() {
                 "[profile base]\naws_access_key_id = PROFILE\naws_secret_access_key = s\n[profile chained]\nrole_arn = arn:aws:iam::000000000000:role/first\nsource_profile = base\nrole_session_name = chain\n",
             )],
             seen: "sts 127.0.0.1 eu-central-1 PROFILE",
+        },
+        Case {
+            name: "a profile's role, by the keys beside it",
+            block: "profile = \"itself\"",
+            environment: &[("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:{port}")],
+            files: &[(
+                "home/.aws/config",
+                "[profile itself]\naws_access_key_id = PROFILE\naws_secret_access_key = s\nrole_arn = arn:aws:iam::000000000000:role/itself\nrole_session_name = itself\nexternal_id = e\n",
+            )],
+            seen: "role%2Fitself",
         },
         Case {
             name: "by a web identity of the block",
