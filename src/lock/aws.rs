@@ -5,6 +5,7 @@
 //! is not gone.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use aws_config::provider_config::ProviderConfig;
@@ -50,6 +51,9 @@ pub(crate) enum Unreachable {
     /// A key of the profile that is used.
     #[error("the profile sets {0}, which tf cannot follow")]
     ProfileKey(&'static str),
+    /// The shared files, of which one is broken or gone.
+    #[error("the shared files cannot be used: {0}")]
+    SharedFiles(String),
     /// A profile that is named.
     #[error("the profile {0} is in none of the shared files")]
     Profile(String),
@@ -78,7 +82,7 @@ pub(crate) enum Unreachable {
 impl Unreachable {
     /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Certificates { .. } | Self::Network(_) | Self::Profile(_))
+        matches!(self, Self::Certificates { .. } | Self::Network(_) | Self::SharedFiles(_) | Self::Profile(_))
     }
 }
 
@@ -95,9 +99,9 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     if let Some(attribute) = not_followed(backend) {
         return Err(Unreachable::Attribute(attribute));
     }
-    let files = shared_files(backend).build();
+    let files = shared_files(backend);
     let profile = profile(backend, &files).await;
-    let client = network(backend, profile.as_ref())?.client();
+    let client = network(backend, profile.as_ref().ok())?.client();
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
         .operation_attempt_timeout(Duration::from_secs(8))
@@ -107,7 +111,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         .retry_config(retries.clone())
         .timeout_config(timeouts.clone())
         .http_client(client.clone())
-        .profile_files(files)
+        .profile_files(files.builder().build())
         .no_credentials();
     if let Some(region) = backend.string("region") {
         loader = loader.region(Region::new(region.to_owned()));
@@ -134,7 +138,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         .with_http_client(client)
         .with_retry_config(retries)
         .with_timeout_config(timeouts);
-    let provider = credentials::provider(backend, profile.as_ref(), &for_providers, &config)?;
+    let provider = credentials::provider(backend, profile.as_ref().map_err(String::as_str), &for_providers, &config)?;
     Ok(config.into_builder().credentials_provider(provider).build())
 }
 
@@ -158,30 +162,61 @@ fn not_followed(backend: &CachedBackend) -> Option<String> {
     })
 }
 
-/// The shared files that the block or the environment names, in terraform's order.
-pub(super) fn shared_files(backend: &CachedBackend) -> aws_runtime::env_config::file::Builder {
+/// The shared files that the block or the environment names, in terraform's order. Without any, those at home.
+pub(super) struct SharedFiles {
+    configs: Vec<PathBuf>,
+    credentials: Vec<PathBuf>,
+}
+
+/// See [`SharedFiles`].
+pub(super) fn shared_files(backend: &CachedBackend) -> SharedFiles {
     let listed = |name: &str| backend.strings(name).into_iter().map(ToOwned::to_owned).collect::<Vec<_>>();
     let or =
         |files: Vec<String>, other: Option<String>| if files.is_empty() { other.into_iter().collect() } else { files };
     let configs = or(listed("shared_config_files"), set("AWS_SHARED_CONFIG_FILE"));
     let credentials = or(listed("shared_credentials_files"), set("AWS_SHARED_CREDENTIALS_FILE"));
     let credentials = or(credentials, backend.string("shared_credentials_file").map(ToOwned::to_owned));
-    let mut files = EnvConfigFiles::builder()
-        .include_default_config_file(configs.is_empty())
-        .include_default_credentials_file(credentials.is_empty());
-    for file in configs {
-        files = files.with_file(EnvConfigFileKind::Config, expand(&file));
-    }
-    for file in credentials {
-        files = files.with_file(EnvConfigFileKind::Credentials, expand(&file));
-    }
-    files
+    let expanded = |files: Vec<String>| files.iter().map(|file| PathBuf::from(expand(file))).collect();
+    SharedFiles { configs: expanded(configs), credentials: expanded(credentials) }
 }
 
-/// The shared files as the profile that is used sees them. None where they cannot be read, which is nobody's error yet.
-async fn profile(backend: &CachedBackend, files: &EnvConfigFiles) -> Option<EnvConfigSections> {
-    let name = profile_name(backend, set);
-    aws_config::profile::load(&Fs::real(), &Env::real(), files, name.map(Into::into)).await.ok()
+impl SharedFiles {
+    /// Those that are there: Go's SDK passes the others over, and the one for Rust would not have any of them then.
+    pub(super) fn builder(&self) -> aws_runtime::env_config::file::Builder {
+        let mut files = EnvConfigFiles::builder()
+            .include_default_config_file(self.configs.is_empty())
+            .include_default_credentials_file(self.credentials.is_empty());
+        for (kind, paths) in
+            [(EnvConfigFileKind::Config, &self.configs), (EnvConfigFileKind::Credentials, &self.credentials)]
+        {
+            for path in paths.iter().filter(|path| path.exists()) {
+                files = files.with_file(kind, path);
+            }
+        }
+        files
+    }
+
+    /// One that is not there.
+    fn absent(&self) -> Option<&Path> {
+        self.configs.iter().chain(&self.credentials).find(|path| !path.exists()).map(PathBuf::as_path)
+    }
+}
+
+/// The shared files as the profile that is used sees them.
+///
+/// # Errors
+/// Why they cannot be read, in words. A file that is named and not there is an error if the profile is in none of the
+/// others: it may have been there when the run began.
+async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvConfigSections, String> {
+    let (files, name) = (shared.builder().build(), profile_name(backend, set));
+    let sections = aws_config::profile::load(&Fs::real(), &Env::real(), &files, name.map(Into::into)).await;
+    let sections = sections.map_err(|error| causes(&error))?;
+    match shared.absent() {
+        Some(path) if sections.get_profile(sections.selected_profile()).is_none() => {
+            Err(format!("{} is not there", path.display()))
+        }
+        _ => Ok(sections),
+    }
 }
 
 /// The profile that is named: by the block, or in one of the two variables that Go's SDK knows.

@@ -36,14 +36,14 @@ const SESSION: &str = "tf-lock-release";
 /// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
 const DURATION: Duration = Duration::from_mins(15);
 
-/// Credentials as `backend` and the environment say, not asked for yet. `profile` is what the shared files have, where they
-/// can be read; `config` has everything else.
+/// Credentials as `backend` and the environment say, not asked for yet. `sections` are the shared files, or why they
+/// cannot be read; `config` has everything else.
 ///
 /// # Errors
 /// [`Unreachable`]: a part of the block contradicts itself, or the profile is not there.
 pub(super) fn provider(
     backend: &CachedBackend,
-    profile: Option<&EnvConfigSections>,
+    sections: Result<&EnvConfigSections, &str>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
 ) -> Result<SharedCredentialsProvider, Unreachable> {
@@ -55,8 +55,7 @@ pub(super) fn provider(
     } else if let Some(role) = WebRole::of(backend)? {
         SharedCredentialsProvider::new(role.with(sts(backend, config)))
     } else {
-        let source = source(backend, profile, set)?;
-        from(source, backend, profile, for_providers)?
+        from(source(backend, sections, set)?, backend, for_providers)?
     };
     let Some(role) = Role::of(backend)? else { return Ok(base) };
     let config = config.to_builder().credentials_provider(base).build();
@@ -68,12 +67,12 @@ pub(super) fn provider(
 enum Source {
     Environment(Keys),
     WebIdentity,
-    Profile,
-    /// Keys that stand in the profile; with `role`, they assume the role that stands beside them.
-    KeysOfProfile {
-        keys: Keys,
-        role: bool,
-    },
+    /// The profile of this name.
+    Profile(String),
+    /// Keys that stand in the profile.
+    KeysOfProfile(Keys),
+    /// Keys that stand in the profile of this name, and assume the role that stands beside them.
+    RoleOfProfile(String, Keys),
     Container,
     Instance,
 }
@@ -113,10 +112,10 @@ impl Keys {
 /// been there when the run began.
 fn source(
     backend: &CachedBackend,
-    sections: Option<&EnvConfigSections>,
+    sections: Result<&EnvConfigSections, &str>,
     set: impl Fn(&str) -> Option<String>,
 ) -> Result<Source, Unreachable> {
-    if backend.string("profile").is_none() || backend.is_of_before_1_6() {
+    if backend.string("profile").is_none() || backend.origin().is_before_1_6() {
         if let Some(keys) = Keys::of_environment(&set) {
             return Ok(Source::Environment(keys));
         }
@@ -124,20 +123,23 @@ fn source(
             return Ok(Source::WebIdentity);
         }
     }
-    // Files that cannot be read: whoever needs them says why.
-    let Some(sections) = sections else { return Ok(Source::Profile) };
+    let sections = sections.map_err(|why| Unreachable::SharedFiles(why.to_owned()))?;
     let profile = sections.get_profile(sections.selected_profile());
     if let (None, Some(name)) = (profile, profile_name(backend, &set)) {
         return Err(Unreachable::Profile(name));
     }
     let get = |name: &str| profile.and_then(|profile| profile.get(name)).filter(|value| !value.is_empty());
+    let selected = || sections.selected_profile().to_owned();
     if get("source_profile").is_some() {
-        return Ok(Source::Profile);
+        return Ok(Source::Profile(selected()));
     }
     if let (Some(id), Some(secret)) = (get("aws_access_key_id"), get("aws_secret_access_key")) {
         let token = get("aws_session_token").map(ToOwned::to_owned);
         let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token };
-        return Ok(Source::KeysOfProfile { keys, role: get("role_arn").is_some() });
+        return Ok(match get("role_arn") {
+            Some(_) => Source::RoleOfProfile(selected(), keys),
+            None => Source::KeysOfProfile(keys),
+        });
     }
     let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
     if let Some(key) = not_followed.map(|key| key.name).find(|name| get(name).is_some()) {
@@ -156,7 +158,7 @@ fn source(
         "credential_process",
     ];
     Ok(if others.iter().any(|name| get(name).is_some()) {
-        Source::Profile
+        Source::Profile(selected())
     } else if CONTAINER.iter().any(|name| set(name).is_some()) {
         Source::Container
     } else {
@@ -170,12 +172,11 @@ const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CON
 fn from(
     source: Source,
     backend: &CachedBackend,
-    sections: Option<&EnvConfigSections>,
     config: &ProviderConfig,
 ) -> Result<SharedCredentialsProvider, Unreachable> {
-    let keys = match source {
+    let (name, keys) = match source {
         Source::Environment(keys) => return Ok(keys.provider("environment")),
-        Source::KeysOfProfile { keys, role: false } => return Ok(keys.provider("profile")),
+        Source::KeysOfProfile(keys) => return Ok(keys.provider("profile")),
         Source::WebIdentity => {
             let provider = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
             return Ok(SharedCredentialsProvider::new(provider));
@@ -190,29 +191,24 @@ fn from(
                 None => SharedCredentialsProvider::new(Nobody),
             });
         }
-        Source::KeysOfProfile { keys, role: true } => Some(keys),
-        Source::Profile => None,
+        Source::RoleOfProfile(name, keys) => (name, Some(keys)),
+        Source::Profile(name) => (name, None),
     };
-    let files = with_additions(backend, sections, keys.as_ref()).build();
-    let mut profile = ProfileFileCredentialsProvider::builder().configure(config).profile_files(files);
-    if let Some(name) = profile_name(backend, set) {
-        profile = profile.profile_name(name);
+    let mut files = shared_files(backend).builder();
+    if let Some(additions) = additions(backend, &name, keys.as_ref()) {
+        files = files.with_contents(EnvConfigFileKind::Config, additions);
     }
+    let builder = ProfileFileCredentialsProvider::builder().configure(config);
+    let mut profile = builder.profile_files(files.build()).profile_name(name);
     if let Some(metadata) = metadata(backend, config)? {
         profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata);
     }
     Ok(SharedCredentialsProvider::new(profile.build()))
 }
 
-/// The shared files, and in the profile what the SDK's own providers take from nowhere else: the block's endpoints of STS
-/// and SSO, and who is to assume a role where the keys stand in the same profile.
-fn with_additions(
-    backend: &CachedBackend,
-    sections: Option<&EnvConfigSections>,
-    keys: Option<&Keys>,
-) -> aws_runtime::env_config::file::Builder {
-    let files = shared_files(backend);
-    let Some(sections) = sections else { return files };
+/// What the SDK's own providers take from nowhere else than the profile: the block's endpoints of STS and SSO, and who is
+/// to assume a role where the keys stand in the same profile. As a file.
+fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option<String> {
     let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
     let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
     let mut profile = String::new();
@@ -232,14 +228,8 @@ fn with_additions(
             let _ = writeln!(others, "aws_session_token = {token}");
         }
     }
-    if profile.is_empty() {
-        return files;
-    }
-    let header = match sections.selected_profile() {
-        "default" => "default".to_owned(),
-        name => format!("profile {name}"),
-    };
-    files.with_contents(EnvConfigFileKind::Config, format!("[{header}]\n{profile}{others}"))
+    let header = if name == "default" { name.to_owned() } else { format!("profile {name}") };
+    (!profile.is_empty()).then(|| format!("[{header}]\n{profile}{others}"))
 }
 
 /// There are no credentials to be had.
@@ -541,8 +531,72 @@ fn go_duration(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use aws_runtime::env_config::file::EnvConfigFiles;
+    use aws_types::os_shim_internal::{Env, Fs};
+
     use super::*;
     use crate::terraform::backend::tests::backend;
+
+    fn sections(file: &'static str, selected: Option<&'static str>) -> EnvConfigSections {
+        let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
+        let (fs, env) = (Fs::real(), Env::from_slice(&[]));
+        let loading = aws_config::profile::load(&fs, &env, &files, selected.map(Into::into));
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(loading).unwrap()
+    }
+
+    /// In a word, for comparison.
+    fn source_of(block: &str, file: &'static str, variables: &[(&str, &str)]) -> String {
+        let backend = backend(block);
+        let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        let selected = profile_name(&backend, set).map(|name| &*name.leak());
+        match source(&backend, Ok(&sections(file, selected)), set) {
+            Ok(Source::Environment(keys)) => format!("environment {}", keys.id),
+            Ok(Source::WebIdentity) => "web identity".to_owned(),
+            Ok(Source::Profile(name)) => format!("profile {name}"),
+            Ok(Source::KeysOfProfile(keys)) => format!("keys {}", keys.id),
+            Ok(Source::RoleOfProfile(name, keys)) => format!("role of {name} by {}", keys.id),
+            Ok(Source::Container) => "container".to_owned(),
+            Ok(Source::Instance) => "instance".to_owned(),
+            Err(unreachable) => unreachable.to_string(),
+        }
+    }
+
+    #[test]
+    fn one_source_is_decided_on_before_anybody_is_asked() {
+        const KEYS: (&str, &str) = ("AWS_ACCESS_KEY_ID", "ENV");
+        const SECRET: (&str, &str) = ("AWS_SECRET_ACCESS_KEY", "s");
+        const TOKEN: (&str, &str) = ("AWS_WEB_IDENTITY_TOKEN_FILE", "/t");
+        const TASK: (&str, &str) = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://x");
+        const P: &str = r#"{"profile":"p"}"#;
+        const STATIC: &str = "[profile p]\naws_access_key_id = P\naws_secret_access_key = s\n";
+        for (block, file, variables, expected) in [
+            ("{}", "", &[KEYS, SECRET, TOKEN, ("AWS_PROFILE", "p")][..], "environment ENV"),
+            ("{}", "", &[KEYS, TOKEN], "web identity"),
+            ("{}", "", &[KEYS, TASK], "container"),
+            ("{}", "", &[], "instance"),
+            (P, STATIC, &[KEYS, SECRET, TOKEN, TASK], "keys P"),
+            ("{}", STATIC, &[("AWS_PROFILE", "p"), TASK], "keys P"),
+            ("{}", STATIC, &[("AWS_DEFAULT_PROFILE", "p"), TASK], "keys P"),
+            (P, "", &[KEYS, SECRET, TASK], "the profile p is in none of the shared files"),
+            ("{}", "", &[("AWS_DEFAULT_PROFILE", "p"), TASK], "the profile p is in none of the shared files"),
+            (P, "[profile p]\noutput = json\n", &[], "instance"),
+            (P, "[profile p]\nrole_arn = r\nsource_profile = gone\n", &[TASK], "profile p"),
+            (P, "[profile p]\nsso_account_id = 1\n", &[TASK], "profile p"),
+            (P, "[profile p]\nrole_arn = r\naws_access_key_id = P\naws_secret_access_key = s\n", &[], "role of p by P"),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = p\naws_access_key_id = P\naws_secret_access_key = s\n",
+                &[],
+                "profile p",
+            ),
+            (P, "[profile p]\naws_access_key_id = half\n", &[TASK], "profile p"),
+            (P, "[profile p]\nlogin_session = l\n", &[TASK], "the profile sets login_session, which tf cannot follow"),
+        ] {
+            assert_eq!(source_of(block, file, variables), expected, "{block} {file} {variables:?}");
+        }
+        let unread = source(&backend("{}"), Err("broken"), |_| None).unwrap_err();
+        assert!(unread.may_pass() && unread.to_string().contains("broken"));
+    }
 
     #[test]
     fn a_go_duration_is_read() {

@@ -31,7 +31,7 @@ use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
 use super::tombstone::Graveyard;
-use super::working_directory::Within;
+use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
@@ -349,7 +349,7 @@ fn finish(dead: Dead) -> Vec<String> {
     for (name, value) in record.surroundings.changes() {
         environment::change(name, value.as_ref());
     }
-    let _ = std::env::set_current_dir(&record.directory);
+    working_directory::go(Path::new(&record.directory));
     let (messages, left_over) = settle(&record, &journal, &graveyard, reason.as_deref());
     crash_point::reached("recovery: settled");
     if left_over.is_empty() {

@@ -8,11 +8,20 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Within(Option<PathBuf>);
 
 impl Within {
-    /// Goes into `directory`. One that is gone is no reason not to go on: absolute paths still mean what they did.
+    /// Goes into `directory`, as [`go`] does.
     pub(crate) fn enter(directory: &Path) -> Self {
         let before = std::env::current_dir().ok();
-        let _ = std::env::set_current_dir(directory);
+        go(directory);
         Self(before)
+    }
+}
+
+/// Goes into `directory` for good. One that is gone is no reason not to go on: absolute paths still mean what they did. But
+/// relative ones must not come to mean the files of wherever this process happens to be, which is another's project: at
+/// the root they mean nothing.
+pub(crate) fn go(directory: &Path) {
+    if std::env::set_current_dir(directory).is_err() {
+        let _ = std::env::set_current_dir("/");
     }
 }
 

@@ -26,6 +26,11 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
+    /// Whether it is from before 1.6, where keys of the environment went before a profile of the block.
+    pub(crate) fn is_before_1_6(self) -> bool {
+        self.before_1_6
+    }
+
     /// The file names the version of either program in the same words. What tells OpenTofu are attributes that only it has,
     /// set or not: OpenTofu up to 1.9 is taken for Terraform.
     fn of(version: &str, config: &Map<String, Value>) -> Self {
@@ -62,11 +67,6 @@ impl CachedBackend {
     /// Whether it is a block of OpenTofu's.
     pub(crate) fn is_opentofu(&self) -> bool {
         self.origin.opentofu
-    }
-
-    /// Whether it is from before 1.6, where keys of the environment went before a profile of the block.
-    pub(crate) fn is_of_before_1_6(&self) -> bool {
-        self.origin.before_1_6
     }
 
     /// See [`Origin`].

@@ -283,8 +283,8 @@ fn a_lock_that_no_block_points_to_is_named_and_left_and_ours_is_given_back() {
     assert_eq!(other.locks_of(path).len(), 2, "{}", world.story(&end));
 }
 
-#[test]
-fn files_that_are_named_relative_to_chdir_are_found_there() {
+/// A world in whose directory `sub` the backend has its credentials in a file that is named relative to it.
+fn with_keys_in_sub() -> World {
     let mut world = World::empty(Lock::Both);
     world.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "").set("AWS_PROFILE", "there");
     world.write_main("", "trap '' INT; touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done");
@@ -296,6 +296,12 @@ fn files_that_are_named_relative_to_chdir_are_found_there() {
     fs::write(sub.join("keys"), "[there]\naws_access_key_id = test\naws_secret_access_key = test\n").unwrap();
     let end = world.run(Subject::Bare, &["-chdir=sub", "init", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world
+}
+
+#[test]
+fn files_that_are_named_relative_to_chdir_are_found_there() {
+    let world = with_keys_in_sub();
     let run = world.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
     world.wait_for_began(&run);
     run.kill_terraform();
@@ -304,4 +310,26 @@ fn files_that_are_named_relative_to_chdir_are_found_there() {
     world.assert_unlocked();
     let end = world.run(Subject::Tf, &["locks", "list", "--chdir", "sub"]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+}
+
+/// Whoever recovers is somewhere else, and may have a file of the same name there, with somebody else's keys.
+#[test]
+fn files_that_are_gone_with_their_directory_are_not_sought_elsewhere() {
+    let world = with_keys_in_sub();
+    let _sweep = Sweep(home(&world));
+    let run = world.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
+    world.wait_for_began(&run);
+    world.wait_for_trace("guardian: journal written: true");
+    kill_all(&world);
+    let [sub, away] = ["sub", "away"].map(|name| world.directory.join(name));
+    fs::rename(&sub, &away).unwrap();
+    fs::copy(away.join("keys"), world.directory.join("keys")).unwrap();
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert!(end.out.contains("keys is not there"), "{}", world.story(&end));
+    world.assert_locked();
+    // Its record stands as well.
+    fs::rename(&away, &sub).unwrap();
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
 }
