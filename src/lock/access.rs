@@ -95,12 +95,16 @@ impl Access {
 
 /// Whether the attribute is known to hold no secret, in a form that we can follow.
 fn may_be_kept(name: &str, value: &Value) -> bool {
-    attributes::of_attribute(name) == Treatment::Followed && !names_a_person(value)
+    attributes::of_attribute(name) == Treatment::Followed
+        && !value.as_str().is_some_and(|value| has_a_user(name, value))
 }
 
-/// Whether a URL has a user in it, who may have a password.
-fn names_a_person(value: &Value) -> bool {
-    value.as_str().is_some_and(|text| text.contains("://") && text.contains('@'))
+/// Whether an address has a user in it, who may have a password. A proxy or an endpoint may be written without a scheme
+/// (`user:password@host:3128`), while an `@` in a session's name is nobody's password.
+fn has_a_user(name: &str, value: &str) -> bool {
+    let name = name.to_lowercase();
+    let is_address = ["proxy", "endpoint", "url", "uri"].iter().any(|word| name.contains(word));
+    value.contains('@') && (is_address || value.contains("://"))
 }
 
 /// Credentials in the environment; each kind under its second name too.
@@ -141,7 +145,7 @@ impl Surroundings {
         let mut withheld = Vec::new();
         for name in attributes::kept_variables() {
             match set(name) {
-                Some(value) if value.contains("://") && value.contains('@') => withheld.push(name.to_owned()),
+                Some(value) if has_a_user(name, &value) => withheld.push(name.to_owned()),
                 Some(value) => {
                     variables.insert(name.to_owned(), value);
                 }
@@ -217,7 +221,8 @@ fn identity(run: &str, access: &[Access], set: &impl Fn(&str) -> Option<String>)
         return Identity { account: Some(account), key: None };
     }
     // A profile of the block goes before keys of the environment.
-    let by_profile = access.iter().any(|access| access.config.contains_key("profile"));
+    let by_profile =
+        access.iter().any(|access| access.config.contains_key("profile") && !access.origin.is_before_1_6());
     if let Some(key) = key(set).filter(|_| !by_profile) {
         return match account_of_key(&key) {
             Some(account) => Identity { account: Some(account), key: None },
@@ -325,6 +330,42 @@ mod tests {
         for key in ["AKIAIOSFODNN7EXAMPLE", "test", "", "AKIA", "AKIA0000000000000000"] {
             assert_eq!(account_of_key(key), None, "{key}");
         }
+    }
+
+    #[test]
+    fn an_address_with_a_user_is_not_kept_in_any_form() {
+        for (name, value, kept) in [
+            ("https_proxy", "anna:hunter2@proxy:3128", false),
+            ("http_proxy", "http://anna:hunter2@proxy:3128", false),
+            ("https_proxy", "http://proxy:3128", true),
+            ("endpoint", "anna:hunter2@s3.internal", false),
+            ("endpoints.s3", "s3.internal", true),
+            ("assume_role.session_name", "anna@example.com", true),
+        ] {
+            let config = match name.split_once('.') {
+                Some((outer, inner)) => format!(r#"{{"{outer}":{{"{inner}":"{value}"}}}}"#),
+                None => format!(r#"{{"{name}":"{value}"}}"#),
+            };
+            let access = Access::of(&backend(&config));
+            assert_eq!(access.withheld.is_empty(), kept, "{name} {value}");
+            assert!(kept || !serde_json::to_string(&access).unwrap().contains("hunter2"), "{name}");
+        }
+        let here = surroundings(&[("HTTPS_PROXY", "anna:hunter2@proxy:3128"), ("AWS_ENDPOINT_URL", "a:hunter2@x")]);
+        assert!(!serde_json::to_string(&here).unwrap().contains("hunter2"));
+        assert!(!here.needs().contains("hunter2") && here.withheld.len() == 2);
+    }
+
+    #[test]
+    fn whose_keys_count_depends_on_the_version() {
+        let at = |version: &str| {
+            let json = format!(
+                r#"{{"terraform_version":"{version}","backend":{{"type":"s3","config":{{"bucket":"b","profile":"p"}}}}}}"#
+            );
+            let access = Access::of(&CachedBackend::parse(json.as_bytes()).unwrap());
+            identity("run", &[access], &|name: &str| (name == "AWS_ACCESS_KEY_ID").then(|| "111111111111".to_owned()))
+        };
+        assert_eq!(at("1.5.7").account.as_deref(), Some("111111111111"));
+        assert_eq!(at("1.6.0"), Identity::default());
     }
 
     fn surroundings(set: &[(&str, &str)]) -> Surroundings {
