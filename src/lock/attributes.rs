@@ -118,7 +118,12 @@ pub(crate) const ATTRIBUTES: &[Setting] = &[
     setting("force_path_style", Both, Followed, "the same, by its old name"),
     setting("use_fips_endpoint", Both, Followed, "the FIPS host names; not together with an endpoint, as in terraform"),
     setting("use_dualstack_endpoint", Both, Followed, "the dual-stack host names; not together with an endpoint"),
-    setting("custom_ca_bundle", Both, Followed, "in place of the system's authorities; before AWS_CA_BUNDLE"),
+    setting(
+        "custom_ca_bundle",
+        Both,
+        Followed,
+        "in place of the system's authorities; before AWS_CA_BUNDLE; a broken one in it is passed over",
+    ),
     setting("insecure", Both, Followed, "no certificate is checked"),
     setting(
         "http_proxy",
@@ -130,7 +135,12 @@ pub(crate) const ATTRIBUTES: &[Setting] = &[
     setting("no_proxy", Both, Followed, "in place of NO_PROXY"),
     setting("ec2_metadata_service_endpoint", Both, Followed, "where the instance's credentials come from"),
     setting("ec2_metadata_service_endpoint_mode", Both, Followed, "IPv4 or IPv6"),
-    setting("skip_metadata_api_check", Both, Followed, "true: the instance is not asked for credentials"),
+    setting(
+        "skip_metadata_api_check",
+        Both,
+        Followed,
+        "true: the instance is not asked for credentials; false does not undo AWS_EC2_METADATA_DISABLED, as it does for terraform",
+    ),
     setting(
         "encrypt",
         Both,
@@ -190,14 +200,14 @@ pub(crate) const ATTRIBUTES: &[Setting] = &[
 const REGION: &str = "where the block names no region";
 const KEYS: &str = "where the block has neither keys nor a profile";
 const CONTAINER: &str = "the container's credentials";
-const PROXY: &str = "as Go reads it; never for this machine itself";
+const PROXY: &str = "as Go reads it; never for this machine itself; http and https, and no SOCKS";
 
 /// The variables of the environment.
 pub(crate) const VARIABLES: &[Setting] = &[
     setting("AWS_REGION", Both, Followed, REGION),
     setting("AWS_DEFAULT_REGION", Both, Followed, REGION),
     setting("AWS_PROFILE", Both, Followed, "where neither the block nor the environment has credentials"),
-    setting("AWS_DEFAULT_PROFILE", Both, Followed, "after AWS_PROFILE"),
+    setting("AWS_DEFAULT_PROFILE", Both, Followed, "after AWS_PROFILE, for all that a profile decides"),
     setting("AWS_ACCESS_KEY_ID", Both, Secret, KEYS),
     setting("AWS_ACCESS_KEY", Both, Secret, "after AWS_ACCESS_KEY_ID"),
     setting("AWS_SECRET_ACCESS_KEY", Both, Secret, KEYS),
@@ -268,11 +278,21 @@ const BY_SDK: &str = "as the SDK for Rust follows it";
 
 /// The keys of a profile in the shared files.
 pub(crate) const PROFILE_KEYS: &[Setting] = &[
-    setting("aws_access_key_id", Both, Followed, BY_SDK),
-    setting("aws_secret_access_key", Both, Followed, BY_SDK),
+    setting(
+        "aws_access_key_id",
+        Both,
+        Followed,
+        "with aws_secret_access_key, before all in the profile but source_profile",
+    ),
+    setting("aws_secret_access_key", Both, Followed, "with aws_access_key_id"),
     setting("aws_session_token", Both, Followed, BY_SDK),
     setting("region", Both, Followed, "for `tf locks list --profile`; terraform's backend does not look at it"),
-    setting("role_arn", Both, Followed, "with source_profile, credential_source or web_identity_token_file, chained"),
+    setting(
+        "role_arn",
+        Both,
+        Followed,
+        "with source_profile, credential_source, web_identity_token_file or keys beside it, chained",
+    ),
     setting("source_profile", Both, Followed, BY_SDK),
     setting("credential_source", Both, Followed, BY_SDK),
     setting("external_id", Both, Followed, BY_SDK),

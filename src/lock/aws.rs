@@ -19,7 +19,7 @@ use aws_types::os_shim_internal::{Env, Fs};
 use super::attributes::{self, Treatment};
 use super::causes::causes;
 use super::credentials;
-use super::network::Network;
+use super::network::{Network, usable};
 use super::proxies::Proxies;
 use crate::terraform::backend::CachedBackend;
 
@@ -68,9 +68,6 @@ pub(crate) enum Unreachable {
         /// What is wrong with it.
         reason: String,
     },
-    /// A proxy, or what stands in the file of certificates.
-    #[error("tf cannot use {0}")]
-    Network(String),
     /// Where the instance's credentials come from.
     #[error("the endpoint of the instance's metadata cannot be used: {0}")]
     Metadata(String),
@@ -82,7 +79,7 @@ pub(crate) enum Unreachable {
 impl Unreachable {
     /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Certificates { .. } | Self::Network(_) | Self::SharedFiles(_) | Self::Profile(_))
+        matches!(self, Self::Certificates { .. } | Self::SharedFiles(_) | Self::Profile(_))
     }
 }
 
@@ -101,7 +98,12 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     }
     let files = shared_files(backend);
     let profile = profile(backend, &files).await;
-    let client = network(backend, profile.as_ref().ok())?.client();
+    let network = Network {
+        proxies: proxies(backend),
+        authorities: authorities(backend, profile.as_ref().ok())?,
+        insecure: backend.flag("insecure"),
+    };
+    let client = network.client();
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
         .operation_attempt_timeout(Duration::from_secs(8))
@@ -225,17 +227,6 @@ pub(super) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option
     named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"))
 }
 
-/// Proxies, authorities and trust, as terraform has them.
-fn network(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> Result<Network, Unreachable> {
-    let network = Network {
-        proxies: proxies(backend),
-        authorities: authorities(backend, profile)?,
-        insecure: backend.flag("insecure"),
-    };
-    network.check().map_err(Unreachable::Network)?;
-    Ok(network)
-}
-
 /// aws-sdk-go-base, internal/config/config.go, `HTTPProxyMode`: an attribute goes before its variable, also when it is
 /// empty. In Terraform `http_proxy` of the block serves https as well, where nothing else says what does.
 fn proxies(backend: &CachedBackend) -> Proxies {
@@ -256,11 +247,10 @@ fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> 
     let path = named.map(|path| expand(&path));
     let path = path.or_else(|| profile.and_then(|profile| profile.get("ca_bundle")).map(OsString::from));
     let Some(path) = path else { return Ok(None) };
-    match std::fs::read(&path) {
+    let pem = std::fs::read(&path).map_err(|error| error.to_string());
+    match pem.and_then(|pem| usable(&pem).ok_or_else(|| "there is none in it".to_owned())) {
         Ok(pem) => Ok(Some(pem)),
-        Err(error) => {
-            Err(Unreachable::Certificates { path: path.to_string_lossy().into_owned(), reason: error.to_string() })
-        }
+        Err(reason) => Err(Unreachable::Certificates { path: path.to_string_lossy().into_owned(), reason }),
     }
 }
 

@@ -4,6 +4,7 @@
 //! a backend says `insecure` is there a client of our own, because they have none that believes everything.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::legacy::connect::{Connect, HttpConnector as Tcp};
+use hyper_util::client::proxy::matcher::{Intercept as Through, Matcher};
 use hyper_util::rt::TokioExecutor;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::pem::PemObject;
@@ -39,28 +41,6 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// Checks that everything in it can be used.
-    ///
-    /// # Errors
-    /// What cannot.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        if let Some(pem) = &self.authorities {
-            let mut roots = rustls::RootCertStore::empty();
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                let certificate = certificate.map_err(|error| format!("the certificates: {error}"))?;
-                roots.add(certificate).map_err(|error| format!("the certificates: {error}"))?;
-            }
-            if roots.is_empty() {
-                return Err("the certificates: there is none in the file".to_owned());
-            }
-        }
-        for proxy in self.proxies.all() {
-            // Go speaks SOCKS as well; neither the SDK nor we do.
-            ProxyConfig::all(proxy).map_err(|_| "the proxy, whose URL is none of http or https".to_owned())?;
-        }
-        Ok(())
-    }
-
     /// The client for the SDK.
     pub(crate) fn client(self) -> SharedHttpClient {
         SharedHttpClient::new(Routes { network: Arc::new(self), connectors: Arc::default() })
@@ -121,6 +101,11 @@ impl HttpConnector for Route {
         let proxy = network.proxies.choose(scheme, host, port);
         let key =
             (proxy.map(ToOwned::to_owned), https, [self.settings.connect_timeout(), self.settings.read_timeout()]);
+        // Go speaks SOCKS as well; neither the SDK nor we do. One that no request goes through is nobody's trouble.
+        if proxy.is_some_and(|proxy| ProxyConfig::all(proxy).is_err()) {
+            let why = "tf cannot use the proxy, whose URL is none of http or https";
+            return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
+        }
         let connector = connectors
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -129,6 +114,20 @@ impl HttpConnector for Route {
             .clone();
         connector.call(request)
     }
+}
+
+/// Those certificates in `pem` that can be used, as PEM again: Go passes the others over, and the SDK would panic. None
+/// where there is not one.
+pub(super) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
+    let mut roots = rustls::RootCertStore::empty();
+    let mut usable = String::new();
+    for certificate in CertificateDer::pem_slice_iter(pem).flatten() {
+        if roots.add(certificate.clone()).is_ok() {
+            let encoded = aws_smithy_types::base64::encode(&certificate);
+            let _ = writeln!(usable, "-----BEGIN CERTIFICATE-----\n{encoded}\n-----END CERTIFICATE-----");
+        }
+    }
+    (!usable.is_empty()).then(|| usable.into_bytes())
 }
 
 /// A client that believes every certificate, as `insecure = true` asks for.
@@ -146,21 +145,20 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));
-    let Some(proxy) = proxy.and_then(|proxy| proxy.parse::<http::Uri>().ok()) else {
-        return shared(HttpsConnector::from((tcp, config)));
-    };
-    let mut tunnel = Tunnel::new(proxy.clone(), tcp);
-    if let Some(credentials) = credentials(&proxy) {
-        tunnel = tunnel.with_auth(credentials);
+    let direct = HttpsConnector::from((tcp, config.clone()));
+    let Some(proxy) = proxy.and_then(through) else { return shared(direct) };
+    // The way to the proxy is as much by TLS as its URL says, and believes as much: it takes the password.
+    let mut tunnel = Tunnel::new(proxy.uri().clone(), direct);
+    if let Some(credentials) = proxy.basic_auth() {
+        tunnel = tunnel.with_auth(credentials.clone());
     }
     shared(HttpsConnector::from((tunnel, config)))
 }
 
-/// `Proxy-Authorization` for a proxy whose URL has a user in it.
-fn credentials(proxy: &http::Uri) -> Option<http::HeaderValue> {
-    let (user, _) = proxy.authority()?.as_str().rsplit_once('@')?;
-    let encoded = aws_smithy_types::base64::encode(user);
-    http::HeaderValue::from_str(&format!("Basic {encoded}")).ok()
+/// A proxy, with `Proxy-Authorization` where its URL has a user in it, `%`-escapes and all.
+fn through(proxy: &str) -> Option<Through> {
+    // It is for every host; which one is asked for does not matter.
+    Matcher::builder().all(proxy).build().intercept(&http::Uri::from_static("https://any"))
 }
 
 fn shared<C>(connector: C) -> SharedHttpConnector
@@ -234,5 +232,36 @@ impl ServerCertVerifier for Anybody {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxys_user_is_told_as_go_tells_it() {
+        for (proxy, uri, expected) in [
+            ("http://proxy:3128", "http://proxy:3128/", None),
+            ("http://anna@proxy:3128", "http://proxy:3128/", Some("anna:")),
+            ("https://anna:p%40ss@proxy", "https://proxy/", Some("anna:p@ss")),
+        ] {
+            let through = through(proxy).unwrap();
+            let expected = expected.map(|user| format!("Basic {}", aws_smithy_types::base64::encode(user)));
+            assert_eq!(through.uri().to_string(), uri);
+            assert_eq!(through.basic_auth().map(|header| header.to_str().unwrap().to_owned()), expected, "{proxy}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_certificate_is_told_from_one_with_a_broken_one() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let good = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap().pem();
+        let broken = "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
+        let mixed = usable(format!("{broken}{good}{broken}").as_bytes()).unwrap();
+        assert_eq!(CertificateDer::pem_slice_iter(&mixed).flatten().count(), 1);
+        assert_eq!(usable(broken.as_bytes()), None);
+        assert_eq!(usable(b"nothing"), None);
+        assert_eq!(usable(b"-----BEGIN CERTIFICATE-----\nMIIB\n"), None);
     }
 }

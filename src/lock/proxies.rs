@@ -40,11 +40,6 @@ impl Proxies {
         }
         (!self.exceptions.iter().any(|exception| exception.covers(&host, address, port))).then_some(proxy)
     }
-
-    /// The proxies that any request can go through.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &str> {
-        self.http.as_deref().into_iter().chain(self.https.as_deref())
-    }
 }
 
 impl Exception {

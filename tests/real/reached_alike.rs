@@ -139,8 +139,13 @@ impl Stage {
             }
         };
         let plain = Proxy::start_changing(cloud().port, to_services, rule(""));
-        std::fs::write(world.directory.parent().unwrap().join("ca.pem"), &authority.pem).unwrap();
-        let tls = Proxy::start_tls(cloud().port, &authority, rule("tls "));
+        let broken = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
+        for (name, pem) in
+            [("ca.pem", authority.pem.clone()), ("mixed.pem", format!("{broken}# ours\n{}", authority.pem))]
+        {
+            std::fs::write(world.directory.parent().unwrap().join(name), pem).unwrap();
+        }
+        let tls = Proxy::start_tls(cloud().port, &authority, to_services, rule("tls "));
         Self { world, seen, plain, tls }
     }
 
@@ -665,6 +670,27 @@ fn proxies_certificates_and_trust_are_terraforms() {
             block: "insecure = true\nhttps_proxy = \"http://127.0.0.1:{port}\"",
             environment: &[("AWS_ENDPOINT_URL", "")],
             seen: "s3 {bucket}.s3.us-east-1.amazonaws.com",
+            ..PLAIN
+        },
+        Case {
+            name: "nor that of a proxy",
+            block: "insecure = true\nhttps_proxy = \"https://anna:p%40ss@127.0.0.1:{tls}\"",
+            environment: &[("AWS_ENDPOINT_URL", "")],
+            seen: "tls s3 {bucket}.s3.us-east-1.amazonaws.com",
+            ..PLAIN
+        },
+        Case {
+            name: "a proxy that is reached by TLS",
+            block: "custom_ca_bundle = \"{above}/ca.pem\"\nhttps_proxy = \"https://anna:p%40ss@127.0.0.1:{tls}\"",
+            environment: &[("AWS_ENDPOINT_URL", "")],
+            seen: "tls dynamodb dynamodb.us-east-1.amazonaws.com",
+            ..PLAIN
+        },
+        Case {
+            name: "a broken certificate among good ones, and a proxy that nothing goes through",
+            block: with("custom_ca_bundle = \"{above}/mixed.pem\"", TLS),
+            environment: &[("HTTP_PROXY", "socks5://127.0.0.1:1")],
+            seen: "tls s3",
             ..PLAIN
         },
         Case {

@@ -82,10 +82,11 @@ impl Proxy {
     pub fn start_tls(
         upstream: u16,
         authority: &Authority,
+        change: fn(&mut Message),
         rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
     ) -> Self {
         let config = authority.server("127.0.0.1");
-        Self::listen(upstream, rule, move |stream, shared| serve(by_tls(Box::new(stream), &config), shared, |_| {}))
+        Self::listen(upstream, rule, move |stream, shared| serve(by_tls(Box::new(stream), &config), shared, change))
     }
 
     /// Waits until a request is held.
