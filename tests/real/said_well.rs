@@ -68,12 +68,21 @@ fn a_lock_service_that_refuses_is_quoted() {
 
 #[test]
 fn what_cannot_be_followed_is_named_and_the_lock_kept() {
+    use crate::support::http::Message;
+    use crate::support::proxy::{Deed, Proxy};
+    let credentials = Proxy::start(cloud().port, |_| {
+        Deed::Answer(Message::answer(
+            "200 OK",
+            r#"{"AccessKeyId":"test","SecretAccessKey":"test","Token":"t","Expiration":"2099-01-01T00:00:00Z"}"#,
+        ))
+    });
     let mut world = World::empty(Lock::DynamoDb);
     world.write_main("", WAITS);
-    // This terraform's SDK does not know the key, and takes the ones beside it; ours knows it, and cannot follow it.
-    let keys = "[profile login]\nlogin_session = x\naws_access_key_id = test\naws_secret_access_key = test\n";
-    world.write("config", keys);
+    // This terraform's SDK does not know the key, and asks the container; ours knows it, and cannot follow it.
+    world.write("config", "[profile login]\nlogin_session = x\n");
     world.set("AWS_CONFIG_FILE", world.directory.join("config")).set("AWS_PROFILE", "login");
+    world.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "");
+    world.set("AWS_CONTAINER_CREDENTIALS_FULL_URI", format!("http://127.0.0.1:{}/", credentials.port));
     world.init();
     let run = world.start_apply(Subject::Tf);
     run.kill_terraform();
