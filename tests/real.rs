@@ -15,8 +15,6 @@
 #[path = "support/mod.rs"]
 mod support;
 
-#[path = "real/completions.rs"]
-mod completions;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;
@@ -46,8 +44,12 @@ mod reached_alike;
 mod runners;
 #[path = "real/said_well.rs"]
 mod said_well;
+#[path = "real/scripts.rs"]
+mod scripts;
 #[path = "real/services.rs"]
 mod services;
+#[path = "real/shells.rs"]
+mod shells;
 #[path = "real/shims.rs"]
 mod shims;
 #[path = "real/survived.rs"]

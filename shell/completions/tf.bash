@@ -16,47 +16,14 @@ _tf() {
             ",$1")
                 cmd="tf"
                 ;;
-            tf,help)
-                cmd="tf__subcmd__help"
-                ;;
             tf,locks)
                 cmd="tf__subcmd__locks"
-                ;;
-            tf__subcmd__help,help)
-                cmd="tf__subcmd__help__subcmd__help"
-                ;;
-            tf__subcmd__help,locks)
-                cmd="tf__subcmd__help__subcmd__locks"
-                ;;
-            tf__subcmd__help__subcmd__locks,audit)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__audit"
-                ;;
-            tf__subcmd__help__subcmd__locks,doctor)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__doctor"
-                ;;
-            tf__subcmd__help__subcmd__locks,history)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__history"
-                ;;
-            tf__subcmd__help__subcmd__locks,list)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__list"
-                ;;
-            tf__subcmd__help__subcmd__locks,recover)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__recover"
-                ;;
-            tf__subcmd__help__subcmd__locks,release)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__release"
-                ;;
-            tf__subcmd__help__subcmd__locks,show)
-                cmd="tf__subcmd__help__subcmd__locks__subcmd__show"
                 ;;
             tf__subcmd__locks,audit)
                 cmd="tf__subcmd__locks__subcmd__audit"
                 ;;
             tf__subcmd__locks,doctor)
                 cmd="tf__subcmd__locks__subcmd__doctor"
-                ;;
-            tf__subcmd__locks,help)
-                cmd="tf__subcmd__locks__subcmd__help"
                 ;;
             tf__subcmd__locks,history)
                 cmd="tf__subcmd__locks__subcmd__history"
@@ -70,32 +37,14 @@ _tf() {
             tf__subcmd__locks,release)
                 cmd="tf__subcmd__locks__subcmd__release"
                 ;;
+            tf__subcmd__locks,shell-init)
+                cmd="tf__subcmd__locks__subcmd__shell__subcmd__init"
+                ;;
+            tf__subcmd__locks,shim)
+                cmd="tf__subcmd__locks__subcmd__shim"
+                ;;
             tf__subcmd__locks,show)
                 cmd="tf__subcmd__locks__subcmd__show"
-                ;;
-            tf__subcmd__locks__subcmd__help,audit)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__audit"
-                ;;
-            tf__subcmd__locks__subcmd__help,doctor)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__doctor"
-                ;;
-            tf__subcmd__locks__subcmd__help,help)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__help"
-                ;;
-            tf__subcmd__locks__subcmd__help,history)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__history"
-                ;;
-            tf__subcmd__locks__subcmd__help,list)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__list"
-                ;;
-            tf__subcmd__locks__subcmd__help,recover)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__recover"
-                ;;
-            tf__subcmd__locks__subcmd__help,release)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__release"
-                ;;
-            tf__subcmd__locks__subcmd__help,show)
-                cmd="tf__subcmd__locks__subcmd__help__subcmd__show"
                 ;;
             *)
                 ;;
@@ -104,7 +53,7 @@ _tf() {
 
     case "${cmd}" in
         tf)
-            opts="-h --help locks help"
+            opts="locks"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -117,148 +66,8 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        tf__subcmd__help)
-            opts="locks help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__help)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks)
-            opts="list show release audit doctor history recover"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__audit)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__doctor)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__history)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__list)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__recover)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__release)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__help__subcmd__locks__subcmd__show)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         tf__subcmd__locks)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help list show release audit doctor history recover help"
+            opts="--chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate list show release audit doctor history recover shell-init shim"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -304,7 +113,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__audit)
-            opts="-h --older-than --chdir --table --bucket --prefix --region --profile --endpoint-url --rate --json --prometheus --help"
+            opts="--older-than --chdir --table --bucket --prefix --region --profile --endpoint-url --rate --json --prometheus"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -354,7 +163,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__doctor)
-            opts="-y -h --chdir --fix-digest --yes --dry-run --help"
+            opts="-y --chdir --fix-digest --yes --dry-run"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -375,134 +184,8 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        tf__subcmd__locks__subcmd__help)
-            opts="list show release audit doctor history recover help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__audit)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__doctor)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__help)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__history)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__list)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__recover)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__release)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        tf__subcmd__locks__subcmd__help__subcmd__show)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         tf__subcmd__locks__subcmd__history)
-            opts="-h --json --help"
+            opts="--json"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -516,7 +199,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__list)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --help"
+            opts="--chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -562,7 +245,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__recover)
-            opts="-h --dry-run --run --say --reason --help"
+            opts="--dry-run --run --say --reason"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -584,7 +267,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__release)
-            opts="-y -h --chdir --table --bucket --prefix --region --profile --endpoint-url --force --yes --dry-run --reason --help"
+            opts="-y --chdir --table --bucket --prefix --region --profile --endpoint-url --force --yes --dry-run --reason"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -633,8 +316,40 @@ _tf() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        tf__subcmd__locks__subcmd__shell__subcmd__init)
+            opts="--no-alias bash zsh fish sh"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__shim)
+            opts="--remove --only"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --only)
+                    COMPREPLY=($(compgen -W "terraform tofu" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         tf__subcmd__locks__subcmd__show)
-            opts="-h --chdir --table --bucket --prefix --region --profile --endpoint-url --json --help"
+            opts="--chdir --table --bucket --prefix --region --profile --endpoint-url --json"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -678,8 +393,32 @@ _tf() {
     esac
 }
 
-if [[ "${BASH_VERSINFO[0]}" -eq 4 && "${BASH_VERSINFO[1]}" -ge 4 || "${BASH_VERSINFO[0]}" -gt 4 ]]; then
-    complete -F _tf -o nosort -o bashdefault -o default tf
-else
-    complete -F _tf -o bashdefault -o default tf
-fi
+# The program that is asked. What `tf locks shell-init` prints says its path, where it is not on PATH.
+_tf_program=tf
+
+# Completes tf, and terraform where that is an alias of it: terraform's own words as terraform says them, and `locks`.
+_tf_or_terraform() {
+    local word=1
+    # Bash makes three words of -chdir=DIR, because it breaks words at "=" as well.
+    while [[ $word -lt $COMP_CWORD && ${COMP_WORDS[word]} == -chdir* ]]; do
+        if [[ ${COMP_WORDS[word + 1]} == = ]]; then word=$((word + 3)); else word=$((word + 1)); fi
+    done
+    if [[ $word -lt $COMP_CWORD && ${COMP_WORDS[word]} == locks ]]; then
+        COMP_WORDS=("$1" "${COMP_WORDS[@]:word}")
+        COMP_CWORD=$((COMP_CWORD - word + 1))
+        _tf "$1" "$2" "$3"
+        return
+    fi
+    # Terraform is told as a shell tells it (`complete -C`), and looks at nothing but these two.
+    local IFS=$'\n'
+    # shellcheck disable=SC2207 # mapfile came with bash 4, and macOS has 3.2.
+    COMPREPLY=($(COMP_LINE=$COMP_LINE COMP_POINT=$COMP_POINT "$_tf_program" 2>/dev/null))
+    if [[ $word -eq $COMP_CWORD && locks == "$2"* ]]; then
+        COMPREPLY+=(locks)
+    fi
+    if [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=/] && ${BASH_VERSINFO[0]} -ge 4 ]]; then
+        compopt -o nospace
+    fi
+}
+
+complete -F _tf_or_terraform tf

@@ -13,10 +13,13 @@ mod history;
 mod inventory;
 mod list;
 mod output;
+mod own_path;
 mod reach;
 mod recover;
 mod release;
 mod scan;
+mod shell_init;
+mod shim;
 mod show;
 mod staleness;
 
@@ -96,6 +99,17 @@ enum Command {
     /// when a lock could not be given back, which is then named.
     #[command(after_help = recover::EXAMPLES)]
     Recover(recover::Recover),
+    /// Print what a shell has to read: the alias `terraform=tf`, and what completes both
+    ///
+    /// Nothing is written anywhere. Without an alias and for a script there is `tf locks shim`.
+    #[command(after_help = shell_init::EXAMPLES)]
+    ShellInit(shell_init::ShellInit),
+    /// Put links named terraform and tofu into a directory, for scripts, which see no alias
+    ///
+    /// With that directory first on PATH an unchanged script runs terraform under tf. Nothing that stands there is
+    /// overwritten.
+    #[command(after_help = shim::EXAMPLES)]
+    Shim(shim::Shim),
 }
 
 /// What `arguments`, without the program's name, ask `tf locks` for; `None` when they are terraform's. A `-chdir=DIR`
@@ -132,6 +146,8 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Recover(recover) => recover.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::History(history) => history.run(),
+            Command::ShellInit(shell_init) => shell_init.run(),
+            Command::Shim(shim) => shim.run(),
         },
         Err(error) if error.use_stderr() => {
             report::say(error.render().to_string().trim_end());
@@ -178,11 +194,29 @@ mod tests {
     /// of the manual.
     fn generated() -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
-        for (shell, name) in [(Shell::Bash, "tf.bash"), (Shell::Zsh, "_tf"), (Shell::Fish, "tf.fish")] {
-            let mut tf = clap::Command::new("tf").subcommand(Locks::command().name("locks").bin_name("tf locks"));
+        for (shell, name, by_hand, registration) in [
+            (
+                Shell::Bash,
+                "tf.bash",
+                include_str!("../../shell/complete.bash"),
+                "if [[ \"${BASH_VERSINFO[0]}\" -eq 4 &&",
+            ),
+            (Shell::Zsh, "_tf", include_str!("../../shell/complete.zsh"), "if [ \"$funcstack[1]\" = \"_tf\" ]"),
+            (Shell::Fish, "tf.fish", include_str!("../../shell/complete.fish"), ""),
+        ] {
+            // Terraform's own words are terraform's to say: what is written by hand asks it.
+            let locks = Locks::command().name("locks").bin_name("tf locks");
+            let mut tf =
+                clap::Command::new("tf").disable_help_flag(true).disable_help_subcommand(true).subcommand(locks);
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut tf, "tf", &mut text);
-            files.insert(Path::new("shell/completions").join(name), text);
+            let mut text = String::from_utf8(text).unwrap();
+            if !registration.is_empty() {
+                let (functions, _) =
+                    text.split_once(registration).expect("the generated text ends with its registration");
+                text = functions.trim_end().to_owned() + "\n";
+            }
+            files.insert(Path::new("shell/completions").join(name), (text + by_hand).into_bytes());
         }
         let directory = tempfile::tempdir().unwrap();
         clap_mangen::generate_to(Locks::command().name("tf-locks"), directory.path()).unwrap();

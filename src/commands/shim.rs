@@ -1,0 +1,194 @@
+//! `tf locks shim`: links named `terraform` and `tofu` to this program. A script does not see aliases; what is first on
+//! PATH, it does.
+//!
+//! Whatever else stands there stays: a link is made only where nothing is (symlink(2) fails otherwise), and taken away only
+//! when it is one that this program would make.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::own_path::{self, same_file};
+use super::reach::Trouble;
+use super::{Finding, report};
+
+pub(super) const EXAMPLES: &str = "Examples:
+  tf locks shim ~/.local/share/tf/shim
+  PATH=\"$HOME/.local/share/tf/shim:$PATH\" ./deploy.sh
+  tf locks shim --remove ~/.local/share/tf/shim
+
+Exit codes: 0 they are there (or, with --remove, are not), 1 something else stands there, or it could not be done.";
+
+/// A name that a script calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Name {
+    Terraform,
+    Tofu,
+}
+
+impl Name {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Terraform => "terraform",
+            Self::Tofu => "tofu",
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub(super) struct Shim {
+    /// Where the links are to be. Made, if it is not there
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Take the links away again. Only what is a link to this program goes
+    #[arg(long)]
+    remove: bool,
+    /// Only this name, where a script would take a tofu on PATH for a reason to use it
+    #[arg(long, value_name = "NAME")]
+    only: Option<Name>,
+}
+
+/// What stands at a link's place.
+#[derive(Debug, PartialEq, Eq)]
+enum Standing {
+    Nothing,
+    Ours,
+    /// Something else: what it is.
+    Another(String),
+}
+
+impl Shim {
+    pub(super) fn run(self) -> Result<Finding, Trouble> {
+        let own = own_path::find().map_err(|error| Trouble::Said(format!("where tf lies is not known: {error}")))?.path;
+        let names = [Name::Terraform, Name::Tofu].into_iter().filter(|name| self.only.is_none_or(|only| only == *name));
+        let links: Vec<PathBuf> = names.map(|name| self.directory.join(name.as_str())).collect();
+        let done = if self.remove { remove(&links, &own) } else { self.make(&links, &own) };
+        done.map_err(Trouble::Said)?;
+        Ok(Finding::Nothing)
+    }
+
+    /// All of them, or none where something else stands.
+    fn make(&self, links: &[PathBuf], own: &Path) -> Result<(), String> {
+        fs::create_dir_all(&self.directory).map_err(|error| format!("{}: {error}", self.directory.display()))?;
+        let mut missing = Vec::new();
+        for link in links {
+            match standing(link, own).map_err(|error| format!("{}: {error}", link.display()))? {
+                Standing::Nothing => missing.push(link),
+                Standing::Ours => {}
+                Standing::Another(what) => return Err(not_ours(link, &what, own, "no link was made")),
+            }
+        }
+        for link in missing {
+            // Whoever put something there meanwhile keeps it.
+            symlink(own, link).map_err(|error| format!("{}: {error}", link.display()))?;
+        }
+        for link in links {
+            report::print(&format!("{} -> {}", link.display(), own.display()));
+        }
+        Ok(())
+    }
+}
+
+/// Those that are ours.
+fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
+    let mut kept = Vec::new();
+    for link in links {
+        match standing(link, own).and_then(|standing| match standing {
+            Standing::Nothing => Ok(None),
+            Standing::Ours => take_away(link, own),
+            Standing::Another(what) => Ok(Some(what)),
+        }) {
+            Ok(None) => {}
+            Ok(Some(what)) => kept.push(not_ours(link, &what, own, "it was left")),
+            Err(error) => kept.push(format!("{}: {error}", link.display())),
+        }
+    }
+    if kept.is_empty() { Ok(()) } else { Err(kept.join("\n")) }
+}
+
+/// Takes our link away. Gives what it is, if by now it is something else.
+///
+/// Between a look and an unlink(2) anybody may put a file of theirs at that name. So the entry is renamed first, to a name
+/// that nobody else uses: what was renamed is looked at, and nobody can change it any more by its old name.
+fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
+    let aside = link.with_extension(format!("tf-{}", std::process::id()));
+    fs::rename(link, &aside)?;
+    match standing(&aside, own)? {
+        Standing::Ours => fs::remove_file(&aside).map(|()| None),
+        Standing::Nothing => Ok(None),
+        Standing::Another(what) => {
+            // Back, unless there is again something at its place: link(2) overwrites nothing.
+            fs::hard_link(&aside, link)?;
+            fs::remove_file(&aside)?;
+            Ok(Some(what))
+        }
+    }
+}
+
+fn not_ours(link: &Path, what: &str, own: &Path, done: &str) -> String {
+    format!("{} is {what}, and no link to {}: {done}", link.display(), own.display())
+}
+
+fn standing(link: &Path, own: &Path) -> io::Result<Standing> {
+    let file = match fs::symlink_metadata(link) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Standing::Nothing),
+        Err(error) => return Err(error),
+    };
+    if !file.is_symlink() {
+        return Ok(Standing::Another(if file.is_dir() { "a directory" } else { "a file" }.to_owned()));
+    }
+    let target = fs::read_link(link)?;
+    // By name as well: an upgrade puts another file at the same path.
+    if target == own || same_file(link, own) {
+        return Ok(Standing::Ours);
+    }
+    Ok(Standing::Another(format!("a link to {}", target.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_link_to_this_program_is_ours() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let own = at("tf");
+        fs::write(&own, "").unwrap();
+        fs::write(at("file"), "").unwrap();
+        fs::create_dir(at("directory")).unwrap();
+        symlink("tf", at("relative")).unwrap();
+        symlink("relative", at("indirect")).unwrap();
+        symlink(at("file"), at("another")).unwrap();
+        symlink(at("gone/tf"), at("dangling")).unwrap();
+        for (name, ours) in [
+            ("relative", true),
+            ("indirect", true),
+            ("another", false),
+            ("dangling", false),
+            ("file", false),
+            ("directory", false),
+        ] {
+            assert_eq!(standing(&at(name), &own).unwrap() == Standing::Ours, ours, "{name}");
+        }
+        // The program that an upgrade has just taken away.
+        fs::remove_file(&own).unwrap();
+        symlink(&own, at("dangling to us")).unwrap();
+        assert_eq!(standing(&at("dangling to us"), &own).unwrap(), Standing::Ours);
+        assert_eq!(standing(&at("nothing"), &own).unwrap(), Standing::Nothing);
+    }
+
+    #[test]
+    fn what_was_put_in_a_links_place_meanwhile_comes_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let link = directory.path().join("terraform");
+        fs::write(&link, "somebody's").unwrap();
+        assert!(take_away(&link, Path::new("/usr/bin/tf")).unwrap().is_some());
+        assert_eq!(fs::read_to_string(&link).unwrap(), "somebody's");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+}

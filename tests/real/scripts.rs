@@ -1,0 +1,351 @@
+//! `tf locks shim` and shell/tf.sh: a script that calls terraform, and knows nothing of us, is safe with one line more.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::household::{Sweep, home, marked, wait_until_all_is_gone, wait_until_unlocked};
+use crate::support::process::{Run, tree};
+use crate::support::world::{WAITS, which};
+use crate::support::{Ended, Lock, Subject, World, wait_for};
+
+/// What a script may be run by. `sh -o posix` is what macOS and old systems have as sh.
+const SHELLS: [&[&str]; 4] = [&["dash"], &["bash"], &["bash", "--posix"], &["zsh", "-f"]];
+
+fn shells() -> impl Iterator<Item = &'static [&'static str]> {
+    SHELLS.into_iter().filter(|shell| which(shell[0]).is_some())
+}
+
+fn tf_sh() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/tf.sh")
+}
+
+/// A script of the world's, with `body` below the line that makes it safe.
+fn script(world: &World, shell: &[&str], options: &str, body: &str) -> Command {
+    world.write("deploy", &format!("{options}\n. '{}'\n{body}\n", tf_sh().display()));
+    let mut command = world.command(shell[0]);
+    command.args(&shell[1..]).arg("./deploy");
+    command
+}
+
+/// What is left in the directory for temporary files.
+fn left_behind(world: &World) -> Vec<PathBuf> {
+    fs::read_dir(temporary(world)).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+fn temporary(world: &World) -> PathBuf {
+    world.directory.parent().unwrap().join("temporary")
+}
+
+fn world(provisioner: &str) -> World {
+    let mut world = World::new(Lock::File, provisioner);
+    let temporary = temporary(&world);
+    fs::create_dir_all(&temporary).unwrap();
+    world.set("TMPDIR", temporary);
+    world
+}
+
+/// Kills terraform itself, and not the `tf` above it, which was called by that name as well.
+fn kill_terraform(run: &Run) {
+    let ours = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
+    let is_terraform = |pid: &Pid| {
+        fs::read_link(format!("/proc/{pid}/exe"))
+            .is_ok_and(|path| path != ours && path.file_name().is_some_and(|name| name == "terraform"))
+    };
+    let terraform = wait_for(
+        "terraform",
+        || tree(run.pid()).into_iter().map(|(pid, ..)| pid).find(is_terraform),
+        || format!("{:?}", tree(run.pid())),
+    );
+    kill(terraform, Signal::SIGKILL).unwrap();
+}
+
+fn shim(world: &World, arguments: &[&str]) -> Ended {
+    world.run(Subject::Tf, &[&["locks", "shim"], arguments].concat())
+}
+
+#[test]
+fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
+    let world = world(WAITS);
+    let directory = world.directory.join("new/shim");
+    let name = directory.to_str().unwrap();
+    for _ in 0..2 {
+        let end = shim(&world, &[name]);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);
+    }
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
+    // An unchanged script.
+    let mut command = world.command("sh");
+    command.args(["-c", "PATH=\"$0:$PATH\"; terraform apply -auto-approve -no-color", name]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    kill_terraform(&run);
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+    // Called as tofu it looks for that.
+    let end = Run::start(world.command(directory.join("tofu"))).wait();
+    assert_eq!(end.code(), Some(127));
+    assert!(end.err.contains("found no tofu behind"), "{}", end.err);
+    for _ in 0..2 {
+        let end = shim(&world, &["--remove", name]);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+    }
+    let end = shim(&world, &[name, "--only", "terraform"]);
+    assert_eq!((end.code(), fs::read_dir(&directory).unwrap().count()), (Some(0), 1));
+}
+
+#[test]
+fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
+    let world = world("true");
+    let directory = world.directory.join("bin");
+    let name = directory.to_str().unwrap();
+    fs::create_dir(&directory).unwrap();
+    let terraform = directory.join("terraform");
+    let put: [(&str, &dyn Fn()); 4] = [
+        ("a file", &|| fs::write(&terraform, "the real one").unwrap()),
+        ("a link to /usr/bin/env", &|| symlink("/usr/bin/env", &terraform).unwrap()),
+        ("a link to /nowhere/tf", &|| symlink("/nowhere/tf", &terraform).unwrap()),
+        ("a directory", &|| fs::create_dir(&terraform).unwrap()),
+    ];
+    for (what, put) in put {
+        put();
+        let before = fs::symlink_metadata(&terraform).unwrap();
+        for arguments in [&[name][..], &["--remove", name]] {
+            let end = shim(&world, arguments);
+            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{what}: {}", end.err);
+            assert!(end.err.contains(what) && end.err.contains(terraform.to_str().unwrap()), "{}", end.err);
+            assert!(!directory.join("tofu").exists(), "{what}: all or nothing");
+            let after = fs::symlink_metadata(&terraform).unwrap();
+            assert_eq!(
+                (after.file_type(), after.modified().unwrap()),
+                (before.file_type(), before.modified().unwrap())
+            );
+        }
+        fs::rename(&terraform, world.directory.join(format!("was {}", what.replace('/', "-")))).unwrap();
+    }
+    // A file in the directory's place.
+    let end = shim(&world, &[world.directory.join("main.tf").to_str().unwrap()]);
+    assert_eq!(end.code(), Some(1));
+    assert!(end.err.contains("main.tf"), "{}", end.err);
+}
+
+#[test]
+fn a_script_that_reads_tf_sh_is_safe_and_leaves_nothing_behind() {
+    for shell in shells() {
+        for options in ["", "set -e", "set -eu"] {
+            let world = world(WAITS);
+            let mut command =
+                script(&world, shell, options, "terraform apply -auto-approve -no-color; echo \"code $?\"");
+            command.env("_tf_shim", "");
+            let run = Run::start(command);
+            world.wait_for_began(&run);
+            kill_terraform(&run);
+            let end = run.wait();
+            assert!(end.err.contains("released the lock"), "{shell:?} {options}: {}", world.story(&end));
+            // 137 ends a script that says `set -e`, with its own status.
+            if options.is_empty() {
+                assert!(end.out.contains("code 137"), "{shell:?}: {}", world.story(&end));
+                assert_eq!(end.code(), Some(0), "{shell:?}");
+            } else {
+                assert_eq!(end.code(), Some(137), "{shell:?} {options}: {}", world.story(&end));
+            }
+            world.assert_unlocked();
+            assert!(left_behind(&world).is_empty(), "{shell:?} {options}: {:?}", left_behind(&world));
+        }
+    }
+}
+
+#[test]
+fn bare_the_same_script_leaves_the_lock() {
+    let world = world(WAITS);
+    let mut command = world.command("sh");
+    command.args(["-c", "terraform apply -auto-approve -no-color; echo \"code $?\""]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    run.kill_terraform();
+    run.wait();
+    world.assert_locked();
+}
+
+/// Whatever a script starts finds the links: what stands in a pipeline, in a subshell, in a substitution, behind another
+/// program, in another script.
+#[test]
+fn everything_that_a_script_starts_runs_tf() {
+    let body = r#"
+terraform locks history | cat
+(terraform locks history)
+echo "$(terraform locks history)"
+env terraform locks history
+printf 'locks\nhistory\n' | xargs terraform
+sh -c 'terraform locks history'
+terraform locks history &
+wait $!
+echo all of them
+"#;
+    for shell in shells() {
+        let world = world("true");
+        let end = Run::start(script(&world, shell, "set -eu", body)).wait();
+        // Bare terraform would say of each that it has no such command, and end the script.
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{shell:?} {}", end.out);
+        assert_eq!(end.out.trim(), "all of them", "{shell:?}");
+        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+    }
+}
+
+/// The script's own status, its arguments, its options and what it does at its own exit.
+#[test]
+fn a_script_stays_what_it_is() {
+    for shell in shells() {
+        for (options, body, out, code) in [
+            ("", "exit 3", "", 3),
+            ("set -e", "false", "", 1),
+            ("trap 'echo \"its own: $?\"' EXIT", "exit 3", "its own: 3", 3),
+            ("set -e; trap 'echo \"its own: $?\"' EXIT", "false", "its own: 1", 1),
+            ("trap 'echo \"its own\"; exit 5' EXIT", "exit 3", "its own", 5),
+            (
+                "trap 'echo it\\''s \"$PATH\" | sed \"s/:.*tf-shim.*//\"\necho two' EXIT; trap 'echo usr' USR1",
+                "kill -USR1 $$",
+                "usr",
+                0,
+            ),
+            // Later ones are the script's own affair.
+            ("", "trap '_tf_exit; echo later' EXIT", "later", 0),
+            ("set -- one 'two three'", "echo \"$2\"", "two three", 0),
+            // Read once more, in the same shell: nothing is done twice.
+            ("", ". \"$TF_SH\"; echo \"$PATH\" | tr : '\\n' | grep -c tf-shim", "1", 0),
+            ("", "(exit 4); echo $?; (trap 'echo inner' EXIT); echo outer", "4\ninner\nouter", 0),
+        ] {
+            let mut world = world("true");
+            world.set("TF_SH", tf_sh());
+            let end = Run::start(script(&world, shell, options, body)).wait();
+            assert_eq!((end.code(), end.err.as_str()), (Some(code), ""), "{shell:?} {options} {body}");
+            assert!(end.out.trim().starts_with(out), "{shell:?} {options} {body}: {}", end.out);
+            assert!(left_behind(&world).is_empty(), "{shell:?} {options} {body}: {:?}", left_behind(&world));
+        }
+    }
+}
+
+/// In zsh a trap on EXIT that is set in a function is that function's.
+#[test]
+fn it_may_be_read_in_a_function() {
+    for shell in shells() {
+        let world = world("true");
+        let body = format!("begin() {{ . '{}'; }}\nbegin\nterraform locks history && echo safe", tf_sh().display());
+        world.write("deploy", &body);
+        let mut command = world.command(shell[0]);
+        command.args(&shell[1..]).arg("./deploy");
+        let end = Run::start(command).wait();
+        assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
+        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+    }
+}
+
+/// When a `tf` was killed with its terraform, its script goes on; at the script's end the lock is given back.
+#[test]
+fn at_its_exit_a_script_finishes_what_was_killed() {
+    for shell in shells() {
+        let world = world(WAITS);
+        let _sweep = Sweep(home(&world));
+        let run = Run::start(script(&world, shell, "", "terraform apply -auto-approve -no-color\necho \"code $?\""));
+        world.wait_for_began(&run);
+        // Everything at once but the script, as the kernel does with what takes too much memory.
+        let others: Vec<_> = marked(&home(&world)).into_iter().filter(|pid| *pid != run.pid()).collect();
+        for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+            for pid in &others {
+                let _ = kill(*pid, signal);
+            }
+        }
+        let end = run.wait();
+        assert!(end.out.contains("code 137"), "{shell:?}: {}", world.story(&end));
+        assert!(end.err.contains("released the lock that an earlier run left"), "{shell:?}: {}", world.story(&end));
+        assert!(!end.out.contains("released"), "{shell:?}: stdout is the script's own: {}", end.out);
+        world.assert_unlocked();
+        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+    }
+}
+
+/// Cron gives PATH, HOME, SHELL and LOGNAME at most, and a directory that is not the script's.
+#[test]
+fn with_almost_nothing_set_it_works_all_the_same() {
+    for shell in shells() {
+        let world = world(WAITS);
+        let terraform = which("terraform").unwrap();
+        let directory = world.directory.display();
+        let keys = world.environment().into_iter().filter(|(name, _)| name.to_string_lossy().starts_with("AWS_"));
+        let exports: Vec<String> =
+            keys.map(|(name, value)| format!("export {}='{}'", name.display(), value.display())).collect();
+        let exports = exports.join("\n");
+        let text = format!(
+            "set -eu\ncd '{directory}'\n{exports}\nPATH='{}':'{}':/usr/bin:/bin\n. '{}'\nterraform apply -auto-approve -no-color\n",
+            world.bin().display(),
+            terraform.parent().unwrap().display(),
+            tf_sh().display()
+        );
+        world.write("deploy", &text);
+        let mut command = world.command(which(shell[0]).unwrap());
+        command.args(&shell[1..]).arg(world.directory.join("deploy")).env_clear().current_dir("/");
+        let run = Run::start(command);
+        world.wait_for_began(&run);
+        kill_terraform(&run);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(137), "{shell:?}: {}", world.story(&end));
+        assert!(end.err.contains("released the lock"), "{shell:?}: {}", world.story(&end));
+        wait_until_unlocked(&world);
+    }
+}
+
+/// It would run terraform without us, and nobody would know.
+#[test]
+fn without_a_tf_it_says_so_and_ends_what_ends_at_an_error() {
+    for shell in shells() {
+        let mut world = world("true");
+        world.set("PATH", "/usr/bin:/bin");
+        let end = Run::start(script(&world, shell, "set -e", "echo went on")).wait();
+        assert_eq!((end.code(), end.out.as_str()), (Some(127), ""), "{shell:?}: {}", end.err);
+        assert!(end.err.contains("there is no tf on PATH"), "{shell:?}: {}", end.err);
+        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+    }
+}
+
+/// Where nobody knows in which directory tf.sh lies.
+#[test]
+fn what_shell_init_prints_for_a_script_does_the_same() {
+    for shell in shells() {
+        let world = world("true");
+        let tf = world.bin().join("tf");
+        let line = "begin=$(\"$1\" locks shell-init sh) && eval \"$begin\"\nterraform locks history && echo safe";
+        let mut command = world.command(shell[0]);
+        command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(&tf);
+        let end = Run::start(command).wait();
+        assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
+        // Not on PATH either.
+        let mut command = world.command(shell[0]);
+        command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(env!("CARGO_BIN_EXE_tf"));
+        command.env("PATH", std::env::var_os("PATH").unwrap());
+        let end = Run::start(command).wait();
+        assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
+        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+    }
+}
+
+/// An interrupt ends the script as it would without us, and a killed shell leaves two links and no lock.
+#[test]
+fn a_script_that_is_interrupted_ends_as_it_would_and_no_lock_stays() {
+    for shell in shells() {
+        let world = world(WAITS);
+        let run = Run::start(script(&world, shell, "set -e", "terraform apply -auto-approve -no-color\necho went on"));
+        world.wait_for_began(&run);
+        run.send_to_group(Signal::SIGINT);
+        let end = run.wait();
+        assert!(!end.out.contains("went on"), "{shell:?}: {}", world.story(&end));
+        assert!(end.code() == Some(1) || end.signal() == Some(2), "{shell:?}: {}", world.story(&end));
+        wait_until_unlocked(&world);
+        wait_until_all_is_gone(&world);
+    }
+}

@@ -1,0 +1,267 @@
+//! `tf locks shell-init`, in the shells that it is for, with a person at the keyboard: Tab is pressed, and lines are typed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::support::process::Run;
+use crate::support::terminal::Terminal;
+use crate::support::world::which;
+use crate::support::{Lock, Subject, World, wait_for};
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/completions").join(name)
+}
+
+/// What is typed with a Tab behind it, and what must stand there then.
+type Typed = [(&'static str, &'static str)];
+
+const TF: &Typed = &[
+    // Terraform's own.
+    ("tf ap\t", "tf apply"),
+    ("tf workspace sel\t", "tf workspace select"),
+    ("tf -chdir=. ap\t", "tf -chdir=. apply"),
+    // What terraform knows of this backend only.
+    ("tf workspace select oth\t", "tf workspace select other"),
+    // Ours beside them.
+    ("tf loc\t", "tf locks"),
+    ("tf locks rel\t", "tf locks release"),
+    ("tf locks audit --older\t", "tf locks audit --older-than"),
+    ("tf locks doctor --fix\t", "tf locks doctor --fix-digest"),
+    ("tf -chdir=. loc\t", "tf -chdir=. locks"),
+    ("tf -chdir=. locks rel\t", "tf -chdir=. locks release"),
+    // Where neither has anything, nothing is offered.
+    ("tf locks tell\t-nothing", "tf locks tell-nothing"),
+    ("tf nosuch\t-word", "tf nosuch-word"),
+];
+
+const TERRAFORM: &Typed = &[
+    ("terraform ap\t", "terraform apply"),
+    ("terraform loc\t", "terraform locks"),
+    ("terraform locks rel\t", "terraform locks release"),
+    ("terraform -chdir=. locks rel\t", "terraform -chdir=. locks release"),
+    ("terraform workspace select oth\t", "terraform workspace select other"),
+];
+
+/// Types each beginning with a Tab behind it, in a shell that has answered a line, until the whole word stands there.
+#[track_caller]
+fn press_tab(terminal: &mut Terminal, typed: &Typed) {
+    for (begun, completed) in typed {
+        let before = terminal.screen().len();
+        terminal.type_in(begun);
+        // A shell draws what changes and moves the cursor in between: a line is put together from what is printable.
+        let line = |terminal: &Terminal| {
+            console::strip_ansi_codes(&terminal.screen()[before..]).replace(['\r', '\u{8}', '\u{7}'], "")
+        };
+        wait_for(
+            completed,
+            || line(terminal).contains(completed).then_some(()),
+            || format!("{begun:?}: {:?}", &terminal.screen()[before..]),
+        );
+        // ^U: the line is thrown away.
+        terminal.type_in("\x15");
+    }
+}
+
+/// Types a line, and waits for what it answers. What is typed is drawn as well: the answer must not stand in it.
+#[track_caller]
+fn ask(terminal: &mut Terminal, line: &str, answer: &str) {
+    assert!(!line.contains(answer));
+    let before = terminal.screen().len();
+    terminal.type_in(&format!("{line}\r"));
+    wait_for(
+        answer,
+        || terminal.screen()[before..].contains(answer).then_some(()),
+        || terminal.screen()[before..].to_owned(),
+    );
+}
+
+/// A directory whose backend has a second workspace, and nothing on PATH but this `tf` and terraform.
+fn with_another_workspace() -> World {
+    let mut world = World::new(Lock::File, "true");
+    let end = world.run(Subject::Bare, &["workspace", "new", "other"]);
+    assert_eq!(end.code(), Some(0), "{}{}", end.out, end.err);
+    // What fish and zsh remember is of this test alone.
+    let home = world.directory.parent().unwrap().join("shells-home");
+    fs::create_dir_all(home.join(".config/fish")).unwrap();
+    world.set("HOME", home.clone()).set("ZDOTDIR", home);
+    world
+}
+
+/// A shell that reads `rc` when it starts.
+fn shell(world: &World, shell: &str, rc: &str) -> Terminal {
+    let home = PathBuf::from(world.environment().into_iter().find(|(name, _)| name == "HOME").unwrap().1);
+    let mut command = world.command(shell);
+    match shell {
+        "bash" => {
+            fs::write(home.join(".bashrc"), format!("PS1='ready> '\n{rc}\n")).unwrap();
+            command.arg("-i");
+        }
+        "zsh" => {
+            fs::write(home.join(".zshrc"), format!("PS1='ready> '\n{rc}\n")).unwrap();
+            command.args(["-d", "-i"]);
+        }
+        _ => {
+            // It draws a guess behind what was typed, in grey, which this would take for a completion.
+            let config = format!(
+                "function fish_prompt\necho -n 'ready> '\nend\nset -g fish_greeting\nset -g fish_autosuggestion_enabled 0\n{rc}\n"
+            );
+            fs::write(home.join(".config/fish/config.fish"), config).unwrap();
+            command.arg("-i");
+        }
+    }
+    let terminal = Terminal::start(command);
+    terminal.wait_for("ready> ");
+    terminal
+}
+
+const BASH: &str = r#"eval "$(tf locks shell-init bash)""#;
+const ZSH: &str = "autoload -Uz compinit && compinit -u -D\neval \"$(tf locks shell-init zsh)\"";
+/// Fish reads it from a pipe, which is not the same as a word.
+const FISH: &str = "tf locks shell-init fish | source";
+
+#[test]
+fn in_bash_tab_completes_tf_and_the_alias() {
+    let world = with_another_workspace();
+    let mut terminal = shell(&world, "bash", BASH);
+    press_tab(&mut terminal, TF);
+    press_tab(&mut terminal, TERRAFORM);
+}
+
+#[test]
+fn in_zsh_tab_completes_tf_and_the_alias() {
+    if which("zsh").is_none() {
+        return;
+    }
+    let world = with_another_workspace();
+    let mut terminal = shell(&world, "zsh", ZSH);
+    press_tab(&mut terminal, TF);
+    press_tab(&mut terminal, TERRAFORM);
+}
+
+/// An rc file may ask for completion before or after it asks us.
+#[test]
+fn in_zsh_the_order_of_the_lines_in_an_rc_file_does_not_matter() {
+    if which("zsh").is_none() {
+        return;
+    }
+    let rc = "eval \"$(tf locks shell-init zsh)\"\nautoload -Uz compinit && compinit -u -D";
+    let world = with_another_workspace();
+    let mut terminal = shell(&world, "zsh", rc);
+    press_tab(&mut terminal, &TF[..6]);
+    press_tab(&mut terminal, &TERRAFORM[..3]);
+    // One that completes aliases as words of their own.
+    let rc = format!("setopt complete_aliases\n{ZSH}");
+    let mut terminal = shell(&world, "zsh", &rc);
+    press_tab(&mut terminal, TERRAFORM);
+}
+
+#[test]
+fn in_fish_tab_completes_tf_and_the_alias() {
+    if which("fish").is_none() {
+        return;
+    }
+    let world = with_another_workspace();
+    let mut terminal = shell(&world, "fish", FISH);
+    press_tab(&mut terminal, TF);
+    press_tab(&mut terminal, TERRAFORM);
+}
+
+/// The files as a package installs them, read by each shell when Tab is first pressed behind `tf`.
+#[test]
+fn as_a_package_installs_them_the_completions_work() {
+    let world = with_another_workspace();
+    let mut terminal = shell(&world, "bash", &format!("source '{}'", file("tf.bash").display()));
+    press_tab(&mut terminal, TF);
+    if which("zsh").is_some() {
+        let rc = format!("fpath=('{}' $fpath)\nautoload -Uz compinit && compinit -u -D", file("").display());
+        let mut terminal = shell(&world, "zsh", &rc);
+        press_tab(&mut terminal, TF);
+    }
+    if which("fish").is_some() {
+        let rc = format!("set -p fish_complete_path '{}'", file("").display());
+        let mut terminal = shell(&world, "fish", &rc);
+        press_tab(&mut terminal, TF);
+    }
+}
+
+/// Bare terraform has no command of that name, and says so.
+const NOT_OURS: &str = "no command named";
+
+#[test]
+fn terraform_is_tf_where_it_was_asked_for_and_else_stays_what_it_is() {
+    for (name, rc, off) in [("bash", BASH, "bash)\""), ("zsh", ZSH, "zsh)\""), ("fish", FISH, "fish | source")] {
+        if which(name).is_none() {
+            continue;
+        }
+        let world = with_another_workspace();
+        ask(&mut shell(&world, name, rc), "terraform locks history && printf 'en%s' d-2", "end-2");
+        let without = rc.replace(off, &off.replace(name, &format!("{name} --no-alias")));
+        assert_ne!(rc, without);
+        let mut terminal = shell(&world, name, &without);
+        press_tab(&mut terminal, &TF[..2]);
+        ask(&mut terminal, "terraform locks history", NOT_OURS);
+        // Into a shell that had it before it is not brought back by anything: what was printed is all there is.
+        let home = world.directory.parent().unwrap().join("home");
+        assert!(!home.join(".bashrc").exists() && !home.join(".zshrc").exists());
+    }
+}
+
+/// Many people have it, and each alias alone would stand for the other.
+#[test]
+fn an_alias_of_the_same_name_for_terraform_does_not_undo_it() {
+    for (name, rc) in [("bash", BASH), ("zsh", ZSH), ("fish", FISH)] {
+        if which(name).is_none() {
+            continue;
+        }
+        let world = with_another_workspace();
+        // Above the line it hides tf from it, as from everything else.
+        let above = format!("alias tf=terraform\n{}", rc.replace("tf locks", "command tf locks"));
+        for rc in [above, format!("{rc}\nalias tf=terraform")] {
+            let mut terminal = shell(&world, name, &rc);
+            ask(&mut terminal, "terraform locks history && printf 'en%s' d-2", "end-2");
+            ask(&mut terminal, "tf locks history && printf 'en%s' d-3", "end-3");
+            press_tab(&mut terminal, &TF[5..7]);
+            press_tab(&mut terminal, &TERRAFORM[..3]);
+        }
+    }
+}
+
+/// A program that is not on PATH, in a directory with a quote and a blank in its name.
+#[test]
+fn a_tf_that_is_not_on_path_is_named_by_its_path() {
+    for (name, rc) in [("bash", BASH), ("zsh", ZSH), ("fish", FISH)] {
+        if which(name).is_none() {
+            continue;
+        }
+        let mut world = with_another_workspace();
+        let away = world.directory.join("it's away");
+        fs::create_dir(&away).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_tf"), away.join("tf")).unwrap();
+        let path = std::env::var("PATH").unwrap();
+        world.set("PATH", path);
+        let quoted = if name == "fish" { r"'it\'s away/tf'" } else { r"it\'s\ away/tf" };
+        let mut terminal = shell(&world, name, &rc.replace("tf locks", &format!("{quoted} locks")));
+        press_tab(&mut terminal, TERRAFORM);
+        ask(&mut terminal, "terraform locks bla", "unrecognized subcommand");
+    }
+}
+
+/// A shell that does nothing else with it reads it without a word, with every check on that it has.
+#[test]
+fn what_is_printed_is_read_without_a_word() {
+    let world = World::empty(Lock::File);
+    for (name, arguments, line) in [
+        ("bash", &["--norc", "-euc"][..], BASH),
+        ("bash", &["--posix", "--norc", "-euc"], BASH),
+        ("zsh", &["-f", "-euc"], "eval \"$(tf locks shell-init zsh)\""),
+        ("fish", &["--no-config", "-c"], FISH),
+    ] {
+        if which(name).is_none() {
+            continue;
+        }
+        let mut command = world.command(name);
+        command.args(arguments).arg(line);
+        let end = Run::start(command).wait();
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{name}");
+    }
+}
