@@ -48,6 +48,10 @@ check: ## formatting, lints, documentation
 	cargo clippy --all-targets --features crash-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
+.PHONY: supply
+supply: ## licences, sources and duplicates of what we depend on; ADVISORIES=1 for those as well (from GitHub)
+	tests/supply
+
 .PHONY: bench
 bench: release tools ## what tf costs, as paired differences against bare terraform
 	@$(TOOLS)/bin/python3 bench/bench.py
