@@ -187,6 +187,15 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!("the lock that terraform waits for may be that of a dead run here (pid {tf}), which is being finished")
 }
 
+/// A run that was waited for goes on.
+pub(crate) fn still_ending(record: &Record) -> String {
+    format!(
+        "a run here (pid {}), which was asked to stop or whose tf was killed, has not ended yet, and may hold a state lock\n\
+         it gives it back when it ends; to wait once more, type: tf locks recover",
+        record.tf
+    )
+}
+
 /// The recovery takes its time.
 pub(crate) fn recovering() -> String {
     "finishing what an earlier run left here, before terraform starts; ^C twice leaves it".to_owned()

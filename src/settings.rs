@@ -56,7 +56,10 @@ impl Settings {
             release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
             shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
             log: set("TFW_LOG"),
-            ci: set("CI").is_some_and(|value| !["false", "0", "no"].iter().any(|no| value == *no)),
+            // Azure Pipelines sets a variable of its own, and not the one that everybody else sets.
+            ci: ["CI", "TF_BUILD"].into_iter().any(|name| {
+                set(name).is_some_and(|value| !["false", "0", "no"].iter().any(|no| value.eq_ignore_ascii_case(no)))
+            }),
         })
     }
 }
@@ -121,6 +124,7 @@ mod tests {
             [("true", true), ("1", true), ("woodpecker", true), ("false", false), ("0", false), ("", false)]
         {
             assert_eq!(read("CI", value).unwrap().ci, expected, "{value:?}");
+            assert_eq!(read("TF_BUILD", value).unwrap().ci, expected, "{value:?}");
         }
     }
 }

@@ -257,7 +257,8 @@ fn is_jenkins_cookie(name: &str) -> bool {
 
 /// The variables by which a runner finds what it started, and the mark of the run that we may be nested in.
 fn marks_us(name: &str) -> bool {
-    is_jenkins_cookie(name) || matches!(name, "RUNNER_TRACKING_ID" | "BUILD_ID" | super::tree::RUN)
+    is_jenkins_cookie(name)
+        || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | super::tree::RUN)
 }
 
 /// The guardian's own story.
@@ -411,6 +412,7 @@ impl<'a> Watch<'a> {
                 if let Some(event) = payload.first().and_then(|&place| Event::ALL.get(usize::from(place))) {
                     // What follows from it `tf` does itself.
                     let _ = self.ward.stop.decide(*event, self.ward.begun.elapsed());
+                    self.write_stopping();
                 }
             }
             STILL => self.still = payload == [1],
@@ -420,6 +422,17 @@ impl<'a> Watch<'a> {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Somebody asked for an end: whoever recovers waits for it (`recovery::look`). A loss of power may take that.
+    fn write_stopping(&mut self) {
+        if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record)
+            && !record.stopping
+        {
+            record.stopping = true;
+            let written = entry.write(record, false);
+            trace!("guardian: journal tells of the stop: {}", written.is_ok());
         }
     }
 

@@ -85,6 +85,12 @@ pub(crate) struct Record {
     /// The pid of its `tf`, and of its terraform.
     pub(crate) tf: u32,
     pub(crate) terraform: Option<i32>,
+    /// The parent of its `tf`, where its end asks for a stop.
+    #[serde(default)]
+    pub(crate) parent: Option<i32>,
+    /// It was asked to stop.
+    #[serde(default)]
+    pub(crate) stopping: bool,
     /// When terraform was started.
     pub(crate) started: Timestamp,
     /// `terraform`, or by what name it was run.
@@ -121,6 +127,8 @@ impl Record {
             host: journal.host().clone(),
             tf: std::process::id(),
             terraform: None,
+            parent: None,
+            stopping: false,
             started: Timestamp::now(),
             program: String::new(),
             chdir: None,

@@ -209,7 +209,8 @@ impl<'a> Prepared<'a> {
         // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
         let mut entry = None;
         let journal = journal.and_then(|journal| {
-            let record = record(&run, &journal, started, invocation, current, (here, destinations));
+            let mut record = record(&run, &journal, started, invocation, current, (here, destinations));
+            record.parent = parent.as_ref().map(|(pid, _)| pid.as_raw());
             let (made, life) = journal.begin(&record)?;
             inherited.push(life);
             entry = Some((made, record));
@@ -263,7 +264,7 @@ impl<'a> Prepared<'a> {
             inherited,
             pipes,
             terminal,
-            parent,
+            parent: parent.map(|(_, end)| end),
             stop,
             charge,
             image,

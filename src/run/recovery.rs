@@ -193,6 +193,11 @@ pub(crate) fn everything(
                     recovered.left += 1;
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                // Waited for in vain. Any other that lives is nobody's business.
+                Found::Living(record) | Found::Settling(record) if ends_soon(&record) && record.log.may_hold() => {
+                    report::say(&report::still_ending(&record));
+                    recovered.left += 1;
+                }
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
             recovered.asked = recovered.asked.or_else(|| signals.next_stop());
@@ -211,8 +216,18 @@ fn is_of(record: &Record, here: &Places) -> bool {
         || record.data_directory == here.data_directory
 }
 
+/// Whether it is on its way to its end: whoever runs it is dead, was asked to stop, or is about to ask himself.
+///
+/// A job that is cancelled goes on to its last step when the shell in between is dead, whatever its `tf` still does; and
+/// that shell's death may not have come to the ears of `tf` yet. So the shell is looked at, and not only what was written.
+fn ends_soon(record: &Record) -> bool {
+    let parent_is_dead = record.parent.and_then(|pid| u32::try_from(pid).ok()).is_some_and(|pid| !is_alive(pid));
+    !is_alive(record.tf) || record.stopping || parent_is_dead
+}
+
 /// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
-/// one that somebody else is finishing, and one whose `tf` is dead, as whose processes may be dying at this moment.
+/// one that somebody else is finishing, one whose `tf` is dead, as whose processes may be dying at this moment, and one
+/// that is stopping.
 fn look(
     journal: &Journal,
     name: &str,
@@ -221,15 +236,19 @@ fn look(
     signals: &mut Signals,
 ) -> Found {
     let begun = Instant::now();
+    let mut waits = false;
     loop {
         let found = journal.look(name);
         let patience = match &found {
             Found::Settling(record) if is_near(record) => OTHERS_FINISH_WITHIN,
-            Found::Living(record) if is_near(record) && !is_alive(record.tf) => orphans_end_within,
+            Found::Living(record) if is_near(record) && ends_soon(record) => orphans_end_within,
             _ => return found,
         };
         if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
             return found;
+        }
+        if !std::mem::replace(&mut waits, true) {
+            trace!("run {name} is waited for");
         }
         poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
     }

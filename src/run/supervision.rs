@@ -58,11 +58,11 @@ pub(crate) struct Supervision<'a> {
     pub(crate) outlived: bool,
 }
 
-/// A descriptor for the end of our parent, where that is to be taken for a request to stop: in CI, unless we were
+/// Our parent and a descriptor for its end, where that is to be taken for a request to stop: in CI, unless we were
 /// meant to outlive it (`&`, nohup, setsid).
 ///
 /// Never PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and runners start from thread pools.
-pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<OwnedFd> {
+pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<(Pid, OwnedFd)> {
     let inherited = signals.inherited();
     let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
     if !ci || inherited.ignores(Signal::SIGINT) || inherited.ignores(Signal::SIGHUP) || (leads_session && !has_terminal)
@@ -72,7 +72,7 @@ pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -
     let parent = getppid();
     let watched = process::watch_end(parent).ok()?;
     // Had it ended before it was opened, the number could already be another's.
-    (parent.as_raw() > 1 && getppid() == parent).then_some(watched)
+    (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
 }
 
 impl Supervision<'_> {

@@ -2,10 +2,11 @@
 
 use nix::sys::signal::{Signal, kill};
 
+use super::interrupted_once::slow_to_plan;
 use super::locks_doctor::as_a_global_table;
 use super::locks_release::locks;
 use super::survived::{assert_nothing_left, edit, kill_whole, killed_whole, records};
-use crate::support::household::wait_until_all_is_gone;
+use crate::support::household::{wait_until_all_is_gone, wait_until_gone};
 use crate::support::process::Run;
 use crate::support::world::WAITS;
 use crate::support::{Ended, Lock, Subject, World};
@@ -118,6 +119,28 @@ fn a_guardian_at_work_is_waited_for() {
     drop(run);
     wait_until_all_is_gone(&world);
     assert_nothing_left(&world);
+}
+
+/// A job's last step runs while terraform still stops: the shell in between is dead, and its `tf` is not.
+#[test]
+fn a_run_that_is_stopping_is_waited_for() {
+    let (mut world, proxy) = slow_to_plan();
+    world.set("CI", "true");
+    let mut shell = world.command("bash");
+    shell.args(["-c", "tf apply -auto-approve -no-color; echo done"]);
+    let step = Run::start(shell);
+    proxy.wait_until_held();
+    step.send(Signal::SIGTERM);
+    wait_until_gone(&world, step.pid());
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["locks", "recover"]);
+    let recover = Run::start(command);
+    world.wait_for_trace("is waited for");
+    world.assert_locked();
+    proxy.let_go();
+    let end = recover.wait();
+    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 #[test]
