@@ -8,6 +8,7 @@
     unreachable_pub,
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     clippy::disallowed_methods,
     reason = "a test fails by panicking, starts processes, and changes them between fork and exec"
 )]
@@ -38,6 +39,8 @@ mod locks_recover;
 mod locks_release;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
+#[path = "real/permissions.rs"]
+mod permissions;
 #[path = "real/reached_alike.rs"]
 mod reached_alike;
 #[path = "real/runners.rs"]

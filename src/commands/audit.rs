@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::found::Entry;
+use super::found::{Entry, not_whole};
 use super::output::{Output, Widths};
 use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
@@ -56,6 +56,9 @@ struct Count {
     dead: u64,
     stale: u64,
     unreadable: u64,
+    /// Those of them that these credentials may not read.
+    #[serde(skip)]
+    denied: u64,
     /// Items, objects or states that were looked at.
     scanned: u64,
     complete: bool,
@@ -77,6 +80,8 @@ impl Count {
     fn add(&mut self, entry: &Entry, now: Timestamp) {
         let Entry::Lock(lock) = entry else {
             self.unreadable += 1;
+            self.complete &= !entry.is_denied();
+            self.denied += u64::from(entry.is_denied());
             return;
         };
         match lock.verdict() {
@@ -151,6 +156,9 @@ impl Audit {
                 if let Some(signal) = scanned.stopped {
                     return Ok(Finding::Stopped(signal));
                 }
+            }
+            if count.denied > 0 {
+                report::say(&not_whole(count.denied));
             }
             count.scan_seconds = begun.elapsed().as_secs_f64();
             if self.json {

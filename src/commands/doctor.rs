@@ -233,16 +233,30 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         clock = clock.or(told);
     }
     let lock_key = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{key}{LOCK_FILE}"));
-    match s3::keys(&stores.s3, bucket, key).next().await {
+    // As terraform lists them: a policy may permit that alone.
+    let (before_workspaces, _) = inventory::around_workspaces(directory).unwrap_or_default();
+    match s3::keys(&stores.s3, bucket, &before_workspaces).next().await {
         Some(Err(failure)) => permission(findings, "s3:ListBucket", bucket, &Err(failure), stores),
         _ => permission(findings, "s3:ListBucket", bucket, &Ok(()), stores),
     }
-    let read = stores.read(&stores.object(bucket, &lock_key)).await.map(drop);
-    permission(findings, "s3:GetObject", bucket, &read, stores);
     if directory.lock_file {
+        let read = stores.read(&stores.object(bucket, &lock_key)).await.map(drop);
+        permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read, stores);
         let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
         let (Attempt { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
-        permission(findings, "s3:DeleteObject", bucket, &answer, stores);
+        match &answer {
+            // Nobody's lock is tried, and a policy may name the lock's key alone.
+            Err(failure) if failure.denied().is_some() => findings.wrong(
+                "s3:DeleteObject",
+                &visible(&failure.to_string()),
+                &format!(
+                    "let these credentials do s3:DeleteObject on {}\nif they may do it on that key and on no other, all is \
+                     well: this trial has a key of its own, so as to touch nobody's lock",
+                    visible(&format!("{bucket}/{lock_key}"))
+                ),
+            ),
+            _ => permission(findings, "s3:DeleteObject", bucket, &answer, stores),
+        }
         clock = clock.or(told);
         conditional_delete(findings, bucket, if_match);
         versions(findings, stores, bucket).await;
@@ -343,7 +357,8 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
     let states = match inventory::states(directory, stores).await {
         Ok((states, incomplete)) => {
             if let Some(why) = incomplete {
-                findings.note("workspaces", &visible(&why), "");
+                let lines: Vec<String> = why.lines().map(visible).collect();
+                findings.note("workspaces", &lines.join("\n"), "");
             }
             states
         }

@@ -28,6 +28,9 @@ pub(super) struct Found {
 pub(super) struct Unreadable {
     pub(super) place: Spot,
     pub(super) reason: String,
+    /// These credentials may not read it: what it is, nobody knows.
+    #[serde(skip)]
+    pub(super) denied: bool,
 }
 
 /// Either.
@@ -42,6 +45,21 @@ pub(super) enum Entry {
 pub(super) struct Wanted {
     pub(super) dynamodb: bool,
     pub(super) s3: bool,
+}
+
+impl Entry {
+    /// Something stands there that these credentials may not read.
+    pub(super) fn is_denied(&self) -> bool {
+        matches!(self, Self::Unreadable(unreadable) if unreadable.denied)
+    }
+}
+
+/// Some of what was to be looked at could not be.
+pub(super) fn not_whole(denied: u64) -> String {
+    format!(
+        "{denied} lock objects stand that these credentials may not read: s3:GetObject is missing on them, and so nobody \
+         knows whose they are"
+    )
 }
 
 impl Found {
@@ -74,7 +92,11 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
         let info = match standing.info() {
             Some(info) if !info.id.is_empty() => info,
             _ => {
-                unreadable.push(Entry::Unreadable(Unreadable { reason: why_unreadable(standing.text()), place: spot }));
+                unreadable.push(Entry::Unreadable(Unreadable {
+                    reason: why_unreadable(standing.text()),
+                    place: spot,
+                    denied: false,
+                }));
                 continue;
             }
         };

@@ -110,23 +110,30 @@ async fn read(state: &State, wanted: Wanted, stores: &Stores) -> Result<Vec<Entr
         };
         match stores.read(&spot).await {
             Ok(standing) => halves.extend(standing.map(|standing| (spot, standing))),
+            // Who locks with the table alone needs no permission for an object, and has none of his own there.
+            Err(failure) if failure.denied().is_some() && matches!(spot, Spot::S3 { .. }) && !wanted.s3 => {}
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }
     }
     Ok(pair(wanted, halves, Some(&state.workspace)))
 }
 
+/// What the keys of all workspaces' states begin with, as terraform lists them; and what stands behind their names.
+pub(super) fn around_workspaces(directory: &Directory) -> Option<(String, String)> {
+    // The key of a workspace's state with its name left open.
+    let marked = directory.backend.state_key("\u{0}").unwrap_or_default();
+    marked.split_once('\u{0}').map(|(before, behind)| (before.to_owned(), behind.to_owned()))
+}
+
 /// The names of workspaces that the bucket tells of: by a state, or by a lock.
 async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::lock::release::Failure> {
-    // The key of a workspace's state with its name left open: what stands before it, and behind.
-    let marked = directory.backend.state_key("\u{0}").unwrap_or_default();
-    let Some((prefix, behind)) = marked.split_once('\u{0}') else { return Ok(Vec::new()) };
+    let Some((prefix, behind)) = around_workspaces(directory) else { return Ok(Vec::new()) };
     let mut names = Vec::new();
-    let mut pages = s3::keys(&stores.s3, &directory.bucket, prefix);
+    let mut pages = s3::keys(&stores.s3, &directory.bucket, &prefix);
     while let Some(page) = pages.next().await {
         names.extend(page?.iter().filter_map(|key| {
-            let rest = key.strip_prefix(prefix)?;
-            let name = rest.strip_suffix(LOCK_FILE).unwrap_or(rest).strip_suffix(behind)?;
+            let rest = key.strip_prefix(&prefix)?;
+            let name = rest.strip_suffix(LOCK_FILE).unwrap_or(rest).strip_suffix(&behind)?;
             (!name.is_empty() && !name.contains('/') && name != "default").then(|| name.to_owned())
         }));
     }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::found::Entry;
+use super::found::{Entry, not_whole};
 use super::output::{End, Output, Widths};
 use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
@@ -57,30 +57,35 @@ impl List {
             }
             let end = End { complete: inventory.incomplete.is_none(), scanned: inventory.states };
             output.end(end)?;
+            if let Some(why) = &inventory.incomplete {
+                report::say(why);
+            }
             Ok(match inventory.incomplete {
                 _ if stale => Finding::Stale,
-                Some(why) => {
-                    report::say(&why);
-                    Finding::Failed
-                }
+                Some(_) => Finding::Failed,
                 None => Finding::Nothing,
             })
         })
     }
 
     async fn list_scanned(&self, target: Target, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
-        let mut stale = false;
+        let (mut stale, mut denied) = (false, 0);
         let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
         let scanned = scan
             .run(&mut output, |entry| {
                 stale |= matches!(entry, Entry::Lock(lock) if lock.stale);
+                denied += u64::from(entry.is_denied());
                 true
             })
             .await?;
-        output.end(End { complete: scanned.stopped.is_none(), scanned: scanned.items })?;
+        output.end(End { complete: scanned.stopped.is_none() && denied == 0, scanned: scanned.items })?;
+        if denied > 0 {
+            report::say(&not_whole(denied));
+        }
         Ok(match scanned.stopped {
             Some(signal) => Finding::Stopped(signal),
             None if stale => Finding::Stale,
+            None if denied > 0 => Finding::Failed,
             None => Finding::Nothing,
         })
     }

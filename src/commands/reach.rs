@@ -115,10 +115,13 @@ impl Trouble {
         let says = |text: &str| failure.to_string().contains(text);
         let next = if says("ResourceNotFound") || says("NoSuchBucket") || says("non-existent table") {
             format!("\nthere is no {what} for these credentials: {region}; is it the right one? (--region, --profile)")
-        } else if says("AccessDenied") || says("not authorized") {
+        } else if let Some(action) = failure.denied() {
             format!(
-                "\nthese credentials may not read {what}: `aws sts get-caller-identity` tells whose they are; try --profile"
+                "\nthese credentials may not do {action} on {what}: `aws sts get-caller-identity` tells whose they are; try \
+                 --profile"
             )
+        } else if says("cannot be assumed") {
+            "\nwhoever asks for the role must be permitted sts:AssumeRole on it, and the role must trust him".to_owned()
         } else if says("ExpiredToken") || says("UnrecognizedClient") || says("InvalidAccessKeyId") || says("Signature")
         {
             "\nthe service does not take these credentials: log in again, or try another --profile".to_owned()

@@ -185,17 +185,21 @@ impl Release {
             return Ok(Self::refuse(again));
         }
         let mut gone = true;
+        let mut half = "";
         for (spot, shown) in &lock.halves {
             let place = visible(&spot.describe());
             match reach.stores.remove(spot, shown).await {
-                Ok(Removed::Gone) => {}
+                Ok(Removed::Gone) => half = "\nits other half is deleted: the lock keeps others out all the same",
                 Ok(Removed::Anothers) => gone = false,
                 Ok(Removed::Refused) => {
                     return Err(Trouble::Said(format!(
                         "{place} refuses to delete what stands there, though it has not changed\nlook at it by hand"
                     )));
                 }
-                Err(failure) => return Err(Trouble::failed(failure, &place, &reach.stores)),
+                Err(failure) => {
+                    let trouble = Trouble::failed(failure, &place, &reach.stores);
+                    return Err(if half.is_empty() { trouble } else { Trouble::Said(format!("{trouble}{half}")) });
+                }
             }
         }
         if !gone {

@@ -308,7 +308,11 @@ async fn table_segment(
             let spot = stores.item(&table, &key);
             match info {
                 Some(info) => pair(Wanted::default(), vec![(spot, Standing::Item(info))], None),
-                None => vec![Entry::Unreadable(Unreadable { place: spot, reason: "its Info is not a text".into() })],
+                None => vec![Entry::Unreadable(Unreadable {
+                    place: spot,
+                    reason: "its Info is not a text".into(),
+                    denied: false,
+                })],
             }
         });
         let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
@@ -376,7 +380,8 @@ async fn bucket_segment(
                     Ok(None) => Ok(Vec::new()),
                     Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
                     Err(failure) if failure.is_refusal() => {
-                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason: visible(&failure.to_string()) })])
+                        let (reason, denied) = (visible(&failure.to_string()), failure.denied().is_some());
+                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, denied })])
                     }
                     Err(failure) => Err(failed(failure, stores_here)),
                 }
@@ -436,7 +441,7 @@ async fn judged(
     let entries: Result<Vec<Vec<Entry>>, Failure> = checked.into_iter().collect();
     let entries = entries
         .map(|entries| entries.into_iter().flatten().collect())
-        .map_err(|failure| Trouble::failed(failure, "what was just read", stores));
+        .map_err(|failure| Trouble::failed(failure, "what a scan has just seen", stores));
     (entries, again)
 }
 

@@ -23,6 +23,7 @@ use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, Result as Provided, SharedCredentialsProvider, future};
 use aws_runtime::env_config::file::EnvConfigFileKind;
 use aws_runtime::env_config::section::EnvConfigSections;
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
 use super::attributes::{self, Treatment};
@@ -450,7 +451,7 @@ impl Assuming<Role> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &causes(&error))),
+            Err(error) => Err(refused(&assumed.arn, &said(&error))),
         }
     }
 }
@@ -477,7 +478,7 @@ impl Assuming<WebRole> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &causes(&error))),
+            Err(error) => Err(refused(&assumed.arn, &said(&error))),
         }
     }
 }
@@ -497,6 +498,15 @@ impl ProvideCredentials for Assuming<WebRole> {
         Self: 'a,
     {
         future::ProvideCredentials::new(self.ask())
+    }
+}
+
+/// What STS said, or why it said nothing.
+fn said<E: std::error::Error + ProvideErrorMetadata + 'static>(error: &SdkError<E>) -> String {
+    match (error.code(), error.message()) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code.to_owned(),
+        _ => causes(error),
     }
 }
 

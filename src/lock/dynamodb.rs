@@ -51,7 +51,7 @@ async fn attribute(client: &Client, table: &str, path: &str, name: &str) -> Resu
         .consistent_read(true)
         .send()
         .await
-        .map_err(|error| failure(&error))?;
+        .map_err(|error| failure("dynamodb:GetItem", &error))?;
     Ok(answer.item.map(|item| item.get(name).and_then(|value| value.as_s().ok()).cloned()))
 }
 
@@ -83,7 +83,12 @@ impl Description {
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description, Failure> {
-    let answer = client.describe_table().table_name(table).send().await.map_err(|error| failure(&error))?;
+    let answer = client
+        .describe_table()
+        .table_name(table)
+        .send()
+        .await
+        .map_err(|error| failure("dynamodb:DescribeTable", &error))?;
     let table = answer.table;
     let table = table.as_ref();
     let provisioned = table.and_then(|table| table.provisioned_throughput()?.read_capacity_units());
@@ -139,7 +144,7 @@ pub(crate) async fn scan(
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
         .send()
         .await
-        .map_err(|error| failure(&error))?;
+        .map_err(|error| failure("dynamodb:Scan", &error))?;
     let items = answer.items.unwrap_or_default().into_iter().map(|mut item| {
         let text = |value: AttributeValue| match value {
             AttributeValue::S(text) => Some(text),
@@ -201,7 +206,7 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
         Err(error) if error.as_service_error().is_some_and(PutItemError::is_conditional_check_failed_exception) => {
             Ok(false)
         }
-        Err(error) => Err(failure(&error)),
+        Err(error) => Err(failure("dynamodb:PutItem", &error)),
     }
 }
 
@@ -228,19 +233,21 @@ pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &str)
         {
             Ok(Deleted::Changed)
         }
-        Err(error) => Err(failure(&error)),
+        Err(error) => Err(failure("dynamodb:DeleteItem", &error)),
     }
 }
 
-pub(super) fn failure<E, R>(error: &SdkError<E, R>) -> Failure
+/// What went wrong with `action`, as a policy names it.
+pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + aws_sdk_dynamodb::error::ProvideErrorMetadata + 'static,
-    R: std::fmt::Debug,
 {
+    let said = error.as_service_error();
     Failure::new(
         "DynamoDB",
-        error.as_service_error().and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::code),
-        error.as_service_error().and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::message),
+        said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::code),
+        said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::message),
         &causes(error),
     )
+    .of_action(action, error.raw_response().map(|response| response.status().as_u16()))
 }

@@ -47,7 +47,14 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
             let refused_by_condition = error.as_service_error().is_some_and(
                 aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
             );
-            Attempt { answer: if refused_by_condition { Ok(()) } else { Err(dynamodb::failure(&error)) }, clock }
+            Attempt {
+                answer: if refused_by_condition {
+                    Ok(())
+                } else {
+                    Err(dynamodb::failure("dynamodb:DeleteItem", &error))
+                },
+                clock,
+            }
         }
     }
 }
@@ -63,7 +70,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
         let status = response.map(|response| response.status().as_u16());
         // A bucket that is not there answers 404 too.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
-        let answer = if permitted { Ok(()) } else { Err(s3::failure(&error)) };
+        let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
         return (Attempt { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
     }
     // It is content with the absence of what was to be deleted, or it did not look at the condition. An object of our own,
@@ -83,7 +90,12 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn keeps_versions(client: &aws_sdk_s3::Client, bucket: &str) -> Result<bool, Failure> {
-    let answer = client.get_bucket_versioning().bucket(bucket).send().await.map_err(|error| s3::failure(&error))?;
+    let answer = client
+        .get_bucket_versioning()
+        .bucket(bucket)
+        .send()
+        .await
+        .map_err(|error| s3::failure("s3:GetBucketVersioning", &error))?;
     Ok(answer.status == Some(aws_sdk_s3::types::BucketVersioningStatus::Enabled))
 }
 

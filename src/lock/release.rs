@@ -57,12 +57,29 @@ pub(crate) struct Failure {
     reason: String,
     /// Asking again cannot help: the service understood, and refused.
     refused: bool,
+    /// The action that these credentials may not do.
+    denied: Option<&'static str>,
 }
 
 impl Failure {
     /// Something that asking again cannot mend.
     fn refusal(service: &'static str, reason: &str) -> Self {
-        Self { service, reason: reason.to_owned(), refused: true }
+        Self { service, reason: reason.to_owned(), refused: true, denied: None }
+    }
+
+    /// The action, as a policy names it, that these credentials may not do.
+    pub(crate) fn denied(&self) -> Option<&'static str> {
+        self.denied
+    }
+
+    /// What went wrong with `action`, which a policy names so. `status` is that of HTTP: what answers a HEAD has no body to
+    /// say more in.
+    pub(crate) fn of_action(self, action: &'static str, status: Option<u16>) -> Self {
+        let silent = !self.reason.contains("AccessDenied") && !self.refused && status == Some(403);
+        let reason = if silent { "AccessDenied: 403, without a reason".to_owned() } else { self.reason };
+        // Who the credentials are of was refused by somebody else, before the action was asked for.
+        let denied = status.is_some() && reason.contains("AccessDenied");
+        Self { service: self.service, refused: self.refused || denied, denied: denied.then_some(action), reason }
     }
 
     /// Whether the service understood and refused.
@@ -86,13 +103,15 @@ impl Failure {
             .iter()
             .any(|refusal| code.contains(refusal))
         });
+        // A role that may not be assumed is no one's for a while. STS says so within the SDK's own error.
+        let refused = refused || (code.is_none() && otherwise.contains("cannot be assumed: AccessDenied"));
         let reason = match (code, message) {
             (Some(code), Some(message)) => format!("{code}: {message}"),
             (Some(code), None) => code.to_owned(),
             (None, Some(message)) => message.to_owned(),
             (None, None) => otherwise.to_owned(),
         };
-        Self { service, reason, refused }
+        Self { service, reason, refused, denied: None }
     }
 }
 
@@ -510,6 +529,27 @@ mod tests {
         ] {
             assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
         }
+    }
+
+    #[test]
+    fn a_refusal_names_the_action_and_is_not_asked_again() {
+        let failure = |code| Failure::new("S3", code, None, "unhandled error");
+        for (code, status, denied) in [
+            (Some("AccessDenied"), Some(403), true),
+            (Some("AccessDeniedException"), Some(400), true),
+            // The answer to a HEAD.
+            (None, Some(403), true),
+            (Some("SignatureDoesNotMatch"), Some(403), false),
+            (Some("SlowDown"), Some(503), false),
+            (None, None, false),
+        ] {
+            let failure = failure(code).of_action("s3:GetObject", status);
+            assert_eq!(failure.denied(), denied.then_some("s3:GetObject"), "{code:?} {status:?}");
+            assert!(failure.refused || !denied, "{code:?} {status:?}");
+        }
+        let role = "dispatch failure: other: the role arn:x cannot be assumed: AccessDenied: not authorized";
+        let role = Failure::new("S3", None, None, role).of_action("s3:GetObject", None);
+        assert!(role.is_refusal() && role.denied().is_none());
     }
 
     #[test]

@@ -149,7 +149,7 @@ async fn get(
         {
             Ok(None)
         }
-        Err(error) => Err(failure(&error)),
+        Err(error) => Err(failure("s3:GetObject", &error)),
     }
 }
 
@@ -174,7 +174,7 @@ impl Keys {
         let page = self.pages.next().await?;
         Some(match page {
             Ok(page) => Ok(page.contents.unwrap_or_default().into_iter().filter_map(|object| object.key).collect()),
-            Err(error) => Err(failure(&error)),
+            Err(error) => Err(failure("s3:ListBucket", &error)),
         })
     }
 }
@@ -193,7 +193,7 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
         {
             Ok(None)
         }
-        Err(error) => Err(failure(&error)),
+        Err(error) => Err(failure("s3:GetObject", &error)),
     }
 }
 
@@ -221,7 +221,7 @@ pub(crate) async fn put_if_absent(
         Ok(_) => Ok(true),
         Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
             Some(409 | 412) => Ok(false),
-            _ => Err(failure(&error)),
+            _ => Err(failure("s3:PutObject", &error)),
         },
     }
 }
@@ -245,21 +245,23 @@ pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Ob
                 // 412 another object, 404 none, 409 somebody is writing it at this moment.
                 (Some("PreconditionFailed" | "NoSuchKey" | "ConditionalRequestConflict"), _)
                 | (_, Some(404 | 409 | 412)) => Ok(Deleted::Changed),
-                _ => Err(failure(&error)),
+                _ => Err(failure("s3:DeleteObject", &error)),
             }
         }
     }
 }
 
-pub(super) fn failure<E, R>(error: &SdkError<E, R>) -> Failure
+/// What went wrong with `action`, as a policy names it.
+pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
-    R: std::fmt::Debug,
 {
+    let said = error.as_service_error();
     Failure::new(
         "S3",
-        error.as_service_error().and_then(ProvideErrorMetadata::code),
-        error.as_service_error().and_then(ProvideErrorMetadata::message),
+        said.and_then(ProvideErrorMetadata::code),
+        said.and_then(ProvideErrorMetadata::message),
         &causes(error),
     )
+    .of_action(action, error.raw_response().map(|response| response.status().as_u16()))
 }

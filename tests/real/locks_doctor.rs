@@ -16,7 +16,7 @@ use crate::support::{Lock, Subject, World};
 const WRONG: &str = "00000000000000000000000000000000";
 
 /// A state whose recorded digest is not its own.
-fn unfit(lock: Lock) -> World {
+pub fn unfit(lock: Lock) -> World {
     let world = World::new(lock, "true");
     let end = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
@@ -42,8 +42,8 @@ fn a_directory_in_which_all_is_well_is_told_so() {
         assert_eq!(world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]).code(), Some(0));
         let end = locks(&world, &["doctor"]);
         assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        for checked in ["terraform:", "backend:", "credentials:", "s3:GetObject:", "clock:", "journal:", "file locks:"]
-        {
+        let lock_object = if lock == Lock::DynamoDb { "dynamodb:GetItem:" } else { "s3:GetObject:" };
+        for checked in ["terraform:", "backend:", "credentials:", lock_object, "clock:", "journal:", "file locks:"] {
             assert!(
                 end.out.lines().any(|line| line.starts_with(&format!("ok     {checked}"))),
                 "{checked}: {}",
