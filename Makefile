@@ -20,6 +20,12 @@ release: ## a release build: target/release/tf
 demo: build tools ## a lock that bare terraform leaves, and one that tf gives back
 	@$(TOOLS)/bin/python3 demo/demo.py
 
+.PHONY: recording
+recording: build tools ## docs/rescue.svg anew, from a real run
+	test -d $(TOOLS)/record || $(PYTHON) -m venv $(TOOLS)/record
+	$(TOOLS)/record/bin/python3 -m pip install --quiet --disable-pip-version-check termtosvg-ng==1.4.1
+	$(TOOLS)/bin/python3 demo/record.py target/rescue.cast docs/rescue.svg
+
 .PHONY: test
 test: tools ## every test, against real terraform and a real protocol server
 	cargo test
@@ -48,9 +54,14 @@ check: ## formatting, lints, documentation
 	cargo clippy --all-targets --features crash-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
+.PHONY: recipes
+recipes: ## linters on shell/ci, the workflows and the scripts (needs npm and java; 340 MB to fetch)
+	shell/ci/lint
+
 .PHONY: supply
 supply: ## licences, sources and duplicates of what we depend on; ADVISORIES=1 for those as well (from GitHub)
 	tests/supply
+	tests/release
 
 .PHONY: bench
 bench: release tools ## what tf costs, as paired differences against bare terraform

@@ -43,6 +43,8 @@ mod never_anothers;
 mod permissions;
 #[path = "real/reached_alike.rs"]
 mod reached_alike;
+#[path = "real/recipes.rs"]
+mod recipes;
 #[path = "real/runners.rs"]
 mod runners;
 #[path = "real/said_well.rs"]

@@ -1,0 +1,387 @@
+//! The files of shell/ci, run: each installs a release, runs its job on real terraform, is cancelled as its system cancels,
+//! and ends with its last step. What the systems send is in their comments, and in `runners`, beside bare terraform.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use crate::support::cloud::tool;
+use crate::support::household::{
+    Sweep, home, marked, tf_of, wait_until_gone, wait_until_ours_are_gone, wait_until_unlocked,
+};
+use crate::support::process::Run;
+use crate::support::world::{WAITS, which};
+use crate::support::{Ended, Lock, World};
+
+fn recipe(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/ci").join(name)
+}
+
+/// A file of YAML, as its system reads it.
+fn yaml(name: &str) -> Value {
+    let program = "import json, sys, yaml\nprint(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
+    let mut python = Command::new(tool("python3"));
+    python.args(["-c", program]).arg(recipe(name));
+    let end = Run::start(python).wait();
+    assert_eq!(end.code(), Some(0), "{}", end.err);
+    let documents: Vec<Value> = serde_json::from_str(&end.out).unwrap();
+    if documents.len() == 1 { documents.into_iter().next().unwrap() } else { Value::Array(documents) }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(lines) => lines.iter().map(text).collect::<Vec<_>>().join("\n"),
+        other => panic!("no script: {other}"),
+    }
+}
+
+/// A release, as its recipes get it: its archive, and the sum of that.
+fn release(world: &World) -> (String, String) {
+    let version = env!("CARGO_PKG_VERSION");
+    let name = format!("tf-{version}-x86_64-linux");
+    let directory = world.directory.parent().unwrap().join("release");
+    fs::create_dir_all(directory.join(&name)).unwrap();
+    symlink(env!("CARGO_BIN_EXE_tf"), directory.join(&name).join("tf")).unwrap();
+    let archive = directory.join(format!("{name}.tar.gz"));
+    let mut tar = world.command("tar");
+    tar.arg("-C").arg(&directory).arg("-czf").arg(&archive).arg(&name);
+    assert_eq!(Run::start(tar).wait().code(), Some(0));
+    let mut sum = world.command("sha256sum");
+    sum.arg(&archive);
+    let sum = Run::start(sum).wait().out.split(' ').next().unwrap().to_owned();
+    (format!("file://{}", archive.display()), sum)
+}
+
+/// A system, and the scripts of its recipe.
+struct System {
+    name: &'static str,
+    /// What runs a script of it, before the script's file.
+    shell: &'static [&'static str],
+    install: String,
+    job: String,
+    last: String,
+    /// The variables that the recipe sets for the job.
+    environment: Vec<(&'static str, String)>,
+}
+
+fn stop_timeout(value: &Value) -> Vec<(&'static str, String)> {
+    vec![("TFW_STOP_TIMEOUT", value["TFW_STOP_TIMEOUT"].as_str().unwrap().to_owned())]
+}
+
+const GITHUB: &[&str] = &["bash", "-e"];
+
+/// The steps of a job of GitHub's workflow that are scripts.
+fn github(job: &str) -> System {
+    let workflow = yaml("github/workflow.yml");
+    let steps: Vec<Value> = workflow["jobs"][job]["steps"].as_array().unwrap().clone();
+    let scripts: Vec<&Value> = steps.iter().filter(|step| step["run"].is_string()).collect();
+    let [init, apply, last] = scripts[..] else { panic!("{scripts:?}") };
+    assert_eq!(last["if"], "always()");
+    // A step of its own each: what follows an exec is never reached within one.
+    let init = init["run"].as_str().unwrap().trim_start_matches("exec ");
+    System {
+        name: if job == "staging" { "GitHub, steps unchanged" } else { "GitHub, exec" },
+        shell: GITHUB,
+        install: text(&yaml("github/action.yml")["runs"]["steps"][0]["run"]),
+        job: format!("{init}\n{}", text(&apply["run"])),
+        last: text(&last["run"]),
+        environment: stop_timeout(&apply["env"]),
+    }
+}
+
+fn gitlab() -> System {
+    let job = &yaml("gitlab/tf.gitlab-ci.yml");
+    System {
+        name: "GitLab",
+        shell: &["bash"],
+        install: text(&job[".tf"]["before_script"]),
+        job: text(&job["apply"]["script"]),
+        last: text(&job[".tf"]["after_script"]),
+        environment: stop_timeout(&job[".tf"]["variables"]),
+    }
+}
+
+fn buildkite() -> System {
+    let pipeline = yaml("buildkite/pipeline.yml");
+    System {
+        name: "Buildkite",
+        shell: GITHUB,
+        install: fs::read_to_string(recipe("buildkite/hooks/pre-command")).unwrap(),
+        job: text(&pipeline["steps"][1]["command"]),
+        last: fs::read_to_string(recipe("buildkite/hooks/pre-exit")).unwrap(),
+        environment: stop_timeout(&pipeline["env"]),
+    }
+}
+
+fn azure() -> System {
+    let pipeline = yaml("azure/azure-pipelines.yml");
+    let steps = &pipeline["stages"][0]["jobs"][0]["strategy"]["runOnce"]["deploy"]["steps"];
+    let script = |number: usize| text(&steps[number]["bash"]);
+    assert_eq!(steps[4]["condition"], "always()");
+    System {
+        name: "Azure Pipelines",
+        shell: &["bash"],
+        install: script(1),
+        job: format!("{}\n{}", script(2).trim_start_matches("exec "), script(3)),
+        last: script(4),
+        environment: stop_timeout(&pipeline["variables"]),
+    }
+}
+
+/// The scripts of a declarative pipeline, by the order in which they stand there.
+fn jenkins() -> System {
+    let file = fs::read_to_string(recipe("jenkins/Jenkinsfile")).unwrap();
+    let mut scripts = Vec::new();
+    let mut rest = file.as_str();
+    while let Some((_, behind)) = rest.split_once(" sh '") {
+        let (mark, behind) = behind.strip_prefix("''").map_or(("'", behind), |behind| ("'''", behind));
+        let (script, behind) = behind.split_once(mark).unwrap();
+        scripts.push(script.to_owned());
+        rest = behind;
+    }
+    let [install, init, _plan, apply, last] = &scripts[..] else { panic!("{scripts:?}") };
+    System {
+        name: "Jenkins",
+        shell: &["sh", "-xe"],
+        install: install.clone(),
+        job: format!("{init}\n{apply}"),
+        last: last.clone(),
+        environment: Vec::new(),
+    }
+}
+
+fn systems() -> [System; 6] {
+    [github("staging"), github("production"), gitlab(), buildkite(), azure(), jenkins()]
+}
+
+/// A directory with a job in it, as its system lays it.
+struct Job {
+    world: World,
+    system: System,
+}
+
+impl Job {
+    fn new(system: System) -> Self {
+        let mut world = World::empty(Lock::File);
+        world.write_main("", WAITS);
+        let (url, sum) = release(&world);
+        let outside = world.directory.parent().unwrap().to_owned();
+        let runner = outside.join("runner");
+        fs::create_dir(&runner).unwrap();
+        // Only what the recipe puts on PATH leads to tf.
+        let terraform = outside.join("only-terraform");
+        fs::create_dir(&terraform).unwrap();
+        symlink(which("terraform").unwrap(), terraform.join("terraform")).unwrap();
+        world.set("PATH", format!("{}:/usr/local/bin:/usr/bin:/bin", terraform.display()));
+        for (name, value) in [
+            ("CI", "true".into()),
+            ("TF_URL", url),
+            ("TF_SHA256", sum),
+            ("TF_SHIM", "true".into()),
+            ("TF_TAG", String::new()),
+            ("RUNNER_TEMP", runner.display().to_string()),
+            ("RUNNER_OS", "Linux".into()),
+            ("RUNNER_ARCH", "X64".into()),
+            ("GITHUB_PATH", runner.join("path").display().to_string()),
+            ("AGENT_TEMPDIRECTORY", runner.display().to_string()),
+            ("CI_PROJECT_DIR", world.directory.display().to_string()),
+            ("WORKSPACE", world.directory.display().to_string()),
+            ("BUILDKITE_BUILD_CHECKOUT_PATH", world.directory.display().to_string()),
+        ] {
+            world.set(name, value);
+        }
+        Self { world, system }
+    }
+
+    fn command(&self, script: &str) -> Command {
+        self.world.write("script", script);
+        let mut command = self.world.command(self.system.shell[0]);
+        command.args(&self.system.shell[1..]).arg("./script");
+        command
+    }
+
+    /// Installs `tf`, and takes over what the system takes over for the steps that follow.
+    fn install(&mut self) -> Ended {
+        // What stands in GitLab's and Buildkite's shell stays there: told by the shell itself.
+        let end = Run::start(self.command(&format!("{}\necho \"PATH=$PATH\"", self.system.install))).wait();
+        if end.code() != Some(0) {
+            return end;
+        }
+        let mut path = end.out.lines().rev().find_map(|line| line.strip_prefix("PATH=")).unwrap().to_owned();
+        let runner = self.world.directory.parent().unwrap().join("runner");
+        let added = fs::read_to_string(runner.join("path")).unwrap_or_default();
+        for line in added.lines().chain(end.out.lines().filter_map(|line| line.strip_prefix("##vso[task.prependpath]")))
+        {
+            path = format!("{line}:{path}");
+        }
+        if self.system.name == "Jenkins" {
+            let home = self.world.directory.join(".tf-bin");
+            path = format!("{}/shim:{}:{path}", home.display(), home.display());
+        }
+        self.world.set("PATH", path);
+        for (name, value) in self.system.environment.clone() {
+            self.world.set(name, value);
+        }
+        end
+    }
+
+    /// Cancels it, up to the end of everything that the system waits for.
+    fn cancel(&self, run: Run) {
+        let tf = tf_of(&self.world);
+        match self.system.name {
+            // The first process, and no other. Bash waits, and dies of the second: 7.5 s later, when it is the last of its
+            // kind; here at once.
+            "GitHub, steps unchanged" => {
+                assert_ne!(tf, run.pid());
+                run.send(Signal::SIGINT);
+                run.send(Signal::SIGTERM);
+            }
+            "GitHub, exec" | "Azure Pipelines" => {
+                assert_eq!(tf, run.pid(), "exec leaves no shell in between");
+                run.send(Signal::SIGINT);
+            }
+            "GitLab" | "Buildkite" => run.send_to_group(Signal::SIGTERM),
+            // Everything that has the cookie, children first.
+            _ => {
+                for pid in marked(&home(&self.world)).into_iter().rev() {
+                    let _ = kill(pid, Signal::SIGTERM);
+                }
+            }
+        }
+        run.wait();
+        wait_until_gone(&self.world, tf);
+    }
+}
+
+#[test]
+fn a_recipe_installs_what_has_the_checksum_and_nothing_else() {
+    for system in systems() {
+        let mut job = Job::new(system);
+        let name = job.system.name;
+        let end = job.install();
+        assert_eq!(end.code(), Some(0), "{name}: {}{}", end.out, end.err);
+        let shimmed = if name == "GitHub, exec" { "tf" } else { "terraform" };
+        let end = Run::start(job.command(&format!("{shimmed} locks history && tf locks history"))).wait();
+        assert_eq!(end.code(), Some(0), "{name}: {}{}", end.out, end.err);
+
+        let mut job = Job::new(job.system);
+        job.world.set("TF_SHA256", "0".repeat(64));
+        let end = job.install();
+        assert!(end.code() != Some(0), "{name}: {}{}", end.out, end.err);
+        let unpacked = ["runner/tf/tf", "work/.tf-bin/tf"];
+        let outside = job.world.directory.parent().unwrap();
+        assert!(unpacked.iter().all(|path| fs::symlink_metadata(outside.join(path)).is_err()), "{name}");
+    }
+}
+
+#[test]
+fn a_cancelled_job_of_each_recipe_leaves_no_lock() {
+    std::thread::scope(|scope| {
+        for system in systems() {
+            scope.spawn(move || {
+                let mut job = Job::new(system);
+                let _sweep = Sweep(home(&job.world));
+                let end = job.install();
+                assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
+                let run = Run::start(job.command(&job.system.job));
+                job.world.wait_for_began(&run);
+                job.world.assert_locked();
+                job.cancel(run);
+                let end = Run::start(job.command(&job.system.last)).wait();
+                assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
+                wait_until_unlocked(&job.world);
+                wait_until_ours_are_gone(&job.world);
+            });
+        }
+    });
+}
+
+/// Everything but the machine: what a system does at its hardest, and what a kernel does that is out of memory.
+#[test]
+fn the_last_step_of_each_recipe_finishes_what_was_killed() {
+    std::thread::scope(|scope| {
+        for system in systems() {
+            scope.spawn(move || {
+                let mut job = Job::new(system);
+                let _sweep = Sweep(home(&job.world));
+                assert_eq!(job.install().code(), Some(0), "{}", job.system.name);
+                let run = Run::start(job.command(&job.system.job));
+                job.world.wait_for_began(&run);
+                crate::support::household::kill_all(&job.world);
+                run.wait();
+                job.world.assert_locked();
+                let end = Run::start(job.command(&job.system.last)).wait();
+                assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
+                assert!(
+                    end.out.contains("released the lock that an earlier run left"),
+                    "{}: {}",
+                    job.system.name,
+                    end.out
+                );
+                job.world.assert_unlocked();
+            });
+        }
+    });
+}
+
+/// In Kubernetes it is the first process of its container, without a shell: `runners` has that in a namespace of its own.
+#[test]
+fn the_kubernetes_job_stops_before_its_grace_period_ends() {
+    let documents = yaml("kubernetes/job.yaml");
+    let job = documents.as_array().unwrap().iter().find(|document| document["kind"] == "Job").unwrap();
+    let pod = &job["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    let words: Vec<&str> = container["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+    assert_eq!(words[0], "tf", "a shell in front would take the signal");
+    let entry = container["env"].as_array().unwrap().iter().find(|entry| entry["name"] == "TFW_STOP_TIMEOUT").unwrap();
+    let timeout: u64 = entry["value"].as_str().unwrap().trim_end_matches('s').parse().unwrap();
+    let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
+    // 10 s for a write on its way, 20 s for a lock service that does not answer.
+    assert!(timeout + 30 <= grace, "{timeout} {grace}");
+
+    let mut world = World::new(Lock::File, WAITS);
+    world.set("TFW_STOP_TIMEOUT", entry["value"].as_str().unwrap());
+    let mut command = world.command(world.bin().join(words[0]));
+    command.args(&words[1..]);
+    let run = Run::start(command);
+    world.wait_for_began(&run);
+    run.send(Signal::SIGTERM);
+    let end = run.wait();
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// The workflow of Atlantis, step by step, with the variables that it gives.
+#[test]
+fn the_steps_of_the_atlantis_workflow_plan_and_apply() {
+    let steps = yaml("atlantis/repos.yaml");
+    let mut world = World::new(Lock::File, "true");
+    world.set("PLANFILE", world.directory.join("plan.out"));
+    let version = "1.11.4";
+    symlink(which("terraform").unwrap(), world.bin().join(format!("terraform{version}"))).unwrap();
+    for stage in ["plan", "apply"] {
+        for step in steps["workflows"]["tf"][stage]["steps"].as_array().unwrap() {
+            let mut command = world.command("sh");
+            command.env("ATLANTIS_TERRAFORM_VERSION", version).arg("-c");
+            if let Some(run) = step["run"].as_str() {
+                let end = Run::start({
+                    command.arg(run);
+                    command
+                })
+                .wait();
+                assert_eq!(end.code(), Some(0), "{run}: {}", world.story(&end));
+            } else if step["env"].is_object() {
+                command.arg(step["env"]["command"].as_str().unwrap());
+                let value = Run::start(command).wait().out;
+                world.set(step["env"]["name"].as_str().unwrap(), value.trim());
+            }
+        }
+    }
+    assert!(world.trace().contains("started terraform"), "{}", world.trace());
+    world.assert_unlocked();
+}
