@@ -63,9 +63,16 @@ supply: ## licences, sources and duplicates of what we depend on; ADVISORIES=1 f
 	tests/supply
 	tests/release
 
+.PHONY: package
+package: tools ## what a release is made of: static programs, archives, .deb, SBOM; and all of it tried
+	package/all
+	package/check
+	package/check-image
+
 .PHONY: bench
-bench: release tools ## what tf costs, as paired differences against bare terraform
-	@$(TOOLS)/bin/python3 bench/bench.py
+bench: tools ## what tf costs, as paired differences against bare terraform
+	package/build
+	@$(TOOLS)/bin/python3 bench/bench.py --tf target/package/$$(rustc -vV | sed -n 's/^host: //p')/tf
 
 .PHONY: bench-scan
 bench-scan: release tools ## what reading a table of 100,000 items costs, beside aws dynamodb scan

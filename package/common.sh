@@ -1,0 +1,125 @@
+# What the scripts beside this one share. They source it, after `set -euo pipefail`.
+# shellcheck shell=bash disable=SC2034 # What is set here is read there.
+
+# Whatever a product could take from its surroundings is fixed here: order, language, hours, file modes.
+export LC_ALL=C TZ=UTC
+unset LANG LANGUAGE
+umask 022
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd "$root" || exit
+
+# What is built, and what is passed on. `package/twice` builds in two clones, and so in two of these.
+out=$root/target/package
+dist=$out/dist
+tools=$root/target/tools/package
+
+# Debian has a package `tf` already, the game TinyFugue.
+deb_name=tf-locks
+
+die() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 1
+}
+
+say() {
+  printf '== %s\n' "$*"
+}
+
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml | head -n 1)
+[ -n "$version" ] || die "Cargo.toml has no version"
+
+# Of every file in every product: when the last commit was made. An image is built without .git and is told.
+date_of_products() {
+  if [ -z "${SOURCE_DATE_EPOCH:-}" ]; then
+    SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) || die "there is no git history here: set SOURCE_DATE_EPOCH"
+  fi
+  export SOURCE_DATE_EPOCH
+}
+
+# need COMMAND PACKAGE ...: names everything that is missing at once, with the command that installs it.
+need() {
+  local missing=()
+  while [ $# -gt 0 ]; do
+    command -v "$1" >/dev/null || missing+=("$2")
+    shift 2
+  done
+  if [ ${#missing[@]} -gt 0 ]; then
+    die "missing here: apt-get install ${missing[*]}"
+  fi
+}
+
+# The names that others have for a target.
+arch_of() {
+  case $1 in
+  x86_64-unknown-linux-gnu) echo x86_64 ;;
+  aarch64-unknown-linux-gnu) echo aarch64 ;;
+  *) die "no such target: $1 (x86_64-unknown-linux-gnu or aarch64-unknown-linux-gnu)" ;;
+  esac
+}
+
+deb_arch_of() {
+  case $(arch_of "$1") in
+  x86_64) echo amd64 ;;
+  aarch64) echo arm64 ;;
+  esac
+}
+
+host_target() {
+  rustc -vV | sed -n 's/^host: //p'
+}
+
+# The targets that have been built.
+built_targets() {
+  local target
+  for target in x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu; do
+    if [ -e "$out/$target/tf" ]; then echo "$target"; fi
+  done
+}
+
+# unpack NAME PACKAGE...: packages of Debian (PACKAGE:arm64 as well), unpacked below target/tools/package/NAME. Nothing is
+# installed, and apt's own state is left alone, so it takes no root and no foreign architecture.
+unpack() {
+  local name=$1 where=$tools/$1
+  shift
+  if [ -e "$where/.made" ] && [ "$(cat "$where/.made")" = "$*" ]; then
+    return
+  fi
+  need apt-get apt dpkg-deb dpkg
+  say "fetching $name from Debian, into ${where#"$root"/}"
+  rm -rf "$where"
+  mkdir -p "$where/apt/lists/partial" "$where/apt/archives/partial" "$where/debs"
+  # Foreign machines are asked for only where a package of theirs is wanted: their lists are large.
+  local architectures='"amd64";'
+  case "$*" in *:arm64*) architectures='"amd64"; "arm64";' ;; esac
+  printf 'APT::Architectures { %s };\nAPT::Sandbox::User "root";\nDir::State::lists "%s";\nDir::Cache "%s";\n' \
+    "$architectures" "$where/apt/lists" "$where/apt" >"$where/apt.conf"
+  (
+    export APT_CONFIG=$where/apt.conf
+    cd "$where/debs"
+    apt-get update -qq && apt-get download -qq "$@"
+  ) || die "Debian's packages cannot be had: $*"
+  local deb
+  for deb in "$where"/debs/*.deb; do
+    dpkg-deb -x "$deb" "$where"
+  done
+  # What was unpacked is named in the licences and in the .deb.
+  for deb in "$where"/debs/*.deb; do
+    # shellcheck disable=SC2016 # The names are dpkg's.
+    dpkg-deb -W --showformat='${Package} ${Architecture} ${Version} ${source:Package} ${source:Version}\n' "$deb"
+  done >"$where/versions"
+  rm -rf "$where/apt" "$where/apt.conf" "$where/debs"
+  echo "$*" >"$where/.made"
+}
+
+# python PACKAGE==VERSION ...: a virtual environment of PyPI's packages, in target/tools/package/python.
+python_tools() {
+  local where=$tools/python
+  if [ -e "$where/.made" ] && [ "$(cat "$where/.made")" = "$*" ]; then
+    return
+  fi
+  need python3 "python3 python3-venv"
+  python3 -m venv --clear "$where"
+  "$where/bin/python3" -m pip install --quiet --disable-pip-version-check "$@"
+  echo "$*" >"$where/.made"
+}
