@@ -19,6 +19,8 @@ mod support;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;
+#[path = "real/documents.rs"]
+mod documents;
 #[path = "real/given_back.rs"]
 mod given_back;
 #[path = "real/interrupted_once.rs"]

@@ -18,7 +18,7 @@ pub fn locks(world: &World, words: &[&str]) -> Ended {
 }
 
 /// A lock of this user on this host from a time when no terraform of today ran: any other test's started later.
-fn old_lock(world: &World) -> String {
+pub fn old_lock(world: &World) -> String {
     let mut info: Value =
         serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
     info["Created"] = booted().checked_add(jiff::SignedDuration::from_secs(10)).unwrap().to_string().into();

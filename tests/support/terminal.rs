@@ -82,6 +82,12 @@ impl Terminal {
         String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
 
+    /// Everything that a session that has ended has written, without what is no text: all of it, once its reader is done.
+    pub fn screen_at_its_end(&self) -> String {
+        wait_for("the reader of the screen", || (Arc::strong_count(&self.screen) == 1).then_some(()), || self.screen());
+        console::strip_ansi_codes(&self.screen()).replace('\r', "")
+    }
+
     pub fn type_in(&mut self, text: &str) {
         self.master.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
     }
