@@ -29,6 +29,7 @@ _tf_or_terraform() {
 
 # Has it complete a command. In a start-up file that may stand above compinit: then before the first prompt.
 _tf_complete() {
+    emulate -L zsh
     if (( $+functions[compdef] )); then
         compdef _tf_or_terraform $1
         return
@@ -40,6 +41,7 @@ _tf_complete() {
 }
 
 _tf_before_the_prompt() {
+    emulate -L zsh
     add-zsh-hook -d precmd _tf_before_the_prompt
     (( $+functions[compdef] )) && compdef _tf_or_terraform $_tf_to_complete
     unset _tf_to_complete

@@ -73,7 +73,7 @@ fn text(shell: Shell, program: &str, alias: bool) -> String {
                 "alias terraform='command tf'\n_tf_complete terraform\n".to_owned()
             } else {
                 format!(
-                    "unalias terraform 2>/dev/null || :\nfunction terraform {{ {word} \"$@\" }}\n_tf_complete terraform\n"
+                    "unalias terraform 2>/dev/null || :\nfunction terraform {{\n{word} \"$@\"\n}}\n_tf_complete terraform\n"
                 )
             },
         ),
@@ -90,6 +90,10 @@ fn text(shell: Shell, program: &str, alias: bool) -> String {
     let mut text = text.replacen(line, &named, 1);
     if alias {
         text.push_str(&alias_lines);
+    }
+    if let Shell::Zsh = shell {
+        // Whatever options somebody has set (KSH_ARRAYS, for one) stay out of it. What is defined here is for the shell.
+        text = format!("() {{\nemulate -L zsh\n{text}}}\n");
     }
     text
 }

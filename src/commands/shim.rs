@@ -111,21 +111,33 @@ fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
 
 /// Takes our link away. Gives what it is, if by now it is something else.
 ///
-/// Between a look and an unlink(2) anybody may put a file of theirs at that name. So the entry is renamed first, to a name
-/// that nobody else uses: what was renamed is looked at, and nobody can change it any more by its old name.
+/// Between a look and an unlink(2) anybody may put a file of theirs at that name. So the entry is moved first, into a new
+/// directory that nobody else can write to: what was moved is looked at there, and nobody can change it any more.
 fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
-    let aside = link.with_extension(format!("tf-{}", std::process::id()));
-    fs::rename(link, &aside)?;
-    match standing(&aside, own)? {
-        Standing::Ours => fs::remove_file(&aside).map(|()| None),
-        Standing::Nothing => Ok(None),
-        Standing::Another(what) => {
-            // Back, unless there is again something at its place: link(2) overwrites nothing.
-            fs::hard_link(&aside, link)?;
-            fs::remove_file(&aside)?;
-            Ok(Some(what))
+    let directory = link.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Not one that is cleared away by itself: it may have somebody's file in it.
+    let aside = tempfile::Builder::new().prefix(".tf-shim-").tempdir_in(directory)?.keep();
+    let moved = aside.join("link");
+    let done = (|| {
+        fs::rename(link, &moved)?;
+        match standing(&moved, own)? {
+            Standing::Ours => fs::remove_file(&moved).map(|()| None),
+            Standing::Nothing => Ok(None),
+            Standing::Another(what) => {
+                // Back, unless there is again something at its place: link(2) overwrites nothing, and rename(2) of a
+                // directory nothing that has anything in it.
+                if fs::symlink_metadata(&moved)?.is_dir() {
+                    fs::rename(&moved, link)?;
+                } else {
+                    fs::hard_link(&moved, link)?;
+                    fs::remove_file(&moved)?;
+                }
+                Ok(Some(what))
+            }
         }
-    }
+    })();
+    let _ = fs::remove_dir(&aside);
+    done
 }
 
 fn not_ours(link: &Path, what: &str, own: &Path, done: &str) -> String {
@@ -189,6 +201,10 @@ mod tests {
         fs::write(&link, "somebody's").unwrap();
         assert!(take_away(&link, Path::new("/usr/bin/tf")).unwrap().is_some());
         assert_eq!(fs::read_to_string(&link).unwrap(), "somebody's");
+        fs::remove_file(&link).unwrap();
+        fs::create_dir_all(link.join("theirs")).unwrap();
+        assert!(take_away(&link, Path::new("/usr/bin/tf")).unwrap().is_some());
+        assert!(link.join("theirs").is_dir());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }
