@@ -283,8 +283,12 @@ def everything_is_killed(cloud):
             code, story = run.wait()
             check(f"SIGKILL of process 1 ends everything, with {code}, and the lock stays", code == 137 and len(work.locks()) == 2, story)
             code, story = work.container(["plan", "-no-color"], volumes=volumes).wait()
-            check("the next container is refused", code == 1 and "Error acquiring the state lock" in story, story)
-            check("its lock is not taken from it", len(work.locks()) == 2)
+            refused = code == 1 and "Error acquiring the state lock" in story and len(work.locks()) == 2
+            # The kernel may give the next namespace the number of the dead one. It does so only when nobody of that one
+            # lives, so tf takes a recorded run of the same number for its own, which it sees is dead.
+            given_back = with_volume and code == 0 and "released the lock that an earlier run left" in story and not work.locks()
+            what = "gives the lock back: its namespace has the number of the dead one" if given_back else "is refused, and the lock stays"
+            check(f"the next container {what}", refused or given_back, story)
             print("        " + "\n        ".join(line for line in story.splitlines() if line.startswith("tf:")))
             code, story = work.container(["locks"], volumes=volumes).wait()
             print(f"        tf locks, exit code {code}:")

@@ -187,13 +187,14 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!("the lock that terraform waits for may be that of a dead run here (pid {tf}), which is being finished")
 }
 
-/// A run that was waited for goes on.
-pub(crate) fn still_ending(record: &Record) -> String {
-    format!(
-        "a run here (pid {}), which was asked to stop or whose tf was killed, has not ended yet, and may hold a state lock\n\
-         it gives it back when it ends; to wait once more, type: tf locks recover",
-        record.tf
-    )
+/// A run that was waited for goes on. `stops`: its `tf` lives, and has terraform stop.
+pub(crate) fn still_ending(record: &Record, stops: bool) -> String {
+    let next = if stops {
+        "it is stopping, and gives its lock back when it has"
+    } else {
+        "its tf is dead, and something that it started still works; when that has ended, type: tf locks recover"
+    };
+    format!("a run here (pid {}) has not ended yet, and may hold a state lock\n{next}", record.tf)
 }
 
 /// The recovery takes its time.

@@ -56,9 +56,9 @@ struct Count {
     dead: u64,
     stale: u64,
     unreadable: u64,
-    /// Those of them that these credentials may not read.
+    /// Those of them that could not be read.
     #[serde(skip)]
-    denied: u64,
+    unread: u64,
     /// Items, objects or states that were looked at.
     scanned: u64,
     complete: bool,
@@ -80,8 +80,8 @@ impl Count {
     fn add(&mut self, entry: &Entry, now: Timestamp) {
         let Entry::Lock(lock) = entry else {
             self.unreadable += 1;
-            self.complete &= !entry.is_denied();
-            self.denied += u64::from(entry.is_denied());
+            self.complete &= !entry.is_unread();
+            self.unread += u64::from(entry.is_unread());
             return;
         };
         match lock.verdict() {
@@ -157,8 +157,8 @@ impl Audit {
                     return Ok(Finding::Stopped(signal));
                 }
             }
-            if count.denied > 0 {
-                report::say(&not_whole(count.denied));
+            if count.unread > 0 {
+                report::say(&not_whole(count.unread));
             }
             count.scan_seconds = begun.elapsed().as_secs_f64();
             if self.json {

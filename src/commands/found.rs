@@ -28,9 +28,9 @@ pub(super) struct Found {
 pub(super) struct Unreadable {
     pub(super) place: Spot,
     pub(super) reason: String,
-    /// These credentials may not read it: what it is, nobody knows.
+    /// It could not be read: what it is, nobody knows.
     #[serde(skip)]
-    pub(super) denied: bool,
+    pub(super) unread: bool,
 }
 
 /// Either.
@@ -48,17 +48,17 @@ pub(super) struct Wanted {
 }
 
 impl Entry {
-    /// Something stands there that these credentials may not read.
-    pub(super) fn is_denied(&self) -> bool {
-        matches!(self, Self::Unreadable(unreadable) if unreadable.denied)
+    /// Something stands there that could not be read.
+    pub(super) fn is_unread(&self) -> bool {
+        matches!(self, Self::Unreadable(unreadable) if unreadable.unread)
     }
 }
 
 /// Some of what was to be looked at could not be.
-pub(super) fn not_whole(denied: u64) -> String {
+pub(super) fn not_whole(unread: u64) -> String {
     format!(
-        "{denied} lock objects stand that these credentials may not read: s3:GetObject is missing on them, and so nobody \
-         knows whose they are"
+        "{unread} lock objects stand that could not be read, and so nobody knows whose they are; `tf locks list` with the \
+         same options says why of each (AccessDenied: s3:GetObject is missing)"
     )
 }
 
@@ -95,7 +95,7 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
                 unreadable.push(Entry::Unreadable(Unreadable {
                     reason: why_unreadable(standing.text()),
                     place: spot,
-                    denied: false,
+                    unread: false,
                 }));
                 continue;
             }

@@ -6,6 +6,7 @@
 //! state yet is not seen here: `tf locks list --table` sees it.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -15,9 +16,13 @@ use super::staleness::Staleness;
 use crate::holder::host::Host;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, Spot, Stores};
+use crate::report;
 
 /// So many requests are on their way at once.
 const AT_ONCE: usize = 8;
+
+/// This backend's own lock is in the table, and was looked at. Another's, of somebody who moves to lock files, was not.
+const UNSEEN: &str = "lock objects beside the states were not looked at: s3:GetObject is missing on them";
 
 /// What was found.
 pub(super) struct Inventory {
@@ -90,18 +95,22 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     let (states, incomplete) = states(directory, stores).await?;
     let looked = states.len() as u64;
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
+    let unseen = &AtomicBool::new(false);
     let found: Vec<Vec<Entry>> = stream::iter(states)
-        .map(|state| async move { read(&state, wanted, stores).await })
+        .map(|state| async move { read(&state, wanted, stores, unseen).await })
         .buffered(AT_ONCE)
         .try_collect()
         .await?;
     let mut entries: Vec<Entry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &Host::look());
+    if unseen.load(Ordering::Relaxed) {
+        report::say(UNSEEN);
+    }
     Ok(Inventory { entries, states: looked, incomplete })
 }
 
 /// What stands at the places of one state. Not judged yet.
-async fn read(state: &State, wanted: Wanted, stores: &Stores) -> Result<Vec<Entry>, Trouble> {
+async fn read(state: &State, wanted: Wanted, stores: &Stores, unseen: &AtomicBool) -> Result<Vec<Entry>, Trouble> {
     let mut halves = Vec::new();
     for spot in state.spots(stores) {
         let what = match &spot {
@@ -111,7 +120,11 @@ async fn read(state: &State, wanted: Wanted, stores: &Stores) -> Result<Vec<Entr
         match stores.read(&spot).await {
             Ok(standing) => halves.extend(standing.map(|standing| (spot, standing))),
             // Who locks with the table alone needs no permission for an object, and has none of his own there.
-            Err(failure) if failure.denied().is_some() && matches!(spot, Spot::S3 { .. }) && !wanted.s3 => {}
+            Err(failure)
+                if failure.denied().is_some() && matches!(spot, Spot::S3 { .. }) && !wanted.s3 && wanted.dynamodb =>
+            {
+                unseen.store(true, Ordering::Relaxed);
+            }
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }
     }

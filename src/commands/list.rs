@@ -69,23 +69,23 @@ impl List {
     }
 
     async fn list_scanned(&self, target: Target, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
-        let (mut stale, mut denied) = (false, 0);
+        let (mut stale, mut unread) = (false, 0);
         let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
         let scanned = scan
             .run(&mut output, |entry| {
                 stale |= matches!(entry, Entry::Lock(lock) if lock.stale);
-                denied += u64::from(entry.is_denied());
+                unread += u64::from(entry.is_unread());
                 true
             })
             .await?;
-        output.end(End { complete: scanned.stopped.is_none() && denied == 0, scanned: scanned.items })?;
-        if denied > 0 {
-            report::say(&not_whole(denied));
+        output.end(End { complete: scanned.stopped.is_none() && unread == 0, scanned: scanned.items })?;
+        if unread > 0 {
+            report::say(&not_whole(unread));
         }
         Ok(match scanned.stopped {
             Some(signal) => Finding::Stopped(signal),
             None if stale => Finding::Stale,
-            None if denied > 0 => Finding::Failed,
+            None if unread > 0 => Finding::Failed,
             None => Finding::Nothing,
         })
     }

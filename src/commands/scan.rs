@@ -311,7 +311,7 @@ async fn table_segment(
                 None => vec![Entry::Unreadable(Unreadable {
                     place: spot,
                     reason: "its Info is not a text".into(),
-                    denied: false,
+                    unread: false,
                 })],
             }
         });
@@ -380,8 +380,8 @@ async fn bucket_segment(
                     Ok(None) => Ok(Vec::new()),
                     Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
                     Err(failure) if failure.is_refusal() => {
-                        let (reason, denied) = (visible(&failure.to_string()), failure.denied().is_some());
-                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, denied })])
+                        let reason = visible(&failure.to_string());
+                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, unread: true })])
                     }
                     Err(failure) => Err(failed(failure, stores_here)),
                 }

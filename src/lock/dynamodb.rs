@@ -243,11 +243,11 @@ where
     E: std::error::Error + aws_sdk_dynamodb::error::ProvideErrorMetadata + 'static,
 {
     let said = error.as_service_error();
-    Failure::new(
-        "DynamoDB",
+    let status = error.raw_response().map(|response| response.status().as_u16());
+    let told = (
         said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::code),
         said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::message),
-        &causes(error),
-    )
-    .of_action(action, error.raw_response().map(|response| response.status().as_u16()))
+        status,
+    );
+    Failure::of_action("DynamoDB", action, told, &causes(error))
 }

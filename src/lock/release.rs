@@ -72,14 +72,26 @@ impl Failure {
         self.denied
     }
 
-    /// What went wrong with `action`, which a policy names so. `status` is that of HTTP: what answers a HEAD has no body to
-    /// say more in.
-    pub(crate) fn of_action(self, action: &'static str, status: Option<u16>) -> Self {
-        let silent = !self.reason.contains("AccessDenied") && !self.refused && status == Some(403);
-        let reason = if silent { "AccessDenied: 403, without a reason".to_owned() } else { self.reason };
-        // Who the credentials are of was refused by somebody else, before the action was asked for.
-        let denied = status.is_some() && reason.contains("AccessDenied");
-        Self { service: self.service, refused: self.refused || denied, denied: denied.then_some(action), reason }
+    /// What went wrong with `action`, which a policy names so: `code` and `message` are the service's own, `status` is that
+    /// of HTTP, and `otherwise` tells what happened where the service said nothing.
+    pub(crate) fn of_action(
+        service: &'static str,
+        action: &'static str,
+        (code, message, status): (Option<&str>, Option<&str>, Option<u16>),
+        otherwise: &str,
+    ) -> Self {
+        // What answers a HEAD has no body to say more in. It may be a clock or a signature as well, and is asked again.
+        if (code, message, status) == (None, None, Some(403)) {
+            return Self::new(
+                service,
+                None,
+                Some(&format!("403, without a reason: {action} may be missing")),
+                otherwise,
+            );
+        }
+        // Who the credentials are of may be refused as well, before the action is asked for: there is no code then.
+        let denied = code.is_some_and(|code| code.contains("AccessDenied"));
+        Self { denied: denied.then_some(action), ..Self::new(service, code, message, otherwise) }
     }
 
     /// Whether the service understood and refused.
@@ -532,23 +544,28 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_action_and_is_not_asked_again() {
-        let failure = |code| Failure::new("S3", code, None, "unhandled error");
-        for (code, status, denied) in [
-            (Some("AccessDenied"), Some(403), true),
-            (Some("AccessDeniedException"), Some(400), true),
+    fn only_a_refusal_that_says_so_is_one() {
+        for (code, message, status, denied, refused) in [
+            (Some("AccessDenied"), Some("no"), Some(403), true, true),
+            (Some("AccessDeniedException"), None, Some(400), true, true),
+            (Some("SignatureDoesNotMatch"), None, Some(403), false, true),
+            // A clock, a session that is over, a proxy: they may be well the next time.
+            (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), false, false),
+            (Some("InvalidTokenId"), None, Some(403), false, false),
+            (None, Some("<html>"), Some(403), false, false),
             // The answer to a HEAD.
-            (None, Some(403), true),
-            (Some("SignatureDoesNotMatch"), Some(403), false),
-            (Some("SlowDown"), Some(503), false),
-            (None, None, false),
+            (None, None, Some(403), false, false),
+            (Some("SlowDown"), None, Some(503), false, false),
+            (None, None, None, false, false),
         ] {
-            let failure = failure(code).of_action("s3:GetObject", status);
+            let failure = Failure::of_action("S3", "s3:GetObject", (code, message, status), "unhandled error");
             assert_eq!(failure.denied(), denied.then_some("s3:GetObject"), "{code:?} {status:?}");
-            assert!(failure.refused || !denied, "{code:?} {status:?}");
+            assert_eq!(failure.is_refusal(), refused, "{code:?} {status:?}");
         }
+        let silent = Failure::of_action("S3", "s3:GetObject", (None, None, Some(403)), "unhandled error");
+        assert_eq!(silent.to_string(), "S3: 403, without a reason: s3:GetObject may be missing");
         let role = "dispatch failure: other: the role arn:x cannot be assumed: AccessDenied: not authorized";
-        let role = Failure::new("S3", None, None, role).of_action("s3:GetObject", None);
+        let role = Failure::of_action("S3", "s3:GetObject", (None, None, None), role);
         assert!(role.is_refusal() && role.denied().is_none());
     }
 

@@ -257,11 +257,7 @@ where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
     let said = error.as_service_error();
-    Failure::new(
-        "S3",
-        said.and_then(ProvideErrorMetadata::code),
-        said.and_then(ProvideErrorMetadata::message),
-        &causes(error),
-    )
-    .of_action(action, error.raw_response().map(|response| response.status().as_u16()))
+    let status = error.raw_response().map(|response| response.status().as_u16());
+    let told = (said.and_then(ProvideErrorMetadata::code), said.and_then(ProvideErrorMetadata::message), status);
+    Failure::of_action("S3", action, told, &causes(error))
 }

@@ -54,9 +54,6 @@ impl Charge {
 
     /// Something asked for an end.
     pub(crate) fn note(&mut self, event: Event, recorder: &Recorder) {
-        if let Some((_, record)) = &mut self.entry {
-            record.stopping = true;
-        }
         if let Some(guardian) = &mut self.guardian
             && guardian.note(event).is_err()
         {

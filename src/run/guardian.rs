@@ -412,7 +412,6 @@ impl<'a> Watch<'a> {
                 if let Some(event) = payload.first().and_then(|&place| Event::ALL.get(usize::from(place))) {
                     // What follows from it `tf` does itself.
                     let _ = self.ward.stop.decide(*event, self.ward.begun.elapsed());
-                    self.write_stopping();
                 }
             }
             STILL => self.still = payload == [1],
@@ -422,17 +421,6 @@ impl<'a> Watch<'a> {
                 }
             }
             _ => {}
-        }
-    }
-
-    /// Somebody asked for an end: whoever recovers waits for it (`recovery::look`). A loss of power may take that.
-    fn write_stopping(&mut self) {
-        if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record)
-            && !record.stopping
-        {
-            record.stopping = true;
-            let written = entry.write(record, false);
-            trace!("guardian: journal tells of the stop: {}", written.is_ok());
         }
     }
 

@@ -44,6 +44,11 @@ impl Host {
         }
     }
 
+    /// Whether a pid of a run on `self` means the same process to us, `here`.
+    pub(crate) fn numbers_processes_as(&self, here: &Self) -> bool {
+        self.processes == here.processes
+    }
+
     /// How a run on `self` looks from `here`.
     ///
     /// The same boot: its processes must be in our pid namespace, or below it. The number of a namespace comes again, but

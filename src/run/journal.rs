@@ -88,9 +88,6 @@ pub(crate) struct Record {
     /// The parent of its `tf`, where its end asks for a stop.
     #[serde(default)]
     pub(crate) parent: Option<i32>,
-    /// It was asked to stop.
-    #[serde(default)]
-    pub(crate) stopping: bool,
     /// When terraform was started.
     pub(crate) started: Timestamp,
     /// `terraform`, or by what name it was run.
@@ -128,7 +125,6 @@ impl Record {
             tf: std::process::id(),
             terraform: None,
             parent: None,
-            stopping: false,
             started: Timestamp::now(),
             program: String::new(),
             chdir: None,
@@ -219,7 +215,7 @@ impl Journal {
         is_private(&runs).then(|| Self { runs, host: OnceCell::new() })
     }
 
-    fn host(&self) -> &Host {
+    pub(crate) fn host(&self) -> &Host {
         self.host.get_or_init(|| Host::here(&self.runs))
     }
 

@@ -93,7 +93,13 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         );
         let Some(journal) = Journal::there(state) else { continue };
         for name in journal.names() {
-            match look(&journal, &name, |record| is_of(record, here), ORPHANS_END_WITHIN, signals) {
+            match look(
+                &journal,
+                &name,
+                |record| is_of(record, here),
+                [OTHERS_FINISH_WITHIN, ORPHANS_END_WITHIN],
+                signals,
+            ) {
                 Found::Dead(record, entry, standpoint) => {
                     let is_near = is_of(&record, here);
                     if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
@@ -166,10 +172,13 @@ pub(crate) fn everything(
     signals: &mut Signals,
 ) -> Recovered {
     let mut recovered = Recovered::default();
+    // For all of them together: how many runs end at this moment is nothing to whoever waits.
+    let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHERS_FINISH_WITHIN };
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
-            match look(&journal, &name, |_| true, OTHERS_FINISH_WITHIN, signals) {
+            let patience = until.saturating_duration_since(Instant::now());
+            match look(&journal, &name, |_| true, [patience; 2], signals) {
                 Found::Dead(record, _, _) if dry_run => {
                     recovered.left += usize::from(record.log.may_hold());
                     for lock in record.log.standing() {
@@ -193,10 +202,11 @@ pub(crate) fn everything(
                     recovered.left += 1;
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
-                // Waited for in vain. Any other that lives is nobody's business.
-                Found::Living(record) | Found::Settling(record) if ends_soon(&record) && record.log.may_hold() => {
-                    report::say(&report::still_ending(&record));
-                    recovered.left += 1;
+                // Waited for in vain. What will become of it is not known yet, and is no failure of ours.
+                Found::Living(record) if !dry_run && may_hold(&record) => {
+                    if let Some(ending) = ending(&record, &journal) {
+                        report::say(&report::still_ending(&record, ending == Ending::Left));
+                    }
                 }
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
@@ -209,6 +219,11 @@ pub(crate) fn everything(
     recovered
 }
 
+/// Whether a lock of it may stand, wherever its backend is.
+fn may_hold(record: &Record) -> bool {
+    record.log.may_hold() || !record.log.unnamed.is_empty()
+}
+
 /// Whether the run of `record` can have locked the place where we are.
 fn is_of(record: &Record, here: &Places) -> bool {
     record.log.standing().any(|lock| !here.of(lock).is_empty())
@@ -216,32 +231,49 @@ fn is_of(record: &Record, here: &Places) -> bool {
         || record.data_directory == here.data_directory
 }
 
-/// Whether it is on its way to its end: whoever runs it is dead, was asked to stop, or is about to ask himself.
-///
-/// A job that is cancelled goes on to its last step when the shell in between is dead, whatever its `tf` still does; and
-/// that shell's death may not have come to the ears of `tf` yet. So the shell is looked at, and not only what was written.
-fn ends_soon(record: &Record) -> bool {
-    let parent_is_dead = record.parent.and_then(|pid| u32::try_from(pid).ok()).is_some_and(|pid| !is_alive(pid));
-    !is_alive(record.tf) || record.stopping || parent_is_dead
+/// Why a run that lives may be about to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// Its `tf` is dead: its guardian is at work, or its processes are dying.
+    Orphaned,
+    /// Its parent is dead, which asks it to stop (`supervision::parent_to_watch`). A job that is cancelled goes on to its
+    /// last step when the shell in between is dead, whatever its `tf` still does.
+    Left,
+}
+
+/// Whether a run that lives is about to end. One whose numbers of processes mean others to us tells nothing. One that a
+/// person has interrupted, or whose job waits for it, is nobody else's business.
+fn ending(record: &Record, journal: &Journal) -> Option<Ending> {
+    let gone = |pid: u32| !is_alive(pid);
+    if !record.host.numbers_processes_as(journal.host()) {
+        None
+    } else if gone(record.tf) {
+        Some(Ending::Orphaned)
+    } else {
+        let parent = record.parent.and_then(|pid| u32::try_from(pid).ok());
+        parent.is_some_and(gone).then_some(Ending::Left)
+    }
 }
 
 /// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
-/// one that somebody else is finishing, one whose `tf` is dead, as whose processes may be dying at this moment, and one
-/// that is stopping.
+/// one that somebody else is finishing, and one that is [`ending`] by itself; where it holds no lock it refuses nobody.
 fn look(
     journal: &Journal,
     name: &str,
     is_near: impl Fn(&Record) -> bool,
-    orphans_end_within: Duration,
+    patience: [Duration; 2],
     signals: &mut Signals,
 ) -> Found {
     let begun = Instant::now();
+    let [settling, ending_by_itself] = patience;
     let mut waits = false;
     loop {
         let found = journal.look(name);
         let patience = match &found {
-            Found::Settling(record) if is_near(record) => OTHERS_FINISH_WITHIN,
-            Found::Living(record) if is_near(record) && ends_soon(record) => orphans_end_within,
+            Found::Settling(record) if is_near(record) => settling,
+            Found::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
+                ending_by_itself
+            }
             _ => return found,
         };
         if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {

@@ -175,7 +175,13 @@ impl Ground {
 
     /// Nothing of the dead is left, and everything of the living.
     fn assert_well(&self, case: &str) {
-        let end = self.next("none");
+        let mut end = self.next("none");
+        if end.err.contains("does not have the expected content") {
+            // Terraform died between its state and the digest of it. That is no lock's affair, and is mended when asked.
+            let mended = self.start(&["locks", "doctor", "--fix-digest", "--yes"], "none").wait();
+            assert_eq!(mended.code(), Some(0), "{case}\n{}", self.world.story(&mended));
+            end = self.next("none");
+        }
         let story = || format!("{case}\n{}", self.world.story(&end));
         assert_eq!(end.code(), Some(0), "{}", story());
         assert!(self.world.locks().is_empty(), "{:?}\n{}", self.world.locks(), story());

@@ -47,9 +47,11 @@ pub fn ours(world: &World) -> Vec<Pid> {
     marked(&home(world)).into_iter().filter(is_ours).collect()
 }
 
-/// The `tf` of a world, and not its guardian, which has a session of its own and was there after it.
+/// The `tf` of a world, and not its guardian, whose number may be the lower one: they come round.
 pub fn tf_of(world: &World) -> Pid {
-    wait_for("tf", || ours(world).first().copied(), || world.trace())
+    let is_guardian =
+        |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("tf-"));
+    wait_for("tf", || ours(world).into_iter().find(|pid| !is_guardian(pid)), || world.trace())
 }
 
 /// The guardian of `tf`.
