@@ -69,6 +69,10 @@ package: tools ## what a release is made of: static programs, archives, .deb, SB
 	package/check
 	package/check-image
 
+.PHONY: package-twice
+package-twice: ## everything of a release from two clones, compared byte for byte (two builds from nothing: 40 min)
+	package/twice
+
 .PHONY: bench
 bench: tools ## what tf costs, as paired differences against bare terraform
 	package/build
