@@ -5,8 +5,8 @@
 //! shared by a thousand states, and is not scanned. So a lock in DynamoDB of a workspace that is neither selected nor has a
 //! state yet is not seen here: `tf locks list --table` sees it.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -95,7 +95,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     let (states, incomplete) = states(directory, stores).await?;
     let looked = states.len() as u64;
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
-    let unseen = &AtomicBool::new(false);
+    let unseen = &Cell::new(false);
     let found: Vec<Vec<Entry>> = stream::iter(states)
         .map(|state| async move { read(&state, wanted, stores, unseen).await })
         .buffered(AT_ONCE)
@@ -103,14 +103,14 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
         .await?;
     let mut entries: Vec<Entry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &Host::look());
-    if unseen.load(Ordering::Relaxed) {
+    if unseen.get() {
         report::say(UNSEEN);
     }
     Ok(Inventory { entries, states: looked, incomplete })
 }
 
 /// What stands at the places of one state. Not judged yet.
-async fn read(state: &State, wanted: Wanted, stores: &Stores, unseen: &AtomicBool) -> Result<Vec<Entry>, Trouble> {
+async fn read(state: &State, wanted: Wanted, stores: &Stores, unseen: &Cell<bool>) -> Result<Vec<Entry>, Trouble> {
     let mut halves = Vec::new();
     for spot in state.spots(stores) {
         let what = match &spot {
@@ -123,7 +123,7 @@ async fn read(state: &State, wanted: Wanted, stores: &Stores, unseen: &AtomicBoo
             Err(failure)
                 if failure.denied().is_some() && matches!(spot, Spot::S3 { .. }) && !wanted.s3 && wanted.dynamodb =>
             {
-                unseen.store(true, Ordering::Relaxed);
+                unseen.set(true);
             }
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }

@@ -57,37 +57,34 @@ impl ShellInit {
 fn text(shell: Shell, program: &str, alias: bool) -> String {
     let word = if let Shell::Fish = shell { quoted_for_fish(program) } else { report::quoted(program) };
     let command = if program == "tf" { "command tf" } else { word.as_str() };
-    let (text, line, named, alias_lines) = match shell {
+    // What stands before the program's name in the line that gives it, and what makes the alias.
+    let (text, line, alias_lines) = match shell {
         Shell::Bash => (
             include_str!("../../shell/completions/tf.bash"),
-            "_tf_program=tf\n",
-            format!("_tf_program={word}\n"),
+            "_tf_program=",
             format!("alias terraform={}\ncomplete -F _tf_or_terraform terraform\n", report::quoted(command)),
+        ),
+        // An alias that is a path with a quote in it is not completed as what it stands for.
+        Shell::Zsh if program == "tf" => (
+            include_str!("../../shell/completions/_tf"),
+            "_tf_program=",
+            "alias terraform='command tf'\n_tf_complete terraform\n".to_owned(),
         ),
         Shell::Zsh => (
             include_str!("../../shell/completions/_tf"),
-            "_tf_program=tf\n",
-            format!("_tf_program={word}\n"),
-            // An alias that is a path with a quote in it is not completed as what it stands for.
-            if program == "tf" {
-                "alias terraform='command tf'\n_tf_complete terraform\n".to_owned()
-            } else {
-                format!(
-                    "unalias terraform 2>/dev/null || :\nfunction terraform {{\n{word} \"$@\"\n}}\n_tf_complete terraform\n"
-                )
-            },
+            "_tf_program=",
+            format!(
+                "unalias terraform 2>/dev/null || :\nfunction terraform {{\n{word} \"$@\"\n}}\n_tf_complete terraform\n"
+            ),
         ),
         Shell::Fish => (
             include_str!("../../shell/completions/tf.fish"),
-            "__tf_program tf\n",
-            format!("__tf_program {word}\n"),
+            "__tf_program ",
             format!("alias terraform {}\ncomplete -c terraform -w tf\n", quoted_for_fish(command)),
         ),
-        Shell::Sh => {
-            (include_str!("../../shell/tf.sh"), "_tf_program=tf\n", format!("_tf_program={word}\n"), String::new())
-        }
+        Shell::Sh => (include_str!("../../shell/tf.sh"), "_tf_program=", String::new()),
     };
-    let mut text = text.replacen(line, &named, 1);
+    let mut text = text.replacen(&format!("{line}tf\n"), &format!("{line}{word}\n"), 1);
     if alias {
         text.push_str(&alias_lines);
     }

@@ -2,11 +2,10 @@
 //! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::error::SdkError;
+use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency};
 
-use super::causes::causes;
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
@@ -240,14 +239,7 @@ pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &str)
 /// What went wrong with `action`, as a policy names it.
 pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
-    E: std::error::Error + aws_sdk_dynamodb::error::ProvideErrorMetadata + 'static,
+    E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    let said = error.as_service_error();
-    let status = error.raw_response().map(|response| response.status().as_u16());
-    let told = (
-        said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::code),
-        said.and_then(aws_sdk_dynamodb::error::ProvideErrorMetadata::message),
-        status,
-    );
-    Failure::of_action("DynamoDB", action, told, &causes(error))
+    Failure::of_request("DynamoDB", action, error)
 }

@@ -10,8 +10,10 @@
 
 use std::time::Duration;
 
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use tokio::time::{Instant, sleep};
 
+use super::causes::causes;
 use super::digest::Comparison;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
@@ -70,6 +72,15 @@ impl Failure {
     /// The action, as a policy names it, that these credentials may not do.
     pub(crate) fn denied(&self) -> Option<&'static str> {
         self.denied
+    }
+
+    /// What went wrong with a request for `action`, which a policy names so.
+    pub(crate) fn of_request<E>(service: &'static str, action: &'static str, error: &SdkError<E>) -> Self
+    where
+        E: std::error::Error + ProvideErrorMetadata + 'static,
+    {
+        let status = error.raw_response().map(|response| response.status().as_u16());
+        Self::of_action(service, action, (error.code(), error.message(), status), &causes(error))
     }
 
     /// What went wrong with `action`, which a policy names so: `code` and `message` are the service's own, `status` is that

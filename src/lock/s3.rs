@@ -14,7 +14,6 @@ use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 
-use super::causes::causes;
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
@@ -256,8 +255,5 @@ pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    let said = error.as_service_error();
-    let status = error.raw_response().map(|response| response.status().as_u16());
-    let told = (said.and_then(ProvideErrorMetadata::code), said.and_then(ProvideErrorMetadata::message), status);
-    Failure::of_action("S3", action, told, &causes(error))
+    Failure::of_request("S3", action, error)
 }

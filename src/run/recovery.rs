@@ -203,7 +203,7 @@ pub(crate) fn everything(
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 // Waited for in vain. What will become of it is not known yet, and is no failure of ours.
-                Found::Living(record) if !dry_run && may_hold(&record) => {
+                Found::Living(record) if !dry_run && record.log.may_hold() => {
                     if let Some(ending) = ending(&record, &journal) {
                         report::say(&report::still_ending(&record, ending == Ending::Left));
                     }
@@ -217,11 +217,6 @@ pub(crate) fn everything(
         }
     }
     recovered
-}
-
-/// Whether a lock of it may stand, wherever its backend is.
-fn may_hold(record: &Record) -> bool {
-    record.log.may_hold() || !record.log.unnamed.is_empty()
 }
 
 /// Whether the run of `record` can have locked the place where we are.
@@ -271,7 +266,7 @@ fn look(
         let found = journal.look(name);
         let patience = match &found {
             Found::Settling(record) if is_near(record) => settling,
-            Found::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
+            Found::Living(record) if is_near(record) && record.log.may_hold() && ending(record, journal).is_some() => {
                 ending_by_itself
             }
             _ => return found,
