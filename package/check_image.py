@@ -43,6 +43,14 @@ def until(what, condition, seconds=30):
     sys.exit(f"waited in vain for {what}")
 
 
+def comes_true(condition):
+    """Whether it does in the end."""
+    end = time.monotonic() + 30
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return holds
+
+
 def status_of(pid):
     with contextlib.suppress(OSError):
         lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -248,23 +256,21 @@ def terraform_is_killed(cloud):
 
 def orphans_are_reaped(cloud):
     # Each is left by its parent at once, and so comes to process 1, where it ends.
-    orphans = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do (sleep 1 >/dev/null 2>&1 &); done; " + WAITS
+    orphan = "(while ! test -e end; do sleep 0.1; done >/dev/null 2>&1 &)"
+    orphans = f"for i in 1 2 3 4 5 6 7 8 9 10 11 12; do {orphan}; done; {WAITS}"
     with working(cloud, orphans) as work:
         run = work.container(APPLY)
         work.began()
-        time.sleep(0.2)
-        names = [status["Name"] for status in children(run.pid).values()]
-        check("twelve orphans come to process 1", names.count("busybox") + names.count("sleep") + names.count("sh") == 12, str(names))
-        time.sleep(1.5)
-        dead = {pid: status["Name"] for pid, status in children(run.pid).items() if status["State"].startswith("Z")}
-        check("when they have ended, no zombie is left", not dead, str(dead))
+        # A zombie has its name still, so whoever is not counted any more was taken away.
+        count = lambda: sum(status["Name"] in ("busybox", "sleep", "sh") for status in children(run.pid).values())
+        check("twelve orphans come to process 1", comes_true(lambda: count() == 12), str(children(run.pid)))
+        (work.directory / "end").touch()
+        check("when they have ended, no zombie is left", comes_true(lambda: count() == 0), str(children(run.pid)))
         # Those of somebody who comes in from outside, as `kubectl exec` does.
         line = "for i in 1 2 3 4 5 6 7 8; do (sleep 0.1 >/dev/null 2>&1 &); done"
         enter = ["nsenter", "--target", str(run.pid), "--user", "--pid", "--mount", "--root", "/bin/sh", "-c", line]
         subprocess.run(enter, check=True)
-        time.sleep(1)
-        dead = {pid: status["Name"] for pid, status in children(run.pid).items() if status["State"].startswith("Z")}
-        check("nor of eight strange ones", not dead, str(dead))
+        check("nor of eight strange ones", comes_true(lambda: count() == 0), str(children(run.pid)))
         (work.directory / "go").touch()
         code, story = run.wait()
         check("and the run ends with 0", code == 0 and not work.locks(), story)
