@@ -197,6 +197,20 @@ pub(crate) fn still_ending(record: &Record, stops: bool) -> String {
     format!("a run here (pid {}) has not ended yet, and may hold a state lock\n{next}", record.tf)
 }
 
+/// A run of which nobody is known to be alive, and these processes may be.
+pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
+    format!(
+        "an earlier run (pid {}) may hold a state lock, and was left alone: these may belong to it: {}\n\
+         when they have ended, type: tf locks recover",
+        record.tf,
+        list(processes)
+    )
+}
+
+/// Why a lock was kept: there is no process list.
+pub(crate) const UNSEEN: &str =
+    "/proc does not list this system's processes here, so what terraform started may still be running";
+
 /// The recovery takes its time.
 pub(crate) fn recovering() -> String {
     "finishing what an earlier run left here, before terraform starts; ^C twice leaves it".to_owned()

@@ -43,6 +43,8 @@ mod locks_release;
 mod never_anothers;
 #[path = "real/permissions.rs"]
 mod permissions;
+#[path = "real/process_tree.rs"]
+mod process_tree;
 #[path = "real/reached_alike.rs"]
 mod reached_alike;
 #[path = "real/recipes.rs"]

@@ -25,6 +25,9 @@ enum State {
     Foreign(&'static str),
 }
 
+/// Why a run is not judged of which only processes are left that may be another's.
+const DOUBTFUL: &str = "processes that may belong to that run are still running";
+
 /// One moment of this host.
 pub(crate) struct Host {
     /// By lock ID.
@@ -51,6 +54,7 @@ impl Host {
                     // What is held of it is let go again: nothing is finished here.
                     Found::Dead(record, ..) => (State::Dead, record),
                     Found::Foreign(why, Some(record)) => (State::Foreign(why), record),
+                    Found::Doubtful(record, _) => (State::Foreign(DOUBTFUL), record),
                     Found::Foreign(_, None) | Found::SetAside(_) | Found::Gone => continue,
                 };
                 for lock in record.log.standing() {

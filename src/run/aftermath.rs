@@ -90,6 +90,7 @@ pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &
             Fate::Dead(_) => None,
             Fate::Alive(processes) => Some(Outcome::later(report::still_alive(&processes))),
             Fate::LifelineHeld => Some(Outcome::later(report::LIFELINE_HELD)),
+            Fate::Unseen => Some(Outcome::later(report::UNSEEN)),
         };
     }
     None

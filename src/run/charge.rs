@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 
 use super::guardian::{Guardian, Heard};
 use super::journal::{Entry, LeftOver, Record};
+use super::membership::TreeIdentity;
 use super::recorder::Recorder;
 use super::stop::Event;
 use crate::crash_point;
@@ -35,10 +36,11 @@ impl Charge {
         self.guardian.as_ref().map(Guardian::socket)
     }
 
-    /// Terraform was started.
-    pub(crate) fn started(&mut self, terraform: Pid) {
+    /// Terraform was started, and its processes can be known by `tree`.
+    pub(crate) fn started(&mut self, terraform: Pid, tree: TreeIdentity) {
         if let Some((_, record)) = &mut self.entry {
             record.terraform = Some(terraform.as_raw());
+            record.tree = tree;
         }
     }
 
@@ -111,8 +113,8 @@ impl Charge {
         }
     }
 
-    /// The run is over, but for `left_over`.
-    pub(crate) fn close(mut self, left_over: LeftOver) {
+    /// The run is over, but for `left_over`, and for `survivors` of its processes: pid and start.
+    pub(crate) fn close(mut self, left_over: LeftOver, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
@@ -130,7 +132,7 @@ impl Charge {
         if let Some((entry, mut record)) = self.entry.take()
             && !left_over.is_empty()
         {
-            record.leave(left_over);
+            record.leave(left_over, survivors);
             let _ = entry.write(&record, true);
         }
     }

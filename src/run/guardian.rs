@@ -50,7 +50,7 @@ use crate::crash_point;
 use crate::history::By;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
-use crate::sys::process::{self, Process};
+use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
@@ -147,7 +147,10 @@ impl Guardian {
         keep.extend(ward.entry.map(|entry| entry.charge().as_raw_fd()));
         keep.extend(ward.destinations.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
-        let parent = if runner_kills_descendants() { detached::Parent::Init } else { detached::Parent::Us };
+        // Without a process list `tf` must see by its children alone whether anything of terraform's is left.
+        let is_listed = process::list() != ProcessList::Unavailable;
+        let parent =
+            if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
         let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, ward))?;
         Ok(Self { pid, socket, unsent: Vec::new() })
     }
@@ -289,8 +292,8 @@ impl Terraform {
     fn has_begun(&self, tree: &Tree) -> bool {
         match Process::look_up(self.pid) {
             Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
-            // No /proc.
-            None => self.process.is_none() && !Path::new("/proc/self").exists(),
+            // Without a process list nothing tells. Interrupted before it is terraform, it dies, and has locked nothing.
+            None => process::list() != ProcessList::Available,
         }
     }
 
@@ -402,9 +405,10 @@ impl<'a> Watch<'a> {
                 // `tf` keeps a dead terraform's number from being used again, for as long as it lives itself.
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
-                self.ward.tree.started(pid);
+                let identity = self.ward.tree.started(pid);
                 if let Some(record) = &mut self.ward.record {
                     record.terraform = Some(number);
+                    record.tree = identity;
                 }
                 crash_point::reached("guardian: knows terraform");
             }
@@ -457,7 +461,7 @@ impl<'a> Watch<'a> {
             if left_over.is_empty() {
                 entry.take_away();
             } else {
-                record.leave(left_over);
+                record.leave(left_over, self.ward.tree.survivors());
                 let _ = entry.write(&record, true);
             }
         }
@@ -478,6 +482,10 @@ impl<'a> Watch<'a> {
                     Effect::Kill(_) => self.ward.tree.kill(),
                     Effect::SayStopping(_) | Effect::SayForcing => {}
                 }
+            }
+            let moment = process::ticks_since_boot();
+            if !terraform.has_ended(self.ward.tree) {
+                self.ward.tree.was_alive_at(moment);
             }
             // Not before it is terraform: what comes earlier is thrown away between fork and exec.
             if interrupt && terraform.has_begun(self.ward.tree) {

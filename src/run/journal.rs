@@ -24,14 +24,17 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::host::{Host, Standpoint};
+use super::membership::TreeIdentity;
 use super::recorder::Recorder;
 use super::state_directory::{StateDirectory, is_private, open_private};
-use super::tree;
+use super::tree::{self, Living};
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
+use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -85,6 +88,9 @@ pub(crate) struct Record {
     /// The pid of its `tf`, and of its terraform.
     pub(crate) tf: u32,
     pub(crate) terraform: Option<i32>,
+    /// What its processes can be known by.
+    #[serde(default)]
+    pub(crate) tree: TreeIdentity,
     /// The parent of its `tf`, where its end asks for a stop.
     #[serde(default)]
     pub(crate) parent: Option<i32>,
@@ -124,6 +130,7 @@ impl Record {
             host: journal.host().clone(),
             tf: std::process::id(),
             terraform: None,
+            tree: TreeIdentity::default(),
             parent: None,
             started: Timestamp::now(),
             program: String::new(),
@@ -150,7 +157,8 @@ impl Record {
     }
 
     /// What is left when a run is over: locks that could not be given back.
-    pub(crate) fn leave(&mut self, left: LeftOver) {
+    pub(crate) fn leave(&mut self, left: LeftOver, survivors: Vec<(i32, u64)>) {
+        self.tree.survivors = survivors;
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
         self.over = true;
@@ -189,6 +197,8 @@ pub(crate) enum Found {
     /// Not for us to judge, and why; with what it says, where it can be read. For whoever lists what there is; nothing is
     /// done about it.
     Foreign(&'static str, Option<Box<Record>>),
+    /// Nobody of it is known to be alive, and these processes may be of it: it is left alone as long as they run.
+    Doubtful(Box<Record>, Vec<Process>),
     /// It was no record, and lies here now.
     SetAside(PathBuf),
     /// Nothing, or nothing any more.
@@ -295,7 +305,10 @@ impl Journal {
                 return if held { Found::Foreign("it cannot be read", None) } else { self.set_aside(&path, name) };
             }
         };
-        let standpoint = record.host.seen_from(self.host());
+        let mut standpoint = record.host.seen_from(self.host());
+        if standpoint == Standpoint::ThisBoot && process::list() == ProcessList::Unavailable {
+            standpoint = Standpoint::Foreign("there is no /proc here that lists our own processes");
+        }
         if let Standpoint::Foreign(why) = standpoint {
             if is_older(&path, FORGOTTEN) {
                 remove(&path);
@@ -305,13 +318,22 @@ impl Journal {
         let Ok(charge) = open_lock(&path.join("lock")) else { return self.set_aside(&path, name) };
         let record = Box::new(record);
         let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
-        if standpoint == Standpoint::ThisBoot
-            && (lock_file::is_locked(&charge, LIFE).unwrap_or(true) || tree::has_living(name))
-        {
-            return Found::Living(record);
+        let mut doubtful = Vec::new();
+        if standpoint == Standpoint::ThisBoot {
+            if lock_file::is_locked(&charge, LIFE).unwrap_or(true) {
+                return Found::Living(record);
+            }
+            let living = self.living(name, &record);
+            if !living.members.is_empty() {
+                return Found::Living(record);
+            }
+            doubtful = living.unknown;
         }
         if !in_charge {
             return Found::Settling(record);
+        }
+        if !doubtful.is_empty() {
+            return Found::Doubtful(record, doubtful);
         }
         // Whoever was in charge before us may have taken it away while we looked; and have written in between.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
@@ -321,10 +343,32 @@ impl Journal {
         }
     }
 
+    /// Whether somebody takes care of that run at this moment: its `tf`, its guardian, or another recovery.
+    pub(crate) fn is_taken_care_of(&self, name: &str) -> bool {
+        let lock = open_lock(&self.runs.join(name).join("lock"));
+        lock.is_ok_and(|lock| lock_file::is_locked(&lock, CHARGE).unwrap_or(true))
+    }
+
+    /// The living processes of a run of this boot. Numbers of processes count only where they mean the same to us.
+    fn living(&self, name: &str, record: &Record) -> Living {
+        let same_numbers = record.host.numbers_processes_as(self.host());
+        let identity = if same_numbers { record.tree.clone() } else { TreeIdentity::default() };
+        let mut living = Living::of(name, &identity, None);
+        if let Some(group) = identity.group.map(Pid::from_raw)
+            && living.is_empty()
+            && tree::hides_members(group)
+        {
+            living.unknown.push(Process::unseen_in(group));
+        }
+        living
+    }
+
     /// Whether another run than `own`, with somebody of it alive, says that the lock `id` is its.
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
-            Found::Living(record) => record.log.locks.iter().any(|lock| lock.id == id && !lock.unlocked),
+            Found::Living(record) | Found::Doubtful(record, _) => {
+                record.log.locks.iter().any(|lock| lock.id == id && !lock.unlocked)
+            }
             _ => false,
         })
     }

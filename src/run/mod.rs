@@ -10,6 +10,7 @@ mod guardian;
 mod host;
 pub(crate) mod journal;
 mod lending;
+mod membership;
 mod other_backend;
 pub(crate) mod outcome;
 mod patience;
@@ -191,6 +192,9 @@ impl<'a> Prepared<'a> {
         let mut recorder = Recorder::open(&run, program.level(backend), variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
         tree.records_into(recorder.descriptor(), !program.itself);
+        if !settings.shared_terminal {
+            tree.has_own_group();
+        }
         let mut inherited = vec![lifeline];
         let mut pipes = Pipes::interpose(invocation.terraform.for_a_step)?;
         let terminal = if settings.shared_terminal { None } else { Terminal::open() };
@@ -289,7 +293,7 @@ impl<'a> Prepared<'a> {
         let terraform = match spawn::spawn(&self.image, &setup) {
             Ok(terraform) => terraform,
             Err(error) => {
-                self.charge.close(LeftOver::default());
+                self.charge.close(LeftOver::default(), Vec::new());
                 // No process, or no descriptor for what must be watched about it: it may still run in our place.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
@@ -301,8 +305,8 @@ impl<'a> Prepared<'a> {
         };
         self.inherited.clear();
         self.pipes.close_writers();
-        self.tree.started(terraform);
-        self.charge.started(terraform);
+        let identity = self.tree.started(terraform);
+        self.charge.started(terraform, identity);
         crash_point::reached("tf: started");
         // What terraform need not wait for comes after its start.
         let memory_kills = process::out_of_memory_kills();
@@ -361,7 +365,7 @@ impl<'a> Prepared<'a> {
         }
         .settle(&mut Patience::Person(signals));
         crash_point::reached("tf: settled");
-        self.charge.close(left_over);
+        self.charge.close(left_over, self.tree.survivors());
         crash_point::reached("tf: closed");
         if !all_written {
             write_the_rest(&mut self.pipes, signals);

@@ -111,6 +111,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                 }
                 Found::SetAside(path) => report::say(&report::set_aside(&path)),
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                Found::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }
         }
@@ -202,10 +203,18 @@ pub(crate) fn everything(
                     recovered.left += 1;
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                Found::Doubtful(record, processes) => {
+                    if record.log.may_hold() {
+                        say(&report::may_be_alive(&record, &processes));
+                        recovered.left += 1;
+                    }
+                }
                 // Waited for in vain. What will become of it is not known yet, and is no failure of ours.
                 Found::Living(record) if !dry_run && record.log.may_hold() => {
                     if let Some(ending) = ending(&record, &journal) {
                         report::say(&report::still_ending(&record, ending == Ending::Left));
+                        // Nobody will finish it but whoever asks again.
+                        recovered.left += usize::from(!journal.is_taken_care_of(&name));
                     }
                 }
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
@@ -267,7 +276,9 @@ fn look(
         let patience = match &found {
             Found::Settling(record) if is_near(record) => settling,
             Found::Living(record) if is_near(record) && record.log.may_hold() && ending(record, journal).is_some() => {
-                ending_by_itself
+                // Of a run that nobody takes care of only what is dying ends by itself.
+                let is_cared_for = journal.is_taken_care_of(name);
+                if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHANS_END_WITHIN) }
             }
             _ => return found,
         };
@@ -401,7 +412,8 @@ fn finish(dead: Dead) -> Vec<String> {
     if left_over.is_empty() {
         entry.take_away();
     } else {
-        record.leave(left_over);
+        let survivors = record.tree.survivors.clone();
+        record.leave(left_over, survivors);
         if entry.write(&record, true).is_ok() {
             Recorder::clear_away(&record.run);
         }

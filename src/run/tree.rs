@@ -8,9 +8,13 @@
 //! - nothing is below us: orphans come to us, as their subreaper, and not to init;
 //! - no process of ours anywhere has `TFW_RUN` with this run in its environment.
 //!
-//! The guardian is no ancestor of anybody, and orphans do not come to it. Instead of looking below itself it follows the
-//! mark downwards: whatever descends from a marked process, or did when it was looked at last, belongs to the tree too.
-//! What escapes that cleared its environment, closed every descriptor and lost its parent before the guardian ever saw it.
+//! The guardian is no ancestor of anybody, and orphans do not come to it. [`super::membership`] says what it goes by instead.
+//! What escapes it has left terraform's process group, cleared its environment, closed every descriptor and lost its parent
+//! before the guardian ever saw it.
+//!
+//! Without a process list ([`process::list`]: no /proc, or another namespace's) nobody can be found. Then `tf`, as the
+//! subreaper, asks the kernel whether it has any child left, which no descendant can escape; what the guardian cannot see
+//! is a doubt.
 //!
 //! A zombie is dead. A process that we may not signal is a reason for doubt, and doubt keeps the lock.
 
@@ -20,14 +24,15 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid};
 
+use super::membership::{Mark, Membership, TreeIdentity, classify};
 use super::patience::Patience;
 use super::poll;
 use crate::sys::descriptor;
-use crate::sys::process::{self, Process};
-use crate::sys::wait;
+use crate::sys::process::{self, Process, ProcessList, Variable};
+use crate::sys::wait::{self, Children};
 use crate::trace::trace;
 
 /// The variable that marks every process of a run. A run below another one names both, the outer first: `OUTER/INNER`.
@@ -59,6 +64,10 @@ pub(crate) struct Tree {
     leads_on: bool,
     /// The recorder: its device and its number there.
     recorder: Option<(u64, u64)>,
+    /// Terraform has a process group of its own.
+    own_group: bool,
+    /// What was seen to live on when [`Tree::end`] gave up: pid and start.
+    survivors: RefCell<Vec<(i32, u64)>>,
     vantage: Vantage,
 }
 
@@ -67,19 +76,61 @@ pub(crate) struct Tree {
 enum Vantage {
     /// By its parent, to whom its orphans come.
     Above,
-    /// By the guardian: with everybody that was ever seen to belong to it.
-    Beside(RefCell<Vec<(Pid, u64)>>),
+    /// By the guardian.
+    Beside(RefCell<Beside>),
 }
 
-/// Whether anybody is alive who carries the mark of run `run`.
-pub(crate) fn has_living(run: &str) -> bool {
-    Process::all().iter().any(|process| !process.is_dead() && is_marked(process, run) == Some(true))
+/// What the guardian knows of a tree.
+#[derive(Debug, Default)]
+struct Beside {
+    /// Everybody that was ever seen to belong to it is among its survivors.
+    identity: TreeIdentity,
+    /// See [`classify`].
+    certain_before: Option<u64>,
 }
 
-/// Whether the process carries the mark of `run`; `None` when its environment cannot be read or is empty.
-fn is_marked(process: &Process, run: &str) -> Option<bool> {
-    let runs = process.environment(RUN)?;
-    Some(runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()))
+/// The processes of a run, as an observer sees them who is not above them.
+#[derive(Debug, Default)]
+pub(crate) struct Living {
+    /// These belong to it.
+    pub(crate) members: Vec<Process>,
+    /// These may.
+    pub(crate) unknown: Vec<Process>,
+}
+
+impl Living {
+    /// Looks at the living processes of the run that has the mark `run`. `certain_before`: see [`classify`].
+    pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
+        let all: Vec<(Process, Mark)> =
+            Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
+        let found = classify(&all, identity, certain_before);
+        let own = getpid();
+        let mut living = Self::default();
+        for ((process, _), membership) in all.into_iter().zip(found) {
+            let list = match membership {
+                Membership::Member => &mut living.members,
+                Membership::Unknown => &mut living.unknown,
+                Membership::Other => continue,
+            };
+            if !process.is_dead() && process.pid != own {
+                list.push(process);
+            }
+        }
+        living
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.unknown.is_empty()
+    }
+}
+
+/// Whether the process carries the mark of `run`.
+fn mark_of(process: &Process, run: &str) -> Mark {
+    match process.environment(RUN) {
+        Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => Mark::Marked,
+        Variable::Set(_) | Variable::Unset => Mark::Unmarked,
+        Variable::Unreadable => Mark::Unreadable,
+    }
 }
 
 /// What a process found below us is.
@@ -102,6 +153,8 @@ pub(crate) enum Fate {
     Alive(Vec<Process>),
     /// Nothing is to be seen, but somebody holds the lifeline.
     LifelineHeld,
+    /// There is no process list, and something may live.
+    Unseen,
 }
 
 impl Tree {
@@ -123,6 +176,8 @@ impl Tree {
             strangers_possible,
             leads_on: false,
             recorder: None,
+            own_group: false,
+            survivors: RefCell::default(),
             vantage: Vantage::Above,
         };
         Ok((tree, inherited))
@@ -132,6 +187,28 @@ impl Tree {
     pub(crate) fn see_from_beside(&mut self) {
         self.vantage = Vantage::Beside(RefCell::default());
         self.strangers.clear();
+    }
+
+    /// Terraform is given a process group of its own.
+    pub(crate) fn has_own_group(&mut self) {
+        self.own_group = true;
+    }
+
+    /// Notes a moment at which terraform was alive, in clock ticks since boot. For the guardian.
+    pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().certain_before = moment;
+        }
+    }
+
+    /// What was seen to live on when [`Tree::end`] gave up, or when the tree was left alone: pid and start.
+    pub(crate) fn survivors(&self) -> Vec<(i32, u64)> {
+        self.survivors.borrow().clone()
+    }
+
+    /// Keeps `processes` as what lives on.
+    pub(crate) fn note_survivors(&self, processes: &[Process]) {
+        *self.survivors.borrow_mut() = processes.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
     }
 
     /// What a process forked from us must keep to see the tree.
@@ -144,9 +221,19 @@ impl Tree {
         self.ours.borrow_mut().push(pid);
     }
 
-    /// Terraform was started as `pid`.
-    pub(crate) fn started(&mut self, pid: Pid) {
+    /// Terraform was started as `pid`. Gives what its processes can be known by.
+    pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
         self.terraform = Some(pid);
+        let identity = TreeIdentity::of(pid, self.own_group);
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().identity = identity.clone();
+        }
+        identity
+    }
+
+    /// Terraform's process group, where it has one of its own.
+    pub(crate) fn group(&self) -> Option<Pid> {
+        self.terraform.filter(|_| self.own_group)
     }
 
     /// Takes away the zombies that came to us, but not terraform, nor a child that something else of ours started.
@@ -174,8 +261,8 @@ impl Tree {
 
     /// The living kin, and those of which nothing tells whether they are.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
-        if let Vantage::Beside(known) = &self.vantage {
-            return (self.look_from_beside(&mut known.borrow_mut()), Vec::new());
+        if let Vantage::Beside(beside) = &self.vantage {
+            return self.look_from_beside(&mut beside.borrow_mut());
         }
         let mut kin = Vec::new();
         let mut unclear = Vec::new();
@@ -198,40 +285,24 @@ impl Tree {
         (kin, unclear)
     }
 
-    /// Everybody alive who carries the mark, descends from one who does, or was seen to belong before.
-    fn look_from_beside(&self, known: &mut Vec<(Pid, u64)>) -> Vec<Process> {
-        let all: Vec<Process> = Process::all().into_iter().filter(|process| process.pid != getpid()).collect();
-        let mut found: Vec<bool> = all
-            .iter()
-            .map(|process| known.contains(&(process.pid, process.start)) || self.is_marked(process))
-            .collect();
-        // Downwards, until nobody new is found. A zombie's children have another parent already.
-        loop {
-            let parents: Vec<Pid> =
-                all.iter().zip(&found).filter(|(_, found)| **found).map(|(process, _)| process.pid).collect();
-            let mut more = false;
-            for (process, found) in all.iter().zip(&mut found) {
-                if !*found && parents.contains(&process.parent) {
-                    (*found, more) = (true, true);
-                }
-            }
-            if !more {
-                break;
-            }
+    fn look_from_beside(&self, beside: &mut Beside) -> (Vec<Process>, Vec<Process>) {
+        let living = Living::of(&self.run, &beside.identity, beside.certain_before);
+        beside.identity.survivors =
+            living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
+        let mut unknown = living.unknown;
+        // Members whom /proc hides from us (`hidepid`).
+        if living.members.is_empty()
+            && unknown.is_empty()
+            && let Some(group) = self.group().filter(|group| hides_members(*group))
+        {
+            unknown.push(Process::unseen_in(group));
         }
-        let kin: Vec<Process> = all
-            .into_iter()
-            .zip(found)
-            .filter(|(process, found)| *found && !process.is_dead())
-            .map(|(process, _)| process)
-            .collect();
-        *known = kin.iter().map(|process| (process.pid, process.start)).collect();
-        kin
+        (living.members, unknown)
     }
 
     /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
     pub(crate) fn is_marked(&self, process: &Process) -> bool {
-        is_marked(process, &self.run) == Some(true)
+        mark_of(process, &self.run) == Mark::Marked
     }
 
     fn kinship(&self, process: &Process, below: &[Process]) -> Kinship {
@@ -282,6 +353,47 @@ impl Tree {
     /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when
     /// `at_once` says that the time for grace is over. A key at the terminal ends the grace too.
     pub(crate) fn end(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+        let fate = match (process::list(), &self.vantage) {
+            (ProcessList::Unavailable, Vantage::Above) => self.end_unseen(patience, at_once),
+            (ProcessList::Unavailable, Vantage::Beside(_)) => Fate::Unseen,
+            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(patience, at_once),
+        };
+        if let Fate::Alive(processes) = &fate {
+            self.note_survivors(processes);
+        }
+        fate
+    }
+
+    /// The same without a process list. The kernel still tells whether we have any child, and orphans of the tree come to
+    /// us: so without a child there is no tree. Signals go to terraform's process group alone, and only while a child of
+    /// ours is in it, so that its number cannot be another group's.
+    ///
+    /// Terraform's own zombie is taken away here. Its status was read before, and nobody sends it a signal from here on.
+    fn end_unseen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+        let begun = Instant::now();
+        let kill_from = if at_once { Duration::ZERO } else { GRACE };
+        let mut told = false;
+        loop {
+            if wait::reap_all() == Children::None && self.lifeline_is_closed() {
+                return Fate::Dead(0);
+            }
+            let elapsed = begun.elapsed();
+            if elapsed > kill_from + AFTER_KILL {
+                return Fate::Unseen;
+            }
+            if let Some(group) = self.group().filter(|group| wait::has_child_in(*group)) {
+                if elapsed >= kill_from {
+                    let _ = killpg(group, Signal::SIGKILL);
+                } else if !std::mem::replace(&mut told, true) {
+                    let _ = killpg(group, Signal::SIGTERM);
+                    let _ = killpg(group, Signal::SIGCONT);
+                }
+            }
+            patience.wait(LOOK);
+        }
+    }
+
+    fn end_seen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
         let begun = Instant::now();
         let mut kill_from = if at_once { Duration::ZERO } else { GRACE };
         let mut ended: Vec<Pid> = Vec::new();
@@ -334,10 +446,22 @@ impl Tree {
         if let Some(terraform) = self.terraform {
             send(terraform, Signal::SIGKILL);
         }
+        if matches!(self.vantage, Vantage::Above)
+            && process::list() == ProcessList::Unavailable
+            && let Some(group) = self.group()
+        {
+            // Terraform is not taken away yet, so the number is its group's.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
         for process in self.look().0 {
             send(process.pid, Signal::SIGKILL);
         }
     }
+}
+
+/// Whether a process is in `group` that /proc does not show us.
+pub(crate) fn hides_members(group: Pid) -> bool {
+    process::group_exists(group) && !Process::all().iter().any(|process| process.group == group)
 }
 
 fn send(pid: Pid, signal: Signal) {

@@ -57,6 +57,25 @@ pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
+/// Sends `signal` to the process group of the process behind a descriptor of [`watch_end`]: of that one, and never to another
+/// group that has its number now (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
+///
+/// # Errors
+/// EINVAL where the kernel cannot do that, ESRCH when the group is gone.
+pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        /// linux/pidfd.h
+        const PROCESS_GROUP: libc::c_uint = 1 << 2;
+        send(process, signal as i32, PROCESS_GROUP)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (process, signal);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
 /// Sends `signal` to the process behind a descriptor of [`watch_end`]: to that one, and never to another that has its
 /// number now (pidfd_send_signal(2)).
 ///
@@ -74,10 +93,15 @@ pub(crate) fn signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
 
 #[cfg(target_os = "linux")]
 fn signal_number(process: &OwnedFd, number: i32) -> io::Result<()> {
+    send(process, number, 0)
+}
+
+#[cfg(target_os = "linux")]
+fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: numbers and a null pointer.
-    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), number, none, 0) };
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), number, none, flags) };
     if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -128,6 +152,56 @@ fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
     (asked == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
 }
 
+/// Whether this system lists processes to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProcessList {
+    /// /proc lists the processes of our own pid namespace.
+    Available,
+    /// There is no /proc, or it is another namespace's: its numbers mean other processes than ours.
+    Unavailable,
+    /// This system has no such list.
+    #[cfg_attr(target_os = "linux", expect(dead_code, reason = "Linux has one"))]
+    Unsupported,
+}
+
+/// Whether /proc can be used to find processes, and to tell whose they are.
+///
+/// In a pid namespace whose /proc was not mounted anew (`unshare -pf` without `--mount-proc`, a container with the host's
+/// /proc) each number in /proc belongs to a process of the outer namespace. Signals sent there would hit processes that have
+/// nothing to do with us. `/proc/self` tells the number that we have there, and the `NSpid` line of `status` has one number for
+/// each namespace from that of the mount down to ours (proc_pid_status(5), Linux 4.1): only where both are ours alone is
+/// the list ours.
+pub(crate) fn list() -> ProcessList {
+    #[cfg(target_os = "linux")]
+    {
+        let own = nix::unistd::getpid().as_raw();
+        let is_own = |text: &str| text.parse() == Ok(own);
+        let named = std::fs::read_link("/proc/self").is_ok_and(|link| link.to_str().is_some_and(is_own));
+        let status =
+            if named { std::fs::read_to_string("/proc/self/status").unwrap_or_default() } else { String::new() };
+        if names_one_namespace(&status, own) { ProcessList::Available } else { ProcessList::Unavailable }
+    }
+    #[cfg(not(target_os = "linux"))]
+    ProcessList::Unsupported
+}
+
+/// Whether the text of /proc/self/status is that of the process `own`, seen from its own pid namespace.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "there is no /proc"))]
+fn names_one_namespace(status: &str, own: i32) -> bool {
+    let mut lines = status.lines();
+    let number = |line: &str, name: &str| line.strip_prefix(name).map(|rest| rest.trim().to_owned());
+    let own = own.to_string();
+    let is_own = lines.clone().find_map(|line| number(line, "Pid:")).is_some_and(|pid| pid == own);
+    // Before Linux 4.1 there is no such line.
+    is_own && lines.find_map(|line| number(line, "NSpid:")).is_none_or(|numbers| numbers == own)
+}
+
+/// Whether any process is in the group `group`, one of another user or one that /proc hides (`hidepid`) among them. A zombie
+/// counts (kill(2)).
+pub(crate) fn group_exists(group: Pid) -> bool {
+    group.as_raw() > 1 && nix::sys::signal::killpg(group, None) != Err(nix::errno::Errno::ESRCH)
+}
+
 /// The number of our pid namespace, and whether it is the first one, which sees every process of the machine
 /// (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where there is no such thing.
 pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
@@ -146,6 +220,17 @@ fn has_pending_kill(status: &str) -> bool {
         .any(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
 }
 
+/// A variable of another process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Variable {
+    /// Its value.
+    Set(Vec<u8>),
+    /// The environment is there, and the variable is not in it.
+    Unset,
+    /// The environment is empty, or it is another user's, which we may not read.
+    Unreadable,
+}
+
 /// What /proc/PID/stat says of a process (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
@@ -159,6 +244,8 @@ pub(crate) struct Process {
     pub(crate) parent: Pid,
     /// Its process group.
     pub(crate) group: Pid,
+    /// Its session.
+    pub(crate) session: Pid,
     /// When it started, in clock ticks since boot. With its number it names one process for ever: a number comes again.
     pub(crate) start: u64,
 }
@@ -169,6 +256,13 @@ impl Process {
         matches!(self.state, 'Z' | 'X')
     }
 
+    /// What is known of a process in the group `group` that /proc does not show. Its own number is not known.
+    pub(crate) fn unseen_in(group: Pid) -> Self {
+        let unknown = Pid::from_raw(0);
+        let name = "a hidden process".to_owned();
+        Self { pid: unknown, name, state: '?', parent: unknown, group, session: unknown, start: 0 }
+    }
+
     fn parse(pid: Pid, line: &str) -> Option<Self> {
         // The name stands in brackets and may itself hold brackets and spaces: the last bracket ends it.
         let (before, after) = line.rsplit_once(')')?;
@@ -177,9 +271,21 @@ impl Process {
         let state = fields.next()?.chars().next()?;
         let parent = Pid::from_raw(fields.next()?.parse().ok()?);
         let group = Pid::from_raw(fields.next()?.parse().ok()?);
-        // Field 22; the group is field 5.
-        let start = fields.nth(16)?.parse().ok()?;
-        Some(Self { pid, name: name.to_owned(), state, parent, group, start })
+        let session = Pid::from_raw(fields.next()?.parse().ok()?);
+        // Field 22; the session is field 6.
+        let start = fields.nth(15)?.parse().ok()?;
+        Some(Self { pid, name: name.to_owned(), state, parent, group, session, start })
+    }
+
+    /// A child of `parent` whose files in /proc we may not read (`hidepid`, proc(5)). `None` when it is gone. Its start is 0.
+    fn hidden(pid: Pid, parent: Pid) -> Option<Self> {
+        use nix::errno::Errno;
+        if nix::sys::signal::kill(pid, None) == Err(Errno::ESRCH) {
+            return None;
+        }
+        let state = if parent == nix::unistd::getpid() && super::wait::ended(pid).is_some() { 'Z' } else { '?' };
+        let (group, session) = (nix::unistd::getpgid(Some(pid)).ok()?, nix::unistd::getsid(Some(pid)).ok()?);
+        Some(Self { pid, name: "a hidden process".to_owned(), state, parent, group, session, start: 0 })
     }
 
     /// Whether it is dead, or will be as soon as the kernel comes to it: it is taken apart (PF_EXITING in the flags of
@@ -204,23 +310,34 @@ impl Process {
         booted.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
     }
 
-    /// Looks one process up.
+    /// Looks one process up. `None` when it is gone, and where there is no process list.
     pub(crate) fn look_up(pid: Pid) -> Option<Self> {
+        if list() == ProcessList::Available { Self::read(pid) } else { None }
+    }
+
+    fn read(pid: Pid) -> Option<Self> {
         Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
     }
 
-    /// Every process that /proc shows. Empty where there is no /proc.
+    /// Every process that /proc shows. Empty where there is no process list.
     pub(crate) fn all() -> Vec<Self> {
+        if list() != ProcessList::Available {
+            return Vec::new();
+        }
         let Ok(directory) = std::fs::read_dir("/proc") else { return Vec::new() };
         directory
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter_map(|pid| Self::look_up(Pid::from_raw(pid)))
+            .filter_map(|pid| Self::read(Pid::from_raw(pid)))
             .collect()
     }
 
-    /// The children of `parent`, those that it adopted among them.
+    /// The children of `parent`, those that it adopted among them. Empty where there is no process list.
     pub(crate) fn children(parent: Pid) -> Vec<Self> {
+        if list() == ProcessList::Available { Self::listed_children(parent) } else { Vec::new() }
+    }
+
+    fn listed_children(parent: Pid) -> Vec<Self> {
         // A list for each thread (proc_pid_task_tid_children(5)); a kernel may be built without it.
         let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
         let mut pids: Vec<i32> = Vec::new();
@@ -233,7 +350,8 @@ impl Process {
                 Err(_) => {}
             }
         }
-        pids.into_iter().filter_map(|pid| Self::look_up(Pid::from_raw(pid))).collect()
+        let pids = pids.into_iter().map(Pid::from_raw);
+        pids.filter_map(|pid| Self::read(pid).or_else(|| Self::hidden(pid, parent))).collect()
     }
 
     /// Everything below `root`, `root` not among it.
@@ -241,7 +359,7 @@ impl Process {
         let mut found: Vec<Self> = Self::children(root);
         let mut next = 0;
         while next < found.len() {
-            let children = Self::children(found[next].pid);
+            let children = Self::listed_children(found[next].pid);
             // A process that forks while we look can be seen twice, once below each of two parents.
             found.extend(children.into_iter().filter(|child| child.pid != root).collect::<Vec<_>>());
             next += 1;
@@ -254,14 +372,16 @@ impl Process {
         found
     }
 
-    /// The value of `name` in the environment that the process started with. `None` as well for a process whose
-    /// environment we may not read: another user's.
-    pub(crate) fn environment(&self, name: &str) -> Option<Vec<u8>> {
-        let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).ok()?;
-        environment
-            .split(|&byte| byte == 0)
-            .find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
-            .map(<[u8]>::to_vec)
+    /// The value of `name` in the environment that the process started with.
+    pub(crate) fn environment(&self, name: &str) -> Variable {
+        // Empty for a process without an environment, for a zombie, and for one that is about to become a program.
+        let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
+        if environment.is_empty() {
+            return Variable::Unreadable;
+        }
+        let mut entries = environment.split(|&byte| byte == 0);
+        let value = entries.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="));
+        value.map_or(Variable::Unset, |value| Variable::Set(value.to_vec()))
     }
 
     /// Whether it runs another program than we do: a child that was forked has become one by exec.
@@ -291,6 +411,24 @@ impl Process {
     }
 }
 
+/// The moment of now in clock ticks since boot, as [`Process::start`] counts them (CLOCK_BOOTTIME, clock_gettime(2)). `None`
+/// where there is no such clock.
+pub(crate) fn ticks_since_boot() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        let per_second = u64::try_from(nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??).ok()?;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the call fills the timespec that it is given.
+        if unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) } != 0 {
+            return None;
+        }
+        let (seconds, nanoseconds) = (u64::try_from(time.tv_sec).ok()?, u64::try_from(time.tv_nsec).ok()?);
+        Some(seconds * per_second + nanoseconds * per_second / 1_000_000_000)
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
 /// When this machine was started, by its clock of now (`btime` in proc_stat(5)). `None` where nothing tells.
 pub(crate) fn booted() -> Option<jiff::Timestamp> {
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
@@ -298,8 +436,22 @@ pub(crate) fn booted() -> Option<jiff::Timestamp> {
     jiff::Timestamp::from_second(seconds).ok()
 }
 
-/// The children of this process, while it has one thread. Empty where a kernel does not tell.
+/// Whether `pid` manages services, and stops all processes of one together: init, or a user's own systemd (systemd(1)).
+pub(crate) fn is_service_manager(pid: Pid) -> bool {
+    pid == Pid::from_raw(1) || Process::look_up(pid).is_some_and(|process| process.name == "systemd")
+}
+
+/// Whether `pid` is in the control group of this process (cgroups(7)). False where that cannot be read.
+pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
+    let group = |process: &str| std::fs::read(format!("/proc/{process}/cgroup")).ok();
+    list() == ProcessList::Available && group("self").is_some_and(|own| group(&pid.to_string()) == Some(own))
+}
+
+/// The children of this process, while it has one thread. Empty where a kernel does not tell, and without a process list.
 pub(crate) fn own_children() -> Vec<Pid> {
+    if list() != ProcessList::Available {
+        return Vec::new();
+    }
     let list = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
 }
@@ -333,7 +485,24 @@ mod tests {
             Process::parse(Pid::from_raw(7), "7 (a) T 1 (b)) S 3 4 5 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0 815 9").unwrap();
         assert_eq!(process.name, "a) T 1 (b)");
         assert_eq!((process.state, process.parent, process.group), ('S', Pid::from_raw(3), Pid::from_raw(4)));
+        assert_eq!(process.session, Pid::from_raw(5));
         assert_eq!(process.start, 815);
+    }
+
+    /// `unshare -pf` without a /proc of its own, also where both numbers are the same by chance.
+    #[test]
+    fn a_proc_of_another_namespace_is_not_ours() {
+        for (status, ours) in [
+            ("Name:\tx\nPid:\t7\nNSpid:\t7\n", true),
+            ("Name:\tx\nPid:\t7\n", true),
+            ("Name:\tx\nPid:\t7\nNSpid:\t7\t7\n", false),
+            ("Name:\tx\nPid:\t7\nNSpid:\t7\t1\n", false),
+            ("Name:\tx\nPid:\t8\nNSpid:\t8\t7\n", false),
+            ("Name:\tx\nPid:\t8\nNSpid:\t8\n", false),
+            ("", false),
+        ] {
+            assert_eq!(names_one_namespace(status, 7), ours, "{status:?}");
+        }
     }
 
     #[test]

@@ -37,6 +37,47 @@ pub(crate) fn reap(child: Pid) -> bool {
     look(child, libc::WEXITED | libc::WNOHANG).is_some()
 }
 
+/// What is left of our children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Children {
+    /// There are none, alive or dead: whoever is a subreaper has no descendant then (`PR_SET_CHILD_SUBREAPER`).
+    None,
+    /// Some are alive.
+    Alive,
+}
+
+/// Takes away every child that has ended, and tells whether any is left. For a process that has nobody's status to lose: see
+/// the head of this file.
+pub(crate) fn reap_all() -> Children {
+    loop {
+        match wait_for(libc::P_ALL, 0, libc::WEXITED | libc::WNOHANG) {
+            Err(libc::ECHILD) => return Children::None,
+            Ok(0) | Err(_) => return Children::Alive,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Whether we have a child in the process group `group`, a zombie among them: as long as that is there, the number of the
+/// group is nobody else's.
+pub(crate) fn has_child_in(group: Pid) -> bool {
+    let Ok(id) = libc::id_t::try_from(group.as_raw()) else { return false };
+    wait_for(libc::P_PGID, id, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT).is_ok()
+}
+
+/// waitid(2): the child that it tells of, 0 for none, or its errno.
+fn wait_for(kind: libc::idtype_t, id: libc::id_t, options: i32) -> Result<i32, i32> {
+    // SAFETY: `info` is zeroed, and so valid, before the kernel fills it.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        if libc::waitid(kind, id, &raw mut info, options) == 0 {
+            Ok(info.si_pid())
+        } else {
+            Err(*super::errno::location())
+        }
+    }
+}
+
 /// `si_code` and `si_status`. nix has no waitid for macOS.
 fn look(child: Pid, options: i32) -> Option<(i32, i32)> {
     let id = libc::id_t::try_from(child.as_raw()).ok()?;

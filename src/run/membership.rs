@@ -1,0 +1,235 @@
+//! Which processes belong to a run, for an observer who is not above them: the guardian, and a later `tf`.
+//!
+//! Five facts tell, and each is missed by some child:
+//!
+//! - The mark, `TFW_RUN` in the environment. A child may clear its environment, and that of another user (`sudo`) cannot be
+//!   read.
+//! - Descent from a member. It ends with the parent.
+//! - Having been seen before. A child may start and lose its parent between two looks.
+//! - Terraform's process group. A child stays in it unless it makes one of its own. The kernel gives the number to nobody
+//!   else while anything is in the group (fork(2), `alloc_pid`).
+//! - Terraform's session. It is that of the caller's shell too, so it says little: only a process of which nothing else can
+//!   be read, and whose parent is gone, may belong to the run for that.
+//!
+//! A process that is not certain to be a member, nor certain to be another's, keeps the lock, and no signal is sent to it.
+
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::sys::process::Process;
+
+/// What the processes of a run can be known by, besides the mark.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TreeIdentity {
+    /// When terraform started, in clock ticks since boot. None where nothing told.
+    pub(crate) start: Option<u64>,
+    /// Terraform's process group. None where it is in ours (`TFW_TTY=shared`), which others are in as well.
+    pub(crate) group: Option<i32>,
+    /// Terraform's session.
+    pub(crate) session: Option<i32>,
+    /// Processes that were seen to outlive the run: pid, and start in clock ticks since boot.
+    #[serde(default)]
+    pub(crate) survivors: Vec<(i32, u64)>,
+}
+
+impl TreeIdentity {
+    /// That of the terraform `pid`, which was just started.
+    pub(crate) fn of(pid: Pid, own_group: bool) -> Self {
+        Self {
+            start: Process::look_up(pid).map(|process| process.start),
+            group: own_group.then(|| pid.as_raw()),
+            session: nix::unistd::getsid(Some(pid)).ok().map(Pid::as_raw),
+            survivors: Vec::new(),
+        }
+    }
+}
+
+/// What the environment of a process says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// It has the run's mark.
+    Marked,
+    /// It has not.
+    Unmarked,
+    /// It is empty, or cannot be read.
+    Unreadable,
+}
+
+/// What a process is to a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Membership {
+    /// It belongs to the run.
+    Member,
+    /// It does not.
+    Other,
+    /// It may.
+    Unknown,
+}
+
+/// Judges each process of the list `all`.
+///
+/// `certain_before` is a moment, in clock ticks since boot, at which terraform was still there. A process of the group that
+/// started earlier is certainly a member; a later one may be in another group that has the number now. None: terraform is
+/// there.
+pub(crate) fn classify(
+    all: &[(Process, Mark)],
+    identity: &TreeIdentity,
+    certain_before: Option<u64>,
+) -> Vec<Membership> {
+    let mut found: Vec<Membership> =
+        all.iter().map(|(process, mark)| alone(process, *mark, all, identity, certain_before)).collect();
+    // Downwards, until nothing new is found. The children of a zombie have another parent already.
+    loop {
+        let mut more = false;
+        for kind in [Membership::Member, Membership::Unknown] {
+            let parents: Vec<Pid> = all
+                .iter()
+                .zip(&found)
+                .filter(|(_, found)| **found == kind)
+                .map(|((process, _), _)| process.pid)
+                .collect();
+            for ((process, _), found) in all.iter().zip(&mut found) {
+                let weaker = *found == Membership::Other || (*found, kind) == (Membership::Unknown, Membership::Member);
+                if weaker && parents.contains(&process.parent) {
+                    (*found, more) = (kind, true);
+                }
+            }
+        }
+        if !more {
+            return found;
+        }
+    }
+}
+
+/// What one process is, by its own facts.
+fn alone(
+    process: &Process,
+    mark: Mark,
+    all: &[(Process, Mark)],
+    identity: &TreeIdentity,
+    certain_before: Option<u64>,
+) -> Membership {
+    let survived =
+        identity.survivors.iter().any(|(pid, start)| (*pid, *start) == (process.pid.as_raw(), process.start));
+    if survived || mark == Mark::Marked {
+        return Membership::Member;
+    }
+    let in_time = identity.start.is_none_or(|start| process.start >= start);
+    if in_time && Some(process.group.as_raw()) == identity.group {
+        let leader = all.iter().find(|(other, _)| other.pid == process.group);
+        let reused = leader.is_some_and(|(leader, _)| identity.start.is_some_and(|start| leader.start != start));
+        let certain = identity.start.is_some() && certain_before.is_none_or(|moment| process.start < moment);
+        return match (reused, certain) {
+            (true, _) => Membership::Other,
+            (false, true) => Membership::Member,
+            (false, false) => Membership::Unknown,
+        };
+    }
+    let in_session = Some(process.session.as_raw()) == identity.session;
+    if in_time && in_session && mark == Mark::Unreadable && is_orphan(process, all) {
+        return Membership::Unknown;
+    }
+    Membership::Other
+}
+
+/// Whether the parent of `process` is gone. An orphan comes to init, or to a subreaper of another session.
+fn is_orphan(process: &Process, all: &[(Process, Mark)]) -> bool {
+    let parent = all.iter().find(|(other, _)| other.pid == process.parent);
+    parent.is_none_or(|(parent, _)| parent.pid == Pid::from_raw(1) || parent.session != process.session)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TERRAFORM: i32 = 100;
+    const SHELL: i32 = 50;
+
+    fn process(pid: i32, parent: i32, group: i32, session: i32, start: u64) -> Process {
+        Process {
+            pid: Pid::from_raw(pid),
+            name: "x".into(),
+            state: 'S',
+            parent: Pid::from_raw(parent),
+            group: Pid::from_raw(group),
+            session: Pid::from_raw(session),
+            start,
+        }
+    }
+
+    fn identity() -> TreeIdentity {
+        TreeIdentity { start: Some(1000), group: Some(TERRAFORM), session: Some(SHELL), survivors: vec![(300, 1500)] }
+    }
+
+    /// Init, the caller's shell, and `process`.
+    fn judge(process: Process, mark: Mark, certain_before: Option<u64>) -> Membership {
+        let all = [
+            (self::process(1, 0, 1, 1, 1), Mark::Unreadable),
+            (self::process(SHELL, 1, SHELL, SHELL, 500), Mark::Unmarked),
+            (process, mark),
+        ];
+        let found = classify(&all, &identity(), certain_before);
+        assert_eq!(found[..2], [Membership::Other; 2]);
+        found[2]
+    }
+
+    #[test]
+    fn every_combination_of_group_session_age_parent_and_mark_is_judged_on_the_safe_side() {
+        use Mark::{Marked, Unmarked, Unreadable};
+        for mark in [Marked, Unmarked, Unreadable] {
+            for group in [TERRAFORM, 200] {
+                for session in [SHELL, 60] {
+                    for parent in [1, SHELL] {
+                        for start in [999, 1000, 1999, 2000] {
+                            let seen = process(200, parent, group, session, start);
+                            let of_group = group == TERRAFORM && start >= 1000;
+                            let doubtful = session == SHELL && parent == 1 && start >= 1000 && mark == Unreadable;
+                            let expected = match () {
+                                () if mark == Marked => Membership::Member,
+                                () if of_group && start < 2000 => Membership::Member,
+                                () if of_group || doubtful => Membership::Unknown,
+                                () => Membership::Other,
+                            };
+                            assert_eq!(judge(seen.clone(), mark, Some(2000)), expected, "{seen:?} {mark:?}");
+                            let expected = if of_group { Membership::Member } else { expected };
+                            assert_eq!(judge(seen.clone(), mark, None), expected, "{seen:?} {mark:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_whose_number_another_leader_has_is_another_group() {
+        let child = (process(200, 1, TERRAFORM, SHELL, 3000), Mark::Unmarked);
+        for (start, expected) in [(1000, Membership::Member), (2900, Membership::Other)] {
+            let all = [child.clone(), (process(TERRAFORM, 1, TERRAFORM, SHELL, start), Mark::Unmarked)];
+            assert_eq!(classify(&all, &identity(), None)[0], expected);
+        }
+        // Without knowing when terraform started, nobody is certain to be its child.
+        let unknown = TreeIdentity { start: None, ..identity() };
+        assert_eq!(classify(&[child], &unknown, None), [Membership::Unknown]);
+    }
+
+    #[test]
+    fn what_survived_is_known_by_number_and_start() {
+        for (start, expected) in [(1500, Membership::Member), (1501, Membership::Other)] {
+            assert_eq!(judge(process(300, 1, 300, 60, start), Mark::Unreadable, None), expected);
+        }
+    }
+
+    #[test]
+    fn children_are_what_their_parents_are() {
+        let all = [
+            (process(400, 201, 400, 400, 1600), Mark::Unmarked),
+            (process(201, 200, 201, 201, 1600), Mark::Unreadable),
+            (process(200, 1, TERRAFORM, SHELL, 1500), Mark::Unreadable),
+            (process(500, 501, 500, 500, 1600), Mark::Unmarked),
+            (process(501, 1, 501, SHELL, 1600), Mark::Unreadable),
+        ];
+        let found = classify(&all, &identity(), None);
+        assert_eq!(found[..3], [Membership::Member; 3]);
+        assert_eq!(found[3..], [Membership::Unknown; 2]);
+    }
+}

@@ -1,0 +1,322 @@
+//! "Everything that terraform started is dead before its lock goes", also what `tf` cannot read, cannot kill or cannot see:
+//! children of another user, without an environment, without a /proc.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::cloud::tool;
+use crate::support::household::{Sweep, everybody, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
+use crate::support::process::{Run, terraform_below, tree};
+use crate::support::{Ended, Lock, Subject, World, wait_for};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+/// A user without a name, who is not root.
+const USER: u32 = 54_321;
+
+/// What becomes root as sudo does (all its user IDs, no inherited descriptor above 2), and works until `sudo-go`.
+const SUDO: &str = "import os, time\nos.setgid(0)\nos.setuid(0)\nos.closerange(3, 65536)\n\
+                    while not os.path.exists('sudo-go'):\n    open('work', 'a').write('work\\n')\n    time.sleep(0.02)\n";
+
+/// A child of the same user, with nothing by which it could be told, which ignores what asks it to end.
+const BARE_CHILD: &str = "import os, signal, sys, time\nif len(sys.argv) < 2:\n    os.closerange(3, 65536)\n\
+                          \u{20}   os.execve(sys.executable, [sys.executable, '-S', 'child.py', 'x'], {})\n\
+                          for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n    signal.signal(s, signal.SIG_IGN)\n\
+                          while not os.path.exists('child-go'):\n    open('work', 'a').write('work\\n')\n    time.sleep(0.02)\n";
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// A world whose provisioner starts a stand-in for sudo, all of it for an ordinary user.
+fn world_of_user() -> World {
+    let world = World::empty(Lock::Both);
+    let python = fs::canonicalize(tool("python3")).unwrap();
+    let sudo = world.directory.join("sudo");
+    fs::copy(&python, &sudo).unwrap();
+    let prefix = python.parent().and_then(std::path::Path::parent).unwrap();
+    world.write("sudo.py", SUDO);
+    world.write_main(
+        "",
+        &format!(
+            "PYTHONHOME={} ./sudo -S sudo.py > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; touch began; \
+             while ! test -e go; do sleep 0.02; done",
+            prefix.display()
+        ),
+    );
+    world.init();
+    let root = world.directory.parent().unwrap();
+    // The program itself may lie where only root can look.
+    fs::copy(env!("CARGO_BIN_EXE_tf"), root.join("bin/tf-of-user")).unwrap();
+    let owned = Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(root).status().unwrap();
+    assert!(owned.success());
+    nix::unistd::chown(&sudo, Some(nix::unistd::Uid::from_raw(0)), None).unwrap();
+    fs::set_permissions(&sudo, fs::Permissions::from_mode(0o4755)).unwrap();
+    world
+}
+
+/// `tf` as the ordinary user. `before` is put in front, as root.
+fn as_user(world: &World, before: &[&str], arguments: &[&str]) -> Run {
+    let ids = [format!("--reuid={USER}"), format!("--regid={USER}")];
+    let mut words: Vec<&str> = before.to_vec();
+    words.extend(["setpriv", &ids[0], &ids[1], "--clear-groups", "--"]);
+    let mut command = world.command(words[0]);
+    command.args(&words[1..]).arg(world.bin().join("tf-of-user")).args(arguments);
+    Run::start(command)
+}
+
+fn run_as_user(world: &World, arguments: &[&str]) -> Ended {
+    as_user(world, &[], arguments).wait()
+}
+
+/// The stand-in for sudo: root's, by its program.
+fn sudo_of(world: &World) -> Pid {
+    let program = world.directory.join("sudo");
+    wait_for(
+        "the stand-in for sudo",
+        || {
+            let is_it = |pid: &Pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == program);
+            everybody().into_iter().find(is_it)
+        },
+        || world.trace(),
+    )
+}
+
+/// Every process of the world that is not the stand-in.
+fn others_of(world: &World, sudo: Pid) -> Vec<Pid> {
+    let entry = home(world);
+    crate::support::household::marked(&entry).into_iter().filter(|pid| *pid != sudo).collect()
+}
+
+/// The stand-in works on, the lock stands, the next `tf` leaves it, and once the stand-in has ended it is released.
+#[track_caller]
+fn assert_kept_until_it_ends(world: &World, sudo: Pid) {
+    assert!(!is_gone(sudo));
+    world.assert_locked();
+    let end = run_as_user(world, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let end = run_as_user(world, &["locks", "recover"]);
+    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    world.assert_locked();
+    assert!(!is_gone(sudo));
+    world.write("sudo-go", "");
+    wait_until_gone(world, sudo);
+    let end = run_as_user(world, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert!(end.err.contains("released the lock") || end.out.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
+    if !is_root() {
+        return;
+    }
+    for killed in ["terraform", "tf and terraform", "everything"] {
+        let world = world_of_user();
+        let _sweep = Sweep(home(&world));
+        let run = as_user(&world, &[], &APPLY);
+        world.wait_for_began(&run);
+        world.wait_for_trace("journal written");
+        let sudo = sudo_of(&world);
+        let terraform = terraform_below(run.pid());
+        match killed {
+            "terraform" => {
+                kill(terraform, Signal::SIGKILL).unwrap();
+                let end = run.wait();
+                assert!(end.err.contains("was not released") && end.err.contains("sudo"), "{}", world.story(&end));
+            }
+            "tf and terraform" => {
+                for pid in [run.pid(), terraform] {
+                    kill(pid, Signal::SIGKILL).unwrap();
+                }
+                run.wait();
+                world.wait_for_trace("guardian: a lock may stand; died: true; kept: Some");
+                wait_for("the guardian's end", || others_of(&world, sudo).is_empty().then_some(()), || world.trace());
+            }
+            _ => {
+                let all = others_of(&world, sudo);
+                for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+                    for pid in &all {
+                        let _ = kill(*pid, signal);
+                    }
+                }
+                run.wait();
+                wait_for(
+                    "the end of the others",
+                    || others_of(&world, sudo).is_empty().then_some(()),
+                    || world.trace(),
+                );
+            }
+        }
+        assert_kept_until_it_ends(&world, sudo);
+    }
+}
+
+#[test]
+fn a_child_that_proc_hides_keeps_the_lock() {
+    if !is_root() {
+        return;
+    }
+    let world = world_of_user();
+    let _sweep = Sweep(home(&world));
+    let hides = "mount -t proc -o hidepid=2 proc /proc && exec \"$@\"";
+    let run = as_user(&world, &["unshare", "-m", "sh", "-c", hides, "sh"], &APPLY);
+    world.wait_for_began(&run);
+    let sudo = sudo_of(&world);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    assert_kept_until_it_ends(&world, sudo);
+}
+
+/// A world whose provisioner starts a child without environment and descriptors.
+fn with_bare_child() -> World {
+    let world = World::empty(Lock::Both);
+    let python = tool("python3");
+    world.write("child.py", BARE_CHILD);
+    world.write_main(
+        "",
+        &format!(
+            "{} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; touch began; \
+             while ! test -e go; do sleep 0.02; done",
+            python.display()
+        ),
+    );
+    world.init();
+    world
+}
+
+fn bare_child_of(world: &World, above: Pid) -> Pid {
+    let cleared = |pid: &Pid| fs::read(format!("/proc/{pid}/environ")).is_ok_and(|text| text.is_empty());
+    let named = |name: &str| name.starts_with("python");
+    wait_for(
+        "the child",
+        || {
+            let below = tree(above).into_iter();
+            below
+                .filter(|(.., state, _)| *state != 'Z')
+                .find_map(|(pid, name, ..)| (named(&name) && cleared(&pid)).then_some(pid))
+        },
+        || format!("{:?}\n{}", tree(above), world.trace()),
+    )
+}
+
+/// All that was ever written was written before the lock went.
+#[track_caller]
+fn assert_works_no_more(world: &World) {
+    let work = world.read("work").len();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(world.read("work").len(), work, "it works on\n{}", world.trace());
+}
+
+#[test]
+fn a_child_without_environment_descriptors_or_parent_is_ended_by_the_guardian_before_the_lock_goes() {
+    let world = with_bare_child();
+    let run = world.start_apply(Subject::Tf);
+    let child = bare_child_of(&world, run.pid());
+    let terraform = terraform_below(run.pid());
+    let shells: Vec<Pid> = tree(terraform).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in shells.iter().chain([&run.pid()]) {
+            let _ = kill(*pid, signal);
+        }
+    }
+    run.wait();
+    wait_until_unlocked(&world);
+    assert!(is_gone(child), "{}", world.trace());
+    assert_works_no_more(&world);
+}
+
+#[test]
+fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_that_was_killed_whole() {
+    let world = with_bare_child();
+    let run = world.start_apply(Subject::Tf);
+    world.wait_for_trace("journal written");
+    let child = bare_child_of(&world, run.pid());
+    let all: Vec<Pid> = crate::support::household::marked(&home(&world));
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in all.iter().filter(|pid| **pid != child) {
+            let _ = kill(*pid, signal);
+        }
+    }
+    run.wait();
+    wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    world.assert_locked();
+    assert!(!is_gone(child), "{}", world.story(&end));
+    world.write("child-go", "");
+    wait_until_gone(&world, child);
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// A command in which /proc is not what it should be, and behind it `tf`.
+fn in_namespace(world: &World, unshare: &[&str], script: &str) -> Run {
+    let mut command = world.command("unshare");
+    command.args(unshare).args(["sh", "-c", script]);
+    command.arg(world.bin().join("tf")).args(APPLY);
+    Run::start(command)
+}
+
+#[test]
+fn without_proc_what_terraform_left_is_dead_before_the_lock_goes() {
+    if !is_root() {
+        return;
+    }
+    let world = with_bare_child();
+    let run = in_namespace(&world, &["-m"], "mount -t tmpfs none /proc && exec \"$0\" \"$@\"");
+    world.wait_for_began(&run);
+    let child = bare_child_of(&world, run.pid());
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(is_gone(child), "{}", world.story(&end));
+    assert_works_no_more(&world);
+    world.assert_unlocked();
+}
+
+#[test]
+fn in_a_namespace_whose_proc_is_anothers_nobody_else_is_killed_and_a_doubt_keeps_the_lock() {
+    if !is_root() {
+        return;
+    }
+    let world = World::new(Lock::Both, crate::support::world::WAITS);
+    let _sweep = Sweep(home(&world));
+    // As PID 1 with children of its own: the numbers of many of them mean others in the /proc that is seen here.
+    let siblings = "for n in $(seq 300); do sleep 1000 < /dev/null > /dev/null 2>&1 & done; exec \"$0\" \"$@\"";
+    let run = in_namespace(&world, &["-pf", "--kill-child"], siblings);
+    world.wait_for_began(&run);
+    let sleeping =
+        || tree(run.pid()).into_iter().filter(|(_, name, state, _)| name == "sleep" && *state != 'Z').count();
+    assert!(sleeping() >= 300);
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    run.wait_for_err("was not released");
+    assert!(run.err().contains("/proc does not list"), "{}\n{}", run.err(), world.trace());
+    let end = run.wait();
+    assert!(!world.trace().contains("ending "), "{}", world.story(&end));
+    world.assert_locked();
+}
+
+#[test]
+fn in_a_namespace_whose_proc_is_anothers_the_lock_goes_once_no_child_is_left() {
+    if !is_root() {
+        return;
+    }
+    let world = with_bare_child();
+    let _sweep = Sweep(home(&world));
+    let run = in_namespace(&world, &["-pf", "--kill-child"], "\"$0\" \"$@\"; exit $?");
+    world.wait_for_began(&run);
+    let child = bare_child_of(&world, run.pid());
+    kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(is_gone(child), "{}", world.story(&end));
+    world.assert_unlocked();
+}
