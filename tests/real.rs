@@ -61,6 +61,8 @@ mod services;
 mod shells;
 #[path = "real/shims.rs"]
 mod shims;
+#[path = "real/stopped_together.rs"]
+mod stopped_together;
 #[path = "real/survived.rs"]
 mod survived;
 #[path = "real/terminal.rs"]

@@ -44,14 +44,17 @@ impl Charge {
         }
     }
 
-    /// Hears what the guardian says: that the journal cannot be written, or nothing any more.
-    pub(crate) fn hear(&mut self, recorder: &Recorder) {
-        let Some(guardian) = &self.guardian else { return };
+    /// Hears what the guardian says: that the journal cannot be written, or nothing any more. True when it says that a
+    /// service manager has told all processes of our unit to stop.
+    pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
+        let Some(guardian) = &self.guardian else { return false };
         match guardian.hear() {
             Heard::Nothing => {}
             Heard::CannotWrite => self.failed = true,
+            Heard::UnitIsStopped => return true,
             Heard::Gone => self.guardian_is_gone(recorder),
         }
+        false
     }
 
     /// Something asked for an end.

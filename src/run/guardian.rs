@@ -51,6 +51,7 @@ use crate::history::By;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::sys::process::{self, Process, ProcessList};
+use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
@@ -67,6 +68,10 @@ const EVENT: u8 = 2;
 const NEWS: u8 = 3;
 const STILL: u8 = 4;
 const OVER: u8 = 5;
+
+/// What the guardian says, in one byte.
+const CANNOT_WRITE: u8 = 1;
+const UNIT_IS_STOPPED: u8 = 2;
 
 /// What the child writes before its pid.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
@@ -102,6 +107,8 @@ pub(crate) enum Heard {
     Nothing,
     /// The journal cannot be written: a full disk.
     CannotWrite,
+    /// A service manager has told every process of our unit to stop, terraform among them.
+    UnitIsStopped,
     Gone,
 }
 
@@ -167,7 +174,9 @@ impl Guardian {
 
     /// What it has said.
     pub(crate) fn hear(&self) -> Heard {
-        match (&self.socket).read(&mut [0]) {
+        let mut said = [0];
+        match (&self.socket).read(&mut said) {
+            Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
             Ok(1) => Heard::CannotWrite,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
             _ => Heard::Gone,
@@ -248,6 +257,23 @@ impl Guardian {
     }
 }
 
+/// Sends SIGINT to `group`, which the process behind the descriptor `terraform` leads: never to another group that has its
+/// number now. Before Linux 6.9 each member is found, held by a descriptor of its own, and looked at once more.
+fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
+    if process::signal_group(terraform, Signal::SIGINT).is_ok() {
+        return Ok(());
+    }
+    for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
+        let Ok(held) = process::watch_end(member.pid) else { continue };
+        let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
+        // As long as terraform has not ended, the number is its group's.
+        if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+            let _ = process::signal(&held, Signal::SIGINT);
+        }
+    }
+    process::signal(terraform, Signal::SIGINT)
+}
+
 /// Whether a runner would kill what descends from us, whatever its environment says (Jenkins, ProcessTree.java,
 /// `killRecursively`). As the first process of a namespace we are init ourselves, and whoever ends us ends all.
 fn runner_kills_descendants() -> bool {
@@ -274,6 +300,10 @@ struct Watch<'a> {
     still: bool,
     /// What the log has told, and was not written down yet.
     news: Option<(u64, Log)>,
+    /// What reaches the guardian itself. Nothing of it ends the guardian.
+    signals: Option<Signals>,
+    /// A service manager has told the guardian to stop, and `tf` was not told yet.
+    unit_is_stopped: bool,
 }
 
 /// Terraform, as its guardian knows it.
@@ -325,7 +355,18 @@ impl<'a> Watch<'a> {
         environment::forget_empty("AWS_");
         ward.tree.see_from_beside();
         crash_point::reached("guardian: watching");
-        let mut watch = Self { socket, ward, terraform: None, received: Vec::new(), still: false, news: None };
+        // A descriptor of `tf` would do as well, but it was closed.
+        let signals = Signals::listen().ok();
+        let mut watch = Self {
+            socket,
+            ward,
+            terraform: None,
+            received: Vec::new(),
+            still: false,
+            news: None,
+            signals,
+            unit_is_stopped: false,
+        };
         if watch.until_parting() == Parting::Vanished {
             crash_point::reached("guardian: alone");
             watch.finish();
@@ -343,9 +384,13 @@ impl<'a> Watch<'a> {
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
             // Of terraform's end `tf` hears itself, but when it stands still.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
-            awaited.extend(terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN)));
+            let ended = terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN));
+            let end_at = ended.is_some().then_some(1);
+            awaited.extend(ended);
+            awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
             let ready = poll::wait(&awaited, deadline);
-            if ready.get(1) == Some(&true) {
+            self.hear_signals();
+            if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
                 // It may have been about to stop when it said so.
                 poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(LOOK));
@@ -365,6 +410,7 @@ impl<'a> Watch<'a> {
                 }
                 self.heard(kind, &payload);
             }
+            self.hear_signals();
             if length == 0 {
                 return Parting::Vanished;
             }
@@ -380,6 +426,23 @@ impl<'a> Watch<'a> {
         if Process::look_up(self.ward.tf).is_some_and(|process| process.state == 'T') {
             trace!("guardian: continues tf, whose terraform has ended");
             let _ = kill(self.ward.tf, Signal::SIGCONT);
+        }
+    }
+
+    /// Hears what somebody has sent to the guardian. What a service manager sends to all of our unit has reached terraform
+    /// too, where that is in the same control group: `tf` must not send it an interrupt of its own then.
+    fn hear_signals(&mut self) {
+        let Some(signals) = &mut self.signals else { return };
+        while let Some(Arrival { signal, sender, .. }) = signals.next() {
+            self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
+        }
+        // What was sent before there was a terraform did not reach it.
+        let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
+        self.unit_is_stopped = false;
+        if process::is_in_own_control_group(terraform.pid) {
+            trace!("guardian: our unit is stopped");
+            let _ = self.ward.stop.decide(Event::RequestToAll, self.ward.begun.elapsed());
+            let _ = self.socket.write(&[UNIT_IS_STOPPED]);
         }
     }
 
@@ -440,7 +503,7 @@ impl<'a> Watch<'a> {
             let written = entry.write(record, to_disk);
             trace!("guardian: journal written: {}", written.is_ok());
             if written.is_err() {
-                let _ = self.socket.write(&[1]);
+                let _ = self.socket.write(&[CANNOT_WRITE]);
             }
             crash_point::reached("guardian: has written");
         }
@@ -483,24 +546,14 @@ impl<'a> Watch<'a> {
                     Effect::SayStopping(_) | Effect::SayForcing => {}
                 }
             }
+            // Not before it is terraform: what comes earlier is thrown away between fork and exec.
             let moment = process::ticks_since_boot();
             if !terraform.has_ended(self.ward.tree) {
                 self.ward.tree.was_alive_at(moment);
             }
-            // Not before it is terraform: what comes earlier is thrown away between fork and exec.
             if interrupt && terraform.has_begun(self.ward.tree) {
                 interrupt = false;
-                let bereaved = self.ward.tree.bereaved();
-                let sent = match shim::behind(terraform.pid) {
-                    Some((_, behind)) => process::signal(&behind, Signal::SIGINT),
-                    None => terraform.signal(Signal::SIGINT),
-                };
-                if terraform.has_ended(self.ward.tree) {
-                    for process in bereaved {
-                        let _ = kill(process.pid, Signal::SIGINT);
-                    }
-                }
-                trace!("guardian: interrupted terraform: {}", sent.is_ok());
+                self.interrupt(&terraform);
                 crash_point::reached("guardian: interrupted");
             }
             // One that was stopped when its parent died was hung up by the kernel. Where that did not happen, as in a
@@ -532,6 +585,27 @@ impl<'a> Watch<'a> {
             }
             poll::wait(&[], Some(Duration::from_millis(5)));
         }
+    }
+
+    /// The one interrupt of a first stop, to all that `tf` would have sent it to.
+    fn interrupt(&self, terraform: &Terraform) {
+        let bereaved = self.ward.tree.bereaved();
+        let has_ended = terraform.has_ended(self.ward.tree);
+        let sent = match (&terraform.process, self.ward.tree.group()) {
+            _ if has_ended => Ok(()),
+            (Some(_), Some(_)) if self.ward.tree.is_behind_a_shim() => {
+                shim::interrupt_group(terraform.pid);
+                Ok(())
+            }
+            (Some(process), Some(group)) => interrupt_group(process, group),
+            _ => terraform.signal(Signal::SIGINT),
+        };
+        if has_ended {
+            for process in bereaved {
+                let _ = kill(process.pid, Signal::SIGINT);
+            }
+        }
+        trace!("guardian: interrupted terraform: {}", sent.is_ok());
     }
 
     /// Gives back what terraform has left. Returns the locks that could not be given back yet.

@@ -330,6 +330,7 @@ impl<'a> Prepared<'a> {
             begun: self.begun,
             children_changed: false,
             outlived: false,
+            unit_stop: None,
         }
         .watch();
         crash_point::reached("tf: terraform ended");

@@ -4,7 +4,7 @@
 
 use std::os::fd::OwnedFd;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::sys::process::{self, Process};
@@ -25,6 +25,36 @@ pub(crate) fn signal(child: Pid, signal: Signal) {
             let _ = kill(child, signal);
         }
     }
+}
+
+/// Sends the one interrupt of a first stop to the group of `child`, but not to the shims that lead to terraform: what one of
+/// them passes on would be terraform's second.
+pub(crate) fn interrupt_group(child: Pid) {
+    let Some(chain) = chain(child) else {
+        // What was started is terraform itself, or has not started one yet.
+        let _ = killpg(child, Signal::SIGINT);
+        return;
+    };
+    let members = Process::all().into_iter().filter(|process| process.group == child && !process.is_dead());
+    for process in members.filter(|process| !chain.contains(&process.pid)) {
+        trace!("SIGINT goes to {}, behind {child}", process.pid);
+        let _ = kill(process.pid, Signal::SIGINT);
+    }
+}
+
+/// The shims from `child` down to the one that started terraform. `None` as in [`behind`].
+fn chain(child: Pid) -> Option<Vec<Pid>> {
+    let (terraform, _) = behind(child)?;
+    let mut chain = Vec::new();
+    let mut current = terraform;
+    for _ in 0..=DEEPEST {
+        current = Process::look_up(current)?.parent;
+        chain.push(current);
+        if current == child {
+            return Some(chain);
+        }
+    }
+    None
 }
 
 /// The terraform behind `child`, and its number. `None` where `child` is one itself, or where nothing tells for sure which one

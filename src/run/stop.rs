@@ -22,6 +22,8 @@ pub(crate) enum Event {
     KeyboardAtTerraform,
     /// INT, TERM or HUP that somebody sent, or a hangup.
     Request,
+    /// TERM that a service manager sent to every process of our unit: terraform has it, and counts it as an interrupt.
+    RequestToAll,
     /// Our parent died in a CI job, and with it whoever would have told us.
     ParentGone,
     /// Nobody reads what terraform writes.
@@ -34,10 +36,11 @@ pub(crate) enum Event {
 
 impl Event {
     /// All of them.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Keyboard,
         Self::KeyboardAtTerraform,
         Self::Request,
+        Self::RequestToAll,
         Self::ParentGone,
         Self::ReaderGone,
         Self::NobodyCanAnswer,
@@ -48,10 +51,11 @@ impl Event {
 /// What is then done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// One SIGINT to terraform's process group, as the terminal would have sent it: providers ignore it, and a
-    /// provisioner's commands must get it, or they outlive the lock that terraform then gives back.
+    /// One SIGINT to terraform's process group, as the terminal sends it for ^C. Providers ignore it. A provisioner's
+    /// commands must get it whoever asks for the stop: terraform kills only the shell of a `local-exec`, unlocks and ends,
+    /// and what the shell has started would go on working after the lock is gone. TERM and HUP would end the providers.
     InterruptGroup,
-    /// One SIGINT to terraform alone.
+    /// The second SIGINT, to terraform alone.
     InterruptTerraform,
     /// SIGKILL to terraform and everything below it.
     Kill(Why),
@@ -129,14 +133,17 @@ impl Stop {
                 vec![]
             }
             Event::Request | Event::ParentGone => {
-                if let (Some(timeout), None) = (self.timeout, self.kill)
-                    && self.killed.is_none()
-                {
-                    self.kill = Some((now + timeout, Why::StopTimeout));
-                }
-                self.graceful(Effect::InterruptTerraform, now)
+                self.start_timeout(now);
+                self.graceful(now)
             }
-            Event::ReaderGone | Event::NobodyCanAnswer => self.graceful(Effect::InterruptTerraform, now),
+            Event::RequestToAll => {
+                self.start_timeout(now);
+                if self.interrupts == 0 {
+                    self.interrupted(now);
+                }
+                vec![]
+            }
+            Event::ReaderGone | Event::NobodyCanAnswer => self.graceful(now),
             Event::Time => match self.kill {
                 Some((at, why)) if at <= now => self.kill_now(why),
                 _ => vec![],
@@ -149,17 +156,25 @@ impl Stop {
         self.since.get_or_insert(now);
     }
 
-    fn graceful(&mut self, effect: Effect, now: Duration) -> Vec<Effect> {
+    fn start_timeout(&mut self, now: Duration) {
+        if let (Some(timeout), None) = (self.timeout, self.kill)
+            && self.killed.is_none()
+        {
+            self.kill = Some((now + timeout, Why::StopTimeout));
+        }
+    }
+
+    fn graceful(&mut self, now: Duration) -> Vec<Effect> {
         if self.interrupts > 0 {
             return vec![];
         }
         self.interrupted(now);
-        vec![effect]
+        vec![Effect::InterruptGroup]
     }
 
     fn keyboard(&mut self, now: Duration) -> Vec<Effect> {
         if self.interrupts == 0 {
-            return self.graceful(Effect::InterruptGroup, now);
+            return self.graceful(now);
         }
         if self.forced || self.killed.is_some() {
             return vec![];
@@ -191,7 +206,7 @@ impl Stop {
 mod tests {
     use super::*;
 
-    const ALL: [Event; 7] = Event::ALL;
+    const ALL: [Event; 8] = Event::ALL;
 
     const fn ms(milliseconds: u64) -> Duration {
         Duration::from_millis(milliseconds)
@@ -217,9 +232,8 @@ mod tests {
         for event in ALL {
             let effects = Stop::new(false, None).decide(event, ms(1));
             let expected = match event {
-                Event::Keyboard => vec![Effect::InterruptGroup],
-                Event::KeyboardAtTerraform | Event::Time => vec![],
-                _ => vec![Effect::InterruptTerraform],
+                Event::KeyboardAtTerraform | Event::RequestToAll | Event::Time => vec![],
+                _ => vec![Effect::InterruptGroup],
             };
             assert_eq!(effects, expected, "{event:?}");
         }
@@ -244,9 +258,11 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_terraform_saw_is_not_sent_again() {
+    fn what_terraform_got_itself_is_not_sent_again() {
         for events in sequences(4) {
-            if events[0] == Event::KeyboardAtTerraform && !events[1..].contains(&Event::Keyboard) {
+            if matches!(events[0], Event::KeyboardAtTerraform | Event::RequestToAll)
+                && !events[1..].contains(&Event::Keyboard)
+            {
                 assert_eq!(interrupts(&play(&mut Stop::new(false, None), &events, ms(20))), 0, "{events:?}");
             }
         }
@@ -278,7 +294,9 @@ mod tests {
         for events in sequences(3) {
             let mut stop = Stop::new(false, Some(ms(25_000)));
             play(&mut stop, &events, ms(1));
-            let first = events.iter().position(|event| matches!(event, Event::Request | Event::ParentGone));
+            let first = events
+                .iter()
+                .position(|event| matches!(event, Event::Request | Event::RequestToAll | Event::ParentGone));
             let forced = stop.was_forced() && stop.kill.is_some_and(|(_, why)| why == Why::Forced);
             let expected = first.map(|place| ms(25_001 + place as u64));
             if !forced {
@@ -290,7 +308,7 @@ mod tests {
     #[test]
     fn after_the_stop_timeout_the_tree_is_killed_once() {
         let mut stop = Stop::new(false, Some(ms(100)));
-        assert_eq!(stop.decide(Event::Request, ms(0)), [Effect::InterruptTerraform]);
+        assert_eq!(stop.decide(Event::Request, ms(0)), [Effect::InterruptGroup]);
         assert_eq!(stop.decide(Event::Time, ms(100)), [Effect::Kill(Why::StopTimeout)]);
         assert_eq!(stop.decide(Event::Request, ms(150)), []);
         assert_eq!(stop.decide(Event::Time, ms(500)), []);

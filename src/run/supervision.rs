@@ -33,6 +33,9 @@ const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
 const CONTINUED_EVERY: Duration = Duration::from_millis(5);
 
+/// How long a service manager may take from the first process of a unit to the last, when it stops all of them.
+const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
+
 /// Everything that one supervised run needs.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
@@ -56,6 +59,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) children_changed: bool,
     /// What we started has ended, and a terraform that it led to works on.
     pub(crate) outlived: bool,
+    /// Until when the guardian may tell that the stop which a service manager has asked for went to all of its unit.
+    pub(crate) unit_stop: Option<Instant>,
 }
 
 /// Our parent and a descriptor for its end, where that is to be taken for a request to stop: in CI, unless we were
@@ -117,9 +122,15 @@ impl Supervision<'_> {
             if self.lending.deadline().is_some_and(|at| at <= now) {
                 self.lending.look();
             }
+            if self.unit_stop.is_some_and(|until| until <= now) {
+                // The guardian got none: it was meant for us alone (KillMode=mixed or process, systemd.kill(5)).
+                self.unit_stop = None;
+                self.asked(Event::Request);
+            }
             self.asked(Event::Time);
 
             let deadline = [
+                self.unit_stop,
                 continue_at,
                 Some(read_at),
                 self.lending.deadline(),
@@ -176,13 +187,14 @@ impl Supervision<'_> {
             self.parent = None;
             self.asked(Event::ParentGone);
         }
-        if guardian_speaks {
-            self.charge.hear(self.recorder);
+        if guardian_speaks && self.charge.hear(self.recorder) {
+            self.unit_stop = None;
+            self.asked(Event::RequestToAll);
         }
     }
 
     fn arrived(&mut self, arrival: Arrival) {
-        let Arrival { signal, origin } = arrival;
+        let Arrival { signal, origin, sender } = arrival;
         if signal != Signal::SIGCHLD {
             trace!("got {signal} from {origin:?}");
         }
@@ -191,6 +203,9 @@ impl Supervision<'_> {
             (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
             (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
             (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}
+            (Signal::SIGTERM, _) if self.may_be_for_all(sender) => {
+                self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
+            }
             (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(Event::Request),
             (Signal::SIGTSTP, _) if self.signals.inherited().ignores(Signal::SIGTSTP) => {}
             (Signal::SIGTSTP, _) => self.suspend(),
@@ -205,6 +220,17 @@ impl Supervision<'_> {
             }
             _ => {}
         }
+    }
+
+    /// Whether a TERM from `sender` may have gone to every process of our unit, terraform among them. A service manager's does
+    /// (KillMode=control-group, systemd.kill(5)), and so does its kill(-1) at shutdown. Terraform would take ours for a
+    /// second interrupt and leave with its lock held.
+    ///
+    /// What terraform got cannot be seen. But the guardian is in the same control group, so it got the same: it tells.
+    fn may_be_for_all(&self, sender: Option<Pid>) -> bool {
+        !self.stop.was_interrupted()
+            && self.charge.awaited().is_some()
+            && sender.is_some_and(process::is_service_manager)
     }
 
     fn hear_witness(&mut self) {
@@ -230,19 +256,14 @@ impl Supervision<'_> {
         }
         for effect in effects {
             match effect {
-                Effect::InterruptGroup => {
+                // In our own group are others than terraform's.
+                Effect::InterruptGroup if self.shared => self.interrupt_terraform(),
+                // A key goes to every process of a foreground group.
+                Effect::InterruptGroup if event == Event::Keyboard || !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
-                Effect::InterruptTerraform => {
-                    let bereaved = self.tree.bereaved();
-                    if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
-                        shim::signal(self.terraform, Signal::SIGINT);
-                    } else {
-                        for process in bereaved {
-                            let _ = kill(process.pid, Signal::SIGINT);
-                        }
-                    }
-                }
+                Effect::InterruptGroup => self.interrupt_behind_shim(),
+                Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
                     let holds = self.recorder.read().standing().any(|lock| lock.locked.is_some());
@@ -250,6 +271,29 @@ impl Supervision<'_> {
                 }
                 Effect::SayForcing => report::say(&report::forcing()),
             }
+        }
+    }
+
+    fn interrupt_terraform(&self) {
+        let bereaved = self.tree.bereaved();
+        if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
+            shim::signal(self.terraform, Signal::SIGINT);
+        } else {
+            for process in bereaved {
+                let _ = kill(process.pid, Signal::SIGINT);
+            }
+        }
+    }
+
+    fn interrupt_behind_shim(&self) {
+        if wait::ended(self.terraform).is_none() {
+            shim::interrupt_group(self.terraform);
+            return;
+        }
+        // It is a zombie of ours, so the number is its group's. No shim is left there to pass the interrupt on.
+        let _ = killpg(self.terraform, Signal::SIGINT);
+        for process in self.tree.bereaved().iter().filter(|process| process.group != self.terraform) {
+            let _ = kill(process.pid, Signal::SIGINT);
         }
     }
 

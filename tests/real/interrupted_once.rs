@@ -304,7 +304,7 @@ fn a_reader_that_does_not_read_keeps_no_signal_waiting() {
     // The pipe is full when the writer sleeps in its write.
     wait_for("a full pipe", || (blocked_in_write(terraform)).then_some(()), || format!("{:?}", state(terraform)));
     kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    world.wait_for_trace("InterruptTerraform");
+    world.wait_for_trace("InterruptGroup");
     drop(child.stdout.take());
     let status = wait_for("the end of tf", || child.try_wait().unwrap(), || world.trace());
     assert_eq!(status.code(), Some(3));

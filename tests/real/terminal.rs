@@ -251,7 +251,7 @@ fn a_window_closed_while_applying_stops_terraform_once_and_leaves_no_lock() {
         terminal.close();
         world.wait_for_trace("terraform ended");
         wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
-        assert_eq!(world.trace().matches("[InterruptTerraform]").count(), 1, "{}", world.trace());
+        assert_eq!(world.trace().matches("[InterruptGroup]").count(), 1, "{}", world.trace());
         assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
         assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "its state was saved");
     }
@@ -284,7 +284,7 @@ fn a_window_closed_at_the_approval_prompt_leaves_no_lock() {
         terminal.close();
         world.wait_for_trace("terraform ended");
         wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
-        assert!(world.trace().matches("[InterruptTerraform]").count() <= 1, "{}", world.trace());
+        assert!(world.trace().matches("[InterruptGroup]").count() <= 1, "{}", world.trace());
     }
 }
 
@@ -392,7 +392,7 @@ fn a_prompt_that_nobody_can_answer_ends_with_no_lock() {
         let world = World::new(Lock::Both, "true");
         let mut terminal = shell(&world);
         terminal.type_in(line);
-        world.wait_for_trace("NobodyCanAnswer: [InterruptTerraform]");
+        world.wait_for_trace("NobodyCanAnswer: [InterruptGroup]");
         world.wait_for_trace("terraform ended");
         wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
     }

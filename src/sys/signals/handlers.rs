@@ -38,7 +38,8 @@ impl Source {
                 // SAFETY: the kernel filled `info` for a signal; `number` stays open as long as the program runs.
                 unsafe {
                     let kernel = info.si_code > 0 || info.si_pid() == 0;
-                    let bytes = [u8::try_from(signal_number).unwrap_or(0), u8::from(kernel)];
+                    let mut bytes = [u8::try_from(signal_number).unwrap_or(0), u8::from(kernel), 0, 0, 0, 0];
+                    bytes[2..].copy_from_slice(&info.si_pid().to_ne_bytes());
                     libc::write(number, bytes.as_ptr().cast(), bytes.len());
                 }
             };
@@ -52,13 +53,15 @@ impl Source {
 
     /// The next signal, if one has arrived.
     pub(super) fn read(&self) -> Option<Arrival> {
-        let mut bytes = [0; 2];
-        // Two bytes are written and read in one piece (PIPE_BUF).
-        if nix::unistd::read(&self.arrivals, &mut bytes) != Ok(2) {
+        let mut bytes = [0; 6];
+        // They are written and read in one piece (PIPE_BUF).
+        if nix::unistd::read(&self.arrivals, &mut bytes) != Ok(bytes.len()) {
             return None;
         }
-        let signal = Signal::try_from(i32::from(bytes[0])).ok()?;
-        Some(Arrival { signal, origin: if bytes[1] == 1 { Origin::Kernel } else { Origin::Process } })
+        let [number, kernel, pid @ ..] = bytes;
+        let signal = Signal::try_from(i32::from(number)).ok()?;
+        let origin = if kernel == 1 { Origin::Kernel } else { Origin::Process };
+        Some(Arrival { signal, origin, sender: super::sender(origin, i32::from_ne_bytes(pid)) })
     }
 }
 

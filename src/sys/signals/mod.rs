@@ -37,6 +37,13 @@ pub(crate) struct Arrival {
     pub(crate) signal: Signal,
     /// Who made it.
     pub(crate) origin: Origin,
+    /// The process that sent it. None where the kernel made it, and where the sender has no number in our pid namespace.
+    pub(crate) sender: Option<nix::unistd::Pid>,
+}
+
+/// The sender of a signal, by the pid that came with it (`si_pid`, sigaction(2)).
+fn sender(origin: Origin, pid: i32) -> Option<nix::unistd::Pid> {
+    (origin == Origin::Process && pid > 0).then(|| nix::unistd::Pid::from_raw(pid))
 }
 
 /// What was inherited and matters to what we do with a signal.

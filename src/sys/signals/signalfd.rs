@@ -38,7 +38,8 @@ impl Source {
         let info = self.0.read_signal().ok()??;
         let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok()?;
         // SI_USER, SI_QUEUE, SI_TKILL are 0 and below; what the kernel makes is above (sigaction(2)).
-        Some(Arrival { signal, origin: if info.ssi_code > 0 { Origin::Kernel } else { Origin::Process } })
+        let origin = if info.ssi_code > 0 { Origin::Kernel } else { Origin::Process };
+        Some(Arrival { signal, origin, sender: super::sender(origin, info.ssi_pid.cast_signed()) })
     }
 }
 
