@@ -29,6 +29,8 @@ mod interrupted_once;
 mod invisible;
 #[path = "real/left_behind.rs"]
 mod left_behind;
+#[path = "real/left_operation.rs"]
+mod left_operation;
 #[path = "real/locks_doctor.rs"]
 mod locks_doctor;
 #[path = "real/locks_history.rs"]

@@ -280,6 +280,19 @@ pub(crate) async fn standing(place: &Place) -> Vec<LockInfo> {
     locks
 }
 
+/// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read.
+pub(crate) async fn may_stand(place: &Place, id: &str) -> bool {
+    let Ok(services) = Services::connect(place).await else { return true };
+    for half in &services.halves {
+        match services.stores.read(half).await {
+            Ok(Some(standing)) if standing.info().is_none_or(|info| info.id == id) => return true,
+            Ok(_) => {}
+            Err(_) => return true,
+        }
+    }
+    false
+}
+
 /// What stands at `place` of a lock that the log of its run does not name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Light {

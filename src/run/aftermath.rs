@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
 use super::destinations::Destinations;
-use super::giving_back::{Settled, Standing, bury, give_back, remember, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, remember, remember_requests, visit};
 use super::journal::{Journal, LeftOver};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -27,11 +27,11 @@ use crate::lock::place::Place;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::Log;
+use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
@@ -56,25 +56,49 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) release: bool,
 }
 
-/// Whether terraform died, or left its work, rather than ended by itself.
+/// Whether terraform died, or left its work, rather than ended its operation.
+///
+/// What tells is the log, and not the exit code: a terraform that got two interrupts ends with 1, as after any error, and
+/// leaves its operation, its provisioners and its requests on their way (internal/command/meta.go, `RunOperation`). One that
+/// ends its operation has begun to unlock whatever it had locked. `is_ours` says whether a lock belongs to a backend and a
+/// workspace of this run: a lock of another place is that of a terraform which a provisioner has started, and says nothing of
+/// ours.
 ///
 /// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). 2 is both "there are changes"
-/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock. The code of a shim tells of terraform's death
-/// whatever it likes (tenv 255, a shell 137, `terraform | tee` 0): there the log alone tells, and where that does not, 0 and
-/// 1 are believed to be terraform's own.
-pub(crate) fn died(ended: Ended, forced: bool, behind_a_shim: bool, log: &Log) -> bool {
+/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock. A shim's exit code is its own (tenv 255, a
+/// shell 137, `terraform | tee` 0): there also a lock whose unlock was begun counts.
+pub(crate) fn died(
+    ended: Ended,
+    forced: bool,
+    behind_a_shim: bool,
+    log: &Log,
+    is_ours: impl Fn(&RecordedLock) -> bool,
+) -> bool {
+    let left_operation = || log.was_canceled() || log.standing().any(|lock| lock.is_in_use() && is_ours(lock));
     forced
         || match ended {
             Ended::Killed(_) | Ended::Exited(11) => true,
-            Ended::Exited(0 | 1) => behind_a_shim && log.breaks_off_locked(),
-            Ended::Exited(2) => log.breaks_off() || (log.had_untold() && !log.announces_changes),
-            Ended::Exited(_) => behind_a_shim && (log.breaks_off() || log.had_untold()),
+            Ended::Exited(0) => behind_a_shim && log.breaks_off_locked(),
+            Ended::Exited(1) => left_operation() || (behind_a_shim && log.breaks_off_locked()),
+            Ended::Exited(2) => left_operation() || log.breaks_off() || (log.had_untold() && !log.announces_changes),
+            Ended::Exited(_) => left_operation() || (behind_a_shim && (log.breaks_off() || log.had_untold())),
         }
 }
 
+/// How long what an ended terraform has started may take to end as well: its providers do, within some milliseconds.
+const ENDS_WITH_TERRAFORM: Duration = Duration::from_secs(1);
+
 /// Makes sure that an operation is over: ends what is left of the tree of a terraform that died, and leaves alone what
-/// one that ended by itself has left on purpose. Gives the reason why no lock may go, if there is one.
-pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &mut Patience<'_>) -> Option<Outcome> {
+/// one that ended by itself has left on purpose. Gives the reason why no lock may be released, if there is one.
+///
+/// `unlock_begun`: terraform ended by itself, and a lock stands that it had begun to release. Its delete was refused, or is
+/// still on its way; nothing tells whether the operation was over before.
+pub(crate) fn reason_to_keep(
+    tree: &Tree,
+    (died, unlock_begun): (bool, bool),
+    at_once: bool,
+    patience: &mut Patience<'_>,
+) -> Option<Outcome> {
     // A terraform that a provisioner started without us, or a shim that has ended, writes into our recorder, and may hold
     // what we see there.
     if !died || (tree.is_behind_a_shim() && !at_once) {
@@ -82,6 +106,7 @@ pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &
         let living = tree.living();
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
         if let Some(process) = other {
+            tree.note_survivors(std::slice::from_ref(process));
             return Some(Outcome::later(report::another_terraform(process)));
         }
     }
@@ -93,13 +118,58 @@ pub(crate) fn reason_to_keep(tree: &Tree, died: bool, at_once: bool, patience: &
             Fate::Unseen => Some(Outcome::later(report::UNSEEN)),
         };
     }
-    None
+    if unlock_begun { what_lives_on(tree, patience) } else { None }
+}
+
+/// The reason that a living tree is, when terraform ended by itself.
+fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
+    let begun = Instant::now();
+    loop {
+        tree.reap_orphans(&[]);
+        if process::list() == ProcessList::Unavailable {
+            return Some(Outcome::later(report::UNSEEN));
+        }
+        let living = tree.living();
+        if living.is_empty() {
+            return None;
+        }
+        if begun.elapsed() > ENDS_WITH_TERRAFORM {
+            tree.note_survivors(&living);
+            return Some(Outcome::later(report::still_alive(&living)));
+        }
+        patience.wait(Duration::from_millis(10));
+    }
+}
+
+/// The locks of `settled` that a terraform which ended with a code may have left on their way: it had asked for one, was not
+/// answered, and got two interrupts. It waits five seconds for such a request before it leaves (internal/command/meta.go,
+/// `RunOperation`), so one that was refused sooner is none.
+pub(crate) fn abandoned_requests(
+    settled: &[Settled],
+    ended: Option<Ended>,
+    at: Timestamp,
+) -> impl Iterator<Item = &RecordedLock> {
+    /// Less than five seconds by more than a slow machine is late.
+    const LEAVES_AFTER: SignedDuration = SignedDuration::from_secs(4);
+    let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
+    let abandoned = move |settled: &&Settled| {
+        let absent = matches!(settled.outcome, Some(Outcome::Absent { anothers: None }));
+        let asked_long_ago = at.duration_since(settled.lock.asked) >= LEAVES_AFTER;
+        failed && absent && settled.lock.locked.is_none() && asked_long_ago && !settled.may_still_come
+    };
+    settled.iter().filter(abandoned).map(|settled| &settled.lock)
 }
 
 impl Aftermath<'_> {
     /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
     pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
-        let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log);
+        let at = Timestamp::now();
+        let places = || {
+            let after = DataDirectory::read(self.data_directory);
+            Places::new(self.current, self.before, after, &self.invocation.command_line, self.destinations)
+        };
+        let is_ours = |lock: &RecordedLock| !places().with_plan(self.destinations).of(lock).is_empty();
+        let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log, is_ours);
         let lost = died && (!self.log.tells_locks() || self.log.is_torn());
         if !self.log.may_hold() && !died {
             if self.stop.was_interrupted() {
@@ -107,31 +177,34 @@ impl Aftermath<'_> {
             }
             return LeftOver::default();
         }
-        let after = DataDirectory::read(self.data_directory);
-        let command_line = &self.invocation.command_line;
-        let places = Places::new(self.current, self.before, after, command_line, self.destinations);
+        let places = places();
         let elsewhere = died && other_backend::may_be_left(&places);
         if !self.log.may_hold() && !lost && !elsewhere {
+            if self.log.was_canceled() {
+                self.name_survivors();
+            }
             self.name_errored_state();
             return LeftOver::default();
         }
         trace!("a lock may stand; died: {died}, log lost: {lost}");
         crash_point::reached("tf: locks may stand");
         let ending = report::ending(self.ended, self.stop.killed(), self.out_of_memory);
+        let places = places.with_plan(self.destinations);
         let keep = if self.release {
-            reason_to_keep(self.tree, died, self.stop.killed().is_some(), patience)
+            let unlock_begun = !died && unlock_is_begun(self.log, &places, patience);
+            reason_to_keep(self.tree, (died, unlock_begun), self.stop.killed().is_some(), patience)
         } else {
             Some(Outcome::kept(report::NEVER))
         };
         crash_point::reached("tf: tree judged");
-        let places = places.with_plan(self.destinations);
         let situation =
-            Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: died };
+            Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: true };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
         let standing = Standing::find(self.log, &places, &situation, died, patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
+        remember_requests(abandoned_requests(&settled, Some(self.ended), at), &situation, self.graveyard);
         self.tell(&settled, &remembered, &ending);
         remember(&settled, By::Tf, &ending, None);
         for settled in &settled {
@@ -296,6 +369,21 @@ impl Aftermath<'_> {
     }
 }
 
+/// Whether a lock stands, or may, that terraform had begun to release.
+pub(crate) fn unlock_is_begun(log: &Log, places: &Places, patience: &mut Patience<'_>) -> bool {
+    let mut begun = log.standing().filter(|lock| lock.unlocking);
+    begun.any(|lock| {
+        let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, patience));
+        found.any(|stands| stands)
+    })
+}
+
+/// Whether the lock `id` stands at `place`, as far as it can be told.
+fn stands(id: &str, place: &Place, places: &Places, patience: &mut Patience<'_>) -> bool {
+    let _there = Within::enter(&places.working_directory);
+    patience.until(release::may_stand(place, id)).unwrap_or(true)
+}
+
 /// The locks that stand at `place` now.
 fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<LockInfo> {
     let _there = Within::enter(&places.working_directory);
@@ -341,24 +429,56 @@ mod tests {
     }
 
     #[test]
-    fn only_a_terraform_that_ended_by_itself_did_not_die() {
+    fn only_a_terraform_that_ended_its_operation_did_not_die() {
         for forced in [false, true] {
             for records in 1..=5 {
-                let log = &told(records);
-                let (asked, had, over) = ((2..5).contains(&records), (3..5).contains(&records), records == 5);
-                assert_eq!((log.breaks_off(), log.breaks_off_locked()), (asked, had), "{over}");
-                for shim in [false, true] {
-                    assert!(died(Ended::Killed(Signal::SIGKILL), forced, shim, log));
-                    assert!(died(Ended::Exited(11), forced, shim, log));
-                    assert_eq!(died(Ended::Exited(2), forced, shim, log), forced || asked);
-                    for code in [0, 1] {
-                        assert_eq!(died(Ended::Exited(code), forced, shim, log), forced || (shim && had));
-                    }
-                    for code in [3, 137, 247, 255] {
-                        assert_eq!(died(Ended::Exited(code), forced, shim, log), forced || (shim && asked));
+                for ours in [false, true] {
+                    let log = &told(records);
+                    let (asked, had) = ((2..5).contains(&records), (3..5).contains(&records));
+                    let left = records == 3 && ours;
+                    assert_eq!((log.breaks_off(), log.breaks_off_locked()), (asked, had));
+                    for shim in [false, true] {
+                        let died = |ended| died(ended, forced, shim, log, |_| ours);
+                        assert!(died(Ended::Killed(Signal::SIGKILL)));
+                        assert!(died(Ended::Exited(11)));
+                        assert_eq!(died(Ended::Exited(0)), forced || (shim && had));
+                        assert_eq!(died(Ended::Exited(1)), forced || left || (shim && had), "{records} {ours}");
+                        assert_eq!(died(Ended::Exited(2)), forced || asked);
+                        for code in [3, 137, 247, 255] {
+                            assert_eq!(died(Ended::Exited(code)), forced || left || (shim && asked));
+                        }
                     }
                 }
             }
+        }
+    }
+
+    /// Of OpenTofu's locks nothing tells when they are released: there the second interrupt's own record does.
+    #[test]
+    fn a_terraform_that_says_that_it_left_its_operation_died() {
+        let mut log = told(4);
+        log.read(b"2026-11-23T01:46:09.000Z [WARN]  running operation was forcefully canceled\n");
+        assert!(died(Ended::Exited(1), false, false, &log, |_| false));
+        assert!(!died(Ended::Exited(0), false, false, &log, |_| false));
+    }
+
+    #[test]
+    fn only_a_request_that_was_left_unanswered_for_long_may_still_land() {
+        let lock = told(2).locks.remove(0);
+        let absent = || Some(Outcome::Absent { anothers: None });
+        let settled = |outcome| [Settled { lock: lock.clone(), outcome, may_still_come: false }];
+        let late = lock.asked + SignedDuration::from_secs(5);
+        let soon = lock.asked + SignedDuration::from_secs(1);
+        for (outcome, ended, at, expected) in [
+            (absent(), Some(Ended::Exited(1)), late, 1),
+            (absent(), Some(Ended::Exited(1)), soon, 0),
+            (absent(), Some(Ended::Exited(0)), late, 0),
+            (absent(), None, late, 0),
+            (Some(Outcome::Absent { anothers: Some("x".into()) }), Some(Ended::Exited(1)), late, 0),
+            (None, Some(Ended::Exited(1)), late, 0),
+        ] {
+            let settled = settled(outcome);
+            assert_eq!(abandoned_requests(&settled, ended, at).count(), expected, "{settled:?} {ended:?}");
         }
     }
 
@@ -377,8 +497,9 @@ mod tests {
                 .as_bytes(),
             );
             assert!(log.had_untold());
-            assert_eq!(died(Ended::Exited(2), false, false, &log), crash);
-            assert!(!died(Ended::Exited(1), false, true, &log) && died(Ended::Exited(255), false, true, &log));
+            let died = |code, shim| died(Ended::Exited(code), false, shim, &log, |_| false);
+            assert_eq!(died(2, false), crash);
+            assert!(!died(1, true) && died(255, true));
         }
     }
 }

@@ -156,13 +156,23 @@ fn wherever_it_is(
 
 /// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
 pub(crate) fn bury(settled: &[Settled], situation: &Situation, graveyard: Option<&Graveyard>) -> Vec<String> {
-    let late = settled.iter().filter(|settled| settled.may_still_come);
-    late.filter_map(|settled| {
-        let tombstone = Tombstone { since: Timestamp::now(), lock: settled.lock.clone(), run: situation.run.clone() };
-        graveyard?.put(&tombstone).ok()?;
-        Some(settled.lock.id.clone())
-    })
-    .collect()
+    let late = settled.iter().filter(|settled| settled.may_still_come).map(|settled| &settled.lock);
+    remember_requests(late, situation, graveyard)
+}
+
+/// Keeps the facts of `locks`, whose requests may still land. Gives the IDs of those for which that worked.
+pub(crate) fn remember_requests<'a>(
+    locks: impl Iterator<Item = &'a RecordedLock>,
+    situation: &Situation,
+    graveyard: Option<&Graveyard>,
+) -> Vec<String> {
+    locks
+        .filter_map(|lock| {
+            let tombstone = Tombstone { since: Timestamp::now(), lock: lock.clone(), run: situation.run.clone() };
+            graveyard?.put(&tombstone).ok()?;
+            Some(lock.id.clone())
+        })
+        .collect()
 }
 
 /// Looks once whether a lock has come whose request nobody saw answered, and gives it back. True if it had.

@@ -32,9 +32,9 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::aftermath::{died, reason_to_keep};
+use super::aftermath::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
 use super::destinations::Destinations;
-use super::giving_back::{Standing, bury, give_back, remember};
+use super::giving_back::{Standing, bury, give_back, remember, remember_requests};
 use super::journal::{Entry, Journal, LeftOver, Record};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -56,7 +56,7 @@ use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::Log;
+use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::{self, trace};
 
 /// What the history says of a guardian's release.
@@ -616,25 +616,30 @@ impl<'a> Watch<'a> {
             log.ended_well();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), ward.tree.is_behind_a_shim(), &log));
+        let at = Timestamp::now();
         let after = DataDirectory::read(ward.data_directory);
         let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
+        let places = places.with_plan(ward.destinations);
+        let is_ours = |lock: &RecordedLock| !places.of(lock).is_empty();
+        let shim = ward.tree.is_behind_a_shim();
+        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), shim, &log, is_ours));
         let elsewhere = died && other_backend::may_be_left(&places);
         if !(log.may_hold() || elsewhere) || !ward.release {
             return LeftOver::default();
         }
         let mut patience = Patience::Nobodys;
-        let keep = reason_to_keep(ward.tree, died, ward.stop.killed().is_some(), &mut patience);
+        let unlock_begun = !died && unlock_is_begun(&log, &places, &mut patience);
+        let keep = reason_to_keep(ward.tree, (died, unlock_begun), ward.stop.killed().is_some(), &mut patience);
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
-        let places = places.with_plan(ward.destinations);
         let situation =
-            Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: died };
+            Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: true };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
         let standing = Standing::find(&log, &places, &situation, died, &mut patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
+        remember_requests(abandoned_requests(&settled, ended, at), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
         let mut left_over = standing.untold(settled, &log);
         if elsewhere {

@@ -66,6 +66,11 @@ pub(crate) struct RecordedLock {
 }
 
 impl RecordedLock {
+    /// Whether terraform had it and has not begun to release it: its operation was not over.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.locked.is_some() && !self.unlocking
+    }
+
     /// A lock that was seen to be what it is, as if a log had told of it: one that we take ourselves, or one whose ID came
     /// to light only when it was read.
     pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
@@ -153,6 +158,9 @@ pub(crate) struct Log {
     pub(crate) program: Option<Version>,
     /// Terraform was told to take no lock. It still takes one while it creates a workspace's state, and no other.
     pub(crate) locking_disabled: bool,
+    /// Terraform says that it left its operation at a second interrupt, without waiting for the operation's end.
+    #[serde(default)]
+    canceled: bool,
     /// Terraform was told to end with code 2 where there are changes.
     #[serde(default)]
     pub(crate) announces_changes: bool,
@@ -264,6 +272,11 @@ impl Log {
         had && self.breaks_off()
     }
 
+    /// Whether terraform says that it left its operation at a second interrupt (internal/backend/local/backend.go, `opWait`).
+    pub(crate) fn was_canceled(&self) -> bool {
+        self.canceled
+    }
+
     /// Whether it had a lock of which it would not tell that it was given back.
     pub(crate) fn had_untold(&self) -> bool {
         self.standing_unnamed().any(|lock| matches!(lock.mark, Mark::Workspace(_)))
@@ -303,6 +316,7 @@ impl Log {
             self.locking_disabled |= disables_locking(record.rest());
             self.announces_changes |= record.rest().contains("-detailed-exitcode");
         }
+        self.canceled |= record.message == "running operation was forcefully canceled";
         if record.module == "backend/local" {
             self.local_backend(&record);
         }

@@ -475,11 +475,22 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     });
     let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_unlocked();
+    // Nothing tells whether that still changes something, so the lock stands as long as it works.
+    assert!(end.err.contains("still alive") && end.err.contains("was not released"), "{}", world.story(&end));
+    world.assert_locked();
     world.wait_for_file("began");
     assert!(!world.exists("ended"));
     world.go();
     world.wait_for_file("ended");
+    wait_for(
+        "the next tf to release the lock",
+        || {
+            let end = world.run(Subject::Tf, &["locks", "recover"]);
+            (end.code() == Some(0)).then_some(())
+        },
+        || world.trace(),
+    );
+    world.assert_unlocked();
 }
 
 #[test]
