@@ -49,6 +49,11 @@ impl Host {
         self.processes == here.processes
     }
 
+    /// The pid namespace of a run on `self`, where that was not the machine's first. None as well where it is not known.
+    pub(crate) fn container(&self) -> Option<u64> {
+        self.processes.filter(|(_, first)| !first).map(|(namespace, _)| namespace)
+    }
+
     /// How a run on `self` looks from `here`.
     ///
     /// The same boot: its processes must be in our pid namespace, or below it. The number of a namespace comes again, but

@@ -354,6 +354,11 @@ impl Journal {
         let same_numbers = record.host.numbers_processes_as(self.host());
         let identity = if same_numbers { record.tree.clone() } else { TreeIdentity::default() };
         let mut living = Living::of(name, &identity, None);
+        if let (false, Some(container)) = (same_numbers, record.host.container()) {
+            // Its numbers mean nothing here, so whatever is alive in its container may be of it.
+            let inside = Process::all().into_iter().filter(|process| !process.is_dead());
+            living.unknown.extend(inside.filter(|process| process.may_be_in(container)));
+        }
         if let Some(group) = identity.group.map(Pid::from_raw)
             && living.is_empty()
             && tree::hides_members(group)

@@ -384,6 +384,18 @@ impl Process {
         value.map_or(Variable::Unset, |value| Variable::Set(value.to_vec()))
     }
 
+    /// Whether it may be in the pid namespace `namespace`, which lies below ours: also where we may not ask (another user's).
+    pub(crate) fn may_be_in(&self, namespace: u64) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.pid)) {
+            return own.ino() == namespace;
+        }
+        // Everybody may read how many namespaces it is in (`NSpid`, proc_pid_status(5)).
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
+    }
+
     /// Whether it runs another program than we do: a child that was forked has become one by exec.
     pub(crate) fn runs_another_program(&self) -> bool {
         use std::os::unix::fs::MetadataExt;

@@ -3,7 +3,7 @@
 //! An end is looked at and left in place (`WNOWAIT`), so that the pid, and the process group of the same number,
 //! cannot become somebody else's while we still send signals there. A stop is consumed, in a call of its own: looked
 //! at with `WNOWAIT` it would be reported again for ever. Never `waitpid(-1)`: it would take the status of processes
-//! that a library of ours started.
+//! that a library of ours started. [`reap_all`] does it, at a time when there are none of these.
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;

@@ -16,12 +16,16 @@ use crate::support::{Lock, Subject, World, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
+/// Not a script of bash: that goes on after an INT during which its child happened to end by itself.
+const WORKER: &str = "import time\nopen('began', 'w').close()\nwhile True:\n    open('work', 'a').write('work\\n')\n    pass\n\
+                      \u{20}   time.sleep(0.02)\n";
+
 /// A world whose provisioner's shell runs a worker that ends at an interrupt, as what people write does. Not with `&`: what a
 /// script puts into the background ignores INT (POSIX 2.11), and ^C would not end it either.
 fn with_worker() -> World {
     let world = World::empty(Lock::Both);
-    world.write("worker", "touch began\nwhile :; do echo work >> work; sleep 0.02; done\n");
-    world.write_main("", "bash worker; true");
+    world.write("worker", WORKER);
+    world.write_main("", &format!("{} -S worker; true", tool("python3").display()));
     world.init();
     world
 }
@@ -81,7 +85,7 @@ fn what_a_provisioners_shell_has_started_ends_with_a_closed_window_and_with_a_re
     let world = with_worker();
     let _sweep = Sweep(home(&world));
     // The reader leaves once there is a worker, and terraform passes on what that says.
-    world.write("worker", "touch began\nwhile :; do echo work >> work; echo says; sleep 0.02; done\n");
+    world.write("worker", &WORKER.replace("pass", "print('says', flush=True)"));
     let mut command = world.command("bash");
     command.args(["-c", &format!("tf {} | while ! test -e work; do sleep 0.02; done", APPLY.join(" "))]);
     let run = Run::start(command);
