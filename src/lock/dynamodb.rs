@@ -5,6 +5,11 @@ use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency};
+use aws_smithy_runtime_api::box_error::BoxError;
+use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationInterceptorContextRef;
+use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
+use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::config_bag::ConfigBag;
 
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
@@ -20,7 +25,49 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
     if let Some(endpoint) = endpoint {
         builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
-    Client::from_conf(builder.build())
+    Client::from_conf(builder.interceptor(AnswersOnly).build())
+}
+
+/// Rejects a response with a success status that DynamoDB cannot have sent. The SDK reads an empty body as `{}`, which
+/// means "no such item" for a `GetItem` and "deleted" for a `DeleteItem`; a proxy or a captive portal sends such bodies.
+#[derive(Debug)]
+struct AnswersOnly;
+
+#[dyn_dispatch_hint]
+impl Intercept for AnswersOnly {
+    fn name(&self) -> &'static str {
+        "AnswersOnly"
+    }
+
+    fn read_after_deserialization(
+        &self,
+        context: &AfterDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let response = context.response();
+        if !response.status().is_success() || response.body().bytes().is_some_and(is_an_answer) {
+            return Ok(());
+        }
+        Err(NoAnswer { service: SERVICE, status: response.status().as_u16() }.into())
+    }
+}
+
+/// A response that the service cannot have sent. The next one may be its own.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("status {status}, and the response is not {service}'s: a proxy or a portal may have sent it")]
+pub(super) struct NoAnswer {
+    pub(super) service: &'static str,
+    pub(super) status: u16,
+}
+
+const SERVICE: &str = "DynamoDB";
+
+/// Whether `body` can be the body of a successful response: a JSON object whose members begin with a capital, as all
+/// members of all responses do (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference).
+fn is_an_answer(body: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body)
+        .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
 }
 
 /// Reads the `Info` of the item as it is now (a consistent read). `None` when there is no such item.
@@ -241,5 +288,45 @@ pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    Failure::of_request("DynamoDB", action, error)
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(no_answer) = error.downcast_ref::<NoAnswer>() {
+            return Failure::unsure(SERVICE, &no_answer.to_string());
+        }
+        cause = error.source();
+    }
+    Failure::of_request(SERVICE, action, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_json_object_of_dynamodbs_is_an_answer() {
+        for body in [
+            "{}",
+            " {}\n",
+            r#"{"Item":{"LockID":{"S":"a"},"Info":{"S":"{}"}}}"#,
+            r#"{"ConsumedCapacity":{"TableName":"t","CapacityUnits":1.0}}"#,
+            r#"{"Items":[],"Count":0,"ScannedCount":0}"#,
+            r#"{"Table":{"TableName":"t"}}"#,
+        ] {
+            assert!(is_an_answer(body.as_bytes()), "{body}");
+        }
+        for body in [
+            "",
+            " ",
+            "null",
+            "[]",
+            "\"\"",
+            "<html><body>Sign in</body></html>",
+            r#"{"error":"sign in first"}"#,
+            r#"{"__type":"x","message":"y"}"#,
+            "{}{}",
+            "{\"Item\":",
+        ] {
+            assert!(!is_an_answer(body.as_bytes()), "{body}");
+        }
+    }
 }

@@ -64,6 +64,11 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
+    /// A response that tells nothing. The next one may.
+    pub(super) fn unsure(service: &'static str, reason: &str) -> Self {
+        Self { service, reason: reason.to_owned(), refused: false, denied: None }
+    }
+
     /// Something that asking again cannot mend.
     fn refusal(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), refused: true, denied: None }

@@ -3,6 +3,7 @@
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::RequestId;
 use aws_sdk_s3::operation::get_object::GetObjectInput;
 use aws_sdk_s3::operation::head_object::HeadObjectInput;
 use aws_sdk_s3::operation::put_object::PutObjectInput;
@@ -14,6 +15,7 @@ use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 
+use super::dynamodb::NoAnswer;
 use super::release::{Deleted, Failure};
 use crate::terraform::backend::CachedBackend;
 
@@ -140,7 +142,11 @@ async fn get(
     key: &str,
 ) -> Result<Option<aws_sdk_s3::operation::get_object::GetObjectOutput>, Failure> {
     match client.get_object().bucket(bucket).key(key).send().await {
-        Ok(answer) => Ok(Some(answer)),
+        Ok(answer) => {
+            let described = [answer.e_tag(), answer.content_type(), answer.request_id()];
+            if is_an_answer(described) { Ok(Some(answer)) } else { Err(no_answer(200)) }
+        }
+        // S3 says `NoSuchKey` in a body. A 404 of anybody else is not an absent object.
         Err(error)
             if error
                 .as_service_error()
@@ -178,22 +184,37 @@ impl Keys {
     }
 }
 
-/// What tells one content of the state from the next: its tag and the time of its last change.
+/// What tells one content of the state from the next: its tag and the time of its last change. `None` when there is no
+/// such object.
 ///
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
+    let text = |etag: Option<&str>, modified: Option<&aws_smithy_types::DateTime>| format!("{etag:?} {modified:?}");
     match client.head_object().bucket(bucket).key(key).send().await {
-        Ok(answer) => Ok(Some(format!("{:?} {:?}", answer.e_tag, answer.last_modified))),
-        Err(error)
-            if error
-                .as_service_error()
-                .is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found) =>
-        {
-            Ok(None)
+        Ok(answer) if is_an_answer([answer.e_tag(), answer.content_type(), answer.request_id()]) => {
+            Ok(Some(text(answer.e_tag(), answer.last_modified())))
+        }
+        Ok(_) => Err(no_answer(200)),
+        // The response to a HEAD has no body that says whose 404 it is; the one to a GET has.
+        Err(error) if error.raw_response().is_some_and(|response| response.status().as_u16() == 404) => {
+            let answer = get(client, bucket, key).await?;
+            Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
         }
         Err(error) => Err(failure("s3:GetObject", &error)),
     }
+}
+
+/// Whether a success with this `ETag`, `Content-Type` and request ID can be S3's: each object has an `ETag`. A web server
+/// gives its pages one too; terraform writes no HTML, and S3 numbers its responses.
+fn is_an_answer([etag, content_type, request_id]: [Option<&str>; 3]) -> bool {
+    let is_a_page = content_type.is_some_and(|kind| kind.to_ascii_lowercase().starts_with("text/html"));
+    etag.is_some_and(|etag| !etag.is_empty()) && (!is_a_page || request_id.is_some())
+}
+
+/// A response that S3 has not sent. The next one may be S3's.
+fn no_answer(status: u16) -> Failure {
+    Failure::unsure("S3", &NoAnswer { service: "S3", status }.to_string())
 }
 
 /// Puts a lock there if nothing is there, encrypted as `backend` says. False when something is.
@@ -217,7 +238,8 @@ pub(crate) async fn put_if_absent(
         };
     }
     match request.body(body.as_bytes().to_vec().into()).send().await {
-        Ok(_) => Ok(true),
+        Ok(answer) if is_an_answer([answer.e_tag(), None, None]) => Ok(true),
+        Ok(_) => Err(no_answer(200)),
         Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
             Some(409 | 412) => Ok(false),
             _ => Err(failure("s3:PutObject", &error)),
@@ -255,5 +277,38 @@ pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
+    // The SDK puts this code in where a 404 has no body. It is nobody's word.
+    if error.code() == Some("NotFound") {
+        return no_answer(404);
+    }
     Failure::of_request("S3", action, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_has_an_etag_and_a_page_is_no_object() {
+        let (etag, id) = (Some("\"d41d8cd98f00b204e9800998ecf8427e\""), Some("GRZ6BZ468DF52F2E"));
+        for (etag, content_type, request_id, answer) in [
+            (etag, Some("application/json"), id, true),
+            // Services that are not AWS need not number their responses.
+            (etag, Some("application/json"), None, true),
+            (etag, None, None, true),
+            // Somebody has put a page under that key.
+            (etag, Some("text/html"), id, true),
+            (etag, Some("text/html; charset=utf-8"), None, false),
+            (etag, Some("Text/HTML"), None, false),
+            (None, Some("application/json"), id, false),
+            (Some(""), None, id, false),
+            (None, None, None, false),
+        ] {
+            assert_eq!(
+                is_an_answer([etag, content_type, request_id]),
+                answer,
+                "{etag:?} {content_type:?} {request_id:?}"
+            );
+        }
+    }
 }
