@@ -419,6 +419,15 @@ pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlo
     )
 }
 
+/// Nothing is known of a lock of this run, and the lock service could not be asked.
+pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
+    format!(
+        "{ending}, and its log does not tell whether it held a state lock; it could not be looked for: {}\n\
+         to see whether one is held, type: tf locks",
+        visible(reason)
+    )
+}
+
 /// Terraform held a lock whose ID is not known, and the lock service could not be asked.
 pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     format!(
@@ -443,6 +452,9 @@ pub(crate) fn another_terraform(process: &Process) -> String {
 
 /// Why a lock was kept that fits no backend.
 pub(crate) const NO_PLACE: &str = "no backend of this directory has it, so tf does not know where it stands";
+
+/// Why a lock was kept: it was there at one look and not at the next.
+pub(crate) const COMES_AND_GOES: &str = "it is there at one look and gone at the next";
 
 /// Why a lock was kept: it was not to be released.
 pub(crate) const NEVER: &str = "TFW_RELEASE is never";
@@ -485,6 +497,14 @@ pub(crate) fn forcing() -> String {
 /// A write may be on its way.
 pub(crate) fn waiting_for_write(quiet: Duration) -> String {
     format!("terraform died while it wrote; its lock is kept until nothing has arrived for {} s", quiet.as_secs())
+}
+
+/// The request that undoes half a lock may be on its way.
+pub(crate) fn waiting_for_undo(quiet: Duration) -> String {
+    format!(
+        "terraform ended while it took the two parts of its lock; they are kept until nothing has arrived for {} s",
+        quiet.as_secs()
+    )
 }
 
 /// A ^C while a lock is being given back.

@@ -16,6 +16,8 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "real/answers.rs"]
+mod answers;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;

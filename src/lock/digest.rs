@@ -36,10 +36,14 @@ impl Comparison {
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn compare(stores: &Stores, bucket: &str, key: &str, table: &str) -> Result<Comparison, Failure> {
-    let recorded = dynamodb::digest(&stores.dynamodb, table, &format!("{bucket}/{key}")).await?;
-    let recorded = recorded.filter(|digest| !digest.is_empty());
+    let path = format!("{bucket}/{key}");
     let mut hash = Md5::new();
-    let written = s3::stream(&stores.s3, bucket, key, |bytes| hash.update(bytes)).await?;
+    // At the same time: a slow service is waited for once.
+    let (recorded, written) = tokio::join!(
+        dynamodb::digest(&stores.dynamodb, table, &path),
+        s3::stream(&stores.s3, bucket, key, |bytes| hash.update(bytes))
+    );
+    let (recorded, written) = (recorded?.filter(|digest| !digest.is_empty()), written?);
     let computed = written.is_some().then(|| {
         hash.finalize().iter().fold(String::new(), |mut text, byte| {
             let _ = write!(text, "{byte:02x}");

@@ -5,8 +5,12 @@
 //!
 //! Two things can still be on their way from a terraform that died. A *lock request* that was not answered can land
 //! after we looked: so an absent half is looked for again, for [`LATE`]. A *write*, of the state or of the unlock's own
-//! deletes, carries no condition and would hit whoever comes next: so the lock is kept until everything that such a
-//! write would change has been seen unchanged for [`QUIET`].
+//! deletes, carries no condition and would hit whoever comes next: so before the first delete everything that such a
+//! write would change must have been seen unchanged for [`QUIET`].
+//!
+//! One response proves nothing, because a proxy or a portal can have sent it. What no service sends is an error
+//! ([`dynamodb`], [`s3`]); that a lock which was had is absent is believed when two looks in a row have found it so; that
+//! a lock is deleted, when its place was read after the delete.
 
 use std::time::Duration;
 
@@ -17,7 +21,7 @@ use super::causes::causes;
 use super::digest::Comparison;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
-use super::stores::{Spot, Standing, Stores};
+use super::stores::{Removed, Spot, Standing, Stores};
 use super::{aws, digest, dynamodb, s3};
 use crate::crash_point;
 use crate::report;
@@ -37,6 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// For how long a write is waited for at most: somebody may go on writing there without a lock.
 const LONGEST_QUIET: Duration = Duration::from_mins(1);
+
+/// How many times a write is waited for: each time the lock was there before, gone while we waited, and there again.
+const MOST_WINDOWS: u32 = 3;
 
 /// Between two looks at the same thing.
 const LOOK: Duration = Duration::from_millis(250);
@@ -228,19 +235,43 @@ impl<'a> Services<'a> {
         Ok(Self { place, halves: place.spots(&stores), stores })
     }
 
-    /// Everything that a write of terraform's changes, as one text: the state, its digest, the lock itself.
-    async fn fingerprint(&self) -> Result<[String; 2], Failure> {
+    /// Looks at everything that a write of the terraform that held `recorded` would change.
+    async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
         let state = s3::fingerprint(&self.stores.s3, &self.place.bucket, &self.place.key).await?;
         let digest = match &self.place.table {
             Some(table) => dynamodb::digest(&self.stores.dynamodb, table, &self.place.lock_path()).await?,
             None => None,
         };
-        let mut lock = String::new();
+        let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
         for half in &self.halves {
-            lock.push_str(self.stores.read(half).await?.as_ref().map_or("- ", Standing::text));
+            let Some(standing) = self.stores.read(half).await? else {
+                look.lock.push_str("- ");
+                continue;
+            };
+            let Some(info) = standing.info() else {
+                return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+            };
+            look.lock.push_str(standing.text());
+            look.holds |= judge(recorded, &info, run) != Verdict::Anothers;
         }
-        Ok([format!("{state:?} {digest:?}"), lock])
+        Ok(look)
     }
+}
+
+/// One look at what a write of a dead terraform's would change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Look {
+    /// The state and its digest.
+    state: String,
+    /// What is in the places of the lock.
+    lock: String,
+    /// One of those may be the dead terraform's.
+    holds: bool,
+}
+
+/// Why a lock is kept where something else than a lock was read.
+fn no_lock(half: &Spot, standing: &Standing) -> String {
+    format!("what was read there is no lock ({}): {}", half.describe(), standing.describe_no_lock())
 }
 
 /// Gives back the lock that the log recorded, if it stands and is ours.
@@ -324,7 +355,9 @@ pub(crate) async fn bring_to_light(
     let mut light = Light::None;
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
-        let Some(info) = standing.info() else { continue };
+        let Some(info) = standing.info() else {
+            return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+        };
         if !is_lock_id(&info.id) {
             continue;
         }
@@ -350,18 +383,36 @@ pub(crate) async fn bring_to_light(
 
 /// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the
 /// time of that run. Two machines with one name pass the same test, so it is only ever named.
-pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Option<LockInfo> {
-    let services = Services::connect(place).await.ok()?;
-    for half in &services.halves {
-        if let Ok(Some(standing)) = services.stores.read(half).await
-            && let Some(info) = standing.info()
-            && info.who == situation.run.who
-            && info.created().is_some_and(|created| created >= situation.run.started)
-        {
-            return Some(info);
+///
+/// # Errors
+/// [`Failure`], when a service did not let it be read.
+pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Result<Option<LockInfo>, Failure> {
+    let begun = Instant::now();
+    loop {
+        match look_for_suspect(place, situation).await {
+            Err(failure) if !failure.refused && begun.elapsed() < PATIENCE => sleep(LOOK).await,
+            settled => return settled,
         }
     }
-    None
+}
+
+/// One look of [`suspect`].
+async fn look_for_suspect(place: &Place, situation: &Situation) -> Result<Option<LockInfo>, Failure> {
+    let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
+    for half in &services.halves {
+        let Some(standing) = services.stores.read(half).await? else { continue };
+        let Some(info) = standing.info() else {
+            return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+        };
+        if info.who == situation.run.who && info.created().is_some_and(|created| created >= situation.run.started) {
+            return Ok(Some(info));
+        }
+    }
+    Ok(None)
+}
+
+fn unreachable(error: &aws::Unreachable) -> Failure {
+    Failure::refusal("AWS", &error.to_string())
 }
 
 /// One release, which may need several goes.
@@ -375,9 +426,33 @@ struct Attempt<'a> {
     created: Option<jiff::Timestamp>,
     /// A half is known to be gone by us.
     deleted: bool,
+    /// What was seen of a write, when all of [`QUIET`] was waited for.
     write: Option<Write>,
     /// A delete here holds everywhere, or was asked for by name.
     agreed: bool,
+}
+
+/// Whether a write of the terraform that held `recorded` may be on its way, when `write_may_land` says that one can be: of
+/// the state, or of an unlock. Of one unlock no log tells: where the item is another's, terraform deletes the object that
+/// it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
+fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
+    let Halves { s3, dynamodb } = recorded.halves;
+    let is_half_had = recorded.locked.is_none() && s3 && dynamodb;
+    write_may_land && (recorded.uploading || recorded.unlocking || is_half_had)
+}
+
+/// What one round over the halves has found.
+#[derive(Default)]
+struct Round {
+    /// A half is ours, and may not be deleted before the quiet window is over.
+    needs_quiet: bool,
+    anothers: Option<String>,
+    kept: Option<Outcome>,
+    failed: Option<Failure>,
+    /// A half is not to be seen, and was not deleted by us.
+    missing: bool,
+    /// What one look does not prove: a half that is absent, or has something that is no lock in its place.
+    unproven: Vec<(Spot, Option<String>)>,
 }
 
 impl Attempt<'_> {
@@ -388,49 +463,83 @@ impl Attempt<'_> {
             Err(unreachable) if unreachable.may_pass() => return Ok(Outcome::later(unreachable.to_string())),
             Err(unreachable) => return Ok(Outcome::kept(unreachable.to_string())),
         };
-        let Situation { request_may_land, write_may_land, .. } = *self.situation;
-        if write_may_land && self.write.is_none() && (self.recorded.uploading || self.recorded.unlocking) {
-            self.write = Some(wait_for_quiet(&services).await?);
-            // The service answered all that time: patience begins anew.
-            self.begun = Instant::now();
-        }
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
-        let late_until = (request_may_land && self.recorded.locked.is_none()).then(|| self.begun + LATE);
-        let mut failed = None;
-        let mut kept = None;
-        let mut anothers = None;
-        let mut missing;
+        let late = self.situation.request_may_land && self.recorded.locked.is_none();
+        let late_until = late.then(|| self.begun + LATE);
+        let mut unproven = None;
+        let mut windows = 0;
         loop {
-            missing = false;
-            for half in &services.halves {
-                match self.half(&services, half).await {
-                    Ok(Judged::Absent) => missing = true,
-                    Ok(Judged::Deleted) => self.deleted = true,
-                    Ok(Judged::Anothers(id)) => {
-                        missing = true;
-                        anothers = Some(id);
-                    }
-                    Ok(Judged::Doubt(reason)) => kept = Some(Outcome::kept(reason)),
-                    Ok(Judged::Unasked(reason)) => kept = Some(Outcome::later(reason)),
-                    Err(failure) => failed = Some(failure),
+            let round = self.round(&services).await;
+            if let Some(failure) = round.failed {
+                return Err(failure);
+            }
+            if round.needs_quiet {
+                windows += 1;
+                if windows > MOST_WINDOWS {
+                    return Ok(Outcome::later(report::COMES_AND_GOES));
                 }
+                self.write = wait_for_quiet(&services, self.recorded, &self.situation.run).await?;
+                // The service answered all that time: patience begins anew.
+                self.begun = Instant::now();
+                unproven = None;
+                continue;
             }
-            let again = failed.is_none() && missing && late_until.is_some_and(|until| Instant::now() < until);
-            if !again {
-                break;
+            let is_late = round.missing && late_until.is_some_and(|until| Instant::now() < until);
+            let is_proven = round.unproven.is_empty() || unproven.as_ref() == Some(&round.unproven);
+            if !is_late && (is_proven || self.begun.elapsed() > PATIENCE) {
+                return Ok(self.outcome(&services, round, is_proven).await);
             }
-            anothers = None;
+            unproven = Some(round.unproven);
             sleep(LOOK).await;
         }
-        match (failed, kept) {
-            (Some(failure), _) => Err(failure),
-            (None, Some(kept)) => Ok(kept),
-            (None, None) if self.deleted => {
-                let unfit = unfit_digest(&services).await;
-                Ok(Outcome::Released(Released { created: self.created, write: self.write, unfit }))
+    }
+
+    /// Reads, judges and deletes one half after the other.
+    async fn round(&mut self, services: &Services<'_>) -> Round {
+        let mut round = Round::default();
+        for half in &services.halves {
+            match self.half(services, half).await {
+                Ok(Judged::Absent) => {
+                    round.missing = true;
+                    // One that was never known to be there may be absent.
+                    if self.recorded.locked.is_some() || self.write.is_some() {
+                        round.unproven.push((half.clone(), None));
+                    }
+                }
+                Ok(Judged::Deleted) => self.deleted = true,
+                Ok(Judged::Anothers(id)) => {
+                    round.missing = true;
+                    round.anothers = Some(id);
+                }
+                Ok(Judged::NoLock(reason)) => round.unproven.push((half.clone(), Some(reason))),
+                Ok(Judged::Doubt(reason)) => round.kept = Some(Outcome::kept(reason)),
+                Ok(Judged::Unasked(reason)) => round.kept = Some(Outcome::later(reason)),
+                Ok(Judged::NeedsQuiet) => round.needs_quiet = true,
+                Err(failure) => round.failed = Some(failure),
             }
-            (None, None) => Ok(Outcome::Absent { anothers }),
         }
+        round
+    }
+
+    /// What the last round comes to.
+    async fn outcome(&self, services: &Services<'_>, round: Round, is_proven: bool) -> Outcome {
+        if let Some(kept) = round.kept {
+            return kept;
+        }
+        if let Some(reason) = round.unproven.into_iter().find_map(|(_, reason)| reason) {
+            return Outcome::later(reason);
+        }
+        if !is_proven {
+            return Outcome::later(report::COMES_AND_GOES);
+        }
+        if !self.deleted {
+            return Outcome::Absent { anothers: round.anothers };
+        }
+        Outcome::Released(Released {
+            created: self.created,
+            write: self.write,
+            unfit: unfit_digest(services).await,
+        })
     }
 
     /// Reads one half, judges it and deletes it, until one of the three has settled it.
@@ -445,7 +554,10 @@ impl Attempt<'_> {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
                 return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
             };
-            let Some(info) = standing.info() else { return Ok(Judged::Anothers("what is no lock".to_owned())) };
+            let Some(info) = standing.info() else {
+                trace!("{half:?} holds no lock: {}", standing.describe_no_lock());
+                return Ok(Judged::NoLock(no_lock(half, &standing)));
+            };
             let verdict = judge(self.recorded, &info, &self.situation.run);
             trace!("{half:?} holds {}: {verdict:?}", info.id);
             match verdict {
@@ -456,16 +568,27 @@ impl Attempt<'_> {
             if let Some(reason) = global? {
                 return Ok(Judged::Unasked(reason));
             }
-            self.asked_to_go.push(half.clone());
+            if self.write.is_none() && needs_quiet(self.recorded, self.situation.write_may_land) {
+                return Ok(Judged::NeedsQuiet);
+            }
             self.created = info.created();
             crash_point::reached("release: half judged");
-            match services.stores.delete(half, &standing).await? {
-                Deleted::Yes => {
+            if !self.asked_to_go.contains(half) {
+                self.asked_to_go.push(half.clone());
+            }
+            match services.stores.remove(half, &standing).await? {
+                Removed::Gone => {
                     trace!("deleted {} in {half:?}", info.id);
                     crash_point::reached("release: half deleted");
                     return Ok(Judged::Deleted);
                 }
-                Deleted::Changed => {
+                Removed::Refused => {
+                    return Err(Failure::unsure(
+                        half.service(),
+                        "the delete was answered, and the lock is still there",
+                    ));
+                }
+                Removed::Anothers => {
                     sleep(Duration::from_millis(20)).await;
                     if self.begun.elapsed() > PATIENCE {
                         return Ok(Judged::Doubt("it changes while it is deleted"));
@@ -493,7 +616,11 @@ enum Judged {
     Absent,
     Deleted,
     Anothers(String),
+    /// Something that is no lock, and what.
+    NoLock(String),
     Doubt(&'static str),
+    /// It is ours, and a write may be on its way that would hit whoever comes next.
+    NeedsQuiet,
     /// It is ours, and goes only where that is asked for.
     Unasked(String),
 }
@@ -518,20 +645,17 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     (compare().await.as_ref() == Some(&first)).then_some(first)
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`].
-async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
-    let mut write = Write::Quiet;
-    let mut last = services.fingerprint().await?;
-    let begun = Instant::now();
-    let mut since = begun;
-    let absent = "- ".repeat(services.halves.len());
-    if last[1] == absent {
-        // Nothing of ours stands in front of anybody: there is nothing to keep, and so nothing to wait for.
-        return Ok(write);
-    }
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`]. `None` when its lock is
+/// gone meanwhile, so that there is nothing to keep: nothing is known of a write then.
+async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
-    report::say(&report::waiting_for_write(QUIET));
-    while since.elapsed() < QUIET {
+    let is_write = recorded.uploading || recorded.unlocking;
+    report::say(&if is_write { report::waiting_for_write(QUIET) } else { report::waiting_for_undo(QUIET) });
+    let begun = Instant::now();
+    let mut last = services.look(recorded, run).await?;
+    let mut write = Write::Quiet;
+    let (mut since, mut seen) = (Instant::now(), Instant::now());
+    loop {
         if begun.elapsed() > LONGEST_QUIET {
             return Err(Failure::refusal(
                 "S3",
@@ -539,17 +663,31 @@ async fn wait_for_quiet(services: &Services<'_>) -> Result<Write, Failure> {
             ));
         }
         sleep(LOOK).await;
-        let now = services.fingerprint().await?;
+        let now = match services.look(recorded, run).await {
+            Ok(now) => now,
+            // What happens meanwhile is seen in the next look.
+            Err(failure) if !failure.refused && seen.elapsed() < PATIENCE => {
+                trace!("not seen: {failure}");
+                continue;
+            }
+            Err(failure) => return Err(failure),
+        };
+        seen = Instant::now();
+        if !now.holds && !last.holds {
+            trace!("its lock is gone");
+            return Ok(None);
+        }
         if now != last {
             trace!("it landed");
-            if now[0] != last[0] {
+            if now.state != last.state {
                 write = Write::Landed;
             }
             last = now;
             since = Instant::now();
+        } else if since.elapsed() >= QUIET {
+            return Ok(Some(write));
         }
     }
-    Ok(write)
 }
 
 #[cfg(test)]
@@ -569,6 +707,26 @@ mod tests {
             ("ExpiredTokenException", false),
         ] {
             assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
+        }
+    }
+
+    /// All that a log can tell of a lock, and whether a write can be on its way at all.
+    #[test]
+    fn a_write_is_waited_for_where_one_can_be_on_its_way() {
+        use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+        for kind in ["S3 Native only", "DynamoDB only", "S3 Native and DynamoDB"] {
+            for locked in [false, true] {
+                for (uploading, unlocking) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let mut log = Log::default();
+                    log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
+                    let mut lock = log.locks.remove(0);
+                    lock.locked = locked.then_some(lock.asked);
+                    (lock.uploading, lock.unlocking) = (uploading, unlocking);
+                    let expected = uploading || unlocking || (kind.contains("and") && !locked);
+                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {uploading} {unlocking}");
+                    assert!(!needs_quiet(&lock, false));
+                }
+            }
         }
     }
 

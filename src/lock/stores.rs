@@ -44,6 +44,14 @@ impl Spot {
         }
     }
 
+    /// The service's name.
+    pub(crate) fn service(&self) -> &'static str {
+        match self {
+            Self::DynamoDb { .. } => "DynamoDB",
+            Self::S3 { .. } => "S3",
+        }
+    }
+
     /// For a person: which service, and what in it.
     pub(crate) fn describe(&self) -> String {
         match self {
@@ -74,6 +82,17 @@ impl Standing {
     /// The lock. `None` for anything that is not one.
     pub(crate) fn info(&self) -> Option<LockInfo> {
         LockInfo::parse(self.text())
+    }
+
+    /// What is in a lock's place and is no lock, in words without any of its text.
+    pub(crate) fn describe_no_lock(&self) -> String {
+        let text = self.text().trim_start();
+        match self {
+            Self::Item(_) if text.is_empty() => "an item without Info".to_owned(),
+            Self::Object(_) if text.is_empty() => "an empty object".to_owned(),
+            _ if text.starts_with('<') => "a page of HTML or XML".to_owned(),
+            _ => format!("{} bytes that are no lock", self.text().len()),
+        }
     }
 }
 
@@ -151,22 +170,65 @@ impl Stores {
         }
     }
 
-    /// Deletes exactly what was read, and looks what became of it. The SDK may send a delete twice, and then the second
-    /// finds nothing: so what stands decides, not the answer.
+    /// Deletes exactly what was read, and reads the place again. Only that read decides: the SDK may send a delete twice,
+    /// of which the second finds nothing, and a proxy can answer "deleted" for a service that has deleted nothing.
     ///
     /// # Errors
-    /// [`Failure`].
+    /// [`Failure`]; the delete may have been done all the same.
     pub(crate) async fn remove(&self, spot: &Spot, standing: &Standing) -> Result<Removed, Failure> {
         for _ in 0..5 {
-            if self.delete(spot, standing).await? == Deleted::Yes {
-                return Ok(Removed::Gone);
-            }
-            match self.read(spot).await? {
-                None => return Ok(Removed::Gone),
-                Some(now) if now == *standing => tokio::time::sleep(Duration::from_millis(50)).await,
-                Some(_) => return Ok(Removed::Anothers),
+            let deleted = self.delete(spot, standing).await?;
+            let now = self.read(spot).await?;
+            match removed(deleted, standing, now.as_ref()) {
+                Some(removed) => return Ok(removed),
+                None if now.is_some_and(|now| now.info().is_none()) => {
+                    return Err(Failure::unsure(spot.service(), "what its place holds after the delete is no lock"));
+                }
+                None => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }
         Ok(Removed::Refused)
+    }
+}
+
+/// What became of `read`, when `now` is in its place after a delete. `None` where that is to be looked at again.
+fn removed(deleted: Deleted, read: &Standing, now: Option<&Standing>) -> Option<Removed> {
+    let Some(now) = now else { return Some(Removed::Gone) };
+    // Neither is an answer to where the lock is: the same object once more, or something that is no lock.
+    if now == read || (now.info().is_none() && read.info().is_some()) {
+        return None;
+    }
+    let id = |standing: &Standing| standing.info().map(|info| info.id);
+    match deleted {
+        Deleted::Yes if id(now) != id(read) => Some(Removed::Gone),
+        Deleted::Yes | Deleted::Changed => Some(Removed::Anothers),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_after_a_delete_decides() {
+        let item = |id: &str| Standing::Item(format!(r#"{{"ID":"{id}"}}"#));
+        let (ours, other, page) = (item("a"), item("b"), Standing::Item("<html>".into()));
+        let rewritten = Standing::Item(r#"{"ID":"a","Who":"x"}"#.into());
+        for (deleted, now, expected) in [
+            (Deleted::Yes, None, Some(Removed::Gone)),
+            (Deleted::Changed, None, Some(Removed::Gone)),
+            (Deleted::Yes, Some(&other), Some(Removed::Gone)),
+            (Deleted::Changed, Some(&other), Some(Removed::Anothers)),
+            (Deleted::Yes, Some(&rewritten), Some(Removed::Anothers)),
+            // The service, or a proxy in front of it, says that it has deleted it, and it has not.
+            (Deleted::Yes, Some(&ours), None),
+            (Deleted::Changed, Some(&ours), None),
+            (Deleted::Yes, Some(&page), None),
+            (Deleted::Changed, Some(&page), None),
+        ] {
+            assert_eq!(removed(deleted, &ours, now), expected, "{deleted:?} {now:?}");
+        }
+        // What was no lock in the first place is deleted by hand.
+        assert_eq!(removed(Deleted::Changed, &page, Some(&other)), Some(Removed::Anothers));
     }
 }

@@ -341,8 +341,10 @@ impl Aftermath<'_> {
     fn name_suspect(&self, patience: &mut Patience<'_>, ending: &str, places: &Places, situation: &Situation) {
         let Some(place) = places.selected() else { return };
         let _there = Within::enter(&places.working_directory);
-        if let Some(Some(info)) = patience.until(release::suspect(&place, situation)) {
-            report::say(&report::suspected(ending, &info, None, &self.unlock_command()));
+        match patience.until(release::suspect(&place, situation)) {
+            Some(Ok(Some(info))) => report::say(&report::suspected(ending, &info, None, &self.unlock_command())),
+            Some(Err(failure)) => report::say(&report::suspect_not_looked_for(ending, &failure.to_string())),
+            Some(Ok(None)) | None => {}
         }
     }
 

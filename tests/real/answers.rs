@@ -1,0 +1,264 @@
+//! "No single response decides about a lock": what no service has sent is no answer, an absence is looked at twice, and
+//! after a delete the place is read.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::given_back::{is_dynamodb, through};
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::Run;
+use crate::support::proxy::Deed;
+use crate::support::world::{WAITS, lock_json};
+use crate::support::{Ended, Lock, Subject, World, wait_for};
+
+/// What a proxy or a captive portal answers in place of a service.
+fn not_the_service(status: &str, kind: &str, etag: Option<&str>, body: &str) -> Message {
+    let mut answer = Message::answer(status, body);
+    answer.headers.retain(|(name, _)| name != "Content-Type");
+    answer.headers.push(("Content-Type".into(), kind.into()));
+    answer.headers.extend(etag.map(|etag| ("ETag".to_owned(), etag.to_owned())));
+    if status.starts_with("204") {
+        answer.headers.retain(|(name, _)| name != "Content-Length");
+    }
+    answer
+}
+
+const PAGE: &str = "<html><head><title>Sign in</title></head><body>Sign in first.</body></html>";
+
+/// Every response of the kind, by a name.
+fn no_answers() -> Vec<(&'static str, Message)> {
+    vec![
+        ("empty 200", not_the_service("200 OK", "text/plain", None, "")),
+        ("204", not_the_service("204 No Content", "text/plain", None, "")),
+        ("page", not_the_service("200 OK", "text/html; charset=utf-8", None, PAGE)),
+        ("page of a web server", not_the_service("200 OK", "text/html", Some("\"65f1-1a2b\""), PAGE)),
+        ("JSON of a portal", not_the_service("200 OK", "application/json", None, r#"{"error":"sign in first"}"#)),
+        ("page that is not found", not_the_service("404 Not Found", "text/html", None, PAGE)),
+        ("empty 404", not_the_service("404 Not Found", "text/plain", None, "")),
+    ]
+}
+
+/// A read of either half of the lock.
+fn reads_lock(request: &Message) -> bool {
+    let item = is_dynamodb(request, ".GetItem") && !request.text().contains("-md5");
+    item || (request.start.starts_with("GET ") && request.start.contains(".tflock"))
+}
+
+/// Our own delete of either half: it carries a condition, and terraform's does not.
+fn deletes_lock(request: &Message) -> bool {
+    let item = is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression");
+    item || (request.start.starts_with("DELETE ") && request.header("if-match").is_some())
+}
+
+fn writes_state(request: &Message) -> bool {
+    request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
+}
+
+/// A proxy's switch: off until the test turns it on.
+fn switch() -> (Arc<AtomicBool>, Arc<AtomicBool>) {
+    let on = Arc::new(AtomicBool::new(false));
+    (Arc::clone(&on), on)
+}
+
+fn recover(world: &World) -> Ended {
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["locks", "recover"]);
+    Run::start(command).wait()
+}
+
+/// The lock's reads are answered by somebody else once, while the write of the state is still on its way.
+#[test]
+fn one_bad_answer_does_not_end_the_wait_for_a_write() {
+    for lock in Lock::ALL {
+        // A window of 10 s each: the other kinds are told apart in the units.
+        for (name, answer) in no_answers() {
+            let is_tried = match lock {
+                Lock::DynamoDb => ["empty 200", "page"].contains(&name),
+                Lock::File => ["empty 200", "page of a web server", "page that is not found"].contains(&name),
+                Lock::Both => name == "204",
+            };
+            if !is_tried {
+                continue;
+            }
+            let mut world = World::new(lock, "true");
+            let (killed, is_killed) = switch();
+            let left = AtomicUsize::new(1);
+            let looks = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&looks);
+            let proxy = through(&mut world, move |request| {
+                let bad = is_killed.load(Ordering::SeqCst) && reads_lock(request);
+                if is_killed.load(Ordering::SeqCst) && request.start.starts_with("HEAD ") {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                }
+                if writes_state(request) {
+                    Deed::Hold
+                } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+                    Deed::Answer(answer.clone())
+                } else {
+                    Deed::Pass
+                }
+            });
+            let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+            proxy.wait_until_held();
+            killed.store(true, Ordering::SeqCst);
+            run.kill_terraform();
+            world.wait_for_trace("waiting for a write");
+            // The write lands between two looks at the state.
+            let looked = || looks.load(Ordering::SeqCst);
+            wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
+            world.assert_locked();
+            proxy.let_go();
+            proxy.wait_until_delivered();
+            world.wait_for_trace("it landed");
+            world.assert_locked();
+            let end = run.wait();
+            assert!(end.err.contains("a write of it still arrived"), "{lock:?} {name}: {}", world.story(&end));
+            world.assert_unlocked();
+        }
+    }
+}
+
+/// The bucket itself answers "no such key" for a lock that is there, and the table "no such item": once.
+#[test]
+fn an_absence_is_looked_at_twice() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut world = World::new(lock, WAITS);
+        let (killed, is_killed) = switch();
+        let left = AtomicUsize::new(1);
+        through(&mut world, move |request| {
+            let bad = is_killed.load(Ordering::SeqCst) && reads_lock(request);
+            if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+                let no_key = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
+                Deed::Answer(match lock {
+                    Lock::DynamoDb => Message::answer("200 OK", "{}"),
+                    _ => not_the_service("404 Not Found", "application/xml", None, no_key),
+                })
+            } else {
+                Deed::Pass
+            }
+        });
+        let run = world.start_apply(Subject::Tf);
+        killed.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{lock:?}: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// Nothing but such responses, for longer than anybody waits: the lock is named, and the next `tf` releases it.
+#[test]
+fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
+    for (lock, name) in [
+        (Lock::DynamoDb, "empty 200"),
+        (Lock::DynamoDb, "JSON of a portal"),
+        (Lock::File, "empty 200"),
+        (Lock::File, "empty 404"),
+    ] {
+        let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
+        let mut world = World::new(lock, WAITS);
+        let (portal, is_portal) = switch();
+        through(&mut world, move |request| {
+            if is_portal.load(Ordering::SeqCst) && reads_lock(request) {
+                Deed::Answer(answer.clone())
+            } else {
+                Deed::Pass
+            }
+        });
+        let run = world.start_apply(Subject::Tf);
+        portal.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_locked();
+        // A recovery behind the same portal knows no better.
+        let end = recover(&world);
+        assert_eq!(end.code(), Some(2), "{lock:?} {name}: {}", world.story(&end));
+        assert!(end.out.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_locked();
+        portal.store(false, Ordering::SeqCst);
+        let end = recover(&world);
+        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// Somebody else answers our delete with a success, and nothing was deleted.
+#[test]
+fn a_delete_that_deleted_nothing_is_not_called_a_release() {
+    for (lock, name) in
+        [(Lock::DynamoDb, "empty 200"), (Lock::File, "204"), (Lock::File, "page"), (Lock::Both, "empty 200")]
+    {
+        let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
+        let mut world = World::new(lock, WAITS);
+        let (portal, is_portal) = switch();
+        through(&mut world, move |request| {
+            if is_portal.load(Ordering::SeqCst) && deletes_lock(request) {
+                Deed::Answer(answer.clone())
+            } else {
+                Deed::Pass
+            }
+        });
+        let run = world.start_apply(Subject::Tf);
+        portal.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
+        assert!(!end.err.contains("released the lock"), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_locked();
+        let history = world.run(Subject::Tf, &["locks", "history"]);
+        assert!(!history.out.contains("released"), "{}", history.out);
+        let end = world.run(Subject::Tf, &["locks", "release", "--yes"]);
+        assert_ne!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_locked();
+        portal.store(false, Ordering::SeqCst);
+        let end = recover(&world);
+        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// What is in the lock's place and is no lock says nothing about ours.
+#[test]
+fn what_is_no_lock_is_named_and_left_alone() {
+    for (lock, what, words) in [
+        (Lock::DynamoDb, "", "an item without Info"),
+        (Lock::DynamoDb, PAGE, "a page of HTML or XML"),
+        (Lock::File, "", "an empty object"),
+        (Lock::File, "{}", "2 bytes that are no lock"),
+    ] {
+        let world = World::new(lock, WAITS);
+        let run = world.start_apply(Subject::Tf);
+        world.put_lock(what);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released") && end.err.contains(words), "{lock:?}: {}", world.story(&end));
+        assert_eq!(world.locks(), [what], "{}", world.story(&end));
+    }
+}
+
+/// Terraform puts `.tflock`, is refused by the item, and deletes `.tflock` without a condition and without a word.
+#[test]
+fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
+    let mut world = World::new(Lock::Both, "true");
+    let theirs = lock_json("11111111-2222-3333-4444-555555555555", &world.path());
+    cloud().put_item(&world.table, &world.path(), &theirs);
+    let proxy = through(&mut world, |request| {
+        let undo = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
+        if undo { Deed::Hold } else { Deed::Pass }
+    });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    assert_eq!(world.locks().len(), 2);
+    run.kill_terraform();
+    world.wait_for_trace("waiting for a write");
+    assert_eq!(world.locks().len(), 2);
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    // What it deletes is still its own.
+    assert_eq!(world.locks(), std::slice::from_ref(&theirs));
+    let end = run.wait();
+    assert_eq!(world.locks(), [theirs], "{}", world.story(&end));
+    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+}
