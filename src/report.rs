@@ -360,6 +360,16 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
     )
 }
 
+/// One part of a lock was released, and the other was never seen. `kept`: the next `tf` knows of it.
+pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
+    let then = if kept {
+        "if it does so within 20 min, the next tf here releases it".to_owned()
+    } else {
+        format!("if it does, type: {unlock} {}", recorded.id)
+    };
+    format!("the request for the other part of this lock may still land\n{then}")
+}
+
 /// A lock came late, and was given back.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
     format!(

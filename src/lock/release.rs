@@ -210,6 +210,8 @@ pub(crate) struct Released {
     pub(crate) write: Option<Write>,
     /// The state and its digest, where they do not fit any more.
     pub(crate) unfit: Option<Comparison>,
+    /// The request for the lock was not answered, and one of its two parts was never seen: it may still land.
+    pub(crate) is_partial: bool,
 }
 
 /// What became of a write that was on its way when terraform died.
@@ -535,10 +537,12 @@ impl Attempt<'_> {
         if !self.deleted {
             return Outcome::Absent { anothers: round.anothers };
         }
+        let unseen = services.halves.iter().any(|half| !self.asked_to_go.contains(half));
         Outcome::Released(Released {
             created: self.created,
             write: self.write,
             unfit: unfit_digest(services).await,
+            is_partial: self.recorded.locked.is_none() && unseen,
         })
     }
 
@@ -694,22 +698,6 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_the_service_refused_is_not_asked_again() {
-        for (code, refused) in [
-            ("AccessDeniedException", true),
-            ("ResourceNotFoundException", true),
-            ("SignatureDoesNotMatch", true),
-            ("ProvisionedThroughputExceededException", false),
-            ("InternalServerError", false),
-            ("SlowDown", false),
-            ("ExpiredToken", false),
-            ("ExpiredTokenException", false),
-        ] {
-            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
-        }
-    }
-
     /// All that a log can tell of a lock, and whether a write can be on its way at all.
     #[test]
     fn a_write_is_waited_for_where_one_can_be_on_its_way() {
@@ -754,6 +742,22 @@ mod tests {
         let role = "dispatch failure: other: the role arn:x cannot be assumed: AccessDenied: not authorized";
         let role = Failure::of_action("S3", "s3:GetObject", (None, None, None), role);
         assert!(role.is_refusal() && role.denied().is_none());
+    }
+
+    #[test]
+    fn what_the_service_refused_is_not_asked_again() {
+        for (code, refused) in [
+            ("AccessDeniedException", true),
+            ("ResourceNotFoundException", true),
+            ("SignatureDoesNotMatch", true),
+            ("ProvisionedThroughputExceededException", false),
+            ("InternalServerError", false),
+            ("SlowDown", false),
+            ("ExpiredToken", false),
+            ("ExpiredTokenException", false),
+        ] {
+            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
+        }
     }
 
     #[test]

@@ -262,6 +262,10 @@ impl Aftermath<'_> {
             match outcome {
                 Some(Outcome::Released(released)) => {
                     report::say(&report::released(ending, lock, released, Timestamp::now()));
+                    if released.is_partial && *may_still_come {
+                        let kept = remembered.contains(&lock.id);
+                        report::say(&report::other_part_may_land(lock, kept, &self.unlock_command()));
+                    }
                     if let Some(unfit) = &released.unfit {
                         report::say(&report::unfit_digest(unfit, self.directory().as_deref()));
                     }
@@ -295,7 +299,7 @@ impl Aftermath<'_> {
     fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
         let Some(graveyard) = self.graveyard else { return };
         for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
-            if visit(tombstone, places, graveyard, patience) {
+            if visit(tombstone, places, patience) {
                 report::say(&report::came_late(&tombstone.lock));
                 report::say(report::TRY_AGAIN);
             }

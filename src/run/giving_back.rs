@@ -85,7 +85,8 @@ impl Standing {
 pub(crate) struct Settled {
     pub(crate) lock: RecordedLock,
     pub(crate) outcome: Option<Outcome>,
-    /// Its request was not answered, and may still land.
+    /// Its request was not answered, and may still land: all of it, the part that was not seen, or once more, because the
+    /// SDK of a terraform that gets no answer sends it again.
     pub(crate) may_still_come: bool,
 }
 
@@ -127,8 +128,8 @@ pub(crate) fn give_back(
                 .or_else(|| named(Outcome::kept(report::NO_PLACE)))
         };
         trace!("lock {}: {outcome:?}", recorded.id);
-        let absent = matches!(outcome, Some(Outcome::Absent { .. }));
-        Settled { lock: recorded.clone(), may_still_come: absent && died && recorded.locked.is_none(), outcome }
+        let looked_for = matches!(outcome, Some(Outcome::Absent { .. } | Outcome::Released(_)));
+        Settled { lock: recorded.clone(), may_still_come: looked_for && died && recorded.locked.is_none(), outcome }
     });
     settled.collect()
 }
@@ -175,21 +176,15 @@ pub(crate) fn remember_requests<'a>(
         .collect()
 }
 
-/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. True if it had.
-pub(crate) fn visit(
-    tombstone: &Tombstone,
-    places: &Places,
-    graveyard: &Graveyard,
-    patience: &mut Patience<'_>,
-) -> bool {
+/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. True if it had. What is kept of
+/// it stays for its time: the request may land once more, or the other part of it.
+pub(crate) fn visit(tombstone: &Tombstone, places: &Places, patience: &mut Patience<'_>) -> bool {
     let _there = Within::enter(&places.working_directory);
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false };
     let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     let Some(Outcome::Released(_)) = outcome else { return false };
-    // Terraform asks for one half after the other: what came was the last that it asked for.
-    graveyard.take_away(&tombstone.lock.id);
     let why = "a dead terraform's request took it late";
     history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
     true

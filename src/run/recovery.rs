@@ -85,11 +85,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     for state in states {
         let graveyard = Graveyard::of(state);
         late.extend(
-            graveyard
-                .read(Timestamp::now())
-                .into_iter()
-                .filter(|tombstone| !here.of(&tombstone.lock).is_empty())
-                .map(|tombstone| (tombstone, Graveyard::of(state))),
+            graveyard.read(Timestamp::now()).into_iter().filter(|tombstone| !here.of(&tombstone.lock).is_empty()),
         );
         let Some(journal) = Journal::there(state) else { continue };
         for name in journal.names() {
@@ -122,9 +118,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let mut asked = None;
     if !late.is_empty() {
         let visit_all = || {
-            let come =
-                late.iter().filter(|(tombstone, graveyard)| visit(tombstone, here, graveyard, &mut Patience::Nobodys));
-            come.map(|(tombstone, _)| report::came_late(&tombstone.lock)).collect()
+            let come = late.iter().filter(|tombstone| visit(tombstone, here, &mut Patience::Nobodys));
+            come.map(|tombstone| report::came_late(&tombstone.lock)).collect()
         };
         in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
     }
@@ -492,6 +487,9 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
         match outcome {
             Some(Outcome::Released(released)) => {
                 messages.push(report::recovered(record, &lock, now));
+                if released.is_partial && recent {
+                    messages.push(report::other_part_may_land(&lock, true, ""));
+                }
                 messages.extend(
                     released.unfit.map(|unfit| report::unfit_digest(&unfit, Some(&record.working_directory()))),
                 );

@@ -1,6 +1,8 @@
 //! A lock request that nobody saw answered can land long after its sender died: held by a proxy or an overloaded
 //! service, for as long as its signature is valid (5 minutes for DynamoDB, 15 for S3). No waiting covers that. So the
-//! lock's facts are kept here, and every `tf` that starts on that place, or is refused by that lock, gives it back.
+//! lock's facts are kept here, and every `tf` that starts on that place, or is refused by that lock, gives it back. They
+//! are kept for all of that time, whether a lock came or not: a client without an answer sends its request again, and a
+//! lock of both kinds has two requests.
 //!
 //! One file a lock, under the user's state directory, readable for its owner alone. What is in it was read from
 //! terraform's log: no argument, no key, no token. It can make nobody delete another's lock: whatever it says, the lock
@@ -80,11 +82,6 @@ impl Graveyard {
         file.sync_all()?;
         trace!("tombstone for {}", tombstone.lock.id);
         fs::rename(unfinished, path)
-    }
-
-    /// Takes one away: its lock came, and is gone.
-    pub(crate) fn take_away(&self, id: &str) {
-        let _ = fs::remove_file(self.path(id));
     }
 
     fn path(&self, id: &str) -> PathBuf {

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use super::given_back::{is_dynamodb, through};
+use super::given_back::{is_dynamodb, takes_item, through};
+use super::survived::records;
 use crate::support::cloud::cloud;
+use crate::support::household::kill_all;
 use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::proxy::Deed;
@@ -59,6 +61,15 @@ fn writes_state(request: &Message) -> bool {
 fn switch() -> (Arc<AtomicBool>, Arc<AtomicBool>) {
     let on = Arc::new(AtomicBool::new(false));
     (Arc::clone(&on), on)
+}
+
+/// Waits until the journal holds `text`.
+#[track_caller]
+fn wait_for_record(world: &World, text: &str) {
+    let all = || -> Vec<String> {
+        records(world).into_iter().map(|path| std::fs::read_to_string(path).unwrap_or_default()).collect()
+    };
+    wait_for(text, || all().iter().any(|record| record.contains(text)).then_some(()), || format!("{:?}", all()));
 }
 
 fn recover(world: &World) -> Ended {
@@ -261,4 +272,43 @@ fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
     let end = run.wait();
     assert_eq!(world.locks(), [theirs], "{}", world.story(&end));
     assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+}
+
+/// Killed between the two requests of taking; the second lands when everybody has looked.
+#[test]
+fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
+    for recovered in [false, true] {
+        let mut world = World::new(Lock::Both, "true");
+        let direct = world.environment();
+        let proxy = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
+        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        proxy.wait_until_held();
+        assert_eq!(world.locks().len(), 1);
+        if recovered {
+            wait_for_record(&world, "\"asked\"");
+            kill_all(&world);
+            drop(run);
+            let end = recover(&world);
+            assert!(
+                end.out.contains("released the lock") && end.out.contains("may still land"),
+                "{}",
+                world.story(&end)
+            );
+        } else {
+            run.kill_terraform();
+            let end = run.wait();
+            assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+            assert!(end.err.contains("may still land"), "{}", world.story(&end));
+        }
+        world.assert_unlocked();
+        proxy.let_go();
+        proxy.wait_until_delivered();
+        assert_eq!(world.locks().len(), 1, "it landed");
+        let mut next = world.command(world.bin().join("tf"));
+        next.args(["plan", "-no-color"]).env_clear().envs(direct);
+        let end = Run::start(next).wait();
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.err.contains("took late"), "{}", world.story(&end));
+        world.assert_unlocked();
+    }
 }
