@@ -2,10 +2,12 @@
 //!
 //! Everything happens under the state's lock, taken as terraform takes it: first the object, then the item, each only
 //! where nothing stands. What a person agreed to is compared once more under that lock, and the digest is written on
-//! condition that it is still the one that was shown. The lock stands in the journal before it is asked for, so that
-//! whatever kills us, `tf locks recover` or the next `tf` gives it back.
+//! condition that it is still the one that was shown. The lock is recorded in the journal before it is asked for, and once
+//! more when we have it, so that whatever kills us, `tf locks recover` or the next `tf` releases it. Where a request for it
+//! had no answer, it may land when we are gone: then it is remembered as that of a dead terraform is.
 
 use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -17,12 +19,14 @@ use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::digest::{self, Comparison};
+use crate::lock::proof::Run;
 use crate::lock::release::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::report::{self, length_of_time, visible};
 use crate::run::journal::{Entry, Journal, Record};
 use crate::run::state_directory::StateDirectory;
+use crate::run::tombstone::{Graveyard, Tombstone};
 use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::{Halves, RecordedLock};
@@ -119,9 +123,18 @@ struct Work<'a> {
     info: LockInfo,
     /// Our lock, as it stands.
     text: String,
-    entry: Option<Entry>,
+    begun: Timestamp,
+    /// None where there is no journal: then only a signal that cannot be ignored can leave the lock.
+    journaled: Option<Journaled>,
+}
+
+/// What the journal holds of us.
+struct Journaled {
+    entry: Entry,
+    record: Record,
+    pending: Graveyard,
     /// Held for as long as we live: whoever looks at the journal sees us by it.
-    _life: Option<std::os::fd::OwnedFd>,
+    _life: OwnedFd,
 }
 
 impl<'a> Work<'a> {
@@ -141,23 +154,28 @@ impl<'a> Work<'a> {
         })
         .to_string();
         let halves = Halves { s3: directory.lock_file, dynamodb: true };
-        let lock = RecordedLock::held(&info, &state.bucket, &state.key, halves, begun);
-        let kept = journal(directory, &state, lock, begun);
-        let (entry, life) = kept.map_or((None, None), |(entry, life)| (Some(entry), Some(life)));
-        Self { directory, state, shown, info, text, entry, _life: life }
+        let lock = RecordedLock::asked_for(&info, &state.bucket, &state.key, halves, begun);
+        let journaled = journal(directory, &state, lock, begun);
+        Self { directory, state, shown, info, text, begun, journaled }
     }
 
     async fn under_lock(&mut self, stores: &Stores) -> Result<Finding, Trouble> {
         let mut taken = Vec::new();
-        let done = match self.lock(stores, &mut taken).await {
+        let locked = self.lock(stores, &mut taken).await;
+        if matches!(locked, Ok(true)) {
+            self.has_locked();
+        } else {
+            self.remember_request();
+        }
+        let done = match locked {
             Ok(true) => self.write(stores).await,
             Ok(false) => Err(self.refused(stores, &taken).await),
             Err(failure) => Err(Trouble::failed(failure, &visible(&self.state.path()), stores)),
         };
         // A request whose answer was lost may have taken a half.
         let gone = self.unlock(stores).await;
-        match (&self.entry, gone) {
-            (Some(entry), Ok(())) => entry.take_away(),
+        match (&self.journaled, gone) {
+            (Some(journaled), Ok(())) => journaled.entry.take_away(),
             (_, Ok(())) => {}
             (kept, Err(why)) => {
                 let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
@@ -167,6 +185,26 @@ impl<'a> Work<'a> {
             }
         }
         done
+    }
+
+    /// Records that we have the lock. If that fails, the record says that it was asked for, and whoever finds it looks for
+    /// the lock all the same.
+    fn has_locked(&mut self) {
+        let Some(Journaled { entry, record, .. }) = &mut self.journaled else { return };
+        for lock in &mut record.log.locks {
+            lock.locked = Some(Timestamp::now());
+        }
+        let _ = entry.write(record, true);
+    }
+
+    /// Remembers a lock request without an answer, or with a refusal that the request itself may have caused: sent twice,
+    /// it may land once more.
+    fn remember_request(&self) {
+        let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
+        let run = Run::recorded(self.begun, &record.log);
+        for lock in &record.log.locks {
+            let _ = pending.put(&Tombstone { since: Timestamp::now(), lock: lock.clone(), run: run.clone() });
+        }
     }
 
     /// Where the halves of our lock stand, in the order in which terraform takes them: the object first.
@@ -269,15 +307,10 @@ impl<'a> Work<'a> {
     }
 }
 
-/// Writes down that we are about to hold `lock`. None where there is no journal: then only a signal that cannot be
-/// ignored can leave it.
-fn journal(
-    directory: &Directory,
-    state: &State,
-    lock: RecordedLock,
-    begun: Timestamp,
-) -> Option<(Entry, std::os::fd::OwnedFd)> {
-    let journal = Journal::open(&StateDirectory::open(|name| std::env::var_os(name)).ok()?).ok()?;
+/// Records that we are about to ask for `lock`. `None` where there is no journal.
+fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
+    let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
+    let journal = Journal::open(&place).ok()?;
     let access = vec![Access::of(&directory.backend)];
     let run = crate::run::run_id();
     let mut record = Record {
@@ -292,5 +325,6 @@ fn journal(
         ..Record::new(&run, &journal)
     };
     record.log.locks.push(lock);
-    journal.begin(&record).ok()
+    let (entry, life) = journal.begin(&record).ok()?;
+    Some(Journaled { entry, record, pending: Graveyard::of(&place), _life: life })
 }

@@ -71,8 +71,12 @@ impl RecordedLock {
         self.locked.is_some() && !self.unlocking
     }
 
-    /// A lock that was seen to be what it is, as if a log had told of it: one that we take ourselves, or one whose ID came
-    /// to light only when it was read.
+    /// A lock that was asked for, as if a log had said so: one that we take ourselves, or that a request names.
+    pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
+        Self { locked: None, ..Self::held(info, bucket, key, halves, at) }
+    }
+
+    /// A lock that was seen to be what it is, as if a log had told of it: one whose ID came to light only when it was read.
     pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
         Self {
             id: info.id.clone(),
@@ -473,9 +477,7 @@ impl Log {
         let before = self.unnamed.len();
         self.unnamed.retain(|lock| !same(lock));
         let halves = Halves { s3: self.unnamed.len() < before, dynamodb: true };
-        let mut lock = RecordedLock::held(info, bucket, key, halves, time);
-        lock.locked = None;
-        self.locks.push(lock);
+        self.locks.push(RecordedLock::asked_for(info, bucket, key, halves, time));
     }
 
     fn answered(&mut self, method: &str, object: Option<(String, String)>, status: u16, time: Timestamp) {

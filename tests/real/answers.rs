@@ -4,7 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use nix::sys::signal::Signal;
+
 use super::given_back::{is_dynamodb, takes_item, through};
+use super::locks_doctor::unfit;
 use super::survived::records;
 use crate::support::cloud::cloud;
 use crate::support::household::kill_all;
@@ -308,6 +311,45 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
         assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(end.err.contains("took late"), "{}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// The doctor's own lock request is held, the doctor is killed or gives up, and the request lands when it is gone.
+#[test]
+fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
+    for killed in [false, true] {
+        let mut world = unfit(Lock::DynamoDb);
+        let direct = world.environment();
+        let asked = AtomicUsize::new(0);
+        let proxy = through(&mut world, move |request| match () {
+            () if !takes_item(request) => Deed::Pass,
+            () if asked.fetch_add(1, Ordering::SeqCst) == 0 => Deed::Hold,
+            // The SDK asks again after 8 s, and somebody else answers.
+            () => Deed::Answer(not_the_service("200 OK", "text/html", None, PAGE)),
+        });
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["locks", "doctor", "--fix-digest", "--yes"]);
+        let fix = Run::start(command);
+        proxy.wait_until_held();
+        if killed {
+            fix.send(Signal::SIGKILL);
+            fix.wait();
+            let end = recover(&world);
+            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+        } else {
+            let end = fix.wait();
+            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        }
+        world.assert_unlocked();
+        assert!(records(&world).is_empty());
+        proxy.let_go();
+        proxy.wait_until_delivered();
+        world.assert_locked();
+        let mut next = world.command(world.bin().join("tf"));
+        next.args(["workspace", "list"]).env_clear().envs(direct);
+        let end = Run::start(next).wait();
         assert!(end.err.contains("took late"), "{}", world.story(&end));
         world.assert_unlocked();
     }
