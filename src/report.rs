@@ -238,7 +238,7 @@ pub(crate) fn would_recover(record: &Record, recorded: &RecordedLock) -> String 
 /// What would be done about a lock whose ID its run's log does not tell.
 pub(crate) fn would_look_for(record: &Record, asked: Timestamp) -> String {
     format!(
-        "would look for the lock that a dead run (pid {}) had at {asked}, and whose ID its log does not tell",
+        "would look for the lock that a dead run (pid {}) asked for at {asked}, and whose ID its log does not tell",
         record.tf
     )
 }
@@ -368,6 +368,16 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
         format!("if it does, type: {unlock} {}", recorded.id)
     };
     format!("the request for the other part of this lock may still land\n{then}")
+}
+
+/// A lock was asked for whose ID is not known, and was not seen. `kept`: the next `tf` knows of it.
+pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
+    let then = if kept {
+        "if it does so within 20 min, the next tf here finds it, or type: tf locks recover"
+    } else {
+        "to look for it later, type: tf locks"
+    };
+    format!("{ending} while it asked for a state lock, at {asked:.0}; that request may still land\n{then}")
 }
 
 /// A lock came late, and was given back.

@@ -116,6 +116,14 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         return Verdict::Anothers;
     }
     let known = checksum.is_some();
+    // A run that only asked may have been refused, and what it sees is then the lock of whoever has refused it.
+    if unnamed.is_only_asked_for()
+        && (standing.who != run.who
+            || standing.version != program.in_locks()
+            || created.is_some_and(|created| created < unnamed.asked - ROUNDING))
+    {
+        return Verdict::Anothers;
+    }
     let (earliest, latest) = match (&unnamed.mark, known) {
         (Mark::Object { .. }, true) => (run.started, unnamed.asked + ROUNDING),
         (Mark::Object { .. }, false) => (unnamed.asked - MADE_WITHIN, unnamed.asked + ROUNDING),
@@ -263,6 +271,29 @@ mod tests {
                 change(&mut unnamed, &mut lock, &mut run);
                 let verdict = judge_unnamed(&unnamed, &lock, "text", &run, true);
                 assert!(matches!(verdict, Verdict::Doubt(_)), "{name} {text:?}: {verdict:?}");
+            }
+        }
+    }
+
+    /// With OpenTofu up to 1.10, killed between its request and its next record.
+    #[test]
+    fn a_lock_without_a_name_that_was_only_asked_for_is_a_doubt_at_most() {
+        let asked_for = UnnamedLock { granted: None, ..unnamed(None) };
+        for (created, who, version, doubt) in [
+            ("2026-11-23T01:46:07.580Z", "root@vm", "1.11.4", false),
+            ("2026-11-23T01:46:07.594Z", "root@vm", "1.11.4", true),
+            ("2026-11-23T01:46:07.600Z", "root@vm", "1.11.4", true),
+            // On a busy machine it is made later; so is that of whoever took it meanwhile.
+            ("2026-11-23T01:46:09.000Z", "root@vm", "1.11.4", true),
+            ("yesterday", "root@vm", "1.11.4", true),
+            ("2026-11-23T01:46:07.594Z", "anna@vm", "1.11.4", false),
+            ("2026-11-23T01:46:07.594Z", "root@vm", "1.6.2", false),
+        ] {
+            let lock = LockInfo { created: created.into(), who: who.into(), version: version.into(), ..standing() };
+            for died in [false, true] {
+                let verdict = judge_unnamed(&asked_for, &lock, "text", &run(), died);
+                assert_eq!(matches!(verdict, Verdict::Doubt(_)), doubt, "{created} {who} {version}: {verdict:?}");
+                assert_eq!(verdict == Verdict::Anothers, !doubt, "{created} {who} {version}");
             }
         }
     }

@@ -342,18 +342,42 @@ pub(crate) enum Light {
     Suspect(Box<LockInfo>, &'static str),
 }
 
-/// Looks at `place` for a lock that the log does not name.
+/// Looks at `place` for a lock that the log does not name, again while a request for it may land, or while no service
+/// answers. That one which was had is absent is believed at the second look.
 ///
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
 pub(crate) async fn bring_to_light(
     unnamed: &UnnamedLock,
     place: &Place,
-    run: &Run,
+    situation: &Situation,
     died: bool,
 ) -> Result<Light, Failure> {
-    let unreachable = |error: aws::Unreachable| Failure::refusal("AWS", &error.to_string());
-    let services = Services::connect(place).await.map_err(unreachable)?;
+    let begun = Instant::now();
+    let patience = if died { PATIENCE } else { LOOK };
+    let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
+    let mut absent = unnamed.granted.is_none();
+    loop {
+        match look_for(unnamed, place, &situation.run, died).await {
+            Ok(Light::None) => {
+                if absent && begun.elapsed() >= late {
+                    return Ok(Light::None);
+                }
+                absent = true;
+            }
+            Err(failure) if !failure.refused && begun.elapsed() < patience => {
+                trace!("a lock that the log does not name: {failure}");
+                absent = unnamed.granted.is_none();
+            }
+            settled => return settled,
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// One look of [`bring_to_light`].
+async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -> Result<Light, Failure> {
+    let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
     let mut light = Light::None;
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
@@ -369,6 +393,7 @@ pub(crate) async fn bring_to_light(
             Verdict::Ours => {
                 let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
                 let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, halves, unnamed.asked);
+                lock.locked = unnamed.granted;
                 // It was made in the moment in which it was asked for, and the log tells that moment to the millisecond.
                 lock.asked = info.created().map_or(unnamed.asked, |created| created.max(unnamed.asked));
                 // Of what its log does not tell anything may be under way.
@@ -719,6 +744,22 @@ mod tests {
     }
 
     #[test]
+    fn what_the_service_refused_is_not_asked_again() {
+        for (code, refused) in [
+            ("AccessDeniedException", true),
+            ("ResourceNotFoundException", true),
+            ("SignatureDoesNotMatch", true),
+            ("ProvisionedThroughputExceededException", false),
+            ("InternalServerError", false),
+            ("SlowDown", false),
+            ("ExpiredToken", false),
+            ("ExpiredTokenException", false),
+        ] {
+            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
+        }
+    }
+
+    #[test]
     fn only_a_refusal_that_says_so_is_one() {
         for (code, message, status, denied, refused) in [
             (Some("AccessDenied"), Some("no"), Some(403), true, true),
@@ -742,22 +783,6 @@ mod tests {
         let role = "dispatch failure: other: the role arn:x cannot be assumed: AccessDenied: not authorized";
         let role = Failure::of_action("S3", "s3:GetObject", (None, None, None), role);
         assert!(role.is_refusal() && role.denied().is_none());
-    }
-
-    #[test]
-    fn what_the_service_refused_is_not_asked_again() {
-        for (code, refused) in [
-            ("AccessDeniedException", true),
-            ("ResourceNotFoundException", true),
-            ("SignatureDoesNotMatch", true),
-            ("ProvisionedThroughputExceededException", false),
-            ("InternalServerError", false),
-            ("SlowDown", false),
-            ("ExpiredToken", false),
-            ("ExpiredTokenException", false),
-        ] {
-            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
-        }
     }
 
     #[test]

@@ -216,6 +216,9 @@ impl Aftermath<'_> {
         for (info, reason) in &standing.suspects {
             report::say(&report::suspected(&ending, info, Some(reason), &self.unlock_command()));
         }
+        for unnamed in &standing.awaited {
+            report::say(&report::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
+        }
         for (_, reason) in &standing.unread {
             report::say(&report::not_looked_for(&ending, reason));
         }

@@ -11,7 +11,7 @@ use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::{self, By, Event, What};
 use crate::lock::place::Place;
-use crate::lock::release::{self, Light, Outcome, Situation};
+use crate::lock::release::{self, Failure, Light, Outcome, Situation};
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -26,6 +26,8 @@ pub(crate) struct Standing {
     pub(crate) suspects: Vec<(LockInfo, &'static str)>,
     /// Those that could not be looked for, and why.
     pub(crate) unread: Vec<(UnnamedLock, String)>,
+    /// Those that were asked for and are not to be seen, and whose requests may still land.
+    pub(crate) awaited: Vec<UnnamedLock>,
 }
 
 impl Standing {
@@ -39,26 +41,38 @@ impl Standing {
     ) -> Self {
         let mut standing = Self { named: log.standing().cloned().collect(), ..Self::default() };
         let _there = Within::enter(&places.working_directory);
-        for unnamed in log.standing_unnamed() {
-            for place in places.of_unnamed(unnamed) {
-                let looked = release::bring_to_light(unnamed, &place, &situation.run, died);
-                match patience.until(looked) {
-                    Some(Ok(Light::None)) => {}
-                    Some(Ok(Light::Ours(lock))) => standing.named.push(*lock),
-                    Some(Ok(Light::Suspect(info, reason))) => standing.suspects.push((*info, reason)),
-                    Some(Err(failure)) => standing.unread.push((unnamed.clone(), failure.to_string())),
-                    None => standing.unread.push((unnamed.clone(), report::ENOUGH.to_owned())),
-                }
+        // One that ended by itself had its answer, and has gone on where it was given a lock.
+        for unnamed in log.standing_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
+            let places = places.of_unnamed(unnamed);
+            let mut unseen = !places.is_empty();
+            for place in &places {
+                let looked = release::bring_to_light(unnamed, place, situation, died);
+                unseen &= matches!(standing.add(unnamed, patience.until(looked)), Some(Ok(Light::None)));
+            }
+            if unseen && died && unnamed.granted.is_none() && may_land(Some(unnamed.asked), Timestamp::now()) {
+                standing.awaited.push(unnamed.clone());
             }
         }
         standing
+    }
+
+    /// Takes what looking for `unnamed` in one place came to, and gives it back.
+    fn add(&mut self, unnamed: &UnnamedLock, looked: Option<Result<Light, Failure>>) -> Option<Result<Light, Failure>> {
+        match &looked {
+            Some(Ok(Light::None)) => {}
+            Some(Ok(Light::Ours(lock))) => self.named.push((**lock).clone()),
+            Some(Ok(Light::Suspect(info, reason))) => self.suspects.push(((**info).clone(), *reason)),
+            Some(Err(failure)) => self.unread.push((unnamed.clone(), failure.to_string())),
+            None => self.unread.push((unnamed.clone(), report::ENOUGH.to_owned())),
+        }
+        looked
     }
 
     /// What is left of these for the next `tf`, when `settled` is what became of the named ones.
     pub(crate) fn left_over(self, settled: Vec<Settled>) -> LeftOver {
         LeftOver {
             locks: settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect(),
-            unnamed: self.unread.into_iter().map(|(lock, _)| lock).collect(),
+            unnamed: self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect(),
             elsewhere: false,
         }
     }
@@ -68,7 +82,7 @@ impl Standing {
     pub(crate) fn untold(self, settled: Vec<Settled>, log: &Log) -> LeftOver {
         let kept = |settled: &Settled| matches!(settled.outcome, Some(Outcome::Kept { .. }));
         let unread: Vec<UnnamedLock> = if self.suspects.is_empty() {
-            self.unread.into_iter().map(|(lock, _)| lock).collect()
+            self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect()
         } else {
             log.standing_unnamed().cloned().collect()
         };

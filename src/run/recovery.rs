@@ -7,6 +7,7 @@
 //! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
 //! a process that never had any; and a person who has had enough can end it.
 
+use std::cell::Cell;
 use std::ffi::{CStr, OsStr};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -189,9 +190,15 @@ pub(crate) fn everything(
                     let reason = reason.map(ToOwned::to_owned);
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason };
                     let keep = vec![dead.entry.charge().as_raw_fd()];
-                    in_a_process(keep, || finish(dead), say, signals, &mut recovered.asked);
+                    let said = Cell::new(false);
+                    let tell = |message: &str| {
+                        said.set(true);
+                        say(message);
+                    };
+                    in_a_process(keep, || finish(dead), tell, signals, &mut recovered.asked);
                     // What is finished is gone from the journal.
-                    recovered.left += usize::from(journal.has(&name));
+                    let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
+                    recovered.left += usize::from(is_left);
                 }
                 Found::SetAside(path) => {
                     report::say(&report::set_aside(&path));
@@ -221,6 +228,16 @@ pub(crate) fn everything(
         }
     }
     recovered
+}
+
+/// Whether all that is left of a run is a request that may still land, for a lock whose ID is not known.
+fn only_awaits(journal: &Journal, name: &str) -> bool {
+    match journal.look(name) {
+        Found::Dead(record, ..) => {
+            record.over && record.log.locks.is_empty() && record.log.unnamed.iter().all(|lock| lock.granted.is_none())
+        }
+        _ => false,
+    }
 }
 
 /// Whether the run of `record` can have locked the place where we are.
@@ -475,10 +492,11 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
         let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
         if !is_gone_for_sure(record, backend, &mut patience) {
             messages.push(report::not_looked_for_again(record, report::ANOTHER_ACCOUNT));
-            left_over.unnamed.extend(record.log.standing_unnamed().cloned());
+            left_over.unnamed = record.log.standing_unnamed().cloned().collect();
         }
     }
     messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
+    left_over.unnamed.extend(standing.awaited);
     for (unnamed, reason) in standing.unread {
         messages.push(report::not_looked_for_again(record, &reason));
         left_over.unnamed.push(unnamed);

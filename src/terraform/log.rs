@@ -99,7 +99,7 @@ impl RecordedLock {
     }
 }
 
-/// A lock that terraform had, and whose ID its log does not tell.
+/// A lock that terraform asked for, and whose ID its log does not tell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct UnnamedLock {
     /// What it can be known by.
@@ -114,6 +114,13 @@ pub(crate) struct UnnamedLock {
     pub(crate) uploading: bool,
     /// Its delete was answered.
     pub(crate) unlocked: bool,
+}
+
+impl UnnamedLock {
+    /// Whether nothing is known of it but that it was asked for: not its text, and not that it was had.
+    pub(crate) fn is_only_asked_for(&self) -> bool {
+        self.granted.is_none() && matches!(self.mark, Mark::Workspace(_))
+    }
 }
 
 /// What an [`UnnamedLock`] can be known by.
@@ -172,7 +179,7 @@ pub(crate) struct Log {
     pub(crate) disordered: bool,
     /// The time of the last record, as far as they run forwards.
     pub(crate) latest: Option<Timestamp>,
-    /// Terraform has asked for the lock of that workspace, at that time, and has not gone on yet.
+    /// Terraform has asked for the lock of that workspace, at that time, and has not gone on yet. It is among `unnamed`.
     #[serde(default)]
     asking: Option<(String, Timestamp)>,
     #[serde(default)]
@@ -344,21 +351,28 @@ impl Log {
     fn local_backend(&mut self, record: &Record<'_>) {
         let workspace = |before| between(record.message, before, "\"");
         if let Some(workspace) = workspace("requesting state lock for workspace \"") {
-            self.asking = Some((workspace.to_owned(), record.time));
-        } else if workspace("reading remote state for workspace \"").is_some()
-            && let Some((workspace, asked)) = self.asking.take()
-        {
-            let named = self.locks.iter().any(|lock| lock.asked >= asked)
-                || self.unnamed.iter().any(|lock| lock.asked >= asked);
-            if !named && !self.locking_disabled {
+            if !self.locking_disabled {
+                self.asking = Some((workspace.to_owned(), record.time));
                 self.unnamed.push(UnnamedLock {
-                    mark: Mark::Workspace(workspace),
-                    asked,
-                    granted: Some(record.time),
+                    mark: Mark::Workspace(workspace.to_owned()),
+                    asked: record.time,
+                    granted: None,
                     unlocking: false,
                     uploading: false,
                     unlocked: false,
                 });
+            }
+        } else if workspace("reading remote state for workspace \"").is_some()
+            && let Some((workspace, asked)) = self.asking.take()
+        {
+            let mark = Mark::Workspace(workspace);
+            let is_it = |lock: &UnnamedLock| lock.mark == mark && lock.asked == asked && lock.granted.is_none();
+            let named = self.locks.iter().any(|lock| lock.asked >= asked)
+                || self.unnamed.iter().any(|lock| lock.asked >= asked && !is_it(lock));
+            if named || self.locking_disabled {
+                self.unnamed.retain(|lock| !is_it(lock));
+            } else if let Some(lock) = self.unnamed.iter_mut().find(|lock| is_it(lock)) {
+                lock.granted = Some(record.time);
             }
         }
     }

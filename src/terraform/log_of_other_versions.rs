@@ -277,8 +277,32 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         at(501)
     );
     assert!(log(&told).unnamed.is_empty(), "it was told to take no lock");
-    let waiting = format!("{} [INFO]  OpenTofu version: 1.6.2\n{}\n", at(500), pair.lines().next().unwrap());
-    assert!(log(&waiting).unnamed.is_empty(), "it was not given one");
+}
+
+/// Killed between the two, it may have its lock, or get it when it is dead.
+#[test]
+fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
+    let lines = [
+        format!("{} [TRACE] backend/local: requesting state lock for workspace \"green\"\n", at(594)),
+        format!("{} [TRACE] backend/local: reading remote state for workspace \"green\"\n", at(597)),
+    ];
+    let version = |version: &str| format!("{} [INFO]  {version}\n", at(500));
+    let asked = log(&[version("OpenTofu version: 1.6.2"), lines[0].clone()].concat());
+    let lock = asked.standing_unnamed().next().unwrap();
+    assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.breaks_off_locked());
+    // What was kept of it, read on, is the same one.
+    let mut kept: Log = serde_json::from_str(&serde_json::to_string(&asked).unwrap()).unwrap();
+    kept.read(lines[1].as_bytes());
+    assert_eq!(kept.unnamed.len(), 1);
+    assert!(kept.unnamed[0].granted.is_some() && !kept.unnamed[0].is_only_asked_for());
+    // Where the locks themselves are told, two records of the local backend tell of none.
+    for told in ["Terraform version: 1.11.4", "Terraform version: 1.8.4"] {
+        assert!(!log(&[version(told), lines[0].clone()].concat()).may_hold(), "{told}");
+    }
+    // It ended well: whatever it asked for is over.
+    let mut well = asked.clone();
+    well.ended_well();
+    assert!(!well.may_hold());
 }
 
 /// backend/remote-state/s3/client.go:296 and 343 of Terraform v1.9.8.

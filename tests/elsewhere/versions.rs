@@ -170,7 +170,8 @@ fn when_everything_is_killed_the_next_tf_gives_the_lock_back() {
             || {
                 let runs = world.directory.parent().unwrap().join("home/.local/state/tf/runs");
                 let records = std::fs::read_dir(runs).ok()?.flatten().map(|run| run.path().join("record.json"));
-                let holds = |text: &str| text.contains("\"asked\"") && !text.contains("\"locked\":null");
+                let is_had = |text: &str| !text.contains("\"locked\":null") && !text.contains("\"granted\":null");
+                let holds = |text: &str| text.contains("\"asked\"") && is_had(text);
                 records.filter_map(|path| std::fs::read_to_string(path).ok()).any(|text| holds(&text)).then_some(())
             },
             || world.trace(),
@@ -286,6 +287,65 @@ fn what_opentofu_does_not_tell_is_named_and_kept() {
     );
     assert_eq!(world.locks(), standing);
     world.delete_lock();
+}
+
+/// Killed between its request and its next word, and the request lands when it is dead: at once, or after everybody looked.
+#[test]
+fn a_lock_that_opentofu_only_asked_for_is_named_in_the_end() {
+    for (at_once, guarded) in [(true, false), (false, false), (false, true)] {
+        let mut world = world(TOFU, Lock::DynamoDb, "true");
+        let _sweep = Sweep(home(&world));
+        let direct = world.environment();
+        let proxy = crate::support::proxy::Proxy::start(crate::support::cloud::cloud().port, |request| {
+            let puts = request.header("x-amz-target").is_some_and(|target| target.ends_with(".PutItem"));
+            if puts { crate::support::proxy::Deed::Hold } else { crate::support::proxy::Deed::Pass }
+        });
+        world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        proxy.wait_until_held();
+        let land = || {
+            proxy.let_go();
+            proxy.wait_until_delivered();
+            world.assert_locked();
+            id_of(&world.locks()[0])
+        };
+        if guarded {
+            let runs = world.directory.parent().unwrap().join("home/.local/state/tf/runs");
+            let asked = |path: &Path| {
+                std::fs::read_to_string(path.join("record.json")).unwrap_or_default().contains("\"granted\":null")
+            };
+            wait_for(
+                "the journal",
+                || std::fs::read_dir(&runs).ok()?.flatten().any(|run| asked(&run.path())).then_some(()),
+                || world.trace(),
+            );
+            kill_all(&world);
+            drop(run);
+            land();
+        } else {
+            kill(terraform_of(&run), Signal::SIGKILL).unwrap();
+            if at_once {
+                world.wait_for_trace("the tree is dead");
+                let id = land();
+                let end = run.wait();
+                assert!(end.err.contains("may be it, and was not released"), "{}", world.story(&end));
+                assert!(end.err.contains(&id), "{}", world.story(&end));
+                world.delete_lock();
+                continue;
+            }
+            let end = run.wait();
+            assert!(end.err.contains("that request may still land"), "{}", world.story(&end));
+            land();
+        }
+        let standing = world.locks();
+        let mut next = world.command(world.bin().join("tf"));
+        next.args(["plan", "-no-color"]).env_clear().envs(direct);
+        let end = Run::start(next).wait();
+        assert!(end.err.contains("may be an earlier run's"), "{}", world.story(&end));
+        assert!(end.err.contains(&id_of(&standing[0])), "{}", world.story(&end));
+        assert_eq!(world.locks(), standing);
+        world.delete_lock();
+    }
 }
 
 /// Killed at moments spread over its run, the one that does not name its locks leaves none that its log could tell of.

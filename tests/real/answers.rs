@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::given_back::{is_dynamodb, takes_item, through};
 use super::locks_doctor::unfit;
@@ -12,7 +13,7 @@ use super::survived::records;
 use crate::support::cloud::cloud;
 use crate::support::household::kill_all;
 use crate::support::http::Message;
-use crate::support::process::Run;
+use crate::support::process::{Run, tree};
 use crate::support::proxy::Deed;
 use crate::support::world::{WAITS, lock_json};
 use crate::support::{Ended, Lock, Subject, World, wait_for};
@@ -314,6 +315,60 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
         assert!(end.err.contains("took late"), "{}", world.story(&end));
         world.assert_unlocked();
     }
+}
+
+/// A program that says what OpenTofu 1.6 says until it asks for its lock, and then waits.
+const ASKS: &str = r#"#!/bin/bash
+[ "$1" = version ] && { echo 'OpenTofu v1.6.2'; exit; }
+now() { date -u +%Y-%m-%dT%H:%M:%S.%3NZ; }
+echo "$(now) [INFO]  OpenTofu version: 1.6.2" >>"$TF_LOG_PATH"
+echo "$(now) [TRACE] backend/local: requesting state lock for workspace \"default\"" >>"$TF_LOG_PATH"
+touch began
+exec -a asks sleep 600
+"#;
+
+/// OpenTofu up to 1.10 logs that it asks for a lock, and not which one.
+#[test]
+fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
+    for guarded in [false, true] {
+        let mut world = World::new(Lock::DynamoDb, "true");
+        world.stand_in("asks", ASKS);
+        // Once for the program's version, which decides what it is told to log.
+        world.run(Subject::Tf, &["version"]);
+        let run = world.start_apply(Subject::Tf);
+        let asks = terraform_named(&run, "sleep");
+        let info = lock_json("33333333-4444-5555-6666-777777777777", &world.path()).replace("1.11.4", "1.6.2");
+        wait_for_record(&world, "\"granted\":null");
+        if guarded {
+            kill_all(&world);
+            drop(run);
+        } else {
+            kill(asks, Signal::SIGKILL).unwrap();
+            let end = run.wait();
+            assert!(end.err.contains("that request may still land"), "{}", world.story(&end));
+        }
+        assert_eq!(records(&world).len(), 1, "{}", world.trace());
+        // Nothing is there yet: there is nothing to say, and the record stays.
+        let end = recover(&world);
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
+        assert_eq!(records(&world).len(), 1, "{}", world.trace());
+        world.put_lock(&info);
+        let end = recover(&world);
+        let said = ["may be an earlier run's", "33333333-4444-5555-6666-777777777777", "force-unlock"];
+        assert!(said.iter().all(|part| end.out.contains(part)), "{}", world.story(&end));
+        assert_eq!(world.locks(), std::slice::from_ref(&info));
+        // It was said, and is a person's.
+        assert!(records(&world).is_empty());
+    }
+}
+
+#[track_caller]
+fn terraform_named(run: &Run, name: &str) -> Pid {
+    wait_for(
+        name,
+        || tree(run.pid()).into_iter().find(|(_, other, ..)| other == name).map(|(pid, ..)| pid),
+        || format!("{:?}", tree(run.pid())),
+    )
 }
 
 /// The doctor's own lock request is held, the doctor is killed or gives up, and the request lands when it is gone.
