@@ -13,7 +13,7 @@ use super::membership::TreeIdentity;
 use super::recorder::Recorder;
 use super::stop::Event;
 use crate::crash_point;
-use crate::terraform::log::{RecordedLock, UnnamedLock};
+use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// So much of a log may be read and not told, and therefore not forgotten.
@@ -116,8 +116,9 @@ impl Charge {
         }
     }
 
-    /// The run is over, but for `left_over`, and for `survivors` of its processes: pid and start.
-    pub(crate) fn close(mut self, left_over: LeftOver, survivors: Vec<(i32, u64)>) {
+    /// The run is over, except for `left_over`, which the next `tf` judges by `log`, and for `survivors` of its processes: pid
+    /// and start.
+    pub(crate) fn close(mut self, left_over: LeftOver, log: &Log, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
@@ -135,6 +136,7 @@ impl Charge {
         if let Some((entry, mut record)) = self.entry.take()
             && !left_over.is_empty()
         {
+            record.log = log.clone();
             record.leave(left_over, survivors);
             let _ = entry.write(&record, true);
         }

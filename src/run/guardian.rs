@@ -524,6 +524,7 @@ impl<'a> Watch<'a> {
             if left_over.is_empty() {
                 entry.take_away();
             } else {
+                record.log = self.ward.recorder.log().clone();
                 record.leave(left_over, self.ward.tree.survivors());
                 let _ = entry.write(&record, true);
             }

@@ -52,6 +52,7 @@ use crate::sys::{environment, process};
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
 use aftermath::Aftermath;
@@ -293,7 +294,7 @@ impl<'a> Prepared<'a> {
         let terraform = match spawn::spawn(&self.image, &setup) {
             Ok(terraform) => terraform,
             Err(error) => {
-                self.charge.close(LeftOver::default(), Vec::new());
+                self.charge.close(LeftOver::default(), &Log::default(), Vec::new());
                 // No process, or no descriptor for what must be watched about it: it may still run in our place.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
@@ -366,7 +367,7 @@ impl<'a> Prepared<'a> {
         }
         .settle(&mut Patience::Person(signals));
         crash_point::reached("tf: settled");
-        self.charge.close(left_over, self.tree.survivors());
+        self.charge.close(left_over, &log, self.tree.survivors());
         crash_point::reached("tf: closed");
         if !all_written {
             write_the_rest(&mut self.pipes, signals);

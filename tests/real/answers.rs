@@ -10,12 +10,12 @@ use nix::unistd::Pid;
 use super::given_back::{is_dynamodb, takes_item, through};
 use super::locks_doctor::unfit;
 use super::survived::records;
-use crate::support::cloud::cloud;
+use crate::support::cloud::{cloud, tool};
 use crate::support::household::kill_all;
 use crate::support::http::Message;
 use crate::support::process::{Run, tree};
 use crate::support::proxy::Deed;
-use crate::support::world::{WAITS, lock_json};
+use crate::support::world::{WAITS, lock_json, who};
 use crate::support::{Ended, Lock, Subject, World, wait_for};
 
 /// What a proxy or a captive portal answers in place of a service.
@@ -77,9 +77,13 @@ fn wait_for_record(world: &World, text: &str) {
 }
 
 fn recover(world: &World) -> Ended {
+    start_recovery(world).wait()
+}
+
+fn start_recovery(world: &World) -> Run {
     let mut command = world.command(world.bin().join("tf"));
     command.args(["locks", "recover"]);
-    Run::start(command).wait()
+    Run::start(command)
 }
 
 /// The lock's reads are answered by somebody else once, while the write of the state is still on its way.
@@ -132,6 +136,48 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
             world.assert_unlocked();
         }
     }
+}
+
+/// The same in a recovery, whose first look finds nothing.
+#[test]
+fn one_absence_does_not_end_the_wait_of_a_recovery() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let (begun, is_begun) = switch();
+    let left = AtomicUsize::new(1);
+    let looks = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&looks);
+    let proxy = through(&mut world, move |request| {
+        let begun = is_begun.load(Ordering::SeqCst);
+        let bad = begun && reads_lock(request);
+        if begun && request.start.starts_with("HEAD ") {
+            counted.fetch_add(1, Ordering::SeqCst);
+        }
+        if writes_state(request) {
+            Deed::Hold
+        } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+            Deed::Answer(Message::answer("200 OK", "{}"))
+        } else {
+            Deed::Pass
+        }
+    });
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    wait_for_record(&world, "\"uploading\":true");
+    kill_all(&world);
+    drop(run);
+    begun.store(true, Ordering::SeqCst);
+    let recovery = start_recovery(&world);
+    world.wait_for_trace("waiting for a write");
+    let looked = || looks.load(Ordering::SeqCst);
+    wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
+    world.assert_locked();
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    world.wait_for_trace("it landed");
+    world.assert_locked();
+    let end = recovery.wait();
+    assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 /// The bucket itself answers "no such key" for a lock that is there, and the table "no such item": once.
@@ -358,6 +404,57 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
         assert!(said.iter().all(|part| end.out.contains(part)), "{}", world.story(&end));
         assert_eq!(world.locks(), std::slice::from_ref(&info));
         // It was said, and is a person's.
+        assert!(records(&world).is_empty());
+    }
+}
+
+/// A program that says what OpenTofu 1.11 says until it puts its lock object, whose text it leaves in the file `info`.
+const PUTS: &str = r#"
+import base64, datetime, hashlib, json, os, sys, time
+if sys.argv[1:2] == ["version"]:
+    print("OpenTofu v1.11.5")
+    sys.exit()
+now = lambda: datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
+log = open(os.environ["TF_LOG_PATH"], "a")
+say = lambda text: (log.write(f"{now()[:-3]}Z {text}\n"), log.flush())
+say("[INFO]  OpenTofu version: 1.11.5")
+bucket, who = BUCKET, WHO
+info = json.dumps({"ID": "44444444-5555-6666-7777-888888888888", "Operation": "OperationTypeApply", "Info": "", "Who": who,
+    "Version": "1.11.5", "Created": now() + "Z", "Path": f"{bucket}/dir/prod.tfstate"})
+open("info", "w").write(info)
+checksum = base64.b64encode(hashlib.sha256(info.encode()).digest()).decode()
+say("[DEBUG] backend-s3: HTTP Request Sent: aws.region=us-east-1 rpc.method=PutObject rpc.service=S3 rpc.system=aws-api "
+    f"aws.s3.bucket={bucket} aws.s3.key=dir/prod.tfstate.tflock http.request.header.if_none_match=\"*\" "
+    f"http.request.header.x_amz_checksum_sha256=\"{checksum}\" http.request.body=\"[Redacted]\"")
+open("began", "w").close()
+time.sleep(600)
+"#;
+
+/// OpenTofu since 1.11 logs the text's checksum: that is proof enough.
+#[test]
+fn a_lock_object_whose_id_is_not_logged_and_that_lands_late_is_gone_in_the_end() {
+    for guarded in [false, true] {
+        let mut world = World::new(Lock::File, "true");
+        let python = tool("python3").display().to_string();
+        let script = PUTS.replace("BUCKET", &format!("{:?}", world.bucket)).replace("WHO", &format!("{:?}", who()));
+        world.stand_in("puts", &format!("#!{python}{script}"));
+        world.run(Subject::Tf, &["version"]);
+        let run = world.start_apply(Subject::Tf);
+        wait_for_record(&world, "\"granted\":null");
+        if guarded {
+            kill_all(&world);
+            drop(run);
+        } else {
+            kill(terraform_named(&run, "puts"), Signal::SIGKILL).unwrap();
+            let end = run.wait();
+            assert!(end.err.contains("that request may still land"), "{}", world.story(&end));
+        }
+        let end = recover(&world);
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
+        world.put_lock(&world.read("info"));
+        let end = recover(&world);
+        assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+        world.assert_unlocked();
         assert!(records(&world).is_empty());
     }
 }
