@@ -120,7 +120,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     if !late.is_empty() {
         let visit_all = || {
             let come = late.iter().filter(|tombstone| visit(tombstone, here, &mut Patience::Nobodys));
-            come.map(|tombstone| report::came_late(&tombstone.lock)).collect()
+            Finished { messages: come.map(|tombstone| report::came_late(&tombstone.lock)).collect(), left: false }
         };
         in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
     }
@@ -128,7 +128,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         if asked.is_some() {
             break;
         }
-        in_a_process(vec![dead.entry.charge().as_raw_fd()], || finish(dead), report::say, signals, &mut asked);
+        let keep = vec![dead.entry.charge().as_raw_fd()];
+        in_a_process(keep, || finish(dead, Audience::Person), report::say, signals, &mut asked);
     }
     asked
 }
@@ -152,7 +153,7 @@ pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> 
 /// What became of [`everything`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recovered {
-    /// So many runs are not finished: their locks could not be given back, or would be in a real run.
+    /// So many runs left a lock that was not given back, or would have it given back in a real run.
     pub(crate) left: usize,
     /// Somebody asked us to stop meanwhile.
     pub(crate) asked: Option<Signal>,
@@ -195,10 +196,11 @@ pub(crate) fn everything(
                         said.set(true);
                         say(message);
                     };
-                    in_a_process(keep, || finish(dead), tell, signals, &mut recovered.asked);
-                    // What is finished is gone from the journal.
+                    let finish = || finish(dead, Audience::Person);
+                    let left = in_a_process(keep, finish, tell, signals, &mut recovered.asked);
+                    // A run that will be tried again is still in the journal; so is one whose recovery was ended.
                     let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
-                    recovered.left += usize::from(is_left);
+                    recovered.left += usize::from(left || is_left);
                 }
                 Found::SetAside(path) => {
                     report::say(&report::set_aside(&path));
@@ -325,7 +327,7 @@ fn finish_without_waiting(runs: Vec<Dead>) {
     let work = || {
         for dead in runs {
             let keep: Vec<RawFd> = [dead.entry.charge().as_raw_fd()].into_iter().chain(trace::descriptor()).collect();
-            let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || drop(finish(dead)));
+            let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || drop(finish(dead, Audience::Nobody)));
             if let Ok(Some(pid)) = forked {
                 let _ = nix::sys::wait::waitpid(pid, None);
             }
@@ -336,16 +338,36 @@ fn finish_without_waiting(runs: Vec<Dead>) {
     }
 }
 
+/// Who reads the messages of a recovery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Audience {
+    Person,
+    /// It works in the background. What a person must read stays in the journal, for a recovery that somebody reads.
+    Nobody,
+}
+
+/// The result of a recovery.
+#[derive(Debug, Default)]
+struct Finished {
+    messages: Vec<String>,
+    /// A lock was not released. One of the messages names it.
+    left: bool,
+}
+
+/// In place of a message: a lock was not released.
+const LEFT: &str = "\u{1}";
+
 /// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
-/// ended, or when a person has ended it.
+/// ended, or when a person has ended it. Returns whether a lock was not released.
 fn in_a_process(
     mut keep: Vec<RawFd>,
-    work: impl FnOnce() -> Vec<String>,
+    work: impl FnOnce() -> Finished,
     say: impl Fn(&str),
     signals: &mut Signals,
     asked: &mut Option<Signal>,
-) {
-    let Ok((mut lines, mut pen)) = UnixStream::pair() else { return };
+) -> bool {
+    let mut left = false;
+    let Ok((mut lines, mut pen)) = UnixStream::pair() else { return left };
     keep.push(pen.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
@@ -353,13 +375,15 @@ fn in_a_process(
         if let Ok(current) = current {
             let _ = std::env::set_current_dir(current);
         }
-        for message in work() {
+        let finished = work();
+        let left = finished.left.then(|| LEFT.to_owned());
+        for message in finished.messages.into_iter().chain(left) {
             let _ = pen.write_all(message.as_bytes());
             let _ = pen.write_all(&[0]);
         }
     });
     drop(pen);
-    let Ok(Some(pid)) = forked else { return };
+    let Ok(Some(pid)) = forked else { return left };
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     let mut told = false;
@@ -381,11 +405,15 @@ fn in_a_process(
             }
             while let Some(end) = received.iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = received.drain(..=end).collect();
-                say(&String::from_utf8_lossy(&message[..end]));
+                match String::from_utf8_lossy(&message[..end]).as_ref() {
+                    LEFT => left = true,
+                    message => say(message),
+                }
             }
         }
     }
     let _ = nix::sys::wait::waitpid(pid, None);
+    left
 }
 
 /// The first request to stop is answered and remembered; the second ^C ends the recovery, which loses nothing.
@@ -400,8 +428,8 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     }
 }
 
-/// Finishes one dead run, in a process that does nothing else. Gives what is to be said of it.
-fn finish(dead: Dead) -> Vec<String> {
+/// Finishes one dead run, in a process that does nothing else.
+fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, graveyard, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
@@ -419,7 +447,7 @@ fn finish(dead: Dead) -> Vec<String> {
         environment::change(name, value.as_ref());
     }
     working_directory::go(Path::new(&record.directory));
-    let (messages, left_over) = settle(&record, &journal, &graveyard, reason.as_deref());
+    let (finished, left_over) = settle(&record, &journal, &graveyard, reason.as_deref(), audience);
     crash_point::reached("recovery: settled");
     if left_over.is_empty() {
         entry.take_away();
@@ -431,38 +459,23 @@ fn finish(dead: Dead) -> Vec<String> {
         }
     }
     crash_point::reached("recovery: closed");
-    messages
+    finished
 }
 
-fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Option<&str>) -> (Vec<String>, LeftOver) {
+fn settle(
+    record: &Record,
+    journal: &Journal,
+    graveyard: &Graveyard,
+    reason: Option<&str>,
+    audience: Audience,
+) -> (Finished, LeftOver) {
     let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
     let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
     if !record.log.may_hold() && !elsewhere {
-        return (Vec::new(), LeftOver::default());
+        return Default::default();
     }
     let now = Timestamp::now();
-    let after = DataDirectory::read(Path::new(&record.data_directory));
-    let mut missing = Vec::new();
-    let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
-        Ok(backend) => Some(DataDirectory { backend: Some(backend), workspace: after.workspace.clone() }),
-        Err(attributes) => {
-            missing.push(attributes);
-            None
-        }
-    });
-    let mut places = Places {
-        directories: directories.collect(),
-        workspaces: record.workspaces.clone(),
-        any_workspace: is_for_any_workspace(&record.command),
-        data_directory: record.data_directory.clone(),
-        working_directory: record.working_directory().into(),
-    };
-    // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
-    places.workspaces.push(after.workspace.clone());
-    places.directories.push(after);
-    if let Some(plan) = &record.plan {
-        places = places.with_plan(&Destinations::of_plan(Path::new(plan)));
-    }
+    let (places, missing) = places_of(record);
     let recent = may_land(record.log.latest, now);
     let situation = Situation {
         run: Run::recorded(record.started, &record.log),
@@ -486,6 +499,7 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
     remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
     let mut left_over = LeftOver::default();
+    let mut left = !standing.suspects.is_empty();
     let nothing_seen = standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty();
     if nothing_seen && record.log.may_hold() {
         // It was looked for, and not seen: as with those that have a name, that counts in the run's own account alone.
@@ -496,7 +510,11 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
         }
     }
     messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
-    left_over.unnamed.extend(standing.awaited);
+    if !standing.suspects.is_empty() && audience == Audience::Nobody {
+        left_over.unnamed.extend(record.log.standing_unnamed().cloned());
+    } else {
+        left_over.unnamed.extend(standing.awaited);
+    }
     for (unnamed, reason) in standing.unread {
         messages.push(report::not_looked_for_again(record, &reason));
         left_over.unnamed.push(unnamed);
@@ -514,7 +532,8 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
             }
             Some(Outcome::Kept { reason, later }) => {
                 messages.push(report::not_recovered(record, &lock, &reason));
-                if later {
+                left = true;
+                if later || audience == Audience::Nobody {
                     left_over.locks.push(lock);
                 }
             }
@@ -529,12 +548,45 @@ fn settle(record: &Record, journal: &Journal, graveyard: &Graveyard, reason: Opt
         }
     }
     if elsewhere {
-        recover_elsewhere(record, &places, &situation, &mut patience, (&mut messages, &mut left_over));
+        let end = recover_elsewhere(record, &places, &situation, &mut patience);
+        left |= end.leaves_one();
+        if end.later || (end.leaves_one() && audience == Audience::Nobody) {
+            left_over.add_elsewhere(record.log.of_workspaces().cloned());
+        }
+        messages.extend(end.messages);
     }
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(report::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
-    (messages, left_over)
+    (Finished { messages, left }, left_over)
+}
+
+/// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
+/// not known any more.
+fn places_of(record: &Record) -> (Places, Vec<String>) {
+    let after = DataDirectory::read(Path::new(&record.data_directory));
+    let mut missing = Vec::new();
+    let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
+        Ok(backend) => Some(DataDirectory { backend: Some(backend), workspace: after.workspace.clone() }),
+        Err(attributes) => {
+            missing.push(attributes);
+            None
+        }
+    });
+    let mut places = Places {
+        directories: directories.collect(),
+        workspaces: record.workspaces.clone(),
+        any_workspace: is_for_any_workspace(&record.command),
+        data_directory: record.data_directory.clone(),
+        working_directory: record.working_directory().into(),
+    };
+    // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
+    places.workspaces.push(after.workspace.clone());
+    places.directories.push(after);
+    if let Some(plan) = &record.plan {
+        places = places.with_plan(&Destinations::of_plan(Path::new(plan)));
+    }
+    (places, missing)
 }
 
 /// The same for a lock in another backend than S3, by the program of that name that is found now.
@@ -543,8 +595,7 @@ fn recover_elsewhere(
     places: &Places,
     situation: &Situation,
     patience: &mut Patience<'_>,
-    (messages, left_over): (&mut Vec<String>, &mut LeftOver),
-) {
+) -> other_backend::Ending {
     let unlock = report::unlock_command(&record.program, record.chdir.as_deref());
     let told = tells_of_its_lock(&record.command);
     let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
@@ -562,11 +613,7 @@ fn recover_elsewhere(
         }),
         Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true, released: false }),
     };
-    let end = end.unwrap_or_default();
-    messages.extend(end.messages);
-    if end.later {
-        left_over.add_elsewhere(record.log.of_workspaces().cloned());
-    }
+    end.unwrap_or_default()
 }
 
 /// Whether "it is not there" was said by the place where it was: the same account, and by how we have set up our
