@@ -53,6 +53,8 @@ mod process_tree;
 mod reached_alike;
 #[path = "real/recipes.rs"]
 mod recipes;
+#[path = "real/renamed_host.rs"]
+mod renamed_host;
 #[path = "real/runners.rs"]
 mod runners;
 #[path = "real/said_well.rs"]

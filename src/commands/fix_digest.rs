@@ -19,7 +19,6 @@ use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::digest::{self, Comparison};
-use crate::lock::proof::Run;
 use crate::lock::release::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
@@ -123,7 +122,6 @@ struct Work<'a> {
     info: LockInfo,
     /// Our lock, as it stands.
     text: String,
-    begun: Timestamp,
     /// None where there is no journal: then only a signal that cannot be ignored can leave the lock.
     journaled: Option<Journaled>,
 }
@@ -156,7 +154,7 @@ impl<'a> Work<'a> {
         let halves = Halves { s3: directory.lock_file, dynamodb: true };
         let lock = RecordedLock::asked_for(&info, &state.bucket, &state.key, halves, begun);
         let journaled = journal(directory, &state, lock, begun);
-        Self { directory, state, shown, info, text, begun, journaled }
+        Self { directory, state, shown, info, text, journaled }
     }
 
     async fn under_lock(&mut self, stores: &Stores) -> Result<Finding, Trouble> {
@@ -201,7 +199,7 @@ impl<'a> Work<'a> {
     /// it may land once more.
     fn remember_request(&self) {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
-        let run = Run::recorded(self.begun, &record.log);
+        let run = record.proof();
         for lock in &record.log.locks {
             let _ = pending.put(&Tombstone { since: Timestamp::now(), lock: lock.clone(), run: run.clone() });
         }
@@ -314,6 +312,7 @@ fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Time
     let access = vec![Access::of(&directory.backend)];
     let run = crate::run::run_id();
     let mut record = Record {
+        who: lock.who.clone(),
         started: begun,
         program: "terraform".into(),
         command: OPERATION.into(),

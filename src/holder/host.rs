@@ -102,7 +102,7 @@ impl Host {
                 },
                 State::Foreign(why) => Claim::Foreign { why },
                 State::Settling | State::Dead => {
-                    let of_run = Run::recorded(record.started, &record.log);
+                    let of_run = record.proof();
                     let recorded = record.log.standing().find(|recorded| recorded.id == lock.id)?;
                     let settling = matches!(state, State::Settling);
                     Claim::Dead { run, tf: record.tf, settling, disagrees: disagrees(recorded, &of_run) }

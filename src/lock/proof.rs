@@ -15,8 +15,12 @@ use crate::terraform::version::Version;
 /// What is known about the run that recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Run {
-    /// `user@host`, as a terraform of ours writes it.
+    /// `user@host` at its start, as a terraform of ours writes it.
     pub(crate) who: String,
+    /// The same when it is judged. A host gets another name by DHCP, a VPN or a restart, and terraform writes the name
+    /// that the host has when it takes the lock.
+    #[serde(default)]
+    pub(crate) who_now: String,
     /// When terraform was started, by this host's clock.
     pub(crate) started: Timestamp,
     /// The times in its log run backwards.
@@ -29,15 +33,22 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// What `log` tells of a run that this user has started on this host at `started`.
-    pub(crate) fn recorded(started: Timestamp, log: &Log) -> Self {
+    /// What `log` tells of a run that this user started on this host at `started`, as `who`. An empty `who` is not known:
+    /// a record of an earlier version has none.
+    pub(crate) fn recorded(who: &str, started: Timestamp, log: &Log) -> Self {
         Self {
-            who: lock_info::who(),
+            who: who.to_owned(),
+            who_now: lock_info::who(),
             started,
             disordered: log.disordered,
             locking_disabled: log.locking_disabled,
             program: log.program.clone(),
         }
+    }
+
+    /// Whether `who` is this user on this host, by the names of the run's start or by those of now.
+    pub(crate) fn is_of(&self, who: &str) -> bool {
+        !who.is_empty() && (who == self.who || who == self.who_now)
     }
 }
 
@@ -73,7 +84,7 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
         (standing.version == recorded.version, "its Version is not the one that the log names"),
         (standing.path == recorded.path, "its Path is not the one that the log names"),
         (standing.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not the place where it stands"),
-        (standing.who == run.who, "its Who is not this user on this host"),
+        (run.is_of(&standing.who), "its Who is not this user on this host"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (
@@ -118,7 +129,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
     let known = checksum.is_some();
     // A run that only asked may have been refused, and what it sees is then the lock of whoever has refused it.
     if unnamed.is_only_asked_for()
-        && (standing.who != run.who
+        && (!run.is_of(&standing.who)
             || standing.version != program.in_locks()
             || created.is_some_and(|created| created < unnamed.asked - ROUNDING))
     {
@@ -133,7 +144,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
     let conditions = [
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
-        (standing.who == run.who, "its Who is not this user on this host"),
+        (run.is_of(&standing.who), "its Who is not this user on this host"),
         (standing.version == program.in_locks(), "its Version is not the one that the log names"),
         (path.is_none_or(|path| standing.path == path), "its Path is not the one that the log names"),
         // A generation, in Google Cloud Storage.
@@ -177,6 +188,7 @@ mod tests {
     fn run() -> Run {
         Run {
             who: "root@vm".into(),
+            who_now: "root@vm".into(),
             started: "2026-11-23T01:46:07Z".parse().unwrap(),
             disordered: false,
             locking_disabled: false,
@@ -298,6 +310,32 @@ mod tests {
         }
     }
 
+    /// By DHCP, a VPN or a restart: terraform writes the name of the moment in which it takes the lock.
+    #[test]
+    fn a_lock_under_the_hosts_name_of_the_start_or_of_now_is_ours() {
+        for (start, now, ours) in [
+            ("root@vm", "root@vm", true),
+            ("root@vm", "root@renamed", true),
+            ("root@old", "root@vm", true),
+            ("", "root@vm", true),
+            ("root@vm", "", true),
+            ("root@old", "root@renamed", false),
+            ("", "root@renamed", false),
+            ("", "", false),
+        ] {
+            let run = Run { who: start.into(), who_now: now.into(), ..run() };
+            assert_eq!(judge(&recorded(), &standing(), &run) == Verdict::Ours, ours, "{start:?} {now:?}");
+            let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+            let unnamed = judge_unnamed(&unnamed(Some("text")), &in_time, "text", &run, true);
+            assert_eq!(unnamed == Verdict::Ours, ours, "{start:?} {now:?}");
+        }
+        let nobody = LockInfo { who: String::new(), ..standing() };
+        let run = Run { who: String::new(), who_now: String::new(), ..run() };
+        let mut recorded = recorded();
+        recorded.who = String::new();
+        assert!(matches!(judge(&recorded, &nobody, &run), Verdict::Doubt(_)));
+    }
+
     #[test]
     fn another_id_is_anothers_whatever_else_agrees() {
         let other = LockInfo { id: "11111111-d70c-4132-39e0-d2abba1b3077".into(), ..standing() };
@@ -325,7 +363,10 @@ mod tests {
             ("contradicted", |recorded, _, _| recorded.contradicted = true),
             ("disordered", |_, _, run| run.disordered = true),
             ("told to take no lock", |_, _, run| run.locking_disabled = true),
-            ("another host", |_, _, run| run.who = "root@other".into()),
+            ("another host", |_, _, run| (run.who, run.who_now) = ("root@other".into(), String::new())),
+            ("another host, and another name of it", |_, _, run| {
+                (run.who, run.who_now) = ("root@other".into(), "root@third".into());
+            }),
             ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
         ];
         for (name, change) in changes {

@@ -401,7 +401,7 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
                 (lock.uploading, lock.unlocking) = (unnamed.uploading || !tells, unnamed.unlocking || !tells);
                 return Ok(Light::Ours(Box::new(lock)));
             }
-            Verdict::Doubt(reason) if info.who == run.who => light = Light::Suspect(Box::new(info), reason),
+            Verdict::Doubt(reason) if run.is_of(&info.who) => light = Light::Suspect(Box::new(info), reason),
             Verdict::Doubt(_) | Verdict::Anothers => {}
         }
     }
@@ -431,7 +431,7 @@ async fn look_for_suspect(place: &Place, situation: &Situation) -> Result<Option
         let Some(info) = standing.info() else {
             return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
         };
-        if info.who == situation.run.who && info.created().is_some_and(|created| created >= situation.run.started) {
+        if situation.run.is_of(&info.who) && info.created().is_some_and(|created| created >= situation.run.started) {
             return Ok(Some(info));
         }
     }

@@ -40,6 +40,8 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) ended: Ended,
     pub(crate) stop: &'a Stop,
     pub(crate) out_of_memory: bool,
+    /// `user@host` at the start.
+    pub(crate) who: &'a str,
     pub(crate) started: Timestamp,
     pub(crate) log: &'a Log,
     pub(crate) tree: &'a Tree,
@@ -197,8 +199,8 @@ impl Aftermath<'_> {
             Some(Outcome::kept(report::NEVER))
         };
         crash_point::reached("tf: tree judged");
-        let situation =
-            Situation { run: Run::recorded(self.started, self.log), request_may_land: died, write_may_land: true };
+        let run = Run::recorded(self.who, self.started, self.log);
+        let situation = Situation { run, request_may_land: died, write_may_land: true };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
         let standing = Standing::find(self.log, &places, &situation, died, patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);

@@ -118,6 +118,8 @@ pub(crate) struct Ward<'a> {
     /// Our own process, before the fork.
     pub(crate) tf: Pid,
     pub(crate) begun: Instant,
+    /// `user@host` at the start.
+    pub(crate) who: &'a str,
     pub(crate) started: Timestamp,
     pub(crate) tree: &'a mut Tree,
     pub(crate) pipes: &'a mut Pipes,
@@ -633,8 +635,8 @@ impl<'a> Watch<'a> {
         let keep = reason_to_keep(ward.tree, (died, unlock_begun), ward.stop.killed().is_some(), &mut patience);
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
-        let situation =
-            Situation { run: Run::recorded(ward.started, &log), request_may_land: died, write_may_land: true };
+        let run = Run::recorded(ward.who, ward.started, &log);
+        let situation = Situation { run, request_may_land: died, write_may_land: true };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
         let standing = Standing::find(&log, &places, &situation, died, &mut patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);

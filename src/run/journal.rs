@@ -34,6 +34,7 @@ use super::state_directory::{StateDirectory, is_private, open_private};
 use super::tree::{self, Living};
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
+use crate::lock::proof::Run;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
@@ -94,6 +95,9 @@ pub(crate) struct Record {
     /// The parent of its `tf`, where its end asks for a stop.
     #[serde(default)]
     pub(crate) parent: Option<i32>,
+    /// `user@host` at its start, as its terraform wrote it. Empty in a record of an earlier version.
+    #[serde(default)]
+    pub(crate) who: String,
     /// When terraform was started.
     pub(crate) started: Timestamp,
     /// `terraform`, or by what name it was run.
@@ -132,6 +136,7 @@ impl Record {
             terraform: None,
             tree: TreeIdentity::default(),
             parent: None,
+            who: String::new(),
             started: Timestamp::now(),
             program: String::new(),
             chdir: None,
@@ -154,6 +159,11 @@ impl Record {
         let directory = Path::new(&self.directory);
         let working = self.chdir.as_ref().map_or_else(|| directory.to_owned(), |chdir| directory.join(chdir));
         working.to_string_lossy().into_owned()
+    }
+
+    /// What its locks are judged by.
+    pub(crate) fn proof(&self) -> Run {
+        Run::recorded(&self.who, self.started, &self.log)
     }
 
     /// What is left when a run is over: locks that could not be given back.

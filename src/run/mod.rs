@@ -52,6 +52,7 @@ use crate::sys::{environment, process};
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info;
 use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
@@ -154,6 +155,8 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
 /// Everything that stands before terraform does.
 struct Prepared<'a> {
     run: String,
+    /// `user@host` at the start: the host may have another name at the end.
+    who: String,
     begun: Instant,
     started: Timestamp,
     current: &'a Path,
@@ -186,6 +189,7 @@ impl<'a> Prepared<'a> {
     ) -> io::Result<Self> {
         let variable = |name: &str| std::env::var_os(name);
         let run = run_id();
+        let who = lock_info::who();
         let state = StateDirectory::open(variable);
         let graveyard = state.as_ref().ok().map(Graveyard::of);
         let program = Program::look(state.as_ref().ok(), &invocation.terraform.path, data_directory);
@@ -214,7 +218,7 @@ impl<'a> Prepared<'a> {
         // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
         let mut entry = None;
         let journal = journal.and_then(|journal| {
-            let mut record = record(&run, &journal, started, invocation, current, (here, destinations));
+            let mut record = record((&run, &who), &journal, started, invocation, current, (here, destinations));
             record.parent = parent.as_ref().map(|(pid, _)| pid.as_raw());
             let (made, life) = journal.begin(&record)?;
             inherited.push(life);
@@ -230,6 +234,7 @@ impl<'a> Prepared<'a> {
             run: &run,
             tf: nix::unistd::getpid(),
             begun,
+            who: &who,
             started,
             tree: &mut tree,
             pipes: &mut pipes,
@@ -256,6 +261,7 @@ impl<'a> Prepared<'a> {
         let charge = Charge { guardian, entry, told: (0, Vec::new(), Vec::new()), failed: false };
         Ok(Self {
             run,
+            who,
             begun,
             started,
             current,
@@ -352,6 +358,7 @@ impl<'a> Prepared<'a> {
             ended,
             stop: &self.stop,
             out_of_memory,
+            who: &self.who,
             started: self.started,
             log: &log,
             tree: &self.tree,
@@ -384,7 +391,7 @@ impl<'a> Prepared<'a> {
 
 /// What the journal says of a run before it has begun.
 fn record(
-    run: &str,
+    (run, who): (&str, &str),
     journal: &Journal,
     started: Timestamp,
     invocation: &Invocation,
@@ -395,6 +402,7 @@ fn record(
         here.directories.iter().filter_map(|directory| directory.backend.as_ref()).map(Access::of).collect();
     access.dedup();
     Record {
+        who: who.to_owned(),
         started,
         program: Path::new(&invocation.name).file_name().unwrap_or_default().to_string_lossy().into_owned(),
         chdir: invocation.command_line.directory.as_ref().map(|path| path.to_string_lossy().into_owned()),

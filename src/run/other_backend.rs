@@ -139,7 +139,7 @@ impl<'a> Elsewhere<'a> {
         trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
         match verdict {
             Verdict::Ours => {}
-            Verdict::Doubt(reason) if info.who == run.who => return named(reason, Some(&info)),
+            Verdict::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
             Verdict::Doubt(_) | Verdict::Anothers => return Ending::default(),
         }
         self.give_back(&info, (ending, &place, unlock), by, patience)

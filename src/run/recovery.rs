@@ -36,7 +36,6 @@ use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
-use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::report;
 use crate::sys::process::Process;
@@ -478,7 +477,7 @@ fn settle(
     let (places, missing) = places_of(record);
     let recent = may_land(record.log.latest, now);
     let situation = Situation {
-        run: Run::recorded(record.started, &record.log),
+        run: record.proof(),
         // One look is enough: what comes later is found by its tombstone.
         request_may_land: false,
         write_may_land: recent,

@@ -111,6 +111,7 @@ mod tests {
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
         let run = Run {
             who: "root@vm".into(),
+            who_now: String::new(),
             started: "2026-11-23T01:46:07Z".parse().unwrap(),
             disordered: false,
             locking_disabled: false,

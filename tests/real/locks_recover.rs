@@ -11,7 +11,7 @@ use crate::support::process::Run;
 use crate::support::world::WAITS;
 use crate::support::{Ended, Lock, Subject, World};
 
-fn recover(world: &World, more: &[&str]) -> Ended {
+pub fn recover(world: &World, more: &[&str]) -> Ended {
     let mut command = world.command(world.bin().join("tf"));
     command.args(["locks", "recover"]).args(more);
     // From anywhere, and without a terraform.
