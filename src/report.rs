@@ -448,6 +448,26 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
     )
 }
 
+/// Terraform died, and its log is empty: it could not open it, or it died before it wrote. `suspect` is a lock that it may
+/// have held.
+pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
+    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
+    let log = "it wrote no log that tf can read; does it run as another user?";
+    let Some(info) = suspect else {
+        return format!(
+            "{ending}; a state lock that it held was not released: {log}\nto see what is locked, type: tf \
+             locks{directory}"
+        );
+    };
+    let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
+    format!(
+        "{ending}; a state lock that may be its own was not released: {log}\n{}, held by {}\nto see whether its holder \
+         is alive, type: tf locks show{id}{directory}",
+        lock(&info.operation, &info.path, &info.id),
+        visible(&info.who)
+    )
+}
+
 /// Terraform held a lock whose ID is not known, and the lock service could not be asked.
 pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     format!(

@@ -16,6 +16,8 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "real/another_user.rs"]
+mod another_user;
 #[path = "real/answers.rs"]
 mod answers;
 #[cfg(feature = "crash-points")]

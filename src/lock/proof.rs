@@ -50,6 +50,16 @@ impl Run {
     pub(crate) fn is_of(&self, who: &str) -> bool {
         !who.is_empty() && (who == self.who || who == self.who_now)
     }
+
+    /// Whether `who` is any user on this host.
+    pub(crate) fn is_on_its_host(&self, who: &str) -> bool {
+        host(who).is_some_and(|its| [&self.who, &self.who_now].into_iter().any(|ours| host(ours) == Some(its)))
+    }
+}
+
+/// The host of `user@host`. The user's name may have an @ in it.
+fn host(who: &str) -> Option<&str> {
+    who.rsplit_once('@').map(|(_, host)| host).filter(|host| !host.is_empty())
 }
 
 /// What a standing lock is to us.
@@ -334,6 +344,22 @@ mod tests {
         let mut recorded = recorded();
         recorded.who = String::new();
         assert!(matches!(judge(&recorded, &nobody, &run), Verdict::Doubt(_)));
+    }
+
+    #[test]
+    fn another_user_of_this_host_is_on_its_host() {
+        let run = Run { who: "root@vm".into(), who_now: "root@renamed".into(), ..run() };
+        for (who, here) in [
+            ("anna@vm", true),
+            ("anna@example.org@vm", true),
+            ("anna@renamed", true),
+            ("anna@other", false),
+            ("anna@", false),
+            ("vm", false),
+            ("", false),
+        ] {
+            assert_eq!(run.is_on_its_host(who), here, "{who:?}");
+        }
     }
 
     #[test]

@@ -409,14 +409,15 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
 }
 
 /// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the
-/// time of that run. Two machines with one name pass the same test, so it is only ever named.
+/// time of that run. Two machines with one name pass the same test, so it is only ever named. `any_user`: the run may have
+/// worked as another user of this host.
 ///
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
-pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Result<Option<LockInfo>, Failure> {
+pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let begun = Instant::now();
     loop {
-        match look_for_suspect(place, situation).await {
+        match look_for_suspect(place, run, any_user).await {
             Err(failure) if !failure.refused && begun.elapsed() < PATIENCE => sleep(LOOK).await,
             settled => return settled,
         }
@@ -424,14 +425,15 @@ pub(crate) async fn suspect(place: &Place, situation: &Situation) -> Result<Opti
 }
 
 /// One look of [`suspect`].
-async fn look_for_suspect(place: &Place, situation: &Situation) -> Result<Option<LockInfo>, Failure> {
+async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
         let Some(info) = standing.info() else {
             return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
         };
-        if situation.run.is_of(&info.who) && info.created().is_some_and(|created| created >= situation.run.started) {
+        let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
+        if is_possible && info.created().is_some_and(|created| created >= run.started) {
             return Ok(Some(info));
         }
     }

@@ -44,6 +44,8 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) who: &'a str,
     pub(crate) started: Timestamp,
     pub(crate) log: &'a Log,
+    /// Terraform has written nothing into the log.
+    pub(crate) unlogged: bool,
     pub(crate) tree: &'a Tree,
     pub(crate) invocation: &'a Invocation,
     pub(crate) before: &'a DataDirectory,
@@ -172,8 +174,10 @@ impl Aftermath<'_> {
         };
         let is_ours = |lock: &RecordedLock| !places().with_plan(self.destinations).of(lock).is_empty();
         let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log, is_ours);
-        let lost = died && (!self.log.tells_locks() || self.log.is_torn());
-        if !self.log.may_hold() && !died {
+        // A shim's code tells of a death that the log, being empty, does not.
+        let unlogged = self.unlogged && (died || matches!(self.ended, Ended::Exited(129..)));
+        let lost = unlogged || (died && (!self.log.tells_locks() || self.log.is_torn()));
+        if !self.log.may_hold() && !died && !unlogged {
             if self.stop.was_interrupted() {
                 self.name_survivors();
             }
@@ -225,7 +229,7 @@ impl Aftermath<'_> {
             report::say(&report::not_looked_for(&ending, reason));
         }
         if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
-            self.name_suspect(patience, &ending, &places, &situation);
+            self.name_suspect(patience, &ending, &places, &situation, unlogged);
         }
         if died {
             self.name_errored_state();
@@ -347,13 +351,25 @@ impl Aftermath<'_> {
     }
 
     /// Names a lock that only its own JSON connects with this run.
-    fn name_suspect(&self, patience: &mut Patience<'_>, ending: &str, places: &Places, situation: &Situation) {
+    fn name_suspect(
+        &self,
+        patience: &mut Patience<'_>,
+        ending: &str,
+        places: &Places,
+        situation: &Situation,
+        unlogged: bool,
+    ) {
         let Some(place) = places.selected() else { return };
         let _there = Within::enter(&places.working_directory);
-        match patience.until(release::suspect(&place, situation)) {
-            Some(Ok(Some(info))) => report::say(&report::suspected(ending, &info, None, &self.unlock_command())),
+        match patience.until(release::suspect(&place, &situation.run, unlogged)) {
+            Some(Ok(Some(info))) if situation.run.is_of(&info.who) => {
+                report::say(&report::suspected(ending, &info, None, &self.unlock_command()));
+            }
+            Some(Ok(suspect)) if unlogged => {
+                report::say(&report::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
+            }
             Some(Err(failure)) => report::say(&report::suspect_not_looked_for(ending, &failure.to_string())),
-            Some(Ok(None)) | None => {}
+            Some(Ok(_)) | None => {}
         }
     }
 

@@ -73,7 +73,7 @@ impl Standing {
         LeftOver {
             locks: settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect(),
             unnamed: self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect(),
-            elsewhere: false,
+            ..LeftOver::default()
         }
     }
 
@@ -89,7 +89,7 @@ impl Standing {
         LeftOver {
             locks: settled.into_iter().filter(kept).map(|settled| settled.lock).collect(),
             unnamed: unread,
-            elsewhere: false,
+            ..LeftOver::default()
         }
     }
 }

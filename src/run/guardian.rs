@@ -627,7 +627,9 @@ impl<'a> Watch<'a> {
         let shim = ward.tree.is_behind_a_shim();
         let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), shim, &log, is_ours));
         let elsewhere = died && other_backend::may_be_left(&places);
-        if !(log.may_hold() || elsewhere) || !ward.release {
+        let began = ward.record.as_ref().is_some_and(|record| record.terraform.is_some());
+        let unlogged = began && died && ward.recorder.is_untouched() && places.selected().is_some();
+        if !(log.may_hold() || elsewhere || unlogged) || !ward.release {
             return LeftOver::default();
         }
         let mut patience = Patience::Nobodys;
@@ -645,6 +647,8 @@ impl<'a> Watch<'a> {
         remember_requests(abandoned_requests(&settled, ended, at), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
         let mut left_over = standing.untold(settled, &log);
+        // The recovery looks whether a lock is there, and has somebody to tell.
+        left_over.unlogged = unlogged;
         if elsewhere {
             let directory = ward.command_line.directory.as_deref();
             let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);

@@ -64,6 +64,8 @@ pub(crate) struct LeftOver {
     pub(crate) unnamed: Vec<UnnamedLock>,
     /// One that may stand in another backend than S3.
     pub(crate) elsewhere: bool,
+    /// Its terraform died and had written no log: nothing tells whether it held one.
+    pub(crate) unlogged: bool,
 }
 
 impl LeftOver {
@@ -75,7 +77,7 @@ impl LeftOver {
 
     /// Nothing is.
     pub(crate) fn is_empty(&self) -> bool {
-        self.locks.is_empty() && self.unnamed.is_empty() && !self.elsewhere
+        self.locks.is_empty() && self.unnamed.is_empty() && !self.elsewhere && !self.unlogged
     }
 }
 
@@ -123,6 +125,9 @@ pub(crate) struct Record {
     pub(crate) offset: u64,
     /// Its operation is over, and what is left of it could not be done then.
     pub(crate) over: bool,
+    /// See [`LeftOver::unlogged`].
+    #[serde(default)]
+    pub(crate) unlogged: bool,
 }
 
 impl Record {
@@ -151,6 +156,7 @@ impl Record {
             log: Log::default(),
             offset: 0,
             over: false,
+            unlogged: false,
         }
     }
 
@@ -171,6 +177,7 @@ impl Record {
         self.tree.survivors = survivors;
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
+        self.unlogged = left.unlogged;
         self.over = true;
     }
 

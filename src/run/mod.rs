@@ -194,7 +194,7 @@ impl<'a> Prepared<'a> {
         let graveyard = state.as_ref().ok().map(Graveyard::of);
         let program = Program::look(state.as_ref().ok(), &invocation.terraform.path, data_directory);
         let backend = before.backend.as_ref().map(|backend| backend.kind.as_str());
-        let mut recorder = Recorder::open(&run, program.level(backend), variable)?;
+        let mut recorder = Recorder::open(&run, program.level(backend), program.opens, variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
         tree.records_into(recorder.descriptor(), !program.itself);
         if !settings.shared_terminal {
@@ -208,8 +208,9 @@ impl<'a> Prepared<'a> {
 
         let mut changes = recorder.changes();
         changes.push((tree::RUN, Some(nested(variable(tree::RUN), &run))));
-        if program.version.as_ref().is_some_and(Version::is_two_processes) {
-            // In one process it hears our one interrupt (panicwrap, main.go).
+        if program.version.as_ref().map_or(!program.itself, Version::is_two_processes) {
+            // In one process it hears our one interrupt, and keeps our TF_TEMP_LOG_PATH (panicwrap, main.go). Later versions
+            // do not know the variable.
             changes.push(("TF_FORK", Some("0".into())));
         }
         let image = invocation.image(&changes)?;
@@ -361,6 +362,7 @@ impl<'a> Prepared<'a> {
             who: &self.who,
             started: self.started,
             log: &log,
+            unlogged: self.recorder.is_untouched(),
             tree: &self.tree,
             invocation,
             before,

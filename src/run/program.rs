@@ -4,6 +4,10 @@
 //! What only leads to a terraform (a script of tfenv's, tenv, a wrapper of somebody's own) is not asked: it may choose by
 //! directory, download, or do anything else. What it leads to is told by the log of the first run in a directory, which is
 //! therefore asked for everything.
+//!
+//! Such a script may also run terraform as another user (sudo, setpriv), and decide that anew each time; and a terraform
+//! itself may be setuid, or confined by AppArmor or SELinux. Then it cannot open a file of this user's. Whether a terraform
+//! can is tried when it is asked for its version.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::poll;
 use super::state_directory::{StateDirectory, open_private};
+use crate::sys::memory::MemoryFile;
 use crate::terraform::binary::LARGE;
 use crate::terraform::version::{Telling, Version};
 use crate::trace::trace;
@@ -33,6 +38,8 @@ pub(crate) struct Program {
     key: String,
     /// It is a terraform itself, and nothing that only leads to one.
     pub(crate) itself: bool,
+    /// It can open a file that is this user's alone.
+    pub(crate) opens: bool,
     /// None: nobody knows.
     pub(crate) version: Option<Version>,
 }
@@ -42,7 +49,7 @@ impl Program {
     pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
         let file = state.map(|state| state.join("programs.json"));
         let Ok(place) = fs::metadata(path) else {
-            return Self { file: None, key: String::new(), itself: true, version: None };
+            return Self { file: None, key: String::new(), itself: true, opens: true, version: None };
         };
         let mut key =
             format!("{}.{} {} {}.{:09}", place.dev(), place.ino(), place.size(), place.mtime(), place.mtime_nsec());
@@ -51,15 +58,26 @@ impl Program {
             key = format!("{key} {}", data_directory.display());
         }
         let known = file.as_deref().map(read).unwrap_or_default();
-        let mut program = Self { file, itself, version: known.get(&key).cloned(), key };
+        let closed = format!("{key}{CLOSED}");
+        let mut opens = itself && !changes_user(&place);
+        if known.contains_key(&closed) {
+            (opens, key) = (false, closed);
+        }
+        let mut program = Self { file, itself, opens, version: known.get(&key).cloned(), key };
         // Where nothing can be remembered nobody is asked: it would be asked each time.
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {
-                Some(version) => program.remember(&version),
+                Some((version, wrote)) => {
+                    if !wrote && version.telling() != Telling::Nothing {
+                        program.opens = false;
+                        program.key.push_str(CLOSED);
+                    }
+                    program.remember(&version);
+                }
                 None => trace!("{} does not say its version", path.display()),
             }
         }
-        trace!("program: {:?}", program.version);
+        trace!("program: {:?}; opens our files: {}", program.version, program.opens);
         program
     }
 
@@ -108,6 +126,16 @@ fn read(file: &Path) -> BTreeMap<String, Version> {
     read.ok().and_then(|_| serde_json::from_slice(&text).ok()).unwrap_or_default()
 }
 
+/// What the key of a program ends with that cannot open a file of this user's.
+const CLOSED: &str = " closed";
+
+/// Whether a program runs as another user than whoever starts it.
+fn changes_user(place: &fs::Metadata) -> bool {
+    /// S_ISUID (inode(7)).
+    const SET_USER_ID: u32 = 0o4000;
+    place.mode() & SET_USER_ID != 0 && place.uid() != nix::unistd::geteuid().as_raw()
+}
+
 /// Not a script.
 fn is_executable_file(path: &Path) -> bool {
     let mut magic = [0; 4];
@@ -116,8 +144,10 @@ fn is_executable_file(path: &Path) -> bool {
     read.is_ok() && matches!(magic, [0x7f, b'E', b'L', b'F'] | [0xcf, 0xfa, 0xed, 0xfe] | [0xca, 0xfe, 0xba, 0xbe])
 }
 
+/// Asks for its version, and whether it could write its log into a file of this user's.
 #[expect(clippy::disallowed_methods, reason = "it locks nothing, and says its version to us alone")]
-fn ask(path: &Path) -> Option<Version> {
+fn ask(path: &Path) -> Option<(Version, bool)> {
+    let log = MemoryFile::create(&format!("tf-{}.version", std::process::id())).ok()?;
     let kept = std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME");
     let mut child = Command::new(path)
         .arg("version")
@@ -125,6 +155,8 @@ fn ask(path: &Path) -> Option<Version> {
         .envs(kept)
         // It would ask HashiCorp whether there is a newer one.
         .env("CHECKPOINT_DISABLE", "1")
+        .env("TF_LOG_CORE", "INFO")
+        .env("TF_LOG_PATH", &log.path)
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -142,5 +174,6 @@ fn ask(path: &Path) -> Option<Version> {
     }
     let mut said = String::new();
     child.stdout.take()?.take(1 << 16).read_to_string(&mut said).ok()?;
-    Version::of_command(&said)
+    let wrote = log.file.metadata().is_ok_and(|file| file.len() > 0);
+    Version::of_command(&said).map(|version| (version, wrote))
 }

@@ -36,7 +36,7 @@ use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
-use crate::lock::release::{Outcome, Situation};
+use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
 use crate::sys::process::Process;
 use crate::sys::signals::Signals;
@@ -438,6 +438,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
     {
         record.log = recorder.read().clone();
+        record.unlogged = recorder.is_untouched();
         // As long as the record stands, the next one needs it as much as we do.
         recorder.leave();
     }
@@ -470,7 +471,7 @@ fn settle(
 ) -> (Finished, LeftOver) {
     let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
     let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
-    if !record.log.may_hold() && !elsewhere {
+    if !record.log.may_hold() && !elsewhere && !record.unlogged {
         return Default::default();
     }
     let now = Timestamp::now();
@@ -544,6 +545,24 @@ fn settle(
                 }
             }
             None => {}
+        }
+    }
+    if record.unlogged
+        && let Some(place) = places.selected()
+    {
+        let directory = record.working_directory();
+        match patience.until(release::suspect(&place, &situation.run, true)) {
+            Some(Ok(Some(info))) => {
+                messages.push(report::unlogged(&report::earlier_run(record), Some(&info), Some(&directory)));
+                left = true;
+                left_over.unlogged = audience == Audience::Nobody;
+            }
+            Some(Err(failure)) => {
+                messages.push(report::suspect_not_looked_for(&report::earlier_run(record), &failure.to_string()));
+                left = true;
+                left_over.unlogged = true;
+            }
+            Some(Ok(None)) | None => {}
         }
     }
     if elsewhere {

@@ -167,7 +167,10 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
 fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     // Something between us and terraform throws the recorder away: nothing tells which lock was ours.
     let mut world = World::new(Lock::Both, WAITS);
-    world.stand_in("forgets", "#!/bin/sh\nexec env -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n");
+    world.stand_in(
+        "forgets",
+        "#!/bin/sh\nexec env -u TF_TEMP_LOG_PATH -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n",
+    );
     let run = world.start_apply(Subject::Tf);
     let id = id_of(&world.locks()[0]);
     run.kill_terraform();

@@ -193,13 +193,13 @@ fn run_pid_of_terraform(run: &Run) -> Pid {
 fn a_terraform_of_two_processes_is_made_one() {
     let mut world = World::empty(Lock::DynamoDb);
     let script = "#!/bin/sh\necho \"$TF_FORK,$TF_LOG_CORE\" >> seen\n\
-                  echo '2026-11-23T01:46:07.500Z [INFO]  Terraform version: 1.0.11' >> \"$TF_LOG_PATH\"\n";
+                  echo '2026-11-23T01:46:07.500Z [INFO]  Terraform version: 1.0.11' >> \"$TF_TEMP_LOG_PATH\"\n";
     world.stand_in("old", script);
     for _ in 0..2 {
         let end = world.run(Subject::Tf, &["plan"]);
         assert_eq!(end.code(), Some(0), "{}", world.story(&end));
     }
-    assert_eq!(world.read("seen").lines().collect::<Vec<_>>(), [",TRACE", "0,DEBUG"]);
+    assert_eq!(world.read("seen").lines().collect::<Vec<_>>(), ["0,TRACE", "0,DEBUG"]);
 }
 
 /// Both installed: a link called tofu runs OpenTofu's name, and one called terraform Terraform's.

@@ -1,0 +1,173 @@
+//! A terraform that runs as another user than `tf`: by sudo, su or setpriv in a wrapper, or because it is setuid. It cannot open
+//! a log that is this user's alone, and would write it to stderr, with the values of `-var` in clear.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Uid, chown};
+
+use super::locks_recover::recover;
+use super::survived::{assert_nothing_left, records};
+use crate::support::household::{kill_all, wait_until_ours_are_gone};
+use crate::support::process::{Run, terraform_below};
+use crate::support::world::{WAITS, id_of, terraform};
+use crate::support::{Ended, Lock, Subject, World};
+
+const PLAN: [&str; 4] = ["plan", "-no-color", "-var", "a=hunter2"];
+
+/// Nobody.
+const OTHER: u32 = 65534;
+
+fn is_root() -> bool {
+    // tests/left-out names these tests.
+    nix::unistd::geteuid().is_root()
+}
+
+/// Lets every user work there.
+fn open_to_all(path: &Path) {
+    let place = fs::symlink_metadata(path).unwrap();
+    if place.is_symlink() {
+        return;
+    }
+    let mode = place.permissions().mode() | if place.is_dir() { 0o777 } else { 0o666 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    if place.is_dir() {
+        fs::read_dir(path).unwrap().flatten().for_each(|entry| open_to_all(&entry.path()));
+    }
+}
+
+fn world() -> World {
+    let world = World::new(Lock::Both, WAITS);
+    world.write("variables.tf", "variable \"a\" {\ndefault = \"\"\n}\n");
+    fs::set_permissions(world.directory.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    open_to_all(&world.directory);
+    world
+}
+
+/// A script that runs terraform as another user while there is a file `other`.
+fn with_wrapper() -> World {
+    let mut world = world();
+    let script = format!(
+        "#!/bin/sh\ntest -e other && exec setpriv --reuid {OTHER} --clear-groups {0} \"$@\"\nexec {0} \"$@\"\n",
+        terraform().display()
+    );
+    world.stand_in("wrapper", &script);
+    world.write("other", "");
+    world
+}
+
+/// Stdout and stderr are those of the bare `program`, byte for byte.
+#[track_caller]
+fn assert_as_bare(world: &World, program: &Path) {
+    let mut command = world.command(program);
+    command.args(PLAN);
+    let bare: Ended = Run::start(command).wait();
+    assert_eq!(bare.code(), Some(0), "{}", world.story(&bare));
+    let end = world.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), &end.out, &end.err), (Some(0), &bare.out, &bare.err), "{}", world.story(&end));
+}
+
+#[test]
+fn a_terraform_that_cannot_open_the_log_writes_none_of_it_to_stderr() {
+    if !is_root() {
+        return;
+    }
+    let world = with_wrapper();
+    let wrapper = world.directory.join("wrapper");
+    assert_as_bare(&world, &wrapper);
+    // A wrapper decides anew each time: its log has told which terraform it is, and then that cannot open it any more.
+    fs::remove_file(world.directory.join("other")).unwrap();
+    for _ in 0..2 {
+        assert_as_bare(&world, &wrapper);
+    }
+    assert!(world.trace().contains("program: Some(Version"), "{}", world.trace());
+    open_to_all(&world.directory);
+    world.write("other", "");
+    assert_as_bare(&world, &wrapper);
+}
+
+#[test]
+fn a_setuid_terraform_writes_none_of_it_to_stderr_either() {
+    if !is_root() {
+        return;
+    }
+    let mut world = world();
+    let program = world.directory.join("terraform-setuid");
+    fs::copy(terraform(), &program).unwrap();
+    chown(&program, Some(Uid::from_raw(OTHER)), None).unwrap();
+    world.set("TFW_TERRAFORM", &program);
+    for mode in [0o755, 0o4755] {
+        // The mode alone changes: what is remembered of the program is of before.
+        fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
+        assert_as_bare(&world, &program);
+        open_to_all(&world.directory.join(".terraform"));
+    }
+}
+
+fn apply(world: &World) -> Run {
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", "a=hunter2"]);
+    world.wait_for_began(&run);
+    world.assert_locked();
+    run
+}
+
+#[test]
+fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
+    if !is_root() {
+        return;
+    }
+    let world = with_wrapper();
+    let run = apply(&world);
+    run.kill_terraform();
+    let end = run.wait();
+    let id = id_of(&world.locks()[0]);
+    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    assert!(end.err.contains("wrote no log that tf can read"), "{}", world.story(&end));
+    assert!(end.err.contains(&format!("tf locks show {id}")), "{}", world.story(&end));
+    assert!(!end.err.contains("hunter2"), "{}", world.story(&end));
+    world.assert_locked();
+
+    // One that did not lock: nothing is named, and that there was no log is said all the same.
+    world.delete_lock();
+    fs::remove_file(world.directory.join("began")).unwrap();
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock=false"]);
+    world.wait_for_began(&run);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("wrote no log that tf can read"), "{}", world.story(&end));
+    assert!(end.err.lines().any(|line| line.ends_with("type: tf locks")), "{}", world.story(&end));
+}
+
+/// The guardian has nobody to tell, and whoever was killed with it cannot.
+#[test]
+fn killed_with_tf_the_next_one_names_the_lock() {
+    if !is_root() {
+        return;
+    }
+    for guarded in [true, false] {
+        let world = with_wrapper();
+        let run = apply(&world);
+        let id = id_of(&world.locks()[0]);
+        if guarded {
+            for pid in [terraform_below(run.pid()), run.pid()] {
+                kill(pid, Signal::SIGKILL).unwrap();
+            }
+            run.wait();
+            wait_until_ours_are_gone(&world);
+        } else {
+            kill_all(&world);
+            drop(run);
+        }
+        world.assert_locked();
+        assert_eq!(records(&world).len(), 1, "{guarded}: {}", world.trace());
+        let end = recover(&world, &[]);
+        assert_eq!(end.code(), Some(2), "{guarded}: {}", world.story(&end));
+        assert!(end.out.contains("wrote no log that tf can read"), "{guarded}: {}", world.story(&end));
+        assert!(end.out.contains(&format!("tf locks show {id}")), "{guarded}: {}", world.story(&end));
+        world.assert_locked();
+        // It is said once.
+        assert_nothing_left(&world);
+    }
+}
