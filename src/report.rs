@@ -258,10 +258,12 @@ pub(crate) fn may_be_its(record: &Record, info: &LockInfo, why: &str) -> String 
 /// A lock of an earlier run, whose ID its log does not tell, could not be looked for.
 pub(crate) fn not_looked_for_again(record: &Record, why: &str) -> String {
     format!(
-        "an earlier run (pid {}) may have left a state lock, which could not be looked for: {}\nit was reached with {}",
+        "an earlier run (pid {}) may have left a state lock, which could not be looked for: {}\nit was reached with {}\nif it \
+         is gone, type: tf locks recover --forget {}",
         record.tf,
         visible(why),
-        visible(&record.surroundings.needs())
+        visible(&record.surroundings.needs()),
+        visible(&record.run)
     )
 }
 
@@ -325,9 +327,20 @@ pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str)
     )
 }
 
-/// Why a lock of an earlier run counts as standing, though it is not to be seen.
+/// Why a lock that is not seen does not count as gone.
 pub(crate) const ANOTHER_ACCOUNT: &str =
-    "it is not to be seen with the credentials at hand, which are not of its account";
+    "it cannot be seen with the current credentials, which are not known to belong to its account";
+
+/// A lock cannot be seen, and may exist in another account. The journal has a record of it.
+pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> String {
+    format!(
+        "{ending}; its state lock was not released: {ANOTHER_ACCOUNT}\n{}; it was taken with {}\n\
+         with those, type: tf locks recover; if the lock is gone, type: tf locks recover --forget {}",
+        lock(&recorded.operation, &recorded.path, &recorded.id),
+        visible(needs),
+        recorded.id
+    )
+}
 
 /// Why a lock of an earlier run cannot be looked for.
 pub(crate) fn missing(attributes: &str, directory: &str) -> String {

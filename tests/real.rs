@@ -16,6 +16,8 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "real/accounts.rs"]
+mod accounts;
 #[path = "real/another_user.rs"]
 mod another_user;
 #[path = "real/answers.rs"]

@@ -245,12 +245,16 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__recover)
-            opts="--dry-run --run --say --reason"
+            opts="--dry-run --forget --run --say --reason"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --forget)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --run)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

@@ -87,6 +87,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -s y -l yes -d 'Answer yes where it would ask'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l dry-run -d 'Only say what would be done'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l json -d 'One JSON object: its `events` are the lines of the file, the oldest first'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l forget -d 'Drop the record of this lock, which is gone; nothing is released' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l run -d 'Only this run of the journal' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l reason -d 'Why, for the history' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l dry-run -d 'Only say what would be finished'

@@ -17,7 +17,7 @@ use serde_json::json;
 use super::inventory::{self, State};
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
-use crate::lock::access::{Access, Surroundings};
+use crate::lock::access;
 use crate::lock::digest::{self, Comparison};
 use crate::lock::release::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
@@ -309,8 +309,9 @@ impl<'a> Work<'a> {
 fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
     let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
     let journal = Journal::open(&place).ok()?;
-    let access = vec![Access::of(&directory.backend)];
     let run = crate::run::run_id();
+    let (access, mut surroundings) = access::of_run([&directory.backend]);
+    surroundings.identify(&run, &access, &[&directory.backend]);
     let mut record = Record {
         who: lock.who.clone(),
         started: begun,
@@ -319,7 +320,7 @@ fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Time
         directory: directory.path.to_string_lossy().into_owned(),
         data_directory: directory.own_files.to_string_lossy().into_owned(),
         workspaces: vec![state.workspace.clone()],
-        surroundings: Surroundings::of_environment(&run, &access, |name| std::env::var_os(name)),
+        surroundings,
         access,
         ..Record::new(&run, &journal)
     };

@@ -6,13 +6,14 @@ use clap::Args;
 use super::Finding;
 use super::reach::Trouble;
 use crate::another_tf;
-use crate::report;
-use crate::run::recovery;
+use crate::report::{self, visible};
+use crate::run::recovery::{self, Forgotten};
 use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks recover              in an `if: always()` step, or from cron
   tf locks recover --dry-run
+  tf locks recover --forget 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
 Exit codes: 0 nothing is left, 2 a lock could not be given back (it is named), 1 it could not be done.";
 
@@ -21,6 +22,9 @@ pub(super) struct Recover {
     /// Only say what would be finished
     #[arg(long)]
     dry_run: bool,
+    /// Drop the record of this lock, which is gone; nothing is released
+    #[arg(long, value_name = "ID", conflicts_with = "dry_run")]
+    forget: Option<String>,
     /// Only this run of the journal
     #[arg(long, hide = true)]
     run: Option<String>,
@@ -34,6 +38,9 @@ pub(super) struct Recover {
 
 impl Recover {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
+        if let Some(what) = &self.forget {
+            return forget(what);
+        }
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
         let say = if self.say { report::say } else { report::print };
         let recovered =
@@ -43,6 +50,25 @@ impl Recover {
             None if recovered.left > 0 => Finding::Stale,
             None => Finding::Nothing,
         })
+    }
+}
+
+/// For a lock that a person knows to be gone, and that cannot be seen to be: its credentials do not exist any more.
+fn forget(what: &str) -> Result<Finding, Trouble> {
+    match recovery::forget(what) {
+        Forgotten::Yes(pid) => {
+            report::print(&format!(
+                "dropped the record of {what}, which a run here (pid {pid}) left; nothing was released"
+            ));
+            Ok(Finding::Nothing)
+        }
+        Forgotten::Alive(pid) => {
+            Err(Trouble::Said(format!("the run of {what} (pid {pid}) is still alive: nothing was dropped")))
+        }
+        Forgotten::Unknown => Err(Trouble::Said(format!(
+            "no run here has a record of {}\nto see what dead runs have left, type: tf locks recover --dry-run",
+            visible(what)
+        ))),
     }
 }
 

@@ -4,9 +4,7 @@
 //! whoever needs it can look where the run had it from: in the cached backend of its directory, as long as that is still
 //! the same one.
 //!
-//! Under other credentials a lock that is not seen is not gone: another account has a table of the same name, and it is
-//! empty. So what tells one identity from another is kept too: the account ID where it is known without asking anybody,
-//! and else a hash of the access key's ID.
+//! As whom it was reached is kept too ([`super::identity`]).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,10 +12,9 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::attributes::{self, Treatment};
-use super::aws;
+use super::identity::Identity;
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::other_backends::OtherBackend;
 
@@ -84,13 +81,6 @@ impl Access {
             _ => Err(self.withheld.join(", ")),
         }
     }
-
-    /// The account that the block itself names, by a role.
-    fn account(&self) -> Option<String> {
-        let inside = |outer: &str| self.config.get(outer).and_then(|inner| inner.get("role_arn"));
-        let role = inside("assume_role").or_else(|| self.config.get("role_arn"));
-        account_of_role(role.or_else(|| inside("assume_role_with_web_identity"))?.as_str()?)
-    }
 }
 
 /// Whether the attribute is known to hold no secret, in a form that we can follow.
@@ -116,6 +106,17 @@ fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
     set(KEYS[0]).or_else(|| set(KEYS[1]))
 }
 
+/// How a run of `backends` reaches them. As whom, [`Surroundings::identify`] adds.
+pub(crate) fn of_run<'a>(backends: impl IntoIterator<Item = &'a CachedBackend>) -> (Vec<Access>, Surroundings) {
+    let mut all: Vec<Access> = Vec::new();
+    for access in backends.into_iter().map(Access::of) {
+        if !all.contains(&access) {
+            all.push(access);
+        }
+    }
+    (all, Surroundings::of_environment(|name| std::env::var_os(name)))
+}
+
 /// What of the environment decides whom and what a run reaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Surroundings {
@@ -124,21 +125,16 @@ pub(crate) struct Surroundings {
     withheld: Vec<String>,
     /// The environment had credentials.
     had_keys: bool,
-    /// Who they belong to, as far as it is known.
+    /// Who credentials belong to where the backend says nothing of them, as far as it is known.
     identity: Identity,
-}
-
-/// Whose credentials they are.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
-    account: Option<String>,
-    /// A hash of the access key's ID, where the account is not known.
-    key: Option<String>,
+    /// The same for each of the run's backends.
+    #[serde(default)]
+    identities: Vec<Identity>,
 }
 
 impl Surroundings {
-    /// Those of this process. `run` makes the hash another in each run.
-    pub(crate) fn of_environment(run: &str, access: &[Access], variable: impl Fn(&str) -> Option<OsString>) -> Self {
+    /// Those of this process.
+    fn of_environment(variable: impl Fn(&str) -> Option<OsString>) -> Self {
         let set =
             |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
         let mut variables = BTreeMap::new();
@@ -152,8 +148,21 @@ impl Surroundings {
                 None => {}
             }
         }
-        let identity = identity(run, access, &set);
-        Self { variables, withheld, had_keys: key(&set).is_some(), identity }
+        Self { variables, withheld, had_keys: key(&set).is_some(), ..Self::default() }
+    }
+
+    /// Adds as whom `run`, whose terraform starts at this moment, reaches its `backends`, which are reached by `access`. It
+    /// reads the shared files. To be asked where terraform works.
+    pub(crate) fn identify(&mut self, run: &str, access: &[Access], backends: &[&CachedBackend]) {
+        if access.iter().all(Access::is_elsewhere) {
+            return;
+        }
+        let of = |access: &Access| {
+            let backend = backends.iter().find(|backend| Access::of(backend) == *access)?;
+            (backend.kind == "s3").then(|| Identity::at_start(run, backend))
+        };
+        self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
+        self.identity = Identity::now(run, &CachedBackend::from_parts("s3", Map::new(), Origin::default()));
     }
 
     /// What must be changed in an environment so that AWS is reached as it was: each name with its value or none.
@@ -170,31 +179,21 @@ impl Surroundings {
         changes
     }
 
-    /// Whether the credentials that are at hand now are known to be of the same account as the run's. To be asked in an
-    /// environment that was changed as [`Surroundings::changes`] says.
-    pub(crate) async fn are_of_the_same_account(
-        &self,
-        run: &str,
-        access: &[Access],
-        backend: &CachedBackend,
-        variable: impl Fn(&str) -> Option<OsString>,
-    ) -> bool {
-        let set =
-            |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
-        let now = identity(run, access, &set);
-        match (&self.identity, now) {
-            (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) => *then == now,
-            (Identity { account: Some(then), .. }, _) => aws::account(backend).await.as_ref() == Some(then),
-            (Identity { key: Some(then), .. }, now) => now.key.as_ref() == Some(then),
-            // From a profile, a file, a role of this machine: by the same names they are the same ones.
-            (Identity { account: None, key: None }, _) => true,
-        }
+    /// The identities of the run's backends, `count` of them, in their order.
+    pub(super) fn identities(&self, count: usize) -> impl Iterator<Item = Identity> {
+        // A record of an earlier version has one for all.
+        (0..count).map(|place| self.identities.get(place).unwrap_or(&self.identity).clone())
+    }
+
+    /// The identity of the environment alone.
+    pub(super) fn environment(&self) -> &Identity {
+        &self.identity
     }
 
     /// What a person must provide to reach the lock, in words.
     pub(crate) fn needs(&self) -> String {
         let mut text = String::new();
-        match &self.identity.account {
+        match self.identities.iter().chain([&self.identity]).find_map(|identity| identity.account.as_ref()) {
             Some(account) => {
                 let _ = write!(text, "credentials of account {account}");
             }
@@ -214,62 +213,6 @@ impl Surroundings {
         }
         text
     }
-}
-
-fn identity(run: &str, access: &[Access], set: &impl Fn(&str) -> Option<String>) -> Identity {
-    if let Some(account) = access.iter().find_map(Access::account) {
-        return Identity { account: Some(account), key: None };
-    }
-    // A profile of the block goes before keys of the environment.
-    let by_profile =
-        access.iter().any(|access| access.config.contains_key("profile") && !access.origin.is_before_1_6());
-    if let Some(key) = key(set).filter(|_| !by_profile) {
-        return match account_of_key(&key) {
-            Some(account) => Identity { account: Some(account), key: None },
-            None => Identity { account: None, key: Some(hash(run, &key)) },
-        };
-    }
-    Identity { account: set("AWS_ROLE_ARN").and_then(|role| account_of_role(&role)), key: None }
-}
-
-fn hash(run: &str, key: &str) -> String {
-    let digest = Sha256::new().chain_update(run).chain_update([0]).chain_update(key).finalize();
-    digest.iter().take(16).fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// `arn:PARTITION:iam::ACCOUNT:role/NAME`.
-fn account_of_role(arn: &str) -> Option<String> {
-    let account = arn.split(':').nth(4)?;
-    is_account(account).then(|| account.to_owned())
-}
-
-fn is_account(text: &str) -> bool {
-    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
-}
-
-/// The account that an access key's ID carries, in base 32 behind its first four letters. Keys made before 2019 carry none;
-/// their fifth letter lies in the first half of the alphabet. LocalStack and its like take an account ID itself for a key.
-fn account_of_key(key: &str) -> Option<String> {
-    if is_account(key) {
-        return Some(key.to_owned());
-    }
-    let letters = key.get(4..).filter(|letters| key.is_ascii() && letters.len() >= 12)?;
-    let mut number: u128 = 0;
-    for letter in letters.bytes().take(10) {
-        let value = match letter {
-            b'A'..=b'Z' => letter - b'A',
-            b'2'..=b'7' => letter - b'2' + 26,
-            _ => return None,
-        };
-        number = number << 5 | u128::from(value);
-    }
-    // 50 bits were read; the account is in the first 48, between their first bit and their last seven.
-    let first = u64::try_from(number >> 2).ok()?;
-    let account = (first & 0x7fff_ffff_ff80) >> 7;
-    (first >> 47 == 1).then(|| format!("{account:012}"))
 }
 
 #[cfg(test)]
@@ -296,7 +239,6 @@ mod tests {
             assert!(missing.contains(name), "{name}: {missing}");
         }
         assert!(access.backend(Some(&block)).unwrap() == block, "the block itself has them");
-        assert_eq!(access.account().as_deref(), Some("111122223333"));
         let other = backend(r#"{"bucket":"b","key":"k","region":"elsewhere","access_key":"x"}"#);
         assert!(access.backend(Some(&other)).is_err(), "another block has others");
     }
@@ -323,16 +265,6 @@ mod tests {
     }
 
     #[test]
-    fn the_account_of_a_key() {
-        // The example of AWS's own documentation carries an account; ASIA keys do as well.
-        assert_eq!(account_of_key("ASIAQNZGKIQY56JQ7WML").as_deref(), Some("029608264753"));
-        assert_eq!(account_of_key("123456789012").as_deref(), Some("123456789012"));
-        for key in ["AKIAIOSFODNN7EXAMPLE", "test", "", "AKIA", "AKIA0000000000000000"] {
-            assert_eq!(account_of_key(key), None, "{key}");
-        }
-    }
-
-    #[test]
     fn an_address_with_a_user_is_not_kept_in_any_form() {
         for (name, value, kept) in [
             ("https_proxy", "anna:hunter2@proxy:3128", false),
@@ -355,21 +287,8 @@ mod tests {
         assert!(!here.needs().contains("hunter2") && here.withheld.len() == 2);
     }
 
-    #[test]
-    fn whose_keys_count_depends_on_the_version() {
-        let at = |version: &str| {
-            let json = format!(
-                r#"{{"terraform_version":"{version}","backend":{{"type":"s3","config":{{"bucket":"b","profile":"p"}}}}}}"#
-            );
-            let access = Access::of(&CachedBackend::parse(json.as_bytes()).unwrap());
-            identity("run", &[access], &|name: &str| (name == "AWS_ACCESS_KEY_ID").then(|| "111111111111".to_owned()))
-        };
-        assert_eq!(at("1.5.7").account.as_deref(), Some("111111111111"));
-        assert_eq!(at("1.6.0"), Identity::default());
-    }
-
     fn surroundings(set: &[(&str, &str)]) -> Surroundings {
-        Surroundings::of_environment("run", &[], |name| {
+        Surroundings::of_environment(|name| {
             set.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value))
         })
     }
@@ -396,14 +315,5 @@ mod tests {
             KEYS.iter().all(|key| without.contains(&(key, None))),
             "keys of now would go before the profile of then"
         );
-    }
-
-    #[test]
-    fn one_identity_is_told_from_another() {
-        let at = |key: &str| surroundings(&[("AWS_ACCESS_KEY_ID", key)]).identity;
-        assert_eq!(at("111111111111"), Identity { account: Some("111111111111".into()), key: None });
-        assert!(at("test").key.is_some() && at("test") == at("test") && at("test") != at("other"));
-        let role = surroundings(&[("AWS_ROLE_ARN", "arn:aws:iam::444455556666:role/x")]).identity;
-        assert_eq!(role.account.as_deref(), Some("444455556666"));
     }
 }

@@ -221,6 +221,14 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
     }
 }
 
+/// The shared files of now, as the profile that is used sees them.
+///
+/// # Errors
+/// See [`profile`].
+pub(super) async fn profile_of(backend: &CachedBackend) -> Result<EnvConfigSections, String> {
+    profile(backend, &shared_files(backend)).await
+}
+
 /// The profile that is named: by the block, or in one of the two variables that Go's SDK knows.
 pub(super) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Option<String> {
     let named = backend.string("profile").map(ToOwned::to_owned);

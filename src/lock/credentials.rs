@@ -167,6 +167,48 @@ fn source(
     })
 }
 
+/// What tells whose credentials they are, before anybody is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// The ARN of a role that is assumed.
+    Role(String),
+    Account(String),
+    /// The ID of an access key.
+    Key(String),
+    Unknown,
+}
+
+/// See [`Owner`]. `sections` and `set` as in [`source`].
+pub(super) fn owner(
+    backend: &CachedBackend,
+    sections: Result<&EnvConfigSections, &str>,
+    set: impl Fn(&str) -> Option<String>,
+) -> Owner {
+    let text = |name: &str| backend.string(name).map(ToOwned::to_owned);
+    // On top of all others; those below it do not matter.
+    if let Some(arn) = text("assume_role.role_arn").or_else(|| text("role_arn")) {
+        return Owner::Role(arn);
+    }
+    if let Some(id) = text("access_key") {
+        return Owner::Key(id);
+    }
+    if !backend.nested("assume_role_with_web_identity").is_empty() {
+        let arn = text("assume_role_with_web_identity.role_arn").or_else(|| set("AWS_ROLE_ARN"));
+        return arn.map_or(Owner::Unknown, Owner::Role);
+    }
+    match source(backend, sections, &set) {
+        Ok(Source::Environment(keys) | Source::KeysOfProfile(keys)) => Owner::Key(keys.id),
+        Ok(Source::WebIdentity) => set("AWS_ROLE_ARN").map_or(Owner::Unknown, Owner::Role),
+        Ok(Source::Profile(name) | Source::RoleOfProfile(name, _)) => {
+            let profile = sections.ok().and_then(|sections| sections.get_profile(&name));
+            let get = |name: &str| profile.and_then(|profile| profile.get(name)).map(ToOwned::to_owned);
+            let role = get("role_arn").map(Owner::Role);
+            role.or_else(|| get("sso_account_id").map(Owner::Account)).unwrap_or(Owner::Unknown)
+        }
+        Ok(Source::Container | Source::Instance) | Err(_) => Owner::Unknown,
+    }
+}
+
 /// Where a container's credentials are.
 const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
 

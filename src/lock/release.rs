@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep};
 
 use super::causes::causes;
 use super::digest::Comparison;
+use super::identity::Reached;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
 use super::stores::{Removed, Spot, Standing, Stores};
@@ -160,6 +161,8 @@ pub(crate) struct Situation {
     pub(crate) request_may_land: bool,
     /// A write of it can still be on its way.
     pub(crate) write_may_land: bool,
+    /// As whom the run reached its backends: what is not seen as somebody else is not gone.
+    pub(crate) reached: Reached,
 }
 
 /// How giving a lock back came out.

@@ -23,6 +23,7 @@ use crate::crash_point;
 use crate::history::By;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
+use crate::lock::identity::Reached;
 use crate::lock::place::Place;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
@@ -48,6 +49,7 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) unlogged: bool,
     pub(crate) tree: &'a Tree,
     pub(crate) invocation: &'a Invocation,
+    pub(crate) reached: &'a Reached,
     pub(crate) before: &'a DataDirectory,
     /// Where `tf` was started.
     pub(crate) current: &'a Path,
@@ -204,7 +206,8 @@ impl Aftermath<'_> {
         };
         crash_point::reached("tf: tree judged");
         let run = Run::recorded(self.who, self.started, self.log);
-        let situation = Situation { run, request_may_land: died, write_may_land: true };
+        let reached = self.reached.clone();
+        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
         let standing = Standing::find(self.log, &places, &situation, died, patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
@@ -278,6 +281,9 @@ impl Aftermath<'_> {
                     if let Some(unfit) = &released.unfit {
                         report::say(&report::unfit_digest(unfit, self.directory().as_deref()));
                     }
+                }
+                Some(Outcome::Kept { reason, later: true }) if reason == report::ANOTHER_ACCOUNT && kept => {
+                    report::say(&report::not_seen(ending, lock, self.reached.needs()));
                 }
                 Some(Outcome::Kept { reason, later }) => {
                     report::say(&report::kept(ending, lock, reason, *later && kept, &self.unlock_command()));

@@ -10,6 +10,7 @@ use super::tombstone::{Graveyard, Tombstone};
 use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::{self, By, Event, What};
+use crate::lock::identity::Reached;
 use crate::lock::place::Place;
 use crate::lock::release::{self, Failure, Light, Outcome, Situation};
 use crate::report;
@@ -44,13 +45,20 @@ impl Standing {
         // One that ended by itself had its answer, and has gone on where it was given a lock.
         for unnamed in log.standing_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
             let places = places.of_unnamed(unnamed);
-            let mut unseen = !places.is_empty();
+            let mut unseen = true;
             for place in &places {
                 let looked = release::bring_to_light(unnamed, place, situation, died);
                 unseen &= matches!(standing.add(unnamed, patience.until(looked)), Some(Ok(Light::None)));
             }
-            if unseen && died && unnamed.granted.is_none() && may_land(Some(unnamed.asked), Timestamp::now()) {
-                standing.awaited.push(unnamed.clone());
+            if !died || !unseen {
+                continue;
+            }
+            if unnamed.granted.is_none() {
+                if !places.is_empty() && may_land(Some(unnamed.asked), Timestamp::now()) {
+                    standing.awaited.push(unnamed.clone());
+                }
+            } else if let Some(reason) = not_believed(&places, situation, patience) {
+                standing.unread.push((unnamed.clone(), reason.to_owned()));
             }
         }
         standing
@@ -138,14 +146,29 @@ pub(crate) fn give_back(
             // Whoever put this ID into our log knew it from there.
             named(Outcome::kept(report::CLAIMED))
         } else {
-            wherever_it_is(recorded, &places.of(recorded), situation, patience)
-                .or_else(|| named(Outcome::kept(report::NO_PLACE)))
+            let places = places.of(recorded);
+            match wherever_it_is(recorded, &places, situation, patience) {
+                // One that was refused is not missed.
+                Some(absent @ Outcome::Absent { .. }) if may_stand => {
+                    Some(not_believed(&places, situation, patience).map_or(absent, Outcome::later))
+                }
+                outcome => outcome.or_else(|| named(Outcome::kept(report::NO_PLACE))),
+            }
         };
         trace!("lock {}: {outcome:?}", recorded.id);
         let looked_for = matches!(outcome, Some(Outcome::Absent { .. } | Outcome::Released(_)));
         Settled { lock: recorded.clone(), may_still_come: looked_for && died && recorded.locked.is_none(), outcome }
     });
     settled.collect()
+}
+
+/// Why a lock that was seen in none of `places` does not count as gone.
+fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<&'static str> {
+    match patience.until(situation.reached.believes(places)) {
+        Some(true) => None,
+        Some(false) => Some(report::ANOTHER_ACCOUNT),
+        None => Some(report::ENOUGH),
+    }
 }
 
 /// Gives the lock back in the place where it is. `None` where there is no place to look in.
@@ -195,7 +218,8 @@ pub(crate) fn remember_requests<'a>(
 pub(crate) fn visit(tombstone: &Tombstone, places: &Places, patience: &mut Patience<'_>) -> bool {
     let _there = Within::enter(&places.working_directory);
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
-    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false };
+    let reached = Reached::default();
+    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false, reached };
     let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     let Some(Outcome::Released(_)) = outcome else { return false };

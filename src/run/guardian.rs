@@ -48,6 +48,7 @@ use super::tombstone::Graveyard;
 use super::tree::Tree;
 use crate::crash_point;
 use crate::history::By;
+use crate::lock::identity::Reached;
 use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::sys::process::{self, Process, ProcessList};
@@ -129,6 +130,8 @@ pub(crate) struct Ward<'a> {
     pub(crate) record: Option<Record>,
     pub(crate) graveyard: Option<&'a Graveyard>,
     pub(crate) stop: Stop,
+    /// Where it can have locked, as far as that is known at its start.
+    pub(crate) here: &'a Places,
     pub(crate) before: &'a DataDirectory,
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
@@ -306,6 +309,7 @@ struct Watch<'a> {
     signals: Option<Signals>,
     /// A service manager has told the guardian to stop, and `tf` was not told yet.
     unit_is_stopped: bool,
+    reached: Reached,
 }
 
 /// Terraform, as its guardian knows it.
@@ -352,11 +356,17 @@ enum Parting {
 }
 
 impl<'a> Watch<'a> {
-    fn begin(socket: UnixStream, ward: Ward<'a>) {
+    fn begin(socket: UnixStream, mut ward: Ward<'a>) {
         environment::forget(marks_us);
         environment::forget_empty("AWS_");
         ward.tree.see_from_beside();
         crash_point::reached("guardian: watching");
+        // Here nobody waits for it: terraform starts meanwhile.
+        let (access, surroundings) = ward.here.identified(ward.run);
+        let reached = Reached::of(ward.run, &access, &surroundings);
+        if let Some(record) = &mut ward.record {
+            record.surroundings = surroundings;
+        }
         // A descriptor of `tf` would do as well, but it was closed.
         let signals = Signals::listen().ok();
         let mut watch = Self {
@@ -368,6 +378,7 @@ impl<'a> Watch<'a> {
             news: None,
             signals,
             unit_is_stopped: false,
+            reached,
         };
         if watch.until_parting() == Parting::Vanished {
             crash_point::reached("guardian: alone");
@@ -638,7 +649,8 @@ impl<'a> Watch<'a> {
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
         let run = Run::recorded(ward.who, ward.started, &log);
-        let situation = Situation { run, request_may_land: died, write_may_land: true };
+        let reached = self.reached.clone();
+        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
         let standing = Standing::find(&log, &places, &situation, died, &mut patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);

@@ -34,6 +34,7 @@ use super::state_directory::{StateDirectory, is_private, open_private};
 use super::tree::{self, Living};
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
+use crate::lock::identity::Reached;
 use crate::lock::proof::Run;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
@@ -170,6 +171,11 @@ impl Record {
     /// What its locks are judged by.
     pub(crate) fn proof(&self) -> Run {
         Run::recorded(&self.who, self.started, &self.log)
+    }
+
+    /// As whom it reached its backends.
+    pub(crate) fn reached(&self) -> Reached {
+        Reached::of(&self.run, &self.access, &self.surroundings)
     }
 
     /// What is left when a run is over: locks that could not be given back.

@@ -41,7 +41,7 @@ use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
 use crate::crash_point;
-use crate::lock::access::{Access, Surroundings};
+use crate::lock::identity::Reached;
 use crate::report;
 use crate::settings::Settings;
 use crate::sys::signals::Signals;
@@ -245,6 +245,7 @@ impl<'a> Prepared<'a> {
             record: entry.as_ref().map(|(_, record)| record.clone()),
             graveyard: graveyard.as_ref(),
             stop: stop.clone(),
+            here,
             before,
             current,
             data_directory,
@@ -319,6 +320,11 @@ impl<'a> Prepared<'a> {
         // What terraform need not wait for comes after its start.
         let memory_kills = process::out_of_memory_kills();
         environment::forget_empty("AWS_");
+        let (access, surroundings) = here.identified(&self.run);
+        let reached = Reached::of(&self.run, &access, &surroundings);
+        if let Some((_, record)) = &mut self.charge.entry {
+            record.surroundings = surroundings;
+        }
         trace!("started terraform as {terraform}, run {}", self.run);
 
         let mut waiting = settings.release.then(Waiting::default);
@@ -360,6 +366,7 @@ impl<'a> Prepared<'a> {
             stop: &self.stop,
             out_of_memory,
             who: &self.who,
+            reached: &reached,
             started: self.started,
             log: &log,
             unlogged: self.recorder.is_untouched(),
@@ -400,9 +407,7 @@ fn record(
     current: &Path,
     (here, destinations): (&Places, &Destinations),
 ) -> Record {
-    let mut access: Vec<Access> =
-        here.directories.iter().filter_map(|directory| directory.backend.as_ref()).map(Access::of).collect();
-    access.dedup();
+    let (access, surroundings) = here.access();
     Record {
         who: who.to_owned(),
         started,
@@ -414,7 +419,7 @@ fn record(
         data_directory: here.data_directory.clone(),
         workspaces: here.workspaces.clone(),
         plan: destinations.plan().map(|path| path.to_string_lossy().into_owned()),
-        surroundings: Surroundings::of_environment(run, &access, |name| std::env::var_os(name)),
+        surroundings,
         access,
         ..Record::new(run, journal)
     }

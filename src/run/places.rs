@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::destinations::Destinations;
+use super::working_directory::Within;
+use crate::lock::access::{self, Access, Surroundings};
 use crate::lock::place::{self, Place, Workspaces};
+use crate::terraform::backend::CachedBackend;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{RecordedLock, UnnamedLock};
@@ -61,6 +64,23 @@ impl Places {
             self.directories.push(planned);
         }
         self
+    }
+
+    /// The backends, and how they are reached.
+    pub(crate) fn access(&self) -> (Vec<Access>, Surroundings) {
+        access::of_run(self.backends())
+    }
+
+    /// The same, and as whom `run` reaches them, whose terraform starts at this moment.
+    pub(crate) fn identified(&self, run: &str) -> (Vec<Access>, Surroundings) {
+        let _there = Within::enter(&self.working_directory);
+        let (access, mut surroundings) = self.access();
+        surroundings.identify(run, &access, &self.backends().collect::<Vec<_>>());
+        (access, surroundings)
+    }
+
+    fn backends(&self) -> impl Iterator<Item = &CachedBackend> {
+        self.directories.iter().filter_map(|directory| directory.backend.as_ref())
     }
 
     /// Where a lock that a log recorded can be.

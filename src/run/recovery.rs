@@ -41,7 +41,6 @@ use crate::report;
 use crate::sys::process::Process;
 use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
-use crate::terraform::backend::CachedBackend;
 use crate::terraform::binary;
 use crate::terraform::command_line::tells_of_its_lock;
 use crate::terraform::data_directory::DataDirectory;
@@ -229,6 +228,54 @@ pub(crate) fn everything(
         }
     }
     recovered
+}
+
+/// What became of [`forget`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Forgotten {
+    /// What the journal had of it is gone. It was of the run with this pid.
+    Yes(u32),
+    /// Somebody of its run is alive, or takes care of it at this moment.
+    Alive(u32),
+    /// No run in the journal has it.
+    Unknown,
+}
+
+/// Drops what the journal has of the lock `what`, or of the run of that name, whose locks' IDs are not known. Nothing is
+/// released.
+pub(crate) fn forget(what: &str) -> Forgotten {
+    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+        let Some(journal) = Journal::there(&state) else { continue };
+        for name in journal.names() {
+            let is_meant = |record: &Record| {
+                record.run == what || record.log.locks.iter().any(|lock| lock.id == what && !lock.unlocked)
+            };
+            match journal.look(&name) {
+                Found::Dead(mut record, entry, _) if is_meant(&record) => {
+                    let mut left = LeftOver { locks: record.log.locks.clone(), ..LeftOver::default() };
+                    left.locks.retain(|lock| record.run != what && lock.id != what && !lock.unlocked);
+                    if record.run != what {
+                        left.unnamed.clone_from(&record.log.unnamed);
+                        left.unlogged = record.unlogged;
+                    }
+                    let pid = record.tf;
+                    if left.is_empty() {
+                        entry.take_away();
+                    } else {
+                        let survivors = record.tree.survivors.clone();
+                        record.leave(left, survivors);
+                        let _ = entry.write(&record, true);
+                    }
+                    return Forgotten::Yes(pid);
+                }
+                Found::Living(record) | Found::Settling(record) | Found::Doubtful(record, _) if is_meant(&record) => {
+                    return Forgotten::Alive(record.tf);
+                }
+                _ => {}
+            }
+        }
+    }
+    Forgotten::Unknown
 }
 
 /// Whether all that is left of a run is a request that may still land, for a lock whose ID is not known.
@@ -482,6 +529,7 @@ fn settle(
         // One look is enough: what comes later is found by its tombstone.
         request_may_land: false,
         write_may_land: recent,
+        reached: record.reached(),
     };
     // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
     let died = true;
@@ -500,15 +548,6 @@ fn settle(
     let mut messages = Vec::new();
     let mut left_over = LeftOver::default();
     let mut left = !standing.suspects.is_empty();
-    let nothing_seen = standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty();
-    if nothing_seen && record.log.may_hold() {
-        // It was looked for, and not seen: as with those that have a name, that counts in the run's own account alone.
-        let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
-        if !is_gone_for_sure(record, backend, &mut patience) {
-            messages.push(report::not_looked_for_again(record, report::ANOTHER_ACCOUNT));
-            left_over.unnamed = record.log.standing_unnamed().cloned().collect();
-        }
-    }
     messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
     if !standing.suspects.is_empty() && audience == Audience::Nobody {
         left_over.unnamed.extend(record.log.standing_unnamed().cloned());
@@ -531,20 +570,17 @@ fn settle(
                 );
             }
             Some(Outcome::Kept { reason, later }) => {
-                messages.push(report::not_recovered(record, &lock, &reason));
+                messages.push(if reason == report::ANOTHER_ACCOUNT {
+                    report::not_seen(&report::earlier_run(record), &lock, situation.reached.needs())
+                } else {
+                    report::not_recovered(record, &lock, &reason)
+                });
                 left = true;
                 if later || audience == Audience::Nobody {
                     left_over.locks.push(lock);
                 }
             }
-            Some(Outcome::Absent { .. }) => {
-                let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
-                if !is_gone_for_sure(record, backend, &mut patience) {
-                    messages.push(report::not_recovered(record, &lock, report::ANOTHER_ACCOUNT));
-                    left_over.locks.push(lock);
-                }
-            }
-            None => {}
+            Some(Outcome::Absent { .. }) | None => {}
         }
     }
     if record.unlogged
@@ -632,13 +668,4 @@ fn recover_elsewhere(
         Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true, released: false }),
     };
     end.unwrap_or_default()
-}
-
-/// Whether "it is not there" was said by the place where it was: the same account, and by how we have set up our
-/// environment the same region and endpoint.
-fn is_gone_for_sure(record: &Record, backend: Option<&CachedBackend>, patience: &mut Patience<'_>) -> bool {
-    let Some(backend) = backend else { return false };
-    let variable = |name: &str| std::env::var_os(name);
-    let same = record.surroundings.are_of_the_same_account(&record.run, &record.access, backend, variable);
-    patience.until(same).unwrap_or(false)
 }

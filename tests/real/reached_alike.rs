@@ -95,7 +95,7 @@ fn answer(request: &Message, authority: &Arc<Authority>) -> Deed {
 
 /// A request to a proxy names its whole URL, and a bucket may stand in the host: the services want neither. All their
 /// buckets and tables are in one region.
-fn to_services(request: &mut Message) {
+pub fn to_services(request: &mut Message) {
     for (name, value) in &mut request.headers {
         if name.eq_ignore_ascii_case("authorization") {
             for region in ["eu-west-1", "eu-west-2", "eu-west-3", "eu-central-1", "cn-north-1"] {

@@ -1,0 +1,423 @@
+//! Whether "there is no such lock" was said by the place where the run had its lock.
+//!
+//! Under the credentials of another account a lock that is not seen is not gone: that account has a table of the same name,
+//! and it is empty. The run's own credentials need not be those of now: somebody has switched the default profile, logged in
+//! elsewhere, or runs the recovery from another shell. So a run keeps what tells its account without asking anybody: a role,
+//! the account of an SSO profile, the ID of an access key (which has the account in it), `allowed_account_ids`. Terraform's
+//! own log does not tell the account at INFO (aws-sdk-go-base, `Retrieved caller identity from STS`).
+//!
+//! Where the account is not known, or is another one, the place itself may settle it:
+//!
+//! - A bucket's name is given once in all of AWS. If AWS's own endpoint says that the bucket has no such object, that holds
+//!   for everybody. Other stores keep a namespace for each account.
+//! - A table whose name is an ARN says its account.
+//! - The table that has the digest of the state in that bucket, and of no older state, is the table of that state.
+
+use std::fmt::Write as _;
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use aws_runtime::env_config::section::EnvConfigSections;
+use aws_sdk_s3::presigning::PresigningConfig;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::access::{Access, Surroundings};
+use super::credentials::{self, Owner};
+use super::place::Place;
+use super::stores::Stores;
+use super::{aws, digest};
+use crate::terraform::backend::CachedBackend;
+use crate::terraform::log::Halves;
+use crate::trace::trace;
+
+/// Whose credentials they are, as far as it is known without asking anybody.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// The account.
+    pub(crate) account: Option<String>,
+    /// A hash of the access key's ID, where the account is not known.
+    pub(crate) key: Option<String>,
+    /// A hash of what a profile says of endpoints. `None` in a record of an earlier version.
+    #[serde(default)]
+    reach: Option<String>,
+}
+
+impl Identity {
+    /// Those that `backend` has at this moment: `sections` are the shared files. `run` makes the hashes other ones in each
+    /// run.
+    fn new(
+        run: &str,
+        backend: &CachedBackend,
+        sections: Result<&EnvConfigSections, &str>,
+        set: impl Fn(&str) -> Option<String>,
+    ) -> Self {
+        let profile = sections.ok().and_then(|sections| sections.get_profile(sections.selected_profile()));
+        let mut reach = String::new();
+        for name in PLACE {
+            let _ = writeln!(reach, "{}", profile.and_then(|profile| profile.get(name)).unwrap_or_default());
+        }
+        let (account, key) = match credentials::owner(backend, sections, set) {
+            Owner::Account(account) => (is_account(&account).then_some(account), None),
+            Owner::Role(arn) => (account_of_role(&arn), None),
+            Owner::Key(id) => match account_of_key(&id) {
+                Some(account) => (Some(account), None),
+                None => (None, Some(hash(run, &id))),
+            },
+            Owner::Unknown => (None, None),
+        };
+        Self { account, key, reach: Some(hash(run, &reach)) }
+    }
+
+    /// Those that `backend` has at this moment.
+    pub(crate) fn now(run: &str, backend: &CachedBackend) -> Self {
+        // Reading files is all that is asynchronous in it, and the SDK reads them in place (aws-types, os_shim_internal).
+        let sections = at_once(aws::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
+        Self::new(run, backend, sections.as_ref().map_err(String::as_str), aws::set)
+    }
+
+    /// Those that a run of terraform has that is about to start. It refuses to work in any other account than those that
+    /// are allowed (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
+    pub(super) fn at_start(run: &str, backend: &CachedBackend) -> Self {
+        let mut identity = Self::now(run, backend);
+        if let (None, [only]) = (&identity.account, backend.strings("allowed_account_ids").as_slice())
+            && is_account(only)
+        {
+            identity.account = Some((*only).to_owned());
+        }
+        identity
+    }
+}
+
+/// Keys of a profile that decide which place is reached.
+const PLACE: [&str; 5] =
+    ["endpoint_url", "services", "use_fips_endpoint", "use_dualstack_endpoint", "ignore_configured_endpoint_urls"];
+
+/// How the identity of now relates to the run's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Relation {
+    Same,
+    Another,
+    /// The run's account is known, and that of now is what STS says it is.
+    Ask(String),
+    Unknown,
+}
+
+fn relation(then: &Identity, now: &Identity) -> Relation {
+    if then.reach.is_some() && then.reach != now.reach {
+        return Relation::Another;
+    }
+    match (then, now) {
+        (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) if then == now => Relation::Same,
+        (Identity { account: Some(_), .. }, Identity { account: Some(_), .. }) => Relation::Another,
+        (Identity { account: Some(then), .. }, _) => Relation::Ask(then.clone()),
+        (Identity { key: Some(then), .. }, Identity { key: Some(now), .. }) if then == now => Relation::Same,
+        (Identity { key: Some(_), .. }, _) => Relation::Another,
+        (Identity { account: None, key: None, .. }, _) => Relation::Unknown,
+    }
+}
+
+/// What the place tells, whoever looks at it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Evidence {
+    /// The bucket is one of AWS's own, where a name is given once.
+    bucket: bool,
+    /// The table's name is an ARN.
+    arn: bool,
+    /// The table has the digest of the state that is in the bucket.
+    digest: bool,
+}
+
+impl Evidence {
+    async fn gather(place: &Place, stores: &Stores) -> Self {
+        let bucket = is_aws(&address(place, stores).await.unwrap_or_default());
+        let Some(table) = &place.table else { return Self { bucket, ..Self::default() } };
+        let arn = table.starts_with("arn:");
+        // Without the first it would settle nothing, and takes as long as reading the state.
+        let digest = bucket
+            && !arn
+            && digest::compare(stores, &place.bucket, &place.key, table)
+                .await
+                .is_ok_and(|compared| compared.recorded.is_some() && compared.fits());
+        Self { bucket, arn, digest }
+    }
+}
+
+/// Whether a lock with these halves that was not seen is gone. `same`: it was looked for as the run's own account.
+fn settles(same: bool, halves: Halves, evidence: Evidence) -> bool {
+    let object = !halves.s3 || same || evidence.bucket;
+    let item = !halves.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
+    object && item
+}
+
+/// The URL by which the state is reached.
+async fn address(place: &Place, stores: &Stores) -> Option<String> {
+    let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
+    let request = stores.s3.get_object().bucket(&place.bucket).key(&place.key).presigned(signing).await.ok()?;
+    Some(request.uri().to_owned())
+}
+
+/// Whether a URL is AWS's own (the endpoints of its partitions).
+fn is_aws(url: &str) -> bool {
+    let Some(rest) = url.strip_prefix("https://") else { return false };
+    let host = rest.split(['/', '?']).next().unwrap_or_default();
+    [".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".api.aws"].iter().any(|suffix| host.ends_with(suffix))
+}
+
+/// As whom a run reached its backends.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reached {
+    run: String,
+    known: Vec<(Access, Identity)>,
+    /// Of a backend that says nothing of it.
+    environment: Identity,
+    needs: String,
+}
+
+impl Reached {
+    /// What was kept of `run`.
+    pub(crate) fn of(run: &str, access: &[Access], surroundings: &Surroundings) -> Self {
+        Self {
+            run: run.to_owned(),
+            known: access.iter().cloned().zip(surroundings.identities(access.len())).collect(),
+            environment: surroundings.environment().clone(),
+            needs: surroundings.needs(),
+        }
+    }
+
+    /// What a person must have to see its locks, in words.
+    pub(crate) fn needs(&self) -> &str {
+        &self.needs
+    }
+
+    /// Whether a lock that was seen in none of `places`, just now and in this environment, is gone. The backends that the
+    /// run is known to have had decide, and any other only where there is none of those.
+    pub(crate) async fn believes(&self, places: &[Place]) -> bool {
+        let known = |place: &&Place| self.known.iter().any(|(access, _)| *access == Access::of(&place.backend));
+        let of_the_run: Vec<&Place> = places.iter().filter(known).collect();
+        let deciding = if of_the_run.is_empty() { places.iter().collect() } else { of_the_run };
+        for place in deciding {
+            if !self.saw(place).await {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The identity that the run had in `backend`.
+    fn then(&self, backend: &CachedBackend) -> Identity {
+        let access = Access::of(backend);
+        if let Some((_, identity)) = self.known.iter().find(|(known, _)| *known == access) {
+            return identity.clone();
+        }
+        // One that was not known before the run: that of a plan.
+        let alone = Identity::new(&self.run, backend, Err("not those of now"), |_| None);
+        let says = backend.string("profile").is_some() || alone.account.is_some() || alone.key.is_some();
+        if says { alone } else { self.environment.clone() }
+    }
+
+    async fn saw(&self, place: &Place) -> bool {
+        let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
+        let relation = relation(&self.then(&place.backend), &Identity::now(&self.run, &place.backend));
+        let same = match &relation {
+            Relation::Same => true,
+            Relation::Ask(account) => aws::account(&place.backend).await.as_ref() == Some(account),
+            Relation::Another | Relation::Unknown => false,
+        };
+        if settles(same, halves, Evidence::default()) {
+            return true;
+        }
+        let Ok(stores) = Stores::connect(&place.backend).await else { return false };
+        let evidence = Evidence::gather(place, &stores).await;
+        trace!("not seen by {relation:?} ({same}), {evidence:?}");
+        settles(same, halves, evidence)
+    }
+}
+
+/// What a future gives that has nothing to wait for.
+fn at_once<T>(work: impl Future<Output = T>) -> Option<T> {
+    match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => Some(result),
+        Poll::Pending => None,
+    }
+}
+
+fn hash(run: &str, text: &str) -> String {
+    let digest = Sha256::new().chain_update(run).chain_update([0]).chain_update(text).finalize();
+    digest.iter().take(16).fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// `arn:PARTITION:iam::ACCOUNT:role/NAME`.
+fn account_of_role(arn: &str) -> Option<String> {
+    let account = arn.split(':').nth(4)?;
+    is_account(account).then(|| account.to_owned())
+}
+
+fn is_account(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The account that an access key's ID carries, in base 32 behind its first four letters. Keys made before 2019 carry none;
+/// their fifth letter lies in the first half of the alphabet. LocalStack and its like take an account ID itself for a key.
+fn account_of_key(key: &str) -> Option<String> {
+    if is_account(key) {
+        return Some(key.to_owned());
+    }
+    let letters = key.get(4..).filter(|letters| key.is_ascii() && letters.len() >= 12)?;
+    let mut number: u128 = 0;
+    for letter in letters.bytes().take(10) {
+        let value = match letter {
+            b'A'..=b'Z' => letter - b'A',
+            b'2'..=b'7' => letter - b'2' + 26,
+            _ => return None,
+        };
+        number = number << 5 | u128::from(value);
+    }
+    // 50 bits were read; the account is in the first 48, between their first bit and their last seven.
+    let first = u64::try_from(number >> 2).ok()?;
+    let account = (first & 0x7fff_ffff_ff80) >> 7;
+    (first >> 47 == 1).then(|| format!("{account:012}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
+    use aws_types::os_shim_internal::{Env, Fs};
+
+    use super::*;
+    use crate::terraform::backend::tests::backend;
+
+    #[test]
+    fn the_account_of_a_key() {
+        // The example of AWS's own documentation carries an account; ASIA keys do as well.
+        assert_eq!(account_of_key("ASIAQNZGKIQY56JQ7WML").as_deref(), Some("029608264753"));
+        assert_eq!(account_of_key("123456789012").as_deref(), Some("123456789012"));
+        for key in ["AKIAIOSFODNN7EXAMPLE", "test", "", "AKIA", "AKIA0000000000000000"] {
+            assert_eq!(account_of_key(key), None, "{key}");
+        }
+    }
+
+    /// The identity of `backend` with the shared file `file`, its account or, in brackets, its key.
+    fn identity(block: &str, file: &'static str, variables: &[(&str, &str)]) -> Identity {
+        let backend = backend(block);
+        let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
+        let name = aws::profile_name(&backend, set);
+        let (fs, env) = (Fs::real(), Env::from_slice(&[]));
+        let sections = at_once(aws_config::profile::load(&fs, &env, &files, name.map(Into::into))).unwrap().unwrap();
+        Identity::new("run", &backend, Ok(&sections), set)
+    }
+
+    #[test]
+    fn the_account_is_known_where_something_says_it() {
+        const ENV: &[(&str, &str)] = &[("AWS_ACCESS_KEY_ID", "111111111111"), ("AWS_SECRET_ACCESS_KEY", "s")];
+        const WEB: &[(&str, &str)] =
+            &[("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"), ("AWS_ROLE_ARN", "arn:aws:iam::444455556666:role/x")];
+        const STATIC: &str = "[default]\naws_access_key_id = 222222222222\naws_secret_access_key = s\n";
+        const ROLE: &str = "[default]\nrole_arn = arn:aws:iam::333333333333:role/x\nsource_profile = p\n\
+                            [profile p]\naws_access_key_id = 222222222222\naws_secret_access_key = s\n";
+        const SSO: &str = "[default]\nsso_session = s\nsso_account_id = 555555555555\nsso_role_name = r\n";
+        const PROCESS: &str = "[default]\ncredential_process = /bin/x\n";
+        const ASSUME: &str = r#"{"assume_role":{"role_arn":"arn:aws:iam::666666666666:role/x"}}"#;
+        for (block, file, variables, expected) in [
+            ("{}", STATIC, ENV, Some("111111111111")),
+            ("{}", STATIC, &[][..], Some("222222222222")),
+            (r#"{"profile":"default"}"#, STATIC, ENV, Some("222222222222")),
+            ("{}", ROLE, &[], Some("333333333333")),
+            ("{}", STATIC, WEB, Some("444455556666")),
+            ("{}", SSO, &[], Some("555555555555")),
+            (ASSUME, STATIC, ENV, Some("666666666666")),
+            (r#"{"role_arn":"arn:aws:iam::666666666666:role/x"}"#, STATIC, ENV, Some("666666666666")),
+            (r#"{"access_key":"777777777777","secret_key":"s"}"#, STATIC, ENV, Some("777777777777")),
+            ("{}", PROCESS, &[], None),
+            ("{}", "", &[], None),
+            ("{}", STATIC, &[("AWS_PROFILE", "gone")], None),
+        ] {
+            let found = identity(block, file, variables);
+            assert_eq!((found.account.as_deref(), found.key), (expected, None), "{block} {file} {variables:?}");
+        }
+        let by = |key: &str| identity("{}", "", &[("AWS_ACCESS_KEY_ID", key), ("AWS_SECRET_ACCESS_KEY", "s")]);
+        assert!(by("test").key.is_some() && by("test") == by("test") && by("test") != by("other"));
+        assert!(!serde_json::to_string(&by("AKIAIOSFODNN7EXAMPLE")).unwrap().contains("AKIA"));
+    }
+
+    #[test]
+    fn an_endpoint_of_the_profile_is_part_of_the_identity() {
+        let at = |file: &'static str| identity(r#"{"access_key":"777777777777","secret_key":"s"}"#, file, &[]);
+        let (plain, other) = (at(""), at("[default]\nendpoint_url = http://u:hunter2@x\n"));
+        assert_eq!(relation(&plain, &other), Relation::Another);
+        assert_eq!(relation(&other, &other), Relation::Same);
+        assert!(!serde_json::to_string(&other).unwrap().contains("hunter2"));
+        let of_an_earlier_version = Identity { reach: None, ..plain };
+        assert_eq!(relation(&of_an_earlier_version, &other), Relation::Same);
+    }
+
+    #[test]
+    fn only_what_is_known_to_be_the_same_is_the_same() {
+        let account = |account: &str| Identity { account: Some(account.into()), ..Identity::default() };
+        let key = |key: &str| Identity { key: Some(key.into()), ..Identity::default() };
+        let unknown = Identity::default;
+        for (then, now, expected) in [
+            (account("1"), account("1"), Relation::Same),
+            (account("1"), account("2"), Relation::Another),
+            (account("1"), key("k"), Relation::Ask("1".into())),
+            (account("1"), unknown(), Relation::Ask("1".into())),
+            (key("k"), key("k"), Relation::Same),
+            (key("k"), key("l"), Relation::Another),
+            (key("k"), account("1"), Relation::Another),
+            (key("k"), unknown(), Relation::Another),
+            (unknown(), unknown(), Relation::Unknown),
+            (unknown(), account("1"), Relation::Unknown),
+            (unknown(), key("k"), Relation::Unknown),
+        ] {
+            assert_eq!(relation(&then, &now), expected, "{then:?} {now:?}");
+        }
+    }
+
+    #[test]
+    fn each_half_must_be_settled() {
+        for same in [false, true] {
+            for bits in 0..32_u8 {
+                let bit = |place: u8| bits & (1 << place) != 0;
+                let halves = Halves { s3: bit(0), dynamodb: bit(1) };
+                let evidence = Evidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
+                let item = same || bit(3) || (bit(2) && bit(4));
+                let expected = (!bit(0) || same || bit(2)) && (!bit(1) || item);
+                assert_eq!(settles(same, halves, evidence), expected, "{same} {halves:?} {evidence:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_awss_own_hosts_are_awss() {
+        for (url, expected) in [
+            ("https://bucket.s3.eu-west-1.amazonaws.com/key?x", true),
+            ("https://s3.dualstack.us-gov-west-1.amazonaws.com/bucket/key", true),
+            ("https://bucket.s3.cn-north-1.amazonaws.com.cn/key", true),
+            ("https://bucket.vpce-1.s3.eu-west-1.vpce.amazonaws.com/key", true),
+            ("http://bucket.s3.eu-west-1.amazonaws.com/key", false),
+            ("https://s3.example.com/amazonaws.com/key", false),
+            ("https://s3.example.com?x=.amazonaws.com", false),
+            ("https://amazonaws.com.example.com/key", false),
+            ("https://127.0.0.1:4566/bucket/key", false),
+            ("", false),
+        ] {
+            assert_eq!(is_aws(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn terraform_works_in_no_account_but_the_one_that_is_allowed() {
+        let block =
+            |ids: &str| backend(&format!(r#"{{"access_key":"test","secret_key":"s","allowed_account_ids":{ids}}}"#));
+        let at_start = |ids: &str| Identity::at_start("run", &block(ids)).account;
+        assert_eq!(at_start(r#"["888888888888"]"#).as_deref(), Some("888888888888"));
+        assert_eq!(at_start(r#"["888888888888","999999999999"]"#), None);
+        // Of now nobody has made sure.
+        assert_eq!(Identity::now("run", &block(r#"["888888888888"]"#)).account, None);
+    }
+}

@@ -1,0 +1,301 @@
+//! A lock that is not seen counts as gone only in the account of its run: whoever looks may be logged in elsewhere by then. And
+//! where it is gone, nobody is bothered.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::reached_alike::to_services;
+use super::survived::{assert_nothing_left, records};
+use crate::support::authority::Authority;
+use crate::support::cloud::cloud;
+use crate::support::household::{kill_all, wait_until_ours_are_gone};
+use crate::support::http::Message;
+use crate::support::process::{Run, terraform_below};
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::world::{UNSET, WAITS, id_of};
+use crate::support::{Ended, Lock, Subject, World, wait_for};
+
+/// Accounts, which are their own keys in MiniStack.
+const A: &str = "111111111111";
+const B: &str = "222222222222";
+
+/// A key that does not have its account in it.
+const OLD: &str = "test";
+
+const SEEN_BY_OTHERS: &str = "cannot be seen with the current credentials";
+
+/// Makes `profile` the default one.
+fn log_in(world: &World, profile: &str) {
+    let directory = world.directory.parent().unwrap().join("home/.aws");
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(directory.join("credentials"), format!("[default]\n{profile}\n")).unwrap();
+}
+
+fn key(key: &str) -> String {
+    format!("aws_access_key_id = {key}\naws_secret_access_key = s")
+}
+
+/// A profile that tells nothing of its account.
+fn process(world: &World) -> String {
+    let gives = world.directory.join("gives");
+    let credentials = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"s"}"#;
+    fs::write(&gives, format!("#!/bin/sh\nprintf '{credentials}'\n")).unwrap();
+    fs::set_permissions(&gives, fs::Permissions::from_mode(0o755)).unwrap();
+    format!("credential_process = {}", gives.display())
+}
+
+/// A store in which each account has its buckets for itself, as many have that are not AWS: B has one of the same name, which is
+/// empty. MiniStack, as AWS, gives each name once.
+fn a_store_that_keeps_accounts_apart(world: &mut World) -> Proxy {
+    const ABSENT: &str = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
+    let proxy = Proxy::start(cloud().port, |request: &Message| {
+        let is_bs = request.header("authorization").is_some_and(|text| text.contains(&format!("Credential={B}/")));
+        let is_s3 = request.header("authorization").is_some_and(|text| text.contains("/s3/"));
+        if is_bs && is_s3 { Deed::Answer(Message::answer("404 Not Found", ABSENT)) } else { Deed::Pass }
+    });
+    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    proxy
+}
+
+/// A world whose credentials are those of the default profile, `profile`, of `owner`.
+fn world(lock: Lock, owner: &str, profile: &str) -> World {
+    let mut world = World::empty(lock);
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
+        world.set(name, UNSET);
+    }
+    if owner != OLD {
+        assert_eq!(cloud().s3("DELETE", &world.bucket, b"").status(), 204);
+        assert_eq!(cloud().s3_as(owner, "PUT", &world.bucket, b"").status(), 200);
+    }
+    for account in [A, B] {
+        cloud().create_table_as(account, &world.table);
+    }
+    log_in(&world, profile);
+    world.write_main("", WAITS);
+    world.init();
+    world
+}
+
+/// The halves of the lock that exist in `account`.
+fn locks(world: &World, account: &str) -> Vec<String> {
+    let item = (world.lock != Lock::File).then(|| cloud().item_as(account, &world.table, &world.path())).flatten();
+    let object = cloud().s3_as(account, "GET", &format!("{}.tflock", world.path()), b"");
+    let object = (object.status() == 200 && world.lock != Lock::DynamoDb).then(|| object.text());
+    item.into_iter().chain(object).collect()
+}
+
+/// Somebody unlocks it by force, as `account`.
+fn force_unlock(world: &World, account: &str) {
+    let key = serde_json::json!({"TableName": world.table, "Key": {"LockID": {"S": world.path()}}});
+    cloud().dynamodb_as(account, "DeleteItem", &key);
+    cloud().s3_as(account, "DELETE", &format!("{}.tflock", world.path()), b"");
+    assert!(locks(world, account).is_empty());
+}
+
+/// An apply at work, whose lock is written down. Gives its ID.
+fn apply(world: &World, account: &str) -> (Run, String) {
+    let run = world.start_apply(Subject::Tf);
+    let held = locks(world, account);
+    let id = id_of(held.first().expect("a lock"));
+    let written = || {
+        let mut texts = records(world).into_iter().map(|path| fs::read_to_string(path).unwrap_or_default());
+        texts.any(|text| text.contains(&id)).then_some(())
+    };
+    wait_for("the journal", written, || world.trace());
+    (run, id)
+}
+
+/// Ends it by force: terraform alone, with `tf`, or with everybody. Gives what `tf` said, if it lived to say it.
+fn end(world: &World, run: Run, who: Who) -> Option<Ended> {
+    let end = match who {
+        Who::Terraform => {
+            run.kill_terraform();
+            Some(run.wait())
+        }
+        Who::TfToo => {
+            for pid in [terraform_below(run.pid()), run.pid()] {
+                kill(pid, Signal::SIGKILL).unwrap();
+            }
+            run.wait();
+            wait_until_ours_are_gone(world);
+            None
+        }
+        Who::Everybody => {
+            kill_all(world);
+            drop(run);
+            None
+        }
+    };
+    let _ = fs::remove_file(world.directory.join("began"));
+    end
+}
+
+/// From anywhere. The SDK finds the shell of a `credential_process` on PATH.
+fn recover(world: &World, more: &[&str]) -> Ended {
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["locks", "recover"]).args(more).current_dir("/");
+    Run::start(command).wait()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Terraform,
+    TfToo,
+    Everybody,
+}
+
+impl Who {
+    const ALL: [Self; 3] = [Self::Terraform, Self::TfToo, Self::Everybody];
+}
+
+#[test]
+fn a_lock_that_another_accounts_profile_does_not_see_is_not_gone() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        for who in Who::ALL {
+            let mut world = world(lock, A, &key(A));
+            let _proxy = a_store_that_keeps_accounts_apart(&mut world);
+            let (run, id) = apply(&world, A);
+            log_in(&world, &key(B));
+            if let Some(end) = end(&world, run, who) {
+                assert!(end.err.contains(SEEN_BY_OTHERS), "{lock:?}: {}", world.story(&end));
+                assert!(end.err.contains(&format!("credentials of account {A}")), "{lock:?}: {}", world.story(&end));
+                assert!(end.err.contains(&format!("--forget {id}")), "{lock:?}: {}", world.story(&end));
+            }
+            assert_eq!(locks(&world, A).len(), 1, "{lock:?} {who:?}");
+            assert_eq!(records(&world).len(), 1, "{lock:?} {who:?}: {}", world.trace());
+            for _ in 0..2 {
+                let end = recover(&world, &[]);
+                assert_eq!(end.code(), Some(2), "{lock:?} {who:?}: {}", world.story(&end));
+                assert!(end.out.contains(SEEN_BY_OTHERS), "{lock:?} {who:?}: {}", world.story(&end));
+                assert!(end.out.contains(&format!("credentials of account {A}")), "{}", world.story(&end));
+                assert_eq!(locks(&world, A).len(), 1, "{lock:?} {who:?}");
+            }
+            log_in(&world, &key(A));
+            let end = recover(&world, &[]);
+            assert_eq!(end.code(), Some(0), "{lock:?} {who:?}: {}", world.story(&end));
+            assert!(end.out.contains("released the lock"), "{lock:?} {who:?}: {}", world.story(&end));
+            assert!(locks(&world, A).is_empty(), "{lock:?} {who:?}");
+            assert_nothing_left(&world);
+        }
+    }
+}
+
+/// Somebody has forced it in between: that is known, and nobody is told of it.
+#[test]
+fn a_lock_that_is_gone_in_its_own_account_is_gone_without_a_word() {
+    for (account, profile) in [(A, key(A)), (OLD, key(OLD))] {
+        for who in Who::ALL {
+            let world = world(Lock::Both, account, &profile);
+            let (run, _) = apply(&world, account);
+            force_unlock(&world, account);
+            if let Some(end) = end(&world, run, who) {
+                assert!(!end.err.contains("tf:"), "{account} {who:?}: {}", world.story(&end));
+            }
+            let end = recover(&world, &[]);
+            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{account} {who:?}: {}", world.story(&end));
+            assert_nothing_left(&world);
+        }
+    }
+}
+
+/// By the hash of its key alone.
+#[test]
+fn a_key_that_does_not_tell_its_account_is_told_from_another() {
+    let world = world(Lock::DynamoDb, OLD, &key(OLD));
+    let (run, _) = apply(&world, OLD);
+    log_in(&world, &key(B));
+    let end = end(&world, run, Who::Terraform).unwrap();
+    assert!(end.err.contains(SEEN_BY_OTHERS), "{}", world.story(&end));
+    assert_eq!(locks(&world, OLD).len(), 1);
+    log_in(&world, &key(OLD));
+    let end = recover(&world, &[]);
+    assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+}
+
+/// Nothing tells the account, and nothing tells that the place is the right one.
+#[test]
+fn where_nothing_tells_the_account_a_person_settles_it() {
+    for who in Who::ALL {
+        let world = world(Lock::Both, OLD, &key(OLD));
+        log_in(&world, &process(&world));
+        let (run, id) = apply(&world, OLD);
+        force_unlock(&world, OLD);
+        if let Some(end) = end(&world, run, who) {
+            assert!(end.err.contains(SEEN_BY_OTHERS), "{who:?}: {}", world.story(&end));
+            assert!(end.err.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", world.story(&end));
+        }
+        let end = recover(&world, &[]);
+        assert_eq!(end.code(), Some(2), "{who:?}: {}", world.story(&end));
+        assert!(end.out.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", world.story(&end));
+        // It is nobody else's business.
+        let mut other = World::new(Lock::File, "true");
+        other.set("HOME", world.directory.parent().unwrap().join("home"));
+        let plan = other.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!((plan.code(), plan.err.as_str()), (Some(0), ""), "{who:?}: {}", other.story(&plan));
+        let unknown = recover(&world, &["--forget", "11111111-2222-3333-4444-555555555555"]);
+        assert_eq!((unknown.code(), records(&world).len()), (Some(1), 1), "{}", world.story(&unknown));
+        let end = recover(&world, &["--forget", &id]);
+        assert_eq!(end.code(), Some(0), "{who:?}: {}", world.story(&end));
+        assert!(end.out.contains("nothing was released"), "{who:?}: {}", world.story(&end));
+        assert_nothing_left(&world);
+        let end = recover(&world, &[]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{who:?}: {}", world.story(&end));
+    }
+}
+
+#[test]
+fn a_run_that_is_alive_is_not_forgotten() {
+    let world = world(Lock::DynamoDb, A, &key(A));
+    let (run, id) = apply(&world, A);
+    let end = recover(&world, &["--forget", &id]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("still alive"), "{}", world.story(&end));
+    assert_eq!(records(&world).len(), 1);
+    world.go();
+    assert_eq!(run.wait().code(), Some(0));
+}
+
+/// AWS's own hosts, played by a proxy whose authority is trusted. There a bucket's name is given once.
+#[test]
+fn where_aws_itself_says_that_it_is_gone_no_account_must_be_known() {
+    for (lock, has_state, settled) in [
+        (Lock::File, false, true),
+        (Lock::DynamoDb, false, false),
+        (Lock::DynamoDb, true, true),
+        (Lock::Both, true, true),
+    ] {
+        let authority = Authority::new();
+        let tunnel = Arc::clone(&authority);
+        let proxy = Proxy::start_changing(cloud().port, to_services, move |request: &Message| {
+            if request.start.starts_with("CONNECT ") { Deed::Tunnel(Arc::clone(&tunnel)) } else { Deed::Pass }
+        });
+        let mut world = World::empty(lock);
+        let pem = world.directory.parent().unwrap().join("ca.pem");
+        fs::write(&pem, &authority.pem).unwrap();
+        for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"] {
+            world.set(name, UNSET);
+        }
+        world.set("AWS_CA_BUNDLE", pem).set("HTTPS_PROXY", format!("http://127.0.0.1:{}", proxy.port));
+        log_in(&world, &process(&world));
+        world.write_main("", WAITS);
+        world.init();
+        if has_state {
+            world.go();
+            let end = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+            for name in ["go", "began"] {
+                fs::remove_file(world.directory.join(name)).unwrap();
+            }
+            world.write_main("resource \"terraform_data\" \"b\" {\nprovisioner \"local-exec\" {\ncommand = \"touch began; sleep 60\"\n}\n}\n", "true");
+        }
+        let (run, _) = apply(&world, OLD);
+        world.delete_lock();
+        let end = end(&world, run, Who::Terraform).unwrap();
+        let case = format!("{lock:?}, state: {has_state}: {}", world.story(&end));
+        assert_eq!(end.err.contains(SEEN_BY_OTHERS), !settled, "{case}");
+        assert_eq!(records(&world).is_empty(), settled, "{case}");
+    }
+}
