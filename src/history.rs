@@ -42,6 +42,8 @@ pub(crate) enum What {
     Forced,
     /// Somebody wanted it released, and it stands.
     Refused,
+    /// Another run locked the state while its own run worked.
+    Replaced,
 }
 
 /// Who did it.

@@ -331,6 +331,33 @@ pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str)
 pub(crate) const ANOTHER_ACCOUNT: &str =
     "it cannot be seen with the current credentials, which are not known to belong to its account";
 
+/// Another run locked the state while this one worked.
+pub(crate) fn replaced(
+    ending: &str,
+    own: &RecordedLock,
+    by: &LockInfo,
+    program: &str,
+    directory: Option<&str>,
+) -> String {
+    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
+    format!(
+        "{ending}, and another run locked its state while it worked: both may have changed it\nits own lock was {}\n\
+         the other lock is held by {} for {} since {}, ID {}\nwhen that run has ended, compare the state with what \
+         exists: {program}{directory} plan",
+        lock(&own.operation, &own.path, &own.id),
+        visible(&by.who),
+        visible(&by.operation),
+        visible(&by.created),
+        visible(&by.id)
+    )
+}
+
+/// The same for an earlier run.
+pub(crate) fn replaced_earlier(record: &Record, own: &RecordedLock, by: &LockInfo) -> String {
+    let directory = record.working_directory();
+    replaced(&earlier_run(record), own, by, &visible(&record.program), Some(&directory))
+}
+
 /// A lock cannot be seen, and may exist in another account. The journal has a record of it.
 pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> String {
     format!(

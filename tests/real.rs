@@ -77,5 +77,7 @@ mod stopped_together;
 mod survived;
 #[path = "real/terminal.rs"]
 mod terminal;
+#[path = "real/two_at_once.rs"]
+mod two_at_once;
 #[path = "real/where_it_is.rs"]
 mod where_it_is;

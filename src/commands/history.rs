@@ -52,6 +52,7 @@ fn line(event: &Event) -> String {
         What::Released => "released",
         What::Forced => "forced  ",
         What::Refused => "refused ",
+        What::Replaced => "replaced",
     };
     let by = match event.by {
         By::Tf => "tf",

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
 use super::destinations::Destinations;
-use super::giving_back::{Settled, Standing, bury, give_back, remember, remember_requests, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, remember, remember_requests, replaced, visit};
 use super::journal::{Journal, LeftOver};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -208,6 +208,8 @@ impl Aftermath<'_> {
         let run = Run::recorded(self.who, self.started, self.log);
         let reached = self.reached.clone();
         let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        // What is below terraform worked until now.
+        let until = Timestamp::now();
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
         let standing = Standing::find(self.log, &places, &situation, died, patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
@@ -216,6 +218,9 @@ impl Aftermath<'_> {
         remember_requests(abandoned_requests(&settled, Some(self.ended), at), &situation, self.graveyard);
         self.tell(&settled, &remembered, &ending);
         remember(&settled, By::Tf, &ending, None);
+        for one in replaced(&settled, &places, died, until, By::Tf, patience) {
+            report::say(&report::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
+        }
         for settled in &settled {
             if let Some(Outcome::Absent { anothers: Some(id) }) = &settled.outcome {
                 self.release_late(patience, id, &places);

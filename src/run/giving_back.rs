@@ -2,6 +2,7 @@
 //! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
 
 use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
 
 use super::journal::LeftOver;
 use super::patience::Patience;
@@ -162,6 +163,50 @@ pub(crate) fn give_back(
     settled.collect()
 }
 
+/// Another's lock in the place of a run's own, taken while the run worked: somebody forced the run's lock, or the service
+/// keeps nobody out. Two runs have worked on one state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Replaced {
+    /// The run's own lock.
+    pub(crate) own: RecordedLock,
+    /// The one that is there.
+    pub(crate) by: LockInfo,
+}
+
+/// Which of `settled` were replaced while the run worked, which it did `until` then. It is written into the history.
+pub(crate) fn replaced(
+    settled: &[Settled],
+    places: &Places,
+    died: bool,
+    until: Timestamp,
+    by: By,
+    patience: &mut Patience<'_>,
+) -> Vec<Replaced> {
+    let mut all = Vec::new();
+    let _there = Within::enter(&places.working_directory);
+    for Settled { lock, outcome, .. } in settled {
+        let Some(Outcome::Absent { anothers: Some(id) }) = outcome else { continue };
+        let mut standing = Vec::new();
+        for place in places.of(lock) {
+            standing.extend(patience.until(release::standing(&place)).unwrap_or_default());
+        }
+        let other = standing.into_iter().find(|info| info.id == *id);
+        if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
+            let why = format!("while its run worked, {} locked the same state, ID {}", info.who, info.id);
+            history::record(&Event::of_recorded(What::Replaced, by, lock, &why, None));
+            all.push(Replaced { own: lock.clone(), by: info });
+        }
+    }
+    all
+}
+
+/// Whether the holder of `other` locked the state while the run of `own` had not ended, which it had `until` then. A
+/// terraform whose unlock was refused, because the lock was another's, tells so whatever the clocks of both hosts say.
+fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
+    let refused = !died && own.unlocking && !own.unlocked;
+    own.locked.is_some() && (refused || other.created().is_some_and(|created| created <= until))
+}
+
 /// Why a lock that was seen in none of `places` does not count as gone.
 fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<&'static str> {
     match patience.until(situation.reached.believes(places)) {
@@ -240,4 +285,36 @@ pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
     /// S3's are valid for 15 minutes, DynamoDB's for 5.
     const VALID: SignedDuration = SignedDuration::from_mins(20);
     then.is_none_or(|then| now.duration_since(then) < VALID)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::Halves;
+
+    #[test]
+    fn two_worked_at_once_where_the_other_locked_before_the_end_or_refused_the_unlock() {
+        let at = |second: u32| format!("2026-11-23T01:46:{second:02}Z");
+        let info = |created: String| LockInfo {
+            id: crate::terraform::log::tests::ID.into(),
+            operation: "OperationTypeApply".into(),
+            who: "anna@other".into(),
+            version: "1.11.4".into(),
+            created,
+            path: "b/k".into(),
+        };
+        let end: Timestamp = at(30).parse().unwrap();
+        let mut own = RecordedLock::held(&info(at(1)), "b", "k", Halves::default(), at(1).parse().unwrap());
+        for (created, before) in [(at(20), true), (at(30), true), (at(40), false), ("yesterday".into(), false)] {
+            for died in [false, true] {
+                for unlocking in [false, true] {
+                    own.unlocking = unlocking;
+                    let expected = before || (!died && unlocking);
+                    assert_eq!(worked_at_once(&own, &info(created.clone()), died, end), expected, "{created} {died}");
+                }
+            }
+        }
+        own.locked = None;
+        assert!(!worked_at_once(&own, &info(at(20)), false, end), "it was refused, and did not work");
+    }
 }

@@ -34,7 +34,7 @@ use nix::unistd::Pid;
 
 use super::aftermath::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
 use super::destinations::Destinations;
-use super::giving_back::{Standing, bury, give_back, remember, remember_requests};
+use super::giving_back::{Standing, bury, give_back, remember, remember_requests, replaced};
 use super::journal::{Entry, Journal, LeftOver, Record};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -651,6 +651,8 @@ impl<'a> Watch<'a> {
         let run = Run::recorded(ward.who, ward.started, &log);
         let reached = self.reached.clone();
         let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        // What is below terraform worked until now.
+        let until = Timestamp::now();
         let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
         let standing = Standing::find(&log, &places, &situation, died, &mut patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
@@ -658,9 +660,11 @@ impl<'a> Watch<'a> {
         bury(&settled, &situation, ward.graveyard);
         remember_requests(abandoned_requests(&settled, ended, at), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
+        let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);
         let mut left_over = standing.untold(settled, &log);
         // The recovery looks whether a lock is there, and has somebody to tell.
         left_over.unlogged = unlogged;
+        left_over.replaced = replaced;
         if elsewhere {
             let directory = ward.command_line.directory.as_deref();
             let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);

@@ -27,6 +27,7 @@ use jiff::Timestamp;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::giving_back::Replaced;
 use super::host::{Host, Standpoint};
 use super::membership::TreeIdentity;
 use super::recorder::Recorder;
@@ -67,6 +68,8 @@ pub(crate) struct LeftOver {
     pub(crate) elsewhere: bool,
     /// Its terraform died and had written no log: nothing tells whether it held one.
     pub(crate) unlogged: bool,
+    /// Those that were replaced while it worked: a person must hear of it.
+    pub(crate) replaced: Vec<Replaced>,
 }
 
 impl LeftOver {
@@ -78,7 +81,11 @@ impl LeftOver {
 
     /// Nothing is.
     pub(crate) fn is_empty(&self) -> bool {
-        self.locks.is_empty() && self.unnamed.is_empty() && !self.elsewhere && !self.unlogged
+        self.locks.is_empty()
+            && self.unnamed.is_empty()
+            && !self.elsewhere
+            && !self.unlogged
+            && self.replaced.is_empty()
     }
 }
 
@@ -129,6 +136,9 @@ pub(crate) struct Record {
     /// See [`LeftOver::unlogged`].
     #[serde(default)]
     pub(crate) unlogged: bool,
+    /// See [`LeftOver::replaced`].
+    #[serde(default)]
+    pub(crate) replaced: Vec<Replaced>,
 }
 
 impl Record {
@@ -158,6 +168,7 @@ impl Record {
             offset: 0,
             over: false,
             unlogged: false,
+            replaced: Vec::new(),
         }
     }
 
@@ -184,6 +195,7 @@ impl Record {
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
         self.unlogged = left.unlogged;
+        self.replaced = left.replaced;
         self.over = true;
     }
 

@@ -22,7 +22,7 @@ use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
 use super::destinations::Destinations;
-use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, replaced, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, LeftOver, Record};
 use super::other_backend::{self, Elsewhere};
@@ -518,7 +518,7 @@ fn settle(
 ) -> (Finished, LeftOver) {
     let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
     let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
-    if !record.log.may_hold() && !elsewhere && !record.unlogged {
+    if !record.log.may_hold() && !elsewhere && !record.unlogged && record.replaced.is_empty() {
         return Default::default();
     }
     let now = Timestamp::now();
@@ -547,6 +547,14 @@ fn settle(
     remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
     let mut left_over = LeftOver::default();
+    // It worked at least until it wrote the last record of its log.
+    let until = record.log.latest.unwrap_or(record.started);
+    let mut replaced = replaced(&settled, &places, died, until, By::Recovery, &mut patience);
+    replaced.extend(record.replaced.iter().cloned());
+    messages.extend(replaced.iter().map(|one| report::replaced_earlier(record, &one.own, &one.by)));
+    if audience == Audience::Nobody {
+        left_over.replaced = replaced;
+    }
     let mut left = !standing.suspects.is_empty();
     messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
     if !standing.suspects.is_empty() && audience == Audience::Nobody {

@@ -1,0 +1,115 @@
+//! A run whose lock became another's while it worked: the other lock is left alone, and a person is told that two have worked on
+//! one state.
+
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::locks_recover::recover;
+use super::survived::{assert_nothing_left, killed_whole, records};
+use crate::support::household::wait_until_ours_are_gone;
+use crate::support::process::{Run, terraform_below};
+use crate::support::world::{WAITS, id_of, lock_json};
+use crate::support::{Ended, Lock, Subject, World};
+
+const OTHER: &str = "11111111-2222-3333-4444-555555555555";
+
+const SAID: &str = "another run locked its state while it worked";
+
+/// Somebody removes the lock of `world` by force, and somebody else takes it, `created` then.
+fn taken_over(world: &World, created: &str) -> String {
+    world.delete_lock();
+    let mut info: serde_json::Value = serde_json::from_str(&lock_json(OTHER, &world.path())).unwrap();
+    (info["Who"], info["Created"]) = ("anna@elsewhere".into(), created.into());
+    world.put_lock(&info.to_string());
+    info.to_string()
+}
+
+fn now() -> String {
+    jiff::Timestamp::now().to_string()
+}
+
+/// An apply at work, and the ID of its lock.
+fn apply(world: &World) -> (Run, String) {
+    let run = world.start_apply(Subject::Tf);
+    world.assert_locked();
+    world.wait_for_trace("journal written");
+    let id = id_of(&world.locks()[0]);
+    (run, id)
+}
+
+#[track_caller]
+fn assert_said(world: &World, end: &Ended, said: &str, own: &str, other: &str) {
+    assert_eq!(said.matches(SAID).count(), 1, "{}", world.story(end));
+    for text in [own, OTHER, "anna@elsewhere", "plan"] {
+        assert!(said.contains(text), "{text}: {}", world.story(end));
+    }
+    assert!(world.locks().iter().all(|lock| lock == other), "{:?}", world.locks());
+    world.assert_locked();
+}
+
+#[test]
+fn a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, WAITS);
+        let (run, own) = apply(&world);
+        let other = taken_over(&world, &now());
+        run.kill_terraform();
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+        assert_said(&world, &end, &end.err, &own, &other);
+        assert_nothing_left(&world);
+        let history = fs::read_to_string(world.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl"));
+        assert!(history.unwrap().contains(r#""event":"replaced""#), "{}", world.story(&end));
+    }
+}
+
+/// Its unlock is refused, which tells it whatever the clock of the other host says.
+#[test]
+fn a_run_that_ends_by_itself_after_its_lock_was_taken_over_says_it_too() {
+    for (lock, created) in [
+        (Lock::DynamoDb, now()),
+        (Lock::File, now()),
+        (Lock::Both, now()),
+        (Lock::DynamoDb, "2099-01-01T00:00:00Z".to_owned()),
+    ] {
+        let world = World::new(lock, WAITS);
+        let (run, own) = apply(&world);
+        let other = taken_over(&world, &created);
+        world.go();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert_said(&world, &end, &end.err, &own, &other);
+        assert_nothing_left(&world);
+    }
+}
+
+#[test]
+fn after_a_killed_tf_the_next_one_says_it_once() {
+    for ends_by_itself in [false, true] {
+        let world = World::new(Lock::Both, WAITS);
+        let (run, own) = apply(&world);
+        let other = taken_over(&world, &now());
+        if !ends_by_itself {
+            kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
+        }
+        kill(run.pid(), Signal::SIGKILL).unwrap();
+        run.wait();
+        world.go();
+        wait_until_ours_are_gone(&world);
+        assert_eq!(records(&world).len(), 1, "{ends_by_itself}: {}", world.trace());
+        let end = recover(&world, &[]);
+        assert_said(&world, &end, &end.out, &own, &other);
+        assert_nothing_left(&world);
+    }
+}
+
+/// A dead run's lock that somebody removed, and somebody took: nobody worked at once.
+#[test]
+fn a_lock_that_was_taken_after_the_run_had_ended_is_no_alarm() {
+    let world = killed_whole(Lock::Both);
+    let other = taken_over(&world, &now());
+    let end = recover(&world, &[]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+    assert_eq!(world.locks(), [other.clone(), other]);
+}
