@@ -495,7 +495,7 @@ pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Opti
     let log = "it wrote no log that tf can read; does it run as another user?";
     let Some(info) = suspect else {
         return format!(
-            "{ending}; a state lock that it held was not released: {log}\nto see what is locked, type: tf \
+            "{ending}; its state lock, if it held one, was not released: {log}\nto see what is locked, type: tf \
              locks{directory}"
         );
     };

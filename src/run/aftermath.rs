@@ -45,7 +45,7 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) who: &'a str,
     pub(crate) started: Timestamp,
     pub(crate) log: &'a Log,
-    /// Terraform has written nothing into the log.
+    /// Terraform has written nothing into the log, and may have been unable to.
     pub(crate) unlogged: bool,
     pub(crate) tree: &'a Tree,
     pub(crate) invocation: &'a Invocation,

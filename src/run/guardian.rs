@@ -639,7 +639,7 @@ impl<'a> Watch<'a> {
         let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), shim, &log, is_ours));
         let elsewhere = died && other_backend::may_be_left(&places);
         let began = ward.record.as_ref().is_some_and(|record| record.terraform.is_some());
-        let unlogged = began && died && ward.recorder.is_untouched() && places.selected().is_some();
+        let unlogged = began && died && ward.recorder.is_closed() && places.selected().is_some();
         if !(log.may_hold() || elsewhere || unlogged) || !ward.release {
             return LeftOver::default();
         }

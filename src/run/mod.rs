@@ -369,7 +369,7 @@ impl<'a> Prepared<'a> {
             reached: &reached,
             started: self.started,
             log: &log,
-            unlogged: self.recorder.is_untouched(),
+            unlogged: self.recorder.is_closed(),
             tree: &self.tree,
             invocation,
             before,

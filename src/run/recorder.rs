@@ -60,6 +60,8 @@ enum Sink {
 pub(crate) struct Recorder {
     file: MemoryFile,
     sink: Sink,
+    /// Terraform is known to be able to write into it.
+    opens: bool,
     /// Variables that an outer `tf` has set for its own recorder.
     inherited: Vec<&'static str>,
     offset: u64,
@@ -81,7 +83,7 @@ impl Recorder {
         let inherited = inherited(&variable);
         let sink = choose(level, opens, |name| variable(name).filter(|_| !inherited.contains(&name)));
         let file = MemoryFile::create(&name(id))?;
-        Ok(Self { file, sink, inherited, offset: 0, log: Log::default() })
+        Ok(Self { file, sink, opens, inherited, offset: 0, log: Log::default() })
     }
 
     /// The recorder that run `id` has left behind, to be read on from where `log` ends.
@@ -89,7 +91,7 @@ impl Recorder {
         let file = MemoryFile::find(&name(id))?;
         // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
         let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
-        Some(Self { file, sink: Sink::Core("INFO"), inherited: Vec::new(), offset, log })
+        Some(Self { file, sink: Sink::Core("INFO"), opens: false, inherited: Vec::new(), offset, log })
     }
 
     /// Takes away what run `id` has left behind.
@@ -120,9 +122,10 @@ impl Recorder {
         changes
     }
 
-    /// Whether terraform has written nothing into it.
-    pub(crate) fn is_untouched(&self) -> bool {
-        self.offset == 0 && self.file.file.metadata().is_ok_and(|file| file.len() == 0)
+    /// Whether terraform has written nothing into it, and may have been unable to. One that can write and has not has asked
+    /// for no lock: its first record comes before that.
+    pub(crate) fn is_closed(&self) -> bool {
+        !self.opens && self.offset == 0 && self.file.file.metadata().is_ok_and(|file| file.len() == 0)
     }
 
     /// Where terraform finds it.

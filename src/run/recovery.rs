@@ -485,7 +485,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
     {
         record.log = recorder.read().clone();
-        record.unlogged = recorder.is_untouched();
+        record.unlogged = recorder.is_closed();
         // As long as the record stands, the next one needs it as much as we do.
         recorder.leave();
     }
