@@ -17,11 +17,16 @@ pub fn locks(world: &World, words: &[&str]) -> Ended {
     Run::start(command).wait()
 }
 
-/// A lock of this user on this host from a time when no terraform of today ran: any other test's started later.
+/// A lock of this user on this host, older than any boot of it: its holder is likely dead however long this machine is up.
 pub fn old_lock(world: &World) -> String {
+    put_lock_of("2020-01-01T00:00:00Z".parse().unwrap(), world)
+}
+
+/// A lock of this user on this host, created at `created`.
+fn put_lock_of(created: jiff::Timestamp, world: &World) -> String {
     let mut info: Value =
         serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
-    info["Created"] = booted().checked_add(jiff::SignedDuration::from_secs(10)).unwrap().to_string().into();
+    info["Created"] = created.to_string().into();
     let info = info.to_string();
     world.put_lock(&info);
     info
@@ -76,9 +81,11 @@ fn what_is_alive_stays_and_its_process_is_named() {
 
 #[test]
 fn what_is_likely_dead_needs_a_yes() {
-    for lock in Lock::ALL {
+    // Older than this boot; and of its first seconds, when no terraform of today ran: any other test's started later.
+    let ages = ["2020-01-01T00:00:00Z".parse().unwrap(), booted() + jiff::SignedDuration::from_secs(10)];
+    for (lock, created) in Lock::ALL.into_iter().flat_map(|lock| ages.map(|created| (lock, created))) {
         let world = World::new(lock, "true");
-        old_lock(&world);
+        put_lock_of(created, &world);
         let end = locks(&world, &["release"]);
         assert_eq!(end.code(), Some(1), "{}", world.story(&end));
         assert!(end.err.contains("likely dead") && end.err.contains("--yes"), "{}", end.err);
