@@ -16,6 +16,7 @@ mod run;
 mod settings;
 mod sys;
 mod terraform;
+mod time;
 mod trace;
 
 use std::ffi::OsString;

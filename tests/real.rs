@@ -49,6 +49,8 @@ mod locks_recover;
 mod locks_release;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
+#[path = "real/never_hangs.rs"]
+mod never_hangs;
 #[path = "real/permissions.rs"]
 mod permissions;
 #[path = "real/process_tree.rs"]

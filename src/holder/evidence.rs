@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
+use crate::time::saturating_add;
 
 /// What is believed of a holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -194,15 +195,17 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         note("its Created is not a time".into(), "nothing");
         return (Verdict::Unknown, "its Created is not a time".into());
     };
-    if let Some(booted) = seen.booted.filter(|booted| created + SLACK < *booted) {
+    if let Some(booted) = seen.booted.filter(|booted| saturating_add(created, SLACK) < *booted) {
         note(
             format!("it was made before this host was started ({booted:.0})"),
             "that it is likely dead, if this is the host that its Who means",
         );
         return (Verdict::LikelyDead, "older than the start of its host, this one".into());
     }
-    let mut older =
-        seen.terraforms.iter().filter(|process| process.started.is_none_or(|started| started <= created + SLACK));
+    let mut older = seen
+        .terraforms
+        .iter()
+        .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, SLACK)));
     if let Some(process) = older.next() {
         let name = report::visible(&process.program);
         note(format!("{name} (pid {}) runs here since before the lock was made", process.pid), "that it may be alive");
@@ -287,6 +290,17 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// Anybody who may write the bucket may write such a lock.
+    #[test]
+    fn no_time_of_a_lock_panics() {
+        for created in [Timestamp::MIN, Timestamp::MAX] {
+            let started = Some(at(MADE));
+            let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started }];
+            let judgement = judge(&lock("anna@vm", &created.to_string()), &Seen { terraforms, ..seen() });
+            assert_eq!(judgement.verdict == Verdict::LikelyDead, created == Timestamp::MIN, "{judgement:?}");
         }
     }
 

@@ -21,6 +21,7 @@ use super::causes::causes;
 use super::credentials;
 use super::network::{Network, usable};
 use super::proxies::Proxies;
+use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
 /// The account that the credentials of this moment belong to, as STS says. `None` where it does not answer.
@@ -183,25 +184,32 @@ pub(super) fn shared_files(backend: &CachedBackend) -> SharedFiles {
 }
 
 impl SharedFiles {
-    /// Those that are there: Go's SDK passes the others over, and the one for Rust would not have any of them then.
+    /// Those that are there: Go's SDK passes the others over, and the one for Rust would not have any of them then. One
+    /// that is no regular file is not read: a release must not wait for it.
     pub(super) fn builder(&self) -> aws_runtime::env_config::file::Builder {
         let mut files = EnvConfigFiles::builder()
-            .include_default_config_file(self.configs.is_empty())
+            .include_default_config_file(self.configs.is_empty() && unreadable_default().is_none())
             .include_default_credentials_file(self.credentials.is_empty());
         for (kind, paths) in
             [(EnvConfigFileKind::Config, &self.configs), (EnvConfigFileKind::Credentials, &self.credentials)]
         {
-            for path in paths.iter().filter(|path| path.exists()) {
+            for path in paths.iter().filter(|path| plain_file::is_plain(path)) {
                 files = files.with_file(kind, path);
             }
         }
         files
     }
 
-    /// One that is not there.
-    fn absent(&self) -> Option<&Path> {
-        self.configs.iter().chain(&self.credentials).find(|path| !path.exists()).map(PathBuf::as_path)
+    /// One that is not there, or cannot be read at once.
+    fn absent(&self) -> Option<PathBuf> {
+        let named = self.configs.iter().chain(&self.credentials).find(|path| !plain_file::is_plain(path)).cloned();
+        named.or_else(|| unreadable_default().filter(|_| self.configs.is_empty()))
     }
+}
+
+/// The file that the SDK itself takes for the default one, if that is there and no regular file.
+fn unreadable_default() -> Option<PathBuf> {
+    set("AWS_CONFIG_FILE").map(PathBuf::from).filter(|path| path.exists() && !plain_file::is_plain(path))
 }
 
 /// The shared files as the profile that is used sees them.
@@ -215,7 +223,7 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
     let sections = sections.map_err(|error| causes(&error))?;
     match shared.absent() {
         Some(path) if sections.get_profile(sections.selected_profile()).is_none() => {
-            Err(format!("{} is not there", path.display()))
+            Err(format!("{} is not there, or is no regular file", path.display()))
         }
         _ => Ok(sections),
     }
@@ -255,7 +263,7 @@ fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> 
     let path = named.map(|path| expand(&path));
     let path = path.or_else(|| profile.and_then(|profile| profile.get("ca_bundle")).map(OsString::from));
     let Some(path) = path else { return Ok(None) };
-    let pem = std::fs::read(&path).map_err(|error| error.to_string());
+    let pem = plain_file::read(Path::new(&path)).map_err(|error| error.to_string());
     match pem.and_then(|pem| usable(&pem).ok_or_else(|| "there is none in it".to_owned())) {
         Ok(pem) => Ok(Some(pem)),
         Err(reason) => Err(Unreachable::Certificates { path: path.to_string_lossy().into_owned(), reason }),

@@ -29,6 +29,7 @@ use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use super::attributes::{self, Treatment};
 use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use super::causes::causes;
+use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
 /// The name of the session in which a role is assumed, where the block has none.
@@ -503,7 +504,7 @@ impl Assuming<WebRole> {
         let WebRole { assumed, token } = &self.role;
         let token = match token {
             Token::Text(token) => token.clone(),
-            Token::File(path) => std::fs::read_to_string(path).map_err(|error| {
+            Token::File(path) => plain_file::read_text(path).map_err(|error| {
                 CredentialsError::provider_error(format!("the web identity token {}: {error}", path.display()))
             })?,
         };

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::terraform::lock_info::{self, LockInfo, is_lock_id};
 use crate::terraform::log::{Log, Mark, RecordedLock, UnnamedLock};
 use crate::terraform::version::Version;
+use crate::time::{saturating_add, saturating_sub};
 
 /// What is known about the run that recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -98,7 +99,7 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (
-            created.is_none_or(|created| created <= recorded.asked + ROUNDING),
+            created.is_none_or(|created| created <= saturating_add(recorded.asked, ROUNDING)),
             "it was created after this run asked for it",
         ),
     ];
@@ -137,20 +138,22 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         return Verdict::Anothers;
     }
     let known = checksum.is_some();
+    let before = |length| saturating_sub(unnamed.asked, length);
+    let after = |length| saturating_add(unnamed.asked, length);
     // A run that only asked may have been refused, and what it sees is then the lock of whoever has refused it.
     if unnamed.is_only_asked_for()
         && (!run.is_of(&standing.who)
             || standing.version != program.in_locks()
-            || created.is_some_and(|created| created < unnamed.asked - ROUNDING))
+            || created.is_some_and(|created| created < before(ROUNDING)))
     {
         return Verdict::Anothers;
     }
     let (earliest, latest) = match (&unnamed.mark, known) {
-        (Mark::Object { .. }, true) => (run.started, unnamed.asked + ROUNDING),
-        (Mark::Object { .. }, false) => (unnamed.asked - MADE_WITHIN, unnamed.asked + ROUNDING),
-        (Mark::Workspace(_), _) => (unnamed.asked - ROUNDING, unnamed.asked + MADE_WITHIN),
+        (Mark::Object { .. }, true) => (run.started, after(ROUNDING)),
+        (Mark::Object { .. }, false) => (before(MADE_WITHIN), after(ROUNDING)),
+        (Mark::Workspace(_), _) => (before(ROUNDING), after(MADE_WITHIN)),
     };
-    let waited = unnamed.granted.is_none_or(|granted| granted > unnamed.asked + ANSWERED_WITHIN);
+    let waited = unnamed.granted.is_none_or(|granted| granted > after(ANSWERED_WITHIN));
     let conditions = [
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
@@ -241,6 +244,21 @@ mod tests {
         }
         assert_eq!(judge(&unnamed(None), &in_time, true), Verdict::Ours);
         assert!(matches!(judge(&unnamed(None), &in_time, false), Verdict::Doubt(_)));
+    }
+
+    /// Anybody can write a lock, and a provisioner a log.
+    #[test]
+    fn no_time_panics() {
+        for time in [Timestamp::MIN, Timestamp::MAX] {
+            let lock = LockInfo { created: time.to_string(), ..standing() };
+            let mut recorded = recorded();
+            recorded.asked = time;
+            let _ = judge(&recorded, &lock, &Run { started: time, ..run() });
+            for text in [None, Some("text")] {
+                let unnamed = UnnamedLock { asked: time, granted: Some(time), ..unnamed(text) };
+                let _ = judge_unnamed(&unnamed, &lock, "text", &Run { started: time, ..run() }, true);
+            }
+        }
     }
 
     /// Terraform makes it behind the local backend's words, and before the request.

@@ -33,6 +33,7 @@ use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock};
+use crate::time::saturating_sub;
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
@@ -434,7 +435,7 @@ pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBu
     let path = directory.join("errored.tfstate");
     let written = Timestamp::try_from(std::fs::metadata(&path).ok()?.modified().ok()?).ok()?;
     // File systems keep coarser times than clocks.
-    (written >= since - SignedDuration::from_secs(2)).then_some(path)
+    (written >= saturating_sub(since, SignedDuration::from_secs(2))).then_some(path)
 }
 
 fn is_terraform(process: &Process) -> bool {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::command_line::{self, CommandLine};
 use crate::terraform::data_directory::DataDirectory;
@@ -22,7 +23,7 @@ pub(crate) struct Destinations {
 impl Destinations {
     /// Those of `command_line`, given in the directory `current`.
     pub(crate) fn of(command_line: &CommandLine, current: &Path) -> Self {
-        let plan = command_line.plan(current).and_then(|path| Some((path.clone(), File::open(path).ok()?)));
+        let plan = command_line.plan(current).and_then(|path| Some((path.clone(), plain_file::open(&path).ok()?)));
         let configured = (command_line.command() == "init").then(|| {
             let mut given = backend_configs_of_environment();
             given.extend(command_line.backend_configs.iter().cloned());
@@ -33,7 +34,7 @@ impl Destinations {
 
     /// The plan that an earlier run applied, if it is still there.
     pub(crate) fn of_plan(path: &Path) -> Self {
-        Self { configured: None, plan: File::open(path).ok().map(|file| (path.to_owned(), file)) }
+        Self { configured: None, plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
     }
 
     /// Where the plan is.

@@ -392,8 +392,7 @@ impl<'a> Watch<'a> {
         loop {
             // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
             let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
-            let deadline =
-                self.ward.stop.deadline().map(|at| (self.ward.begun + at).saturating_duration_since(Instant::now()));
+            let deadline = self.ward.stop.deadline().map(|at| at.saturating_sub(self.ward.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
             // Of terraform's end `tf` hears itself, but when it stands still.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());

@@ -6,8 +6,17 @@
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
 
+use nix::poll::PollFlags;
+
+use super::poll;
 use crate::sys::wait::Ended;
+
+/// How long a FIFO or a terminal in the place of the file may take nothing.
+const READER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Appends the outputs of a step to the file at `path`.
 ///
@@ -23,7 +32,23 @@ pub(crate) fn write(path: &OsStr, [stdout, stderr]: [&[u8]; 2], ended: Ended) ->
         text.extend_from_slice(value);
         text.extend_from_slice(format!("\n{end}\n").as_bytes());
     }
-    OpenOptions::new().append(true).create(true).open(path)?.write_all(&text)
+    // A FIFO that nobody reads must not keep us from ending.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let mut file = OpenOptions::new().append(true).create(true).custom_flags(flags).open(path)?;
+    let mut rest = text.as_slice();
+    while !rest.is_empty() {
+        match file.write(rest) {
+            Ok(length) => rest = &rest[length..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if poll::wait(&[(file.as_fd(), PollFlags::POLLOUT)], Some(READER_TIMEOUT)) != [true] {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// How the wrapper ends when terraform ended so.
@@ -59,6 +84,14 @@ mod tests {
             assert_eq!(end_of_step(ended), step);
         }
         assert_eq!(exit_code(Ended::Killed(Signal::SIGTERM)), 143);
+    }
+
+    #[test]
+    fn a_fifo_that_nobody_reads_is_an_error_and_no_wait() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(write(path.as_os_str(), [b"a", b""], Ended::Exited(0)).is_err());
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Stop {
         if let (Some(timeout), None) = (self.timeout, self.kill)
             && self.killed.is_none()
         {
-            self.kill = Some((now + timeout, Why::StopTimeout));
+            self.kill = Some((now.saturating_add(timeout), Why::StopTimeout));
         }
     }
 
@@ -301,6 +301,20 @@ mod tests {
             let expected = first.map(|place| ms(25_001 + place as u64));
             if !forced {
                 assert_eq!(stop.deadline(), expected, "{events:?}");
+            }
+        }
+    }
+
+    /// 584 years and more are "never", and no sum with them panics.
+    #[test]
+    fn a_stop_timeout_may_be_as_long_as_a_number_can_say() {
+        for timeout in
+            [u64::MAX, i64::MAX as u64, u64::MAX / 1000].map(Duration::from_secs).into_iter().chain([Duration::MAX])
+        {
+            for events in sequences(3) {
+                let mut stop = Stop::new(false, Some(timeout));
+                let effects = play(&mut stop, &events, Duration::from_hours(1));
+                assert!(!effects.contains(&Effect::Kill(Why::StopTimeout)), "{timeout:?} {events:?}");
             }
         }
     }

@@ -134,7 +134,7 @@ impl Supervision<'_> {
                 continue_at,
                 Some(read_at),
                 self.lending.deadline(),
-                self.stop.deadline().map(|since_begun| self.begun + since_begun),
+                self.stop.deadline().and_then(|since_begun| self.begun.checked_add(since_begun)),
             ];
             let timeout = match deadline.into_iter().flatten().min() {
                 _ if self.signals.is_queued() => Some(Duration::ZERO),

@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,7 @@ use hcl::{Body, Expression};
 use serde_json::{Map, Value};
 
 use super::backend::CachedBackend;
+use crate::sys::plain_file;
 
 /// No file of a configuration is larger.
 const LARGEST: u64 = 8 << 20;
@@ -69,8 +71,10 @@ fn in_file(path: &Path) -> Option<(String, Map<String, Value>)> {
 }
 
 fn small(path: &Path) -> Option<String> {
-    let is_small = fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() <= LARGEST);
-    is_small.then(|| fs::read_to_string(path).ok())?
+    let mut text = String::new();
+    let file = plain_file::open(path).ok()?;
+    let length = file.take(LARGEST + 1).read_to_string(&mut text).ok()?;
+    (length as u64 <= LARGEST).then_some(text)
 }
 
 /// `{"terraform": {"backend": {"s3": {...}}}}`, where each may be a list of such objects too.

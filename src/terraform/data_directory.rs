@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::backend::CachedBackend;
 use super::command_line::CommandLine;
+use crate::sys::plain_file;
 
 /// What the data directory says at one moment.
 ///
@@ -30,8 +31,8 @@ impl DataDirectory {
 
     /// Reads the directory as it is now.
     pub(crate) fn read(path: &Path) -> Self {
-        let backend = std::fs::read(path.join("terraform.tfstate")).ok();
-        let workspace = std::fs::read_to_string(path.join("environment")).unwrap_or_default();
+        let backend = plain_file::read(&path.join("terraform.tfstate")).ok();
+        let workspace = plain_file::read_text(&path.join("environment")).unwrap_or_default();
         Self {
             backend: backend.and_then(|json| CachedBackend::parse(&json)),
             workspace: match workspace.trim() {

@@ -18,6 +18,7 @@ use super::exchange::{Exchange, Exchanges, LOCK_FILE};
 use super::lock_info::{LockInfo, is_lock_id};
 use super::record::Record;
 use super::version::{Product, Telling, Version};
+use crate::time::saturating_sub;
 
 /// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -319,7 +320,7 @@ impl Log {
         if self.program.is_none() {
             self.program = Version::of_record(record.message, record.rest());
         }
-        if self.latest.is_some_and(|latest| record.time < latest - DISORDER) {
+        if self.latest.is_some_and(|latest| record.time < saturating_sub(latest, DISORDER)) {
             self.disordered = true;
         }
         self.latest = self.latest.max(Some(record.time));
@@ -757,6 +758,16 @@ pub(crate) mod tests {
     fn time_that_runs_backwards_is_seen_and_swapped_neighbours_are_not() {
         assert!(log(&[asking(9, ID, "r1"), locked(7, ID, "r1")].concat()).disordered);
         assert!(!log(&[asking(9, ID, "r1"), locked(8, ID, "r1")].concat()).disordered);
+    }
+
+    /// A provisioner can append any time to the log.
+    #[test]
+    fn no_time_in_a_log_panics() {
+        for time in [Timestamp::MIN, Timestamp::MAX] {
+            let first = asking(7, ID, "r1").replace("2026-11-23T01:46:07.593Z", &time.to_string());
+            let log = log(&[first.clone(), locked(8, ID, "r1"), first].concat());
+            assert!(log.disordered && log.locks[0].asked == time);
+        }
     }
 
     #[test]

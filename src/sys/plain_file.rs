@@ -1,0 +1,84 @@
+//! Reading a file that a command line, a variable or a directory names, without waiting for it and without taking
+//! anything that is meant for terraform.
+//!
+//! What a shell writes as `<(...)`, a FIFO and a terminal can be read once only, and to open a FIFO waits for its other end.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// Whether `path`, links followed, is a regular file, or `/dev/null`, which is an empty one.
+pub(crate) fn is_plain(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.is_file()) && !shares_its_offset(path)
+        || fs::canonicalize(path).is_ok_and(|path| path == Path::new("/dev/null"))
+}
+
+/// Opens a plain file for reading. Anything else is not even opened: a FIFO's writer would see a reader come and go.
+///
+/// # Errors
+/// `InvalidInput` for what is there and no plain file.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+    fs::metadata(path)?;
+    if !is_plain(path) {
+        return Err(refused());
+    }
+    // Should another file be in its place by now, this waits for nothing, and makes no terminal ours.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if std::os::unix::fs::FileTypeExt::is_fifo(&kind) || kind.is_dir() { Err(refused()) } else { Ok(file) }
+}
+
+/// The content of a plain file.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    open(path)?.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// The content of a plain file, as text.
+///
+/// # Errors
+/// As [`open`], and `InvalidData` where it is not UTF-8.
+pub(crate) fn read_text(path: &Path) -> io::Result<String> {
+    String::from_utf8(read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Outside of Linux, to open `/dev/fd/N` copies descriptor N, and what is read through it terraform would not read again.
+fn shares_its_offset(path: &Path) -> bool {
+    !cfg!(target_os = "linux") && (path.starts_with("/dev/fd") || path == Path::new("/dev/stdin"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn only_what_can_be_read_at_once_and_again_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (pipe, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(b"for terraform").unwrap();
+        let substitution = Path::new("/dev/fd").join(pipe.as_raw_fd().to_string());
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&fifo, &link).unwrap();
+        for path in [&fifo, &link, &substitution, &directory.path().to_owned(), &directory.path().join("none")] {
+            assert!(read(path).is_err() && !is_plain(path), "{}", path.display());
+        }
+        drop(writer);
+        let mut rest = String::new();
+        (&pipe).read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "for terraform");
+        let file = directory.path().join("file");
+        fs::write(&file, "text").unwrap();
+        assert_eq!(read(&file).unwrap(), b"text");
+        assert_eq!(read(Path::new("/dev/null")).unwrap(), b"");
+    }
+}

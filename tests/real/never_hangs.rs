@@ -1,0 +1,98 @@
+//! No setting and no file that the environment names can hang `tf`, or make it panic.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+use crate::support::household::{Sweep, home, wait_until_ours_are_gone, wait_until_unlocked};
+use crate::support::world::{UNSET, WAITS};
+use crate::support::{Lock, Subject, World};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+/// A number of seconds may be any that fits into 64 bits.
+const FOR_EVER: [&str; 3] = ["9223372036854775807", "18446744073709551615", "18446744073709551615ms"];
+
+#[test]
+fn a_stop_timeout_of_any_length_neither_ends_tf_nor_kills_terraform() {
+    for timeout in FOR_EVER {
+        let mut world = World::new(Lock::DynamoDb, WAITS);
+        world.set("TFW_STOP_TIMEOUT", timeout);
+        let run = world.start_apply(Subject::Tf);
+        run.send(Signal::SIGTERM);
+        world.wait_for_trace("Request: [Interrupt");
+        world.go();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(1), "{timeout}: {}", world.story(&end));
+        assert!(!end.err.contains("tf:") && !end.err.contains("panicked"), "{timeout}: {}", end.err);
+        world.assert_unlocked();
+    }
+}
+
+#[test]
+fn a_guardian_with_a_stop_timeout_of_any_length_releases_the_lock() {
+    for timeout in FOR_EVER {
+        let mut world = World::new(Lock::DynamoDb, WAITS);
+        world.set("TFW_STOP_TIMEOUT", timeout);
+        let _sweep = Sweep(home(&world));
+        let run = world.start_apply(Subject::Tf);
+        // The guardian's clock runs from the request as well.
+        run.send(Signal::SIGTERM);
+        world.wait_for_trace("Request: [Interrupt");
+        run.send(Signal::SIGKILL);
+        assert_eq!(run.wait().signal(), Some(9));
+        world.wait_for_trace("guardian: tf is gone");
+        world.go();
+        wait_until_unlocked(&world);
+        wait_until_ours_are_gone(&world);
+    }
+}
+
+#[test]
+fn a_trace_into_a_fifo_that_nobody_reads_keeps_nothing_from_running() {
+    let mut world = World::new(Lock::File, "true");
+    let fifo = world.directory.join("fifo");
+    mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+    world.set("TFW_LOG", &fifo);
+    let end = world.run(Subject::Tf, &APPLY);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let mut command = world.command(world.bin().join("tf"));
+    command.arg("locks");
+    assert_eq!(crate::support::Run::start(command).wait().code(), Some(0));
+}
+
+#[test]
+fn a_trace_into_a_fifo_whose_reader_is_slow_keeps_nothing_from_running() {
+    let mut world = World::new(Lock::File, "kill -9 $PPID");
+    let fifo = world.directory.join("fifo");
+    mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+    let open =
+        |write: bool| File::options().read(!write).write(write).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
+    let (_reader, mut writer) = (open(false), open(true));
+    while writer.write(&[b'x'; 512]).is_ok() {}
+    world.set("TFW_LOG", &fifo);
+    let end = world.run(Subject::Tf, &APPLY);
+    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[test]
+fn what_a_shell_substitutes_for_a_file_is_terraforms_to_read() {
+    let mut world = World::empty(Lock::File);
+    world.write_main("", "true");
+    world.set("TFW_LOG", UNSET);
+    let script =
+        "tf init -no-color -input=false -backend-config=<(echo 'encrypt = true') && tf apply -auto-approve -no-color";
+    let mut command = world.command(Path::new("/bin/bash"));
+    command.args(["-c", script]);
+    let end = crate::support::Run::start(command).wait();
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert!(
+        fs::read_to_string(world.directory.join(".terraform/terraform.tfstate")).unwrap().contains("\"encrypt\": true")
+    );
+}
