@@ -51,6 +51,8 @@ mod locks_release;
 mod never_anothers;
 #[path = "real/never_hangs.rs"]
 mod never_hangs;
+#[path = "real/nobody_elses_directory.rs"]
+mod nobody_elses_directory;
 #[path = "real/permissions.rs"]
 mod permissions;
 #[path = "real/process_tree.rs"]

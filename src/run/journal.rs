@@ -418,8 +418,11 @@ impl Journal {
         let directory = self.runs.with_file_name("set-aside");
         let _ = DirBuilder::new().mode(0o700).create(&directory);
         let target = directory.join(name);
+        if !is_private(&directory) {
+            return Found::Foreign("it cannot be read", None);
+        }
         let _ = fs::remove_dir_all(&target);
-        if !is_private(&directory) || fs::rename(path, &target).is_err() {
+        if fs::rename(path, &target).is_err() {
             return Found::Foreign("it cannot be read", None);
         }
         Recorder::clear_away(name);

@@ -2,7 +2,8 @@
 //!
 //! It must be this user's own, on a disk of this machine, and nobody else may have a hand in its path: under sudo with
 //! another's HOME, root would write into a directory that its owner rearranges as he likes. So from the place that the
-//! environment names downwards every directory must belong to us and be no link, and nobody else may write into the last.
+//! environment names downwards every directory must belong to us and be no link, and nobody else may write into the last;
+//! what is above that place must not belong to another user.
 //! What does not fit is passed over for the next; without any, terraform runs unprotected by the journal.
 
 use std::ffi::OsString;
@@ -11,7 +12,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::sys::filesystem;
+use crate::sys::{filesystem, ownership};
 
 /// A place where the directory may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,6 +139,10 @@ impl Candidate {
         let refused = |path: &Path, why: &str| {
             io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))
         };
+        // Before anything is made there.
+        if !ownership::lies_in_directories_of_ours(&self.path()) {
+            return Err(refused(&self.path(), "lies in a directory of another user"));
+        }
         let uid = nix::unistd::geteuid().as_raw();
         let mut path = self.base.clone();
         // A home may be reached through a link of the administrator's; what is below it may not.

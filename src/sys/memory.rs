@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::ownership;
+
 /// A file in memory and the path under which another process of this user can open it.
 #[derive(Debug)]
 pub(crate) struct MemoryFile {
@@ -26,9 +28,6 @@ impl MemoryFile {
     /// Where neither can be had.
     pub(crate) fn create(name: &str) -> io::Result<Self> {
         for directory in directories() {
-            if !lies_in_memory(&directory) {
-                continue;
-            }
             let path = directory.join(name);
             if let Ok(file) = create_private(&path) {
                 return Ok(Self { file, path, named: true });
@@ -46,7 +45,11 @@ impl MemoryFile {
         #[cfg(not(target_os = "linux"))]
         {
             // No file system in memory can be relied on: a private file in the user's own temporary directory.
-            let path = std::env::temp_dir().join(name);
+            let directory = [std::env::temp_dir(), PathBuf::from("/tmp")]
+                .iter()
+                .find_map(|directory| ownership::safe_directory(directory))
+                .ok_or_else(|| io::Error::from(io::ErrorKind::PermissionDenied))?;
+            let path = directory.join(name);
             create_private(&path).map(|file| Self { file, path, named: true })
         }
     }
@@ -55,7 +58,7 @@ impl MemoryFile {
     /// in a directory in memory, and no link.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
-        directories().filter(|directory| lies_in_memory(directory)).find_map(|directory| {
+        directories().find_map(|directory| {
             let path = directory.join(name);
             let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
             let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path).ok()?;
@@ -99,12 +102,13 @@ impl Drop for MemoryFile {
     }
 }
 
+/// The directories in memory in which a file of ours keeps its name. `XDG_RUNTIME_DIR` may be another user's: su(1) without
+/// `-` leaves it as it was, and its owner could put a file of his own in the place of ours.
 fn directories() -> impl Iterator<Item = PathBuf> {
-    std::env::var_os("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .filter(|directory| directory.is_absolute())
-        .into_iter()
-        .chain([PathBuf::from("/dev/shm")])
+    let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let named = named.filter(|directory| directory.is_absolute()).into_iter();
+    let all = named.chain([PathBuf::from("/dev/shm")]);
+    all.filter_map(|directory| ownership::safe_directory(&directory)).filter(|directory| lies_in_memory(directory))
 }
 
 fn create_private(path: &Path) -> io::Result<File> {

@@ -11,6 +11,7 @@ mod errno;
 pub(crate) mod filesystem;
 pub(crate) mod lock_file;
 pub(crate) mod memory;
+pub(crate) mod ownership;
 pub(crate) mod plain_file;
 pub(crate) mod process;
 pub(crate) mod signals;

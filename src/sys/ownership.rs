@@ -1,0 +1,152 @@
+//! Who can change what a path leads to.
+//!
+//! Whoever can write a directory can put another one under the name of what is in it, unless the directory is sticky: then
+//! only the entry's owner, the directory's owner and root can. So a name is safe if that holds for every directory above
+//! it.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
+
+/// The owner and the mode of one directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owned {
+    by: u32,
+    mode: u32,
+}
+
+const STICKY: u32 = 0o1000;
+const WRITABLE_BY_GROUP: u32 = 0o020;
+const WRITABLE_BY_OTHERS: u32 = 0o002;
+
+impl Owned {
+    /// Root can do everything anyway.
+    fn by_root_or(self, user: u32) -> bool {
+        self.by == 0 || self.by == user
+    }
+
+    /// Whether nobody but root and `user` can rename what one of them owns in it.
+    fn keeps_names_of(self, user: u32) -> bool {
+        let writable = self.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) != 0;
+        self.by_root_or(user) && (!writable || self.mode & STICKY != 0)
+    }
+}
+
+/// The directories from `/` down to a directory `path`, which must be canonical.
+fn chain(path: &Path) -> io::Result<Vec<Owned>> {
+    let mut chain = Vec::new();
+    for directory in path.ancestors() {
+        let place = fs::symlink_metadata(directory)?;
+        if !place.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        chain.push(Owned { by: place.uid(), mode: place.mode() });
+    }
+    chain.reverse();
+    Ok(chain)
+}
+
+/// Whether a file of `user` in the last directory of `chain` keeps its name: the directory belongs to `user` alone, or is a
+/// sticky one of root's, and the same holds for all above.
+fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
+    let Some((last, above)) = chain.split_last() else { return false };
+    let alone = last.by == user && last.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) == 0;
+    let shared = last.mode & STICKY != 0 && last.by_root_or(user);
+    (alone || shared) && above.iter().all(|directory| directory.keeps_names_of(user))
+}
+
+/// `directory` under the name that nobody but us and root can lead elsewhere, if files of ours keep their names in it.
+pub(crate) fn safe_directory(directory: &Path) -> Option<PathBuf> {
+    let path = fs::canonicalize(directory).ok()?;
+    keeps_files_of(geteuid().as_raw(), &chain(&path).ok()?).then_some(path)
+}
+
+/// Whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`: in a user namespace that does not
+/// know root, its files have the overflow user's ID (user_namespaces(7)).
+fn are_of(user: u32, chain: &[Owned]) -> bool {
+    let Some(first) = chain.first() else { return false };
+    chain.iter().all(|directory| directory.by_root_or(user) || directory.by == first.by)
+}
+
+/// Whether no other user owns a directory above `path`, as far as they are there. Who may write into them is not looked at:
+/// a home is often writable by a group of its own, and the volume of a container by everybody.
+pub(crate) fn lies_in_directories_of_ours(path: &Path) -> bool {
+    let there = path.ancestors().skip(1).find_map(|above| fs::canonicalize(above).ok());
+    there.and_then(|there| chain(&there).ok()).is_some_and(|chain| are_of(geteuid().as_raw(), &chain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: u32 = 1000;
+    const OTHER: u32 = 1001;
+
+    /// Every owner and every mode of a directory, each combination of the bits that matter.
+    fn all() -> impl Iterator<Item = Owned> {
+        [0, US, OTHER].into_iter().flat_map(|by| {
+            [0o700, 0o755, 0o770, 0o775, 0o707, 0o777]
+                .into_iter()
+                .flat_map(move |mode| [mode, mode | STICKY].map(|mode| Owned { by, mode }))
+        })
+    }
+
+    #[test]
+    fn a_file_of_ours_keeps_its_name_only_where_nobody_else_can_rename_anything_above_it() {
+        for top in all() {
+            for middle in all() {
+                for last in all() {
+                    let others_write = |directory: Owned| directory.mode & 0o022 != 0;
+                    let safe = |directory: Owned| {
+                        directory.by != OTHER && (!others_write(directory) || directory.mode & STICKY != 0)
+                    };
+                    // Into a directory of root's that is not sticky, and that only root can write, we can put nothing.
+                    let usable = last.by == US || last.mode & STICKY != 0;
+                    let expected = safe(top) && safe(middle) && safe(last) && usable;
+                    assert_eq!(keeps_files_of(US, &[top, middle, last]), expected, "{top:?} {middle:?} {last:?}");
+                }
+            }
+        }
+        assert!(!keeps_files_of(US, &[]));
+    }
+
+    #[test]
+    fn root_does_not_use_what_a_user_can_rearrange() {
+        let root = Owned { by: 0, mode: 0o755 };
+        let run_user = Owned { by: US, mode: 0o700 };
+        assert!(keeps_files_of(US, &[root, root, run_user]) && !keeps_files_of(0, &[root, root, run_user]));
+        // A directory that root has made in there.
+        assert!(!keeps_files_of(0, &[root, run_user, Owned { by: 0, mode: 0o700 }]));
+        let shm = Owned { by: 0, mode: 0o1777 };
+        assert!(keeps_files_of(0, &[root, root, shm]) && keeps_files_of(US, &[root, root, shm]));
+        // In that, one of a user's.
+        assert!(keeps_files_of(US, &[root, shm, run_user]) && !keeps_files_of(OTHER, &[root, shm, run_user]));
+    }
+
+    #[test]
+    fn a_directory_of_another_user_above_ours_is_seen() {
+        let (root, other) = (Owned { by: 0, mode: 0o755 }, Owned { by: OTHER, mode: 0o755 });
+        let ours = Owned { by: US, mode: 0o775 };
+        let volume = Owned { by: 0, mode: 0o777 };
+        assert!(are_of(US, &[root, ours]) && are_of(US, &[root, volume]) && are_of(0, &[root, root]));
+        assert!(!are_of(US, &[root, other]) && !are_of(0, &[root, ours]) && !are_of(US, &[]));
+        // Root, as a user namespace without root sees it.
+        let nobody = Owned { by: 65534, mode: 0o755 };
+        assert!(are_of(US, &[nobody, nobody, ours]) && !are_of(US, &[root, nobody, ours]));
+    }
+
+    #[test]
+    fn a_link_is_followed_once_and_its_target_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        let (real, link) = (root.join("real"), root.join("link"));
+        fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert_eq!(safe_directory(&link), safe_directory(&real));
+        assert_eq!(safe_directory(&link).unwrap(), real);
+        assert_eq!(safe_directory(&root.join("none")), None);
+    }
+}

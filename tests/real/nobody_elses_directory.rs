@@ -1,0 +1,87 @@
+//! What `tf` writes lies only where no other user can put something else in its place: the log, which holds `-var` in clear,
+//! and the journal.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{Uid, chown, geteuid};
+
+use crate::support::process::terraform_below;
+use crate::support::world::WAITS;
+use crate::support::{Lock, Subject, World};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+/// A directory in memory, for one test.
+fn in_memory() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("tf-test-").tempdir_in("/dev/shm").unwrap()
+}
+
+/// Where terraform writes its log, when XDG_RUNTIME_DIR is `directory`.
+fn log_of_a_run(directory: &Path) -> PathBuf {
+    let mut world = World::new(Lock::File, WAITS);
+    world.set("XDG_RUNTIME_DIR", directory);
+    let run = world.start_apply(Subject::Tf);
+    let environment = fs::read(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
+    let environment = String::from_utf8_lossy(&environment).into_owned();
+    let log = environment.split('\0').find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap().into();
+    world.go();
+    let end = run.wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+    log
+}
+
+#[test]
+fn the_log_lies_only_where_nobody_else_can_replace_it() {
+    let root = in_memory();
+    let at = |name: &str, mode: u32| {
+        let path = root.path().join(name);
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        path
+    };
+    let private = at("private", 0o700);
+    assert!(log_of_a_run(&private).starts_with(&private));
+    // The link could be made to lead elsewhere; where it leads now cannot.
+    let link = root.path().join("link");
+    symlink(&private, &link).unwrap();
+    assert!(log_of_a_run(&link).starts_with(&private));
+    let open = at("open", 0o777);
+    let below = at("open/below", 0o700);
+    for directory in [&open, &below] {
+        let log = log_of_a_run(directory);
+        assert!(!log.starts_with(&open), "{}: {}", directory.display(), log.display());
+    }
+    if !geteuid().is_root() {
+        // tests/left-out names this.
+        return;
+    }
+    // As su(1) leaves it to root; and with a directory of root's in it.
+    let theirs = at("theirs", 0o700);
+    let below = at("theirs/below", 0o700);
+    chown(&theirs, Some(Uid::from_raw(4711)), None).unwrap();
+    for directory in [&theirs, &below] {
+        let log = log_of_a_run(directory);
+        assert!(!log.starts_with(&theirs), "{}: {}", directory.display(), log.display());
+    }
+}
+
+#[test]
+fn the_journal_does_not_lie_in_another_users_directory() {
+    if !geteuid().is_root() {
+        // tests/left-out names this.
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let theirs = root.path().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    chown(&theirs, Some(Uid::from_raw(4711)), None).unwrap();
+    for name in ["TFW_STATE_DIR", "XDG_STATE_HOME"] {
+        let mut world = World::new(Lock::File, "true");
+        world.set(name, theirs.join("state/of/root"));
+        let end = world.run(Subject::Tf, &APPLY);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+        assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "{name}: nothing was made in there");
+    }
+}
