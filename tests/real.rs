@@ -85,3 +85,5 @@ mod terminal;
 mod two_at_once;
 #[path = "real/where_it_is.rs"]
 mod where_it_is;
+#[path = "real/which_machine.rs"]
+mod which_machine;

@@ -172,6 +172,10 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);
     let shown = report::visible(theirs);
+    if !theirs.is_empty() && names_no_machine(theirs) {
+        note(format!("its Who names the host {shown:?}, as many machines are called"), "nothing");
+        return (Verdict::Unknown, format!("its Who names no machine: many are called {shown:?}"));
+    }
     if theirs.is_empty() || ours.is_empty() || theirs != ours {
         note(format!("its Who names the host {shown:?}, and this is {ours:?}"), "nothing: only that host can tell");
         return (
@@ -225,9 +229,132 @@ fn host_of(who: &str) -> &str {
     who.rsplit_once('@').map_or("", |(_, host)| host)
 }
 
+/// Names that a machine has when nobody has given it one: of the loopback address, of the kernel before a name is set, and
+/// what installers, images and tools propose.
+const DEFAULT_NAMES: [&str; 50] = [
+    "(none)",
+    "alarm",
+    "almalinux",
+    "alma",
+    "alpine",
+    "amazonlinux",
+    "amnesia",
+    "arch",
+    "archiso",
+    "archlinux",
+    "artix",
+    "buildkitsandbox",
+    "buildroot",
+    "centos",
+    "changeme",
+    "computer",
+    "coreos",
+    "cygwin",
+    "darkstar",
+    "debian",
+    "docker-desktop",
+    "dietpi",
+    "endeavouros",
+    "fedora",
+    "flatcar",
+    "freebsd",
+    "garuda",
+    "gentoo",
+    "guix",
+    "host",
+    "hostname",
+    "kali",
+    "linux",
+    "linuxkit",
+    "livecd",
+    "macbook",
+    "manjaro",
+    "nixos",
+    "opensuse",
+    "openwrt",
+    "oracle",
+    "parrot",
+    "pop-os",
+    "raspberrypi",
+    "rocky",
+    "ubuntu",
+    "ubuntu-server",
+    "unknown",
+    "vagrant",
+    "void",
+];
+
+/// What routers and defaults add to a name, and what makes it no more than it was.
+const DEFAULT_DOMAINS: [&str; 8] =
+    ["local", "localdomain", "lan", "home", "internal", "intranet", "fritz.box", "home.arpa"];
+
+/// Whether a host name is one that tells no machine from another. Whoever else has it cannot be seen from here.
+fn names_no_machine(host: &str) -> bool {
+    let host = host.trim().trim_end_matches('.').to_ascii_lowercase();
+    let (name, domain) = host.split_once('.').unwrap_or((&host, ""));
+    let loopback = name.is_empty()
+        || ["localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"].contains(&name)
+        || host.starts_with("127.")
+        || host == "::1";
+    loopback || (DEFAULT_NAMES.contains(&name) && (domain.is_empty() || DEFAULT_DOMAINS.contains(&domain)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_many_machines_have_names_none() {
+        for host in [
+            "",
+            " ",
+            ".",
+            "localhost",
+            "LocalHost",
+            "localhost.",
+            "localhost.localdomain",
+            "localhost6.localdomain6",
+            "localhost.example.com",
+            "ip6-localhost",
+            "127.0.0.1",
+            "::1",
+            "(none)",
+            "ubuntu",
+            "Ubuntu",
+            "debian.lan",
+            "raspberrypi.local",
+            "fedora.fritz.box",
+            "archlinux.localdomain",
+            "nixos",
+            "linux",
+            "vagrant",
+        ] {
+            assert!(names_no_machine(host), "{host:?}");
+            for who in [format!("anna@{host}"), format!("anna@x@{host}")] {
+                for created in [MADE, "2020-01-01T00:00:00Z"] {
+                    let verdict = judge(&lock(&who, created), &Seen { who: who.clone(), ..seen() }).verdict;
+                    assert_eq!(verdict, Verdict::Unknown, "{who:?} {created}");
+                }
+            }
+        }
+        for host in
+            ["vm", "ci-7", "ubuntu-7", "ubuntu.example.com", "anna-laptop", "ip-10-0-0-7", "localhosts", "1270.x"]
+        {
+            assert!(!names_no_machine(host), "{host:?}");
+            let who = format!("anna@{host}");
+            let verdict = judge(&lock(&who, MADE), &Seen { who: who.clone(), ..seen() }).verdict;
+            assert_eq!(verdict, Verdict::LikelyDead, "{who:?}");
+        }
+    }
+
+    /// What the journal has proven needs no name.
+    #[test]
+    fn a_run_of_the_journal_is_judged_whatever_the_host_is_called() {
+        for (claim, expected) in claims() {
+            let seen = Seen { who: "anna@localhost".into(), claim: Some(claim), ..seen() };
+            assert_eq!(judge(&lock("anna@localhost", MADE), &seen).verdict, expected);
+        }
+    }
 
     fn lock(who: &str, created: &str) -> LockInfo {
         LockInfo {

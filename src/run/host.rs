@@ -1,11 +1,15 @@
 //! Which machine, which boot of it and which view of its processes a run belonged to: whether what we see from here can
 //! prove that it is dead.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::sys::{filesystem, process};
+use sha2::{Digest, Sha256};
+
+use crate::sys::{filesystem, machine, process};
 
 /// Where something ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +22,22 @@ pub(crate) struct Host {
     processes: Option<(u64, bool)>,
     /// The file system of the journal.
     filesystem: u64,
+    /// Hashes of what tells this machine from a copy of its disk, by kind ([`machine::identities`]). Empty in the records
+    /// of older versions.
+    #[serde(default)]
+    hardware: BTreeMap<String, Vec<String>>,
+}
+
+/// 64 bits of a hash of each: enough to compare, and no serial number in the record.
+fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
+    let hash = |identity: &String| {
+        let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
+        digest.iter().take(8).fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+    };
+    identities.iter().map(hash).collect()
 }
 
 /// What can be said about a run on `Host` from here.
@@ -41,7 +61,22 @@ impl Host {
             boot: line("/proc/sys/kernel/random/boot_id").filter(|id| !id.is_empty()),
             processes: process::pid_namespace(),
             filesystem: filesystem::identity(journal),
+            hardware: machine::identities()
+                .into_iter()
+                .map(|(kind, all)| (kind.to_owned(), hashes(kind, &all)))
+                .collect(),
         }
+    }
+
+    /// Whether the hardware of `self` and of `here` differ in a kind that is known of both: the two may be one machine and
+    /// a copy of its disk, machine-id and journal included. Of several addresses one that is in both is enough: network
+    /// devices come and go.
+    fn is_other_hardware(&self, here: &Self) -> bool {
+        self.hardware.iter().any(|(kind, then)| {
+            here.hardware.get(kind).is_some_and(|now| {
+                !then.is_empty() && !now.is_empty() && !then.iter().any(|identity| now.contains(identity))
+            })
+        })
     }
 
     /// Whether a pid of a run on `self` means the same process to us, `here`.
@@ -58,7 +93,8 @@ impl Host {
     ///
     /// The same boot: its processes must be in our pid namespace, or below it. The number of a namespace comes again, but
     /// only when the old one is gone with all its processes. Another boot: only this very machine started anew can be
-    /// meant, and a machine-id is one only outside of containers, whose images carry theirs from host to host.
+    /// meant, and a machine-id is one only outside of containers, whose images carry theirs from host to host; and a copy
+    /// of a disk has the machine-id of the original, which may still be running.
     pub(crate) fn seen_from(&self, here: &Self) -> Standpoint {
         if self.machine != here.machine {
             return Standpoint::Foreign("it ran on another machine");
@@ -80,6 +116,8 @@ impl Host {
             Standpoint::Foreign("it ran before a restart, in a container that may live on elsewhere")
         } else if self.filesystem == 0 || self.filesystem != here.filesystem {
             Standpoint::Foreign("it ran before a restart, with its journal on another file system")
+        } else if self.is_other_hardware(here) {
+            Standpoint::Foreign("it may have run on the machine that this one is a copy of")
         } else {
             Standpoint::EarlierBoot
         }
@@ -96,7 +134,46 @@ mod tests {
             boot: Some("b1".into()),
             processes: Some((0xEFFF_FFFC, true)),
             filesystem: 7,
+            hardware: BTreeMap::new(),
         }
+    }
+
+    /// Every combination of two kinds of identity, each unknown or with one or two values, then and now.
+    #[test]
+    fn a_copy_of_the_disk_is_told_from_the_machine_where_any_kind_differs() {
+        let networks: [&[&str]; 5] = [&[], &["m1"], &["m2"], &["m1", "m2"], &["m3"]];
+        let uuids: [&[&str]; 3] = [&[], &["u1"], &["u2"]];
+        let hardware = |network: &[&str], uuid: &[&str]| {
+            let known = [("network", network), ("product_uuid", uuid)].into_iter().filter(|(_, all)| !all.is_empty());
+            known.map(|(kind, all)| (kind.to_owned(), all.iter().map(|one| (*one).to_owned()).collect())).collect()
+        };
+        let differs = |then: &[&str], now: &[&str]| {
+            !then.is_empty() && !now.is_empty() && then.iter().all(|one| !now.contains(one))
+        };
+        for (network, uuid) in networks.iter().flat_map(|network| uuids.map(|uuid| (network, uuid))) {
+            for (network_now, uuid_now) in networks.iter().flat_map(|network| uuids.map(|uuid| (network, uuid))) {
+                let then = Host { hardware: hardware(network, uuid), ..host() };
+                let same_boot = Host { hardware: hardware(network_now, uuid_now), ..host() };
+                let now = Host { boot: Some("b2".into()), ..same_boot.clone() };
+                let copy = differs(network, network_now) || differs(uuid, uuid_now);
+                let seen = then.seen_from(&now);
+                assert_eq!(matches!(seen, Standpoint::Foreign(_)), copy, "{then:?} {now:?}");
+                // Within one boot network devices may be another namespace's.
+                assert_eq!(then.seen_from(&same_boot), Standpoint::ThisBoot);
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_of_an_older_version_is_judged_as_it_was() {
+        let record = r#"{"machine":"0123456789abcdef0123456789abcdef","boot":"b1","processes":[4026531836,true],"filesystem":7}"#;
+        let then: Host = serde_json::from_str(record).unwrap();
+        let hardware = BTreeMap::from([("network".to_owned(), hashes("network", &["52:54:00:00:00:01".to_owned()]))]);
+        let now = Host { boot: Some("b2".into()), hardware, ..host() };
+        assert_eq!(then.seen_from(&now), Standpoint::EarlierBoot);
+        let kept = serde_json::to_string(&now).unwrap();
+        assert!(!kept.contains("52:54"), "{kept}");
+        assert_eq!(serde_json::from_str::<Host>(&kept).unwrap(), now);
     }
 
     #[test]

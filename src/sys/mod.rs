@@ -10,6 +10,7 @@ pub(crate) mod environment;
 mod errno;
 pub(crate) mod filesystem;
 pub(crate) mod lock_file;
+pub(crate) mod machine;
 pub(crate) mod memory;
 pub(crate) mod ownership;
 pub(crate) mod plain_file;

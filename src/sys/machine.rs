@@ -1,0 +1,86 @@
+//! What tells one machine from a copy of its disk, as far as an ordinary user can read it: what the hardware or the
+//! hypervisor says, and nothing that lies on the disk.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// What identifies this machine, by kind; a kind that cannot be read is left out. On systems without /sys there is none.
+pub(crate) fn identities() -> BTreeMap<&'static str, Vec<String>> {
+    identities_below(Path::new("/"))
+}
+
+fn identities_below(root: &Path) -> BTreeMap<&'static str, Vec<String>> {
+    /// DMI, of which most is for root alone; an EC2 instance's ID is its board's asset tag, for everybody. Xen. What
+    /// cloud-init has found at this start (cloudinit/stages.py): its other copy lies on the disk.
+    const FILES: [(&str, &str); 5] = [
+        ("product_uuid", "sys/class/dmi/id/product_uuid"),
+        ("product_serial", "sys/class/dmi/id/product_serial"),
+        ("board_asset_tag", "sys/class/dmi/id/board_asset_tag"),
+        ("hypervisor_uuid", "sys/hypervisor/uuid"),
+        ("instance_id", "run/cloud-init/.instance-id"),
+    ];
+    let files = FILES.into_iter().filter_map(|(kind, path)| Some((kind, vec![line(&root.join(path))?])));
+    let network = network_addresses(&root.join("sys/class/net"));
+    files.chain((!network.is_empty()).then_some(("network", network))).collect()
+}
+
+fn line(path: &Path) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.trim();
+    (!line.is_empty()).then(|| line.to_owned())
+}
+
+/// The permanent addresses of the network interfaces that have a device. Not those that the kernel has drawn at random, or
+/// that somebody has set (Documentation/ABI/testing/sysfs-class-net, `addr_assign_type`).
+fn network_addresses(interfaces: &Path) -> Vec<String> {
+    let entries = fs::read_dir(interfaces).into_iter().flatten().flatten();
+    let mut addresses: Vec<String> = entries
+        .map(|entry| entry.path())
+        .filter(|interface| interface.join("device").exists())
+        .filter(|interface| line(&interface.join("addr_assign_type")).is_some_and(|kind| kind == "0"))
+        .filter_map(|interface| line(&interface.join("address")))
+        .filter(|address| address.bytes().any(|byte| !matches!(byte, b'0' | b':')))
+        .collect();
+    addresses.sort();
+    addresses.dedup();
+    addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_hardware_says_is_read_and_what_was_drawn_or_set_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        assert!(identities_below(root.path()).is_empty());
+        for (name, address, kind, device) in [
+            ("eth1", "52:54:00:00:00:02", "0", true),
+            ("eth0", "52:54:00:00:00:01", "0", true),
+            ("lo", "00:00:00:00:00:00", "0", false),
+            ("dummy", "00:00:00:00:00:00", "0", true),
+            ("veth7", "aa:aa:aa:aa:aa:aa", "0", false),
+            ("random", "bb:bb:bb:bb:bb:bb", "1", true),
+            ("bonded", "cc:cc:cc:cc:cc:cc", "3", true),
+        ] {
+            put(&format!("sys/class/net/{name}/address"), &format!("{address}\n"));
+            put(&format!("sys/class/net/{name}/addr_assign_type"), &format!("{kind}\n"));
+            if device {
+                put(&format!("sys/class/net/{name}/device/uevent"), "");
+            }
+        }
+        put("sys/class/dmi/id/board_asset_tag", "i-0123456789abcdef0\n");
+        put("sys/class/dmi/id/product_serial", "\n");
+        let expected = BTreeMap::from([
+            ("board_asset_tag", vec!["i-0123456789abcdef0".to_owned()]),
+            ("network", vec!["52:54:00:00:00:01".to_owned(), "52:54:00:00:00:02".to_owned()]),
+        ]);
+        assert_eq!(identities_below(root.path()), expected);
+    }
+}

@@ -1,0 +1,81 @@
+//! What is concluded from a host's name and from a machine's identity is never about another machine.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::locks_release::locks;
+use super::survived::{assert_nothing_left, edit, killed_whole, records};
+use crate::support::process::Run;
+use crate::support::world::lock_json;
+use crate::support::{Lock, Subject, World};
+
+const PLAN: [&str; 2] = ["plan", "-no-color"];
+
+#[test]
+fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
+    if !nix::unistd::geteuid().is_root() {
+        // tests/left-out names this.
+        return;
+    }
+    for host in ["localhost", "localhost.localdomain", "debian", "vm-of-a-test"] {
+        let world = World::new(Lock::Both, "true");
+        let mut info: Value =
+            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        info["Created"] = "2020-01-01T00:00:00Z".into();
+        info["Who"] = format!("{}@{host}", user()).into();
+        world.put_lock(&info.to_string());
+        let here = |words: &str| {
+            let mut command = world.command("unshare");
+            command.args([
+                "--uts",
+                "sh",
+                "-c",
+                &format!("echo {host} > /proc/sys/kernel/hostname && exec tf locks {words}"),
+            ]);
+            Run::start(command).wait()
+        };
+        let is_a_name = host == "vm-of-a-test";
+        let end = here("list");
+        assert_eq!(end.out.contains("likely_dead"), is_a_name, "{host}: {}", world.story(&end));
+        let end = here("release --yes");
+        assert_eq!(end.code(), Some(i32::from(!is_a_name)), "{host}: {}", world.story(&end));
+        assert_eq!(world.locks().is_empty(), is_a_name, "{host}: {}", world.story(&end));
+    }
+}
+
+fn user() -> String {
+    crate::support::world::who().split_once('@').unwrap().0.to_owned()
+}
+
+/// A snapshot of its disk that was started somewhere else has the machine-id and the journal of the original, which may
+/// still be running.
+#[test]
+fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
+    let boot = |record: &mut Value| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into();
+    let world = killed_whole(Lock::Both);
+    let [path] = records(&world).try_into().unwrap();
+    let record: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    let hardware = record["host"]["hardware"].as_object().unwrap();
+    let known = ["network", "product_uuid"].iter().any(|kind| hardware.contains_key(*kind));
+    edit(&world, |record| {
+        boot(record);
+        record["host"]["hardware"] = json!({ "network": ["0123456789abcdef"], "product_uuid": ["0123456789abcdef"] });
+    });
+    // Where nothing tells machines apart, as in some containers, there is nothing to try.
+    if known {
+        let end = world.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        world.assert_locked();
+        let end = locks(&world, &["show"]);
+        assert!(end.out.contains("the machine that this one is a copy of"), "{}", end.out);
+        assert_eq!(locks(&world, &["release", "--yes"]).code(), Some(1));
+        world.assert_locked();
+    }
+    // A record of an older version does not say.
+    edit(&world, |record| drop(record["host"].as_object_mut().unwrap().remove("hardware")));
+    let end = world.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert!(end.err.contains("released the lock"), "{}", end.err);
+    assert_nothing_left(&world);
+}
