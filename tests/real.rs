@@ -22,6 +22,8 @@ mod accounts;
 mod another_user;
 #[path = "real/answers.rs"]
 mod answers;
+#[path = "real/any_key.rs"]
+mod any_key;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;

@@ -57,7 +57,7 @@ impl Workspaces<'_> {
     fn have(self, backend: &CachedBackend, key: &str) -> bool {
         match self {
             Self::These(names) => names.iter().any(|name| backend.state_key(name).as_deref() == Some(key)),
-            Self::Any => backend.workspace_of(key).is_some(),
+            Self::Any => backend.has_state(key),
         }
     }
 }

@@ -134,18 +134,19 @@ impl CachedBackend {
         }
     }
 
-    /// The workspace whose state has this S3 key, if one can have it.
-    pub(crate) fn workspace_of(&self, key: &str) -> Option<String> {
+    /// Whether the state of some workspace can have this S3 key.
+    pub(crate) fn has_state(&self, key: &str) -> bool {
         /// No name that a workspace can have.
         const NAME: &str = "\u{0}";
-        if self.string("key")? == key {
-            return Some("default".to_owned());
+        if self.string("key") == Some(key) {
+            return true;
         }
-        // A name stands between what is before it and what is behind it in the key of any workspace.
-        let whole = self.state_key(NAME)?;
-        let (before, behind) = whole.split_once(NAME)?;
-        let name = key.strip_prefix(before)?.strip_suffix(behind)?;
-        (!name.is_empty() && !name.contains('/')).then(|| name.to_owned())
+        let Some(whole) = self.state_key(NAME) else { return false };
+        // A name stands between what is before it and what is behind it in the key of any workspace; with a `..` in the key
+        // of the block all workspaces may have one key.
+        let Some((before, behind)) = whole.split_once(NAME) else { return whole == key };
+        let name = key.strip_prefix(before).and_then(|rest| rest.strip_suffix(behind));
+        name.is_some_and(|name| !name.is_empty() && !name.contains('/'))
     }
 
     /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`).
@@ -156,14 +157,27 @@ impl CachedBackend {
         }
         // An empty prefix is a choice, and different from none.
         let prefix = self.value("workspace_key_prefix").and_then(Value::as_str).unwrap_or("env:");
-        let parts = [prefix, workspace, key];
-        // Go's path.Join leaves empty elements out and cleans the rest.
-        let joined: Vec<_> = parts
-            .iter()
-            .flat_map(|part| part.split('/'))
-            .filter(|element| !element.is_empty() && *element != ".")
-            .collect();
-        Some(joined.join("/"))
+        Some(join_path(&[prefix, workspace, key]))
+    }
+}
+
+/// Go's `path.Join`: it leaves empty elements out, and makes the path as short as it can be.
+fn join_path(parts: &[&str]) -> String {
+    let joined = parts.iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join("/");
+    let rooted = joined.starts_with('/');
+    let mut elements: Vec<&str> = Vec::new();
+    for element in joined.split('/') {
+        match element {
+            "" | "." => {}
+            ".." if elements.last().is_some_and(|last| *last != "..") => drop(elements.pop()),
+            ".." if rooted => {}
+            other => elements.push(other),
+        }
+    }
+    match (rooted, elements.join("/")) {
+        (true, path) => format!("/{path}"),
+        (false, path) if path.is_empty() && !joined.is_empty() => ".".to_owned(),
+        (false, path) => path,
     }
 }
 
@@ -202,6 +216,54 @@ pub(crate) mod tests {
         assert_eq!(prefixed.state_key("green").unwrap(), "x/y/green/a");
         let without = backend(r#"{"key":"a","workspace_key_prefix":""}"#);
         assert_eq!(without.state_key("green").unwrap(), "green/a");
+    }
+
+    /// The answers of Go's path.Join.
+    #[test]
+    fn a_path_is_joined_as_go_joins_it() {
+        for (parts, joined) in [
+            (["env:", "green", "a"], "env:/green/a"),
+            (["", "green", "a"], "green/a"),
+            (["", "", ""], ""),
+            (["env:", "green", "../a"], "env:/a"),
+            (["env:", "green", "../../a"], "a"),
+            (["env:", "green", "../../../a"], "../a"),
+            (["env:", "green", "../../../../a"], "../../a"),
+            (["env:", "green", "../.."], "."),
+            (["env:", "green", "a/../b"], "env:/green/b"),
+            (["env:", "green", "a/./b/"], "env:/green/a/b"),
+            (["x//y/", "green", "a"], "x/y/green/a"),
+            (["x/..", "green", "a"], "green/a"),
+            (["..", "green", "a"], "../green/a"),
+            (["/x", "green", "a"], "/x/green/a"),
+            (["/x", "green", "../../../a"], "/a"),
+            (["/", "green", "/a"], "/green/a"),
+            (["/..", "..", ".."], "/"),
+            (["x", "..", "a"], "a"),
+            (["..a", "...", ".b"], "..a/.../.b"),
+        ] {
+            assert_eq!(join_path(&parts), joined, "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_a_states_if_some_workspace_has_it() {
+        let of = |key: &str, prefix: &str| backend(&format!(r#"{{"key":{key:?},"workspace_key_prefix":{prefix:?}}}"#));
+        for (key, prefix, state, has) in [
+            ("a", "p", "a", true),
+            ("a", "p", "p/green/a", true),
+            ("a", "p", "p/green/b/a", false),
+            ("a", "p", "p//a", false),
+            ("a", "p", "green/a", false),
+            // The key of every workspace but the default one.
+            ("../a", "p", "p/a", true),
+            ("../a", "p", "p/green/a", false),
+            ("../a", "p", "p/green/../a", false),
+            ("x/../a", "p", "p/green/a", true),
+            ("../../a", "p", "a", true),
+        ] {
+            assert_eq!(of(key, prefix).has_state(state), has, "{key} {prefix} {state}");
+        }
     }
 
     #[test]

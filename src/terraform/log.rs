@@ -190,6 +190,9 @@ pub(crate) struct Log {
     has_exchanges: bool,
     #[serde(skip)]
     exchanges: Exchanges,
+    /// A record of the S3 backend that is not whole: the lines of its last value are awaited.
+    #[serde(skip)]
+    begun: Option<String>,
     /// The time of the record that the lines below it belong to.
     #[serde(skip)]
     within: Option<Timestamp>,
@@ -226,7 +229,8 @@ impl Log {
     /// How many of the bytes that were read belong to a line that is not whole yet. They are not part of what is kept, so
     /// whoever goes on with that must read them again.
     pub(crate) fn unfinished(&self) -> u64 {
-        self.unfinished + if self.exchanges.is_within() { self.since_record } else { 0 }
+        let within = self.exchanges.is_within() || self.begun.is_some();
+        self.unfinished + if within { self.since_record } else { 0 }
     }
 
     /// The log ends within a line: the disk was full, or terraform died while it wrote.
@@ -309,6 +313,9 @@ impl Log {
 
     /// Takes a line. Whether it begins a record.
     fn line(&mut self, line: &str) -> bool {
+        if self.goes_on(line) {
+            return false;
+        }
         let Some(record) = Record::parse(line) else {
             let (exchange, time) = (self.exchanges.line(line), self.within);
             if let (Some(exchange), Some(time)) = (exchange, time) {
@@ -344,8 +351,28 @@ impl Log {
                 self.exchange(exchange, record.time);
             }
         }
-        self.s3_backend(&record);
+        if record.goes_on() {
+            self.begun = Some(line.to_owned());
+        } else {
+            self.s3_backend(&record);
+        }
         true
+    }
+
+    /// Takes a line that goes on with a record that has begun. The last one has no more than the indentation.
+    fn goes_on(&mut self, line: &str) -> bool {
+        let Some(mut record) = self.begun.take() else { return false };
+        let belongs = line.starts_with("  ") && record.len() + line.len() < LONGEST_LINE;
+        if belongs {
+            record.push('\n');
+            record.push_str(line);
+        }
+        if belongs && line != "  " {
+            self.begun = Some(record);
+        } else if let Some(record) = Record::parse(&record) {
+            self.s3_backend(&record);
+        }
+        belongs
     }
 
     /// The pair of records that every backend's operations have.
@@ -705,6 +732,55 @@ pub(crate) mod tests {
             if end >= asked {
                 assert_eq!(log.standing().count(), 1, "cut at {end}");
             }
+        }
+    }
+
+    /// A whole life, of a state whose key is `dir\nx`.
+    fn life_on_several_lines() -> String {
+        let value = |name: &str, first: &str| format!("\n  {name}=\n  | {first}\n  | x\n  ");
+        let text = whole_life();
+        let text =
+            text.replace(" tf_backend.lock.path=bkt/dir/prod.tfstate", &value("tf_backend.lock.path", "bkt/dir"));
+        text.replace(" tf_backend.s3.path=dir/prod.tfstate", &value("tf_backend.s3.path", "dir"))
+    }
+
+    #[test]
+    fn a_key_with_a_newline_is_read_over_all_its_lines() {
+        let text = life_on_several_lines();
+        for end in 0..=text.len() {
+            let log = log(&text[..end]);
+            assert!(
+                log.locks.iter().all(|lock| lock.key == "dir\nx" && lock.path == "bkt/dir\nx" && !lock.contradicted)
+            );
+        }
+        let whole = log(&text);
+        assert!(whole.locks.len() == 1 && whole.locks[0].unlocked && whole.unfinished() == 0);
+        let upload = text[..text.find("Attempting to unlock").unwrap()].rfind("2026").unwrap();
+        assert!(log(&text[..upload]).locks[0].uploading);
+    }
+
+    /// Whoever goes on with what is kept begins at the record that is not whole.
+    #[test]
+    fn a_reader_that_goes_on_reads_an_unfinished_record_again() {
+        let text = life_on_several_lines();
+        for end in 0..=text.len() {
+            let first = log(&text[..end]);
+            let from = end - usize::try_from(first.unfinished()).unwrap();
+            let mut second: Log = serde_json::from_str(&serde_json::to_string(&first).unwrap()).unwrap();
+            second.read(&text.as_bytes()[from..]);
+            assert_eq!(second.locks, log(&text).locks, "{end}");
+        }
+    }
+
+    /// Whatever a provisioner writes between the lines of a record, the next record is read.
+    #[test]
+    fn a_record_that_is_not_whole_swallows_nothing() {
+        let text = life_on_several_lines();
+        let begun = &text[..text.find("  tf_backend.lock.path").unwrap()];
+        for junk in ["", "junk\n", "\n"] {
+            let other = "11111111-d70c-4132-39e0-d2abba1b3077";
+            let log = log(&[begun, junk, &asking(8, other, "r2")].concat());
+            assert!(log.locks.iter().any(|lock| lock.id == other && lock.key == "dir/prod.tfstate"), "{junk:?}");
         }
     }
 

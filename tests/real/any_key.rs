@@ -1,0 +1,90 @@
+//! A lock is found and released whatever key its state has, as long as terraform itself takes it.
+
+use serde_json::Value;
+
+use super::locks_release::locks;
+use crate::support::{Lock, Subject, World};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+/// Kills the terraform that runs it.
+const DIES: &str = "kill -9 $PPID; sleep 60";
+
+/// A directory whose state has the key `key`, in the workspace `workspace`, with this prefix for workspaces.
+fn world(key: &str, prefix: &str, workspace: &str) -> World {
+    let world = World::empty(Lock::Both);
+    // HCL has the escapes of JSON.
+    let quoted = serde_json::to_string(key).unwrap();
+    let backend = world.backend("KEY").replace("\"KEY\"", &quoted) + &format!("workspace_key_prefix = {prefix:?}\n");
+    let main = format!(
+        "terraform {{\nbackend \"s3\" {{\n{backend}}}\n}}\nresource \"terraform_data\" \"a\" {{\n\
+         provisioner \"local-exec\" {{\ncommand = \"{DIES}\"\n}}\n}}\n"
+    );
+    world.write("main.tf", &main);
+    world.init();
+    if workspace != "default" {
+        let end = world.run(Subject::Bare, &["workspace", "new", workspace]);
+        assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
+    }
+    world
+}
+
+#[track_caller]
+fn assert_bare_can_lock(world: &World, key: &str) {
+    let end = world.run(Subject::Bare, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
+}
+
+fn is_released(key: &str, prefix: &str, workspace: &str) {
+    let mut world = world(key, prefix, workspace);
+    let end = world.run(Subject::Tf, &APPLY);
+    assert!(end.err.contains("tf: released the lock"), "{key:?}: {}", world.story(&end));
+    assert_bare_can_lock(&world, key);
+
+    // Only named, it is seen by `tf locks`, and released there.
+    world.set("TFW_RELEASE", "never");
+    let end = world.run(Subject::Tf, &APPLY);
+    assert!(!end.err.contains("released the lock"), "{key:?}: {}", world.story(&end));
+    let refused = world.run(Subject::Bare, &["plan", "-no-color"]);
+    assert_eq!(refused.code(), Some(1), "{key:?}: {}", world.story(&refused));
+    let end = locks(&world, &["list", "--json"]);
+    let listed: Value = serde_json::from_str(&end.out).unwrap();
+    let id = listed.pointer("/locks/0/id").and_then(Value::as_str).unwrap_or_else(|| panic!("{key:?}: {listed}"));
+    assert_eq!(listed["locks"].as_array().map(Vec::len), Some(1), "{key:?}: {listed}");
+    let end = locks(&world, &["release", "--force", id]);
+    assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
+    assert_bare_can_lock(&world, key);
+}
+
+#[test]
+fn a_key_that_hclog_quotes_or_escapes() {
+    for key in [
+        "a b",
+        "a\"b",
+        "a\\b",
+        "a\\\"b",
+        "tab\tb",
+        "return\rb",
+        "a\u{1}b\u{7f}",
+        "a\u{a0}b",
+        "\u{e9}/\u{200b}",
+        "a=b c=d",
+    ] {
+        is_released(key, "env:", "default");
+    }
+}
+
+#[test]
+fn a_key_with_a_newline() {
+    for key in ["a\nb", "dir/a\n\nb \"c\" tf_backend.s3.path=x", "\nx"] {
+        is_released(key, "env:", "default");
+    }
+    is_released("a\nb", "p q", "green");
+}
+
+#[test]
+fn a_key_that_path_join_cleans() {
+    for (key, prefix) in [("../x", "env:"), ("a/../b", "env:"), ("./a", "env:"), ("a", "p/../q"), ("a", "./p")] {
+        is_released(key, prefix, "green");
+    }
+}
