@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use super::attributes::{self, Treatment};
 use super::identity::Identity;
-use crate::terraform::backend::{CachedBackend, Origin};
+use crate::terraform::backend::{CachedBackend, Origin, is_unset};
 use crate::terraform::other_backends::OtherBackend;
 
 /// One backend block without its secrets.
@@ -34,31 +34,11 @@ impl Access {
     pub(crate) fn of(backend: &CachedBackend) -> Self {
         let mut config = Map::new();
         let mut withheld = Vec::new();
-        for (name, value) in backend.attributes() {
-            match value {
-                value if backend.kind != "s3" => {
-                    if OtherBackend::of(backend).is_some_and(|other| other.may_keep(name, value)) {
-                        config.insert(name.to_owned(), value.clone());
-                    }
-                }
-                _ if attributes::of_attribute(name) == Treatment::NoEffect => {}
-                Value::Object(inner) => {
-                    let mut kept = Map::new();
-                    for (inner_name, value) in inner.iter().filter(|(_, value)| !value.is_null()) {
-                        let whole = format!("{name}.{inner_name}");
-                        if may_be_kept(&whole, value) {
-                            kept.insert(inner_name.clone(), value.clone());
-                        } else {
-                            withheld.push(whole);
-                        }
-                    }
-                    config.insert(name.to_owned(), Value::Object(kept));
-                }
-                value if may_be_kept(name, value) => {
-                    config.insert(name.to_owned(), value.clone());
-                }
-                _ => withheld.push(name.to_owned()),
-            }
+        if backend.kind == "s3" {
+            config = kept("", &mut backend.attributes(), &mut withheld);
+        } else if let Some(other) = OtherBackend::of(backend) {
+            let kept = backend.attributes().filter(|(name, value)| other.may_keep(name, value));
+            config.extend(kept.map(|(name, value)| (name.to_owned(), value.clone())));
         }
         Self { kind: backend.kind.clone(), config, withheld, origin: backend.origin() }
     }
@@ -83,10 +63,33 @@ impl Access {
     }
 }
 
-/// Whether the attribute is known to hold no secret, in a form that we can follow.
-fn may_be_kept(name: &str, value: &Value) -> bool {
-    attributes::of_attribute(name) == Treatment::Followed
-        && !value.as_str().is_some_and(|value| has_a_user(name, value))
+/// What may be kept of these attributes, whose names stand behind `outer`; those that are set and may not are added to
+/// `withheld`. One that cannot matter to a release is in neither. An empty text is kept: it can mean something else than
+/// none.
+fn kept<'a>(
+    outer: &str,
+    attributes: &mut dyn Iterator<Item = (&'a str, &'a Value)>,
+    withheld: &mut Vec<String>,
+) -> Map<String, Value> {
+    let mut config = Map::new();
+    for (name, value) in attributes {
+        let whole = format!("{outer}{name}");
+        match (attributes::of_attribute(&whole), value) {
+            (Treatment::NoEffect, _) => {}
+            (Treatment::Followed, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
+                config.insert(name.to_owned(), value.clone());
+            }
+            // The attributes in a nested one have names of their own.
+            (Treatment::NotFollowed, Value::Object(inner)) if outer.is_empty() => {
+                let inner = inner.iter().filter(|(_, value)| !value.is_null());
+                let mut inner = inner.map(|(name, value)| (name.as_str(), value));
+                config.insert(name.to_owned(), Value::Object(kept(&format!("{name}."), &mut inner, withheld)));
+            }
+            (_, value) if is_unset(value) => {}
+            _ => withheld.push(whole),
+        }
+    }
+    config
 }
 
 /// Whether an address has a user in it, who may have a password. A proxy or an endpoint may be written without a scheme
@@ -252,6 +255,74 @@ mod tests {
         let kept = access.backend(None).unwrap();
         let other = OtherBackend::of(&block).unwrap();
         assert_eq!(other.place(&kept), other.place(&block));
+    }
+
+    /// A block with every attribute of `all`: a text, or a map where an attribute is one.
+    fn block_of(all: &[&str]) -> CachedBackend {
+        let mut config = Map::new();
+        for name in all {
+            let value = match *name {
+                "assume_role_tags" | "assume_role.tags" => serde_json::json!({ "a": "value-of-tags" }),
+                _ => format!("value-of-{name}").into(),
+            };
+            match name.split_once('.') {
+                None => drop(config.insert((*name).to_owned(), value)),
+                Some((outer, inner)) => {
+                    let outer = config.entry(outer).or_insert_with(|| Map::new().into());
+                    outer.as_object_mut().unwrap().insert(inner.to_owned(), value);
+                }
+            }
+        }
+        backend(&Value::Object(config).to_string())
+    }
+
+    #[test]
+    fn each_attribute_is_kept_withheld_or_left_out_as_the_list_says() {
+        let unknown = ["an_attribute_of_tomorrow", "endpoints.of_tomorrow", "assume_role.of_tomorrow"];
+        let listed = attributes::ATTRIBUTES.iter().map(|attribute| attribute.name);
+        let all: Vec<&str> = listed.chain(unknown).collect();
+        // Alone, and together.
+        for (name, access) in all
+            .iter()
+            .map(|name| (*name, Access::of(&block_of(&[name]))))
+            .chain(all.iter().map(|name| (*name, Access::of(&block_of(&all)))))
+        {
+            let treatment = attributes::of_attribute(name);
+            let withheld = access.withheld.iter().any(|withheld| withheld == name);
+            assert_eq!(withheld, matches!(treatment, Treatment::Secret | Treatment::NotFollowed), "{name}");
+            let value = match name.split_once('.') {
+                None => access.config.get(name),
+                Some((outer, inner)) => access.config.get(outer).and_then(|outer| outer.get(inner)),
+            };
+            assert_eq!(value.is_some(), treatment == Treatment::Followed, "{name}");
+        }
+        let without_effect: Vec<&str> =
+            all.iter().copied().filter(|name| attributes::of_attribute(name) == Treatment::NoEffect).collect();
+        assert!(without_effect.contains(&"endpoints.iam"));
+        assert!(Access::of(&block_of(&without_effect)).backend(None).is_ok());
+    }
+
+    #[test]
+    fn what_is_set_to_nothing_is_no_secret_and_not_forgotten() {
+        let block = backend(
+            r#"{"bucket":"b","key":"k","workspace_key_prefix":"","https_proxy":"","access_key":"","region":null,
+                "assume_role":{"role_arn":"r","external_id":"","tags":null}}"#,
+        );
+        let again = Access::of(&block).backend(None).unwrap();
+        assert_eq!(again.state_key("green").as_deref(), Some("green/k"));
+        assert_eq!(again.text("https_proxy"), Some(""));
+    }
+
+    #[test]
+    fn a_variable_that_cannot_matter_is_neither_kept_nor_missing() {
+        for variable in attributes::VARIABLES {
+            let here = surroundings(&[(variable.name, "http://anna:hunter2@x/aws")]);
+            let kept = here.variables.contains_key(variable.name);
+            let withheld = here.withheld.iter().any(|name| name == variable.name);
+            let followed = variable.treatment == Treatment::Followed;
+            assert_eq!(kept || withheld, followed, "{}", variable.name);
+            assert!(!serde_json::to_string(&here).unwrap().contains("hunter2"), "{}", variable.name);
+        }
     }
 
     #[test]

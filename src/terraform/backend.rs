@@ -122,9 +122,9 @@ impl CachedBackend {
         Self { kind: kind.to_owned(), config, origin }
     }
 
-    /// The attributes that are set, with their values: secrets among them.
+    /// The attributes that are set, if to nothing, with their values: secrets among them.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.config.iter().filter(|(_, value)| !is_unset(value)).map(|(name, value)| (name.as_str(), value))
+        self.config.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.as_str(), value))
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
@@ -181,7 +181,8 @@ fn join_path(parts: &[&str]) -> String {
     }
 }
 
-fn is_unset(value: &Value) -> bool {
+/// Whether an attribute is not set, or set to nothing.
+pub(crate) fn is_unset(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::String(text) => text.is_empty(),

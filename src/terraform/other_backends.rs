@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use super::backend::CachedBackend;
+use super::backend::{CachedBackend, is_unset};
 
 /// What is done about a lock that a dead terraform left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +182,7 @@ impl OtherBackend {
     /// Where the lock is, for a person: what the block says of it, without a secret.
     pub(crate) fn place(&self, backend: &CachedBackend) -> String {
         let named = self.place.iter().filter_map(|name| {
-            let value = match backend.attributes().find(|(known, _)| known == name)?.1 {
+            let value = match backend.attributes().find(|(known, value)| known == name && !is_unset(value))?.1 {
                 Value::String(text) => without_secrets(text).to_owned(),
                 other => other.to_string(),
             };
