@@ -49,6 +49,8 @@ mod locks_list;
 mod locks_recover;
 #[path = "real/locks_release.rs"]
 mod locks_release;
+#[path = "real/many_locks.rs"]
+mod many_locks;
 #[path = "real/never_anothers.rs"]
 mod never_anothers;
 #[path = "real/never_hangs.rs"]

@@ -28,6 +28,9 @@ pub(crate) struct Run {
     pub(crate) disordered: bool,
     /// It was told to take no lock (`-lock=false`).
     pub(crate) locking_disabled: bool,
+    /// Its log names more locks than terraform takes.
+    #[serde(default)]
+    pub(crate) excessive: bool,
     /// The program, as its log names it.
     #[serde(default)]
     pub(crate) program: Option<Version>,
@@ -43,6 +46,7 @@ impl Run {
             started,
             disordered: log.disordered,
             locking_disabled: log.locking_disabled,
+            excessive: log.excessive,
             program: log.program.clone(),
         }
     }
@@ -85,6 +89,7 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
     let created = standing.created();
     let conditions = [
         (!recorded.contradicted, "the log of the run contradicts itself"),
+        (!run.excessive, "the log of the run names more locks than terraform takes"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (
             !run.locking_disabled || recorded.operation == "init",
@@ -155,6 +160,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
     };
     let waited = unnamed.granted.is_none_or(|granted| granted > after(ANSWERED_WITHIN));
     let conditions = [
+        (!run.excessive, "the log of the run names more locks than terraform takes"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
         (run.is_of(&standing.who), "its Who is not this user on this host"),
@@ -205,6 +211,7 @@ mod tests {
             started: "2026-11-23T01:46:07Z".parse().unwrap(),
             disordered: false,
             locking_disabled: false,
+            excessive: false,
             program: Version::of_record("OpenTofu version", "1.11.4 dev"),
         }
     }
@@ -292,6 +299,7 @@ mod tests {
             ("created is no time", |_, lock, _| lock.created = "yesterday".into()),
             ("created later", |_, lock, _| lock.created = "2026-11-23T01:46:07.9Z".into()),
             ("disordered", |_, _, run| run.disordered = true),
+            ("excessive", |_, _, run| run.excessive = true),
             ("told to take no lock", |_, _, run| run.locking_disabled = true),
             ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
         ];
@@ -406,6 +414,7 @@ mod tests {
             ("recorded key", |recorded, _, _| recorded.key = "other".into()),
             ("contradicted", |recorded, _, _| recorded.contradicted = true),
             ("disordered", |_, _, run| run.disordered = true),
+            ("excessive", |_, _, run| run.excessive = true),
             ("told to take no lock", |_, _, run| run.locking_disabled = true),
             ("another host", |_, _, run| (run.who, run.who_now) = ("root@other".into(), String::new())),
             ("another host, and another name of it", |_, _, run| {

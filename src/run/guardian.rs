@@ -57,7 +57,7 @@ use crate::sys::wait::Ended;
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
 use crate::trace::{self, trace};
 
 /// What the history says of a guardian's release.
@@ -77,8 +77,8 @@ const UNIT_IS_STOPPED: u8 = 2;
 /// What the child writes before its pid.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
 
-/// No message is longer: the facts of a few locks.
-const LONGEST: usize = 1 << 20;
+/// No message is longer: what is kept of a log, and how far it was read.
+const LONGEST: usize = JSON_LIMIT + 64;
 
 /// How long a guardian may take to end once it was told that all is over.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
@@ -214,7 +214,12 @@ impl Guardian {
         if !self.unsent.is_empty() {
             return Ok(false);
         }
-        self.send(NEWS, &serde_json::to_vec(&(offset, log))?)?;
+        let news = serde_json::to_vec(&(offset, log))?;
+        if news.len() > LONGEST {
+            // It would not be read. The guardian reads the log itself, as long as nothing of it is forgotten.
+            return Ok(false);
+        }
+        self.send(NEWS, &news)?;
         Ok(true)
     }
 
@@ -295,12 +300,43 @@ fn marks_us(name: &str) -> bool {
         || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | super::tree::RUN)
 }
 
+/// What came through the socket and was not heard yet.
+#[derive(Debug, Default)]
+struct Received {
+    bytes: Vec<u8>,
+    /// So much of a message that is too long is still to come: none of it is kept, and the next message is heard.
+    skipped: usize,
+}
+
+impl Received {
+    /// The next whole message: its kind, and what it says.
+    fn next(&mut self) -> Option<(u8, Vec<u8>)> {
+        loop {
+            let skipped = self.skipped.min(self.bytes.len());
+            self.bytes.drain(..skipped);
+            self.skipped -= skipped;
+            let head = *self.bytes.first_chunk::<5>()?;
+            let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
+            if length > LONGEST {
+                self.skipped = 5 + length;
+                continue;
+            }
+            if self.bytes.len() < 5 + length {
+                return None;
+            }
+            let payload = self.bytes[5..5 + length].to_vec();
+            self.bytes.drain(..5 + length);
+            return Some((head[0], payload));
+        }
+    }
+}
+
 /// The guardian's own story.
 struct Watch<'a> {
     socket: UnixStream,
     ward: Ward<'a>,
     terraform: Option<Terraform>,
-    received: Vec<u8>,
+    received: Received,
     /// `tf` has stopped itself.
     still: bool,
     /// What the log has told, and was not written down yet.
@@ -373,7 +409,7 @@ impl<'a> Watch<'a> {
             socket,
             ward,
             terraform: None,
-            received: Vec::new(),
+            received: Received::default(),
             still: false,
             news: None,
             signals,
@@ -415,8 +451,8 @@ impl<'a> Watch<'a> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => 0,
             };
-            self.received.extend(&bytes[..length]);
-            while let Some((kind, payload)) = self.message() {
+            self.received.bytes.extend(&bytes[..length]);
+            while let Some((kind, payload)) = self.received.next() {
                 if kind == OVER {
                     return Parting::Over;
                 }
@@ -458,19 +494,6 @@ impl<'a> Watch<'a> {
         }
     }
 
-    fn message(&mut self) -> Option<(u8, Vec<u8>)> {
-        let (kind, length) = self
-            .received
-            .split_first_chunk::<5>()
-            .map(|(head, _)| (head[0], u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize))?;
-        if length > LONGEST || self.received.len() < 5 + length {
-            return None;
-        }
-        let payload = self.received[5..5 + length].to_vec();
-        self.received.drain(..5 + length);
-        Some((kind, payload))
-    }
-
     fn heard(&mut self, kind: u8, payload: &[u8]) {
         match kind {
             STARTED => {
@@ -509,7 +532,8 @@ impl<'a> Watch<'a> {
         if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
             // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
             let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
-            let to_disk = log.standing().any(|lock| !known(&lock.id)) || log.unnamed.len() > record.log.unnamed.len();
+            let unknown = |lock: &UnnamedLock| !record.log.unnamed.iter().any(|known| known.is_same(lock));
+            let to_disk = log.standing().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
             record.log = log.clone();
             record.offset = offset;
             let written = entry.write(record, to_disk);
@@ -676,5 +700,34 @@ impl<'a> Watch<'a> {
             }
         }
         left_over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u8, length: usize) -> Vec<u8> {
+        let mut message = vec![kind];
+        message.extend(u32::try_from(length).unwrap().to_le_bytes());
+        message.resize(5 + length, kind);
+        message
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_is_passed_over_and_the_next_is_heard() {
+        let long = message(NEWS, LONGEST + 1);
+        let whole =
+            [message(EVENT, 1), long.clone(), message(STILL, 1), long, message(NEWS, LONGEST), message(OVER, 0)];
+        for size in [1 << 14, 4096 + 1, 1 << 23] {
+            let mut received = Received::default();
+            let mut heard = Vec::new();
+            for piece in whole.concat().chunks(size) {
+                received.bytes.extend(piece);
+                heard.extend(std::iter::from_fn(|| received.next()).map(|(kind, payload)| (kind, payload.len())));
+                assert!(received.bytes.len() <= LONGEST + 5 + size);
+            }
+            assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, LONGEST), (OVER, 0)]);
+        }
     }
 }

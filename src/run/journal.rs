@@ -40,7 +40,7 @@ use crate::lock::proof::Run;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
-use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
+use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// The byte that the whole tree below terraform holds.
@@ -50,7 +50,7 @@ const LIFE: u8 = 0;
 const CHARGE: u8 = 1;
 
 /// No record is longer; what is, is hostile.
-const LONGEST: u64 = 1 << 20;
+const LONGEST: u64 = 2 * JSON_LIMIT as u64;
 
 /// So many unreadable records are kept for somebody to look at.
 const SET_ASIDE: usize = 16;
@@ -444,8 +444,13 @@ impl Entry {
         let unfinished = self.path.join(format!("record.{}", std::process::id()));
         let _ = fs::remove_file(&unfinished);
         let written = (|| {
+            let text = serde_json::to_vec(record)?;
+            if text.len() as u64 > LONGEST {
+                // The older one can still be read.
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
             let mut file = create(&unfinished)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
+            file.write_all(&text)?;
             fs::rename(&unfinished, self.path.join("record.json"))?;
             if to_disk {
                 // Once, for the content and the new name: what a journaling file system writes for a file that was just

@@ -115,6 +115,7 @@ mod tests {
             started: "2026-11-23T01:46:07Z".parse().unwrap(),
             disordered: false,
             locking_disabled: false,
+            excessive: false,
             program: None,
         };
         Tombstone { since: "2026-11-23T01:47:00Z".parse().unwrap(), lock: log.locks.remove(0), run }

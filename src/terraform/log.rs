@@ -10,6 +10,8 @@
 //! local backend asked for a lock and went on (internal/backend/local/backend_local.go): `requesting state lock for workspace
 //! "x"`, then `reading remote state for workspace "x"`. That last pair stands in every program's trace, for every backend.
 
+use std::collections::BTreeSet;
+
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -98,6 +100,11 @@ impl RecordedLock {
             gone: Halves::default(),
         }
     }
+
+    fn length_of_text(&self) -> usize {
+        let fixed = [&self.id, &self.operation, &self.who, &self.version, &self.path, &self.bucket, &self.key];
+        fixed.into_iter().chain(&self.requests).map(String::len).sum()
+    }
 }
 
 /// A lock that terraform asked for, and whose ID its log does not tell.
@@ -121,6 +128,11 @@ impl UnnamedLock {
     /// Whether nothing is known of it but that it was asked for: not its text, and not that it was had.
     pub(crate) fn is_only_asked_for(&self) -> bool {
         self.granted.is_none() && matches!(self.mark, Mark::Workspace(_))
+    }
+
+    /// Whether both tell of one request.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        (&self.mark, self.asked) == (&other.mark, other.asked)
     }
 }
 
@@ -155,6 +167,29 @@ const DISORDER: SignedDuration = SignedDuration::from_secs(1);
 /// No record that matters is longer; what is, is skipped.
 const LONGEST_LINE: usize = 1 << 16;
 
+/// So many locks that were given back are kept: a late record of one finds it there.
+const UNLOCKED_KEPT: usize = 16;
+
+/// So many locks can stand in a log that is believed. Terraform has two at once, while it migrates; those of nested ones are
+/// in the log as well.
+const STANDING_LIMIT: usize = 256;
+
+/// So many locks can have been given back in a log that is believed: a migration of 8,000 workspaces takes that many.
+const UNLOCKED_LIMIT: usize = 16_384;
+
+/// So many requests can wait for their answers. Of more, the oldest are forgotten, as if they were never answered.
+const AWAITED_LIMIT: usize = 64;
+
+/// With `-lock-timeout` a lock is asked for again and again; only the last request can be answered.
+const REQUESTS_KEPT: usize = 16;
+
+/// What is kept of a log has no more text than this, in bytes. In JSON, where a byte can become six, it is shorter than
+/// [`JSON_LIMIT`] with all the rest.
+const TEXT_LIMIT: usize = 192 << 10;
+
+/// What is kept of a log is never longer, in JSON: the guardian reads no more, and the journal little more.
+pub(crate) const JSON_LIMIT: usize = 2 << 20;
+
 /// Everything that matters in a core log, read piece by piece.
 ///
 /// Serialised, it is what may be kept of a log: no text of it but what is said of its locks.
@@ -185,6 +220,15 @@ pub(crate) struct Log {
     asking: Option<(String, Timestamp)>,
     #[serde(default)]
     awaited: Vec<Awaited>,
+    /// The log names more than terraform does, or than can be kept: whoever wrote that, no lock of it is believed.
+    #[serde(default)]
+    pub(crate) excessive: bool,
+    /// 32 bits of the ID of each lock that was given back and is not kept.
+    #[serde(default)]
+    gone: BTreeSet<u32>,
+    /// When a lock was asked for last, kept or not.
+    #[serde(default)]
+    asked_last: Option<Timestamp>,
     /// It tells of requests at all.
     #[serde(default)]
     has_exchanges: bool,
@@ -320,6 +364,7 @@ impl Log {
             let (exchange, time) = (self.exchanges.line(line), self.within);
             if let (Some(exchange), Some(time)) = (exchange, time) {
                 self.exchange(exchange, time);
+                self.forget_unlocked();
             }
             return false;
         };
@@ -356,6 +401,7 @@ impl Log {
         } else {
             self.s3_backend(&record);
         }
+        self.forget_unlocked();
         true
     }
 
@@ -371,8 +417,84 @@ impl Log {
             self.begun = Some(record);
         } else if let Some(record) = Record::parse(&record) {
             self.s3_backend(&record);
+            self.forget_unlocked();
         }
         belongs
+    }
+
+    /// Forgets the oldest locks that were given back, but for their IDs.
+    fn forget_unlocked(&mut self) {
+        let mut surplus = self.locks.iter().filter(|lock| lock.unlocked).count().saturating_sub(UNLOCKED_KEPT);
+        let gone = &mut self.gone;
+        self.locks.retain(|lock| {
+            let forgotten = surplus > 0 && lock.unlocked;
+            if forgotten {
+                surplus -= 1;
+                gone.insert(fingerprint(&lock.id));
+            }
+            !forgotten
+        });
+        let mut surplus = self.unnamed.iter().filter(|lock| lock.unlocked).count().saturating_sub(UNLOCKED_KEPT);
+        self.unnamed.retain(|lock| {
+            let forgotten = surplus > 0 && lock.unlocked;
+            surplus -= usize::from(forgotten);
+            !forgotten
+        });
+        if self.gone.len() > UNLOCKED_LIMIT {
+            self.excessive = true;
+            self.gone.pop_first();
+        }
+    }
+
+    /// Adds a lock that was asked for. One whose ID was given back before is somebody's forgery.
+    fn add(&mut self, mut lock: RecordedLock) {
+        lock.contradicted |= self.gone.contains(&fingerprint(&lock.id));
+        self.asked_last = self.asked_last.max(Some(lock.asked));
+        self.locks.push(lock);
+        if self.is_excessive() {
+            self.locks.pop();
+        }
+    }
+
+    /// The same, of one that the log does not name.
+    fn add_unnamed(&mut self, lock: UnnamedLock) {
+        self.asked_last = self.asked_last.max(Some(lock.asked));
+        self.unnamed.push(lock);
+        if self.is_excessive() {
+            self.unnamed.pop();
+        }
+    }
+
+    fn await_answer(&mut self, method: &str, about: Option<String>) {
+        if self.awaited.len() == AWAITED_LIMIT {
+            self.awaited.remove(0);
+        }
+        self.awaited.push(Awaited { method: method.to_owned(), about });
+        if self.is_excessive() {
+            self.awaited.pop();
+        }
+    }
+
+    /// Whether there is more in it than can be. The log is not believed from then on.
+    fn is_excessive(&mut self) -> bool {
+        let standing = self.standing().count() + self.unnamed.iter().filter(|lock| !lock.unlocked).count();
+        let excessive = standing > STANDING_LIMIT || self.length_of_text() > TEXT_LIMIT;
+        self.excessive |= excessive;
+        excessive
+    }
+
+    /// How much text is kept.
+    fn length_of_text(&self) -> usize {
+        let locks = self.locks.iter().map(RecordedLock::length_of_text);
+        let unnamed = self.unnamed.iter().map(|lock| match &lock.mark {
+            Mark::Object { bucket, key, checksum } => {
+                bucket.len() + key.len() + checksum.as_ref().map_or(0, String::len)
+            }
+            Mark::Workspace(name) => name.len(),
+        });
+        let awaited = self.awaited.iter().map(|one| one.method.len() + one.about.as_ref().map_or(0, String::len));
+        let asking = self.asking.iter().map(|(workspace, _)| workspace.len());
+        locks.chain(unnamed).chain(awaited).chain(asking).sum()
     }
 
     /// The pair of records that every backend's operations have.
@@ -389,13 +511,17 @@ impl Log {
                     uploading: false,
                     unlocked: false,
                 });
+                if self.is_excessive() {
+                    self.asking = None;
+                    self.unnamed.pop();
+                }
             }
         } else if workspace("reading remote state for workspace \"").is_some()
             && let Some((workspace, asked)) = self.asking.take()
         {
             let mark = Mark::Workspace(workspace);
             let is_it = |lock: &UnnamedLock| lock.mark == mark && lock.asked == asked && lock.granted.is_none();
-            let named = self.locks.iter().any(|lock| lock.asked >= asked)
+            let named = self.asked_last.is_some_and(|last| last >= asked)
                 || self.unnamed.iter().any(|lock| lock.asked >= asked && !is_it(lock));
             if named || self.locking_disabled {
                 self.unnamed.retain(|lock| !is_it(lock));
@@ -453,16 +579,13 @@ impl Log {
     }
 
     fn exchange(&mut self, exchange: Exchange, time: Timestamp) {
-        let mut await_answer = |method: &str, about: Option<String>| {
-            self.awaited.push(Awaited { method: method.to_owned(), about });
-        };
         match exchange {
             Exchange::PutItem { info, text } => {
-                await_answer("PutItem", Some(info.id.clone()));
+                self.await_answer("PutItem", Some(info.id.clone()));
                 self.put_item(&info, &text, time);
             }
             Exchange::PutLock { bucket, key, checksum } => {
-                await_answer("PutObject", Some(format!("{bucket}/{key}")));
+                self.await_answer("PutObject", Some(format!("{bucket}/{key}")));
                 let mark = Mark::Object { bucket, key, checksum };
                 // With -lock-timeout it is asked for again, and is the same one.
                 if !self.unnamed.iter().any(|lock| lock.mark == mark && !lock.unlocked) {
@@ -474,20 +597,20 @@ impl Log {
                         uploading: false,
                         unlocked: false,
                     };
-                    self.unnamed.push(lock);
+                    self.add_unnamed(lock);
                 }
             }
             Exchange::PutState { bucket, key } => self.uploads(&bucket, &key),
             Exchange::DeleteItem { path } => {
                 self.unlocks(&path);
-                self.awaited.push(Awaited { method: "DeleteItem".to_owned(), about: Some(path) });
+                self.await_answer("DeleteItem", Some(path));
             }
             Exchange::DeleteLock { bucket, key } => {
                 let path = format!("{bucket}/{key}");
                 self.unlocks(&path);
-                self.awaited.push(Awaited { method: "DeleteObject".to_owned(), about: Some(path) });
+                self.await_answer("DeleteObject", Some(path));
             }
-            Exchange::Other { method } => await_answer(&method, None),
+            Exchange::Other { method } => self.await_answer(&method, None),
             Exchange::Answered { method, object, status } => self.answered(&method, object, status, time),
         }
     }
@@ -519,7 +642,7 @@ impl Log {
         let before = self.unnamed.len();
         self.unnamed.retain(|lock| !same(lock));
         let halves = Halves { s3: self.unnamed.len() < before, dynamodb: true };
-        self.locks.push(RecordedLock::asked_for(info, bucket, key, halves, time));
+        self.add(RecordedLock::asked_for(info, bucket, key, halves, time));
     }
 
     fn answered(&mut self, method: &str, object: Option<(String, String)>, status: u16, time: Timestamp) {
@@ -594,7 +717,7 @@ impl Log {
             _ => Halves { s3: true, dynamodb: true },
         };
         let lock = RecordedLock {
-            id,
+            id: id.clone(),
             operation: field("tf_backend.lock.operation"),
             who: field("tf_backend.lock.who"),
             version: field("tf_backend.lock.version"),
@@ -612,7 +735,7 @@ impl Log {
             gone: Halves::default(),
         };
         match self.locks.iter_mut().find(|known| known.id == lock.id) {
-            None => self.locks.push(lock),
+            None => self.add(lock),
             Some(known) => {
                 let same = known.operation == lock.operation
                     && known.who == lock.who
@@ -624,6 +747,11 @@ impl Log {
                 // An ID is drawn for one lock: asked for again after it was had, it is somebody's forgery.
                 known.contradicted |= !same || known.locked.is_some() || known.unlocking;
                 known.requests.extend(lock.requests);
+                let surplus = known.requests.len().saturating_sub(REQUESTS_KEPT);
+                known.requests.drain(..surplus);
+                if self.is_excessive() {
+                    self.locks.iter_mut().filter(|known| known.id == id).for_each(|known| known.requests.clear());
+                }
             }
         }
     }
@@ -637,6 +765,11 @@ impl Log {
             lock.locked = Some(time);
         }
     }
+}
+
+/// 32 bits of a lock's ID, which is drawn at random.
+fn fingerprint(id: &str) -> u32 {
+    u32::from_str_radix(id.get(..8).unwrap_or_default(), 16).unwrap_or_default()
 }
 
 /// Whether terraform's arguments, as Go prints a list of strings, hold `-lock=false` in any of Go's spellings
@@ -861,6 +994,118 @@ pub(crate) mod tests {
         {
             assert_eq!(log(&line(word)).locking_disabled, disabled, "{word}");
         }
+    }
+
+    fn life_of(number: usize) -> String {
+        whole_life().replace(ID, &id_of(number))
+    }
+
+    fn id_of(number: usize) -> String {
+        format!("{number:08x}-d70c-4132-39e0-d2abba1b3077")
+    }
+
+    fn json(log: &Log) -> String {
+        serde_json::to_string(log).unwrap()
+    }
+
+    #[test]
+    fn of_thousands_of_locks_that_were_given_back_few_are_kept_and_the_next_is_believed() {
+        let mut log = log(&(1..=1000).map(life_of).collect::<String>());
+        assert!(log.locks.len() == UNLOCKED_KEPT && !log.may_hold() && !log.excessive);
+        assert!(json(&log).len() < 1 << 16, "{}", json(&log).len());
+        log.read(asking(13, ID, "r1").as_bytes());
+        let standing: Vec<_> = log.standing().collect();
+        assert!(standing.len() == 1 && standing[0].id == ID && !standing[0].contradicted);
+    }
+
+    #[test]
+    fn a_late_record_of_a_lock_that_was_given_back_does_not_bring_it_back() {
+        let whole: String = (1..=100).map(life_of).collect();
+        for number in [1, 50, 84, 85, 100] {
+            let id = id_of(number);
+            let late = [asking(13, &id, "r1"), locked(13, &id, "r1")].concat();
+            for again in [false, true] {
+                let mut log = log(&whole);
+                if again {
+                    // As another process goes on with it.
+                    log = serde_json::from_str(&json(&log)).unwrap();
+                }
+                log.read(locked(13, &id, "r1").as_bytes());
+                assert!(!log.may_hold());
+                log.read(late.as_bytes());
+                assert!(log.standing().all(|lock| lock.contradicted), "{number}");
+                assert!(log.locks.iter().filter(|lock| lock.id == id).all(|lock| lock.contradicted), "{number}");
+            }
+        }
+    }
+
+    /// Whatever somebody writes into the log: what is kept of it can be read by the guardian, and by whoever recovers.
+    #[test]
+    fn what_is_kept_of_a_log_is_never_longer_than_can_be_read() {
+        let control = "\u{1}".repeat(4_000);
+        let forged: [Box<dyn Fn(usize) -> String>; 7] = [
+            Box::new(|number| asking(7, &id_of(number), "r")),
+            Box::new(|number| asking(7, &id_of(number), &control)),
+            Box::new(|number| asking(7, ID, &format!("{number}{control}"))),
+            Box::new(|number| asking(7, &id_of(number), "r").replace("dir/prod", &control)),
+            Box::new(life_of),
+            Box::new(|number| {
+                let time = "2026-11-23T01:46:07.593Z [INFO]  backend/local:";
+                format!(
+                    "{time} requesting state lock for workspace \"{number}{control}\"\n\
+                         {time} reading remote state for workspace \"x\"\n"
+                )
+            }),
+            Box::new(|number| {
+                format!(
+                    "2026-11-23T01:46:07.593Z [DEBUG] backend-s3: HTTP Request Sent: aws.s3.bucket=b \
+                         aws.s3.key=\"{number}{control}.tflock\" rpc.method=PutObject\n"
+                )
+            }),
+        ];
+        for (kind, forge) in forged.iter().enumerate() {
+            for program in ["Terraform", "OpenTofu"] {
+                let mut log = log(&format!("2026-11-23T01:46:07.565Z [INFO]  {program} version: 1.11.4\n"));
+                log.read(asking(7, ID, "r1").as_bytes());
+                for number in 1..=270 {
+                    log.read(forge(number).as_bytes());
+                }
+                assert!(json(&log).len() < JSON_LIMIT, "{kind} {program}: {}", json(&log).len());
+                assert!(log.locks.iter().any(|lock| lock.id == ID), "{kind} {program}: the first is kept");
+            }
+        }
+        let mut all = Log::default();
+        for forge in &forged {
+            (1..=60).for_each(|number| all.read(forge(number).as_bytes()));
+        }
+        all.gone.extend((0..=UNLOCKED_LIMIT).map(|number| u32::MAX - u32::try_from(number).unwrap()));
+        (1000..=1100).for_each(|number| all.read(life_of(number).as_bytes()));
+        assert!(all.excessive && json(&all).len() < JSON_LIMIT, "{}", json(&all).len());
+    }
+
+    #[test]
+    fn a_log_that_names_more_locks_than_terraform_takes_is_not_believed() {
+        for (count, believed) in [(STANDING_LIMIT, true), (STANDING_LIMIT + 1, false)] {
+            let log = log(&(1..=count).map(|number| asking(7, &id_of(number), "r")).collect::<String>());
+            assert!(log.excessive != believed && log.standing().count() == STANDING_LIMIT);
+        }
+        for (count, believed) in [(UNLOCKED_KEPT + 1, true), (UNLOCKED_KEPT + 2, false)] {
+            let gone = (1..UNLOCKED_LIMIT).map(|number| u32::MAX - u32::try_from(number).unwrap()).collect();
+            let mut log = Log { gone, ..Log::default() };
+            (1..=count).for_each(|number| log.read(life_of(number).as_bytes()));
+            assert_eq!(log.excessive, !believed, "{count}");
+        }
+    }
+
+    /// With -lock-timeout terraform asks every 16 s at most.
+    #[test]
+    fn a_lock_that_was_asked_for_all_day_is_believed() {
+        let mut log = Log::default();
+        for number in 0..5400 {
+            log.read(asking(7, ID, &format!("r{number}")).as_bytes());
+        }
+        log.read(locked(8, ID, "r5399").as_bytes());
+        assert!(!log.locks[0].contradicted && !log.excessive && json(&log).len() < 2000);
     }
 
     #[test]

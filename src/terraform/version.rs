@@ -47,6 +47,9 @@ impl Telling {
     }
 }
 
+/// No version is longer, in characters.
+const LONGEST: usize = 128;
+
 impl Version {
     /// Out of a log's first record: its message, `Terraform version`, and what stands behind (main.go of either program).
     pub(crate) fn of_record(message: &str, rest: &str) -> Option<Self> {
@@ -55,7 +58,7 @@ impl Version {
             "OpenTofu version" => Product::OpenTofu,
             _ => return None,
         };
-        Some(Self { product, text: rest.trim().to_owned() })
+        Some(Self { product, text: rest.trim().chars().take(LONGEST).collect() })
     }
 
     /// Out of the first line that `terraform version` prints: `Terraform v1.11.4`.
