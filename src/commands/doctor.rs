@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, fix_digest, inventory};
-use crate::lock::probe::{self, Attempt, IfMatch};
+use crate::lock::probe::{self, Attempt, IfMatch, IfNoneMatch};
 use crate::lock::release::Failure;
 use crate::lock::stores::{LOCK_FILE, Stores};
 use crate::lock::{aws, digest, dynamodb, s3};
@@ -259,6 +259,10 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         }
         clock = clock.or(told);
         conditional_delete(findings, bucket, if_match);
+        // What may not be deleted is not put there.
+        let if_none_match =
+            if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Unknown };
+        conditional_put(findings, bucket, if_none_match);
         versions(findings, stores, bucket).await;
     }
     skew(findings, clock);
@@ -315,6 +319,25 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
         IfMatch::Unknown => {
             findings.note("If-Match", "whether a delete on a condition is obeyed could not be found out", "");
         }
+    }
+}
+
+fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneMatch) {
+    match if_none_match {
+        IfNoneMatch::Obeyed => findings.ok("If-None-Match", "a second lock is refused"),
+        IfNoneMatch::Ignored => findings.wrong(
+            "If-None-Match",
+            &format!(
+                "the service of {} ignores it: use_lockfile does not lock there, and two runs can write one state at once",
+                visible(bucket)
+            ),
+            "lock with a DynamoDB table: set dynamodb_table in the backend block",
+        ),
+        IfNoneMatch::Unknown => findings.note(
+            "If-None-Match",
+            "whether a second lock is refused could not be tried: these credentials cannot put an object beside the lock",
+            "",
+        ),
     }
 }
 

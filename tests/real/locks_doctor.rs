@@ -142,6 +142,36 @@ fn a_service_that_ignores_if_match_is_named_as_that() {
 }
 
 #[test]
+fn a_service_on_which_a_lock_file_does_not_lock_is_named_and_nothing_is_left_there() {
+    for ignores in [false, true] {
+        let mut world = World::new(Lock::File, "true");
+        let change = |request: &mut Message| {
+            request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("if-none-match"));
+        };
+        let change: fn(&mut Message) = if ignores { change } else { |_| {} };
+        let proxy = Proxy::start_changing(cloud().port, change, |_| Deed::Pass);
+        world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+        let end = locks(&world, &["doctor"]);
+        assert_eq!(end.code(), Some(if ignores { 2 } else { 0 }), "{}", world.story(&end));
+        let health = if ignores { "WRONG  If-None-Match: " } else { "ok     If-None-Match: " };
+        assert!(end.out.contains(health), "{}", end.out);
+        assert_eq!(end.out.contains("use_lockfile does not lock there"), ignores, "{}", end.out);
+        let left = cloud().s3("GET", &format!("{}?list-type=2", world.bucket), b"").text();
+        assert!(!left.contains(".tflock"), "{left}");
+    }
+}
+
+#[test]
+fn a_service_that_does_not_let_an_object_be_put_is_not_known() {
+    let mut world = World::new(Lock::File, "true");
+    let _proxy =
+        through(&mut world, |request| if request.start.starts_with("PUT ") { denied(request) } else { Deed::Pass });
+    let end = locks(&world, &["doctor"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert!(end.out.contains("note   If-None-Match: ") && !end.out.contains("WRONG"), "{}", end.out);
+}
+
+#[test]
 fn a_table_with_another_key_is_named() {
     let world = World::new(Lock::DynamoDb, "true");
     cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
