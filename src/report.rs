@@ -576,7 +576,10 @@ pub(crate) fn forcing() -> String {
 
 /// A write may be on its way.
 pub(crate) fn waiting_for_write(quiet: Duration) -> String {
-    format!("terraform died while it wrote; its lock is kept until nothing has arrived for {} s", quiet.as_secs())
+    format!(
+        "a write of terraform's may still be under way; its lock is kept until nothing has arrived for {} s",
+        quiet.as_secs()
+    )
 }
 
 /// The request that undoes half a lock may be on its way.

@@ -36,6 +36,7 @@ use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
+use crate::lock::proof::Run;
 use crate::lock::release::{self, Outcome, Situation};
 use crate::report;
 use crate::sys::process::Process;
@@ -592,22 +593,11 @@ fn settle(
         }
     }
     if record.unlogged
-        && let Some(place) = places.selected()
+        && let Some((message, is_unread)) = name_unlogged(record, &places, &situation.run, &mut patience)
     {
-        let directory = record.working_directory();
-        match patience.until(release::suspect(&place, &situation.run, true)) {
-            Some(Ok(Some(info))) => {
-                messages.push(report::unlogged(&report::earlier_run(record), Some(&info), Some(&directory)));
-                left = true;
-                left_over.unlogged = audience == Audience::Nobody;
-            }
-            Some(Err(failure)) => {
-                messages.push(report::suspect_not_looked_for(&report::earlier_run(record), &failure.to_string()));
-                left = true;
-                left_over.unlogged = true;
-            }
-            Some(Ok(None)) | None => {}
-        }
+        messages.push(message);
+        left = true;
+        left_over.unlogged = is_unread || audience == Audience::Nobody;
     }
     if elsewhere {
         let end = recover_elsewhere(record, &places, &situation, &mut patience);
@@ -621,6 +611,16 @@ fn settle(
         messages.push(report::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
     (Finished { messages, left }, left_over)
+}
+
+/// Names the lock that a run may have left of which there is no log, and tells whether its place could not be read. `None`
+/// where there is no such lock.
+fn name_unlogged(record: &Record, places: &Places, run: &Run, patience: &mut Patience<'_>) -> Option<(String, bool)> {
+    let (ending, directory) = (report::earlier_run(record), record.working_directory());
+    match patience.until(release::suspect(&places.selected()?, run, true))? {
+        Ok(info) => Some((report::unlogged(&ending, Some(&info?), Some(&directory)), false)),
+        Err(failure) => Some((report::suspect_not_looked_for(&ending, &failure.to_string()), true)),
+    }
 }
 
 /// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
