@@ -367,8 +367,8 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
 const ASKS: &str = r#"#!/bin/bash
 [ "$1" = version ] && { echo 'OpenTofu v1.6.2'; exit; }
 now() { date -u +%Y-%m-%dT%H:%M:%S.%3NZ; }
-echo "$(now) [INFO]  OpenTofu version: 1.6.2" >>"$TF_LOG_PATH"
-echo "$(now) [TRACE] backend/local: requesting state lock for workspace \"default\"" >>"$TF_LOG_PATH"
+echo "$(now) [INFO]  OpenTofu version: 1.6.2" >>"$TF_TEMP_LOG_PATH"
+echo "$(now) [TRACE] backend/local: requesting state lock for workspace \"default\"" >>"$TF_TEMP_LOG_PATH"
 touch began
 exec -a asks sleep 600
 "#;
@@ -415,7 +415,7 @@ if sys.argv[1:2] == ["version"]:
     print("OpenTofu v1.11.5")
     sys.exit()
 now = lambda: datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
-log = open(os.environ["TF_LOG_PATH"], "a")
+log = open(os.environ["TF_TEMP_LOG_PATH"], "a")
 say = lambda text: (log.write(f"{now()[:-3]}Z {text}\n"), log.flush())
 say("[INFO]  OpenTofu version: 1.11.5")
 bucket, who = BUCKET, WHO
