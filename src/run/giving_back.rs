@@ -17,6 +17,7 @@ use crate::lock::release::{self, Failure, Light, Outcome, Situation};
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
+use crate::terraform::version::{Telling, Version};
 use crate::trace::trace;
 
 /// The locks of a run that may stand.
@@ -150,7 +151,9 @@ pub(crate) fn give_back(
             let places = places.of(recorded);
             match wherever_it_is(recorded, &places, situation, patience) {
                 // One that was refused is not missed.
-                Some(absent @ Outcome::Absent { .. }) if may_stand => {
+                Some(absent @ Outcome::Absent { .. })
+                    if may_stand && !is_expected_to_be_gone(recorded, died, situation.run.program.as_ref()) =>
+                {
                     Some(not_believed(&places, situation, patience).map_or(absent, Outcome::later))
                 }
                 outcome => outcome.or_else(|| named(Outcome::kept(report::NO_PLACE))),
@@ -161,6 +164,12 @@ pub(crate) fn give_back(
         Settled { lock: recorded.clone(), may_still_come: looked_for && died && recorded.locked.is_none(), outcome }
     });
     settled.collect()
+}
+
+/// Whether terraform has most likely released `recorded` itself, and cannot say so: it ended by itself after it had begun to,
+/// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
+fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
+    !died && recorded.unlocking && program.is_some_and(|program| program.telling() == Telling::Requests)
 }
 
 /// Another's lock in the place of a run's own, taken while the run worked: somebody forced the run's lock, or the service
@@ -291,6 +300,24 @@ pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
 mod tests {
     use super::*;
     use crate::terraform::log::Halves;
+
+    #[test]
+    fn only_an_unlock_that_was_begun_and_whose_answer_is_never_logged_is_expected_to_have_worked() {
+        let info = LockInfo { id: crate::terraform::log::tests::ID.into(), ..LockInfo::default() };
+        let at = "2026-11-23T01:46:07Z".parse().unwrap();
+        for version in ["1.5.7", "1.6.0", "1.9.8", "1.10.0"] {
+            let program = Version::of_record("Terraform version", version);
+            for unlocking in [false, true] {
+                for died in [false, true] {
+                    let mut lock = RecordedLock::held(&info, "b", "k", Halves::default(), at);
+                    lock.unlocking = unlocking;
+                    let expected = unlocking && !died && ["1.6.0", "1.9.8"].contains(&version);
+                    assert_eq!(is_expected_to_be_gone(&lock, died, program.as_ref()), expected, "{version}");
+                    assert!(!is_expected_to_be_gone(&lock, died, None));
+                }
+            }
+        }
+    }
 
     #[test]
     fn two_worked_at_once_where_the_other_locked_before_the_end_or_refused_the_unlock() {

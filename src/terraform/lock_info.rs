@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// statemgr.LockInfo (internal/states/statemgr/locker.go). Field names are Go's own; nothing else is promised.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct LockInfo {
     /// 8-4-4-4-12 hexadecimal digits, drawn anew for each lock.
