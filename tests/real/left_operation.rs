@@ -22,6 +22,16 @@ fn unlocks(request: &Message) -> bool {
     item || (request.start.starts_with("DELETE ") && request.header("if-match").is_none())
 }
 
+/// Tries every kind of lock at the same time: what terraform and `tf` wait for adds up.
+fn for_each(kinds: &[Lock], promise: impl Fn(Lock) + Sync) {
+    std::thread::scope(|scope| {
+        for lock in kinds {
+            let promise = &promise;
+            scope.spawn(move || promise(*lock));
+        }
+    });
+}
+
 /// Two interrupts that do not come through `tf`, as from `killall terraform` typed twice.
 fn interrupt_twice(run: &Run) {
     let terraform = terraform_below(run.pid());
@@ -47,7 +57,7 @@ fn assert_released(world: &World, end: &Ended) {
 
 #[test]
 fn its_lock_stands_until_its_write_of_the_state_has_landed_and_its_workers_are_dead() {
-    for lock in Lock::ALL {
+    for_each(&Lock::ALL, |lock| {
         let mut world = World::empty(lock);
         world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
         world.write_main("", "bash worker > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done");
@@ -65,12 +75,12 @@ fn its_lock_stands_until_its_write_of_the_state_has_landed_and_its_workers_are_d
         assert!(proxy.wait_until_delivered().contains("200"));
         assert!(world.state().is_some(), "{}", world.trace());
         assert_released(&world, &run.wait());
-    }
+    });
 }
 
 #[test]
 fn its_lock_stands_until_its_own_unlock_has_landed() {
-    for lock in [Lock::DynamoDb, Lock::File] {
+    for_each(&[Lock::DynamoDb, Lock::File], |lock| {
         let mut world = World::new(lock, "true");
         let proxy = through(&mut world, |request| if unlocks(request) { Deed::Hold } else { Deed::Pass });
         let run = world.start(Subject::Tf, &APPLY);
@@ -85,7 +95,7 @@ fn its_lock_stands_until_its_own_unlock_has_landed() {
         let end = run.wait();
         assert_eq!(end.code(), Some(1), "{}", world.story(&end));
         world.assert_unlocked();
-    }
+    });
 }
 
 #[test]
@@ -102,7 +112,7 @@ fn a_lock_that_was_never_begun_to_be_unlocked_is_released_once_all_is_dead() {
 
 #[test]
 fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
-    for lock in [Lock::DynamoDb, Lock::File] {
+    for_each(&[Lock::DynamoDb, Lock::File], |lock| {
         let mut world = World::new(lock, "true");
         let proxy =
             through(
@@ -123,7 +133,7 @@ fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
         assert_eq!(end.code(), Some(0), "{}", world.story(&end));
         assert!(end.err.contains("a dead terraform's request took late"), "{}", world.story(&end));
         world.assert_unlocked();
-    }
+    });
 }
 
 #[test]
