@@ -207,6 +207,15 @@ pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
     )
 }
 
+/// A dead run whose record cannot be worked with.
+pub(crate) fn cannot_be_finished(record: &Record, why: &str) -> String {
+    format!(
+        "an earlier run (pid {}) may hold a state lock, and cannot be finished: {why}\n\
+         once that is mended, type: tf locks recover",
+        record.tf
+    )
+}
+
 /// Why a lock was kept: there is no process list.
 pub(crate) const UNSEEN: &str =
     "/proc does not list this system's processes here, so what terraform started may still be running";

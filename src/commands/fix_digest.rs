@@ -201,7 +201,7 @@ impl<'a> Work<'a> {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
         let run = record.proof();
         for lock in &record.log.locks {
-            let _ = pending.put(&Tombstone { since: Timestamp::now(), lock: lock.clone(), run: run.clone() });
+            let _ = pending.put(&Tombstone::new(lock, &run));
         }
     }
 
@@ -326,5 +326,6 @@ fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Time
     };
     record.log.locks.push(lock);
     let (entry, life) = journal.begin(&record).ok()?;
-    Some(Journaled { entry, record, pending: Graveyard::of(&place), _life: life })
+    let pending = Graveyard::of(&place).of_run(&record);
+    Some(Journaled { entry, record, pending, _life: life })
 }

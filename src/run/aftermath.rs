@@ -148,23 +148,26 @@ fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
     }
 }
 
-/// The locks of `settled` that a terraform which ended with a code may have left on their way: it had asked for one, was not
-/// answered, and got two interrupts. It waits five seconds for such a request before it leaves (internal/command/meta.go,
-/// `RunOperation`), so one that was refused sooner is none.
-pub(crate) fn abandoned_requests(
-    settled: &[Settled],
-    ended: Option<Ended>,
-    at: Timestamp,
-) -> impl Iterator<Item = &RecordedLock> {
-    /// Less than five seconds by more than a slow machine is late.
-    const LEAVES_AFTER: SignedDuration = SignedDuration::from_secs(4);
+/// The locks of `settled` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
+/// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
+/// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
+/// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
+/// another's lock in the place is taken for one.
+pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &RecordedLock> {
     let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
     let abandoned = move |settled: &&Settled| {
-        let absent = matches!(settled.outcome, Some(Outcome::Absent { anothers: None }));
-        let asked_long_ago = at.duration_since(settled.lock.asked) >= LEAVES_AFTER;
-        failed && absent && settled.lock.locked.is_none() && asked_long_ago && !settled.may_still_come
+        let may_come = matches!(settled.outcome, Some(Outcome::Absent { anothers: None } | Outcome::Released(_)));
+        failed && may_come && settled.lock.locked.is_none() && !settled.may_still_come
     };
     settled.iter().filter(abandoned).map(|settled| &settled.lock)
+}
+
+/// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
+/// it for as long as it does after a second interrupt.
+fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
+    /// Less than five seconds by more than a slow machine is late.
+    const LEAVES_AFTER: SignedDuration = SignedDuration::from_secs(4);
+    at.duration_since(lock.asked) >= LEAVES_AFTER
 }
 
 impl Aftermath<'_> {
@@ -216,8 +219,13 @@ impl Aftermath<'_> {
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
-        remember_requests(abandoned_requests(&settled, Some(self.ended), at), &situation, self.graveyard);
+        let abandoned = || abandoned_requests(&settled, Some(self.ended));
+        let also_remembered = remember_requests(abandoned(), &situation, self.graveyard);
         self.tell(&settled, &remembered, &ending);
+        for lock in abandoned().filter(|lock| was_waited_for(lock, at)) {
+            let kept = also_remembered.contains(&lock.id);
+            report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command()));
+        }
         remember(&settled, By::Tf, &ending, None);
         for one in replaced(&settled, &places, died, until, By::Tf, patience) {
             report::say(&report::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
@@ -320,7 +328,7 @@ impl Aftermath<'_> {
     fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
         let Some(graveyard) = self.graveyard else { return };
         for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
-            if visit(tombstone, places, patience) {
+            if let Some(Outcome::Released(_)) = visit(tombstone, places, patience) {
                 report::say(&report::came_late(&tombstone.lock));
                 report::say(report::TRY_AGAIN);
             }
@@ -502,22 +510,30 @@ mod tests {
     }
 
     #[test]
-    fn only_a_request_that_was_left_unanswered_for_long_may_still_land() {
+    fn a_request_of_a_terraform_that_failed_may_still_land_unless_another_holds_the_lock() {
         let lock = told(2).locks.remove(0);
         let absent = || Some(Outcome::Absent { anothers: None });
-        let settled = |outcome| [Settled { lock: lock.clone(), outcome, may_still_come: false }];
-        let late = lock.asked + SignedDuration::from_secs(5);
-        let soon = lock.asked + SignedDuration::from_secs(1);
-        for (outcome, ended, at, expected) in [
-            (absent(), Some(Ended::Exited(1)), late, 1),
-            (absent(), Some(Ended::Exited(1)), soon, 0),
-            (absent(), Some(Ended::Exited(0)), late, 0),
-            (absent(), None, late, 0),
-            (Some(Outcome::Absent { anothers: Some("x".into()) }), Some(Ended::Exited(1)), late, 0),
-            (None, Some(Ended::Exited(1)), late, 0),
+        let released = || {
+            let nothing = release::Released { created: None, write: None, unfit: None, is_partial: false };
+            Some(Outcome::Released(nothing))
+        };
+        for (outcome, ended, expected) in [
+            (absent(), Some(Ended::Exited(1)), 1),
+            (released(), Some(Ended::Exited(1)), 1),
+            (absent(), Some(Ended::Exited(0)), 0),
+            (absent(), None, 0),
+            (Some(Outcome::Absent { anothers: Some("x".into()) }), Some(Ended::Exited(1)), 0),
+            (None, Some(Ended::Exited(1)), 0),
         ] {
-            let settled = settled(outcome);
-            assert_eq!(abandoned_requests(&settled, ended, at).count(), expected, "{settled:?} {ended:?}");
+            let settled = [Settled { lock: lock.clone(), outcome, may_still_come: false }];
+            assert_eq!(abandoned_requests(&settled, ended).count(), expected, "{settled:?} {ended:?}");
+        }
+        let mut had = lock.clone();
+        had.locked = Some(lock.asked);
+        let settled = [Settled { lock: had, outcome: absent(), may_still_come: false }];
+        assert_eq!(abandoned_requests(&settled, Some(Ended::Exited(1))).count(), 0);
+        for (seconds, expected) in [(1, false), (5, true)] {
+            assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);
         }
     }
 

@@ -260,26 +260,26 @@ pub(crate) fn remember_requests<'a>(
 ) -> Vec<String> {
     locks
         .filter_map(|lock| {
-            let tombstone = Tombstone { since: Timestamp::now(), lock: lock.clone(), run: situation.run.clone() };
-            graveyard?.put(&tombstone).ok()?;
+            graveyard?.put(&Tombstone::new(lock, &situation.run)).ok()?;
             Some(lock.id.clone())
         })
         .collect()
 }
 
-/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. True if it had. What is kept of
-/// it stays for its time: the request may land once more, or the other part of it.
-pub(crate) fn visit(tombstone: &Tombstone, places: &Places, patience: &mut Patience<'_>) -> bool {
+/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its
+/// time: the request may land once more, or the other part of it. `None` where there is no place to look in.
+pub(crate) fn visit(tombstone: &Tombstone, places: &Places, patience: &mut Patience<'_>) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let reached = Reached::default();
     let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false, reached };
     let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
-    let Some(Outcome::Released(_)) = outcome else { return false };
-    let why = "a dead terraform's request took it late";
-    history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
-    true
+    if let Some(Outcome::Released(_)) = outcome {
+        let why = "a dead terraform's request took it late";
+        history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
+    }
+    outcome
 }
 
 /// Writes into the history what was released.

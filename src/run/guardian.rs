@@ -653,7 +653,6 @@ impl<'a> Watch<'a> {
             log.ended_well();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let at = Timestamp::now();
         let after = DataDirectory::read(ward.data_directory);
         let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
         let places = places.with_plan(ward.destinations);
@@ -681,7 +680,7 @@ impl<'a> Watch<'a> {
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
-        remember_requests(abandoned_requests(&settled, ended, at), &situation, ward.graveyard);
+        remember_requests(abandoned_requests(&settled, ended), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
         let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);
         let mut left_over = standing.untold(settled, &log);

@@ -58,6 +58,9 @@ const SET_ASIDE: usize = 16;
 /// What nobody here may judge, or nobody came back for, goes after so long.
 const FORGOTTEN: Duration = Duration::from_hours(30 * 24);
 
+/// Why a run is left alone whose lock file cannot be opened for writing.
+pub(crate) const READ_ONLY: &str = "its record cannot be locked: the state directory is read-only";
+
 /// What is left of a run that is over: locks that could not be given back.
 #[derive(Debug, Default)]
 pub(crate) struct LeftOver {
@@ -350,7 +353,16 @@ impl Journal {
             }
             return Found::Foreign(why, Some(Box::new(record)));
         }
-        let Ok(charge) = open_lock(&path.join("lock")) else { return self.set_aside(&path, name) };
+        let charge = match open_lock(&path.join("lock")) {
+            Ok(charge) => charge,
+            // A file must be open for writing for its bytes to be locked, so nothing can be finished here.
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied) =>
+            {
+                return Found::Foreign(READ_ONLY, Some(Box::new(record)));
+            }
+            Err(_) => return self.set_aside(&path, name),
+        };
         let record = Box::new(record);
         let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
         let mut doubtful = Vec::new();

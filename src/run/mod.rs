@@ -226,6 +226,10 @@ impl<'a> Prepared<'a> {
             entry = Some((made, record));
             Ok(journal)
         });
+        let graveyard = match &entry {
+            Some((_, record)) => graveyard.map(|graveyard| graveyard.of_run(record)),
+            None => graveyard,
+        };
         let journal = journal.map_err(|error: io::Error| error.to_string());
         if let Err(reason) = &journal {
             trace!("no journal: {reason}");

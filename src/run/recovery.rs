@@ -24,14 +24,14 @@ use super::aftermath::errored_state;
 use super::destinations::Destinations;
 use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, replaced, visit};
 use super::host::Standpoint;
-use super::journal::{Entry, Found, Journal, LeftOver, Record};
+use super::journal::{Entry, Found, Journal, LeftOver, READ_ONLY, Record};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
 use super::places::{Places, is_for_any_workspace};
 use super::poll;
 use super::recorder::Recorder;
 use super::state_directory::StateDirectory;
-use super::tombstone::Graveyard;
+use super::tombstone::{Graveyard, Tombstone};
 use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
@@ -82,11 +82,16 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let mut near = Vec::new();
     let mut far = Vec::new();
     let mut late = Vec::new();
+    let mut late_elsewhere = Vec::new();
     for state in states {
-        let graveyard = Graveyard::of(state);
-        late.extend(
-            graveyard.read(Timestamp::now()).into_iter().filter(|tombstone| !here.of(&tombstone.lock).is_empty()),
-        );
+        for pending in Graveyard::of(state).read(Timestamp::now()) {
+            if !here.of(&pending.lock).is_empty() {
+                late.push(pending);
+            } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
+                // Of another workspace, say.
+                late_elsewhere.push(pending);
+            }
+        }
         let Some(journal) = Journal::there(state) else { continue };
         for name in journal.names() {
             match look(
@@ -101,7 +106,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                     if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
                         continue;
                     }
-                    let graveyard = Graveyard::of(state);
+                    let graveyard = Graveyard::of(state).of_run(&record);
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason: None };
                     if is_near { near.push(dead) } else { far.push(dead) }
                 }
@@ -118,10 +123,16 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let mut asked = None;
     if !late.is_empty() {
         let visit_all = || {
-            let come = late.iter().filter(|tombstone| visit(tombstone, here, &mut Patience::Nobodys));
-            Finished { messages: come.map(|tombstone| report::came_late(&tombstone.lock)).collect(), left: false }
+            let has_come = |pending: &&Tombstone| {
+                matches!(visit(pending, here, &mut Patience::Nobodys), Some(Outcome::Released(_)))
+            };
+            let come = late.iter().filter(has_come);
+            Finished { messages: come.map(|pending| report::came_late(&pending.lock)).collect(), left: false }
         };
         in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
+    }
+    for pending in late_elsewhere {
+        in_a_process(Vec::new(), || look_for_request(&pending), report::say, signals, &mut asked);
     }
     for dead in near {
         if asked.is_some() {
@@ -186,7 +197,7 @@ pub(crate) fn everything(
                     }
                 }
                 Found::Dead(record, entry, standpoint) => {
-                    let graveyard = Graveyard::of(&state);
+                    let graveyard = Graveyard::of(&state).of_run(&record);
                     let reason = reason.map(ToOwned::to_owned);
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason };
                     let keep = vec![dead.entry.charge().as_raw_fd()];
@@ -203,6 +214,10 @@ pub(crate) fn everything(
                 }
                 Found::SetAside(path) => {
                     report::say(&report::set_aside(&path));
+                    recovered.left += 1;
+                }
+                Found::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
+                    say(&report::cannot_be_finished(&record, READ_ONLY));
                     recovered.left += 1;
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
@@ -227,8 +242,38 @@ pub(crate) fn everything(
                 return recovered;
             }
         }
+        if only.is_none() && !dry_run {
+            for pending in Graveyard::of(&state).read(Timestamp::now()) {
+                let left =
+                    in_a_process(Vec::new(), || look_for_request(&pending), say, signals, &mut recovered.asked);
+                recovered.left += usize::from(left);
+            }
+        }
     }
     recovered
+}
+
+/// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
+fn look_for_request(pending: &Tombstone) -> Finished {
+    let Some(record) = &pending.record else { return Finished::default() };
+    enter(record);
+    let (places, _) = places_of(record);
+    match visit(pending, &places, &mut Patience::Nobodys) {
+        Some(Outcome::Released(_)) => Finished { messages: vec![report::came_late(&pending.lock)], left: false },
+        Some(Outcome::Kept { reason, .. }) => {
+            Finished { messages: vec![report::not_recovered(record, &pending.lock, &reason)], left: true }
+        }
+        Some(Outcome::Absent { .. }) | None => Finished::default(),
+    }
+}
+
+/// Takes on the environment and the directory of the run of `record`.
+fn enter(record: &Record) {
+    environment::forget_empty("AWS_");
+    for (name, value) in record.surroundings.changes() {
+        environment::change(name, value.as_ref());
+    }
+    working_directory::go(Path::new(&record.directory));
 }
 
 /// What became of [`forget`].
@@ -490,11 +535,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         // As long as the record stands, the next one needs it as much as we do.
         recorder.leave();
     }
-    environment::forget_empty("AWS_");
-    for (name, value) in record.surroundings.changes() {
-        environment::change(name, value.as_ref());
-    }
-    working_directory::go(Path::new(&record.directory));
+    enter(&record);
     let (finished, left_over) = settle(&record, &journal, &graveyard, reason.as_deref(), audience);
     crash_point::reached("recovery: settled");
     if left_over.is_empty() {

@@ -16,10 +16,11 @@ use std::path::{Path, PathBuf};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::journal::Record;
 use super::state_directory::{StateDirectory, is_private, open_private};
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
-use crate::terraform::log::RecordedLock;
+use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
 /// How long a request can still land: longer than any signature is valid.
@@ -34,22 +35,43 @@ pub(crate) struct Tombstone {
     pub(crate) lock: RecordedLock,
     /// What is known of the run.
     pub(crate) run: Run,
+    /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
+    /// a file of an earlier version.
+    #[serde(default)]
+    pub(crate) record: Option<Box<Record>>,
+}
+
+impl Tombstone {
+    /// What is kept of `lock`, whose terraform was seen dead just now.
+    pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
+        Self { since: Timestamp::now(), lock: lock.clone(), run: run.clone(), record: None }
+    }
 }
 
 /// Where tombstones stand.
 #[derive(Debug)]
-pub(crate) struct Graveyard(PathBuf);
+pub(crate) struct Graveyard {
+    path: PathBuf,
+    record: Option<Box<Record>>,
+}
 
 impl Graveyard {
     /// The one in `directory`.
     pub(crate) fn of(directory: &StateDirectory) -> Self {
-        Self(directory.join("tombstones"))
+        Self { path: directory.join("tombstones"), record: None }
+    }
+
+    /// The same, for what the run of `record` leaves.
+    pub(crate) fn of_run(mut self, record: &Record) -> Self {
+        // What its log told is in the locks themselves.
+        self.record = Some(Box::new(Record { log: Log::default(), ..record.clone() }));
+        self
     }
 
     /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<Tombstone> {
-        let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
-        if !is_private(&self.0) {
+        let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
+        if !is_private(&self.path) {
             return Vec::new();
         }
         let mut standing = Vec::new();
@@ -70,22 +92,23 @@ impl Graveyard {
     /// # Errors
     /// Where the directory is not writable, or not private.
     pub(crate) fn put(&self, tombstone: &Tombstone) -> io::Result<()> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.0)?;
-        if !is_private(&self.0) || !is_lock_id(&tombstone.lock.id) {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        if !is_private(&self.path) || !is_lock_id(&tombstone.lock.id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         // Whole or not at all: written beside its place, and moved there.
         let path = self.path(&tombstone.lock.id);
         let unfinished = path.with_extension(std::process::id().to_string());
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        file.write_all(&serde_json::to_vec(tombstone)?)?;
+        let record = tombstone.record.clone().or_else(|| self.record.clone());
+        file.write_all(&serde_json::to_vec(&Tombstone { record, ..tombstone.clone() })?)?;
         file.sync_all()?;
         trace!("tombstone for {}", tombstone.lock.id);
         fs::rename(unfinished, path)
     }
 
     fn path(&self, id: &str) -> PathBuf {
-        self.0.join(format!("{id}.json"))
+        self.path.join(format!("{id}.json"))
     }
 }
 
@@ -104,7 +127,7 @@ fn read_one(path: &Path) -> Option<Tombstone> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+    use crate::terraform::log::{tests::ID, tests::lock_line};
 
     fn tombstone() -> Tombstone {
         let mut log = Log::default();
@@ -118,7 +141,7 @@ mod tests {
             excessive: false,
             program: None,
         };
-        Tombstone { since: "2026-11-23T01:47:00Z".parse().unwrap(), lock: log.locks.remove(0), run }
+        Tombstone { since: "2026-11-23T01:47:00Z".parse().unwrap(), lock: log.locks.remove(0), run, record: None }
     }
 
     fn graveyard() -> (tempfile::TempDir, Graveyard) {
@@ -148,8 +171,8 @@ mod tests {
         // Under another name, and through a link.
         let other = "11111111-d70c-4132-39e0-d2abba1b3077";
         fs::write(graveyard.path(other), &whole).unwrap();
-        fs::write(graveyard.0.join("elsewhere"), &whole).unwrap();
-        std::os::unix::fs::symlink(graveyard.0.join("elsewhere"), graveyard.path(ID)).unwrap();
+        fs::write(graveyard.path.join("elsewhere"), &whole).unwrap();
+        std::os::unix::fs::symlink(graveyard.path.join("elsewhere"), graveyard.path(ID)).unwrap();
         assert!(graveyard.read(tombstone().since).is_empty());
     }
 
@@ -158,7 +181,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let (_directory, graveyard) = graveyard();
         graveyard.put(&tombstone()).unwrap();
-        fs::set_permissions(&graveyard.0, fs::Permissions::from_mode(0o777)).unwrap();
+        fs::set_permissions(&graveyard.path, fs::Permissions::from_mode(0o777)).unwrap();
         assert!(graveyard.read(tombstone().since).is_empty());
         assert!(graveyard.put(&tombstone()).is_err());
     }

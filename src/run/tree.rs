@@ -461,7 +461,8 @@ impl Tree {
 
 /// Whether a process is in `group` that /proc does not show us.
 pub(crate) fn hides_members(group: Pid) -> bool {
-    process::group_exists(group) && !Process::all().iter().any(|process| process.group == group)
+    // The list first: a zombie that is taken away between the two is in the list, or is no member any more.
+    !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }
 
 fn send(pid: Pid, signal: Signal) {
