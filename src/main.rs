@@ -11,6 +11,7 @@ mod history;
 mod holder;
 mod json;
 mod lock;
+mod panics;
 mod report;
 mod run;
 mod settings;

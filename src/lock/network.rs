@@ -29,6 +29,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
 use super::proxies::Proxies;
+use crate::panics;
 
 /// How requests travel.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +51,16 @@ impl Network {
         if self.insecure && https {
             return unverified(proxy);
         }
+        // The builder panics on a machine without authorities, also where none is needed.
+        match panics::caught(|| self.verifying(proxy, settings)) {
+            Some(connector) => connector,
+            None if https => SharedHttpConnector::new(NoAuthorities),
+            None => unverified(proxy),
+        }
+    }
+
+    /// A connector that checks certificates.
+    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
             Some(pem) => trusted.with_pem_certificate(pem.clone()),
@@ -65,6 +76,17 @@ impl Network {
             builder = builder.proxy_config(proxy);
         }
         SharedHttpConnector::new(builder.build())
+    }
+}
+
+/// Refuses every request: nothing can be checked.
+#[derive(Debug)]
+struct NoAuthorities;
+
+impl HttpConnector for NoAuthorities {
+    fn call(&self, _: HttpRequest) -> HttpConnectorFuture {
+        let reason = "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
+        HttpConnectorFuture::ready(Err(ConnectorError::user(reason.into())))
     }
 }
 

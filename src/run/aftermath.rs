@@ -382,14 +382,15 @@ impl Aftermath<'_> {
         let Some(place) = places.selected() else { return };
         let _there = Within::enter(&places.working_directory);
         match patience.until(release::suspect(&place, &situation.run, unlogged)) {
-            Some(Ok(Some(info))) if situation.run.is_of(&info.who) => {
+            Ok(Ok(Some(info))) if situation.run.is_of(&info.who) => {
                 report::say(&report::suspected(ending, &info, None, &self.unlock_command()));
             }
-            Some(Ok(suspect)) if unlogged => {
+            Ok(Ok(suspect)) if unlogged => {
                 report::say(&report::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
             }
-            Some(Err(failure)) => report::say(&report::suspect_not_looked_for(ending, &failure.to_string())),
-            Some(Ok(_)) | None => {}
+            Ok(Err(failure)) => report::say(&report::suspect_not_looked_for(ending, &failure.to_string())),
+            Err(reason) => report::say(&report::suspect_not_looked_for(ending, reason)),
+            Ok(Ok(_)) => {}
         }
     }
 

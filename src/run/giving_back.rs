@@ -20,6 +20,9 @@ use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::{Telling, Version};
 use crate::trace::trace;
 
+/// What looking for an unnamed lock came to. The outer error is that of [`Patience::until`].
+type Looked = Result<Result<Light, Failure>, &'static str>;
+
 /// The locks of a run that may stand.
 #[derive(Debug, Default)]
 pub(crate) struct Standing {
@@ -50,7 +53,7 @@ impl Standing {
             let mut unseen = true;
             for place in &places {
                 let looked = release::bring_to_light(unnamed, place, situation, died);
-                unseen &= matches!(standing.add(unnamed, patience.until(looked)), Some(Ok(Light::None)));
+                unseen &= matches!(standing.add(unnamed, patience.until(looked)), Ok(Ok(Light::None)));
             }
             if !died || !unseen {
                 continue;
@@ -67,13 +70,13 @@ impl Standing {
     }
 
     /// Takes what looking for `unnamed` in one place came to, and gives it back.
-    fn add(&mut self, unnamed: &UnnamedLock, looked: Option<Result<Light, Failure>>) -> Option<Result<Light, Failure>> {
+    fn add(&mut self, unnamed: &UnnamedLock, looked: Looked) -> Looked {
         match &looked {
-            Some(Ok(Light::None)) => {}
-            Some(Ok(Light::Ours(lock))) => self.named.push((**lock).clone()),
-            Some(Ok(Light::Suspect(info, reason))) => self.suspects.push(((**info).clone(), *reason)),
-            Some(Err(failure)) => self.unread.push((unnamed.clone(), failure.to_string())),
-            None => self.unread.push((unnamed.clone(), report::ENOUGH.to_owned())),
+            Ok(Ok(Light::None)) => {}
+            Ok(Ok(Light::Ours(lock))) => self.named.push((**lock).clone()),
+            Ok(Ok(Light::Suspect(info, reason))) => self.suspects.push(((**info).clone(), *reason)),
+            Ok(Err(failure)) => self.unread.push((unnamed.clone(), failure.to_string())),
+            Err(reason) => self.unread.push((unnamed.clone(), (*reason).to_owned())),
         }
         looked
     }
@@ -219,9 +222,9 @@ fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Times
 /// Why a lock that was seen in none of `places` does not count as gone.
 fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<&'static str> {
     match patience.until(situation.reached.believes(places)) {
-        Some(true) => None,
-        Some(false) => Some(report::ANOTHER_ACCOUNT),
-        None => Some(report::ENOUGH),
+        Ok(true) => None,
+        Ok(false) => Some(report::ANOTHER_ACCOUNT),
+        Err(reason) => Some(reason),
     }
 }
 
@@ -236,7 +239,7 @@ fn wherever_it_is(
     for place in places {
         let outcome = patience
             .until(release::release(recorded, place, situation))
-            .unwrap_or_else(|| Outcome::later(report::ENOUGH));
+            .unwrap_or_else(Outcome::later);
         match outcome {
             Outcome::Released(_) => return Some(outcome),
             Outcome::Kept { .. } => worst = Some(outcome),

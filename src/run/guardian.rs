@@ -53,7 +53,7 @@ use crate::lock::proof::Run;
 use crate::lock::release::{Outcome, Situation};
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
-use crate::sys::wait::Ended;
+use crate::sys::wait::{self, Ended};
 use crate::sys::{detached, environment};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -82,6 +82,9 @@ const LONGEST: usize = JSON_LIMIT + 64;
 
 /// How long a guardian may take to end once it was told that all is over.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long its end may take once it has closed its socket, or was killed.
+const DIES_WITHIN: Duration = Duration::from_secs(1);
 
 /// Between two looks at a terraform that was interrupted and may be stopped.
 const LOOK: Duration = Duration::from_millis(20);
@@ -244,7 +247,11 @@ impl Guardian {
                 trace!("the guardian does not end");
                 let _ = kill(pid, Signal::SIGKILL);
             }
-            let _ = nix::sys::wait::waitpid(pid, None);
+            // One that is frozen, or hangs in the kernel, does not even die. Init takes it away after us.
+            let until = Instant::now() + DIES_WITHIN;
+            while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
+                poll::wait(&[], Some(Duration::from_millis(1)));
+            }
         }
     }
 

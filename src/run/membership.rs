@@ -125,6 +125,10 @@ fn alone(
             (false, false) => Membership::Unknown,
         };
     }
+    // Its start was not to be read when it was noted.
+    if identity.survivors.iter().any(|(pid, start)| *pid == process.pid.as_raw() && *start == 0) {
+        return Membership::Unknown;
+    }
     let in_session = Some(process.session.as_raw()) == identity.session;
     if in_time && in_session && mark == Mark::Unreadable && is_orphan(process, all) {
         return Membership::Unknown;

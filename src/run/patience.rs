@@ -7,6 +7,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
 use super::poll;
+use crate::panics;
 use crate::report;
 use crate::sys::signals::Signals;
 use crate::trace::trace;
@@ -42,24 +43,32 @@ impl Patience<'_> {
     }
 
     /// Waits for `work`, which talks to the lock service. A person may end the waiting: the first ^C is answered, the
-    /// second ends it (`None`). What a supervisor sends does not: it is bounded anyway, and the lock matters more.
-    pub(crate) fn until<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+    /// second ends it. What a supervisor sends does not: it is bounded anyway, and the lock matters more.
+    ///
+    /// # Errors
+    /// Why it is not done, in words: a person has ended it, or this system has no descriptor or thread left for it.
+    pub(crate) fn until<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
                 trace!("no runtime: {error}");
-                return None;
+                return Err(report::NO_RESOURCES);
             }
         };
-        let finished = runtime.block_on(async {
-            tokio::select! {
-                finished = work => Some(finished),
-                () = self.enough() => None,
-            }
+        let finished = panics::caught(|| {
+            runtime.block_on(async {
+                tokio::select! {
+                    finished = work => Some(finished),
+                    () = self.enough() => None,
+                }
+            })
         });
         // A name look-up that hangs in its thread must not hold us.
         runtime.shutdown_background();
-        finished
+        match finished {
+            Some(finished) => finished.ok_or(report::ENOUGH),
+            None => Err(report::NO_RESOURCES),
+        }
     }
 
     async fn enough(&mut self) {

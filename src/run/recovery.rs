@@ -658,7 +658,7 @@ fn settle(
 /// where there is no such lock.
 fn name_unlogged(record: &Record, places: &Places, run: &Run, patience: &mut Patience<'_>) -> Option<(String, bool)> {
     let (ending, directory) = (report::earlier_run(record), record.working_directory());
-    match patience.until(release::suspect(&places.selected()?, run, true))? {
+    match patience.until(release::suspect(&places.selected()?, run, true)).ok()? {
         Ok(info) => Some((report::unlogged(&ending, Some(&info?), Some(&directory)), false)),
         Err(failure) => Some((report::suspect_not_looked_for(&ending, &failure.to_string()), true)),
     }

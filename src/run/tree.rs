@@ -104,6 +104,7 @@ impl Living {
         let all: Vec<(Process, Mark)> =
             Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
         let found = classify(&all, identity, certain_before);
+        let pids: Vec<Pid> = all.iter().map(|(process, _)| process.pid).collect();
         let own = getpid();
         let mut living = Self::default();
         for ((process, _), membership) in all.into_iter().zip(found) {
@@ -116,6 +117,10 @@ impl Living {
                 list.push(process);
             }
         }
+        // Another user's, which /proc may hide from us (`hidepid`): to signal it is forbidden only while it is there.
+        let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
+        let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
+        living.unknown.extend(hidden.filter_map(Process::forbidden));
         living
     }
 

@@ -256,6 +256,13 @@ impl Process {
         matches!(self.state, 'Z' | 'X')
     }
 
+    /// A process that is there, and that we may not even signal: another user's, not in the list that /proc shows us. `None` for
+    /// any other number.
+    pub(crate) fn forbidden(pid: Pid) -> Option<Self> {
+        let is_there = nix::sys::signal::kill(pid, None) == Err(nix::errno::Errno::EPERM);
+        is_there.then(|| Self { pid, ..Self::unseen_in(Pid::from_raw(0)) })
+    }
+
     /// What is known of a process in the group `group` that /proc does not show. Its own number is not known.
     pub(crate) fn unseen_in(group: Pid) -> Self {
         let unknown = Pid::from_raw(0);

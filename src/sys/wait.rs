@@ -58,6 +58,12 @@ pub(crate) fn reap_all() -> Children {
     }
 }
 
+/// Whether `pid` is a child of ours, alive or dead.
+pub(crate) fn is_child(pid: Pid) -> bool {
+    let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
+    wait_for(libc::P_PID, id, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT).is_ok()
+}
+
 /// Whether we have a child in the process group `group`, a zombie among them: as long as that is there, the number of the
 /// group is nobody else's.
 pub(crate) fn has_child_in(group: Pid) -> bool {
