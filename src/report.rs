@@ -549,7 +549,8 @@ pub(crate) const COMES_AND_GOES: &str = "it is there at one look and gone at the
 pub(crate) const NEVER: &str = "TFW_RELEASE is never";
 
 /// Why a lock was kept: what the lock service is asked with could not be set up.
-pub(crate) const NO_RESOURCES: &str = "no thread or no file descriptor is left on this system to ask the lock service with";
+pub(crate) const NO_RESOURCES: &str =
+    "no thread or no file descriptor is left on this system to ask the lock service with";
 
 /// Why a lock was kept: somebody ended the waiting.
 pub(crate) const ENOUGH: &str = "^C ended the waiting for the lock service";

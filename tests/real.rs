@@ -24,6 +24,8 @@ mod another_user;
 mod answers;
 #[path = "real/any_key.rs"]
 mod any_key;
+#[path = "real/behind_wrappers.rs"]
+mod behind_wrappers;
 #[cfg(feature = "crash-points")]
 #[path = "real/crash.rs"]
 mod crash;

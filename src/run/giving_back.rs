@@ -237,9 +237,7 @@ fn wherever_it_is(
 ) -> Option<Outcome> {
     let mut worst = None;
     for place in places {
-        let outcome = patience
-            .until(release::release(recorded, place, situation))
-            .unwrap_or_else(Outcome::later);
+        let outcome = patience.until(release::release(recorded, place, situation)).unwrap_or_else(Outcome::later);
         match outcome {
             Outcome::Released(_) => return Some(outcome),
             Outcome::Kept { .. } => worst = Some(outcome),

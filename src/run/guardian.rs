@@ -638,7 +638,7 @@ impl<'a> Watch<'a> {
         let sent = match (&terraform.process, self.ward.tree.group()) {
             _ if has_ended => Ok(()),
             (Some(_), Some(_)) if self.ward.tree.is_behind_a_shim() => {
-                shim::interrupt_group(terraform.pid);
+                shim::interrupt_group(terraform.pid, self.ward.tree.recorder());
                 Ok(())
             }
             (Some(process), Some(group)) => interrupt_group(process, group),

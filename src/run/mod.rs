@@ -349,6 +349,7 @@ impl<'a> Prepared<'a> {
             children_changed: false,
             outlived: false,
             unit_stop: None,
+            interrupted: None,
         }
         .watch();
         crash_point::reached("tf: terraform ended");

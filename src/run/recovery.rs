@@ -244,8 +244,7 @@ pub(crate) fn everything(
         }
         if only.is_none() && !dry_run {
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
-                let left =
-                    in_a_process(Vec::new(), || look_for_request(&pending), say, signals, &mut recovered.asked);
+                let left = in_a_process(Vec::new(), || look_for_request(&pending), say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left);
             }
         }

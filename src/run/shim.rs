@@ -14,9 +14,12 @@ use crate::trace::trace;
 /// No chain of shims is longer.
 const DEEPEST: usize = 8;
 
+/// The file that terraform logs into, by its device and its number there.
+pub(crate) type Recorder = Option<(u64, u64)>;
+
 /// Sends `signal` to the terraform that `child` is or leads to.
-pub(crate) fn signal(child: Pid, signal: Signal) {
-    match behind(child) {
+pub(crate) fn signal(child: Pid, signal: Signal, recorder: Recorder) {
+    match behind(child, recorder) {
         Some((pid, terraform)) => {
             trace!("{signal} goes to {pid}, behind {child}");
             let _ = process::signal(&terraform, signal);
@@ -27,24 +30,28 @@ pub(crate) fn signal(child: Pid, signal: Signal) {
     }
 }
 
-/// Sends the one interrupt of a first stop to the group of `child`, but not to the shims that lead to terraform: what one of
-/// them passes on would be terraform's second.
-pub(crate) fn interrupt_group(child: Pid) {
-    let Some(chain) = chain(child) else {
-        // What was started is terraform itself, or has not started one yet.
+/// Sends the one interrupt of a first stop to the group of `child`, and to that of the terraform behind it, which a shim may
+/// have put into another one (timeout, `set -m`); but not to the shims that lead to terraform: what one of them passes on would
+/// be terraform's second. Gives the terraform that was interrupted. `None`: what was started is terraform itself, or has not
+/// started one.
+pub(crate) fn interrupt_group(child: Pid, recorder: Recorder) -> Option<Pid> {
+    let found = behind(child, recorder).map(|(terraform, _)| terraform);
+    let Some((terraform, chain)) = found.and_then(|terraform| Some((terraform, chain(child, terraform)?))) else {
         let _ = killpg(child, Signal::SIGINT);
-        return;
+        return None;
     };
-    let members = Process::all().into_iter().filter(|process| process.group == child && !process.is_dead());
+    let all = Process::all();
+    let group = all.iter().find(|process| process.pid == terraform).map_or(child, |process| process.group);
+    let members = all.iter().filter(|process| [child, group].contains(&process.group) && !process.is_dead());
     for process in members.filter(|process| !chain.contains(&process.pid)) {
         trace!("SIGINT goes to {}, behind {child}", process.pid);
         let _ = kill(process.pid, Signal::SIGINT);
     }
+    Some(terraform)
 }
 
-/// The shims from `child` down to the one that started terraform. `None` as in [`behind`].
-fn chain(child: Pid) -> Option<Vec<Pid>> {
-    let (terraform, _) = behind(child)?;
+/// The shims from `child` down to the one that started `terraform`. `None` when one of them is gone.
+fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     let mut chain = Vec::new();
     let mut current = terraform;
     for _ in 0..=DEEPEST {
@@ -59,20 +66,21 @@ fn chain(child: Pid) -> Option<Vec<Pid>> {
 
 /// The terraform behind `child`, and its number. `None` where `child` is one itself, or where nothing tells for sure which one
 /// is meant.
-pub(crate) fn behind(child: Pid) -> Option<(Pid, OwnedFd)> {
+pub(crate) fn behind(child: Pid, recorder: Recorder) -> Option<(Pid, OwnedFd)> {
     let mut current = child;
-    if is_terraform(current) {
+    let is_terraform = |process: &Process| is_terraform(process, recorder);
+    if Process::look_up(child).is_none_or(|child| is_terraform(&child)) {
         return None;
     }
     for _ in 0..DEEPEST {
         let children: Vec<Process> = Process::children(current).into_iter().filter(|child| !child.is_dead()).collect();
-        let terraforms: Vec<Pid> = children.iter().map(|child| child.pid).filter(|pid| is_terraform(*pid)).collect();
+        let terraforms: Vec<Pid> = children.iter().filter(|child| is_terraform(child)).map(|child| child.pid).collect();
         match (terraforms.as_slice(), children.as_slice()) {
             ([terraform], _) => {
                 let descriptor = process::watch_end(*terraform).ok()?;
                 // Still the one that was seen, and not another with its number.
-                let same = Process::look_up(*terraform).is_some_and(|process| process.parent == current);
-                return (same && is_terraform(*terraform)).then_some((*terraform, descriptor));
+                let same = |process: &Process| process.parent == current && is_terraform(process);
+                return Process::look_up(*terraform).filter(same).map(|_| (*terraform, descriptor));
             }
             ([], [only]) => current = only.pid,
             _ => return None,
@@ -81,7 +89,10 @@ pub(crate) fn behind(child: Pid) -> Option<(Pid, OwnedFd)> {
     None
 }
 
-/// Whether a process runs a terraform, and nothing that only leads to one.
-pub(crate) fn is_terraform(pid: Pid) -> bool {
-    std::fs::metadata(format!("/proc/{pid}/exe")).is_ok_and(|program| program.len() >= LARGE)
+/// Whether a process runs a terraform, and nothing that only leads to one. Its size alone does not tell: node, vault and kubectl
+/// are as large. A terraform has its name, or logs into our file.
+fn is_terraform(process: &Process, recorder: Recorder) -> bool {
+    let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid)).is_ok_and(|program| program.len() >= LARGE);
+    let is_named = || ["terraform", "tofu"].iter().any(|name| process.program().contains(name));
+    is_large && (is_named() || recorder.is_some_and(|recorder| process.has_open(recorder)))
 }

@@ -21,7 +21,7 @@ use super::stop::{Effect, Event, Stop};
 use super::tree::Tree;
 use super::waiting::Waiting;
 use crate::report;
-use crate::sys::process;
+use crate::sys::process::{self, Process};
 use crate::sys::signals::{Arrival, Origin, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::sys::witness::Witness;
@@ -61,6 +61,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) outlived: bool,
     /// Until when the guardian may tell that the stop which a service manager has asked for went to all of its unit.
     pub(crate) unit_stop: Option<Instant>,
+    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have had theirs.
+    pub(crate) interrupted: Option<(u64, Vec<Pid>)>,
 }
 
 /// Our parent and a descriptor for its end, where that is to be taken for a request to stop: in CI, unless we were
@@ -114,6 +116,7 @@ impl Supervision<'_> {
             if read_at <= now {
                 self.recorder.read();
                 self.charge.news(self.recorder);
+                self.interrupt_next_terraform();
                 read_at = now + self.recorder.interval(now - started);
                 if let Some(waiting) = &mut self.waiting {
                     waiting.step(self.recorder.log(), self.here, self.tree);
@@ -259,10 +262,10 @@ impl Supervision<'_> {
                 // In our own group are others than terraform's.
                 Effect::InterruptGroup if self.shared => self.interrupt_terraform(),
                 // A key goes to every process of a foreground group.
-                Effect::InterruptGroup if event == Event::Keyboard || !self.tree.is_behind_a_shim() => {
+                Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
-                Effect::InterruptGroup => self.interrupt_behind_shim(),
+                Effect::InterruptGroup => self.interrupt_behind_shim(event == Event::Keyboard),
                 Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
@@ -277,7 +280,7 @@ impl Supervision<'_> {
     fn interrupt_terraform(&self) {
         let bereaved = self.tree.bereaved();
         if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
-            shim::signal(self.terraform, Signal::SIGINT);
+            shim::signal(self.terraform, Signal::SIGINT, self.tree.recorder());
         } else {
             for process in bereaved {
                 let _ = kill(process.pid, Signal::SIGINT);
@@ -285,15 +288,38 @@ impl Supervision<'_> {
         }
     }
 
-    fn interrupt_behind_shim(&self) {
+    /// `is_key`: as a key of the terminal does it, to the shims as well.
+    fn interrupt_behind_shim(&mut self, is_key: bool) {
+        let recorder = self.tree.recorder();
+        let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
         if wait::ended(self.terraform).is_none() {
-            shim::interrupt_group(self.terraform);
+            let terraform = if is_key {
+                let terraform = shim::behind(self.terraform, recorder).map(|(terraform, _)| terraform);
+                let _ = killpg(self.terraform, Signal::SIGINT);
+                terraform
+            } else {
+                shim::interrupt_group(self.terraform, recorder)
+            };
+            self.interrupted = Some((moment, terraform.into_iter().collect()));
             return;
         }
         // It is a zombie of ours, so the number is its group's. No shim is left there to pass the interrupt on.
         let _ = killpg(self.terraform, Signal::SIGINT);
         for process in self.tree.bereaved().iter().filter(|process| process.group != self.terraform) {
             let _ = kill(process.pid, Signal::SIGINT);
+        }
+    }
+
+    /// A shim may start one terraform after the other (`init`, then `apply`), or its first one after the stop was asked for. Each
+    /// gets its one interrupt.
+    fn interrupt_next_terraform(&mut self) {
+        let Some((moment, had)) = &mut self.interrupted else { return };
+        let recorder = self.tree.recorder();
+        let Some((next, _)) = shim::behind(self.terraform, recorder) else { return };
+        let is_new = Process::look_up(next).is_some_and(|process| process.start >= *moment);
+        if is_new && !had.contains(&next) {
+            had.push(next);
+            shim::interrupt_group(self.terraform, recorder);
         }
     }
 

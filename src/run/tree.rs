@@ -41,6 +41,9 @@ pub(crate) const RUN: &str = "TFW_RUN";
 /// How long what is left of a tree may take to end after TERM, before KILL.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The same for the tree of a `tf` that something in ours has started: its terraform got one interrupt, and saves its state.
+const NESTED_GRACE: Duration = Duration::from_secs(60);
+
 /// How long it may take after KILL. What is still there then hangs in the kernel, or is not ours to kill.
 const AFTER_KILL: Duration = Duration::from_secs(5);
 
@@ -113,7 +116,7 @@ impl Living {
                 Membership::Unknown => &mut living.unknown,
                 Membership::Other => continue,
             };
-            if !process.is_dead() && process.pid != own {
+            if !process.is_dead() && process.pid != own && !process.is_helper_of_ours() {
                 list.push(process);
             }
         }
@@ -127,6 +130,13 @@ impl Living {
     pub(crate) fn is_empty(&self) -> bool {
         self.members.is_empty() && self.unknown.is_empty()
     }
+}
+
+/// Whether the process belongs to a run below `run`, which has a `tf` of its own.
+fn is_nested(process: &Process, run: &str) -> bool {
+    let Variable::Set(runs) = process.environment(RUN) else { return false };
+    let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
+    runs.next().is_some() && runs.next().is_some()
 }
 
 /// Whether the process carries the mark of `run`.
@@ -322,6 +332,10 @@ impl Tree {
                 None => break,
             }
         }
+        if process.is_helper_of_ours() {
+            // The guardian of a `tf` in our tree. It works on no resource, and releases the lock of its own run.
+            return Kinship::Stranger;
+        }
         if self.strangers.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
             Kinship::Stranger
         } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.strangers_possible {
@@ -335,6 +349,11 @@ impl Tree {
     pub(crate) fn records_into(&mut self, recorder: BorrowedFd<'_>, leads_on: bool) {
         self.recorder = descriptor::identity(recorder);
         self.leads_on = leads_on;
+    }
+
+    /// The file that terraform logs into, by its device and its number there.
+    pub(crate) fn recorder(&self) -> Option<(u64, u64)> {
+        self.recorder
     }
 
     /// Whether what was started only leads to terraform.
@@ -400,12 +419,12 @@ impl Tree {
 
     fn end_seen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
         let begun = Instant::now();
-        let mut kill_from = if at_once { Duration::ZERO } else { GRACE };
+        let mut enough = at_once.then_some(Duration::ZERO);
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
             if patience.interrupts() > 0 && !ended.is_empty() {
-                kill_from = kill_from.min(begun.elapsed());
+                enough = enough.or_else(|| Some(begun.elapsed()));
             }
             self.reap_orphans(&[]);
             let (kin, unclear) = self.look();
@@ -423,6 +442,8 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
+            let grace = if kin.iter().any(|process| is_nested(process, &self.run)) { NESTED_GRACE } else { GRACE };
+            let kill_from = enough.unwrap_or(grace).min(grace);
             if elapsed > kill_from + AFTER_KILL {
                 let mut left = kin;
                 left.extend(unclear);

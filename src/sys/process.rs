@@ -403,6 +403,16 @@ impl Process {
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
 
+    /// Whether it is the guardian, or the recovery, of some run of `tf`: this program, under a name that it gives itself.
+    pub(crate) fn is_helper_of_ours(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let program = |process: String| {
+            std::fs::metadata(format!("/proc/{process}/exe")).map(|file| (file.dev(), file.ino())).ok()
+        };
+        matches!(self.name.as_str(), "tf-guardian" | "tf-recovery")
+            && program(self.pid.to_string()).is_some_and(|theirs| Some(theirs) == program("self".to_owned()))
+    }
+
     /// Whether it runs another program than we do: a child that was forked has become one by exec.
     pub(crate) fn runs_another_program(&self) -> bool {
         use std::os::unix::fs::MetadataExt;

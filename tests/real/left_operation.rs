@@ -129,11 +129,40 @@ fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
         proxy.let_go();
         proxy.wait_until_delivered();
         world.wait_for_locked();
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        // From any directory: its own place is in what is remembered.
+        let mut recover = world.command(world.bin().join("tf"));
+        recover.args(["locks", "recover"]).current_dir("/");
+        let end = Run::start(recover).wait();
         assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(end.err.contains("a dead terraform's request took late"), "{}", world.story(&end));
+        assert!(end.out.contains("a dead terraform's request took late"), "{}", world.story(&end));
         world.assert_unlocked();
     });
+}
+
+/// A proxy's 504 is no answer of the service, and the request behind it may still land.
+#[test]
+fn a_lock_request_that_it_gave_up_is_released_when_it_lands() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let text = world.read("main.tf").replace("use_path_style = true", "use_path_style = true\nmax_retries = 1");
+    world.write("main.tf", &text);
+    let end = world.run(Subject::Bare, &["init", "-reconfigure", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(None));
+    let seen = std::sync::Arc::clone(&asked);
+    through(&mut world, move |request| {
+        if !takes_item(request) {
+            return Deed::Pass;
+        }
+        *seen.lock().unwrap() = Some(request.text());
+        Deed::Answer(Message::answer("504 Gateway Timeout", ""))
+    });
+    let end = world.run(Subject::Tf, &APPLY);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let request: serde_json::Value = serde_json::from_str(asked.lock().unwrap().as_ref().unwrap()).unwrap();
+    world.put_lock(request["Item"]["Info"]["S"].as_str().unwrap());
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert!(end.out.contains("a dead terraform's request took late"), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 #[test]

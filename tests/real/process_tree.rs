@@ -172,6 +172,9 @@ fn a_child_that_proc_hides_keeps_the_lock() {
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
     assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    // Where it is hidden from the next one as well.
+    let end = as_user(&world, &["unshare", "-m", "sh", "-c", hides, "sh"], &["locks", "recover"]).wait();
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
     assert_kept_until_it_ends(&world, sudo);
 }
 
