@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -36,16 +37,34 @@ pub(crate) fn say(text: &str) {
         let prefix = if colour { "\u{1b}[1mtf:\u{1b}[0m" } else { "tf:" };
         let _ = writeln!(message, "{prefix} {line}");
     }
-    let mut rest = message.as_bytes();
-    while !rest.is_empty() {
+    let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
+    unsaid.push_str(&message);
+    write_to(&stderr, &mut unsaid, FULL);
+}
+
+/// What a full stderr did not take yet.
+static UNSAID: Mutex<String> = Mutex::new(String::new());
+
+/// Tries to write what stderr did not take before, without waiting. Whether nothing is left of it.
+pub(crate) fn say_the_rest() -> bool {
+    let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
+    write_to(&std::io::stderr(), &mut unsaid, 0);
+    unsaid.is_empty()
+}
+
+/// Writes `text` for as long as the reader takes something within `wait` milliseconds, and leaves what it does not take. What
+/// nobody can read is thrown away.
+fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
+    while !text.is_empty() {
         let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-        if poll(&mut ready, PollTimeout::from(FULL)) != Ok(1) {
+        if poll(&mut ready, PollTimeout::from(wait)) != Ok(1) {
             return;
         }
         // What poll(2) calls writable takes at least PIPE_BUF bytes at once.
-        match nix::unistd::write(&stderr, &rest[..rest.len().min(512)]) {
-            Ok(length) if length > 0 => rest = &rest[length..],
-            _ => return,
+        let piece = text.floor_char_boundary(512);
+        match nix::unistd::write(stderr, &text.as_bytes()[..piece]) {
+            Ok(length) if text.is_char_boundary(length) && length > 0 => drop(text.drain(..length)),
+            _ => text.clear(),
         }
     }
 }
@@ -172,6 +191,21 @@ pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
     }
 }
 
+/// The same for a lock of an earlier run, to be typed anywhere: with its directory, and with its workspace where that need not
+/// be the one that is selected now.
+fn unlock_command_of(record: &Record) -> String {
+    let command = unlock_command(&visible(&record.program), Some(&visible(&record.working_directory())));
+    in_workspace(record.workspaces.first().map(String::as_str), &command)
+}
+
+/// `command` for a workspace that is chosen by the environment.
+pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
+    match workspace.filter(|name| !name.is_empty() && *name != "default") {
+        Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible(name))),
+        None => command.to_owned(),
+    }
+}
+
 /// A word that a shell takes as it is.
 pub(crate) fn quoted(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:@%+,".contains(character);
@@ -254,7 +288,7 @@ pub(crate) fn would_look_for(record: &Record, asked: Timestamp) -> String {
 
 /// A lock that an earlier run may have left.
 pub(crate) fn may_be_its(record: &Record, info: &LockInfo, why: &str) -> String {
-    let command = unlock_command(&visible(&record.program), record.chdir.as_deref().map(visible).as_deref());
+    let command = unlock_command_of(record);
     let id = if is_lock_id(&info.id) { format!("\nif it is, type: {command} {}", info.id) } else { String::new() };
     format!(
         "this lock may be an earlier run's (pid {}), and was not released ({why}):\n{}, Who {}{id}",
@@ -331,7 +365,7 @@ pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str)
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible(&record.surroundings.needs()),
-        unlock_command(&visible(&record.program), record.chdir.as_deref().map(visible).as_deref()),
+        unlock_command_of(record),
         recorded.id
     )
 }

@@ -13,6 +13,7 @@ use crate::run::journal::{Found, Journal, Record};
 use crate::run::state_directory::StateDirectory;
 use crate::run::tombstone::Graveyard;
 use crate::sys::process::{self, Process};
+use crate::terraform::binary::LARGE;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::RecordedLock;
 
@@ -115,7 +116,7 @@ impl Host {
 }
 
 /// Everything that runs here and has terraform or tofu in its name: providers among it, which may still be at work when
-/// their terraform is dead. What is renamed cannot be told; so this decides nothing that is not asked of a person.
+/// their terraform is dead; and what may be a terraform under another name. This decides nothing that is not asked of a person.
 fn terraforms() -> Vec<Suspect> {
     let booted = process::booted();
     Process::all()
@@ -125,7 +126,7 @@ fn terraforms() -> Vec<Suspect> {
             let program = process.program();
             let named =
                 [&program, &process.name].iter().any(|name| name.contains("terraform") || name.contains("tofu"));
-            named.then(|| Suspect {
+            (named || process.may_be_renamed_terraform(LARGE)).then(|| Suspect {
                 pid: process.pid.as_raw(),
                 started: booted.and_then(|booted| process.started(booted)),
                 program,

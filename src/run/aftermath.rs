@@ -413,7 +413,9 @@ impl Aftermath<'_> {
     }
 
     fn unlock_command(&self) -> String {
-        report::unlock_command(&self.program(), self.directory().as_deref())
+        let command = report::unlock_command(&self.program(), self.directory().as_deref());
+        // Set for this run alone, perhaps, and not where the command will be typed.
+        report::in_workspace(std::env::var("TF_WORKSPACE").ok().as_deref(), &command)
     }
 }
 

@@ -35,7 +35,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
@@ -393,6 +393,7 @@ impl<'a> Prepared<'a> {
         if !all_written {
             write_the_rest(&mut self.pipes, signals);
         }
+        say_the_rest(signals);
         if let Some(path) =
             std::env::var_os("GITHUB_OUTPUT").filter(|path| invocation.terraform.for_a_step && !path.is_empty())
             && let Err(error) = step_outputs::write(&path, self.pipes.copies(), ended)
@@ -437,6 +438,24 @@ fn write_the_rest(pipes: &mut Pipes, signals: &mut Signals) {
         let mut awaited = vec![(signals.as_fd(), PollFlags::POLLIN)];
         awaited.extend(pipes.awaited());
         poll::wait(&awaited, None);
+        if signals.next_stop().is_some() {
+            return;
+        }
+    }
+}
+
+/// How long a reader of what `tf` has to say is waited for: a pager that was left alone must not hold us for ever.
+const READS_WITHIN: Duration = Duration::from_mins(1);
+
+/// Waits for a slow reader of what `tf` has to say: it may be the only word about a lock that stays. Whoever asks us to stop
+/// meanwhile need not wait.
+fn say_the_rest(signals: &mut Signals) {
+    use nix::poll::PollFlags;
+    let stderr = std::io::stderr();
+    let until = Instant::now() + READS_WITHIN;
+    while !report::say_the_rest() && Instant::now() < until {
+        let awaited = [(signals.as_fd(), PollFlags::POLLIN), (stderr.as_fd(), PollFlags::POLLOUT)];
+        poll::wait(&awaited, Some(until.saturating_duration_since(Instant::now())));
         if signals.next_stop().is_some() {
             return;
         }

@@ -698,7 +698,7 @@ fn recover_elsewhere(
     situation: &Situation,
     patience: &mut Patience<'_>,
 ) -> other_backend::Ending {
-    let unlock = report::unlock_command(&record.program, record.chdir.as_deref());
+    let unlock = report::unlock_command(&record.program, Some(&record.working_directory()));
     let told = tells_of_its_lock(&record.command);
     let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
     let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));

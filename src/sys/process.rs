@@ -403,6 +403,12 @@ impl Process {
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
 
+    /// Whether it may be a terraform under another name: a large program in a directory that terraform was initialised in.
+    pub(crate) fn may_be_renamed_terraform(&self, large: u64) -> bool {
+        let is_large = std::fs::metadata(format!("/proc/{}/exe", self.pid)).is_ok_and(|program| program.len() >= large);
+        is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.pid)).is_ok()
+    }
+
     /// Whether it is the guardian, or the recovery, of some run of `tf`: this program, under a name that it gives itself.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
         use std::os::unix::fs::MetadataExt;

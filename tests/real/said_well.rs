@@ -163,3 +163,49 @@ fn a_dead_stderr_never_stops_a_release() {
     kill(terraform, Signal::SIGKILL).unwrap();
     wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
 }
+
+#[test]
+fn what_a_full_stderr_did_not_take_is_said_once_its_reader_goes_on() {
+    use std::io::Read as _;
+    let mut world = World::new(Lock::Both, WAITS);
+    world.set("TFW_RELEASE", "never");
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["apply", "-auto-approve", "-no-color"]);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut filler = writer.try_clone().unwrap();
+    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    world.wait_for_file("began");
+    // Nobody reads, and there is room for nothing more.
+    nix::fcntl::fcntl(&filler, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    while std::io::Write::write(&mut filler, &[b'.'; 512]).is_ok() {}
+    drop(filler);
+    let tf = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(crate::support::process::terraform_below(tf), nix::sys::signal::Signal::SIGKILL).unwrap();
+    world.wait_for_trace("terraform ended");
+    // Longer than one sentence is waited for.
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    child.wait().unwrap();
+    assert!(said.contains("was not released"), "{said:?}\n{}", world.trace());
+}
+
+#[test]
+fn the_command_that_a_killed_run_of_another_workspace_names_works_where_it_is_typed() {
+    let mut world = World::new(Lock::Both, WAITS);
+    assert_eq!(world.run(Subject::Bare, &["workspace", "new", "green"]).code(), Some(0));
+    assert_eq!(world.run(Subject::Bare, &["workspace", "select", "default"]).code(), Some(0));
+    world.set("TFW_RELEASE", "never").set("TF_WORKSPACE", "green");
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    let command = end.err.lines().find_map(|line| line.split_once("type: ")).expect("a command").1.to_owned();
+    world.set("TF_WORKSPACE", crate::support::world::UNSET);
+    let mut shell = world.command("sh");
+    shell.args(["-c", &command.replace("force-unlock", "force-unlock -force")]);
+    let typed = crate::support::Run::start(shell).wait();
+    assert_eq!(typed.code(), Some(0), "{command}: {}", world.story(&typed));
+    assert!(world.locks_at("env:/green/dir/prod.tfstate").is_empty());
+}
