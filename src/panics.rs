@@ -22,7 +22,6 @@ mod tests {
 
     #[test]
     fn a_panic_is_a_result_and_what_comes_after_it_goes_on() {
-        #[expect(clippy::panic, reason = "it is what is caught")]
         let panicked: Option<()> = caught(|| panic!("on purpose"));
         assert_eq!(panicked, None);
         assert_eq!(caught(|| 7), Some(7));

@@ -26,6 +26,8 @@ pub(crate) struct Charge {
     pub(crate) entry: Option<(Entry, Record)>,
     /// What was told last.
     pub(crate) told: (u64, Vec<RecordedLock>, Vec<UnnamedLock>),
+    /// The processes outside terraform's group that were told of last.
+    pub(crate) outside_group: Vec<(i32, u64)>,
     /// The journal could not be written.
     pub(crate) failed: bool,
 }
@@ -64,6 +66,22 @@ impl Charge {
         {
             self.guardian_is_gone(recorder);
         }
+    }
+
+    /// These processes below terraform have left its group, by pid and start.
+    pub(crate) fn note_outside_group(&mut self, processes: Vec<(i32, u64)>, recorder: &Recorder) {
+        if processes == self.outside_group {
+            return;
+        }
+        if let Some((_, record)) = &mut self.entry {
+            record.tree.survivors.clone_from(&processes);
+        }
+        if let Some(guardian) = &mut self.guardian
+            && guardian.tell_outside_group(&processes).is_err()
+        {
+            self.guardian_is_gone(recorder);
+        }
+        self.outside_group = processes;
     }
 
     /// `tf` is about to stop itself, or was continued.

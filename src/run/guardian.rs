@@ -69,6 +69,7 @@ const EVENT: u8 = 2;
 const NEWS: u8 = 3;
 const STILL: u8 = 4;
 const OVER: u8 = 5;
+const OUTSIDE_GROUP: u8 = 6;
 
 /// What the guardian says, in one byte.
 const CANNOT_WRITE: u8 = 1;
@@ -224,6 +225,14 @@ impl Guardian {
         }
         self.send(NEWS, &news)?;
         Ok(true)
+    }
+
+    /// Tells which processes below terraform have left its group, by pid and start.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
+        self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
 
     /// Tells that everything is over. It will do nothing more, and [`Guardian::wait`] sees it end.
@@ -524,6 +533,15 @@ impl<'a> Watch<'a> {
                 }
             }
             STILL => self.still = payload == [1],
+            OUTSIDE_GROUP => {
+                let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };
+                self.ward.tree.add_members(&processes);
+                if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+                    record.tree.survivors = processes;
+                    // Without a lock nobody will ask for them.
+                    let _ = if record.log.may_hold() { entry.write(record, false) } else { Ok(()) };
+                }
+            }
             NEWS => {
                 if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
                     self.news = Some((offset, log));

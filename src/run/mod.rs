@@ -264,7 +264,8 @@ impl<'a> Prepared<'a> {
             tree.leave_out(pid);
         }
         process::adopt_orphans();
-        let charge = Charge { guardian, entry, told: (0, Vec::new(), Vec::new()), failed: false };
+        let told = (0, Vec::new(), Vec::new());
+        let charge = Charge { guardian, entry, told, outside_group: Vec::new(), failed: false };
         Ok(Self {
             run,
             who,
@@ -390,9 +391,7 @@ impl<'a> Prepared<'a> {
         crash_point::reached("tf: settled");
         self.charge.close(left_over, &log, self.tree.survivors());
         crash_point::reached("tf: closed");
-        if !all_written {
-            write_the_rest(&mut self.pipes, signals);
-        }
+        write_the_rest(&mut self.pipes, all_written, signals);
         say_the_rest(signals);
         if let Some(path) =
             std::env::var_os("GITHUB_OUTPUT").filter(|path| invocation.terraform.for_a_step && !path.is_empty())
@@ -432,9 +431,9 @@ fn record(
 }
 
 /// Waits for a slow reader of terraform's last words. Whoever asks us to stop meanwhile need not wait for that reader.
-fn write_the_rest(pipes: &mut Pipes, signals: &mut Signals) {
+fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
     use nix::poll::PollFlags;
-    while !pipes.flush() {
+    while !all_written && !pipes.flush() {
         let mut awaited = vec![(signals.as_fd(), PollFlags::POLLIN)];
         awaited.extend(pipes.awaited());
         poll::wait(&awaited, None);

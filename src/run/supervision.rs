@@ -33,6 +33,9 @@ const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
 const CONTINUED_EVERY: Duration = Duration::from_millis(5);
 
+/// Between two looks at who below terraform has left its process group: some ten files a process.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
+
 /// How long a service manager may take from the first process of a unit to the last, when it stops all of them.
 const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 
@@ -88,6 +91,7 @@ impl Supervision<'_> {
         let mut continue_at: Option<Instant> = None;
         let started = Instant::now();
         let mut read_at = started;
+        let mut look_at = started + LOOK_AROUND;
         loop {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
@@ -117,6 +121,10 @@ impl Supervision<'_> {
                 self.recorder.read();
                 self.charge.news(self.recorder);
                 self.interrupt_next_terraform();
+                if look_at <= now {
+                    self.charge.note_outside_group(self.tree.outside_group(), self.recorder);
+                    look_at = now + LOOK_AROUND;
+                }
                 read_at = now + self.recorder.interval(now - started);
                 if let Some(waiting) = &mut self.waiting {
                     waiting.step(self.recorder.log(), self.here, self.tree);

@@ -42,7 +42,7 @@ pub(crate) const RUN: &str = "TFW_RUN";
 const GRACE: Duration = Duration::from_secs(5);
 
 /// The same for the tree of a `tf` that something in ours has started: its terraform got one interrupt, and saves its state.
-const NESTED_GRACE: Duration = Duration::from_secs(60);
+const NESTED_GRACE: Duration = Duration::from_mins(1);
 
 /// How long it may take after KILL. What is still there then hangs in the kernel, or is not ours to kill.
 const AFTER_KILL: Duration = Duration::from_secs(5);
@@ -213,6 +213,24 @@ impl Tree {
     pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
         if let Vantage::Beside(beside) = &self.vantage {
             beside.borrow_mut().certain_before = moment;
+        }
+    }
+
+    /// The living processes below terraform that have left its group, by pid and start: what only descent tells, and an observer
+    /// who is not above them cannot see any more when their parents are gone. Empty without a process list.
+    pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
+        let below = Process::below(getpid());
+        let is_outside = |process: &&Process| {
+            !process.is_dead() && Some(process.group) != self.group() && self.kinship(process, &below) == Kinship::Kin
+        };
+        let outside = below.iter().filter(is_outside).filter(|process| Some(process.pid) != self.terraform);
+        outside.map(|process| (process.pid.as_raw(), process.start)).collect()
+    }
+
+    /// Takes `processes` for members. For the guardian.
+    pub(crate) fn add_members(&self, processes: &[(i32, u64)]) {
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().identity.survivors.extend(processes);
         }
     }
 

@@ -260,6 +260,48 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     world.assert_unlocked();
 }
 
+/// As `sudo` with a terminal of its own does: in another session, below a process that waits for it.
+#[test]
+fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keeps_the_lock() {
+    let world = World::empty(Lock::Both);
+    world.write("child.py", BARE_CHILD);
+    world.write_main(
+        "",
+        &format!(
+            "env -i setsid -w {} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; \
+             touch began; while ! test -e go; do sleep 0.02; done",
+            tool("python3").display()
+        ),
+    );
+    world.init();
+    let run = world.start_apply(Subject::Tf);
+    let child = bare_child_of(&world, run.pid());
+    let text = format!("[{child},");
+    let noted = || {
+        super::survived::records(&world)
+            .iter()
+            .any(|path| fs::read_to_string(path).is_ok_and(|record| record.contains(&text)))
+    };
+    wait_for("the child in the journal", || noted().then_some(()), || world.trace());
+    let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in &above {
+            let _ = kill(*pid, signal);
+        }
+    }
+    run.wait();
+    wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    world.assert_locked();
+    assert!(!is_gone(child), "{}", world.story(&end));
+    world.write("child-go", "");
+    wait_until_gone(&world, child);
+    let end = world.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
 /// A command in which /proc is not what it should be, and behind it `tf`.
 fn in_namespace(world: &World, unshare: &[&str], script: &str) -> Run {
     let mut command = world.command("unshare");
