@@ -256,7 +256,7 @@ pub(crate) const UNSEEN: &str =
 
 /// The recovery takes its time.
 pub(crate) fn recovering() -> String {
-    "finishing what an earlier run left here, before terraform starts; ^C twice leaves it".to_owned()
+    "finishing what an earlier run left here; ^C twice leaves it".to_owned()
 }
 
 /// A lock of an earlier run is gone.

@@ -298,7 +298,8 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
                 if failure.refused || attempt.begun.elapsed() > PATIENCE {
-                    return Outcome::later(failure.to_string());
+                    let part = if attempt.deleted { "; its other part was released" } else { "" };
+                    return Outcome::later(format!("{failure}{part}"));
                 }
                 sleep(LOOK).await;
             }

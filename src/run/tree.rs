@@ -471,8 +471,9 @@ impl Tree {
                 let first = !ended.contains(&process.pid);
                 if elapsed >= kill_from {
                     send(process.pid, Signal::SIGKILL);
-                } else if first {
-                    // A stopped process acts on TERM only when it is continued.
+                } else if first && !is_nested(process, &self.run) {
+                    // A terraform of a nested run gets its one interrupt from its own tf, which is told here: TERM would be a
+                    // second one. A stopped process acts on TERM only when it is continued.
                     send(process.pid, Signal::SIGTERM);
                     send(process.pid, Signal::SIGCONT);
                 }

@@ -506,3 +506,21 @@ fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
         world.assert_unlocked();
     }
 }
+
+#[test]
+fn a_lock_of_which_one_part_may_not_be_deleted_is_named_with_what_became_of_the_other() {
+    let mut world = World::new(Lock::Both, WAITS);
+    let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+    let _proxy = through(&mut world, move |request| {
+        if request.start.starts_with("DELETE ") {
+            Deed::Answer(Message::answer("403 Forbidden", denied))
+        } else {
+            Deed::Pass
+        }
+    });
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("AccessDenied: no; its other part was released"), "{}", world.story(&end));
+    assert_eq!(world.locks().len(), 1, "{}", world.story(&end));
+}

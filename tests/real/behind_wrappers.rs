@@ -112,6 +112,8 @@ fn a_nested_tf_saves_its_state_and_releases_its_lock_when_the_outer_terraform_is
     let end = run.wait();
     assert!(crate::support::cloud::cloud().object(&format!("{}/inner.tfstate", world.bucket)).is_some());
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    // The inner terraform ended by itself, after one interrupt, and unlocked.
+    assert_eq!(world.trace().matches("a lock may stand").count(), 1, "{}", world.story(&end));
     world.assert_unlocked();
     wait_for("the inner lock to go", || world.locks_at("inner.tfstate").is_empty().then_some(()), || world.trace());
     wait_until_all_is_gone(&world);

@@ -19,8 +19,9 @@ const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 /// A user without a name, who is not root.
 const USER: u32 = 54_321;
 
-/// What becomes root as sudo does (all its user IDs, no inherited descriptor above 2), and works until `sudo-go`.
-const SUDO: &str = "import os, time\nos.setgid(0)\nos.setuid(0)\nos.closerange(3, 65536)\n\
+/// What becomes root as sudo does (all its user IDs, no inherited descriptor above 2), and works until `sudo-go`. A group that
+/// loses its last parent while a member is stopped is hung up (POSIX, `_exit`), which it must outlive here.
+const SUDO: &str = "import os, signal, time\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nos.setgid(0)\nos.setuid(0)\nos.closerange(3, 65536)\n\
                     while not os.path.exists('sudo-go'):\n    open('work', 'a').write('work\\n')\n    time.sleep(0.02)\n";
 
 /// A child of the same user, with nothing by which it could be told, which ignores what asks it to end.
@@ -93,10 +94,19 @@ fn others_of(world: &World, sudo: Pid) -> Vec<Pid> {
     crate::support::household::marked(&entry).into_iter().filter(|pid| *pid != sudo).collect()
 }
 
+/// Kills `pids` so that none of them notices the end of another.
+fn kill_at_once<'a>(pids: impl Iterator<Item = &'a Pid> + Clone) {
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in pids.clone() {
+            let _ = kill(*pid, signal);
+        }
+    }
+}
+
 /// The stand-in works on, the lock stands, the next `tf` leaves it, and once the stand-in has ended it is released.
 #[track_caller]
 fn assert_kept_until_it_ends(world: &World, sudo: Pid) {
-    assert!(!is_gone(sudo));
+    assert!(!is_gone(sudo), "{sudo} is gone\n{}", world.trace());
     world.assert_locked();
     let end = run_as_user(world, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", world.story(&end));
@@ -141,11 +151,7 @@ fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
             }
             _ => {
                 let all = others_of(&world, sudo);
-                for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-                    for pid in &all {
-                        let _ = kill(*pid, signal);
-                    }
-                }
+                kill_at_once(all.iter());
                 run.wait();
                 wait_for(
                     "the end of the others",
@@ -225,11 +231,7 @@ fn a_child_without_environment_descriptors_or_parent_is_ended_by_the_guardian_be
     let child = bare_child_of(&world, run.pid());
     let terraform = terraform_below(run.pid());
     let shells: Vec<Pid> = tree(terraform).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
-    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in shells.iter().chain([&run.pid()]) {
-            let _ = kill(*pid, signal);
-        }
-    }
+    kill_at_once(shells.iter().chain([&run.pid()]));
     run.wait();
     wait_until_unlocked(&world);
     assert!(is_gone(child), "{}", world.trace());
@@ -243,11 +245,7 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     world.wait_for_trace("journal written");
     let child = bare_child_of(&world, run.pid());
     let all: Vec<Pid> = crate::support::household::marked(&home(&world));
-    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in all.iter().filter(|pid| **pid != child) {
-            let _ = kill(*pid, signal);
-        }
-    }
+    kill_at_once(all.iter().filter(|pid| **pid != child));
     run.wait();
     wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
     let end = world.run(Subject::Tf, &["locks", "recover"]);
@@ -284,11 +282,7 @@ fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keep
     };
     wait_for("the child in the journal", || noted().then_some(()), || world.trace());
     let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
-    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in &above {
-            let _ = kill(*pid, signal);
-        }
-    }
+    kill_at_once(above.iter());
     run.wait();
     wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
     let end = world.run(Subject::Tf, &["locks", "recover"]);
