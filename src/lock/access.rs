@@ -157,15 +157,35 @@ impl Surroundings {
     /// Adds as whom `run`, whose terraform starts at this moment, reaches its `backends`, which are reached by `access`. It
     /// reads the shared files. To be asked where terraform works.
     pub(crate) fn identify(&mut self, run: &str, access: &[Access], backends: &[&CachedBackend]) {
+        self.identify_by(access, backends, |backend| Identity::at_start(run, backend));
+        if !self.identities.is_empty() {
+            self.identity = Identity::now(run, &CachedBackend::from_parts("s3", Map::new(), Origin::default()));
+        }
+    }
+
+    /// The same as far as it is known without reading a file.
+    pub(crate) fn identify_without_files(&mut self, run: &str, access: &[Access], backends: &[&CachedBackend]) {
+        self.identify_by(access, backends, |backend| Identity::without_files(run, backend));
+        if !self.identities.is_empty() {
+            let empty = CachedBackend::from_parts("s3", Map::new(), Origin::default());
+            self.identity = Identity::without_files(run, &empty);
+        }
+    }
+
+    fn identify_by(
+        &mut self,
+        access: &[Access],
+        backends: &[&CachedBackend],
+        identity: impl Fn(&CachedBackend) -> Identity,
+    ) {
         if access.iter().all(Access::is_elsewhere) {
             return;
         }
         let of = |access: &Access| {
             let backend = backends.iter().find(|backend| Access::of(backend) == *access)?;
-            (backend.kind == "s3").then(|| Identity::at_start(run, backend))
+            (backend.kind == "s3").then(|| identity(backend))
         };
         self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
-        self.identity = Identity::now(run, &CachedBackend::from_parts("s3", Map::new(), Origin::default()));
     }
 
     /// What must be changed in an environment so that AWS is reached as it was: each name with its value or none.

@@ -77,6 +77,13 @@ impl Identity {
         Self::new(run, backend, sections.as_ref().map_err(String::as_str), aws::set)
     }
 
+    /// The same as far as it is known without reading a file: for a record that must be there before terraform starts.
+    pub(super) fn without_files(run: &str, backend: &CachedBackend) -> Self {
+        let identity = Self::new(run, backend, Err("they are read later"), aws::set);
+        // What a profile says of endpoints is not known.
+        Self { reach: None, ..identity }
+    }
+
     /// Those that a run of terraform has that is about to start. It refuses to work in any other account than those that
     /// are allowed (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
     pub(super) fn at_start(run: &str, backend: &CachedBackend) -> Self {

@@ -153,9 +153,11 @@ pub(crate) fn give_back(
         } else {
             let places = places.of(recorded);
             match wherever_it_is(recorded, &places, situation, patience) {
-                // One that was refused is not missed.
+                // One that was refused is not missed, nor one that was not had where another's is.
                 Some(absent @ Outcome::Absent { .. })
-                    if may_stand && !is_expected_to_be_gone(recorded, died, situation.run.program.as_ref()) =>
+                    if may_stand
+                        && (recorded.locked.is_some() || matches!(absent, Outcome::Absent { anothers: None }))
+                        && !is_expected_to_be_gone(recorded, died, situation.run.program.as_ref()) =>
                 {
                     Some(not_believed(&places, situation, patience).map_or(absent, Outcome::later))
                 }

@@ -412,7 +412,7 @@ fn record(
     current: &Path,
     (here, destinations): (&Places, &Destinations),
 ) -> Record {
-    let (access, surroundings) = here.access();
+    let (access, surroundings) = here.identified_without_files(run);
     Record {
         who: who.to_owned(),
         started,

@@ -67,11 +67,19 @@ impl Places {
     }
 
     /// The backends, and how they are reached.
-    pub(crate) fn access(&self) -> (Vec<Access>, Surroundings) {
+    fn access(&self) -> (Vec<Access>, Surroundings) {
         access::of_run(self.backends())
     }
 
-    /// The same, and as whom `run` reaches them, whose terraform starts at this moment.
+    /// The same, and as whom `run` reaches them, whose terraform is about to start: as far as no file has to be read for it. What
+    /// is written down before terraform starts must not wait.
+    pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<Access>, Surroundings) {
+        let (access, mut surroundings) = self.access();
+        surroundings.identify_without_files(run, &access, &self.backends().collect::<Vec<_>>());
+        (access, surroundings)
+    }
+
+    /// The same with what the shared files tell: to be asked where nobody waits for it.
     pub(crate) fn identified(&self, run: &str) -> (Vec<Access>, Surroundings) {
         let _there = Within::enter(&self.working_directory);
         let (access, mut surroundings) = self.access();

@@ -95,9 +95,9 @@ fn others_of(world: &World, sudo: Pid) -> Vec<Pid> {
 }
 
 /// Kills `pids` so that none of them notices the end of another.
-fn kill_at_once<'a>(pids: impl Iterator<Item = &'a Pid> + Clone) {
+fn kill_at_once(pids: &[Pid]) {
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in pids.clone() {
+        for pid in pids {
             let _ = kill(*pid, signal);
         }
     }
@@ -151,7 +151,7 @@ fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
             }
             _ => {
                 let all = others_of(&world, sudo);
-                kill_at_once(all.iter());
+                kill_at_once(&all);
                 run.wait();
                 wait_for(
                     "the end of the others",
@@ -230,8 +230,9 @@ fn a_child_without_environment_descriptors_or_parent_is_ended_by_the_guardian_be
     let run = world.start_apply(Subject::Tf);
     let child = bare_child_of(&world, run.pid());
     let terraform = terraform_below(run.pid());
-    let shells: Vec<Pid> = tree(terraform).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
-    kill_at_once(shells.iter().chain([&run.pid()]));
+    let mut shells: Vec<Pid> = tree(terraform).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
+    shells.push(run.pid());
+    kill_at_once(&shells);
     run.wait();
     wait_until_unlocked(&world);
     assert!(is_gone(child), "{}", world.trace());
@@ -244,8 +245,8 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     let run = world.start_apply(Subject::Tf);
     world.wait_for_trace("journal written");
     let child = bare_child_of(&world, run.pid());
-    let all: Vec<Pid> = crate::support::household::marked(&home(&world));
-    kill_at_once(all.iter().filter(|pid| **pid != child));
+    let all: Vec<Pid> = others_of(&world, child);
+    kill_at_once(&all);
     run.wait();
     wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
     let end = world.run(Subject::Tf, &["locks", "recover"]);
@@ -282,7 +283,7 @@ fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keep
     };
     wait_for("the child in the journal", || noted().then_some(()), || world.trace());
     let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
-    kill_at_once(above.iter());
+    kill_at_once(&above);
     run.wait();
     wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
     let end = world.run(Subject::Tf, &["locks", "recover"]);
