@@ -258,6 +258,10 @@ impl Guardian {
             }
             // One that is frozen, or hangs in the kernel, does not even die. Init takes it away after us.
             let until = Instant::now() + DIES_WITHIN;
+            // It is waited for by a descriptor: a run must not end later than its guardian.
+            if let Ok(end) = process::watch_end(pid) {
+                poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(DIES_WITHIN));
+            }
             while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
                 poll::wait(&[], Some(Duration::from_millis(1)));
             }
