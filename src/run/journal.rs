@@ -24,7 +24,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::giving_back::Replaced;
@@ -32,7 +31,7 @@ use super::host::{Host, Standpoint};
 use super::membership::TreeIdentity;
 use super::recorder::Recorder;
 use super::state_directory::{StateDirectory, is_private, open_private};
-use super::tree::{self, Living};
+use super::tree::Living;
 use crate::crash_point;
 use crate::lock::access::{Access, Surroundings};
 use crate::lock::identity::Reached;
@@ -405,12 +404,6 @@ impl Journal {
             // Its numbers mean nothing here, so whatever is alive in its container may be of it.
             let inside = Process::all().into_iter().filter(|process| !process.is_dead());
             living.unknown.extend(inside.filter(|process| process.may_be_in(container)));
-        }
-        if let Some(group) = identity.group.map(Pid::from_raw)
-            && living.is_empty()
-            && tree::hides_members(group)
-        {
-            living.unknown.push(Process::unseen_in(group));
         }
         living
     }

@@ -124,6 +124,13 @@ impl Living {
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
+        // Members of terraform's group whom it hides.
+        if let Some(group) = identity.group.map(Pid::from_raw)
+            && living.is_empty()
+            && hides_members(group)
+        {
+            living.unknown.push(Process::unseen_in(group));
+        }
         living
     }
 
@@ -322,15 +329,7 @@ impl Tree {
         let living = Living::of(&self.run, &beside.identity, beside.certain_before);
         beside.identity.survivors =
             living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
-        let mut unknown = living.unknown;
-        // Members whom /proc hides from us (`hidepid`).
-        if living.members.is_empty()
-            && unknown.is_empty()
-            && let Some(group) = self.group().filter(|group| hides_members(*group))
-        {
-            unknown.push(Process::unseen_in(group));
-        }
-        (living.members, unknown)
+        (living.members, living.unknown)
     }
 
     /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
@@ -505,7 +504,7 @@ impl Tree {
 }
 
 /// Whether a process is in `group` that /proc does not show us.
-pub(crate) fn hides_members(group: Pid) -> bool {
+fn hides_members(group: Pid) -> bool {
     // The list first: a zombie that is taken away between the two is in the list, or is no member any more.
     !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }
