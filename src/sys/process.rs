@@ -411,20 +411,20 @@ impl Process {
 
     /// Whether it is the guardian, or the recovery, of some run of `tf`: this program, under a name that it gives itself.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        let program = |process: String| {
-            std::fs::metadata(format!("/proc/{process}/exe")).map(|file| (file.dev(), file.ino())).ok()
-        };
-        matches!(self.name.as_str(), "tf-guardian" | "tf-recovery")
-            && program(self.pid.to_string()).is_some_and(|theirs| Some(theirs) == program("self".to_owned()))
+        matches!(self.name.as_str(), "tf-guardian" | "tf-recovery") && self.runs_our_program() == Some(true)
     }
 
     /// Whether it runs another program than we do: a child that was forked has become one by exec.
     pub(crate) fn runs_another_program(&self) -> bool {
+        self.runs_our_program() == Some(false)
+    }
+
+    /// Whether it runs the program that we are. `None` for a process that we may not look into.
+    fn runs_our_program(&self) -> Option<bool> {
         use std::os::unix::fs::MetadataExt;
         let program =
             |process: &str| std::fs::metadata(format!("/proc/{process}/exe")).map(|file| (file.dev(), file.ino())).ok();
-        program(&self.pid.to_string()).is_some_and(|theirs| Some(theirs) != program("self"))
+        program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
     /// Whether it has that file open (proc(5), `/proc/PID/fd`). False for a process that we may not look into.
