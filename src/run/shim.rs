@@ -14,12 +14,12 @@ use crate::trace::trace;
 /// No chain of shims is longer.
 const DEEPEST: usize = 8;
 
-/// The file that terraform logs into, by its device and its number there.
-pub(crate) type Recorder = Option<(u64, u64)>;
+/// The file that terraform logs into, by its device and its number there. `None` where it has none.
+pub(crate) type LogFile = Option<(u64, u64)>;
 
 /// Sends `signal` to the terraform that `child` is or leads to.
-pub(crate) fn signal(child: Pid, signal: Signal, recorder: Recorder) {
-    match behind(child, recorder) {
+pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
+    match behind(child, log) {
         Some((pid, terraform)) => {
             trace!("{signal} goes to {pid}, behind {child}");
             let _ = process::signal(&terraform, signal);
@@ -34,8 +34,8 @@ pub(crate) fn signal(child: Pid, signal: Signal, recorder: Recorder) {
 /// have put into another one (timeout, `set -m`); but not to the shims that lead to terraform: what one of them passes on would
 /// be terraform's second. Gives the terraform that was interrupted. `None`: what was started is terraform itself, or has not
 /// started one.
-pub(crate) fn interrupt_group(child: Pid, recorder: Recorder) -> Option<Pid> {
-    let found = behind(child, recorder).map(|(terraform, _)| terraform);
+pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
+    let found = behind(child, log).map(|(terraform, _)| terraform);
     let Some((terraform, chain)) = found.and_then(|terraform| Some((terraform, chain(child, terraform)?))) else {
         let _ = killpg(child, Signal::SIGINT);
         return None;
@@ -66,9 +66,9 @@ fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
 
 /// The terraform behind `child`, and its number. `None` where `child` is one itself, or where nothing tells for sure which one
 /// is meant.
-pub(crate) fn behind(child: Pid, recorder: Recorder) -> Option<(Pid, OwnedFd)> {
+pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     let mut current = child;
-    let is_terraform = |process: &Process| is_terraform(process, recorder);
+    let is_terraform = |process: &Process| is_terraform(process, log);
     if Process::look_up(child).is_none_or(|child| is_terraform(&child)) {
         return None;
     }
@@ -91,8 +91,8 @@ pub(crate) fn behind(child: Pid, recorder: Recorder) -> Option<(Pid, OwnedFd)> {
 
 /// Whether a process runs a terraform, and nothing that only leads to one. Its size alone does not tell: node, vault and kubectl
 /// are as large. A terraform has its name, or logs into our file.
-fn is_terraform(process: &Process, recorder: Recorder) -> bool {
+fn is_terraform(process: &Process, log: LogFile) -> bool {
     let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid)).is_ok_and(|program| program.len() >= LARGE);
     let is_named = || ["terraform", "tofu"].iter().any(|name| process.program().contains(name));
-    is_large && (is_named() || recorder.is_some_and(|recorder| process.has_open(recorder)))
+    is_large && (is_named() || log.is_some_and(|log| process.has_open(log)))
 }
