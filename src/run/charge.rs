@@ -155,7 +155,8 @@ impl Charge {
             && !left_over.is_empty()
         {
             record.log = log.clone();
-            record.leave(left_over, survivors);
+            record.tree.survivors = survivors;
+            record.leave(left_over);
             let _ = entry.write(&record, true);
         }
     }

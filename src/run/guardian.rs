@@ -590,7 +590,8 @@ impl<'a> Watch<'a> {
                 entry.take_away();
             } else {
                 record.log = self.ward.recorder.log().clone();
-                record.leave(left_over, self.ward.tree.survivors());
+                record.tree.survivors = self.ward.tree.survivors();
+                record.leave(left_over);
                 let _ = entry.write(&record, true);
             }
         }

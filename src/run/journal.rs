@@ -191,9 +191,8 @@ impl Record {
         Reached::of(&self.run, &self.access, &self.surroundings)
     }
 
-    /// What is left when a run is over: locks that could not be given back.
-    pub(crate) fn leave(&mut self, left: LeftOver, survivors: Vec<(i32, u64)>) {
-        self.tree.survivors = survivors;
+    /// What is left when a run is over: locks that could not be given back. What is known of its processes stays.
+    pub(crate) fn leave(&mut self, left: LeftOver) {
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
         self.unlogged = left.unlogged;

@@ -307,8 +307,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                     if left.is_empty() {
                         entry.take_away();
                     } else {
-                        let survivors = record.tree.survivors.clone();
-                        record.leave(left, survivors);
+                        record.leave(left);
                         let _ = entry.write(&record, true);
                     }
                     return Forgotten::Yes(pid);
@@ -540,8 +539,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     if left_over.is_empty() {
         entry.take_away();
     } else {
-        let survivors = record.tree.survivors.clone();
-        record.leave(left_over, survivors);
+        record.leave(left_over);
         if entry.write(&record, true).is_ok() {
             Recorder::clear_away(&record.run);
         }
