@@ -1,6 +1,7 @@
 //! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
 
 use std::borrow::Cow;
+use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -174,11 +175,13 @@ impl Aftermath<'_> {
     /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
     pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
         let at = Timestamp::now();
-        let places = || {
+        // Read once, and only for a run that left something.
+        let places = LazyCell::new(|| {
             let after = DataDirectory::read(self.data_directory);
             Places::new(self.current, self.before, after, &self.invocation.command_line, self.destinations)
-        };
-        let is_ours = |lock: &RecordedLock| !places().with_plan(self.destinations).of(lock).is_empty();
+        });
+        let with_plan = LazyCell::new(|| places.clone().with_plan(self.destinations));
+        let is_ours = |lock: &RecordedLock| !with_plan.of(lock).is_empty();
         let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log, is_ours);
         // A shim's code tells of a death that the log, being empty, does not.
         let unlogged = self.unlogged && (died || matches!(self.ended, Ended::Exited(129..)));
@@ -189,7 +192,6 @@ impl Aftermath<'_> {
             }
             return LeftOver::default();
         }
-        let places = places();
         let elsewhere = died && other_backend::may_be_left(&places);
         if !self.log.may_hold() && !lost && !elsewhere {
             if self.log.was_canceled() {
@@ -201,9 +203,9 @@ impl Aftermath<'_> {
         trace!("a lock may stand; died: {died}, log lost: {lost}");
         crash_point::reached("tf: locks may stand");
         let ending = report::ending(self.ended, self.stop.killed(), self.out_of_memory);
-        let places = places.with_plan(self.destinations);
+        let places = &*with_plan;
         let keep = if self.release {
-            let unlock_begun = !died && unlock_is_begun(self.log, &places, patience);
+            let unlock_begun = !died && unlock_is_begun(self.log, places, patience);
             reason_to_keep(self.tree, (died, unlock_begun), self.stop.killed().is_some(), patience)
         } else {
             Some(Outcome::kept(report::NEVER))
@@ -215,8 +217,8 @@ impl Aftermath<'_> {
         // What is below terraform worked until now.
         let until = Timestamp::now();
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
-        let standing = Standing::find(self.log, &places, &situation, died, patience);
-        let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, patience);
+        let standing = Standing::find(self.log, places, &situation, died, patience);
+        let settled = give_back(&standing.named, places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
         let abandoned = || abandoned_requests(&settled, Some(self.ended));
@@ -227,15 +229,15 @@ impl Aftermath<'_> {
             report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command()));
         }
         remember(&settled, By::Tf, &ending, None);
-        for one in replaced(&settled, &places, died, until, By::Tf, patience) {
+        for one in replaced(&settled, places, died, until, By::Tf, patience) {
             report::say(&report::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
         }
         for settled in &settled {
             if let Some(Outcome::Absent { anothers: Some(id) }) = &settled.outcome {
-                self.release_late(patience, id, &places);
+                self.release_late(patience, id, places);
             }
         }
-        self.explain_refusals(&settled, &places, died, patience);
+        self.explain_refusals(&settled, places, died, patience);
         for (info, reason) in &standing.suspects {
             report::say(&report::suspected(&ending, info, Some(reason), &self.unlock_command()));
         }
@@ -246,7 +248,7 @@ impl Aftermath<'_> {
             report::say(&report::not_looked_for(&ending, reason));
         }
         if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
-            self.name_suspect(patience, &ending, &places, &situation, unlogged);
+            self.name_suspect(patience, &ending, places, &situation, unlogged);
         }
         if died {
             self.name_errored_state();
@@ -256,7 +258,7 @@ impl Aftermath<'_> {
         }
         let mut left_over = standing.left_over(settled);
         if elsewhere {
-            self.settle_elsewhere(&places, &situation, (keep.as_ref(), &ending), patience, &mut left_over);
+            self.settle_elsewhere(places, &situation, (keep.as_ref(), &ending), patience, &mut left_over);
         }
         left_over
     }
