@@ -14,7 +14,7 @@ use crate::support::cloud::{cloud, tool};
 use crate::support::household::kill_all;
 use crate::support::http::Message;
 use crate::support::process::{Run, tree};
-use crate::support::proxy::Deed;
+use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, lock_json, who};
 use crate::support::{Ended, Lock, Subject, World, wait_for};
 
@@ -86,6 +86,51 @@ fn start_recovery(world: &World) -> Run {
     Run::start(command)
 }
 
+/// A write of the state that is held on its way. Once its terraform is dead, the first read of the lock gets one bad answer.
+struct HeldWrite {
+    proxy: Proxy,
+    is_terraform_dead: Arc<AtomicBool>,
+    /// Looks at the state since then.
+    looks: Arc<AtomicUsize>,
+}
+
+impl HeldWrite {
+    fn new(world: &mut World, answer: Message) -> Self {
+        let (is_terraform_dead, is_dead) = switch();
+        let left = AtomicUsize::new(1);
+        let looks = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&looks);
+        let proxy = through(world, move |request| {
+            let is_dead = is_dead.load(Ordering::SeqCst);
+            if is_dead && request.start.starts_with("HEAD ") {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+            let bad = is_dead && reads_lock(request);
+            if writes_state(request) {
+                Deed::Hold
+            } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+                Deed::Answer(answer.clone())
+            } else {
+                Deed::Pass
+            }
+        });
+        Self { proxy, is_terraform_dead, looks }
+    }
+
+    /// Lets it land between two looks at the state. The lock stands before and after.
+    #[track_caller]
+    fn lands_after_a_look(&self, world: &World) {
+        world.wait_for_trace("waiting for a write");
+        let looked = || self.looks.load(Ordering::SeqCst);
+        wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
+        world.assert_locked();
+        self.proxy.let_go();
+        self.proxy.wait_until_delivered();
+        world.wait_for_trace("it landed");
+        world.assert_locked();
+    }
+}
+
 /// The lock's reads are answered by somebody else once, while the write of the state is still on its way.
 #[test]
 fn one_bad_answer_does_not_end_the_wait_for_a_write() {
@@ -101,36 +146,12 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
                 continue;
             }
             let mut world = World::new(lock, "true");
-            let (killed, is_killed) = switch();
-            let left = AtomicUsize::new(1);
-            let looks = Arc::new(AtomicUsize::new(0));
-            let counted = Arc::clone(&looks);
-            let proxy = through(&mut world, move |request| {
-                let bad = is_killed.load(Ordering::SeqCst) && reads_lock(request);
-                if is_killed.load(Ordering::SeqCst) && request.start.starts_with("HEAD ") {
-                    counted.fetch_add(1, Ordering::SeqCst);
-                }
-                if writes_state(request) {
-                    Deed::Hold
-                } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
-                    Deed::Answer(answer.clone())
-                } else {
-                    Deed::Pass
-                }
-            });
+            let write = HeldWrite::new(&mut world, answer);
             let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-            proxy.wait_until_held();
-            killed.store(true, Ordering::SeqCst);
+            write.proxy.wait_until_held();
+            write.is_terraform_dead.store(true, Ordering::SeqCst);
             run.kill_terraform();
-            world.wait_for_trace("waiting for a write");
-            // The write lands between two looks at the state.
-            let looked = || looks.load(Ordering::SeqCst);
-            wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
-            world.assert_locked();
-            proxy.let_go();
-            proxy.wait_until_delivered();
-            world.wait_for_trace("it landed");
-            world.assert_locked();
+            write.lands_after_a_look(&world);
             let end = run.wait();
             assert!(end.err.contains("a write of it still arrived"), "{lock:?} {name}: {}", world.story(&end));
             world.assert_unlocked();
@@ -142,39 +163,15 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
 #[test]
 fn one_absence_does_not_end_the_wait_of_a_recovery() {
     let mut world = World::new(Lock::DynamoDb, "true");
-    let (begun, is_begun) = switch();
-    let left = AtomicUsize::new(1);
-    let looks = Arc::new(AtomicUsize::new(0));
-    let counted = Arc::clone(&looks);
-    let proxy = through(&mut world, move |request| {
-        let begun = is_begun.load(Ordering::SeqCst);
-        let bad = begun && reads_lock(request);
-        if begun && request.start.starts_with("HEAD ") {
-            counted.fetch_add(1, Ordering::SeqCst);
-        }
-        if writes_state(request) {
-            Deed::Hold
-        } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
-            Deed::Answer(Message::answer("200 OK", "{}"))
-        } else {
-            Deed::Pass
-        }
-    });
+    let write = HeldWrite::new(&mut world, Message::answer("200 OK", "{}"));
     let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    proxy.wait_until_held();
+    write.proxy.wait_until_held();
     wait_for_record(&world, "\"uploading\":true");
     kill_all(&world);
     drop(run);
-    begun.store(true, Ordering::SeqCst);
+    write.is_terraform_dead.store(true, Ordering::SeqCst);
     let recovery = start_recovery(&world);
-    world.wait_for_trace("waiting for a write");
-    let looked = || looks.load(Ordering::SeqCst);
-    wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
-    world.assert_locked();
-    proxy.let_go();
-    proxy.wait_until_delivered();
-    world.wait_for_trace("it landed");
-    world.assert_locked();
+    write.lands_after_a_look(&world);
     let end = recovery.wait();
     assert!(end.out.contains("released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
