@@ -106,7 +106,7 @@ fn a_person_is_asked_and_only_yes_is_one() {
         let mut terminal = Terminal::start(command);
         terminal.wait_for("Release it?");
         terminal.type_in(&format!("{answer}\r"));
-        let (status, shown) = (terminal.wait(), terminal.screen());
+        let (status, shown) = (terminal.wait(), terminal.whole_screen());
         assert_eq!(status.code(), Some(i32::from(!gone)), "{answer:?}: {shown}");
         assert_eq!(world.locks().is_empty(), gone, "{answer:?}: {shown}");
     }
@@ -122,7 +122,7 @@ fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     terminal.wait_for("Release it?");
     let other = world.lock_of_another();
     terminal.type_in("yes\r");
-    let (status, shown) = (terminal.wait(), terminal.screen());
+    let (status, shown) = (terminal.wait(), terminal.whole_screen());
     assert_eq!(status.code(), Some(1), "{shown}");
     assert!(shown.contains("it changed in between") && shown.contains(&id_of(&other)), "{shown}");
     assert_eq!(world.locks(), [other.clone(), other]);

@@ -82,10 +82,18 @@ impl Terminal {
         String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
 
-    /// Everything that a session that has ended has written, without what is no text: all of it, once its reader is done.
-    pub fn screen_at_its_end(&self) -> String {
+    /// Everything that a session that has ended has written, once its reader is done: the end of a process says nothing of
+    /// that.
+    #[track_caller]
+    pub fn whole_screen(&self) -> String {
         wait_for("the reader of the screen", || (Arc::strong_count(&self.screen) == 1).then_some(()), || self.screen());
-        console::strip_ansi_codes(&self.screen()).replace('\r', "")
+        self.screen()
+    }
+
+    /// The same without what is no text.
+    #[track_caller]
+    pub fn screen_at_its_end(&self) -> String {
+        console::strip_ansi_codes(&self.whole_screen()).replace('\r', "")
     }
 
     pub fn type_in(&mut self, text: &str) {
