@@ -81,6 +81,8 @@ mod services;
 mod shells;
 #[path = "real/shims.rs"]
 mod shims;
+#[path = "real/slow_credentials.rs"]
+mod slow_credentials;
 #[path = "real/stopped_together.rs"]
 mod stopped_together;
 #[path = "real/survived.rs"]

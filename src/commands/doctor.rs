@@ -7,8 +7,8 @@ use jiff::Timestamp;
 
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, fix_digest, inventory};
+use crate::lock::failure::Failure;
 use crate::lock::probe::{self, Attempt, IfMatch, IfNoneMatch};
-use crate::lock::release::Failure;
 use crate::lock::stores::{LOCK_FILE, Stores};
 use crate::lock::{aws, digest, dynamodb, s3};
 use crate::report::{self, length_of_time, quoted, visible};
@@ -285,7 +285,7 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
              set TFW_RELEASE=auto",
         ),
         Ok(_) => findings.ok(&name, "its key is LockID"),
-        Err(failure) if failure.to_string().contains("AccessDenied") => {
+        Err(failure) if failure.denied().is_some() => {
             findings.note(&name, "these credentials may not describe it, which a release does not need", "");
         }
         Err(failure) => {
@@ -297,7 +297,7 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
 fn permission(findings: &mut Findings, action: &str, what: &str, answer: &Result<(), Failure>, stores: &Stores) {
     match answer {
         Ok(()) => findings.ok(action, "permitted"),
-        Err(failure) if failure.to_string().contains("AccessDenied") => findings.wrong(
+        Err(failure) if failure.denied().is_some() => findings.wrong(
             action,
             &visible(&failure.to_string()),
             &format!("let these credentials do {action} on {}", visible(what)),

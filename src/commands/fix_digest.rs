@@ -19,7 +19,7 @@ use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
 use crate::lock::access;
 use crate::lock::digest::{self, Comparison};
-use crate::lock::release::Failure;
+use crate::lock::failure::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::report::{self, length_of_time, visible};

@@ -68,7 +68,7 @@ pub(super) async fn states(directory: &Directory, stores: &Stores) -> Result<(Ve
             names.extend(more);
             None
         }
-        Err(failure) if failure.is_refusal() && !failure.to_string().contains("NoSuchBucket") => Some(format!(
+        Err(failure) if failure.denied().is_some() => Some(format!(
             "{failure}\nthe bucket cannot be listed, so only the default workspace and the selected one were looked at: \
              s3:ListBucket is missing"
         )),
@@ -139,7 +139,7 @@ pub(super) fn around_workspaces(directory: &Directory) -> Option<(String, String
 }
 
 /// The names of workspaces that the bucket tells of: by a state, or by a lock.
-async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::lock::release::Failure> {
+async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::lock::failure::Failure> {
     let Some((prefix, behind)) = around_workspaces(directory) else { return Ok(Vec::new()) };
     let mut names = Vec::new();
     let mut pages = s3::keys(&stores.s3, &directory.bucket, &prefix);

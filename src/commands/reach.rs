@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::lock::aws::Unreachable;
-use crate::lock::release::Failure;
+use crate::lock::failure::{Cause, Failure};
 use crate::lock::stores::Stores;
 use crate::report::visible;
 use crate::terraform::backend::{CachedBackend, Origin};
@@ -83,13 +83,18 @@ pub(super) enum Trouble {
     #[error("{0}")]
     Said(String),
     /// The services cannot be reached as the backend says.
-    #[error("{0}\ntype `tf locks doctor` in that directory: it tries everything that a release needs")]
-    Unreachable(#[from] Unreachable),
+    #[error("{unreachable}\n{next}")]
+    Unreachable {
+        /// What is missing.
+        unreachable: Unreachable,
+        /// What to do.
+        next: &'static str,
+    },
     /// Nobody reads what we write. Nothing is said of it.
     #[error("")]
     ReaderGone,
     /// A request did not work.
-    #[error("{failure}{next}")]
+    #[error("{failure}\n{next}")]
     Failed {
         /// What the service said.
         failure: Failure,
@@ -105,32 +110,46 @@ impl From<io::Error> for Trouble {
     }
 }
 
+impl From<Unreachable> for Trouble {
+    fn from(unreachable: Unreachable) -> Self {
+        let next = match unreachable {
+            Unreachable::Region => {
+                "name it: AWS_REGION, a profile that has one, or --region beside --table or --bucket"
+            }
+            Unreachable::Credentials(_) => {
+                "terraform would get none there either: log in, choose another profile (AWS_PROFILE), or mend that one"
+            }
+            _ => "type `tf locks doctor` in that directory: it tries everything that a release needs",
+        };
+        Self::Unreachable { unreachable, next }
+    }
+}
+
 impl Trouble {
     /// A failed request about `what`, with what to do about it.
     pub(super) fn failed(failure: Failure, what: &str, stores: &Stores) -> Self {
-        let region = match stores.region() {
-            "" => "no region is known".to_owned(),
-            region => format!("the region is {region}"),
-        };
-        let says = |text: &str| failure.to_string().contains(text);
-        let next = if says("ResourceNotFound") || says("NoSuchBucket") || says("non-existent table") {
-            format!("\nthere is no {what} for these credentials: {region}; is it the right one? (--region, --profile)")
-        } else if let Some(action) = failure.denied() {
-            format!(
-                "\nthese credentials may not do {action} on {what}: `aws sts get-caller-identity` tells whose they are; try \
-                 --profile"
-            )
-        } else if says("cannot be assumed") {
-            "\nwhoever asks for the role must be permitted sts:AssumeRole on it, and the role must trust him".to_owned()
-        } else if says("ExpiredToken") || says("UnrecognizedClient") || says("InvalidAccessKeyId") || says("Signature")
-        {
-            "\nthe service does not take these credentials: log in again, or try another --profile".to_owned()
-        } else if says("region") {
-            "\nname the region: --region, or AWS_REGION".to_owned()
-        } else if says("credentials") || says("Credentials") {
-            "\nno credentials were found: set AWS_PROFILE, log in, or try --profile".to_owned()
-        } else {
-            format!("\n{region}; if the network is well, try again")
+        let region = format!("the region is {}", stores.region());
+        let next = match failure.cause() {
+            Cause::NoTable | Cause::NoBucket => {
+                format!(
+                    "there is no {what} for these credentials: {region}; are name, region and profile the right ones?"
+                )
+            }
+            Cause::OtherKey => {
+                format!("terraform needs a table whose only key is LockID, a string: is {what} the right one?")
+            }
+            Cause::Denied(action) => format!(
+                "these credentials may not do {action} on {what}: `aws sts get-caller-identity` tells whose they are"
+            ),
+            Cause::RejectedCredentials | Cause::ExpiredCredentials => {
+                "the service does not take these credentials: log in again, or choose another profile".to_owned()
+            }
+            Cause::NotImplemented => {
+                "this store cannot do that, and trying again does not help: see `tf locks doctor`".to_owned()
+            }
+            Cause::Refused => "trying again does not help before that is mended".to_owned(),
+            Cause::Passing => format!("{region}; the service cannot do it now: try again in a minute"),
+            Cause::NoAnswer => format!("{region}; if the network is well, try again"),
         };
         Self::Failed { failure, next }
     }
@@ -157,11 +176,6 @@ impl Where {
             let stores = Stores::connect(&directory.backend).await?;
             (Target::Directory(directory), stores)
         };
-        if stores.region().is_empty() {
-            return Err(Trouble::Said(
-                "no region is known\nname it: --region eu-west-1, or AWS_REGION, or a profile that has one".into(),
-            ));
-        }
         Ok(Reach { target, stores })
     }
 

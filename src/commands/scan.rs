@@ -24,7 +24,7 @@ use super::output::{Output, Shown};
 use super::reach::{Target, Trouble};
 use super::staleness::Staleness;
 use crate::holder::host::Host;
-use crate::lock::release::Failure;
+use crate::lock::failure::Failure;
 use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::report::{self, visible};
@@ -181,7 +181,7 @@ impl Scan {
                 let what = format!("table {table}");
                 let description = match dynamodb::describe(&self.stores.dynamodb, table).await {
                     Ok(description) => Some(description),
-                    Err(failure) if failure.to_string().contains("AccessDenied") => {
+                    Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
                         report::say(&format!(
                             "what {} can give is not known (dynamodb:DescribeTable is missing): it is read slowly, {rate} \
@@ -379,7 +379,7 @@ async fn bucket_segment(
                 match stores_here.read(&spot).await {
                     Ok(None) => Ok(Vec::new()),
                     Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
-                    Err(failure) if failure.is_refusal() => {
+                    Err(failure) if failure.is_final() => {
                         let reason = visible(&failure.to_string());
                         Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, unread: true })])
                     }

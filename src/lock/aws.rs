@@ -6,12 +6,15 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
 use aws_runtime::env_config::section::EnvConfigSections;
 use aws_types::os_shim_internal::{Env, Fs};
@@ -44,7 +47,7 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
 }
 
 /// Why AWS cannot be reached as terraform did.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
     /// An attribute of the backend block, or a key of a profile.
     #[error("the backend sets {0}, which tf cannot follow")]
@@ -72,6 +75,12 @@ pub(crate) enum Unreachable {
     /// Where the instance's credentials come from.
     #[error("the endpoint of the instance's metadata cannot be used: {0}")]
     Metadata(String),
+    /// The source of credentials gave none.
+    #[error("{0}")]
+    Credentials(String),
+    /// Neither the backend nor the environment or the profile names a region.
+    #[error("no region is known")]
+    Region,
     /// `duration` of a role.
     #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]
     Duration(String),
@@ -80,7 +89,10 @@ pub(crate) enum Unreachable {
 impl Unreachable {
     /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Certificates { .. } | Self::SharedFiles(_) | Self::Profile(_))
+        matches!(
+            self,
+            Self::Certificates { .. } | Self::SharedFiles(_) | Self::Profile(_) | Self::Credentials(_) | Self::Region
+        )
     }
 }
 
@@ -89,7 +101,27 @@ pub(super) fn set(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// A connection's settings. Credentials are resolved anew each time that this is made.
+/// What the sources of credentials have given in this process, or why they gave none. Nobody is asked twice: a release
+/// connects several times, and what asks a person must not ask again for each.
+static RESOLVED: Mutex<Vec<(CachedBackend, Result<Credentials, Unreachable>)>> = Mutex::new(Vec::new());
+
+fn resolved() -> MutexGuard<'static, Vec<(CachedBackend, Result<Credentials, Unreachable>)>> {
+    RESOLVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Forgets the credentials of `backend`, which a service says are over.
+pub(super) fn forget_credentials(backend: &CachedBackend) {
+    resolved().retain(|(known, _)| known != backend);
+}
+
+/// Whether credentials end so soon that a request with them may be refused.
+fn is_over(credentials: &Credentials) -> bool {
+    const MARGIN: Duration = Duration::from_secs(30);
+    credentials.expiry().is_some_and(|until| until < SystemTime::now() + MARGIN)
+}
+
+/// A connection's settings, with credentials. These are asked for once in the life of this process, and again when they
+/// are over.
 ///
 /// # Errors
 /// [`Unreachable`].
@@ -112,7 +144,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     let retries = RetryConfig::standard().with_max_attempts(3);
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .retry_config(retries.clone())
-        .timeout_config(timeouts.clone())
+        .timeout_config(timeouts)
         .http_client(client.clone())
         .profile_files(files.builder().build())
         .no_credentials();
@@ -133,6 +165,9 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     // (aws-sdk-go-base, endpoints.go).
     let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
     let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
+    // Who gives credentials may take longer than a request: they are asked for once, before any clock of ours runs.
+    let patient = TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).build();
+    let for_credentials = config.to_builder().timeout_config(patient.clone()).build();
     let for_providers = ProviderConfig::without_region()
         .with_region(region)
         .with_use_fips(config.use_fips())
@@ -140,9 +175,18 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         .with_behavior_version(Some(BehaviorVersion::latest()))
         .with_http_client(client)
         .with_retry_config(retries)
-        .with_timeout_config(timeouts);
-    let provider = credentials::provider(backend, profile.as_ref().map_err(String::as_str), &for_providers, &config)?;
-    Ok(config.into_builder().credentials_provider(provider).build())
+        .with_timeout_config(patient);
+    let known = resolved().iter().find(|(known, _)| known == backend).map(|(_, resolved)| resolved.clone());
+    let credentials = if let Some(known) = known.filter(|known| !known.as_ref().is_ok_and(is_over)) {
+        known?
+    } else {
+        let sections = profile.as_ref().map_err(String::as_str);
+        let asked = credentials::resolve(backend, sections, &for_providers, &for_credentials).await;
+        forget_credentials(backend);
+        resolved().push((backend.clone(), asked.clone()));
+        asked?
+    };
+    Ok(config.into_builder().credentials_provider(SharedCredentialsProvider::new(credentials)).build())
 }
 
 /// The endpoint for one service: the attribute, its deprecated form, or a variable. What is left follows the SDK:

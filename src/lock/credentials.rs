@@ -8,8 +8,9 @@
 //! 5. `assume_role_with_web_identity` takes the place of 2 to 4.
 //! 6. `assume_role` goes on top of all.
 
+use std::cell::Cell;
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aws_config::SdkConfig;
 use aws_config::ecs::EcsCredentialsProvider;
@@ -29,7 +30,7 @@ use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use super::attributes::{self, Treatment};
 use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use super::causes::causes;
-use crate::sys::plain_file;
+use crate::sys::{plain_file, shell_command};
 use crate::terraform::backend::CachedBackend;
 
 /// The name of the session in which a role is assumed, where the block has none.
@@ -38,30 +39,132 @@ const SESSION: &str = "tf-lock-release";
 /// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
 const DURATION: Duration = Duration::from_mins(15);
 
-/// Credentials as `backend` and the environment say, not asked for yet. `sections` are the shared files, or why they
-/// cannot be read; `config` has everything else.
+/// How long a source of credentials may take, all in all: a person may have to touch a key or to log in meanwhile.
+const CREDENTIALS_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Asks for credentials as `backend` and the environment say: once, for at most [`CREDENTIALS_TIMEOUT`]. `sections` are the
+/// shared files, or why they cannot be read; `for_providers` and `config` have everything else.
+///
+/// The SDK would ask for them within each attempt of each request, so that a source slower than such an attempt would
+/// never have an end, and be asked again and again: a login, a key to touch, an account that is locked after three times.
 ///
 /// # Errors
-/// [`Unreachable`]: a part of the block contradicts itself, or the profile is not there.
-pub(super) fn provider(
+/// [`Unreachable`]: a part of the block contradicts itself, the profile is not there, or its source gives no credentials.
+pub(super) async fn resolve(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
-) -> Result<SharedCredentialsProvider, Unreachable> {
-    let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
-    let base = if let [Some(key), Some(secret), token] = fixed {
-        SharedCredentialsProvider::new(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"))
-    } else if fixed.iter().any(Option::is_some) {
-        return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
-    } else if let Some(role) = WebRole::of(backend)? {
-        SharedCredentialsProvider::new(role.with(sts(backend, config)))
-    } else {
-        from(source(backend, sections, set)?, backend, for_providers)?
+) -> Result<Credentials, Unreachable> {
+    // Who is asked may be named in a message about a time that is up.
+    let asking = Cell::new(String::new());
+    let resolved = base(backend, sections, for_providers, config, &asking);
+    let resolved = async {
+        let base = resolved.await?;
+        let Some(role) = Role::of(backend)? else { return Ok(base) };
+        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        let config = config.to_builder().credentials_provider(SharedCredentialsProvider::new(base)).build();
+        role.with(sts(backend, &config)).ask().await.map_err(|error| no_credentials(&error))
     };
-    let Some(role) = Role::of(backend)? else { return Ok(base) };
-    let config = config.to_builder().credentials_provider(base).build();
-    Ok(SharedCredentialsProvider::new(role.with(sts(backend, &config))))
+    match tokio::time::timeout(CREDENTIALS_TIMEOUT, resolved).await {
+        Ok(resolved) => resolved,
+        Err(_) => Err(Unreachable::Credentials(format!(
+            "{} gave no credentials within {} s",
+            asking.take(),
+            CREDENTIALS_TIMEOUT.as_secs()
+        ))),
+    }
+}
+
+/// The same without the role that the block puts on top.
+async fn base(
+    backend: &CachedBackend,
+    sections: Result<&EnvConfigSections, &str>,
+    for_providers: &ProviderConfig,
+    config: &SdkConfig,
+    asking: &Cell<String>,
+) -> Result<Credentials, Unreachable> {
+    let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
+    if let [Some(key), Some(secret), token] = fixed {
+        return Ok(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"));
+    }
+    if fixed.iter().any(Option::is_some) {
+        return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
+    }
+    if let Some(role) = WebRole::of(backend)? {
+        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        return role.with(sts(backend, config)).ask().await.map_err(|error| no_credentials(&error));
+    }
+    let source = match source(backend, sections, set)? {
+        Source::Process { profile, command, used_by } => {
+            asking.set(format!("the credential_process of the profile {profile}"));
+            let keys = of_process(&profile, &command).await?;
+            match used_by {
+                None => return Ok(keys.credentials("credential_process")),
+                Some(name) => Source::RoleOfProfile(name, keys),
+            }
+        }
+        source => source,
+    };
+    asking.set(source.describe());
+    let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
+    let provider = from(source, selected, backend, for_providers)?;
+    provider.provide_credentials().await.map_err(|error| {
+        let why = causes(&error);
+        // A role says so itself.
+        let reason = if role_error(&error).is_some() { why } else { format!("{}: {why}", asking.take()) };
+        Unreachable::Credentials(reason)
+    })
+}
+
+/// What is said of a role that was not to be had.
+fn no_credentials(error: &CredentialsError) -> Unreachable {
+    Unreachable::Credentials(role_error(error).map_or_else(|| causes(error), ToString::to_string))
+}
+
+/// The refusal of a role beneath an error, if there is one.
+fn role_error(error: &CredentialsError) -> Option<&NoRole> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(refusal) = error.downcast_ref::<NoRole>() {
+            return Some(refusal);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Runs the `credential_process` of `profile` and reads what it prints (AWS SDKs and Tools Reference Guide, "Process
+/// credential provider").
+///
+/// # Errors
+/// [`Unreachable::Credentials`]: it failed, or printed no credentials. What it printed is in no message.
+async fn of_process(profile: &str, command: &str) -> Result<Keys, Unreachable> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Printed {
+        version: u32,
+        access_key_id: String,
+        secret_access_key: String,
+        session_token: Option<String>,
+        expiration: Option<String>,
+    }
+    let said = |what: &str| Unreachable::Credentials(format!("the credential_process of the profile {profile} {what}"));
+    let run = shell_command::output(command).await;
+    let (status, printed) = run.map_err(|error| said(&format!("could not be started: {error}")))?;
+    if !status.success() {
+        return Err(said(&format!("failed ({status})")));
+    }
+    let printed: Printed = serde_json::from_slice(&printed).map_err(|_| said("printed no credentials"))?;
+    if printed.version != 1 {
+        return Err(said(&format!("printed version {} of its output, and only version 1 is defined", printed.version)));
+    }
+    Ok(Keys {
+        id: printed.access_key_id,
+        secret: printed.secret_access_key,
+        token: printed.session_token.filter(|token| !token.is_empty()),
+        until: printed.expiration.and_then(|time| time.parse::<jiff::Timestamp>().ok()).map(Into::into),
+    })
 }
 
 /// Where credentials come from, if the block itself has none.
@@ -73,8 +176,16 @@ enum Source {
     Profile(String),
     /// Keys that stand in the profile.
     KeysOfProfile(Keys),
-    /// Keys that stand in the profile of this name, and assume the role that stands beside them.
+    /// Keys with which the profile of this name assumes its role. It is the selected one, or a source of that.
     RoleOfProfile(String, Keys),
+    /// What a command prints.
+    Process {
+        /// The profile that names the command.
+        profile: String,
+        command: String,
+        /// The profile that assumes a role with it: the last one of the chain that does. `None` where none does.
+        used_by: Option<String>,
+    },
     Container,
     Instance,
 }
@@ -84,6 +195,24 @@ struct Keys {
     id: String,
     secret: String,
     token: Option<String>,
+    /// When they end. `None` where nothing says so.
+    until: Option<SystemTime>,
+}
+
+impl Source {
+    /// Who is asked, for a sentence that says what it did.
+    fn describe(&self) -> String {
+        match self {
+            Self::Environment(_) => "the environment".to_owned(),
+            Self::WebIdentity => "STS, for the web identity of the environment".to_owned(),
+            Self::Profile(name) | Self::RoleOfProfile(name, _) | Self::Process { profile: name, .. } => {
+                format!("the profile {name}")
+            }
+            Self::KeysOfProfile(_) => "the profile".to_owned(),
+            Self::Container => "the container".to_owned(),
+            Self::Instance => "the metadata of the instance".to_owned(),
+        }
+    }
 }
 
 impl std::fmt::Debug for Keys {
@@ -93,8 +222,12 @@ impl std::fmt::Debug for Keys {
 }
 
 impl Keys {
+    fn credentials(self, name: &'static str) -> Credentials {
+        Credentials::new(self.id, self.secret, self.token, self.until, name)
+    }
+
     fn provider(self, name: &'static str) -> SharedCredentialsProvider {
-        SharedCredentialsProvider::new(Credentials::new(self.id, self.secret, self.token, None, name))
+        SharedCredentialsProvider::new(self.credentials(name))
     }
 
     /// Under every name that Go's SDK knows.
@@ -103,6 +236,7 @@ impl Keys {
             id: set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"))?,
             secret: set("AWS_SECRET_ACCESS_KEY").or_else(|| set("AWS_SECRET_KEY"))?,
             token: set("AWS_SESSION_TOKEN"),
+            until: None,
         })
     }
 }
@@ -133,11 +267,11 @@ fn source(
     let get = |name: &str| profile.and_then(|profile| profile.get(name)).filter(|value| !value.is_empty());
     let selected = || sections.selected_profile().to_owned();
     if get("source_profile").is_some() {
-        return Ok(Source::Profile(selected()));
+        return Ok(process_behind(sections).unwrap_or_else(|| Source::Profile(selected())));
     }
     if let (Some(id), Some(secret)) = (get("aws_access_key_id"), get("aws_secret_access_key")) {
         let token = get("aws_session_token").map(ToOwned::to_owned);
-        let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token };
+        let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token, until: None };
         return Ok(match get("role_arn") {
             Some(_) => Source::RoleOfProfile(selected(), keys),
             None => Source::KeysOfProfile(keys),
@@ -146,6 +280,9 @@ fn source(
     let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
     if let Some(key) = not_followed.map(|key| key.name).find(|name| get(name).is_some()) {
         return Err(Unreachable::ProfileKey(key));
+    }
+    if let Some(process) = process_behind(sections) {
+        return Ok(process);
     }
     let others = [
         "aws_access_key_id",
@@ -157,7 +294,6 @@ fn source(
         "sso_account_id",
         "sso_role_name",
         "sso_start_url",
-        "credential_process",
     ];
     Ok(if others.iter().any(|name| get(name).is_some()) {
         Source::Profile(selected())
@@ -166,6 +302,42 @@ fn source(
     } else {
         Source::Instance
     })
+}
+
+/// The command that gives the credentials of the selected profile, at the end of its chain of source profiles. `None` where
+/// they come from somewhere else (config/shared_config.go and resolve_credentials.go of the SDK for Go: keys, a source, a
+/// token and SSO go before a command).
+fn process_behind(sections: &EnvConfigSections) -> Option<Source> {
+    const BEFORE: [&str; 6] = [
+        "aws_access_key_id",
+        "credential_source",
+        "web_identity_token_file",
+        "sso_session",
+        "sso_account_id",
+        "sso_start_url",
+    ];
+    /// No chain is longer; one that leads back to itself has no end.
+    const LONGEST_CHAIN: usize = 32;
+    let mut name = sections.selected_profile();
+    let mut used_by = None;
+    for _ in 0..LONGEST_CHAIN {
+        let profile = sections.get_profile(name)?;
+        let get = |key: &str| profile.get(key).filter(|value| !value.is_empty());
+        if get("role_arn").is_some() {
+            used_by = Some(name);
+        }
+        if let Some(next) = get("source_profile").filter(|next| *next != name) {
+            name = next;
+            continue;
+        }
+        let command = get("credential_process").filter(|_| !BEFORE.iter().any(|key| get(key).is_some()))?;
+        return Some(Source::Process {
+            profile: name.to_owned(),
+            command: command.to_owned(),
+            used_by: used_by.map(ToOwned::to_owned),
+        });
+    }
+    None
 }
 
 /// What tells whose credentials they are, before anybody is asked.
@@ -200,6 +372,11 @@ pub(super) fn owner(
     match source(backend, sections, &set) {
         Ok(Source::Environment(keys) | Source::KeysOfProfile(keys)) => Owner::Key(keys.id),
         Ok(Source::WebIdentity) => set("AWS_ROLE_ARN").map_or(Owner::Unknown, Owner::Role),
+        Ok(Source::Process { .. }) => {
+            let selected = sections.ok().and_then(|sections| sections.get_profile(sections.selected_profile()));
+            let role = selected.and_then(|profile| profile.get("role_arn"));
+            role.map_or(Owner::Unknown, |arn| Owner::Role(arn.to_owned()))
+        }
         Ok(Source::Profile(name) | Source::RoleOfProfile(name, _)) => {
             let profile = sections.ok().and_then(|sections| sections.get_profile(&name));
             let get = |name: &str| profile.and_then(|profile| profile.get(name)).map(ToOwned::to_owned);
@@ -213,8 +390,13 @@ pub(super) fn owner(
 /// Where a container's credentials are.
 const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
 
+/// A provider of what `source` gives; `selected` is the profile that is used.
+///
+/// # Errors
+/// [`Unreachable::Metadata`].
 fn from(
     source: Source,
+    selected: String,
     backend: &CachedBackend,
     config: &ProviderConfig,
 ) -> Result<SharedCredentialsProvider, Unreachable> {
@@ -236,14 +418,14 @@ fn from(
             });
         }
         Source::RoleOfProfile(name, keys) => (name, Some(keys)),
-        Source::Profile(name) => (name, None),
+        Source::Profile(_) | Source::Process { .. } => (selected.clone(), None),
     };
     let mut files = shared_files(backend).builder();
     if let Some(additions) = additions(backend, &name, keys.as_ref()) {
         files = files.with_contents(EnvConfigFileKind::Config, additions);
     }
     let builder = ProfileFileCredentialsProvider::builder().configure(config);
-    let mut profile = builder.profile_files(files.build()).profile_name(name);
+    let mut profile = builder.profile_files(files.build()).profile_name(selected);
     if let Some(metadata) = metadata(backend, config)? {
         profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata);
     }
@@ -264,7 +446,7 @@ fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option
             let _ = writeln!(others, "{service} =\n  endpoint_url = {url}");
         }
     }
-    if let Some(Keys { id, secret, token }) = keys {
+    if let Some(Keys { id, secret, token, .. }) = keys {
         profile.push_str("source_profile = of-the-same-profile\n");
         let _ = writeln!(others, "[profile of-the-same-profile]\naws_access_key_id = {id}");
         let _ = writeln!(others, "aws_secret_access_key = {secret}");
@@ -494,7 +676,7 @@ impl Assuming<Role> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &said(&error))),
+            Err(error) => Err(refused(&assumed.arn, said(&error))),
         }
     }
 }
@@ -521,26 +703,8 @@ impl Assuming<WebRole> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, &said(&error))),
+            Err(error) => Err(refused(&assumed.arn, said(&error))),
         }
-    }
-}
-
-impl ProvideCredentials for Assuming<Role> {
-    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
-    where
-        Self: 'a,
-    {
-        future::ProvideCredentials::new(self.ask())
-    }
-}
-
-impl ProvideCredentials for Assuming<WebRole> {
-    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
-    where
-        Self: 'a,
-    {
-        future::ProvideCredentials::new(self.ask())
     }
 }
 
@@ -553,8 +717,16 @@ fn said<E: std::error::Error + ProvideErrorMetadata + 'static>(error: &SdkError<
     }
 }
 
-fn refused(arn: &str, why: &str) -> CredentialsError {
-    CredentialsError::provider_error(format!("the role {arn} cannot be assumed: {why}"))
+/// A role that STS did not give.
+#[derive(Debug, thiserror::Error)]
+#[error("the role {arn} cannot be assumed: {why}")]
+struct NoRole {
+    arn: String,
+    why: String,
+}
+
+fn refused(arn: &str, why: String) -> CredentialsError {
+    CredentialsError::provider_error(NoRole { arn: arn.to_owned(), why })
 }
 
 fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
@@ -608,6 +780,7 @@ mod tests {
             Ok(Source::Profile(name)) => format!("profile {name}"),
             Ok(Source::KeysOfProfile(keys)) => format!("keys {}", keys.id),
             Ok(Source::RoleOfProfile(name, keys)) => format!("role of {name} by {}", keys.id),
+            Ok(Source::Process { profile, command, used_by }) => format!("{command} of {profile} for {used_by:?}"),
             Ok(Source::Container) => "container".to_owned(),
             Ok(Source::Instance) => "instance".to_owned(),
             Err(unreachable) => unreachable.to_string(),
@@ -643,6 +816,24 @@ mod tests {
                 "profile p",
             ),
             (P, "[profile p]\naws_access_key_id = half\n", &[TASK], "profile p"),
+            (P, "[profile p]\ncredential_process = c\n", &[TASK], "c of p for None"),
+            (P, "[profile p]\nrole_arn = r\ncredential_process = c\n", &[], "c of p for Some(\"p\")"),
+            (P, "[profile p]\nsource_profile = q\n[profile q]\ncredential_process = c\n", &[], "c of q for None"),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = q\n[profile q]\ncredential_process = c\n",
+                &[],
+                "c of q for Some(\"p\")",
+            ),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = q\n[profile q]\nrole_arn = s\nsource_profile = t\n\
+                 [profile t]\ncredential_process = c\n",
+                &[],
+                "c of t for Some(\"q\")",
+            ),
+            (P, "[profile p]\nsource_profile = q\n[profile q]\nsource_profile = p\n", &[], "profile p"),
+            (P, "[profile p]\nsso_start_url = u\ncredential_process = c\n", &[], "profile p"),
             (P, "[profile p]\nlogin_session = l\n", &[TASK], "the profile sets login_session, which tf cannot follow"),
         ] {
             assert_eq!(source_of(block, file, variables), expected, "{block} {file} {variables:?}");

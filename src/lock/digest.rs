@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use jiff::Timestamp;
 use md5::{Digest as _, Md5};
 
-use super::release::Failure;
+use super::failure::Failure;
 use super::stores::Stores;
 use super::{dynamodb, s3};
 

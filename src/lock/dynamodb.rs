@@ -11,7 +11,8 @@ use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint}
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 
-use super::release::{Deleted, Failure};
+use super::failure::{Failure, NoAnswer};
+use super::release::Deleted;
 use crate::terraform::backend::CachedBackend;
 
 /// A client for the table of `backend`.
@@ -51,14 +52,6 @@ impl Intercept for AnswersOnly {
         }
         Err(NoAnswer { service: SERVICE, status: response.status().as_u16() }.into())
     }
-}
-
-/// A response that the service cannot have sent. The next one may be its own.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("status {status}, and the response is not {service}'s: a proxy or a portal may have sent it")]
-pub(super) struct NoAnswer {
-    pub(super) service: &'static str,
-    pub(super) status: u16,
 }
 
 const SERVICE: &str = "DynamoDB";
@@ -288,13 +281,6 @@ pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(no_answer) = error.downcast_ref::<NoAnswer>() {
-            return Failure::unsure(SERVICE, &no_answer.to_string());
-        }
-        cause = error.source();
-    }
     Failure::of_request(SERVICE, action, error)
 }
 

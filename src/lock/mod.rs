@@ -9,6 +9,7 @@ mod causes;
 mod credentials;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
+pub(crate) mod failure;
 pub(crate) mod identity;
 mod network;
 pub(crate) mod place;

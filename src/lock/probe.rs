@@ -6,7 +6,7 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
 
-use super::release::Failure;
+use super::failure::Failure;
 use super::{dynamodb, s3};
 
 /// What no lock is: the condition of a delete that must not delete anything.

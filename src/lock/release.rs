@@ -14,11 +14,10 @@
 
 use std::time::Duration;
 
-use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use tokio::time::{Instant, sleep};
 
-use super::causes::causes;
 use super::digest::Comparison;
+use super::failure::Failure;
 use super::identity::Reached;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
@@ -57,98 +56,6 @@ pub(crate) enum Deleted {
     /// It is no longer the one that was read: to be read again. Gone, another's, or our own delete, whose answer was
     /// lost, so that the SDK sent it twice.
     Changed,
-}
-
-/// A request that did not work.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{service}: {reason}")]
-pub(crate) struct Failure {
-    service: &'static str,
-    reason: String,
-    /// Asking again cannot help: the service understood, and refused.
-    refused: bool,
-    /// The action that these credentials may not do.
-    denied: Option<&'static str>,
-}
-
-impl Failure {
-    /// A response that tells nothing. The next one may.
-    pub(super) fn unsure(service: &'static str, reason: &str) -> Self {
-        Self { service, reason: reason.to_owned(), refused: false, denied: None }
-    }
-
-    /// Something that asking again cannot mend.
-    fn refusal(service: &'static str, reason: &str) -> Self {
-        Self { service, reason: reason.to_owned(), refused: true, denied: None }
-    }
-
-    /// The action, as a policy names it, that these credentials may not do.
-    pub(crate) fn denied(&self) -> Option<&'static str> {
-        self.denied
-    }
-
-    /// What went wrong with a request for `action`, which a policy names so.
-    pub(crate) fn of_request<E>(service: &'static str, action: &'static str, error: &SdkError<E>) -> Self
-    where
-        E: std::error::Error + ProvideErrorMetadata + 'static,
-    {
-        let status = error.raw_response().map(|response| response.status().as_u16());
-        Self::of_action(service, action, (error.code(), error.message(), status), &causes(error))
-    }
-
-    /// What went wrong with `action`, which a policy names so: `code` and `message` are the service's own, `status` is that
-    /// of HTTP, and `otherwise` tells what happened where the service said nothing.
-    pub(crate) fn of_action(
-        service: &'static str,
-        action: &'static str,
-        (code, message, status): (Option<&str>, Option<&str>, Option<u16>),
-        otherwise: &str,
-    ) -> Self {
-        // What answers a HEAD has no body to say more in. It may be a clock or a signature as well, and is asked again.
-        if (code, message, status) == (None, None, Some(403)) {
-            return Self::new(
-                service,
-                None,
-                Some(&format!("403, without a reason: {action} may be missing")),
-                otherwise,
-            );
-        }
-        // Who the credentials are of may be refused as well, before the action is asked for: there is no code then.
-        let denied = code.is_some_and(|code| code.contains("AccessDenied"));
-        Self { denied: denied.then_some(action), ..Self::new(service, code, message, otherwise) }
-    }
-
-    /// Whether the service understood and refused.
-    pub(crate) fn is_refusal(&self) -> bool {
-        self.refused
-    }
-
-    /// `code` and `message` are the service's own; `otherwise` tells what happened where it said nothing.
-    pub(crate) fn new(service: &'static str, code: Option<&str>, message: Option<&str>, otherwise: &str) -> Self {
-        let refused = code.is_some_and(|code| {
-            [
-                "AccessDenied",
-                "NotFound",
-                "NoSuchBucket",
-                "InvalidSignature",
-                "SignatureDoesNotMatch",
-                "Validation",
-                "UnrecognizedClient",
-                "InvalidAccessKeyId",
-            ]
-            .iter()
-            .any(|refusal| code.contains(refusal))
-        });
-        // A role that may not be assumed is no one's for a while. STS says so within the SDK's own error.
-        let refused = refused || (code.is_none() && otherwise.contains("cannot be assumed: AccessDenied"));
-        let reason = match (code, message) {
-            (Some(code), Some(message)) => format!("{code}: {message}"),
-            (Some(code), None) => code.to_owned(),
-            (None, Some(message)) => message.to_owned(),
-            (None, None) => otherwise.to_owned(),
-        };
-        Self { service, reason, refused, denied: None }
-    }
 }
 
 /// What is known of the run whose lock is to be given back.
@@ -254,7 +161,7 @@ impl<'a> Services<'a> {
                 continue;
             };
             let Some(info) = standing.info() else {
-                return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+                return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
             };
             look.lock.push_str(standing.text());
             look.holds |= judge(recorded, &info, run) != Verdict::Anothers;
@@ -297,7 +204,7 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
             Ok(outcome) => return outcome,
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
-                if failure.refused || attempt.begun.elapsed() > PATIENCE {
+                if failure.is_final() || attempt.begun.elapsed() > PATIENCE {
                     let part = if attempt.deleted { "; its other part was released" } else { "" };
                     return Outcome::later(format!("{failure}{part}"));
                 }
@@ -369,7 +276,7 @@ pub(crate) async fn bring_to_light(
                 }
                 absent = true;
             }
-            Err(failure) if !failure.refused && begun.elapsed() < patience => {
+            Err(failure) if !failure.is_final() && begun.elapsed() < patience => {
                 trace!("a lock that the log does not name: {failure}");
                 absent = unnamed.granted.is_none();
             }
@@ -386,7 +293,7 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
         let Some(info) = standing.info() else {
-            return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+            return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
         };
         if !is_lock_id(&info.id) {
             continue;
@@ -422,7 +329,7 @@ pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<
     let begun = Instant::now();
     loop {
         match look_for_suspect(place, run, any_user).await {
-            Err(failure) if !failure.refused && begun.elapsed() < PATIENCE => sleep(LOOK).await,
+            Err(failure) if !failure.is_final() && begun.elapsed() < PATIENCE => sleep(LOOK).await,
             settled => return settled,
         }
     }
@@ -434,7 +341,7 @@ async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Op
     for half in &services.halves {
         let Some(standing) = services.stores.read(half).await? else { continue };
         let Some(info) = standing.info() else {
-            return Err(Failure::unsure(half.service(), &no_lock(half, &standing)));
+            return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
         };
         let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
         if is_possible && info.created().is_some_and(|created| created >= run.started) {
@@ -618,7 +525,7 @@ impl Attempt<'_> {
                     return Ok(Judged::Deleted);
                 }
                 Removed::Refused => {
-                    return Err(Failure::unsure(
+                    return Err(Failure::no_answer(
                         half.service(),
                         "the delete was answered, and the lock is still there",
                     ));
@@ -641,7 +548,7 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
     let Some(table) = &services.place.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
         Ok(described) if described.last_writer_wins() => Ok(Some(report::global_table(table, &described.replicas))),
-        Err(failure) if !failure.refused => Err(failure),
+        Err(failure) if !failure.is_final() => Err(failure),
         Ok(_) | Err(_) => Ok(None),
     }
 }
@@ -701,7 +608,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
         let now = match services.look(recorded, run).await {
             Ok(now) => now,
             // What happens meanwhile is seen in the next look.
-            Err(failure) if !failure.refused && seen.elapsed() < PATIENCE => {
+            Err(failure) if !failure.is_final() && seen.elapsed() < PATIENCE => {
                 trace!("not seen: {failure}");
                 continue;
             }
@@ -747,53 +654,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn what_the_service_refused_is_not_asked_again() {
-        for (code, refused) in [
-            ("AccessDeniedException", true),
-            ("ResourceNotFoundException", true),
-            ("SignatureDoesNotMatch", true),
-            ("ProvisionedThroughputExceededException", false),
-            ("InternalServerError", false),
-            ("SlowDown", false),
-            ("ExpiredToken", false),
-            ("ExpiredTokenException", false),
-        ] {
-            assert_eq!(Failure::new("S3", Some(code), None, "").refused, refused, "{code}");
-        }
-    }
-
-    #[test]
-    fn only_a_refusal_that_says_so_is_one() {
-        for (code, message, status, denied, refused) in [
-            (Some("AccessDenied"), Some("no"), Some(403), true, true),
-            (Some("AccessDeniedException"), None, Some(400), true, true),
-            (Some("SignatureDoesNotMatch"), None, Some(403), false, true),
-            // A clock, a session that is over, a proxy: they may be well the next time.
-            (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), false, false),
-            (Some("InvalidTokenId"), None, Some(403), false, false),
-            (None, Some("<html>"), Some(403), false, false),
-            // The answer to a HEAD.
-            (None, None, Some(403), false, false),
-            (Some("SlowDown"), None, Some(503), false, false),
-            (None, None, None, false, false),
-        ] {
-            let failure = Failure::of_action("S3", "s3:GetObject", (code, message, status), "unhandled error");
-            assert_eq!(failure.denied(), denied.then_some("s3:GetObject"), "{code:?} {status:?}");
-            assert_eq!(failure.is_refusal(), refused, "{code:?} {status:?}");
-        }
-        let silent = Failure::of_action("S3", "s3:GetObject", (None, None, Some(403)), "unhandled error");
-        assert_eq!(silent.to_string(), "S3: 403, without a reason: s3:GetObject may be missing");
-        let role = "dispatch failure: other: the role arn:x cannot be assumed: AccessDenied: not authorized";
-        let role = Failure::of_action("S3", "s3:GetObject", (None, None, None), role);
-        assert!(role.is_refusal() && role.denied().is_none());
-    }
-
-    #[test]
-    fn a_failure_says_what_the_service_said() {
-        assert_eq!(Failure::new("S3", Some("AccessDenied"), Some("no"), "x").to_string(), "S3: AccessDenied: no");
-        assert_eq!(Failure::new("DynamoDB", None, None, "timed out").to_string(), "DynamoDB: timed out");
     }
 }

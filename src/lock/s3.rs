@@ -15,8 +15,8 @@ use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 
-use super::dynamodb::NoAnswer;
-use super::release::{Deleted, Failure};
+use super::failure::{Failure, NoAnswer};
+use super::release::Deleted;
 use crate::terraform::backend::CachedBackend;
 
 /// No lock is longer.
@@ -113,7 +113,7 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
         // No lock, and not to be brought here: what stands at that name may be of any size.
         return Ok(Some(Object { body: String::new(), etag }));
     }
-    let broken = |error: &dyn std::fmt::Display| Failure::new("S3", None, None, &error.to_string());
+    let broken = |error: &dyn std::fmt::Display| Failure::no_answer("S3", &error.to_string());
     let body = answer.body.collect().await.map_err(|error| broken(&error))?;
     Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
 }
@@ -131,7 +131,7 @@ pub(crate) async fn stream(
     let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
     let written = answer.last_modified.and_then(|at| jiff::Timestamp::from_second(at.secs()).ok());
     while let Some(bytes) = answer.body.next().await {
-        take(&bytes.map_err(|error| Failure::new("S3", None, None, &error.to_string()))?);
+        take(&bytes.map_err(|error| Failure::no_answer("S3", &error.to_string()))?);
     }
     Ok(Some(written))
 }
@@ -196,8 +196,8 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
             Ok(Some(text(answer.e_tag(), answer.last_modified())))
         }
         Ok(_) => Err(no_answer(200)),
-        // The response to a HEAD has no body that says whose 404 it is; the one to a GET has.
-        Err(error) if error.raw_response().is_some_and(|response| response.status().as_u16() == 404) => {
+        // The response to a HEAD has no body that says whose 404 it is, or what is wrong; the one to a GET has.
+        Err(error) if error.raw_response().is_some_and(|response| response.status().is_client_error()) => {
             let answer = get(client, bucket, key).await?;
             Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
         }
@@ -214,7 +214,7 @@ fn is_an_answer([etag, content_type, request_id]: [Option<&str>; 3]) -> bool {
 
 /// A response that S3 has not sent. The next one may be S3's.
 fn no_answer(status: u16) -> Failure {
-    Failure::unsure("S3", &NoAnswer { service: "S3", status }.to_string())
+    Failure::no_answer("S3", &NoAnswer { service: "S3", status }.to_string())
 }
 
 /// Puts a lock there if nothing is there, encrypted as `backend` says. False when something is.
@@ -256,7 +256,7 @@ pub(crate) async fn put_if_absent(
 /// [`Failure`].
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
     let Some(etag) = &object.etag else {
-        return Err(Failure::new("S3", None, Some("the service gave the lock object no ETag"), ""));
+        return Err(Failure::no_answer("S3", "the service gave the lock object no ETag"));
     };
     match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {
         Ok(_) => Ok(Deleted::Yes),

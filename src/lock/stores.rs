@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::release::{Deleted, Failure};
+use super::failure::Failure;
+use super::release::Deleted;
 use super::{aws, dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
@@ -116,20 +117,18 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Resolves region and credentials, and asks nobody yet.
+    /// Resolves region and credentials. Neither service is asked yet.
     ///
     /// # Errors
     /// [`aws::Unreachable`].
     pub(crate) async fn connect(backend: &CachedBackend) -> Result<Self, aws::Unreachable> {
         let config = aws::connect(backend).await?;
-        Ok(Self {
-            dynamodb: dynamodb::client(backend, &config),
-            s3: s3::client(backend, &config),
-            region: config.region().map(ToString::to_string).unwrap_or_default(),
-        })
+        let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
+        let region = region.ok_or(aws::Unreachable::Region)?;
+        Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 
-    /// The region; empty where none is known.
+    /// The region.
     pub(crate) fn region(&self) -> &str {
         &self.region
     }
@@ -182,7 +181,7 @@ impl Stores {
             match removed(deleted, standing, now.as_ref()) {
                 Some(removed) => return Ok(removed),
                 None if now.is_some_and(|now| now.info().is_none()) => {
-                    return Err(Failure::unsure(spot.service(), "what its place holds after the delete is no lock"));
+                    return Err(Failure::no_answer(spot.service(), "what its place holds after the delete is no lock"));
                 }
                 None => tokio::time::sleep(Duration::from_millis(50)).await,
             }

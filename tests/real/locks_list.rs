@@ -110,7 +110,7 @@ fn a_strangers_text_cannot_do_anything() {
         sized.args(["-c", &format!("stty cols {width}; exec \"$0\" locks list")]).arg(world.bin().join("tf"));
         let mut terminal = Terminal::start(sized);
         terminal.wait();
-        let screen = terminal.screen();
+        let screen = terminal.whole_screen();
         assert!(
             !screen.contains("\u{1b}]0;") && !screen.contains('\u{202e}') && !screen.contains('\u{9b}'),
             "{screen:?}"
@@ -228,9 +228,9 @@ fn bad_input_is_a_sentence_and_a_next_step() {
     }
     let no_table = ["list", "--table", "no-such-table", "--region", "us-east-1"];
     let mut cases: Vec<(Vec<&str>, &str)> = vec![
-        (no_table.to_vec(), "is it the right one?"),
+        (no_table.to_vec(), "the right ones?"),
         (vec!["list", "--table", "t", "--region", "us-east-1", "--endpoint-url", nobody], "if the network is well"),
-        (vec!["list", "--bucket", "no-such-bucket", "--region", "us-east-1", "--endpoint-url"], "is it the right one?"),
+        (vec!["list", "--bucket", "no-such-bucket", "--region", "us-east-1", "--endpoint-url"], "the right ones?"),
         (vec!["--chdir", "empty"], "terraform init"),
         (vec!["show", "nothing-like-it"], "nothing to release"),
         (vec!["lits"], "list"),
@@ -354,7 +354,7 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     terminal.wait_for("3 of about 1000 items, 1 locks, 0 stale");
     terminal.type_in("\x03");
     let status = terminal.wait();
-    let screen = terminal.screen();
+    let screen = terminal.whole_screen();
     assert_eq!(status.signal(), Some(2), "{screen}");
     assert!(screen.contains("stopped after 3 of about 1000 items: this is not all"), "{screen}");
     assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");

@@ -531,6 +531,7 @@ fn where_a_profile_is_gone_nobody_else_is_asked() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn roles_are_assumed_as_terraform_assumes_them() {
     for case in [
         Case {
@@ -584,6 +585,36 @@ fn roles_are_assumed_as_terraform_assumes_them() {
                 "[profile itself]\naws_access_key_id = PROFILE\naws_secret_access_key = s\nrole_arn = arn:aws:iam::000000000000:role/itself\nrole_session_name = itself\nexternal_id = e\n",
             )],
             seen: "role%2Fitself",
+        },
+        Case {
+            name: "a profile's role, by keys that a command prints",
+            block: "profile = \"role\"",
+            environment: &[("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:{port}")],
+            files: &[(
+                "home/.aws/config",
+                "[profile role]\nrole_arn = arn:aws:iam::000000000000:role/of-process\nrole_session_name = x\nsource_profile = process\n[profile process]\ncredential_process = echo '{\"Version\":1,\"AccessKeyId\":\"PROCESS\",\"SecretAccessKey\":\"s\"}'\n",
+            )],
+            seen: "sts 127.0.0.1 us-east-1 PROCESS",
+        },
+        Case {
+            name: "a chain of two roles, by keys that a command prints",
+            block: "profile = \"two\"",
+            environment: &[("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:{port}")],
+            files: &[(
+                "home/.aws/config",
+                "[profile two]\nrole_arn = arn:aws:iam::000000000000:role/upper\nrole_session_name = x\nsource_profile = one\n[profile one]\nrole_arn = arn:aws:iam::000000000000:role/lower\nrole_session_name = x\nsource_profile = process\n[profile process]\ncredential_process = echo '{\"Version\":1,\"AccessKeyId\":\"PROCESS\",\"SecretAccessKey\":\"s\"}'\n",
+            )],
+            seen: "role%2Flower",
+        },
+        Case {
+            name: "a profile's role, by keys that a command beside it prints",
+            block: "profile = \"role\"",
+            environment: &[("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:{port}")],
+            files: &[(
+                "home/.aws/config",
+                "[profile role]\nrole_arn = arn:aws:iam::000000000000:role/of-process\nrole_session_name = x\ncredential_process = echo '{\"Version\":1,\"AccessKeyId\":\"PROCESS\",\"SecretAccessKey\":\"s\"}'\n",
+            )],
+            seen: "sts 127.0.0.1 us-east-1 PROCESS",
         },
         Case {
             name: "by a web identity of the block",
