@@ -9,20 +9,23 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lock::digest::Comparison;
-use crate::lock::release::{Released, Write};
+use crate::lock::release::{Because, Released, Write};
 use crate::run::journal::Record;
 use crate::run::stop::{OFFER, Why};
+use crate::sys::entry::closed_standard_descriptors;
+use crate::sys::locale;
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::RecordedLock;
 use crate::terraform::other_backends::OtherBackend;
+use crate::time::saturating_add;
 
 /// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
 const FULL: u16 = 2000;
@@ -69,24 +72,65 @@ fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     }
 }
 
-/// Writes `text` and a new line to stdout: the result of a command of ours. Whoever stopped reading it misses nothing else.
+/// Writes `text` and a new line to stdout: the result of a command of ours. What cannot be written is told by
+/// [`print_failure`].
 pub(crate) fn print(text: &str) {
     use std::io::Write as _;
-    let mut stdout = std::io::stdout().lock();
-    let _ = stdout.write_all(format!("{}\n", text.trim_end()).as_bytes()).and_then(|()| stdout.flush());
+    let write = || {
+        stdout_is_open()?;
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(format!("{}\n", text.trim_end()).as_bytes())?;
+        stdout.flush()
+    };
+    if let Err(error) = write() {
+        UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.kind());
+    }
 }
 
-/// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and cut.
+/// Whether there was a stdout when this process started: where it was closed, the runtime has opened /dev/null in its place.
+///
+/// # Errors
+/// When there was none.
+pub(crate) fn stdout_is_open() -> std::io::Result<()> {
+    if closed_standard_descriptors().any(|descriptor| descriptor == 1) {
+        return Err(std::io::ErrorKind::NotConnected.into());
+    }
+    Ok(())
+}
+
+/// What is said of a result that nobody can read.
+pub(crate) const STDOUT_CLOSED: &str = "stdout is closed: the result was not written";
+
+/// Why something could not be written to stdout.
+static UNPRINTED: Mutex<Option<std::io::ErrorKind>> = Mutex::new(None);
+
+/// Why something that was to be printed is not there: stdout was closed when this process started ([`NotConnected`]), its reader
+/// is gone, or its disk is full.
+///
+/// [`NotConnected`]: std::io::ErrorKind::NotConnected
+/// `None` if all of it is.
+pub(crate) fn print_failure() -> Option<std::io::ErrorKind> {
+    *UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What stands in place of what was cut from a text, as this locale can show it.
+pub(crate) fn ellipsis() -> &'static str {
+    if locale::is_utf8() { "…" } else { "..." }
+}
+
+/// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and in a locale without
+/// Unicode everything that is not ASCII; and cut.
 pub(crate) fn visible(text: &str) -> String {
     const WIDTH: usize = 200;
+    let ascii_only = !locale::is_utf8();
     let mut shown = String::new();
     for (place, character) in text.chars().enumerate() {
         if place == WIDTH {
-            shown.push('…');
+            shown.push_str(ellipsis());
             break;
         }
         let changes_direction = matches!(character, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{61c}');
-        if character.is_control() || changes_direction {
+        if character.is_control() || changes_direction || (ascii_only && !character.is_ascii()) {
             let _ = write!(shown, "{}", character.escape_unicode());
         } else {
             shown.push(character);
@@ -128,18 +172,24 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     text
 }
 
-/// What an abrupt end has left of a digest.
-pub(crate) fn unfit_digest(unfit: &Comparison, directory: Option<&str>) -> String {
+/// A digest that does not fit its state, in `workspace` if that is known.
+pub(crate) fn unfit_digest(unfit: &Comparison, workspace: Option<&str>, directory: Option<&str>) -> String {
+    let recorded = visible(unfit.recorded.as_deref().unwrap_or("none"));
     let written = unfit.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
-    let state = unfit
-        .computed
-        .as_deref()
-        .map_or("there is no state".to_owned(), |digest| format!("the state{written} has {digest}"));
+    let (state, advice) = match &unfit.computed {
+        Some(digest) => {
+            (format!("the state{written} has {digest}"), "look at the state; if it is the right one, type:")
+        }
+        None => (
+            "there is no state".to_owned(),
+            "if there should be one, bring it back (its bucket may keep old versions); if not, type:",
+        ),
+    };
+    let workspace = workspace.map_or_else(String::new, |name| format!(" {}", argument(name)));
     let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
     format!(
-        "the state's digest does not fit: {state}, and {} is recorded; every command will fail with a checksum error\n\
-         look at the state; if it is the right one, type: tf locks doctor --fix-digest{directory}",
-        visible(unfit.recorded.as_deref().unwrap_or("none"))
+        "the state's digest does not fit: {state}, and {recorded} is recorded; every command will fail with a checksum \
+         error\n{advice} tf locks doctor{directory} --fix-digest{workspace}"
     )
 }
 
@@ -173,14 +223,56 @@ pub(crate) fn global_table(table: &str, replicas: &[String]) -> String {
 }
 
 /// A lock stands, or may, and what to type. `later`: the next `tf` knows of it, and tries again.
-pub(crate) fn kept(ending: &str, recorded: &RecordedLock, why: &str, later: bool, unlock: &str) -> String {
+pub(crate) fn kept(
+    ending: &str,
+    recorded: &RecordedLock,
+    why: &str,
+    because: Because,
+    later: bool,
+    unlock: &str,
+) -> String {
     let again = if later { "the next tf here tries again; or, " } else { "" };
     format!(
-        "{ending}; its state lock was not released: {}\n{}\n{again}once nobody works there, type: {unlock} {}",
+        "{ending}; its state lock was not released: {}\n{}\n{again}{}once nobody works there, type: {}",
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
-        recorded.id
+        with_what(because),
+        removal(because, recorded, unlock)
     )
+}
+
+/// What a person needs for the command that is named next, where that is not what the run had.
+fn with_what(because: Because) -> String {
+    match because {
+        Because::Denied(action) => format!("with credentials that may do {action}, and "),
+        _ => String::new(),
+    }
+}
+
+/// The command that removes a lock. Terraform's own cannot read what is no lock.
+fn removal(because: Because, recorded: &RecordedLock, unlock: &str) -> String {
+    match because {
+        Because::NoLock => format!("tf locks release {}", quoted(&visible(&recorded.path))),
+        _ => format!("{unlock} {}", recorded.id),
+    }
+}
+
+/// Something that is no lock is in the place of one, and has refused terraform. `release` is the command that removes it,
+/// without the path.
+pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
+    format!(
+        "what refuses every run is no lock: {what}, in {}\nonce you know that nobody needs it, type: {release} {}",
+        visible(place),
+        argument(path)
+    )
+}
+
+/// A stranger's text as the last word of a command: what is shown of it, in quotes where a shell wants them, and never taken
+/// for an option.
+pub(crate) fn argument(text: &str) -> String {
+    let shown = visible(text);
+    let word = quoted(&shown);
+    if shown.starts_with('-') { format!("-- {word}") } else { word }
 }
 
 /// The command that removes a lock, without its ID.
@@ -358,15 +450,16 @@ pub(crate) fn left_elsewhere(
 }
 
 /// A lock of an earlier run could not be given back.
-pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str) -> String {
+pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str, because: Because) -> String {
     format!(
-        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\nonce nobody works there, type: {} {}",
+        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\n\
+         {}once nobody works there, type: {}",
         record.tf,
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible(&record.surroundings.needs()),
-        unlock_command_of(record),
-        recorded.id
+        with_what(because),
+        removal(because, recorded, &unlock_command_of(record))
     )
 }
 
@@ -415,6 +508,11 @@ pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> St
 /// Why a lock of an earlier run cannot be looked for.
 pub(crate) fn missing(attributes: &str, directory: &str) -> String {
     format!("{attributes} of its backend are kept nowhere but in {directory}, which names another backend now")
+}
+
+/// A record that cannot be read, and that was left where it is.
+pub(crate) fn broken(path: &std::path::Path) -> String {
+    format!("a record of an earlier run cannot be read: {}", visible(&path.display().to_string()))
 }
 
 /// A record that is none.
@@ -474,38 +572,54 @@ pub(crate) fn came_late(recorded: &RecordedLock) -> String {
 /// The lock that refused this run is gone.
 pub(crate) const TRY_AGAIN: &str = "it was what refused this run: run it again";
 
-/// Terraform was refused by a lock: whose it is, whether the holder lives, and what to type. `finishing`: its dead run is
-/// about to be finished, so there is nothing to type.
+/// Who holds a lock, for what and since when, as far as the lock says so.
+pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
+    let text =
+        |name: &str, value: &str| if value.is_empty() { String::new() } else { format!("{name}{}", visible(value)) };
+    let who = if info.who.is_empty() { "somebody whom it does not name" } else { &visible(&info.who) };
+    format!("{who}{}{}, ID {}", text(" for ", &info.operation), since(info, now), visible(&info.id))
+}
+
+/// Since when a lock is held, by this host's clock; nothing where it does not say.
+fn since(info: &LockInfo, now: Timestamp) -> String {
+    match info.created() {
+        Some(created) if created > saturating_add(now, CLOCK_SLACK) => {
+            format!(", since {created:.0}, which is {} ahead of this host's clock", apart(created, now))
+        }
+        Some(created) => format!(", since {created:.0} ({})", apart(created, now)),
+        None => String::new(),
+    }
+}
+
+/// How much the clocks of two hosts may differ without anybody minding.
+pub(crate) const CLOCK_SLACK: SignedDuration = SignedDuration::from_mins(1);
+
+fn apart(one: Timestamp, other: Timestamp) -> String {
+    length_of_time(other.duration_since(one).unsigned_abs())
+}
+
+/// Terraform was refused by a lock: whose it is, whether the holder lives, and what to type. `command` makes a `tf locks`
+/// command for that place out of its words. `finishing`: its dead run is about to be finished, so there is nothing to type.
 pub(crate) fn refused(
     info: &LockInfo,
     judgement: &Judgement,
     now: Timestamp,
-    directory: Option<&str>,
+    command: impl Fn(&str) -> String,
     finishing: bool,
 ) -> String {
-    let since = info.created().map_or_else(String::new, |created| {
-        let age = length_of_time(now.duration_since(created).unsigned_abs());
-        format!(", since {created:.0} ({age})")
-    });
     let said = format!(
-        "the lock is held by {} for {}{since}, ID {}\nits holder is {}: {}",
-        visible(&info.who),
-        visible(&info.operation),
-        visible(&info.id),
+        "the lock is held by {}\nits holder is {}: {}",
+        held(info, now),
         judgement.verdict.words(),
         judgement.reason
     );
-    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
-    // A stranger's ID is put into a command only if it is one.
-    let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
+    let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,
         Verdict::Alive => "wait for it, or let terraform wait: -lock-timeout=10m".to_owned(),
-        Verdict::Dead => format!("to give it back, type: tf locks release{id}{directory}"),
-        Verdict::LikelyDead => {
-            format!("if you know that nobody works there, type: tf locks release{id}{directory}")
-        }
-        Verdict::Unknown => format!("for everything that is known of it, type: tf locks show{id}{directory}"),
+        Verdict::Dead => format!("to give it back, type: {} {id}", command("release")),
+        Verdict::LikelyDead => format!("if you know that nobody works there, type: {} {id}", command("release")),
+        Verdict::Unknown => format!("for everything that is known of it, type: {} {id}", command("show")),
     };
     format!("{said}\n{next}")
 }
@@ -575,6 +689,9 @@ pub(crate) fn another_terraform(process: &Process) -> String {
 
 /// Why a lock was kept that fits no backend.
 pub(crate) const NO_PLACE: &str = "no backend of this directory has it, so tf does not know where it stands";
+
+/// Why a lock was kept: nobody has answered.
+pub(crate) const SILENT: &str = "the lock service did not answer in time";
 
 /// Why a lock was kept: it was there at one look and not at the next.
 pub(crate) const COMES_AND_GOES: &str = "it is there at one look and gone at the next";
@@ -673,7 +790,7 @@ mod tests {
             let shown = visible(text);
             assert!(shown.chars().all(|character| character.is_ascii_graphic() || character == ' '), "{shown:?}");
         }
-        assert!(visible(&"x".repeat(300_000)).chars().count() <= 201);
+        assert!(visible(&"x".repeat(300_000)).chars().count() <= 203);
     }
 
     #[test]

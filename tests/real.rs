@@ -57,6 +57,8 @@ mod many_locks;
 mod never_anothers;
 #[path = "real/never_hangs.rs"]
 mod never_hangs;
+#[path = "real/no_lock_at_all.rs"]
+mod no_lock_at_all;
 #[path = "real/nobody_elses_directory.rs"]
 mod nobody_elses_directory;
 #[path = "real/permissions.rs"]

@@ -245,7 +245,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__recover)
-            opts="--dry-run --forget --run --say --reason"
+            opts="--dry-run --forget --run --say --again --reason"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -92,6 +92,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l reason -d 'Why, for the history' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l dry-run -d 'Only say what would be finished'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l say -d 'On stderr, as what tf says in front of terraform'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l again -d 'Say nothing of what could not be done: it was said before'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shell-init" -l no-alias -d 'Leave `terraform` what it is: only complete `tf`'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shim" -l only -d 'Only this name, where a script would take a tofu on PATH for a reason to use it' -r -f -a "terraform\t''
 tofu\t''"

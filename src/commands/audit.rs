@@ -22,8 +22,8 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h --table terraform-locks --json
   tf locks audit --older-than 2h --table terraform-locks --prometheus > /var/lib/node_exporter/tf_locks.prom
 
-A lock is stale if it is older than that and not known to be alive. Exit codes: 0 none is stale, 2 one is, 1 it could not be
-done.";
+A lock is stale if it is older than that and not known to be alive. What stands in the place of a lock and is none counts
+too. Exit codes: 0 none is stale, 2 one is, 1 it could not be done.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Audit {
@@ -56,7 +56,7 @@ struct Count {
     dead: u64,
     stale: u64,
     unreadable: u64,
-    /// Those of them that could not be read.
+    /// Those of the unreadable that could not be read: what they are nobody knows.
     #[serde(skip)]
     unread: u64,
     /// Items, objects or states that were looked at.
@@ -129,7 +129,7 @@ impl Audit {
             let now = Timestamp::now();
             let mut count = Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() };
             // With numbers asked for, nothing else is shown.
-            let is_shown = |entry: &Entry| !silent && matches!(entry, Entry::Lock(lock) if lock.stale);
+            let is_shown = |entry: &Entry| !silent && entry.is_stale();
             let mut output = Output::new(false, Widths::USUAL)?;
             if let Target::Directory(directory) = &target {
                 let inventory = inventory::take(directory, &stores, &staleness).await?;
@@ -166,7 +166,8 @@ impl Audit {
             } else if self.prometheus {
                 report::print(&count.metrics());
             }
-            Ok(match (count.stale, count.complete) {
+            // What is no lock keeps every run out, however old it is.
+            Ok(match (count.stale + count.unreadable - count.unread, count.complete) {
                 (1.., _) => Finding::Stale,
                 (0, false) => Finding::Failed,
                 (0, true) => Finding::Nothing,

@@ -1,6 +1,6 @@
 //! One lock, by its path or its ID.
 
-use super::found::{Entry, Found, Wanted, pair};
+use super::found::{Entry, Found, Unreadable, Wanted, pair};
 use super::inventory;
 use super::reach::{Reach, Target, Trouble};
 use super::staleness::Staleness;
@@ -9,12 +9,20 @@ use crate::lock::stores::{LOCK_FILE, Spot};
 use crate::report::visible;
 use crate::terraform::lock_info::is_lock_id;
 
+/// What is meant.
+pub(super) enum Choice {
+    /// A lock, and what stands beside it in its other place and is none.
+    Lock(Box<Found>, Vec<Unreadable>),
+    /// What stands in the places of one lock and is none: at least one thing.
+    NoLock(Vec<Unreadable>),
+}
+
 /// Finds the lock that is meant by `which`: an ID, a path (`bucket/key`), a key, or the name of a workspace. Without a
 /// word it is the only one that stands.
 ///
 /// # Errors
 /// [`Trouble`]: it matches nothing, or several.
-pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Found, Trouble> {
+pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (Target::Directory(directory), _) => {
             inventory::take(directory, &reach.stores, &Staleness::default()).await?.entries
@@ -49,13 +57,15 @@ async fn read(reach: &Reach, spot: Spot) -> Result<Vec<Entry>, Trouble> {
     Ok(entries)
 }
 
-fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Found, Trouble> {
+fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &Entry| {
         let Some(word) = which.filter(|_| select) else { return true };
         let in_bucket = |path: &str| path.split_once('/').is_some_and(|(_, key)| key == word);
         match entry {
             Entry::Lock(lock) => {
+                // As it is, or as it is shown.
                 lock.info.id == word
+                    || visible(&lock.info.id) == word
                     || lock.path() == word
                     || in_bucket(&lock.path())
                     || lock.workspace.as_deref() == Some(word)
@@ -77,7 +87,13 @@ fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Foun
     match (locks.len(), which) {
         (1, _) => {}
         (0, _) if !junk.is_empty() => {
-            return Err(Trouble::Said(format!("what stands there is no lock:{}\nlook at it by hand", named(&junk))));
+            let path = |entry: &Entry| match entry {
+                Entry::Unreadable(unreadable) => unreadable.place.path(),
+                Entry::Lock(lock) => lock.path(),
+            };
+            if junk.iter().any(|entry| path(entry) != path(&junk[0])) {
+                return Err(Trouble::Said(format!("several match; name one by its path:{}", named(&junk))));
+            }
         }
         (0, Some(word)) if standing > 0 && select => {
             return Err(Trouble::Said(format!("no lock matches {:?}; these stand:{}", visible(word), named(&others))));
@@ -90,8 +106,15 @@ fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Foun
             return Err(Trouble::Said(format!("several locks match; name one by its ID:{}", named(&locks))));
         }
     }
-    match locks.into_iter().next() {
-        Some(Entry::Lock(lock)) => Ok(*lock),
-        _ => Err(Trouble::Said("no lock stands here".into())),
+    let junk = junk.into_iter().chain(others).filter_map(|entry| match entry {
+        Entry::Unreadable(unreadable) => Some(unreadable),
+        Entry::Lock(_) => None,
+    });
+    if let Some(Entry::Lock(lock)) = locks.into_iter().next() {
+        let path = lock.path();
+        return Ok(Choice::Lock(lock, junk.filter(|junk| junk.place.path() == path).collect()));
     }
+    let junk: Vec<Unreadable> = junk.collect();
+    let path = junk.first().map(|junk| junk.place.path());
+    Ok(Choice::NoLock(junk.into_iter().filter(|junk| Some(junk.place.path()) == path).collect()))
 }

@@ -9,7 +9,7 @@ use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, fix_digest, inventory};
 use crate::lock::failure::Failure;
 use crate::lock::probe::{self, Attempt, IfMatch, IfNoneMatch};
-use crate::lock::stores::{LOCK_FILE, Stores};
+use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
 use crate::lock::{aws, digest, dynamodb, s3};
 use crate::report::{self, length_of_time, quoted, visible};
 use crate::run::journal::Journal;
@@ -20,7 +20,7 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::{Deed, OtherBackend};
 use crate::terraform::version::Telling;
-use crate::terraform::{binary, lock_info};
+use crate::terraform::{binary, configuration, lock_info};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor
@@ -119,6 +119,10 @@ impl Doctor {
             }
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }
+        if backend_there.is_none() && is_local(&place) {
+            findings.ok("backend", "none: the state is a local file, and a lock of it ends with its process");
+            return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
+        }
         super::block_on(async {
             match place.reach().await {
                 Ok(Reach { target: Target::Directory(directory), stores }) => {
@@ -162,6 +166,13 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
             findings.wrong("terraform", &reason.to_string(), "put it on the PATH, or name it: TFW_TERRAFORM");
         }
     }
+}
+
+/// Whether the directory has a configuration that names no backend: its state is a local file then, initialised or not.
+fn is_local(place: &Where) -> bool {
+    let directory = place.chdir.clone().unwrap_or_else(|| PathBuf::from("."));
+    configuration::is_there(&directory)
+        && configuration::backend(&directory, &[]).is_none_or(|there| there.kind == "local")
 }
 
 /// Where terraform keeps its own files, in the directory that is asked about.
@@ -226,8 +237,9 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     if let Some(table) = table {
         describe_table(findings, stores, table).await;
         let path = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{bucket}/{key}"));
-        let read = stores.read(&stores.item(table, &path)).await.map(drop);
-        permission(findings, "dynamodb:GetItem", table, &read, stores);
+        let read = stores.read(&stores.item(table, &path)).await;
+        lock_place(findings, directory, &read, &stores.item(table, &path));
+        permission(findings, "dynamodb:GetItem", table, &read.map(drop), stores);
         let Attempt { answer, clock: told } = probe::delete_item(&stores.dynamodb, table, &path).await;
         permission(findings, "dynamodb:DeleteItem", table, &answer, stores);
         clock = clock.or(told);
@@ -240,8 +252,9 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         _ => permission(findings, "s3:ListBucket", bucket, &Ok(()), stores),
     }
     if directory.lock_file {
-        let read = stores.read(&stores.object(bucket, &lock_key)).await.map(drop);
-        permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read, stores);
+        let read = stores.read(&stores.object(bucket, &lock_key)).await;
+        lock_place(findings, directory, &read, &stores.object(bucket, &lock_key));
+        permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read.map(drop), stores);
         let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
         let (Attempt { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
@@ -268,6 +281,27 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     skew(findings, clock);
     digests(findings, directory, stores).await;
     errored_state(findings, directory);
+}
+
+/// Something in the place of the lock that is none keeps every run out, and no command of terraform's takes it away.
+fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Option<Standing>, Failure>, place: &Spot) {
+    if let Ok(Some(standing)) = read
+        && standing.info().is_none()
+    {
+        findings.wrong(
+            "lock",
+            &format!(
+                "what stands in its place is no lock, and keeps every run out: {}, in {}",
+                standing.describe_no_lock(),
+                visible(&place.describe())
+            ),
+            &format!(
+                "once you know that nobody needs it, type: tf locks release{} {}",
+                elsewhere("--chdir ", directory),
+                report::argument(&place.path())
+            ),
+        );
+    }
 }
 
 async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {

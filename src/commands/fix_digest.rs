@@ -1,4 +1,5 @@
-//! `tf locks doctor --fix-digest`: makes a digest fit its state, as terraform's next write would.
+//! `tf locks doctor --fix-digest`: makes a digest fit its state, as terraform's next write would. Where there is no state, the
+//! digest of one that is gone keeps terraform from starting anew: it is deleted.
 //!
 //! Everything happens under the state's lock, taken as terraform takes it: first the object, then the item, each only
 //! where nothing stands. What a person agreed to is compared once more under that lock, and the digest is written on
@@ -22,7 +23,7 @@ use crate::lock::digest::{self, Comparison};
 use crate::lock::failure::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
-use crate::report::{self, length_of_time, visible};
+use crate::report::{self, length_of_time, quoted, visible};
 use crate::run::journal::{Entry, Journal, Record};
 use crate::run::state_directory::StateDirectory;
 use crate::run::tombstone::{Graveyard, Tombstone};
@@ -47,28 +48,29 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
             report::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
             return Ok(Finding::Nothing);
         }
-        let Some(computed) = &compared.computed else {
-            return Err(Trouble::Said(format!(
-                "a digest is recorded for {name}, and there is no state\nbring the state back (its bucket may keep old \
-                 versions); if there shall be none, delete the item {name}-md5 of the table"
-            )));
-        };
         let now = Timestamp::now();
         let written = compared.written.map_or_else(String::new, |at| {
             format!(", written at {at:.0} ({} ago)", length_of_time(now.duration_since(at).unsigned_abs()))
         });
+        let has = compared.computed.as_deref().unwrap_or(
+            "none, for there is no state: if there should be one, bring it back first (its bucket may keep old versions)",
+        );
         report::print(&format!(
-            "state     {name}{written}\nrecorded  {}\nit has    {computed}",
+            "state     {name}{written}\nrecorded  {}\nit has    {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
+        let (what, question) = match compared.computed {
+            Some(_) => ("record what it has", "Record what the state has?"),
+            None => ("delete the digest", "Delete the digest, so that terraform begins with an empty state?"),
+        };
         if dry_run {
-            report::print("would record what it has");
+            report::print(&format!("would {what}"));
             return Ok(Finding::Stale);
         }
         if !yes && !std::io::stdin().is_terminal() {
-            return Err(Trouble::Said("nobody is there to ask: add --yes to record what it has".into()));
+            return Err(Trouble::Said(format!("nobody is there to ask: add --yes to {what}")));
         }
-        if !yes && !agreement::is_given("Record what the state has?") {
+        if !yes && !agreement::is_given(question) {
             report::say("it was left alone");
             return Ok(Finding::Failed);
         }
@@ -252,25 +254,34 @@ impl<'a> Work<'a> {
             report::print("it fits by now: somebody has mended it, or it was being written");
             return Ok(Finding::Nothing);
         }
-        let (Some(old), Some(new)) = (&now.recorded, &now.computed) else {
-            return Err(Trouble::Said("the state is gone meanwhile: nothing was changed".into()));
-        };
         if now != self.shown {
             return Err(Trouble::Said(format!(
-                "it changed in between: {} is recorded, and the state has {new}: nothing was changed\nlook once more: tf locks doctor --fix-digest",
-                visible(old)
+                "it changed in between: {} is recorded, and the state has {}: nothing was changed\nlook once more: tf locks \
+                 doctor --fix-digest {}",
+                visible(now.recorded.as_deref().unwrap_or("none")),
+                now.computed.as_deref().unwrap_or("none"),
+                quoted(&visible(&self.state.workspace))
             )));
         }
         let table = self.state.table.as_deref().unwrap_or_default();
         let failed = |failure| Trouble::failed(failure, &visible(&self.state.path()), stores);
-        if !dynamodb::replace_digest(&stores.dynamodb, table, &self.state.path(), old, new).await.map_err(failed)? {
+        let (client, path) = (&stores.dynamodb, self.state.path());
+        let old = now.recorded.as_deref().unwrap_or_default();
+        let done = match &now.computed {
+            Some(new) => dynamodb::replace_digest(client, table, &path, old, new).await,
+            None => dynamodb::delete_digest(client, table, &path, old).await,
+        };
+        if !done.map_err(failed)? {
             // The SDK may have sent it twice.
             let now = compare(stores, &self.state).await?;
             if !now.fits() {
                 return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
             }
         }
-        report::print(&format!("recorded {new}"));
+        report::print(&match now.computed {
+            Some(new) => format!("recorded {new}"),
+            None => "deleted the digest".to_owned(),
+        });
         Ok(Finding::Nothing)
     }
 

@@ -6,7 +6,9 @@ use serde::{Serialize, Serializer};
 
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lock::stores::{Spot, Standing};
+use crate::report::{CLOCK_SLACK, visible};
 use crate::terraform::lock_info::LockInfo;
+use crate::time::saturating_add;
 
 /// One lock: the halves of it that stand.
 #[derive(Clone, Debug)]
@@ -28,9 +30,21 @@ pub(super) struct Found {
 pub(super) struct Unreadable {
     pub(super) place: Spot,
     pub(super) reason: String,
-    /// It could not be read: what it is, nobody knows.
+    /// What stands there. `None`: it could not be read, and what it is nobody knows.
     #[serde(skip)]
-    pub(super) unread: bool,
+    pub(super) standing: Option<Standing>,
+}
+
+impl Unreadable {
+    /// It could not be read.
+    pub(super) fn is_unread(&self) -> bool {
+        self.standing.is_none()
+    }
+
+    /// What it is and where, in a sentence.
+    pub(super) fn describe(&self) -> String {
+        format!("{}: {}", visible(&self.place.describe()), self.reason)
+    }
 }
 
 /// Either.
@@ -50,7 +64,15 @@ pub(super) struct Wanted {
 impl Entry {
     /// Something stands there that could not be read.
     pub(super) fn is_unread(&self) -> bool {
-        matches!(self, Self::Unreadable(unreadable) if unreadable.unread)
+        matches!(self, Self::Unreadable(unreadable) if unreadable.is_unread())
+    }
+
+    /// Somebody must look at it: a stale lock, or what is no lock and keeps every run out.
+    pub(super) fn is_stale(&self) -> bool {
+        match self {
+            Self::Lock(lock) => lock.stale,
+            Self::Unreadable(unreadable) => !unreadable.is_unread(),
+        }
     }
 }
 
@@ -77,26 +99,27 @@ impl Found {
         self.place().path()
     }
 
-    /// For how long it has been held, by this host's clock. `None` where Created is no time, or lies ahead of us.
+    /// For how long it has been held, by this host's clock. `None` where Created is no time, or lies ahead of us by more than
+    /// two clocks may differ.
     pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
-        let age = now.duration_since(self.info.created()?);
-        age.try_into().ok()
+        let created = self.info.created()?;
+        if created > now && created <= saturating_add(now, CLOCK_SLACK) {
+            return Some(std::time::Duration::ZERO);
+        }
+        now.duration_since(created).try_into().ok()
     }
 }
 
 /// What stands at the two places of one lock, as locks: halves are one lock only if their IDs are equal.
 pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Option<&str>) -> Vec<Entry> {
     let mut locks: Vec<Found> = Vec::new();
-    let mut unreadable = Vec::new();
+    let mut unreadable: Vec<Unreadable> = Vec::new();
     for (spot, standing) in halves {
         let info = match standing.info() {
             Some(info) if !info.id.is_empty() => info,
             _ => {
-                unreadable.push(Entry::Unreadable(Unreadable {
-                    reason: why_unreadable(standing.text()),
-                    place: spot,
-                    unread: false,
-                }));
+                let reason = why_unreadable(&standing);
+                unreadable.push(Unreadable { reason, place: spot, standing: Some(standing) });
                 continue;
             }
         };
@@ -118,7 +141,14 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
         let has =
             |dynamodb: bool| lock.halves.iter().any(|(spot, _)| matches!(spot, Spot::DynamoDb { .. }) == dynamodb);
         let (item, object) = (has(true), has(false));
-        if rivals {
+        let junk =
+            |dynamodb: bool| unreadable.iter().find(|junk| matches!(junk.place, Spot::DynamoDb { .. }) == dynamodb);
+        if let Some(junk) = junk(!item).filter(|_| item != object) {
+            lock.notes.push(format!(
+                "what stands in its other place is no lock, and keeps every run out: {}",
+                junk.describe()
+            ));
+        } else if rivals {
             lock.notes.push("another lock, with another ID, stands in the other half of this place".to_owned());
         } else if item && !object && wanted.s3 {
             lock.notes.push("half a lock: the backend locks in S3 too, and no .tflock object stands there".to_owned());
@@ -132,13 +162,15 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
             lock.notes.push("its Path is not the place where it stands".to_owned());
         }
     }
-    locks.into_iter().map(|lock| Entry::Lock(Box::new(lock))).chain(unreadable).collect()
+    let locks = locks.into_iter().map(|lock| Entry::Lock(Box::new(lock)));
+    locks.chain(unreadable.into_iter().map(Entry::Unreadable)).collect()
 }
 
-/// What keeps a text from being a lock.
-fn why_unreadable(text: &str) -> String {
+/// What keeps something from being a lock.
+fn why_unreadable(standing: &Standing) -> String {
+    let text = standing.text();
     match serde_json::from_str::<serde_json::Value>(text) {
-        _ if text.is_empty() => "it has no Info".to_owned(),
+        _ if text.is_empty() => format!("it is no lock, but {}", standing.describe_no_lock()),
         Err(_) => "its Info is not JSON".to_owned(),
         Ok(value) if !value.is_object() => "its Info is not a JSON object".to_owned(),
         Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
@@ -180,10 +212,11 @@ impl Serialize for Found {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock::dynamodb::Info;
 
     fn item(info: &str) -> (Spot, Standing) {
         let spot = Spot::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
-        (spot, Standing::Item(info.into()))
+        (spot, Standing::Item(Info::Text(info.into())))
     }
 
     fn object(body: &str) -> (Spot, Standing) {
@@ -234,9 +267,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_lock_beside_a_lock_is_named_and_not_taken_for_nothing() {
+        for halves in [[item(""), object(&info("a"))], [item(&info("a")), object("")]] {
+            let found = pair(BOTH, halves.to_vec(), None);
+            let [lock] = locks(&found)[..] else { panic!("{found:?}") };
+            assert!(lock.notes[0].contains("is no lock, and keeps every run out"), "{:?}", lock.notes);
+            assert_eq!(lock.notes.len(), 1, "{:?}", lock.notes);
+            assert!(found.iter().filter(|entry| entry.is_stale()).count() == 1, "{found:?}");
+        }
+    }
+
+    #[test]
     fn what_is_no_lock_says_why() {
         for (text, expected) in [
-            ("", "no Info"),
+            ("", "an item with an empty Info"),
             ("{", "not JSON"),
             ("[]", "not a JSON object"),
             ("{}", "no ID"),

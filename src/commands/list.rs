@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks list --table terraform-locks --region eu-west-1
   tf locks list --bucket my-states --prefix prod/
 
-Exit codes: 0 nothing is stale, 2 something is (dead or likely dead), 1 it could not be done.";
+Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or no lock at all), 1 it could not be done.";
 
 /// The arguments of `tf locks list`, and of `tf locks` alone.
 #[derive(Args, Clone, Debug, Default)]
@@ -45,7 +45,7 @@ impl List {
             };
             let inventory = inventory::take(directory, &stores, &Staleness::default()).await?;
             let entries = inventory.entries;
-            let stale = entries.iter().any(|entry| matches!(entry, Entry::Lock(lock) if lock.stale));
+            let stale = entries.iter().any(Entry::is_stale);
             let mut output = Output::new(self.json, Widths::of(&entries))?;
             for entry in &entries {
                 let shown = output.render(entry)?;
@@ -73,7 +73,7 @@ impl List {
         let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
         let scanned = scan
             .run(&mut output, |entry| {
-                stale |= matches!(entry, Entry::Lock(lock) if lock.stale);
+                stale |= entry.is_stale();
                 unread += u64::from(entry.is_unread());
                 true
             })

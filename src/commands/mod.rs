@@ -24,6 +24,7 @@ mod show;
 mod staleness;
 
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 
 use clap::{Parser, Subcommand};
@@ -155,7 +156,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         }
         Err(help) => {
             report::print(&help.render().to_string());
-            return Finding::Nothing.code();
+            Ok(Finding::Nothing)
         }
     };
     let finding = found.unwrap_or_else(|trouble| match trouble {
@@ -165,7 +166,19 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Finding::Failed
         }
     });
-    finding.code()
+    // What nobody could read is no answer, whatever it was.
+    match report::print_failure() {
+        None => finding.code(),
+        Some(ErrorKind::BrokenPipe) => Finding::Stopped(Signal::SIGPIPE).code(),
+        Some(ErrorKind::NotConnected) => {
+            report::say(report::STDOUT_CLOSED);
+            Finding::Failed.code()
+        }
+        Some(kind) => {
+            report::say(&format!("the result could not be written: {kind}"));
+            Finding::Failed.code()
+        }
+    }
 }
 
 /// Runs `work`, which talks to AWS.

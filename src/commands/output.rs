@@ -12,7 +12,7 @@ use super::found::{Entry, Found, Unreadable};
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lock::stores::Spot;
-use crate::report::{length_of_time, visible};
+use crate::report::{self, ellipsis, length_of_time, visible};
 
 /// Where locks are shown.
 pub(super) enum Output {
@@ -73,6 +73,7 @@ impl Output {
     /// # Errors
     /// No place for a temporary file.
     pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
+        report::stdout_is_open()?;
         let terminal = Term::stdout();
         if json {
             let out = BufWriter::new(io::stdout());
@@ -219,17 +220,18 @@ fn padded(text: &str, width: usize) -> String {
 
 /// In exactly that width: filled up, or cut at its end.
 fn cut(text: &str, width: usize) -> String {
-    padded(&console::truncate_str(text, width, "…"), width)
+    padded(&console::truncate_str(text, width, ellipsis()), width)
 }
 
 /// In exactly that width, cut at its beginning: of a path, the end tells more.
 fn cut_front(text: &str, width: usize) -> String {
+    let mark = ellipsis();
     let mut kept: &str = text;
-    while kept.width() + usize::from(kept.len() < text.len()) > width {
+    while kept.width() + if kept.len() < text.len() { mark.width() } else { 0 } > width {
         let Some(first) = kept.chars().next() else { break };
         kept = &kept[first.len_utf8()..];
     }
-    let mark = if kept.len() < text.len() && width > 0 { "…" } else { "" };
+    let mark = if kept.len() < text.len() && width > 0 { mark } else { "" };
     padded(&format!("{mark}{kept}"), width)
 }
 
@@ -283,7 +285,7 @@ impl Table {
             rest = format!("{rest}  {since}");
         }
         let room = self.width.saturating_sub(Self::VERDICT);
-        let rest = console::truncate_str(&rest, room, "…").trim_end().to_owned();
+        let rest = console::truncate_str(&rest, room, ellipsis()).trim_end().to_owned();
         format!("{}{rest}\n", style.apply_to(padded(verdict, Self::VERDICT)))
     }
 
@@ -394,7 +396,11 @@ mod tests {
         let info = serde_json::json!({"ID": "5e75cb05-d70c-4132-39e0-d2abba1b3077", "Operation": "OperationTypeApply",
             "Who": who, "Version": "1", "Created": "2026-11-24T10:00:00Z", "Path": path});
         let spot = Spot::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
-        let mut entries = pair(Wanted::default(), vec![(spot, Standing::Item(info.to_string()))], None);
+        let mut entries = pair(
+            Wanted::default(),
+            vec![(spot, Standing::Item(crate::lock::dynamodb::Info::Text(info.to_string())))],
+            None,
+        );
         if let Entry::Lock(lock) = &mut entries[0] {
             lock.judgement = Judgement { verdict: Verdict::Unknown, reason: "why ".repeat(30), evidence: Vec::new() };
         }

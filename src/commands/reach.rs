@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::lock::aws::Unreachable;
 use crate::lock::failure::{Cause, Failure};
 use crate::lock::stores::Stores;
-use crate::report::visible;
+use crate::report::{self, quoted, visible};
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -106,7 +106,11 @@ pub(super) enum Trouble {
 /// What is to be shown cannot be: the reader of stdout is gone, as in `| head`, or there is no place for a temporary file.
 impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
-        if error.kind() == io::ErrorKind::BrokenPipe { Self::ReaderGone } else { Self::Said(error.to_string()) }
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::ReaderGone,
+            io::ErrorKind::NotConnected => Self::Said(report::STDOUT_CLOSED.to_owned()),
+            _ => Self::Said(format!("the result could not be written: {error}")),
+        }
     }
 }
 
@@ -156,6 +160,31 @@ impl Trouble {
 }
 
 impl Where {
+    /// Whether a table or a bucket is meant, and no working directory.
+    pub(super) fn is_outside(&self) -> bool {
+        self.table.is_some() || self.bucket.is_some()
+    }
+
+    /// A `tf locks` command that looks at the same place, in a workspace that the environment names.
+    pub(super) fn command(&self, words: &str) -> String {
+        let mut command = format!("tf locks {words}");
+        let chdir = self.chdir.as_ref().map(|path| path.to_string_lossy().into_owned());
+        for (option, value) in [
+            ("--chdir", &chdir),
+            ("--table", &self.table),
+            ("--bucket", &self.bucket),
+            ("--region", &self.region),
+            ("--profile", &self.profile),
+            ("--endpoint-url", &self.endpoint_url),
+        ] {
+            if let Some(value) = value {
+                command = format!("{command} {option} {}", quoted(value));
+            }
+        }
+        let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
+        report::in_workspace(workspace.as_deref(), &command)
+    }
+
     /// A working directory, the current one if none is named.
     pub(super) fn directory_of(chdir: Option<PathBuf>) -> Self {
         Self { chdir, ..Self::default() }

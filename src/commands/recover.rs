@@ -7,7 +7,7 @@ use super::Finding;
 use super::reach::Trouble;
 use crate::another_tf;
 use crate::report::{self, visible};
-use crate::run::recovery::{self, Forgotten};
+use crate::run::recovery::{self, Forgotten, Request};
 use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -31,6 +31,9 @@ pub(super) struct Recover {
     /// On stderr, as what tf says in front of terraform
     #[arg(long, hide = true)]
     say: bool,
+    /// Say nothing of what could not be done: it was said before
+    #[arg(long, hide = true)]
+    again: bool,
     /// Why, for the history
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
@@ -43,8 +46,13 @@ impl Recover {
         }
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
         let say = if self.say { report::say } else { report::print };
-        let recovered =
-            recovery::everything(self.dry_run, self.run.as_deref(), self.reason.as_deref(), say, &mut signals);
+        let request = Request {
+            dry_run: self.dry_run,
+            only: self.run.as_deref(),
+            again: self.again,
+            reason: self.reason.as_deref(),
+        };
+        let recovered = recovery::everything(request, say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
             None if recovered.left > 0 => Finding::Stale,

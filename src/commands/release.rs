@@ -8,8 +8,8 @@ use std::io::IsTerminal;
 use clap::Args;
 use jiff::Timestamp;
 
-use super::choose::choose;
-use super::found::{Entry, Found};
+use super::choose::{Choice, choose};
+use super::found::{Entry, Found, Unreadable};
 use super::reach::{Reach, Trouble, Where};
 use super::staleness::Staleness;
 use super::{Finding, agreement, show};
@@ -18,7 +18,7 @@ use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::lock::stores::{Removed, Spot, Standing};
 use crate::report::{self, visible};
-use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks release                         the only lock that stands for this directory
@@ -27,12 +27,14 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks release --force 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
 A lock whose holder is proven dead goes. One whose holder is likely dead goes when you say so. One whose holder is alive,
-or of which nothing is known, stays, unless you force it by its full ID.
+or of which nothing is known, stays, unless you force it by its full ID. What stands in the place of a lock and is none goes
+when you say so.
 
 Exit codes: 0 it is gone, 2 it would go (--dry-run), 1 it stands.";
 
-/// The question.
+/// The questions.
 const LIKELY: &str = "its holder is likely dead, which is no proof. Release it?";
+const NO_LOCK: &str = "it is no lock of terraform's, and keeps every run out. Release it?";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
@@ -81,18 +83,19 @@ fn decide(verdict: Verdict, forced: bool, yes: bool, terminal: bool) -> Step {
 
 impl Release {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
-        if let Some(id) = self.force.as_deref().filter(|id| !is_lock_id(id)) {
-            return Err(Trouble::Said(format!(
-                "--force takes the full ID of a lock, and {:?} is none\n`tf locks` shows the IDs of those that stand",
-                visible(id)
-            )));
-        }
         super::block_on(async {
             let reach = self.place.reach().await?;
-            let lock = choose(&reach, self.lock.as_deref().or(self.force.as_deref())).await?;
-            if let Some(id) = self.force.as_deref().filter(|id| *id != lock.info.id) {
+            let chosen = choose(&reach, self.lock.as_deref().or(self.force.as_deref())).await?;
+            let (lock, junk) = match chosen {
+                Choice::Lock(lock, junk) => (lock, junk),
+                Choice::NoLock(junk) => return self.remove(&reach, &junk).await,
+            };
+            let is_it = |id: &str| id == lock.info.id || id == visible(&lock.info.id);
+            if let Some(id) = self.force.as_deref().filter(|id| !is_it(id)) {
                 return Err(Trouble::Said(format!(
-                    "the lock that stands there is not {id}, but {}: nothing was released",
+                    "--force takes the full ID of a lock, and the one that stands there is not {}, but {}: nothing was \
+                     released",
+                    visible(id),
                     visible(&lock.info.id)
                 )));
             }
@@ -100,13 +103,13 @@ impl Release {
             let step = decide(lock.verdict(), self.force.is_some(), self.yes, terminal);
             report::print(&show::description(&lock, Timestamp::now()));
             if self.dry_run {
-                return Ok(Self::dry(&lock, step));
+                return Ok(self.dry(&lock, step));
             }
-            match step {
+            let released = match step {
                 Step::Finish => self.finish(&reach, &lock).await,
                 Step::Refuse => {
                     self.remember(What::Refused, &lock);
-                    Ok(Self::refuse(&lock))
+                    Ok(self.refuse(&lock))
                 }
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
@@ -114,15 +117,71 @@ impl Release {
                     report::say("it was left alone");
                     Ok(Finding::Failed)
                 }
+            };
+            match (released, junk.first()) {
+                // Terraform is locked out all the same.
+                (Ok(Finding::Nothing), Some(first)) => {
+                    report::say(&report::barred(
+                        &first.place.describe(),
+                        &first.reason,
+                        &self.place.command("release"),
+                        &first.place.path(),
+                    ));
+                    Ok(Finding::Failed)
+                }
+                (released, _) => released,
             }
         })
     }
 
-    fn dry(lock: &Found, step: Step) -> Finding {
+    /// Removes what is no lock, after a question, on condition that it is what was read.
+    async fn remove(&self, reach: &Reach, junk: &[Unreadable]) -> Result<Finding, Trouble> {
+        for junk in junk {
+            report::print(&show::description_of_junk(junk));
+        }
+        if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
+            return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
+        }
+        if self.dry_run {
+            report::print("it would be released once you agree");
+            return Ok(Finding::Stale);
+        }
+        if !self.yes && !std::io::stdin().is_terminal() {
+            return Err(Trouble::Said("not released: nobody is there to ask: add --yes to release it".into()));
+        }
+        if !self.yes && !agreement::is_given(NO_LOCK) {
+            report::say("it was left alone");
+            return Ok(Finding::Failed);
+        }
+        for Unreadable { place, reason, standing } in junk {
+            let Some(standing) = standing else { continue };
+            let shown = visible(&place.describe());
+            match reach.stores.remove(place, standing).await {
+                Ok(Removed::Gone) => {
+                    let event = LockInfo::default();
+                    let reason_given = self.reason.as_deref();
+                    let why = format!("it was no lock: {reason}");
+                    let event =
+                        Event::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
+                    history::record(&event);
+                    report::print(&format!("released {shown}"));
+                }
+                Ok(Removed::Anothers) => {
+                    report::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
+                    return Ok(Finding::Failed);
+                }
+                Ok(Removed::Refused) => return Err(refuses_to_delete(&shown)),
+                Err(failure) => return Err(Trouble::failed(failure, &shown, &reach.stores)),
+            }
+        }
+        Ok(Finding::Nothing)
+    }
+
+    fn dry(&self, lock: &Found, step: Step) -> Finding {
         match step {
             Step::Finish | Step::Delete => report::print("it would be released"),
             Step::Ask => report::print("it would be released once you agree"),
-            Step::Refuse => return Self::refuse(lock),
+            Step::Refuse => return self.refuse(lock),
         }
         Finding::Stale
     }
@@ -134,7 +193,7 @@ impl Release {
         history::record(&Event::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
-    fn refuse(lock: &Found) -> Finding {
+    fn refuse(&self, lock: &Found) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
             Verdict::Alive => format!("not released: its holder is alive, {reason}"),
@@ -143,7 +202,7 @@ impl Release {
                 format!("not released: nothing proves that its holder is dead ({reason})")
             }
         };
-        report::say(&format!("{text}\n{}", show::next_step(lock)));
+        report::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
         Finding::Failed
     }
 
@@ -182,7 +241,7 @@ impl Release {
             && decide(again.verdict(), self.force.is_some(), true, true) == Step::Refuse
         {
             self.remember(What::Refused, again);
-            return Ok(Self::refuse(again));
+            return Ok(self.refuse(again));
         }
         let mut gone = true;
         let mut half = "";
@@ -191,11 +250,7 @@ impl Release {
             match reach.stores.remove(spot, shown).await {
                 Ok(Removed::Gone) => half = "\nits other half is deleted: the lock keeps others out all the same",
                 Ok(Removed::Anothers) => gone = false,
-                Ok(Removed::Refused) => {
-                    return Err(Trouble::Said(format!(
-                        "{place} refuses to delete what stands there, though it has not changed\nlook at it by hand"
-                    )));
-                }
+                Ok(Removed::Refused) => return Err(refuses_to_delete(&place)),
                 Err(failure) => {
                     let trouble = Trouble::failed(failure, &place, &reach.stores);
                     return Err(if half.is_empty() { trouble } else { Trouble::Said(format!("{trouble}{half}")) });
@@ -216,11 +271,20 @@ impl Release {
         report::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
         match choose(reach, Some(&path)).await {
-            Ok(now) => report::print(&show::description(&now, Timestamp::now())),
+            Ok(Choice::Lock(now, _)) => report::print(&show::description(&now, Timestamp::now())),
+            Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| report::print(&show::description_of_junk(junk))),
             Err(trouble) => report::say(&trouble.to_string()),
         }
         Ok(Finding::Failed)
     }
+}
+
+/// The service says that it deletes, and does not.
+fn refuses_to_delete(place: &str) -> Trouble {
+    Trouble::Said(format!(
+        "{place}: the service does not delete what stands there, though it has not changed\ntry again later; if that does \
+         not help, whoever runs that service can tell why"
+    ))
 }
 
 async fn read(reach: &Reach, spot: &Spot) -> Result<Option<Standing>, Trouble> {

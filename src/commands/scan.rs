@@ -97,10 +97,18 @@ impl Plan {
     }
 }
 
-/// One page, read and judged.
+/// One page, read and judged. A page may be empty and others follow it: what a filter leaves out of a page is counted, and a
+/// segment may have nothing where it begins.
 struct Page {
     entries: Vec<Entry>,
     scanned: u64,
+    /// No other page of its segment follows.
+    is_last: bool,
+}
+
+impl Page {
+    /// The end of a segment.
+    const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true };
 }
 
 type Pages = mpsc::Sender<(usize, Result<Page, Trouble>)>;
@@ -148,7 +156,7 @@ impl Scan {
                 }
             };
             let Some((segment, page)) = page else { break };
-            let Page { entries, scanned: more } = page?;
+            let Page { entries, scanned: more, is_last } = page?;
             scanned.items += more;
             let mut shown = Vec::new();
             for entry in &entries {
@@ -162,8 +170,7 @@ impl Scan {
             }
             progress.set_position(scanned.items);
             progress.set_message(format!("{locks} locks, {stale} stale"));
-            let last = more == 0 && entries.is_empty();
-            progress.suspend(|| order.take(segment, &shown, last, output))?;
+            progress.suspend(|| order.take(segment, &shown, is_last, output))?;
         }
         progress.finish_and_clear();
         order.rest(output)?;
@@ -305,22 +312,18 @@ async fn table_segment(
         };
         from = page.next.clone();
         let found = page.items.into_iter().flat_map(|(key, info)| {
-            let spot = stores.item(&table, &key);
-            match info {
-                Some(info) => pair(Wanted::default(), vec![(spot, Standing::Item(info))], None),
-                None => vec![Entry::Unreadable(Unreadable {
-                    place: spot,
-                    reason: "its Info is not a text".into(),
-                    unread: false,
-                })],
-            }
+            pair(Wanted::default(), vec![(stores.item(&table, &key), Standing::Item(info))], None)
         });
         let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
-        if pages.send((number, entries.map(|entries| Page { entries, scanned: page.scanned }))).await.is_err() {
+        if pages
+            .send((number, entries.map(|entries| Page { entries, scanned: page.scanned, is_last: false })))
+            .await
+            .is_err()
+        {
             return;
         }
         if from.is_none() {
-            let _ = pages.send((number, Ok(Page { entries: Vec::new(), scanned: 0 }))).await;
+            let _ = pages.send((number, Ok(Page::END))).await;
             return;
         }
         if let Some(rate) = plan.rate {
@@ -381,7 +384,7 @@ async fn bucket_segment(
                     Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
                     Err(failure) if failure.is_final() => {
                         let reason = visible(&failure.to_string());
-                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, unread: true })])
+                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, standing: None })])
                     }
                     Err(failure) => Err(failed(failure, stores_here)),
                 }
@@ -393,7 +396,7 @@ async fn bucket_segment(
         let page = match found {
             Ok(found) => {
                 let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
-                entries.map(|entries| Page { entries, scanned })
+                entries.map(|entries| Page { entries, scanned, is_last: false })
             }
             Err(trouble) => Err(trouble),
         };
@@ -401,7 +404,7 @@ async fn bucket_segment(
             return;
         }
     }
-    let _ = pages.send((number, Ok(Page { entries: Vec::new(), scanned: 0 }))).await;
+    let _ = pages.send((number, Ok(Page::END))).await;
 }
 
 /// Judges what was read. What would be called stale is read once more, consistently: if it is another lock by now, that

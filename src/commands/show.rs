@@ -5,13 +5,12 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use super::Finding;
-use super::choose::choose;
-use super::found::{Entry, Found};
+use super::choose::{Choice, choose};
+use super::found::{Entry, Found, Unreadable};
 use super::output::{End, Output, Widths};
 use super::reach::{Trouble, Where};
 use crate::holder::evidence::Verdict;
-use crate::report::{self, length_of_time, visible};
-use crate::terraform::lock_info::is_lock_id;
+use crate::report::{self, argument, length_of_time, quoted, visible};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock that stands for this directory
@@ -37,39 +36,63 @@ impl Show {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
             let reach = self.place.reach().await?;
-            let lock = choose(&reach, self.lock.as_deref()).await?;
-            let finding = if lock.stale { Finding::Stale } else { Finding::Nothing };
+            let (lock, junk) = match choose(&reach, self.lock.as_deref()).await? {
+                Choice::Lock(lock, junk) => (Some(lock), junk),
+                Choice::NoLock(junk) => (None, junk),
+            };
+            let stale = lock.as_ref().is_some_and(|lock| lock.stale) || !junk.is_empty();
             if self.json {
                 let mut output = Output::new(true, Widths::USUAL)?;
-                let shown = output.render(&Entry::Lock(Box::new(lock)))?;
-                output.put(&shown)?;
+                for entry in lock.map(Entry::Lock).into_iter().chain(junk.into_iter().map(Entry::Unreadable)) {
+                    output.put(&output.render(&entry)?)?;
+                }
                 output.end(End { complete: true, scanned: 1 })?;
             } else {
-                report::print(&description(&lock, Timestamp::now()));
-                report::print(&next_step(&lock));
+                if let Some(lock) = &lock {
+                    report::print(&description(lock, Timestamp::now()));
+                    report::print(&next_step(lock, &self.place));
+                }
+                if let Some(first) = junk.first() {
+                    for junk in &junk {
+                        report::print(&description_of_junk(junk));
+                    }
+                    let path = argument(&first.place.path());
+                    report::print(&format!(
+                        "it keeps every run out; once you know that nobody needs it, type: {} {path}",
+                        self.place.command("release")
+                    ));
+                }
             }
-            Ok(finding)
+            Ok(if stale { Finding::Stale } else { Finding::Nothing })
         })
     }
 }
 
-/// What a person can do about a lock, in a sentence.
-pub(super) fn next_step(lock: &Found) -> String {
-    let id = &lock.info.id;
-    // What is no ID is never put into a command.
-    let command = |more: &str| {
-        if is_lock_id(id) {
-            format!("type: tf locks release {more}{id}")
-        } else {
-            "remove it by hand, for its ID is none".to_owned()
-        }
-    };
+/// Everything about something that stands in the place of a lock and is none.
+pub(super) fn description_of_junk(junk: &Unreadable) -> String {
+    format!("no lock    {}\nstands in  {}", junk.reason, visible(&junk.place.describe()))
+}
+
+/// What a person can do about a lock, in a sentence. `place` are the options that have led to it.
+pub(super) fn next_step(lock: &Found, place: &Where) -> String {
+    // A table and a bucket are read by path.
+    let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
+    let release = place.command("release");
     match lock.verdict() {
         Verdict::Alive => "interrupt that run with ^C and let it end: it gives its lock back itself".to_owned(),
-        Verdict::Dead => command(""),
-        Verdict::LikelyDead => format!("that is no proof; if you know that nobody works there, {}", command("--yes ")),
+        Verdict::Dead => format!("type: {release} {}", word()),
+        Verdict::LikelyDead => {
+            format!("that is no proof; if you know that nobody works there, type: {release} --yes {}", word())
+        }
         Verdict::Unknown => {
-            format!("ask {}; once you know that nobody works there, {}", visible(&lock.info.who), command("--force "))
+            let ask = match visible(&lock.info.who) {
+                who if who.is_empty() => "its Who is empty".to_owned(),
+                who => format!("ask {who}"),
+            };
+            let id = visible(&lock.info.id);
+            let force = format!("--force{}{}", if id.starts_with('-') { '=' } else { ' ' }, quoted(&id));
+            let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
+            format!("{ask}; once you know that nobody works there, type: {release} {force}{path}")
         }
     }
 }

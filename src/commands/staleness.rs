@@ -17,12 +17,13 @@ pub(super) struct Staleness {
 }
 
 impl Staleness {
-    /// Whether a lock that was judged is stale. One that does not tell its age may have any.
+    /// Whether a lock that was judged is stale. One that does not tell its age may have any: its Created is no time, or lies
+    /// in the future.
     fn is_met_by(self, lock: &Found, now: Timestamp) -> bool {
         match self.older_than {
             None => lock.verdict().is_stale(),
             Some(limit) => {
-                let older = lock.info.created().is_none() || lock.age(now).is_some_and(|age| age > limit);
+                let older = lock.age(now).is_none_or(|age| age > limit);
                 lock.verdict() != Verdict::Alive && older
             }
         }

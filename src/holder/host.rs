@@ -56,7 +56,7 @@ impl Host {
                     Found::Dead(record, ..) => (State::Dead, record),
                     Found::Foreign(why, Some(record)) => (State::Foreign(why), record),
                     Found::Doubtful(record, _) => (State::Foreign(DOUBTFUL), record),
-                    Found::Foreign(_, None) | Found::SetAside(_) | Found::Gone => continue,
+                    Found::Foreign(_, None) | Found::Broken(_) | Found::Gone => continue,
                 };
                 for lock in record.log.standing() {
                     recorded.insert(lock.id.clone(), (state, record.clone()));

@@ -3,8 +3,9 @@
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
-use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency};
+use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency, ProvisionedThroughputDescription};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationInterceptorContextRef;
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
@@ -63,12 +64,41 @@ fn is_an_answer(body: &[u8]) -> bool {
         .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
 }
 
+/// The `Info` of an item, byte for byte: what a delete of the item depends on.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Info {
+    /// The text of a lock, most likely.
+    Text(String),
+    /// Of another type than a string.
+    Other(AttributeValue),
+    /// The item has none.
+    None,
+}
+
+impl Info {
+    fn of(value: Option<AttributeValue>) -> Self {
+        match value {
+            Some(AttributeValue::S(text)) => Self::Text(text),
+            Some(other) => Self::Other(other),
+            None => Self::None,
+        }
+    }
+
+    /// The text; empty for anything else.
+    pub(crate) fn text(&self) -> &str {
+        match self {
+            Self::Text(text) => text,
+            Self::Other(_) | Self::None => "",
+        }
+    }
+}
+
 /// Reads the `Info` of the item as it is now (a consistent read). `None` when there is no such item.
 ///
 /// # Errors
-/// [`Failure`]; an item without `Info` is one too, for it is no lock.
-pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<String>, Failure> {
-    Ok(attribute(client, table, path, "Info").await?.map(Option::unwrap_or_default))
+/// [`Failure`].
+pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<Info>, Failure> {
+    Ok(attribute(client, table, path, "Info").await?.map(Info::of))
 }
 
 /// The MD5 of the state that terraform wrote last, in an item beside the lock (client.go, `putMD5`).
@@ -76,11 +106,17 @@ pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Opt
 /// # Errors
 /// [`Failure`].
 pub(crate) async fn digest(client: &Client, table: &str, path: &str) -> Result<Option<String>, Failure> {
-    Ok(attribute(client, table, &format!("{path}-md5"), "Digest").await?.flatten())
+    let digest = attribute(client, table, &format!("{path}-md5"), "Digest").await?.flatten();
+    Ok(digest.and_then(|value| value.as_s().ok().cloned()))
 }
 
-/// The string attribute `name` of an item: the outer `None` for no item, the inner for no such attribute.
-async fn attribute(client: &Client, table: &str, path: &str, name: &str) -> Result<Option<Option<String>>, Failure> {
+/// The attribute `name` of an item: the outer `None` for no item, the inner for no such attribute.
+async fn attribute(
+    client: &Client,
+    table: &str,
+    path: &str,
+    name: &str,
+) -> Result<Option<Option<AttributeValue>>, Failure> {
     let answer = client
         .get_item()
         .table_name(table)
@@ -91,7 +127,7 @@ async fn attribute(client: &Client, table: &str, path: &str, name: &str) -> Resu
         .send()
         .await
         .map_err(|error| failure("dynamodb:GetItem", &error))?;
-    Ok(answer.item.map(|item| item.get(name).and_then(|value| value.as_s().ok()).cloned()))
+    Ok(answer.item.map(|mut item| item.remove(name)))
 }
 
 /// What a table is, as far as it matters to whoever reads all of it.
@@ -128,28 +164,25 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
         .send()
         .await
         .map_err(|error| failure("dynamodb:DescribeTable", &error))?;
-    let table = answer.table;
-    let table = table.as_ref();
-    let provisioned = table.and_then(|table| table.provisioned_throughput()?.read_capacity_units());
+    // Every table has a key. A response that describes none is a proxy's.
+    let table = answer.table.filter(|table| !table.key_schema().is_empty());
+    let table = table.ok_or_else(|| Failure::no_answer(SERVICE, "the response describes no table"))?;
+    let provisioned = table.provisioned_throughput().and_then(ProvisionedThroughputDescription::read_capacity_units);
     Ok(Description {
-        keys: table
-            .map(|table| table.key_schema().iter().map(|key| key.attribute_name.clone()).collect())
-            .unwrap_or_default(),
+        keys: table.key_schema().iter().map(|key| key.attribute_name.clone()).collect(),
         // By request: 0.
         read_capacity: provisioned.filter(|units| *units > 0),
-        items: table.and_then(aws_sdk_dynamodb::types::TableDescription::item_count),
-        replicas: table
-            .map(|table| table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect())
-            .unwrap_or_default(),
-        strong: table.and_then(|table| table.multi_region_consistency()) == Some(&MultiRegionConsistency::Strong),
+        items: table.item_count(),
+        replicas: table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect(),
+        strong: table.multi_region_consistency() == Some(&MultiRegionConsistency::Strong),
     })
 }
 
 /// One page of a table.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
-    /// `LockID` and `Info` of what is no digest; none for an item whose `Info` is no text.
-    pub(crate) items: Vec<(String, Option<String>)>,
+    /// `LockID` and `Info` of what is no digest.
+    pub(crate) items: Vec<(String, Info)>,
     /// So many items were looked at for it.
     pub(crate) scanned: u64,
     /// And so many read capacity units were used, where the service tells.
@@ -189,7 +222,7 @@ pub(crate) async fn scan(
             AttributeValue::S(text) => Some(text),
             _ => None,
         };
-        let info = item.remove("Info").map_or(Some(String::new()), text);
+        let info = Info::of(item.remove("Info"));
         (item.remove("LockID").and_then(text).unwrap_or_default(), info)
     });
     Ok(Page {
@@ -239,6 +272,20 @@ pub(crate) async fn replace_digest(
     written(answer.map(drop))
 }
 
+/// Deletes the digest of the state at `path` on condition that it is `old`. False when it is another one, or none.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) async fn delete_digest(client: &Client, table: &str, path: &str, old: &str) -> Result<bool, Failure> {
+    let request = client
+        .delete_item()
+        .table_name(table)
+        .key("LockID", AttributeValue::S(format!("{path}-md5")))
+        .condition_expression("Digest = :old")
+        .expression_attribute_values(":old", AttributeValue::S(old.to_owned()));
+    deleted(request.send().await).map(|deleted| deleted == Deleted::Yes)
+}
+
 fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> {
     match answer {
         Ok(()) => Ok(true),
@@ -254,22 +301,26 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
 ///
 /// # Errors
 /// [`Failure`].
-pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &str) -> Result<Deleted, Failure> {
-    let answer = client
-        .delete_item()
-        .table_name(table)
-        .key("LockID", AttributeValue::S(path.to_owned()))
-        .condition_expression("Info = :info")
-        .expression_attribute_values(":info", AttributeValue::S(info.to_owned()))
-        .send()
-        .await;
+pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &Info) -> Result<Deleted, Failure> {
+    let request = client.delete_item().table_name(table).key("LockID", AttributeValue::S(path.to_owned()));
+    let equals = |value: AttributeValue| {
+        request.clone().condition_expression("Info = :info").expression_attribute_values(":info", value)
+    };
+    let request = match info {
+        Info::Text(text) => equals(AttributeValue::S(text.clone())),
+        Info::Other(value) => equals(value.clone()),
+        Info::None => {
+            let condition = "attribute_exists(LockID) AND attribute_not_exists(Info)";
+            request.clone().condition_expression(condition)
+        }
+    };
+    deleted(request.send().await)
+}
+
+fn deleted<T>(answer: Result<T, SdkError<DeleteItemError>>) -> Result<Deleted, Failure> {
     match answer {
         Ok(_) => Ok(Deleted::Yes),
-        Err(error)
-            if error.as_service_error().is_some_and(
-                aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
-            ) =>
-        {
+        Err(error) if error.as_service_error().is_some_and(DeleteItemError::is_conditional_check_failed_exception) => {
             Ok(Deleted::Changed)
         }
         Err(error) => Err(failure("dynamodb:DeleteItem", &error)),

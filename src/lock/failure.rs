@@ -45,7 +45,6 @@ impl Cause {
     }
 
     /// Whether no lock of terraform's can be where the request went.
-    #[cfg(test)]
     pub(crate) fn excludes_locks(self) -> bool {
         matches!(self, Self::NoTable | Self::NoBucket | Self::OtherKey)
     }

@@ -86,6 +86,11 @@ pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], work
     }
 }
 
+/// The places of the state `bucket`/`key`.
+pub(crate) fn of_state(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
+    at(bucket, key, backends, workspaces)
+}
+
 /// The backends that have this state in one of these workspaces.
 fn at(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     let fitting = distinct(backends).into_iter().filter(|backend| {

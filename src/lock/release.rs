@@ -14,10 +14,10 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
-use super::failure::Failure;
+use super::failure::{Cause, Failure};
 use super::identity::Reached;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
@@ -36,8 +36,18 @@ const LATE: Duration = Duration::from_secs(5);
 /// For how long nothing may have changed before the lock of a terraform that died while writing is given back.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// For how long a service that fails is asked again: not longer than a person would wait.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// For how long a service that fails or is silent is asked, for a lock that a run has left: not longer than a person would
+/// wait.
+pub(crate) const SERVICE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The same for what is only an explanation, or a look at what is most likely not there.
+pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// For how long the digest of a state is looked at after a release: the lock is gone, and this is said beside that.
+const DIGEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The longest time between two tries.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(4);
 
 /// For how long a write is waited for at most: somebody may go on writing there without a lock.
 const LONGEST_QUIET: Duration = Duration::from_mins(1);
@@ -75,10 +85,12 @@ pub(crate) struct Situation {
 /// How giving a lock back came out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// No lock of ours stood. `anothers` is the ID that stands there, if one does.
+    /// No lock of ours stood.
     Absent {
-        /// Somebody else's lock at the same place.
+        /// The ID of somebody else's lock at the same place.
         anothers: Option<String>,
+        /// No part of a lock can be there: there is no such table or bucket, or the table has another key.
+        excluded: bool,
     },
     /// It stood, and is gone.
     Released(Released),
@@ -86,15 +98,37 @@ pub(crate) enum Outcome {
     Kept {
         /// What is told of it.
         reason: String,
-        /// Whether a later try may do better: a service was not to be reached, somebody still lived.
-        later: bool,
+        /// What it means.
+        because: Because,
     },
+}
+
+/// Why a lock is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Because {
+    /// It is not certain whose it is, or it is not to be released. A later try finds the same.
+    Doubt,
+    /// A later try may do better: somebody still lived, or what was seen contradicted itself.
+    NotYet,
+    /// The service did not answer, or could not do it.
+    NoAnswer,
+    /// These credentials may not do that action.
+    Denied(&'static str),
+    /// Its place holds something that is no lock.
+    NoLock,
+    /// It was not seen, and was looked for in what may be another account.
+    OtherAccount,
 }
 
 impl Outcome {
     /// Kept, and nothing that we could do later would change that.
     pub(crate) fn kept(reason: impl Into<String>) -> Self {
-        Self::Kept { reason: reason.into(), later: false }
+        Self::Kept { reason: reason.into(), because: Because::Doubt }
+    }
+
+    /// Whether it is kept, and a later try may do better.
+    pub(crate) fn is_for_later(&self) -> bool {
+        matches!(self, Self::Kept { because, .. } if *because != Because::Doubt)
     }
 
     /// Why it is kept.
@@ -107,7 +141,13 @@ impl Outcome {
 
     /// Kept for now.
     pub(crate) fn later(reason: impl Into<String>) -> Self {
-        Self::Kept { reason: reason.into(), later: true }
+        Self::Kept { reason: reason.into(), because: Because::NotYet }
+    }
+
+    /// Kept because of a failed request.
+    fn failed(failure: &Failure, part: &str) -> Self {
+        let because = failure.denied().map_or(Because::NoAnswer, Because::Denied);
+        Self::Kept { reason: format!("{failure}{part}"), because }
     }
 }
 
@@ -147,16 +187,23 @@ impl<'a> Services<'a> {
         Ok(Self { place, halves: place.spots(&stores), stores })
     }
 
+    /// What stands at `half` now. Nothing, where no lock can be there at all.
+    async fn read(&self, half: &Spot) -> Result<Option<Standing>, Failure> {
+        nothing_if_excluded(self.stores.read(half).await)
+    }
+
     /// Looks at everything that a write of the terraform that held `recorded` would change.
     async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
         let state = s3::fingerprint(&self.stores.s3, &self.place.bucket, &self.place.key).await?;
         let digest = match &self.place.table {
-            Some(table) => dynamodb::digest(&self.stores.dynamodb, table, &self.place.lock_path()).await?,
+            Some(table) => {
+                nothing_if_excluded(dynamodb::digest(&self.stores.dynamodb, table, &self.place.lock_path()).await)?
+            }
             None => None,
         };
         let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
         for half in &self.halves {
-            let Some(standing) = self.stores.read(half).await? else {
+            let Some(standing) = self.read(half).await? else {
                 look.lock.push_str("- ");
                 continue;
             };
@@ -181,17 +228,48 @@ struct Look {
     holds: bool,
 }
 
+/// A table or bucket that does not exist has nothing in it.
+fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
+    match read {
+        Err(failure) if failure.cause().excludes_locks() => {
+            trace!("no lock can be there: {failure}");
+            Ok(None)
+        }
+        read => read,
+    }
+}
+
 /// Why a lock is kept where something else than a lock was read.
 fn no_lock(half: &Spot, standing: &Standing) -> String {
     format!("what was read there is no lock ({}): {}", half.describe(), standing.describe_no_lock())
 }
 
-/// Gives back the lock that the log recorded, if it stands and is ours.
-pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation) -> Outcome {
+/// Work that gives no answer for longer than `limit` has failed: so said with the name of the service.
+fn within<T>(
+    limit: Duration,
+    service: &'static str,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> impl Future<Output = Result<T, Failure>> {
+    let work = Box::pin(work);
+    async move {
+        let failed = || Failure::no_answer(service, &format!("no answer within {}", report::length_of_time(limit)));
+        timeout(limit, work).await.unwrap_or_else(|_| Err(failed()))
+    }
+}
+
+/// Gives back the lock that the log recorded, if it stands and is ours. A service that fails or is silent is asked for
+/// `limit`, not counting the time in which credentials are asked for.
+pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation, limit: Duration) -> Outcome {
+    // Asked for now, and remembered: the clock runs from here on.
+    if let Err(unreachable) = Services::connect(place).await {
+        return unreached(&unreachable);
+    }
     let mut attempt = Attempt {
         recorded,
         place,
         situation,
+        limit,
+        renewed: false,
         begun: Instant::now(),
         asked_to_go: Vec::new(),
         created: None,
@@ -199,47 +277,75 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
         write: None,
         agreed: release_is_asked_for(),
     };
+    let mut interval = LOOK;
     loop {
         match attempt.go().await {
             Ok(outcome) => return outcome,
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
-                if failure.is_final() || attempt.begun.elapsed() > PATIENCE {
+                if failure.is_final() || attempt.begun.elapsed() + interval >= limit {
                     let part = if attempt.deleted { "; its other part was released" } else { "" };
-                    return Outcome::later(format!("{failure}{part}"));
+                    return Outcome::failed(&failure, part);
                 }
-                sleep(LOOK).await;
+                if failure.cause() == Cause::ExpiredCredentials && !std::mem::replace(&mut attempt.renewed, true) {
+                    aws::forget_credentials(&place.backend);
+                }
+                sleep(interval).await;
+                interval = (interval * 2).min(LONGEST_INTERVAL);
             }
         }
     }
 }
 
-/// The locks that stand at `place` now: one, or two where somebody got half in. None where nothing can be read.
-pub(crate) async fn standing(place: &Place) -> Vec<LockInfo> {
-    let Ok(services) = Services::connect(place).await else { return Vec::new() };
-    let mut locks: Vec<LockInfo> = Vec::new();
-    for half in &services.halves {
-        if let Ok(Some(standing)) = services.stores.read(half).await
-            && let Some(info) = standing.info()
-            && !locks.contains(&info)
-        {
-            locks.push(info);
-        }
+/// What a lock comes to whose services cannot be reached as the backend says.
+fn unreached(unreachable: &aws::Unreachable) -> Outcome {
+    if unreachable.may_pass() {
+        Outcome::Kept { reason: unreachable.to_string(), because: Because::NoAnswer }
+    } else {
+        Outcome::kept(unreachable.to_string())
     }
-    locks
 }
 
-/// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read.
+/// What stands at `place` now, in the places of a lock: one, or two, of which the second may be somebody else's. Nothing where
+/// nothing can be read within [`EXPLANATION_TIMEOUT`].
+pub(crate) async fn standing(place: &Place) -> Vec<(Spot, Standing)> {
+    let look = async {
+        let Ok(services) = Services::connect(place).await else { return Vec::new() };
+        let reads = services.halves.iter().map(|half| services.stores.read(half));
+        let read = futures_util::future::join_all(reads).await;
+        let read = services.halves.iter().zip(read);
+        read.filter_map(|(half, standing)| Some((half.clone(), standing.ok()??))).collect()
+    };
+    timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
+}
+
+/// The state at `place` and its digest, where they do not fit: read once, within [`EXPLANATION_TIMEOUT`]. For somebody who has
+/// seen that they do not, and has waited for a while.
+pub(crate) async fn unfit_state(place: &Place) -> Option<Comparison> {
+    let table = place.table.as_ref()?;
+    let look = async {
+        let services = Services::connect(place).await.ok()?;
+        digest::compare(&services.stores, &place.bucket, &place.key, table).await.ok()
+    };
+    timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
+}
+
+/// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read within
+/// [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn may_stand(place: &Place, id: &str) -> bool {
-    let Ok(services) = Services::connect(place).await else { return true };
-    for half in &services.halves {
-        match services.stores.read(half).await {
-            Ok(Some(standing)) if standing.info().is_none_or(|info| info.id == id) => return true,
-            Ok(_) => {}
-            Err(_) => return true,
+    let look = async {
+        let Ok(services) = Services::connect(place).await else { return true };
+        for half in &services.halves {
+            match services.stores.read(half).await {
+                Ok(Some(standing)) if standing.info().is_none_or(|info| info.id == id) => return true,
+                Err(failure) if failure.cause().excludes_locks() => {}
+                Ok(_) => {}
+                Err(_) => return true,
+            }
         }
-    }
-    false
+        false
+    };
+    timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or(true)
 }
 
 /// What stands at `place` of a lock that the log of its run does not name.
@@ -265,18 +371,19 @@ pub(crate) async fn bring_to_light(
     died: bool,
 ) -> Result<Light, Failure> {
     let begun = Instant::now();
-    let patience = if died { PATIENCE } else { LOOK };
+    let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
     let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
     let mut absent = unnamed.granted.is_none();
     loop {
-        match look_for(unnamed, place, &situation.run, died).await {
+        let remaining = limit.saturating_sub(begun.elapsed()).max(LOOK);
+        match within(remaining, "AWS", look_for(unnamed, place, &situation.run, died)).await {
             Ok(Light::None) => {
                 if absent && begun.elapsed() >= late {
                     return Ok(Light::None);
                 }
                 absent = true;
             }
-            Err(failure) if !failure.is_final() && begun.elapsed() < patience => {
+            Err(failure) if !failure.is_final() && died && begun.elapsed() < limit => {
                 trace!("a lock that the log does not name: {failure}");
                 absent = unnamed.granted.is_none();
             }
@@ -291,7 +398,7 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
     let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
     let mut light = Light::None;
     for half in &services.halves {
-        let Some(standing) = services.stores.read(half).await? else { continue };
+        let Some(standing) = services.read(half).await? else { continue };
         let Some(info) = standing.info() else {
             return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
         };
@@ -328,8 +435,9 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
 pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let begun = Instant::now();
     loop {
-        match look_for_suspect(place, run, any_user).await {
-            Err(failure) if !failure.is_final() && begun.elapsed() < PATIENCE => sleep(LOOK).await,
+        let remaining = SERVICE_TIMEOUT.saturating_sub(begun.elapsed()).max(LOOK);
+        match within(remaining, "AWS", look_for_suspect(place, run, any_user)).await {
+            Err(failure) if !failure.is_final() && begun.elapsed() < SERVICE_TIMEOUT => sleep(LOOK).await,
             settled => return settled,
         }
     }
@@ -339,7 +447,7 @@ pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<
 async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
     for half in &services.halves {
-        let Some(standing) = services.stores.read(half).await? else { continue };
+        let Some(standing) = services.read(half).await? else { continue };
         let Some(info) = standing.info() else {
             return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
         };
@@ -360,7 +468,11 @@ struct Attempt<'a> {
     recorded: &'a RecordedLock,
     place: &'a Place,
     situation: &'a Situation,
+    /// For how long a service that fails is asked, from `begun` on.
+    limit: Duration,
     begun: Instant,
+    /// A service has said that the credentials are over, and new ones were asked for.
+    renewed: bool,
     /// The halves that were ours, and were asked to go.
     asked_to_go: Vec<Spot>,
     created: Option<jiff::Timestamp>,
@@ -391,17 +503,18 @@ struct Round {
     failed: Option<Failure>,
     /// A half is not to be seen, and was not deleted by us.
     missing: bool,
+    /// So many halves cannot be there at all.
+    excluded: usize,
     /// What one look does not prove: a half that is absent, or has something that is no lock in its place.
     unproven: Vec<(Spot, Option<String>)>,
 }
 
 impl Attempt<'_> {
-    /// Credentials are resolved anew in each go: those of the run may have expired.
+    /// The connection is made anew in each go: what was wrong with it may be mended.
     async fn go(&mut self) -> Result<Outcome, Failure> {
         let services = match Services::connect(self.place).await {
             Ok(services) => services,
-            Err(unreachable) if unreachable.may_pass() => return Ok(Outcome::later(unreachable.to_string())),
-            Err(unreachable) => return Ok(Outcome::kept(unreachable.to_string())),
+            Err(unreachable) => return Ok(unreached(&unreachable)),
         };
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
         let late = self.situation.request_may_land && self.recorded.locked.is_none();
@@ -426,7 +539,7 @@ impl Attempt<'_> {
             }
             let is_late = round.missing && late_until.is_some_and(|until| Instant::now() < until);
             let is_proven = round.unproven.is_empty() || unproven.as_ref() == Some(&round.unproven);
-            if !is_late && (is_proven || self.begun.elapsed() > PATIENCE) {
+            if !is_late && (is_proven || self.begun.elapsed() > self.limit) {
                 return Ok(self.outcome(&services, round, is_proven).await);
             }
             unproven = Some(round.unproven);
@@ -437,8 +550,12 @@ impl Attempt<'_> {
     /// Reads, judges and deletes one half after the other.
     async fn round(&mut self, services: &Services<'_>) -> Round {
         let mut round = Round::default();
+        // Each has its share: one service that is silent must not keep the lock in the other.
+        let remaining = self.limit.saturating_sub(self.begun.elapsed()).max(LOOK);
+        let share = remaining / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
         for half in &services.halves {
-            match self.half(services, half).await {
+            match within(share, half.service(), self.half(services, half)).await {
+                Ok(Judged::Excluded) => round.excluded += 1,
                 Ok(Judged::Absent) => {
                     round.missing = true;
                     // One that was never known to be there may be absent.
@@ -467,13 +584,14 @@ impl Attempt<'_> {
             return kept;
         }
         if let Some(reason) = round.unproven.into_iter().find_map(|(_, reason)| reason) {
-            return Outcome::later(reason);
+            return Outcome::Kept { reason, because: Because::NoLock };
         }
         if !is_proven {
             return Outcome::later(report::COMES_AND_GOES);
         }
         if !self.deleted {
-            return Outcome::Absent { anothers: round.anothers };
+            let excluded = round.excluded > 0 && round.excluded == services.halves.len();
+            return Outcome::Absent { anothers: round.anothers, excluded };
         }
         let unseen = services.halves.iter().any(|half| !self.asked_to_go.contains(half));
         Outcome::Released(Released {
@@ -492,7 +610,14 @@ impl Attempt<'_> {
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
             let (standing, global) = tokio::join!(services.stores.read(half), is_global);
             self.agreed |= global == Ok(None);
-            let Some(standing) = standing? else {
+            let standing = match standing {
+                Err(failure) if failure.cause().excludes_locks() => {
+                    trace!("no lock can be in {half:?}: {failure}");
+                    return Ok(Judged::Excluded);
+                }
+                standing => standing?,
+            };
+            let Some(standing) = standing else {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
                 return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
             };
@@ -532,7 +657,7 @@ impl Attempt<'_> {
                 }
                 Removed::Anothers => {
                     sleep(Duration::from_millis(20)).await;
-                    if self.begun.elapsed() > PATIENCE {
+                    if self.begun.elapsed() > self.limit {
                         return Ok(Judged::Doubt("it changes while it is deleted"));
                     }
                 }
@@ -556,6 +681,8 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
 /// What became of a half.
 enum Judged {
     Absent,
+    /// No lock can be there.
+    Excluded,
     Deleted,
     Anothers(String),
     /// Something that is no lock, and what.
@@ -573,18 +700,20 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     let Place { bucket, key, table, .. } = services.place;
     let table = table.as_ref()?;
     let compare = || async {
-        let compared = digest::compare(&services.stores, bucket, key, table);
-        let compared = tokio::time::timeout(PATIENCE, compared).await.ok()?.ok()?;
+        let compared = digest::compare(&services.stores, bucket, key, table).await.ok()?;
         (!compared.fits()).then_some(compared)
     };
-    let first = compare().await?;
-    for half in &services.halves {
-        if services.stores.read(half).await.ok()?.is_some() {
-            return None;
+    let look = async {
+        let first = compare().await?;
+        for half in &services.halves {
+            if services.stores.read(half).await.ok()?.is_some() {
+                return None;
+            }
         }
-    }
-    // The same again, and nobody held the lock in between: so nobody was between the state and its digest.
-    (compare().await.as_ref() == Some(&first)).then_some(first)
+        // The same again, and nobody held the lock in between: so nobody was between the state and its digest.
+        (compare().await.as_ref() == Some(&first)).then_some(first)
+    };
+    timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
 /// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`]. `None` when its lock is
@@ -594,7 +723,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
     let is_write = recorded.uploading || recorded.unlocking;
     report::say(&if is_write { report::waiting_for_write(QUIET) } else { report::waiting_for_undo(QUIET) });
     let begun = Instant::now();
-    let mut last = services.look(recorded, run).await?;
+    let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
     let mut write = Write::Quiet;
     let (mut since, mut seen) = (Instant::now(), Instant::now());
     loop {
@@ -605,10 +734,11 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             ));
         }
         sleep(LOOK).await;
-        let now = match services.look(recorded, run).await {
+        let remaining = SERVICE_TIMEOUT.saturating_sub(seen.elapsed()).max(LOOK);
+        let now = match within(remaining, "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
             // What happens meanwhile is seen in the next look.
-            Err(failure) if !failure.is_final() && seen.elapsed() < PATIENCE => {
+            Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {
                 trace!("not seen: {failure}");
                 continue;
             }

@@ -258,6 +258,11 @@ pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Ob
     let Some(etag) = &object.etag else {
         return Err(Failure::no_answer("S3", "the service gave the lock object no ETag"));
     };
+    // If-Match compares strongly, and a weak tag is equal to none (RFC 9110, 8.8.3.2 and 13.1.1).
+    if etag.starts_with("W/") {
+        let reason = "the service gives weak ETags alone, on which no delete can be conditional";
+        return Err(Failure::refusal("S3", reason));
+    }
     match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {
         Ok(_) => Ok(Deleted::Yes),
         Err(error) => {

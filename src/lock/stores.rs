@@ -63,10 +63,10 @@ impl Spot {
 }
 
 /// What was read, byte for byte: what a delete of it depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Standing {
-    /// The `Info` of an item; empty where it has none.
-    Item(String),
+    /// An item.
+    Item(dynamodb::Info),
     /// An object.
     Object(s3::Object),
 }
@@ -75,7 +75,7 @@ impl Standing {
     /// The text in which a lock is described.
     pub(crate) fn text(&self) -> &str {
         match self {
-            Self::Item(info) => info,
+            Self::Item(info) => info.text(),
             Self::Object(object) => &object.body,
         }
     }
@@ -89,7 +89,9 @@ impl Standing {
     pub(crate) fn describe_no_lock(&self) -> String {
         let text = self.text().trim_start();
         match self {
-            Self::Item(_) if text.is_empty() => "an item without Info".to_owned(),
+            Self::Item(dynamodb::Info::None) => "an item without Info".to_owned(),
+            Self::Item(dynamodb::Info::Other(_)) => "an item whose Info is no text".to_owned(),
+            Self::Item(_) if text.is_empty() => "an item with an empty Info".to_owned(),
             Self::Object(_) if text.is_empty() => "an empty object".to_owned(),
             _ if text.starts_with('<') => "a page of HTML or XML".to_owned(),
             _ => format!("{} bytes that are no lock", self.text().len()),
@@ -180,7 +182,7 @@ impl Stores {
             let now = self.read(spot).await?;
             match removed(deleted, standing, now.as_ref()) {
                 Some(removed) => return Ok(removed),
-                None if now.is_some_and(|now| now.info().is_none()) => {
+                None if standing.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
                     return Err(Failure::no_answer(spot.service(), "what its place holds after the delete is no lock"));
                 }
                 None => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -210,9 +212,10 @@ mod tests {
 
     #[test]
     fn what_is_read_after_a_delete_decides() {
-        let item = |id: &str| Standing::Item(format!(r#"{{"ID":"{id}"}}"#));
-        let (ours, other, page) = (item("a"), item("b"), Standing::Item("<html>".into()));
-        let rewritten = Standing::Item(r#"{"ID":"a","Who":"x"}"#.into());
+        let text = |text: &str| Standing::Item(dynamodb::Info::Text(text.to_owned()));
+        let item = |id: &str| text(&format!(r#"{{"ID":"{id}"}}"#));
+        let (ours, other, page) = (item("a"), item("b"), text("<html>"));
+        let rewritten = text(r#"{"ID":"a","Who":"x"}"#);
         for (deleted, now, expected) in [
             (Deleted::Yes, None, Some(Removed::Gone)),
             (Deleted::Changed, None, Some(Removed::Gone)),

@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Invocation;
 use super::destinations::Destinations;
-use super::giving_back::{Settled, Standing, bury, give_back, remember, remember_requests, replaced, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, remember, remember_abandoned, replaced, visit};
 use super::journal::{Journal, LeftOver};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -27,8 +27,9 @@ use crate::holder::host::Host;
 use crate::lock::identity::Reached;
 use crate::lock::place::Place;
 use crate::lock::proof::Run;
-use crate::lock::release::{self, Outcome, Situation};
-use crate::report;
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
+use crate::lock::stores::{Spot, Standing as Stored};
+use crate::report::{self, quoted};
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
@@ -62,6 +63,8 @@ pub(crate) struct Aftermath<'a> {
     pub(crate) unprotected: Option<&'a str>,
     pub(crate) graveyard: Option<&'a Graveyard>,
     pub(crate) release: bool,
+    /// Dead runs that were tried to be finished before, or while, terraform ran.
+    pub(crate) tried: &'a [String],
 }
 
 /// Whether terraform died, or left its work, rather than ended its operation.
@@ -153,11 +156,18 @@ fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
 /// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
 /// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
 /// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
-/// another's lock in the place is taken for one.
+/// another's lock in the place is taken for one, or a place in which no lock can be.
 pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &RecordedLock> {
     let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
     let abandoned = move |settled: &&Settled| {
-        let may_come = matches!(settled.outcome, Some(Outcome::Absent { anothers: None } | Outcome::Released(_)));
+        let may_come = match &settled.outcome {
+            Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
+            // Whether it was refused could not be seen.
+            Some(Outcome::Kept { because, .. }) => {
+                matches!(because, Because::NoAnswer | Because::Denied(_) | Because::NotYet)
+            }
+            Some(Outcome::Absent { .. }) | None => false,
+        };
         failed && may_come && settled.lock.locked.is_none() && !settled.may_still_come
     };
     settled.iter().filter(abandoned).map(|settled| &settled.lock)
@@ -186,6 +196,9 @@ impl Aftermath<'_> {
         // A shim's code tells of a death that the log, being empty, does not.
         let unlogged = self.unlogged && (died || matches!(self.ended, Ended::Exited(129..)));
         let lost = unlogged || (died && (!self.log.tells_locks() || self.log.is_torn()));
+        if self.log.mismatch.is_some() && !died && !matches!(self.ended, Ended::Exited(0)) {
+            self.explain_checksum(&with_plan, patience);
+        }
         if !self.log.may_hold() && !died && !unlogged {
             if self.stop.was_interrupted() {
                 self.name_survivors();
@@ -222,8 +235,8 @@ impl Aftermath<'_> {
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, self.graveyard);
         let abandoned = || abandoned_requests(&settled, Some(self.ended));
-        let also_remembered = remember_requests(abandoned(), &situation, self.graveyard);
-        self.tell(&settled, &remembered, &ending);
+        let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
+        self.tell(&settled, &remembered, places, &ending);
         for lock in abandoned().filter(|lock| was_waited_for(lock, at)) {
             let kept = also_remembered.contains(&lock.id);
             report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command()));
@@ -233,7 +246,7 @@ impl Aftermath<'_> {
             report::say(&report::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
         }
         for settled in &settled {
-            if let Some(Outcome::Absent { anothers: Some(id) }) = &settled.outcome {
+            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &settled.outcome {
                 self.release_late(patience, id, places);
             }
         }
@@ -284,8 +297,8 @@ impl Aftermath<'_> {
         }
     }
 
-    fn tell(&self, settled: &[Settled], remembered: &[String], ending: &str) {
-        for Settled { lock, outcome, may_still_come } in settled {
+    fn tell(&self, settled: &[Settled], remembered: &[String], places: &Places, ending: &str) {
+        for Settled { lock, outcome, may_stand, may_still_come } in settled {
             let kept = self.unprotected.is_none();
             match outcome {
                 Some(Outcome::Released(released)) => {
@@ -295,20 +308,38 @@ impl Aftermath<'_> {
                         report::say(&report::other_part_may_land(lock, kept, &self.unlock_command()));
                     }
                     if let Some(unfit) = &released.unfit {
-                        report::say(&report::unfit_digest(unfit, self.directory().as_deref()));
+                        let place = places.of(lock).into_iter().next();
+                        let workspace = place.as_ref().and_then(|place| places.workspace_of(place));
+                        report::say(&report::unfit_digest(unfit, workspace, self.directory().as_deref()));
                     }
                 }
-                Some(Outcome::Kept { reason, later: true }) if reason == report::ANOTHER_ACCOUNT && kept => {
+                // Terraform was refused, and has said so itself.
+                Some(Outcome::Kept { .. }) if !may_stand => {}
+                Some(Outcome::Kept { because: Because::OtherAccount, .. }) if kept => {
                     report::say(&report::not_seen(ending, lock, self.reached.needs()));
                 }
-                Some(Outcome::Kept { reason, later }) => {
-                    report::say(&report::kept(ending, lock, reason, *later && kept, &self.unlock_command()));
+                Some(Outcome::Kept { reason, because }) => {
+                    let later = kept && *because != Because::Doubt;
+                    report::say(&report::kept(ending, lock, reason, *because, later, &self.unlock_command()));
                 }
                 Some(Outcome::Absent { .. }) if *may_still_come => {
                     let kept = remembered.contains(&lock.id);
                     report::say(&report::may_still_come(ending, lock, kept, &self.unlock_command()));
                 }
                 Some(Outcome::Absent { .. }) | None => {}
+            }
+        }
+    }
+
+    /// Terraform has failed because a state and its digest do not fit, and has said so. We add what to type.
+    fn explain_checksum(&self, places: &Places, patience: &mut Patience<'_>) {
+        let Some((bucket, key)) = &self.log.mismatch else { return };
+        let _there = Within::enter(&places.working_directory);
+        for place in places.of_state(bucket, key) {
+            if let Ok(Some(unfit)) = patience.until(release::unfit_state(&place)) {
+                let workspace = places.workspace_of(&place);
+                report::say(&report::unfit_digest(&unfit, workspace, self.directory().as_deref()));
+                return;
             }
         }
     }
@@ -330,7 +361,7 @@ impl Aftermath<'_> {
     fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
         let Some(graveyard) = self.graveyard else { return };
         for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
-            if let Some(Outcome::Released(_)) = visit(tombstone, places, patience) {
+            if let Some(Outcome::Released(_)) = visit(tombstone, places, EXPLANATION_TIMEOUT, patience) {
                 report::say(&report::came_late(&tombstone.lock));
                 report::say(report::TRY_AGAIN);
             }
@@ -344,29 +375,48 @@ impl Aftermath<'_> {
         if died || matches!(self.ended, Ended::Exited(0)) {
             return;
         }
-        for Settled { lock, outcome, .. } in settled {
-            if lock.locked.is_some() || matches!(outcome, Some(Outcome::Released(_))) {
-                continue;
+        for Settled { lock, outcome, .. } in settled.iter().filter(|settled| settled.lock.locked.is_none()) {
+            // Of a service that is silent, and of one where nothing stands, there is nothing to say.
+            let is_refused = match outcome {
+                Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
+                Some(Outcome::Kept { because, .. }) => *because == Because::NoLock,
+                Some(Outcome::Released(_)) => false,
+                // It was not looked for: nothing is to be released here.
+                None => true,
+            };
+            if is_refused {
+                places.of(lock).iter().for_each(|place| self.explain_refusal(lock, place, places, patience));
             }
-            for place in places.of(lock) {
-                let found = standing(&place, places, patience);
-                for info in found.into_iter().filter(|info| info.id != lock.id) {
-                    let host = Host::look();
-                    let judgement = host.judge(&info);
-                    trace!("refused by {}: {:?}", info.id, judgement.verdict);
-                    let directory = self.directory();
-                    let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
-                    let now = Timestamp::now();
-                    report::say(&report::refused(&info, &judgement, now, directory.as_deref(), dead.is_some()));
-                    if let Some(run) = dead
-                        && let Ok(child) = waiting::start(run)
-                    {
-                        waiting::wait_for(child, patience);
-                        let left = standing(&place, places, patience);
-                        if !left.iter().any(|left| left.id == info.id) {
-                            report::say(report::TRY_AGAIN);
-                        }
-                    }
+        }
+    }
+
+    /// The same for one place of the lock that was asked for.
+    fn explain_refusal(&self, asked: &RecordedLock, place: &Place, places: &Places, patience: &mut Patience<'_>) {
+        let found = standing(place, places, patience);
+        let directory = self.directory();
+        let command = |words: &str| {
+            let directory = directory.as_deref().map_or_else(String::new, |path| format!(" --chdir {}", quoted(path)));
+            report::in_workspace(unselected_workspace(place, places), &format!("tf locks {words}{directory}"))
+        };
+        for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
+            let what = standing.describe_no_lock();
+            report::say(&report::barred(&spot.describe(), &what, &command("release"), &place.lock_path()));
+        }
+        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, standing)| standing.info()).collect();
+        locks.dedup();
+        for info in locks.into_iter().filter(|info| info.id != asked.id) {
+            let host = Host::look();
+            let judgement = host.judge(&info);
+            trace!("refused by {}: {:?}", info.id, judgement.verdict);
+            let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
+            report::say(&report::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
+            let Some(run) = dead else { continue };
+            // What it says of a run that it was tried on a moment ago was said.
+            if let Ok(child) = waiting::start(run, self.tried.iter().any(|tried| tried == run)) {
+                waiting::wait_for(child, patience);
+                let left = self::standing(place, places, patience);
+                if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
+                    report::say(report::TRY_AGAIN);
                 }
             }
         }
@@ -436,8 +486,15 @@ fn stands(id: &str, place: &Place, places: &Places, patience: &mut Patience<'_>)
     patience.until(release::may_stand(place, id)).unwrap_or(true)
 }
 
-/// The locks that stand at `place` now.
-fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<LockInfo> {
+/// The workspace whose state is at `place`, if a command without further words would not look there: it is neither the default
+/// one nor the selected one, and it need not have a state yet.
+fn unselected_workspace<'a>(place: &Place, places: &'a Places) -> Option<&'a str> {
+    let selected = places.directories.first().map(|directory| directory.workspace.as_str());
+    places.workspace_of(place).filter(|name| Some(*name) != selected)
+}
+
+/// What stands in the places of a lock at `place` now.
+fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<(Spot, Stored)> {
     let _there = Within::enter(&places.working_directory);
     patience.until(release::standing(place)).unwrap_or_default()
 }
@@ -517,7 +574,8 @@ mod tests {
     #[test]
     fn a_request_of_a_terraform_that_failed_may_still_land_unless_another_holds_the_lock() {
         let lock = told(2).locks.remove(0);
-        let absent = || Some(Outcome::Absent { anothers: None });
+        let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let released = || {
             let nothing = release::Released { created: None, write: None, unfit: None, is_partial: false };
             Some(Outcome::Released(nothing))
@@ -527,15 +585,23 @@ mod tests {
             (released(), Some(Ended::Exited(1)), 1),
             (absent(), Some(Ended::Exited(0)), 0),
             (absent(), None, 0),
-            (Some(Outcome::Absent { anothers: Some("x".into()) }), Some(Ended::Exited(1)), 0),
+            (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
+            // A table that does not exist has refused it.
+            (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
+            (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
+            (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
+            // What is no lock was there, and has refused it.
+            (kept(Because::NoLock), Some(Ended::Exited(1)), 0),
+            (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
             (None, Some(Ended::Exited(1)), 0),
         ] {
-            let settled = [Settled { lock: lock.clone(), outcome, may_still_come: false }];
+            let settled = [Settled { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
             assert_eq!(abandoned_requests(&settled, ended).count(), expected, "{settled:?} {ended:?}");
         }
         let mut had = lock.clone();
         had.locked = Some(lock.asked);
-        let settled = [Settled { lock: had, outcome: absent(), may_still_come: false }];
+        let settled = [Settled { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
         assert_eq!(abandoned_requests(&settled, Some(Ended::Exited(1))).count(), 0);
         for (seconds, expected) in [(1, false), (5, true)] {
             assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);

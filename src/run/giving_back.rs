@@ -1,6 +1,8 @@
 //! Giving back the locks of a run whose operation is over: by `tf`, else by its guardian, else by the next `tf`. All three
 //! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
 
+use std::time::Duration;
+
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +16,7 @@ use crate::history::{self, By, Event, What};
 use crate::lock::failure::Failure;
 use crate::lock::identity::Reached;
 use crate::lock::place::Place;
-use crate::lock::release::{self, Light, Outcome, Situation};
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Light, Outcome, SERVICE_TIMEOUT, Situation};
 use crate::report;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -63,8 +65,8 @@ impl Standing {
                 if !places.is_empty() && may_land(Some(unnamed.asked), Timestamp::now()) {
                     standing.awaited.push(unnamed.clone());
                 }
-            } else if let Some(reason) = not_believed(&places, situation, patience) {
-                standing.unread.push((unnamed.clone(), reason.to_owned()));
+            } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&places, situation, patience) {
+                standing.unread.push((unnamed.clone(), reason));
             }
         }
         standing
@@ -94,7 +96,7 @@ impl Standing {
     /// The same for whoever has nobody to tell: all of which a person should hear is left for the next `tf`, which judges it
     /// again, and says it.
     pub(crate) fn untold(self, settled: Vec<Settled>, log: &Log) -> LeftOver {
-        let kept = |settled: &Settled| matches!(settled.outcome, Some(Outcome::Kept { .. }));
+        let kept = |settled: &Settled| settled.may_stand && matches!(settled.outcome, Some(Outcome::Kept { .. }));
         let unread: Vec<UnnamedLock> = if self.suspects.is_empty() {
             self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect()
         } else {
@@ -113,6 +115,8 @@ impl Standing {
 pub(crate) struct Settled {
     pub(crate) lock: RecordedLock,
     pub(crate) outcome: Option<Outcome>,
+    /// The run had it, or died before it knew. One that was refused is somebody else's.
+    pub(crate) may_stand: bool,
     /// Its request was not answered, and may still land: all of it, the part that was not seen, or once more, because the
     /// SDK of a terraform that gets no answer sends it again.
     pub(crate) may_still_come: bool,
@@ -121,7 +125,7 @@ pub(crate) struct Settled {
 impl Settled {
     /// Whether the next `tf` has something to do about it.
     pub(crate) fn is_left_over(&self) -> bool {
-        matches!(self.outcome, Some(Outcome::Kept { later: true, .. }))
+        self.may_stand && self.outcome.as_ref().is_some_and(Outcome::is_for_later)
     }
 }
 
@@ -139,13 +143,14 @@ pub(crate) fn give_back(
     patience: &mut Patience<'_>,
 ) -> Vec<Settled> {
     let _there = Within::enter(&places.working_directory);
+    let mut is_silent = false;
     // A migration holds two, and gives back the second first.
     let settled = standing.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
-        // A recorded lock is named when it was had, or when its holder died before it knew. One that was refused is
-        // somebody else's.
         let may_stand = recorded.locked.is_some() || died;
         let named = |outcome: Outcome| may_stand.then_some(outcome);
+        // A service that was silent for one lock is not waited for as long for the next.
+        let limit = if may_stand && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
@@ -153,21 +158,27 @@ pub(crate) fn give_back(
             named(Outcome::kept(report::CLAIMED))
         } else {
             let places = places.of(recorded);
-            match wherever_it_is(recorded, &places, situation, patience) {
+            match wherever_it_is(recorded, &places, situation, limit, patience) {
                 // One that was refused is not missed, nor one that was not had where another's is.
                 Some(absent @ Outcome::Absent { .. })
                     if may_stand
-                        && (recorded.locked.is_some() || matches!(absent, Outcome::Absent { anothers: None }))
+                        && (recorded.locked.is_some() || matches!(absent, Outcome::Absent { anothers: None, .. }))
                         && !is_expected_to_be_gone(recorded, died, situation.run.program.as_ref()) =>
                 {
-                    Some(not_believed(&places, situation, patience).map_or(absent, Outcome::later))
+                    Some(not_believed(&places, situation, patience).unwrap_or(absent))
                 }
                 outcome => outcome.or_else(|| named(Outcome::kept(report::NO_PLACE))),
             }
         };
         trace!("lock {}: {outcome:?}", recorded.id);
-        let looked_for = matches!(outcome, Some(Outcome::Absent { .. } | Outcome::Released(_)));
-        Settled { lock: recorded.clone(), may_still_come: looked_for && died && recorded.locked.is_none(), outcome }
+        is_silent |= matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
+        let is_gone_for_now = matches!(outcome, Some(Outcome::Absent { excluded: false, .. } | Outcome::Released(_)));
+        Settled {
+            lock: recorded.clone(),
+            may_stand,
+            may_still_come: is_gone_for_now && died && recorded.locked.is_none(),
+            outcome,
+        }
     });
     settled.collect()
 }
@@ -200,12 +211,12 @@ pub(crate) fn replaced(
     let mut all = Vec::new();
     let _there = Within::enter(&places.working_directory);
     for Settled { lock, outcome, .. } in settled {
-        let Some(Outcome::Absent { anothers: Some(id) }) = outcome else { continue };
+        let Some(Outcome::Absent { anothers: Some(id), .. }) = outcome else { continue };
         let mut standing = Vec::new();
         for place in places.of(lock) {
             standing.extend(patience.until(release::standing(&place)).unwrap_or_default());
         }
-        let other = standing.into_iter().find(|info| info.id == *id);
+        let other = standing.iter().filter_map(|(_, standing)| standing.info()).find(|info| info.id == *id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
             let why = format!("while its run worked, {} locked the same state, ID {}", info.who, info.id);
             history::record(&Event::of_recorded(What::Replaced, by, lock, &why, None));
@@ -222,25 +233,38 @@ fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Times
     own.locked.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
-/// Why a lock that was seen in none of `places` does not count as gone.
-fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<&'static str> {
-    match patience.until(situation.reached.believes(places)) {
-        Ok(true) => None,
-        Ok(false) => Some(report::ANOTHER_ACCOUNT),
-        Err(reason) => Some(reason),
+/// Why a lock that was seen in none of `places` does not count as gone. `None` where it does.
+fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<Outcome> {
+    match patience.until(async { tokio::time::timeout(SERVICE_TIMEOUT, situation.reached.believes(places)).await }) {
+        Ok(Ok(true)) => None,
+        Ok(Ok(false) | Err(_)) => {
+            Some(Outcome::Kept { reason: report::ANOTHER_ACCOUNT.to_owned(), because: Because::OtherAccount })
+        }
+        Err(reason) => Some(Outcome::later(reason)),
     }
 }
 
-/// Gives the lock back in the place where it is. `None` where there is no place to look in.
+/// Gives the lock back in the place where it is; a service that is silent is waited for as long as `limit`. `None` where
+/// there is no place to look in.
 fn wherever_it_is(
     recorded: &RecordedLock,
     places: &[Place],
     situation: &Situation,
+    limit: Duration,
     patience: &mut Patience<'_>,
 ) -> Option<Outcome> {
     let mut worst = None;
     for place in places {
-        let outcome = patience.until(release::release(recorded, place, situation)).unwrap_or_else(Outcome::later);
+        let release = async {
+            let release = release::release(recorded, place, situation, limit);
+            if limit > EXPLANATION_TIMEOUT {
+                return release.await;
+            }
+            // Nobody is to wait for long, or to be asked for a password, for a lock that is most likely somebody else's.
+            let silent = || Outcome::Kept { reason: report::SILENT.to_owned(), because: Because::NoAnswer };
+            tokio::time::timeout(limit, release).await.unwrap_or_else(|_| silent())
+        };
+        let outcome = patience.until(release).unwrap_or_else(Outcome::later);
         match outcome {
             Outcome::Released(_) => return Some(outcome),
             Outcome::Kept { .. } => worst = Some(outcome),
@@ -253,31 +277,42 @@ fn wherever_it_is(
 /// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
 pub(crate) fn bury(settled: &[Settled], situation: &Situation, graveyard: Option<&Graveyard>) -> Vec<String> {
     let late = settled.iter().filter(|settled| settled.may_still_come).map(|settled| &settled.lock);
-    remember_requests(late, situation, graveyard)
+    late.filter_map(|lock| {
+        graveyard?.put(&Tombstone::new(lock, &situation.run)).ok()?;
+        Some(lock.id.clone())
+    })
+    .collect()
 }
 
-/// Keeps the facts of `locks`, whose requests may still land. Gives the IDs of those for which that worked.
-pub(crate) fn remember_requests<'a>(
+/// Keeps the facts of `locks`, whose terraform ended by itself without an answer. Gives the IDs of those for which that
+/// worked.
+pub(crate) fn remember_abandoned<'a>(
     locks: impl Iterator<Item = &'a RecordedLock>,
     situation: &Situation,
     graveyard: Option<&Graveyard>,
 ) -> Vec<String> {
     locks
         .filter_map(|lock| {
-            graveyard?.put(&Tombstone::new(lock, &situation.run)).ok()?;
+            graveyard?.put(&Tombstone { abandoned: true, ..Tombstone::new(lock, &situation.run) }).ok()?;
             Some(lock.id.clone())
         })
         .collect()
 }
 
 /// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its
-/// time: the request may land once more, or the other part of it. `None` where there is no place to look in.
-pub(crate) fn visit(tombstone: &Tombstone, places: &Places, patience: &mut Patience<'_>) -> Option<Outcome> {
+/// time: the request may land once more, or the other part of it. A service that is silent is waited for as long as `limit`.
+/// `None` where there is no place to look in.
+pub(crate) fn visit(
+    tombstone: &Tombstone,
+    places: &Places,
+    limit: Duration,
+    patience: &mut Patience<'_>,
+) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let reached = Reached::default();
     let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false, reached };
-    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, patience);
+    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, limit, patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
         let why = "a dead terraform's request took it late";

@@ -34,7 +34,7 @@ use nix::unistd::Pid;
 
 use super::aftermath::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
 use super::destinations::Destinations;
-use super::giving_back::{Standing, bury, give_back, remember, remember_requests, replaced};
+use super::giving_back::{Standing, bury, give_back, remember, remember_abandoned, replaced};
 use super::journal::{Entry, Journal, LeftOver, Record};
 use super::other_backend::{self, Elsewhere};
 use super::patience::Patience;
@@ -197,8 +197,7 @@ impl Guardian {
     /// # Errors
     /// When the guardian is gone.
     pub(crate) fn note(&mut self, event: Event) -> io::Result<()> {
-        let place = Event::ALL.iter().position(|known| *known == event).unwrap_or_default();
-        self.send(EVENT, &[u8::try_from(place).unwrap_or_default()])
+        self.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
     /// Tells that `tf` stands still from now on, or does not any more.
@@ -531,9 +530,9 @@ impl<'a> Watch<'a> {
                 crash_point::reached("guardian: knows terraform");
             }
             EVENT => {
-                if let Some(event) = payload.first().and_then(|&place| Event::ALL.get(usize::from(place))) {
+                if let Ok(event) = serde_json::from_slice::<Event>(payload) {
                     // What follows from it `tf` does itself.
-                    let _ = self.ward.stop.decide(*event, self.ward.begun.elapsed());
+                    let _ = self.ward.stop.decide(event, self.ward.begun.elapsed());
                 }
             }
             STILL => self.still = payload == [1],
@@ -710,7 +709,7 @@ impl<'a> Watch<'a> {
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
         bury(&settled, &situation, ward.graveyard);
-        remember_requests(abandoned_requests(&settled, ended), &situation, ward.graveyard);
+        remember_abandoned(abandoned_requests(&settled, ended), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
         let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);
         let mut left_over = standing.untold(settled, &log);

@@ -235,8 +235,8 @@ pub(crate) enum Found {
     Foreign(&'static str, Option<Box<Record>>),
     /// Nobody of it is known to be alive, and these processes may be of it: it is left alone as long as they run.
     Doubtful(Box<Record>, Vec<Process>),
-    /// It was no record, and lies here now.
-    SetAside(PathBuf),
+    /// What lies here is no record, and nobody holds it.
+    Broken(PathBuf),
     /// Nothing, or nothing any more.
     Gone,
 }
@@ -338,7 +338,7 @@ impl Journal {
                     [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
                 });
                 // Whoever holds it will write it anew, or take it away.
-                return if held { Found::Foreign("it cannot be read", None) } else { self.set_aside(&path, name) };
+                return if held { Found::Foreign("it cannot be read", None) } else { Found::Broken(path) };
             }
         };
         let mut standpoint = record.host.seen_from(self.host());
@@ -359,7 +359,7 @@ impl Journal {
             {
                 return Found::Foreign(READ_ONLY, Some(Box::new(record)));
             }
-            Err(_) => return self.set_aside(&path, name),
+            Err(_) => return Found::Broken(path),
         };
         let record = Box::new(record);
         let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
@@ -417,25 +417,24 @@ impl Journal {
         })
     }
 
-    /// Puts what is no record out of the way, where a person can look at it.
-    fn set_aside(&self, path: &Path, name: &str) -> Found {
+    /// Puts what is no record out of the way, where a person can look at it, and gives that place. `None` where it cannot be
+    /// moved.
+    pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
         let _ = DirBuilder::new().mode(0o700).create(&directory);
         let target = directory.join(name);
         if !is_private(&directory) {
-            return Found::Foreign("it cannot be read", None);
+            return None;
         }
         let _ = fs::remove_dir_all(&target);
-        if fs::rename(path, &target).is_err() {
-            return Found::Foreign("it cannot be read", None);
-        }
+        fs::rename(self.runs.join(name), &target).ok()?;
         Recorder::clear_away(name);
         let mut kept: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
         kept.sort_by_key(|entry| std::cmp::Reverse(entry.metadata().and_then(|place| place.modified()).ok()));
         for old in kept.into_iter().skip(SET_ASIDE) {
             let _ = fs::remove_dir_all(old.path());
         }
-        Found::SetAside(target)
+        Some(target)
     }
 }
 
@@ -599,6 +598,16 @@ mod tests {
         record
     }
 
+    /// Other tests of this process start processes meanwhile, and between fork(2) and exec(2) those hold every lock of ours.
+    fn wait_until_free(journal: &Journal, bytes: &[u8]) {
+        let lock = open_lock(&journal.runs.join(RUN).join("lock")).unwrap();
+        let begun = std::time::Instant::now();
+        while bytes.iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap()) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{bytes:?} are held");
+            crate::run::poll::wait(&[], Some(Duration::from_millis(1)));
+        }
+    }
+
     #[test]
     fn a_run_is_living_then_settling_then_dead_then_gone() {
         let (_root, journal) = journal();
@@ -607,9 +616,11 @@ mod tests {
         assert!(matches!(journal.look(RUN), Found::Living(_)));
         assert!(journal.is_claimed(ID, "other") && !journal.is_claimed(ID, RUN));
         drop(life);
+        wait_until_free(&journal, &[LIFE]);
         assert!(matches!(journal.look(RUN), Found::Settling(_)));
         let kept = entry.path.clone();
         drop(entry);
+        wait_until_free(&journal, &[LIFE, CHARGE]);
         let Found::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
         assert_eq!(found.log.locks[0].id, ID);
         assert!(matches!(journal.look(RUN), Found::Settling(_)), "one recoverer at a time");
@@ -626,8 +637,11 @@ mod tests {
             let (entry, life) = journal.begin(&record(&journal)).unwrap();
             fs::write(entry.path.join("record.json"), &whole[..length]).unwrap();
             drop((entry, life));
+            wait_until_free(&journal, &[LIFE, CHARGE]);
             let found = journal.look(RUN);
-            assert!(matches!(found, Found::SetAside(_)), "cut at {length}: {found:?}");
+            assert!(matches!(found, Found::Broken(_)), "cut at {length}: {found:?}");
+            assert_eq!(journal.names(), [RUN], "who only looks moves nothing");
+            assert!(journal.set_aside(RUN).is_some());
             assert!(journal.names().is_empty());
         }
         assert!(fs::read_dir(root.path().join("set-aside")).unwrap().count() <= SET_ASIDE);
@@ -640,6 +654,7 @@ mod tests {
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         let path = entry.path.clone();
         drop((entry, life));
+        wait_until_free(&journal, &[LIFE, CHARGE]);
         // A link to a whole record, in place of the directory and of the file.
         let elsewhere = root.path().join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
@@ -649,17 +664,19 @@ mod tests {
         fs::rename(&elsewhere, &path).unwrap();
         fs::rename(path.join("record.json"), root.path().join("record")).unwrap();
         symlink(root.path().join("record"), path.join("record.json")).unwrap();
-        assert!(matches!(journal.look(RUN), Found::SetAside(_)));
+        assert!(matches!(journal.look(RUN), Found::Broken(_)));
+        journal.set_aside(RUN).unwrap();
         // One that is open to others.
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         drop((entry, life));
+        wait_until_free(&journal, &[LIFE, CHARGE]);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(matches!(journal.look(RUN), Found::Foreign(..)));
         // One that says to be another run.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
         let other = "4000000-fedcba9876543210";
         fs::rename(&path, path.with_file_name(other)).unwrap();
-        assert!(matches!(journal.look(other), Found::SetAside(_)));
+        assert!(matches!(journal.look(other), Found::Broken(_)));
     }
 
     #[test]

@@ -125,11 +125,14 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     let destinations = Destinations::of(&invocation.command_line, &current);
     let here = Places::new(&current, &before, before.clone(), &invocation.command_line, &destinations);
 
-    let variable = |name: &str| std::env::var_os(name);
-    if settings.release
-        && let Some(signal) = recovery::before_run(&StateDirectory::all(variable), &here, &mut signals)
-    {
-        return Ok(Ended::Killed(signal));
+    let mut tried = Vec::new();
+    if settings.release {
+        let states = StateDirectory::all(|name: &str| std::env::var_os(name));
+        let recovery = recovery::before_run(&states, &here, &mut signals);
+        if let Some(signal) = recovery.asked {
+            return Ok(Ended::Killed(signal));
+        }
+        tried = recovery.tried;
     }
     crash_point::reached("tf: begun");
 
@@ -149,7 +152,8 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
             return Err(Unprepared(error));
         }
     };
-    prepared.run(invocation, settings, &mut signals, &before, &here)
+    let waiting = settings.release.then(|| Waiting::new(tried));
+    prepared.run(invocation, settings, &mut signals, &before, (&here, waiting))
 }
 
 /// Everything that stands before terraform does.
@@ -295,7 +299,7 @@ impl<'a> Prepared<'a> {
         settings: &Settings,
         signals: &mut Signals,
         before: &DataDirectory,
-        here: &Places,
+        (here, mut waiting): (&Places, Option<Waiting>),
     ) -> Result<Ended, NotSupervised> {
         let setup = Setup {
             own_group: !settings.shared_terminal,
@@ -332,7 +336,6 @@ impl<'a> Prepared<'a> {
         }
         trace!("started terraform as {terraform}, run {}", self.run);
 
-        let mut waiting = settings.release.then(Waiting::default);
         let ended = Supervision {
             terraform,
             here,
@@ -354,9 +357,7 @@ impl<'a> Prepared<'a> {
         }
         .watch();
         crash_point::reached("tf: terraform ended");
-        if let Some(waiting) = waiting {
-            waiting.finish(&mut Patience::Person(signals));
-        }
+        let tried = waiting.map(|waiting| waiting.finish(&mut Patience::Person(signals))).unwrap_or_default();
         let all_written = self.pipes.flush();
 
         let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
@@ -386,6 +387,7 @@ impl<'a> Prepared<'a> {
             unprotected: failed.as_deref().or(self.journal.as_ref().err().map(String::as_str)),
             graveyard: self.graveyard.as_ref(),
             release: settings.release,
+            tried: &tried,
         }
         .settle(&mut Patience::Person(signals));
         crash_point::reached("tf: settled");

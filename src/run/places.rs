@@ -103,6 +103,18 @@ impl Places {
         place::find_unnamed(unnamed, &directories, self.usable())
     }
 
+    /// Where the state `bucket`/`key` is.
+    pub(crate) fn of_state(&self, bucket: &str, key: &str) -> Vec<Place> {
+        let directories: Vec<&DataDirectory> = self.directories.iter().collect();
+        place::of_state(bucket, key, &directories, self.usable())
+    }
+
+    /// The workspace whose state is at `place`. `None` where it is not one of those that this run is known to have used.
+    pub(crate) fn workspace_of(&self, place: &Place) -> Option<&str> {
+        let is_it = |name: &&String| place.backend.state_key(name).as_deref() == Some(&place.key);
+        self.workspaces.iter().find(is_it).map(String::as_str)
+    }
+
     fn usable(&self) -> Workspaces<'_> {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }

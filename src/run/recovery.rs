@@ -37,7 +37,7 @@ use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
 use crate::lock::proof::Run;
-use crate::lock::release::{self, Outcome, Situation};
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, SERVICE_TIMEOUT, Situation};
 use crate::report;
 use crate::sys::process::Process;
 use crate::sys::signals::Signals;
@@ -76,9 +76,17 @@ struct Dead {
     reason: Option<String>,
 }
 
-/// Finishes dead runs before terraform starts in `here`. Gives the signal by which somebody asked us to stop meanwhile.
-/// There must be one thread.
-pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut Signals) -> Option<Signal> {
+/// What became of [`before_run`].
+#[derive(Debug, Default)]
+pub(crate) struct Before {
+    /// Somebody asked us to stop meanwhile.
+    pub(crate) asked: Option<Signal>,
+    /// The runs that could not be finished. What keeps them was said.
+    pub(crate) tried: Vec<String>,
+}
+
+/// Finishes dead runs before terraform starts in `here`. There must be one thread.
+pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut Signals) -> Before {
     let mut near = Vec::new();
     let mut far = Vec::new();
     let mut late = Vec::new();
@@ -110,7 +118,11 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                     let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason: None };
                     if is_near { near.push(dead) } else { far.push(dead) }
                 }
-                Found::SetAside(path) => report::say(&report::set_aside(&path)),
+                Found::Broken(_) => {
+                    if let Some(path) = journal.set_aside(&name) {
+                        report::say(&report::set_aside(&path));
+                    }
+                }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 Found::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
@@ -124,7 +136,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     if !late.is_empty() {
         let visit_all = || {
             let has_come = |pending: &&Tombstone| {
-                matches!(visit(pending, here, &mut Patience::Nobodys), Some(Outcome::Released(_)))
+                let visited = visit(pending, here, EXPLANATION_TIMEOUT, &mut Patience::Nobodys);
+                matches!(visited, Some(Outcome::Released(_)))
             };
             let come = late.iter().filter(has_come);
             Finished { messages: come.map(|pending| report::came_late(&pending.lock)).collect(), left: false }
@@ -132,29 +145,31 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
     }
     for pending in late_elsewhere {
-        in_a_process(Vec::new(), || look_for_request(&pending), report::say, signals, &mut asked);
+        let look = || look_for_request(&pending, EXPLANATION_TIMEOUT);
+        in_a_process(Vec::new(), look, report::say, signals, &mut asked);
     }
+    let mut tried = Vec::new();
     for dead in near {
         if asked.is_some() {
             break;
         }
+        let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.charge().as_raw_fd()];
         in_a_process(keep, || finish(dead, Audience::Person), report::say, signals, &mut asked);
+        if journal.has(&name) {
+            tried.push(name);
+        }
     }
-    asked
+    Before { asked, tried }
 }
 
 /// The dead runs that can have locked `here` and that nobody is finishing, with the pids of their `tf`. Nothing is done
-/// about them. One that was tried a moment ago and not finished is not among them.
+/// about them.
 pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> {
     let Some(journal) = Journal::there(state) else { return Vec::new() };
     let names = journal.names().into_iter();
     let dead = names.filter_map(|name| match journal.look(&name) {
-        Found::Dead(record, entry, _)
-            if is_of(&record, here) && !(record.over && entry.was_written_within(TRIED_AGAIN_AFTER)) =>
-        {
-            Some((name, record.tf))
-        }
+        Found::Dead(record, ..) if is_of(&record, here) => Some((name, record.tf)),
         _ => None,
     });
     dead.collect()
@@ -169,16 +184,23 @@ pub(crate) struct Recovered {
     pub(crate) asked: Option<Signal>,
 }
 
-/// Finishes every dead run of this user on this host, or `only` that one, one after the other, and has `say` tell what was
-/// done. One that its guardian takes care of is waited for. With `dry_run` it only says what is dead. There must be one
-/// thread.
-pub(crate) fn everything(
-    dry_run: bool,
-    only: Option<&str>,
-    reason: Option<&str>,
-    say: fn(&str),
-    signals: &mut Signals,
-) -> Recovered {
+/// What [`everything`] is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    /// Only say what is dead.
+    pub(crate) dry_run: bool,
+    /// Only this run.
+    pub(crate) only: Option<&'a str>,
+    /// Of what could not be done nothing is to be said: it was said before.
+    pub(crate) again: bool,
+    /// For the history.
+    pub(crate) reason: Option<&'a str>,
+}
+
+/// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and has `say` tell
+/// what was done. One that its guardian takes care of is waited for. There must be one thread.
+pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
+    let Request { dry_run, only, again, reason } = request;
     let mut recovered = Recovered::default();
     // For all of them together: how many runs end at this moment is nothing to whoever waits.
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHERS_FINISH_WITHIN };
@@ -206,14 +228,22 @@ pub(crate) fn everything(
                         said.set(true);
                         say(message);
                     };
-                    let finish = || finish(dead, Audience::Person);
+                    let finish = || {
+                        let mut finished = finish(dead, Audience::Person);
+                        if again && finished.left {
+                            finished.messages.clear();
+                        }
+                        finished
+                    };
                     let left = in_a_process(keep, finish, tell, signals, &mut recovered.asked);
                     // A run that will be tried again is still in the journal; so is one whose recovery was ended.
                     let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
                     recovered.left += usize::from(left || is_left);
                 }
-                Found::SetAside(path) => {
-                    report::say(&report::set_aside(&path));
+                Found::Broken(path) => {
+                    let moved = if dry_run { None } else { journal.set_aside(&name) };
+                    let text = moved.map_or_else(|| report::broken(&path), |path| report::set_aside(&path));
+                    report::say(&text);
                     recovered.left += 1;
                 }
                 Found::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
@@ -244,7 +274,8 @@ pub(crate) fn everything(
         }
         if only.is_none() && !dry_run {
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
-                let left = in_a_process(Vec::new(), || look_for_request(&pending), say, signals, &mut recovered.asked);
+                let look = || look_for_request(&pending, SERVICE_TIMEOUT);
+                let left = in_a_process(Vec::new(), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left);
             }
         }
@@ -253,14 +284,15 @@ pub(crate) fn everything(
 }
 
 /// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
-fn look_for_request(pending: &Tombstone) -> Finished {
+fn look_for_request(pending: &Tombstone, limit: Duration) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = places_of(record);
-    match visit(pending, &places, &mut Patience::Nobodys) {
+    match visit(pending, &places, limit, &mut Patience::Nobodys) {
         Some(Outcome::Released(_)) => Finished { messages: vec![report::came_late(&pending.lock)], left: false },
-        Some(Outcome::Kept { reason, .. }) => {
-            Finished { messages: vec![report::not_recovered(record, &pending.lock, &reason)], left: true }
+        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
+        Some(Outcome::Kept { reason, because }) => {
+            Finished { messages: vec![report::not_recovered(record, &pending.lock, &reason, because)], left: true }
         }
         Some(Outcome::Absent { .. }) | None => Finished::default(),
     }
@@ -612,18 +644,22 @@ fn settle(
                 if released.is_partial && recent {
                     messages.push(report::other_part_may_land(&lock, true, ""));
                 }
+                let place = places.of(&lock).into_iter().next();
+                let workspace = place.as_ref().and_then(|place| places.workspace_of(place));
                 messages.extend(
-                    released.unfit.map(|unfit| report::unfit_digest(&unfit, Some(&record.working_directory()))),
+                    released
+                        .unfit
+                        .map(|unfit| report::unfit_digest(&unfit, workspace, Some(&record.working_directory()))),
                 );
             }
-            Some(Outcome::Kept { reason, later }) => {
-                messages.push(if reason == report::ANOTHER_ACCOUNT {
+            Some(Outcome::Kept { reason, because }) => {
+                messages.push(if because == Because::OtherAccount {
                     report::not_seen(&report::earlier_run(record), &lock, situation.reached.needs())
                 } else {
-                    report::not_recovered(record, &lock, &reason)
+                    report::not_recovered(record, &lock, &reason, because)
                 });
                 left = true;
-                if later || audience == Audience::Nobody {
+                if because != Because::Doubt || audience == Audience::Nobody {
                     left_over.locks.push(lock);
                 }
             }

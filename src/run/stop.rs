@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// How long after the second ^C a third one forces.
 pub(crate) const OFFER: Duration = Duration::from_secs(3);
 
@@ -14,7 +16,7 @@ pub(crate) const OFFER: Duration = Duration::from_secs(3);
 const AFTER_SECOND: Duration = Duration::from_secs(6);
 
 /// Something that asks for an end, or a moment that was waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Event {
     /// ^C, and the terminal gave it to us.
     Keyboard,
@@ -32,20 +34,6 @@ pub(crate) enum Event {
     NobodyCanAnswer,
     /// Time passed.
     Time,
-}
-
-impl Event {
-    /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
-        Self::Keyboard,
-        Self::KeyboardAtTerraform,
-        Self::Request,
-        Self::RequestToAll,
-        Self::ParentGone,
-        Self::ReaderGone,
-        Self::NobodyCanAnswer,
-        Self::Time,
-    ];
 }
 
 /// What is then done.
@@ -206,7 +194,46 @@ impl Stop {
 mod tests {
     use super::*;
 
-    const ALL: [Event; 8] = Event::ALL;
+    /// Every event. The match in [`number`] does not compile when one is missing there.
+    const ALL: [Event; 8] = [
+        Event::Keyboard,
+        Event::KeyboardAtTerraform,
+        Event::Request,
+        Event::RequestToAll,
+        Event::ParentGone,
+        Event::ReaderGone,
+        Event::NobodyCanAnswer,
+        Event::Time,
+    ];
+
+    fn number(event: Event) -> usize {
+        match event {
+            Event::Keyboard => 0,
+            Event::KeyboardAtTerraform => 1,
+            Event::Request => 2,
+            Event::RequestToAll => 3,
+            Event::ParentGone => 4,
+            Event::ReaderGone => 5,
+            Event::NobodyCanAnswer => 6,
+            Event::Time => 7,
+        }
+    }
+
+    #[test]
+    fn the_list_of_events_has_each_of_them_once() {
+        assert!(ALL.into_iter().map(number).eq(0..ALL.len()));
+    }
+
+    /// To the guardian, which must not take one for another.
+    #[test]
+    fn an_event_is_read_as_it_was_sent() {
+        for event in ALL {
+            let sent = serde_json::to_vec(&event).unwrap();
+            assert_eq!(serde_json::from_slice::<Event>(&sent).unwrap(), event);
+        }
+        assert!(serde_json::from_slice::<Event>(b"").is_err());
+        assert!(serde_json::from_slice::<Event>(b"\"EventOfTomorrow\"").is_err());
+    }
 
     const fn ms(milliseconds: u64) -> Duration {
         Duration::from_millis(milliseconds)

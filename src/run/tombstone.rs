@@ -35,6 +35,9 @@ pub(crate) struct Tombstone {
     pub(crate) lock: RecordedLock,
     /// What is known of the run.
     pub(crate) run: Run,
+    /// Its terraform ended by itself, so that its request was most likely refused: of such a one only a release is said.
+    #[serde(default)]
+    pub(crate) abandoned: bool,
     /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
     /// a file of an earlier version.
     #[serde(default)]
@@ -44,7 +47,7 @@ pub(crate) struct Tombstone {
 impl Tombstone {
     /// What is kept of `lock`, whose terraform was seen dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
-        Self { since: Timestamp::now(), lock: lock.clone(), run: run.clone(), record: None }
+        Self { since: Timestamp::now(), lock: lock.clone(), run: run.clone(), abandoned: false, record: None }
     }
 }
 
@@ -141,7 +144,8 @@ mod tests {
             excessive: false,
             program: None,
         };
-        Tombstone { since: "2026-11-23T01:47:00Z".parse().unwrap(), lock: log.locks.remove(0), run, record: None }
+        let since = "2026-11-23T01:47:00Z".parse().unwrap();
+        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, record: None }
     }
 
     fn graveyard() -> (tempfile::TempDir, Graveyard) {

@@ -23,6 +23,9 @@ use crate::trace::trace;
 /// From when on a lock that is not answered counts as refused, and how often is looked then.
 const EVERY: Duration = Duration::from_secs(1);
 
+/// After how long a dead run that could not be finished is tried again: the lock service may be back.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(15);
+
 /// Between two looks at whether the other `tf` has ended.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -31,11 +34,18 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Waiting {
     /// When the journal is looked at next. None: terraform does not wait.
     look_at: Option<Instant>,
-    tried: Vec<String>,
+    /// The dead runs that were tried, and when last.
+    tried: Vec<(String, Instant)>,
     at_work: Vec<Child>,
 }
 
 impl Waiting {
+    /// `tried` are the dead runs that could not be finished before terraform was started, a moment ago.
+    pub(crate) fn new(tried: Vec<String>) -> Self {
+        let now = Instant::now();
+        Self { tried: tried.into_iter().map(|name| (name, now)).collect(), ..Self::default() }
+    }
+
     /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
     pub(crate) fn step(&mut self, log: &Log, here: &Places, tree: &Tree) {
         let waits = log.standing().any(|lock| lock.locked.is_none());
@@ -52,13 +62,20 @@ impl Waiting {
     }
 
     fn finish_the_dead(&mut self, here: &Places, tree: &Tree) {
+        self.at_work.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        if !self.at_work.is_empty() {
+            return;
+        }
         for state in StateDirectory::all(|name| std::env::var_os(name)) {
             for (name, pid) in recovery::dead(&state, here) {
-                if self.tried.contains(&name) {
+                let last = self.tried.iter().find(|(tried, _)| *tried == name).map(|(_, at)| *at);
+                if last.is_some_and(|at| at.elapsed() < TRIED_AGAIN_AFTER) {
                     continue;
                 }
-                report::say(&report::waiting_for_the_dead(pid));
-                match start(&name) {
+                if last.is_none() {
+                    report::say(&report::waiting_for_the_dead(pid));
+                }
+                match start(&name, last.is_some()) {
                     Ok(child) => {
                         if let Ok(pid) = i32::try_from(child.id()) {
                             tree.leave_out(Pid::from_raw(pid));
@@ -67,16 +84,19 @@ impl Waiting {
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
-                self.tried.push(name);
+                self.tried.retain(|(tried, _)| *tried != name);
+                self.tried.push((name, Instant::now()));
             }
         }
     }
 
-    /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too.
-    pub(crate) fn finish(self, patience: &mut Patience<'_>) {
+    /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too. Gives the runs that were
+    /// tried.
+    pub(crate) fn finish(self, patience: &mut Patience<'_>) -> Vec<String> {
         for child in self.at_work {
             wait_for(child, patience);
         }
+        self.tried.into_iter().map(|(name, _)| name).collect()
     }
 }
 
@@ -92,13 +112,16 @@ pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
     }
 }
 
-/// Another `tf`, which finishes the run `name` and says on stderr what it did. It is no part of our group: a key that
-/// interrupts terraform is not for it.
+/// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
+/// not do. It is no part of our group: a key that interrupts terraform is not for it.
 ///
 /// # Errors
 /// It cannot be started.
-pub(crate) fn start(name: &str) -> std::io::Result<Child> {
+pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
     let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
+    if before {
+        command.arg("--again");
+    }
     command.stdout(Stdio::null()).process_group(0);
     #[expect(
         clippy::disallowed_methods,

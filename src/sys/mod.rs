@@ -9,6 +9,7 @@ pub(crate) mod entry;
 pub(crate) mod environment;
 mod errno;
 pub(crate) mod filesystem;
+pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
 pub(crate) mod memory;

@@ -35,6 +35,11 @@ pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<
     Some(CachedBackend::of_parts(&kind, config, ""))
 }
 
+/// Whether `directory` has a configuration at all.
+pub(crate) fn is_there(directory: &Path) -> bool {
+    !files(directory).is_empty()
+}
+
 /// Those that terraform reads (internal/configs/parser_config_dir.go), and OpenTofu.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();

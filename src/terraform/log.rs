@@ -167,6 +167,9 @@ const DISORDER: SignedDuration = SignedDuration::from_secs(1);
 /// No record that matters is longer; what is, is skipped.
 const LONGEST_LINE: usize = 1 << 16;
 
+/// The name of a bucket has 63 bytes at most, and the key of an object 1024 (Amazon S3 User Guide).
+const LONGEST_NAME: usize = 1025;
+
 /// So many locks that were given back are kept: a late record of one finds it there.
 const UNLOCKED_KEPT: usize = 16;
 
@@ -211,6 +214,10 @@ pub(crate) struct Log {
     /// Terraform was told to end with code 2 where there are changes.
     #[serde(default)]
     pub(crate) announces_changes: bool,
+    /// The bucket and key of a state that did not fit its digest, the last time that terraform compared them
+    /// (backend/remote-state/s3/client.go, `Get`).
+    #[serde(default)]
+    pub(crate) mismatch: Option<(String, String)>,
     /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
     pub(crate) disordered: bool,
     /// The time of the last record, as far as they run forwards.
@@ -553,6 +560,9 @@ impl Log {
             if let Some(lock) = self.lock_of(record) {
                 lock.unlocked = true;
             }
+        } else if record.message == "state MD5 mismatch" {
+            let of = |name| record.field(name).filter(|text| text.len() < LONGEST_NAME);
+            self.mismatch = of("tf_backend.s3.bucket").zip(of("tf_backend.s3.path"));
         } else if record.message == "Uploading remote state" {
             self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
         } else if record.message == "Downloading remote state" && self.telling() == Some(Telling::Requests) {

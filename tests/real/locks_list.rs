@@ -153,7 +153,7 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
     put(json!({ "LockID": { "S": "foreign" }, "Colour": { "S": "green" } }));
     put(json!({ "LockID": { "S": "a-md5" }, "Digest": { "S": "0" } }));
     let end = locks(&world, &table(&world, &["--json"]));
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(2), "it keeps runs out: {}", world.story(&end));
     assert_fits_the_schema(&world, &end.out);
     let all = parsed(&world, &end);
     assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{all}");
@@ -234,7 +234,7 @@ fn bad_input_is_a_sentence_and_a_next_step() {
         (vec!["--chdir", "empty"], "terraform init"),
         (vec!["show", "nothing-like-it"], "nothing to release"),
         (vec!["lits"], "list"),
-        (vec!["release", "--force", "5e75"], "full ID"),
+        (vec!["release", "--force", "5e75"], "no lock stands at"),
     ];
     let here = url();
     cases[2].0.push(&here);
@@ -297,11 +297,8 @@ fn table_of_pages(world: &mut World, capacity: i64, rest: fn() -> Deed) -> (Prox
         }
         let mut page = json!({
             "Count": 3, "ScannedCount": 3, "ConsumedCapacity": { "TableName": name, "CapacityUnits": CONSUMED },
-            "Items": [
-                { "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } },
-                { "LockID": { "S": "a-md5" }, "Digest": { "S": "0" } },
-                { "LockID": { "S": "b-md5" }, "Digest": { "S": "0" } },
-            ],
+            // The others are digests, which the filter leaves out.
+            "Items": [{ "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } }],
         });
         if scans.len() < PAGES {
             page["LastEvaluatedKey"] = json!({ "LockID": { "S": "b-md5" } });

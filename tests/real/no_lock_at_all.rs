@@ -1,0 +1,406 @@
+//! Where there never was a lock, and where something that is no lock keeps everybody out: what is said of it is true, and the
+//! command that is named works.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::{Ended, Run};
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::terminal::Terminal;
+use crate::support::world::{WAITS, lock_json};
+use crate::support::{Lock, Subject, World};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
+fn locks(world: &World, words: &[&str]) -> Ended {
+    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
+    world.run(Subject::Tf, &words)
+}
+
+/// Runs in a shell what a message says to type, last.
+#[track_caller]
+fn type_what_is_said(world: &World, said: &str) -> Ended {
+    let command = said.rsplit_once("type: ").unwrap_or_else(|| panic!("nothing to type: {said}")).1;
+    let command = command.lines().next().unwrap().trim();
+    let mut shell = world.command("sh");
+    shell.args(["-c", command]);
+    Run::start(shell).wait()
+}
+
+/// Every line of ours in what a run has said.
+fn ours(end: &Ended) -> Vec<&str> {
+    end.err.lines().filter(|line| line.starts_with("tf:")).collect()
+}
+
+/// A table that is misspelt, one with another key, and one that refuses: terraform says so, and there is nothing to add, to
+/// keep, or to try again.
+#[test]
+fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
+    for (name, both) in
+        [("misspelt", false), ("misspelt", true), ("other key", false), ("denied", false), ("denied", true)]
+    {
+        let mut world = World::empty(if both { Lock::Both } else { Lock::DynamoDb });
+        world.write_main("", "true");
+        world.init();
+        match name {
+            "misspelt" => drop(cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }))),
+            "other key" => {
+                cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+                cloud().dynamodb(
+                    "CreateTable",
+                    &json!({
+                        "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
+                        "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
+                        "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
+                    }),
+                );
+            }
+            _ => {}
+        }
+        let denying = Proxy::start(cloud().port, move |request| {
+            let asked = request.header("x-amz-target").unwrap_or_default();
+            if name == "denied" && (asked.ends_with(".PutItem") || asked.ends_with(".GetItem")) {
+                let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
+                return Deed::Answer(Message::answer("400 Bad Request", body));
+            }
+            Deed::Pass
+        });
+        world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
+        for round in 0..2 {
+            let end = world.run(Subject::Tf, &APPLY);
+            assert_eq!(end.code(), Some(1), "{name} {both} {round}: {}", world.story(&end));
+            assert!(end.err.contains("Error acquiring the state lock"), "{name} {both} {round}: {}", world.story(&end));
+            assert!(ours(&end).is_empty(), "{name} {both} {round}: {}", world.story(&end));
+        }
+        let recovered = locks(&world, &["recover"]);
+        assert_eq!(
+            (recovered.code(), recovered.err.as_str()),
+            (Some(0), ""),
+            "{name} {both}: {}",
+            world.story(&recovered)
+        );
+        assert!(recovered.out.is_empty(), "{name} {both}: {}", recovered.out);
+        // And nothing of it is said once the mistake is mended.
+        world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
+        if name != "denied" {
+            cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+            cloud().create_table(&world.table);
+        }
+        let end = world.run(Subject::Tf, &APPLY);
+        assert_eq!(end.code(), Some(0), "{name} {both}: {}", world.story(&end));
+        assert!(ours(&end).is_empty(), "{name} {both}: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// The run itself destroys the table: its lock goes with that.
+#[test]
+fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
+    let world = World::new(Lock::DynamoDb, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+    world.go();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(ours(&end).is_empty(), "{}", world.story(&end));
+    let recovered = locks(&world, &["recover"]);
+    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{}", world.story(&recovered));
+}
+
+/// Somebody has locked everybody out by hand.
+#[test]
+fn a_lock_with_any_id_is_named_without_holes_and_released_by_what_is_shown() {
+    for id in ["maintenance-4711", "it's $HOME; \u{1b}[31m", "-rf", "a b", "寿司"] {
+        for lock in [Lock::DynamoDb, Lock::File] {
+            let world = World::new(lock, "true");
+            world.put_lock(&json!({ "ID": id }).to_string());
+            let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            let said = ours(&end).join("\n");
+            assert!(said.contains("held by somebody whom it does not name, ID"), "{said}");
+            assert!(!said.contains("  "), "{said}");
+            let shown = type_what_is_said(&world, &end.err);
+            assert_eq!(shown.code(), Some(0), "{id:?}: {}\n{}", end.err, world.story(&shown));
+            assert!(shown.out.contains("holder is"), "{id:?}: {}", world.story(&shown));
+            let released = type_what_is_said(&world, &shown.out);
+            assert_eq!(released.code(), Some(0), "{id:?}: {}\n{}", shown.out, world.story(&released));
+            world.assert_unlocked();
+        }
+    }
+}
+
+fn junk() -> [(Lock, Option<Value>, &'static str); 7] {
+    [
+        (Lock::DynamoDb, Some(json!({})), "an item without Info"),
+        (Lock::DynamoDb, Some(json!({ "Info": { "S": "" } })), "an item with an empty Info"),
+        (Lock::DynamoDb, Some(json!({ "Info": { "N": "7" } })), "an item whose Info is no text"),
+        (Lock::DynamoDb, Some(json!({ "Info": { "S": "by hand, until Monday" } })), "bytes that are no lock"),
+        (Lock::File, None, "an empty object"),
+        (Lock::Both, Some(json!({})), "an item without Info"),
+        (Lock::Both, None, "an empty object"),
+    ]
+}
+
+/// Puts an item with those attributes in the place of the lock, or an empty object.
+fn put(world: &World, item: Option<&Value>) {
+    match item {
+        Some(item) => {
+            let mut item = item.clone();
+            item["LockID"] = json!({ "S": world.path() });
+            cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+        }
+        None => drop(cloud().s3("PUT", &format!("{}.tflock", world.path()), b"")),
+    }
+}
+
+fn is_there(world: &World, item: Option<&Value>) -> bool {
+    match item {
+        Some(_) => {
+            let key = json!({ "LockID": { "S": world.path() } });
+            cloud().dynamodb("GetItem", &json!({ "TableName": world.table, "Key": key }))["Item"].is_object()
+        }
+        None => cloud().object(&format!("{}.tflock", world.path())).is_some(),
+    }
+}
+
+#[test]
+fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a_question() {
+    for (lock, item, what) in junk() {
+        let world = World::new(lock, "true");
+        put(&world, item.as_ref());
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{what}: {}", world.story(&end));
+        assert!(
+            end.err.contains("what refuses every run is no lock") && end.err.contains(what),
+            "{what}: {}",
+            world.story(&end)
+        );
+        for words in [&[][..], &["audit", "--older-than", "2h"], &["doctor"], &["show"], &["release", "--dry-run"]] {
+            let end = locks(&world, words);
+            assert_eq!(end.code(), Some(2), "{what} {words:?}: {}", world.story(&end));
+        }
+        let doctor = locks(&world, &["doctor"]);
+        assert!(doctor.out.contains("WRONG  lock: what stands in its place is no lock"), "{what}: {}", doctor.out);
+        // Nobody is there to ask.
+        let refused = type_what_is_said(&world, &end.err);
+        assert_eq!(refused.code(), Some(1), "{what}: {}", world.story(&refused));
+        assert!(is_there(&world, item.as_ref()), "{what}: {}", world.story(&refused));
+        let command = end.err.rsplit_once("type: ").unwrap().1.trim().to_owned();
+        for (answer, gone) in [("no", false), ("yes", true)] {
+            let mut shell = world.command("sh");
+            shell.args(["-c", &command]);
+            let mut terminal = Terminal::start(shell);
+            terminal.wait_for("Release it?");
+            terminal.type_in(&format!("{answer}\r"));
+            assert_eq!(terminal.wait().code(), Some(i32::from(!gone)), "{what}: {}", terminal.whole_screen());
+            assert_eq!(!is_there(&world, item.as_ref()), gone, "{what} {answer}: {}", terminal.whole_screen());
+        }
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{what}: {}", world.story(&end));
+    }
+}
+
+#[test]
+fn what_changed_while_a_person_thought_is_left_alone_though_it_was_no_lock() {
+    for (lock, item, what) in junk() {
+        let world = World::new(lock, "true");
+        put(&world, item.as_ref());
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["locks", "release"]);
+        let mut terminal = Terminal::start(command);
+        terminal.wait_for("Release it?");
+        let other = lock_json("11111111-2222-3333-4444-555555555555", &world.path());
+        match item {
+            Some(_) => cloud().put_item(&world.table, &world.path(), &other),
+            None => drop(cloud().s3("PUT", &format!("{}.tflock", world.path()), other.as_bytes())),
+        }
+        terminal.type_in("yes\r");
+        assert_eq!(terminal.wait().code(), Some(1), "{what}: {}", terminal.whole_screen());
+        assert!(world.locks().contains(&other), "{what}: {}", terminal.whole_screen());
+    }
+}
+
+/// Beside a good lock: the lock goes, terraform stays locked out, and that is said.
+#[test]
+fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
+    for item in [Some(json!({})), None] {
+        let world = World::new(Lock::Both, "true");
+        let mut lock: Value =
+            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        lock["Who"] = "anna@elsewhere".into();
+        world.put_lock(&lock.to_string());
+        put(&world, item.as_ref());
+        let listed = locks(&world, &[]);
+        assert_eq!(listed.code(), Some(2), "{}", world.story(&listed));
+        assert!(!listed.out.contains("no item stands there") && !listed.out.contains("no .tflock"), "{}", listed.out);
+        assert!(listed.out.contains("is no lock, and keeps every run out"), "{}", listed.out);
+        let released = locks(&world, &["release", "--force", "22222222-3333-4444-5555-666666666666"]);
+        assert_eq!(released.code(), Some(1), "{}", world.story(&released));
+        assert!(released.err.contains("what refuses every run is no lock"), "{}", world.story(&released));
+        let again = locks(&world, &["release", "--yes"]);
+        assert_eq!(again.code(), Some(0), "{}", world.story(&again));
+        world.assert_unlocked();
+        assert!(!is_there(&world, item.as_ref()));
+    }
+}
+
+/// What is refused is the workspace that is to be made, which nothing selects yet.
+#[test]
+fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state() {
+    for lock in Lock::ALL {
+        let world = World::new(lock, "true");
+        let key = "env:/foo/dir/prod.tfstate";
+        let path = format!("{}/{key}", world.bucket);
+        let mut info: Value = serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &path)).unwrap();
+        info["Who"] = "anna@elsewhere".into();
+        if lock != Lock::File {
+            cloud().put_item(&world.table, &path, &info.to_string());
+        }
+        if lock != Lock::DynamoDb {
+            cloud().s3("PUT", &format!("{path}.tflock"), info.to_string().as_bytes());
+        }
+        let end = world.run(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert!(end.err.contains("TF_WORKSPACE=foo tf locks show"), "{}", world.story(&end));
+        let shown = type_what_is_said(&world, &end.err);
+        assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, world.story(&shown));
+        assert!(shown.out.contains("TF_WORKSPACE=foo tf locks release"), "{}", shown.out);
+        let released = type_what_is_said(&world, &shown.out);
+        assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, world.story(&released));
+        assert!(world.locks_at(key).is_empty(), "{}", world.story(&released));
+    }
+}
+
+/// From another directory, too, with a name that a shell would take apart.
+#[test]
+fn the_command_that_is_named_works_from_where_terraform_was_called() {
+    let world = World::new(Lock::File, "true");
+    let moved = world.directory.join("it's a dir");
+    fs::create_dir(&moved).unwrap();
+    fs::rename(world.directory.join("main.tf"), moved.join("main.tf")).unwrap();
+    fs::rename(world.directory.join(".terraform"), moved.join(".terraform")).unwrap();
+    let mut info: Value =
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    world.put_lock(&info.to_string());
+    let end = world.run(Subject::Tf, &["-chdir=it's a dir", "plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let shown = type_what_is_said(&world, &end.err);
+    assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, world.story(&shown));
+    let released = type_what_is_said(&world, &shown.out);
+    assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, world.story(&released));
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_lock_from_the_future_is_said_to_be_that_and_is_stale_for_an_audit() {
+    let world = World::new(Lock::DynamoDb, "true");
+    let mut info: Value =
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    for (ahead, stale) in [(8 * 3600, true), (20, false)] {
+        info["Created"] = (jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead)).to_string().into();
+        world.put_lock(&info.to_string());
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.err.contains("ahead of this host's clock"), stale, "{}", world.story(&end));
+        let audit = locks(&world, &["audit", "--older-than", "2h"]);
+        assert_eq!(audit.code(), Some(if stale { 2 } else { 0 }), "{}", world.story(&audit));
+    }
+}
+
+/// Whoever may not delete it cannot do so by another command either.
+#[test]
+fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let denying = Proxy::start(cloud().port, |request| {
+        if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
+            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
+            return Deed::Answer(Message::answer("400 Bad Request", body));
+        }
+        Deed::Pass
+    });
+    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(
+        end.err.contains("with credentials that may do dynamodb:DeleteItem, and once nobody works there"),
+        "{}",
+        world.story(&end)
+    );
+    world.assert_locked();
+    let recovered = locks(&world, &["recover"]);
+    assert_eq!(recovered.code(), Some(2), "{}", world.story(&recovered));
+    assert!(recovered.out.contains("with credentials that may do dynamodb:DeleteItem"), "{}", world.story(&recovered));
+    // And by those who may.
+    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
+    let command = end.err.rsplit_once("type: ").unwrap().1.trim().replace("force-unlock", "force-unlock -force");
+    let mut shell = world.command("sh");
+    shell.args(["-c", &command]);
+    let unlocked = Run::start(shell).wait();
+    assert_eq!(unlocked.code(), Some(0), "{command}: {}", world.story(&unlocked));
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_digest_without_a_state_is_explained_and_mended_by_what_is_named() {
+    let world = World::new(Lock::DynamoDb, "true");
+    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
+    cloud().s3("DELETE", &world.path(), b"");
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("tf: the state's digest does not fit: there is no state"), "{}", world.story(&end));
+    let doctor = locks(&world, &["doctor"]);
+    assert_eq!(doctor.code(), Some(2), "{}", world.story(&doctor));
+    assert!(doctor.out.contains("--fix-digest"), "{}", doctor.out);
+    let asked = type_what_is_said(&world, &end.err);
+    assert!(asked.code() == Some(1) && asked.err.contains("--yes"), "{}", world.story(&asked));
+    let fixed = locks(&world, &["doctor", "--fix-digest", "default", "--yes"]);
+    assert_eq!(fixed.code(), Some(0), "{}", world.story(&fixed));
+    assert!(fixed.out.contains("deleted the digest"), "{}", world.story(&fixed));
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert!(ours(&end).is_empty(), "{}", world.story(&end));
+}
+
+/// Terraform waits for ten seconds, and says what is wrong; what to type it does not know.
+#[test]
+fn a_checksum_error_of_terraforms_is_followed_by_what_mends_it() {
+    let world = World::new(Lock::Both, "true");
+    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
+    let item = json!({ "LockID": { "S": format!("{}-md5", world.path()) }, "Digest": { "S": "d41d8cd98f00b204e9800998ecf8427e" } });
+    cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let said = ours(&end).join("\n");
+    assert!(
+        said.contains("the state's digest does not fit") && said.contains("--fix-digest default"),
+        "{}",
+        world.story(&end)
+    );
+    let fixed = locks(&world, &["doctor", "--fix-digest", "default", "--yes"]);
+    assert_eq!(fixed.code(), Some(0), "{}", world.story(&fixed));
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+}
+
+#[test]
+fn a_directory_with_a_local_state_is_well() {
+    let world = World::empty(Lock::File);
+    world.write("main.tf", "resource \"terraform_data\" \"a\" {}\n");
+    for initialised in [false, true] {
+        if initialised {
+            world.init();
+        }
+        let end = locks(&world, &["doctor"]);
+        assert_eq!(end.code(), Some(0), "{initialised}: {}", world.story(&end));
+        assert!(end.out.contains("ok     backend: none: the state is a local file"), "{initialised}: {}", end.out);
+    }
+    // One that is not initialised yet is not.
+    world.write_main("", "true");
+    let end = locks(&world, &["doctor"]);
+    assert!(end.code() == Some(2) && end.out.contains("terraform init"), "{}", world.story(&end));
+}
