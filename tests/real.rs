@@ -83,6 +83,8 @@ mod services;
 mod shells;
 #[path = "real/shims.rs"]
 mod shims;
+#[path = "real/silent_services.rs"]
+mod silent_services;
 #[path = "real/slow_credentials.rs"]
 mod slow_credentials;
 #[path = "real/stopped_together.rs"]

@@ -22,6 +22,7 @@ use aws_types::os_shim_internal::{Env, Fs};
 use super::attributes::{self, Treatment};
 use super::causes::causes;
 use super::credentials;
+use super::failure::Failure;
 use super::network::{Network, usable};
 use super::proxies::Proxies;
 use crate::sys::plain_file;
@@ -42,7 +43,7 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
     let config = connect(backend).await.map_err(|error| error.to_string())?;
     match credentials::sts(backend, &config).get_caller_identity().send().await {
         Ok(answer) => answer.arn.ok_or_else(|| "no answer".to_owned()),
-        Err(error) => Err(causes(&error)),
+        Err(error) => Err(Failure::of_request("STS", "sts:GetCallerIdentity", &error).to_string()),
     }
 }
 

@@ -30,6 +30,7 @@ use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use super::attributes::{self, Treatment};
 use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use super::causes::causes;
+use super::failure::Failure;
 use crate::sys::{plain_file, shell_command};
 use crate::terraform::backend::CachedBackend;
 
@@ -712,8 +713,7 @@ impl Assuming<WebRole> {
 fn said<E: std::error::Error + ProvideErrorMetadata + 'static>(error: &SdkError<E>) -> String {
     match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
-        (Some(code), None) => code.to_owned(),
-        _ => causes(error),
+        _ => Failure::of_request("STS", "sts:AssumeRole", error).to_string(),
     }
 }
 

@@ -550,11 +550,11 @@ impl Attempt<'_> {
     /// Reads, judges and deletes one half after the other.
     async fn round(&mut self, services: &Services<'_>) -> Round {
         let mut round = Round::default();
-        // Each has its share: one service that is silent must not keep the lock in the other.
+        // Each has its share, so that a service which is silent does not keep the other from being asked.
         let remaining = self.limit.saturating_sub(self.begun.elapsed()).max(LOOK);
         let share = remaining / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
         for half in &services.halves {
-            match within(share, half.service(), self.half(services, half)).await {
+            match self.half(services, half, share).await {
                 Ok(Judged::Excluded) => round.excluded += 1,
                 Ok(Judged::Absent) => {
                     round.missing = true;
@@ -602,13 +602,17 @@ impl Attempt<'_> {
         })
     }
 
-    /// Reads one half, judges it and deletes it, until one of the three has settled it.
-    async fn half(&mut self, services: &Services<'_>, half: &Spot) -> Result<Judged, Failure> {
+    /// Reads one half, judges it and deletes it, until one of the three has settled it. All of that may take as long as
+    /// `limit`.
+    async fn half(&mut self, services: &Services<'_>, half: &Spot, limit: Duration) -> Result<Judged, Failure> {
+        let until = Instant::now() + limit;
+        let remaining = || until.saturating_duration_since(Instant::now()).max(LOOK);
         loop {
             // At the same time: a slow service is paid for once.
             let agreed = self.agreed;
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
-            let (standing, global) = tokio::join!(services.stores.read(half), is_global);
+            let read = within(remaining(), half.service(), services.stores.read(half));
+            let (standing, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
             let standing = match standing {
                 Err(failure) if failure.cause().excludes_locks() => {
@@ -643,7 +647,7 @@ impl Attempt<'_> {
             if !self.asked_to_go.contains(half) {
                 self.asked_to_go.push(half.clone());
             }
-            match services.stores.remove(half, &standing).await? {
+            match within(remaining(), half.service(), services.stores.remove(half, &standing)).await? {
                 Removed::Gone => {
                     trace!("deleted {} in {half:?}", info.id);
                     crash_point::reached("release: half deleted");

@@ -1,6 +1,8 @@
 //! The half of a lock in S3: an object beside the state, its key with `.tflock` behind, its body the lock's JSON
 //! (backend/remote-state/s3/client.go, `lockWithFile`).
 
+use std::time::Duration;
+
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::RequestId;
@@ -14,6 +16,7 @@ use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::failure::{Failure, NoAnswer};
 use super::release::Deleted;
@@ -113,8 +116,10 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
         // No lock, and not to be brought here: what stands at that name may be of any size.
         return Ok(Some(Object { body: String::new(), etag }));
     }
+    let length = answer.content_length;
     let broken = |error: &dyn std::fmt::Display| Failure::no_answer("S3", &error.to_string());
-    let body = answer.body.collect().await.map_err(|error| broken(&error))?;
+    let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
+    let body = body.map_err(|error| broken(&error))?;
     Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
 }
 
@@ -130,10 +135,26 @@ pub(crate) async fn stream(
 ) -> Result<Option<Option<jiff::Timestamp>>, Failure> {
     let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
     let written = answer.last_modified.and_then(|at| jiff::Timestamp::from_second(at.secs()).ok());
-    while let Some(bytes) = answer.body.next().await {
+    let until = Instant::now() + body_timeout(answer.content_length);
+    while let Some(bytes) = timeout_at(until, answer.body.next()).await.map_err(|_| slow_body())? {
         take(&bytes.map_err(|error| Failure::no_answer("S3", &error.to_string()))?);
     }
     Ok(Some(written))
+}
+
+/// How long a body of `length` bytes may take. The SDK ends a body that has stopped, and lets one go on for ever that brings
+/// a byte a second.
+fn body_timeout(length: Option<i64>) -> Duration {
+    const FIRST: Duration = Duration::from_secs(8);
+    /// Less than any line on which terraform can be used, in bytes a second.
+    const SLOWEST: u64 = 64 << 10;
+    // Of an unknown length: as a state of some megabytes.
+    let length = length.and_then(|length| u64::try_from(length).ok()).unwrap_or(4 << 20);
+    FIRST + Duration::from_secs(length / SLOWEST)
+}
+
+fn slow_body() -> Failure {
+    Failure::no_answer("S3", "the object was not read within the time that one of its size may take")
 }
 
 async fn get(

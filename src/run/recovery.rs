@@ -288,6 +288,8 @@ fn look_for_request(pending: &Tombstone, limit: Duration) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = places_of(record);
+    // One that was most likely refused is not worth a long wait.
+    let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { limit };
     match visit(pending, &places, limit, &mut Patience::Nobodys) {
         Some(Outcome::Released(_)) => Finished { messages: vec![report::came_late(&pending.lock)], left: false },
         Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),

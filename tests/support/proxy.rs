@@ -21,6 +21,8 @@ pub enum Deed {
     LoseAnswer,
     /// Answered by us.
     Answer(Message),
+    /// Passed on, and the body of its answer given back a byte a second.
+    Trickle,
     /// A CONNECT: we are the host that is asked for.
     Tunnel(Arc<Authority>),
 }
@@ -170,6 +172,18 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
             return;
         }
         answer.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
+        if matches!(deed, Deed::Trickle) {
+            let bytes = answer.bytes();
+            let (head, body) = bytes.split_at(bytes.len() - answer.body.len());
+            let mut pieces = std::iter::once(head).chain(body.chunks(1));
+            while let Some(piece) = pieces.next() {
+                if client.get_mut().write_all(piece).and_then(|()| client.get_mut().flush()).is_err() {
+                    return;
+                }
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            }
+            continue;
+        }
         if client.get_mut().write_all(&answer.bytes()).is_err() {
             return;
         }

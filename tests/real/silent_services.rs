@@ -1,0 +1,455 @@
+//! A service that does not answer `tf`, that answers slowly, or with what is no answer: nothing waits for longer than it is
+//! worth, nothing is asked hundreds of times, and what is said is about what happened.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::survived::{kill_whole, killed_whole};
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::{Ended, Run};
+use crate::support::proxy::{Deed, Proxy};
+use crate::support::world::{WAITS, id_of, lock_json};
+use crate::support::{Lock, Subject, World};
+
+/// Whether a request is ours, and not terraform's.
+fn is_ours(request: &Message) -> bool {
+    request.header("user-agent").is_some_and(|agent| agent.contains("aws-sdk-rust"))
+}
+
+fn is_dynamodb(request: &Message) -> bool {
+    request.header("x-amz-target").is_some()
+}
+
+fn denied() -> Deed {
+    let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
+    Deed::Answer(Message::answer("400 Bad Request", body))
+}
+
+/// Puts a proxy between a world and the services.
+fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
+    let proxy = Proxy::start(cloud().port, rule);
+    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    proxy
+}
+
+fn locks(world: &World, words: &[&str]) -> Ended {
+    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
+    world.run(Subject::Tf, &words)
+}
+
+/// Bare terraform is back at once. What we would add is only an explanation.
+#[test]
+fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf() {
+    for lock in Lock::ALL {
+        let mut world = World::new(lock, "true");
+        world.lock_of_another();
+        let _proxy = through(&mut world, |request| if is_ours(request) { Deed::Hold } else { Deed::Pass });
+        let begun = Instant::now();
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{lock:?}: {}", world.story(&end));
+        assert!(begun.elapsed() < Duration::from_secs(9), "{lock:?} {:?}: {}", begun.elapsed(), world.story(&end));
+        assert!(!end.err.contains("tf:"), "{lock:?}: {}", world.story(&end));
+        let recovered = locks(&world, &["recover"]);
+        assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", world.story(&recovered));
+    }
+}
+
+/// Twenty seconds for a lock that a killed run has left, whatever is silent.
+#[test]
+fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut world = World::new(lock, WAITS);
+        let silent = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&silent);
+        let proxy =
+            through(
+                &mut world,
+                move |request| {
+                    if flag.load(Ordering::SeqCst) && is_ours(request) { Deed::Hold } else { Deed::Pass }
+                },
+            );
+        let run = world.start_apply(Subject::Tf);
+        silent.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let begun = Instant::now();
+        let end = run.wait();
+        assert!(begun.elapsed() < Duration::from_secs(26), "{lock:?} {:?}: {}", begun.elapsed(), world.story(&end));
+        assert!(end.err.contains("was not released") && end.err.contains("no answer within"), "{}", world.story(&end));
+        world.assert_locked();
+        silent.store(false, Ordering::SeqCst);
+        proxy.let_go();
+        let end = locks(&world, &["recover"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// Whether its table is a global one, in which nothing is deleted unasked, is not known then.
+#[test]
+fn a_lock_of_two_parts_stays_whole_while_the_table_is_silent() {
+    let mut world = World::new(Lock::Both, WAITS);
+    let silent = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&silent);
+    let proxy = through(&mut world, move |request| {
+        let holds = flag.load(Ordering::SeqCst) && is_ours(request) && is_dynamodb(request);
+        if holds { Deed::Hold } else { Deed::Pass }
+    });
+    let run = world.start_apply(Subject::Tf);
+    silent.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("was not released: DynamoDB: no answer within"), "{}", world.story(&end));
+    world.assert_locked();
+    silent.store(false, Ordering::SeqCst);
+    proxy.let_go();
+    assert_eq!(locks(&world, &["recover"]).code(), Some(0));
+    world.assert_unlocked();
+}
+
+#[test]
+fn a_lock_object_that_trickles_in_keeps_nobody_waiting_for_its_end() {
+    let mut world = World::new(Lock::File, WAITS);
+    let slow = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&slow);
+    let _proxy = through(&mut world, move |request| {
+        let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
+        if flag.load(Ordering::SeqCst) && is_ours(request) && is_read { Deed::Trickle } else { Deed::Pass }
+    });
+    let run = world.start_apply(Subject::Tf);
+    slow.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let begun = Instant::now();
+    let end = run.wait();
+    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), world.story(&end));
+    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    let begun = Instant::now();
+    let end = locks(&world, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), world.story(&end));
+    assert!(end.err.contains("was not read within the time"), "{}", world.story(&end));
+}
+
+/// Terraform waits for a lock whose holder is dead; the service lets `tf` do nothing for a while, and then does.
+#[test]
+fn a_run_that_waits_tries_a_dead_holder_again() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let away = Arc::new(AtomicBool::new(true));
+    let flag = Arc::clone(&away);
+    let _proxy = through(&mut world, move |request| {
+        let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
+        if flag.load(Ordering::SeqCst) && is_ours(request) && is_delete { denied() } else { Deed::Pass }
+    });
+    kill_whole(&world);
+    let run = world.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=100s"]);
+    run.wait_for_err("was not released");
+    crate::support::wait_for(
+        "the second terraform",
+        || (world.trace().matches("started terraform as").count() == 2).then_some(()),
+        || world.trace(),
+    );
+    away.store(false, Ordering::SeqCst);
+    // By the next try, 15 s after the first; terraform's own comes up to 16 s later.
+    run.wait_for_err("released the lock that an earlier run left");
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(end.err.matches("was not released").count(), 1, "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+#[test]
+fn what_keeps_a_dead_run_is_said_once_in_a_run_that_it_refuses() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let _proxy = through(&mut world, |request| {
+        let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
+        if is_ours(request) && is_delete { denied() } else { Deed::Pass }
+    });
+    kill_whole(&world);
+    for _ in 0..2 {
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert_eq!(end.err.matches("was not released").count(), 1, "{}", world.story(&end));
+        let mut lines: Vec<&str> = end.err.lines().filter(|line| line.starts_with("tf:")).collect();
+        let said = lines.len();
+        lines.sort_unstable();
+        lines.dedup();
+        assert_eq!(lines.len(), said, "a line is said twice: {}", world.story(&end));
+    }
+    world.assert_locked();
+}
+
+/// A conditional delete never succeeds there.
+#[test]
+fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
+    let mut world = World::new(Lock::File, WAITS);
+    let weak = Arc::new(AtomicBool::new(false));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (flag, count, path) = (Arc::clone(&weak), Arc::clone(&asked), world.path());
+    let _proxy = through(&mut world, move |request| {
+        if !flag.load(Ordering::SeqCst) || !is_ours(request) {
+            return Deed::Pass;
+        }
+        count.fetch_add(1, Ordering::SeqCst);
+        if request.start.starts_with("GET ") && request.start.contains(".tflock") {
+            let body = cloud().object(&format!("{path}.tflock")).unwrap();
+            let mut answer = Message::answer("200 OK", &body);
+            answer.headers.push(("ETag".into(), "W/\"0123456789abcdef\"".into()));
+            return Deed::Answer(answer);
+        }
+        Deed::Pass
+    });
+    let run = world.start_apply(Subject::Tf);
+    weak.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("weak ETags alone"), "{}", world.story(&end));
+    assert!(asked.load(Ordering::SeqCst) < 10, "{} requests: {}", asked.load(Ordering::SeqCst), world.story(&end));
+    world.assert_locked();
+}
+
+/// Neither a delete that is answered and does nothing, nor a service that says that it is busy, is asked all the time.
+#[test]
+fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
+    for busy in [true, false] {
+        let mut world = World::new(Lock::DynamoDb, WAITS);
+        let away = Arc::new(AtomicBool::new(false));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (flag, count) = (Arc::clone(&away), Arc::clone(&asked));
+        let _proxy = through(&mut world, move |request| {
+            if !flag.load(Ordering::SeqCst) || !is_ours(request) {
+                return Deed::Pass;
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
+            if busy {
+                let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ProvisionedThroughputExceededException","message":"slow down"}"#;
+                Deed::Answer(Message::answer("400 Bad Request", body))
+            } else if is_delete {
+                Deed::Answer(Message::answer("200 OK", "{}"))
+            } else {
+                Deed::Pass
+            }
+        });
+        let run = world.start_apply(Subject::Tf);
+        away.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released"), "{}", world.story(&end));
+        let asked = asked.load(Ordering::SeqCst);
+        assert!((4..130).contains(&asked), "{asked} requests: {}", world.story(&end));
+        world.assert_locked();
+    }
+}
+
+/// A portal's page: neither the debugger's account of a parser nor its text is shown, and nothing is taken for an answer.
+#[test]
+fn a_portals_page_is_said_to_be_no_answer() {
+    const PAGE: &str = "<!DOCTYPE html><html><body><h1>Sign in to the hotel's network</h1></body></html>";
+    for status in ["200 OK", "511 Network Authentication Required", "302 Found", "503 Service Unavailable"] {
+        let mut world = World::new(Lock::Both, "true");
+        let _proxy = through(&mut world, move |_| {
+            let mut page = Message::answer(status, PAGE);
+            page.headers[0].1 = "text/html".into();
+            Deed::Answer(page)
+        });
+        let (table, bucket) = (world.table.clone(), world.bucket.clone());
+        for words in [
+            &["list"][..],
+            &["show"],
+            &["doctor"],
+            &["list", "--table", &table, "--region", "us-east-1"],
+            &["list", "--bucket", &bucket, "--region", "us-east-1"],
+            &["audit", "--older-than", "2h"],
+        ] {
+            let end = locks(&world, words);
+            let said = format!("{}{}", end.out, end.err);
+            assert!(!matches!(end.code(), Some(0)), "{status} {words:?}: {}", world.story(&end));
+            assert!(said.contains("a proxy or a portal may have sent it"), "{status} {words:?}: {}", world.story(&end));
+            for dump in ["Decode", "Error {", "unhandled", "hotel", "<h1>", "its key is"] {
+                assert!(!said.contains(dump), "{status} {words:?} {dump}: {}", world.story(&end));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_answer_describes_no_table() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let _proxy = through(&mut world, |_| Deed::Answer(Message::answer("200 OK", "{}")));
+    let table = world.table.clone();
+    let end = locks(&world, &["list", "--table", &table, "--region", "us-east-1"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("the response describes no table") && !end.err.contains("its key is"), "{}", end.err);
+}
+
+/// What a service has decided will be the same at the next try.
+#[test]
+fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
+    let no_key = Message::answer(
+        "400 Bad Request",
+        "<?xml version=\"1.0\"?><Error><Code>InvalidRequest</Code><Message>The object was stored using a form of Server \
+         Side Encryption. The correct parameters must be provided to retrieve the object.</Message></Error>",
+    );
+    let unknown = Message::answer(
+        "501 Not Implemented",
+        "<?xml version=\"1.0\"?><Error><Code>NotImplemented</Code><Message>A header you provided implies functionality \
+         that is not implemented</Message></Error>",
+    );
+    for (answer, expected) in [(no_key, "trying again does not help"), (unknown, "this store cannot do that")] {
+        let mut world = World::new(Lock::File, "true");
+        world.lock_of_another();
+        let _proxy = through(&mut world, move |request| {
+            let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
+            if is_ours(request) && is_read { Deed::Answer(answer.clone()) } else { Deed::Pass }
+        });
+        let begun = Instant::now();
+        let end = locks(&world, &["show"]);
+        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert!(end.err.contains(expected) && !end.err.contains("network"), "{}", world.story(&end));
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    }
+    // And a table that has another key.
+    let world = World::new(Lock::DynamoDb, "true");
+    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+    cloud().dynamodb(
+        "CreateTable",
+        &json!({
+            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
+            "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
+            "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
+        }),
+    );
+    let end = locks(&world, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", world.story(&end));
+}
+
+/// DynamoDB may give an empty page in the middle of a segment.
+#[test]
+fn an_empty_page_is_not_the_end_of_a_table() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let info = lock_json("22222222-3333-4444-5555-666666666666", "behind");
+    let _proxy = through(&mut world, move |request| {
+        if !request.header("x-amz-target").is_some_and(|target| target.ends_with(".Scan")) {
+            return Deed::Pass;
+        }
+        let asked: serde_json::Value = serde_json::from_slice(&request.body).unwrap();
+        let mut page = json!({ "Count": 0, "ScannedCount": 0, "Items": [] });
+        if asked["Segment"] == 0 {
+            match asked["ExclusiveStartKey"]["LockID"]["S"].as_str() {
+                None => page["LastEvaluatedKey"] = json!({ "LockID": { "S": "one" } }),
+                Some("one") => page["LastEvaluatedKey"] = json!({ "LockID": { "S": "two" } }),
+                Some(_) => {
+                    page = json!({ "Count": 1, "ScannedCount": 1, "Items": [
+                        { "LockID": { "S": "behind" }, "Info": { "S": info } },
+                    ] });
+                }
+            }
+        }
+        Deed::Answer(Message::answer("200 OK", &page.to_string()))
+    });
+    let table = world.table.clone();
+    let end = locks(&world, &["list", "--json", "--table", &table, "--region", "us-east-1"]);
+    let all: serde_json::Value = serde_json::from_str(&end.out).unwrap();
+    assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{}", world.story(&end));
+    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(1)), "{}", world.story(&end));
+}
+
+/// A result that nobody can read is an error.
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let world = World::new(Lock::File, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    run.kill_terraform();
+    assert!(run.wait().err.contains(&id));
+    world.lock_of_another();
+    for words in [
+        "list",
+        "list --json",
+        "show",
+        "history",
+        "history --json",
+        "doctor",
+        "audit --older-than 2h --json",
+        "audit --older-than 2h --prometheus",
+        "--help",
+        "shell-init bash",
+    ] {
+        for (to, code) in [(">&-", 1), (">/dev/full", 1)] {
+            let mut shell = world.command("sh");
+            shell.args(["-c", &format!("tf locks {words} {to}")]);
+            let end = Run::start(shell).wait();
+            assert_eq!(end.code(), Some(code), "{words} {to}: {}", world.story(&end));
+            assert!(end.err.contains("written"), "{words} {to}: {}", world.story(&end));
+        }
+    }
+    // What has nothing to say needs nobody to read it.
+    let mut shell = world.command("sh");
+    shell.args(["-c", "tf locks recover >&-"]);
+    assert_eq!(Run::start(shell).wait().code(), Some(0));
+}
+
+#[test]
+fn a_locale_without_unicode_gets_none() {
+    let mut world = World::new(Lock::File, "true");
+    let mut info: serde_json::Value =
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+    info["Who"] = format!("{}寿司@東京", "w".repeat(190)).into();
+    info["Info"] = "x".repeat(300).into();
+    world.put_lock(&info.to_string());
+    for (locale, unicode) in [("C", false), ("POSIX", false), ("C.UTF-8", true)] {
+        world.set("LC_ALL", locale);
+        for words in [&["list"][..], &["show"]] {
+            let end = locks(&world, words);
+            assert_eq!(end.out.is_ascii(), !unicode, "{locale} {words:?}: {}", end.out);
+        }
+        let end = locks(&world, &["show"]);
+        assert_eq!(end.out.contains('…'), unicode, "{locale}: {}", end.out);
+        assert!(unicode || end.out.contains("xxx..."), "{locale}: {}", end.out);
+    }
+}
+
+#[test]
+fn a_dry_run_leaves_a_broken_record_where_it_is() {
+    let world = killed_whole(Lock::File);
+    let record = super::survived::records(&world).remove(0);
+    std::fs::write(&record, "{").unwrap();
+    for (words, stays) in [(&["recover", "--dry-run"][..], true), (&["list"], true), (&["recover"], false)] {
+        let end = locks(&world, words);
+        assert_eq!(record.exists(), stays, "{words:?}: {}", world.story(&end));
+        if words[0] == "recover" {
+            assert_eq!(end.code(), Some(2), "{words:?}: {}", world.story(&end));
+            assert!(end.err.contains("a record of an earlier run cannot be read"), "{words:?}: {}", world.story(&end));
+        }
+    }
+}
+
+/// However many workspaces the backend has.
+#[test]
+fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
+    for lock in Lock::ALL {
+        let mut world = World::new(lock, "true");
+        for number in 0..30 {
+            cloud().s3("PUT", &format!("{}/env:/w{number}/dir/prod.tfstate", world.bucket), b"{}");
+        }
+        world.lock_of_another();
+        let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = Arc::clone(&asked);
+        let _proxy = through(&mut world, move |request| {
+            if is_ours(request) {
+                let target = request.header("x-amz-target").unwrap_or_default();
+                seen.lock().unwrap().push(format!("{} {target}", request.start));
+            }
+            Deed::Pass
+        });
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert!(end.err.contains("tf: the lock is held by"), "{lock:?}: {}", world.story(&end));
+        let asked = asked.lock().unwrap();
+        assert!(asked.len() <= 8, "{lock:?}: {asked:#?}");
+        assert!(!asked.iter().any(|request| request.contains("list-type") || request.contains("Scan")), "{asked:#?}");
+    }
+}
