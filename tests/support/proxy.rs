@@ -174,9 +174,8 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
         answer.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
         if matches!(deed, Deed::Trickle) {
             let bytes = answer.bytes();
-            let (head, body) = bytes.split_at(bytes.len() - answer.body.len());
-            let mut pieces = std::iter::once(head).chain(body.chunks(1));
-            while let Some(piece) = pieces.next() {
+            let (start, body) = bytes.split_at(bytes.len() - answer.body.len());
+            for piece in std::iter::once(start).chain(body.chunks(1)) {
                 if client.get_mut().write_all(piece).and_then(|()| client.get_mut().flush()).is_err() {
                     return;
                 }
