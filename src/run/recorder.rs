@@ -11,7 +11,13 @@
 //! program that may run terraform as another user (a script with sudo, a setuid terraform) gets the second sink, and
 //! /dev/null for the first.
 //!
-//! The log holds `-var` and `-backend-config` in clear (`CLI args:`). It lies in memory and goes away with us.
+//! The log holds `-var` and `-backend-config` in clear (`CLI args:`). It lies in memory and goes away with us; and what is kept
+//! of those records is overwritten as soon as they are read ([`redaction`]), some 20 ms after terraform wrote them, so that they
+//! are not in what is left when everything is killed.
+//!
+//! It has a name, for two reasons. What terraform starts may close every descriptor that it does not know (sudo, Python's
+//! `subprocess`), and could not open a file without a name then: it would write its log to the user's stderr. And a lock that
+//! was asked for in the last 20 ms of a run of which everything was killed stands nowhere else.
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
@@ -23,6 +29,7 @@ use std::time::Duration;
 
 use crate::sys::memory::MemoryFile;
 use crate::terraform::log::Log;
+use crate::terraform::redaction;
 
 /// Every variable by which a user sends terraform's log somewhere (internal/logging/logging.go, v1.15.9).
 const LOG_VARIABLES: [&str; 6] =
@@ -66,6 +73,48 @@ pub(crate) struct Recorder {
     inherited: Vec<&'static str>,
     offset: u64,
     log: Log,
+    arguments: Arguments,
+}
+
+/// The line that is being read, as long as it may be one with arguments.
+#[derive(Debug, Default)]
+struct Arguments {
+    line: Vec<u8>,
+    /// Where it begins.
+    at: u64,
+    /// It is another one, and its end is still to come.
+    is_other: bool,
+}
+
+impl Arguments {
+    /// No command line is longer (execve(2): a quarter of the stack, 6 MiB at most), and Go's escapes make it longer.
+    const LONGEST: usize = 32 << 20;
+
+    /// Takes the bytes of `file` that begin at `at`, and overwrites the values of arguments in the lines that end in them.
+    fn overwrite(&mut self, file: &std::fs::File, bytes: &[u8], at: u64) {
+        let mut at = at;
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            let is_end = piece.ends_with(b"\n");
+            if self.line.is_empty() {
+                self.at = at;
+            }
+            at += piece.len() as u64;
+            if !self.is_other {
+                self.line.extend_from_slice(piece);
+                self.is_other = !redaction::may_have_arguments(&self.line) || self.line.len() > Self::LONGEST;
+            }
+            if is_end && !self.is_other {
+                for value in redaction::values(&self.line) {
+                    let stars = vec![b'*'; value.len()];
+                    let _ = file.write_all_at(&stars, self.at + value.start as u64);
+                }
+            }
+            if is_end || self.is_other {
+                self.line.clear();
+            }
+            self.is_other &= !is_end;
+        }
+    }
 }
 
 impl Recorder {
@@ -83,7 +132,7 @@ impl Recorder {
         let inherited = inherited(&variable);
         let sink = choose(level, opens, |name| variable(name).filter(|_| !inherited.contains(&name)));
         let file = MemoryFile::create(&name(id))?;
-        Ok(Self { file, sink, opens, inherited, offset: 0, log: Log::default() })
+        Ok(Self { file, sink, opens, inherited, offset: 0, log: Log::default(), arguments: Arguments::default() })
     }
 
     /// The recorder that run `id` has left behind, to be read on from where `log` ends.
@@ -91,7 +140,8 @@ impl Recorder {
         let file = MemoryFile::find(&name(id))?;
         // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
         let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
-        Some(Self { file, sink: Sink::Core("INFO"), opens: false, inherited: Vec::new(), offset, log })
+        let (sink, inherited, arguments) = (Sink::Core("INFO"), Vec::new(), Arguments::default());
+        Some(Self { file, sink, opens: false, inherited, offset, log, arguments })
     }
 
     /// Takes away what run `id` has left behind.
@@ -198,6 +248,7 @@ impl Recorder {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(length @ 1..) = self.file.file.read_at(&mut buffer, self.offset) {
             self.log.read(&buffer[..length]);
+            self.arguments.overwrite(&self.file.file, &buffer[..length], self.offset);
             self.offset += length as u64;
         }
         &self.log
@@ -311,6 +362,33 @@ mod tests {
         }
         // The user's own temporary sink is not an outer tf's.
         assert!(value(&open(&[("TF_TEMP_LOG_PATH", "/var/log/own")]), "TF_TEMP_LOG_PATH").is_empty());
+    }
+
+    /// However terraform's writes are cut, and whoever reads on.
+    #[test]
+    fn what_was_read_of_arguments_is_overwritten() {
+        use std::io::Write;
+        let record = "2026-11-23T01:46:07.529Z [INFO]  CLI args: []string{\"terraform\", \"-var\", \"x=hunter2\"}\n";
+        let lock = crate::terraform::log::tests::lock_line(
+            7,
+            "Attempting to lock remote state (DynamoDB only)...",
+            crate::terraform::log::tests::ID,
+            "r",
+        );
+        let text = format!("{record}{lock}{record}");
+        for cut in 0..text.len() {
+            let mut recorder = open(&[]);
+            let mut writer = std::fs::OpenOptions::new().append(true).open(recorder.path()).unwrap();
+            writer.write_all(&text.as_bytes()[..cut]).unwrap();
+            recorder.read();
+            writer.write_all(&text.as_bytes()[cut..]).unwrap();
+            assert_eq!(recorder.read().locks.len(), 1, "cut at {cut}");
+            let kept = std::fs::read_to_string(recorder.path()).unwrap();
+            assert!(
+                !kept.contains("hunter2") && kept.contains(&lock) && kept.len() == text.len(),
+                "cut at {cut}: {kept}"
+            );
+        }
     }
 
     #[test]

@@ -13,4 +13,5 @@ pub(crate) mod log;
 pub(crate) mod other_backends;
 pub(crate) mod plan_file;
 pub(crate) mod record;
+pub(crate) mod redaction;
 pub(crate) mod version;

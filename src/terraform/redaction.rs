@@ -1,0 +1,135 @@
+//! Which bytes of a core log are values of arguments, and no flags that say something about locks.
+//!
+//! Terraform logs its whole command line at its start, `-var` and `-backend-config` included, twice (main.go):
+//!
+//! ```text
+//! 2026-11-23T01:46:07.529Z [INFO]  CLI args: []string{"/usr/bin/terraform", "apply", "-var", "password=hunter2"}
+//! 2026-11-23T01:46:07.529Z [INFO]  CLI command args: []string{"apply", "-var", "password=hunter2"}
+//! ```
+
+use std::ops::Range;
+
+/// The messages of those records.
+const MESSAGES: [&[u8]; 2] = [b"CLI args: []string{", b"CLI command args: []string{"];
+
+/// Whether a word may stay: a flag that says something about locks or exit codes, with a value of Go's `strconv.ParseBool` or
+/// none.
+fn is_kept(word: &[u8]) -> bool {
+    const VALUES: [&[u8]; 12] =
+        [b"1", b"t", b"T", b"true", b"TRUE", b"True", b"0", b"f", b"F", b"false", b"FALSE", b"False"];
+    let Some(flag) = word.strip_prefix(b"-") else { return false };
+    let flag = flag.strip_prefix(b"-").unwrap_or(flag);
+    [&b"lock"[..], b"detailed-exitcode"].iter().any(|name| match flag.strip_prefix(*name) {
+        Some([]) => true,
+        Some([b'=', value @ ..]) => VALUES.contains(&value),
+        _ => false,
+    })
+}
+
+/// What may come before the message: a time with an offset, and a level.
+const LONGEST_HEAD: usize = 48;
+
+/// Whether a line that begins with `line`, which may be cut anywhere, can be one of those records.
+pub(crate) fn may_have_arguments(line: &[u8]) -> bool {
+    match message(line) {
+        Some(message) => MESSAGES.iter().any(|known| message.starts_with(known) || known.starts_with(message)),
+        None => line.len() < LONGEST_HEAD,
+    }
+}
+
+/// What stands behind the level of a record. `None` if no level was seen.
+fn message(line: &[u8]) -> Option<&[u8]> {
+    let head = &line[..line.len().min(LONGEST_HEAD)];
+    let end = head.iter().position(|&byte| byte == b']')?;
+    let spaces = line[end + 1..].iter().take_while(|&&byte| byte == b' ').count();
+    Some(&line[end + 1 + spaces..])
+}
+
+/// Where in `line`, a whole one, the values are: the content of each quoted word (Go's %#v) that is not known to be harmless.
+pub(crate) fn values(line: &[u8]) -> Vec<Range<usize>> {
+    let Some(message) = message(line) else { return Vec::new() };
+    let Some(known) = MESSAGES.iter().find(|known| message.starts_with(known)) else { return Vec::new() };
+    let mut values = Vec::new();
+    let mut at = line.len() - message.len() + known.len();
+    while let Some(begin) = line[at..].iter().position(|&byte| byte == b'"').map(|place| at + place + 1) {
+        let mut end = begin;
+        while end < line.len() && line[end] != b'"' {
+            // What is escaped does not end it.
+            end += if line[end] == b'\\' { 2 } else { 1 };
+        }
+        let end = end.min(line.len());
+        if begin < end && !is_kept(&line[begin..end]) {
+            values.push(begin..end);
+        }
+        at = (end + 1).min(line.len());
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::Log;
+
+    fn redacted(line: &str) -> String {
+        let mut bytes = line.as_bytes().to_vec();
+        for range in values(line.as_bytes()) {
+            bytes[range].fill(b'*');
+        }
+        String::from_utf8(bytes).unwrap()
+    }
+
+    const HEAD: &str = "2026-11-23T01:46:07.529Z [INFO]  ";
+
+    #[test]
+    fn values_go_and_what_says_something_of_locks_stays() {
+        for (arguments, expected) in [
+            (r#""plan", "-var", "x=hunter2""#, r#""****", "****", "*********""#),
+            (r#""plan", "-lock=false", "-var=x=\"hunter2\"""#, r#""****", "-lock=false", "******************""#),
+            (r#""plan", "-detailed-exitcode""#, r#""****", "-detailed-exitcode""#),
+            (r#""--lock=F", "-lock=x", "-lock-timeout=0s""#, r#""--lock=F", "*******", "****************""#),
+            (r#""a\\", "hunter2""#, r#""***", "*******""#),
+            ("", ""),
+        ] {
+            for message in ["CLI args: []string{", "CLI command args: []string{"] {
+                let line = format!("{HEAD}{message}{arguments}}}\n");
+                assert_eq!(redacted(&line), format!("{HEAD}{message}{expected}}}\n"));
+            }
+        }
+        for other in [
+            format!("{HEAD}backend-s3: Locked remote state (DynamoDB only): x=\"a b\"\n"),
+            "  | \"hunter2\"\n".to_owned(),
+            String::new(),
+            "]".to_owned(),
+        ] {
+            assert_eq!(redacted(&other), other);
+        }
+    }
+
+    #[test]
+    fn a_log_tells_the_same_afterwards() {
+        let text = format!(
+            "{HEAD}Terraform version: 1.11.4\n{HEAD}CLI args: []string{{\"terraform\", \"plan\", \"-lock=false\", \"-var\", \"a=b\"}}\n\
+             {HEAD}CLI command args: []string{{\"plan\", \"-lock=false\", \"-detailed-exitcode\", \"-var\", \"a=b\"}}\n"
+        );
+        let read = |text: &str| {
+            let mut log = Log::default();
+            log.read(text.as_bytes());
+            log
+        };
+        let after: String = text.split_inclusive('\n').map(redacted).collect();
+        assert!(!after.contains("a=b") && read(&after) == read(&text));
+        assert!(read(&text).locking_disabled && read(&text).announces_changes);
+    }
+
+    #[test]
+    fn a_line_that_is_cut_may_still_be_one_and_no_byte_panics() {
+        let line = format!("{HEAD}CLI args: []string{{\"terraform\", \"x\\\"y\\");
+        for length in 0..=line.len() {
+            assert!(may_have_arguments(&line.as_bytes()[..length]), "{length}");
+            let _ = values(&line.as_bytes()[..length]);
+        }
+        assert!(!may_have_arguments(format!("{HEAD}backend-s3: ").as_bytes()));
+        assert!(!may_have_arguments("x".repeat(100).as_bytes()));
+    }
+}
