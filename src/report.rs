@@ -333,6 +333,25 @@ pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
     )
 }
 
+/// A run of which nobody here can tell whether it is alive. What it may hold is named.
+pub(crate) fn cannot_be_judged(record: &Record, why: &str) -> String {
+    let mut text = format!(
+        "an earlier run (pid {}) may hold a state lock, and whether it is alive cannot be seen from here: {why}",
+        record.tf
+    );
+    for recorded in record.log.standing() {
+        let _ = write!(
+            text,
+            "\n{}\nonce you know that it is dead, type in its directory: {} {}",
+            lock(&recorded.operation, &recorded.path, &recorded.id),
+            in_workspace(record.workspaces.first().map(String::as_str), "tf locks release --force"),
+            recorded.id
+        );
+    }
+    let _ = write!(text, "\nif that lock is gone, type: tf locks recover --forget {}", visible(&record.run));
+    text
+}
+
 /// A dead run whose record cannot be worked with.
 pub(crate) fn cannot_be_finished(record: &Record, why: &str) -> String {
     format!(

@@ -61,6 +61,8 @@ mod never_hangs;
 mod no_lock_at_all;
 #[path = "real/nobody_elses_directory.rs"]
 mod nobody_elses_directory;
+#[path = "real/only_named.rs"]
+mod only_named;
 #[path = "real/permissions.rs"]
 mod permissions;
 #[path = "real/process_tree.rs"]

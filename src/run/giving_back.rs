@@ -183,6 +183,33 @@ pub(crate) fn give_back(
     settled.collect()
 }
 
+/// What becomes of those of `standing` that may be there, where locks are to be named and not released.
+pub(crate) fn only_name(
+    standing: &[RecordedLock],
+    places: &Places,
+    situation: &Situation,
+    patience: &mut Patience<'_>,
+) -> Vec<Settled> {
+    let _there = Within::enter(&places.working_directory);
+    let settled = standing.iter().rev().map(|recorded| {
+        let places = places.of(recorded);
+        let may_stand = |place: &Place, patience: &mut Patience<'_>| {
+            patience.until(release::may_stand(place, &recorded.id)).unwrap_or(true)
+        };
+        let outcome = if places.is_empty() {
+            Outcome::kept(report::NO_PLACE)
+        } else if places.iter().any(|place| may_stand(place, patience)) {
+            Outcome::later(report::NEVER)
+        } else {
+            let absent = Outcome::Absent { anothers: None, excluded: false };
+            not_believed(&places, situation, patience).unwrap_or(absent)
+        };
+        trace!("lock {}, which is to be named: {outcome:?}", recorded.id);
+        Settled { lock: recorded.clone(), outcome: Some(outcome), may_stand: true, may_still_come: false }
+    });
+    settled.collect()
+}
+
 /// Whether terraform has most likely released `recorded` itself, and cannot say so: it ended by itself after it had begun to,
 /// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {

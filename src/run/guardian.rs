@@ -691,8 +691,14 @@ impl<'a> Watch<'a> {
         let elsewhere = died && other_backend::may_be_left(&places);
         let began = ward.record.as_ref().is_some_and(|record| record.terraform.is_some());
         let unlogged = began && died && ward.recorder.is_closed() && places.selected().is_some();
-        if !(log.may_hold() || elsewhere || unlogged) || !ward.release {
+        if !(log.may_hold() || elsewhere || unlogged) {
             return LeftOver::default();
+        }
+        if !ward.release {
+            // To be named, which is for somebody who has a person to tell.
+            let locks = log.standing().cloned().collect();
+            let unnamed = log.standing_unnamed().cloned().collect();
+            return LeftOver { locks, unnamed, elsewhere, unlogged, ..LeftOver::default() };
         }
         let mut patience = Patience::Nobodys;
         let unlock_begun = !died && unlock_is_begun(&log, &places, &mut patience);

@@ -135,6 +135,9 @@ pub(crate) struct Record {
     pub(crate) offset: u64,
     /// Its operation is over, and what is left of it could not be done then.
     pub(crate) over: bool,
+    /// Its locks were to be named and not released (`TFW_RELEASE=never`).
+    #[serde(default)]
+    pub(crate) named_only: bool,
     /// See [`LeftOver::unlogged`].
     #[serde(default)]
     pub(crate) unlogged: bool,
@@ -169,6 +172,7 @@ impl Record {
             log: Log::default(),
             offset: 0,
             over: false,
+            named_only: false,
             unlogged: false,
             replaced: Vec::new(),
         }
@@ -334,9 +338,7 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Found::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
-                let held = open_lock(&path.join("lock")).is_ok_and(|lock| {
-                    [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
-                });
+                let held = self.is_held(name);
                 // Whoever holds it will write it anew, or take it away.
                 return if held { Found::Foreign("it cannot be read", None) } else { Found::Broken(path) };
             }
@@ -386,6 +388,17 @@ impl Journal {
             Ok(record) if same => Found::Dead(Box::new(record), Entry { path, charge }, standpoint),
             _ => Found::Gone,
         }
+    }
+
+    /// Whether some process holds that run's lock file: one of its own, wherever it is, or whoever takes care of it.
+    pub(crate) fn is_held(&self, name: &str) -> bool {
+        let lock = open_lock(&self.runs.join(name).join("lock"));
+        lock.is_ok_and(|lock| [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true)))
+    }
+
+    /// Drops the record of a run that cannot be judged from here.
+    pub(crate) fn drop_record(&self, name: &str) {
+        remove(&self.runs.join(name));
     }
 
     /// Whether somebody takes care of that run at this moment: its `tf`, its guardian, or another recovery.

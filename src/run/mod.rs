@@ -225,6 +225,7 @@ impl<'a> Prepared<'a> {
         let journal = journal.and_then(|journal| {
             let mut record = record((&run, &who), &journal, started, invocation, current, (here, destinations));
             record.parent = parent.as_ref().map(|(pid, _)| pid.as_raw());
+            record.named_only = !settings.release;
             let (made, life) = journal.begin(&record)?;
             inherited.push(life);
             entry = Some((made, record));

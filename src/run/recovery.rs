@@ -22,7 +22,7 @@ use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
 use super::destinations::Destinations;
-use super::giving_back::{Settled, Standing, bury, give_back, may_land, remember, replaced, visit};
+use super::giving_back::{Settled, Standing, bury, give_back, may_land, only_name, remember, replaced, visit};
 use super::host::Standpoint;
 use super::journal::{Entry, Found, Journal, LeftOver, READ_ONLY, Record};
 use super::other_backend::{self, Elsewhere};
@@ -39,6 +39,7 @@ use crate::lock::access::Access;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, SERVICE_TIMEOUT, Situation};
 use crate::report;
+use crate::settings::release_is_asked_for;
 use crate::sys::process::Process;
 use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
@@ -250,6 +251,11 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     say(&report::cannot_be_finished(&record, READ_ONLY));
                     recovered.left += 1;
                 }
+                // One whose processes cannot be seen from here, and that none of them holds.
+                Found::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
+                    say(&report::cannot_be_judged(&record, why));
+                    recovered.left += 1;
+                }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 Found::Doubtful(record, processes) => {
                     if record.log.may_hold() {
@@ -348,6 +354,13 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                 }
                 Found::Living(record) | Found::Settling(record) | Found::Doubtful(record, _) if is_meant(&record) => {
                     return Forgotten::Alive(record.tf);
+                }
+                Found::Foreign(_, Some(record)) if is_meant(&record) => {
+                    if journal.is_held(&name) {
+                        return Forgotten::Alive(record.tf);
+                    }
+                    journal.drop_record(&name);
+                    return Forgotten::Yes(record.tf);
                 }
                 _ => {}
             }
@@ -613,7 +626,11 @@ fn settle(
         .then(|| Outcome::later(report::missing(&missing.join(", "), &record.data_directory)));
     let claimed = |id: &str| journal.is_claimed(id, &record.run);
     let _there = Within::enter(&places.working_directory);
-    let settled = give_back(&standing.named, &places, &situation, died, unreachable.as_ref(), claimed, &mut patience);
+    let never = is_never(record);
+    let settled = match unreachable {
+        None if never => only_name(&standing.named, &places, &situation, &mut patience),
+        keep => give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience),
+    };
     if recent {
         bury(&settled, &situation, Some(graveyard));
     }
@@ -676,7 +693,7 @@ fn settle(
         left_over.unlogged = is_unread || audience == Audience::Nobody;
     }
     if elsewhere {
-        let end = recover_elsewhere(record, &places, &situation, &mut patience);
+        let end = recover_elsewhere(record, &places, &situation, never.then_some(report::NEVER), &mut patience);
         left |= end.leaves_one();
         if end.later || (end.leaves_one() && audience == Audience::Nobody) {
             left_over.add_elsewhere(record.log.of_workspaces().cloned());
@@ -687,6 +704,13 @@ fn settle(
         messages.push(report::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
     (Finished { messages, left }, left_over)
+}
+
+/// Whether locks of a dead run are to be named and not released: whoever recovers says so, or the run was told so and whoever
+/// recovers does not ask for a release by name.
+fn is_never(record: &Record) -> bool {
+    std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
+        || (record.named_only && !release_is_asked_for())
 }
 
 /// Names the lock that a run may have left of which there is no log, and tells whether its place could not be read. `None`
@@ -732,6 +756,7 @@ fn recover_elsewhere(
     record: &Record,
     places: &Places,
     situation: &Situation,
+    keep: Option<&str>,
     patience: &mut Patience<'_>,
 ) -> other_backend::Ending {
     let unlock = report::unlock_command(&record.program, Some(&record.working_directory()));
@@ -743,7 +768,7 @@ fn recover_elsewhere(
             elsewhere.settle(
                 &situation.run,
                 told,
-                None,
+                keep,
                 [&report::earlier_run(record), &unlock],
                 By::Recovery,
                 patience,

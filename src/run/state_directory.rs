@@ -33,18 +33,23 @@ impl StateDirectory {
     /// The first that can be used, made where it is not there yet.
     ///
     /// # Errors
-    /// Why the first place that the environment names cannot be used, when no other can either.
+    /// Why none of the places can be used: each with its own reason.
     pub(crate) fn open(variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
-        let mut first = None;
-        for candidate in candidates(variable) {
+        Self::first_of(candidates(variable))
+    }
+
+    fn first_of(candidates: impl Iterator<Item = Candidate>) -> io::Result<Self> {
+        let mut reasons = Vec::new();
+        for candidate in candidates {
             match candidate.open() {
                 Ok(directory) => return Ok(directory),
                 Err(error) => {
-                    first.get_or_insert(error);
+                    let (path, reason) = (candidate.path().display().to_string(), error.to_string());
+                    reasons.push(if reason.contains(&path) { reason } else { format!("{path}: {reason}") });
                 }
             }
         }
-        Err(first.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
+        Err(io::Error::new(io::ErrorKind::NotFound, reasons.join("; ")))
     }
 
     /// All that are there and can be used: where earlier runs may have left something, in whatever environment.
@@ -176,6 +181,27 @@ impl Candidate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_no_place_can_be_used_each_is_named_with_its_reason() {
+        use std::os::unix::fs::PermissionsExt;
+        let root = tempfile::tempdir().unwrap();
+        let place = |name: &str, mode| {
+            let base = root.path().join(name);
+            fs::create_dir(&base).unwrap();
+            fs::set_permissions(&base, fs::Permissions::from_mode(mode)).unwrap();
+            base
+        };
+        let (open, file) = (place("open", 0o777), root.path().join("file"));
+        fs::write(&file, "").unwrap();
+        let candidate = |base: &Path| Candidate { base: base.to_owned(), below: PathBuf::new(), made: true };
+        let error = StateDirectory::first_of([candidate(&open), candidate(&file)].into_iter()).unwrap_err().to_string();
+        for path in [&open, &file] {
+            assert!(error.contains(path.to_str().unwrap()), "{error}");
+        }
+        let good = place("good", 0o700);
+        assert_eq!(StateDirectory::first_of([candidate(&open), candidate(&good)].into_iter()).unwrap().0, good);
+    }
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn open(set: &[(&str, &Path)]) -> Option<PathBuf> {

@@ -1,0 +1,163 @@
+//! What is named and not released: because somebody said so, or because nobody here can tell whether its run is alive.
+
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use super::survived::{kill_whole, killed_whole, records};
+use crate::support::household::{kill_all, wait_until_ours_are_gone};
+use crate::support::process::{Ended, Run, terraform_below};
+use crate::support::world::{UNSET, WAITS, id_of};
+use crate::support::{Lock, Subject, World, wait_for};
+
+fn locks(world: &World, words: &[&str]) -> Ended {
+    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
+    world.run(Subject::Tf, &words)
+}
+
+/// Runs in a shell what a message says to type, from the `number`th place in it on.
+#[track_caller]
+fn type_what_is_said(world: &World, said: &str, number: usize) -> Ended {
+    let command = said.split(" type").nth(number).unwrap_or_else(|| panic!("nothing to type: {said}"));
+    let command = command.split_once(": ").unwrap().1.lines().next().unwrap().trim();
+    let mut shell = world.command("sh");
+    shell.args(["-c", command]);
+    Run::start(shell).wait()
+}
+
+/// The run was told so, and its guardian is left alone with the lock.
+#[test]
+fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut world = World::new(lock, WAITS);
+        world.set("TFW_RELEASE", "never");
+        let run = world.start_apply(Subject::Tf);
+        let id = id_of(&world.locks()[0]);
+        let terraform = terraform_below(run.pid());
+        run.send(Signal::SIGSTOP);
+        kill(terraform, Signal::SIGKILL).unwrap();
+        run.send(Signal::SIGKILL);
+        drop(run);
+        wait_until_ours_are_gone(&world);
+        kill_all(&world);
+        world.assert_locked();
+        world.set("TFW_RELEASE", UNSET);
+        for _ in 0..2 {
+            let end = locks(&world, &["recover"]);
+            assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+            assert!(end.out.contains("TFW_RELEASE is never") && end.out.contains(&id), "{}", world.story(&end));
+            world.assert_locked();
+        }
+        // Said by name, it goes.
+        world.set("TFW_RELEASE", "auto");
+        let end = locks(&world, &["recover"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        world.assert_unlocked();
+        assert!(records(&world).is_empty());
+    }
+}
+
+#[test]
+fn with_release_never_a_recovery_names_and_once_the_lock_is_gone_forgets() {
+    let mut world = killed_whole(Lock::Both);
+    world.set("TFW_RELEASE", "never");
+    let end = locks(&world, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains("TFW_RELEASE is never"), "{}", world.story(&end));
+    world.assert_locked();
+    let unlocked = type_what_is_said(&world, &end.out.replace("force-unlock", "force-unlock -force"), 1);
+    assert_eq!(unlocked.code(), Some(0), "{}\n{}", end.out, world.story(&unlocked));
+    world.assert_unlocked();
+    let end = locks(&world, &["recover"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+    assert!(records(&world).is_empty());
+}
+
+/// A copy of a disk, or a container's volume: the run may go on where it was.
+#[test]
+fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands_work() {
+    for release in [true, false] {
+        let world = killed_whole(Lock::DynamoDb);
+        let [path] = records(&world).try_into().unwrap();
+        let mut record: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into();
+        fs::write(&path, record.to_string()).unwrap();
+        for words in [&["recover", "--dry-run"][..], &["recover"]] {
+            let end = locks(&world, words);
+            assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+            assert!(end.out.contains("cannot be seen from here"), "{}", world.story(&end));
+            assert!(end.out.contains(&id_of(&world.locks()[0])), "{}", world.story(&end));
+        }
+        let said = locks(&world, &["recover"]).out;
+        if release {
+            let released = type_what_is_said(&world, &said, 1);
+            assert_eq!(released.code(), Some(0), "{said}\n{}", world.story(&released));
+            world.assert_unlocked();
+        }
+        let forgotten = type_what_is_said(&world, &said, 2);
+        assert_eq!(forgotten.code(), Some(0), "{said}\n{}", world.story(&forgotten));
+        let end = locks(&world, &["recover"]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+        assert_eq!(world.locks().is_empty(), release, "only the record is dropped");
+    }
+}
+
+/// In another container, with this directory in a volume: its processes cannot be seen from here, but they hold its file.
+#[test]
+fn a_run_that_somebody_holds_is_not_called_dead_by_a_recovery_that_cannot_see_it() {
+    let world = World::new(Lock::DynamoDb, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    let path = wait_for(
+        "the record",
+        || records(&world).into_iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains("asked"))),
+        || world.trace(),
+    );
+    let mut record: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into();
+    fs::write(&path, record.to_string()).unwrap();
+    let end = locks(&world, &["recover"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+    let end = locks(&world, &["recover", "--forget", record["run"].as_str().unwrap()]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    world.go();
+    assert_eq!(run.wait().code(), Some(0));
+}
+
+/// The log of a run is in memory, and stays there when everything is killed, until the next `tf`.
+#[test]
+fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
+    const SECRET: &str = "x-hunter2-not-to-be-found";
+    let world = World::empty(Lock::DynamoDb);
+    world.write_main("variable \"x\" {}", WAITS);
+    world.init();
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
+    world.wait_for_began(&run);
+    let name = format!("tf-{}.log", world.trace().split("run ").nth(1).unwrap().lines().next().unwrap().trim());
+    let log = std::path::Path::new("/dev/shm").join(&name);
+    let text = || String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
+    assert!(text().contains("CLI args"), "{name} is the log: {}", text());
+    wait_for("the arguments to go", || (!text().contains(SECRET)).then_some(()), text);
+    assert!(text().contains("Attempting to lock remote state"), "{}", text());
+    kill_all(&world);
+    drop(run);
+    assert!(!text().contains(SECRET) && log.exists());
+    let end = locks(&world, &["recover"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+    assert!(!log.exists(), "the recovery takes it away");
+}
+
+/// The records of a second run beside a first one that was killed whole are its own.
+#[test]
+fn two_killed_runs_are_named_each_by_its_own_lock() {
+    let mut world = killed_whole(Lock::DynamoDb);
+    world.set("TFW_RELEASE", "never");
+    let first = id_of(&world.locks()[0]);
+    world.delete_lock();
+    kill_whole(&world);
+    let second = id_of(&world.locks()[0]);
+    let end = locks(&world, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains(&second) && !end.out.contains(&first), "{}", world.story(&end));
+}
