@@ -323,6 +323,15 @@ pub(crate) fn still_ending(record: &Record, stops: bool) -> String {
     format!("a run here (pid {}) has not ended yet, and may hold a state lock\n{next}", record.tf)
 }
 
+/// A dead run that another process takes care of, and has not finished in the time in which it was waited for.
+pub(crate) fn still_settling(record: &Record) -> String {
+    format!(
+        "a dead run here (pid {}) may hold a state lock, and another process has begun to release it and has not ended yet\n\
+         in a while, type again: tf locks recover",
+        record.tf
+    )
+}
+
 /// A run of which nobody is known to be alive, and these processes may be.
 pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
     format!(

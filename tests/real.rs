@@ -37,6 +37,8 @@ mod given_back;
 mod interrupted_once;
 #[path = "real/invisible.rs"]
 mod invisible;
+#[path = "real/least_requests.rs"]
+mod least_requests;
 #[path = "real/left_behind.rs"]
 mod left_behind;
 #[path = "real/left_operation.rs"]

@@ -263,13 +263,17 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                         recovered.left += 1;
                     }
                 }
-                // Waited for in vain. What will become of it is not known yet, and is no failure of ours.
+                // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
                 Found::Living(record) if !dry_run && record.log.may_hold() => {
                     if let Some(ending) = ending(&record, &journal) {
                         report::say(&report::still_ending(&record, ending == Ending::Left));
-                        // Nobody will finish it but whoever asks again.
-                        recovered.left += usize::from(!journal.is_taken_care_of(&name));
+                        recovered.left += 1;
                     }
+                }
+                // The same of whoever takes care of it: it may be frozen.
+                Found::Settling(record) if !dry_run && record.log.may_hold() => {
+                    report::say(&report::still_settling(&record));
+                    recovered.left += 1;
                 }
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
             }

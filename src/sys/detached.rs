@@ -46,6 +46,7 @@ pub(crate) fn run(
                 end();
             }
             detach(name, &keep);
+            hide_arguments();
             // Whatever happens in there, it must not come back into the story of the process that it was forked from.
             let _ = catch_unwind(AssertUnwindSafe(work));
             end()
@@ -88,6 +89,28 @@ fn detach(name: &std::ffi::CStr, keep: &[RawFd]) {
         from = kept + 1;
     }
     close_between(from, RawFd::MAX);
+}
+
+/// Takes the arguments that this process has by its fork out of the process list: they are those of terraform, with the values
+/// of `-var`, and what stays behind needs none of them. What ps(1) shows is read from the memory of the process itself
+/// (proc_pid_cmdline(5)); where that is, the kernel tells (`arg_start` and `arg_end`, proc_pid_stat(5)).
+fn hide_arguments() {
+    #[cfg(target_os = "linux")]
+    {
+        /// Behind the name, the fields begin with the third (proc_pid_stat(5)).
+        const ARG_START: usize = 48 - 3;
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        let fields: Vec<&str> = stat.rsplit_once(") ").map_or_else(Vec::new, |(_, rest)| rest.split(' ').collect());
+        let field = |place: usize| fields.get(place)?.trim().parse::<usize>().ok();
+        if let (Some(start), Some(end)) = (field(ARG_START), field(ARG_START + 1))
+            && start > 0
+            && end > start
+        {
+            // SAFETY: the strings of argv, which the kernel has put on this process's stack; they are copied wherever they are
+            // used, and zeros are empty strings for whoever reads them anew.
+            unsafe { std::ptr::write_bytes(start as *mut u8, 0, end - start) };
+        }
+    }
 }
 
 /// Closes every descriptor from `from` up to and without `to`.

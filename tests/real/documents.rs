@@ -237,3 +237,35 @@ fn every_link_of_the_documents_leads_somewhere() {
     }
     assert!(seen > 10, "the documents are read: {seen}");
 }
+
+/// Each test that docs/promises.md names for a promise is there, and each document that has promises is in it.
+#[test]
+fn every_promise_has_a_test_that_is_there() {
+    let text = fs::read_to_string(root().join("docs/promises.md")).unwrap();
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| promise"))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    assert!(rows.len() > 200, "the table is read: {}", rows.len());
+    let has = |path: String, function: &str| {
+        fs::read_to_string(root().join(path)).is_ok_and(|text| text.contains(&format!("fn {function}(")))
+    };
+    for row in &rows {
+        let [promise, _, holders] = row[..] else { panic!("not three cells: {row:?}") };
+        for holder in holders.split('`').skip(1).step_by(2).filter(|holder| holder.contains("::")) {
+            let (place, function) = holder.rsplit_once("::").unwrap();
+            let path = match place.strip_prefix("elsewhere::") {
+                Some(module) => format!("tests/elsewhere/{module}.rs"),
+                None if place.starts_with("src/") => place.to_owned(),
+                None => format!("tests/real/{place}.rs"),
+            };
+            assert!(has(path, function), "{promise}: there is no test {holder}");
+        }
+    }
+    for path in documents() {
+        let name = path.strip_prefix(root()).unwrap().display().to_string();
+        let generated = ["docs/backends.md", "docs/promises.md"].contains(&name.as_str());
+        assert!(generated || text.contains(&format!("`{name}`")), "{name} promises nothing?");
+    }
+}

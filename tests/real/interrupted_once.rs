@@ -112,7 +112,9 @@ fn the_other_signals_are_passed_on_as_they_are() {
     world.count_signals();
     let run = world.start(Subject::Tf, &["apply"]);
     world.wait_for_began(&run);
-    for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGQUIT, Signal::SIGCONT] {
+    let signals =
+        [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGQUIT, Signal::SIGABRT, Signal::SIGCONT];
+    for signal in signals {
         run.send(signal);
         wait_for(
             signal.as_str(),
@@ -122,7 +124,47 @@ fn the_other_signals_are_passed_on_as_they_are() {
     }
     world.go();
     run.wait();
-    assert_eq!(world.seen().len(), 5, "{:?}", world.seen());
+    assert_eq!(world.seen().len(), signals.len(), "{:?}", world.seen());
+}
+
+/// In our own group are others than terraform's.
+#[test]
+fn with_a_shared_terminal_a_request_interrupts_terraform_alone() {
+    for shared in [false, true] {
+        let mut world = World::new(
+            Lock::DynamoDb,
+            "trap 'touch interrupted' INT; touch began; while ! test -e go; do sleep 0.02; done",
+        );
+        if shared {
+            world.set("TFW_TTY", "shared");
+        }
+        let run = world.start_apply(Subject::Tf);
+        run.send(Signal::SIGTERM);
+        run.wait_for_out("Interrupt received");
+        if !shared {
+            world.wait_for_file("interrupted");
+        }
+        world.go();
+        let end = run.wait();
+        assert_eq!(world.exists("interrupted"), !shared, "{shared}: {}", world.story(&end));
+        world.assert_unlocked();
+    }
+}
+
+/// Nobody can pass it on.
+#[test]
+fn a_stop_that_cannot_be_caught_stops_tf_alone() {
+    let world = World::new(Lock::DynamoDb, WAITS);
+    let run = world.start_apply(Subject::Tf);
+    run.send(Signal::SIGSTOP);
+    let tf = run.pid();
+    wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || world.trace());
+    assert_ne!(state(crate::support::process::terraform_below(tf)), Some('T'));
+    world.go();
+    wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    run.send(Signal::SIGCONT);
+    assert_eq!(run.wait().code(), Some(0));
+    world.assert_unlocked();
 }
 
 #[test]

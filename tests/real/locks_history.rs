@@ -16,6 +16,7 @@ use crate::support::{Ended, Lock, Subject, World, wait_for};
 fn history(world: &World) -> Vec<Value> {
     let end = locks(world, &["history", "--json"]);
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    super::locks_list::assert_fits(world, "history", &end.out);
     let all: Value = serde_json::from_str(&end.out).unwrap();
     assert_eq!(all["unreadable"], 0);
     all["events"].as_array().unwrap().clone()
@@ -167,4 +168,23 @@ fn the_file_is_for_its_owner_alone_and_bare_terraform_writes_none() {
     run.kill_terraform();
     run.wait();
     assert!(history(&bare).is_empty());
+}
+
+/// Nobody waits for it, and it does not stay for ever: all of its group goes.
+#[test]
+fn a_command_that_is_told_and_does_not_end_is_killed_after_its_time() {
+    let mut world = World::new(Lock::File, WAITS);
+    told_by(&mut world, "trap '' TERM INT HUP; sleep 1000 & echo $$ $! > pids.new; mv pids.new pids; wait; sleep 1000");
+    killed(&world);
+    world.wait_for_file("pids");
+    let begun = std::time::Instant::now();
+    let pids: Vec<i32> = world.read("pids").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    let are_gone =
+        || pids.iter().all(|pid| crate::support::household::is_gone(nix::unistd::Pid::from_raw(*pid))).then_some(());
+    // Half of the time of one wait is not enough for it, and the second half is.
+    while begun.elapsed() < std::time::Duration::from_secs(20) {
+        assert!(are_gone().is_none(), "after {:?}", begun.elapsed());
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    }
+    wait_for("the end of the command", are_gone, || format!("{pids:?}"));
 }

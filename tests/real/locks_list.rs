@@ -40,7 +40,12 @@ fn parsed(world: &World, end: &Ended) -> Value {
 
 /// Checks JSON with a real validator against the schema in the repository.
 fn assert_fits_the_schema(world: &World, text: &str) {
-    let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/locks.schema.json");
+    assert_fits(world, "locks", text);
+}
+
+/// The same against another schema, by its name.
+pub fn assert_fits(world: &World, name: &str, text: &str) {
+    let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/{name}.schema.json"));
     world.write("shown.json", text);
     let mut python = world.command(tool("python3"));
     let script = "import sys, json, jsonschema\nschema = json.load(open(sys.argv[1]))\n\
@@ -412,4 +417,60 @@ fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
         let again: Vec<&Value> = asked.iter().filter(|one| one.0 == "GetItem").map(|one| &one.1).collect();
         assert!(again.len() == 1 && again[0]["ConsistentRead"] == true && again[0]["Key"]["LockID"]["S"] == "a");
     }
+}
+
+/// DynamoDB is asked for each workspace that the bucket tells of; one that is locked and has no state yet is not among them.
+#[test]
+fn a_lock_of_a_workspace_without_a_state_is_seen_in_the_table_and_where_it_is_selected() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let path = format!("{}/env:/new/dir/prod.tfstate", world.bucket);
+    cloud().put_item(&world.table, &path, &of_anna(A, &path));
+    assert_eq!(parsed(&world, &locks(&world, &["list", "--json"]))["locks"], json!([]));
+    let all = parsed(&world, &locks(&world, &table(&world, &["--json"])));
+    assert_eq!(all["locks"][0]["path"], json!(path), "{all}");
+    world.set("TF_WORKSPACE", "new");
+    assert_eq!(parsed(&world, &locks(&world, &["list", "--json"]))["locks"][0]["id"], json!(A));
+}
+
+/// A hundred times the table takes no more memory.
+#[test]
+fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
+    let peak = |pages: usize| {
+        let mut world = World::new(Lock::DynamoDb, "true");
+        let mut info: Value = serde_json::from_str(&of_anna(A, "a")).unwrap();
+        info["Info"] = "x".repeat(30_000).into();
+        let item = json!({ "LockID": { "S": "a" }, "Info": { "S": info.to_string() } });
+        let asked = Arc::new(Mutex::new(0_usize));
+        let name = world.table.clone();
+        let _proxy = through(&mut world, move |request| {
+            if is_dynamodb(request, ".DescribeTable") {
+                let key = json!([{ "AttributeName": "LockID", "KeyType": "HASH" }]);
+                let described = json!({ "Table": { "TableName": name, "KeySchema": key,
+                    "ProvisionedThroughput": { "ReadCapacityUnits": 0, "WriteCapacityUnits": 0 } } });
+                return Deed::Answer(Message::answer("200 OK", &described.to_string()));
+            }
+            if !is_dynamodb(request, ".Scan") {
+                return Deed::Pass;
+            }
+            let scan: Value = serde_json::from_slice(&request.body).unwrap();
+            let mut page = json!({ "Count": 0, "ScannedCount": 0, "Items": [] });
+            let mut asked = asked.lock().unwrap();
+            if scan["Segment"] == 0 && *asked < pages {
+                *asked += 1;
+                page = json!({ "Count": 4, "ScannedCount": 4, "Items": [item, item, item, item],
+                    "LastEvaluatedKey": { "LockID": { "S": "a" } } });
+            }
+            Deed::Answer(Message::answer("200 OK", &page.to_string()))
+        });
+        let script = "import subprocess, sys, resource\n\
+                      subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n\
+                      print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)";
+        let mut python = world.command(tool("python3"));
+        python.args(["-c", script, "tf", "locks"]).args(table(&world, &["--json"]));
+        let end = Run::start(python).wait();
+        end.out.trim().parse::<u64>().unwrap_or_else(|_| panic!("{}", world.story(&end)))
+    };
+    // 12 MB of locks against 1.2: kibibytes.
+    let (small, large) = (peak(10), peak(200));
+    assert!(large < small + 10_000, "{small} KiB, {large} KiB");
 }

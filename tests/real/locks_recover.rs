@@ -153,3 +153,32 @@ fn a_word_that_it_does_not_know_is_refused_and_help_is_given() {
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""));
     assert!(end.out.contains("--dry-run"), "{}", end.out);
 }
+
+/// Whoever takes care of a dead run is waited for; one that is frozen is not taken for one that has done it.
+#[test]
+fn a_guardian_that_does_not_end_is_waited_for_as_long_as_is_promised_and_its_lock_is_named() {
+    let world = World::new(Lock::DynamoDb, WAITS);
+    let _sweep = crate::support::household::Sweep(crate::support::household::home(&world));
+    let run = world.start_apply(Subject::Tf);
+    world.wait_for_trace("guardian: journal written");
+    let terraform = crate::support::process::terraform_below(run.pid());
+    let guardian = crate::support::household::guardian_of(&world, run.pid());
+    kill(guardian, Signal::SIGSTOP).unwrap();
+    kill(run.pid(), Signal::SIGKILL).unwrap();
+    kill(terraform, Signal::SIGKILL).unwrap();
+    let begun = std::time::Instant::now();
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["locks", "recover"]);
+    let recover = Run::start(command);
+    world.wait_for_trace("is waited for");
+    while begun.elapsed() < std::time::Duration::from_secs(25) {
+        assert_eq!(recover.err(), "", "after {:?}", begun.elapsed());
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    }
+    recover.wait_for_err("has not ended yet");
+    let end = recover.wait();
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(40), "{:?}", begun.elapsed());
+    assert!(end.err.contains("may hold a state lock"), "{}", world.story(&end));
+    world.assert_locked();
+}

@@ -202,6 +202,7 @@ fn an_audit_is_the_same_twice_and_a_real_parser_reads_it() {
     let count = || {
         let end = locks(&world, &words("--json"));
         assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        super::locks_list::assert_fits(&world, "audit", &end.out);
         let mut count: Value = serde_json::from_str(&end.out).unwrap();
         for name in ["oldest_age_seconds", "scan_seconds"] {
             assert!(count[name].take().as_f64().unwrap() > 0.0);
@@ -310,6 +311,28 @@ fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits() {
         world.assert_unlocked();
         drop(holder);
     }
+}
+
+/// It died after the refused run had looked for what is dead.
+#[test]
+fn a_run_that_a_dead_holder_refuses_releases_its_lock_and_says_so() {
+    use crate::support::proxy::{Deed, Proxy};
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let holder = world.start_apply(Subject::Tf);
+    let proxy = Proxy::start(cloud().port, |request| {
+        let is_put = request.header("x-amz-target").is_some_and(|target| target.ends_with(".PutItem"));
+        if is_put { Deed::Hold } else { Deed::Pass }
+    });
+    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
+    let refused = world.start(Subject::Tf, &["plan", "-no-color"]);
+    proxy.wait_until_held();
+    kill_with_guardian(&world, &holder);
+    proxy.let_go();
+    let end = refused.wait();
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("its holder is dead") && end.err.contains("run it again"), "{}", world.story(&end));
+    world.assert_unlocked();
+    drop(holder);
 }
 
 /// The same with nobody to give it back.

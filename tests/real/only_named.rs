@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::survived::{kill_whole, killed_whole, records};
-use crate::support::household::{kill_all, wait_until_ours_are_gone};
+use crate::support::household::{guardian_of, kill_all, ours, wait_until_ours_are_gone};
 use crate::support::process::{Ended, Run, terraform_below};
 use crate::support::world::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, World, wait_for};
@@ -146,6 +146,28 @@ fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
     world.assert_unlocked();
     assert!(!log.exists(), "the recovery takes it away");
+}
+
+/// What the guardian has by its fork are the arguments of terraform.
+#[test]
+fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
+    const SECRET: &str = "x-hunter2-not-to-be-found";
+    let world = World::empty(Lock::DynamoDb);
+    world.write_main("variable \"x\" {}", WAITS);
+    world.init();
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
+    world.wait_for_began(&run);
+    let guardian = guardian_of(&world, run.pid());
+    let shown = |pid: nix::unistd::Pid| {
+        String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()
+    };
+    assert!(shown(run.pid()).contains(SECRET), "it was typed there");
+    assert!(!shown(guardian).contains("x="), "{:?}", shown(guardian));
+    for pid in ours(&world).into_iter().filter(|pid| *pid != run.pid()) {
+        assert!(!shown(pid).contains(SECRET), "{pid}: {:?}", shown(pid));
+    }
+    world.go();
+    assert_eq!(run.wait().code(), Some(0));
 }
 
 /// The records of a second run beside a first one that was killed whole are its own.

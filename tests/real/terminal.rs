@@ -637,3 +637,19 @@ fn with_a_shared_terminal_it_is_as_bare() {
     wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
     assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{}", terminal.screen());
 }
+
+/// It makes a process group of its own, and takes the terminal for that; at its end it gives it back.
+#[test]
+fn an_interactive_shell_in_a_provisioner_gets_the_terminal() {
+    let world = World::new(Lock::File, "PS1='inner> ' bash --norc -i </dev/tty >/dev/tty 2>&1; touch ended");
+    let mut command = world.command(world.bin().join("tf"));
+    command.args(["apply", "-auto-approve", "-no-color"]);
+    let mut terminal = Terminal::start(command);
+    terminal.wait_for("inner> ");
+    terminal.type_in("echo sum $((40+2))\r");
+    terminal.wait_for("sum 42");
+    terminal.type_in("exit\r");
+    assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.whole_screen());
+    assert!(world.exists("ended"));
+    world.assert_unlocked();
+}

@@ -263,7 +263,7 @@ import os, signal, time
 def seen(number, frame):
     with open("seen", "a") as file:
         file.write(signal.Signals(number).name + "\n")
-for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT"):
+for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGABRT", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT"):
     signal.signal(getattr(signal, name), seen)
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     signal.signal(signal.SIGHUP, seen)
