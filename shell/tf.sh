@@ -59,10 +59,25 @@ _tf_fail() {
     return "$2"
 }
 
+# Sets _tf_found to what a command name stands for, or to nothing. ksh93 quotes a path that a shell would take apart.
+_tf_look_up() {
+    _tf_found=$(command -v "$1") || {
+        _tf_found=
+        return 1
+    }
+    case ${KSH_VERSION-} in
+    Version*)
+        case $_tf_found in
+        "'"* | "\$'"*) eval "_tf_found=$_tf_found" ;;
+        esac
+        ;;
+    esac
+}
+
 _tf_begin() {
     _tf_shim=
     # By its path, should the script set another PATH later.
-    _tf_found=$(command -v "$_tf_program") || {
+    _tf_look_up "$_tf_program" || {
         _tf_fail "there is no tf on PATH (PATH is ${PATH-not set})" 127
         return
     }
@@ -88,7 +103,7 @@ _tf_begin() {
     export PATH
     _tf_subshell=${ZSH_SUBSHELL:-0}
     # A directory with a ":" in its name is two on PATH.
-    _tf_found=$(command -v "${_tf_only:-terraform}") || _tf_found=
+    _tf_look_up "${_tf_only:-terraform}" || :
     if [ "$_tf_found" != "$_tf_shim/${_tf_only:-terraform}" ]; then
         _tf_fail "$_tf_shim is not found first on PATH" 1
         return

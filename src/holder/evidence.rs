@@ -89,6 +89,8 @@ pub(crate) struct Seen {
     pub(crate) who: String,
     /// Every process of the machine is to be seen from here, and not only those of a container.
     pub(crate) sees_all: bool,
+    /// A test says that the host's name tells it from others.
+    pub(crate) is_plain: bool,
     /// The terraforms that run here, and what they have started.
     pub(crate) terraforms: Vec<Suspect>,
     /// When this machine was started.
@@ -172,7 +174,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);
     let shown = report::visible(theirs);
-    if !theirs.is_empty() && names_no_machine(theirs) {
+    if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
         note(format!("its Who names the host {shown:?}, as many machines are called"), "nothing");
         return (Verdict::Unknown, format!("its Who names no machine: many are called {shown:?}"));
     }

@@ -12,6 +12,7 @@ use crate::lock::proof::{self, Run};
 use crate::run::journal::{Found, Journal, Record};
 use crate::run::state_directory::StateDirectory;
 use crate::run::tombstone::Graveyard;
+use crate::sys::plain_host;
 use crate::sys::process::{self, Process};
 use crate::terraform::binary::LARGE;
 use crate::terraform::lock_info::{self, LockInfo};
@@ -67,6 +68,7 @@ impl Host {
             claim: None,
             who: lock_info::who(),
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
+            is_plain: plain_host::is_plain(),
             terraforms: terraforms(),
             booted: process::booted(),
         };

@@ -133,7 +133,7 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
     let files = shared_files(backend);
     let profile = profile(backend, &files).await;
     let network = Network {
-        proxies: proxies(backend),
+        proxies: proxies(backend, set),
         authorities: authorities(backend, profile.as_ref().ok())?,
         insecure: backend.flag("insecure"),
     };
@@ -290,7 +290,7 @@ pub(super) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option
 
 /// aws-sdk-go-base, internal/config/config.go, `HTTPProxyMode`: an attribute goes before its variable, also when it is
 /// empty. In Terraform `http_proxy` of the block serves https as well, where nothing else says what does.
-fn proxies(backend: &CachedBackend) -> Proxies {
+fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Proxies {
     let either = |upper: &str, lower: &str| set(upper).or_else(|| set(lower));
     let [plain, secure] = ["http_proxy", "https_proxy"].map(|name| backend.text(name).map(ToOwned::to_owned));
     let mut https = either("HTTPS_PROXY", "https_proxy");
@@ -317,6 +317,10 @@ fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> 
 
 /// `$NAME`, `${NAME}` and then `~` in a path, as terraform expands them (aws-sdk-go-base, internal/expand; os.ExpandEnv).
 pub(super) fn expand(path: &str) -> OsString {
+    expand_by(path, |name| std::env::var_os(name))
+}
+
+fn expand_by(path: &str, variable: impl Fn(&str) -> Option<OsString>) -> OsString {
     let mut expanded = String::new();
     let mut rest = path;
     while let Some(at) = rest.find('$') {
@@ -331,12 +335,12 @@ pub(super) fn expand(path: &str) -> OsString {
         if name.is_empty() {
             expanded.push('$');
         } else {
-            expanded.push_str(&std::env::var(name).unwrap_or_default());
+            expanded.push_str(&variable(name).and_then(|value| value.into_string().ok()).unwrap_or_default());
         }
         rest = behind;
     }
     expanded.push_str(rest);
-    match (expanded.strip_prefix('~'), std::env::var_os("HOME")) {
+    match (expanded.strip_prefix('~'), variable("HOME")) {
         (Some(rest), Some(mut home)) if rest.is_empty() || rest.starts_with('/') => {
             home.push(rest);
             home
@@ -370,7 +374,7 @@ mod tests {
     fn in_terraform_a_proxy_for_http_serves_https_too() {
         let choose = |config: &str, opentofu: bool| {
             let marker = if opentofu { r#""state_tags":null,"# } else { "" };
-            let proxies = proxies(&backend(&format!("{{{marker}{config}}}")));
+            let proxies = proxies(&backend(&format!("{{{marker}{config}}}")), |_| None);
             proxies.choose("https", "s3.example", 443).map(ToOwned::to_owned)
         };
         assert_eq!(choose(r#""http_proxy":"http://p""#, false).as_deref(), Some("http://p"));
@@ -382,18 +386,19 @@ mod tests {
 
     #[test]
     fn a_path_is_expanded_as_terraform_does() {
-        let home = std::env::var("HOME").unwrap();
+        let at_home = |name: &str| (name == "HOME").then(|| OsString::from("/home/anna"));
         for (path, expected) in [
-            ("/a/b", "/a/b".to_owned()),
-            ("~/x", format!("{home}/x")),
-            ("~", home.clone()),
-            ("~anna/x", "~anna/x".to_owned()),
-            ("$HOME/x", format!("{home}/x")),
-            ("${HOME}/x", format!("{home}/x")),
-            ("/a/$NOT_SET_ANYWHERE/x", "/a//x".to_owned()),
-            ("/a$", "/a$".to_owned()),
+            ("/a/b", "/a/b"),
+            ("~/x", "/home/anna/x"),
+            ("~", "/home/anna"),
+            ("~anna/x", "~anna/x"),
+            ("$HOME/x", "/home/anna/x"),
+            ("${HOME}/x", "/home/anna/x"),
+            ("/a/$NOT_SET_ANYWHERE/x", "/a//x"),
+            ("/a$", "/a$"),
         ] {
-            assert_eq!(expand(path), OsString::from(expected), "{path}");
+            assert_eq!(expand_by(path, at_home), OsString::from(expected), "{path}");
         }
+        assert_eq!(expand_by("~/x", |_| None), OsString::from("~/x"));
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use sha2::{Digest, Sha256};
 
-use crate::sys::{filesystem, machine, process};
+use crate::sys::{filesystem, machine, plain_host, process};
 
 /// Where something ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,7 +57,7 @@ impl Host {
         let line = |path| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
         let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
         Self {
-            machine: line("/etc/machine-id").filter(is_id),
+            machine: line("/etc/machine-id").filter(is_id).or_else(plain_host::machine_id),
             boot: line("/proc/sys/kernel/random/boot_id").filter(|id| !id.is_empty()),
             processes: process::pid_namespace(),
             filesystem: filesystem::identity(journal),

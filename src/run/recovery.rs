@@ -258,20 +258,20 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 Found::Doubtful(record, processes) => {
-                    if record.log.may_hold() {
+                    if may_hold(&record) {
                         say(&report::may_be_alive(&record, &processes));
                         recovered.left += 1;
                     }
                 }
                 // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
-                Found::Living(record) if !dry_run && record.log.may_hold() => {
+                Found::Living(record) if !dry_run && may_hold(&record) => {
                     if let Some(ending) = ending(&record, &journal) {
                         report::say(&report::still_ending(&record, ending == Ending::Left));
                         recovered.left += 1;
                     }
                 }
                 // The same of whoever takes care of it: it may be frozen.
-                Found::Settling(record) if !dry_run && record.log.may_hold() => {
+                Found::Settling(record) if !dry_run && may_hold(&record) => {
                     report::say(&report::still_settling(&record));
                     recovered.left += 1;
                 }
@@ -390,6 +390,12 @@ fn is_of(record: &Record, here: &Places) -> bool {
         || record.data_directory == here.data_directory
 }
 
+/// Whether a run may hold a lock: its log says so, or nothing of its log was read, because it was killed before that or writes one
+/// that we cannot read.
+fn may_hold(record: &Record) -> bool {
+    record.log.may_hold() || record.log.program.is_none()
+}
+
 /// Why a run that lives may be about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -430,7 +436,7 @@ fn look(
         let found = journal.look(name);
         let patience = match &found {
             Found::Settling(record) if is_near(record) => settling,
-            Found::Living(record) if is_near(record) && record.log.may_hold() && ending(record, journal).is_some() => {
+            Found::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
                 // Of a run that nobody takes care of only what is dying ends by itself.
                 let is_cared_for = journal.is_taken_care_of(name);
                 if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHANS_END_WITHIN) }

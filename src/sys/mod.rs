@@ -15,6 +15,7 @@ pub(crate) mod machine;
 pub(crate) mod memory;
 pub(crate) mod ownership;
 pub(crate) mod plain_file;
+pub(crate) mod plain_host;
 pub(crate) mod process;
 pub(crate) mod shell_command;
 pub(crate) mod signals;

@@ -144,6 +144,8 @@ mod tests {
         let root = root.path().canonicalize().unwrap();
         let (real, link) = (root.join("real"), root.join("link"));
         fs::create_dir(&real).unwrap();
+        // Whatever the mask is with which the tests are started.
+        fs::set_permissions(&real, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink(&real, &link).unwrap();
         assert_eq!(safe_directory(&link), safe_directory(&real));
         assert_eq!(safe_directory(&link).unwrap(), real);

@@ -208,7 +208,7 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     use std::os::unix::fs::MetadataExt;
     const FIRST: u64 = 0xEFFF_FFFC;
     let number = std::fs::metadata("/proc/self/ns/pid").ok()?.ino();
-    Some((number, number == FIRST))
+    Some((number, number == FIRST || super::plain_host::is_plain()))
 }
 
 /// Whether a SIGKILL is pending, for the process or for the thread that leads it, in the text of /proc/PID/status.

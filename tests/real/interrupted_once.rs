@@ -364,7 +364,8 @@ fn terraform_named(name: &str, child: &std::process::Child) -> nix::unistd::Pid 
 
 fn blocked_in_write(pid: nix::unistd::Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|place| place.contains("pipe_write"))
-        || std::fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|call| call.starts_with("1 "))
+        || std::fs::read_to_string(format!("/proc/{pid}/syscall"))
+            .is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_write)))
 }
 
 #[test]

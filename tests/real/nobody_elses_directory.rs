@@ -15,7 +15,8 @@ const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// A directory in memory, for one test.
 fn in_memory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("tf-test-").tempdir_in("/dev/shm").unwrap()
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    tempfile::Builder::new().prefix("tf-test-").permissions(private).tempdir_in("/dev/shm").unwrap()
 }
 
 /// Where terraform writes its log, when XDG_RUNTIME_DIR is `directory`.

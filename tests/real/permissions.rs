@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock};
 use serde_json::{Value, json};
 
 use super::locks_release::locks;
+use crate::support::clean::clean;
 use crate::support::cloud::{Cloud, tool};
 use crate::support::process::Run;
 use crate::support::world::{WAITS, lock_json};
@@ -86,9 +87,8 @@ fn account() -> &'static Account {
     static ACCOUNT: OnceLock<Account> = OnceLock::new();
     ACCOUNT.get_or_init(|| {
         let cloud = Cloud::start(&[("AUTH", "true")]);
-        let mut python = Command::new(tool("python3"))
+        let mut python = clean(&mut Command::new(tool("python3")))
             .args(["-c", ROOT, &format!("http://127.0.0.1:{}", cloud.port)])
-            .env_remove("AWS_CA_BUNDLE")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -21,7 +21,8 @@ fn renamed_while_it_works(lock: Lock) -> Option<(World, Run)> {
         return None;
     }
     let world = World::new(lock, WAITS);
-    let script = "hostname first; (until test -e rename; do sleep 0.02; done; hostname second; touch renamed) & \
+    let script = "called() { echo \"$1\" > /proc/sys/kernel/hostname; }; called first; \
+                  (until test -e rename; do sleep 0.02; done; called second; touch renamed) & \
                   exec tf apply -auto-approve -no-color";
     let mut command = world.command("unshare");
     command.args(["-u", "sh", "-c", script]);

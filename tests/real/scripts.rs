@@ -107,7 +107,9 @@ fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
     assert!(end.err.contains("released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
     // Called as tofu it looks for that.
-    let end = Run::start(world.command(directory.join("tofu"))).wait();
+    let mut called = world.command(directory.join("tofu"));
+    called.env("PATH", without(&world, "tofu"));
+    let end = Run::start(called).wait();
     assert_eq!(end.code(), Some(127));
     assert!(end.err.contains("found no tofu behind"), "{}", end.err);
     for _ in 0..2 {
@@ -251,7 +253,8 @@ fn a_script_stays_what_it_is() {
             ("", "(exit 4); echo $?; (trap 'echo inner' EXIT); echo outer", "4\ninner\nouter", 0),
         ] {
             let mut world = world("true");
-            world.set("TF_SH", tf_sh());
+            let path = without(&world, "tofu");
+            world.set("TF_SH", tf_sh()).set("PATH", path);
             let end = Run::start(script(&world, shell, options, body)).wait();
             assert_eq!((end.code(), end.err.as_str()), (Some(code), ""), "{shell:?} {options} {body}");
             assert!(end.out.trim().starts_with(out), "{shell:?} {options} {body}: {}", end.out);
@@ -273,6 +276,47 @@ fn it_does_not_succeed_where_terraform_would_run_bare() {
         assert!(end.err.contains("terraform would run without tf"), "{shell:?}: {}", end.err);
         assert_eq!(fs::read_dir(&odd).unwrap().count(), 0, "{shell:?}");
     }
+}
+
+/// ksh93 quotes what it finds there.
+#[test]
+fn a_temporary_directory_and_a_tf_may_have_any_name() {
+    for shell in shells() {
+        for name in ["a b", "it's", "$HOME", "寿司"] {
+            let mut world = world("true");
+            let odd = world.directory.join(name);
+            fs::create_dir(&odd).unwrap();
+            std::os::unix::fs::symlink(world.bin().join("tf"), odd.join("tf")).unwrap();
+            let mut path = odd.clone().into_os_string();
+            path.push(":");
+            path.push(without(&world, "tf"));
+            world.set("TMPDIR", odd.clone()).set("PATH", path);
+            let end = Run::start(script(&world, shell, "", "terraform locks history && echo safe")).wait();
+            assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?} {name}");
+            assert_eq!(fs::read_dir(&odd).unwrap().count(), 1, "{shell:?} {name}");
+        }
+    }
+}
+
+/// The PATH of a world without a program of that name: of each directory that has one, all others by links.
+fn without(world: &World, name: &str) -> std::ffi::OsString {
+    let environment = world.environment();
+    let path = environment.iter().find(|(variable, _)| variable == "PATH").unwrap().1.clone();
+    let mut number = 0;
+    let directories = std::env::split_paths(&path).map(|directory| {
+        if !directory.join(name).exists() {
+            return directory;
+        }
+        number += 1;
+        let links = world.directory.parent().unwrap().join(format!("without-{name}-{number}"));
+        if fs::create_dir(&links).is_ok() {
+            for entry in fs::read_dir(&directory).unwrap().flatten().filter(|entry| entry.file_name() != name) {
+                let _ = std::os::unix::fs::symlink(entry.path(), links.join(entry.file_name()));
+            }
+        }
+        links
+    });
+    std::env::join_paths(directories.collect::<Vec<_>>()).unwrap()
 }
 
 /// In zsh a trap on EXIT that is set in a function is that function's.

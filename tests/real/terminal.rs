@@ -36,7 +36,8 @@ fn reads(terminal: &Terminal, name: &str) -> bool {
     tree(terminal.pid()).iter().any(|process| {
         process.1 == name
             && process.2 == 'S'
-            && std::fs::read_to_string(format!("/proc/{}/syscall", process.0)).is_ok_and(|call| call.starts_with("0 "))
+            && std::fs::read_to_string(format!("/proc/{}/syscall", process.0))
+                .is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_read)))
     })
 }
 

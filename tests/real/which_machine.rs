@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::locks_release::locks;
 use super::survived::{assert_nothing_left, edit, killed_whole, records};
 use crate::support::process::Run;
-use crate::support::world::lock_json;
+use crate::support::world::{TEST_HOST, UNSET, lock_json};
 use crate::support::{Lock, Subject, World};
 
 const PLAN: [&str; 2] = ["plan", "-no-color"];
@@ -19,7 +19,13 @@ fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
         return;
     }
     for host in ["localhost", "localhost.localdomain", "debian", "vm-of-a-test"] {
-        let world = World::new(Lock::Both, "true");
+        let mut world = World::new(Lock::Both, "true");
+        // What this host is called is what is tried. Whether it is a container is not.
+        world.set(TEST_HOST, UNSET);
+        if !sees_all() {
+            // In a container nothing is likely dead. tests/left-out names this.
+            return;
+        }
         let mut info: Value =
             serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
         info["Created"] = "2020-01-01T00:00:00Z".into();
@@ -42,6 +48,12 @@ fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
         assert_eq!(end.code(), Some(i32::from(!is_a_name)), "{host}: {}", world.story(&end));
         assert_eq!(world.locks().is_empty(), is_a_name, "{host}: {}", world.story(&end));
     }
+}
+
+/// Whether this is the machine's first pid namespace.
+fn sees_all() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == 0xEFFF_FFFC)
 }
 
 fn user() -> String {

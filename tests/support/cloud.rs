@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
+use super::clean::clean;
 use super::http::{self, Message};
 use super::proxy::{Deed, Proxy};
 use super::wait_for;
@@ -32,8 +33,9 @@ child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=log, std
 sys.stdin.read()
 child.send_signal(signal.SIGKILL)
 "#;
-    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join("servers.log");
-    Command::new(tool("python3"))
+    // Another user may have run the tests before.
+    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("servers-{}.log", nix::unistd::geteuid()));
+    clean(&mut Command::new(tool("python3")))
         .args(["-c", keeper])
         .arg(log)
         .args(command)
@@ -109,7 +111,7 @@ impl Cloud {
              print(json.dumps({call}, default=str))\n",
             self.port
         );
-        let output = Command::new(tool("python3")).args(["-c", &script]).env_remove("AWS_CA_BUNDLE").output().unwrap();
+        let output = clean(&mut Command::new(tool("python3"))).args(["-c", &script]).output().unwrap();
         assert!(output.status.success(), "{call}: {}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     }

@@ -1,6 +1,7 @@
 //! What the tests stand on: a cloud on loopback, a working directory, a process, a terminal, a proxy.
 
 pub mod authority;
+pub mod clean;
 pub mod cloud;
 pub mod household;
 pub mod http;

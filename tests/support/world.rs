@@ -3,13 +3,12 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sys::signal::{self, SigHandler, Signal};
-
+use super::clean::{place, with_defaults};
 use super::cloud::cloud;
 use super::process::Run;
 use super::wait_for;
@@ -52,10 +51,32 @@ pub struct World {
     _temporary: tempfile::TempDir,
 }
 
-/// The real terraform.
+/// The real terraform: the first on PATH that is a program itself, and not one that leads to another, as a version manager's or
+/// `tf` under that name; or the one that `TF_TEST_TERRAFORM` names.
 pub fn terraform() -> PathBuf {
-    which("terraform")
-        .expect("terraform is not on PATH: the tests run the real one; see README.md, Building and testing")
+    static TERRAFORM: OnceLock<PathBuf> = OnceLock::new();
+    let find = || {
+        let named = std::env::var_os("TF_TEST_TERRAFORM").map(PathBuf::from);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let on_path = std::env::split_paths(&path).map(|directory| directory.join("terraform")).collect::<Vec<_>>();
+        named.into_iter().chain(on_path).find(|path| is_itself(path)).expect(
+            "no terraform on PATH that is the program itself: the tests run the real one; name it by TF_TEST_TERRAFORM, see \
+             README.md, Building and testing",
+        )
+    };
+    TERRAFORM.get_or_init(find).clone()
+}
+
+/// Whether a file is a program of this machine's own, and not ours.
+fn is_itself(path: &Path) -> bool {
+    use std::io::Read;
+    use std::os::unix::fs::MetadataExt;
+    let mut magic = [0; 4];
+    let is_program = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok();
+    let same = |one: &fs::Metadata, other: &fs::Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
+    let ours = fs::metadata(env!("CARGO_BIN_EXE_tf")).unwrap();
+    let is_ours = fs::metadata(path).is_ok_and(|file| same(&file, &ours));
+    is_program && (magic == *b"\x7fELF" || magic == 0xfeed_facf_u32.to_le_bytes()) && !is_ours
 }
 
 pub fn which(name: &str) -> Option<PathBuf> {
@@ -65,6 +86,9 @@ pub fn which(name: &str) -> Option<PathBuf> {
 /// A command for a provisioner: says that it began, and waits until the test says `go`. It does not die of an interrupt
 /// that its group gets: else terraform may end for that before it has said a word of its own.
 pub const WAITS: &str = "trap '' INT; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
+
+/// What makes this host one that proves something, in a debug build of `tf`.
+pub const TEST_HOST: &str = "TFW_TEST_HOST";
 
 /// The value of a variable that is not to be there at all.
 pub const UNSET: &str = "(unset)";
@@ -82,7 +106,11 @@ impl World {
     pub fn empty(lock: Lock) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let temporary = tempfile::Builder::new().prefix("tf-test-").tempdir().unwrap();
+        let temporary = tempfile::Builder::new()
+            .prefix("tf-test-")
+            .permissions(fs::Permissions::from_mode(0o755))
+            .tempdir_in(place())
+            .unwrap();
         let directory = temporary.path().canonicalize().unwrap();
         let bin = directory.join("bin");
         fs::create_dir(&bin).unwrap();
@@ -178,6 +206,8 @@ impl World {
             ("AWS_ACCESS_KEY_ID".into(), "test".into()),
             ("AWS_SECRET_ACCESS_KEY".into(), "test".into()),
             ("AWS_EC2_METADATA_DISABLED".into(), "true".into()),
+            // Whatever this machine is called, and whether or not it is a container (src/sys/plain_host.rs).
+            (TEST_HOST.into(), "0123456789abcdef0123456789abcdef".into()),
             ("AWS_ENDPOINT_URL".into(), format!("http://127.0.0.1:{}", cloud.port).into()),
         ];
         for (name, value) in &self.environment {
@@ -199,15 +229,7 @@ impl World {
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         command.current_dir(&self.directory).env_clear().envs(self.environment());
-        // SAFETY: sigaction is async-signal-safe, and SIG_DFL is no handler.
-        unsafe {
-            command.pre_exec(|| {
-                for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
-                    signal::signal(signal, SigHandler::SigDfl)?;
-                }
-                Ok(())
-            });
-        }
+        with_defaults(&mut command);
         command
     }
 
@@ -359,13 +381,16 @@ while not os.path.exists("go"):
     }
 }
 
-/// `user@host` of this machine, as terraform writes it.
+/// `user@host` of this machine, as terraform writes it. A number that is nobody's in /etc/passwd has no name: nothing here sets
+/// USER.
 pub fn who() -> String {
-    let run = |command: &str| {
-        let output = Command::new("sh").args(["-c", command]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    };
-    format!("{}@{}", run("id -un"), run("uname -n"))
+    let uid = nix::unistd::getuid().to_string();
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let user = passwd.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        (fields.get(2) == Some(&uid.as_str())).then(|| fields[0].to_owned())
+    });
+    format!("{}@{}", user.unwrap_or_default(), nix::unistd::gethostname().unwrap().to_string_lossy())
 }
 
 /// A lock of this user on this host, made now.
