@@ -207,7 +207,8 @@ fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
                 run.send(Signal::SIGSTOP);
                 kill(terraform, Signal::SIGKILL).unwrap();
                 run.send(Signal::SIGKILL);
-                drop(run);
+                // To its end: its guardian is a child of it until then.
+                run.wait();
                 wait_until_ours_are_gone(&world);
             }
             _ => {

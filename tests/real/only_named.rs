@@ -38,7 +38,8 @@ fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten(
         run.send(Signal::SIGSTOP);
         kill(terraform, Signal::SIGKILL).unwrap();
         run.send(Signal::SIGKILL);
-        drop(run);
+        // To its end: its guardian is a child of it until then.
+        run.wait();
         wait_until_ours_are_gone(&world);
         kill_all(&world);
         world.assert_locked();
