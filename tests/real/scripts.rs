@@ -237,12 +237,17 @@ fn a_script_stays_what_it_is() {
             ),
             ("trap 'echo mine' EXIT; trap : INT; trap : TERM", "exit 5", "mine", 5),
             // A subshell that ends takes nothing away from the rest.
-            ("", "(exit 3); x=$(exit 1); { exit 1; } | cat; terraform locks history && echo safe", "safe", 0),
+            (
+                "",
+                "(exit 3); x=$(exit 1); { exit 1; } | cat; terraform locks shell-init sh >/dev/null && echo safe",
+                "safe",
+                0,
+            ),
             // Nor does a script that goes elsewhere, or sets its PATH anew.
-            ("TMPDIR=.", "cd /; terraform locks history && echo safe", "safe", 0),
+            ("TMPDIR=.", "cd /; terraform locks shell-init sh >/dev/null && echo safe", "safe", 0),
             ("", "PATH=/usr/bin:/bin", "", 0),
             // What was handed down by a script that has ended.
-            ("_tf_shim=/tmp/gone", "terraform locks history && echo safe", "safe", 0),
+            ("_tf_shim=/tmp/gone", "terraform locks shell-init sh >/dev/null && echo safe", "safe", 0),
             // A tofu that there is not does not begin to exist.
             ("", "command -v tofu || echo none", "none", 0),
             // Later ones are the script's own affair.
@@ -291,7 +296,8 @@ fn a_temporary_directory_and_a_tf_may_have_any_name() {
             path.push(":");
             path.push(without(&world, "tf"));
             world.set("TMPDIR", odd.clone()).set("PATH", path);
-            let end = Run::start(script(&world, shell, "", "terraform locks history && echo safe")).wait();
+            let end =
+                Run::start(script(&world, shell, "", "terraform locks shell-init sh >/dev/null && echo safe")).wait();
             assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?} {name}");
             assert_eq!(fs::read_dir(&odd).unwrap().count(), 1, "{shell:?} {name}");
         }
@@ -324,7 +330,10 @@ fn without(world: &World, name: &str) -> std::ffi::OsString {
 fn it_may_be_read_in_a_function() {
     for shell in shells() {
         let world = world("true");
-        let body = format!("begin() {{ . '{}'; }}\nbegin\nterraform locks history && echo safe", tf_sh().display());
+        let body = format!(
+            "begin() {{ . '{}'; }}\nbegin\nterraform locks shell-init sh >/dev/null && echo safe",
+            tf_sh().display()
+        );
         world.write("deploy", &body);
         let mut command = world.command(shell[0]);
         command.args(&shell[1..]).arg("./deploy");
@@ -411,7 +420,7 @@ fn what_shell_init_prints_for_a_script_does_the_same() {
     for shell in shells() {
         let world = world("true");
         let tf = world.bin().join("tf");
-        let line = "begin=$(\"$1\" locks shell-init sh) && eval \"$begin\"\nterraform locks history && echo safe";
+        let line = "begin=$(\"$1\" locks shell-init sh) && eval \"$begin\"\nterraform locks shell-init sh >/dev/null && echo safe";
         let mut command = world.command(shell[0]);
         command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(&tf);
         let end = Run::start(command).wait();
