@@ -2,23 +2,17 @@
 
 use std::sync::{Arc, Mutex};
 
-use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::locks_doctor::unfit;
 use super::locks_release::{locks, old_lock};
 use super::survived::kill_whole;
 use crate::support::cloud::cloud;
-use crate::support::household::wait_until_ours_are_gone;
+use crate::support::household::kill_without_guardian;
 use crate::support::http::Message;
-use crate::support::process::terraform_below;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, lock_json};
 use crate::support::{Lock, Subject, World};
-
-fn is_ours(request: &Message) -> bool {
-    request.header("user-agent").is_some_and(|agent| agent.contains("aws-sdk-rust"))
-}
 
 fn target(request: &Message) -> &str {
     request.header("x-amz-target").unwrap_or_default()
@@ -31,7 +25,7 @@ fn record(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'st
     let asked = Asked::default();
     let seen = Arc::clone(&asked);
     let proxy = Proxy::start(cloud().port, move |request| {
-        if !is_ours(request) {
+        if !request.is_ours() {
             return Deed::Pass;
         }
         seen.lock().unwrap().push(request.clone());
@@ -141,11 +135,7 @@ fn without_permission_to_list_the_bucket_the_default_and_the_selected_workspace_
 fn without_permission_to_describe_the_table_a_release_takes_it_for_one_of_one_region() {
     let mut world = World::new(Lock::DynamoDb, WAITS);
     let (_proxy, _) = record(&mut world, |request| {
-        if target(request).ends_with(".DescribeTable") {
-            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
-            return Deed::Answer(Message::answer("400 Bad Request", body));
-        }
-        Deed::Pass
+        if request.asks_for("DescribeTable") { Deed::Answer(Message::denied()) } else { Deed::Pass }
     });
     let run = world.start_apply(Subject::Tf);
     run.kill_terraform();
@@ -162,7 +152,7 @@ fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stay
     let state = format!("/{path}");
     let proxy = Proxy::start(cloud().port, move |request| {
         let is_state = request.start.split(' ').nth(1).is_some_and(|target| target.split('?').next() == Some(&state));
-        match (is_ours(request), is_state) {
+        match (request.is_ours(), is_state) {
             (false, true) if request.start.starts_with("PUT ") => Deed::Hold,
             (true, true) => s3_denied(),
             _ => Deed::Pass,
@@ -184,7 +174,7 @@ fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
     let deletes = |asked: &Asked| -> Vec<&'static str> {
         let asked = asked.lock().unwrap();
         let kind = |request: &Message| {
-            if target(request).ends_with(".DeleteItem") {
+            if request.asks_for("DeleteItem") {
                 Some("item")
             } else {
                 request.start.starts_with("DELETE ").then_some("object")
@@ -202,14 +192,7 @@ fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
                 run.wait();
             }
             "guardian" => {
-                let run = world.start_apply(Subject::Tf);
-                let terraform = terraform_below(run.pid());
-                run.send(Signal::SIGSTOP);
-                kill(terraform, Signal::SIGKILL).unwrap();
-                run.send(Signal::SIGKILL);
-                // To its end: its guardian is a child of it until then.
-                run.wait();
-                wait_until_ours_are_gone(&world);
+                kill_without_guardian(&world);
             }
             _ => {
                 kill_whole(&world);

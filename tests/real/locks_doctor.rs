@@ -174,15 +174,7 @@ fn a_service_that_does_not_let_an_object_be_put_is_not_known() {
 #[test]
 fn a_table_with_another_key_is_named() {
     let world = World::new(Lock::DynamoDb, "true");
-    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
-    cloud().dynamodb(
-        "CreateTable",
-        &json!({
-            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
-            "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
-            "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
-        }),
-    );
+    cloud().give_another_key(&world.table);
     let end = locks(&world, &["doctor"]);
     assert_eq!(end.code(), Some(2), "{}", world.story(&end));
     assert!(end.out.contains("its key is Id"), "{}", end.out);

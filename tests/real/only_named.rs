@@ -2,12 +2,11 @@
 
 use std::fs;
 
-use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::survived::{kill_whole, killed_whole, records};
-use crate::support::household::{guardian_of, kill_all, ours, wait_until_ours_are_gone};
-use crate::support::process::{Ended, Run, terraform_below};
+use crate::support::household::{guardian_of, kill_all, kill_without_guardian, ours};
+use crate::support::process::{Ended, Run};
 use crate::support::world::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, World, wait_for};
 
@@ -26,21 +25,26 @@ fn type_what_is_said(world: &World, said: &str, number: usize) -> Ended {
     Run::start(shell).wait()
 }
 
+const SECRET: &str = "x-hunter2-not-to-be-found";
+
+/// An apply at work that was given a secret by an argument.
+fn with_a_secret() -> (World, Run) {
+    let world = World::empty(Lock::DynamoDb);
+    world.write_main("variable \"x\" {}", WAITS);
+    world.init();
+    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
+    world.wait_for_began(&run);
+    (world, run)
+}
+
 /// The run was told so, and its guardian is left alone with the lock.
 #[test]
 fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten() {
     for lock in [Lock::DynamoDb, Lock::Both] {
         let mut world = World::new(lock, WAITS);
         world.set("TFW_RELEASE", "never");
-        let run = world.start_apply(Subject::Tf);
+        kill_without_guardian(&world);
         let id = id_of(&world.locks()[0]);
-        let terraform = terraform_below(run.pid());
-        run.send(Signal::SIGSTOP);
-        kill(terraform, Signal::SIGKILL).unwrap();
-        run.send(Signal::SIGKILL);
-        // To its end: its guardian is a child of it until then.
-        run.wait();
-        wait_until_ours_are_gone(&world);
         kill_all(&world);
         world.assert_locked();
         world.set("TFW_RELEASE", UNSET);
@@ -128,12 +132,7 @@ fn a_run_that_somebody_holds_is_not_called_dead_by_a_recovery_that_cannot_see_it
 /// The log of a run is in memory, and stays there when everything is killed, until the next `tf`.
 #[test]
 fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
-    const SECRET: &str = "x-hunter2-not-to-be-found";
-    let world = World::empty(Lock::DynamoDb);
-    world.write_main("variable \"x\" {}", WAITS);
-    world.init();
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
-    world.wait_for_began(&run);
+    let (world, run) = with_a_secret();
     let name = format!("tf-{}.log", world.trace().split("run ").nth(1).unwrap().lines().next().unwrap().trim());
     let log = std::path::Path::new("/dev/shm").join(&name);
     let text = || String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
@@ -152,12 +151,7 @@ fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
 /// What the guardian has by its fork are the arguments of terraform.
 #[test]
 fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
-    const SECRET: &str = "x-hunter2-not-to-be-found";
-    let world = World::empty(Lock::DynamoDb);
-    world.write_main("variable \"x\" {}", WAITS);
-    world.init();
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
-    world.wait_for_began(&run);
+    let (world, run) = with_a_secret();
     let guardian = guardian_of(&world, run.pid());
     let shown = |pid: nix::unistd::Pid| {
         String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()

@@ -15,18 +15,8 @@ use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, id_of, lock_json};
 use crate::support::{Lock, Subject, World};
 
-/// Whether a request is ours, and not terraform's.
-fn is_ours(request: &Message) -> bool {
-    request.header("user-agent").is_some_and(|agent| agent.contains("aws-sdk-rust"))
-}
-
 fn is_dynamodb(request: &Message) -> bool {
     request.header("x-amz-target").is_some()
-}
-
-fn denied() -> Deed {
-    let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
-    Deed::Answer(Message::answer("400 Bad Request", body))
 }
 
 /// Puts a proxy between a world and the services.
@@ -47,7 +37,7 @@ fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf() {
     for lock in Lock::ALL {
         let mut world = World::new(lock, "true");
         world.lock_of_another();
-        let _proxy = through(&mut world, |request| if is_ours(request) { Deed::Hold } else { Deed::Pass });
+        let _proxy = through(&mut world, |request| if request.is_ours() { Deed::Hold } else { Deed::Pass });
         let begun = Instant::now();
         let end = world.run(Subject::Tf, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{lock:?}: {}", world.story(&end));
@@ -69,7 +59,7 @@ fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() 
             through(
                 &mut world,
                 move |request| {
-                    if flag.load(Ordering::SeqCst) && is_ours(request) { Deed::Hold } else { Deed::Pass }
+                    if flag.load(Ordering::SeqCst) && request.is_ours() { Deed::Hold } else { Deed::Pass }
                 },
             );
         let run = world.start_apply(Subject::Tf);
@@ -95,7 +85,7 @@ fn a_lock_of_two_parts_stays_whole_while_the_table_is_silent() {
     let silent = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&silent);
     let proxy = through(&mut world, move |request| {
-        let holds = flag.load(Ordering::SeqCst) && is_ours(request) && is_dynamodb(request);
+        let holds = flag.load(Ordering::SeqCst) && request.is_ours() && is_dynamodb(request);
         if holds { Deed::Hold } else { Deed::Pass }
     });
     let run = world.start_apply(Subject::Tf);
@@ -117,7 +107,7 @@ fn a_lock_object_that_trickles_in_keeps_nobody_waiting_for_its_end() {
     let flag = Arc::clone(&slow);
     let _proxy = through(&mut world, move |request| {
         let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
-        if flag.load(Ordering::SeqCst) && is_ours(request) && is_read { Deed::Trickle } else { Deed::Pass }
+        if flag.load(Ordering::SeqCst) && request.is_ours() && is_read { Deed::Trickle } else { Deed::Pass }
     });
     let run = world.start_apply(Subject::Tf);
     slow.store(true, Ordering::SeqCst);
@@ -140,8 +130,12 @@ fn a_run_that_waits_tries_a_dead_holder_again() {
     let away = Arc::new(AtomicBool::new(true));
     let flag = Arc::clone(&away);
     let _proxy = through(&mut world, move |request| {
-        let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
-        if flag.load(Ordering::SeqCst) && is_ours(request) && is_delete { denied() } else { Deed::Pass }
+        let is_delete = request.asks_for("DeleteItem");
+        if flag.load(Ordering::SeqCst) && request.is_ours() && is_delete {
+            Deed::Answer(Message::denied())
+        } else {
+            Deed::Pass
+        }
     });
     kill_whole(&world);
     let run = world.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=100s"]);
@@ -164,8 +158,8 @@ fn a_run_that_waits_tries_a_dead_holder_again() {
 fn what_keeps_a_dead_run_is_said_once_in_a_run_that_it_refuses() {
     let mut world = World::new(Lock::DynamoDb, WAITS);
     let _proxy = through(&mut world, |request| {
-        let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
-        if is_ours(request) && is_delete { denied() } else { Deed::Pass }
+        let is_delete = request.asks_for("DeleteItem");
+        if request.is_ours() && is_delete { Deed::Answer(Message::denied()) } else { Deed::Pass }
     });
     kill_whole(&world);
     for _ in 0..2 {
@@ -189,7 +183,7 @@ fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
     let asked = Arc::new(AtomicUsize::new(0));
     let (flag, count, path) = (Arc::clone(&weak), Arc::clone(&asked), world.path());
     let _proxy = through(&mut world, move |request| {
-        if !flag.load(Ordering::SeqCst) || !is_ours(request) {
+        if !flag.load(Ordering::SeqCst) || !request.is_ours() {
             return Deed::Pass;
         }
         count.fetch_add(1, Ordering::SeqCst);
@@ -219,11 +213,11 @@ fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
         let asked = Arc::new(AtomicUsize::new(0));
         let (flag, count) = (Arc::clone(&away), Arc::clone(&asked));
         let _proxy = through(&mut world, move |request| {
-            if !flag.load(Ordering::SeqCst) || !is_ours(request) {
+            if !flag.load(Ordering::SeqCst) || !request.is_ours() {
                 return Deed::Pass;
             }
             count.fetch_add(1, Ordering::SeqCst);
-            let is_delete = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
+            let is_delete = request.asks_for("DeleteItem");
             if busy {
                 let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ProvisionedThroughputExceededException","message":"slow down"}"#;
                 Deed::Answer(Message::answer("400 Bad Request", body))
@@ -303,7 +297,7 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
         world.lock_of_another();
         let _proxy = through(&mut world, move |request| {
             let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
-            if is_ours(request) && is_read { Deed::Answer(answer.clone()) } else { Deed::Pass }
+            if request.is_ours() && is_read { Deed::Answer(answer.clone()) } else { Deed::Pass }
         });
         let begun = Instant::now();
         let end = locks(&world, &["show"]);
@@ -313,15 +307,7 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
     }
     // And a table that has another key.
     let world = World::new(Lock::DynamoDb, "true");
-    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
-    cloud().dynamodb(
-        "CreateTable",
-        &json!({
-            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
-            "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
-            "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
-        }),
-    );
+    cloud().give_another_key(&world.table);
     let end = locks(&world, &["show"]);
     assert_eq!(end.code(), Some(1), "{}", world.story(&end));
     assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", world.story(&end));
@@ -333,7 +319,7 @@ fn an_empty_page_is_not_the_end_of_a_table() {
     let mut world = World::new(Lock::DynamoDb, "true");
     let info = lock_json("22222222-3333-4444-5555-666666666666", "behind");
     let _proxy = through(&mut world, move |request| {
-        if !request.header("x-amz-target").is_some_and(|target| target.ends_with(".Scan")) {
+        if !request.asks_for("Scan") {
             return Deed::Pass;
         }
         let asked: serde_json::Value = serde_json::from_slice(&request.body).unwrap();
@@ -440,7 +426,7 @@ fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
         let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
         let seen = Arc::clone(&asked);
         let _proxy = through(&mut world, move |request| {
-            if is_ours(request) {
+            if request.is_ours() {
                 let target = request.header("x-amz-target").unwrap_or_default();
                 seen.lock().unwrap().push(format!("{} {target}", request.start));
             }

@@ -158,6 +158,20 @@ impl Cloud {
         self.create_table_as("test", table);
     }
 
+    /// Makes a table anew whose key is not LockID.
+    pub fn give_another_key(&self, table: &str) {
+        self.dynamodb("DeleteTable", &json!({ "TableName": table }));
+        let answer = self.dynamodb(
+            "CreateTable",
+            &json!({
+                "TableName": table, "BillingMode": "PAY_PER_REQUEST",
+                "AttributeDefinitions": [{ "AttributeName": "Id", "AttributeType": "S" }],
+                "KeySchema": [{ "AttributeName": "Id", "KeyType": "HASH" }],
+            }),
+        );
+        assert!(answer["TableDescription"].is_object(), "{answer}");
+    }
+
     pub fn create_table_as(&self, key: &str, table: &str) {
         let answer = self.dynamodb_as(
             key,

@@ -115,3 +115,15 @@ pub fn wait_until_ours_are_gone(world: &World) {
         || format!("{:?}\n{}", ours(world), world.trace()),
     );
 }
+
+/// Starts an apply, and kills its `tf` and its terraform while it works: the guardian is left, and does what it has to do.
+pub fn kill_without_guardian(world: &World) {
+    let run = world.start_apply(super::Subject::Tf);
+    let terraform = super::process::terraform_below(run.pid());
+    run.send(Signal::SIGSTOP);
+    kill(terraform, Signal::SIGKILL).unwrap();
+    run.send(Signal::SIGKILL);
+    // To its end: its guardian is a child of it until then.
+    run.wait();
+    wait_until_ours_are_gone(world);
+}

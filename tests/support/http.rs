@@ -17,6 +17,26 @@ impl Message {
         self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
+    /// Whether a request is one of `tf`, and not terraform's or a test's.
+    pub fn is_ours(&self) -> bool {
+        self.header("user-agent").is_some_and(|agent| agent.contains("aws-sdk-rust"))
+    }
+
+    /// Whether a request asks DynamoDB for `operation`.
+    pub fn asks_for(&self, operation: &str) -> bool {
+        self.header("x-amz-target")
+            .and_then(|target| target.rsplit_once('.'))
+            .is_some_and(|(_, asked)| asked == operation)
+    }
+
+    /// DynamoDB's answer to somebody who may not do that.
+    pub fn denied() -> Self {
+        Self::answer(
+            "400 Bad Request",
+            r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#,
+        )
+    }
+
     /// An answer with a JSON body.
     pub fn answer(status: &str, body: &str) -> Self {
         let headers =
