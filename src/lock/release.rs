@@ -297,6 +297,12 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
     }
 }
 
+/// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
+/// than a service may.
+async fn ask_for_credentials(place: &Place) {
+    let _ = Services::connect(place).await;
+}
+
 /// What a lock comes to whose services cannot be reached as the backend says.
 fn unreached(unreachable: &aws::Unreachable) -> Outcome {
     if unreachable.may_pass() {
@@ -333,6 +339,7 @@ pub(crate) async fn unfit_state(place: &Place) -> Option<Comparison> {
 /// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read within
 /// [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn may_stand(place: &Place, id: &str) -> bool {
+    ask_for_credentials(place).await;
     let look = async {
         let Ok(services) = Services::connect(place).await else { return true };
         for half in &services.halves {
@@ -370,6 +377,7 @@ pub(crate) async fn bring_to_light(
     situation: &Situation,
     died: bool,
 ) -> Result<Light, Failure> {
+    ask_for_credentials(place).await;
     let begun = Instant::now();
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
     let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
@@ -433,6 +441,7 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
 pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
+    ask_for_credentials(place).await;
     let begun = Instant::now();
     loop {
         let remaining = SERVICE_TIMEOUT.saturating_sub(begun.elapsed()).max(LOOK);
@@ -555,7 +564,13 @@ impl Attempt<'_> {
         let share = remaining / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
         for half in &services.halves {
             match self.half(services, half, share).await {
-                Ok(Judged::Excluded) => round.excluded += 1,
+                Ok(Judged::Excluded) => {
+                    round.excluded += 1;
+                    // As with every absence of a lock that was had: one response decides nothing.
+                    if self.recorded.locked.is_some() {
+                        round.unproven.push((half.clone(), None));
+                    }
+                }
                 Ok(Judged::Absent) => {
                     round.missing = true;
                     // One that was never known to be there may be absent.

@@ -157,7 +157,7 @@ fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
 /// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
 /// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
 /// another's lock in the place is taken for one, or a place in which no lock can be.
-pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &RecordedLock> {
+pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &Settled> {
     let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
     let abandoned = move |settled: &&Settled| {
         let may_come = match &settled.outcome {
@@ -170,7 +170,7 @@ pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> i
         };
         failed && may_come && settled.lock.locked.is_none() && !settled.may_still_come
     };
-    settled.iter().filter(abandoned).map(|settled| &settled.lock)
+    settled.iter().filter(abandoned)
 }
 
 /// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
@@ -237,7 +237,7 @@ impl Aftermath<'_> {
         let abandoned = || abandoned_requests(&settled, Some(self.ended));
         let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
         self.tell(&settled, &remembered, places, &ending);
-        for lock in abandoned().filter(|lock| was_waited_for(lock, at)) {
+        for lock in abandoned().map(|settled| &settled.lock).filter(|lock| was_waited_for(lock, at)) {
             let kept = also_remembered.contains(&lock.id);
             report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command()));
         }

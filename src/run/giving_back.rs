@@ -311,16 +311,17 @@ pub(crate) fn bury(settled: &[Settled], situation: &Situation, graveyard: Option
     .collect()
 }
 
-/// Keeps the facts of `locks`, whose terraform ended by itself without an answer. Gives the IDs of those for which that
-/// worked.
+/// Keeps the facts of the locks of `settled`, whose terraform ended by itself without an answer. Gives the IDs of those for which
+/// that worked.
 pub(crate) fn remember_abandoned<'a>(
-    locks: impl Iterator<Item = &'a RecordedLock>,
+    settled: impl Iterator<Item = &'a Settled>,
     situation: &Situation,
     graveyard: Option<&Graveyard>,
 ) -> Vec<String> {
-    locks
-        .filter_map(|lock| {
-            graveyard?.put(&Tombstone { abandoned: true, ..Tombstone::new(lock, &situation.run) }).ok()?;
+    settled
+        .filter_map(|Settled { lock, outcome, .. }| {
+            let unseen = matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
+            graveyard?.put(&Tombstone { abandoned: true, unseen, ..Tombstone::new(lock, &situation.run) }).ok()?;
             Some(lock.id.clone())
         })
         .collect()

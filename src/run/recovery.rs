@@ -95,10 +95,10 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     for state in states {
         for pending in Graveyard::of(state).read(Timestamp::now()) {
             if !here.of(&pending.lock).is_empty() {
-                late.push(pending);
+                late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
                 // Of another workspace, say.
-                late_elsewhere.push(pending);
+                late_elsewhere.push((state, pending));
             }
         }
         let Some(journal) = Journal::there(state) else { continue };
@@ -136,17 +136,18 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let mut asked = None;
     if !late.is_empty() {
         let visit_all = || {
-            let has_come = |pending: &&Tombstone| {
+            let has_come = |(state, pending): &&(&StateDirectory, Tombstone)| {
                 let visited = visit(pending, here, EXPLANATION_TIMEOUT, &mut Patience::Nobodys);
+                note_visit(state, pending, visited.as_ref());
                 matches!(visited, Some(Outcome::Released(_)))
             };
             let come = late.iter().filter(has_come);
-            Finished { messages: come.map(|pending| report::came_late(&pending.lock)).collect(), left: false }
+            Finished { messages: come.map(|(_, pending)| report::came_late(&pending.lock)).collect(), left: false }
         };
         in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
     }
-    for pending in late_elsewhere {
-        let look = || look_for_request(&pending, EXPLANATION_TIMEOUT);
+    for (state, pending) in late_elsewhere {
+        let look = || look_for_request(state, &pending, EXPLANATION_TIMEOUT);
         in_a_process(Vec::new(), look, report::say, signals, &mut asked);
     }
     let mut tried = Vec::new();
@@ -284,7 +285,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
         }
         if only.is_none() && !dry_run {
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
-                let look = || look_for_request(&pending, SERVICE_TIMEOUT);
+                let look = || look_for_request(&state, &pending, SERVICE_TIMEOUT);
                 let left = in_a_process(Vec::new(), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left);
             }
@@ -294,19 +295,33 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
 }
 
 /// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
-fn look_for_request(pending: &Tombstone, limit: Duration) -> Finished {
+fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: Duration) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = places_of(record);
     // One that was most likely refused is not worth a long wait.
     let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { limit };
-    match visit(pending, &places, limit, &mut Patience::Nobodys) {
+    let visited = visit(pending, &places, limit, &mut Patience::Nobodys);
+    note_visit(state, pending, visited.as_ref());
+    match visited {
         Some(Outcome::Released(_)) => Finished { messages: vec![report::came_late(&pending.lock)], left: false },
         Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
         Some(Outcome::Kept { reason, because }) => {
             Finished { messages: vec![report::not_recovered(record, &pending.lock, &reason, because)], left: true }
         }
         Some(Outcome::Absent { .. }) | None => Finished::default(),
+    }
+}
+
+/// Notes what a look for a lock whose request may land came to: once the service has answered, its time runs.
+fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outcome>) {
+    let is_answered = match visited {
+        Some(Outcome::Kept { because, .. }) => *because != Because::NoAnswer,
+        Some(Outcome::Absent { .. } | Outcome::Released(_)) => true,
+        None => false,
+    };
+    if is_answered {
+        Graveyard::of(state).was_seen(pending);
     }
 }
 

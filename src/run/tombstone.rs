@@ -26,6 +26,9 @@ use crate::trace::trace;
 /// How long a request can still land: longer than any signature is valid.
 pub(crate) const STANDS: SignedDuration = SignedDuration::from_mins(20);
 
+/// How long one is kept of which the service has not said yet whether it is there.
+const STANDS_UNSEEN: SignedDuration = SignedDuration::from_hours(24);
+
 /// What is kept of a lock that may still come.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Tombstone {
@@ -38,6 +41,9 @@ pub(crate) struct Tombstone {
     /// Its terraform ended by itself, so that its request was most likely refused: of such a one only a release is said.
     #[serde(default)]
     pub(crate) abandoned: bool,
+    /// The service has not answered yet whether it is there.
+    #[serde(default)]
+    pub(crate) unseen: bool,
     /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
     /// a file of an earlier version.
     #[serde(default)]
@@ -47,7 +53,19 @@ pub(crate) struct Tombstone {
 impl Tombstone {
     /// What is kept of `lock`, whose terraform was seen dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
-        Self { since: Timestamp::now(), lock: lock.clone(), run: run.clone(), abandoned: false, record: None }
+        Self {
+            since: Timestamp::now(),
+            lock: lock.clone(),
+            run: run.clone(),
+            abandoned: false,
+            unseen: false,
+            record: None,
+        }
+    }
+
+    /// Whether its time is over.
+    fn is_over(&self, now: Timestamp) -> bool {
+        now.duration_since(self.since) > if self.unseen { STANDS_UNSEEN } else { STANDS }
     }
 }
 
@@ -81,13 +99,20 @@ impl Graveyard {
         for entry in entries.flatten() {
             let path = entry.path();
             let Some(tombstone) = read_one(&path) else { continue };
-            if now.duration_since(tombstone.since) > STANDS {
+            if tombstone.is_over(now) {
                 let _ = fs::remove_file(path);
             } else {
                 standing.push(tombstone);
             }
         }
         standing
+    }
+
+    /// Notes that the service has said whether the lock is there.
+    pub(crate) fn was_seen(&self, tombstone: &Tombstone) {
+        if tombstone.unseen {
+            let _ = self.put(&Tombstone { unseen: false, ..tombstone.clone() });
+        }
     }
 
     /// Puts one up.
@@ -145,7 +170,7 @@ mod tests {
             program: None,
         };
         let since = "2026-11-23T01:47:00Z".parse().unwrap();
-        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, record: None }
+        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, unseen: false, record: None }
     }
 
     fn graveyard() -> (tempfile::TempDir, Graveyard) {
@@ -160,6 +185,17 @@ mod tests {
         graveyard.put(&tombstone()).unwrap();
         let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
         assert_eq!((at(0), at(20), at(21), at(0)), (1, 1, 0, 0));
+    }
+
+    #[test]
+    fn one_that_nobody_could_look_for_stands_for_a_day_and_once_seen_for_its_time() {
+        let (_directory, graveyard) = graveyard();
+        let unseen = Tombstone { unseen: true, ..tombstone() };
+        graveyard.put(&unseen).unwrap();
+        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        assert_eq!((at(21), at(24 * 60)), (1, 1));
+        graveyard.was_seen(&unseen);
+        assert_eq!((at(20), at(21)), (1, 0));
     }
 
     #[test]

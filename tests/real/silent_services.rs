@@ -439,3 +439,41 @@ fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
         assert!(!asked.iter().any(|request| request.contains("list-type") || request.contains("Scan")), "{asked:#?}");
     }
 }
+
+/// Terraform took its lock and did not hear of it; nor could `tf` ask. It is looked for until the service has answered.
+#[test]
+fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back() {
+    let mut world = World::empty(Lock::DynamoDb);
+    world.write_main("", "true");
+    world.write("main.tf", &world.read("main.tf").replacen("key =", "max_retries = 1\nkey =", 1));
+    world.init();
+    let away = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&away);
+    let proxy = through(&mut world, move |request| {
+        if !flag.load(Ordering::SeqCst) && request.asks_for("PutItem") {
+            flag.store(true, Ordering::SeqCst);
+            return Deed::LoseAnswer;
+        }
+        match (flag.load(Ordering::SeqCst), request.is_ours()) {
+            (false, _) => Deed::Pass,
+            (true, true) => Deed::Hold,
+            (true, false) => Deed::Answer(Message::answer("500 Internal Server Error", "{}")),
+        }
+    });
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    world.assert_locked();
+    let id = id_of(&world.locks()[0]);
+    // Half an hour later, when no request can land any more.
+    let tombstone = super::survived::journal(&world).join(format!("tombstones/{id}.json"));
+    let mut kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&tombstone).unwrap()).unwrap();
+    kept["since"] = (jiff::Timestamp::now() - jiff::SignedDuration::from_mins(30)).to_string().into();
+    std::fs::write(&tombstone, kept.to_string()).unwrap();
+    away.store(false, Ordering::SeqCst);
+    proxy.let_go();
+    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert!(end.err.contains("took late") && end.err.contains(&id), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}

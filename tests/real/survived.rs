@@ -31,7 +31,7 @@ const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
 /// Where the journal of a world lies.
-fn journal(world: &World) -> PathBuf {
+pub fn journal(world: &World) -> PathBuf {
     world.directory.parent().unwrap().join("home/.local/state/tf")
 }
 
