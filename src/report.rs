@@ -122,13 +122,17 @@ pub(crate) fn ellipsis() -> &'static str {
 /// Unicode everything that is not ASCII; and cut.
 pub(crate) fn visible(text: &str) -> String {
     const WIDTH: usize = 200;
+    match text.char_indices().nth(WIDTH) {
+        Some((end, _)) => visible_whole(&text[..end]) + ellipsis(),
+        None => visible_whole(text),
+    }
+}
+
+/// The same, whole: for what is to be typed.
+pub(crate) fn visible_whole(text: &str) -> String {
     let ascii_only = !locale::is_utf8();
     let mut shown = String::new();
-    for (place, character) in text.chars().enumerate() {
-        if place == WIDTH {
-            shown.push_str(ellipsis());
-            break;
-        }
+    for character in text.chars() {
         let changes_direction = matches!(character, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{61c}');
         if character.is_control() || changes_direction || (ascii_only && !character.is_ascii()) {
             let _ = write!(shown, "{}", character.escape_unicode());
@@ -229,7 +233,7 @@ pub(crate) fn kept(
     why: &str,
     because: Because,
     later: bool,
-    unlock: &str,
+    removal: &Removal,
 ) -> String {
     let again = if later { "the next tf here tries again; or, " } else { "" };
     format!(
@@ -237,8 +241,25 @@ pub(crate) fn kept(
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
         with_what(because),
-        removal(because, recorded, unlock)
+        removal.of(because, recorded)
     )
+}
+
+/// The commands that remove what is in the place of a lock, without its ID or path.
+pub(crate) struct Removal {
+    /// Terraform's own, for a lock.
+    pub(crate) unlock: String,
+    /// `tf locks release`, for what is no lock: terraform's own cannot read it.
+    pub(crate) release: String,
+}
+
+impl Removal {
+    fn of(&self, because: Because, recorded: &RecordedLock) -> String {
+        match because {
+            Because::NoLock => format!("{} {}", self.release, argument(&recorded.path)),
+            _ => format!("{} {}", self.unlock, recorded.id),
+        }
+    }
 }
 
 /// What a person needs for the command that is named next, where that is not what the run had.
@@ -246,14 +267,6 @@ fn with_what(because: Because) -> String {
     match because {
         Because::Denied(action) => format!("with credentials that may do {action}, and "),
         _ => String::new(),
-    }
-}
-
-/// The command that removes a lock. Terraform's own cannot read what is no lock.
-fn removal(because: Because, recorded: &RecordedLock, unlock: &str) -> String {
-    match because {
-        Because::NoLock => format!("tf locks release {}", quoted(&visible(&recorded.path))),
-        _ => format!("{unlock} {}", recorded.id),
     }
 }
 
@@ -270,7 +283,7 @@ pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> Stri
 /// A stranger's text as the last word of a command: what is shown of it, in quotes where a shell wants them, and never taken
 /// for an option.
 pub(crate) fn argument(text: &str) -> String {
-    let shown = visible(text);
+    let shown = visible_whole(text);
     let word = quoted(&shown);
     if shown.starts_with('-') { format!("-- {word}") } else { word }
 }
@@ -479,6 +492,9 @@ pub(crate) fn left_elsewhere(
 
 /// A lock of an earlier run could not be given back.
 pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str, because: Because) -> String {
+    let release = format!("tf locks release --chdir {}", quoted(&visible(&record.working_directory())));
+    let release = in_workspace(record.workspaces.first().map(String::as_str), &release);
+    let removal = Removal { unlock: unlock_command_of(record), release };
     format!(
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\n\
          {}once nobody works there, type: {}",
@@ -487,7 +503,7 @@ pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str,
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible(&record.surroundings.needs()),
         with_what(because),
-        removal(because, recorded, &unlock_command_of(record))
+        removal.of(because, recorded)
     )
 }
 
@@ -604,7 +620,7 @@ pub(crate) const TRY_AGAIN: &str = "it was what refused this run: run it again";
 pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
     let text =
         |name: &str, value: &str| if value.is_empty() { String::new() } else { format!("{name}{}", visible(value)) };
-    let who = if info.who.is_empty() { "somebody whom it does not name" } else { &visible(&info.who) };
+    let who = if info.who.is_empty() { "an unknown holder" } else { &visible(&info.who) };
     format!("{who}{}{}, ID {}", text(" for ", &info.operation), since(info, now), visible(&info.id))
 }
 

@@ -6,7 +6,7 @@ use super::reach::{Reach, Target, Trouble};
 use super::staleness::Staleness;
 use crate::holder::host::Host;
 use crate::lock::stores::{LOCK_FILE, Spot};
-use crate::report::visible;
+use crate::report::{visible, visible_whole};
 use crate::terraform::lock_info::is_lock_id;
 
 /// What is meant.
@@ -60,17 +60,17 @@ async fn read(reach: &Reach, spot: Spot) -> Result<Vec<Entry>, Trouble> {
 fn one_of(entries: Vec<Entry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &Entry| {
         let Some(word) = which.filter(|_| select) else { return true };
+        let is_shown = |text: &str| text == word || visible_whole(text) == word;
         let in_bucket = |path: &str| path.split_once('/').is_some_and(|(_, key)| key == word);
         match entry {
             Entry::Lock(lock) => {
                 // As it is, or as it is shown.
-                lock.info.id == word
-                    || visible(&lock.info.id) == word
-                    || lock.path() == word
+                is_shown(&lock.info.id)
+                    || is_shown(&lock.path())
                     || in_bucket(&lock.path())
                     || lock.workspace.as_deref() == Some(word)
             }
-            Entry::Unreadable(unreadable) => unreadable.place.path() == word || in_bucket(&unreadable.place.path()),
+            Entry::Unreadable(unreadable) => is_shown(&unreadable.place.path()) || in_bucket(&unreadable.place.path()),
         }
     };
     let standing = entries.len();

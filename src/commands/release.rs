@@ -17,7 +17,7 @@ use crate::history::{self, By, Event, What};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::lock::stores::{Removed, Spot, Standing};
-use crate::report::{self, visible};
+use crate::report::{self, visible, visible_whole};
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -90,7 +90,7 @@ impl Release {
                 Choice::Lock(lock, junk) => (lock, junk),
                 Choice::NoLock(junk) => return self.remove(&reach, &junk).await,
             };
-            let is_it = |id: &str| id == lock.info.id || id == visible(&lock.info.id);
+            let is_it = |id: &str| id == lock.info.id || id == visible_whole(&lock.info.id);
             if let Some(id) = self.force.as_deref().filter(|id| !is_it(id)) {
                 return Err(Trouble::Said(format!(
                     "--force takes the full ID of a lock, and the one that stands there is not {}, but {}: nothing was \

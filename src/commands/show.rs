@@ -10,7 +10,7 @@ use super::found::{Entry, Found, Unreadable};
 use super::output::{End, Output, Widths};
 use super::reach::{Trouble, Where};
 use crate::holder::evidence::Verdict;
-use crate::report::{self, argument, length_of_time, quoted, visible};
+use crate::report::{self, argument, length_of_time, quoted, visible, visible_whole};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock that stands for this directory
@@ -89,7 +89,7 @@ pub(super) fn next_step(lock: &Found, place: &Where) -> String {
                 who if who.is_empty() => "its Who is empty".to_owned(),
                 who => format!("ask {who}"),
             };
-            let id = visible(&lock.info.id);
+            let id = visible_whole(&lock.info.id);
             let force = format!("--force{}{}", if id.starts_with('-') { '=' } else { ' ' }, quoted(&id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
             format!("{ask}; once you know that nobody works there, type: {release} {force}{path}")

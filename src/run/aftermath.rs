@@ -29,7 +29,7 @@ use crate::lock::place::Place;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
 use crate::lock::stores::{Spot, Standing as Stored};
-use crate::report::{self, quoted};
+use crate::report::{self, Removal, quoted};
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
@@ -320,7 +320,9 @@ impl Aftermath<'_> {
                 }
                 Some(Outcome::Kept { reason, because }) => {
                     let later = kept && *because != Because::Doubt;
-                    report::say(&report::kept(ending, lock, reason, *because, later, &self.unlock_command()));
+                    let removal =
+                        Removal { unlock: self.unlock_command(), release: self.locks_command("release", None) };
+                    report::say(&report::kept(ending, lock, reason, *because, later, &removal));
                 }
                 Some(Outcome::Absent { .. }) if *may_still_come => {
                     let kept = remembered.contains(&lock.id);
@@ -393,11 +395,7 @@ impl Aftermath<'_> {
     /// The same for one place of the lock that was asked for.
     fn explain_refusal(&self, asked: &RecordedLock, place: &Place, places: &Places, patience: &mut Patience<'_>) {
         let found = standing(place, places, patience);
-        let directory = self.directory();
-        let command = |words: &str| {
-            let directory = directory.as_deref().map_or_else(String::new, |path| format!(" --chdir {}", quoted(path)));
-            report::in_workspace(unselected_workspace(place, places), &format!("tf locks {words}{directory}"))
-        };
+        let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
         for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
             let what = standing.describe_no_lock();
             report::say(&report::barred(&spot.describe(), &what, &command("release"), &place.lock_path()));
@@ -462,6 +460,13 @@ impl Aftermath<'_> {
         if let Some(path) = errored_state(&directory, self.started) {
             report::say(&report::errored_state(&path, &self.program(), self.directory().as_deref()));
         }
+    }
+
+    /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
+    fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
+        let directory = self.directory().map_or_else(String::new, |path| format!(" --chdir {}", quoted(&path)));
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        report::in_workspace(workspace.or(variable.as_deref()), &format!("tf locks {words}{directory}"))
     }
 
     fn unlock_command(&self) -> String {

@@ -105,14 +105,15 @@ fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
 /// Somebody has locked everybody out by hand.
 #[test]
 fn a_lock_with_any_id_is_named_without_holes_and_released_by_what_is_shown() {
-    for id in ["maintenance-4711", "it's $HOME; \u{1b}[31m", "-rf", "a b", "寿司"] {
+    let long = "x".repeat(300);
+    for id in [long.as_str(), "maintenance-4711", "it's $HOME; \u{1b}[31m", "-rf", "a b", "寿司"] {
         for lock in [Lock::DynamoDb, Lock::File] {
             let world = World::new(lock, "true");
             world.put_lock(&json!({ "ID": id }).to_string());
             let end = world.run(Subject::Tf, &["plan", "-no-color"]);
             assert_eq!(end.code(), Some(1), "{}", world.story(&end));
             let said = ours(&end).join("\n");
-            assert!(said.contains("held by somebody whom it does not name, ID"), "{said}");
+            assert!(said.contains("held by an unknown holder, ID"), "{said}");
             assert!(!said.contains("  "), "{said}");
             let shown = type_what_is_said(&world, &end.err);
             assert_eq!(shown.code(), Some(0), "{id:?}: {}\n{}", end.err, world.story(&shown));
