@@ -1,8 +1,10 @@
 //! Which bytes of a core log are values of arguments, and no flags that say something about locks.
 //!
-//! Terraform logs its whole command line at its start, `-var` and `-backend-config` included, twice (main.go):
+//! Terraform logs its whole command line at its start, `-var` and `-backend-config` included, twice, and the variables that
+//! add to it before (main.go):
 //!
 //! ```text
+//! 2026-11-23T01:46:07.529Z [INFO]  TF_CLI_ARGS_apply value: "-var token=swordfish"
 //! 2026-11-23T01:46:07.529Z [INFO]  CLI args: []string{"/usr/bin/terraform", "apply", "-var", "password=hunter2"}
 //! 2026-11-23T01:46:07.529Z [INFO]  CLI command args: []string{"apply", "-var", "password=hunter2"}
 //! ```
@@ -10,7 +12,7 @@
 use std::ops::Range;
 
 /// The messages of those records.
-const MESSAGES: [&[u8]; 2] = [b"CLI args: []string{", b"CLI command args: []string{"];
+const MESSAGES: [&[u8]; 3] = [b"CLI args: []string{", b"CLI command args: []string{", b"TF_CLI_ARGS"];
 
 /// Whether a word may stay: a flag that says something about locks or exit codes, with a value of Go's `strconv.ParseBool` or
 /// none.
@@ -95,6 +97,10 @@ mod tests {
                 let line = format!("{HEAD}{message}{arguments}}}\n");
                 assert_eq!(redacted(&line), format!("{HEAD}{message}{expected}}}\n"));
             }
+        }
+        for name in ["", "_apply", "_state_mv"] {
+            let line = format!("{HEAD}TF_CLI_ARGS{name} value: \"-var=x=\\\"hunter2\\\"\"\n");
+            assert_eq!(redacted(&line), format!("{HEAD}TF_CLI_ARGS{name} value: \"******************\"\n"));
         }
         for other in [
             format!("{HEAD}backend-s3: Locked remote state (DynamoDB only): x=\"a b\"\n"),
