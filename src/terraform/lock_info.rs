@@ -28,9 +28,30 @@ pub(crate) struct LockInfo {
 }
 
 impl LockInfo {
-    /// Reads a lock. `None` for anything that is not one.
+    /// Reads a lock as terraform does (Go's encoding/json): the case of a name does not matter, the last of two counts, and null
+    /// is nothing. `None` for anything that is not a lock, and for one without an ID: terraform writes none, and nobody can name
+    /// it.
     pub(crate) fn parse(json: &str) -> Option<Self> {
-        serde_json::from_str(json).ok()
+        let serde_json::Value::Object(fields) = serde_json::from_str(json).ok()? else { return None };
+        let mut lock = Self::default();
+        for (name, value) in fields {
+            let names = [
+                ("ID", &mut lock.id),
+                ("Operation", &mut lock.operation),
+                ("Who", &mut lock.who),
+                ("Version", &mut lock.version),
+                ("Created", &mut lock.created),
+                ("Path", &mut lock.path),
+            ];
+            if let Some((_, field)) = names.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(&name)) {
+                match value {
+                    serde_json::Value::String(text) => *field = text,
+                    serde_json::Value::Null => {}
+                    _ => return None,
+                }
+            }
+        }
+        (!lock.id.is_empty()).then_some(lock)
     }
 
     /// The lock that refused a terraform, out of what it says of it (statemgr.LockError, `Error`): lines of a name, a colon and
@@ -163,7 +184,10 @@ mod tests {
         let info = LockInfo::parse(json).unwrap();
         assert_eq!(info.who, "root@vm");
         assert_eq!(info.created().unwrap().to_string(), "2026-11-22T23:26:03.031578055Z");
-        for junk in ["", "{}", "null", "[]", r#"{"ID":7}"#, &json[..40]] {
+        let other_names = json.replace("\"ID\"", "\"Id\"").replace("\"Who\"", "\"who\"");
+        assert_eq!(LockInfo::parse(&other_names), Some(info));
+        assert_eq!(LockInfo::parse(r#"{"ID":"x","Who":null}"#).unwrap().who, "");
+        for junk in ["", "{}", "null", "[]", r#"{"ID":7}"#, r#"{"ID":""}"#, r#"{"ID":"x","Who":7}"#, &json[..40]] {
             assert_eq!(LockInfo::parse(junk), None, "{junk:?}");
         }
     }
