@@ -190,7 +190,7 @@ pub(crate) fn unfit_digest(unfit: &Comparison, workspace: Option<&str>, director
         ),
     };
     let workspace = workspace.map_or_else(String::new, |name| format!(" {}", argument(name)));
-    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
+    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     format!(
         "the state's digest does not fit: {state}, and {recorded} is recorded; every command will fail with a checksum \
          error\n{advice} tf locks doctor{directory} --fix-digest{workspace}"
@@ -278,6 +278,12 @@ pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> Stri
         visible(place),
         argument(path)
     )
+}
+
+/// An option of `tf locks` with its value, behind a space: a value that begins with a dash is none for whoever reads it, unless
+/// it is part of the same word.
+pub(crate) fn option(name: &str, value: &str) -> String {
+    format!(" {name}{}{}", if value.starts_with('-') { '=' } else { ' ' }, quoted(value))
 }
 
 /// A stranger's text as the last word of a command: what is shown of it, in quotes where a shell wants them, and never taken
@@ -492,7 +498,7 @@ pub(crate) fn left_elsewhere(
 
 /// A lock of an earlier run could not be given back.
 pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str, because: Because) -> String {
-    let release = format!("tf locks release --chdir {}", quoted(&visible(&record.working_directory())));
+    let release = format!("tf locks release --no-lock{}", option("--chdir", &visible(&record.working_directory())));
     let release = in_workspace(record.workspaces.first().map(String::as_str), &release);
     let removal = Removal { unlock: unlock_command_of(record), release };
     format!(
@@ -607,10 +613,8 @@ pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool)
 
 /// A lock came late, and was given back.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
-    format!(
-        "released a lock that a dead terraform's request took late: {}",
-        lock(&recorded.operation, &recorded.path, &recorded.id)
-    )
+    let how = if recorded.locked.is_some() { " left" } else { "'s request took late" };
+    format!("released a lock that a dead terraform{how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
 }
 
 /// The lock that refused this run is gone.
@@ -630,7 +634,8 @@ fn since(info: &LockInfo, now: Timestamp) -> String {
         Some(created) if created > saturating_add(now, CLOCK_SLACK) => {
             format!(", since {created:.0}, which is {} ahead of this host's clock", apart(created, now))
         }
-        Some(created) => format!(", since {created:.0} ({})", apart(created, now)),
+        // Little ahead is now.
+        Some(created) => format!(", since {created:.0} ({})", apart(created.min(now), now)),
         None => String::new(),
     }
 }
@@ -692,7 +697,7 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
 /// Terraform died, and its log is empty: it could not open it, or it died before it wrote. `suspect` is a lock that it may
 /// have held.
 pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
-    let directory = directory.map_or_else(String::new, |directory| format!(" --chdir {}", quoted(directory)));
+    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     let log = "it wrote no log that tf can read; does it run as another user?";
     let Some(info) = suspect else {
         return format!(

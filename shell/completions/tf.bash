@@ -271,7 +271,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__release)
-            opts="-y --chdir --table --bucket --prefix --region --profile --endpoint-url --force --yes --dry-run --reason"
+            opts="-y --chdir --table --bucket --prefix --region --profile --endpoint-url --force --no-lock --yes --dry-run --reason"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -69,6 +69,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l endpoint-url -d 'The endpoint, for what is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l force -d 'Release the lock with this full ID, whatever is believed of its holder' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l reason -d 'Why, for the history' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l no-lock -d 'Release what is in the place of a lock and is none, and no lock'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -s y -l yes -d 'Answer yes where it would ask'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l dry-run -d 'Only say what would be done'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l older-than -d 'Only locks older than this count: 90s, 45m, 2h, 3d' -r

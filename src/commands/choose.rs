@@ -22,7 +22,9 @@ pub(super) enum Choice {
 ///
 /// # Errors
 /// [`Trouble`]: it matches nothing, or several.
-pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Choice, Trouble> {
+///
+/// `no_lock`: what is meant is no lock, and one that stands beside it is not.
+pub(super) async fn choose(reach: &Reach, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (Target::Directory(directory), _) => {
             inventory::take(directory, &reach.stores, &Staleness::default()).await?.entries
@@ -30,6 +32,13 @@ pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Choice,
         (Target::Table(_), Some(word)) if is_lock_id(word) => {
             return Err(Trouble::Said(format!(
                 "a table is read by path, not by ID\nname the lock's path; `tf locks list --table` shows it beside {word}"
+            )));
+        }
+        (Target::Table(_), Some(path)) if path.ends_with("-md5") => {
+            return Err(Trouble::Said(format!(
+                "{}: that is the digest of a state, and no lock\nto mend one that does not fit its state, type in that \
+                 state's directory: tf locks doctor --fix-digest",
+                visible(path)
             )));
         }
         (Target::Table(table), Some(path)) => read(reach, reach.stores.item(table, path)).await?,
@@ -44,6 +53,7 @@ pub(super) async fn choose(reach: &Reach, which: Option<&str>) -> Result<Choice,
             ));
         }
     };
+    let entries = entries.into_iter().filter(|entry| !no_lock || matches!(entry, Entry::Unreadable(_))).collect();
     one_of(entries, which, matches!(reach.target, Target::Directory(_)))
 }
 

@@ -274,7 +274,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         conditional_delete(findings, bucket, if_match);
         // What may not be deleted is not put there.
         let if_none_match =
-            if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Unknown };
+            if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };
         conditional_put(findings, bucket, if_none_match);
         versions(findings, stores, bucket).await;
     }
@@ -296,7 +296,7 @@ fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Opti
                 visible(&place.describe())
             ),
             &format!(
-                "once you know that nobody needs it, type: tf locks release{} {}",
+                "once you know that nobody needs it, type: tf locks release --no-lock{} {}",
                 elsewhere("--chdir ", directory),
                 report::argument(&place.path())
             ),
@@ -367,9 +367,19 @@ fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneM
             ),
             "lock with a DynamoDB table: set dynamodb_table in the backend block",
         ),
-        IfNoneMatch::Unknown => findings.note(
+        IfNoneMatch::Unsupported => findings.wrong(
             "If-None-Match",
-            "whether a second lock is refused could not be tried: these credentials cannot put an object beside the lock",
+            &format!("the service of {} does not know it: use_lockfile cannot lock there", visible(bucket)),
+            "lock with a DynamoDB table: set dynamodb_table in the backend block",
+        ),
+        IfNoneMatch::Unknown(failure) => findings.note(
+            "If-None-Match",
+            &format!("whether a second lock is refused could not be tried: {}", visible(&failure.to_string())),
+            "",
+        ),
+        IfNoneMatch::Untried => findings.note(
+            "If-None-Match",
+            "whether a second lock is refused was not tried: what would be put beside the lock could not be deleted",
             "",
         ),
     }

@@ -19,6 +19,7 @@ use super::inventory::{self, State};
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
 use crate::lock::access;
+use crate::lock::credentials::Purpose;
 use crate::lock::digest::{self, Comparison};
 use crate::lock::failure::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
@@ -85,7 +86,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
     }
     let mut work = Work::new(&directory, state, compared);
     super::block_on(async {
-        let stores = Stores::connect(&directory.backend).await?;
+        let stores = Stores::connect(&directory.backend, Purpose::Work).await?;
         work.under_lock(&stores).await
     })
 }
@@ -101,12 +102,22 @@ async fn find(place: &Where, workspace: Option<&str>) -> Result<(Directory, Stor
     }
     let wanted = workspace.unwrap_or(&directory.workspace);
     let (states, _) = inventory::states(&directory, &stores).await?;
-    let found = states.iter().find(|state| state.workspace == wanted).cloned();
+    let found = match states.iter().find(|state| state.workspace == wanted) {
+        Some(state) => Some(state.clone()),
+        None => without_state(&directory, &stores, wanted).await?,
+    };
     let state = found.ok_or_else(|| {
         let names: Vec<String> = states.iter().map(|state| visible(&state.workspace)).collect();
         Trouble::Said(format!("there is no workspace {:?}; there are: {}", visible(wanted), names.join(", ")))
     })?;
     Ok((directory, stores, state))
+}
+
+/// The workspace `name`, which has no state, if a digest is recorded for it.
+async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Result<Option<State>, Trouble> {
+    let Some(state) = inventory::state(directory, name) else { return Ok(None) };
+    let compared = compare(stores, &state).await?;
+    Ok(compared.recorded.is_some().then_some(state))
 }
 
 async fn compare(stores: &Stores, state: &State) -> Result<Comparison, Trouble> {

@@ -20,6 +20,8 @@ pub(super) struct Found {
     pub(super) workspace: Option<String>,
     /// What is odd about it.
     pub(super) notes: Vec<String>,
+    /// The ID of another lock, which stands in the other half of its place.
+    pub(super) rival: Option<String>,
     pub(super) judgement: Judgement,
     /// Somebody must look at it.
     pub(super) stale: bool,
@@ -115,13 +117,10 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
     let mut locks: Vec<Found> = Vec::new();
     let mut unreadable: Vec<Unreadable> = Vec::new();
     for (spot, standing) in halves {
-        let info = match standing.info() {
-            Some(info) if !info.id.is_empty() => info,
-            _ => {
-                let reason = why_unreadable(&standing);
-                unreadable.push(Unreadable { reason, place: spot, standing: Some(standing) });
-                continue;
-            }
+        let Some(info) = standing.info() else {
+            let reason = why_unreadable(&standing);
+            unreadable.push(Unreadable { reason, place: spot, standing: Some(standing) });
+            continue;
         };
         if let Some(lock) = locks.iter_mut().find(|lock| lock.info.id == info.id) {
             lock.halves.push((spot, standing));
@@ -129,6 +128,7 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
         }
         locks.push(Found {
             notes: Vec::new(),
+            rival: None,
             workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&spot.path())),
             info,
             halves: vec![(spot, standing)],
@@ -136,8 +136,9 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
             stale: false,
         });
     }
-    let rivals = locks.len() > 1;
+    let ids: Vec<String> = locks.iter().map(|lock| lock.info.id.clone()).collect();
     for lock in &mut locks {
+        lock.rival = ids.iter().find(|id| **id != lock.info.id).cloned();
         let has =
             |dynamodb: bool| lock.halves.iter().any(|(spot, _)| matches!(spot, Spot::DynamoDb { .. }) == dynamodb);
         let (item, object) = (has(true), has(false));
@@ -148,7 +149,7 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
                 "what stands in its other place is no lock, and keeps every run out: {}",
                 junk.describe()
             ));
-        } else if rivals {
+        } else if lock.rival.is_some() {
             lock.notes.push("another lock, with another ID, stands in the other half of this place".to_owned());
         } else if item && !object && wanted.s3 {
             lock.notes.push("half a lock: the backend locks in S3 too, and no .tflock object stands there".to_owned());
@@ -169,14 +170,15 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
 /// What keeps something from being a lock.
 fn why_unreadable(standing: &Standing) -> String {
     let text = standing.text();
+    let it = if matches!(standing, Standing::Item(_)) { "its Info" } else { "it" };
     match serde_json::from_str::<serde_json::Value>(text) {
         _ if text.is_empty() => format!("it is no lock, but {}", standing.describe_no_lock()),
-        Err(_) => "its Info is not JSON".to_owned(),
-        Ok(value) if !value.is_object() => "its Info is not a JSON object".to_owned(),
+        Err(_) => format!("{it} is not JSON"),
+        Ok(value) if !value.is_object() => format!("{it} is not a JSON object"),
         Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
-            "its Info has no ID".to_owned()
+            format!("{it} has no ID")
         }
-        Ok(_) => "its Info is not a lock of terraform's".to_owned(),
+        Ok(_) => format!("{it} is not a lock of terraform's"),
     }
 }
 
@@ -221,7 +223,7 @@ mod tests {
 
     fn object(body: &str) -> (Spot, Standing) {
         let spot = Spot::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
-        (spot, Standing::Object(crate::lock::s3::Object { body: body.into(), etag: None }))
+        (spot, Standing::Object(crate::lock::s3::Object { body: body.into(), length: body.len() as u64, etag: None }))
     }
 
     fn info(id: &str) -> String {

@@ -60,15 +60,17 @@ fn line(event: &Event) -> String {
         By::Recovery => "recovery",
         By::Command => "tf locks release",
     };
+    // Of what was in the place of a lock and was none there is no more to say.
+    let lock = if event.id.is_empty() && event.holder.is_empty() {
+        visible(&event.path)
+    } else {
+        let operation = match visible(&event.operation) {
+            operation if operation.is_empty() => operation,
+            operation => format!(" for {operation}"),
+        };
+        let holder = if event.holder.is_empty() { "an unknown holder".to_owned() } else { visible(&event.holder) };
+        format!("{}  {}  held by {holder}{operation}", visible(&event.id), visible(&event.path))
+    };
     let reason = event.reason.as_deref().map_or_else(String::new, |reason| format!("  reason: {}", visible(reason)));
-    format!(
-        "{:.0}  {what}  {}  {}  held by {} for {}  by {} ({by}): {}{reason}",
-        event.time,
-        visible(&event.id),
-        visible(&event.path),
-        visible(&event.holder),
-        visible(&event.operation),
-        visible(&event.who),
-        visible(&event.why)
-    )
+    format!("{:.0}  {what}  {lock}  by {} ({by}): {}{reason}", event.time, visible(&event.who), visible(&event.why))
 }

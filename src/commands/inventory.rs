@@ -76,15 +76,17 @@ pub(super) async fn states(directory: &Directory, stores: &Stores) -> Result<(Ve
     };
     names.remove("default");
     let names = std::iter::once("default".to_owned()).chain(names);
-    let states = names.filter_map(|workspace| {
-        Some(State {
-            key: directory.backend.state_key(&workspace)?,
-            bucket: directory.bucket.clone(),
-            table: directory.table.clone(),
-            workspace,
-        })
-    });
-    Ok((states.collect(), incomplete))
+    Ok((names.filter_map(|workspace| state(directory, &workspace)).collect(), incomplete))
+}
+
+/// The state of `workspace`, whether or not there is one. `None` where the backend does not tell its place.
+pub(super) fn state(directory: &Directory, workspace: &str) -> Option<State> {
+    Some(State {
+        key: directory.backend.state_key(workspace)?,
+        bucket: directory.bucket.clone(),
+        table: directory.table.clone(),
+        workspace: workspace.to_owned(),
+    })
 }
 
 /// The locks of those states that stand, judged.

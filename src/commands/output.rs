@@ -197,11 +197,11 @@ fn line(lock: &Found, widths: Widths, now: Timestamp) -> String {
     format!(
         "{}  {}  {}  {}  {}  {}  {}  {}  {}  {reason}\n",
         padded(lock.verdict().word(), 11),
-        padded(&visible(&lock.path()), widths.path),
-        padded(&visible(lock.workspace.as_deref().unwrap_or("-")), widths.workspace),
-        padded(&visible(operation(lock)).to_lowercase(), widths.operation),
-        padded(&visible(&lock.info.who), widths.who),
-        padded(&created, 20),
+        padded(&column(&lock.path()), widths.path),
+        padded(&column(lock.workspace.as_deref().unwrap_or_default()), widths.workspace),
+        padded(&column(operation(lock)).to_lowercase(), widths.operation),
+        padded(&column(&lock.info.who), widths.who),
+        padded(&column(&created), 20),
         padded(&age, 12),
         padded(&visible(&lock.info.id), 36),
         padded(&halves(lock), 11),
@@ -211,6 +211,12 @@ fn line(lock: &Found, widths: Widths, now: Timestamp) -> String {
 fn unreadable_line(unreadable: &Unreadable, widths: Widths) -> String {
     let path = padded(&visible(&unreadable.place.path()), widths.path);
     format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
+}
+
+/// A column of a line that is read by its columns: never empty.
+fn column(text: &str) -> String {
+    let shown = visible(text);
+    if shown.trim().is_empty() { "-".to_owned() } else { shown }
 }
 
 /// Filled up with spaces, and never cut.

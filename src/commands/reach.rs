@@ -8,9 +8,10 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::lock::aws::Unreachable;
+use crate::lock::credentials::Purpose;
 use crate::lock::failure::{Cause, Failure};
 use crate::lock::stores::Stores;
-use crate::report::{self, quoted, visible};
+use crate::report::{self, visible};
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -178,7 +179,7 @@ impl Where {
             ("--endpoint-url", &self.endpoint_url),
         ] {
             if let Some(value) = value {
-                command = format!("{command} {option} {}", quoted(value));
+                command.push_str(&report::option(option, value));
             }
         }
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
@@ -196,13 +197,13 @@ impl Where {
     /// [`Trouble`]: no backend, or not one that is understood; no region.
     pub(super) async fn reach(&self) -> Result<Reach, Trouble> {
         let (target, stores) = if let Some(table) = &self.table {
-            (Target::Table(table.clone()), Stores::connect(&self.backend()).await?)
+            (Target::Table(table.clone()), Stores::connect(&self.backend(), Purpose::Work).await?)
         } else if let Some(bucket) = &self.bucket {
             let prefix = self.prefix.clone().unwrap_or_default();
-            (Target::Bucket(bucket.clone(), prefix), Stores::connect(&self.backend()).await?)
+            (Target::Bucket(bucket.clone(), prefix), Stores::connect(&self.backend(), Purpose::Work).await?)
         } else {
             let directory = self.directory()?;
-            let stores = Stores::connect(&directory.backend).await?;
+            let stores = Stores::connect(&directory.backend, Purpose::Work).await?;
             (Target::Directory(directory), stores)
         };
         Ok(Reach { target, stores })

@@ -46,6 +46,9 @@ pub(super) struct Release {
     /// Release the lock with this full ID, whatever is believed of its holder
     #[arg(long, value_name = "ID")]
     force: Option<String>,
+    /// Release what is in the place of a lock and is none, and no lock
+    #[arg(long, conflicts_with = "force")]
+    no_lock: bool,
     /// Answer yes where it would ask
     #[arg(long, short)]
     yes: bool,
@@ -85,7 +88,7 @@ impl Release {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
             let reach = self.place.reach().await?;
-            let chosen = choose(&reach, self.lock.as_deref().or(self.force.as_deref())).await?;
+            let chosen = choose(&reach, self.lock.as_deref().or(self.force.as_deref()), self.no_lock).await?;
             let (lock, junk) = match chosen {
                 Choice::Lock(lock, junk) => (lock, junk),
                 Choice::NoLock(junk) => return self.remove(&reach, &junk).await,
@@ -124,8 +127,18 @@ impl Release {
                     report::say(&report::barred(
                         &first.place.describe(),
                         &first.reason,
-                        &self.place.command("release"),
+                        &self.place.command("release --no-lock"),
                         &first.place.path(),
+                    ));
+                    Ok(Finding::Failed)
+                }
+                (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
+                    report::say(&format!(
+                        "another lock stood in its other place, and keeps every run out as long as it stands: ID {}\nfor \
+                         everything that is known of it, type: {} {}",
+                        visible(rival),
+                        self.place.command("show"),
+                        report::argument(rival)
                     ));
                     Ok(Finding::Failed)
                 }
@@ -141,6 +154,12 @@ impl Release {
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
             return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
+        }
+        if let Some(state) = junk.iter().find(|junk| junk.standing.as_ref().is_some_and(Standing::is_state)) {
+            return Err(Trouble::Said(format!(
+                "{}: that is a terraform state, and nothing is worth more: it is left alone\nmove it to where it belongs",
+                visible(&state.place.describe())
+            )));
         }
         if self.dry_run {
             report::print("it would be released once you agree");
@@ -160,7 +179,7 @@ impl Release {
                 Ok(Removed::Gone) => {
                     let event = LockInfo::default();
                     let reason_given = self.reason.as_deref();
-                    let why = format!("it was no lock: {reason}");
+                    let why = format!("what stood there was no lock: {reason}");
                     let event =
                         Event::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
@@ -270,7 +289,7 @@ impl Release {
     async fn changed(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
         report::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
-        match choose(reach, Some(&path)).await {
+        match choose(reach, Some(&path), false).await {
             Ok(Choice::Lock(now, _)) => report::print(&show::description(&now, Timestamp::now())),
             Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| report::print(&show::description_of_junk(junk))),
             Err(trouble) => report::say(&trouble.to_string()),

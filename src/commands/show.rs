@@ -10,7 +10,7 @@ use super::found::{Entry, Found, Unreadable};
 use super::output::{End, Output, Widths};
 use super::reach::{Trouble, Where};
 use crate::holder::evidence::Verdict;
-use crate::report::{self, argument, length_of_time, quoted, visible, visible_whole};
+use crate::report::{self, argument, length_of_time, visible, visible_whole};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock that stands for this directory
@@ -36,7 +36,7 @@ impl Show {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
             let reach = self.place.reach().await?;
-            let (lock, junk) = match choose(&reach, self.lock.as_deref()).await? {
+            let (lock, junk) = match choose(&reach, self.lock.as_deref(), false).await? {
                 Choice::Lock(lock, junk) => (Some(lock), junk),
                 Choice::NoLock(junk) => (None, junk),
             };
@@ -89,10 +89,9 @@ pub(super) fn next_step(lock: &Found, place: &Where) -> String {
                 who if who.is_empty() => "its Who is empty".to_owned(),
                 who => format!("ask {who}"),
             };
-            let id = visible_whole(&lock.info.id);
-            let force = format!("--force{}{}", if id.starts_with('-') { '=' } else { ' ' }, quoted(&id));
+            let force = report::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
-            format!("{ask}; once you know that nobody works there, type: {release} {force}{path}")
+            format!("{ask}; once you know that nobody works there, type: {release}{force}{path}")
         }
     }
 }

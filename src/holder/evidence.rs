@@ -179,7 +179,9 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         return (Verdict::Unknown, format!("its Who names no machine: many are called {shown:?}"));
     }
     if theirs.is_empty() || ours.is_empty() || theirs != ours {
-        note(format!("its Who names the host {shown:?}, and this is {ours:?}"), "nothing: only that host can tell");
+        let named =
+            if theirs.is_empty() { "its Who names no host" } else { &format!("its Who names the host {shown:?}") };
+        note(format!("{named}, and this is {ours:?}"), "nothing: only that host can tell");
         return (
             Verdict::Unknown,
             if theirs.is_empty() {

@@ -123,7 +123,8 @@ fn terraforms() -> Vec<Suspect> {
     let booted = process::booted();
     Process::all()
         .into_iter()
-        .filter(|process| !process.is_dead())
+        // We are one of them, where we are called terraform.
+        .filter(|process| !process.is_dead() && process.pid != nix::unistd::getpid())
         .filter_map(|process| {
             let program = process.program();
             let named =

@@ -7,7 +7,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
@@ -21,7 +21,7 @@ use aws_types::os_shim_internal::{Env, Fs};
 
 use super::attributes::{self, Treatment};
 use super::causes::causes;
-use super::credentials;
+use super::credentials::{self, Purpose};
 use super::failure::Failure;
 use super::network::{Network, usable};
 use super::proxies::Proxies;
@@ -30,7 +30,7 @@ use crate::terraform::backend::CachedBackend;
 
 /// The account that the credentials of this moment belong to, as STS says. `None` where it does not answer.
 pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
-    let config = connect(backend).await.ok()?;
+    let config = connect(backend, Purpose::Work).await.ok()?;
     let answer = credentials::sts(backend, &config).get_caller_identity().send().await.ok()?;
     answer.account
 }
@@ -40,7 +40,7 @@ pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
 /// # Errors
 /// Why it does not say.
 pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> {
-    let config = connect(backend).await.map_err(|error| error.to_string())?;
+    let config = connect(backend, Purpose::Work).await.map_err(|error| error.to_string())?;
     match credentials::sts(backend, &config).get_caller_identity().send().await {
         Ok(answer) => answer.arn.ok_or_else(|| "no answer".to_owned()),
         Err(error) => Err(Failure::of_request("STS", "sts:GetCallerIdentity", &error).to_string()),
@@ -79,6 +79,9 @@ pub(crate) enum Unreachable {
     /// The source of credentials gave none.
     #[error("{0}")]
     Credentials(String),
+    /// The service that gives them did not answer, or could not do it: it may in a moment. It asks nobody.
+    #[error("{0}")]
+    Silent(String),
     /// Neither the backend nor the environment or the profile names a region.
     #[error("no region is known")]
     Region,
@@ -92,7 +95,12 @@ impl Unreachable {
     pub(crate) fn may_pass(&self) -> bool {
         matches!(
             self,
-            Self::Certificates { .. } | Self::SharedFiles(_) | Self::Profile(_) | Self::Credentials(_) | Self::Region
+            Self::Certificates { .. }
+                | Self::SharedFiles(_)
+                | Self::Profile(_)
+                | Self::Credentials(_)
+                | Self::Silent(_)
+                | Self::Region
         )
     }
 }
@@ -104,21 +112,44 @@ pub(super) fn set(name: &str) -> Option<String> {
 
 /// What the sources of credentials have given in this process, or why they gave none. Nobody is asked twice: a release
 /// connects several times, and what asks a person must not ask again for each.
-static RESOLVED: Mutex<Vec<(CachedBackend, Result<Credentials, Unreachable>)>> = Mutex::new(Vec::new());
+static RESOLVED: Mutex<Vec<Resolved>> = Mutex::new(Vec::new());
 
-fn resolved() -> MutexGuard<'static, Vec<(CachedBackend, Result<Credentials, Unreachable>)>> {
+fn resolved() -> MutexGuard<'static, Vec<Resolved>> {
     RESOLVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What one question for credentials came to.
+struct Resolved {
+    backend: CachedBackend,
+    purpose: Purpose,
+    /// When it was answered.
+    at: Instant,
+    result: Result<Credentials, Unreachable>,
+}
+
+impl Resolved {
+    /// Whether it is an answer for `purpose` too. Credentials are good for everything while they last; that none were to be had
+    /// for an explanation, within a moment and without asking a person, says nothing of a release.
+    fn answers(&self, purpose: Purpose) -> bool {
+        match &self.result {
+            Ok(credentials) => !self.is_over(credentials),
+            // A service that was away for a moment may be back.
+            Err(Unreachable::Silent(_)) if purpose == Purpose::Work => false,
+            Err(_) => self.purpose == Purpose::Work || purpose == Purpose::Explanation,
+        }
+    }
+
+    /// Whether credentials end so soon that a request with them may be refused. Some are given with an end in the past, by a
+    /// clock that is wrong: those are not asked for again at once.
+    fn is_over(&self, credentials: &Credentials) -> bool {
+        const MARGIN: Duration = Duration::from_secs(30);
+        self.at.elapsed() > MARGIN && credentials.expiry().is_some_and(|until| until < SystemTime::now() + MARGIN)
+    }
 }
 
 /// Forgets the credentials of `backend`, which a service says are over.
 pub(super) fn forget_credentials(backend: &CachedBackend) {
-    resolved().retain(|(known, _)| known != backend);
-}
-
-/// Whether credentials end so soon that a request with them may be refused.
-fn is_over(credentials: &Credentials) -> bool {
-    const MARGIN: Duration = Duration::from_secs(30);
-    credentials.expiry().is_some_and(|until| until < SystemTime::now() + MARGIN)
+    resolved().retain(|known| known.backend != *backend);
 }
 
 /// A connection's settings, with credentials. These are asked for once in the life of this process, and again when they
@@ -126,7 +157,7 @@ fn is_over(credentials: &Credentials) -> bool {
 ///
 /// # Errors
 /// [`Unreachable`].
-pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreachable> {
+pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<SdkConfig, Unreachable> {
     if let Some(attribute) = not_followed(backend) {
         return Err(Unreachable::Attribute(attribute));
     }
@@ -177,15 +208,18 @@ pub(crate) async fn connect(backend: &CachedBackend) -> Result<SdkConfig, Unreac
         .with_http_client(client)
         .with_retry_config(retries)
         .with_timeout_config(patient);
-    let known = resolved().iter().find(|(known, _)| known == backend).map(|(_, resolved)| resolved.clone());
-    let credentials = if let Some(known) = known.filter(|known| !known.as_ref().is_ok_and(is_over)) {
+    let known = resolved()
+        .iter()
+        .find(|known| known.backend == *backend && known.answers(purpose))
+        .map(|known| known.result.clone());
+    let credentials = if let Some(known) = known {
         known?
     } else {
         let sections = profile.as_ref().map_err(String::as_str);
-        let asked = credentials::resolve(backend, sections, &for_providers, &for_credentials).await;
+        let result = credentials::resolve((backend, purpose), sections, &for_providers, &for_credentials).await;
         forget_credentials(backend);
-        resolved().push((backend.clone(), asked.clone()));
-        asked?
+        resolved().push(Resolved { backend: backend.clone(), purpose, at: Instant::now(), result: result.clone() });
+        result?
     };
     Ok(config.into_builder().credentials_provider(SharedCredentialsProvider::new(credentials)).build())
 }

@@ -31,7 +31,9 @@ use super::attributes::{self, Treatment};
 use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use super::causes::causes;
 use super::failure::Failure;
-use crate::sys::{plain_file, shell_command};
+use crate::report;
+use crate::sys::plain_file;
+use crate::sys::shell_command::{self, Asks};
 use crate::terraform::backend::CachedBackend;
 
 /// The name of the session in which a role is assumed, where the block has none.
@@ -40,10 +42,29 @@ const SESSION: &str = "tf-lock-release";
 /// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
 const DURATION: Duration = Duration::from_mins(15);
 
-/// How long a source of credentials may take, all in all: a person may have to touch a key or to log in meanwhile.
-const CREDENTIALS_TIMEOUT: Duration = Duration::from_mins(1);
+/// What credentials are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To release a lock, or what a person has asked for.
+    Work,
+    /// To explain something, or to look for what is most likely not there: nobody is asked for a password for it, or waits for
+    /// it.
+    Explanation,
+}
 
-/// Asks for credentials as `backend` and the environment say: once, for at most [`CREDENTIALS_TIMEOUT`]. `sections` are the
+impl Purpose {
+    /// How long a source of credentials may take, all in all.
+    fn limit(self) -> Duration {
+        match self {
+            // A person may have to touch a key or to log in meanwhile.
+            Self::Work => Duration::from_mins(1),
+            // Less than `release::EXPLANATION_TIMEOUT`: that it gave none is remembered then, and it is not started again.
+            Self::Explanation => Duration::from_millis(2500),
+        }
+    }
+}
+
+/// Asks for credentials as `backend` and the environment say: once, for at most [`Purpose::limit`]. `sections` are the
 /// shared files, or why they cannot be read; `for_providers` and `config` have everything else.
 ///
 /// The SDK would ask for them within each attempt of each request, so that a source slower than such an attempt would
@@ -52,14 +73,15 @@ const CREDENTIALS_TIMEOUT: Duration = Duration::from_mins(1);
 /// # Errors
 /// [`Unreachable`]: a part of the block contradicts itself, the profile is not there, or its source gives no credentials.
 pub(super) async fn resolve(
-    backend: &CachedBackend,
+    (backend, purpose): (&CachedBackend, Purpose),
     sections: Result<&EnvConfigSections, &str>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
 ) -> Result<Credentials, Unreachable> {
     // Who is asked may be named in a message about a time that is up.
     let asking = Cell::new(String::new());
-    let resolved = base(backend, sections, for_providers, config, &asking);
+    let has_run_a_command = Cell::new(false);
+    let resolved = base((backend, purpose), sections, for_providers, config, (&asking, &has_run_a_command));
     let resolved = async {
         let base = resolved.await?;
         let Some(role) = Role::of(backend)? else { return Ok(base) };
@@ -67,23 +89,25 @@ pub(super) async fn resolve(
         let config = config.to_builder().credentials_provider(SharedCredentialsProvider::new(base)).build();
         role.with(sts(backend, &config)).ask().await.map_err(|error| no_credentials(&error))
     };
-    match tokio::time::timeout(CREDENTIALS_TIMEOUT, resolved).await {
-        Ok(resolved) => resolved,
-        Err(_) => Err(Unreachable::Credentials(format!(
-            "{} gave no credentials within {} s",
-            asking.take(),
-            CREDENTIALS_TIMEOUT.as_secs()
-        ))),
+    let limit = purpose.limit();
+    let resolved = tokio::time::timeout(limit, resolved).await.unwrap_or_else(|_| {
+        let (asked, limit) = (asking.take(), report::length_of_time(limit));
+        Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit}")))
+    });
+    match resolved {
+        // Asking again would start the command again.
+        Err(Unreachable::Silent(why)) if has_run_a_command.get() => Err(Unreachable::Credentials(why)),
+        resolved => resolved,
     }
 }
 
 /// The same without the role that the block puts on top.
 async fn base(
-    backend: &CachedBackend,
+    (backend, purpose): (&CachedBackend, Purpose),
     sections: Result<&EnvConfigSections, &str>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
-    asking: &Cell<String>,
+    (asking, has_run_a_command): (&Cell<String>, &Cell<bool>),
 ) -> Result<Credentials, Unreachable> {
     let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
     if let [Some(key), Some(secret), token] = fixed {
@@ -99,7 +123,8 @@ async fn base(
     let source = match source(backend, sections, set)? {
         Source::Process { profile, command, used_by } => {
             asking.set(format!("the credential_process of the profile {profile}"));
-            let keys = of_process(&profile, &command).await?;
+            has_run_a_command.set(true);
+            let keys = of_process(&profile, &command, purpose).await?;
             match used_by {
                 None => return Ok(keys.credentials("credential_process")),
                 Some(name) => Source::RoleOfProfile(name, keys),
@@ -111,16 +136,29 @@ async fn base(
     let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
     let provider = from(source, selected, backend, for_providers)?;
     provider.provide_credentials().await.map_err(|error| {
-        let why = causes(&error);
         // A role says so itself.
-        let reason = if role_error(&error).is_some() { why } else { format!("{}: {why}", asking.take()) };
-        Unreachable::Credentials(reason)
+        let why = if role_error(&error).is_some() {
+            causes(&error)
+        } else {
+            format!("{}: {}", asking.take(), causes(&error))
+        };
+        kind(&error)(why)
     })
 }
 
 /// What is said of a role that was not to be had.
 fn no_credentials(error: &CredentialsError) -> Unreachable {
-    Unreachable::Credentials(role_error(error).map_or_else(|| causes(error), ToString::to_string))
+    kind(error)(role_error(error).map_or_else(|| causes(error), ToString::to_string))
+}
+
+/// Whether a source has refused, or was away: a service that was may be back.
+fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
+    let was_away = match (role_error(error), error) {
+        (Some(role), _) => !role.is_final,
+        (None, CredentialsError::ProviderTimedOut(_) | CredentialsError::ProviderError(_)) => true,
+        (None, _) => false,
+    };
+    if was_away { Unreachable::Silent } else { Unreachable::Credentials }
 }
 
 /// The refusal of a role beneath an error, if there is one.
@@ -140,7 +178,7 @@ fn role_error(error: &CredentialsError) -> Option<&NoRole> {
 ///
 /// # Errors
 /// [`Unreachable::Credentials`]: it failed, or printed no credentials. What it printed is in no message.
-async fn of_process(profile: &str, command: &str) -> Result<Keys, Unreachable> {
+async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Keys, Unreachable> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Printed {
@@ -151,7 +189,8 @@ async fn of_process(profile: &str, command: &str) -> Result<Keys, Unreachable> {
         expiration: Option<String>,
     }
     let said = |what: &str| Unreachable::Credentials(format!("the credential_process of the profile {profile} {what}"));
-    let run = shell_command::output(command).await;
+    let asks = if purpose == Purpose::Work { Asks::Person } else { Asks::Nobody };
+    let run = shell_command::output(command, asks).await;
     let (status, printed) = run.map_err(|error| said(&format!("could not be started: {error}")))?;
     if !status.success() {
         return Err(said(&format!("failed ({status})")));
@@ -677,7 +716,7 @@ impl Assuming<Role> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, said(&error))),
+            Err(error) => Err(refused(&assumed.arn, &error)),
         }
     }
 }
@@ -704,17 +743,19 @@ impl Assuming<WebRole> {
             .await;
         match answer {
             Ok(answer) => credentials(answer.credentials),
-            Err(error) => Err(refused(&assumed.arn, said(&error))),
+            Err(error) => Err(refused(&assumed.arn, &error)),
         }
     }
 }
 
-/// What STS said, or why it said nothing.
-fn said<E: std::error::Error + ProvideErrorMetadata + 'static>(error: &SdkError<E>) -> String {
-    match (error.code(), error.message()) {
+/// A role that STS did not give: what it said, or why it said nothing.
+fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, error: &SdkError<E>) -> CredentialsError {
+    let failure = Failure::of_request("STS", "sts:AssumeRole", error);
+    let why = match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
-        _ => Failure::of_request("STS", "sts:AssumeRole", error).to_string(),
-    }
+        _ => failure.to_string(),
+    };
+    CredentialsError::provider_error(NoRole { arn: arn.to_owned(), why, is_final: failure.is_final() })
 }
 
 /// A role that STS did not give.
@@ -723,10 +764,8 @@ fn said<E: std::error::Error + ProvideErrorMetadata + 'static>(error: &SdkError<
 struct NoRole {
     arn: String,
     why: String,
-}
-
-fn refused(arn: &str, why: String) -> CredentialsError {
-    CredentialsError::provider_error(NoRole { arn: arn.to_owned(), why })
+    /// Asking again would not do better.
+    is_final: bool,
 }
 
 fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {

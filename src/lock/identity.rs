@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::access::{Access, Surroundings};
-use super::credentials::{self, Owner};
+use super::credentials::{self, Owner, Purpose};
 use super::place::Place;
 use super::stores::Stores;
 use super::{aws, digest};
@@ -235,7 +235,7 @@ impl Reached {
         if settles(same, halves, Evidence::default()) {
             return true;
         }
-        let Ok(stores) = Stores::connect(&place.backend).await else { return false };
+        let Ok(stores) = Stores::connect(&place.backend, Purpose::Work).await else { return false };
         let evidence = Evidence::gather(place, &stores).await;
         trace!("not seen by {relation:?} ({same}), {evidence:?}");
         settles(same, halves, evidence)

@@ -6,7 +6,7 @@ pub(crate) mod access;
 pub(crate) mod attributes;
 pub(crate) mod aws;
 mod causes;
-mod credentials;
+pub(crate) mod credentials;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
 pub(crate) mod failure;

@@ -86,14 +86,18 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
 }
 
 /// How a bucket takes the condition by which terraform locks: that no object is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum IfNoneMatch {
     /// It is obeyed.
     Obeyed,
     /// It is ignored: a lock replaces the one that is there, and both terraforms go on.
     Ignored,
-    /// It could not be found out: no object could be put there to try.
-    Unknown,
+    /// The service does not know it: terraform cannot lock there.
+    Unsupported,
+    /// It could not be found out, and why.
+    Unknown(Failure),
+    /// It was not tried.
+    Untried,
 }
 
 /// Puts an object twice on the condition that none is there, and deletes it. `key` must be one that nobody uses, and one
@@ -103,13 +107,17 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
         let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
         client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send()
     };
-    if put().await.is_err() {
-        return IfNoneMatch::Unknown;
+    match put().await {
+        Ok(_) => {}
+        Err(error) if error.raw_response().is_some_and(|answer| answer.status().as_u16() == 501) => {
+            return IfNoneMatch::Unsupported;
+        }
+        Err(error) => return IfNoneMatch::Unknown(s3::failure("s3:PutObject", &error)),
     }
     let taken = match put().await {
         Ok(_) => IfNoneMatch::Ignored,
         Err(error) if error.raw_response().is_some_and(|answer| answer.status().as_u16() == 412) => IfNoneMatch::Obeyed,
-        Err(_) => IfNoneMatch::Unknown,
+        Err(error) => IfNoneMatch::Unknown(s3::failure("s3:PutObject", &error)),
     };
     let _ = client.delete_object().bucket(bucket).key(key).send().await;
     taken

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
+use super::credentials::Purpose;
 use super::digest::Comparison;
 use super::failure::{Cause, Failure};
 use super::identity::Reached;
@@ -108,6 +109,8 @@ pub(crate) enum Outcome {
 pub(crate) enum Because {
     /// It is not certain whose it is, or it is not to be released. A later try finds the same.
     Doubt,
+    /// Whoever started the run said that its locks are to be named alone. They stay in the journal until they are gone.
+    Never,
     /// A later try may do better: somebody still lived, or what was seen contradicted itself.
     NotYet,
     /// The service did not answer, or could not do it.
@@ -182,8 +185,8 @@ struct Services<'a> {
 }
 
 impl<'a> Services<'a> {
-    async fn connect(place: &'a Place) -> Result<Self, aws::Unreachable> {
-        let stores = Stores::connect(&place.backend).await?;
+    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, aws::Unreachable> {
+        let stores = Stores::connect(&place.backend, purpose).await?;
         Ok(Self { place, halves: place.spots(&stores), stores })
     }
 
@@ -259,9 +262,14 @@ fn within<T>(
 
 /// Gives back the lock that the log recorded, if it stands and is ours. A service that fails or is silent is asked for
 /// `limit`, not counting the time in which credentials are asked for.
-pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &Situation, limit: Duration) -> Outcome {
-    // Asked for now, and remembered: the clock runs from here on.
-    if let Err(unreachable) = Services::connect(place).await {
+pub(crate) async fn release(
+    recorded: &RecordedLock,
+    place: &Place,
+    situation: &Situation,
+    (limit, purpose): (Duration, Purpose),
+) -> Outcome {
+    // Asked for now, and remembered: the clock of the release runs from here on.
+    if let Err(unreachable) = credentials(place, limit, purpose).await {
         return unreached(&unreachable);
     }
     let mut attempt = Attempt {
@@ -269,6 +277,7 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
         place,
         situation,
         limit,
+        purpose,
         renewed: false,
         begun: Instant::now(),
         asked_to_go: Vec::new(),
@@ -298,9 +307,20 @@ pub(crate) async fn release(recorded: &RecordedLock, place: &Place, situation: &
 }
 
 /// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
-/// than a service may.
-async fn ask_for_credentials(place: &Place) {
-    let _ = Services::connect(place).await;
+/// than a service may. A service that gives them and is silent is asked for `limit`.
+async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), aws::Unreachable> {
+    let begun = Instant::now();
+    let mut interval = LOOK;
+    loop {
+        match Services::connect(place, purpose).await {
+            Err(aws::Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
+                trace!("no credentials: {why}");
+                sleep(interval).await;
+                interval = (interval * 2).min(LONGEST_INTERVAL);
+            }
+            asked => return asked.map(drop),
+        }
+    }
 }
 
 /// What a lock comes to whose services cannot be reached as the backend says.
@@ -316,7 +336,7 @@ fn unreached(unreachable: &aws::Unreachable) -> Outcome {
 /// nothing can be read within [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn standing(place: &Place) -> Vec<(Spot, Standing)> {
     let look = async {
-        let Ok(services) = Services::connect(place).await else { return Vec::new() };
+        let Ok(services) = Services::connect(place, Purpose::Explanation).await else { return Vec::new() };
         let reads = services.halves.iter().map(|half| services.stores.read(half));
         let read = futures_util::future::join_all(reads).await;
         let read = services.halves.iter().zip(read);
@@ -330,18 +350,27 @@ pub(crate) async fn standing(place: &Place) -> Vec<(Spot, Standing)> {
 pub(crate) async fn unfit_state(place: &Place) -> Option<Comparison> {
     let table = place.table.as_ref()?;
     let look = async {
-        let services = Services::connect(place).await.ok()?;
+        let services = Services::connect(place, Purpose::Explanation).await.ok()?;
         digest::compare(&services.stores, &place.bucket, &place.key, table).await.ok()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
 }
 
 /// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read within
-/// [`EXPLANATION_TIMEOUT`].
+/// [`EXPLANATION_TIMEOUT`]. That it does not is believed at the second look: one response proves nothing.
 pub(crate) async fn may_stand(place: &Place, id: &str) -> bool {
-    ask_for_credentials(place).await;
+    let _ = credentials(place, EXPLANATION_TIMEOUT, Purpose::Work).await;
+    if may_be_seen(place, id).await {
+        return true;
+    }
+    sleep(LOOK).await;
+    may_be_seen(place, id).await
+}
+
+/// One look of [`may_stand`].
+async fn may_be_seen(place: &Place, id: &str) -> bool {
     let look = async {
-        let Ok(services) = Services::connect(place).await else { return true };
+        let Ok(services) = Services::connect(place, Purpose::Work).await else { return true };
         for half in &services.halves {
             match services.stores.read(half).await {
                 Ok(Some(standing)) if standing.info().is_none_or(|info| info.id == id) => return true,
@@ -377,9 +406,9 @@ pub(crate) async fn bring_to_light(
     situation: &Situation,
     died: bool,
 ) -> Result<Light, Failure> {
-    ask_for_credentials(place).await;
-    let begun = Instant::now();
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
+    let _ = credentials(place, limit, Purpose::Work).await;
+    let begun = Instant::now();
     let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
     let mut absent = unnamed.granted.is_none();
     loop {
@@ -403,7 +432,7 @@ pub(crate) async fn bring_to_light(
 
 /// One look of [`bring_to_light`].
 async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -> Result<Light, Failure> {
-    let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
+    let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     let mut light = Light::None;
     for half in &services.halves {
         let Some(standing) = services.read(half).await? else { continue };
@@ -441,7 +470,7 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
 pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
-    ask_for_credentials(place).await;
+    let _ = credentials(place, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
     loop {
         let remaining = SERVICE_TIMEOUT.saturating_sub(begun.elapsed()).max(LOOK);
@@ -454,7 +483,7 @@ pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<
 
 /// One look of [`suspect`].
 async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
-    let services = Services::connect(place).await.map_err(|error| unreachable(&error))?;
+    let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     for half in &services.halves {
         let Some(standing) = services.read(half).await? else { continue };
         let Some(info) = standing.info() else {
@@ -469,7 +498,10 @@ async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Op
 }
 
 fn unreachable(error: &aws::Unreachable) -> Failure {
-    Failure::refusal("AWS", &error.to_string())
+    match error {
+        aws::Unreachable::Silent(why) => Failure::no_answer("AWS", why),
+        error => Failure::refusal("AWS", &error.to_string()),
+    }
 }
 
 /// One release, which may need several goes.
@@ -479,6 +511,7 @@ struct Attempt<'a> {
     situation: &'a Situation,
     /// For how long a service that fails is asked, from `begun` on.
     limit: Duration,
+    purpose: Purpose,
     begun: Instant,
     /// A service has said that the credentials are over, and new ones were asked for.
     renewed: bool,
@@ -521,7 +554,7 @@ struct Round {
 impl Attempt<'_> {
     /// The connection is made anew in each go: what was wrong with it may be mended.
     async fn go(&mut self) -> Result<Outcome, Failure> {
-        let services = match Services::connect(self.place).await {
+        let services = match Services::connect(self.place, self.purpose).await {
             Ok(services) => services,
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
@@ -566,6 +599,8 @@ impl Attempt<'_> {
             match self.half(services, half, share).await {
                 Ok(Judged::Excluded) => {
                     round.excluded += 1;
+                    // It is looked for again while its request may land: a table may be on its way too.
+                    round.missing = true;
                     // As with every absence of a lock that was had: one response decides nothing.
                     if self.recorded.locked.is_some() {
                         round.unproven.push((half.clone(), None));

@@ -30,6 +30,8 @@ const LONGEST: i64 = 1 << 20;
 pub(crate) struct Object {
     /// Its body.
     pub(crate) body: String,
+    /// So many bytes are in it. Of one that is too large for a lock the body was not read, and is empty here.
+    pub(crate) length: u64,
     /// The tag of exactly that body.
     pub(crate) etag: Option<String>,
 }
@@ -114,13 +116,15 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
     let etag = answer.e_tag.clone();
     if answer.content_length.is_some_and(|length| length > LONGEST) {
         // No lock, and not to be brought here: what stands at that name may be of any size.
-        return Ok(Some(Object { body: String::new(), etag }));
+        let length = answer.content_length.and_then(|length| length.try_into().ok()).unwrap_or(u64::MAX);
+        return Ok(Some(Object { body: String::new(), length, etag }));
     }
     let length = answer.content_length;
     let broken = |error: &dyn std::fmt::Display| Failure::no_answer("S3", &error.to_string());
     let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
     let body = body.map_err(|error| broken(&error))?;
-    Ok(Some(Object { body: String::from_utf8_lossy(&body.into_bytes()).into_owned(), etag }))
+    let body = body.into_bytes();
+    Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
 }
 
 /// Reads an object piece by piece. `None` when there is none; else when it was written, as far as the service tells.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::credentials::Purpose;
 use super::failure::Failure;
 use super::release::Deleted;
 use super::{aws, dynamodb, s3};
@@ -85,6 +86,12 @@ impl Standing {
         LockInfo::parse(self.text())
     }
 
+    /// Whether it is a terraform state, which somebody has put into the place of a lock by mistake.
+    pub(crate) fn is_state(&self) -> bool {
+        let state = serde_json::from_str::<serde_json::Value>(self.text()).unwrap_or_default();
+        ["lineage", "serial"].iter().all(|name| state.get(name).is_some())
+    }
+
     /// What is in a lock's place and is no lock, in words without any of its text.
     pub(crate) fn describe_no_lock(&self) -> String {
         let text = self.text().trim_start();
@@ -92,9 +99,13 @@ impl Standing {
             Self::Item(dynamodb::Info::None) => "an item without Info".to_owned(),
             Self::Item(dynamodb::Info::Other(_)) => "an item whose Info is no text".to_owned(),
             Self::Item(_) if text.is_empty() => "an item with an empty Info".to_owned(),
+            Self::Object(object) if object.body.is_empty() && object.length > 0 => {
+                format!("an object of {} bytes, too large for a lock", object.length)
+            }
             Self::Object(_) if text.is_empty() => "an empty object".to_owned(),
             _ if text.starts_with('<') => "a page of HTML or XML".to_owned(),
-            _ => format!("{} bytes that are no lock", self.text().len()),
+            Self::Object(object) => format!("{} bytes that are no lock", object.length),
+            Self::Item(_) => format!("{} bytes that are no lock", self.text().len()),
         }
     }
 }
@@ -123,8 +134,8 @@ impl Stores {
     ///
     /// # Errors
     /// [`aws::Unreachable`].
-    pub(crate) async fn connect(backend: &CachedBackend) -> Result<Self, aws::Unreachable> {
-        let config = aws::connect(backend).await?;
+    pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, aws::Unreachable> {
+        let config = aws::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
         let region = region.ok_or(aws::Unreachable::Region)?;
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })

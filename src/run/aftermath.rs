@@ -24,12 +24,13 @@ use crate::crash_point;
 use crate::history::By;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
+use crate::lock::credentials::Purpose;
 use crate::lock::identity::Reached;
 use crate::lock::place::Place;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
 use crate::lock::stores::{Spot, Standing as Stored};
-use crate::report::{self, Removal, quoted};
+use crate::report::{self, Removal};
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
@@ -221,7 +222,7 @@ impl Aftermath<'_> {
             let unlock_begun = !died && unlock_is_begun(self.log, places, patience);
             reason_to_keep(self.tree, (died, unlock_begun), self.stop.killed().is_some(), patience)
         } else {
-            Some(Outcome::kept(report::NEVER))
+            Some(Outcome::Kept { reason: report::NEVER.to_owned(), because: Because::Never })
         };
         crash_point::reached("tf: tree judged");
         let run = Run::recorded(self.who, self.started, self.log);
@@ -233,13 +234,16 @@ impl Aftermath<'_> {
         let standing = Standing::find(self.log, places, &situation, died, patience);
         let settled = give_back(&standing.named, places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
-        let remembered = bury(&settled, &situation, self.graveyard);
+        let remembered = bury(&settled, &situation, true, self.graveyard);
         let abandoned = || abandoned_requests(&settled, Some(self.ended));
         let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
         self.tell(&settled, &remembered, places, &ending);
-        for lock in abandoned().map(|settled| &settled.lock).filter(|lock| was_waited_for(lock, at)) {
+        // Of one that could not be looked for nothing is known that terraform has not said.
+        let looked_for = |settled: &&Settled| !matches!(settled.outcome, Some(Outcome::Kept { .. }));
+        let waited_for = abandoned().filter(looked_for).map(|settled| &settled.lock);
+        for lock in waited_for.filter(|lock| was_waited_for(lock, at)) {
             let kept = also_remembered.contains(&lock.id);
-            report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command()));
+            report::say(&report::may_still_come(&ending, lock, kept, &self.unlock_command_of(lock, places)));
         }
         remember(&settled, By::Tf, &ending, None);
         for one in replaced(&settled, places, died, until, By::Tf, patience) {
@@ -252,7 +256,7 @@ impl Aftermath<'_> {
         }
         self.explain_refusals(&settled, places, died, patience);
         for (info, reason) in &standing.suspects {
-            report::say(&report::suspected(&ending, info, Some(reason), &self.unlock_command()));
+            report::say(&report::suspected(&ending, info, Some(reason), &self.unlock_command(None, places)));
         }
         for unnamed in &standing.awaited {
             report::say(&report::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
@@ -290,7 +294,14 @@ impl Aftermath<'_> {
         let Some(elsewhere) = Elsewhere::of(places, self.log, &terraform.path, self.current, chdir) else { return };
         let keep = keep.and_then(Outcome::reason);
         let told = command_line.tells_of_its_lock();
-        let end = elsewhere.settle(&situation.run, told, keep, [ending, &self.unlock_command()], By::Tf, patience);
+        let end = elsewhere.settle(
+            &situation.run,
+            told,
+            keep,
+            [ending, &self.unlock_command(None, places)],
+            By::Tf,
+            patience,
+        );
         end.messages.iter().for_each(|message| report::say(message));
         if end.later {
             left_over.add_elsewhere(elsewhere.had);
@@ -305,7 +316,7 @@ impl Aftermath<'_> {
                     report::say(&report::released(ending, lock, released, Timestamp::now()));
                     if released.is_partial && *may_still_come {
                         let kept = remembered.contains(&lock.id);
-                        report::say(&report::other_part_may_land(lock, kept, &self.unlock_command()));
+                        report::say(&report::other_part_may_land(lock, kept, &self.unlock_command_of(lock, places)));
                     }
                     if let Some(unfit) = &released.unfit {
                         let place = places.of(lock).into_iter().next();
@@ -319,14 +330,18 @@ impl Aftermath<'_> {
                     report::say(&report::not_seen(ending, lock, self.reached.needs()));
                 }
                 Some(Outcome::Kept { reason, because }) => {
-                    let later = kept && *because != Because::Doubt;
-                    let removal =
-                        Removal { unlock: self.unlock_command(), release: self.locks_command("release", None) };
+                    let later = kept && !matches!(because, Because::Doubt | Because::Never);
+                    let place = places.of(lock).into_iter().next();
+                    let workspace = place.as_ref().and_then(|place| unselected_workspace(place, places));
+                    let removal = Removal {
+                        unlock: self.unlock_command(place.as_ref(), places),
+                        release: self.locks_command("release --no-lock", workspace),
+                    };
                     report::say(&report::kept(ending, lock, reason, *because, later, &removal));
                 }
-                Some(Outcome::Absent { .. }) if *may_still_come => {
+                Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
                     let kept = remembered.contains(&lock.id);
-                    report::say(&report::may_still_come(ending, lock, kept, &self.unlock_command()));
+                    report::say(&report::may_still_come(ending, lock, kept, &self.unlock_command_of(lock, places)));
                 }
                 Some(Outcome::Absent { .. }) | None => {}
             }
@@ -363,7 +378,9 @@ impl Aftermath<'_> {
     fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
         let Some(graveyard) = self.graveyard else { return };
         for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
-            if let Some(Outcome::Released(_)) = visit(tombstone, places, EXPLANATION_TIMEOUT, patience) {
+            if let Some(Outcome::Released(_)) =
+                visit(tombstone, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), patience)
+            {
                 report::say(&report::came_late(&tombstone.lock));
                 report::say(report::TRY_AGAIN);
             }
@@ -398,7 +415,7 @@ impl Aftermath<'_> {
         let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
         for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
             let what = standing.describe_no_lock();
-            report::say(&report::barred(&spot.describe(), &what, &command("release"), &place.lock_path()));
+            report::say(&report::barred(&spot.describe(), &what, &command("release --no-lock"), &place.lock_path()));
         }
         let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, standing)| standing.info()).collect();
         locks.dedup();
@@ -407,10 +424,11 @@ impl Aftermath<'_> {
             let judgement = host.judge(&info);
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
             let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
+            // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
+            let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
             report::say(&report::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
-            // What it says of a run that it was tried on a moment ago was said.
-            if let Ok(child) = waiting::start(run, self.tried.iter().any(|tried| tried == run)) {
+            if let Ok(child) = waiting::start(run, false) {
                 waiting::wait_for(child, patience);
                 let left = self::standing(place, places, patience);
                 if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
@@ -433,7 +451,7 @@ impl Aftermath<'_> {
         let _there = Within::enter(&places.working_directory);
         match patience.until(release::suspect(&place, &situation.run, unlogged)) {
             Ok(Ok(Some(info))) if situation.run.is_of(&info.who) => {
-                report::say(&report::suspected(ending, &info, None, &self.unlock_command()));
+                report::say(&report::suspected(ending, &info, None, &self.unlock_command(Some(&place), places)));
             }
             Ok(Ok(suspect)) if unlogged => {
                 report::say(&report::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
@@ -464,15 +482,27 @@ impl Aftermath<'_> {
 
     /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
     fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
-        let directory = self.directory().map_or_else(String::new, |path| format!(" --chdir {}", quoted(&path)));
+        let directory = self.directory().map_or_else(String::new, |path| report::option("--chdir", &path));
         let variable = std::env::var("TF_WORKSPACE").ok();
         report::in_workspace(workspace.or(variable.as_deref()), &format!("tf locks {words}{directory}"))
     }
 
-    fn unlock_command(&self) -> String {
+    /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any
+    /// more, is none for terraform: it refuses to work there, and ours does not.
+    fn unlock_command(&self, place: Option<&Place>, places: &Places) -> String {
+        let workspace = place.and_then(|place| unselected_workspace(place, places));
+        if workspace.is_some() && self.invocation.command_line.command().starts_with("workspace ") {
+            return self.locks_command("release", workspace);
+        }
         let command = report::unlock_command(&self.program(), self.directory().as_deref());
         // Set for this run alone, perhaps, and not where the command will be typed.
-        report::in_workspace(std::env::var("TF_WORKSPACE").ok().as_deref(), &command)
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        report::in_workspace(workspace.or(variable.as_deref()), &command)
+    }
+
+    /// The same for `lock`.
+    fn unlock_command_of(&self, lock: &RecordedLock, places: &Places) -> String {
+        self.unlock_command(places.of(lock).first(), places)
     }
 }
 

@@ -13,6 +13,7 @@ use super::tombstone::{Graveyard, Tombstone};
 use super::working_directory::Within;
 use crate::crash_point;
 use crate::history::{self, By, Event, What};
+use crate::lock::credentials::Purpose;
 use crate::lock::failure::Failure;
 use crate::lock::identity::Reached;
 use crate::lock::place::Place;
@@ -149,6 +150,7 @@ pub(crate) fn give_back(
         crash_point::reached("release: next lock");
         let may_stand = recorded.locked.is_some() || died;
         let named = |outcome: Outcome| may_stand.then_some(outcome);
+        let purpose = if may_stand { Purpose::Work } else { Purpose::Explanation };
         // A service that was silent for one lock is not waited for as long for the next.
         let limit = if may_stand && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
         let outcome = if let Some(kept) = keep {
@@ -158,7 +160,7 @@ pub(crate) fn give_back(
             named(Outcome::kept(report::CLAIMED))
         } else {
             let places = places.of(recorded);
-            match wherever_it_is(recorded, &places, situation, limit, patience) {
+            match wherever_it_is(recorded, &places, situation, (limit, purpose), patience) {
                 // One that was refused is not missed, nor one that was not had where another's is.
                 Some(absent @ Outcome::Absent { .. })
                     if may_stand
@@ -172,13 +174,14 @@ pub(crate) fn give_back(
         };
         trace!("lock {}: {outcome:?}", recorded.id);
         is_silent |= matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
-        let is_gone_for_now = matches!(outcome, Some(Outcome::Absent { excluded: false, .. } | Outcome::Released(_)));
-        Settled {
-            lock: recorded.clone(),
-            may_stand,
-            may_still_come: is_gone_for_now && died && recorded.locked.is_none(),
-            outcome,
-        }
+        let may_still_come = died
+            && match outcome {
+                // Its place may come back, and a lock in it: a table that is restored under its name.
+                Some(Outcome::Absent { excluded: true, .. }) => true,
+                Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.locked.is_none(),
+                Some(Outcome::Kept { .. }) | None => false,
+            };
+        Settled { lock: recorded.clone(), may_stand, may_still_come, outcome }
     });
     settled.collect()
 }
@@ -199,7 +202,7 @@ pub(crate) fn only_name(
         let outcome = if places.is_empty() {
             Outcome::kept(report::NO_PLACE)
         } else if places.iter().any(|place| may_stand(place, patience)) {
-            Outcome::later(report::NEVER)
+            Outcome::Kept { reason: report::NEVER.to_owned(), because: Because::Never }
         } else {
             let absent = Outcome::Absent { anothers: None, excluded: false };
             not_believed(&places, situation, patience).unwrap_or(absent)
@@ -271,23 +274,23 @@ fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience
     }
 }
 
-/// Gives the lock back in the place where it is; a service that is silent is waited for as long as `limit`. `None` where
-/// there is no place to look in.
+/// Gives the lock back in the place where it is; a service that is silent is waited for as long as `limit`, and for an
+/// explanation nothing takes longer. `None` where there is no place to look in.
 fn wherever_it_is(
     recorded: &RecordedLock,
     places: &[Place],
     situation: &Situation,
-    limit: Duration,
+    (limit, purpose): (Duration, Purpose),
     patience: &mut Patience<'_>,
 ) -> Option<Outcome> {
     let mut worst = None;
     for place in places {
         let release = async {
-            let release = release::release(recorded, place, situation, limit);
-            if limit > EXPLANATION_TIMEOUT {
+            let release = release::release(recorded, place, situation, (limit, purpose));
+            if purpose == Purpose::Work {
                 return release.await;
             }
-            // Nobody is to wait for long, or to be asked for a password, for a lock that is most likely somebody else's.
+            // Nobody is to wait for long for a lock that is most likely somebody else's.
             let silent = || Outcome::Kept { reason: report::SILENT.to_owned(), because: Because::NoAnswer };
             tokio::time::timeout(limit, release).await.unwrap_or_else(|_| silent())
         };
@@ -295,17 +298,39 @@ fn wherever_it_is(
         match outcome {
             Outcome::Released(_) => return Some(outcome),
             Outcome::Kept { .. } => worst = Some(outcome),
-            Outcome::Absent { .. } => worst = worst.or(Some(outcome)),
+            Outcome::Absent { anothers, excluded } => {
+                worst = match worst {
+                    None => Some(Outcome::Absent { anothers, excluded }),
+                    // No lock can be in one place, and none was in the other: it may still come there.
+                    Some(Outcome::Absent { anothers: before, excluded: too }) => {
+                        Some(Outcome::Absent { anothers: before.or(anothers), excluded: excluded && too })
+                    }
+                    kept => kept,
+                }
+            }
         }
     }
     worst
 }
 
 /// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
-pub(crate) fn bury(settled: &[Settled], situation: &Situation, graveyard: Option<&Graveyard>) -> Vec<String> {
-    let late = settled.iter().filter(|settled| settled.may_still_come).map(|settled| &settled.lock);
-    late.filter_map(|lock| {
-        graveyard?.put(&Tombstone::new(lock, &situation.run)).ok()?;
+///
+/// `recent`: a request of the run can still be on its way.
+pub(crate) fn bury(
+    settled: &[Settled],
+    situation: &Situation,
+    recent: bool,
+    graveyard: Option<&Graveyard>,
+) -> Vec<String> {
+    let late = settled.iter().filter(|settled| settled.may_still_come);
+    late.filter_map(|Settled { lock, outcome, .. }| {
+        // Nothing is said of one whose place is not there: most likely that was never there, or the run has destroyed it.
+        let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
+        if !recent && !excluded {
+            return None;
+        }
+        let tombstone = Tombstone { abandoned: excluded, unseen: excluded, ..Tombstone::new(lock, &situation.run) };
+        graveyard?.put(&tombstone).ok()?;
         Some(lock.id.clone())
     })
     .collect()
@@ -328,19 +353,24 @@ pub(crate) fn remember_abandoned<'a>(
 }
 
 /// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its
-/// time: the request may land once more, or the other part of it. A service that is silent is waited for as long as `limit`.
-/// `None` where there is no place to look in.
+/// time: the request may land once more, or the other part of it. Where a person has asked for that, a service that is silent
+/// is waited for as long as one may be; else a look takes no longer than `limit`. `None` where there is no place to look in, or
+/// it is too early.
 pub(crate) fn visit(
     tombstone: &Tombstone,
     places: &Places,
-    limit: Duration,
+    (limit, purpose): (Duration, Purpose),
     patience: &mut Patience<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
+    // Of a lock that was had a write may be on its way, for as long as a request can be.
+    if tombstone.lock.locked.is_some() && may_land(Some(tombstone.since), Timestamp::now()) {
+        return None;
+    }
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let reached = Reached::default();
     let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false, reached };
-    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, limit, patience);
+    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, (limit, purpose), patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
         let why = "a dead terraform's request took it late";

@@ -714,7 +714,7 @@ impl<'a> Watch<'a> {
         let standing = Standing::find(&log, &places, &situation, died, &mut patience);
         let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
         crash_point::reached("guardian: gave back");
-        bury(&settled, &situation, ward.graveyard);
+        bury(&settled, &situation, true, ward.graveyard);
         remember_abandoned(abandoned_requests(&settled, ended), &situation, ward.graveyard);
         remember(&settled, By::Guardian, WHY, None);
         let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);

@@ -36,6 +36,7 @@ use super::working_directory::{self, Within};
 use crate::crash_point;
 use crate::history::By;
 use crate::lock::access::Access;
+use crate::lock::credentials::Purpose;
 use crate::lock::proof::Run;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, SERVICE_TIMEOUT, Situation};
 use crate::report;
@@ -93,7 +94,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let mut late = Vec::new();
     let mut late_elsewhere = Vec::new();
     for state in states {
-        for pending in Graveyard::of(state).read(Timestamp::now()) {
+        let now = Timestamp::now();
+        for pending in Graveyard::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
             if !here.of(&pending.lock).is_empty() {
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
@@ -134,21 +136,26 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         finish_without_waiting(far);
     }
     let mut asked = None;
+    // However many they are, somebody waits for terraform.
+    let until = Instant::now() + EXPLANATION_TIMEOUT;
+    let remaining = || (until.saturating_duration_since(Instant::now()), Purpose::Explanation);
     if !late.is_empty() {
         let visit_all = || {
             let has_come = |(state, pending): &&(&StateDirectory, Tombstone)| {
-                let visited = visit(pending, here, EXPLANATION_TIMEOUT, &mut Patience::Nobodys);
+                let visited = visit(pending, here, remaining(), &mut Patience::Nobodys);
                 note_visit(state, pending, visited.as_ref());
                 matches!(visited, Some(Outcome::Released(_)))
             };
             let come = late.iter().filter(has_come);
             Finished { messages: come.map(|(_, pending)| report::came_late(&pending.lock)).collect(), left: false }
         };
-        in_a_process(Vec::new(), visit_all, report::say, signals, &mut asked);
+        let announced = late.iter().any(|(_, pending)| !pending.abandoned);
+        in_a_process((Vec::new(), announced), visit_all, report::say, signals, &mut asked);
     }
     for (state, pending) in late_elsewhere {
-        let look = || look_for_request(state, &pending, EXPLANATION_TIMEOUT);
-        in_a_process(Vec::new(), look, report::say, signals, &mut asked);
+        let announced = !pending.abandoned;
+        let look = || look_for_request(state, &pending, remaining());
+        in_a_process((Vec::new(), announced), look, report::say, signals, &mut asked);
     }
     let mut tried = Vec::new();
     for dead in near {
@@ -157,7 +164,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.charge().as_raw_fd()];
-        in_a_process(keep, || finish(dead, Audience::Person), report::say, signals, &mut asked);
+        in_a_process((keep, true), || finish(dead, Audience::Person), report::say, signals, &mut asked);
         if journal.has(&name) {
             tried.push(name);
         }
@@ -237,7 +244,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                         }
                         finished
                     };
-                    let left = in_a_process(keep, finish, tell, signals, &mut recovered.asked);
+                    let left = in_a_process((keep, true), finish, tell, signals, &mut recovered.asked);
                     // A run that will be tried again is still in the journal; so is one whose recovery was ended.
                     let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
                     recovered.left += usize::from(left || is_left);
@@ -285,8 +292,10 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
         }
         if only.is_none() && !dry_run {
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
-                let look = || look_for_request(&state, &pending, SERVICE_TIMEOUT);
-                let left = in_a_process(Vec::new(), look, say, signals, &mut recovered.asked);
+                // One that was most likely refused is not worth a long wait.
+                let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { SERVICE_TIMEOUT };
+                let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
+                let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left);
             }
         }
@@ -295,12 +304,10 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
 }
 
 /// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
-fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: Duration) -> Finished {
+fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duration, Purpose)) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = places_of(record);
-    // One that was most likely refused is not worth a long wait.
-    let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { limit };
     let visited = visit(pending, &places, limit, &mut Patience::Nobodys);
     note_visit(state, pending, visited.as_ref());
     match visited {
@@ -317,11 +324,16 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: Duration
 fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => *because != Because::NoAnswer,
-        Some(Outcome::Absent { .. } | Outcome::Released(_)) => true,
-        None => false,
+        // Its table may be back some day.
+        Some(Outcome::Absent { excluded, .. }) => !excluded,
+        Some(Outcome::Released(_)) => true,
+        None => return,
     };
+    let graveyard = Graveyard::of(state);
     if is_answered {
-        Graveyard::of(state).was_seen(pending);
+        graveyard.was_seen(pending);
+    } else {
+        graveyard.was_tried(pending, Timestamp::now());
     }
 }
 
@@ -520,9 +532,10 @@ struct Finished {
 const LEFT: &str = "\u{1}";
 
 /// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
-/// ended, or when a person has ended it. Returns whether a lock was not released.
+/// ended, or when a person has ended it. `announced`: it does something for an earlier run, and a person is told so if it takes
+/// long. Returns whether a lock was not released.
 fn in_a_process(
-    mut keep: Vec<RawFd>,
+    (mut keep, announced): (Vec<RawFd>, bool),
     work: impl FnOnce() -> Finished,
     say: impl Fn(&str),
     signals: &mut Signals,
@@ -548,7 +561,7 @@ fn in_a_process(
     let Ok(Some(pid)) = forked else { return left };
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
-    let mut told = false;
+    let mut told = !announced;
     loop {
         let timeout = (!told).then_some(QUIETLY);
         let awaited = [(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
@@ -656,9 +669,7 @@ fn settle(
         None if never => only_name(&standing.named, &places, &situation, &mut patience),
         keep => give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience),
     };
-    if recent {
-        bury(&settled, &situation, Some(graveyard));
-    }
+    bury(&settled, &situation, recent, Some(graveyard));
     remember(&settled, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
     let mut left_over = LeftOver::default();

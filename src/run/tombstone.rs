@@ -44,6 +44,9 @@ pub(crate) struct Tombstone {
     /// The service has not answered yet whether it is there.
     #[serde(default)]
     pub(crate) unseen: bool,
+    /// When somebody looked for it last and got no answer.
+    #[serde(default)]
+    pub(crate) tried: Option<Timestamp>,
     /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
     /// a file of an earlier version.
     #[serde(default)]
@@ -59,8 +62,16 @@ impl Tombstone {
             run: run.clone(),
             abandoned: false,
             unseen: false,
+            tried: None,
             record: None,
         }
+    }
+
+    /// Whether nobody has got an answer about it a moment before `now`. Whoever starts a terraform does not wait for it again so
+    /// soon.
+    pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
+        const TRIED_AGAIN_AFTER: SignedDuration = SignedDuration::from_mins(5);
+        self.tried.is_some_and(|tried| now.duration_since(tried) < TRIED_AGAIN_AFTER)
     }
 
     /// Whether its time is over.
@@ -110,9 +121,14 @@ impl Graveyard {
 
     /// Notes that the service has said whether the lock is there.
     pub(crate) fn was_seen(&self, tombstone: &Tombstone) {
-        if tombstone.unseen {
-            let _ = self.put(&Tombstone { unseen: false, ..tombstone.clone() });
+        if tombstone.unseen || tombstone.tried.is_some() {
+            let _ = self.put(&Tombstone { unseen: false, tried: None, ..tombstone.clone() });
         }
+    }
+
+    /// Notes that nobody has said at the moment `now` whether the lock is there.
+    pub(crate) fn was_tried(&self, tombstone: &Tombstone, now: Timestamp) {
+        let _ = self.put(&Tombstone { tried: Some(now), ..tombstone.clone() });
     }
 
     /// Puts one up.
@@ -170,7 +186,7 @@ mod tests {
             program: None,
         };
         let since = "2026-11-23T01:47:00Z".parse().unwrap();
-        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, unseen: false, record: None }
+        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, unseen: false, tried: None, record: None }
     }
 
     fn graveyard() -> (tempfile::TempDir, Graveyard) {

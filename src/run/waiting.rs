@@ -4,7 +4,6 @@
 //! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
 //! is asked for that one run. We are its parent and keep it apart from terraform's tree.
 
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,13 +16,15 @@ use super::state_directory::StateDirectory;
 use super::tree::Tree;
 use crate::another_tf;
 use crate::report;
+use crate::sys::session;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
 /// From when on a lock that is not answered counts as refused, and how often is looked then.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// After how long a dead run that could not be finished is tried again: the lock service may be back.
+/// After how long a dead run that could not be finished is tried again: the lock service may be back. Each further try is
+/// after twice the time: a source of credentials that fails is started by each, and may lock an account.
 const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(15);
 
 /// Between two looks at whether the other `tf` has ended.
@@ -34,8 +35,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Waiting {
     /// When the journal is looked at next. None: terraform does not wait.
     look_at: Option<Instant>,
-    /// The dead runs that were tried, and when last.
-    tried: Vec<(String, Instant)>,
+    /// The dead runs that were tried, when last, and after how long they are tried again.
+    tried: Vec<(String, Instant, Duration)>,
     at_work: Vec<Child>,
 }
 
@@ -43,7 +44,7 @@ impl Waiting {
     /// `tried` are the dead runs that could not be finished before terraform was started, a moment ago.
     pub(crate) fn new(tried: Vec<String>) -> Self {
         let now = Instant::now();
-        Self { tried: tried.into_iter().map(|name| (name, now)).collect(), ..Self::default() }
+        Self { tried: tried.into_iter().map(|name| (name, now, TRIED_AGAIN_AFTER)).collect(), ..Self::default() }
     }
 
     /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
@@ -68,8 +69,8 @@ impl Waiting {
         }
         for state in StateDirectory::all(|name| std::env::var_os(name)) {
             for (name, pid) in recovery::dead(&state, here) {
-                let last = self.tried.iter().find(|(tried, _)| *tried == name).map(|(_, at)| *at);
-                if last.is_some_and(|at| at.elapsed() < TRIED_AGAIN_AFTER) {
+                let last = self.tried.iter().find(|(tried, ..)| *tried == name).map(|(_, at, after)| (*at, *after));
+                if last.is_some_and(|(at, after)| at.elapsed() < after) {
                     continue;
                 }
                 if last.is_none() {
@@ -84,8 +85,8 @@ impl Waiting {
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
-                self.tried.retain(|(tried, _)| *tried != name);
-                self.tried.push((name, Instant::now()));
+                self.tried.retain(|(tried, ..)| *tried != name);
+                self.tried.push((name, Instant::now(), last.map_or(TRIED_AGAIN_AFTER, |(_, after)| after * 2)));
             }
         }
     }
@@ -96,7 +97,7 @@ impl Waiting {
         for child in self.at_work {
             wait_for(child, patience);
         }
-        self.tried.into_iter().map(|(name, _)| name).collect()
+        self.tried.into_iter().map(|(name, ..)| name).collect()
     }
 }
 
@@ -113,7 +114,8 @@ pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
 }
 
 /// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
-/// not do. It is no part of our group: a key that interrupts terraform is not for it.
+/// not do. It is in a session of its own: a key that interrupts terraform is not for it, and it asks nobody at the terminal
+/// that terraform reads.
 ///
 /// # Errors
 /// It cannot be started.
@@ -122,7 +124,8 @@ pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
     if before {
         command.arg("--again");
     }
-    command.stdout(Stdio::null()).process_group(0);
+    command.stdout(Stdio::null());
+    session::of_its_own(&mut command);
     #[expect(
         clippy::disallowed_methods,
         reason = "it is no terraform; nothing of it must be in order but what is above"

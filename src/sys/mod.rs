@@ -17,6 +17,7 @@ pub(crate) mod ownership;
 pub(crate) mod plain_file;
 pub(crate) mod plain_host;
 pub(crate) mod process;
+pub(crate) mod session;
 pub(crate) mod shell_command;
 pub(crate) mod signals;
 pub(crate) mod spawn;

@@ -1,7 +1,8 @@
-//! A command of the user's that is run for what it prints, in a process group of its own.
+//! A command of the user's that is run for what it prints.
 //!
-//! It may start others, and it may ask a person for something: so its group is the terminal's foreground group while it
-//! runs, if ours is, and all of the group is killed when nobody waits for it any more.
+//! It may ask a person for something, as the same command does that terraform runs: so it is in our process group, reads our
+//! terminal when we may, gets the keys that we get, and is stopped and continued with us. Where nobody is to be asked it has
+//! no terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,13 +10,16 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::{Pid, getpgrp};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::sleep;
 
-use super::terminal::Terminal;
+use super::process::{self, Process};
+use super::session;
+use super::terminal::{Modes, Terminal};
+use super::wait;
 
 /// What is printed beyond this many bytes is not kept.
 const KEPT: usize = 1 << 16;
@@ -23,14 +27,24 @@ const KEPT: usize = 1 << 16;
 /// Between two looks at whether it has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
+/// Whom a command may ask for something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asks {
+    /// Whoever sits at our terminal.
+    Person,
+    /// Nobody: it is in a session of its own, without a terminal.
+    Nobody,
+}
+
 /// Runs `command` by /bin/sh and gives its exit status and the first 64 KiB that it printed. Its stderr is ours, and its
-/// stdin too where that is a terminal. Dropping the future kills the command with its process group. So does, as far as the
-/// shell's own process, the end of the thread that calls this (Linux only: PR_SET_PDEATHSIG, prctl(2)).
+/// stdin too where that is a terminal and a person may be asked. Dropping the future kills the command with everything below
+/// it. When this process is killed, the shell's own process is killed as well (Linux only: PR_SET_PDEATHSIG, prctl(2)), and
+/// what that has started is not.
 ///
 /// # Errors
 /// When no process or no pipe can be had.
-pub(crate) async fn output(command: &str) -> io::Result<(ExitStatus, Vec<u8>)> {
-    let mut running = Running::start(command)?;
+pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus, Vec<u8>)> {
+    let mut running = Running::start(command, asks)?;
     let stdout = running.child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let mut stdout = Receiver::from_owned_fd(OwnedFd::from(stdout))?;
     let mut printed = Vec::new();
@@ -69,20 +83,24 @@ fn keep(printed: &mut Vec<u8>, bytes: &[u8]) {
 /// The command while it runs.
 struct Running {
     child: Child,
-    /// Its process group. The number stays its own until the child is waited for.
-    group: Pid,
+    pid: Pid,
+    asks: Asks,
     /// It has ended and was waited for.
     is_over: bool,
-    /// The terminal whose foreground group it is, in place of ours.
-    terminal: Option<Terminal>,
+    /// The terminal that it may read, and how that was set before.
+    terminal: Option<(Terminal, Modes)>,
 }
 
 impl Running {
-    fn start(command: &str) -> io::Result<Self> {
+    fn start(command: &str, asks: Asks) -> io::Result<Self> {
         use std::io::IsTerminal;
-        let stdin = if io::stdin().is_terminal() { Stdio::inherit() } else { Stdio::null() };
+        let may_ask = asks == Asks::Person;
+        let stdin = if may_ask && io::stdin().is_terminal() { Stdio::inherit() } else { Stdio::null() };
         let mut shell = Command::new("/bin/sh");
-        shell.arg("-c").arg(command).stdin(stdin).stdout(Stdio::piped()).process_group(0);
+        shell.arg("-c").arg(command).stdin(stdin).stdout(Stdio::piped());
+        if !may_ask {
+            session::of_its_own(&mut shell);
+        }
         #[cfg(target_os = "linux")]
         // SAFETY: prctl(2) with PR_SET_PDEATHSIG is one system call, and touches nothing of this process's memory.
         unsafe {
@@ -91,34 +109,38 @@ impl Running {
                 Ok(())
             });
         }
+        let terminal = Terminal::open().filter(|_| may_ask).filter(Self::is_ours);
+        let terminal = terminal.and_then(|terminal| terminal.modes().map(|modes| (terminal, modes)));
         #[expect(clippy::disallowed_methods, reason = "no terraform: nothing of it must be in order but what is above")]
         let child = shell.spawn()?;
-        let group = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-        let terminal = Terminal::open().filter(|terminal| terminal.foreground().is_ok_and(|group| group == getpgrp()));
-        let mut running = Self { child, group, is_over: false, terminal };
-        if running.set_foreground(group) {
-            // It may have been stopped for reading too early.
-            let _ = killpg(group, Signal::SIGCONT);
-        } else {
-            running.terminal = None;
-        }
-        Ok(running)
+        let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
+        Ok(Self { child, pid, asks, is_over: false, terminal })
     }
 
-    /// Makes `group` the foreground group of the terminal. False if there is none, or it is gone.
-    fn set_foreground(&self, group: Pid) -> bool {
-        let Some(terminal) = &self.terminal else { return false };
-        let mut only = SigSet::empty();
-        only.add(Signal::SIGTTOU);
-        // A background process that does this is stopped otherwise (tcsetpgrp(3)).
-        let Ok(mask) = only.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK) else { return false };
-        let set = terminal.set_foreground(group);
-        let _ = mask.thread_set_mask();
-        set.is_ok()
+    /// Whether the terminal's keys go to our process group.
+    fn is_ours(terminal: &Terminal) -> bool {
+        terminal.foreground().is_ok_and(|group| group == getpgrp())
     }
 
-    /// Its exit status, when it has ended.
+    /// Its exit status, when it has ended. Where a key has stopped it, or its read of a terminal that is not its turn, we stop
+    /// too: the shell that we are a job of sees the job stopped, and continues both.
     fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
+        // That it is not our turn is over when the shell has just given it to us.
+        let is_ours = || Terminal::open().is_some_and(|terminal| Self::is_ours(&terminal));
+        let stops_us = match stopped {
+            Some(Signal::SIGTSTP) => Some(true),
+            Some(Signal::SIGTTIN | Signal::SIGTTOU) => Some(!is_ours()),
+            // Somebody has stopped the command, and no terminal.
+            _ => None,
+        };
+        if stops_us == Some(true) {
+            raise(Signal::SIGSTOP)?;
+        }
+        if stops_us.is_some() {
+            // Whoever continues us alone means the command too.
+            let _ = kill(self.pid, Signal::SIGCONT);
+        }
         let status = self.child.try_wait()?;
         self.is_over |= status.is_some();
         Ok(status)
@@ -127,12 +149,47 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.is_over {
-            let _ = killpg(self.group, Signal::SIGKILL);
-            let _ = self.child.wait();
+        if self.is_over {
+            return;
         }
-        self.set_foreground(getpgrp());
+        kill_with_descendants(self.pid);
+        let _ = self.child.wait();
+        // It had no time to set the terminal back: a person would type without seeing it.
+        if let Some((terminal, modes)) = self.terminal.as_ref().filter(|(terminal, _)| Self::is_ours(terminal)) {
+            let _ = terminal.set_modes(modes);
+        }
     }
+}
+
+/// Kills our child `root`, which was not waited for, with everything below it. They are stopped before: what is stopped starts
+/// nothing, and hands nothing that it has started to somebody else by ending.
+fn kill_with_descendants(root: Pid) {
+    let _ = kill(root, Signal::SIGSTOP);
+    let mut stopped: Vec<(Process, OwnedFd)> = Vec::new();
+    loop {
+        let known = |process: &Process| stopped.iter().any(|(other, _)| other.pid == process.pid);
+        let new: Vec<Process> =
+            Process::below(root).into_iter().filter(|process| !process.is_dead() && !known(process)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for process in new {
+            let Ok(handle) = process::watch_end(process.pid) else { continue };
+            // The number may have gone to another process before it was taken hold of.
+            let same = |now: &Process| now.parent == process.parent && now.start == process.start;
+            if Process::look_up(process.pid).as_ref().is_some_and(same) {
+                let _ = process::signal(&handle, Signal::SIGSTOP);
+                stopped.push((process, handle));
+            }
+        }
+        if stopped.len() > 10_000 {
+            break;
+        }
+    }
+    for (_, handle) in &stopped {
+        let _ = process::signal(handle, Signal::SIGKILL);
+    }
+    let _ = kill(root, Signal::SIGKILL);
 }
 
 #[cfg(test)]
@@ -145,15 +202,15 @@ mod tests {
 
     #[test]
     fn what_it_prints_is_kept_and_its_end_is_told() {
-        let (status, printed) = run(output("printf hello; exit 3")).unwrap();
+        let (status, printed) = run(output("printf hello; exit 3", Asks::Nobody)).unwrap();
         assert_eq!((status.code(), printed.as_slice()), (Some(3), &b"hello"[..]));
-        let (status, printed) = run(output("head -c 200000 /dev/zero")).unwrap();
+        let (status, printed) = run(output("head -c 200000 /dev/zero", Asks::Nobody)).unwrap();
         assert_eq!((status.code(), printed.len()), (Some(0), KEPT));
     }
 
     #[test]
     fn what_it_leaves_in_the_background_is_not_waited_for() {
-        let (status, printed) = run(output("printf hello; sleep 60 & echo $!")).unwrap();
+        let (status, printed) = run(output("printf hello; sleep 60 & echo $!", Asks::Nobody)).unwrap();
         let text = String::from_utf8(printed).unwrap();
         let left: i32 = text.strip_prefix("hello").unwrap().trim().parse().unwrap();
         assert_eq!(status.code(), Some(0));
@@ -161,13 +218,13 @@ mod tests {
     }
 
     #[test]
-    fn when_nobody_waits_any_more_all_of_its_group_is_killed() {
+    fn when_nobody_waits_any_more_it_is_killed_with_all_that_it_started() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("pid");
         let command = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", file.display());
         let pid: i32 = run(async {
             tokio::select! {
-                _ = output(&command) => panic!("it waits"),
+                _ = output(&command, Asks::Person) => panic!("it waits"),
                 pid = async {
                     loop {
                         match std::fs::read_to_string(&file) {
@@ -181,7 +238,7 @@ mod tests {
         let begun = std::time::Instant::now();
         // It is init's child now, and its end takes a moment.
         while crate::sys::process::Process::look_up(Pid::from_raw(pid)).is_some_and(|process| !process.is_dead()) {
-            assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} of the group is still there");
+            assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} below it is still there");
             run(async { sleep(POLL_INTERVAL).await });
         }
     }

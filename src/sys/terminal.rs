@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use nix::sys::termios::{self, Termios};
+use nix::sys::termios::{self, SetArg, Termios};
 use nix::unistd::{self, Pid};
 
 /// The controlling terminal of this process.
@@ -47,6 +47,14 @@ impl Terminal {
     /// The terminal's modes now.
     pub(crate) fn modes(&self) -> Option<Modes> {
         termios::tcgetattr(&self.0).ok().map(Modes)
+    }
+
+    /// Sets the terminal's modes, at once. It must be our turn: a background process is stopped for this (tcsetattr(3)).
+    ///
+    /// # Errors
+    /// ENOTTY or EIO when the terminal is gone.
+    pub(crate) fn set_modes(&self, modes: &Modes) -> io::Result<()> {
+        Ok(termios::tcsetattr(&self.0, SetArg::TCSANOW, &modes.0)?)
     }
 }
 

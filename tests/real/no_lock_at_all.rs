@@ -2,6 +2,8 @@
 //! command that is named works.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
@@ -238,6 +240,78 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
         world.assert_unlocked();
         assert!(!is_there(&world, item.as_ref()));
     }
+}
+
+/// The lock is somebody's, and stays.
+#[test]
+fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
+    for item in [Some(json!({})), None] {
+        let world = World::new(Lock::Both, "true");
+        let other = world.lock_of_another();
+        put(&world, item.as_ref());
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        let said = end.err.split_once("what refuses every run").expect("it is named").1;
+        let command = said.split_once("type: ").unwrap().1.lines().next().unwrap();
+        let mut shell = world.command("sh");
+        shell.args(["-c", &format!("{command} --yes")]);
+        let removed = Run::start(shell).wait();
+        assert_eq!(removed.code(), Some(0), "{command}: {}", world.story(&removed));
+        assert_eq!(world.locks(), [other], "{}", world.story(&removed));
+    }
+}
+
+/// A state is worth more than any lock, and a digest is none.
+#[test]
+fn neither_a_state_nor_a_digest_is_removed_as_what_is_no_lock() {
+    let world = World::new(Lock::Both, "true");
+    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
+    let digest = format!("{}-md5", world.path());
+    let end = locks(&world, &["release", "--yes", "--region", "us-east-1", "--table", &world.table, &digest]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("the digest of a state"), "{}", world.story(&end));
+    let key = json!({ "LockID": { "S": digest } });
+    assert!(cloud().dynamodb("GetItem", &json!({ "TableName": world.table, "Key": key }))["Item"].is_object());
+    let state = world.state().expect("a state");
+    let object = format!("{}.tflock", world.path());
+    cloud().s3("PUT", &object, state.as_bytes());
+    let end = locks(&world, &["release", "--yes"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("that is a terraform state"), "{}", world.story(&end));
+    assert!(cloud().object(&object).is_some());
+    // What is too large for a lock is not called empty.
+    cloud().s3("PUT", &object, &vec![b'x'; (1 << 20) + 1]);
+    let end = locks(&world, &["list"]);
+    assert!(end.out.contains("an object of 1048577 bytes, too large for a lock"), "{}", world.story(&end));
+}
+
+/// Terraform's force-unlock does not work in a workspace that has no state yet.
+#[test]
+fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let denies = Arc::new(AtomicBool::new(true));
+    let flag = Arc::clone(&denies);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        if request.start.starts_with("PUT ") && request.start.contains("foo/") {
+            return Deed::Hold;
+        }
+        if flag.load(Ordering::SeqCst) && request.is_ours() && request.asks_for("DeleteItem") {
+            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
+            return Deed::Answer(Message::answer("400 Bad Request", body));
+        }
+        Deed::Pass
+    });
+    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let run = world.start(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
+    proxy.wait_until_held();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    denies.store(false, Ordering::SeqCst);
+    let key = "env:/foo/dir/prod.tfstate";
+    assert_eq!(world.locks_at(key).len(), 1);
+    let released = type_what_is_said(&world, &end.err);
+    assert_eq!(released.code(), Some(0), "{}\n{}", end.err, world.story(&released));
+    assert!(world.locks_at(key).is_empty(), "{}", world.story(&released));
 }
 
 /// What is refused is the workspace that is to be made, which nothing selects yet.

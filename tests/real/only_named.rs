@@ -1,12 +1,17 @@
 //! What is named and not released: because somebody said so, or because nobody here can tell whether its run is alive.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 
 use super::survived::{kill_whole, killed_whole, records};
+use crate::support::cloud::cloud;
 use crate::support::household::{guardian_of, kill_all, kill_without_guardian, ours};
+use crate::support::http::Message;
 use crate::support::process::{Ended, Run};
+use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, World, wait_for};
 
@@ -61,6 +66,48 @@ fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten(
         world.assert_unlocked();
         assert!(records(&world).is_empty());
     }
+}
+
+/// One response proves nothing: a proxy can have sent it.
+#[test]
+fn one_empty_answer_does_not_make_a_recovery_forget_what_it_is_to_name() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    world.set("TFW_RELEASE", "never");
+    let answered = Arc::new(AtomicBool::new(true));
+    let flag = Arc::clone(&answered);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        let is_first = request.is_ours() && request.asks_for("GetItem") && !flag.swap(true, Ordering::SeqCst);
+        if is_first { Deed::Answer(Message::answer("200 OK", "{}")) } else { Deed::Pass }
+    });
+    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    kill_without_guardian(&world);
+    kill_all(&world);
+    answered.store(false, Ordering::SeqCst);
+    let end = locks(&world, &["recover"]);
+    assert!(answered.load(Ordering::SeqCst), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert!(end.out.contains(&id_of(&world.locks()[0])), "{}", world.story(&end));
+    assert_eq!(records(&world).len(), 1);
+}
+
+/// A tf that lives to say so says it, and its lock is not forgotten either.
+#[test]
+fn with_release_never_a_killed_terraforms_lock_is_named_again_until_it_is_gone() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    world.set("TFW_RELEASE", "never");
+    let run = world.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("TFW_RELEASE is never") && !end.err.contains("tries again"), "{}", world.story(&end));
+    // What the run has started was left alone.
+    kill_all(&world);
+    let end = locks(&world, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    world.assert_locked();
+    world.set("TFW_RELEASE", "auto");
+    let end = locks(&world, &["recover"]);
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::support::http::Message;
 use crate::support::process::{Ended, Run};
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, id_of, lock_json};
-use crate::support::{Lock, Subject, World};
+use crate::support::{Lock, Subject, World, wait_for};
 
 fn is_dynamodb(request: &Message) -> bool {
     request.header("x-amz-target").is_some()
@@ -440,6 +440,15 @@ fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
     }
 }
 
+/// Makes it half an hour later for what is kept of the lock `id`: no request can land any more, and nobody has just tried.
+fn age_tombstone(world: &World, id: &str) {
+    let tombstone = super::survived::journal(world).join(format!("tombstones/{id}.json"));
+    let mut kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&tombstone).unwrap()).unwrap();
+    kept["since"] = (jiff::Timestamp::now() - jiff::SignedDuration::from_mins(30)).to_string().into();
+    kept["tried"] = serde_json::Value::Null;
+    std::fs::write(&tombstone, kept.to_string()).unwrap();
+}
+
 /// Terraform took its lock and did not hear of it; nor could `tf` ask. It is looked for until the service has answered.
 #[test]
 fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back() {
@@ -464,11 +473,7 @@ fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back(
     assert_eq!(end.code(), Some(1), "{}", world.story(&end));
     world.assert_locked();
     let id = id_of(&world.locks()[0]);
-    // Half an hour later, when no request can land any more.
-    let tombstone = super::survived::journal(&world).join(format!("tombstones/{id}.json"));
-    let mut kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&tombstone).unwrap()).unwrap();
-    kept["since"] = (jiff::Timestamp::now() - jiff::SignedDuration::from_mins(30)).to_string().into();
-    std::fs::write(&tombstone, kept.to_string()).unwrap();
+    age_tombstone(&world, &id);
     away.store(false, Ordering::SeqCst);
     proxy.let_go();
     world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
@@ -476,4 +481,108 @@ fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back(
     assert!(end.err.contains("took late") && end.err.contains(&id), "{}", world.story(&end));
     assert_eq!(end.code(), Some(0), "{}", world.story(&end));
     world.assert_unlocked();
+}
+
+fn no_table() -> Deed {
+    let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ResourceNotFoundException","message":"Requested resource not found"}"#;
+    Deed::Answer(Message::answer("400 Bad Request", body))
+}
+
+/// A proxy can have sent it, or a table is on its way too.
+#[test]
+fn one_answer_that_there_is_no_table_says_nothing_of_a_request_that_was_not_answered() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let looked = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&looked);
+    let proxy = through(&mut world, move |request| {
+        if !request.is_ours() && request.asks_for("PutItem") {
+            return Deed::Hold;
+        }
+        let is_first = request.is_ours() && request.asks_for("GetItem") && !flag.swap(true, Ordering::SeqCst);
+        if is_first { no_table() } else { Deed::Pass }
+    });
+    let run = world.start(Subject::Tf, &["plan", "-no-color"]);
+    proxy.wait_until_held();
+    run.kill_terraform();
+    wait_for("a look of ours", || looked.load(Ordering::SeqCst).then_some(()), || world.trace());
+    proxy.let_go();
+    world.wait_for_trace("deleted");
+    let end = run.wait();
+    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// Nothing is said, for most likely there never was a table; and nothing is forgotten.
+#[test]
+fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
+    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let away = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&away);
+    let _proxy = through(&mut world, move |request| {
+        let is_away = flag.load(Ordering::SeqCst) && request.is_ours() && is_dynamodb(request);
+        if is_away { no_table() } else { Deed::Pass }
+    });
+    let run = world.start_apply(Subject::Tf);
+    let id = id_of(&world.locks()[0]);
+    away.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(!end.err.contains("tf: "), "{}", world.story(&end));
+    let end = locks(&world, &["recover"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+    away.store(false, Ordering::SeqCst);
+    // Whoever is refused by it is told that its holder is dead, and what to type.
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("its holder is dead"), "{}", world.story(&end));
+    world.assert_locked();
+    age_tombstone(&world, &id);
+    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    assert!(
+        end.err.contains("released a lock that a dead terraform left") && end.err.contains(&id),
+        "{}",
+        world.story(&end)
+    );
+    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    world.assert_unlocked();
+}
+
+/// Whoever starts a terraform does not wait for all that was ever left unanswered.
+#[test]
+fn what_nobody_can_look_for_is_waited_for_once_in_a_while_however_much_it_is() {
+    let mut world = World::new(Lock::DynamoDb, "true");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&asked);
+    let _proxy = through(&mut world, move |request| {
+        if request.is_ours() {
+            seen.fetch_add(1, Ordering::SeqCst);
+            return Deed::Hold;
+        }
+        Deed::Pass
+    });
+    world.lock_of_another();
+    assert_eq!(world.run(Subject::Tf, &["plan", "-no-color"]).code(), Some(1));
+    world.delete_lock();
+    let kept = super::survived::journal(&world).join("tombstones");
+    let first = std::fs::read_dir(&kept).unwrap().next().expect("a refusal that nobody could look at").unwrap().path();
+    let first: serde_json::Value = serde_json::from_slice(&std::fs::read(first).unwrap()).unwrap();
+    let copies = (0..20).map(|number| {
+        let id = format!("{number:08x}-d70c-4132-39e0-d2abba1b3077");
+        let path = kept.join(format!("{id}.json"));
+        let mut copy = first.clone();
+        copy["lock"]["id"] = id.into();
+        std::fs::write(&path, copy.to_string()).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        path
+    });
+    let copies: Vec<std::path::PathBuf> = copies.collect();
+    for waits in [true, false] {
+        let before = asked.load(Ordering::SeqCst);
+        let begun = Instant::now();
+        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}: {}", begun.elapsed(), world.story(&end));
+        assert_eq!(asked.load(Ordering::SeqCst) > before, waits, "{}", world.story(&end));
+    }
+    assert!(copies.iter().all(|path| path.exists()), "it is still looked for");
 }

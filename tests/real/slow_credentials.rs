@@ -10,7 +10,8 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::support::cloud::cloud;
-use crate::support::household::{home, marked, wait_until_all_is_gone};
+use crate::support::household::{home, marked, tf_of, wait_until_all_is_gone};
+use crate::support::http::Message;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::terminal::Terminal;
 use crate::support::world::{UNSET, WAITS};
@@ -112,6 +113,143 @@ fn a_command_may_ask_the_person_at_the_terminal() {
     terminal.type_in("4711\r");
     terminal.wait_for("released the lock");
     terminal.wait();
+    world.assert_unlocked();
+}
+
+/// A command that asks at the terminal for a code, and ignores ^C.
+const ASKS: &str = "printf 'code: ' > /dev/tty; read code < /dev/tty; test \"$code\" = 4711 || exit 1";
+
+/// An apply at work in an interactive shell, which was told `line`. Its terraform is killed.
+fn in_a_shell(world: &World, line: &str) -> Terminal {
+    let mut shell = world.command("bash");
+    shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "prompt> ");
+    let mut terminal = Terminal::start(shell);
+    terminal.wait_for("prompt> ");
+    terminal.type_in(&format!("{line}\r"));
+    world.wait_for_file("began");
+    world.write("then", "");
+    let terraform = crate::support::process::terraform_below(terminal.pid());
+    nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+    terminal
+}
+
+/// Gives the job its turn, and then the code.
+fn answer_in_the_foreground(terminal: &mut Terminal) {
+    let shell = terminal.pid();
+    terminal.type_in("fg\r");
+    let its_turn = || terminal.foreground().filter(|group| *group != shell);
+    wait_for("the job's turn", its_turn, || terminal.screen());
+    terminal.type_in("4711\r");
+    terminal.wait_for("released the lock");
+}
+
+const APPLY: &str = "tf apply -auto-approve -no-color";
+
+/// As with bare terraform, whose commands are in its group: the job stops, and goes on in the foreground.
+#[test]
+fn a_key_that_stops_a_command_stops_the_job_and_it_goes_on_in_the_foreground() {
+    let world = by_a_command(Lock::File, ASKS);
+    let mut terminal = in_a_shell(&world, APPLY);
+    terminal.wait_for("code: ");
+    terminal.type_in("\u{1a}");
+    terminal.wait_for("Stopped");
+    world.assert_locked();
+    answer_in_the_foreground(&mut terminal);
+    terminal.type_in("exit\r");
+    terminal.wait();
+    world.assert_unlocked();
+}
+
+/// Nothing of `tf` takes the terminal that the shell reads.
+#[test]
+fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
+    let world = by_a_command(Lock::File, ASKS);
+    let mut terminal = in_a_shell(&world, &format!("{APPLY} &"));
+    let tf = tf_of(&world);
+    let is_stopped = || (crate::support::process::state(tf) == Some('T')).then_some(());
+    wait_for("a job that waits for the terminal", is_stopped, || terminal.screen());
+    terminal.type_in("echo here is $((40 + 2))\r");
+    terminal.wait_for("here is 42");
+    let shell = terminal.pid();
+    assert_eq!(terminal.foreground(), Some(shell), "{}", terminal.whole_screen());
+    world.assert_locked();
+    answer_in_the_foreground(&mut terminal);
+    terminal.type_in("exit\r");
+    terminal.wait();
+    world.assert_unlocked();
+}
+
+/// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
+#[test]
+fn the_terminal_is_set_as_before_when_a_command_is_cut_off() {
+    let world = by_a_command(Lock::File, "trap '' INT; stty -echo < /dev/tty; echo > waits; sleep 1000");
+    let mut shell = world.command("sh");
+    shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);
+    let mut terminal = Terminal::start(shell);
+    world.wait_for_file("began");
+    world.write("then", "");
+    let terraform = crate::support::process::terraform_below(terminal.pid());
+    nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+    world.wait_for_file("waits");
+    terminal.type_in("\u{3}");
+    terminal.wait_for("another ^C leaves it");
+    terminal.type_in("\u{3}");
+    terminal.wait_for("over");
+    terminal.wait();
+    let screen = terminal.whole_screen();
+    assert!(screen.contains(" echo ") && !screen.contains("-echo "), "{screen}");
+    wait_until_all_is_gone(&world);
+}
+
+/// Of a refused run there is only something to explain: nobody is asked for a code for that, nobody waits for the command, and
+/// the next runs do not wait for all that was not explained before.
+#[test]
+fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
+    // What terraform itself starts gives credentials at once.
+    let then = "above=$(ps -o ppid= -p $PPID); case $(ps -o comm= -p $PPID)$(ps -o comm= -p $above) in *terraform*) ;; *) \
+                echo ours >> ours; printf 'code: ' > /dev/tty; sleep 1000;; esac";
+    let world = by_a_command(Lock::DynamoDb, then);
+    world.lock_of_another();
+    let mut before = 0;
+    for run in 1..=4 {
+        world.write("then", "");
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(["plan", "-no-color"]);
+        let mut terminal = Terminal::start(command);
+        let end = terminal.wait();
+        let screen = terminal.whole_screen();
+        assert_eq!(end.code(), Some(1), "{run}: {screen}");
+        assert!(screen.contains("Error acquiring the state lock") && !screen.contains("code: "), "{run}: {screen}");
+        let ours = world.read("ours").lines().count();
+        assert!((1..=2).contains(&(ours - before)), "{run}: {} starts: {screen}", ours - before);
+        before = ours;
+    }
+}
+
+/// STS, or an instance's metadata, may be away for a moment as any service may.
+#[test]
+fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
+    let mut world = World::empty(Lock::DynamoDb);
+    let away = Arc::new(AtomicUsize::new(0));
+    let left = Arc::clone(&away);
+    let sts = Proxy::start(cloud().port, move |request| {
+        let is_role = String::from_utf8_lossy(&request.body).contains("Action=AssumeRole");
+        let fails =
+            is_role && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        if fails { Deed::Answer(Message::answer("503 Service Unavailable", "")) } else { Deed::Pass }
+    });
+    world.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
+    world.write_main("", WAITS);
+    let block = "assume_role = { role_arn = \"arn:aws:iam::000000000000:role/locker\" }\nkey =";
+    world.write("main.tf", &world.read("main.tf").replacen("key =", block, 1));
+    world.init();
+    let run = world.start_apply(Subject::Tf);
+    // More than the tries of one question.
+    away.store(7, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    assert_eq!(away.load(Ordering::SeqCst), 0, "{}", world.story(&end));
+    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
     world.assert_unlocked();
 }
 
