@@ -55,6 +55,8 @@ impl Recover {
         let recovered = recovery::everything(request, say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
+            // For the tf that has started us: it does not try this again so soon.
+            None if recovered.lacks_credentials && self.say => Finding::Failed,
             None if recovered.left > 0 => Finding::Stale,
             None => Finding::Nothing,
         })

@@ -115,6 +115,8 @@ pub(crate) enum Because {
     NotYet,
     /// The service did not answer, or could not do it.
     NoAnswer,
+    /// Nobody gave credentials. Whoever is asked for them again may have to do something for it each time.
+    NoCredentials,
     /// These credentials may not do that action.
     Denied(&'static str),
     /// Its place holds something that is no lock.
@@ -325,11 +327,12 @@ async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result
 
 /// What a lock comes to whose services cannot be reached as the backend says.
 fn unreached(unreachable: &aws::Unreachable) -> Outcome {
-    if unreachable.may_pass() {
-        Outcome::Kept { reason: unreachable.to_string(), because: Because::NoAnswer }
-    } else {
-        Outcome::kept(unreachable.to_string())
-    }
+    let because = match unreachable {
+        aws::Unreachable::Credentials(_) => Because::NoCredentials,
+        unreachable if unreachable.may_pass() => Because::NoAnswer,
+        _ => Because::Doubt,
+    };
+    Outcome::Kept { reason: unreachable.to_string(), because }
 }
 
 /// What stands at `place` now, in the places of a lock: one, or two, of which the second may be somebody else's. Nothing where

@@ -165,7 +165,7 @@ pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> i
             Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
             // Whether it was refused could not be seen.
             Some(Outcome::Kept { because, .. }) => {
-                matches!(because, Because::NoAnswer | Because::Denied(_) | Because::NotYet)
+                matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
             }
             Some(Outcome::Absent { .. }) | None => false,
         };
@@ -625,6 +625,7 @@ mod tests {
             (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
             (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
             (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
             (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
             // What is no lock was there, and has refused it.
             (kept(Because::NoLock), Some(Ended::Exited(1)), 0),

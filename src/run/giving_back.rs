@@ -345,7 +345,8 @@ pub(crate) fn remember_abandoned<'a>(
 ) -> Vec<String> {
     settled
         .filter_map(|Settled { lock, outcome, .. }| {
-            let unseen = matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
+            let unseen =
+                matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
             graveyard?.put(&Tombstone { abandoned: true, unseen, ..Tombstone::new(lock, &situation.run) }).ok()?;
             Some(lock.id.clone())
         })

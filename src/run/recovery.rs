@@ -84,7 +84,15 @@ pub(crate) struct Before {
     /// Somebody asked us to stop meanwhile.
     pub(crate) asked: Option<Signal>,
     /// The runs that could not be finished. What keeps them was said.
-    pub(crate) tried: Vec<String>,
+    pub(crate) tried: Vec<Tried>,
+}
+
+/// A run that could not be finished.
+#[derive(Debug)]
+pub(crate) struct Tried {
+    pub(crate) run: String,
+    /// Nobody gave credentials.
+    pub(crate) lacks_credentials: bool,
 }
 
 /// Finishes dead runs before terraform starts in `here`. There must be one thread.
@@ -147,7 +155,10 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                 matches!(visited, Some(Outcome::Released(_)))
             };
             let come = late.iter().filter(has_come);
-            Finished { messages: come.map(|(_, pending)| report::came_late(&pending.lock)).collect(), left: false }
+            Finished {
+                messages: come.map(|(_, pending)| report::came_late(&pending.lock)).collect(),
+                left: Left::Nothing,
+            }
         };
         let announced = late.iter().any(|(_, pending)| !pending.abandoned);
         in_a_process((Vec::new(), announced), visit_all, report::say, signals, &mut asked);
@@ -164,9 +175,9 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.charge().as_raw_fd()];
-        in_a_process((keep, true), || finish(dead, Audience::Person), report::say, signals, &mut asked);
+        let left = in_a_process((keep, true), || finish(dead, Audience::Person), report::say, signals, &mut asked);
         if journal.has(&name) {
-            tried.push(name);
+            tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
     }
     Before { asked, tried }
@@ -189,6 +200,8 @@ pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> 
 pub(crate) struct Recovered {
     /// So many runs left a lock that was not given back, or would have it given back in a real run.
     pub(crate) left: usize,
+    /// One of them because nobody gave credentials.
+    pub(crate) lacks_credentials: bool,
     /// Somebody asked us to stop meanwhile.
     pub(crate) asked: Option<Signal>,
 }
@@ -239,7 +252,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     };
                     let finish = || {
                         let mut finished = finish(dead, Audience::Person);
-                        if again && finished.left {
+                        if again && finished.left != Left::Nothing {
                             finished.messages.clear();
                         }
                         finished
@@ -247,7 +260,8 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     let left = in_a_process((keep, true), finish, tell, signals, &mut recovered.asked);
                     // A run that will be tried again is still in the journal; so is one whose recovery was ended.
                     let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
-                    recovered.left += usize::from(left || is_left);
+                    recovered.left += usize::from(left != Left::Nothing || is_left);
+                    recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
                 }
                 Found::Broken(path) => {
                     let moved = if dry_run { None } else { journal.set_aside(&name) };
@@ -296,7 +310,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                 let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { SERVICE_TIMEOUT };
                 let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
                 let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
-                recovered.left += usize::from(left);
+                recovered.left += usize::from(left != Left::Nothing);
             }
         }
     }
@@ -311,11 +325,14 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duratio
     let visited = visit(pending, &places, limit, &mut Patience::Nobodys);
     note_visit(state, pending, visited.as_ref());
     match visited {
-        Some(Outcome::Released(_)) => Finished { messages: vec![report::came_late(&pending.lock)], left: false },
-        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
-        Some(Outcome::Kept { reason, because }) => {
-            Finished { messages: vec![report::not_recovered(record, &pending.lock, &reason, because)], left: true }
+        Some(Outcome::Released(_)) => {
+            Finished { messages: vec![report::came_late(&pending.lock)], left: Left::Nothing }
         }
+        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
+        Some(Outcome::Kept { reason, because }) => Finished {
+            messages: vec![report::not_recovered(record, &pending.lock, &reason, because)],
+            left: Left::Lock,
+        },
         Some(Outcome::Absent { .. }) | None => Finished::default(),
     }
 }
@@ -323,7 +340,7 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duratio
 /// Notes what a look for a lock whose request may land came to: once the service has answered, its time runs.
 fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outcome>) {
     let is_answered = match visited {
-        Some(Outcome::Kept { because, .. }) => *because != Because::NoAnswer,
+        Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
         // Its table may be back some day.
         Some(Outcome::Absent { excluded, .. }) => !excluded,
         Some(Outcome::Released(_)) => true,
@@ -524,12 +541,24 @@ enum Audience {
 #[derive(Debug, Default)]
 struct Finished {
     messages: Vec<String>,
-    /// A lock was not released. One of the messages names it.
-    left: bool,
+    left: Left,
+}
+
+/// Whether a lock was not released. One of the messages names it then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    #[default]
+    Nothing,
+    Lock,
+    /// Nobody gave credentials.
+    ForLackOfCredentials,
 }
 
 /// In place of a message: a lock was not released.
 const LEFT: &str = "\u{1}";
+
+/// The same, for lack of credentials.
+const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
 
 /// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
 /// ended, or when a person has ended it. `announced`: it does something for an earlier run, and a person is told so if it takes
@@ -540,8 +569,8 @@ fn in_a_process(
     say: impl Fn(&str),
     signals: &mut Signals,
     asked: &mut Option<Signal>,
-) -> bool {
-    let mut left = false;
+) -> Left {
+    let mut left = Left::Nothing;
     let Ok((mut lines, mut pen)) = UnixStream::pair() else { return left };
     keep.push(pen.as_raw_fd());
     keep.extend(trace::descriptor());
@@ -551,7 +580,11 @@ fn in_a_process(
             let _ = std::env::set_current_dir(current);
         }
         let finished = work();
-        let left = finished.left.then(|| LEFT.to_owned());
+        let left = match finished.left {
+            Left::Nothing => None,
+            Left::Lock => Some(LEFT.to_owned()),
+            Left::ForLackOfCredentials => Some(LEFT_FOR_LACK_OF_CREDENTIALS.to_owned()),
+        };
         for message in finished.messages.into_iter().chain(left) {
             let _ = pen.write_all(message.as_bytes());
             let _ = pen.write_all(&[0]);
@@ -581,7 +614,8 @@ fn in_a_process(
             while let Some(end) = received.iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = received.drain(..=end).collect();
                 match String::from_utf8_lossy(&message[..end]).as_ref() {
-                    LEFT => left = true,
+                    LEFT => left = Left::Lock,
+                    LEFT_FOR_LACK_OF_CREDENTIALS => left = Left::ForLackOfCredentials,
                     message => say(message),
                 }
             }
@@ -681,7 +715,7 @@ fn settle(
     if audience == Audience::Nobody {
         left_over.replaced = replaced;
     }
-    let mut left = !standing.suspects.is_empty();
+    let mut left = if standing.suspects.is_empty() { Left::Nothing } else { Left::Lock };
     messages.extend(standing.suspects.iter().map(|(info, reason)| report::may_be_its(record, info, reason)));
     if !standing.suspects.is_empty() && audience == Audience::Nobody {
         left_over.unnamed.extend(record.log.standing_unnamed().cloned());
@@ -713,7 +747,8 @@ fn settle(
                 } else {
                     report::not_recovered(record, &lock, &reason, because)
                 });
-                left = true;
+                let lacks = because == Because::NoCredentials;
+                left = left.max(if lacks { Left::ForLackOfCredentials } else { Left::Lock });
                 if because != Because::Doubt || audience == Audience::Nobody {
                     left_over.locks.push(lock);
                 }
@@ -725,12 +760,14 @@ fn settle(
         && let Some((message, is_unread)) = name_unlogged(record, &places, &situation.run, &mut patience)
     {
         messages.push(message);
-        left = true;
+        left = left.max(Left::Lock);
         left_over.unlogged = is_unread || audience == Audience::Nobody;
     }
     if elsewhere {
         let end = recover_elsewhere(record, &places, &situation, never.then_some(report::NEVER), &mut patience);
-        left |= end.leaves_one();
+        if end.leaves_one() {
+            left = left.max(Left::Lock);
+        }
         if end.later || (end.leaves_one() && audience == Audience::Nobody) {
             left_over.add_elsewhere(record.log.of_workspaces().cloned());
         }

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::patience::Patience;
 use super::places::Places;
-use super::recovery;
+use super::recovery::{self, Tried};
 use super::state_directory::StateDirectory;
 use super::tree::Tree;
 use crate::another_tf;
@@ -23,9 +23,14 @@ use crate::trace::trace;
 /// From when on a lock that is not answered counts as refused, and how often is looked then.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// After how long a dead run that could not be finished is tried again: the lock service may be back. Each further try is
-/// after twice the time: a source of credentials that fails is started by each, and may lock an account.
+/// After how long a dead run that could not be finished is tried again: the lock service may be back.
 const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(15);
+
+/// The same where nobody gave credentials: each try asks for them, and a few that fail may lock an account.
+const ASKED_AGAIN_AFTER: Duration = Duration::from_mins(10);
+
+/// The exit code of `tf locks recover --say` that says so.
+const LACKS_CREDENTIALS: i32 = 1;
 
 /// Between two looks at whether the other `tf` has ended.
 const LOOK: Duration = Duration::from_millis(20);
@@ -37,14 +42,18 @@ pub(crate) struct Waiting {
     look_at: Option<Instant>,
     /// The dead runs that were tried, when last, and after how long they are tried again.
     tried: Vec<(String, Instant, Duration)>,
-    at_work: Vec<Child>,
+    /// What finishes a run, and which one.
+    at_work: Vec<(Child, String)>,
 }
 
 impl Waiting {
     /// `tried` are the dead runs that could not be finished before terraform was started, a moment ago.
-    pub(crate) fn new(tried: Vec<String>) -> Self {
+    pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
-        Self { tried: tried.into_iter().map(|name| (name, now, TRIED_AGAIN_AFTER)).collect(), ..Self::default() }
+        let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
+            (run, now, if lacks_credentials { ASKED_AGAIN_AFTER } else { TRIED_AGAIN_AFTER })
+        });
+        Self { tried: tried.collect(), ..Self::default() }
     }
 
     /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
@@ -63,7 +72,15 @@ impl Waiting {
     }
 
     fn finish_the_dead(&mut self, here: &Places, tree: &Tree) {
-        self.at_work.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        let tried = &mut self.tried;
+        self.at_work.retain_mut(|(child, run)| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
+                tried.iter_mut().filter(|(tried, ..)| tried == run).for_each(|(.., after)| *after = ASKED_AGAIN_AFTER);
+                false
+            }
+            _ => false,
+        });
         if !self.at_work.is_empty() {
             return;
         }
@@ -81,12 +98,12 @@ impl Waiting {
                         if let Ok(pid) = i32::try_from(child.id()) {
                             tree.leave_out(Pid::from_raw(pid));
                         }
-                        self.at_work.push(child);
+                        self.at_work.push((child, name.clone()));
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
                 self.tried.retain(|(tried, ..)| *tried != name);
-                self.tried.push((name, Instant::now(), last.map_or(TRIED_AGAIN_AFTER, |(_, after)| after * 2)));
+                self.tried.push((name, Instant::now(), TRIED_AGAIN_AFTER));
             }
         }
     }
@@ -94,7 +111,7 @@ impl Waiting {
     /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too. Gives the runs that were
     /// tried.
     pub(crate) fn finish(self, patience: &mut Patience<'_>) -> Vec<String> {
-        for child in self.at_work {
+        for (child, _) in self.at_work {
             wait_for(child, patience);
         }
         self.tried.into_iter().map(|(name, ..)| name).collect()

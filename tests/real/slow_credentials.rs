@@ -201,14 +201,19 @@ fn the_terminal_is_set_as_before_when_a_command_is_cut_off() {
     wait_until_all_is_gone(&world);
 }
 
+/// What terraform itself starts gives credentials at once; what `tf` starts counts itself in `ours`, and does `what`.
+fn unless_terraform(what: &str) -> String {
+    format!(
+        "above=$(ps -o ppid= -p $PPID); case $(ps -o comm= -p $PPID)$(ps -o comm= -p $above) in *terraform*) ;; *) \
+         echo ours >> ours; {what};; esac"
+    )
+}
+
 /// Of a refused run there is only something to explain: nobody is asked for a code for that, nobody waits for the command, and
 /// the next runs do not wait for all that was not explained before.
 #[test]
 fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
-    // What terraform itself starts gives credentials at once.
-    let then = "above=$(ps -o ppid= -p $PPID); case $(ps -o comm= -p $PPID)$(ps -o comm= -p $above) in *terraform*) ;; *) \
-                echo ours >> ours; printf 'code: ' > /dev/tty; sleep 1000;; esac";
-    let world = by_a_command(Lock::DynamoDb, then);
+    let world = by_a_command(Lock::DynamoDb, &unless_terraform("printf 'code: ' > /dev/tty; sleep 1000"));
     world.lock_of_another();
     let mut before = 0;
     for run in 1..=4 {
@@ -224,6 +229,19 @@ fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
         assert!((1..=2).contains(&(ours - before)), "{run}: {} starts: {screen}", ours - before);
         before = ours;
     }
+}
+
+/// Each try of them may be a message on somebody's telephone.
+#[test]
+fn a_run_that_waits_does_not_ask_again_and_again_for_credentials_that_nobody_gives() {
+    let world = by_a_command(Lock::DynamoDb, &unless_terraform("exit 3"));
+    super::survived::kill_whole(&world);
+    world.write("then", "");
+    // Longer than the time after which a dead run is tried again.
+    let end = world.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=18s"]);
+    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    assert!(end.err.contains("failed (exit status: 3)"), "{}", world.story(&end));
+    assert_eq!(world.read("ours").lines().count(), 2, "the recovery, and an explanation: {}", world.story(&end));
 }
 
 /// STS, or an instance's metadata, may be away for a moment as any service may.
