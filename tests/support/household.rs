@@ -103,6 +103,8 @@ pub fn kill_all(world: &World) {
     for pid in ours.iter().chain(&others) {
         let _ = kill(*pid, Signal::SIGKILL);
     }
+    // One that dies has no environment any more while it still holds its locks of files.
+    ours.iter().chain(&others).for_each(|pid| wait_until_gone(world, *pid));
     wait_until_all_is_gone(world);
 }
 
