@@ -611,6 +611,15 @@ pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool)
     format!("{ending} while it asked for a state lock, at {asked:.0}; that request may still land\n{then}")
 }
 
+/// The place of a lock that was had is not there. `kept`: the next `tf` knows of it.
+pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -> String {
+    let then = if kept { "\nif that comes back within a day, type: tf locks recover" } else { "" };
+    format!(
+        "{ending}; its state lock is gone with its table or bucket, which is not there: {}{then}",
+        lock(&recorded.operation, &recorded.path, &recorded.id)
+    )
+}
+
 /// A lock came late, and was given back.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
     let how = if recorded.locked.is_some() { " left" } else { "'s request took late" };

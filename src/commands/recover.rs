@@ -82,13 +82,15 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
     }
 }
 
-/// Finishes one dead run. In a process of its own: recovery forks, and whoever has talked to AWS may have threads.
+/// Finishes one dead run, or everything that is dead. In a process of its own: recovery forks, and whoever has talked to AWS may
+/// have threads.
 ///
 /// # Errors
 /// We could not be started once more.
-pub(super) fn in_a_process(run: &str, reason: Option<&str>) -> Result<(), Trouble> {
+pub(super) fn in_a_process(run: Option<&str>, reason: Option<&str>) -> Result<(), Trouble> {
     let failed = |error: std::io::Error| Trouble::Said(format!("tf could not be started once more: {error}"));
-    let mut command = another_tf::locks(&["recover", "--run", run]).map_err(failed)?;
+    let mut command = another_tf::locks(&["recover"]).map_err(failed)?;
+    command.args(run.into_iter().flat_map(|run| ["--run", run]));
     // Who types `release` has asked for it.
     command.env("TFW_RELEASE", "auto");
     if let Some(reason) = reason {

@@ -229,7 +229,8 @@ impl Release {
     /// on their way, and knows more about the run than we.
     async fn finish(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
         let host = Host::look();
-        if let Some(run) = host.dead_run(&lock.info.id) {
+        let run = host.dead_run(&lock.info.id);
+        if run.is_some() || host.was_had_late(&lock.info.id) {
             super::recover::in_a_process(run, self.reason.as_deref())?;
             let mut still = false;
             for (spot, standing) in &lock.halves {

@@ -66,8 +66,8 @@ pub(crate) enum Claim {
     /// A dead one. `settling`: its guardian or another `tf` finishes it at this moment. `disagrees`: what stands is not
     /// what its log recorded.
     Dead { run: String, tf: u32, settling: bool, disagrees: Option<&'static str> },
-    /// A dead terraform asked for it and nobody saw an answer (a tombstone).
-    Late { disagrees: Option<&'static str> },
+    /// A dead terraform asked for it and nobody saw an answer, or `had` it and its place was away (a tombstone).
+    Late { disagrees: Option<&'static str>, had: bool },
     /// A run that nobody may judge from here.
     Foreign { why: &'static str },
 }
@@ -155,11 +155,15 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
             }
             (Verdict::Dead, reason)
         }
-        Some(Claim::Late { disagrees: Some(why) }) => {
+        Some(Claim::Late { disagrees: Some(why), .. }) => {
             note(format!("a terraform that died here asked for this ID, but {why}"), "nothing");
             disagreement(why)
         }
-        Some(Claim::Late { disagrees: None }) => {
+        Some(Claim::Late { disagrees: None, had: true }) => {
+            note("a terraform that died here had it, and its table or bucket was away then".into(), "it is dead");
+            (Verdict::Dead, "its terraform died here".into())
+        }
+        Some(Claim::Late { disagrees: None, had: false }) => {
             note("a terraform that died here had asked for it, and was not answered".into(), "it is dead");
             (Verdict::Dead, "its terraform died here before the lock came".into())
         }
@@ -388,8 +392,9 @@ mod tests {
             (Claim::Dead { run: run(), tf: 7, settling: true, disagrees: None }, Verdict::Dead),
             (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: None }, Verdict::Dead),
             (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: Some("its Who differs") }, Verdict::Unknown),
-            (Claim::Late { disagrees: None }, Verdict::Dead),
-            (Claim::Late { disagrees: Some("its Who differs") }, Verdict::Unknown),
+            (Claim::Late { disagrees: None, had: false }, Verdict::Dead),
+            (Claim::Late { disagrees: None, had: true }, Verdict::Dead),
+            (Claim::Late { disagrees: Some("its Who differs"), had: false }, Verdict::Unknown),
             (Claim::Foreign { why: "it ran on another machine" }, Verdict::Unknown),
         ]
     }

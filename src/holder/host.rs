@@ -88,6 +88,11 @@ impl Host {
         }
     }
 
+    /// Whether a dead terraform had this lock while its place was away. A write of it may still be on its way.
+    pub(crate) fn was_had_late(&self, id: &str) -> bool {
+        self.late.get(id).is_some_and(|(_, recorded)| recorded.locked.is_some())
+    }
+
     fn claim(&self, lock: &LockInfo) -> Option<Claim> {
         let disagrees = |recorded: &RecordedLock, run: &Run| match proof::judge(recorded, lock, run) {
             proof::Verdict::Ours => None,
@@ -113,7 +118,7 @@ impl Host {
             });
         }
         let (run, recorded) = self.late.get(&lock.id)?;
-        Some(Claim::Late { disagrees: disagrees(recorded, run) })
+        Some(Claim::Late { disagrees: disagrees(recorded, run), had: recorded.locked.is_some() })
     }
 }
 

@@ -339,6 +339,9 @@ impl Aftermath<'_> {
                     };
                     report::say(&report::kept(ending, lock, reason, *because, later, &removal));
                 }
+                Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.locked.is_some() => {
+                    report::say(&report::place_is_away(ending, lock, remembered.contains(&lock.id)));
+                }
                 Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
                     let kept = remembered.contains(&lock.id);
                     report::say(&report::may_still_come(ending, lock, kept, &self.unlock_command_of(lock, places)));

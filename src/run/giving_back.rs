@@ -347,7 +347,11 @@ pub(crate) fn remember_abandoned<'a>(
         .filter_map(|Settled { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            graveyard?.put(&Tombstone { abandoned: true, unseen, ..Tombstone::new(lock, &situation.run) }).ok()?;
+            // Nobody has to try that again at once.
+            let tried = unseen.then(Timestamp::now);
+            graveyard?
+                .put(&Tombstone { abandoned: true, unseen, tried, ..Tombstone::new(lock, &situation.run) })
+                .ok()?;
             Some(lock.id.clone())
         })
         .collect()
@@ -364,17 +368,20 @@ pub(crate) fn visit(
     patience: &mut Patience<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
-    // Of a lock that was had a write may be on its way, for as long as a request can be.
-    if tombstone.lock.locked.is_some() && may_land(Some(tombstone.since), Timestamp::now()) {
+    // Of a lock that was had a write may be on its way, for as long as a request can be. Only who was asked for it waits for that.
+    let write_may_land = tombstone.lock.locked.is_some() && may_land(Some(tombstone.since), Timestamp::now());
+    if write_may_land && purpose == Purpose::Explanation {
         return None;
     }
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let reached = Reached::default();
-    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land: false, reached };
+    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land, reached };
     let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, (limit, purpose), patience);
     trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
-        let why = "a dead terraform's request took it late";
+        let had = tombstone.lock.locked.is_some();
+        let why =
+            if had { "its table or bucket was away when it died" } else { "a dead terraform's request took it late" };
         history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
     }
     outcome

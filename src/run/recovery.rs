@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::poll::PollFlags;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
 use super::aftermath::errored_state;
@@ -43,7 +43,8 @@ use crate::report;
 use crate::settings::release_is_asked_for;
 use crate::sys::process::Process;
 use crate::sys::signals::Signals;
-use crate::sys::{detached, environment};
+use crate::sys::terminal::Terminal;
+use crate::sys::{detached, environment, wait};
 use crate::terraform::binary;
 use crate::terraform::command_line::tells_of_its_lock;
 use crate::terraform::data_directory::DataDirectory;
@@ -305,9 +306,15 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
             }
         }
         if only.is_none() && !dry_run {
+            // However many were refused most likely, and could not be looked for.
+            let until = Instant::now() + EXPLANATION_TIMEOUT;
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
                 // One that was most likely refused is not worth a long wait.
-                let limit = if pending.abandoned { EXPLANATION_TIMEOUT } else { SERVICE_TIMEOUT };
+                let limit = if pending.abandoned && pending.lock.locked.is_none() {
+                    until.saturating_duration_since(Instant::now())
+                } else {
+                    SERVICE_TIMEOUT
+                };
                 let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
                 let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left != Left::Nothing);
@@ -328,7 +335,7 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duratio
         Some(Outcome::Released(_)) => {
             Finished { messages: vec![report::came_late(&pending.lock)], left: Left::Nothing }
         }
-        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
+        Some(Outcome::Kept { .. }) if pending.abandoned && pending.lock.locked.is_none() => Finished::default(),
         Some(Outcome::Kept { reason, because }) => Finished {
             messages: vec![report::not_recovered(record, &pending.lock, &reason, because)],
             left: Left::Lock,
@@ -575,7 +582,10 @@ fn in_a_process(
     keep.push(pen.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
-    let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || {
+    // Who gives credentials may have to ask for something.
+    let asks = announced && Terminal::is_our_turn();
+    let parent = if asks { detached::Parent::UsAtOurTerminal } else { detached::Parent::Us };
+    let forked = detached::run(RECOVERY, parent, &keep, || {
         if let Ok(current) = current {
             let _ = std::env::set_current_dir(current);
         }
@@ -595,11 +605,18 @@ fn in_a_process(
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     let mut told = !announced;
+    let quiet_until = Instant::now() + QUIETLY;
     loop {
-        let timeout = (!told).then_some(QUIETLY);
+        if asks && wait::stopped(pid).is_some() {
+            // A key that stops a job has stopped what asks: the shell sees the job stopped when we are, and continues both.
+            let _ = raise(Signal::SIGSTOP);
+            let _ = kill(pid, Signal::SIGCONT);
+        }
+        let remaining = (!told).then(|| quiet_until.saturating_duration_since(Instant::now()));
+        let timeout = if asks { Some(remaining.unwrap_or(LOOK).min(LOOK)) } else { remaining };
         let awaited = [(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
         let ready = poll::wait(&awaited, timeout);
-        if ready == [false, false] {
+        if ready == [false, false] && !told && Instant::now() >= quiet_until {
             told = true;
             report::say(&report::recovering());
         }

@@ -18,6 +18,9 @@ use super::spawn::AllBlocked;
 pub(crate) enum Parent {
     /// Ours: we take its end away.
     Us,
+    /// Ours, and it stays in our session and process group, with our stdin and stderr: what it starts may ask whoever sits at
+    /// our terminal.
+    UsAtOurTerminal,
     /// Init's, or the next subreaper's above us: it is no descendant of ours.
     Init,
 }
@@ -45,7 +48,7 @@ pub(crate) fn run(
             if parent == Parent::Init && unsafe { libc::fork() } != 0 {
                 end();
             }
-            detach(name, &keep);
+            detach(name, parent, &keep);
             hide_arguments();
             // Whatever happens in there, it must not come back into the story of the process that it was forked from.
             let _ = catch_unwind(AssertUnwindSafe(work));
@@ -68,16 +71,19 @@ fn end() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-fn detach(name: &std::ffi::CStr, keep: &[RawFd]) {
+fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
+    let is_kept = |standard| keep.contains(&standard) || (parent == Parent::UsAtOurTerminal && standard != 1);
     // SAFETY: plain system calls on numbers and zero-terminated strings.
     unsafe {
-        libc::setsid();
+        if parent != Parent::UsAtOurTerminal {
+            libc::setsid();
+        }
         #[cfg(target_os = "linux")]
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
         libc::chdir(c"/".as_ptr());
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
         for standard in 0..3 {
-            if null >= 0 && !keep.contains(&standard) {
+            if null >= 0 && !is_kept(standard) {
                 libc::dup2(null, standard);
             }
         }

@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, raise};
-use nix::unistd::{Pid, getpgrp};
+use nix::unistd::Pid;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::sleep;
@@ -109,7 +109,7 @@ impl Running {
                 Ok(())
             });
         }
-        let terminal = Terminal::open().filter(|_| may_ask).filter(Self::is_ours);
+        let terminal = if may_ask && Terminal::is_our_turn() { Terminal::open() } else { None };
         let terminal = terminal.and_then(|terminal| terminal.modes().map(|modes| (terminal, modes)));
         #[expect(clippy::disallowed_methods, reason = "no terraform: nothing of it must be in order but what is above")]
         let child = shell.spawn()?;
@@ -117,20 +117,14 @@ impl Running {
         Ok(Self { child, pid, asks, is_over: false, terminal })
     }
 
-    /// Whether the terminal's keys go to our process group.
-    fn is_ours(terminal: &Terminal) -> bool {
-        terminal.foreground().is_ok_and(|group| group == getpgrp())
-    }
-
     /// Its exit status, when it has ended. Where a key has stopped it, or its read of a terminal that is not its turn, we stop
     /// too: the shell that we are a job of sees the job stopped, and continues both.
     fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
         // That it is not our turn is over when the shell has just given it to us.
-        let is_ours = || Terminal::open().is_some_and(|terminal| Self::is_ours(&terminal));
         let stops_us = match stopped {
             Some(Signal::SIGTSTP) => Some(true),
-            Some(Signal::SIGTTIN | Signal::SIGTTOU) => Some(!is_ours()),
+            Some(Signal::SIGTTIN | Signal::SIGTTOU) => Some(!Terminal::is_our_turn()),
             // Somebody has stopped the command, and no terminal.
             _ => None,
         };
@@ -143,19 +137,22 @@ impl Running {
         }
         let status = self.child.try_wait()?;
         self.is_over |= status.is_some();
+        if status.is_some_and(|status| status.success()) {
+            // It has set the terminal back, or has meant what it left.
+            self.terminal = None;
+        }
         Ok(status)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if self.is_over {
-            return;
+        if !self.is_over {
+            kill_with_descendants(self.pid);
+            let _ = self.child.wait();
         }
-        kill_with_descendants(self.pid);
-        let _ = self.child.wait();
-        // It had no time to set the terminal back: a person would type without seeing it.
-        if let Some((terminal, modes)) = self.terminal.as_ref().filter(|(terminal, _)| Self::is_ours(terminal)) {
+        // One that was killed, by us or by a key, has not set the terminal back: a person would type without seeing it.
+        if let Some((terminal, modes)) = self.terminal.as_ref().filter(|_| Terminal::is_our_turn()) {
             let _ = terminal.set_modes(modes);
         }
     }

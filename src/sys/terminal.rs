@@ -28,6 +28,11 @@ impl Terminal {
             .map(Self)
     }
 
+    /// Whether this process has a terminal, and it is the turn of its process group to read that.
+    pub(crate) fn is_our_turn() -> bool {
+        Self::open().is_some_and(|terminal| terminal.foreground().is_ok_and(|group| group == unistd::getpgrp()))
+    }
+
     /// The process group that the terminal's keys go to, and that may read it.
     ///
     /// # Errors

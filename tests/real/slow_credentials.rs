@@ -179,26 +179,55 @@ fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
     world.assert_unlocked();
 }
 
+/// Without a terminal it fails: only who sits there can give back the lock that it has kept.
+#[test]
+fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
+    for words in [&["locks", "recover"][..], &["locks", "release"], &["plan", "-no-color"]] {
+        let asks =
+            "printf 'code: ' > /dev/tty || exit 7; read code < /dev/tty || exit 8; test \"$code\" = 4711 || exit 1";
+        let world = by_a_command(Lock::DynamoDb, &unless_terraform(asks));
+        super::survived::kill_whole(&world);
+        world.write("then", "");
+        let mut command = world.command(world.bin().join("tf"));
+        command.args(words);
+        let mut terminal = Terminal::start(command);
+        for time in 1..=2 {
+            // `release` looks at the lock first.
+            if time == 1 || words == ["locks", "release"] {
+                terminal.wait_for_times("code: ", time);
+                terminal.type_in("4711\r");
+            }
+        }
+        let end = terminal.wait();
+        assert_eq!(end.code(), Some(0), "{words:?}: {}", terminal.whole_screen());
+        world.assert_unlocked();
+    }
+}
+
 /// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
 #[test]
-fn the_terminal_is_set_as_before_when_a_command_is_cut_off() {
-    let world = by_a_command(Lock::File, "trap '' INT; stty -echo < /dev/tty; echo > waits; sleep 1000");
-    let mut shell = world.command("sh");
-    shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);
-    let mut terminal = Terminal::start(shell);
-    world.wait_for_file("began");
-    world.write("then", "");
-    let terraform = crate::support::process::terraform_below(terminal.pid());
-    nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
-    world.wait_for_file("waits");
-    terminal.type_in("\u{3}");
-    terminal.wait_for("another ^C leaves it");
-    terminal.type_in("\u{3}");
-    terminal.wait_for("over");
-    terminal.wait();
-    let screen = terminal.whole_screen();
-    assert!(screen.contains(" echo ") && !screen.contains("-echo "), "{screen}");
-    wait_until_all_is_gone(&world);
+fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
+    for (traps, keys) in [("trap '' INT; ", 2), ("", 1)] {
+        let world = by_a_command(Lock::File, &format!("{traps}stty -echo < /dev/tty; echo > waits; sleep 1000"));
+        let mut shell = world.command("sh");
+        shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);
+        let mut terminal = Terminal::start(shell);
+        world.wait_for_file("began");
+        world.write("then", "");
+        let terraform = crate::support::process::terraform_below(terminal.pid());
+        nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+        world.wait_for_file("waits");
+        terminal.type_in("\u{3}");
+        if keys == 2 {
+            terminal.wait_for("another ^C leaves it");
+            terminal.type_in("\u{3}");
+        }
+        terminal.wait_for("over");
+        terminal.wait();
+        let screen = terminal.whole_screen();
+        assert!(screen.contains(" echo ") && !screen.contains("-echo "), "{screen}");
+        wait_until_all_is_gone(&world);
+    }
 }
 
 /// What terraform itself starts gives credentials at once; what `tf` starts counts itself in `ours`, and does `what`.
