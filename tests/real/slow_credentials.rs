@@ -273,23 +273,29 @@ fn a_run_that_waits_does_not_ask_again_and_again_for_credentials_that_nobody_giv
     assert_eq!(world.read("ours").lines().count(), 2, "the recovery, and an explanation: {}", world.story(&end));
 }
 
-/// STS, or an instance's metadata, may be away for a moment as any service may.
-#[test]
-fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
+/// A world whose credentials are those of a role, and what STS does each time that it is asked for that.
+fn by_a_role(rule: impl Fn() -> Deed + Send + Sync + 'static) -> (World, Proxy) {
     let mut world = World::empty(Lock::DynamoDb);
-    let away = Arc::new(AtomicUsize::new(0));
-    let left = Arc::clone(&away);
     let sts = Proxy::start(cloud().port, move |request| {
-        let is_role = String::from_utf8_lossy(&request.body).contains("Action=AssumeRole");
-        let fails =
-            is_role && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
-        if fails { Deed::Answer(Message::answer("503 Service Unavailable", "")) } else { Deed::Pass }
+        if String::from_utf8_lossy(&request.body).contains("Action=AssumeRole") { rule() } else { Deed::Pass }
     });
     world.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
     world.write_main("", WAITS);
     let block = "assume_role = { role_arn = \"arn:aws:iam::000000000000:role/locker\" }\nkey =";
     world.write("main.tf", &world.read("main.tf").replacen("key =", block, 1));
     world.init();
+    (world, sts)
+}
+
+/// STS, or an instance's metadata, may be away for a moment as any service may.
+#[test]
+fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
+    let away = Arc::new(AtomicUsize::new(0));
+    let left = Arc::clone(&away);
+    let (world, _sts) = by_a_role(move || {
+        let fails = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        if fails { Deed::Answer(Message::answer("503 Service Unavailable", "")) } else { Deed::Pass }
+    });
     let run = world.start_apply(Subject::Tf);
     // More than the tries of one question.
     away.store(7, Ordering::SeqCst);
@@ -303,22 +309,15 @@ fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
 /// A role, whose giver takes its time.
 #[test]
 fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_released() {
-    let mut world = World::empty(Lock::DynamoDb);
     let slow = Arc::new(AtomicUsize::new(usize::MAX));
     let seen = Arc::clone(&slow);
-    let sts = Proxy::start(cloud().port, move |request| {
-        let is_role = String::from_utf8_lossy(&request.body).contains("Action=AssumeRole");
-        if is_role && seen.load(Ordering::SeqCst) != usize::MAX {
+    let (world, _sts) = by_a_role(move || {
+        if seen.load(Ordering::SeqCst) != usize::MAX {
             seen.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(SLOW);
         }
         Deed::Pass
     });
-    world.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
-    world.write_main("", WAITS);
-    let block = "assume_role = { role_arn = \"arn:aws:iam::000000000000:role/locker\" }\nkey =";
-    world.write("main.tf", &world.read("main.tf").replacen("key =", block, 1));
-    world.init();
     let run = world.start_apply(Subject::Tf);
     slow.store(0, Ordering::SeqCst);
     run.kill_terraform();
@@ -331,7 +330,6 @@ fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_releas
 /// A refused role is no missing permission of the table.
 #[test]
 fn the_doctor_names_a_role_that_is_refused() {
-    use crate::support::http::Message;
     let mut world = World::new(Lock::Both, "true");
     let sts = Proxy::start(cloud().port, |request| {
         if String::from_utf8_lossy(&request.body).contains("Action=AssumeRole") {
