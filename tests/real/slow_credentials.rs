@@ -119,12 +119,18 @@ fn a_command_may_ask_the_person_at_the_terminal() {
 /// A command that asks at the terminal for a code, and ignores ^C.
 const ASKS: &str = "printf 'code: ' > /dev/tty; read code < /dev/tty; test \"$code\" = 4711 || exit 1";
 
-/// An apply at work in an interactive shell, which was told `line`. Its terraform is killed.
-fn in_a_shell(world: &World, line: &str) -> Terminal {
+/// An interactive shell.
+fn interactive(world: &World) -> Terminal {
     let mut shell = world.command("bash");
     shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "prompt> ");
-    let mut terminal = Terminal::start(shell);
+    let terminal = Terminal::start(shell);
     terminal.wait_for("prompt> ");
+    terminal
+}
+
+/// An apply at work in an interactive shell, which was told `line`. Its terraform is killed.
+fn in_a_shell(world: &World, line: &str) -> Terminal {
+    let mut terminal = interactive(world);
     terminal.type_in(&format!("{line}\r"));
     world.wait_for_file("began");
     world.write("then", "");
@@ -202,6 +208,24 @@ fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
         assert_eq!(end.code(), Some(0), "{words:?}: {}", terminal.whole_screen());
         world.assert_unlocked();
     }
+}
+
+/// The shell sees the job stop, though it is a process below it that asks.
+#[test]
+fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() {
+    let world = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
+    super::survived::kill_whole(&world);
+    world.write("then", "");
+    let mut terminal = interactive(&world);
+    terminal.type_in("tf locks recover\r");
+    terminal.wait_for("code: ");
+    terminal.type_in("\u{1a}");
+    terminal.wait_for("Stopped");
+    world.assert_locked();
+    answer_in_the_foreground(&mut terminal);
+    terminal.type_in("exit\r");
+    terminal.wait();
+    world.assert_unlocked();
 }
 
 /// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
