@@ -31,7 +31,6 @@ use super::attributes::{self, Treatment};
 use super::aws::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use super::causes::causes;
 use super::failure::Failure;
-use crate::report;
 use crate::sys::plain_file;
 use crate::sys::shell_command::{self, Asks};
 use crate::terraform::backend::CachedBackend;
@@ -91,8 +90,8 @@ pub(super) async fn resolve(
     };
     let limit = purpose.limit();
     let resolved = tokio::time::timeout(limit, resolved).await.unwrap_or_else(|_| {
-        let (asked, limit) = (asking.take(), report::length_of_time(limit));
-        Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit}")))
+        let (asked, limit) = (asking.take(), limit.as_secs_f32());
+        Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit} s")))
     });
     match resolved {
         // Asking again would start the command again.
