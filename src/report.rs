@@ -104,11 +104,10 @@ pub(crate) const STDOUT_CLOSED: &str = "stdout is closed: the result was not wri
 /// Why something could not be written to stdout.
 static UNPRINTED: Mutex<Option<std::io::ErrorKind>> = Mutex::new(None);
 
-/// Why something that was to be printed is not there: stdout was closed when this process started ([`NotConnected`]), its reader
-/// is gone, or its disk is full.
+/// Why something that was to be printed was not: stdout was closed when this process started ([`NotConnected`]), its reader
+/// has exited, or its disk is full. `None` if everything was printed.
 ///
 /// [`NotConnected`]: std::io::ErrorKind::NotConnected
-/// `None` if all of it is.
 pub(crate) fn print_failure() -> Option<std::io::ErrorKind> {
     *UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -189,11 +188,12 @@ pub(crate) fn unfit_digest(unfit: &Comparison, workspace: Option<&str>, director
             "if there should be one, bring it back (its bucket may keep old versions); if not, type:",
         ),
     };
-    let workspace = workspace.map_or_else(String::new, |name| format!(" {}", argument(name)));
+    let name = |name: &str| option("--fix-digest", &visible_whole(name));
+    let workspace = workspace.map_or_else(|| " --fix-digest".to_owned(), name);
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     format!(
         "the state's digest does not fit: {state}, and {recorded} is recorded; every command will fail with a checksum \
-         error\n{advice} tf locks doctor{directory} --fix-digest{workspace}"
+         error\n{advice} tf locks doctor{directory}{workspace}"
     )
 }
 
@@ -270,6 +270,10 @@ fn with_what(because: Because) -> String {
     }
 }
 
+/// The words of the `tf locks` command that removes what is in the place of a lock and is none, without its path. Without the
+/// option the command releases a lock that is beside it.
+pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
+
 /// Something that is no lock is in the place of one, and has refused terraform. `release` is the command that removes it,
 /// without the path.
 pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
@@ -284,6 +288,12 @@ pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> Stri
 /// it is part of the same word.
 pub(crate) fn option(name: &str, value: &str) -> String {
     format!(" {name}{}{}", if value.starts_with('-') { '=' } else { ' ' }, quoted(value))
+}
+
+/// A `tf locks` command for `directory`, where that is not the current one, and for `workspace`.
+pub(crate) fn locks_command(words: &str, directory: Option<&str>, workspace: Option<&str>) -> String {
+    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
+    in_workspace(workspace, &format!("tf locks {words}{directory}"))
 }
 
 /// A stranger's text as the last word of a command: what is shown of it, in quotes where a shell wants them, and never taken
@@ -498,8 +508,8 @@ pub(crate) fn left_elsewhere(
 
 /// A lock of an earlier run could not be given back.
 pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str, because: Because) -> String {
-    let release = format!("tf locks release --no-lock{}", option("--chdir", &visible(&record.working_directory())));
-    let release = in_workspace(record.workspaces.first().map(String::as_str), &release);
+    let workspace = record.workspaces.first().map(String::as_str);
+    let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
     let removal = Removal { unlock: unlock_command_of(record), release };
     format!(
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\n\

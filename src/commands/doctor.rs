@@ -296,8 +296,8 @@ fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Opti
                 visible(&place.describe())
             ),
             &format!(
-                "once you know that nobody needs it, type: tf locks release --no-lock{} {}",
-                elsewhere("--chdir ", directory),
+                "once you know that nobody needs it, type: {} {}",
+                report::locks_command(report::RELEASE_NO_LOCK, other(directory).as_deref(), None),
                 report::argument(&place.path())
             ),
         );
@@ -447,22 +447,14 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                 if locked {
                     findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
                 } else {
-                    let command = format!(
-                        "type: tf locks doctor --fix-digest {}{}",
-                        quoted(&state.workspace),
-                        elsewhere("--chdir ", directory)
-                    );
-                    findings.wrong(&name, &text, &command);
+                    let words = format!("doctor{}", report::option("--fix-digest", &state.workspace));
+                    let command = report::locks_command(&words, other(directory).as_deref(), None);
+                    findings.wrong(&name, &text, &format!("type: {command}"));
                 }
             }
             Err(failure) => findings.wrong(&name, &visible(&failure.to_string()), ""),
         }
     }
-}
-
-/// `option` with the directory behind it, where that is not the current one.
-fn elsewhere(option: &str, directory: &Directory) -> String {
-    other(directory).map_or_else(String::new, |other| format!(" {option}{}", quoted(&other)))
 }
 
 /// The directory, where that is not the current one.

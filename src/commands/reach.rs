@@ -124,6 +124,7 @@ impl From<Unreachable> for Trouble {
             Unreachable::Credentials(_) => {
                 "terraform would get none there either: log in, choose another profile (AWS_PROFILE), or mend that one"
             }
+            Unreachable::Silent(_) => "if the network is well, try again",
             _ => "type `tf locks doctor` in that directory: it tries everything that a release needs",
         };
         Self::Unreachable { unreachable, next }

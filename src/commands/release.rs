@@ -127,7 +127,7 @@ impl Release {
                     report::say(&report::barred(
                         &first.place.describe(),
                         &first.reason,
-                        &self.place.command("release --no-lock"),
+                        &self.place.command(report::RELEASE_NO_LOCK),
                         &first.place.path(),
                     ));
                     Ok(Finding::Failed)

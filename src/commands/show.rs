@@ -59,7 +59,7 @@ impl Show {
                     let path = argument(&first.place.path());
                     report::print(&format!(
                         "it keeps every run out; once you know that nobody needs it, type: {} {path}",
-                        self.place.command("release")
+                        self.place.command(report::RELEASE_NO_LOCK)
                     ));
                 }
             }

@@ -335,7 +335,7 @@ impl Aftermath<'_> {
                     let workspace = place.as_ref().and_then(|place| unselected_workspace(place, places));
                     let removal = Removal {
                         unlock: self.unlock_command(place.as_ref(), places),
-                        release: self.locks_command("release --no-lock", workspace),
+                        release: self.locks_command(report::RELEASE_NO_LOCK, workspace),
                     };
                     report::say(&report::kept(ending, lock, reason, *because, later, &removal));
                 }
@@ -418,7 +418,12 @@ impl Aftermath<'_> {
         let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
         for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
             let what = standing.describe_no_lock();
-            report::say(&report::barred(&spot.describe(), &what, &command("release --no-lock"), &place.lock_path()));
+            report::say(&report::barred(
+                &spot.describe(),
+                &what,
+                &command(report::RELEASE_NO_LOCK),
+                &place.lock_path(),
+            ));
         }
         let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, standing)| standing.info()).collect();
         locks.dedup();
@@ -485,9 +490,8 @@ impl Aftermath<'_> {
 
     /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
     fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
-        let directory = self.directory().map_or_else(String::new, |path| report::option("--chdir", &path));
         let variable = std::env::var("TF_WORKSPACE").ok();
-        report::in_workspace(workspace.or(variable.as_deref()), &format!("tf locks {words}{directory}"))
+        report::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
     }
 
     /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any

@@ -245,12 +245,15 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
 /// The lock is somebody's, and stays.
 #[test]
 fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
-    for item in [Some(json!({})), None] {
+    let words = [&["plan", "-no-color"][..], &["locks", "show"]];
+    for (item, words) in [Some(json!({})), None].into_iter().flat_map(|item| words.map(|words| (item.clone(), words))) {
         let world = World::new(Lock::Both, "true");
         let other = world.lock_of_another();
         put(&world, item.as_ref());
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        let said = end.err.split_once("what refuses every run").expect("it is named").1;
+        let end = world.run(Subject::Tf, words);
+        let said = end.out.clone() + &end.err;
+        let said = ["what refuses every run", "it keeps every run out"].iter().find_map(|text| said.split_once(text));
+        let said = said.unwrap_or_else(|| panic!("{words:?}: it is not named: {}", world.story(&end))).1;
         let command = said.split_once("type: ").unwrap().1.lines().next().unwrap();
         let mut shell = world.command("sh");
         shell.args(["-c", &format!("{command} --yes")]);
