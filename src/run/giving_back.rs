@@ -119,7 +119,7 @@ pub(crate) struct Settled {
     /// The run had it, or died before it knew. One that was refused is somebody else's.
     pub(crate) may_stand: bool,
     /// Its request was not answered, and may still land: all of it, the part that was not seen, or once more, because the
-    /// SDK of a terraform that gets no answer sends it again.
+    /// SDK of a terraform that gets no answer sends it again. Or its table or bucket does not exist now, and may be restored.
     pub(crate) may_still_come: bool,
 }
 
@@ -324,14 +324,13 @@ pub(crate) fn bury(
 ) -> Vec<String> {
     let late = settled.iter().filter(|settled| settled.may_still_come);
     late.filter_map(|Settled { lock, outcome, .. }| {
-        // Nothing is said of one whose place is not there: most likely that was never there, or the run has destroyed it.
         let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
         if !recent && !excluded {
             return None;
         }
-        let tombstone = Tombstone { abandoned: excluded, unseen: excluded, ..Tombstone::new(lock, &situation.run) };
-        graveyard?.put(&tombstone).ok()?;
-        Some(lock.id.clone())
+        // A table that a request found missing was most likely never there. One in which the lock was had may be back.
+        let abandoned = excluded && lock.locked.is_none();
+        keep(graveyard, Tombstone { abandoned, unseen: excluded, ..Tombstone::new(lock, &situation.run) })
     })
     .collect()
 }
@@ -349,12 +348,15 @@ pub(crate) fn remember_abandoned<'a>(
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
             // Nobody has to try that again at once.
             let tried = unseen.then(Timestamp::now);
-            graveyard?
-                .put(&Tombstone { abandoned: true, unseen, tried, ..Tombstone::new(lock, &situation.run) })
-                .ok()?;
-            Some(lock.id.clone())
+            keep(graveyard, Tombstone { abandoned: true, unseen, tried, ..Tombstone::new(lock, &situation.run) })
         })
         .collect()
+}
+
+/// Writes `tombstone` to disk. Returns the ID of its lock, or `None` if that failed or there is no state directory.
+fn keep(graveyard: Option<&Graveyard>, tombstone: Tombstone) -> Option<String> {
+    graveyard?.put(&tombstone).ok()?;
+    Some(tombstone.lock.id)
 }
 
 /// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its

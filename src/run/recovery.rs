@@ -310,11 +310,8 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
             let until = Instant::now() + EXPLANATION_TIMEOUT;
             for pending in Graveyard::of(&state).read(Timestamp::now()) {
                 // One that was most likely refused is not worth a long wait.
-                let limit = if pending.abandoned && pending.lock.locked.is_none() {
-                    until.saturating_duration_since(Instant::now())
-                } else {
-                    SERVICE_TIMEOUT
-                };
+                let limit =
+                    if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
                 let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
                 let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left != Left::Nothing);
@@ -335,7 +332,7 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duratio
         Some(Outcome::Released(_)) => {
             Finished { messages: vec![report::came_late(&pending.lock)], left: Left::Nothing }
         }
-        Some(Outcome::Kept { .. }) if pending.abandoned && pending.lock.locked.is_none() => Finished::default(),
+        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
         Some(Outcome::Kept { reason, because }) => Finished {
             messages: vec![report::not_recovered(record, &pending.lock, &reason, because)],
             left: Left::Lock,

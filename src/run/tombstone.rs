@@ -38,7 +38,7 @@ pub(crate) struct Tombstone {
     pub(crate) lock: RecordedLock,
     /// What is known of the run.
     pub(crate) run: Run,
-    /// Its terraform ended by itself, so that its request was most likely refused: of such a one only a release is said.
+    /// Its request was most likely refused: terraform ended by itself, or there was no table. Only a release of it is reported.
     #[serde(default)]
     pub(crate) abandoned: bool,
     /// The service has not answered yet whether it is there.

@@ -4,6 +4,7 @@
 //! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
 //! is asked for that one run. We are its parent and keep it apart from terraform's tree.
 
+use std::collections::HashMap;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -40,8 +41,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Waiting {
     /// When the journal is looked at next. None: terraform does not wait.
     look_at: Option<Instant>,
-    /// The dead runs that were tried, when last, and after how long they are tried again.
-    tried: Vec<(String, Instant, Duration)>,
+    /// The dead runs that were tried, and when each may be tried again.
+    tried: HashMap<String, Instant>,
     /// What finishes a run, and which one.
     at_work: Vec<(Child, String)>,
 }
@@ -51,7 +52,7 @@ impl Waiting {
     pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
         let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
-            (run, now, if lacks_credentials { ASKED_AGAIN_AFTER } else { TRIED_AGAIN_AFTER })
+            (run, now + if lacks_credentials { ASKED_AGAIN_AFTER } else { TRIED_AGAIN_AFTER })
         });
         Self { tried: tried.collect(), ..Self::default() }
     }
@@ -76,7 +77,7 @@ impl Waiting {
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,
             Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
-                tried.iter_mut().filter(|(tried, ..)| tried == run).for_each(|(.., after)| *after = ASKED_AGAIN_AFTER);
+                tried.insert(run.clone(), Instant::now() + ASKED_AGAIN_AFTER);
                 false
             }
             _ => false,
@@ -86,14 +87,15 @@ impl Waiting {
         }
         for state in StateDirectory::all(|name| std::env::var_os(name)) {
             for (name, pid) in recovery::dead(&state, here) {
-                let last = self.tried.iter().find(|(tried, ..)| *tried == name).map(|(_, at, after)| (*at, *after));
-                if last.is_some_and(|(at, after)| at.elapsed() < after) {
+                let due = self.tried.get(&name);
+                if due.is_some_and(|due| *due > Instant::now()) {
                     continue;
                 }
-                if last.is_none() {
+                let before = due.is_some();
+                if !before {
                     report::say(&report::waiting_for_the_dead(pid));
                 }
-                match start(&name, last.is_some()) {
+                match start(&name, before) {
                     Ok(child) => {
                         if let Ok(pid) = i32::try_from(child.id()) {
                             tree.leave_out(Pid::from_raw(pid));
@@ -102,8 +104,7 @@ impl Waiting {
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
-                self.tried.retain(|(tried, ..)| *tried != name);
-                self.tried.push((name, Instant::now(), TRIED_AGAIN_AFTER));
+                self.tried.insert(name, Instant::now() + TRIED_AGAIN_AFTER);
             }
         }
     }
@@ -114,7 +115,7 @@ impl Waiting {
         for (child, _) in self.at_work {
             wait_for(child, patience);
         }
-        self.tried.into_iter().map(|(name, ..)| name).collect()
+        self.tried.into_keys().collect()
     }
 }
 
