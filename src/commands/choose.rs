@@ -20,10 +20,10 @@ pub(super) enum Choice {
 /// Finds the lock that is meant by `which`: an ID, a path (`bucket/key`), a key, or the name of a workspace. Without a
 /// word it is the only one that stands.
 ///
+/// `no_lock`: only what is in a lock's place and is no lock matches.
+///
 /// # Errors
 /// [`Trouble`]: it matches nothing, or several.
-///
-/// `no_lock`: what is meant is no lock, and one that stands beside it is not.
 pub(super) async fn choose(reach: &Reach, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (Target::Directory(directory), _) => {

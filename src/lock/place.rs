@@ -65,7 +65,7 @@ impl Workspaces<'_> {
 /// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
 /// used. More than one where an `init` changed how the same bucket is reached.
 pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
-    let places = at(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
+    let places = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
         let Halves { s3, dynamodb } = lock.halves;
         let table = place.table.filter(|_| dynamodb);
         // A half in a table that this backend does not name is another backend's.
@@ -77,7 +77,7 @@ pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces:
 /// The places where a lock can be whose ID is not known.
 pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     match &lock.mark {
-        Mark::Object { bucket, key, .. } => at(bucket, key, backends, workspaces),
+        Mark::Object { bucket, key, .. } => of_state(bucket, key, backends, workspaces),
         Mark::Workspace(workspace) => {
             let s3 = distinct(backends).into_iter().filter(|backend| backend.kind == "s3");
             s3.filter_map(|backend| Some(of(backend, backend.string("bucket")?, &backend.state_key(workspace)?)))
@@ -86,13 +86,8 @@ pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], work
     }
 }
 
-/// The places of the state `bucket`/`key`.
-pub(crate) fn of_state(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
-    at(bucket, key, backends, workspaces)
-}
-
 /// The backends that have this state in one of these workspaces.
-fn at(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
+pub(crate) fn of_state(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
     let fitting = distinct(backends).into_iter().filter(|backend| {
         backend.kind == "s3" && backend.string("bucket") == Some(bucket) && workspaces.have(backend, key)
     });

@@ -262,6 +262,11 @@ fn within<T>(
     }
 }
 
+/// How much of `limit` is left since `begun`: enough for one look in any case.
+fn remaining(limit: Duration, begun: Instant) -> Duration {
+    limit.saturating_sub(begun.elapsed()).max(LOOK)
+}
+
 /// Gives back the lock that the log recorded, if it stands and is ours. A service that fails or is silent is asked for
 /// `limit`, not counting the time in which credentials are asked for.
 pub(crate) async fn release(
@@ -415,8 +420,7 @@ pub(crate) async fn bring_to_light(
     let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
     let mut absent = unnamed.granted.is_none();
     loop {
-        let remaining = limit.saturating_sub(begun.elapsed()).max(LOOK);
-        match within(remaining, "AWS", look_for(unnamed, place, &situation.run, died)).await {
+        match within(remaining(limit, begun), "AWS", look_for(unnamed, place, &situation.run, died)).await {
             Ok(Light::None) => {
                 if absent && begun.elapsed() >= late {
                     return Ok(Light::None);
@@ -476,8 +480,7 @@ pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<
     let _ = credentials(place, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
     loop {
-        let remaining = SERVICE_TIMEOUT.saturating_sub(begun.elapsed()).max(LOOK);
-        match within(remaining, "AWS", look_for_suspect(place, run, any_user)).await {
+        match within(remaining(SERVICE_TIMEOUT, begun), "AWS", look_for_suspect(place, run, any_user)).await {
             Err(failure) if !failure.is_final() && begun.elapsed() < SERVICE_TIMEOUT => sleep(LOOK).await,
             settled => return settled,
         }
@@ -596,8 +599,7 @@ impl Attempt<'_> {
     async fn round(&mut self, services: &Services<'_>) -> Round {
         let mut round = Round::default();
         // Each has its share, so that a service which is silent does not keep the other from being asked.
-        let remaining = self.limit.saturating_sub(self.begun.elapsed()).max(LOOK);
-        let share = remaining / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
+        let share = remaining(self.limit, self.begun) / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
         for half in &services.halves {
             match self.half(services, half, share).await {
                 Ok(Judged::Excluded) => {
@@ -658,8 +660,8 @@ impl Attempt<'_> {
     /// Reads one half, judges it and deletes it, until one of the three has settled it. All of that may take as long as
     /// `limit`.
     async fn half(&mut self, services: &Services<'_>, half: &Spot, limit: Duration) -> Result<Judged, Failure> {
-        let until = Instant::now() + limit;
-        let remaining = || until.saturating_duration_since(Instant::now()).max(LOOK);
+        let begun = Instant::now();
+        let remaining = || remaining(limit, begun);
         loop {
             // At the same time: a slow service is paid for once.
             let agreed = self.agreed;
@@ -791,8 +793,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             ));
         }
         sleep(LOOK).await;
-        let remaining = SERVICE_TIMEOUT.saturating_sub(seen.elapsed()).max(LOOK);
-        let now = match within(remaining, "AWS", services.look(recorded, run)).await {
+        let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
             // What happens meanwhile is seen in the next look.
             Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {

@@ -23,7 +23,7 @@ use super::release::Deleted;
 use crate::terraform::backend::CachedBackend;
 
 /// No lock is longer.
-const LONGEST: i64 = 1 << 20;
+const LONGEST: u64 = 1 << 20;
 
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,16 +114,13 @@ impl Intercept for CustomerKey {
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
     let Some(answer) = get(client, bucket, key).await? else { return Ok(None) };
     let etag = answer.e_tag.clone();
-    if answer.content_length.is_some_and(|length| length > LONGEST) {
-        // No lock, and not to be brought here: what stands at that name may be of any size.
-        let length = answer.content_length.and_then(|length| length.try_into().ok()).unwrap_or(u64::MAX);
+    let length = length(answer.content_length);
+    if let Some(length) = length.filter(|length| *length > LONGEST) {
+        // Not a lock, and not read: an object at that key may have any size.
         return Ok(Some(Object { body: String::new(), length, etag }));
     }
-    let length = answer.content_length;
-    let broken = |error: &dyn std::fmt::Display| Failure::no_answer("S3", &error.to_string());
     let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
-    let body = body.map_err(|error| broken(&error))?;
-    let body = body.into_bytes();
+    let body = body.map_err(|error| Failure::no_answer("S3", &error.to_string()))?.into_bytes();
     Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
 }
 
@@ -139,7 +136,7 @@ pub(crate) async fn stream(
 ) -> Result<Option<Option<jiff::Timestamp>>, Failure> {
     let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
     let written = answer.last_modified.and_then(|at| jiff::Timestamp::from_second(at.secs()).ok());
-    let until = Instant::now() + body_timeout(answer.content_length);
+    let until = Instant::now() + body_timeout(length(answer.content_length));
     while let Some(bytes) = timeout_at(until, answer.body.next()).await.map_err(|_| slow_body())? {
         take(&bytes.map_err(|error| Failure::no_answer("S3", &error.to_string()))?);
     }
@@ -148,13 +145,17 @@ pub(crate) async fn stream(
 
 /// How long a body of `length` bytes may take. The SDK ends a body that has stopped, and lets one go on for ever that brings
 /// a byte a second.
-fn body_timeout(length: Option<i64>) -> Duration {
+fn body_timeout(length: Option<u64>) -> Duration {
     const FIRST: Duration = Duration::from_secs(8);
     /// Less than any line on which terraform can be used, in bytes a second.
     const SLOWEST: u64 = 64 << 10;
     // Of an unknown length: as a state of some megabytes.
-    let length = length.and_then(|length| u64::try_from(length).ok()).unwrap_or(4 << 20);
-    FIRST + Duration::from_secs(length / SLOWEST)
+    FIRST + Duration::from_secs(length.unwrap_or(4 << 20) / SLOWEST)
+}
+
+/// `Content-Length`. `None` where the response has none, or a negative one.
+fn length(content_length: Option<i64>) -> Option<u64> {
+    content_length.and_then(|length| length.try_into().ok())
 }
 
 fn slow_body() -> Failure {

@@ -319,8 +319,7 @@ impl Aftermath<'_> {
                         report::say(&report::other_part_may_land(lock, kept, &self.unlock_command_of(lock, places)));
                     }
                     if let Some(unfit) = &released.unfit {
-                        let place = places.of(lock).into_iter().next();
-                        let workspace = place.as_ref().and_then(|place| places.workspace_of(place));
+                        let workspace = places.workspace_of_lock(lock);
                         report::say(&report::unfit_digest(unfit, workspace, self.directory().as_deref()));
                     }
                 }

@@ -115,6 +115,11 @@ impl Places {
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
 
+    /// The same for the state that `recorded` locks.
+    pub(crate) fn workspace_of_lock(&self, recorded: &RecordedLock) -> Option<&str> {
+        self.workspace_of(self.of(recorded).first()?)
+    }
+
     fn usable(&self) -> Workspaces<'_> {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }

@@ -747,8 +747,7 @@ fn settle(
                 if released.is_partial && recent {
                     messages.push(report::other_part_may_land(&lock, true, ""));
                 }
-                let place = places.of(&lock).into_iter().next();
-                let workspace = place.as_ref().and_then(|place| places.workspace_of(place));
+                let workspace = places.workspace_of_lock(&lock);
                 messages.extend(
                     released
                         .unfit

@@ -121,18 +121,13 @@ impl Running {
     /// too: the shell that we are a job of sees the job stopped, and continues both.
     fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
-        // That it is not our turn is over when the shell has just given it to us.
-        let stops_us = match stopped {
-            Some(Signal::SIGTSTP) => Some(true),
-            Some(Signal::SIGTTIN | Signal::SIGTTOU) => Some(!Terminal::is_our_turn()),
-            // Somebody has stopped the command, and no terminal.
-            _ => None,
-        };
-        if stops_us == Some(true) {
-            raise(Signal::SIGSTOP)?;
-        }
-        if stops_us.is_some() {
-            // Whoever continues us alone means the command too.
+        // Any other signal was sent by a process, not by the terminal.
+        if let Some(signal @ (Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) = stopped {
+            // The shell may have made us the foreground group since the command was stopped for not being in it.
+            if signal == Signal::SIGTSTP || !Terminal::is_our_turn() {
+                raise(Signal::SIGSTOP)?;
+            }
+            // We may have been continued alone.
             let _ = kill(self.pid, Signal::SIGCONT);
         }
         let status = self.child.try_wait()?;
