@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
+use super::locks_release::locks;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::{Ended, Run};
+use crate::support::process::Ended;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::terminal::Terminal;
 use crate::support::world::{WAITS, lock_json};
@@ -17,19 +18,12 @@ use crate::support::{Lock, Subject, World};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-fn locks(world: &World, words: &[&str]) -> Ended {
-    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
-    world.run(Subject::Tf, &words)
-}
-
 /// Runs in a shell what a message says to type, last.
 #[track_caller]
 fn type_what_is_said(world: &World, said: &str) -> Ended {
     let command = said.rsplit_once("type: ").unwrap_or_else(|| panic!("nothing to type: {said}")).1;
     let command = command.lines().next().unwrap().trim();
-    let mut shell = world.command("sh");
-    shell.args(["-c", command]);
-    Run::start(shell).wait()
+    world.run_in_shell(command)
 }
 
 /// Every line of ours in what a run has said.
@@ -57,8 +51,7 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
         let denying = Proxy::start(cloud().port, move |request| {
             let asked = request.header("x-amz-target").unwrap_or_default();
             if name == "denied" && (asked.ends_with(".PutItem") || asked.ends_with(".GetItem")) {
-                let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
-                return Deed::Answer(Message::answer("400 Bad Request", body));
+                return Deed::Answer(Message::denied());
             }
             Deed::Pass
         });
@@ -255,9 +248,7 @@ fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
         let said = ["what refuses every run", "it keeps every run out"].iter().find_map(|text| said.split_once(text));
         let said = said.unwrap_or_else(|| panic!("{words:?}: it is not named: {}", world.story(&end))).1;
         let command = said.split_once("type: ").unwrap().1.lines().next().unwrap();
-        let mut shell = world.command("sh");
-        shell.args(["-c", &format!("{command} --yes")]);
-        let removed = Run::start(shell).wait();
+        let removed = world.run_in_shell(&format!("{command} --yes"));
         assert_eq!(removed.code(), Some(0), "{command}: {}", world.story(&removed));
         assert_eq!(world.locks(), [other], "{}", world.story(&removed));
     }
@@ -298,8 +289,7 @@ fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
             return Deed::Hold;
         }
         if flag.load(Ordering::SeqCst) && request.is_ours() && request.asks_for("DeleteItem") {
-            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
-            return Deed::Answer(Message::answer("400 Bad Request", body));
+            return Deed::Answer(Message::denied());
         }
         Deed::Pass
     });
@@ -387,8 +377,7 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     let mut world = World::new(Lock::DynamoDb, WAITS);
     let denying = Proxy::start(cloud().port, |request| {
         if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
-            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
-            return Deed::Answer(Message::answer("400 Bad Request", body));
+            return Deed::Answer(Message::denied());
         }
         Deed::Pass
     });
@@ -408,9 +397,7 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     // And by those who may.
     world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
     let command = end.err.rsplit_once("type: ").unwrap().1.trim().replace("force-unlock", "force-unlock -force");
-    let mut shell = world.command("sh");
-    shell.args(["-c", &command]);
-    let unlocked = Run::start(shell).wait();
+    let unlocked = world.run_in_shell(&command);
     assert_eq!(unlocked.code(), Some(0), "{command}: {}", world.story(&unlocked));
     world.assert_unlocked();
 }

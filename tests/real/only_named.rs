@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 
+use super::locks_release::locks;
 use super::survived::{kill_whole, killed_whole, records};
 use crate::support::cloud::cloud;
 use crate::support::household::{guardian_of, kill_all, kill_without_guardian, ours};
@@ -15,19 +16,12 @@ use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, World, wait_for};
 
-fn locks(world: &World, words: &[&str]) -> Ended {
-    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
-    world.run(Subject::Tf, &words)
-}
-
 /// Runs in a shell what a message says to type, from the `number`th place in it on.
 #[track_caller]
 fn type_what_is_said(world: &World, said: &str, number: usize) -> Ended {
     let command = said.split(" type").nth(number).unwrap_or_else(|| panic!("nothing to type: {said}"));
     let command = command.split_once(": ").unwrap().1.lines().next().unwrap().trim();
-    let mut shell = world.command("sh");
-    shell.args(["-c", command]);
-    Run::start(shell).wait()
+    world.run_in_shell(command)
 }
 
 const SECRET: &str = "x-hunter2-not-to-be-found";

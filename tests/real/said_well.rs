@@ -35,9 +35,8 @@ fn what_could_not_be_released_is_told_with_the_command_that_mends_it() {
     assert!(end.err.contains("TFW_RELEASE is never"), "{}", end.err);
     let command = end.err.split("type: ").nth(1).unwrap().lines().next().unwrap().trim();
     assert_eq!(command, format!("terraform force-unlock {id}"));
-    let mut shell = world.command("sh");
-    shell.args(["-c", &format!("{} -force {id}", command.rsplit_once(' ').unwrap().0)]);
-    assert_eq!(Run::start(shell).wait().code(), Some(0));
+    let end = world.run_in_shell(&format!("{} -force {id}", command.rsplit_once(' ').unwrap().0));
+    assert_eq!(end.code(), Some(0));
     world.assert_unlocked();
 }
 

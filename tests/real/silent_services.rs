@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::locks_release::locks;
 use super::survived::{kill_whole, killed_whole};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::{Ended, Run};
+use crate::support::process::Run;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::world::{WAITS, id_of, lock_json};
 use crate::support::{Lock, Subject, World, wait_for};
@@ -24,11 +25,6 @@ fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 's
     let proxy = Proxy::start(cloud().port, rule);
     world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
     proxy
-}
-
-fn locks(world: &World, words: &[&str]) -> Ended {
-    let words: Vec<&str> = ["locks"].iter().chain(words).copied().collect();
-    world.run(Subject::Tf, &words)
 }
 
 /// Bare terraform is back at once. What we would add is only an explanation.

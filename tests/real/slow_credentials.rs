@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
 use crate::support::household::{home, marked, tf_of, wait_until_all_is_gone};
 use crate::support::http::Message;
+use crate::support::process::terraform_below;
 use crate::support::proxy::{Deed, Proxy};
 use crate::support::terminal::Terminal;
 use crate::support::world::{UNSET, WAITS};
@@ -97,18 +98,21 @@ fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started()
     world.assert_locked();
 }
 
+/// Kills the terraform of an apply at work in a terminal. From then on the command does what it was made for.
+fn kill_the_terraform_of(world: &World, terminal: &Terminal) {
+    world.wait_for_file("began");
+    world.write("then", "");
+    kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
+}
+
 /// As bare terraform's SDK lets it: a code, a password.
 #[test]
 fn a_command_may_ask_the_person_at_the_terminal() {
-    let world =
-        by_a_command(Lock::File, "printf 'code: ' > /dev/tty; read code < /dev/tty; test \"$code\" = 4711 || exit 1");
+    let world = by_a_command(Lock::File, ASKS);
     let mut command = world.command(world.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]);
     let mut terminal = Terminal::start(command);
-    world.wait_for_file("began");
-    world.write("then", "");
-    let terraform = crate::support::process::terraform_below(terminal.pid());
-    nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+    kill_the_terraform_of(&world, &terminal);
     terminal.wait_for("code: ");
     terminal.type_in("4711\r");
     terminal.wait_for("released the lock");
@@ -116,8 +120,9 @@ fn a_command_may_ask_the_person_at_the_terminal() {
     world.assert_unlocked();
 }
 
-/// A command that asks at the terminal for a code, and ignores ^C.
-const ASKS: &str = "printf 'code: ' > /dev/tty; read code < /dev/tty; test \"$code\" = 4711 || exit 1";
+/// A command that asks for a code at the terminal, and fails where there is none.
+const ASKS: &str =
+    "printf 'code: ' > /dev/tty || exit 7; read code < /dev/tty || exit 8; test \"$code\" = 4711 || exit 1";
 
 /// An interactive shell.
 fn interactive(world: &World) -> Terminal {
@@ -132,21 +137,22 @@ fn interactive(world: &World) -> Terminal {
 fn in_a_shell(world: &World, line: &str) -> Terminal {
     let mut terminal = interactive(world);
     terminal.type_in(&format!("{line}\r"));
-    world.wait_for_file("began");
-    world.write("then", "");
-    let terraform = crate::support::process::terraform_below(terminal.pid());
-    nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+    kill_the_terraform_of(world, &terminal);
     terminal
 }
 
-/// Gives the job its turn, and then the code.
-fn answer_in_the_foreground(terminal: &mut Terminal) {
+/// Moves the stopped job to the foreground, types the code, and ends the shell: the job releases its lock only then.
+fn answer_in_the_foreground(world: &World, terminal: &mut Terminal) {
+    world.assert_locked();
     let shell = terminal.pid();
     terminal.type_in("fg\r");
     let its_turn = || terminal.foreground().filter(|group| *group != shell);
     wait_for("the job's turn", its_turn, || terminal.screen());
     terminal.type_in("4711\r");
     terminal.wait_for("released the lock");
+    terminal.type_in("exit\r");
+    terminal.wait();
+    world.assert_unlocked();
 }
 
 const APPLY: &str = "tf apply -auto-approve -no-color";
@@ -159,11 +165,7 @@ fn a_key_that_stops_a_command_stops_the_job_and_it_goes_on_in_the_foreground() {
     terminal.wait_for("code: ");
     terminal.type_in("\u{1a}");
     terminal.wait_for("Stopped");
-    world.assert_locked();
-    answer_in_the_foreground(&mut terminal);
-    terminal.type_in("exit\r");
-    terminal.wait();
-    world.assert_unlocked();
+    answer_in_the_foreground(&world, &mut terminal);
 }
 
 /// Nothing of `tf` takes the terminal that the shell reads.
@@ -178,31 +180,24 @@ fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
     terminal.wait_for("here is 42");
     let shell = terminal.pid();
     assert_eq!(terminal.foreground(), Some(shell), "{}", terminal.whole_screen());
-    world.assert_locked();
-    answer_in_the_foreground(&mut terminal);
-    terminal.type_in("exit\r");
-    terminal.wait();
-    world.assert_unlocked();
+    answer_in_the_foreground(&world, &mut terminal);
 }
 
 /// Without a terminal it fails: only who sits there can give back the lock that it has kept.
 #[test]
 fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
     for words in [&["locks", "recover"][..], &["locks", "release"], &["plan", "-no-color"]] {
-        let asks =
-            "printf 'code: ' > /dev/tty || exit 7; read code < /dev/tty || exit 8; test \"$code\" = 4711 || exit 1";
-        let world = by_a_command(Lock::DynamoDb, &unless_terraform(asks));
+        let world = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
         super::survived::kill_whole(&world);
         world.write("then", "");
         let mut command = world.command(world.bin().join("tf"));
         command.args(words);
         let mut terminal = Terminal::start(command);
-        for time in 1..=2 {
-            // `release` looks at the lock first.
-            if time == 1 || words == ["locks", "release"] {
-                terminal.wait_for_times("code: ", time);
-                terminal.type_in("4711\r");
-            }
+        // `release` looks at the lock first.
+        let times = if words == ["locks", "release"] { 2 } else { 1 };
+        for time in 1..=times {
+            terminal.wait_for_times("code: ", time);
+            terminal.type_in("4711\r");
         }
         let end = terminal.wait();
         assert_eq!(end.code(), Some(0), "{words:?}: {}", terminal.whole_screen());
@@ -221,11 +216,7 @@ fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() 
     terminal.wait_for("code: ");
     terminal.type_in("\u{1a}");
     terminal.wait_for("Stopped");
-    world.assert_locked();
-    answer_in_the_foreground(&mut terminal);
-    terminal.type_in("exit\r");
-    terminal.wait();
-    world.assert_unlocked();
+    answer_in_the_foreground(&world, &mut terminal);
 }
 
 /// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
@@ -236,10 +227,7 @@ fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
         let mut shell = world.command("sh");
         shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);
         let mut terminal = Terminal::start(shell);
-        world.wait_for_file("began");
-        world.write("then", "");
-        let terraform = crate::support::process::terraform_below(terminal.pid());
-        nix::sys::signal::kill(terraform, Signal::SIGKILL).unwrap();
+        kill_the_terraform_of(&world, &terminal);
         world.wait_for_file("waits");
         terminal.type_in("\u{3}");
         if keys == 2 {

@@ -245,6 +245,13 @@ impl World {
         self.start(subject, arguments).wait()
     }
 
+    /// Runs a command line in a shell, as somebody types it.
+    pub fn run_in_shell(&self, line: &str) -> super::Ended {
+        let mut shell = self.command("sh");
+        shell.args(["-c", line]);
+        Run::start(shell).wait()
+    }
+
     /// Starts an apply whose provisioner [`WAITS`], and waits until it does.
     #[track_caller]
     pub fn start_apply(&self, subject: Subject) -> Run {
