@@ -5,6 +5,7 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::interrupted_once::slow_to_stop;
 use crate::support::cloud::tool;
 use crate::support::process::tree;
 use crate::support::world::{WAITS, terraform};
@@ -79,15 +80,17 @@ fn bare_a_shim_that_is_told_to_stop_leaves_terraform_alone_with_its_lock() {
 
 #[test]
 fn a_shim_that_dies_takes_no_working_terraform_with_it() {
-    let mut world = World::new(Lock::Both, WAITS);
+    let (mut world, proxy) = slow_to_stop();
     stays_above(&mut world);
     let run = world.start_apply(Subject::Tf);
     let terraform = real_terraform_below(&run);
     kill(shim_of(&run), Signal::SIGKILL).unwrap();
     run.wait_for_out("Interrupt received");
+    // An interrupted terraform ends its provisioner itself. It is still there because its state waits in the proxy.
+    proxy.wait_until_held();
     assert!(!crate::support::household::is_gone(terraform), "{}", world.trace());
     world.assert_locked();
-    world.go();
+    proxy.let_go();
     let end = run.wait();
     assert_eq!(end.signal(), Some(9), "it ends as what it started: {}", world.story(&end));
     assert!(
