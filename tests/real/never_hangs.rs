@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
+use crate::interrupted_once::slow_to_stop;
 use crate::support::household::{Sweep, home, wait_until_ours_are_gone, wait_until_unlocked};
 use crate::support::world::{UNSET, WAITS};
 use crate::support::{Lock, Subject, World};
@@ -37,17 +38,18 @@ fn a_stop_timeout_of_any_length_neither_ends_tf_nor_kills_terraform() {
 #[test]
 fn a_guardian_with_a_stop_timeout_of_any_length_releases_the_lock() {
     for timeout in FOR_EVER {
-        let mut world = World::new(Lock::DynamoDb, WAITS);
+        let (mut world, proxy) = slow_to_stop();
         world.set("TFW_STOP_TIMEOUT", timeout);
         let _sweep = Sweep(home(&world));
         let run = world.start_apply(Subject::Tf);
         // The guardian's clock runs from the request as well.
         run.send(Signal::SIGTERM);
-        world.wait_for_trace("Request: [Interrupt");
+        // Terraform ends its provisioner itself. It is still there because its state waits in the proxy.
+        proxy.wait_until_held();
         run.send(Signal::SIGKILL);
         assert_eq!(run.wait().signal(), Some(9));
         world.wait_for_trace("guardian: tf is gone");
-        world.go();
+        proxy.let_go();
         wait_until_unlocked(&world);
         wait_until_ours_are_gone(&world);
     }
