@@ -4,17 +4,17 @@
 //! The whole story is in [`main`]; ARCHITECTURE.md has the map.
 
 mod another_tf;
+mod aws;
+mod cleanup;
 mod commands;
 mod crash_point;
-mod event_command;
-mod history;
 mod holder;
+mod journal;
 mod json;
 mod lock;
 mod panics;
-mod report;
-mod run;
 mod settings;
+mod supervise;
 mod sys;
 mod terraform;
 mod time;
@@ -24,8 +24,9 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use run::{Invocation, NotSupervised, outcome, step_outputs};
+use cleanup::messages;
 use settings::Settings;
+use supervise::{Invocation, NotSupervised, outcome, step_outputs};
 use terraform::binary;
 use terraform::command_line::CommandLine;
 
@@ -66,7 +67,7 @@ fn main() -> ExitCode {
     if let Some(path) = &settings.log {
         trace::open(Path::new(path));
     }
-    match run::supervise(&invocation, &settings) {
+    match supervise::supervise(&invocation, &settings) {
         Ok(ended) if invocation.terraform.for_a_step => {
             ExitCode::from(outcome::end_as(step_outputs::end_of_step(ended)))
         }
@@ -98,11 +99,11 @@ fn become_terraform(invocation: &Invocation) -> ExitCode {
 }
 
 fn could_not_run(invocation: &Invocation, error: &std::io::Error) -> ExitCode {
-    report::say(&report::cannot_run(&invocation.terraform.path, error));
+    messages::say(&messages::cannot_run(&invocation.terraform.path, error));
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN })
 }
 
 fn refuse(reason: &dyn std::fmt::Display, code: u8) -> ExitCode {
-    report::say(&report::cannot_start(reason));
+    messages::say(&messages::cannot_start(reason));
     ExitCode::from(code)
 }

@@ -2,11 +2,11 @@
 
 use std::io::BufRead;
 
-use crate::report;
+use crate::cleanup::messages;
 
 /// Whether the person at the terminal answers `question` with the word yes. Nothing shorter is taken for one.
 pub(super) fn is_given(question: &str) -> bool {
-    report::say(&format!("{question} Only \"yes\" is taken for one:"));
+    messages::say(&format!("{question} Only \"yes\" is taken for one:"));
     let mut answer = String::new();
     let read = std::io::stdin().lock().read_line(&mut answer);
     read.is_ok() && answer.trim() == "yes"

@@ -12,9 +12,9 @@ use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
 use super::staleness::Staleness;
 use super::{Finding, inventory};
+use crate::cleanup::messages;
 use crate::holder::evidence::Verdict;
 use crate::json;
-use crate::report;
 use crate::settings;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -141,7 +141,7 @@ impl Audit {
                 }
                 count.scanned = inventory.states;
                 if let Some(why) = inventory.incomplete {
-                    report::say(&why);
+                    messages::say(&why);
                     count.complete = false;
                 }
             } else {
@@ -158,13 +158,13 @@ impl Audit {
                 }
             }
             if count.unread > 0 {
-                report::say(&not_whole(count.unread));
+                messages::say(&not_whole(count.unread));
             }
             count.scan_seconds = begun.elapsed().as_secs_f64();
             if self.json {
-                report::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
+                messages::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
             } else if self.prometheus {
-                report::print(&count.metrics());
+                messages::print(&count.metrics());
             }
             // What is no lock keeps every run out, however old it is.
             Ok(match (count.stale + count.unreadable - count.unread, count.complete) {

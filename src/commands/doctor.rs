@@ -7,14 +7,16 @@ use jiff::Timestamp;
 
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, fix_digest, inventory};
-use crate::lock::failure::Failure;
+use crate::aws::connect;
+use crate::aws::failure::Failure;
+use crate::cleanup::messages;
+use crate::cleanup::messages::{length_of_time, quoted, visible};
+use crate::journal::known_programs::Program;
+use crate::journal::runs::Journal;
+use crate::journal::state_directory::StateDirectory;
 use crate::lock::probe::{self, Attempt, IfMatch, IfNoneMatch};
 use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
-use crate::lock::{aws, digest, dynamodb, s3};
-use crate::report::{self, length_of_time, quoted, visible};
-use crate::run::journal::Journal;
-use crate::run::program::Program;
-use crate::run::state_directory::StateDirectory;
+use crate::lock::{digest, dynamodb, s3};
 use crate::sys::lock_file;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -68,9 +70,9 @@ impl Findings {
             Health::Note => "note ",
             Health::Wrong => "WRONG",
         };
-        report::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
+        messages::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
         if !next.is_empty() {
-            report::print(&format!("       {}", next.replace('\n', "\n       ")));
+            messages::print(&format!("       {}", next.replace('\n', "\n       ")));
         }
     }
 
@@ -226,7 +228,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     } else {
         findings.ok("backend", &format!("{state}, workspace {}; lock: {locks}", visible(workspace)));
     }
-    match aws::identity(&directory.backend).await {
+    match connect::identity(&directory.backend).await {
         Ok(arn) => findings.ok("credentials", &visible(&arn)),
         // A release does not need that answer; one that needs credentials is tried below.
         Err(reason) => {
@@ -297,8 +299,8 @@ fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Opti
             ),
             &format!(
                 "once you know that nobody needs it, type: {} {}",
-                report::locks_command(report::RELEASE_NO_LOCK, other(directory).as_deref(), None),
-                report::argument(&place.path())
+                messages::locks_command(messages::RELEASE_NO_LOCK, other(directory).as_deref(), None),
+                messages::argument(&place.path())
             ),
         );
     }
@@ -447,8 +449,8 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                 if locked {
                     findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
                 } else {
-                    let words = format!("doctor{}", report::option("--fix-digest", &state.workspace));
-                    let command = report::locks_command(&words, other(directory).as_deref(), None);
+                    let words = format!("doctor{}", messages::option("--fix-digest", &state.workspace));
+                    let command = messages::locks_command(&words, other(directory).as_deref(), None);
                     findings.wrong(&name, &text, &format!("type: {command}"));
                 }
             }
@@ -468,7 +470,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     }
     findings.wrong(
         "errored.tfstate",
-        &format!("it lies there: {}", report::ERRORED_STATE),
-        &report::push_errored_state("terraform", other(directory).as_deref()),
+        &format!("it lies there: {}", messages::ERRORED_STATE),
+        &messages::push_errored_state("terraform", other(directory).as_deref()),
     );
 }

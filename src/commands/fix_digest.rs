@@ -18,16 +18,17 @@ use serde_json::json;
 use super::inventory::{self, State};
 use super::reach::{Directory, Reach, Target, Trouble, Where};
 use super::{Finding, agreement};
-use crate::lock::access;
-use crate::lock::credentials::Purpose;
+use crate::aws::access;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::Failure;
+use crate::cleanup::messages;
+use crate::cleanup::messages::{length_of_time, quoted, visible};
+use crate::journal::pending_requests::{Graveyard, Tombstone};
+use crate::journal::runs::{Entry, Journal, Record};
+use crate::journal::state_directory::StateDirectory;
 use crate::lock::digest::{self, Comparison};
-use crate::lock::failure::Failure;
 use crate::lock::stores::{Removed, Spot, Stores};
 use crate::lock::{dynamodb, s3};
-use crate::report::{self, length_of_time, quoted, visible};
-use crate::run::journal::{Entry, Journal, Record};
-use crate::run::state_directory::StateDirectory;
-use crate::run::tombstone::{Graveyard, Tombstone};
 use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::{Halves, RecordedLock};
@@ -46,7 +47,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
         let compared = compare(&stores, &state).await?;
         let name = visible(&state.path());
         if compared.fits() {
-            report::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
+            messages::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
             return Ok(Finding::Nothing);
         }
         let now = Timestamp::now();
@@ -56,7 +57,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
         let has = compared.computed.as_deref().unwrap_or(
             "none, for there is no state: if there should be one, bring it back first (its bucket may keep old versions)",
         );
-        report::print(&format!(
+        messages::print(&format!(
             "state     {name}{written}\nrecorded  {}\nit has    {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
@@ -65,14 +66,14 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
             None => ("delete the digest", "Delete the digest, so that terraform begins with an empty state?"),
         };
         if dry_run {
-            report::print(&format!("would {what}"));
+            messages::print(&format!("would {what}"));
             return Ok(Finding::Stale);
         }
         if !yes && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said(format!("nobody is there to ask: add --yes to {what}")));
         }
         if !yes && !agreement::is_given(question) {
-            report::say("it was left alone");
+            messages::say("it was left alone");
             return Ok(Finding::Failed);
         }
         agreed = Some((directory, state, compared));
@@ -191,7 +192,11 @@ impl<'a> Work<'a> {
             (kept, Err(why)) => {
                 let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
                 let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
-                report::say(&format!("the lock {} was not given back: {}\n{next}{more}", self.info.id, visible(&why)));
+                messages::say(&format!(
+                    "the lock {} was not given back: {}\n{next}{more}",
+                    self.info.id,
+                    visible(&why)
+                ));
                 return done.map(|_| Finding::Failed);
             }
         }
@@ -262,7 +267,7 @@ impl<'a> Work<'a> {
     async fn write(&self, stores: &Stores) -> Result<Finding, Trouble> {
         let now = compare(stores, &self.state).await?;
         if now.fits() {
-            report::print("it fits by now: somebody has mended it, or it was being written");
+            messages::print("it fits by now: somebody has mended it, or it was being written");
             return Ok(Finding::Nothing);
         }
         if now != self.shown {
@@ -289,7 +294,7 @@ impl<'a> Work<'a> {
                 return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
             }
         }
-        report::print(&match now.computed {
+        messages::print(&match now.computed {
             Some(new) => format!("recorded {new}"),
             None => "deleted the digest".to_owned(),
         });
@@ -331,7 +336,7 @@ impl<'a> Work<'a> {
 fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
     let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
     let journal = Journal::open(&place).ok()?;
-    let run = crate::run::run_id();
+    let run = crate::supervise::run_id();
     let (access, mut surroundings) = access::of_run([&directory.backend]);
     surroundings.identify(&run, &access, &[&directory.backend]);
     let mut record = Record {

@@ -4,9 +4,9 @@ use jiff::Timestamp;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
+use crate::cleanup::messages::{CLOCK_SLACK, visible};
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lock::stores::{Spot, Standing};
-use crate::report::{CLOCK_SLACK, visible};
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 

@@ -5,9 +5,11 @@ use serde::Serialize;
 
 use super::Finding;
 use super::reach::Trouble;
-use crate::history::{self, By, Event, What};
+use crate::cleanup::messages;
+use crate::cleanup::messages::visible;
+use crate::journal::history;
+use crate::journal::history::{By, Event, What};
 use crate::json;
-use crate::report::{self, visible};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks history
@@ -34,14 +36,14 @@ impl History {
         let (events, unreadable) = history::read();
         if self.json {
             let text = json::to_string(&All { events: &events, unreadable });
-            report::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
+            messages::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
             return Ok(Finding::Nothing);
         }
         for event in &events {
-            report::print(&line(event));
+            messages::print(&line(event));
         }
         if unreadable > 0 {
-            report::say(&format!("{unreadable} lines of the history cannot be read, and are not shown"));
+            messages::say(&format!("{unreadable} lines of the history cannot be read, and are not shown"));
         }
         Ok(Finding::Nothing)
     }

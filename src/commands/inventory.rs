@@ -13,10 +13,10 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::found::{Entry, Wanted, pair};
 use super::reach::{Directory, Trouble};
 use super::staleness::Staleness;
+use crate::cleanup::messages;
 use crate::holder::host::Host;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, Spot, Stores};
-use crate::report;
 
 /// So many requests are on their way at once.
 const AT_ONCE: usize = 8;
@@ -106,7 +106,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     let mut entries: Vec<Entry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &Host::look());
     if unseen.get() {
-        report::say(UNSEEN);
+        messages::say(UNSEEN);
     }
     Ok(Inventory { entries, states: looked, incomplete })
 }
@@ -141,7 +141,7 @@ pub(super) fn around_workspaces(directory: &Directory) -> Option<(String, String
 }
 
 /// The names of workspaces that the bucket tells of: by a state, or by a lock.
-async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::lock::failure::Failure> {
+async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::aws::failure::Failure> {
     let Some((prefix, behind)) = around_workspaces(directory) else { return Ok(Vec::new()) };
     let mut names = Vec::new();
     let mut pages = s3::keys(&stores.s3, &directory.bucket, &prefix);

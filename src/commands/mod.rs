@@ -30,10 +30,11 @@ use std::os::unix::ffi::OsStrExt;
 use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
-use crate::run::outcome;
+use crate::cleanup::messages;
+use crate::journal::event_command;
+use crate::supervise::outcome;
 use crate::sys::environment;
 use crate::sys::wait::Ended;
-use crate::{event_command, report};
 use reach::Trouble;
 
 /// What a command found.
@@ -151,31 +152,31 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Shim(shim) => shim.run(),
         },
         Err(error) if error.use_stderr() => {
-            report::say(error.render().to_string().trim_end());
+            messages::say(error.render().to_string().trim_end());
             return Finding::Failed.code();
         }
         Err(help) => {
-            report::print(&help.render().to_string());
+            messages::print(&help.render().to_string());
             Ok(Finding::Nothing)
         }
     };
     let finding = found.unwrap_or_else(|trouble| match trouble {
         Trouble::ReaderGone => Finding::Stopped(Signal::SIGPIPE),
         trouble => {
-            report::say(&trouble.to_string());
+            messages::say(&trouble.to_string());
             Finding::Failed
         }
     });
     // What nobody could read is no answer, whatever it was.
-    match report::print_failure() {
+    match messages::print_failure() {
         None => finding.code(),
         Some(ErrorKind::BrokenPipe) => Finding::Stopped(Signal::SIGPIPE).code(),
         Some(ErrorKind::NotConnected) => {
-            report::say(report::STDOUT_CLOSED);
+            messages::say(messages::STDOUT_CLOSED);
             Finding::Failed.code()
         }
         Some(kind) => {
-            report::say(&format!("the result could not be written: {kind}"));
+            messages::say(&format!("the result could not be written: {kind}"));
             Finding::Failed.code()
         }
     }
@@ -238,7 +239,7 @@ mod tests {
             files.insert(Path::new("man").join(page.file_name().unwrap()), std::fs::read(&page).unwrap());
         }
         files.insert("docs/backends.md".into(), crate::terraform::other_backends::document().into_bytes());
-        files.insert("docs/backend-s3.md".into(), crate::lock::attributes::document().into_bytes());
+        files.insert("docs/backend-s3.md".into(), crate::aws::attributes::document().into_bytes());
         files
     }
 

@@ -9,10 +9,11 @@ use jiff::Timestamp;
 use unicode_width::UnicodeWidthStr;
 
 use super::found::{Entry, Found, Unreadable};
+use crate::cleanup::messages;
+use crate::cleanup::messages::{ellipsis, length_of_time, visible};
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lock::stores::Spot;
-use crate::report::{self, ellipsis, length_of_time, visible};
 
 /// Where locks are shown.
 pub(super) enum Output {
@@ -73,7 +74,7 @@ impl Output {
     /// # Errors
     /// No place for a temporary file.
     pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
-        report::stdout_is_open()?;
+        messages::stdout_is_open()?;
         let terminal = Term::stdout();
         if json {
             let out = BufWriter::new(io::stdout());

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use crate::lock::aws::Unreachable;
-use crate::lock::credentials::Purpose;
-use crate::lock::failure::{Cause, Failure};
+use crate::aws::connect::Unreachable;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::{Cause, Failure};
+use crate::cleanup::messages;
+use crate::cleanup::messages::visible;
 use crate::lock::stores::Stores;
-use crate::report::{self, visible};
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -109,7 +110,7 @@ impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Self::ReaderGone,
-            io::ErrorKind::NotConnected => Self::Said(report::STDOUT_CLOSED.to_owned()),
+            io::ErrorKind::NotConnected => Self::Said(messages::STDOUT_CLOSED.to_owned()),
             _ => Self::Said(format!("the result could not be written: {error}")),
         }
     }
@@ -180,11 +181,11 @@ impl Where {
             ("--endpoint-url", &self.endpoint_url),
         ] {
             if let Some(value) = value {
-                command.push_str(&report::option(option, value));
+                command.push_str(&messages::option(option, value));
             }
         }
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
-        report::in_workspace(workspace.as_deref(), &command)
+        messages::in_workspace(workspace.as_deref(), &command)
     }
 
     /// A working directory, the current one if none is named.

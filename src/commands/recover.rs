@@ -6,8 +6,10 @@ use clap::Args;
 use super::Finding;
 use super::reach::Trouble;
 use crate::another_tf;
-use crate::report::{self, visible};
-use crate::run::recovery::{self, Forgotten, Request};
+use crate::cleanup::messages;
+use crate::cleanup::messages::visible;
+use crate::cleanup::recovery;
+use crate::cleanup::recovery::{Forgotten, Request};
 use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -45,7 +47,7 @@ impl Recover {
             return forget(what);
         }
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
-        let say = if self.say { report::say } else { report::print };
+        let say = if self.say { messages::say } else { messages::print };
         let request = Request {
             dry_run: self.dry_run,
             only: self.run.as_deref(),
@@ -67,7 +69,7 @@ impl Recover {
 fn forget(what: &str) -> Result<Finding, Trouble> {
     match recovery::forget(what) {
         Forgotten::Yes(pid) => {
-            report::print(&format!(
+            messages::print(&format!(
                 "dropped the record of {what}, which a run here (pid {pid}) left; nothing was released"
             ));
             Ok(Finding::Nothing)

@@ -13,11 +13,13 @@ use super::found::{Entry, Found, Unreadable};
 use super::reach::{Reach, Trouble, Where};
 use super::staleness::Staleness;
 use super::{Finding, agreement, show};
-use crate::history::{self, By, Event, What};
+use crate::cleanup::messages;
+use crate::cleanup::messages::{visible, visible_whole};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
+use crate::journal::history;
+use crate::journal::history::{By, Event, What};
 use crate::lock::stores::{Removed, Spot, Standing};
-use crate::report::{self, visible, visible_whole};
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -104,7 +106,7 @@ impl Release {
             }
             let terminal = std::io::stdin().is_terminal();
             let step = decide(lock.verdict(), self.force.is_some(), self.yes, terminal);
-            report::print(&show::description(&lock, Timestamp::now()));
+            messages::print(&show::description(&lock, Timestamp::now()));
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
             }
@@ -117,28 +119,28 @@ impl Release {
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
                 Step::Ask => {
-                    report::say("it was left alone");
+                    messages::say("it was left alone");
                     Ok(Finding::Failed)
                 }
             };
             match (released, junk.first()) {
                 // Terraform is locked out all the same.
                 (Ok(Finding::Nothing), Some(first)) => {
-                    report::say(&report::barred(
+                    messages::say(&messages::barred(
                         &first.place.describe(),
                         &first.reason,
-                        &self.place.command(report::RELEASE_NO_LOCK),
+                        &self.place.command(messages::RELEASE_NO_LOCK),
                         &first.place.path(),
                     ));
                     Ok(Finding::Failed)
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
-                    report::say(&format!(
+                    messages::say(&format!(
                         "another lock stood in its other place, and keeps every run out as long as it stands: ID {}\nfor \
                          everything that is known of it, type: {} {}",
                         visible(rival),
                         self.place.command("show"),
-                        report::argument(rival)
+                        messages::argument(rival)
                     ));
                     Ok(Finding::Failed)
                 }
@@ -150,7 +152,7 @@ impl Release {
     /// Removes what is no lock, after a question, on condition that it is what was read.
     async fn remove(&self, reach: &Reach, junk: &[Unreadable]) -> Result<Finding, Trouble> {
         for junk in junk {
-            report::print(&show::description_of_junk(junk));
+            messages::print(&show::description_of_junk(junk));
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
             return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
@@ -162,14 +164,14 @@ impl Release {
             )));
         }
         if self.dry_run {
-            report::print("it would be released once you agree");
+            messages::print("it would be released once you agree");
             return Ok(Finding::Stale);
         }
         if !self.yes && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said("not released: nobody is there to ask: add --yes to release it".into()));
         }
         if !self.yes && !agreement::is_given(NO_LOCK) {
-            report::say("it was left alone");
+            messages::say("it was left alone");
             return Ok(Finding::Failed);
         }
         for Unreadable { place, reason, standing } in junk {
@@ -183,10 +185,10 @@ impl Release {
                     let event =
                         Event::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
-                    report::print(&format!("released {shown}"));
+                    messages::print(&format!("released {shown}"));
                 }
                 Ok(Removed::Anothers) => {
-                    report::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
+                    messages::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
                     return Ok(Finding::Failed);
                 }
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&shown)),
@@ -198,8 +200,8 @@ impl Release {
 
     fn dry(&self, lock: &Found, step: Step) -> Finding {
         match step {
-            Step::Finish | Step::Delete => report::print("it would be released"),
-            Step::Ask => report::print("it would be released once you agree"),
+            Step::Finish | Step::Delete => messages::print("it would be released"),
+            Step::Ask => messages::print("it would be released once you agree"),
             Step::Refuse => return self.refuse(lock),
         }
         Finding::Stale
@@ -221,7 +223,7 @@ impl Release {
                 format!("not released: nothing proves that its holder is dead ({reason})")
             }
         };
-        report::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
+        messages::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
         Finding::Failed
     }
 
@@ -237,7 +239,7 @@ impl Release {
                 still |= read(reach, spot).await?.as_ref() == Some(standing);
             }
             if still {
-                report::say("its run was not finished; what was said above tells why");
+                messages::say("its run was not finished; what was said above tells why");
                 return Ok(Finding::Failed);
             }
             return Ok(Finding::Nothing);
@@ -282,18 +284,18 @@ impl Release {
         }
         let agreed = matches!(lock.verdict(), Verdict::Dead | Verdict::LikelyDead);
         self.remember(if agreed { What::Released } else { What::Forced }, lock);
-        report::print(&format!("released the lock {}", visible(&lock.info.id)));
+        messages::print(&format!("released the lock {}", visible(&lock.info.id)));
         Ok(Finding::Nothing)
     }
 
     /// Another lock stands there by now.
     async fn changed(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
-        report::say("it changed in between, and what stands there now was left alone:");
+        messages::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
         match choose(reach, Some(&path), false).await {
-            Ok(Choice::Lock(now, _)) => report::print(&show::description(&now, Timestamp::now())),
-            Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| report::print(&show::description_of_junk(junk))),
-            Err(trouble) => report::say(&trouble.to_string()),
+            Ok(Choice::Lock(now, _)) => messages::print(&show::description(&now, Timestamp::now())),
+            Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| messages::print(&show::description_of_junk(junk))),
+            Err(trouble) => messages::say(&trouble.to_string()),
         }
         Ok(Finding::Failed)
     }

@@ -23,11 +23,12 @@ use super::found::{Entry, Unreadable, Wanted, pair};
 use super::output::{Output, Shown};
 use super::reach::{Target, Trouble};
 use super::staleness::Staleness;
+use crate::aws::failure::Failure;
+use crate::cleanup::messages;
+use crate::cleanup::messages::visible;
 use crate::holder::host::Host;
-use crate::lock::failure::Failure;
 use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
 use crate::lock::{dynamodb, s3};
-use crate::report::{self, visible};
 use crate::sys::signals::Signals;
 
 /// How fast a table may be read.
@@ -176,7 +177,7 @@ impl Scan {
         order.rest(output)?;
         if scanned.stopped.is_some() {
             let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
-            report::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
+            messages::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
         }
         Ok(scanned)
     }
@@ -190,7 +191,7 @@ impl Scan {
                     Ok(description) => Some(description),
                     Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
-                        report::say(&format!(
+                        messages::say(&format!(
                             "what {} can give is not known (dynamodb:DescribeTable is missing): it is read slowly, {rate} \
                              units a second; --rate changes that",
                             visible(table)

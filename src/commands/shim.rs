@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::Finding;
 use super::own_path::{self, same_file};
 use super::reach::Trouble;
-use super::{Finding, report};
+use crate::cleanup::messages;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks shim ~/.local/share/tf/shim
@@ -86,7 +87,7 @@ impl Shim {
             symlink(own, link).map_err(|error| format!("{}: {error}", link.display()))?;
         }
         for link in links {
-            report::print(&format!("{} -> {}", link.display(), own.display()));
+            messages::print(&format!("{} -> {}", link.display(), own.display()));
         }
         Ok(())
     }

@@ -9,8 +9,9 @@ use super::choose::{Choice, choose};
 use super::found::{Entry, Found, Unreadable};
 use super::output::{End, Output, Widths};
 use super::reach::{Trouble, Where};
+use crate::cleanup::messages;
+use crate::cleanup::messages::{argument, length_of_time, visible, visible_whole};
 use crate::holder::evidence::Verdict;
-use crate::report::{self, argument, length_of_time, visible, visible_whole};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock that stands for this directory
@@ -49,17 +50,17 @@ impl Show {
                 output.end(End { complete: true, scanned: 1 })?;
             } else {
                 if let Some(lock) = &lock {
-                    report::print(&description(lock, Timestamp::now()));
-                    report::print(&next_step(lock, &self.place));
+                    messages::print(&description(lock, Timestamp::now()));
+                    messages::print(&next_step(lock, &self.place));
                 }
                 if let Some(first) = junk.first() {
                     for junk in &junk {
-                        report::print(&description_of_junk(junk));
+                        messages::print(&description_of_junk(junk));
                     }
                     let path = argument(&first.place.path());
-                    report::print(&format!(
+                    messages::print(&format!(
                         "it keeps every run out; once you know that nobody needs it, type: {} {path}",
-                        self.place.command(report::RELEASE_NO_LOCK)
+                        self.place.command(messages::RELEASE_NO_LOCK)
                     ));
                 }
             }
@@ -89,7 +90,7 @@ pub(super) fn next_step(lock: &Found, place: &Where) -> String {
                 who if who.is_empty() => "its Who is empty".to_owned(),
                 who => format!("ask {who}"),
             };
-            let force = report::option("--force", &visible_whole(&lock.info.id));
+            let force = messages::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
             format!("{ask}; once you know that nobody works there, type: {release}{force}{path}")
         }

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use jiff::Timestamp;
 
 use super::evidence::{Claim, Judgement, Seen, Suspect, judge};
+use crate::journal::pending_requests::Graveyard;
+use crate::journal::runs::{Found, Journal, Record};
+use crate::journal::state_directory::StateDirectory;
 use crate::lock::proof::{self, Run};
-use crate::run::journal::{Found, Journal, Record};
-use crate::run::state_directory::StateDirectory;
-use crate::run::tombstone::Graveyard;
 use crate::sys::plain_host;
 use crate::sys::process::{self, Process};
 use crate::terraform::binary::LARGE;

@@ -7,9 +7,9 @@ use std::fmt::Write as _;
 use jiff::Timestamp;
 use md5::{Digest as _, Md5};
 
-use super::failure::Failure;
 use super::stores::Stores;
 use super::{dynamodb, s3};
+use crate::aws::failure::Failure;
 
 /// A state, and what is recorded of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

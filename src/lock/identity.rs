@@ -23,11 +23,13 @@ use aws_sdk_s3::presigning::PresigningConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::access::{Access, Surroundings};
-use super::credentials::{self, Owner, Purpose};
 use super::place::Place;
 use super::stores::Stores;
-use super::{aws, digest};
+use crate::aws::access::{Access, Surroundings};
+use crate::aws::connect;
+use crate::aws::credentials;
+use crate::aws::credentials::{Owner, Purpose};
+use crate::lock::digest;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::log::Halves;
 use crate::trace::trace;
@@ -73,20 +75,20 @@ impl Identity {
     /// Those that `backend` has at this moment.
     pub(crate) fn now(run: &str, backend: &CachedBackend) -> Self {
         // Reading files is all that is asynchronous in it, and the SDK reads them in place (aws-types, os_shim_internal).
-        let sections = at_once(aws::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
-        Self::new(run, backend, sections.as_ref().map_err(String::as_str), aws::set)
+        let sections = at_once(connect::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
+        Self::new(run, backend, sections.as_ref().map_err(String::as_str), connect::set)
     }
 
     /// The same as far as it is known without reading a file: for a record that must be there before terraform starts.
-    pub(super) fn without_files(run: &str, backend: &CachedBackend) -> Self {
-        let identity = Self::new(run, backend, Err("they are read later"), aws::set);
+    pub(crate) fn without_files(run: &str, backend: &CachedBackend) -> Self {
+        let identity = Self::new(run, backend, Err("they are read later"), connect::set);
         // What a profile says of endpoints is not known.
         Self { reach: None, ..identity }
     }
 
     /// Those that a run of terraform has that is about to start. It refuses to work in any other account than those that
     /// are allowed (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
-    pub(super) fn at_start(run: &str, backend: &CachedBackend) -> Self {
+    pub(crate) fn at_start(run: &str, backend: &CachedBackend) -> Self {
         let mut identity = Self::now(run, backend);
         if let (None, [only]) = (&identity.account, backend.strings("allowed_account_ids").as_slice())
             && is_account(only)
@@ -229,7 +231,7 @@ impl Reached {
         let relation = relation(&self.then(&place.backend), &Identity::now(&self.run, &place.backend));
         let same = match &relation {
             Relation::Same => true,
-            Relation::Ask(account) => aws::account(&place.backend).await.as_ref() == Some(account),
+            Relation::Ask(account) => connect::account(&place.backend).await.as_ref() == Some(account),
             Relation::Another | Relation::Unknown => false,
         };
         if settles(same, halves, Evidence::default()) {
@@ -313,7 +315,7 @@ mod tests {
         let backend = backend(block);
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
         let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
-        let name = aws::profile_name(&backend, set);
+        let name = connect::profile_name(&backend, set);
         let (fs, env) = (Fs::real(), Env::from_slice(&[]));
         let sections = at_once(aws_config::profile::load(&fs, &env, &files, name.map(Into::into))).unwrap().unwrap();
         Identity::new("run", &backend, Ok(&sections), set)

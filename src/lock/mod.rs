@@ -2,20 +2,12 @@
 //!
 //! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
 
-pub(crate) mod access;
-pub(crate) mod attributes;
-pub(crate) mod aws;
-mod causes;
-pub(crate) mod credentials;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
-pub(crate) mod failure;
 pub(crate) mod identity;
-mod network;
 pub(crate) mod place;
 pub(crate) mod probe;
 pub(crate) mod proof;
-mod proxies;
 pub(crate) mod release;
 pub(crate) mod s3;
 pub(crate) mod stores;

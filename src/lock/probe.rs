@@ -6,8 +6,8 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
 
-use super::failure::Failure;
 use super::{dynamodb, s3};
+use crate::aws::failure::Failure;
 
 /// What no lock is: the condition of a delete that must not delete anything.
 const NO_LOCK: &str = "tf locks doctor: no lock has this text";

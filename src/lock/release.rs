@@ -16,16 +16,17 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::credentials::Purpose;
 use super::digest::Comparison;
-use super::failure::{Cause, Failure};
 use super::identity::Reached;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
 use super::stores::{Removed, Spot, Standing, Stores};
-use super::{aws, digest, dynamodb, s3};
+use crate::aws::connect;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::{Cause, Failure};
+use crate::cleanup::messages;
 use crate::crash_point;
-use crate::report;
+use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
@@ -187,7 +188,7 @@ struct Services<'a> {
 }
 
 impl<'a> Services<'a> {
-    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, aws::Unreachable> {
+    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, connect::Unreachable> {
         let stores = Stores::connect(&place.backend, purpose).await?;
         Ok(Self { place, halves: place.spots(&stores), stores })
     }
@@ -257,7 +258,7 @@ fn within<T>(
 ) -> impl Future<Output = Result<T, Failure>> {
     let work = Box::pin(work);
     async move {
-        let failed = || Failure::no_answer(service, &format!("no answer within {}", report::length_of_time(limit)));
+        let failed = || Failure::no_answer(service, &format!("no answer within {}", messages::length_of_time(limit)));
         timeout(limit, work).await.unwrap_or_else(|_| Err(failed()))
     }
 }
@@ -304,7 +305,7 @@ pub(crate) async fn release(
                     return Outcome::failed(&failure, part);
                 }
                 if failure.cause() == Cause::ExpiredCredentials && !std::mem::replace(&mut attempt.renewed, true) {
-                    aws::forget_credentials(&place.backend);
+                    connect::forget_credentials(&place.backend);
                 }
                 sleep(interval).await;
                 interval = (interval * 2).min(LONGEST_INTERVAL);
@@ -315,12 +316,14 @@ pub(crate) async fn release(
 
 /// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
 /// than a service may. A service that gives them and is silent is asked for `limit`.
-async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), aws::Unreachable> {
+async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), connect::Unreachable> {
     let begun = Instant::now();
     let mut interval = LOOK;
     loop {
         match Services::connect(place, purpose).await {
-            Err(aws::Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
+            Err(connect::Unreachable::Silent(why))
+                if purpose == Purpose::Work && begun.elapsed() + interval < limit =>
+            {
                 trace!("no credentials: {why}");
                 sleep(interval).await;
                 interval = (interval * 2).min(LONGEST_INTERVAL);
@@ -331,9 +334,9 @@ async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result
 }
 
 /// What a lock comes to whose services cannot be reached as the backend says.
-fn unreached(unreachable: &aws::Unreachable) -> Outcome {
+fn unreached(unreachable: &connect::Unreachable) -> Outcome {
     let because = match unreachable {
-        aws::Unreachable::Credentials(_) => Because::NoCredentials,
+        connect::Unreachable::Credentials(_) => Because::NoCredentials,
         unreachable if unreachable.may_pass() => Because::NoAnswer,
         _ => Because::Doubt,
     };
@@ -503,9 +506,9 @@ async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Op
     Ok(None)
 }
 
-fn unreachable(error: &aws::Unreachable) -> Failure {
+fn unreachable(error: &connect::Unreachable) -> Failure {
     match error {
-        aws::Unreachable::Silent(why) => Failure::no_answer("AWS", why),
+        connect::Unreachable::Silent(why) => Failure::no_answer("AWS", why),
         error => Failure::refusal("AWS", &error.to_string()),
     }
 }
@@ -577,7 +580,7 @@ impl Attempt<'_> {
             if round.needs_quiet {
                 windows += 1;
                 if windows > MOST_WINDOWS {
-                    return Ok(Outcome::later(report::COMES_AND_GOES));
+                    return Ok(Outcome::later(messages::COMES_AND_GOES));
                 }
                 self.write = wait_for_quiet(&services, self.recorded, &self.situation.run).await?;
                 // The service answered all that time: patience begins anew.
@@ -642,7 +645,7 @@ impl Attempt<'_> {
             return Outcome::Kept { reason, because: Because::NoLock };
         }
         if !is_proven {
-            return Outcome::later(report::COMES_AND_GOES);
+            return Outcome::later(messages::COMES_AND_GOES);
         }
         if !self.deleted {
             let excluded = round.excluded > 0 && round.excluded == services.halves.len();
@@ -731,7 +734,7 @@ impl Attempt<'_> {
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
     let Some(table) = &services.place.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
-        Ok(described) if described.last_writer_wins() => Ok(Some(report::global_table(table, &described.replicas))),
+        Ok(described) if described.last_writer_wins() => Ok(Some(messages::global_table(table, &described.replicas))),
         Err(failure) if !failure.is_final() => Err(failure),
         Ok(_) | Err(_) => Ok(None),
     }
@@ -780,7 +783,7 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.uploading || recorded.unlocking;
-    report::say(&if is_write { report::waiting_for_write(QUIET) } else { report::waiting_for_undo(QUIET) });
+    messages::say(&if is_write { messages::waiting_for_write(QUIET) } else { messages::waiting_for_undo(QUIET) });
     let begun = Instant::now();
     let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
     let mut write = Write::Quiet;

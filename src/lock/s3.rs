@@ -18,8 +18,8 @@ use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::failure::{Failure, NoAnswer};
 use super::release::Deleted;
+use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
 /// No lock is longer.
@@ -39,8 +39,11 @@ pub(crate) struct Object {
 /// A client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
-    let endpoint =
-        super::aws::endpoint(backend, ["endpoints.s3", "endpoint"], ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"]);
+    let endpoint = crate::aws::connect::endpoint(
+        backend,
+        ["endpoints.s3", "endpoint"],
+        ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
+    );
     if let Some(endpoint) = endpoint {
         builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
@@ -72,7 +75,8 @@ impl std::fmt::Debug for CustomerKey {
 impl CustomerKey {
     fn of(backend: &CachedBackend) -> Option<Self> {
         let key = backend.string("sse_customer_key").map(ToOwned::to_owned);
-        let key = key.or_else(|| super::aws::set("AWS_SSE_CUSTOMER_KEY")).filter(|_| backend.flag("encrypt"))?;
+        let key =
+            key.or_else(|| crate::aws::connect::set("AWS_SSE_CUSTOMER_KEY")).filter(|_| backend.flag("encrypt"))?;
         let raw = base64::decode(&key).ok()?;
         Some(Self { md5: base64::encode(Md5::digest(&raw)), key })
     }

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::credentials::Purpose;
-use super::failure::Failure;
 use super::release::Deleted;
-use super::{aws, dynamodb, s3};
+use crate::aws::connect;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::Failure;
+use crate::lock::{dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 
@@ -133,11 +134,11 @@ impl Stores {
     /// Resolves region and credentials. Neither service is asked yet.
     ///
     /// # Errors
-    /// [`aws::Unreachable`].
-    pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, aws::Unreachable> {
-        let config = aws::connect(backend, purpose).await?;
+    /// [`connect::Unreachable`].
+    pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, connect::Unreachable> {
+        let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
-        let region = region.ok_or(aws::Unreachable::Region)?;
+        let region = region.ok_or(connect::Unreachable::Region)?;
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 

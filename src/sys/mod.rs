@@ -16,6 +16,7 @@ pub(crate) mod memory;
 pub(crate) mod ownership;
 pub(crate) mod plain_file;
 pub(crate) mod plain_host;
+pub(crate) mod poll;
 pub(crate) mod process;
 pub(crate) mod session;
 pub(crate) mod shell_command;

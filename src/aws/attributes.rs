@@ -1,0 +1,386 @@
+//! Every attribute and variable that decides where an S3 backend's locks are, how they are reached and as whom; and what
+//! `tf` makes of each. The one list: reaching AWS, what the journal may keep, and docs/backend-s3.md come from it.
+//!
+//! Attributes: internal/backend/remote-state/s3/backend.go, `ConfigSchema`, of Terraform 0.15 to 1.15 and OpenTofu 1.6 to
+//! 1.12. Variables: the same file, aws-sdk-go-base, and the AWS SDK for Go. Profile keys: the SDK's config/shared_config.go.
+
+/// Who knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Terraform and OpenTofu.
+    Both,
+    /// Terraform alone.
+    Terraform,
+    /// OpenTofu alone.
+    OpenTofu,
+    /// OpenTofu, and Terraform before 1.10.
+    Removed,
+    /// Versions before 1.8 alone.
+    Gone,
+}
+
+#[cfg(test)]
+impl Known {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Both => "both",
+            Self::Terraform => "Terraform",
+            Self::OpenTofu => "OpenTofu",
+            Self::Removed => "OpenTofu; Terraform up to 1.9",
+            Self::Gone => "both, up to 1.7",
+        }
+    }
+}
+
+/// What `tf` makes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Treatment {
+    /// It is followed.
+    Followed,
+    /// It is followed, and a secret, so that the journal does not keep it.
+    Secret,
+    /// It cannot matter to a release.
+    NoEffect,
+    /// It cannot be followed: the lock is only named, and `doctor` says so before.
+    NotFollowed,
+}
+
+#[cfg(test)]
+impl Treatment {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Followed => "followed",
+            Self::Secret => "followed; never written down",
+            Self::NoEffect => "cannot matter",
+            Self::NotFollowed => "not followed",
+        }
+    }
+}
+
+/// One attribute, variable or profile key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setting {
+    /// Its name; `outer.inner` inside of a nested attribute.
+    pub(crate) name: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
+    pub(crate) known: Known,
+    pub(crate) treatment: Treatment,
+    /// How it is followed, or why it cannot matter.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
+    pub(crate) how: &'static str,
+}
+
+const fn setting(name: &'static str, known: Known, treatment: Treatment, how: &'static str) -> Setting {
+    Setting { name, known, treatment, how }
+}
+
+use Known::{Both, Gone, OpenTofu, Removed, Terraform};
+use Treatment::{Followed, NoEffect, NotFollowed, Secret};
+
+const ROLE: &str = "a parameter of AssumeRole";
+const WEB_ROLE: &str = "a parameter of AssumeRoleWithWebIdentity";
+const ACCOUNTS: &str = "checked by terraform before it locks, nothing is sent";
+const CHECKS: &str = "a check of terraform's before it locks";
+const WRITING: &str = "how terraform writes objects; a release reads and deletes";
+const RETRIES: &str = "how often terraform asks again; a release has its own patience";
+
+/// The attributes of the `backend "s3"` block.
+pub(crate) const ATTRIBUTES: &[Setting] = &[
+    setting("bucket", Both, Followed, "the bucket of the state and of its .tflock; an access point's ARN too"),
+    setting("key", Both, Followed, "the key of the state"),
+    setting(
+        "workspace_key_prefix",
+        Both,
+        Followed,
+        "PREFIX/WORKSPACE/KEY for other workspaces than default; env: if not set",
+    ),
+    setting("dynamodb_table", Both, Followed, "the table of the lock's item"),
+    setting("use_lockfile", Both, Followed, "whether the lock has an object"),
+    setting("region", Both, Followed, "before AWS_REGION and AWS_DEFAULT_REGION"),
+    setting("profile", Both, Followed, "before keys in the environment, as terraform has it since 1.6"),
+    setting("access_key", Both, Secret, "with secret_key, before everything else"),
+    setting("secret_key", Both, Secret, "with access_key"),
+    setting("token", Both, Secret, "with access_key"),
+    setting("shared_config_files", Both, Followed, "in place of ~/.aws/config; ~ and $NAME are expanded"),
+    setting("shared_credentials_files", Both, Followed, "in place of ~/.aws/credentials; ~ and $NAME are expanded"),
+    setting("shared_credentials_file", Both, Followed, "the same, after AWS_SHARED_CREDENTIALS_FILE"),
+    setting("endpoint", Both, Followed, "of S3, after endpoints.s3"),
+    setting("dynamodb_endpoint", Both, Followed, "after endpoints.dynamodb"),
+    setting("sts_endpoint", Both, Followed, "after endpoints.sts"),
+    setting("iam_endpoint", Both, NoEffect, "tf asks IAM for nothing"),
+    setting("endpoints.s3", Both, Followed, "before every other"),
+    setting("endpoints.dynamodb", Terraform, Followed, "before every other (OpenTofu has it too)"),
+    setting("endpoints.sts", Both, Followed, "for roles of the backend, and for those of a profile"),
+    setting("endpoints.sso", Terraform, Followed, "for a profile that logs in by SSO"),
+    setting("endpoints.iam", Both, NoEffect, "tf asks IAM for nothing"),
+    setting("sts_region", Both, Followed, "the region of STS"),
+    setting("use_path_style", Both, Followed, "the bucket in the path"),
+    setting("force_path_style", Both, Followed, "the same, by its old name"),
+    setting("use_fips_endpoint", Both, Followed, "the FIPS host names; not together with an endpoint, as in terraform"),
+    setting("use_dualstack_endpoint", Both, Followed, "the dual-stack host names; not together with an endpoint"),
+    setting(
+        "custom_ca_bundle",
+        Both,
+        Followed,
+        "in place of the system's authorities; before AWS_CA_BUNDLE; a broken one in it is passed over",
+    ),
+    setting("insecure", Both, Followed, "no certificate is checked"),
+    setting(
+        "http_proxy",
+        Both,
+        Followed,
+        "for http; in Terraform for https too, where nothing else names a proxy for that",
+    ),
+    setting("https_proxy", Both, Followed, "for https, before HTTPS_PROXY; empty: none"),
+    setting("no_proxy", Both, Followed, "in place of NO_PROXY"),
+    setting("ec2_metadata_service_endpoint", Both, Followed, "where the instance's credentials come from"),
+    setting("ec2_metadata_service_endpoint_mode", Both, Followed, "IPv4 or IPv6"),
+    setting(
+        "skip_metadata_api_check",
+        Both,
+        Followed,
+        "true: the instance is not asked for credentials; false does not undo AWS_EC2_METADATA_DISABLED, as it does for terraform",
+    ),
+    setting(
+        "encrypt",
+        Both,
+        Followed,
+        "sse_customer_key is sent only with it; how doctor --fix-digest writes its lock",
+    ),
+    setting("sse_customer_key", Both, Secret, "sent with every read of the lock and the state"),
+    setting(
+        "kms_key_id",
+        Both,
+        NoEffect,
+        "reading needs no header for it; doctor --fix-digest writes its lock with it",
+    ),
+    setting("acl", Both, NoEffect, WRITING),
+    setting("state_tags", OpenTofu, NoEffect, WRITING),
+    setting("lock_tags", OpenTofu, NoEffect, WRITING),
+    setting("skip_s3_checksum", Both, NoEffect, WRITING),
+    setting("allowed_account_ids", Both, NoEffect, ACCOUNTS),
+    setting("forbidden_account_ids", Both, NoEffect, ACCOUNTS),
+    setting("skip_credentials_validation", Both, NoEffect, CHECKS),
+    setting("skip_region_validation", Both, NoEffect, CHECKS),
+    setting("skip_requesting_account_id", Both, NoEffect, CHECKS),
+    setting("max_retries", Both, NoEffect, RETRIES),
+    setting("retry_mode", Both, NoEffect, RETRIES),
+    setting("use_legacy_workflow", Gone, NoEffect, "the order in which credentials are looked for was the same"),
+    setting("assume_role.role_arn", Both, Followed, "assumed with what all the above has come to"),
+    setting("assume_role.session_name", Both, Followed, ROLE),
+    setting("assume_role.external_id", Both, Secret, ROLE),
+    setting("assume_role.duration", Both, Followed, ROLE),
+    setting("assume_role.policy", Both, Followed, ROLE),
+    setting("assume_role.policy_arns", Both, Followed, ROLE),
+    setting("assume_role.tags", Both, Followed, ROLE),
+    setting("assume_role.transitive_tag_keys", Both, Followed, ROLE),
+    setting("assume_role.source_identity", Terraform, Followed, ROLE),
+    setting(
+        "assume_role_with_web_identity.role_arn",
+        Both,
+        Followed,
+        "in place of other credentials than keys in the block",
+    ),
+    setting("assume_role_with_web_identity.session_name", Both, Followed, WEB_ROLE),
+    setting("assume_role_with_web_identity.duration", Both, Followed, WEB_ROLE),
+    setting("assume_role_with_web_identity.policy", Both, Followed, WEB_ROLE),
+    setting("assume_role_with_web_identity.policy_arns", Both, Followed, WEB_ROLE),
+    setting("assume_role_with_web_identity.web_identity_token", Both, Secret, WEB_ROLE),
+    setting("assume_role_with_web_identity.web_identity_token_file", Both, Followed, "read anew for each release"),
+    setting("role_arn", Removed, Followed, "as assume_role.role_arn"),
+    setting("session_name", Removed, Followed, "as assume_role.session_name"),
+    setting("external_id", Removed, Secret, "as assume_role.external_id"),
+    setting("assume_role_duration_seconds", Removed, Followed, "as assume_role.duration"),
+    setting("assume_role_policy", Removed, Followed, "as assume_role.policy"),
+    setting("assume_role_policy_arns", Removed, Followed, "as assume_role.policy_arns"),
+    setting("assume_role_tags", Removed, Followed, "as assume_role.tags"),
+    setting("assume_role_transitive_tag_keys", Removed, Followed, "as assume_role.transitive_tag_keys"),
+];
+
+const REGION: &str = "where the block names no region";
+const KEYS: &str = "where the block has neither keys nor a profile";
+const CONTAINER: &str = "the container's credentials";
+const PROXY: &str = "as Go reads it; never for this machine itself; http and https, and no SOCKS";
+
+/// The variables of the environment.
+pub(crate) const VARIABLES: &[Setting] = &[
+    setting("AWS_REGION", Both, Followed, REGION),
+    setting("AWS_DEFAULT_REGION", Both, Followed, REGION),
+    setting("AWS_PROFILE", Both, Followed, "where neither the block nor the environment has credentials"),
+    setting("AWS_DEFAULT_PROFILE", Both, Followed, "after AWS_PROFILE, for all that a profile decides"),
+    setting("AWS_ACCESS_KEY_ID", Both, Secret, KEYS),
+    setting("AWS_ACCESS_KEY", Both, Secret, "after AWS_ACCESS_KEY_ID"),
+    setting("AWS_SECRET_ACCESS_KEY", Both, Secret, KEYS),
+    setting("AWS_SECRET_KEY", Both, Secret, "after AWS_SECRET_ACCESS_KEY"),
+    setting("AWS_SESSION_TOKEN", Both, Secret, KEYS),
+    setting(
+        "AWS_SHARED_CONFIG_FILE",
+        Both,
+        Followed,
+        "where the block has no shared_config_files; before AWS_CONFIG_FILE",
+    ),
+    setting("AWS_CONFIG_FILE", Both, Followed, "in place of ~/.aws/config"),
+    setting("AWS_SHARED_CREDENTIALS_FILE", Both, Followed, "where the block has no shared_credentials_files"),
+    setting("AWS_ROLE_ARN", Both, Followed, "with AWS_WEB_IDENTITY_TOKEN_FILE"),
+    setting("AWS_ROLE_SESSION_NAME", Both, Followed, "with AWS_WEB_IDENTITY_TOKEN_FILE"),
+    setting("AWS_WEB_IDENTITY_TOKEN_FILE", Both, Followed, "after keys in the environment, before a profile"),
+    setting("AWS_WEB_IDENTITY_TOKEN", OpenTofu, Secret, "for a block with assume_role_with_web_identity"),
+    setting("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", Both, Followed, CONTAINER),
+    setting("AWS_CONTAINER_CREDENTIALS_FULL_URI", Both, Followed, CONTAINER),
+    setting("AWS_CONTAINER_AUTHORIZATION_TOKEN", Both, Secret, CONTAINER),
+    setting("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", Both, Followed, CONTAINER),
+    setting("AWS_EC2_METADATA_DISABLED", Both, Followed, "the instance is not asked for credentials"),
+    setting("AWS_EC2_METADATA_V1_DISABLED", Both, NoEffect, "the SDK for Rust asks in the new way alone"),
+    setting("AWS_EC2_METADATA_SERVICE_ENDPOINT", Both, Followed, "where the block has none"),
+    setting("AWS_METADATA_URL", Both, Followed, "after AWS_EC2_METADATA_SERVICE_ENDPOINT"),
+    setting("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", Both, Followed, "where the block has none"),
+    setting("AWS_ENDPOINT_URL", Both, Followed, "for every service without one of its own"),
+    setting("AWS_ENDPOINT_URL_S3", Both, Followed, "where the block has none"),
+    setting("AWS_ENDPOINT_URL_DYNAMODB", Both, Followed, "where the block has none"),
+    setting("AWS_ENDPOINT_URL_STS", Both, Followed, "where the block has none"),
+    setting("AWS_ENDPOINT_URL_SSO", Both, Followed, "where the block has none"),
+    setting("AWS_ENDPOINT_URL_SSO_OIDC", Both, Followed, "for the renewal of an SSO login"),
+    setting("AWS_ENDPOINT_URL_IAM", Both, NoEffect, "IAM is not asked"),
+    setting("AWS_S3_ENDPOINT", Both, Followed, "after AWS_ENDPOINT_URL_S3"),
+    setting("AWS_DYNAMODB_ENDPOINT", Both, Followed, "after AWS_ENDPOINT_URL_DYNAMODB"),
+    setting("AWS_STS_ENDPOINT", Both, Followed, "after AWS_ENDPOINT_URL_STS"),
+    setting("AWS_IAM_ENDPOINT", Both, NoEffect, "IAM is not asked"),
+    setting(
+        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+        Both,
+        Followed,
+        "AWS_ENDPOINT_URL and the profile's are not looked at",
+    ),
+    setting(
+        "AWS_STS_REGIONAL_ENDPOINTS",
+        Both,
+        Followed,
+        "as the SDK for Rust has it: regional, as in terraform since 1.6",
+    ),
+    setting("AWS_S3_USE_ARN_REGION", Both, Followed, "the region of an access point's ARN"),
+    setting("AWS_SDK_LOAD_CONFIG", Both, Followed, "always, as in terraform since 1.6"),
+    setting("AWS_CA_BUNDLE", Both, Followed, "in place of the system's authorities"),
+    setting("AWS_USE_FIPS_ENDPOINT", Both, Followed, "where the block does not set it"),
+    setting("AWS_USE_DUALSTACK_ENDPOINT", Both, Followed, "where the block does not set it"),
+    setting("AWS_SSE_CUSTOMER_KEY", Both, Secret, "as sse_customer_key"),
+    setting("AWS_RETRY_MODE", Both, NoEffect, RETRIES),
+    setting("AWS_MAX_ATTEMPTS", Both, NoEffect, RETRIES),
+    setting("HTTP_PROXY", Both, Followed, PROXY),
+    setting("http_proxy", Both, Followed, PROXY),
+    setting("HTTPS_PROXY", Both, Followed, PROXY),
+    setting("https_proxy", Both, Followed, PROXY),
+    setting("NO_PROXY", Both, Followed, PROXY),
+    setting("no_proxy", Both, Followed, PROXY),
+    setting("HOME", Both, Followed, "where ~ is"),
+];
+
+const BY_SDK: &str = "as the SDK for Rust follows it";
+
+/// The keys of a profile in the shared files.
+pub(crate) const PROFILE_KEYS: &[Setting] = &[
+    setting(
+        "aws_access_key_id",
+        Both,
+        Followed,
+        "with aws_secret_access_key, before all in the profile but source_profile",
+    ),
+    setting("aws_secret_access_key", Both, Followed, "with aws_access_key_id"),
+    setting("aws_session_token", Both, Followed, BY_SDK),
+    setting("region", Both, Followed, "for `tf locks list --profile`; terraform's backend does not look at it"),
+    setting(
+        "role_arn",
+        Both,
+        Followed,
+        "with source_profile, credential_source, web_identity_token_file or keys beside it, chained",
+    ),
+    setting("source_profile", Both, Followed, BY_SDK),
+    setting("credential_source", Both, Followed, BY_SDK),
+    setting("external_id", Both, Followed, BY_SDK),
+    setting("role_session_name", Both, Followed, BY_SDK),
+    setting("duration_seconds", Both, NoEffect, "a release is over within any session"),
+    setting("web_identity_token_file", Both, Followed, BY_SDK),
+    setting("sso_session", Both, Followed, "from the cache that `aws sso login` has filled"),
+    setting("sso_start_url", Both, Followed, "the same, in its old form"),
+    setting("sso_region", Both, Followed, BY_SDK),
+    setting("sso_account_id", Both, Followed, BY_SDK),
+    setting("sso_role_name", Both, Followed, BY_SDK),
+    setting("credential_process", Both, Followed, "started once for a release, before its clock runs, for up to 60 s"),
+    setting(
+        "login_session",
+        Both,
+        NotFollowed,
+        "`aws login`: its sessions are bound to a key that the SDK for Rust is built without",
+    ),
+    setting("mfa_serial", Both, NoEffect, "terraform refuses such a profile itself"),
+    setting("endpoint_url", Both, Followed, BY_SDK),
+    setting("services", Both, Followed, "endpoint_url of s3, dynamodb, sts, sso"),
+    setting("ignore_configured_endpoint_urls", Both, Followed, BY_SDK),
+    setting("use_fips_endpoint", Both, Followed, BY_SDK),
+    setting("use_dualstack_endpoint", Both, Followed, BY_SDK),
+    setting("ca_bundle", Both, Followed, "after custom_ca_bundle and AWS_CA_BUNDLE"),
+    setting("ec2_metadata_service_endpoint", Both, Followed, BY_SDK),
+    setting("ec2_metadata_service_endpoint_mode", Both, Followed, BY_SDK),
+    setting("s3_use_arn_region", Both, Followed, BY_SDK),
+    setting("retry_mode", Both, NoEffect, RETRIES),
+    setting("max_attempts", Both, NoEffect, RETRIES),
+];
+
+fn treatment(settings: &[Setting], name: &str) -> Treatment {
+    // What nobody has heard of can be anything.
+    settings.iter().find(|known| known.name == name).map_or(Treatment::NotFollowed, |known| known.treatment)
+}
+
+/// What becomes of an attribute; `outer.inner` for one inside of another.
+pub(crate) fn of_attribute(name: &str) -> Treatment {
+    treatment(ATTRIBUTES, name)
+}
+
+/// The variables that say how AWS is reached, without those that are secrets themselves.
+pub(crate) fn kept_variables() -> impl Iterator<Item = &'static str> {
+    VARIABLES.iter().filter(|variable| variable.treatment == Followed).map(|variable| variable.name)
+}
+
+/// docs/backend-s3.md.
+#[cfg(test)]
+pub(crate) fn document() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::from(
+        "# What of an S3 backend `tf` follows\n\n\
+         A lock is given back in the place where terraform took it, as the identity that terraform had. This is every\n\
+         attribute, variable and profile key that decides either, and what `tf` makes of it. `tf locks doctor` says which of\n\
+         yours it cannot follow; a lock is then only named. Made from src/aws/attributes.rs by `make generated`.\n",
+    );
+    for (title, settings) in [
+        ("Attributes of the `backend \"s3\"` block", ATTRIBUTES),
+        ("Variables", VARIABLES),
+        ("Keys of a profile in the shared files", PROFILE_KEYS),
+    ] {
+        let _ = write!(text, "\n## {title}\n\n| name | known to | `tf` | |\n|---|---|---|---|\n");
+        for Setting { name, known, treatment, how } in settings {
+            let _ = writeln!(text, "| `{name}` | {} | {} | {how} |", known.describe(), treatment.describe());
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn each_name_stands_once_and_has_its_reason() {
+        for settings in [ATTRIBUTES, VARIABLES, PROFILE_KEYS] {
+            let names: BTreeSet<_> = settings.iter().map(|setting| setting.name).collect();
+            assert_eq!(names.len(), settings.len());
+            assert!(settings.iter().all(|setting| !setting.how.is_empty()));
+        }
+    }
+
+    #[test]
+    fn what_nobody_has_heard_of_is_not_followed() {
+        assert_eq!(of_attribute("an_attribute_of_tomorrow"), NotFollowed);
+        assert_eq!(of_attribute("endpoints.glacier"), NotFollowed);
+        assert_eq!(of_attribute("bucket"), Followed);
+    }
+}

@@ -1,0 +1,928 @@
+//! As whom AWS is reached: the order in which terraform looks for credentials (aws-sdk-go-base, credentials.go; the AWS
+//! SDK for Go, config/resolve_credentials.go), which is not that of the SDK for Rust.
+//!
+//! 1. `access_key` and `secret_key` of the block.
+//! 2. Its `profile`; that, and keys of the environment are not looked at. Terraform before 1.6 had it the other way round.
+//! 3. Keys of the environment, else a web identity of the environment, else the profile of the environment.
+//! 4. Where there is no profile, or nothing of the kind in it: the container, then the instance.
+//! 5. `assume_role_with_web_identity` takes the place of 2 to 4.
+//! 6. `assume_role` goes on top of all.
+
+use std::cell::Cell;
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use aws_config::SdkConfig;
+use aws_config::ecs::EcsCredentialsProvider;
+use aws_config::imds;
+use aws_config::imds::credentials::ImdsCredentialsProvider;
+use aws_config::profile::ProfileFileCredentialsProvider;
+use aws_config::provider_config::ProviderConfig;
+use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, Result as Provided, SharedCredentialsProvider, future};
+use aws_runtime::env_config::file::EnvConfigFileKind;
+use aws_runtime::env_config::section::EnvConfigSections;
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
+
+use crate::aws::attributes;
+use crate::aws::attributes::Treatment;
+use crate::aws::causes::causes;
+use crate::aws::connect::{Unreachable, endpoint, expand, profile_name, set, shared_files};
+use crate::aws::failure::Failure;
+use crate::sys::plain_file;
+use crate::sys::shell_command::{self, Asks};
+use crate::terraform::backend::CachedBackend;
+
+/// The name of the session in which a role is assumed, where the block has none.
+const SESSION: &str = "tf-lock-release";
+
+/// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
+const DURATION: Duration = Duration::from_mins(15);
+
+/// What credentials are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To release a lock, or what a person has asked for.
+    Work,
+    /// To explain something, or to look for what is most likely not there: nobody is asked for a password for it, or waits for
+    /// it.
+    Explanation,
+}
+
+impl Purpose {
+    /// How long a source of credentials may take, all in all.
+    fn limit(self) -> Duration {
+        match self {
+            // A person may have to touch a key or to log in meanwhile.
+            Self::Work => Duration::from_mins(1),
+            // Less than `release::EXPLANATION_TIMEOUT`: that it gave none is remembered then, and it is not started again.
+            Self::Explanation => Duration::from_millis(2500),
+        }
+    }
+}
+
+/// Asks for credentials as `backend` and the environment say: once, for at most [`Purpose::limit`]. `sections` are the
+/// shared files, or why they cannot be read; `for_providers` and `config` have everything else.
+///
+/// The SDK would ask for them within each attempt of each request, so that a source slower than such an attempt would
+/// never have an end, and be asked again and again: a login, a key to touch, an account that is locked after three times.
+///
+/// # Errors
+/// [`Unreachable`]: a part of the block contradicts itself, the profile is not there, or its source gives no credentials.
+pub(crate) async fn resolve(
+    (backend, purpose): (&CachedBackend, Purpose),
+    sections: Result<&EnvConfigSections, &str>,
+    for_providers: &ProviderConfig,
+    config: &SdkConfig,
+) -> Result<Credentials, Unreachable> {
+    // Who is asked may be named in a message about a time that is up.
+    let asking = Cell::new(String::new());
+    let has_run_a_command = Cell::new(false);
+    let resolved = base((backend, purpose), sections, for_providers, config, (&asking, &has_run_a_command));
+    let resolved = async {
+        let base = resolved.await?;
+        let Some(role) = Role::of(backend)? else { return Ok(base) };
+        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        let config = config.to_builder().credentials_provider(SharedCredentialsProvider::new(base)).build();
+        role.with(sts(backend, &config)).ask().await.map_err(|error| no_credentials(&error))
+    };
+    let limit = purpose.limit();
+    let resolved = tokio::time::timeout(limit, resolved).await.unwrap_or_else(|_| {
+        let (asked, limit) = (asking.take(), limit.as_secs_f32());
+        Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit} s")))
+    });
+    match resolved {
+        // Asking again would start the command again.
+        Err(Unreachable::Silent(why)) if has_run_a_command.get() => Err(Unreachable::Credentials(why)),
+        resolved => resolved,
+    }
+}
+
+/// The same without the role that the block puts on top.
+async fn base(
+    (backend, purpose): (&CachedBackend, Purpose),
+    sections: Result<&EnvConfigSections, &str>,
+    for_providers: &ProviderConfig,
+    config: &SdkConfig,
+    (asking, has_run_a_command): (&Cell<String>, &Cell<bool>),
+) -> Result<Credentials, Unreachable> {
+    let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
+    if let [Some(key), Some(secret), token] = fixed {
+        return Ok(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"));
+    }
+    if fixed.iter().any(Option::is_some) {
+        return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
+    }
+    if let Some(role) = WebRole::of(backend)? {
+        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        return role.with(sts(backend, config)).ask().await.map_err(|error| no_credentials(&error));
+    }
+    let source = match source(backend, sections, set)? {
+        Source::Process { profile, command, used_by } => {
+            asking.set(format!("the credential_process of the profile {profile}"));
+            has_run_a_command.set(true);
+            let keys = of_process(&profile, &command, purpose).await?;
+            match used_by {
+                None => return Ok(keys.credentials("credential_process")),
+                Some(name) => Source::RoleOfProfile(name, keys),
+            }
+        }
+        source => source,
+    };
+    asking.set(source.describe());
+    let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
+    let provider = from(source, selected, backend, for_providers)?;
+    provider.provide_credentials().await.map_err(|error| {
+        // A role says so itself.
+        let why = if role_error(&error).is_some() {
+            causes(&error)
+        } else {
+            format!("{}: {}", asking.take(), causes(&error))
+        };
+        kind(&error)(why)
+    })
+}
+
+/// What is said of a role that was not to be had.
+fn no_credentials(error: &CredentialsError) -> Unreachable {
+    kind(error)(role_error(error).map_or_else(|| causes(error), ToString::to_string))
+}
+
+/// Whether a source has refused, or was away: a service that was may be back.
+fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
+    let was_away = match (role_error(error), error) {
+        (Some(role), _) => !role.is_final,
+        (None, CredentialsError::ProviderTimedOut(_) | CredentialsError::ProviderError(_)) => true,
+        (None, _) => false,
+    };
+    if was_away { Unreachable::Silent } else { Unreachable::Credentials }
+}
+
+/// The refusal of a role beneath an error, if there is one.
+fn role_error(error: &CredentialsError) -> Option<&NoRole> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(refusal) = error.downcast_ref::<NoRole>() {
+            return Some(refusal);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Runs the `credential_process` of `profile` and reads what it prints (AWS SDKs and Tools Reference Guide, "Process
+/// credential provider").
+///
+/// # Errors
+/// [`Unreachable::Credentials`]: it failed, or printed no credentials. What it printed is in no message.
+async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Keys, Unreachable> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Printed {
+        version: u32,
+        access_key_id: String,
+        secret_access_key: String,
+        session_token: Option<String>,
+        expiration: Option<String>,
+    }
+    let said = |what: &str| Unreachable::Credentials(format!("the credential_process of the profile {profile} {what}"));
+    let asks = if purpose == Purpose::Work { Asks::Person } else { Asks::Nobody };
+    let run = shell_command::output(command, asks).await;
+    let (status, printed) = run.map_err(|error| said(&format!("could not be started: {error}")))?;
+    if !status.success() {
+        return Err(said(&format!("failed ({status})")));
+    }
+    let printed: Printed = serde_json::from_slice(&printed).map_err(|_| said("printed no credentials"))?;
+    if printed.version != 1 {
+        return Err(said(&format!("printed version {} of its output, and only version 1 is defined", printed.version)));
+    }
+    Ok(Keys {
+        id: printed.access_key_id,
+        secret: printed.secret_access_key,
+        token: printed.session_token.filter(|token| !token.is_empty()),
+        until: printed.expiration.and_then(|time| time.parse::<jiff::Timestamp>().ok()).map(Into::into),
+    })
+}
+
+/// Where credentials come from, if the block itself has none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Environment(Keys),
+    WebIdentity,
+    /// The profile of this name.
+    Profile(String),
+    /// Keys that stand in the profile.
+    KeysOfProfile(Keys),
+    /// Keys with which the profile of this name assumes its role. It is the selected one, or a source of that.
+    RoleOfProfile(String, Keys),
+    /// What a command prints.
+    Process {
+        /// The profile that names the command.
+        profile: String,
+        command: String,
+        /// The profile that assumes a role with it: the last one of the chain that does. `None` where none does.
+        used_by: Option<String>,
+    },
+    Container,
+    Instance,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Keys {
+    id: String,
+    secret: String,
+    token: Option<String>,
+    /// When they end. `None` where nothing says so.
+    until: Option<SystemTime>,
+}
+
+impl Source {
+    /// Who is asked, for a sentence that says what it did.
+    fn describe(&self) -> String {
+        match self {
+            Self::Environment(_) => "the environment".to_owned(),
+            Self::WebIdentity => "STS, for the web identity of the environment".to_owned(),
+            Self::Profile(name) | Self::RoleOfProfile(name, _) | Self::Process { profile: name, .. } => {
+                format!("the profile {name}")
+            }
+            Self::KeysOfProfile(_) => "the profile".to_owned(),
+            Self::Container => "the container".to_owned(),
+            Self::Instance => "the metadata of the instance".to_owned(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Keys")
+    }
+}
+
+impl Keys {
+    fn credentials(self, name: &'static str) -> Credentials {
+        Credentials::new(self.id, self.secret, self.token, self.until, name)
+    }
+
+    fn provider(self, name: &'static str) -> SharedCredentialsProvider {
+        SharedCredentialsProvider::new(self.credentials(name))
+    }
+
+    /// Under every name that Go's SDK knows.
+    fn of_environment(set: &impl Fn(&str) -> Option<String>) -> Option<Self> {
+        Some(Self {
+            id: set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"))?,
+            secret: set("AWS_SECRET_ACCESS_KEY").or_else(|| set("AWS_SECRET_KEY"))?,
+            token: set("AWS_SESSION_TOKEN"),
+            until: None,
+        })
+    }
+}
+
+/// Decides it as the AWS SDK for Go does: by what is set, before anybody is asked. The SDK for Rust tries one after the
+/// other and takes the next when one has nothing, and that would be somebody else: the machine, where a profile was meant.
+///
+/// A profile that is named and not there is an error even where Go would not mind (`AWS_DEFAULT_PROFILE`): it may have
+/// been there when the run began.
+fn source(
+    backend: &CachedBackend,
+    sections: Result<&EnvConfigSections, &str>,
+    set: impl Fn(&str) -> Option<String>,
+) -> Result<Source, Unreachable> {
+    if backend.string("profile").is_none() || backend.origin().is_before_1_6() {
+        if let Some(keys) = Keys::of_environment(&set) {
+            return Ok(Source::Environment(keys));
+        }
+        if set("AWS_WEB_IDENTITY_TOKEN_FILE").is_some() {
+            return Ok(Source::WebIdentity);
+        }
+    }
+    let sections = sections.map_err(|why| Unreachable::SharedFiles(why.to_owned()))?;
+    let profile = sections.get_profile(sections.selected_profile());
+    if let (None, Some(name)) = (profile, profile_name(backend, &set)) {
+        return Err(Unreachable::Profile(name));
+    }
+    let get = |name: &str| profile.and_then(|profile| profile.get(name)).filter(|value| !value.is_empty());
+    let selected = || sections.selected_profile().to_owned();
+    if get("source_profile").is_some() {
+        return Ok(process_behind(sections).unwrap_or_else(|| Source::Profile(selected())));
+    }
+    if let (Some(id), Some(secret)) = (get("aws_access_key_id"), get("aws_secret_access_key")) {
+        let token = get("aws_session_token").map(ToOwned::to_owned);
+        let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token, until: None };
+        return Ok(match get("role_arn") {
+            Some(_) => Source::RoleOfProfile(selected(), keys),
+            None => Source::KeysOfProfile(keys),
+        });
+    }
+    let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
+    if let Some(key) = not_followed.map(|key| key.name).find(|name| get(name).is_some()) {
+        return Err(Unreachable::ProfileKey(key));
+    }
+    if let Some(process) = process_behind(sections) {
+        return Ok(process);
+    }
+    let others = [
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "role_arn",
+        "credential_source",
+        "web_identity_token_file",
+        "sso_session",
+        "sso_account_id",
+        "sso_role_name",
+        "sso_start_url",
+    ];
+    Ok(if others.iter().any(|name| get(name).is_some()) {
+        Source::Profile(selected())
+    } else if CONTAINER.iter().any(|name| set(name).is_some()) {
+        Source::Container
+    } else {
+        Source::Instance
+    })
+}
+
+/// The command that gives the credentials of the selected profile, at the end of its chain of source profiles. `None` where
+/// they come from somewhere else (config/shared_config.go and resolve_credentials.go of the SDK for Go: keys, a source, a
+/// token and SSO go before a command).
+fn process_behind(sections: &EnvConfigSections) -> Option<Source> {
+    const BEFORE: [&str; 6] = [
+        "aws_access_key_id",
+        "credential_source",
+        "web_identity_token_file",
+        "sso_session",
+        "sso_account_id",
+        "sso_start_url",
+    ];
+    /// No chain is longer; one that leads back to itself has no end.
+    const LONGEST_CHAIN: usize = 32;
+    let mut name = sections.selected_profile();
+    let mut used_by = None;
+    for _ in 0..LONGEST_CHAIN {
+        let profile = sections.get_profile(name)?;
+        let get = |key: &str| profile.get(key).filter(|value| !value.is_empty());
+        if get("role_arn").is_some() {
+            used_by = Some(name);
+        }
+        if let Some(next) = get("source_profile").filter(|next| *next != name) {
+            name = next;
+            continue;
+        }
+        let command = get("credential_process").filter(|_| !BEFORE.iter().any(|key| get(key).is_some()))?;
+        return Some(Source::Process {
+            profile: name.to_owned(),
+            command: command.to_owned(),
+            used_by: used_by.map(ToOwned::to_owned),
+        });
+    }
+    None
+}
+
+/// What tells whose credentials they are, before anybody is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The ARN of a role that is assumed.
+    Role(String),
+    Account(String),
+    /// The ID of an access key.
+    Key(String),
+    Unknown,
+}
+
+/// See [`Owner`]. `sections` and `set` as in [`source`].
+pub(crate) fn owner(
+    backend: &CachedBackend,
+    sections: Result<&EnvConfigSections, &str>,
+    set: impl Fn(&str) -> Option<String>,
+) -> Owner {
+    let text = |name: &str| backend.string(name).map(ToOwned::to_owned);
+    // On top of all others; those below it do not matter.
+    if let Some(arn) = text("assume_role.role_arn").or_else(|| text("role_arn")) {
+        return Owner::Role(arn);
+    }
+    if let Some(id) = text("access_key") {
+        return Owner::Key(id);
+    }
+    if !backend.nested("assume_role_with_web_identity").is_empty() {
+        let arn = text("assume_role_with_web_identity.role_arn").or_else(|| set("AWS_ROLE_ARN"));
+        return arn.map_or(Owner::Unknown, Owner::Role);
+    }
+    match source(backend, sections, &set) {
+        Ok(Source::Environment(keys) | Source::KeysOfProfile(keys)) => Owner::Key(keys.id),
+        Ok(Source::WebIdentity) => set("AWS_ROLE_ARN").map_or(Owner::Unknown, Owner::Role),
+        Ok(Source::Process { .. }) => {
+            let selected = sections.ok().and_then(|sections| sections.get_profile(sections.selected_profile()));
+            let role = selected.and_then(|profile| profile.get("role_arn"));
+            role.map_or(Owner::Unknown, |arn| Owner::Role(arn.to_owned()))
+        }
+        Ok(Source::Profile(name) | Source::RoleOfProfile(name, _)) => {
+            let profile = sections.ok().and_then(|sections| sections.get_profile(&name));
+            let get = |name: &str| profile.and_then(|profile| profile.get(name)).map(ToOwned::to_owned);
+            let role = get("role_arn").map(Owner::Role);
+            role.or_else(|| get("sso_account_id").map(Owner::Account)).unwrap_or(Owner::Unknown)
+        }
+        Ok(Source::Container | Source::Instance) | Err(_) => Owner::Unknown,
+    }
+}
+
+/// Where a container's credentials are.
+const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+
+/// A provider of what `source` gives; `selected` is the profile that is used.
+///
+/// # Errors
+/// [`Unreachable::Metadata`].
+fn from(
+    source: Source,
+    selected: String,
+    backend: &CachedBackend,
+    config: &ProviderConfig,
+) -> Result<SharedCredentialsProvider, Unreachable> {
+    let (name, keys) = match source {
+        Source::Environment(keys) => return Ok(keys.provider("environment")),
+        Source::KeysOfProfile(keys) => return Ok(keys.provider("profile")),
+        Source::WebIdentity => {
+            let provider = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
+            return Ok(SharedCredentialsProvider::new(provider));
+        }
+        Source::Container => {
+            let provider = EcsCredentialsProvider::builder().configure(config).build();
+            return Ok(SharedCredentialsProvider::new(provider));
+        }
+        Source::Instance => {
+            return Ok(match metadata(backend, config)? {
+                Some(metadata) => SharedCredentialsProvider::new(metadata),
+                None => SharedCredentialsProvider::new(Nobody),
+            });
+        }
+        Source::RoleOfProfile(name, keys) => (name, Some(keys)),
+        Source::Profile(_) | Source::Process { .. } => (selected.clone(), None),
+    };
+    let mut files = shared_files(backend).builder();
+    if let Some(additions) = additions(backend, &name, keys.as_ref()) {
+        files = files.with_contents(EnvConfigFileKind::Config, additions);
+    }
+    let builder = ProfileFileCredentialsProvider::builder().configure(config);
+    let mut profile = builder.profile_files(files.build()).profile_name(selected);
+    if let Some(metadata) = metadata(backend, config)? {
+        profile = profile.with_custom_provider("Ec2InstanceMetadata", metadata);
+    }
+    Ok(SharedCredentialsProvider::new(profile.build()))
+}
+
+/// What the SDK's own providers take from nowhere else than the profile: the block's endpoints of STS and SSO, and who is
+/// to assume a role where the keys stand in the same profile. As a file.
+fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option<String> {
+    let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
+    let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
+    let mut profile = String::new();
+    let mut others = String::new();
+    if !endpoints.is_empty() {
+        profile.push_str("services = of-the-backend\n");
+        others.push_str("[services of-the-backend]\n");
+        for (service, url) in endpoints {
+            let _ = writeln!(others, "{service} =\n  endpoint_url = {url}");
+        }
+    }
+    if let Some(Keys { id, secret, token, .. }) = keys {
+        profile.push_str("source_profile = of-the-same-profile\n");
+        let _ = writeln!(others, "[profile of-the-same-profile]\naws_access_key_id = {id}");
+        let _ = writeln!(others, "aws_secret_access_key = {secret}");
+        if let Some(token) = token {
+            let _ = writeln!(others, "aws_session_token = {token}");
+        }
+    }
+    let header = if name == "default" { name.to_owned() } else { format!("profile {name}") };
+    (!profile.is_empty()).then(|| format!("[{header}]\n{profile}{others}"))
+}
+
+/// There are no credentials to be had.
+#[derive(Debug)]
+struct Nobody;
+
+impl ProvideCredentials for Nobody {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::ready(Err(CredentialsError::not_loaded(
+            "there are none in the backend, the environment or a profile, and the backend says not to ask the instance",
+        )))
+    }
+}
+
+/// The instance's own credentials, where it is to be asked.
+fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<ImdsCredentialsProvider>, Unreachable> {
+    if backend.flag("skip_metadata_api_check") {
+        return Ok(None);
+    }
+    let mut client = imds::Client::builder().configure(config).connect_timeout(Duration::from_secs(1));
+    let address = backend.string("ec2_metadata_service_endpoint").map(ToOwned::to_owned);
+    let address = address.or_else(|| set("AWS_EC2_METADATA_SERVICE_ENDPOINT")).or_else(|| set("AWS_METADATA_URL"));
+    if let Some(address) = address {
+        client = client.endpoint(address).map_err(|error| Unreachable::Metadata(error.to_string()))?;
+    }
+    let mode = backend.string("ec2_metadata_service_endpoint_mode").map(ToOwned::to_owned);
+    match mode.or_else(|| set("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE")) {
+        Some(mode) if mode.eq_ignore_ascii_case("ipv6") => {
+            client = client.endpoint_mode(imds::client::EndpointMode::IpV6);
+        }
+        Some(_) => client = client.endpoint_mode(imds::client::EndpointMode::IpV4),
+        None => {}
+    }
+    Ok(Some(ImdsCredentialsProvider::builder().configure(config).imds_client(client.build()).build()))
+}
+
+/// A client of STS for the roles of the block.
+pub(crate) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::Client {
+    let mut builder = aws_sdk_sts::config::Builder::from(config);
+    if let Some(region) = backend.string("sts_region") {
+        builder = builder.region(aws_sdk_sts::config::Region::new(region.to_owned()));
+    }
+    if let Some(endpoint) = sts_endpoint(backend) {
+        builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
+    }
+    aws_sdk_sts::Client::from_conf(builder.build())
+}
+
+/// The endpoint of STS that the block or the environment names.
+pub(crate) fn sts_endpoint(backend: &CachedBackend) -> Option<String> {
+    endpoint(backend, ["endpoints.sts", "sts_endpoint"], ["AWS_ENDPOINT_URL_STS", "AWS_STS_ENDPOINT"])
+}
+
+/// What both ways to assume a role take.
+#[derive(Clone, Debug)]
+struct Assumed {
+    arn: String,
+    session: Option<String>,
+    duration: Option<Duration>,
+    policy: Option<String>,
+    policy_arns: Vec<String>,
+}
+
+impl Assumed {
+    /// `prefix` is the attribute with a dot behind.
+    fn of(backend: &CachedBackend, prefix: &str, arn: String) -> Result<Self, Unreachable> {
+        let text = |name: &str| backend.string(&format!("{prefix}{name}")).map(ToOwned::to_owned);
+        let duration = match text("duration") {
+            Some(text) => Some(go_duration(&text).ok_or(Unreachable::Duration(text))?),
+            None => None,
+        };
+        let policy_arns = backend.strings(&format!("{prefix}policy_arns"));
+        Ok(Self {
+            arn,
+            session: text("session_name"),
+            duration,
+            policy: text("policy").map(|policy| policy.trim().to_owned()),
+            policy_arns: policy_arns.into_iter().map(ToOwned::to_owned).collect(),
+        })
+    }
+
+    fn seconds(duration: Duration) -> i32 {
+        i32::try_from(duration.as_secs()).unwrap_or(i32::MAX)
+    }
+
+    fn policies(&self) -> Option<Vec<PolicyDescriptorType>> {
+        let one = |arn: &String| PolicyDescriptorType::builder().arn(arn).build();
+        (!self.policy_arns.is_empty()).then(|| self.policy_arns.iter().map(one).collect())
+    }
+}
+
+/// `assume_role`.
+#[derive(Clone, Debug)]
+struct Role {
+    assumed: Assumed,
+    external_id: Option<String>,
+    tags: Vec<(String, String)>,
+    transitive: Vec<String>,
+    source_identity: Option<String>,
+}
+
+impl Role {
+    fn of(backend: &CachedBackend) -> Result<Option<Self>, Unreachable> {
+        let owned = |values: Vec<&str>| values.into_iter().map(ToOwned::to_owned).collect();
+        let pairs = |name: &str| {
+            let pairs = backend.pairs(name).into_iter();
+            pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+        };
+        if let Some(arn) = backend.string("assume_role.role_arn") {
+            return Ok(Some(Self {
+                assumed: Assumed::of(backend, "assume_role.", arn.to_owned())?,
+                external_id: backend.string("assume_role.external_id").map(ToOwned::to_owned),
+                tags: pairs("assume_role.tags"),
+                transitive: owned(backend.strings("assume_role.transitive_tag_keys")),
+                source_identity: backend.string("assume_role.source_identity").map(ToOwned::to_owned),
+            }));
+        }
+        // As OpenTofu and Terraform before 1.10 have it, without a block of its own.
+        let Some(arn) = backend.string("role_arn") else { return Ok(None) };
+        Ok(Some(Self {
+            assumed: Assumed {
+                arn: arn.to_owned(),
+                session: backend.string("session_name").map(ToOwned::to_owned),
+                duration: backend.number("assume_role_duration_seconds").map(Duration::from_secs),
+                policy: backend.string("assume_role_policy").map(|policy| policy.trim().to_owned()),
+                policy_arns: owned(backend.strings("assume_role_policy_arns")),
+            },
+            external_id: backend.string("external_id").map(ToOwned::to_owned),
+            tags: pairs("assume_role_tags"),
+            transitive: owned(backend.strings("assume_role_transitive_tag_keys")),
+            source_identity: None,
+        }))
+    }
+
+    fn with(self, sts: aws_sdk_sts::Client) -> Assuming<Self> {
+        Assuming { sts, role: self }
+    }
+}
+
+/// `assume_role_with_web_identity`.
+#[derive(Clone)]
+struct WebRole {
+    assumed: Assumed,
+    token: Token,
+}
+
+#[derive(Clone)]
+enum Token {
+    Text(String),
+    File(std::path::PathBuf),
+}
+
+impl std::fmt::Debug for WebRole {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "WebRole({})", self.assumed.arn)
+    }
+}
+
+impl WebRole {
+    fn of(backend: &CachedBackend) -> Result<Option<Self>, Unreachable> {
+        const BLOCK: &str = "assume_role_with_web_identity";
+        if backend.nested(BLOCK).is_empty() {
+            return Ok(None);
+        }
+        let text = |name: &str, variable: &str| {
+            let text = backend.string(&format!("{BLOCK}.{name}")).map(ToOwned::to_owned);
+            // OpenTofu looks into the environment for what the block leaves out; in Terraform it must not leave it out.
+            text.or_else(|| set(variable))
+        };
+        let Some(arn) = text("role_arn", "AWS_ROLE_ARN") else {
+            return Err(Unreachable::Incomplete("assume_role_with_web_identity without a role"));
+        };
+        let mut assumed = Assumed::of(backend, "assume_role_with_web_identity.", arn)?;
+        assumed.session = text("session_name", "AWS_ROLE_SESSION_NAME");
+        let token = text("web_identity_token", "AWS_WEB_IDENTITY_TOKEN").map(Token::Text);
+        let file = || text("web_identity_token_file", "AWS_WEB_IDENTITY_TOKEN_FILE");
+        let token = token.or_else(|| file().map(|path| Token::File(expand(&path).into())));
+        match token {
+            Some(token) => Ok(Some(Self { assumed, token })),
+            None => Err(Unreachable::Incomplete("assume_role_with_web_identity without a token")),
+        }
+    }
+
+    fn with(self, sts: aws_sdk_sts::Client) -> Assuming<Self> {
+        Assuming { sts, role: self }
+    }
+}
+
+/// A role, and who is asked for it.
+#[derive(Debug)]
+struct Assuming<R> {
+    sts: aws_sdk_sts::Client,
+    role: R,
+}
+
+impl Assuming<Role> {
+    async fn ask(&self) -> Provided {
+        let Role { assumed, external_id, tags, transitive, source_identity } = &self.role;
+        let tags: Result<Vec<Tag>, _> =
+            tags.iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect();
+        let tags = tags.map_err(CredentialsError::invalid_configuration)?;
+        let answer = self
+            .sts
+            .assume_role()
+            .role_arn(&assumed.arn)
+            .role_session_name(assumed.session.as_deref().unwrap_or(SESSION))
+            .duration_seconds(Assumed::seconds(assumed.duration.unwrap_or(DURATION)))
+            .set_policy(assumed.policy.clone())
+            .set_policy_arns(assumed.policies())
+            .set_external_id(external_id.clone())
+            .set_tags((!tags.is_empty()).then_some(tags))
+            .set_transitive_tag_keys((!transitive.is_empty()).then(|| transitive.clone()))
+            .set_source_identity(source_identity.clone())
+            .send()
+            .await;
+        match answer {
+            Ok(answer) => credentials(answer.credentials),
+            Err(error) => Err(refused(&assumed.arn, &error)),
+        }
+    }
+}
+
+impl Assuming<WebRole> {
+    async fn ask(&self) -> Provided {
+        let WebRole { assumed, token } = &self.role;
+        let token = match token {
+            Token::Text(token) => token.clone(),
+            Token::File(path) => plain_file::read_text(path).map_err(|error| {
+                CredentialsError::provider_error(format!("the web identity token {}: {error}", path.display()))
+            })?,
+        };
+        let answer = self
+            .sts
+            .assume_role_with_web_identity()
+            .role_arn(&assumed.arn)
+            .role_session_name(assumed.session.as_deref().unwrap_or(SESSION))
+            .web_identity_token(token)
+            .set_duration_seconds(assumed.duration.map(Assumed::seconds))
+            .set_policy(assumed.policy.clone())
+            .set_policy_arns(assumed.policies())
+            .send()
+            .await;
+        match answer {
+            Ok(answer) => credentials(answer.credentials),
+            Err(error) => Err(refused(&assumed.arn, &error)),
+        }
+    }
+}
+
+/// A role that STS did not give: what it said, or why it said nothing.
+fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, error: &SdkError<E>) -> CredentialsError {
+    let failure = Failure::of_request("STS", "sts:AssumeRole", error);
+    let why = match (error.code(), error.message()) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        _ => failure.to_string(),
+    };
+    CredentialsError::provider_error(NoRole { arn: arn.to_owned(), why, is_final: failure.is_final() })
+}
+
+/// A role that STS did not give.
+#[derive(Debug, thiserror::Error)]
+#[error("the role {arn} cannot be assumed: {why}")]
+struct NoRole {
+    arn: String,
+    why: String,
+    /// Asking again would not do better.
+    is_final: bool,
+}
+
+fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
+    let Some(given) = given else { return Err(CredentialsError::unhandled("STS gave no credentials")) };
+    let until = std::time::SystemTime::try_from(given.expiration).ok();
+    Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
+}
+
+/// A Go duration in whole units: `15m`, `1h30m`, `900s`.
+fn go_duration(text: &str) -> Option<Duration> {
+    let mut seconds: u64 = 0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|character: char| !character.is_ascii_digit())?;
+        let number: u64 = rest[..digits].parse().ok()?;
+        let unit = match rest.as_bytes()[digits] {
+            b'h' => 3600,
+            b'm' => 60,
+            b's' => 1,
+            _ => return None,
+        };
+        seconds = seconds.checked_add(number.checked_mul(unit)?)?;
+        rest = &rest[digits + 1..];
+    }
+    (seconds > 0).then(|| Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_runtime::env_config::file::EnvConfigFiles;
+    use aws_types::os_shim_internal::{Env, Fs};
+
+    use super::*;
+    use crate::terraform::backend::tests::backend;
+
+    fn sections(file: &'static str, selected: Option<&'static str>) -> EnvConfigSections {
+        let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
+        let (fs, env) = (Fs::real(), Env::from_slice(&[]));
+        let loading = aws_config::profile::load(&fs, &env, &files, selected.map(Into::into));
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(loading).unwrap()
+    }
+
+    /// In a word, for comparison.
+    fn source_of(block: &str, file: &'static str, variables: &[(&str, &str)]) -> String {
+        let backend = backend(block);
+        let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        let selected = profile_name(&backend, set).map(|name| &*name.leak());
+        match source(&backend, Ok(&sections(file, selected)), set) {
+            Ok(Source::Environment(keys)) => format!("environment {}", keys.id),
+            Ok(Source::WebIdentity) => "web identity".to_owned(),
+            Ok(Source::Profile(name)) => format!("profile {name}"),
+            Ok(Source::KeysOfProfile(keys)) => format!("keys {}", keys.id),
+            Ok(Source::RoleOfProfile(name, keys)) => format!("role of {name} by {}", keys.id),
+            Ok(Source::Process { profile, command, used_by }) => format!("{command} of {profile} for {used_by:?}"),
+            Ok(Source::Container) => "container".to_owned(),
+            Ok(Source::Instance) => "instance".to_owned(),
+            Err(unreachable) => unreachable.to_string(),
+        }
+    }
+
+    #[test]
+    fn one_source_is_decided_on_before_anybody_is_asked() {
+        const KEYS: (&str, &str) = ("AWS_ACCESS_KEY_ID", "ENV");
+        const SECRET: (&str, &str) = ("AWS_SECRET_ACCESS_KEY", "s");
+        const TOKEN: (&str, &str) = ("AWS_WEB_IDENTITY_TOKEN_FILE", "/t");
+        const TASK: (&str, &str) = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://x");
+        const P: &str = r#"{"profile":"p"}"#;
+        const STATIC: &str = "[profile p]\naws_access_key_id = P\naws_secret_access_key = s\n";
+        for (block, file, variables, expected) in [
+            ("{}", "", &[KEYS, SECRET, TOKEN, ("AWS_PROFILE", "p")][..], "environment ENV"),
+            ("{}", "", &[KEYS, TOKEN], "web identity"),
+            ("{}", "", &[KEYS, TASK], "container"),
+            ("{}", "", &[], "instance"),
+            (P, STATIC, &[KEYS, SECRET, TOKEN, TASK], "keys P"),
+            ("{}", STATIC, &[("AWS_PROFILE", "p"), TASK], "keys P"),
+            ("{}", STATIC, &[("AWS_DEFAULT_PROFILE", "p"), TASK], "keys P"),
+            (P, "", &[KEYS, SECRET, TASK], "the profile p is in none of the shared files"),
+            ("{}", "", &[("AWS_DEFAULT_PROFILE", "p"), TASK], "the profile p is in none of the shared files"),
+            (P, "[profile p]\noutput = json\n", &[], "instance"),
+            (P, "[profile p]\nrole_arn = r\nsource_profile = gone\n", &[TASK], "profile p"),
+            (P, "[profile p]\nsso_account_id = 1\n", &[TASK], "profile p"),
+            (P, "[profile p]\nrole_arn = r\naws_access_key_id = P\naws_secret_access_key = s\n", &[], "role of p by P"),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = p\naws_access_key_id = P\naws_secret_access_key = s\n",
+                &[],
+                "profile p",
+            ),
+            (P, "[profile p]\naws_access_key_id = half\n", &[TASK], "profile p"),
+            (P, "[profile p]\ncredential_process = c\n", &[TASK], "c of p for None"),
+            (P, "[profile p]\nrole_arn = r\ncredential_process = c\n", &[], "c of p for Some(\"p\")"),
+            (P, "[profile p]\nsource_profile = q\n[profile q]\ncredential_process = c\n", &[], "c of q for None"),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = q\n[profile q]\ncredential_process = c\n",
+                &[],
+                "c of q for Some(\"p\")",
+            ),
+            (
+                P,
+                "[profile p]\nrole_arn = r\nsource_profile = q\n[profile q]\nrole_arn = s\nsource_profile = t\n\
+                 [profile t]\ncredential_process = c\n",
+                &[],
+                "c of t for Some(\"q\")",
+            ),
+            (P, "[profile p]\nsource_profile = q\n[profile q]\nsource_profile = p\n", &[], "profile p"),
+            (P, "[profile p]\nsso_start_url = u\ncredential_process = c\n", &[], "profile p"),
+            (P, "[profile p]\nlogin_session = l\n", &[TASK], "the profile sets login_session, which tf cannot follow"),
+        ] {
+            assert_eq!(source_of(block, file, variables), expected, "{block} {file} {variables:?}");
+        }
+        let unread = source(&backend("{}"), Err("broken"), |_| None).unwrap_err();
+        assert!(unread.may_pass() && unread.to_string().contains("broken"));
+    }
+
+    #[test]
+    fn a_go_duration_is_read() {
+        assert_eq!(go_duration("1h30m"), Some(Duration::from_mins(90)));
+        assert_eq!(go_duration("900s"), Some(Duration::from_mins(15)));
+        for text in ["", "900", "1d", "-1h", "1.5h"] {
+            assert_eq!(go_duration(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_role_in_either_form_is_the_same_role() {
+        let new = backend(
+            r#"{"assume_role":{"role_arn":"arn:x","session_name":"s","external_id":"e","duration":"20m","policy":" p ",
+                "policy_arns":["a","b"],"tags":{"k":"v"},"transitive_tag_keys":["k"]}}"#,
+        );
+        let old = backend(
+            r#"{"role_arn":"arn:x","session_name":"s","external_id":"e","assume_role_duration_seconds":1200,
+                "assume_role_policy":" p ","assume_role_policy_arns":["a","b"],"assume_role_tags":{"k":"v"},
+                "assume_role_transitive_tag_keys":["k"]}"#,
+        );
+        let [new, old] = [new, old].map(|backend| format!("{:?}", Role::of(&backend).unwrap().unwrap()));
+        assert_eq!(new, old);
+        assert!(Role::of(&backend("{}")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_token_is_in_no_debug_output() {
+        let block = backend(r#"{"assume_role_with_web_identity":{"role_arn":"arn:x","web_identity_token":"hunter2"}}"#);
+        assert_eq!(format!("{:?}", WebRole::of(&block).unwrap().unwrap()), "WebRole(arn:x)");
+    }
+
+    #[test]
+    fn a_role_for_nobody_is_an_error() {
+        for config in [
+            r#"{"assume_role_with_web_identity":{"role_arn":"arn:x"}}"#,
+            r#"{"assume_role_with_web_identity":{"web_identity_token":"t"}}"#,
+        ] {
+            assert!(matches!(WebRole::of(&backend(config)), Err(Unreachable::Incomplete(_))), "{config}");
+        }
+        assert!(matches!(
+            Role::of(&backend(r#"{"assume_role":{"role_arn":"a","duration":"long"}}"#)),
+            Err(Unreachable::Duration(_))
+        ));
+    }
+}

@@ -1,0 +1,11 @@
+//! Reaching AWS as terraform does: which settings count, whose credentials, through which network, and what a failed request
+//! means.
+
+pub(crate) mod access;
+pub(crate) mod attributes;
+pub(crate) mod causes;
+pub(crate) mod connect;
+pub(crate) mod credentials;
+pub(crate) mod failure;
+pub(crate) mod network;
+pub(crate) mod proxies;

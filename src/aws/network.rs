@@ -1,0 +1,289 @@
+//! The HTTP client under the SDK: the proxies, the certificate authorities and the trust that terraform's would have.
+//!
+//! The SDK's own client knows no proxy and always checks certificates. Its pieces are used as far as they go; only where
+//! a backend says `insecure` is there a client of our own, because they have none that believes everything.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use aws_smithy_http_client::proxy::ProxyConfig;
+use aws_smithy_http_client::{Connector, tls};
+use aws_smithy_runtime_api::client::http::{
+    HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpClient, SharedHttpConnector,
+};
+use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
+use aws_smithy_runtime_api::client::result::ConnectorError;
+use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::body::SdkBody;
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::proxy::Tunnel;
+use hyper_util::client::legacy::connect::{Connect, HttpConnector as Tcp};
+use hyper_util::client::proxy::matcher::{Intercept as Through, Matcher};
+use hyper_util::rt::TokioExecutor;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+
+use crate::aws::proxies::Proxies;
+use crate::panics;
+
+/// How requests travel.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Network {
+    pub(crate) proxies: Proxies,
+    /// PEM: these authorities are trusted, and no others. None: those of the system.
+    pub(crate) authorities: Option<Vec<u8>>,
+    /// Any certificate will do.
+    pub(crate) insecure: bool,
+}
+
+impl Network {
+    /// The client for the SDK.
+    pub(crate) fn client(self) -> SharedHttpClient {
+        SharedHttpClient::new(Routes { network: Arc::new(self), connectors: Arc::default() })
+    }
+
+    fn connector(&self, proxy: Option<&str>, settings: &HttpConnectorSettings, https: bool) -> SharedHttpConnector {
+        if self.insecure && https {
+            return unverified(proxy);
+        }
+        // The builder panics on a machine without authorities, also where none is needed.
+        match panics::caught(|| self.verifying(proxy, settings)) {
+            Some(connector) => connector,
+            None if https => SharedHttpConnector::new(NoAuthorities),
+            None => unverified(proxy),
+        }
+    }
+
+    /// A connector that checks certificates.
+    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
+        let mut trusted = tls::TrustStore::empty();
+        trusted = match &self.authorities {
+            Some(pem) => trusted.with_pem_certificate(pem.clone()),
+            None => trusted.with_native_roots(true),
+        };
+        let mut builder = Connector::builder()
+            .connector_settings(settings.clone())
+            .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc));
+        if let Ok(context) = tls::TlsContext::builder().with_trust_store(trusted).build() {
+            builder = builder.tls_context(context);
+        }
+        if let Some(proxy) = proxy.and_then(|proxy| ProxyConfig::all(proxy).ok()) {
+            builder = builder.proxy_config(proxy);
+        }
+        SharedHttpConnector::new(builder.build())
+    }
+}
+
+/// Refuses every request: nothing can be checked.
+#[derive(Debug)]
+struct NoAuthorities;
+
+impl HttpConnector for NoAuthorities {
+    fn call(&self, _: HttpRequest) -> HttpConnectorFuture {
+        let reason = "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
+        HttpConnectorFuture::ready(Err(ConnectorError::user(reason.into())))
+    }
+}
+
+/// A connector for each way that requests take, with the connections that it keeps.
+type Connectors = Mutex<HashMap<(Option<String>, bool, [Option<Duration>; 2]), SharedHttpConnector>>;
+
+/// Sends each request by the way that is its own.
+#[derive(Clone, Debug)]
+struct Routes {
+    network: Arc<Network>,
+    connectors: Arc<Connectors>,
+}
+
+impl HttpClient for Routes {
+    fn http_connector(&self, settings: &HttpConnectorSettings, _: &RuntimeComponents) -> SharedHttpConnector {
+        SharedHttpConnector::new(Route { routes: self.clone(), settings: settings.clone() })
+    }
+}
+
+#[derive(Debug)]
+struct Route {
+    routes: Routes,
+    settings: HttpConnectorSettings,
+}
+
+impl HttpConnector for Route {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        let Routes { network, connectors } = &self.routes;
+        let target: Option<http::Uri> = request.uri().parse().ok();
+        let scheme = target.as_ref().and_then(http::Uri::scheme_str).unwrap_or("https");
+        let host = target.as_ref().and_then(http::Uri::host).unwrap_or_default();
+        let https = scheme == "https";
+        let port = target.as_ref().and_then(http::Uri::port_u16).unwrap_or(if https { 443 } else { 80 });
+        let proxy = network.proxies.choose(scheme, host, port);
+        let key =
+            (proxy.map(ToOwned::to_owned), https, [self.settings.connect_timeout(), self.settings.read_timeout()]);
+        // Go speaks SOCKS as well; neither the SDK nor we do. One that no request goes through is nobody's trouble.
+        if proxy.is_some_and(|proxy| ProxyConfig::all(proxy).is_err()) {
+            let why = "tf cannot use the proxy, whose URL is none of http or https";
+            return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
+        }
+        let connector = connectors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(key)
+            .or_insert_with(|| network.connector(proxy, &self.settings, https))
+            .clone();
+        connector.call(request)
+    }
+}
+
+/// Those certificates in `pem` that can be used, as PEM again: Go passes the others over, and the SDK would panic. None
+/// where there is not one.
+pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
+    let mut roots = rustls::RootCertStore::empty();
+    let mut usable = String::new();
+    for certificate in CertificateDer::pem_slice_iter(pem).flatten() {
+        if roots.add(certificate.clone()).is_ok() {
+            let encoded = aws_smithy_types::base64::encode(&certificate);
+            let _ = writeln!(usable, "-----BEGIN CERTIFICATE-----\n{encoded}\n-----END CERTIFICATE-----");
+        }
+    }
+    (!usable.is_empty()).then(|| usable.into_bytes())
+}
+
+/// A client that believes every certificate, as `insecure = true` asks for.
+fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder =
+        rustls::ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
+    let Ok(builder) = builder else {
+        // The provider that this is built with speaks TLS 1.2 and 1.3; this is for the compiler.
+        return SharedHttpConnector::new(Connector::builder().build_http());
+    };
+    let config =
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider))).with_no_client_auth();
+    let mut tcp = Tcp::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(Duration::from_secs(3)));
+    let direct = HttpsConnector::from((tcp, config.clone()));
+    let Some(proxy) = proxy.and_then(through) else { return shared(direct) };
+    // The way to the proxy is as much by TLS as its URL says, and believes as much: it takes the password.
+    let mut tunnel = Tunnel::new(proxy.uri().clone(), direct);
+    if let Some(credentials) = proxy.basic_auth() {
+        tunnel = tunnel.with_auth(credentials.clone());
+    }
+    shared(HttpsConnector::from((tunnel, config)))
+}
+
+/// A proxy, with `Proxy-Authorization` where its URL has a user in it, `%`-escapes and all.
+fn through(proxy: &str) -> Option<Through> {
+    // It is for every host; which one is asked for does not matter.
+    Matcher::builder().all(proxy).build().intercept(&http::Uri::from_static("https://any"))
+}
+
+fn shared<C>(connector: C) -> SharedHttpConnector
+where
+    C: Connect + Clone + Send + Sync + 'static,
+{
+    SharedHttpConnector::new(Unverified(Client::builder(TokioExecutor::new()).build(connector)))
+}
+
+struct Unverified<C>(Client<C, SdkBody>);
+
+impl<C> std::fmt::Debug for Unverified<C> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Unverified")
+    }
+}
+
+impl<C> HttpConnector for Unverified<C>
+where
+    C: Connect + Clone + Send + Sync + 'static,
+{
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        let request = match request.try_into_http1x() {
+            Ok(request) => request,
+            Err(error) => return HttpConnectorFuture::ready(Err(ConnectorError::user(error.into()))),
+        };
+        let answer = self.0.request(request);
+        HttpConnectorFuture::new(async move {
+            let answer = answer.await.map_err(|error| ConnectorError::io(error.into()))?;
+            HttpResponse::try_from(answer.map(SdkBody::from_body_1_x))
+                .map_err(|error| ConnectorError::other(error.into(), None))
+        })
+    }
+}
+
+/// Takes everybody for who they say they are. Whoever says `insecure` wants just that.
+#[derive(Debug)]
+struct Anybody(Arc<rustls::crypto::CryptoProvider>);
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxys_user_is_told_as_go_tells_it() {
+        for (proxy, uri, expected) in [
+            ("http://proxy:3128", "http://proxy:3128/", None),
+            ("http://anna@proxy:3128", "http://proxy:3128/", Some("anna:")),
+            ("https://anna:p%40ss@proxy", "https://proxy/", Some("anna:p@ss")),
+        ] {
+            let through = through(proxy).unwrap();
+            let expected = expected.map(|user| format!("Basic {}", aws_smithy_types::base64::encode(user)));
+            assert_eq!(through.uri().to_string(), uri);
+            assert_eq!(through.basic_auth().map(|header| header.to_str().unwrap().to_owned()), expected, "{proxy}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_certificate_is_told_from_one_with_a_broken_one() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let good = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap().pem();
+        let broken = "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
+        let mixed = usable(format!("{broken}{good}{broken}").as_bytes()).unwrap();
+        assert_eq!(CertificateDer::pem_slice_iter(&mixed).flatten().count(), 1);
+        assert_eq!(usable(broken.as_bytes()), None);
+        assert_eq!(usable(b"nothing"), None);
+        assert_eq!(usable(b"-----BEGIN CERTIFICATE-----\nMIIB\n"), None);
+    }
+}

@@ -1,0 +1,685 @@
+//! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
+
+use std::borrow::Cow;
+use std::cell::LazyCell;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::aws::credentials::Purpose;
+use crate::cleanup::destinations::Destinations;
+use crate::cleanup::messages;
+use crate::cleanup::messages::Removal;
+use crate::cleanup::other_backend;
+use crate::cleanup::other_backend::Elsewhere;
+use crate::cleanup::places::Places;
+use crate::cleanup::process_tree::{Fate, Tree};
+use crate::cleanup::release_all::{Settled, Standing, bury, give_back, remember, remember_abandoned, replaced, visit};
+use crate::cleanup::waiter::Patience;
+use crate::cleanup::working_directory::Within;
+use crate::crash_point;
+use crate::holder::evidence::Verdict;
+use crate::holder::host::Host;
+use crate::journal::history::By;
+use crate::journal::pending_requests::Graveyard;
+use crate::journal::runs::{Journal, LeftOver};
+use crate::lock::identity::Reached;
+use crate::lock::place::Place;
+use crate::lock::proof::Run;
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
+use crate::lock::stores::{Spot, Standing as Stored};
+use crate::supervise::Invocation;
+use crate::supervise::stop::Stop;
+use crate::supervise::waiting;
+use crate::sys::poll;
+use crate::sys::process::{self, Process, ProcessList};
+use crate::sys::wait::Ended;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::{Log, RecordedLock};
+use crate::time::saturating_sub;
+use crate::trace::trace;
+
+/// All that is known when terraform has ended.
+pub(crate) struct Aftermath<'a> {
+    pub(crate) run: &'a str,
+    pub(crate) ended: Ended,
+    pub(crate) stop: &'a Stop,
+    pub(crate) out_of_memory: bool,
+    /// `user@host` at the start.
+    pub(crate) who: &'a str,
+    pub(crate) started: Timestamp,
+    pub(crate) log: &'a Log,
+    /// Terraform has written nothing into the log, and may have been unable to.
+    pub(crate) unlogged: bool,
+    pub(crate) tree: &'a Tree,
+    pub(crate) invocation: &'a Invocation,
+    pub(crate) reached: &'a Reached,
+    pub(crate) before: &'a DataDirectory,
+    /// Where `tf` was started.
+    pub(crate) current: &'a Path,
+    pub(crate) data_directory: &'a Path,
+    pub(crate) destinations: &'a Destinations,
+    pub(crate) journal: Option<&'a Journal>,
+    /// Why there is no journal of this run, where there is none.
+    pub(crate) unprotected: Option<&'a str>,
+    pub(crate) graveyard: Option<&'a Graveyard>,
+    pub(crate) release: bool,
+    /// Dead runs that were tried to be finished before, or while, terraform ran.
+    pub(crate) tried: &'a [String],
+}
+
+/// Whether terraform died, or left its work, rather than ended its operation.
+///
+/// What tells is the log, and not the exit code: a terraform that got two interrupts ends with 1, as after any error, and
+/// leaves its operation, its provisioners and its requests on their way (internal/command/meta.go, `RunOperation`). One that
+/// ends its operation has begun to unlock whatever it had locked. `is_ours` says whether a lock belongs to a backend and a
+/// workspace of this run: a lock of another place is that of a terraform which a provisioner has started, and says nothing of
+/// ours.
+///
+/// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). 2 is both "there are changes"
+/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock. A shim's exit code is its own (tenv 255, a
+/// shell 137, `terraform | tee` 0): there also a lock whose unlock was begun counts.
+pub(crate) fn died(
+    ended: Ended,
+    forced: bool,
+    behind_a_shim: bool,
+    log: &Log,
+    is_ours: impl Fn(&RecordedLock) -> bool,
+) -> bool {
+    let left_operation = || log.was_canceled() || log.standing().any(|lock| lock.is_in_use() && is_ours(lock));
+    forced
+        || match ended {
+            Ended::Killed(_) | Ended::Exited(11) => true,
+            Ended::Exited(0) => behind_a_shim && log.breaks_off_locked(),
+            Ended::Exited(1) => left_operation() || (behind_a_shim && log.breaks_off_locked()),
+            Ended::Exited(2) => left_operation() || log.breaks_off() || (log.had_untold() && !log.announces_changes),
+            Ended::Exited(_) => left_operation() || (behind_a_shim && (log.breaks_off() || log.had_untold())),
+        }
+}
+
+/// How long what an ended terraform has started may take to end as well: its providers do, within some milliseconds.
+const ENDS_WITH_TERRAFORM: Duration = Duration::from_secs(1);
+
+/// Makes sure that an operation is over: ends what is left of the tree of a terraform that died, and leaves alone what
+/// one that ended by itself has left on purpose. Gives the reason why no lock may be released, if there is one.
+///
+/// `unlock_begun`: terraform ended by itself, and a lock stands that it had begun to release. Its delete was refused, or is
+/// still on its way; nothing tells whether the operation was over before.
+pub(crate) fn reason_to_keep(
+    tree: &Tree,
+    (died, unlock_begun): (bool, bool),
+    at_once: bool,
+    patience: &mut Patience<'_>,
+) -> Option<Outcome> {
+    // A terraform that a provisioner started without us, or a shim that has ended, writes into our recorder, and may hold
+    // what we see there.
+    if !died || (tree.is_behind_a_shim() && !at_once) {
+        let logging = tree.logging();
+        let living = tree.living();
+        let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
+        if let Some(process) = other {
+            tree.note_survivors(std::slice::from_ref(process));
+            return Some(Outcome::later(messages::another_terraform(process)));
+        }
+    }
+    if died {
+        return match tree.end(patience, at_once) {
+            Fate::Dead(_) => None,
+            Fate::Alive(processes) => Some(Outcome::later(messages::still_alive(&processes))),
+            Fate::LifelineHeld => Some(Outcome::later(messages::LIFELINE_HELD)),
+            Fate::Unseen => Some(Outcome::later(messages::UNSEEN)),
+        };
+    }
+    if unlock_begun { what_lives_on(tree, patience) } else { None }
+}
+
+/// The reason that a living tree is, when terraform ended by itself.
+fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
+    let begun = Instant::now();
+    loop {
+        tree.reap_orphans(&[]);
+        if process::list() == ProcessList::Unavailable {
+            return Some(Outcome::later(messages::UNSEEN));
+        }
+        let living = tree.living();
+        if living.is_empty() {
+            return None;
+        }
+        if begun.elapsed() > ENDS_WITH_TERRAFORM {
+            tree.note_survivors(&living);
+            return Some(Outcome::later(messages::still_alive(&living)));
+        }
+        patience.wait(Duration::from_millis(10));
+    }
+}
+
+/// The locks of `settled` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
+/// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
+/// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
+/// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
+/// another's lock in the place is taken for one, or a place in which no lock can be.
+pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &Settled> {
+    let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
+    let abandoned = move |settled: &&Settled| {
+        let may_come = match &settled.outcome {
+            Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
+            // Whether it was refused could not be seen.
+            Some(Outcome::Kept { because, .. }) => {
+                matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
+            }
+            Some(Outcome::Absent { .. }) | None => false,
+        };
+        failed && may_come && settled.lock.locked.is_none() && !settled.may_still_come
+    };
+    settled.iter().filter(abandoned)
+}
+
+/// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
+/// it for as long as it does after a second interrupt.
+fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
+    /// Less than five seconds by more than a slow machine is late.
+    const LEAVES_AFTER: SignedDuration = SignedDuration::from_secs(4);
+    at.duration_since(lock.asked) >= LEAVES_AFTER
+}
+
+impl Aftermath<'_> {
+    /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
+    pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
+        let at = Timestamp::now();
+        // Read once, and only for a run that left something.
+        let places = LazyCell::new(|| {
+            let after = DataDirectory::read(self.data_directory);
+            Places::new(self.current, self.before, after, &self.invocation.command_line, self.destinations)
+        });
+        let with_plan = LazyCell::new(|| places.clone().with_plan(self.destinations));
+        let is_ours = |lock: &RecordedLock| !with_plan.of(lock).is_empty();
+        let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log, is_ours);
+        // A shim's code tells of a death that the log, being empty, does not.
+        let unlogged = self.unlogged && (died || matches!(self.ended, Ended::Exited(129..)));
+        let lost = unlogged || (died && (!self.log.tells_locks() || self.log.is_torn()));
+        if self.log.mismatch.is_some() && !died && !matches!(self.ended, Ended::Exited(0)) {
+            self.explain_checksum(&with_plan, patience);
+        }
+        if !self.log.may_hold() && !died && !unlogged {
+            if self.stop.was_interrupted() {
+                self.name_survivors();
+            }
+            return LeftOver::default();
+        }
+        let elsewhere = died && other_backend::may_be_left(&places);
+        if !self.log.may_hold() && !lost && !elsewhere {
+            if self.log.was_canceled() {
+                self.name_survivors();
+            }
+            self.name_errored_state();
+            return LeftOver::default();
+        }
+        trace!("a lock may stand; died: {died}, log lost: {lost}");
+        crash_point::reached("tf: locks may stand");
+        let ending = messages::ending(self.ended, self.stop.killed(), self.out_of_memory);
+        let places = &*with_plan;
+        let keep = if self.release {
+            let unlock_begun = !died && unlock_is_begun(self.log, places, patience);
+            reason_to_keep(self.tree, (died, unlock_begun), self.stop.killed().is_some(), patience)
+        } else {
+            Some(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
+        };
+        crash_point::reached("tf: tree judged");
+        let run = Run::recorded(self.who, self.started, self.log);
+        let reached = self.reached.clone();
+        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        // What is below terraform worked until now.
+        let until = Timestamp::now();
+        let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
+        let standing = Standing::find(self.log, places, &situation, died, patience);
+        let settled = give_back(&standing.named, places, &situation, died, keep.as_ref(), claimed, patience);
+        crash_point::reached("tf: gave back");
+        let remembered = bury(&settled, &situation, true, self.graveyard);
+        let abandoned = || abandoned_requests(&settled, Some(self.ended));
+        let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
+        self.tell(&settled, &remembered, places, &ending);
+        // Of one that could not be looked for nothing is known that terraform has not said.
+        let looked_for = |settled: &&Settled| !matches!(settled.outcome, Some(Outcome::Kept { .. }));
+        let waited_for = abandoned().filter(looked_for).map(|settled| &settled.lock);
+        for lock in waited_for.filter(|lock| was_waited_for(lock, at)) {
+            let kept = also_remembered.contains(&lock.id);
+            messages::say(&messages::may_still_come(&ending, lock, kept, &self.unlock_command_of(lock, places)));
+        }
+        remember(&settled, By::Tf, &ending, None);
+        for one in replaced(&settled, places, died, until, By::Tf, patience) {
+            messages::say(&messages::replaced(
+                &ending,
+                &one.own,
+                &one.by,
+                &self.program(),
+                self.directory().as_deref(),
+            ));
+        }
+        for settled in &settled {
+            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &settled.outcome {
+                self.release_late(patience, id, places);
+            }
+        }
+        self.explain_refusals(&settled, places, died, patience);
+        for (info, reason) in &standing.suspects {
+            messages::say(&messages::suspected(&ending, info, Some(reason), &self.unlock_command(None, places)));
+        }
+        for unnamed in &standing.awaited {
+            messages::say(&messages::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
+        }
+        for (_, reason) in &standing.unread {
+            messages::say(&messages::not_looked_for(&ending, reason));
+        }
+        if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
+            self.name_suspect(patience, &ending, places, &situation, unlogged);
+        }
+        if died {
+            self.name_errored_state();
+        }
+        if let Some(why) = self.unprotected.filter(|_| died) {
+            messages::say(&messages::unprotected(why));
+        }
+        let mut left_over = standing.left_over(settled);
+        if elsewhere {
+            self.settle_elsewhere(places, &situation, (keep.as_ref(), &ending), patience, &mut left_over);
+        }
+        left_over
+    }
+
+    /// The same for another backend than S3.
+    fn settle_elsewhere(
+        &self,
+        places: &Places,
+        situation: &Situation,
+        (keep, ending): (Option<&Outcome>, &str),
+        patience: &mut Patience<'_>,
+        left_over: &mut LeftOver,
+    ) {
+        let Invocation { terraform, command_line, .. } = self.invocation;
+        let chdir = command_line.directory.as_deref();
+        let Some(elsewhere) = Elsewhere::of(places, self.log, &terraform.path, self.current, chdir) else { return };
+        let keep = keep.and_then(Outcome::reason);
+        let told = command_line.tells_of_its_lock();
+        let end = elsewhere.settle(
+            &situation.run,
+            told,
+            keep,
+            [ending, &self.unlock_command(None, places)],
+            By::Tf,
+            patience,
+        );
+        end.messages.iter().for_each(|message| messages::say(message));
+        if end.later {
+            left_over.add_elsewhere(elsewhere.had);
+        }
+    }
+
+    fn tell(&self, settled: &[Settled], remembered: &[String], places: &Places, ending: &str) {
+        for Settled { lock, outcome, may_stand, may_still_come } in settled {
+            let kept = self.unprotected.is_none();
+            match outcome {
+                Some(Outcome::Released(released)) => {
+                    messages::say(&messages::released(ending, lock, released, Timestamp::now()));
+                    if released.is_partial && *may_still_come {
+                        let kept = remembered.contains(&lock.id);
+                        messages::say(&messages::other_part_may_land(
+                            lock,
+                            kept,
+                            &self.unlock_command_of(lock, places),
+                        ));
+                    }
+                    if let Some(unfit) = &released.unfit {
+                        let workspace = places.workspace_of_lock(lock);
+                        messages::say(&messages::unfit_digest(unfit, workspace, self.directory().as_deref()));
+                    }
+                }
+                // Terraform was refused, and has said so itself.
+                Some(Outcome::Kept { .. }) if !may_stand => {}
+                Some(Outcome::Kept { because: Because::OtherAccount, .. }) if kept => {
+                    messages::say(&messages::not_seen(ending, lock, self.reached.needs()));
+                }
+                Some(Outcome::Kept { reason, because }) => {
+                    let later = kept && !matches!(because, Because::Doubt | Because::Never);
+                    let place = places.of(lock).into_iter().next();
+                    let workspace = place.as_ref().and_then(|place| unselected_workspace(place, places));
+                    let removal = Removal {
+                        unlock: self.unlock_command(place.as_ref(), places),
+                        release: self.locks_command(messages::RELEASE_NO_LOCK, workspace),
+                    };
+                    messages::say(&messages::kept(ending, lock, reason, *because, later, &removal));
+                }
+                Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.locked.is_some() => {
+                    messages::say(&messages::place_is_away(ending, lock, remembered.contains(&lock.id)));
+                }
+                Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
+                    let kept = remembered.contains(&lock.id);
+                    messages::say(&messages::may_still_come(ending, lock, kept, &self.unlock_command_of(lock, places)));
+                }
+                Some(Outcome::Absent { .. }) | None => {}
+            }
+        }
+    }
+
+    /// Terraform has failed because a state and its digest do not fit, and has said so. We add what to type.
+    fn explain_checksum(&self, places: &Places, patience: &mut Patience<'_>) {
+        let Some((bucket, key)) = &self.log.mismatch else { return };
+        let _there = Within::enter(&places.working_directory);
+        for place in places.of_state(bucket, key) {
+            if let Ok(Some(unfit)) = patience.until(release::unfit_state(&place)) {
+                let workspace = places.workspace_of(&place);
+                messages::say(&messages::unfit_digest(&unfit, workspace, self.directory().as_deref()));
+                return;
+            }
+        }
+    }
+
+    /// Names what runs on after an interrupt. Terraform's providers may be dying at this moment: those are no survivors.
+    fn name_survivors(&self) {
+        let mut living = self.tree.living();
+        if !living.is_empty() {
+            poll::wait(&[], Some(Duration::from_millis(100)));
+            let later = self.tree.living();
+            living.retain(|process| later.iter().any(|other| other.pid == process.pid));
+        }
+        if !living.is_empty() {
+            messages::say(&messages::survivors(&living));
+        }
+    }
+
+    /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
+    fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
+        let Some(graveyard) = self.graveyard else { return };
+        for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
+            if let Some(Outcome::Released(_)) =
+                visit(tombstone, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), patience)
+            {
+                messages::say(&messages::came_late(&tombstone.lock));
+                messages::say(messages::TRY_AGAIN);
+            }
+        }
+    }
+
+    /// Terraform was refused by somebody's lock and has said so. We add what it cannot know: whether the holder lives, and
+    /// what to type. One that is proven dead is finished, and its lock given back; terraform is not started once more: its
+    /// stdin may be consumed, and its output was read.
+    fn explain_refusals(&self, settled: &[Settled], places: &Places, died: bool, patience: &mut Patience<'_>) {
+        if died || matches!(self.ended, Ended::Exited(0)) {
+            return;
+        }
+        for Settled { lock, outcome, .. } in settled.iter().filter(|settled| settled.lock.locked.is_none()) {
+            // Of a service that is silent, and of one where nothing stands, there is nothing to say.
+            let is_refused = match outcome {
+                Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
+                Some(Outcome::Kept { because, .. }) => *because == Because::NoLock,
+                Some(Outcome::Released(_)) => false,
+                // It was not looked for: nothing is to be released here.
+                None => true,
+            };
+            if is_refused {
+                places.of(lock).iter().for_each(|place| self.explain_refusal(lock, place, places, patience));
+            }
+        }
+    }
+
+    /// The same for one place of the lock that was asked for.
+    fn explain_refusal(&self, asked: &RecordedLock, place: &Place, places: &Places, patience: &mut Patience<'_>) {
+        let found = standing(place, places, patience);
+        let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
+        for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
+            let what = standing.describe_no_lock();
+            messages::say(&messages::barred(
+                &spot.describe(),
+                &what,
+                &command(messages::RELEASE_NO_LOCK),
+                &place.lock_path(),
+            ));
+        }
+        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, standing)| standing.info()).collect();
+        locks.dedup();
+        for info in locks.into_iter().filter(|info| info.id != asked.id) {
+            let host = Host::look();
+            let judgement = host.judge(&info);
+            trace!("refused by {}: {:?}", info.id, judgement.verdict);
+            let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
+            // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
+            let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
+            messages::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
+            let Some(run) = dead else { continue };
+            if let Ok(child) = waiting::start(run, false) {
+                waiting::wait_for(child, patience);
+                let left = self::standing(place, places, patience);
+                if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
+                    messages::say(messages::TRY_AGAIN);
+                }
+            }
+        }
+    }
+
+    /// Names a lock that only its own JSON connects with this run.
+    fn name_suspect(
+        &self,
+        patience: &mut Patience<'_>,
+        ending: &str,
+        places: &Places,
+        situation: &Situation,
+        unlogged: bool,
+    ) {
+        let Some(place) = places.selected() else { return };
+        let _there = Within::enter(&places.working_directory);
+        match patience.until(release::suspect(&place, &situation.run, unlogged)) {
+            Ok(Ok(Some(info))) if situation.run.is_of(&info.who) => {
+                messages::say(&messages::suspected(ending, &info, None, &self.unlock_command(Some(&place), places)));
+            }
+            Ok(Ok(suspect)) if unlogged => {
+                messages::say(&messages::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
+            }
+            Ok(Err(failure)) => messages::say(&messages::suspect_not_looked_for(ending, &failure.to_string())),
+            Err(reason) => messages::say(&messages::suspect_not_looked_for(ending, reason)),
+            Ok(Ok(_)) => {}
+        }
+    }
+
+    /// By what name terraform was run, without a directory.
+    fn program(&self) -> Cow<'_, str> {
+        Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy()
+    }
+
+    /// `-chdir`, as it was given.
+    fn directory(&self) -> Option<Cow<'_, str>> {
+        self.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
+    }
+
+    /// Names a state that terraform could not write. It says so itself, if it lives to say it and anybody reads it.
+    fn name_errored_state(&self) {
+        let directory = self.invocation.command_line.working_directory(self.current);
+        if let Some(path) = errored_state(&directory, self.started) {
+            messages::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
+        }
+    }
+
+    /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
+    fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
+    }
+
+    /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any
+    /// more, is none for terraform: it refuses to work there, and ours does not.
+    fn unlock_command(&self, place: Option<&Place>, places: &Places) -> String {
+        let workspace = place.and_then(|place| unselected_workspace(place, places));
+        if workspace.is_some() && self.invocation.command_line.command().starts_with("workspace ") {
+            return self.locks_command("release", workspace);
+        }
+        let command = messages::unlock_command(&self.program(), self.directory().as_deref());
+        // Set for this run alone, perhaps, and not where the command will be typed.
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        messages::in_workspace(workspace.or(variable.as_deref()), &command)
+    }
+
+    /// The same for `lock`.
+    fn unlock_command_of(&self, lock: &RecordedLock, places: &Places) -> String {
+        self.unlock_command(places.of(lock).first(), places)
+    }
+}
+
+/// Whether a lock stands, or may, that terraform had begun to release.
+pub(crate) fn unlock_is_begun(log: &Log, places: &Places, patience: &mut Patience<'_>) -> bool {
+    let mut begun = log.standing().filter(|lock| lock.unlocking);
+    begun.any(|lock| {
+        let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, patience));
+        found.any(|stands| stands)
+    })
+}
+
+/// Whether the lock `id` stands at `place`, as far as it can be told.
+fn stands(id: &str, place: &Place, places: &Places, patience: &mut Patience<'_>) -> bool {
+    let _there = Within::enter(&places.working_directory);
+    patience.until(release::may_stand(place, id)).unwrap_or(true)
+}
+
+/// The workspace whose state is at `place`, if a command without further words would not look there: it is neither the default
+/// one nor the selected one, and it need not have a state yet.
+fn unselected_workspace<'a>(place: &Place, places: &'a Places) -> Option<&'a str> {
+    let selected = places.directories.first().map(|directory| directory.workspace.as_str());
+    places.workspace_of(place).filter(|name| Some(*name) != selected)
+}
+
+/// What stands in the places of a lock at `place` now.
+fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<(Spot, Stored)> {
+    let _there = Within::enter(&places.working_directory);
+    patience.until(release::standing(place)).unwrap_or_default()
+}
+
+/// A state that a terraform which was started at `since` in `directory` has put there because it could not write it
+/// (internal/backend/local/backend_apply.go, `backupStateForError`).
+pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBuf> {
+    let path = directory.join("errored.tfstate");
+    let written = Timestamp::try_from(std::fs::metadata(&path).ok()?.modified().ok()?).ok()?;
+    // File systems keep coarser times than clocks.
+    (written >= saturating_sub(since, SignedDuration::from_secs(2))).then_some(path)
+}
+
+fn is_terraform(process: &Process) -> bool {
+    let program = process.program();
+    let named = |name: &str| {
+        program == name || program.starts_with(&format!("{name}_")) || program.starts_with(&format!("{name}-v"))
+    };
+    named("terraform") || named("tofu")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::Signal;
+
+    /// What a log of Terraform 1.11 tells, up to that many of its records: of a lock that was asked for, had, given back.
+    fn told(records: usize) -> Log {
+        let line = |message| crate::terraform::log::tests::lock_line(7, message, crate::terraform::log::tests::ID, "r");
+        let records = [
+            "2026-11-23T01:46:07.565Z [INFO]  Terraform version: 1.11.4\n".to_owned(),
+            line("Attempting to lock remote state (DynamoDB only)..."),
+            line("Locked remote state (DynamoDB only)"),
+            line("Attempting to unlock remote state (DynamoDB only)..."),
+            line("Unlocked remote state (DynamoDB only)"),
+        ][..records]
+            .concat();
+        let mut log = Log::default();
+        log.read(records.as_bytes());
+        log
+    }
+
+    #[test]
+    fn only_a_terraform_that_ended_its_operation_did_not_die() {
+        for forced in [false, true] {
+            for records in 1..=5 {
+                for ours in [false, true] {
+                    let log = &told(records);
+                    let (asked, had) = ((2..5).contains(&records), (3..5).contains(&records));
+                    let left = records == 3 && ours;
+                    assert_eq!((log.breaks_off(), log.breaks_off_locked()), (asked, had));
+                    for shim in [false, true] {
+                        let died = |ended| died(ended, forced, shim, log, |_| ours);
+                        assert!(died(Ended::Killed(Signal::SIGKILL)));
+                        assert!(died(Ended::Exited(11)));
+                        assert_eq!(died(Ended::Exited(0)), forced || (shim && had));
+                        assert_eq!(died(Ended::Exited(1)), forced || left || (shim && had), "{records} {ours}");
+                        assert_eq!(died(Ended::Exited(2)), forced || asked);
+                        for code in [3, 137, 247, 255] {
+                            assert_eq!(died(Ended::Exited(code)), forced || left || (shim && asked));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Of OpenTofu's locks nothing tells when they are released: there the second interrupt's own record does.
+    #[test]
+    fn a_terraform_that_says_that_it_left_its_operation_died() {
+        let mut log = told(4);
+        log.read(b"2026-11-23T01:46:09.000Z [WARN]  running operation was forcefully canceled\n");
+        assert!(died(Ended::Exited(1), false, false, &log, |_| false));
+        assert!(!died(Ended::Exited(0), false, false, &log, |_| false));
+    }
+
+    #[test]
+    fn a_request_of_a_terraform_that_failed_may_still_land_unless_another_holds_the_lock() {
+        let lock = told(2).locks.remove(0);
+        let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
+        let released = || {
+            let nothing = release::Released { created: None, write: None, unfit: None, is_partial: false };
+            Some(Outcome::Released(nothing))
+        };
+        for (outcome, ended, expected) in [
+            (absent(), Some(Ended::Exited(1)), 1),
+            (released(), Some(Ended::Exited(1)), 1),
+            (absent(), Some(Ended::Exited(0)), 0),
+            (absent(), None, 0),
+            (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
+            // A table that does not exist has refused it.
+            (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
+            (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
+            (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
+            // What is no lock was there, and has refused it.
+            (kept(Because::NoLock), Some(Ended::Exited(1)), 0),
+            (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
+            (None, Some(Ended::Exited(1)), 0),
+        ] {
+            let settled = [Settled { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
+            assert_eq!(abandoned_requests(&settled, ended).count(), expected, "{settled:?} {ended:?}");
+        }
+        let mut had = lock.clone();
+        had.locked = Some(lock.asked);
+        let settled = [Settled { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
+        assert_eq!(abandoned_requests(&settled, Some(Ended::Exited(1))).count(), 0);
+        for (seconds, expected) in [(1, false), (5, true)] {
+            assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);
+        }
+    }
+
+    /// Of OpenTofu's locks nothing tells when they are given back; that changes are announced tells the command line.
+    #[test]
+    fn code_2_is_a_crash_unless_changes_are_announced_by_it() {
+        for (arguments, crash) in [("\"plan\"", true), ("\"plan\", \"-detailed-exitcode\"", false)] {
+            let mut log = Log::default();
+            log.read(
+                format!(
+                    "2026-11-23T01:46:07.565Z [INFO]  OpenTofu version: 1.6.2\n\
+                     2026-11-23T01:46:07.566Z [INFO]  CLI command args: []string{{{arguments}}}\n\
+                     2026-11-23T01:46:07.600Z [TRACE] backend/local: requesting state lock for workspace \"default\"\n\
+                     2026-11-23T01:46:07.700Z [TRACE] backend/local: reading remote state for workspace \"default\"\n"
+                )
+                .as_bytes(),
+            );
+            assert!(log.had_untold());
+            let died = |code, shim| died(Ended::Exited(code), false, shim, &log, |_| false);
+            assert_eq!(died(2, false), crash);
+            assert!(!died(1, true) && died(255, true));
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! What is done when a run has ended or died: is everything dead that it started, and are its locks to be released.
+
+pub(crate) mod after_run;
+pub(crate) mod destinations;
+pub(crate) mod messages;
+pub(crate) mod other_backend;
+pub(crate) mod places;
+pub(crate) mod process_tree;
+pub(crate) mod recovery;
+pub(crate) mod release_all;
+pub(crate) mod waiter;
+pub(crate) mod working_directory;

@@ -1,0 +1,256 @@
+//! Giving back the lock of another backend than S3, by terraform's own `force-unlock`: only where the service itself makes
+//! the delete depend on the lock's ID ([`crate::terraform::other_backends`]).
+//!
+//! No log tells the ID there. It is learnt by asking for the lock once more: `terraform taint` of a resource that there is not
+//! is refused with all that stands in the lock; and should nothing stand there, it has the lock for a moment, finds no such
+//! resource and changes nothing. (`force-unlock` with a wrong ID would tell the same, and unlock on a service that does not
+//! compare.) Whether it is our run's lock is then judged by the moment in which it was made, as with an OpenTofu that names
+//! none ([`crate::lock::proof::judge_unnamed`]).
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::cleanup::messages;
+use crate::cleanup::places::Places;
+use crate::cleanup::waiter::Patience;
+use crate::journal::history;
+use crate::journal::history::{By, Event, What};
+use crate::lock::proof::{Run, Verdict, judge_unnamed};
+use crate::terraform::backend::CachedBackend;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::{Log, Mark, UnnamedLock};
+use crate::terraform::other_backends::{Deed, OtherBackend};
+use crate::trace::trace;
+
+/// The resource that there is not.
+const NOTHING: &str = "tf_asks.who_holds_the_lock";
+
+/// For how long a write of the dead terraform may still be on its way. Nobody here can look whether one arrives.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// How long one terraform may take.
+const ANSWERS_WITHIN: Duration = Duration::from_mins(1);
+
+/// Between two looks at it.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A run that died, in a backend that is not S3.
+pub(crate) struct Elsewhere<'a> {
+    backend: &'a CachedBackend,
+    kind: &'static OtherBackend,
+    /// The program, and where it was run.
+    program: &'a Path,
+    current: &'a Path,
+    chdir: Option<&'a Path>,
+    workspace: String,
+    /// The directory leads to another place than it did.
+    moved: bool,
+    /// The lock, as far as the log tells of it. None: it tells of none.
+    pub(crate) had: Option<UnnamedLock>,
+}
+
+/// Whether the backend of a run is one in which a lock can be left, and not S3.
+pub(crate) fn may_be_left(places: &Places) -> bool {
+    let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
+    backend.and_then(OtherBackend::of).is_some_and(|other| other.deed != Deed::Nothing)
+}
+
+/// How it came out: what is to be said, if anything, and whether a later try may do better.
+#[derive(Debug, Default)]
+pub(crate) struct Ending {
+    pub(crate) messages: Vec<String>,
+    pub(crate) later: bool,
+    pub(crate) released: bool,
+}
+
+impl Ending {
+    /// Whether a lock may stand of which a person should hear.
+    pub(crate) fn leaves_one(&self) -> bool {
+        !self.released && !self.messages.is_empty()
+    }
+}
+
+impl<'a> Elsewhere<'a> {
+    /// A run of `program` whose log is `log`, if its backend is another one than S3.
+    pub(crate) fn of(
+        places: &'a Places,
+        log: &Log,
+        program: &'a Path,
+        current: &'a Path,
+        chdir: Option<&'a Path>,
+    ) -> Option<Self> {
+        let mut backends = places.directories.iter().filter_map(|directory| directory.backend.as_ref());
+        let backend = backends.next()?;
+        let kind = OtherBackend::of(backend)?;
+        let moved = backends.any(|other| other.kind != backend.kind || kind.place(other) != kind.place(backend));
+        let had = log.of_workspaces().last().cloned();
+        let workspace = match had.as_ref().map(|lock| &lock.mark) {
+            Some(Mark::Workspace(name)) => name.clone(),
+            _ => places.workspaces.first().cloned().unwrap_or_default(),
+        };
+        Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
+    }
+
+    /// Gives the lock back, or names it. `brackets`: the command is one whose log tells that it was given a lock, so that
+    /// silence tells that it was not.
+    pub(crate) fn settle(
+        &self,
+        run: &Run,
+        brackets: bool,
+        keep: Option<&str>,
+        [ending, unlock]: [&str; 2],
+        by: By,
+        patience: &mut Patience<'_>,
+    ) -> Ending {
+        let variable = |name: &str| std::env::var(name).ok();
+        let deed = self.kind.deed_in(self.backend, variable);
+        trace!("backend {}: {deed:?}; had: {:?}", self.kind.kind, self.had);
+        // A run that takes no lock has had none; where it had one, it was another terraform in its log that takes none.
+        if deed == Deed::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
+            return Ending::default();
+        }
+        let place = self.kind.place(self.backend);
+        let named = |why: &str, info: Option<&LockInfo>| Ending {
+            messages: vec![messages::left_elsewhere(ending, self.kind, &place, why, info, unlock)],
+            ..Ending::default()
+        };
+        if deed == Deed::Name {
+            return named("its unlock would hit whoever holds the lock by then", None);
+        }
+        if self.moved {
+            return Ending { later: true, ..named("another backend is set up in its directory since", None) };
+        }
+        if let Some(why) = keep {
+            return Ending { later: true, ..named(why, None) };
+        }
+        let standing = match self.ask(patience) {
+            Ok(standing) => standing,
+            Err(why) => return Ending { later: true, ..named(&why, None) },
+        };
+        let Some(info) = standing else { return Ending::default() };
+        let verdict = match &self.had {
+            Some(had) => judge_unnamed(had, &info, "", run, true),
+            None => Verdict::Doubt("its log does not tell whether it had one"),
+        };
+        trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
+        match verdict {
+            Verdict::Ours => {}
+            Verdict::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
+            Verdict::Doubt(_) | Verdict::Anothers => return Ending::default(),
+        }
+        self.give_back(&info, (ending, &place, unlock), by, patience)
+    }
+
+    fn give_back(
+        &self,
+        info: &LockInfo,
+        (ending, place, unlock): (&str, &str, &str),
+        by: By,
+        patience: &mut Patience<'_>,
+    ) -> Ending {
+        let named = |why: &str| Ending {
+            messages: vec![messages::left_elsewhere(ending, self.kind, place, why, Some(info), unlock)],
+            later: true,
+            released: false,
+        };
+        messages::say(&messages::waiting_blindly(QUIET));
+        let begun = Instant::now();
+        while begun.elapsed() < QUIET {
+            if patience.interrupts() > 0 {
+                return named(messages::ENOUGH);
+            }
+            patience.wait(LOOK);
+        }
+        let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], patience);
+        // What it answers proves nothing: what stands there now does.
+        match self.ask(patience) {
+            Ok(Some(left)) if left.id == info.id => {
+                let said = unlocked.map_or_else(|error| error.to_string(), |(_, said)| first_line(&said));
+                named(&format!("force-unlock did not remove it: {said}"))
+            }
+            Err(why) => named(&why),
+            Ok(_) => {
+                history::record(&Event::of_standing(What::Released, by, info, &info.path, ending, None));
+                let message = messages::released_elsewhere(ending, self.kind, info);
+                Ending { messages: vec![message], later: false, released: true }
+            }
+        }
+    }
+
+    /// The lock that stands. `None`: none did.
+    fn ask(&self, patience: &mut Patience<'_>) -> Result<Option<LockInfo>, String> {
+        let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], patience);
+        let (_, said) = asked.map_err(|error| error.to_string())?;
+        match LockInfo::of_refusal(&said) {
+            Some(info) => Ok(Some(info)),
+            None if said.contains("No such resource instance") || said.contains("state is empty") => Ok(None),
+            None => Err(format!("terraform could not ask for it: {}", first_line(&said))),
+        }
+    }
+
+    /// Runs terraform as the run did. Gives its exit code, if it had one, and what it said on stderr.
+    ///
+    /// It may have the lock itself for a moment, so it is never ended, and nothing that ends us ends it: it is in a group of
+    /// its own, of which no key tells, and writes into a file. Whoever does not wait for it lets it come to its end.
+    fn terraform(&self, arguments: &[&str], patience: &mut Patience<'_>) -> io::Result<(Option<i32>, String)> {
+        let mut said = tempfile::tempfile()?;
+        let mut child = self.start(arguments, said.try_clone()?)?;
+        let begun = Instant::now();
+        let mut enough = 0;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            let interrupts = patience.interrupts();
+            if interrupts > 0 {
+                trace!("an interrupt while terraform is asked");
+            }
+            enough += interrupts;
+            if begun.elapsed() > ANSWERS_WITHIN || enough > 1 {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "terraform did not answer"));
+            }
+            patience.wait(LOOK);
+        };
+        let mut text = String::new();
+        said.rewind()?;
+        said.take(1 << 16).read_to_string(&mut text)?;
+        Ok((status.code(), text))
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the run is over; this one asks, and unlocks, and changes nothing")]
+    fn start(&self, arguments: &[&str], said: File) -> io::Result<Child> {
+        let mut command = Command::new(self.program);
+        if let Some(chdir) = self.chdir {
+            let mut flag = OsString::from("-chdir=");
+            flag.push(chdir);
+            command.arg(flag);
+        }
+        // Words and logs of the user's are for his own commands.
+        let unwanted =
+            |name: &str| name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH";
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(unwanted)) {
+            command.env_remove(name);
+        }
+        command
+            .args(arguments)
+            .env("TF_WORKSPACE", &self.workspace)
+            .env("TF_INPUT", "0")
+            .env("CHECKPOINT_DISABLE", "1")
+            .current_dir(self.current)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(said)
+            .process_group(0)
+            .spawn()
+    }
+}
+
+fn first_line(said: &str) -> String {
+    let lines = said.lines().map(|line| line.trim_matches(['\u{2502}', '\u{2577}', '\u{2575}', ' ']));
+    lines.filter(|line| !line.is_empty()).take(2).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,517 @@
+//! Terraform's process tree: is it dead, and if not, ending it.
+//!
+//! After `kill -9` of terraform a provider lives on for seconds, and a script for as long as it likes, both still
+//! changing infrastructure. No single sign of that can be trusted. A child may close every descriptor (Python's
+//! `subprocess` does), may be orphaned, may clear its environment. So dead means all of:
+//!
+//! - the lifeline is closed: a pipe that the whole tree inherited, at a high number;
+//! - nothing is below us: orphans come to us, as their subreaper, and not to init;
+//! - no process of ours anywhere has `TFW_RUN` with this run in its environment.
+//!
+//! The guardian is no ancestor of anybody, and orphans do not come to it. [`crate::journal::membership`] says what it goes by instead.
+//! What escapes it has left terraform's process group, cleared its environment, closed every descriptor and lost its parent
+//! before the guardian ever saw it.
+//!
+//! Without a process list ([`process::list`]: no /proc, or another namespace's) nobody can be found. Then `tf`, as the
+//! subreaper, asks the kernel whether it has any child left, which no descendant can escape; what the guardian cannot see
+//! is a doubt.
+//!
+//! A zombie is dead. A process that we may not signal is a reason for doubt, and doubt keeps the lock.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getpid};
+
+use crate::cleanup::waiter::Patience;
+use crate::journal::membership::{Mark, Membership, TreeIdentity, classify};
+use crate::sys::descriptor;
+use crate::sys::poll;
+use crate::sys::process::{self, Process, ProcessList, Variable};
+use crate::sys::wait::{self, Children};
+use crate::trace::trace;
+
+/// The variable that marks every process of a run. A run below another one names both, the outer first: `OUTER/INNER`.
+pub(crate) const RUN: &str = "TFW_RUN";
+
+/// How long what is left of a tree may take to end after TERM, before KILL.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// The same for the tree of a `tf` that something in ours has started: its terraform got one interrupt, and saves its state.
+const NESTED_GRACE: Duration = Duration::from_mins(1);
+
+/// How long it may take after KILL. What is still there then hangs in the kernel, or is not ours to kill.
+const AFTER_KILL: Duration = Duration::from_secs(5);
+
+/// How often is looked again.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The tree below us, and how to recognise it.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    lifeline: OwnedFd,
+    /// The value of `TFW_RUN`, or its last part.
+    run: String,
+    terraform: Option<Pid>,
+    /// Children that we started for ourselves.
+    ours: RefCell<Vec<Pid>>,
+    /// Children that we had before terraform: a shell that became us by exec may leave some.
+    strangers: Vec<Pid>,
+    /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
+    strangers_possible: bool,
+    /// What we start is no terraform itself, and leads to one: its status is not terraform's, which may outlive it.
+    leads_on: bool,
+    /// The recorder: its device and its number there.
+    recorder: Option<(u64, u64)>,
+    /// Terraform has a process group of its own.
+    own_group: bool,
+    /// What was seen to live on when [`Tree::end`] gave up: pid and start.
+    survivors: RefCell<Vec<(i32, u64)>>,
+    vantage: Vantage,
+}
+
+/// From where a tree is seen.
+#[derive(Debug)]
+enum Vantage {
+    /// By its parent, to whom its orphans come.
+    Above,
+    /// By the guardian.
+    Beside(RefCell<Beside>),
+}
+
+/// What the guardian knows of a tree.
+#[derive(Debug, Default)]
+struct Beside {
+    /// Everybody that was ever seen to belong to it is among its survivors.
+    identity: TreeIdentity,
+    /// See [`classify`].
+    certain_before: Option<u64>,
+}
+
+/// The processes of a run, as an observer sees them who is not above them.
+#[derive(Debug, Default)]
+pub(crate) struct Living {
+    /// These belong to it.
+    pub(crate) members: Vec<Process>,
+    /// These may.
+    pub(crate) unknown: Vec<Process>,
+}
+
+impl Living {
+    /// Looks at the living processes of the run that has the mark `run`. `certain_before`: see [`classify`].
+    pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
+        let all: Vec<(Process, Mark)> =
+            Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
+        let found = classify(&all, identity, certain_before);
+        let pids: Vec<Pid> = all.iter().map(|(process, _)| process.pid).collect();
+        let own = getpid();
+        let mut living = Self::default();
+        for ((process, _), membership) in all.into_iter().zip(found) {
+            let list = match membership {
+                Membership::Member => &mut living.members,
+                Membership::Unknown => &mut living.unknown,
+                Membership::Other => continue,
+            };
+            if !process.is_dead() && process.pid != own && !process.is_helper_of_ours() {
+                list.push(process);
+            }
+        }
+        // Another user's, which /proc may hide from us (`hidepid`): to signal it is forbidden only while it is there.
+        let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
+        let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
+        living.unknown.extend(hidden.filter_map(Process::forbidden));
+        // Members of terraform's group whom it hides.
+        if let Some(group) = identity.group.map(Pid::from_raw)
+            && living.is_empty()
+            && hides_members(group)
+        {
+            living.unknown.push(Process::unseen_in(group));
+        }
+        living
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.unknown.is_empty()
+    }
+}
+
+/// Whether the process belongs to a run below `run`, which has a `tf` of its own.
+fn is_nested(process: &Process, run: &str) -> bool {
+    let Variable::Set(runs) = process.environment(RUN) else { return false };
+    let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
+    runs.next().is_some() && runs.next().is_some()
+}
+
+/// Whether the process carries the mark of `run`.
+fn mark_of(process: &Process, run: &str) -> Mark {
+    match process.environment(RUN) {
+        Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => Mark::Marked,
+        Variable::Set(_) | Variable::Unset => Mark::Unmarked,
+        Variable::Unreadable => Mark::Unreadable,
+    }
+}
+
+/// What a process found below us is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kinship {
+    /// It descends from terraform.
+    Kin,
+    /// It does not.
+    Stranger,
+    /// Nothing tells.
+    Unclear,
+}
+
+/// How the end of a tree came out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// All of it is dead; so many processes had to be ended.
+    Dead(usize),
+    /// These live, or may.
+    Alive(Vec<Process>),
+    /// Nothing is to be seen, but somebody holds the lifeline.
+    LifelineHeld,
+    /// There is no process list, and something may live.
+    Unseen,
+}
+
+impl Tree {
+    /// The lifeline of a new run: what is watched, and the end that terraform inherits, at a high number.
+    ///
+    /// # Errors
+    /// When no pipe can be made.
+    pub(crate) fn new(run: &str) -> std::io::Result<(Self, OwnedFd)> {
+        let (lifeline, end) = descriptor::pipe()?;
+        let inherited = descriptor::inheritable_high(&end)?;
+        let strangers = process::own_children();
+        let strangers_possible = !strangers.is_empty() || getpid() == Pid::from_raw(1);
+        let tree = Self {
+            lifeline,
+            run: run.to_owned(),
+            terraform: None,
+            ours: RefCell::default(),
+            strangers,
+            strangers_possible,
+            leads_on: false,
+            recorder: None,
+            own_group: false,
+            survivors: RefCell::default(),
+            vantage: Vantage::Above,
+        };
+        Ok((tree, inherited))
+    }
+
+    /// This is not terraform's parent any more, but its guardian.
+    pub(crate) fn see_from_beside(&mut self) {
+        self.vantage = Vantage::Beside(RefCell::default());
+        self.strangers.clear();
+    }
+
+    /// Terraform is given a process group of its own.
+    pub(crate) fn has_own_group(&mut self) {
+        self.own_group = true;
+    }
+
+    /// Notes a moment at which terraform was alive, in clock ticks since boot. For the guardian.
+    pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().certain_before = moment;
+        }
+    }
+
+    /// The living processes below terraform that have left its group, by pid and start: what only descent tells, and an observer
+    /// who is not above them cannot see any more when their parents are gone. Empty without a process list.
+    pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
+        let below = Process::below(getpid());
+        let is_outside = |process: &&Process| {
+            !process.is_dead() && Some(process.group) != self.group() && self.kinship(process, &below) == Kinship::Kin
+        };
+        let outside = below.iter().filter(is_outside).filter(|process| Some(process.pid) != self.terraform);
+        outside.map(|process| (process.pid.as_raw(), process.start)).collect()
+    }
+
+    /// Takes `processes` for members. For the guardian.
+    pub(crate) fn add_members(&self, processes: &[(i32, u64)]) {
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().identity.survivors.extend(processes);
+        }
+    }
+
+    /// What was seen to live on when [`Tree::end`] gave up, or when the tree was left alone: pid and start.
+    pub(crate) fn survivors(&self) -> Vec<(i32, u64)> {
+        self.survivors.borrow().clone()
+    }
+
+    /// Keeps `processes` as what lives on.
+    pub(crate) fn note_survivors(&self, processes: &[Process]) {
+        *self.survivors.borrow_mut() = processes.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
+    }
+
+    /// What a process forked from us must keep to see the tree.
+    pub(crate) fn lifeline(&self) -> BorrowedFd<'_> {
+        self.lifeline.as_fd()
+    }
+
+    /// `pid`, the guardian or another helper, is a child of ours and none of terraform's.
+    pub(crate) fn leave_out(&self, pid: Pid) {
+        self.ours.borrow_mut().push(pid);
+    }
+
+    /// Terraform was started as `pid`. Gives what its processes can be known by.
+    pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
+        self.terraform = Some(pid);
+        let identity = TreeIdentity::of(pid, self.own_group);
+        if let Vantage::Beside(beside) = &self.vantage {
+            beside.borrow_mut().identity = identity.clone();
+        }
+        identity
+    }
+
+    /// Terraform's process group, where it has one of its own.
+    pub(crate) fn group(&self) -> Option<Pid> {
+        self.terraform.filter(|_| self.own_group)
+    }
+
+    /// Takes away the zombies that came to us, but not terraform, nor a child that something else of ours started.
+    pub(crate) fn reap_orphans(&self, others: &[Pid]) {
+        if matches!(self.vantage, Vantage::Beside(_)) {
+            return;
+        }
+        for process in Process::children(getpid()) {
+            let ours = self.ours.borrow().contains(&process.pid) || others.contains(&process.pid);
+            if process.is_dead() && Some(process.pid) != self.terraform && !ours {
+                wait::reap(process.pid);
+            }
+        }
+    }
+
+    /// The living processes of the tree.
+    pub(crate) fn living(&self) -> Vec<Process> {
+        self.look().0
+    }
+
+    /// Nobody holds the end that terraform inherited.
+    pub(crate) fn lifeline_is_closed(&self) -> bool {
+        poll::ready_now(self.lifeline.as_fd(), PollFlags::POLLIN)
+    }
+
+    /// The living kin, and those of which nothing tells whether they are.
+    fn look(&self) -> (Vec<Process>, Vec<Process>) {
+        if let Vantage::Beside(beside) = &self.vantage {
+            return self.look_from_beside(&mut beside.borrow_mut());
+        }
+        let mut kin = Vec::new();
+        let mut unclear = Vec::new();
+        let below = Process::below(getpid());
+        for process in &below {
+            match self.kinship(process, &below) {
+                _ if process.is_dead() => {}
+                Kinship::Kin => kin.push(process.clone()),
+                Kinship::Unclear => unclear.push(process.clone()),
+                Kinship::Stranger => {}
+            }
+        }
+        // Where orphans do not come to us, or came to a namespace's own init, the mark is what is left of them.
+        for process in Process::all() {
+            let known = below.iter().any(|other| other.pid == process.pid);
+            if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
+                kin.push(process);
+            }
+        }
+        (kin, unclear)
+    }
+
+    fn look_from_beside(&self, beside: &mut Beside) -> (Vec<Process>, Vec<Process>) {
+        let living = Living::of(&self.run, &beside.identity, beside.certain_before);
+        beside.identity.survivors =
+            living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
+        (living.members, living.unknown)
+    }
+
+    /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
+    pub(crate) fn is_marked(&self, process: &Process) -> bool {
+        mark_of(process, &self.run) == Mark::Marked
+    }
+
+    fn kinship(&self, process: &Process, below: &[Process]) -> Kinship {
+        if Some(process.pid) == self.terraform || self.is_marked(process) {
+            return Kinship::Kin;
+        }
+        // Up to the child of ours that it hangs from.
+        let mut top = process;
+        for _ in 0..below.len() {
+            match below.iter().find(|other| other.pid == top.parent) {
+                Some(parent) => top = parent,
+                None => break,
+            }
+        }
+        if process.is_helper_of_ours() {
+            // The guardian of a `tf` in our tree. It works on no resource, and releases the lock of its own run.
+            return Kinship::Stranger;
+        }
+        if self.strangers.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
+            Kinship::Stranger
+        } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.strangers_possible {
+            Kinship::Kin
+        } else {
+            Kinship::Unclear
+        }
+    }
+
+    /// Tells the file that terraform logs into, and whether what is started is no terraform itself, and leads to one.
+    pub(crate) fn records_into(&mut self, recorder: BorrowedFd<'_>, leads_on: bool) {
+        self.recorder = descriptor::identity(recorder);
+        self.leads_on = leads_on;
+    }
+
+    /// The file that terraform logs into, by its device and its number there.
+    pub(crate) fn recorder(&self) -> Option<(u64, u64)> {
+        self.recorder
+    }
+
+    /// Whether what was started only leads to terraform.
+    pub(crate) fn is_behind_a_shim(&self) -> bool {
+        self.leads_on
+    }
+
+    /// The living terraforms of which we see the log: whatever they are called, each has the recorder open, and neither a
+    /// provider has it nor what a provisioner started, for Go closes it on exec (os.OpenFile).
+    pub(crate) fn logging(&self) -> Vec<Process> {
+        let Some(recorder) = self.recorder else { return Vec::new() };
+        let logs = |process: &Process| process.has_open(recorder) && process.runs_another_program();
+        self.look().0.into_iter().filter(|process| !process.is_dead() && logs(process)).collect()
+    }
+
+    /// The terraforms that what we started has led to, and that outlived it. Each is at work as it always was.
+    pub(crate) fn bereaved(&self) -> Vec<Process> {
+        if self.leads_on { self.logging() } else { Vec::new() }
+    }
+
+    /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when
+    /// `at_once` says that the time for grace is over. A key at the terminal ends the grace too.
+    pub(crate) fn end(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+        let fate = match (process::list(), &self.vantage) {
+            (ProcessList::Unavailable, Vantage::Above) => self.end_unseen(patience, at_once),
+            (ProcessList::Unavailable, Vantage::Beside(_)) => Fate::Unseen,
+            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(patience, at_once),
+        };
+        if let Fate::Alive(processes) = &fate {
+            self.note_survivors(processes);
+        }
+        fate
+    }
+
+    /// The same without a process list. The kernel still tells whether we have any child, and orphans of the tree come to
+    /// us: so without a child there is no tree. Signals go to terraform's process group alone, and only while a child of
+    /// ours is in it, so that its number cannot be another group's.
+    ///
+    /// Terraform's own zombie is taken away here. Its status was read before, and nobody sends it a signal from here on.
+    fn end_unseen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+        let begun = Instant::now();
+        let kill_from = if at_once { Duration::ZERO } else { GRACE };
+        let mut told = false;
+        loop {
+            if wait::reap_all() == Children::None && self.lifeline_is_closed() {
+                return Fate::Dead(0);
+            }
+            let elapsed = begun.elapsed();
+            if elapsed > kill_from + AFTER_KILL {
+                return Fate::Unseen;
+            }
+            if let Some(group) = self.group().filter(|group| wait::has_child_in(*group)) {
+                if elapsed >= kill_from {
+                    let _ = killpg(group, Signal::SIGKILL);
+                } else if !std::mem::replace(&mut told, true) {
+                    let _ = killpg(group, Signal::SIGTERM);
+                    let _ = killpg(group, Signal::SIGCONT);
+                }
+            }
+            patience.wait(LOOK);
+        }
+    }
+
+    fn end_seen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+        let begun = Instant::now();
+        let mut enough = at_once.then_some(Duration::ZERO);
+        let mut ended: Vec<Pid> = Vec::new();
+        let mut clean = false;
+        loop {
+            if patience.interrupts() > 0 && !ended.is_empty() {
+                enough = enough.or_else(|| Some(begun.elapsed()));
+            }
+            self.reap_orphans(&[]);
+            let (kin, unclear) = self.look();
+            let above = matches!(self.vantage, Vantage::Above);
+            let alive = kin.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
+            if alive == 0 && unclear.is_empty() && self.lifeline_is_closed() {
+                // Twice: a process whose parent dies while we look comes to us behind our back. If nothing was below
+                // us then, it is below us now.
+                if clean {
+                    trace!("the tree is dead");
+                    return Fate::Dead(ended.len());
+                }
+                clean = true;
+                continue;
+            }
+            clean = false;
+            let elapsed = begun.elapsed();
+            let grace = if kin.iter().any(|process| is_nested(process, &self.run)) { NESTED_GRACE } else { GRACE };
+            let kill_from = enough.unwrap_or(grace).min(grace);
+            if elapsed > kill_from + AFTER_KILL {
+                let mut left = kin;
+                left.extend(unclear);
+                return if left.is_empty() { Fate::LifelineHeld } else { Fate::Alive(left) };
+            }
+            for process in &kin {
+                let first = !ended.contains(&process.pid);
+                if elapsed >= kill_from {
+                    send(process.pid, Signal::SIGKILL);
+                } else if first && !is_nested(process, &self.run) {
+                    // A terraform of a nested run gets its one interrupt from its own tf, which is told here: TERM would be a
+                    // second one. A stopped process acts on TERM only when it is continued.
+                    send(process.pid, Signal::SIGTERM);
+                    send(process.pid, Signal::SIGCONT);
+                }
+                if first {
+                    trace!("ending {} {}", process.pid, process.program());
+                    ended.push(process.pid);
+                }
+            }
+            patience.wait(LOOK);
+        }
+    }
+
+    /// SIGKILL to terraform and all that is below it now.
+    pub(crate) fn kill(&self) {
+        if let Some(terraform) = self.terraform {
+            send(terraform, Signal::SIGKILL);
+        }
+        if matches!(self.vantage, Vantage::Above)
+            && process::list() == ProcessList::Unavailable
+            && let Some(group) = self.group()
+        {
+            // Terraform is not taken away yet, so the number is its group's.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+        for process in self.look().0 {
+            send(process.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Whether a process is in `group` that /proc does not show us.
+fn hides_members(group: Pid) -> bool {
+    // The list first: a zombie that is taken away between the two is in the list, or is no member any more.
+    !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
+}
+
+fn send(pid: Pid, signal: Signal) {
+    match kill(pid, signal) {
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(error) => trace!("cannot send {signal} to {pid}: {error}"),
+    }
+}

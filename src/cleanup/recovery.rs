@@ -1,0 +1,868 @@
+//! The next `tf`: finishes what dead runs on this host have left.
+//!
+//! A run of the same place is finished before terraform starts, which would be refused by its lock. Any other is finished
+//! by a process that goes on by itself, so that nobody waits for another directory's lock service.
+//!
+//! Both happen in a process of their own. It changes its environment to that of the dead run, because AWS must be
+//! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
+//! a process that never had any; and a person who has had enough can end it.
+
+use std::cell::Cell;
+use std::ffi::{CStr, OsStr};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill, raise};
+use nix::unistd::Pid;
+
+use crate::aws::access::Access;
+use crate::aws::credentials::Purpose;
+use crate::cleanup::after_run::errored_state;
+use crate::cleanup::destinations::Destinations;
+use crate::cleanup::messages;
+use crate::cleanup::other_backend;
+use crate::cleanup::other_backend::Elsewhere;
+use crate::cleanup::places::{Places, is_for_any_workspace};
+use crate::cleanup::release_all::{Settled, Standing, bury, give_back, may_land, only_name, remember, replaced, visit};
+use crate::cleanup::waiter::Patience;
+use crate::cleanup::working_directory;
+use crate::cleanup::working_directory::Within;
+use crate::crash_point;
+use crate::journal::history::By;
+use crate::journal::host::Standpoint;
+use crate::journal::pending_requests::{Graveyard, Tombstone};
+use crate::journal::recorder::Recorder;
+use crate::journal::runs::{Entry, Found, Journal, LeftOver, READ_ONLY, Record};
+use crate::journal::state_directory::StateDirectory;
+use crate::lock::proof::Run;
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, SERVICE_TIMEOUT, Situation};
+use crate::settings::release_is_asked_for;
+use crate::sys::poll;
+use crate::sys::process::Process;
+use crate::sys::signals::Signals;
+use crate::sys::terminal::Terminal;
+use crate::sys::{detached, environment, wait};
+use crate::terraform::binary;
+use crate::terraform::command_line::tells_of_its_lock;
+use crate::terraform::data_directory::DataDirectory;
+use crate::trace::{self, trace};
+
+/// The name of the process that does it.
+const RECOVERY: &CStr = c"tf-recovery";
+
+/// How long somebody who is finishing a run of our place at this moment is waited for.
+const OTHERS_FINISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a run is waited for that nobody but its guardian takes care of: its terraform may go on for long.
+const ORPHANS_END_WITHIN: Duration = Duration::from_secs(2);
+
+/// After how long what could not be finished for another directory is tried again.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_mins(5);
+
+/// From when on a person is told what takes so long.
+const QUIETLY: Duration = Duration::from_secs(1);
+
+/// Between two looks at that.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A dead run that is ours to finish.
+struct Dead {
+    record: Box<Record>,
+    entry: Entry,
+    standpoint: Standpoint,
+    journal: Journal,
+    graveyard: Graveyard,
+    /// What a person gave as the reason, for the history.
+    reason: Option<String>,
+}
+
+/// What became of [`before_run`].
+#[derive(Debug, Default)]
+pub(crate) struct Before {
+    /// Somebody asked us to stop meanwhile.
+    pub(crate) asked: Option<Signal>,
+    /// The runs that could not be finished. What keeps them was said.
+    pub(crate) tried: Vec<Tried>,
+}
+
+/// A run that could not be finished.
+#[derive(Debug)]
+pub(crate) struct Tried {
+    pub(crate) run: String,
+    /// Nobody gave credentials.
+    pub(crate) lacks_credentials: bool,
+}
+
+/// Finishes dead runs before terraform starts in `here`. There must be one thread.
+pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut Signals) -> Before {
+    let mut near = Vec::new();
+    let mut far = Vec::new();
+    let mut late = Vec::new();
+    let mut late_elsewhere = Vec::new();
+    for state in states {
+        let now = Timestamp::now();
+        for pending in Graveyard::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
+            if !here.of(&pending.lock).is_empty() {
+                late.push((state, pending));
+            } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
+                // Of another workspace, say.
+                late_elsewhere.push((state, pending));
+            }
+        }
+        let Some(journal) = Journal::there(state) else { continue };
+        for name in journal.names() {
+            match look(
+                &journal,
+                &name,
+                |record| is_of(record, here),
+                [OTHERS_FINISH_WITHIN, ORPHANS_END_WITHIN],
+                signals,
+            ) {
+                Found::Dead(record, entry, standpoint) => {
+                    let is_near = is_of(&record, here);
+                    if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
+                        continue;
+                    }
+                    let graveyard = Graveyard::of(state).of_run(&record);
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason: None };
+                    if is_near { near.push(dead) } else { far.push(dead) }
+                }
+                Found::Broken(_) => {
+                    if let Some(path) = journal.set_aside(&name) {
+                        messages::say(&messages::set_aside(&path));
+                    }
+                }
+                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                Found::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
+                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+            }
+        }
+    }
+    if !far.is_empty() {
+        finish_without_waiting(far);
+    }
+    let mut asked = None;
+    // However many they are, somebody waits for terraform.
+    let until = Instant::now() + EXPLANATION_TIMEOUT;
+    let remaining = || (until.saturating_duration_since(Instant::now()), Purpose::Explanation);
+    if !late.is_empty() {
+        let visit_all = || {
+            let has_come = |(state, pending): &&(&StateDirectory, Tombstone)| {
+                let visited = visit(pending, here, remaining(), &mut Patience::Nobodys);
+                note_visit(state, pending, visited.as_ref());
+                matches!(visited, Some(Outcome::Released(_)))
+            };
+            let come = late.iter().filter(has_come);
+            Finished {
+                messages: come.map(|(_, pending)| messages::came_late(&pending.lock)).collect(),
+                left: Left::Nothing,
+            }
+        };
+        let announced = late.iter().any(|(_, pending)| !pending.abandoned);
+        in_a_process((Vec::new(), announced), visit_all, messages::say, signals, &mut asked);
+    }
+    for (state, pending) in late_elsewhere {
+        let announced = !pending.abandoned;
+        let look = || look_for_request(state, &pending, remaining());
+        in_a_process((Vec::new(), announced), look, messages::say, signals, &mut asked);
+    }
+    let mut tried = Vec::new();
+    for dead in near {
+        if asked.is_some() {
+            break;
+        }
+        let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
+        let keep = vec![dead.entry.charge().as_raw_fd()];
+        let left = in_a_process((keep, true), || finish(dead, Audience::Person), messages::say, signals, &mut asked);
+        if journal.has(&name) {
+            tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
+        }
+    }
+    Before { asked, tried }
+}
+
+/// The dead runs that can have locked `here` and that nobody is finishing, with the pids of their `tf`. Nothing is done
+/// about them.
+pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> {
+    let Some(journal) = Journal::there(state) else { return Vec::new() };
+    let names = journal.names().into_iter();
+    let dead = names.filter_map(|name| match journal.look(&name) {
+        Found::Dead(record, ..) if is_of(&record, here) => Some((name, record.tf)),
+        _ => None,
+    });
+    dead.collect()
+}
+
+/// What became of [`everything`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Recovered {
+    /// So many runs left a lock that was not given back, or would have it given back in a real run.
+    pub(crate) left: usize,
+    /// One of them because nobody gave credentials.
+    pub(crate) lacks_credentials: bool,
+    /// Somebody asked us to stop meanwhile.
+    pub(crate) asked: Option<Signal>,
+}
+
+/// What [`everything`] is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    /// Only say what is dead.
+    pub(crate) dry_run: bool,
+    /// Only this run.
+    pub(crate) only: Option<&'a str>,
+    /// Of what could not be done nothing is to be said: it was said before.
+    pub(crate) again: bool,
+    /// For the history.
+    pub(crate) reason: Option<&'a str>,
+}
+
+/// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and has `say` tell
+/// what was done. One that its guardian takes care of is waited for. There must be one thread.
+pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
+    let Request { dry_run, only, again, reason } = request;
+    let mut recovered = Recovered::default();
+    // For all of them together: how many runs end at this moment is nothing to whoever waits.
+    let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHERS_FINISH_WITHIN };
+    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+        let Some(journal) = Journal::there(&state) else { continue };
+        for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
+            let patience = until.saturating_duration_since(Instant::now());
+            match look(&journal, &name, |_| true, [patience; 2], signals) {
+                Found::Dead(record, _, _) if dry_run => {
+                    recovered.left += usize::from(record.log.may_hold());
+                    for lock in record.log.standing() {
+                        say(&messages::would_recover(&record, lock));
+                    }
+                    for lock in record.log.standing_unnamed() {
+                        say(&messages::would_look_for(&record, lock.asked));
+                    }
+                }
+                Found::Dead(record, entry, standpoint) => {
+                    let graveyard = Graveyard::of(&state).of_run(&record);
+                    let reason = reason.map(ToOwned::to_owned);
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason };
+                    let keep = vec![dead.entry.charge().as_raw_fd()];
+                    let said = Cell::new(false);
+                    let tell = |message: &str| {
+                        said.set(true);
+                        say(message);
+                    };
+                    let finish = || {
+                        let mut finished = finish(dead, Audience::Person);
+                        if again && finished.left != Left::Nothing {
+                            finished.messages.clear();
+                        }
+                        finished
+                    };
+                    let left = in_a_process((keep, true), finish, tell, signals, &mut recovered.asked);
+                    // A run that will be tried again is still in the journal; so is one whose recovery was ended.
+                    let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
+                    recovered.left += usize::from(left != Left::Nothing || is_left);
+                    recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
+                }
+                Found::Broken(path) => {
+                    let moved = if dry_run { None } else { journal.set_aside(&name) };
+                    let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
+                    messages::say(&text);
+                    recovered.left += 1;
+                }
+                Found::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
+                    say(&messages::cannot_be_finished(&record, READ_ONLY));
+                    recovered.left += 1;
+                }
+                // One whose processes cannot be seen from here, and that none of them holds.
+                Found::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
+                    say(&messages::cannot_be_judged(&record, why));
+                    recovered.left += 1;
+                }
+                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                Found::Doubtful(record, processes) => {
+                    if may_hold(&record) {
+                        say(&messages::may_be_alive(&record, &processes));
+                        recovered.left += 1;
+                    }
+                }
+                // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
+                Found::Living(record) if !dry_run && may_hold(&record) => {
+                    if let Some(ending) = ending(&record, &journal) {
+                        messages::say(&messages::still_ending(&record, ending == Ending::Left));
+                        recovered.left += 1;
+                    }
+                }
+                // The same of whoever takes care of it: it may be frozen.
+                Found::Settling(record) if !dry_run && may_hold(&record) => {
+                    messages::say(&messages::still_settling(&record));
+                    recovered.left += 1;
+                }
+                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+            }
+            recovered.asked = recovered.asked.or_else(|| signals.next_stop());
+            if recovered.asked.is_some() {
+                return recovered;
+            }
+        }
+        if only.is_none() && !dry_run {
+            // However many were refused most likely, and could not be looked for.
+            let until = Instant::now() + EXPLANATION_TIMEOUT;
+            for pending in Graveyard::of(&state).read(Timestamp::now()) {
+                // One that was most likely refused is not worth a long wait.
+                let limit =
+                    if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
+                let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
+                let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
+                recovered.left += usize::from(left != Left::Nothing);
+            }
+        }
+    }
+    recovered
+}
+
+/// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
+fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duration, Purpose)) -> Finished {
+    let Some(record) = &pending.record else { return Finished::default() };
+    enter(record);
+    let (places, _) = places_of(record);
+    let visited = visit(pending, &places, limit, &mut Patience::Nobodys);
+    note_visit(state, pending, visited.as_ref());
+    match visited {
+        Some(Outcome::Released(_)) => {
+            Finished { messages: vec![messages::came_late(&pending.lock)], left: Left::Nothing }
+        }
+        Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
+        Some(Outcome::Kept { reason, because }) => Finished {
+            messages: vec![messages::not_recovered(record, &pending.lock, &reason, because)],
+            left: Left::Lock,
+        },
+        Some(Outcome::Absent { .. }) | None => Finished::default(),
+    }
+}
+
+/// Notes what a look for a lock whose request may land came to: once the service has answered, its time runs.
+fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outcome>) {
+    let is_answered = match visited {
+        Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
+        // Its table may be back some day.
+        Some(Outcome::Absent { excluded, .. }) => !excluded,
+        Some(Outcome::Released(_)) => true,
+        None => return,
+    };
+    let graveyard = Graveyard::of(state);
+    if is_answered {
+        graveyard.was_seen(pending);
+    } else {
+        graveyard.was_tried(pending, Timestamp::now());
+    }
+}
+
+/// Takes on the environment and the directory of the run of `record`.
+fn enter(record: &Record) {
+    environment::forget_empty("AWS_");
+    for (name, value) in record.surroundings.changes() {
+        environment::change(name, value.as_ref());
+    }
+    working_directory::go(Path::new(&record.directory));
+}
+
+/// What became of [`forget`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Forgotten {
+    /// What the journal had of it is gone. It was of the run with this pid.
+    Yes(u32),
+    /// Somebody of its run is alive, or takes care of it at this moment.
+    Alive(u32),
+    /// No run in the journal has it.
+    Unknown,
+}
+
+/// Drops what the journal has of the lock `what`, or of the run of that name, whose locks' IDs are not known. Nothing is
+/// released.
+pub(crate) fn forget(what: &str) -> Forgotten {
+    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+        let Some(journal) = Journal::there(&state) else { continue };
+        for name in journal.names() {
+            let is_meant = |record: &Record| {
+                record.run == what || record.log.locks.iter().any(|lock| lock.id == what && !lock.unlocked)
+            };
+            match journal.look(&name) {
+                Found::Dead(mut record, entry, _) if is_meant(&record) => {
+                    let mut left = LeftOver { locks: record.log.locks.clone(), ..LeftOver::default() };
+                    left.locks.retain(|lock| record.run != what && lock.id != what && !lock.unlocked);
+                    if record.run != what {
+                        left.unnamed.clone_from(&record.log.unnamed);
+                        left.unlogged = record.unlogged;
+                    }
+                    let pid = record.tf;
+                    if left.is_empty() {
+                        entry.take_away();
+                    } else {
+                        record.leave(left);
+                        let _ = entry.write(&record, true);
+                    }
+                    return Forgotten::Yes(pid);
+                }
+                Found::Living(record) | Found::Settling(record) | Found::Doubtful(record, _) if is_meant(&record) => {
+                    return Forgotten::Alive(record.tf);
+                }
+                Found::Foreign(_, Some(record)) if is_meant(&record) => {
+                    if journal.is_held(&name) {
+                        return Forgotten::Alive(record.tf);
+                    }
+                    journal.drop_record(&name);
+                    return Forgotten::Yes(record.tf);
+                }
+                _ => {}
+            }
+        }
+    }
+    Forgotten::Unknown
+}
+
+/// Whether all that is left of a run is a request that may still land, for a lock whose ID is not known.
+fn only_awaits(journal: &Journal, name: &str) -> bool {
+    match journal.look(name) {
+        Found::Dead(record, ..) => {
+            record.over && record.log.locks.is_empty() && record.log.unnamed.iter().all(|lock| lock.granted.is_none())
+        }
+        _ => false,
+    }
+}
+
+/// Whether the run of `record` can have locked the place where we are.
+fn is_of(record: &Record, here: &Places) -> bool {
+    record.log.standing().any(|lock| !here.of(lock).is_empty())
+        || record.log.standing_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
+        || record.data_directory == here.data_directory
+}
+
+/// Whether a run may hold a lock: its log says so, or nothing of its log was read, because it was killed before that or writes one
+/// that we cannot read.
+fn may_hold(record: &Record) -> bool {
+    record.log.may_hold() || record.log.program.is_none()
+}
+
+/// Why a run that lives may be about to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// Its `tf` is dead: its guardian is at work, or its processes are dying.
+    Orphaned,
+    /// Its parent is dead, which asks it to stop (`supervision::parent_to_watch`). A job that is cancelled goes on to its
+    /// last step when the shell in between is dead, whatever its `tf` still does.
+    Left,
+}
+
+/// Whether a run that lives is about to end. One whose numbers of processes mean others to us tells nothing. One that a
+/// person has interrupted, or whose job waits for it, is nobody else's business.
+fn ending(record: &Record, journal: &Journal) -> Option<Ending> {
+    let gone = |pid: u32| !is_alive(pid);
+    if !record.host.numbers_processes_as(journal.host()) {
+        None
+    } else if gone(record.tf) {
+        Some(Ending::Orphaned)
+    } else {
+        let parent = record.parent.and_then(|pid| u32::try_from(pid).ok());
+        parent.is_some_and(gone).then_some(Ending::Left)
+    }
+}
+
+/// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
+/// one that somebody else is finishing, and one that is [`ending`] by itself; where it holds no lock it refuses nobody.
+fn look(
+    journal: &Journal,
+    name: &str,
+    is_near: impl Fn(&Record) -> bool,
+    patience: [Duration; 2],
+    signals: &mut Signals,
+) -> Found {
+    let begun = Instant::now();
+    let [settling, ending_by_itself] = patience;
+    let mut waits = false;
+    loop {
+        let found = journal.look(name);
+        let patience = match &found {
+            Found::Settling(record) if is_near(record) => settling,
+            Found::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
+                // Of a run that nobody takes care of only what is dying ends by itself.
+                let is_cared_for = journal.is_taken_care_of(name);
+                if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHANS_END_WITHIN) }
+            }
+            _ => return found,
+        };
+        if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
+            return found;
+        }
+        if !std::mem::replace(&mut waits, true) {
+            trace!("run {name} is waited for");
+        }
+        poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+    }
+}
+
+/// Whether a `tf` is there that will do something. One that was killed a moment ago, and is not even a zombie yet, will
+/// not: its guardian takes over, and is to be waited for.
+///
+/// Between taking the SIGKILL from its queue and saying that it exits, the kernel shows neither for some instructions:
+/// so it is looked at twice. Should it be held up just there for longer, the lock refuses us, as it would bare terraform,
+/// and whoever is refused looks once more.
+fn is_alive(pid: u32) -> bool {
+    let Some(process) = i32::try_from(pid).ok().map(Pid::from_raw).and_then(Process::look_up) else { return false };
+    !process.is_dying() && {
+        poll::wait(&[], Some(Duration::from_millis(2)));
+        !process.is_dying()
+    }
+}
+
+/// Runs that have nothing to do with this one, one after the other: each in a process, for each changes its environment.
+fn finish_without_waiting(runs: Vec<Dead>) {
+    let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.charge().as_raw_fd()).collect();
+    keep.extend(trace::descriptor());
+    let work = || {
+        for dead in runs {
+            let keep: Vec<RawFd> = [dead.entry.charge().as_raw_fd()].into_iter().chain(trace::descriptor()).collect();
+            let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || drop(finish(dead, Audience::Nobody)));
+            if let Ok(Some(pid)) = forked {
+                let _ = nix::sys::wait::waitpid(pid, None);
+            }
+        }
+    };
+    if let Err(error) = detached::run(RECOVERY, detached::Parent::Init, &keep, work) {
+        trace!("no process for the recovery: {error}");
+    }
+}
+
+/// Who reads the messages of a recovery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Audience {
+    Person,
+    /// It works in the background. What a person must read stays in the journal, for a recovery that somebody reads.
+    Nobody,
+}
+
+/// The result of a recovery.
+#[derive(Debug, Default)]
+struct Finished {
+    messages: Vec<String>,
+    left: Left,
+}
+
+/// Whether a lock was not released. One of the messages names it then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    #[default]
+    Nothing,
+    Lock,
+    /// Nobody gave credentials.
+    ForLackOfCredentials,
+}
+
+/// In place of a message: a lock was not released.
+const LEFT: &str = "\u{1}";
+
+/// The same, for lack of credentials.
+const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
+
+/// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
+/// ended, or when a person has ended it. `announced`: it does something for an earlier run, and a person is told so if it takes
+/// long. Returns whether a lock was not released.
+fn in_a_process(
+    (mut keep, announced): (Vec<RawFd>, bool),
+    work: impl FnOnce() -> Finished,
+    say: impl Fn(&str),
+    signals: &mut Signals,
+    asked: &mut Option<Signal>,
+) -> Left {
+    let mut left = Left::Nothing;
+    let Ok((mut lines, mut pen)) = UnixStream::pair() else { return left };
+    keep.push(pen.as_raw_fd());
+    keep.extend(trace::descriptor());
+    let current = std::env::current_dir();
+    // Who gives credentials may have to ask for something.
+    let asks = announced && Terminal::is_our_turn();
+    let parent = if asks { detached::Parent::UsAtOurTerminal } else { detached::Parent::Us };
+    let forked = detached::run(RECOVERY, parent, &keep, || {
+        if let Ok(current) = current {
+            let _ = std::env::set_current_dir(current);
+        }
+        let finished = work();
+        let left = match finished.left {
+            Left::Nothing => None,
+            Left::Lock => Some(LEFT.to_owned()),
+            Left::ForLackOfCredentials => Some(LEFT_FOR_LACK_OF_CREDENTIALS.to_owned()),
+        };
+        for message in finished.messages.into_iter().chain(left) {
+            let _ = pen.write_all(message.as_bytes());
+            let _ = pen.write_all(&[0]);
+        }
+    });
+    drop(pen);
+    let Ok(Some(pid)) = forked else { return left };
+    let mut received = Vec::new();
+    let mut buffer = [0; 4096];
+    let mut told = !announced;
+    let quiet_until = Instant::now() + QUIETLY;
+    loop {
+        if asks && wait::stopped(pid).is_some() {
+            // A key that stops a job has stopped what asks: the shell sees the job stopped when we are, and continues both.
+            let _ = raise(Signal::SIGSTOP);
+            let _ = kill(pid, Signal::SIGCONT);
+        }
+        let remaining = (!told).then(|| quiet_until.saturating_duration_since(Instant::now()));
+        let timeout = if asks { Some(remaining.unwrap_or(LOOK).min(LOOK)) } else { remaining };
+        let awaited = [(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
+        let ready = poll::wait(&awaited, timeout);
+        if ready == [false, false] && !told && Instant::now() >= quiet_until {
+            told = true;
+            messages::say(&messages::recovering());
+        }
+        if ready[1] {
+            hear(signals, asked, pid);
+        }
+        if ready[0] {
+            match lines.read(&mut buffer) {
+                Ok(length @ 1..) => received.extend(&buffer[..length]),
+                _ => break,
+            }
+            while let Some(end) = received.iter().position(|&byte| byte == 0) {
+                let message: Vec<u8> = received.drain(..=end).collect();
+                match String::from_utf8_lossy(&message[..end]).as_ref() {
+                    LEFT => left = Left::Lock,
+                    LEFT_FOR_LACK_OF_CREDENTIALS => left = Left::ForLackOfCredentials,
+                    message => say(message),
+                }
+            }
+        }
+    }
+    let _ = nix::sys::wait::waitpid(pid, None);
+    left
+}
+
+/// The first request to stop is answered and remembered; the second ^C ends the recovery, which loses nothing.
+fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
+    while let Some(signal) = signals.next_stop() {
+        if asked.is_none() {
+            messages::say(&messages::still_releasing());
+        } else if signal == Signal::SIGINT {
+            let _ = kill(recovery, Signal::SIGKILL);
+        }
+        asked.get_or_insert(signal);
+    }
+}
+
+/// Finishes one dead run, in a process that does nothing else.
+fn finish(dead: Dead, audience: Audience) -> Finished {
+    let Dead { mut record, entry, standpoint, journal, graveyard, reason } = dead;
+    trace!("recovery: run {} is dead ({standpoint:?})", record.run);
+    crash_point::reached("recovery: begun");
+    // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
+    if standpoint == Standpoint::ThisBoot
+        && !record.over
+        && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
+    {
+        record.log = recorder.read().clone();
+        record.unlogged = recorder.is_closed();
+        // As long as the record stands, the next one needs it as much as we do.
+        recorder.leave();
+    }
+    enter(&record);
+    let (finished, left_over) = settle(&record, &journal, &graveyard, reason.as_deref(), audience);
+    crash_point::reached("recovery: settled");
+    if left_over.is_empty() {
+        entry.take_away();
+    } else {
+        record.leave(left_over);
+        if entry.write(&record, true).is_ok() {
+            Recorder::clear_away(&record.run);
+        }
+    }
+    crash_point::reached("recovery: closed");
+    finished
+}
+
+fn settle(
+    record: &Record,
+    journal: &Journal,
+    graveyard: &Graveyard,
+    reason: Option<&str>,
+    audience: Audience,
+) -> (Finished, LeftOver) {
+    let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
+    let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
+    if !record.log.may_hold() && !elsewhere && !record.unlogged && record.replaced.is_empty() {
+        return Default::default();
+    }
+    let now = Timestamp::now();
+    let (places, missing) = places_of(record);
+    let recent = may_land(record.log.latest, now);
+    let situation = Situation {
+        run: record.proof(),
+        // One look is enough: what comes later is found by its tombstone.
+        request_may_land: false,
+        write_may_land: recent,
+        reached: record.reached(),
+    };
+    // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
+    let died = true;
+    let mut patience = Patience::Nobodys;
+    let standing = Standing::find(&record.log, &places, &situation, died, &mut patience);
+    let nowhere = standing.named.iter().all(|lock| places.of(lock).is_empty());
+    let unreachable = (nowhere && !missing.is_empty())
+        .then(|| Outcome::later(messages::missing(&missing.join(", "), &record.data_directory)));
+    let claimed = |id: &str| journal.is_claimed(id, &record.run);
+    let _there = Within::enter(&places.working_directory);
+    let never = is_never(record);
+    let settled = match unreachable {
+        None if never => only_name(&standing.named, &places, &situation, &mut patience),
+        keep => give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience),
+    };
+    bury(&settled, &situation, recent, Some(graveyard));
+    remember(&settled, By::Recovery, "its run on this host is dead", reason);
+    let mut messages = Vec::new();
+    let mut left_over = LeftOver::default();
+    // It worked at least until it wrote the last record of its log.
+    let until = record.log.latest.unwrap_or(record.started);
+    let mut replaced = replaced(&settled, &places, died, until, By::Recovery, &mut patience);
+    replaced.extend(record.replaced.iter().cloned());
+    messages.extend(replaced.iter().map(|one| messages::replaced_earlier(record, &one.own, &one.by)));
+    if audience == Audience::Nobody {
+        left_over.replaced = replaced;
+    }
+    let mut left = if standing.suspects.is_empty() { Left::Nothing } else { Left::Lock };
+    messages.extend(standing.suspects.iter().map(|(info, reason)| messages::may_be_its(record, info, reason)));
+    if !standing.suspects.is_empty() && audience == Audience::Nobody {
+        left_over.unnamed.extend(record.log.standing_unnamed().cloned());
+    } else {
+        left_over.unnamed.extend(standing.awaited);
+    }
+    for (unnamed, reason) in standing.unread {
+        messages.push(messages::not_looked_for_again(record, &reason));
+        left_over.unnamed.push(unnamed);
+    }
+    for Settled { lock, outcome, .. } in settled {
+        match outcome {
+            Some(Outcome::Released(released)) => {
+                messages.push(messages::recovered(record, &lock, now));
+                if released.is_partial && recent {
+                    messages.push(messages::other_part_may_land(&lock, true, ""));
+                }
+                let workspace = places.workspace_of_lock(&lock);
+                messages.extend(
+                    released
+                        .unfit
+                        .map(|unfit| messages::unfit_digest(&unfit, workspace, Some(&record.working_directory()))),
+                );
+            }
+            Some(Outcome::Kept { reason, because }) => {
+                messages.push(if because == Because::OtherAccount {
+                    messages::not_seen(&messages::earlier_run(record), &lock, situation.reached.needs())
+                } else {
+                    messages::not_recovered(record, &lock, &reason, because)
+                });
+                let lacks = because == Because::NoCredentials;
+                left = left.max(if lacks { Left::ForLackOfCredentials } else { Left::Lock });
+                if because != Because::Doubt || audience == Audience::Nobody {
+                    left_over.locks.push(lock);
+                }
+            }
+            Some(Outcome::Absent { .. }) | None => {}
+        }
+    }
+    if record.unlogged
+        && let Some((message, is_unread)) = name_unlogged(record, &places, &situation.run, &mut patience)
+    {
+        messages.push(message);
+        left = left.max(Left::Lock);
+        left_over.unlogged = is_unread || audience == Audience::Nobody;
+    }
+    if elsewhere {
+        let end = recover_elsewhere(record, &places, &situation, never.then_some(messages::NEVER), &mut patience);
+        if end.leaves_one() {
+            left = left.max(Left::Lock);
+        }
+        if end.later || (end.leaves_one() && audience == Audience::Nobody) {
+            left_over.add_elsewhere(record.log.of_workspaces().cloned());
+        }
+        messages.extend(end.messages);
+    }
+    if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
+        messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));
+    }
+    (Finished { messages, left }, left_over)
+}
+
+/// Whether locks of a dead run are to be named and not released: whoever recovers says so, or the run was told so and whoever
+/// recovers does not ask for a release by name.
+fn is_never(record: &Record) -> bool {
+    std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
+        || (record.named_only && !release_is_asked_for())
+}
+
+/// Names the lock that a run may have left of which there is no log, and tells whether its place could not be read. `None`
+/// where there is no such lock.
+fn name_unlogged(record: &Record, places: &Places, run: &Run, patience: &mut Patience<'_>) -> Option<(String, bool)> {
+    let (ending, directory) = (messages::earlier_run(record), record.working_directory());
+    match patience.until(release::suspect(&places.selected()?, run, true)).ok()? {
+        Ok(info) => Some((messages::unlogged(&ending, Some(&info?), Some(&directory)), false)),
+        Err(failure) => Some((messages::suspect_not_looked_for(&ending, &failure.to_string()), true)),
+    }
+}
+
+/// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
+/// not known any more.
+fn places_of(record: &Record) -> (Places, Vec<String>) {
+    let after = DataDirectory::read(Path::new(&record.data_directory));
+    let mut missing = Vec::new();
+    let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
+        Ok(backend) => Some(DataDirectory { backend: Some(backend), workspace: after.workspace.clone() }),
+        Err(attributes) => {
+            missing.push(attributes);
+            None
+        }
+    });
+    let mut places = Places {
+        directories: directories.collect(),
+        workspaces: record.workspaces.clone(),
+        any_workspace: is_for_any_workspace(&record.command),
+        data_directory: record.data_directory.clone(),
+        working_directory: record.working_directory().into(),
+    };
+    // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
+    places.workspaces.push(after.workspace.clone());
+    places.directories.push(after);
+    if let Some(plan) = &record.plan {
+        places = places.with_plan(&Destinations::of_plan(Path::new(plan)));
+    }
+    (places, missing)
+}
+
+/// The same for a lock in another backend than S3, by the program of that name that is found now.
+fn recover_elsewhere(
+    record: &Record,
+    places: &Places,
+    situation: &Situation,
+    keep: Option<&str>,
+    patience: &mut Patience<'_>,
+) -> other_backend::Ending {
+    let unlock = messages::unlock_command(&record.program, Some(&record.working_directory()));
+    let told = tells_of_its_lock(&record.command);
+    let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
+    let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));
+    let end = match &program {
+        Ok(program) => Elsewhere::of(places, &record.log, &program.path, directory, chdir).map(|elsewhere| {
+            elsewhere.settle(
+                &situation.run,
+                told,
+                keep,
+                [&messages::earlier_run(record), &unlock],
+                By::Recovery,
+                patience,
+            )
+        }),
+        Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true, released: false }),
+    };
+    end.unwrap_or_default()
+}

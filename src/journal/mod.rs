@@ -1,0 +1,11 @@
+//! What is on disk after a run: its record, the requests that may still land, terraform's log, the history of releases.
+
+pub(crate) mod event_command;
+pub(crate) mod history;
+pub(crate) mod host;
+pub(crate) mod known_programs;
+pub(crate) mod membership;
+pub(crate) mod pending_requests;
+pub(crate) mod recorder;
+pub(crate) mod runs;
+pub(crate) mod state_directory;

@@ -1,0 +1,244 @@
+//! A lock request that nobody saw answered can land long after its sender died: held by a proxy or an overloaded
+//! service, for as long as its signature is valid (5 minutes for DynamoDB, 15 for S3). No waiting covers that. So the
+//! lock's facts are kept here, and every `tf` that starts on that place, or is refused by that lock, gives it back. They
+//! are kept for all of that time, whether a lock came or not: a client without an answer sends its request again, and a
+//! lock of both kinds has two requests.
+//!
+//! One file a lock, under the user's state directory, readable for its owner alone. What is in it was read from
+//! terraform's log: no argument, no key, no token. It can make nobody delete another's lock: whatever it says, the lock
+//! that stands must agree with it in everything ([`crate::lock::proof`]).
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::journal::runs::Record;
+use crate::journal::state_directory::{StateDirectory, is_private, open_private};
+use crate::lock::proof::Run;
+use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::log::{Log, RecordedLock};
+use crate::trace::trace;
+
+/// How long a request can still land: longer than any signature is valid.
+pub(crate) const STANDS: SignedDuration = SignedDuration::from_mins(20);
+
+/// How long one is kept of which the service has not said yet whether it is there.
+const STANDS_UNSEEN: SignedDuration = SignedDuration::from_hours(24);
+
+/// What is kept of a lock that may still come.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Tombstone {
+    /// When its terraform was seen dead.
+    pub(crate) since: Timestamp,
+    /// What the log said of it.
+    pub(crate) lock: RecordedLock,
+    /// What is known of the run.
+    pub(crate) run: Run,
+    /// Its request was most likely refused: terraform ended by itself, or there was no table. Only a release of it is reported.
+    #[serde(default)]
+    pub(crate) abandoned: bool,
+    /// The service has not answered yet whether it is there.
+    #[serde(default)]
+    pub(crate) unseen: bool,
+    /// When somebody looked for it last and got no answer.
+    #[serde(default)]
+    pub(crate) tried: Option<Timestamp>,
+    /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
+    /// a file of an earlier version.
+    #[serde(default)]
+    pub(crate) record: Option<Box<Record>>,
+}
+
+impl Tombstone {
+    /// What is kept of `lock`, whose terraform was seen dead just now.
+    pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
+        Self {
+            since: Timestamp::now(),
+            lock: lock.clone(),
+            run: run.clone(),
+            abandoned: false,
+            unseen: false,
+            tried: None,
+            record: None,
+        }
+    }
+
+    /// Whether nobody has got an answer about it a moment before `now`. Whoever starts a terraform does not wait for it again so
+    /// soon.
+    pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
+        const TRIED_AGAIN_AFTER: SignedDuration = SignedDuration::from_mins(5);
+        self.tried.is_some_and(|tried| now.duration_since(tried) < TRIED_AGAIN_AFTER)
+    }
+
+    /// Whether its time is over.
+    fn is_over(&self, now: Timestamp) -> bool {
+        now.duration_since(self.since) > if self.unseen { STANDS_UNSEEN } else { STANDS }
+    }
+}
+
+/// Where tombstones stand.
+#[derive(Debug)]
+pub(crate) struct Graveyard {
+    path: PathBuf,
+    record: Option<Box<Record>>,
+}
+
+impl Graveyard {
+    /// The one in `directory`.
+    pub(crate) fn of(directory: &StateDirectory) -> Self {
+        Self { path: directory.join("tombstones"), record: None }
+    }
+
+    /// The same, for what the run of `record` leaves.
+    pub(crate) fn of_run(mut self, record: &Record) -> Self {
+        // What its log told is in the locks themselves.
+        self.record = Some(Box::new(Record { log: Log::default(), ..record.clone() }));
+        self
+    }
+
+    /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
+    pub(crate) fn read(&self, now: Timestamp) -> Vec<Tombstone> {
+        let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
+        if !is_private(&self.path) {
+            return Vec::new();
+        }
+        let mut standing = Vec::new();
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Some(tombstone) = read_one(&path) else { continue };
+            if tombstone.is_over(now) {
+                let _ = fs::remove_file(path);
+            } else {
+                standing.push(tombstone);
+            }
+        }
+        standing
+    }
+
+    /// Notes that the service has said whether the lock is there.
+    pub(crate) fn was_seen(&self, tombstone: &Tombstone) {
+        if tombstone.unseen || tombstone.tried.is_some() {
+            let _ = self.put(&Tombstone { unseen: false, tried: None, ..tombstone.clone() });
+        }
+    }
+
+    /// Notes that nobody has said at the moment `now` whether the lock is there.
+    pub(crate) fn was_tried(&self, tombstone: &Tombstone, now: Timestamp) {
+        let _ = self.put(&Tombstone { tried: Some(now), ..tombstone.clone() });
+    }
+
+    /// Puts one up.
+    ///
+    /// # Errors
+    /// Where the directory is not writable, or not private.
+    pub(crate) fn put(&self, tombstone: &Tombstone) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        if !is_private(&self.path) || !is_lock_id(&tombstone.lock.id) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        // Whole or not at all: written beside its place, and moved there.
+        let path = self.path(&tombstone.lock.id);
+        let unfinished = path.with_extension(std::process::id().to_string());
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+        let record = tombstone.record.clone().or_else(|| self.record.clone());
+        file.write_all(&serde_json::to_vec(&Tombstone { record, ..tombstone.clone() })?)?;
+        file.sync_all()?;
+        trace!("tombstone for {}", tombstone.lock.id);
+        fs::rename(unfinished, path)
+    }
+
+    fn path(&self, id: &str) -> PathBuf {
+        self.path.join(format!("{id}.json"))
+    }
+}
+
+fn read_one(path: &Path) -> Option<Tombstone> {
+    if path.extension()? != "json" {
+        return None;
+    }
+    let file = open_private(OpenOptions::new().read(true), path).ok()?;
+    if file.metadata().ok()?.len() > 1 << 16 {
+        return None;
+    }
+    let tombstone: Tombstone = serde_json::from_reader(file).ok()?;
+    (path.file_stem()? == tombstone.lock.id.as_str() && is_lock_id(&tombstone.lock.id)).then_some(tombstone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::{tests::ID, tests::lock_line};
+
+    fn tombstone() -> Tombstone {
+        let mut log = Log::default();
+        log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        let run = Run {
+            who: "root@vm".into(),
+            who_now: String::new(),
+            started: "2026-11-23T01:46:07Z".parse().unwrap(),
+            disordered: false,
+            locking_disabled: false,
+            excessive: false,
+            program: None,
+        };
+        let since = "2026-11-23T01:47:00Z".parse().unwrap();
+        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, unseen: false, tried: None, record: None }
+    }
+
+    fn graveyard() -> (tempfile::TempDir, Graveyard) {
+        let directory = tempfile::tempdir().unwrap();
+        let graveyard = Graveyard::of(&StateDirectory::at(directory.path()));
+        (directory, graveyard)
+    }
+
+    #[test]
+    fn a_tombstone_stands_for_its_time() {
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        assert_eq!((at(0), at(20), at(21), at(0)), (1, 1, 0, 0));
+    }
+
+    #[test]
+    fn one_that_nobody_could_look_for_stands_for_a_day_and_once_seen_for_its_time() {
+        let (_directory, graveyard) = graveyard();
+        let unseen = Tombstone { unseen: true, ..tombstone() };
+        graveyard.put(&unseen).unwrap();
+        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        assert_eq!((at(21), at(24 * 60)), (1, 1));
+        graveyard.was_seen(&unseen);
+        assert_eq!((at(20), at(21)), (1, 0));
+    }
+
+    #[test]
+    fn what_is_torn_or_hostile_is_not_obeyed_and_breaks_nothing() {
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        let whole = fs::read(graveyard.path(ID)).unwrap();
+        for length in 0..whole.len() {
+            fs::write(graveyard.path(ID), &whole[..length]).unwrap();
+            assert!(graveyard.read(tombstone().since).is_empty(), "cut at {length}");
+        }
+        fs::remove_file(graveyard.path(ID)).unwrap();
+        // Under another name, and through a link.
+        let other = "11111111-d70c-4132-39e0-d2abba1b3077";
+        fs::write(graveyard.path(other), &whole).unwrap();
+        fs::write(graveyard.path.join("elsewhere"), &whole).unwrap();
+        std::os::unix::fs::symlink(graveyard.path.join("elsewhere"), graveyard.path(ID)).unwrap();
+        assert!(graveyard.read(tombstone().since).is_empty());
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_not_used() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_directory, graveyard) = graveyard();
+        graveyard.put(&tombstone()).unwrap();
+        fs::set_permissions(&graveyard.path, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(graveyard.read(tombstone().since).is_empty());
+        assert!(graveyard.put(&tombstone()).is_err());
+    }
+}

@@ -1,0 +1,420 @@
+//! Watching one terraform from its start to its end.
+//!
+//! One loop, one thread, one poll(2). Signals come through a descriptor, and each becomes at most one effect on
+//! terraform: [`crate::supervise::stop`] decides about those that ask for an end, [`crate::supervise::foreground`] keeps the terminal.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getppid};
+
+use crate::cleanup::messages;
+use crate::cleanup::places::Places;
+use crate::cleanup::process_tree::Tree;
+use crate::journal::recorder::Recorder;
+use crate::supervise::foreground::{Foreground, Lending};
+use crate::supervise::pipes::{Pipes, Progress};
+use crate::supervise::run_record::Charge;
+use crate::supervise::shim;
+use crate::supervise::stop::{Effect, Event, Stop};
+use crate::supervise::waiting::Waiting;
+use crate::sys::poll;
+use crate::sys::process::{self, Process};
+use crate::sys::signals::{Arrival, Origin, Signals};
+use crate::sys::wait::{self, Ended};
+use crate::sys::witness::Witness;
+use crate::trace::trace;
+
+/// How long terraform may take to act on a SIGTSTP before we stop without it: a program may ignore that signal.
+const STOPS_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
+const CONTINUED_EVERY: Duration = Duration::from_millis(5);
+
+/// Between two looks at who below terraform has left its process group: some ten files a process.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
+
+/// How long a service manager may take from the first process of a unit to the last, when it stops all of them.
+const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
+
+/// Everything that one supervised run needs.
+pub(crate) struct Supervision<'a> {
+    pub(crate) terraform: Pid,
+    /// What this run can lock.
+    pub(crate) here: &'a Places,
+    /// What is done about a lock that terraform waits for, where something may be.
+    pub(crate) waiting: Option<&'a mut Waiting>,
+    /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
+    pub(crate) shared: bool,
+    pub(crate) signals: &'a mut Signals,
+    pub(crate) stop: &'a mut Stop,
+    pub(crate) lending: Lending,
+    pub(crate) pipes: &'a mut Pipes,
+    pub(crate) recorder: &'a mut Recorder,
+    pub(crate) tree: &'a Tree,
+    pub(crate) charge: &'a mut Charge,
+    /// Readable when our parent has ended, where that means that nobody is left to tell us.
+    pub(crate) parent: Option<OwnedFd>,
+    pub(crate) begun: Instant,
+    /// SIGCHLD came: something below us stopped or ended, and may be an orphan to take away.
+    pub(crate) children_changed: bool,
+    /// What we started has ended, and a terraform that it led to works on.
+    pub(crate) outlived: bool,
+    /// Until when the guardian may tell that the stop which a service manager has asked for went to all of its unit.
+    pub(crate) unit_stop: Option<Instant>,
+    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have had theirs.
+    pub(crate) interrupted: Option<(u64, Vec<Pid>)>,
+}
+
+/// Our parent and a descriptor for its end, where that is to be taken for a request to stop: in CI, unless we were
+/// meant to outlive it (`&`, nohup, setsid).
+///
+/// Never PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and runners start from thread pools.
+pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<(Pid, OwnedFd)> {
+    let inherited = signals.inherited();
+    let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
+    if !ci || inherited.ignores(Signal::SIGINT) || inherited.ignores(Signal::SIGHUP) || (leads_session && !has_terminal)
+    {
+        return None;
+    }
+    let parent = getppid();
+    let watched = process::watch_end(parent).ok()?;
+    // Had it ended before it was opened, the number could already be another's.
+    (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
+}
+
+impl Supervision<'_> {
+    /// Watches until terraform has ended. It stays a zombie.
+    pub(crate) fn watch(&mut self) -> Ended {
+        let mut continue_at: Option<Instant> = None;
+        let started = Instant::now();
+        let mut read_at = started;
+        let mut look_at = started + LOOK_AROUND;
+        loop {
+            while let Some(arrival) = self.signals.next() {
+                self.arrived(arrival);
+            }
+            self.hear_witness();
+            if let Some(ended) = wait::ended(self.terraform)
+                && !self.is_outlived(ended)
+            {
+                trace!("terraform ended: {ended:?}");
+                return ended;
+            }
+            if std::mem::take(&mut self.children_changed) {
+                let witness = self.lending.witness().map(Witness::pid);
+                self.tree.reap_orphans(witness.as_slice());
+            }
+            if let Some(signal) = wait::stopped(self.terraform)
+                && let Stopped::ContinueSoon = self.stopped(signal)
+            {
+                continue_at = Some(Instant::now() + CONTINUED_EVERY);
+            }
+            let now = Instant::now();
+            if continue_at.is_some_and(|at| at <= now) {
+                continue_at = None;
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+            }
+            if read_at <= now {
+                self.recorder.read();
+                self.charge.news(self.recorder);
+                self.interrupt_next_terraform();
+                if look_at <= now {
+                    self.charge.note_outside_group(self.tree.outside_group(), self.recorder);
+                    look_at = now + LOOK_AROUND;
+                }
+                read_at = now + self.recorder.interval(now - started);
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.step(self.recorder.log(), self.here, self.tree);
+                }
+            }
+            if self.lending.deadline().is_some_and(|at| at <= now) {
+                self.lending.look();
+            }
+            if self.unit_stop.is_some_and(|until| until <= now) {
+                // The guardian got none: it was meant for us alone (KillMode=mixed or process, systemd.kill(5)).
+                self.unit_stop = None;
+                self.asked(Event::Request);
+            }
+            self.asked(Event::Time);
+
+            let deadline = [
+                self.unit_stop,
+                continue_at,
+                Some(read_at),
+                self.lending.deadline(),
+                self.stop.deadline().and_then(|since_begun| self.begun.checked_add(since_begun)),
+            ];
+            let timeout = match deadline.into_iter().flatten().min() {
+                _ if self.signals.is_queued() => Some(Duration::ZERO),
+                at => at.map(|at| at.saturating_duration_since(Instant::now())),
+            };
+            self.wait(timeout);
+        }
+    }
+
+    /// What we started has ended, and the terraform that it led to lives and works: that is waited for as if it were what we
+    /// started, and told to stop if its shim died. A shim that ended by itself may have left it on purpose, or not: where
+    /// it holds a lock, what we would do after it must not be done before.
+    fn is_outlived(&mut self, ended: Ended) -> bool {
+        if !self.tree.is_behind_a_shim() {
+            return false;
+        }
+        let died = matches!(ended, Ended::Killed(_));
+        if !(died || self.stop.was_interrupted() || self.recorder.read().may_hold()) || self.tree.bereaved().is_empty()
+        {
+            return false;
+        }
+        if !std::mem::replace(&mut self.outlived, true) {
+            trace!("what led to terraform ended: {ended:?}");
+            if died && !self.stop.was_interrupted() {
+                self.asked(Event::ParentGone);
+            }
+        }
+        true
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        let mut awaited = vec![(self.signals.as_fd(), PollFlags::POLLIN)];
+        let parent = self.parent.as_ref().map(|parent| (parent.as_fd(), PollFlags::POLLIN));
+        let has_parent = parent.is_some();
+        awaited.extend(parent);
+        let pipes_from = awaited.len();
+        awaited.extend(self.pipes.awaited());
+        let pipes_to = awaited.len();
+        awaited.extend(self.lending.witness().map(|witness| (witness.as_fd(), PollFlags::POLLIN)));
+        let charge_at = awaited.len();
+        let charge = self.charge.awaited();
+        awaited.extend(charge.map(|guardian| (guardian, PollFlags::POLLIN)));
+        let ready = poll::wait(&awaited, timeout);
+        let guardian_speaks = ready.get(charge_at) == Some(&true);
+        if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
+            trace!("the reader of our output is gone");
+            self.asked(Event::ReaderGone);
+        }
+        if has_parent && ready[1] {
+            self.parent = None;
+            self.asked(Event::ParentGone);
+        }
+        if guardian_speaks && self.charge.hear(self.recorder) {
+            self.unit_stop = None;
+            self.asked(Event::RequestToAll);
+        }
+    }
+
+    fn arrived(&mut self, arrival: Arrival) {
+        let Arrival { signal, origin, sender } = arrival;
+        if signal != Signal::SIGCHLD {
+            trace!("got {signal} from {origin:?}");
+        }
+        match (signal, origin) {
+            (Signal::SIGCHLD, _) => self.children_changed = true,
+            (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
+            (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
+            (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}
+            (Signal::SIGTERM, _) if self.may_be_for_all(sender) => {
+                self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
+            }
+            (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(Event::Request),
+            (Signal::SIGTSTP, _) if self.signals.inherited().ignores(Signal::SIGTSTP) => {}
+            (Signal::SIGTSTP, _) => self.suspend(),
+            (Signal::SIGTTIN | Signal::SIGTTOU, Origin::Kernel) => self.lending.note_stopped_ours(),
+            // From a key, or a window that changed its size, all of terraform's group would have got it.
+            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) | (Signal::SIGCONT, _) if !self.shared => {
+                let _ = killpg(self.terraform, signal);
+            }
+            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) => {}
+            (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
+                let _ = kill(self.terraform, signal);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a TERM from `sender` may have gone to every process of our unit, terraform among them. A service manager's does
+    /// (KillMode=control-group, systemd.kill(5)), and so does its kill(-1) at shutdown. Terraform would take ours for a
+    /// second interrupt and leave with its lock held.
+    ///
+    /// What terraform got cannot be seen. But the guardian is in the same control group, so it got the same: it tells.
+    fn may_be_for_all(&self, sender: Option<Pid>) -> bool {
+        !self.stop.was_interrupted()
+            && self.charge.awaited().is_some()
+            && sender.is_some_and(process::is_service_manager)
+    }
+
+    fn hear_witness(&mut self) {
+        let Some(witness) = self.lending.witness() else { return };
+        for signal in witness.reports() {
+            trace!("the terminal sent {signal} to terraform");
+            if signal == Signal::SIGINT {
+                self.asked(Event::KeyboardAtTerraform);
+                // A second key is for us to count, whatever modes the first has left behind.
+                self.lending.take_back();
+            }
+        }
+    }
+
+    /// Puts `event` to [`Stop`] and does what it says.
+    fn asked(&mut self, event: Event) {
+        let effects = self.stop.decide(event, self.begun.elapsed());
+        if event != Event::Time {
+            self.charge.note(event, self.recorder);
+        }
+        if !effects.is_empty() {
+            trace!("{event:?}: {effects:?}");
+        }
+        for effect in effects {
+            match effect {
+                // In our own group are others than terraform's.
+                Effect::InterruptGroup if self.shared => self.interrupt_terraform(),
+                // A key goes to every process of a foreground group.
+                Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
+                    let _ = killpg(self.terraform, Signal::SIGINT);
+                }
+                Effect::InterruptGroup => self.interrupt_behind_shim(event == Event::Keyboard),
+                Effect::InterruptTerraform => self.interrupt_terraform(),
+                Effect::Kill(_) => self.tree.kill(),
+                Effect::SayStopping(since) => {
+                    let holds = self.recorder.read().standing().any(|lock| lock.locked.is_some());
+                    messages::say(&messages::stopping(since, holds));
+                }
+                Effect::SayForcing => messages::say(&messages::forcing()),
+            }
+        }
+    }
+
+    fn interrupt_terraform(&self) {
+        let bereaved = self.tree.bereaved();
+        if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
+            shim::signal(self.terraform, Signal::SIGINT, self.tree.recorder());
+        } else {
+            for process in bereaved {
+                let _ = kill(process.pid, Signal::SIGINT);
+            }
+        }
+    }
+
+    /// `is_key`: as a key of the terminal does it, to the shims as well.
+    fn interrupt_behind_shim(&mut self, is_key: bool) {
+        let recorder = self.tree.recorder();
+        let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
+        if wait::ended(self.terraform).is_none() {
+            let terraform = if is_key {
+                let terraform = shim::behind(self.terraform, recorder).map(|(terraform, _)| terraform);
+                let _ = killpg(self.terraform, Signal::SIGINT);
+                terraform
+            } else {
+                shim::interrupt_group(self.terraform, recorder)
+            };
+            self.interrupted = Some((moment, terraform.into_iter().collect()));
+            return;
+        }
+        // It is a zombie of ours, so the number is its group's. No shim is left there to pass the interrupt on.
+        let _ = killpg(self.terraform, Signal::SIGINT);
+        for process in self.tree.bereaved().iter().filter(|process| process.group != self.terraform) {
+            let _ = kill(process.pid, Signal::SIGINT);
+        }
+    }
+
+    /// A shim may start one terraform after the other (`init`, then `apply`), or its first one after the stop was asked for. Each
+    /// gets its one interrupt.
+    fn interrupt_next_terraform(&mut self) {
+        let Some((moment, had)) = &mut self.interrupted else { return };
+        let recorder = self.tree.recorder();
+        let Some((next, _)) = shim::behind(self.terraform, recorder) else { return };
+        let is_new = Process::look_up(next).is_some_and(|process| process.start >= *moment);
+        if is_new && !had.contains(&next) {
+            had.push(next);
+            shim::interrupt_group(self.terraform, recorder);
+        }
+    }
+
+    /// Stops `tf` as [`Signals::stop`] says. The guardian knows of it: should terraform be killed meanwhile, nobody else
+    /// would continue us.
+    fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
+        self.charge.stands_still(true, self.recorder);
+        let stopped = self.signals.stop(signal, whole_group);
+        self.charge.stands_still(false, self.recorder);
+        stopped
+    }
+
+    /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
+    fn suspend(&mut self) {
+        if !self.shared {
+            self.lending.take_back();
+            let _ = killpg(self.terraform, Signal::SIGTSTP);
+            let begun = Instant::now();
+            while wait::stopped(self.terraform).is_none()
+                && wait::ended(self.terraform).is_none()
+                && begun.elapsed() < STOPS_WITHIN
+            {
+                // The signalfd is readable as soon as SIGCHLD tells of the stop, but also as long as anything else is
+                // queued in it: a short sleep in poll keeps that from spinning.
+                poll::wait(&[], Some(Duration::from_millis(1)));
+            }
+        }
+        // In an orphaned group, and as leader of a session, the kernel discards our stop: nobody could continue us.
+        // Bare terraform goes on there as well.
+        let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
+        trace!("stopped: {stopped}");
+        let _ = killpg(self.terraform, Signal::SIGCONT);
+    }
+
+    /// Terraform was stopped by `signal`.
+    fn stopped(&mut self, signal: Signal) -> Stopped {
+        trace!("terraform was stopped by {signal}");
+        match signal {
+            _ if self.shared => {
+                // The terminal stopped our whole group; for us it is blocked, and made good here.
+                self.stop_ourselves(signal_to_stop_with(signal), false);
+            }
+            Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
+            _ => {
+                // ^Z while the terminal was lent is for the whole job; a `kill -STOP terraform` is for terraform, and
+                // its stop is passed up so that a shell can tell its user and `fg` can mend it.
+                let key = signal == Signal::SIGTSTP && self.lending.is_lent();
+                self.lending.take_back();
+                let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
+                if stopped || key {
+                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                }
+            }
+        }
+        Stopped::Handled
+    }
+
+    fn wants_terminal(&mut self, signal: Signal) -> Stopped {
+        match self.lending.foreground() {
+            Foreground::Terraforms => {
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+                return Stopped::Handled;
+            }
+            Foreground::Ours if self.lending.lend() => return Stopped::Handled,
+            Foreground::Others if self.stop_ourselves(signal, true) => {
+                // `fg` has made us the foreground, or `bg` has not: then terraform will stop again, and so shall we.
+                if self.lending.foreground() != Foreground::Ours || !self.lending.lend() {
+                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                }
+                return Stopped::Handled;
+            }
+            // Background, and the kernel would not stop us: an orphaned group. Or no terminal any more.
+            Foreground::Ours | Foreground::Others | Foreground::Gone => {}
+        }
+        self.asked(Event::NobodyCanAnswer);
+        Stopped::ContinueSoon
+    }
+}
+
+/// What is still to be done about a stop.
+enum Stopped {
+    Handled,
+    /// Continue terraform in a moment, as often as it stops.
+    ContinueSoon,
+}
+
+/// Never SIGSTOP for ourselves: nothing discards that where nobody can continue us.
+fn signal_to_stop_with(signal: Signal) -> Signal {
+    if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
+}

@@ -1,0 +1,771 @@
+//! The guardian: who asks terraform to stop, and gives its lock back, when `tf` is killed.
+//!
+//! It is forked before terraform starts, and waits for one thing: the end of the socket that it shares with `tf`. If `tf`
+//! said before that everything is over, it ends. If not, `tf` was killed, and the guardian does the rest of its work, with
+//! the same code, on what it has in its memory since the fork and what `tf` has told it since.
+//!
+//! It stands beside the run and not above it. The other shape, a supervisor that the caller does not know, with a thin
+//! `tf` in front of it, would keep the subreaper's proof when `tf` is killed; but the front is what the shell stops and
+//! continues, so every stop, every lending of the terminal and every signal would go through two processes, each of which
+//! can die alone; and against what kills a session, a control group or all descendants it is no safer.
+//!
+//! - It leads a session of its own, with its descriptors 0, 1 and 2 on /dev/null and every other one closed that it does
+//!   not need ([`crate::sys::detached`]): neither the caller's pipe nor an outer run's lifeline stays open for it.
+//! - CI runners find what they kill by a variable in its environment: those are gone from it. Jenkins also kills what
+//!   descends from what it finds, so there the guardian is a child of init's. Elsewhere it is a child of `tf`, which takes
+//!   its end away: a container whose first process reaps nobody would collect a zombie with each run.
+//! - It knows terraform by a descriptor for that process, which never means another one with the same number. The child
+//!   itself sends its number before it becomes terraform.
+//! - It mirrors what `tf` decided about signals ([`Stop`] is fed the same events), so that terraform gets one interrupt
+//!   whoever sends it.
+//! - It reads terraform's pipes in the place of `tf`, into nothing: terraform must not die of SIGPIPE with its state
+//!   unsaved.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nix::poll::PollFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cleanup::after_run::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
+use crate::cleanup::destinations::Destinations;
+use crate::cleanup::other_backend;
+use crate::cleanup::other_backend::Elsewhere;
+use crate::cleanup::places::Places;
+use crate::cleanup::process_tree::Tree;
+use crate::cleanup::release_all::{Standing, bury, give_back, remember, remember_abandoned, replaced};
+use crate::cleanup::waiter::Patience;
+use crate::crash_point;
+use crate::journal::history::By;
+use crate::journal::pending_requests::Graveyard;
+use crate::journal::recorder::Recorder;
+use crate::journal::runs::{Entry, Journal, LeftOver, Record};
+use crate::lock::identity::Reached;
+use crate::lock::proof::Run;
+use crate::lock::release::{Outcome, Situation};
+use crate::supervise::pipes::Pipes;
+use crate::supervise::shim;
+use crate::supervise::stop::{Effect, Event, Stop};
+use crate::sys::poll;
+use crate::sys::process::{self, Process, ProcessList};
+use crate::sys::signals::{Arrival, Signals};
+use crate::sys::wait::{self, Ended};
+use crate::sys::{detached, environment};
+use crate::terraform::command_line::CommandLine;
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
+use crate::trace::{self, trace};
+
+/// What the history says of a guardian's release.
+const WHY: &str = "its tf was killed, and its terraform is dead";
+
+/// A message's first byte; four bytes with the length of the rest follow.
+const STARTED: u8 = 1;
+const EVENT: u8 = 2;
+const NEWS: u8 = 3;
+const STILL: u8 = 4;
+const OVER: u8 = 5;
+const OUTSIDE_GROUP: u8 = 6;
+
+/// What the guardian says, in one byte.
+const CANNOT_WRITE: u8 = 1;
+const UNIT_IS_STOPPED: u8 = 2;
+
+/// What the child writes before its pid.
+pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
+
+/// No message is longer: what is kept of a log, and how far it was read.
+const LONGEST: usize = JSON_LIMIT + 64;
+
+/// How long a guardian may take to end once it was told that all is over.
+const ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long its end may take once it has closed its socket, or was killed.
+const DIES_WITHIN: Duration = Duration::from_secs(1);
+
+/// Between two looks at a terraform that was interrupted and may be stopped.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Between two looks at everybody who is below it.
+const LOOK_AROUND: Duration = Duration::from_millis(500);
+
+/// How long init may take to bury a terraform before its status is taken for unknown.
+const BURIED_WITHIN: Duration = Duration::from_millis(200);
+
+/// The guardian, as `tf` sees it.
+#[derive(Debug)]
+pub(crate) struct Guardian {
+    /// Where it is a child of ours.
+    pid: Option<Pid>,
+    socket: UnixStream,
+    /// What did not fit into the socket yet.
+    unsent: Vec<u8>,
+}
+
+/// What the guardian says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    Nothing,
+    /// The journal cannot be written: a full disk.
+    CannotWrite,
+    /// A service manager has told every process of our unit to stop, terraform among them.
+    UnitIsStopped,
+    Gone,
+}
+
+/// What the guardian is to know and to keep.
+pub(crate) struct Ward<'a> {
+    pub(crate) run: &'a str,
+    /// Our own process, before the fork.
+    pub(crate) tf: Pid,
+    pub(crate) begun: Instant,
+    /// `user@host` at the start.
+    pub(crate) who: &'a str,
+    pub(crate) started: Timestamp,
+    pub(crate) tree: &'a mut Tree,
+    pub(crate) pipes: &'a mut Pipes,
+    pub(crate) recorder: &'a mut Recorder,
+    pub(crate) journal: Option<&'a Journal>,
+    pub(crate) entry: Option<&'a Entry>,
+    pub(crate) record: Option<Record>,
+    pub(crate) graveyard: Option<&'a Graveyard>,
+    pub(crate) stop: Stop,
+    /// Where it can have locked, as far as that is known at its start.
+    pub(crate) here: &'a Places,
+    pub(crate) before: &'a DataDirectory,
+    pub(crate) current: &'a Path,
+    pub(crate) data_directory: &'a Path,
+    /// The terraform that runs.
+    pub(crate) program: &'a Path,
+    pub(crate) command_line: &'a CommandLine,
+    pub(crate) destinations: &'a Destinations,
+    /// Whether locks are to be given back at all.
+    pub(crate) release: bool,
+}
+
+impl Guardian {
+    /// Forks it. There must be one thread, and terraform must not have been started.
+    ///
+    /// # Errors
+    /// When there can be no socket or no process: then the run goes on without.
+    pub(crate) fn fork(ward: Ward<'_>) -> io::Result<Self> {
+        let (socket, its_end) = UnixStream::pair()?;
+        socket.set_nonblocking(true)?;
+        let mut keep: Vec<RawFd> = [its_end.as_fd(), ward.tree.lifeline(), ward.recorder.descriptor()]
+            .iter()
+            .chain(&ward.pipes.sources().collect::<Vec<_>>())
+            .map(AsRawFd::as_raw_fd)
+            .collect();
+        keep.extend(ward.entry.map(|entry| entry.charge().as_raw_fd()));
+        keep.extend(ward.destinations.descriptor().map(|plan| plan.as_raw_fd()));
+        keep.extend(trace::descriptor());
+        // Without a process list `tf` must see by its children alone whether anything of terraform's is left.
+        let is_listed = process::list() != ProcessList::Unavailable;
+        let parent =
+            if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
+        let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, ward))?;
+        Ok(Self { pid, socket, unsent: Vec::new() })
+    }
+
+    /// Its process, where it is a child of ours.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+
+    /// What the child of a fork writes its pid into.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// What it has said.
+    pub(crate) fn hear(&self) -> Heard {
+        let mut said = [0];
+        match (&self.socket).read(&mut said) {
+            Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
+            Ok(1) => Heard::CannotWrite,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
+            _ => Heard::Gone,
+        }
+    }
+
+    /// Tells of something that asked for an end.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn note(&mut self, event: Event) -> io::Result<()> {
+        self.send(EVENT, &serde_json::to_vec(&event)?)
+    }
+
+    /// Tells that `tf` stands still from now on, or does not any more.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
+        self.send(STILL, &[u8::from(still)])
+    }
+
+    /// Tells what terraform's log has told. False when there is no room for that now.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
+        self.flush()?;
+        if !self.unsent.is_empty() {
+            return Ok(false);
+        }
+        let news = serde_json::to_vec(&(offset, log))?;
+        if news.len() > LONGEST {
+            // It would not be read. The guardian reads the log itself, as long as nothing of it is forgotten.
+            return Ok(false);
+        }
+        self.send(NEWS, &news)?;
+        Ok(true)
+    }
+
+    /// Tells which processes below terraform have left its group, by pid and start.
+    ///
+    /// # Errors
+    /// When the guardian is gone.
+    pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
+        self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
+    }
+
+    /// Tells that everything is over. It will do nothing more, and [`Guardian::wait`] sees it end.
+    pub(crate) fn over(&mut self) {
+        let _ = self.send(OVER, &[]);
+    }
+
+    /// Waits until it has ended.
+    pub(crate) fn wait(self) {
+        let begun = Instant::now();
+        let mut guardian = self;
+        while begun.elapsed() < ENDS_WITHIN {
+            let _ = guardian.flush();
+            // Its end alone: what it may have said before counts no more.
+            if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(ENDS_WITHIN)) == [true] {
+                break;
+            }
+        }
+        if let Some(pid) = guardian.pid {
+            if begun.elapsed() >= ENDS_WITHIN {
+                trace!("the guardian does not end");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            // One that is frozen, or hangs in the kernel, does not even die. Init takes it away after us.
+            let until = Instant::now() + DIES_WITHIN;
+            // It is waited for by a descriptor: a run must not end later than its guardian.
+            if let Ok(end) = process::watch_end(pid) {
+                poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(DIES_WITHIN));
+            }
+            while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
+                poll::wait(&[], Some(Duration::from_millis(1)));
+            }
+        }
+    }
+
+    fn send(&mut self, kind: u8, payload: &[u8]) -> io::Result<()> {
+        self.unsent.push(kind);
+        self.unsent.extend(u32::try_from(payload.len()).unwrap_or(0).to_le_bytes());
+        self.unsent.extend(payload);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.unsent.is_empty() {
+            match self.socket.write(&self.unsent) {
+                Ok(length) => drop(self.unsent.drain(..length)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends SIGINT to `group`, which the process behind the descriptor `terraform` leads: never to another group that has its
+/// number now. Before Linux 6.9 each member is found, held by a descriptor of its own, and looked at once more.
+fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
+    if process::signal_group(terraform, Signal::SIGINT).is_ok() {
+        return Ok(());
+    }
+    for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
+        let Ok(held) = process::watch_end(member.pid) else { continue };
+        let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
+        // As long as terraform has not ended, the number is its group's.
+        if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+            let _ = process::signal(&held, Signal::SIGINT);
+        }
+    }
+    process::signal(terraform, Signal::SIGINT)
+}
+
+/// Whether a runner would kill what descends from us, whatever its environment says (Jenkins, ProcessTree.java,
+/// `killRecursively`). As the first process of a namespace we are init ourselves, and whoever ends us ends all.
+fn runner_kills_descendants() -> bool {
+    std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
+}
+
+fn is_jenkins_cookie(name: &str) -> bool {
+    (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
+}
+
+/// The variables by which a runner finds what it started, and the mark of the run that we may be nested in.
+fn marks_us(name: &str) -> bool {
+    is_jenkins_cookie(name)
+        || matches!(
+            name,
+            "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::cleanup::process_tree::RUN
+        )
+}
+
+/// What came through the socket and was not heard yet.
+#[derive(Debug, Default)]
+struct Received {
+    bytes: Vec<u8>,
+    /// So much of a message that is too long is still to come: none of it is kept, and the next message is heard.
+    skipped: usize,
+}
+
+impl Received {
+    /// The next whole message: its kind, and what it says.
+    fn next(&mut self) -> Option<(u8, Vec<u8>)> {
+        loop {
+            let skipped = self.skipped.min(self.bytes.len());
+            self.bytes.drain(..skipped);
+            self.skipped -= skipped;
+            let head = *self.bytes.first_chunk::<5>()?;
+            let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
+            if length > LONGEST {
+                self.skipped = 5 + length;
+                continue;
+            }
+            if self.bytes.len() < 5 + length {
+                return None;
+            }
+            let payload = self.bytes[5..5 + length].to_vec();
+            self.bytes.drain(..5 + length);
+            return Some((head[0], payload));
+        }
+    }
+}
+
+/// The guardian's own story.
+struct Watch<'a> {
+    socket: UnixStream,
+    ward: Ward<'a>,
+    terraform: Option<Terraform>,
+    received: Received,
+    /// `tf` has stopped itself.
+    still: bool,
+    /// What the log has told, and was not written down yet.
+    news: Option<(u64, Log)>,
+    /// What reaches the guardian itself. Nothing of it ends the guardian.
+    signals: Option<Signals>,
+    /// A service manager has told the guardian to stop, and `tf` was not told yet.
+    unit_is_stopped: bool,
+    reached: Reached,
+}
+
+/// Terraform, as its guardian knows it.
+struct Terraform {
+    pid: Pid,
+    /// It, and never another with its number. None before Linux 5.3 and on other systems; there the number is used, in the
+    /// moment after the death of `tf`, which until then kept it from being used again.
+    process: Option<OwnedFd>,
+    /// The number meant the child of `tf` when the descriptor was opened.
+    certain: bool,
+}
+
+impl Terraform {
+    /// Whether the child has become a program, and is the one that it was. Its mark says so; a wrapper may have cleared its
+    /// environment, and is another program than ours then.
+    fn has_begun(&self, tree: &Tree) -> bool {
+        match Process::look_up(self.pid) {
+            Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
+            // Without a process list nothing tells. Interrupted before it is terraform, it dies, and has locked nothing.
+            None => process::list() != ProcessList::Available,
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match &self.process {
+            Some(process) => process::signal(process, signal),
+            None => Ok(kill(self.pid, signal)?),
+        }
+    }
+
+    fn has_ended(&self, tree: &Tree) -> bool {
+        match &self.process {
+            Some(process) => poll::ready_now(process.as_fd(), PollFlags::POLLIN),
+            None => tree.lifeline_is_closed() || kill(self.pid, None).is_err(),
+        }
+    }
+}
+
+/// How the time with `tf` ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parting {
+    Over,
+    Vanished,
+}
+
+impl<'a> Watch<'a> {
+    fn begin(socket: UnixStream, mut ward: Ward<'a>) {
+        environment::forget(marks_us);
+        environment::forget_empty("AWS_");
+        ward.tree.see_from_beside();
+        crash_point::reached("guardian: watching");
+        // Here nobody waits for it: terraform starts meanwhile.
+        let (access, surroundings) = ward.here.identified(ward.run);
+        let reached = Reached::of(ward.run, &access, &surroundings);
+        if let Some(record) = &mut ward.record {
+            record.surroundings = surroundings;
+        }
+        // A descriptor of `tf` would do as well, but it was closed.
+        let signals = Signals::listen().ok();
+        let mut watch = Self {
+            socket,
+            ward,
+            terraform: None,
+            received: Received::default(),
+            still: false,
+            news: None,
+            signals,
+            unit_is_stopped: false,
+            reached,
+        };
+        if watch.until_parting() == Parting::Vanished {
+            crash_point::reached("guardian: alone");
+            watch.finish();
+        }
+    }
+
+    /// Listens to `tf`, for as long as there is one.
+    fn until_parting(&mut self) -> Parting {
+        let mut bytes = [0; 1 << 14];
+        loop {
+            // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
+            let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
+            let deadline = self.ward.stop.deadline().map(|at| at.saturating_sub(self.ward.begun.elapsed()));
+            let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
+            // Of terraform's end `tf` hears itself, but when it stands still.
+            let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
+            let ended = terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN));
+            let end_at = ended.is_some().then_some(1);
+            awaited.extend(ended);
+            awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
+            let ready = poll::wait(&awaited, deadline);
+            self.hear_signals();
+            if end_at.is_some_and(|place| ready[place]) {
+                self.continue_tf();
+                // It may have been about to stop when it said so.
+                poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+            }
+            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
+                continue;
+            }
+            let length = match self.socket.read(&mut bytes) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => 0,
+            };
+            self.received.bytes.extend(&bytes[..length]);
+            while let Some((kind, payload)) = self.received.next() {
+                if kind == OVER {
+                    return Parting::Over;
+                }
+                self.heard(kind, &payload);
+            }
+            self.hear_signals();
+            if length == 0 {
+                return Parting::Vanished;
+            }
+            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
+                self.write_news();
+            }
+        }
+    }
+
+    /// A `tf` that stopped with its terraform, which was then killed, has a lock to give back and nobody who continues it:
+    /// a shell would, if its user asked, and a CI runner has none.
+    fn continue_tf(&self) {
+        if Process::look_up(self.ward.tf).is_some_and(|process| process.state == 'T') {
+            trace!("guardian: continues tf, whose terraform has ended");
+            let _ = kill(self.ward.tf, Signal::SIGCONT);
+        }
+    }
+
+    /// Hears what somebody has sent to the guardian. What a service manager sends to all of our unit has reached terraform
+    /// too, where that is in the same control group: `tf` must not send it an interrupt of its own then.
+    fn hear_signals(&mut self) {
+        let Some(signals) = &mut self.signals else { return };
+        while let Some(Arrival { signal, sender, .. }) = signals.next() {
+            self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
+        }
+        // What was sent before there was a terraform did not reach it.
+        let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
+        self.unit_is_stopped = false;
+        if process::is_in_own_control_group(terraform.pid) {
+            trace!("guardian: our unit is stopped");
+            let _ = self.ward.stop.decide(Event::RequestToAll, self.ward.begun.elapsed());
+            let _ = self.socket.write(&[UNIT_IS_STOPPED]);
+        }
+    }
+
+    fn heard(&mut self, kind: u8, payload: &[u8]) {
+        match kind {
+            STARTED => {
+                let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
+                let pid = Pid::from_raw(number);
+                let process = process::watch_end(pid).ok();
+                // `tf` keeps a dead terraform's number from being used again, for as long as it lives itself.
+                let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
+                self.terraform = Some(Terraform { pid, process, certain });
+                let identity = self.ward.tree.started(pid);
+                if let Some(record) = &mut self.ward.record {
+                    record.terraform = Some(number);
+                    record.tree = identity;
+                }
+                crash_point::reached("guardian: knows terraform");
+            }
+            EVENT => {
+                if let Ok(event) = serde_json::from_slice::<Event>(payload) {
+                    // What follows from it `tf` does itself.
+                    let _ = self.ward.stop.decide(event, self.ward.begun.elapsed());
+                }
+            }
+            STILL => self.still = payload == [1],
+            OUTSIDE_GROUP => {
+                let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };
+                self.ward.tree.add_members(&processes);
+                if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+                    record.tree.survivors = processes;
+                    // Without a lock nobody will ask for them.
+                    let _ = if record.log.may_hold() { entry.write(record, false) } else { Ok(()) };
+                }
+            }
+            NEWS => {
+                if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
+                    self.news = Some((offset, log));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn write_news(&mut self) {
+        let Some((offset, log)) = self.news.take() else { return };
+        crash_point::reached("guardian: has news");
+        if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+            // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
+            let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
+            let unknown = |lock: &UnnamedLock| !record.log.unnamed.iter().any(|known| known.is_same(lock));
+            let to_disk = log.standing().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
+            record.log = log.clone();
+            record.offset = offset;
+            let written = entry.write(record, to_disk);
+            trace!("guardian: journal written: {}", written.is_ok());
+            if written.is_err() {
+                let _ = self.socket.write(&[CANNOT_WRITE]);
+            }
+            crash_point::reached("guardian: has written");
+        }
+        self.ward.recorder.resume(log, offset);
+    }
+
+    /// `tf` is gone: everything that it would have done.
+    fn finish(mut self) {
+        trace!("guardian: tf is gone");
+        self.write_news();
+        let _ = std::env::set_current_dir(self.ward.current);
+        self.ward.pipes.lead_nowhere();
+        let ended = self.stop_terraform();
+        trace!("guardian: terraform ended: {ended:?}");
+        crash_point::reached("guardian: terraform ended");
+        let left_over = self.settle(ended);
+        if let (Some(entry), Some(mut record)) = (self.ward.entry, self.ward.record.take()) {
+            if left_over.is_empty() {
+                entry.take_away();
+            } else {
+                record.log = self.ward.recorder.log().clone();
+                record.tree.survivors = self.ward.tree.survivors();
+                record.leave(left_over);
+                let _ = entry.write(&record, true);
+            }
+        }
+        self.ward.recorder.remove();
+        crash_point::reached("guardian: done");
+    }
+
+    /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
+    fn stop_terraform(&mut self) -> Option<Ended> {
+        let terraform = self.terraform.take()?;
+        let mut effects = self.ward.stop.decide(Event::ParentGone, self.ward.begun.elapsed());
+        let mut interrupt = false;
+        let mut looked: Option<Instant> = None;
+        loop {
+            for effect in effects.drain(..) {
+                match effect {
+                    Effect::InterruptGroup | Effect::InterruptTerraform => interrupt = true,
+                    Effect::Kill(_) => self.ward.tree.kill(),
+                    Effect::SayStopping(_) | Effect::SayForcing => {}
+                }
+            }
+            // Not before it is terraform: what comes earlier is thrown away between fork and exec.
+            let moment = process::ticks_since_boot();
+            if !terraform.has_ended(self.ward.tree) {
+                self.ward.tree.was_alive_at(moment);
+            }
+            if interrupt && terraform.has_begun(self.ward.tree) {
+                interrupt = false;
+                self.interrupt(&terraform);
+                crash_point::reached("guardian: interrupted");
+            }
+            // One that was stopped when its parent died was hung up by the kernel. Where that did not happen, as in a
+            // session without a terminal, it acts on nothing until it is continued.
+            if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
+                let _ = terraform.signal(Signal::SIGCONT);
+            }
+            let mut awaited: Vec<_> =
+                terraform.process.iter().map(|process| (process.as_fd(), PollFlags::POLLIN)).collect();
+            let pipes_from = awaited.len();
+            awaited.extend(self.ward.pipes.awaited());
+            let ready = poll::wait(&awaited, Some(LOOK));
+            self.ward.pipes.step(&ready[pipes_from..]);
+            if terraform.has_ended(self.ward.tree) && self.ward.tree.bereaved().is_empty() {
+                break;
+            }
+            // Everybody who is below it now, so that they are known when they are not below it any more.
+            if looked.is_none_or(|at| at.elapsed() > LOOK_AROUND) {
+                self.ward.tree.living();
+                looked = Some(Instant::now());
+            }
+            effects = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
+        }
+        let begun = Instant::now();
+        loop {
+            let ended = terraform.process.as_ref().and_then(|process| process::end_of(terraform.pid, process));
+            if ended.is_some() || begun.elapsed() > BURIED_WITHIN {
+                return ended;
+            }
+            poll::wait(&[], Some(Duration::from_millis(5)));
+        }
+    }
+
+    /// The one interrupt of a first stop, to all that `tf` would have sent it to.
+    fn interrupt(&self, terraform: &Terraform) {
+        let bereaved = self.ward.tree.bereaved();
+        let has_ended = terraform.has_ended(self.ward.tree);
+        let sent = match (&terraform.process, self.ward.tree.group()) {
+            _ if has_ended => Ok(()),
+            (Some(_), Some(_)) if self.ward.tree.is_behind_a_shim() => {
+                shim::interrupt_group(terraform.pid, self.ward.tree.recorder());
+                Ok(())
+            }
+            (Some(process), Some(group)) => interrupt_group(process, group),
+            _ => terraform.signal(Signal::SIGINT),
+        };
+        if has_ended {
+            for process in bereaved {
+                let _ = kill(process.pid, Signal::SIGINT);
+            }
+        }
+        trace!("guardian: interrupted terraform: {}", sent.is_ok());
+    }
+
+    /// Gives back what terraform has left. Returns the locks that could not be given back yet.
+    fn settle(&mut self, ended: Option<Ended>) -> LeftOver {
+        let ward = &mut self.ward;
+        let mut log = ward.recorder.read().clone();
+        if ended == Some(Ended::Exited(0)) {
+            log.ended_well();
+        }
+        // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
+        let after = DataDirectory::read(ward.data_directory);
+        let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
+        let places = places.with_plan(ward.destinations);
+        let is_ours = |lock: &RecordedLock| !places.of(lock).is_empty();
+        let shim = ward.tree.is_behind_a_shim();
+        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), shim, &log, is_ours));
+        let elsewhere = died && other_backend::may_be_left(&places);
+        let began = ward.record.as_ref().is_some_and(|record| record.terraform.is_some());
+        let unlogged = began && died && ward.recorder.is_closed() && places.selected().is_some();
+        if !(log.may_hold() || elsewhere || unlogged) {
+            return LeftOver::default();
+        }
+        if !ward.release {
+            // To be named, which is for somebody who has a person to tell.
+            let locks = log.standing().cloned().collect();
+            let unnamed = log.standing_unnamed().cloned().collect();
+            return LeftOver { locks, unnamed, elsewhere, unlogged, ..LeftOver::default() };
+        }
+        let mut patience = Patience::Nobodys;
+        let unlock_begun = !died && unlock_is_begun(&log, &places, &mut patience);
+        let keep = reason_to_keep(ward.tree, (died, unlock_begun), ward.stop.killed().is_some(), &mut patience);
+        trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
+        crash_point::reached("guardian: tree judged");
+        let run = Run::recorded(ward.who, ward.started, &log);
+        let reached = self.reached.clone();
+        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        // What is below terraform worked until now.
+        let until = Timestamp::now();
+        let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
+        let standing = Standing::find(&log, &places, &situation, died, &mut patience);
+        let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
+        crash_point::reached("guardian: gave back");
+        bury(&settled, &situation, true, ward.graveyard);
+        remember_abandoned(abandoned_requests(&settled, ended), &situation, ward.graveyard);
+        remember(&settled, By::Guardian, WHY, None);
+        let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);
+        let mut left_over = standing.untold(settled, &log);
+        // The recovery looks whether a lock is there, and has somebody to tell.
+        left_over.unlogged = unlogged;
+        left_over.replaced = replaced;
+        if elsewhere {
+            let directory = ward.command_line.directory.as_deref();
+            let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);
+            if let Some(elsewhere) = elsewhere {
+                let (told, keep) = (ward.command_line.tells_of_its_lock(), keep.as_ref().and_then(Outcome::reason));
+                let end = elsewhere.settle(&situation.run, told, keep, [WHY, ""], By::Guardian, &mut patience);
+                if end.leaves_one() {
+                    left_over.add_elsewhere(elsewhere.had);
+                }
+            }
+        }
+        left_over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u8, length: usize) -> Vec<u8> {
+        let mut message = vec![kind];
+        message.extend(u32::try_from(length).unwrap().to_le_bytes());
+        message.resize(5 + length, kind);
+        message
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_is_passed_over_and_the_next_is_heard() {
+        let long = message(NEWS, LONGEST + 1);
+        let whole =
+            [message(EVENT, 1), long.clone(), message(STILL, 1), long, message(NEWS, LONGEST), message(OVER, 0)];
+        for size in [1 << 14, 4096 + 1, 1 << 23] {
+            let mut received = Received::default();
+            let mut heard = Vec::new();
+            for piece in whole.concat().chunks(size) {
+                received.bytes.extend(piece);
+                heard.extend(std::iter::from_fn(|| received.next()).map(|(kind, payload)| (kind, payload.len())));
+                assert!(received.bytes.len() <= LONGEST + 5 + size);
+            }
+            assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, LONGEST), (OVER, 0)]);
+        }
+    }
+}

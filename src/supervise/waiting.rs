@@ -1,0 +1,153 @@
+//! While terraform waits for a lock that it was refused (`-lock-timeout`): one whose holder is dead is given back, so that
+//! terraform's own next try succeeds. What died before our start was finished then; what dies meanwhile is seen here.
+//!
+//! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
+//! is asked for that one run. We are its parent and keep it apart from terraform's tree.
+
+use std::collections::HashMap;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+
+use crate::another_tf;
+use crate::cleanup::messages;
+use crate::cleanup::places::Places;
+use crate::cleanup::process_tree::Tree;
+use crate::cleanup::recovery;
+use crate::cleanup::recovery::Tried;
+use crate::cleanup::waiter::Patience;
+use crate::journal::state_directory::StateDirectory;
+use crate::sys::session;
+use crate::terraform::log::Log;
+use crate::trace::trace;
+
+/// From when on a lock that is not answered counts as refused, and how often is looked then.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// After how long a dead run that could not be finished is tried again: the lock service may be back.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(15);
+
+/// The same where nobody gave credentials: each try asks for them, and a few that fail may lock an account.
+const ASKED_AGAIN_AFTER: Duration = Duration::from_mins(10);
+
+/// The exit code of `tf locks recover --say` that says so.
+const LACKS_CREDENTIALS: i32 = 1;
+
+/// Between two looks at whether the other `tf` has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What is done while terraform waits.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    /// When the journal is looked at next. None: terraform does not wait.
+    look_at: Option<Instant>,
+    /// The dead runs that were tried, and when each may be tried again.
+    tried: HashMap<String, Instant>,
+    /// What finishes a run, and which one.
+    at_work: Vec<(Child, String)>,
+}
+
+impl Waiting {
+    /// `tried` are the dead runs that could not be finished before terraform was started, a moment ago.
+    pub(crate) fn new(tried: Vec<Tried>) -> Self {
+        let now = Instant::now();
+        let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
+            (run, now + if lacks_credentials { ASKED_AGAIN_AFTER } else { TRIED_AGAIN_AFTER })
+        });
+        Self { tried: tried.collect(), ..Self::default() }
+    }
+
+    /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
+    pub(crate) fn step(&mut self, log: &Log, here: &Places, tree: &Tree) {
+        let waits = log.standing().any(|lock| lock.locked.is_none());
+        let now = Instant::now();
+        match self.look_at {
+            _ if !waits => self.look_at = None,
+            None => self.look_at = Some(now + EVERY),
+            Some(at) if at > now => {}
+            Some(_) => {
+                self.look_at = Some(now + EVERY);
+                self.finish_the_dead(here, tree);
+            }
+        }
+    }
+
+    fn finish_the_dead(&mut self, here: &Places, tree: &Tree) {
+        let tried = &mut self.tried;
+        self.at_work.retain_mut(|(child, run)| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
+                tried.insert(run.clone(), Instant::now() + ASKED_AGAIN_AFTER);
+                false
+            }
+            _ => false,
+        });
+        if !self.at_work.is_empty() {
+            return;
+        }
+        for state in StateDirectory::all(|name| std::env::var_os(name)) {
+            for (name, pid) in recovery::dead(&state, here) {
+                let due = self.tried.get(&name);
+                if due.is_some_and(|due| *due > Instant::now()) {
+                    continue;
+                }
+                let before = due.is_some();
+                if !before {
+                    messages::say(&messages::waiting_for_the_dead(pid));
+                }
+                match start(&name, before) {
+                    Ok(child) => {
+                        if let Ok(pid) = i32::try_from(child.id()) {
+                            tree.leave_out(Pid::from_raw(pid));
+                        }
+                        self.at_work.push((child, name.clone()));
+                    }
+                    Err(error) => trace!("no other tf for run {name}: {error}"),
+                }
+                self.tried.insert(name, Instant::now() + TRIED_AGAIN_AFTER);
+            }
+        }
+    }
+
+    /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too. Gives the runs that were
+    /// tried.
+    pub(crate) fn finish(self, patience: &mut Patience<'_>) -> Vec<String> {
+        for (child, _) in self.at_work {
+            wait_for(child, patience);
+        }
+        self.tried.into_keys().collect()
+    }
+}
+
+/// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
+pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
+    let mut interrupts = 0;
+    while matches!(child.try_wait(), Ok(None)) {
+        patience.wait(LOOK);
+        interrupts += patience.interrupts();
+        if interrupts > 1 {
+            let _ = child.kill();
+        }
+    }
+}
+
+/// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
+/// not do. It is in a session of its own: a key that interrupts terraform is not for it, and it asks nobody at the terminal
+/// that terraform reads.
+///
+/// # Errors
+/// It cannot be started.
+pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
+    let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
+    if before {
+        command.arg("--again");
+    }
+    command.stdout(Stdio::null());
+    session::of_its_own(&mut command);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it is no terraform; nothing of it must be in order but what is above"
+    )]
+    command.spawn()
+}
