@@ -7,6 +7,7 @@ mod another_tf;
 mod aws;
 mod cleanup;
 mod commands;
+mod console;
 mod crash_point;
 mod holder;
 mod journal;
@@ -24,9 +25,10 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
+use cleanup::invocation::Invocation;
 use cleanup::messages;
 use settings::Settings;
-use supervise::{Invocation, NotSupervised, outcome, step_outputs};
+use supervise::{NotSupervised, outcome, step_outputs};
 use terraform::binary;
 use terraform::command_line::CommandLine;
 
@@ -99,11 +101,11 @@ fn become_terraform(invocation: &Invocation) -> ExitCode {
 }
 
 fn could_not_run(invocation: &Invocation, error: &std::io::Error) -> ExitCode {
-    messages::say(&messages::cannot_run(&invocation.terraform.path, error));
+    console::say(&messages::cannot_run(&invocation.terraform.path, error));
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN })
 }
 
 fn refuse(reason: &dyn std::fmt::Display, code: u8) -> ExitCode {
-    messages::say(&messages::cannot_start(reason));
+    console::say(&messages::cannot_start(reason));
     ExitCode::from(code)
 }

@@ -4,7 +4,7 @@
 //! whoever needs it can look where the run had it from: in the cached backend of its directory, as long as that is still
 //! the same one.
 //!
-//! As whom it was reached is kept too ([`crate::lock::identity`]).
+//! As whom it was reached is kept too ([`crate::lock::reached`]).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::aws::attributes;
 use crate::aws::attributes::Treatment;
-use crate::lock::identity::Identity;
+use crate::aws::identity::Identity;
 use crate::terraform::backend::{CachedBackend, Origin, is_unset};
 use crate::terraform::other_backends::OtherBackend;
 

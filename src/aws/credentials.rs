@@ -27,10 +27,10 @@ use aws_runtime::env_config::section::EnvConfigSections;
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
+use super::settings::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use crate::aws::attributes;
 use crate::aws::attributes::Treatment;
 use crate::aws::causes::causes;
-use crate::aws::connect::{Unreachable, endpoint, expand, profile_name, set, shared_files};
 use crate::aws::failure::Failure;
 use crate::sys::plain_file;
 use crate::sys::shell_command::{self, Asks};

@@ -7,5 +7,7 @@ pub(crate) mod causes;
 pub(crate) mod connect;
 pub(crate) mod credentials;
 pub(crate) mod failure;
+pub(crate) mod identity;
 pub(crate) mod network;
 pub(crate) mod proxies;
+pub(crate) mod settings;

@@ -1,14 +1,19 @@
 //! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
 
+use crate::cleanup::recovery_process;
+use crate::console;
+use crate::terraform::errored_state::errored_state;
 use std::borrow::Cow;
 use std::cell::LazyCell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
 use crate::aws::credentials::Purpose;
 use crate::cleanup::destinations::Destinations;
+use crate::cleanup::end_of_run::EndOfRun;
+use crate::cleanup::invocation::Invocation;
 use crate::cleanup::messages;
 use crate::cleanup::messages::Removal;
 use crate::cleanup::other_backend;
@@ -24,29 +29,23 @@ use crate::holder::host::Host;
 use crate::journal::history::By;
 use crate::journal::pending_requests::Graveyard;
 use crate::journal::runs::{Journal, LeftOver};
-use crate::lock::identity::Reached;
 use crate::lock::place::Place;
 use crate::lock::proof::Run;
+use crate::lock::reached::Reached;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
 use crate::lock::stores::{Spot, Standing as Stored};
-use crate::supervise::Invocation;
-use crate::supervise::stop::Stop;
-use crate::supervise::waiting;
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock};
-use crate::time::saturating_sub;
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
 pub(crate) struct Aftermath<'a> {
     pub(crate) run: &'a str,
-    pub(crate) ended: Ended,
-    pub(crate) stop: &'a Stop,
-    pub(crate) out_of_memory: bool,
+    pub(crate) end: EndOfRun,
     /// `user@host` at the start.
     pub(crate) who: &'a str,
     pub(crate) started: Timestamp,
@@ -195,15 +194,15 @@ impl Aftermath<'_> {
         });
         let with_plan = LazyCell::new(|| places.clone().with_plan(self.destinations));
         let is_ours = |lock: &RecordedLock| !with_plan.of(lock).is_empty();
-        let died = died(self.ended, self.stop.was_forced(), self.tree.is_behind_a_shim(), self.log, is_ours);
+        let died = died(self.end.ended, self.end.forced, self.tree.is_behind_a_shim(), self.log, is_ours);
         // A shim's code tells of a death that the log, being empty, does not.
-        let unlogged = self.unlogged && (died || matches!(self.ended, Ended::Exited(129..)));
+        let unlogged = self.unlogged && (died || matches!(self.end.ended, Ended::Exited(129..)));
         let lost = unlogged || (died && (!self.log.tells_locks() || self.log.is_torn()));
-        if self.log.mismatch.is_some() && !died && !matches!(self.ended, Ended::Exited(0)) {
+        if self.log.mismatch.is_some() && !died && !matches!(self.end.ended, Ended::Exited(0)) {
             self.explain_checksum(&with_plan, patience);
         }
         if !self.log.may_hold() && !died && !unlogged {
-            if self.stop.was_interrupted() {
+            if self.end.interrupted {
                 self.name_survivors();
             }
             return LeftOver::default();
@@ -218,11 +217,11 @@ impl Aftermath<'_> {
         }
         trace!("a lock may stand; died: {died}, log lost: {lost}");
         crash_point::reached("tf: locks may stand");
-        let ending = messages::ending(self.ended, self.stop.killed(), self.out_of_memory);
+        let ending = messages::ending(&self.end);
         let places = &*with_plan;
         let keep = if self.release {
             let unlock_begun = !died && unlock_is_begun(self.log, places, patience);
-            reason_to_keep(self.tree, (died, unlock_begun), self.stop.killed().is_some(), patience)
+            reason_to_keep(self.tree, (died, unlock_begun), self.end.killed.is_some(), patience)
         } else {
             Some(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
         };
@@ -237,7 +236,7 @@ impl Aftermath<'_> {
         let settled = give_back(&standing.named, places, &situation, died, keep.as_ref(), claimed, patience);
         crash_point::reached("tf: gave back");
         let remembered = bury(&settled, &situation, true, self.graveyard);
-        let abandoned = || abandoned_requests(&settled, Some(self.ended));
+        let abandoned = || abandoned_requests(&settled, Some(self.end.ended));
         let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
         self.tell(&settled, &remembered, places, &ending);
         // Of one that could not be looked for nothing is known that terraform has not said.
@@ -245,17 +244,11 @@ impl Aftermath<'_> {
         let waited_for = abandoned().filter(looked_for).map(|settled| &settled.lock);
         for lock in waited_for.filter(|lock| was_waited_for(lock, at)) {
             let kept = also_remembered.contains(&lock.id);
-            messages::say(&messages::may_still_come(&ending, lock, kept, &self.unlock_command_of(lock, places)));
+            console::say(&messages::may_still_come(&ending, lock, kept, &self.unlock_command_of(lock, places)));
         }
         remember(&settled, By::Tf, &ending, None);
         for one in replaced(&settled, places, died, until, By::Tf, patience) {
-            messages::say(&messages::replaced(
-                &ending,
-                &one.own,
-                &one.by,
-                &self.program(),
-                self.directory().as_deref(),
-            ));
+            console::say(&messages::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
         }
         for settled in &settled {
             if let Some(Outcome::Absent { anothers: Some(id), .. }) = &settled.outcome {
@@ -264,13 +257,13 @@ impl Aftermath<'_> {
         }
         self.explain_refusals(&settled, places, died, patience);
         for (info, reason) in &standing.suspects {
-            messages::say(&messages::suspected(&ending, info, Some(reason), &self.unlock_command(None, places)));
+            console::say(&messages::suspected(&ending, info, Some(reason), &self.unlock_command(None, places)));
         }
         for unnamed in &standing.awaited {
-            messages::say(&messages::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
+            console::say(&messages::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
         }
         for (_, reason) in &standing.unread {
-            messages::say(&messages::not_looked_for(&ending, reason));
+            console::say(&messages::not_looked_for(&ending, reason));
         }
         if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
             self.name_suspect(patience, &ending, places, &situation, unlogged);
@@ -279,7 +272,7 @@ impl Aftermath<'_> {
             self.name_errored_state();
         }
         if let Some(why) = self.unprotected.filter(|_| died) {
-            messages::say(&messages::unprotected(why));
+            console::say(&messages::unprotected(why));
         }
         let mut left_over = standing.left_over(settled);
         if elsewhere {
@@ -310,7 +303,7 @@ impl Aftermath<'_> {
             By::Tf,
             patience,
         );
-        end.messages.iter().for_each(|message| messages::say(message));
+        end.messages.iter().for_each(|message| console::say(message));
         if end.later {
             left_over.add_elsewhere(elsewhere.had);
         }
@@ -321,24 +314,20 @@ impl Aftermath<'_> {
             let kept = self.unprotected.is_none();
             match outcome {
                 Some(Outcome::Released(released)) => {
-                    messages::say(&messages::released(ending, lock, released, Timestamp::now()));
+                    console::say(&messages::released(ending, lock, released, Timestamp::now()));
                     if released.is_partial && *may_still_come {
                         let kept = remembered.contains(&lock.id);
-                        messages::say(&messages::other_part_may_land(
-                            lock,
-                            kept,
-                            &self.unlock_command_of(lock, places),
-                        ));
+                        console::say(&messages::other_part_may_land(lock, kept, &self.unlock_command_of(lock, places)));
                     }
                     if let Some(unfit) = &released.unfit {
                         let workspace = places.workspace_of_lock(lock);
-                        messages::say(&messages::unfit_digest(unfit, workspace, self.directory().as_deref()));
+                        console::say(&messages::unfit_digest(unfit, workspace, self.directory().as_deref()));
                     }
                 }
                 // Terraform was refused, and has said so itself.
                 Some(Outcome::Kept { .. }) if !may_stand => {}
                 Some(Outcome::Kept { because: Because::OtherAccount, .. }) if kept => {
-                    messages::say(&messages::not_seen(ending, lock, self.reached.needs()));
+                    console::say(&messages::not_seen(ending, lock, self.reached.needs()));
                 }
                 Some(Outcome::Kept { reason, because }) => {
                     let later = kept && !matches!(because, Because::Doubt | Because::Never);
@@ -348,14 +337,14 @@ impl Aftermath<'_> {
                         unlock: self.unlock_command(place.as_ref(), places),
                         release: self.locks_command(messages::RELEASE_NO_LOCK, workspace),
                     };
-                    messages::say(&messages::kept(ending, lock, reason, *because, later, &removal));
+                    console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
                 }
                 Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.locked.is_some() => {
-                    messages::say(&messages::place_is_away(ending, lock, remembered.contains(&lock.id)));
+                    console::say(&messages::place_is_away(ending, lock, remembered.contains(&lock.id)));
                 }
                 Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
                     let kept = remembered.contains(&lock.id);
-                    messages::say(&messages::may_still_come(ending, lock, kept, &self.unlock_command_of(lock, places)));
+                    console::say(&messages::may_still_come(ending, lock, kept, &self.unlock_command_of(lock, places)));
                 }
                 Some(Outcome::Absent { .. }) | None => {}
             }
@@ -369,7 +358,7 @@ impl Aftermath<'_> {
         for place in places.of_state(bucket, key) {
             if let Ok(Some(unfit)) = patience.until(release::unfit_state(&place)) {
                 let workspace = places.workspace_of(&place);
-                messages::say(&messages::unfit_digest(&unfit, workspace, self.directory().as_deref()));
+                console::say(&messages::unfit_digest(&unfit, workspace, self.directory().as_deref()));
                 return;
             }
         }
@@ -384,7 +373,7 @@ impl Aftermath<'_> {
             living.retain(|process| later.iter().any(|other| other.pid == process.pid));
         }
         if !living.is_empty() {
-            messages::say(&messages::survivors(&living));
+            console::say(&messages::survivors(&living));
         }
     }
 
@@ -395,8 +384,8 @@ impl Aftermath<'_> {
             if let Some(Outcome::Released(_)) =
                 visit(tombstone, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), patience)
             {
-                messages::say(&messages::came_late(&tombstone.lock));
-                messages::say(messages::TRY_AGAIN);
+                console::say(&messages::came_late(&tombstone.lock));
+                console::say(messages::TRY_AGAIN);
             }
         }
     }
@@ -405,7 +394,7 @@ impl Aftermath<'_> {
     /// what to type. One that is proven dead is finished, and its lock given back; terraform is not started once more: its
     /// stdin may be consumed, and its output was read.
     fn explain_refusals(&self, settled: &[Settled], places: &Places, died: bool, patience: &mut Patience<'_>) {
-        if died || matches!(self.ended, Ended::Exited(0)) {
+        if died || matches!(self.end.ended, Ended::Exited(0)) {
             return;
         }
         for Settled { lock, outcome, .. } in settled.iter().filter(|settled| settled.lock.locked.is_none()) {
@@ -429,7 +418,7 @@ impl Aftermath<'_> {
         let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
         for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
             let what = standing.describe_no_lock();
-            messages::say(&messages::barred(
+            console::say(&messages::barred(
                 &spot.describe(),
                 &what,
                 &command(messages::RELEASE_NO_LOCK),
@@ -445,13 +434,13 @@ impl Aftermath<'_> {
             let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
             // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
-            messages::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
+            console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
-            if let Ok(child) = waiting::start(run, false) {
-                waiting::wait_for(child, patience);
+            if let Ok(child) = recovery_process::start(run, false) {
+                recovery_process::wait_for(child, patience);
                 let left = self::standing(place, places, patience);
                 if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
-                    messages::say(messages::TRY_AGAIN);
+                    console::say(messages::TRY_AGAIN);
                 }
             }
         }
@@ -470,13 +459,13 @@ impl Aftermath<'_> {
         let _there = Within::enter(&places.working_directory);
         match patience.until(release::suspect(&place, &situation.run, unlogged)) {
             Ok(Ok(Some(info))) if situation.run.is_of(&info.who) => {
-                messages::say(&messages::suspected(ending, &info, None, &self.unlock_command(Some(&place), places)));
+                console::say(&messages::suspected(ending, &info, None, &self.unlock_command(Some(&place), places)));
             }
             Ok(Ok(suspect)) if unlogged => {
-                messages::say(&messages::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
+                console::say(&messages::unlogged(ending, suspect.as_ref(), self.directory().as_deref()));
             }
-            Ok(Err(failure)) => messages::say(&messages::suspect_not_looked_for(ending, &failure.to_string())),
-            Err(reason) => messages::say(&messages::suspect_not_looked_for(ending, reason)),
+            Ok(Err(failure)) => console::say(&messages::suspect_not_looked_for(ending, &failure.to_string())),
+            Err(reason) => console::say(&messages::suspect_not_looked_for(ending, reason)),
             Ok(Ok(_)) => {}
         }
     }
@@ -495,7 +484,7 @@ impl Aftermath<'_> {
     fn name_errored_state(&self) {
         let directory = self.invocation.command_line.working_directory(self.current);
         if let Some(path) = errored_state(&directory, self.started) {
-            messages::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
+            console::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
         }
     }
 
@@ -550,15 +539,6 @@ fn unselected_workspace<'a>(place: &Place, places: &'a Places) -> Option<&'a str
 fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<(Spot, Stored)> {
     let _there = Within::enter(&places.working_directory);
     patience.until(release::standing(place)).unwrap_or_default()
-}
-
-/// A state that a terraform which was started at `since` in `directory` has put there because it could not write it
-/// (internal/backend/local/backend_apply.go, `backupStateForError`).
-pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBuf> {
-    let path = directory.join("errored.tfstate");
-    let written = Timestamp::try_from(std::fs::metadata(&path).ok()?.modified().ok()?).ok()?;
-    // File systems keep coarser times than clocks.
-    (written >= saturating_sub(since, SignedDuration::from_secs(2))).then_some(path)
 }
 
 fn is_terraform(process: &Process) -> bool {

@@ -2,11 +2,14 @@
 
 pub(crate) mod after_run;
 pub(crate) mod destinations;
+pub(crate) mod end_of_run;
+pub(crate) mod invocation;
 pub(crate) mod messages;
 pub(crate) mod other_backend;
 pub(crate) mod places;
 pub(crate) mod process_tree;
 pub(crate) mod recovery;
+pub(crate) mod recovery_process;
 pub(crate) mod release_all;
 pub(crate) mod waiter;
 pub(crate) mod working_directory;

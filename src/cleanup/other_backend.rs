@@ -7,6 +7,7 @@
 //! compare.) Whether it is our run's lock is then judged by the moment in which it was made, as with an OpenTofu that names
 //! none ([`crate::lock::proof::judge_unnamed`]).
 
+use crate::console;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -158,7 +159,7 @@ impl<'a> Elsewhere<'a> {
             later: true,
             released: false,
         };
-        messages::say(&messages::waiting_blindly(QUIET));
+        console::say(&messages::waiting_blindly(QUIET));
         let begun = Instant::now();
         while begun.elapsed() < QUIET {
             if patience.interrupts() > 0 {

@@ -18,6 +18,9 @@
 //!
 //! A zombie is dead. A process that we may not signal is a reason for doubt, and doubt keeps the lock.
 
+use crate::journal::run_mark::Living;
+use crate::journal::run_mark::RUN;
+use crate::journal::run_mark::mark_of;
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -28,15 +31,12 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid};
 
 use crate::cleanup::waiter::Patience;
-use crate::journal::membership::{Mark, Membership, TreeIdentity, classify};
+use crate::journal::membership::{Mark, TreeIdentity};
 use crate::sys::descriptor;
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList, Variable};
 use crate::sys::wait::{self, Children};
 use crate::trace::trace;
-
-/// The variable that marks every process of a run. A run below another one names both, the outer first: `OUTER/INNER`.
-pub(crate) const RUN: &str = "TFW_RUN";
 
 /// How long what is left of a tree may take to end after TERM, before KILL.
 const GRACE: Duration = Duration::from_secs(5);
@@ -88,55 +88,8 @@ enum Vantage {
 struct Beside {
     /// Everybody that was ever seen to belong to it is among its survivors.
     identity: TreeIdentity,
-    /// See [`classify`].
+    /// See [`crate::journal::membership::classify`].
     certain_before: Option<u64>,
-}
-
-/// The processes of a run, as an observer sees them who is not above them.
-#[derive(Debug, Default)]
-pub(crate) struct Living {
-    /// These belong to it.
-    pub(crate) members: Vec<Process>,
-    /// These may.
-    pub(crate) unknown: Vec<Process>,
-}
-
-impl Living {
-    /// Looks at the living processes of the run that has the mark `run`. `certain_before`: see [`classify`].
-    pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
-        let all: Vec<(Process, Mark)> =
-            Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
-        let found = classify(&all, identity, certain_before);
-        let pids: Vec<Pid> = all.iter().map(|(process, _)| process.pid).collect();
-        let own = getpid();
-        let mut living = Self::default();
-        for ((process, _), membership) in all.into_iter().zip(found) {
-            let list = match membership {
-                Membership::Member => &mut living.members,
-                Membership::Unknown => &mut living.unknown,
-                Membership::Other => continue,
-            };
-            if !process.is_dead() && process.pid != own && !process.is_helper_of_ours() {
-                list.push(process);
-            }
-        }
-        // Another user's, which /proc may hide from us (`hidepid`): to signal it is forbidden only while it is there.
-        let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
-        let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
-        living.unknown.extend(hidden.filter_map(Process::forbidden));
-        // Members of terraform's group whom it hides.
-        if let Some(group) = identity.group.map(Pid::from_raw)
-            && living.is_empty()
-            && hides_members(group)
-        {
-            living.unknown.push(Process::unseen_in(group));
-        }
-        living
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.members.is_empty() && self.unknown.is_empty()
-    }
 }
 
 /// Whether the process belongs to a run below `run`, which has a `tf` of its own.
@@ -144,15 +97,6 @@ fn is_nested(process: &Process, run: &str) -> bool {
     let Variable::Set(runs) = process.environment(RUN) else { return false };
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
     runs.next().is_some() && runs.next().is_some()
-}
-
-/// Whether the process carries the mark of `run`.
-fn mark_of(process: &Process, run: &str) -> Mark {
-    match process.environment(RUN) {
-        Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => Mark::Marked,
-        Variable::Set(_) | Variable::Unset => Mark::Unmarked,
-        Variable::Unreadable => Mark::Unreadable,
-    }
 }
 
 /// What a process found below us is.
@@ -501,12 +445,6 @@ impl Tree {
             send(process.pid, Signal::SIGKILL);
         }
     }
-}
-
-/// Whether a process is in `group` that /proc does not show us.
-fn hides_members(group: Pid) -> bool {
-    // The list first: a zombie that is taken away between the two is in the list, or is no member any more.
-    !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }
 
 fn send(pid: Pid, signal: Signal) {

@@ -7,6 +7,7 @@
 //! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
 //! a process that never had any; and a person who has had enough can end it.
 
+use crate::console;
 use std::cell::Cell;
 use std::ffi::{CStr, OsStr};
 use std::io::{Read, Write};
@@ -22,7 +23,6 @@ use nix::unistd::Pid;
 
 use crate::aws::access::Access;
 use crate::aws::credentials::Purpose;
-use crate::cleanup::after_run::errored_state;
 use crate::cleanup::destinations::Destinations;
 use crate::cleanup::messages;
 use crate::cleanup::other_backend;
@@ -50,6 +50,7 @@ use crate::sys::{detached, environment, wait};
 use crate::terraform::binary;
 use crate::terraform::command_line::tells_of_its_lock;
 use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::errored_state::errored_state;
 use crate::trace::{self, trace};
 
 /// The name of the process that does it.
@@ -134,7 +135,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                 }
                 Found::Broken(_) => {
                     if let Some(path) = journal.set_aside(&name) {
-                        messages::say(&messages::set_aside(&path));
+                        console::say(&messages::set_aside(&path));
                     }
                 }
                 Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
@@ -164,12 +165,12 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
             }
         };
         let announced = late.iter().any(|(_, pending)| !pending.abandoned);
-        in_a_process((Vec::new(), announced), visit_all, messages::say, signals, &mut asked);
+        in_a_process((Vec::new(), announced), visit_all, console::say, signals, &mut asked);
     }
     for (state, pending) in late_elsewhere {
         let announced = !pending.abandoned;
         let look = || look_for_request(state, &pending, remaining());
-        in_a_process((Vec::new(), announced), look, messages::say, signals, &mut asked);
+        in_a_process((Vec::new(), announced), look, console::say, signals, &mut asked);
     }
     let mut tried = Vec::new();
     for dead in near {
@@ -178,7 +179,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.charge().as_raw_fd()];
-        let left = in_a_process((keep, true), || finish(dead, Audience::Person), messages::say, signals, &mut asked);
+        let left = in_a_process((keep, true), || finish(dead, Audience::Person), console::say, signals, &mut asked);
         if journal.has(&name) {
             tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
@@ -269,7 +270,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                 Found::Broken(path) => {
                     let moved = if dry_run { None } else { journal.set_aside(&name) };
                     let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
-                    messages::say(&text);
+                    console::say(&text);
                     recovered.left += 1;
                 }
                 Found::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
@@ -291,13 +292,13 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                 // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
                 Found::Living(record) if !dry_run && may_hold(&record) => {
                     if let Some(ending) = ending(&record, &journal) {
-                        messages::say(&messages::still_ending(&record, ending == Ending::Left));
+                        console::say(&messages::still_ending(&record, ending == Ending::Left));
                         recovered.left += 1;
                     }
                 }
                 // The same of whoever takes care of it: it may be frozen.
                 Found::Settling(record) if !dry_run && may_hold(&record) => {
-                    messages::say(&messages::still_settling(&record));
+                    console::say(&messages::still_settling(&record));
                     recovered.left += 1;
                 }
                 Found::Living(_) | Found::Settling(_) | Found::Gone => {}
@@ -617,7 +618,7 @@ fn in_a_process(
         let ready = poll::wait(&awaited, timeout);
         if ready == [false, false] && !told && Instant::now() >= quiet_until {
             told = true;
-            messages::say(&messages::recovering());
+            console::say(&messages::recovering());
         }
         if ready[1] {
             hear(signals, asked, pid);
@@ -645,7 +646,7 @@ fn in_a_process(
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     while let Some(signal) = signals.next_stop() {
         if asked.is_none() {
-            messages::say(&messages::still_releasing());
+            console::say(&messages::still_releasing());
         } else if signal == Signal::SIGINT {
             let _ = kill(recovery, Signal::SIGKILL);
         }

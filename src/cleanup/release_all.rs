@@ -1,10 +1,10 @@
 //! Giving back the locks of a run whose operation is over: by `tf`, else by its guardian, else by the next `tf`. All three
 //! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
 
+use crate::journal::runs::Replaced;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use serde::{Deserialize, Serialize};
 
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
@@ -17,8 +17,8 @@ use crate::journal::history;
 use crate::journal::history::{By, Event, What};
 use crate::journal::pending_requests::{Graveyard, Tombstone};
 use crate::journal::runs::LeftOver;
-use crate::lock::identity::Reached;
 use crate::lock::place::Place;
+use crate::lock::reached::Reached;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Light, Outcome, SERVICE_TIMEOUT, Situation};
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -218,16 +218,6 @@ pub(crate) fn only_name(
 /// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
     !died && recorded.unlocking && program.is_some_and(|program| program.telling() == Telling::Requests)
-}
-
-/// Another's lock in the place of a run's own, taken while the run worked: somebody forced the run's lock, or the service
-/// keeps nobody out. Two runs have worked on one state.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Replaced {
-    /// The run's own lock.
-    pub(crate) own: RecordedLock,
-    /// The one that is there.
-    pub(crate) by: LockInfo,
 }
 
 /// Which of `settled` were replaced while the run worked, which it did `until` then. It is written into the history.

@@ -1,5 +1,6 @@
 //! Who may end a waiting: a person at the keyboard, or nobody, where no person can be asked any more.
 
+use crate::console;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ impl Patience<'_> {
         loop {
             let more = self.interrupts();
             if asked == 0 && more > 0 {
-                messages::say(&messages::still_releasing());
+                console::say(&messages::still_releasing());
             }
             asked += more;
             if asked > 1 {

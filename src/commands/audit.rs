@@ -1,5 +1,6 @@
 //! `tf locks audit`: for a schedule. It counts, and tells by its exit code whether somebody must look.
 
+use crate::console;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -12,7 +13,6 @@ use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
 use super::staleness::Staleness;
 use super::{Finding, inventory};
-use crate::cleanup::messages;
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::settings;
@@ -141,7 +141,7 @@ impl Audit {
                 }
                 count.scanned = inventory.states;
                 if let Some(why) = inventory.incomplete {
-                    messages::say(&why);
+                    console::say(&why);
                     count.complete = false;
                 }
             } else {
@@ -158,13 +158,13 @@ impl Audit {
                 }
             }
             if count.unread > 0 {
-                messages::say(&not_whole(count.unread));
+                console::say(&not_whole(count.unread));
             }
             count.scan_seconds = begun.elapsed().as_secs_f64();
             if self.json {
-                messages::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
+                console::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
             } else if self.prometheus {
-                messages::print(&count.metrics());
+                console::print(&count.metrics());
             }
             // What is no lock keeps every run out, however old it is.
             Ok(match (count.stale + count.unreadable - count.unread, count.complete) {

@@ -4,7 +4,7 @@ use super::found::{Entry, Found, Unreadable, Wanted, pair};
 use super::inventory;
 use super::reach::{Reach, Target, Trouble};
 use super::staleness::Staleness;
-use crate::cleanup::messages::{visible, visible_whole};
+use crate::console::{visible, visible_whole};
 use crate::holder::host::Host;
 use crate::lock::stores::{LOCK_FILE, Spot};
 use crate::terraform::lock_info::is_lock_id;

@@ -1,5 +1,7 @@
 //! `tf locks doctor`: what would keep a release in this directory from working, tried before it is needed.
 
+use crate::console;
+use crate::terraform::errored_state;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -10,7 +12,7 @@ use super::{Finding, fix_digest, inventory};
 use crate::aws::connect;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
-use crate::cleanup::messages::{length_of_time, quoted, visible};
+use crate::console::{length_of_time, quoted, visible};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
@@ -70,9 +72,9 @@ impl Findings {
             Health::Note => "note ",
             Health::Wrong => "WRONG",
         };
-        messages::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
+        console::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
         if !next.is_empty() {
-            messages::print(&format!("       {}", next.replace('\n', "\n       ")));
+            console::print(&format!("       {}", next.replace('\n', "\n       ")));
         }
     }
 
@@ -300,7 +302,7 @@ fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Opti
             &format!(
                 "once you know that nobody needs it, type: {} {}",
                 messages::locks_command(messages::RELEASE_NO_LOCK, other(directory).as_deref(), None),
-                messages::argument(&place.path())
+                console::argument(&place.path())
             ),
         );
     }
@@ -449,7 +451,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                 if locked {
                     findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
                 } else {
-                    let words = format!("doctor{}", messages::option("--fix-digest", &state.workspace));
+                    let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
                     let command = messages::locks_command(&words, other(directory).as_deref(), None);
                     findings.wrong(&name, &text, &format!("type: {command}"));
                 }
@@ -470,7 +472,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     }
     findings.wrong(
         "errored.tfstate",
-        &format!("it lies there: {}", messages::ERRORED_STATE),
-        &messages::push_errored_state("terraform", other(directory).as_deref()),
+        &format!("it lies there: {}", errored_state::ERRORED_STATE),
+        &errored_state::push_errored_state("terraform", other(directory).as_deref()),
     );
 }

@@ -7,6 +7,7 @@
 //! more when we have it, so that whatever kills us, `tf locks recover` or the next `tf` releases it. Where a request for it
 //! had no answer, it may land when we are gone: then it is remembered as that of a dead terraform is.
 
+use crate::console;
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -21,8 +22,7 @@ use super::{Finding, agreement};
 use crate::aws::access;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
-use crate::cleanup::messages;
-use crate::cleanup::messages::{length_of_time, quoted, visible};
+use crate::console::{length_of_time, quoted, visible};
 use crate::journal::pending_requests::{Graveyard, Tombstone};
 use crate::journal::runs::{Entry, Journal, Record};
 use crate::journal::state_directory::StateDirectory;
@@ -47,7 +47,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
         let compared = compare(&stores, &state).await?;
         let name = visible(&state.path());
         if compared.fits() {
-            messages::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
+            console::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
             return Ok(Finding::Nothing);
         }
         let now = Timestamp::now();
@@ -57,7 +57,7 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
         let has = compared.computed.as_deref().unwrap_or(
             "none, for there is no state: if there should be one, bring it back first (its bucket may keep old versions)",
         );
-        messages::print(&format!(
+        console::print(&format!(
             "state     {name}{written}\nrecorded  {}\nit has    {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
@@ -66,14 +66,14 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
             None => ("delete the digest", "Delete the digest, so that terraform begins with an empty state?"),
         };
         if dry_run {
-            messages::print(&format!("would {what}"));
+            console::print(&format!("would {what}"));
             return Ok(Finding::Stale);
         }
         if !yes && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said(format!("nobody is there to ask: add --yes to {what}")));
         }
         if !yes && !agreement::is_given(question) {
-            messages::say("it was left alone");
+            console::say("it was left alone");
             return Ok(Finding::Failed);
         }
         agreed = Some((directory, state, compared));
@@ -192,11 +192,7 @@ impl<'a> Work<'a> {
             (kept, Err(why)) => {
                 let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
                 let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
-                messages::say(&format!(
-                    "the lock {} was not given back: {}\n{next}{more}",
-                    self.info.id,
-                    visible(&why)
-                ));
+                console::say(&format!("the lock {} was not given back: {}\n{next}{more}", self.info.id, visible(&why)));
                 return done.map(|_| Finding::Failed);
             }
         }
@@ -267,7 +263,7 @@ impl<'a> Work<'a> {
     async fn write(&self, stores: &Stores) -> Result<Finding, Trouble> {
         let now = compare(stores, &self.state).await?;
         if now.fits() {
-            messages::print("it fits by now: somebody has mended it, or it was being written");
+            console::print("it fits by now: somebody has mended it, or it was being written");
             return Ok(Finding::Nothing);
         }
         if now != self.shown {
@@ -294,7 +290,7 @@ impl<'a> Work<'a> {
                 return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
             }
         }
-        messages::print(&match now.computed {
+        console::print(&match now.computed {
             Some(new) => format!("recorded {new}"),
             None => "deleted the digest".to_owned(),
         });
@@ -336,7 +332,7 @@ impl<'a> Work<'a> {
 fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
     let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
     let journal = Journal::open(&place).ok()?;
-    let run = crate::supervise::run_id();
+    let run = crate::journal::runs::run_id();
     let (access, mut surroundings) = access::of_run([&directory.backend]);
     surroundings.identify(&run, &access, &[&directory.backend]);
     let mut record = Record {

@@ -4,7 +4,8 @@ use jiff::Timestamp;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
-use crate::cleanup::messages::{CLOCK_SLACK, visible};
+use crate::cleanup::messages::CLOCK_SLACK;
+use crate::console::visible;
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lock::stores::{Spot, Standing};
 use crate::terraform::lock_info::LockInfo;

@@ -1,12 +1,12 @@
 //! `tf locks history`: what was released, forced and refused by this user on this host.
 
+use crate::console;
 use clap::Args;
 use serde::Serialize;
 
 use super::Finding;
 use super::reach::Trouble;
-use crate::cleanup::messages;
-use crate::cleanup::messages::visible;
+use crate::console::visible;
 use crate::journal::history;
 use crate::journal::history::{By, Event, What};
 use crate::json;
@@ -36,14 +36,14 @@ impl History {
         let (events, unreadable) = history::read();
         if self.json {
             let text = json::to_string(&All { events: &events, unreadable });
-            messages::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
+            console::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
             return Ok(Finding::Nothing);
         }
         for event in &events {
-            messages::print(&line(event));
+            console::print(&line(event));
         }
         if unreadable > 0 {
-            messages::say(&format!("{unreadable} lines of the history cannot be read, and are not shown"));
+            console::say(&format!("{unreadable} lines of the history cannot be read, and are not shown"));
         }
         Ok(Finding::Nothing)
     }

@@ -5,6 +5,7 @@
 //! shared by a thousand states, and is not scanned. So a lock in DynamoDB of a workspace that is neither selected nor has a
 //! state yet is not seen here: `tf locks list --table` sees it.
 
+use crate::console;
 use std::cell::Cell;
 use std::collections::BTreeSet;
 
@@ -13,7 +14,6 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::found::{Entry, Wanted, pair};
 use super::reach::{Directory, Trouble};
 use super::staleness::Staleness;
-use crate::cleanup::messages;
 use crate::holder::host::Host;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, Spot, Stores};
@@ -106,7 +106,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     let mut entries: Vec<Entry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &Host::look());
     if unseen.get() {
-        messages::say(UNSEEN);
+        console::say(UNSEEN);
     }
     Ok(Inventory { entries, states: looked, incomplete })
 }

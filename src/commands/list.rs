@@ -1,5 +1,6 @@
 //! `tf locks` and `tf locks list`: what stands, and what is believed of it.
 
+use crate::console;
 use clap::Args;
 
 use super::found::{Entry, not_whole};
@@ -8,7 +9,6 @@ use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
 use super::staleness::Staleness;
 use super::{Finding, inventory};
-use crate::cleanup::messages;
 use crate::lock::stores::Stores;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -53,12 +53,12 @@ impl List {
             }
             if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
                 let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
-                messages::print(&format!("no lock stands for {}/{}{workspaces}", directory.bucket, directory.key));
+                console::print(&format!("no lock stands for {}/{}{workspaces}", directory.bucket, directory.key));
             }
             let end = End { complete: inventory.incomplete.is_none(), scanned: inventory.states };
             output.end(end)?;
             if let Some(why) = &inventory.incomplete {
-                messages::say(why);
+                console::say(why);
             }
             Ok(match inventory.incomplete {
                 _ if stale => Finding::Stale,
@@ -80,7 +80,7 @@ impl List {
             .await?;
         output.end(End { complete: scanned.stopped.is_none() && unread == 0, scanned: scanned.items })?;
         if unread > 0 {
-            messages::say(&not_whole(unread));
+            console::say(&not_whole(unread));
         }
         Ok(match scanned.stopped {
             Some(signal) => Finding::Stopped(signal),

@@ -23,6 +23,7 @@ mod shim;
 mod show;
 mod staleness;
 
+use crate::console;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
@@ -30,7 +31,6 @@ use std::os::unix::ffi::OsStrExt;
 use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
-use crate::cleanup::messages;
 use crate::journal::event_command;
 use crate::supervise::outcome;
 use crate::sys::environment;
@@ -152,31 +152,31 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Command::Shim(shim) => shim.run(),
         },
         Err(error) if error.use_stderr() => {
-            messages::say(error.render().to_string().trim_end());
+            console::say(error.render().to_string().trim_end());
             return Finding::Failed.code();
         }
         Err(help) => {
-            messages::print(&help.render().to_string());
+            console::print(&help.render().to_string());
             Ok(Finding::Nothing)
         }
     };
     let finding = found.unwrap_or_else(|trouble| match trouble {
         Trouble::ReaderGone => Finding::Stopped(Signal::SIGPIPE),
         trouble => {
-            messages::say(&trouble.to_string());
+            console::say(&trouble.to_string());
             Finding::Failed
         }
     });
     // What nobody could read is no answer, whatever it was.
-    match messages::print_failure() {
+    match console::print_failure() {
         None => finding.code(),
         Some(ErrorKind::BrokenPipe) => Finding::Stopped(Signal::SIGPIPE).code(),
         Some(ErrorKind::NotConnected) => {
-            messages::say(messages::STDOUT_CLOSED);
+            console::say(console::STDOUT_CLOSED);
             Finding::Failed.code()
         }
         Some(kind) => {
-            messages::say(&format!("the result could not be written: {kind}"));
+            console::say(&format!("the result could not be written: {kind}"));
             Finding::Failed.code()
         }
     }

@@ -1,16 +1,16 @@
 //! How locks are shown: as a table that fits the terminal, as plain lines in a pipe, or as JSON. One by one, so that
 //! a table of a million needs no more memory than one of ten.
 
+use crate::console;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, Write};
 
-use console::{Style, Term};
+use ::console::{Style, Term};
 use jiff::Timestamp;
 use unicode_width::UnicodeWidthStr;
 
 use super::found::{Entry, Found, Unreadable};
-use crate::cleanup::messages;
-use crate::cleanup::messages::{ellipsis, length_of_time, visible};
+use crate::console::{ellipsis, length_of_time, visible};
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lock::stores::Spot;
@@ -74,7 +74,7 @@ impl Output {
     /// # Errors
     /// No place for a temporary file.
     pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
-        messages::stdout_is_open()?;
+        console::stdout_is_open()?;
         let terminal = Term::stdout();
         if json {
             let out = BufWriter::new(io::stdout());
@@ -227,7 +227,7 @@ fn padded(text: &str, width: usize) -> String {
 
 /// In exactly that width: filled up, or cut at its end.
 fn cut(text: &str, width: usize) -> String {
-    padded(&console::truncate_str(text, width, ellipsis()), width)
+    padded(&::console::truncate_str(text, width, ellipsis()), width)
 }
 
 /// In exactly that width, cut at its beginning: of a path, the end tells more.
@@ -292,7 +292,7 @@ impl Table {
             rest = format!("{rest}  {since}");
         }
         let room = self.width.saturating_sub(Self::VERDICT);
-        let rest = console::truncate_str(&rest, room, ellipsis()).trim_end().to_owned();
+        let rest = ::console::truncate_str(&rest, room, ellipsis()).trim_end().to_owned();
         format!("{}{rest}\n", style.apply_to(padded(verdict, Self::VERDICT)))
     }
 
@@ -433,7 +433,7 @@ mod tests {
                     let entry = entry(&who, &path);
                     let table = Table::new(width, Widths::of(std::slice::from_ref(&entry)));
                     let shown = table.lock(lock(&entry), "2026-11-24T13:12:00Z".parse().unwrap());
-                    let plain = console::strip_ansi_codes(&shown).into_owned();
+                    let plain = ::console::strip_ansi_codes(&shown).into_owned();
                     for line in plain.lines() {
                         assert!(line.width() <= width, "{} > {width}: {line}", line.width());
                         assert!(!line.chars().any(char::is_control) && !line.contains('\u{202e}'), "{line:?}");

@@ -1,17 +1,18 @@
 //! Which locks are meant: those of this directory's backend, or of a whole table or bucket; and what to say when that
 //! cannot be told or reached.
 
+use crate::console;
 use std::io;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use crate::aws::connect::Unreachable;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
+use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
-use crate::cleanup::messages::visible;
+use crate::console::visible;
 use crate::lock::stores::Stores;
 use crate::terraform::backend::{CachedBackend, Origin};
 use crate::terraform::command_line::CommandLine;
@@ -110,7 +111,7 @@ impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Self::ReaderGone,
-            io::ErrorKind::NotConnected => Self::Said(messages::STDOUT_CLOSED.to_owned()),
+            io::ErrorKind::NotConnected => Self::Said(console::STDOUT_CLOSED.to_owned()),
             _ => Self::Said(format!("the result could not be written: {error}")),
         }
     }
@@ -181,7 +182,7 @@ impl Where {
             ("--endpoint-url", &self.endpoint_url),
         ] {
             if let Some(value) = value {
-                command.push_str(&messages::option(option, value));
+                command.push_str(&console::option(option, value));
             }
         }
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());

@@ -1,15 +1,15 @@
 //! `tf locks recover`: what the next `tf` would do, without a terraform behind it. For the `if: always()` step of a job, and
 //! for a schedule.
 
+use crate::console;
 use clap::Args;
 
 use super::Finding;
 use super::reach::Trouble;
 use crate::another_tf;
-use crate::cleanup::messages;
-use crate::cleanup::messages::visible;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::{Forgotten, Request};
+use crate::console::visible;
 use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -47,7 +47,7 @@ impl Recover {
             return forget(what);
         }
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
-        let say = if self.say { messages::say } else { messages::print };
+        let say = if self.say { console::say } else { console::print };
         let request = Request {
             dry_run: self.dry_run,
             only: self.run.as_deref(),
@@ -69,7 +69,7 @@ impl Recover {
 fn forget(what: &str) -> Result<Finding, Trouble> {
     match recovery::forget(what) {
         Forgotten::Yes(pid) => {
-            messages::print(&format!(
+            console::print(&format!(
                 "dropped the record of {what}, which a run here (pid {pid}) left; nothing was released"
             ));
             Ok(Finding::Nothing)

@@ -3,6 +3,7 @@
 //! What is deleted is exactly what was shown, byte for byte. Evidence is judged again after a person's answer, right
 //! before the delete: a lock that was given back and taken anew meanwhile is another one, and is shown instead.
 
+use crate::console;
 use std::io::IsTerminal;
 
 use clap::Args;
@@ -14,7 +15,7 @@ use super::reach::{Reach, Trouble, Where};
 use super::staleness::Staleness;
 use super::{Finding, agreement, show};
 use crate::cleanup::messages;
-use crate::cleanup::messages::{visible, visible_whole};
+use crate::console::{visible, visible_whole};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::Host;
 use crate::journal::history;
@@ -106,7 +107,7 @@ impl Release {
             }
             let terminal = std::io::stdin().is_terminal();
             let step = decide(lock.verdict(), self.force.is_some(), self.yes, terminal);
-            messages::print(&show::description(&lock, Timestamp::now()));
+            console::print(&show::description(&lock, Timestamp::now()));
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
             }
@@ -119,14 +120,14 @@ impl Release {
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
                 Step::Ask => {
-                    messages::say("it was left alone");
+                    console::say("it was left alone");
                     Ok(Finding::Failed)
                 }
             };
             match (released, junk.first()) {
                 // Terraform is locked out all the same.
                 (Ok(Finding::Nothing), Some(first)) => {
-                    messages::say(&messages::barred(
+                    console::say(&messages::barred(
                         &first.place.describe(),
                         &first.reason,
                         &self.place.command(messages::RELEASE_NO_LOCK),
@@ -135,12 +136,12 @@ impl Release {
                     Ok(Finding::Failed)
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
-                    messages::say(&format!(
+                    console::say(&format!(
                         "another lock stood in its other place, and keeps every run out as long as it stands: ID {}\nfor \
                          everything that is known of it, type: {} {}",
                         visible(rival),
                         self.place.command("show"),
-                        messages::argument(rival)
+                        console::argument(rival)
                     ));
                     Ok(Finding::Failed)
                 }
@@ -152,7 +153,7 @@ impl Release {
     /// Removes what is no lock, after a question, on condition that it is what was read.
     async fn remove(&self, reach: &Reach, junk: &[Unreadable]) -> Result<Finding, Trouble> {
         for junk in junk {
-            messages::print(&show::description_of_junk(junk));
+            console::print(&show::description_of_junk(junk));
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
             return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
@@ -164,14 +165,14 @@ impl Release {
             )));
         }
         if self.dry_run {
-            messages::print("it would be released once you agree");
+            console::print("it would be released once you agree");
             return Ok(Finding::Stale);
         }
         if !self.yes && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said("not released: nobody is there to ask: add --yes to release it".into()));
         }
         if !self.yes && !agreement::is_given(NO_LOCK) {
-            messages::say("it was left alone");
+            console::say("it was left alone");
             return Ok(Finding::Failed);
         }
         for Unreadable { place, reason, standing } in junk {
@@ -185,10 +186,10 @@ impl Release {
                     let event =
                         Event::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
-                    messages::print(&format!("released {shown}"));
+                    console::print(&format!("released {shown}"));
                 }
                 Ok(Removed::Anothers) => {
-                    messages::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
+                    console::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
                     return Ok(Finding::Failed);
                 }
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&shown)),
@@ -200,8 +201,8 @@ impl Release {
 
     fn dry(&self, lock: &Found, step: Step) -> Finding {
         match step {
-            Step::Finish | Step::Delete => messages::print("it would be released"),
-            Step::Ask => messages::print("it would be released once you agree"),
+            Step::Finish | Step::Delete => console::print("it would be released"),
+            Step::Ask => console::print("it would be released once you agree"),
             Step::Refuse => return self.refuse(lock),
         }
         Finding::Stale
@@ -223,7 +224,7 @@ impl Release {
                 format!("not released: nothing proves that its holder is dead ({reason})")
             }
         };
-        messages::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
+        console::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
         Finding::Failed
     }
 
@@ -239,7 +240,7 @@ impl Release {
                 still |= read(reach, spot).await?.as_ref() == Some(standing);
             }
             if still {
-                messages::say("its run was not finished; what was said above tells why");
+                console::say("its run was not finished; what was said above tells why");
                 return Ok(Finding::Failed);
             }
             return Ok(Finding::Nothing);
@@ -284,18 +285,18 @@ impl Release {
         }
         let agreed = matches!(lock.verdict(), Verdict::Dead | Verdict::LikelyDead);
         self.remember(if agreed { What::Released } else { What::Forced }, lock);
-        messages::print(&format!("released the lock {}", visible(&lock.info.id)));
+        console::print(&format!("released the lock {}", visible(&lock.info.id)));
         Ok(Finding::Nothing)
     }
 
     /// Another lock stands there by now.
     async fn changed(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
-        messages::say("it changed in between, and what stands there now was left alone:");
+        console::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
         match choose(reach, Some(&path), false).await {
-            Ok(Choice::Lock(now, _)) => messages::print(&show::description(&now, Timestamp::now())),
-            Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| messages::print(&show::description_of_junk(junk))),
-            Err(trouble) => messages::say(&trouble.to_string()),
+            Ok(Choice::Lock(now, _)) => console::print(&show::description(&now, Timestamp::now())),
+            Ok(Choice::NoLock(junk)) => junk.iter().for_each(|junk| console::print(&show::description_of_junk(junk))),
+            Err(trouble) => console::say(&trouble.to_string()),
         }
         Ok(Finding::Failed)
     }

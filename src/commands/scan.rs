@@ -8,6 +8,7 @@
 //! Segments are shown one after the other, whichever is read first, so that an unchanged table is listed the same each
 //! time: what comes before its turn waits in a file without a name.
 
+use crate::console;
 use std::fs::File;
 use std::io::{self, BufReader, Seek};
 use std::time::Duration;
@@ -24,8 +25,7 @@ use super::output::{Output, Shown};
 use super::reach::{Target, Trouble};
 use super::staleness::Staleness;
 use crate::aws::failure::Failure;
-use crate::cleanup::messages;
-use crate::cleanup::messages::visible;
+use crate::console::visible;
 use crate::holder::host::Host;
 use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
 use crate::lock::{dynamodb, s3};
@@ -177,7 +177,7 @@ impl Scan {
         order.rest(output)?;
         if scanned.stopped.is_some() {
             let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
-            messages::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
+            console::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
         }
         Ok(scanned)
     }
@@ -191,7 +191,7 @@ impl Scan {
                     Ok(description) => Some(description),
                     Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
-                        messages::say(&format!(
+                        console::say(&format!(
                             "what {} can give is not known (dynamodb:DescribeTable is missing): it is read slowly, {rate} \
                              units a second; --rate changes that",
                             visible(table)

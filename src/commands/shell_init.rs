@@ -3,12 +3,12 @@
 //!
 //! The text is printed and never written: nobody's start-up file is ours.
 
+use crate::console;
 use clap::{Args, ValueEnum};
 
 use super::Finding;
 use super::own_path;
 use super::reach::Trouble;
-use crate::cleanup::messages;
 
 pub(super) const EXAMPLES: &str = "Examples:
   eval \"$(tf locks shell-init bash)\"          in ~/.bashrc
@@ -46,7 +46,7 @@ impl ShellInit {
         } else {
             own.path.to_str().ok_or_else(|| Trouble::Said(format!("{} is not UTF-8", own.path.display())))?
         };
-        messages::print(&text(self.shell, program, !self.no_alias));
+        console::print(&text(self.shell, program, !self.no_alias));
         Ok(Finding::Nothing)
     }
 }
@@ -56,14 +56,14 @@ impl ShellInit {
 /// The alias stands for `command tf` and not for `tf`: many people have an alias of that name, for terraform. Each of the
 /// two would then stand for the other, and whoever types `terraform` would get terraform alone.
 fn text(shell: Shell, program: &str, alias: bool) -> String {
-    let word = if let Shell::Fish = shell { quoted_for_fish(program) } else { messages::quoted(program) };
+    let word = if let Shell::Fish = shell { quoted_for_fish(program) } else { console::quoted(program) };
     let command = if program == "tf" { "command tf" } else { word.as_str() };
     // What stands before the program's name in the line that gives it, and what makes the alias.
     let (text, line, alias_lines) = match shell {
         Shell::Bash => (
             include_str!("../../shell/completions/tf.bash"),
             "_tf_program=",
-            format!("alias terraform={}\ncomplete -F _tf_or_terraform terraform\n", messages::quoted(command)),
+            format!("alias terraform={}\ncomplete -F _tf_or_terraform terraform\n", console::quoted(command)),
         ),
         // An alias that is a path with a quote in it is not completed as what it stands for.
         Shell::Zsh if program == "tf" => (
@@ -98,7 +98,7 @@ fn text(shell: Shell, program: &str, alias: bool) -> String {
 
 /// A word that fish takes as it is: within its quotes a backslash stands before a quote and before itself (fish(1), Quotes).
 fn quoted_for_fish(word: &str) -> String {
-    if messages::quoted(word) == word {
+    if console::quoted(word) == word {
         return word.to_owned();
     }
     format!("'{}'", word.replace('\\', r"\\").replace('\'', r"\'"))

@@ -4,6 +4,7 @@
 //! Whatever else stands there stays: a link is made only where nothing is (symlink(2) fails otherwise), and taken away only
 //! when it is one that this program would make.
 
+use crate::console;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
@@ -14,7 +15,6 @@ use clap::{Args, ValueEnum};
 use super::Finding;
 use super::own_path::{self, same_file};
 use super::reach::Trouble;
-use crate::cleanup::messages;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks shim ~/.local/share/tf/shim
@@ -87,7 +87,7 @@ impl Shim {
             symlink(own, link).map_err(|error| format!("{}: {error}", link.display()))?;
         }
         for link in links {
-            messages::print(&format!("{} -> {}", link.display(), own.display()));
+            console::print(&format!("{} -> {}", link.display(), own.display()));
         }
         Ok(())
     }

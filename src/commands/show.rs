@@ -1,5 +1,6 @@
 //! `tf locks show`: one lock, and every piece of evidence for and against its holder being alive.
 
+use crate::console;
 use clap::Args;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -10,7 +11,7 @@ use super::found::{Entry, Found, Unreadable};
 use super::output::{End, Output, Widths};
 use super::reach::{Trouble, Where};
 use crate::cleanup::messages;
-use crate::cleanup::messages::{argument, length_of_time, visible, visible_whole};
+use crate::console::{argument, length_of_time, visible, visible_whole};
 use crate::holder::evidence::Verdict;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -50,15 +51,15 @@ impl Show {
                 output.end(End { complete: true, scanned: 1 })?;
             } else {
                 if let Some(lock) = &lock {
-                    messages::print(&description(lock, Timestamp::now()));
-                    messages::print(&next_step(lock, &self.place));
+                    console::print(&description(lock, Timestamp::now()));
+                    console::print(&next_step(lock, &self.place));
                 }
                 if let Some(first) = junk.first() {
                     for junk in &junk {
-                        messages::print(&description_of_junk(junk));
+                        console::print(&description_of_junk(junk));
                     }
                     let path = argument(&first.place.path());
-                    messages::print(&format!(
+                    console::print(&format!(
                         "it keeps every run out; once you know that nobody needs it, type: {} {path}",
                         self.place.command(messages::RELEASE_NO_LOCK)
                     ));
@@ -90,7 +91,7 @@ pub(super) fn next_step(lock: &Found, place: &Where) -> String {
                 who if who.is_empty() => "its Who is empty".to_owned(),
                 who => format!("ask {who}"),
             };
-            let force = messages::option("--force", &visible_whole(&lock.info.id));
+            let force = console::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
             format!("{ask}; once you know that nobody works there, type: {release}{force}{path}")
         }

@@ -1,9 +1,9 @@
 //! The verdict on a lock's holder: a function of what was seen, and of nothing else.
 
+use crate::console;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::cleanup::messages;
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
@@ -134,7 +134,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
         }
         Some(Claim::Living { run, tf, terraform, command }) => {
             let terraform = terraform.map_or_else(String::new, |pid| format!(", terraform pid {pid}"));
-            let reason = format!("held by {} here (tf pid {tf}{terraform})", messages::visible(command));
+            let reason = format!("held by {} here (tf pid {tf}{terraform})", console::visible(command));
             note(format!("the journal of this host has it, run {run}, and somebody of that run lives"), "it is alive");
             (Verdict::Alive, reason)
         }
@@ -177,7 +177,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
 fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &str)) -> (Verdict, String) {
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);
-    let shown = messages::visible(theirs);
+    let shown = console::visible(theirs);
     if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
         note(format!("its Who names the host {shown:?}, as many machines are called"), "nothing");
         return (Verdict::Unknown, format!("its Who names no machine: many are called {shown:?}"));
@@ -219,7 +219,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         .iter()
         .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, SLACK)));
     if let Some(process) = older.next() {
-        let name = messages::visible(&process.program);
+        let name = console::visible(&process.program);
         note(format!("{name} (pid {}) runs here since before the lock was made", process.pid), "that it may be alive");
         return (Verdict::Unknown, format!("may be held by {name}, pid {}, here", process.pid));
     }

@@ -7,5 +7,6 @@ pub(crate) mod known_programs;
 pub(crate) mod membership;
 pub(crate) mod pending_requests;
 pub(crate) mod recorder;
+pub(crate) mod run_mark;
 pub(crate) mod runs;
 pub(crate) mod state_directory;

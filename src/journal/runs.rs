@@ -14,9 +14,11 @@
 //! is emptied: so whatever is found in place is whole, and was locked from its first moment on. A record is replaced by
 //! rename(2), so it is whole at every moment as well.
 
+use crate::terraform::lock_info::LockInfo;
 use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -27,15 +29,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::aws::access::{Access, Surroundings};
-use crate::cleanup::process_tree::Living;
-use crate::cleanup::release_all::Replaced;
 use crate::crash_point;
 use crate::journal::host::{Host, Standpoint};
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
+use crate::journal::run_mark::Living;
 use crate::journal::state_directory::{StateDirectory, is_private, open_private};
-use crate::lock::identity::Reached;
 use crate::lock::proof::Run;
+use crate::lock::reached::Reached;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
@@ -544,7 +545,7 @@ fn is_older(path: &Path, age: Duration) -> bool {
     modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
 }
 
-/// `PID-RANDOM`, as [`crate::supervise::run_id`] makes it.
+/// `PID-RANDOM`, as [`crate::journal::runs::run_id`] makes it.
 fn is_run_id(name: &str) -> bool {
     name.split_once('-').is_some_and(|(pid, random)| {
         pid.parse::<u32>().is_ok()
@@ -590,6 +591,22 @@ pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> 
         }
     }
     names
+}
+
+/// Another's lock in the place of a run's own, taken while the run worked: somebody forced the run's lock, or the service
+/// keeps nobody out. Two runs have worked on one state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Replaced {
+    /// The run's own lock.
+    pub(crate) own: RecordedLock,
+    /// The one that is there.
+    pub(crate) by: LockInfo,
+}
+
+/// A name for this run that no other has.
+pub(crate) fn run_id() -> String {
+    let random = RandomState::new().build_hasher().finish();
+    format!("{}-{random:016x}", std::process::id())
 }
 
 #[cfg(test)]

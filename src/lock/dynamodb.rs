@@ -12,14 +12,14 @@ use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint}
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 
-use super::release::Deleted;
+use super::deleted::Deleted;
 use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
 /// A client for the table of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_dynamodb::config::Builder::from(config);
-    let endpoint = crate::aws::connect::endpoint(
+    let endpoint = crate::aws::settings::endpoint(
         backend,
         ["endpoints.dynamodb", "dynamodb_endpoint"],
         ["AWS_ENDPOINT_URL_DYNAMODB", "AWS_DYNAMODB_ENDPOINT"],

@@ -2,12 +2,13 @@
 //!
 //! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
 
+pub(crate) mod deleted;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
-pub(crate) mod identity;
 pub(crate) mod place;
 pub(crate) mod probe;
 pub(crate) mod proof;
+pub(crate) mod reached;
 pub(crate) mod release;
 pub(crate) mod s3;
 pub(crate) mod stores;

@@ -12,19 +12,21 @@
 //! ([`dynamodb`], [`s3`]); that a lock which was had is absent is believed when two looks in a row have found it so; that
 //! a lock is deleted, when its place was read after the delete.
 
+use crate::aws::settings::Unreachable;
+use crate::console;
+use crate::console::visible;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
-use super::identity::Reached;
 use super::place::Place;
 use super::proof::{Run, Verdict, judge, judge_unnamed};
+use super::reached::Reached;
 use super::stores::{Removed, Spot, Standing, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
-use crate::cleanup::messages;
 use crate::crash_point;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
@@ -59,16 +61,6 @@ const MOST_WINDOWS: u32 = 3;
 
 /// Between two looks at the same thing.
 const LOOK: Duration = Duration::from_millis(250);
-
-/// What a conditional delete did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deleted {
-    /// It is gone, by us.
-    Yes,
-    /// It is no longer the one that was read: to be read again. Gone, another's, or our own delete, whose answer was
-    /// lost, so that the SDK sent it twice.
-    Changed,
-}
 
 /// What is known of the run whose lock is to be given back.
 #[derive(Clone, Debug)]
@@ -188,7 +180,7 @@ struct Services<'a> {
 }
 
 impl<'a> Services<'a> {
-    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, connect::Unreachable> {
+    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, Unreachable> {
         let stores = Stores::connect(&place.backend, purpose).await?;
         Ok(Self { place, halves: place.spots(&stores), stores })
     }
@@ -258,7 +250,7 @@ fn within<T>(
 ) -> impl Future<Output = Result<T, Failure>> {
     let work = Box::pin(work);
     async move {
-        let failed = || Failure::no_answer(service, &format!("no answer within {}", messages::length_of_time(limit)));
+        let failed = || Failure::no_answer(service, &format!("no answer within {}", console::length_of_time(limit)));
         timeout(limit, work).await.unwrap_or_else(|_| Err(failed()))
     }
 }
@@ -316,14 +308,12 @@ pub(crate) async fn release(
 
 /// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
 /// than a service may. A service that gives them and is silent is asked for `limit`.
-async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), connect::Unreachable> {
+async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
     let begun = Instant::now();
     let mut interval = LOOK;
     loop {
         match Services::connect(place, purpose).await {
-            Err(connect::Unreachable::Silent(why))
-                if purpose == Purpose::Work && begun.elapsed() + interval < limit =>
-            {
+            Err(Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
                 trace!("no credentials: {why}");
                 sleep(interval).await;
                 interval = (interval * 2).min(LONGEST_INTERVAL);
@@ -334,9 +324,9 @@ async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result
 }
 
 /// What a lock comes to whose services cannot be reached as the backend says.
-fn unreached(unreachable: &connect::Unreachable) -> Outcome {
+fn unreached(unreachable: &Unreachable) -> Outcome {
     let because = match unreachable {
-        connect::Unreachable::Credentials(_) => Because::NoCredentials,
+        Unreachable::Credentials(_) => Because::NoCredentials,
         unreachable if unreachable.may_pass() => Because::NoAnswer,
         _ => Because::Doubt,
     };
@@ -506,9 +496,9 @@ async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Op
     Ok(None)
 }
 
-fn unreachable(error: &connect::Unreachable) -> Failure {
+fn unreachable(error: &Unreachable) -> Failure {
     match error {
-        connect::Unreachable::Silent(why) => Failure::no_answer("AWS", why),
+        Unreachable::Silent(why) => Failure::no_answer("AWS", why),
         error => Failure::refusal("AWS", &error.to_string()),
     }
 }
@@ -580,7 +570,7 @@ impl Attempt<'_> {
             if round.needs_quiet {
                 windows += 1;
                 if windows > MOST_WINDOWS {
-                    return Ok(Outcome::later(messages::COMES_AND_GOES));
+                    return Ok(Outcome::later(COMES_AND_GOES));
                 }
                 self.write = wait_for_quiet(&services, self.recorded, &self.situation.run).await?;
                 // The service answered all that time: patience begins anew.
@@ -645,7 +635,7 @@ impl Attempt<'_> {
             return Outcome::Kept { reason, because: Because::NoLock };
         }
         if !is_proven {
-            return Outcome::later(messages::COMES_AND_GOES);
+            return Outcome::later(COMES_AND_GOES);
         }
         if !self.deleted {
             let excluded = round.excluded > 0 && round.excluded == services.halves.len();
@@ -734,7 +724,7 @@ impl Attempt<'_> {
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
     let Some(table) = &services.place.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
-        Ok(described) if described.last_writer_wins() => Ok(Some(messages::global_table(table, &described.replicas))),
+        Ok(described) if described.last_writer_wins() => Ok(Some(describe_global_table(table, &described.replicas))),
         Err(failure) if !failure.is_final() => Err(failure),
         Ok(_) | Err(_) => Ok(None),
     }
@@ -783,7 +773,7 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.uploading || recorded.unlocking;
-    messages::say(&if is_write { messages::waiting_for_write(QUIET) } else { messages::waiting_for_undo(QUIET) });
+    console::say(&if is_write { waiting_for_write(QUIET) } else { waiting_for_undo(QUIET) });
     let begun = Instant::now();
     let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
     let mut write = Write::Quiet;
@@ -821,6 +811,35 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             return Ok(Some(write));
         }
     }
+}
+
+/// Why a lock in a global table stands.
+fn describe_global_table(table: &str, replicas: &[String]) -> String {
+    format!(
+        "DynamoDB table {} is a global table ({}), where a delete can undo what another region has just locked; set \
+         TFW_RELEASE=auto if every run uses the same region",
+        visible(table),
+        visible(&replicas.join(", "))
+    )
+}
+
+/// Why a lock was kept: it was there at one look and not at the next.
+const COMES_AND_GOES: &str = "it is there at one look and gone at the next";
+
+/// A write may be on its way.
+fn waiting_for_write(quiet: Duration) -> String {
+    format!(
+        "a write of terraform's may still be under way; its lock is kept until nothing has arrived for {} s",
+        quiet.as_secs()
+    )
+}
+
+/// The request that undoes half a lock may be on its way.
+fn waiting_for_undo(quiet: Duration) -> String {
+    format!(
+        "terraform ended while it took the two parts of its lock; they are kept until nothing has arrived for {} s",
+        quiet.as_secs()
+    )
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::release::Deleted;
+use super::deleted::Deleted;
 use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
@@ -39,7 +39,7 @@ pub(crate) struct Object {
 /// A client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
-    let endpoint = crate::aws::connect::endpoint(
+    let endpoint = crate::aws::settings::endpoint(
         backend,
         ["endpoints.s3", "endpoint"],
         ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
@@ -76,7 +76,7 @@ impl CustomerKey {
     fn of(backend: &CachedBackend) -> Option<Self> {
         let key = backend.string("sse_customer_key").map(ToOwned::to_owned);
         let key =
-            key.or_else(|| crate::aws::connect::set("AWS_SSE_CUSTOMER_KEY")).filter(|_| backend.flag("encrypt"))?;
+            key.or_else(|| crate::aws::settings::set("AWS_SSE_CUSTOMER_KEY")).filter(|_| backend.flag("encrypt"))?;
         let raw = base64::decode(&key).ok()?;
         Some(Self { md5: base64::encode(Md5::digest(&raw)), key })
     }

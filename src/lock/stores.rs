@@ -1,10 +1,11 @@
 //! The two services that locks stand in, as one backend reaches them; what stands there, read and deleted.
 
+use crate::aws::settings;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::release::Deleted;
+use super::deleted::Deleted;
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
@@ -134,11 +135,11 @@ impl Stores {
     /// Resolves region and credentials. Neither service is asked yet.
     ///
     /// # Errors
-    /// [`connect::Unreachable`].
-    pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, connect::Unreachable> {
+    /// [`settings::Unreachable`].
+    pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, settings::Unreachable> {
         let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
-        let region = region.ok_or(connect::Unreachable::Region)?;
+        let region = region.ok_or(settings::Unreachable::Region)?;
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 

@@ -3,6 +3,7 @@
 //! One loop, one thread, one poll(2). Signals come through a descriptor, and each becomes at most one effect on
 //! terraform: [`crate::supervise::stop`] decides about those that ask for an end, [`crate::supervise::foreground`] keeps the terminal.
 
+use crate::console;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use crate::supervise::foreground::{Foreground, Lending};
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::run_record::Charge;
 use crate::supervise::shim;
-use crate::supervise::stop::{Effect, Event, Stop};
+use crate::supervise::stop::{Effect, Event, OFFER, Stop};
 use crate::supervise::waiting::Waiting;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
@@ -278,9 +279,9 @@ impl Supervision<'_> {
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
                     let holds = self.recorder.read().standing().any(|lock| lock.locked.is_some());
-                    messages::say(&messages::stopping(since, holds));
+                    console::say(&messages::stopping(since, OFFER, holds));
                 }
-                Effect::SayForcing => messages::say(&messages::forcing()),
+                Effect::SayForcing => console::say(&messages::forcing()),
             }
         }
     }

@@ -45,8 +45,8 @@ use crate::journal::history::By;
 use crate::journal::pending_requests::Graveyard;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Entry, Journal, LeftOver, Record};
-use crate::lock::identity::Reached;
 use crate::lock::proof::Run;
+use crate::lock::reached::Reached;
 use crate::lock::release::{Outcome, Situation};
 use crate::supervise::pipes::Pipes;
 use crate::supervise::shim;
@@ -317,10 +317,7 @@ fn is_jenkins_cookie(name: &str) -> bool {
 /// The variables by which a runner finds what it started, and the mark of the run that we may be nested in.
 fn marks_us(name: &str) -> bool {
     is_jenkins_cookie(name)
-        || matches!(
-            name,
-            "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::cleanup::process_tree::RUN
-        )
+        || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::journal::run_mark::RUN)
 }
 
 /// What came through the socket and was not heard yet.

@@ -13,8 +13,11 @@ pub(crate) mod step_outputs;
 pub(crate) mod stop;
 pub(crate) mod waiting;
 
+use crate::cleanup::invocation::Invocation;
+use crate::console;
+use crate::journal::run_mark;
+use crate::journal::runs::run_id;
 use std::ffi::{OsStr, OsString};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -28,16 +31,16 @@ use crate::cleanup::destinations::Destinations;
 use crate::cleanup::messages;
 use crate::cleanup::places::Places;
 use crate::cleanup::process_tree::Tree;
+use crate::cleanup::recovery;
 use crate::cleanup::waiter::Patience;
-use crate::cleanup::{process_tree, recovery};
 use crate::crash_point;
 use crate::journal::known_programs::Program;
 use crate::journal::pending_requests::Graveyard;
-use crate::journal::recorder::{Change, Recorder};
+use crate::journal::recorder::Recorder;
 use crate::journal::runs;
 use crate::journal::runs::{Journal, LeftOver, Record};
 use crate::journal::state_directory::StateDirectory;
-use crate::lock::identity::Reached;
+use crate::lock::reached::Reached;
 use crate::settings::Settings;
 use crate::supervise::event_loop::Supervision;
 use crate::supervise::foreground::Lending;
@@ -52,41 +55,11 @@ use crate::sys::spawn::{self, Image, Setup};
 use crate::sys::terminal::Terminal;
 use crate::sys::wait::Ended;
 use crate::sys::{environment, process};
-use crate::terraform::binary::{self, Binary};
-use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info;
 use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
-
-/// What is to be run.
-pub(crate) struct Invocation {
-    /// The terraform that was found.
-    pub(crate) terraform: Binary,
-    /// argv\[0\] for it.
-    pub(crate) name: OsString,
-    /// The rest of argv, as we got it.
-    pub(crate) arguments: Vec<OsString>,
-    /// What we understand of it.
-    pub(crate) command_line: CommandLine,
-}
-
-impl Invocation {
-    /// The program with its arguments and our environment, changed by `changes`.
-    ///
-    /// # Errors
-    /// See [`Image::new`].
-    pub(crate) fn image(&self, changes: &[Change]) -> io::Result<Image> {
-        let chain = (binary::CHAIN, Some(self.terraform.chain.clone()));
-        let changes: Vec<&Change> = changes.iter().chain([&chain]).collect();
-        let environment = std::env::vars_os()
-            .filter(|(name, _)| !changes.iter().any(|(changed, _)| name == changed))
-            .chain(changes.iter().filter_map(|(name, value)| Some((OsString::from(name), value.clone()?))));
-        let arguments = std::iter::once(self.name.as_os_str()).chain(self.arguments.iter().map(OsString::as_os_str));
-        Image::new(&self.terraform.path, arguments, environment)
-    }
-}
 
 /// Why there was no supervised run.
 #[derive(Debug)]
@@ -197,7 +170,7 @@ impl<'a> Prepared<'a> {
         let stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
 
         let mut changes = recorder.changes();
-        changes.push((process_tree::RUN, Some(nested(variable(process_tree::RUN), &run))));
+        changes.push((run_mark::RUN, Some(nested(variable(run_mark::RUN), &run))));
         if program.version.as_ref().map_or(!program.itself, Version::is_two_processes) {
             // In one process it hears our one interrupt, and keeps our TF_TEMP_LOG_PATH (panicwrap, main.go). Later versions
             // do not know the variable.
@@ -353,12 +326,11 @@ impl<'a> Prepared<'a> {
         if ended == Ended::Exited(0) && !self.stop.was_forced() {
             log.ended_well();
         }
+        let end = self.stop.end_of_run(ended, out_of_memory);
         let failed = self.charge.failed.then(|| "it cannot be written".to_owned());
         let left_over = Aftermath {
             run: &self.run,
-            ended,
-            stop: &self.stop,
-            out_of_memory,
+            end,
             who: &self.who,
             reached: &reached,
             started: self.started,
@@ -386,7 +358,7 @@ impl<'a> Prepared<'a> {
             std::env::var_os("GITHUB_OUTPUT").filter(|path| invocation.terraform.for_a_step && !path.is_empty())
             && let Err(error) = step_outputs::write(&path, self.pipes.copies(), ended)
         {
-            messages::say(&messages::no_outputs(&path, &error));
+            console::say(&messages::no_outputs(&path, &error));
         }
         Ok(ended)
     }
@@ -441,19 +413,13 @@ fn say_the_rest(signals: &mut Signals) {
     use nix::poll::PollFlags;
     let stderr = std::io::stderr();
     let until = Instant::now() + READS_WITHIN;
-    while !messages::say_the_rest() && Instant::now() < until {
+    while !console::say_the_rest() && Instant::now() < until {
         let awaited = [(signals.as_fd(), PollFlags::POLLIN), (stderr.as_fd(), PollFlags::POLLOUT)];
         poll::wait(&awaited, Some(until.saturating_duration_since(Instant::now())));
         if signals.next_stop().is_some() {
             return;
         }
     }
-}
-
-/// A name for this run that no other has.
-pub(crate) fn run_id() -> String {
-    let random = RandomState::new().build_hasher().finish();
-    format!("{}-{random:016x}", std::process::id())
 }
 
 /// The value of `TFW_RUN` for a run below the one that `outer` names, if any.

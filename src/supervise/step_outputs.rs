@@ -3,6 +3,7 @@
 //! `stdout`, `stderr` and `exitcode` in the file that `GITHUB_OUTPUT` names, and success for exit code 2, by which `plan
 //! -detailed-exitcode` says that there are changes.
 
+use crate::journal::runs::run_id;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -27,7 +28,7 @@ pub(crate) fn write(path: &OsStr, [stdout, stderr]: [&[u8]; 2], ended: Ended) ->
     let mut text = Vec::new();
     for (name, value) in [("stdout", stdout), ("stderr", stderr), ("exitcode", code.as_bytes())] {
         // A line that stands nowhere in the value ends it (the runner's FileCommandManager).
-        let end = format!("ghadelimiter_{}", super::run_id());
+        let end = format!("ghadelimiter_{}", run_id());
         text.extend_from_slice(format!("{name}<<{end}\n").as_bytes());
         text.extend_from_slice(value);
         text.extend_from_slice(format!("\n{end}\n").as_bytes());

@@ -5,6 +5,8 @@
 //! internal/backend/local/backend_apply.go). So it gets one, whoever asks and however often, and a second only when a
 //! person insists.
 
+use crate::cleanup::end_of_run::{EndOfRun, Why};
+use crate::sys::wait::Ended;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -53,15 +55,6 @@ pub(crate) enum Effect {
     SayForcing,
 }
 
-/// Why terraform is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
-    /// A person pressed ^C three times.
-    Forced,
-    /// `TFW_STOP_TIMEOUT` is over.
-    StopTimeout,
-}
-
 /// What has been asked and done so far. Times are counted from the start of the run.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
@@ -104,6 +97,17 @@ impl Stop {
     /// Terraform and its tree were to be killed, and why.
     pub(crate) fn killed(&self) -> Option<Why> {
         self.killed
+    }
+
+    /// How the run ended, given how terraform did and whether the kernel killed something for want of memory.
+    pub(crate) fn end_of_run(&self, ended: Ended, out_of_memory: bool) -> EndOfRun {
+        EndOfRun {
+            ended,
+            killed: self.killed(),
+            forced: self.was_forced(),
+            interrupted: self.was_interrupted(),
+            out_of_memory,
+        }
     }
 
     /// When [`Event::Time`] is due.

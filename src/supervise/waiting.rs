@@ -4,13 +4,14 @@
 //! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
 //! is asked for that one run. We are its parent and keep it apart from terraform's tree.
 
+use crate::cleanup::recovery_process;
+use crate::console;
 use std::collections::HashMap;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
-use crate::another_tf;
 use crate::cleanup::messages;
 use crate::cleanup::places::Places;
 use crate::cleanup::process_tree::Tree;
@@ -18,7 +19,6 @@ use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
 use crate::cleanup::waiter::Patience;
 use crate::journal::state_directory::StateDirectory;
-use crate::sys::session;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
@@ -33,9 +33,6 @@ const ASKED_AGAIN_AFTER: Duration = Duration::from_mins(10);
 
 /// The exit code of `tf locks recover --say` that says so.
 const LACKS_CREDENTIALS: i32 = 1;
-
-/// Between two looks at whether the other `tf` has ended.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// What is done while terraform waits.
 #[derive(Debug, Default)]
@@ -94,9 +91,9 @@ impl Waiting {
                 }
                 let before = due.is_some();
                 if !before {
-                    messages::say(&messages::waiting_for_the_dead(pid));
+                    console::say(&messages::waiting_for_the_dead(pid));
                 }
-                match start(&name, before) {
+                match recovery_process::start(&name, before) {
                     Ok(child) => {
                         if let Ok(pid) = i32::try_from(child.id()) {
                             tree.leave_out(Pid::from_raw(pid));
@@ -114,40 +111,8 @@ impl Waiting {
     /// tried.
     pub(crate) fn finish(self, patience: &mut Patience<'_>) -> Vec<String> {
         for (child, _) in self.at_work {
-            wait_for(child, patience);
+            recovery_process::wait_for(child, patience);
         }
         self.tried.into_keys().collect()
     }
-}
-
-/// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
-pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
-    let mut interrupts = 0;
-    while matches!(child.try_wait(), Ok(None)) {
-        patience.wait(LOOK);
-        interrupts += patience.interrupts();
-        if interrupts > 1 {
-            let _ = child.kill();
-        }
-    }
-}
-
-/// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
-/// not do. It is in a session of its own: a key that interrupts terraform is not for it, and it asks nobody at the terminal
-/// that terraform reads.
-///
-/// # Errors
-/// It cannot be started.
-pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
-    let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
-    if before {
-        command.arg("--again");
-    }
-    command.stdout(Stdio::null());
-    session::of_its_own(&mut command);
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "it is no terraform; nothing of it must be in order but what is above"
-    )]
-    command.spawn()
 }

@@ -7,6 +7,7 @@ pub(crate) mod binary;
 pub(crate) mod command_line;
 pub(crate) mod configuration;
 pub(crate) mod data_directory;
+pub(crate) mod errored_state;
 pub(crate) mod exchange;
 pub(crate) mod lock_info;
 pub(crate) mod log;

@@ -1,17 +1,9 @@
-//! Whether "there is no such lock" was said by the place where the run had its lock.
+//! As whom a run reached its backend, as far as that is known without asking anybody.
 //!
-//! Under the credentials of another account a lock that is not seen is not gone: that account has a table of the same name,
-//! and it is empty. The run's own credentials need not be those of now: somebody has switched the default profile, logged in
-//! elsewhere, or runs the recovery from another shell. So a run keeps what tells its account without asking anybody: a role,
-//! the account of an SSO profile, the ID of an access key (which has the account in it), `allowed_account_ids`. Terraform's
-//! own log does not tell the account at INFO (aws-sdk-go-base, `Retrieved caller identity from STS`).
-//!
-//! Where the account is not known, or is another one, the place itself may settle it:
-//!
-//! - A bucket's name is given once in all of AWS. If AWS's own endpoint says that the bucket has no such object, that holds
-//!   for everybody. Other stores keep a namespace for each account.
-//! - A table whose name is an ARN says its account.
-//! - The table that has the digest of the state in that bucket, and of no older state, is the table of that state.
+//! The run's own credentials need not be those of now: somebody has switched the default profile, logged in elsewhere, or
+//! runs the recovery from another shell. So a run keeps what tells its account without asking anybody: a role, the account of
+//! an SSO profile, the ID of an access key (which has the account in it), `allowed_account_ids`. Terraform's own log does not
+//! tell the account at INFO (aws-sdk-go-base, `Retrieved caller identity from STS`).
 
 use std::fmt::Write as _;
 use std::future::Future;
@@ -19,20 +11,12 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use aws_runtime::env_config::section::EnvConfigSections;
-use aws_sdk_s3::presigning::PresigningConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::place::Place;
-use super::stores::Stores;
-use crate::aws::access::{Access, Surroundings};
-use crate::aws::connect;
-use crate::aws::credentials;
-use crate::aws::credentials::{Owner, Purpose};
-use crate::lock::digest;
+use super::credentials::{self, Owner};
+use super::{connect, settings};
 use crate::terraform::backend::CachedBackend;
-use crate::terraform::log::Halves;
-use crate::trace::trace;
 
 /// Whose credentials they are, as far as it is known without asking anybody.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +33,7 @@ pub(crate) struct Identity {
 impl Identity {
     /// Those that `backend` has at this moment: `sections` are the shared files. `run` makes the hashes other ones in each
     /// run.
-    fn new(
+    pub(crate) fn new(
         run: &str,
         backend: &CachedBackend,
         sections: Result<&EnvConfigSections, &str>,
@@ -76,12 +60,12 @@ impl Identity {
     pub(crate) fn now(run: &str, backend: &CachedBackend) -> Self {
         // Reading files is all that is asynchronous in it, and the SDK reads them in place (aws-types, os_shim_internal).
         let sections = at_once(connect::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
-        Self::new(run, backend, sections.as_ref().map_err(String::as_str), connect::set)
+        Self::new(run, backend, sections.as_ref().map_err(String::as_str), settings::set)
     }
 
     /// The same as far as it is known without reading a file: for a record that must be there before terraform starts.
     pub(crate) fn without_files(run: &str, backend: &CachedBackend) -> Self {
-        let identity = Self::new(run, backend, Err("they are read later"), connect::set);
+        let identity = Self::new(run, backend, Err("they are read later"), settings::set);
         // What a profile says of endpoints is not known.
         Self { reach: None, ..identity }
     }
@@ -102,147 +86,6 @@ impl Identity {
 /// Keys of a profile that decide which place is reached.
 const PLACE: [&str; 5] =
     ["endpoint_url", "services", "use_fips_endpoint", "use_dualstack_endpoint", "ignore_configured_endpoint_urls"];
-
-/// How the identity of now relates to the run's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Relation {
-    Same,
-    Another,
-    /// The run's account is known, and that of now is what STS says it is.
-    Ask(String),
-    Unknown,
-}
-
-fn relation(then: &Identity, now: &Identity) -> Relation {
-    if then.reach.is_some() && then.reach != now.reach {
-        return Relation::Another;
-    }
-    match (then, now) {
-        (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) if then == now => Relation::Same,
-        (Identity { account: Some(_), .. }, Identity { account: Some(_), .. }) => Relation::Another,
-        (Identity { account: Some(then), .. }, _) => Relation::Ask(then.clone()),
-        (Identity { key: Some(then), .. }, Identity { key: Some(now), .. }) if then == now => Relation::Same,
-        (Identity { key: Some(_), .. }, _) => Relation::Another,
-        (Identity { account: None, key: None, .. }, _) => Relation::Unknown,
-    }
-}
-
-/// What the place tells, whoever looks at it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Evidence {
-    /// The bucket is one of AWS's own, where a name is given once.
-    bucket: bool,
-    /// The table's name is an ARN.
-    arn: bool,
-    /// The table has the digest of the state that is in the bucket.
-    digest: bool,
-}
-
-impl Evidence {
-    async fn gather(place: &Place, stores: &Stores) -> Self {
-        let bucket = is_aws(&address(place, stores).await.unwrap_or_default());
-        let Some(table) = &place.table else { return Self { bucket, ..Self::default() } };
-        let arn = table.starts_with("arn:");
-        // Without the first it would settle nothing, and takes as long as reading the state.
-        let digest = bucket
-            && !arn
-            && digest::compare(stores, &place.bucket, &place.key, table)
-                .await
-                .is_ok_and(|compared| compared.recorded.is_some() && compared.fits());
-        Self { bucket, arn, digest }
-    }
-}
-
-/// Whether a lock with these halves that was not seen is gone. `same`: it was looked for as the run's own account.
-fn settles(same: bool, halves: Halves, evidence: Evidence) -> bool {
-    let object = !halves.s3 || same || evidence.bucket;
-    let item = !halves.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
-    object && item
-}
-
-/// The URL by which the state is reached.
-async fn address(place: &Place, stores: &Stores) -> Option<String> {
-    let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
-    let request = stores.s3.get_object().bucket(&place.bucket).key(&place.key).presigned(signing).await.ok()?;
-    Some(request.uri().to_owned())
-}
-
-/// Whether a URL is AWS's own (the endpoints of its partitions).
-fn is_aws(url: &str) -> bool {
-    let Some(rest) = url.strip_prefix("https://") else { return false };
-    let host = rest.split(['/', '?']).next().unwrap_or_default();
-    [".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".api.aws"].iter().any(|suffix| host.ends_with(suffix))
-}
-
-/// As whom a run reached its backends.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Reached {
-    run: String,
-    known: Vec<(Access, Identity)>,
-    /// Of a backend that says nothing of it.
-    environment: Identity,
-    needs: String,
-}
-
-impl Reached {
-    /// What was kept of `run`.
-    pub(crate) fn of(run: &str, access: &[Access], surroundings: &Surroundings) -> Self {
-        Self {
-            run: run.to_owned(),
-            known: access.iter().cloned().zip(surroundings.identities(access.len())).collect(),
-            environment: surroundings.environment().clone(),
-            needs: surroundings.needs(),
-        }
-    }
-
-    /// What a person must have to see its locks, in words.
-    pub(crate) fn needs(&self) -> &str {
-        &self.needs
-    }
-
-    /// Whether a lock that was seen in none of `places`, just now and in this environment, is gone. The backends that the
-    /// run is known to have had decide, and any other only where there is none of those.
-    pub(crate) async fn believes(&self, places: &[Place]) -> bool {
-        let known = |place: &&Place| self.known.iter().any(|(access, _)| *access == Access::of(&place.backend));
-        let of_the_run: Vec<&Place> = places.iter().filter(known).collect();
-        let deciding = if of_the_run.is_empty() { places.iter().collect() } else { of_the_run };
-        for place in deciding {
-            if !self.saw(place).await {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// The identity that the run had in `backend`.
-    fn then(&self, backend: &CachedBackend) -> Identity {
-        let access = Access::of(backend);
-        if let Some((_, identity)) = self.known.iter().find(|(known, _)| *known == access) {
-            return identity.clone();
-        }
-        // One that was not known before the run: that of a plan.
-        let alone = Identity::new(&self.run, backend, Err("not those of now"), |_| None);
-        let says = backend.string("profile").is_some() || alone.account.is_some() || alone.key.is_some();
-        if says { alone } else { self.environment.clone() }
-    }
-
-    async fn saw(&self, place: &Place) -> bool {
-        let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
-        let relation = relation(&self.then(&place.backend), &Identity::now(&self.run, &place.backend));
-        let same = match &relation {
-            Relation::Same => true,
-            Relation::Ask(account) => connect::account(&place.backend).await.as_ref() == Some(account),
-            Relation::Another | Relation::Unknown => false,
-        };
-        if settles(same, halves, Evidence::default()) {
-            return true;
-        }
-        let Ok(stores) = Stores::connect(&place.backend, Purpose::Work).await else { return false };
-        let evidence = Evidence::gather(place, &stores).await;
-        trace!("not seen by {relation:?} ({same}), {evidence:?}");
-        settles(same, halves, evidence)
-    }
-}
 
 /// What a future gives that has nothing to wait for.
 fn at_once<T>(work: impl Future<Output = T>) -> Option<T> {
@@ -292,6 +135,30 @@ fn account_of_key(key: &str) -> Option<String> {
     (first >> 47 == 1).then(|| format!("{account:012}"))
 }
 
+/// How the identity of now relates to the run's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Relation {
+    Same,
+    Another,
+    /// The run's account is known, and that of now is what STS says it is.
+    Ask(String),
+    Unknown,
+}
+
+pub(crate) fn relation(then: &Identity, now: &Identity) -> Relation {
+    if then.reach.is_some() && then.reach != now.reach {
+        return Relation::Another;
+    }
+    match (then, now) {
+        (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) if then == now => Relation::Same,
+        (Identity { account: Some(_), .. }, Identity { account: Some(_), .. }) => Relation::Another,
+        (Identity { account: Some(then), .. }, _) => Relation::Ask(then.clone()),
+        (Identity { key: Some(then), .. }, Identity { key: Some(now), .. }) if then == now => Relation::Same,
+        (Identity { key: Some(_), .. }, _) => Relation::Another,
+        (Identity { account: None, key: None, .. }, _) => Relation::Unknown,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
@@ -315,7 +182,7 @@ mod tests {
         let backend = backend(block);
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
         let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
-        let name = connect::profile_name(&backend, set);
+        let name = settings::profile_name(&backend, set);
         let (fs, env) = (Fs::real(), Env::from_slice(&[]));
         let sections = at_once(aws_config::profile::load(&fs, &env, &files, name.map(Into::into))).unwrap().unwrap();
         Identity::new("run", &backend, Ok(&sections), set)
@@ -384,38 +251,6 @@ mod tests {
             (unknown(), key("k"), Relation::Unknown),
         ] {
             assert_eq!(relation(&then, &now), expected, "{then:?} {now:?}");
-        }
-    }
-
-    #[test]
-    fn each_half_must_be_settled() {
-        for same in [false, true] {
-            for bits in 0..32_u8 {
-                let bit = |place: u8| bits & (1 << place) != 0;
-                let halves = Halves { s3: bit(0), dynamodb: bit(1) };
-                let evidence = Evidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
-                let item = same || bit(3) || (bit(2) && bit(4));
-                let expected = (!bit(0) || same || bit(2)) && (!bit(1) || item);
-                assert_eq!(settles(same, halves, evidence), expected, "{same} {halves:?} {evidence:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn only_awss_own_hosts_are_awss() {
-        for (url, expected) in [
-            ("https://bucket.s3.eu-west-1.amazonaws.com/key?x", true),
-            ("https://s3.dualstack.us-gov-west-1.amazonaws.com/bucket/key", true),
-            ("https://bucket.s3.cn-north-1.amazonaws.com.cn/key", true),
-            ("https://bucket.vpce-1.s3.eu-west-1.vpce.amazonaws.com/key", true),
-            ("http://bucket.s3.eu-west-1.amazonaws.com/key", false),
-            ("https://s3.example.com/amazonaws.com/key", false),
-            ("https://s3.example.com?x=.amazonaws.com", false),
-            ("https://amazonaws.com.example.com/key", false),
-            ("https://127.0.0.1:4566/bucket/key", false),
-            ("", false),
-        ] {
-            assert_eq!(is_aws(url), expected, "{url}");
         }
     }
 

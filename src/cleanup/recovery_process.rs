@@ -1,0 +1,43 @@
+//! Another `tf` that finishes one dead run.
+
+use crate::cleanup::waiter::Patience;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use crate::another_tf;
+use crate::sys::session;
+
+/// Between two looks at whether the other `tf` has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
+pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
+    let mut interrupts = 0;
+    while matches!(child.try_wait(), Ok(None)) {
+        patience.wait(LOOK);
+        interrupts += patience.interrupts();
+        if interrupts > 1 {
+            let _ = child.kill();
+        }
+    }
+}
+
+/// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
+/// not do. It is in a session of its own: a key that interrupts terraform is not for it, and it asks nobody at the terminal
+/// that terraform reads.
+///
+/// # Errors
+/// It cannot be started.
+pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
+    let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
+    if before {
+        command.arg("--again");
+    }
+    command.stdout(Stdio::null());
+    session::of_its_own(&mut command);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it is no terraform; nothing of it must be in order but what is above"
+    )]
+    command.spawn()
+}
