@@ -13,10 +13,8 @@
               is there for others as well"
 )]
 
-#[path = "support/mod.rs"]
+#[path = "../support/mod.rs"]
 mod support;
 
-#[path = "elsewhere/backends.rs"]
 mod backends;
-#[path = "elsewhere/versions.rs"]
 mod versions;

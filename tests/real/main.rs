@@ -1,0 +1,62 @@
+//! `tf` around real Terraform, against a real protocol server, with real processes, signals and terminals.
+//!
+//! Every test is named for the promise that it holds. What bare terraform does in the same place is tried beside it
+//! wherever the promise is about a difference.
+
+#![expect(
+    unsafe_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking, starts processes, and changes them between fork and exec"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod accounts;
+mod another_user;
+mod answers;
+mod any_key;
+mod behind_wrappers;
+#[cfg(feature = "crash-points")]
+mod crash;
+mod documents;
+mod given_back;
+mod interrupted_once;
+mod invisible;
+mod least_requests;
+mod left_behind;
+mod left_operation;
+mod locks_doctor;
+mod locks_history;
+mod locks_list;
+mod locks_recover;
+mod locks_release;
+mod many_locks;
+mod never_anothers;
+mod never_hangs;
+mod no_lock_at_all;
+mod nobody_elses_directory;
+mod only_named;
+mod permissions;
+mod process_tree;
+mod reached_alike;
+mod recipes;
+mod renamed_host;
+mod runners;
+mod said_well;
+mod scripts;
+mod services;
+mod shells;
+mod shims;
+mod silent_services;
+mod slow_credentials;
+mod stopped_together;
+mod survived;
+mod terminal;
+mod two_at_once;
+mod where_it_is;
+mod which_machine;
