@@ -241,4 +241,13 @@ mod tests {
         assert!(graveyard.read(tombstone().since).is_empty());
         assert!(graveyard.put(&tombstone()).is_err());
     }
+
+    /// The fixture has a record of a run in it.
+    #[test]
+    fn files_of_version_0_1_are_read_and_written_unchanged() {
+        let text = include_str!("fixtures/pending_request_1.json");
+        let read: Tombstone = serde_json::from_str(text).unwrap();
+        let whole: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), whole);
+    }
 }
