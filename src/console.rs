@@ -15,7 +15,7 @@ use crate::sys::entry::closed_standard_descriptors;
 use crate::sys::locale;
 
 /// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
-const FULL: u16 = 2000;
+const WRITE_TIMEOUT_MS: u16 = 2000;
 
 /// Writes `text` to stderr, each line with `tf: ` before it, in bold where stderr is a terminal and NO_COLOR is not set
 /// (no-color.org).
@@ -29,7 +29,7 @@ pub(crate) fn say(text: &str) {
     }
     let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
     unsaid.push_str(&message);
-    write_to(&stderr, &mut unsaid, FULL);
+    write_to(&stderr, &mut unsaid, WRITE_TIMEOUT_MS);
 }
 
 /// What a full stderr did not take yet.
@@ -107,8 +107,8 @@ pub(crate) fn ellipsis() -> &'static str {
 /// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and in a locale without
 /// Unicode everything that is not ASCII; and cut.
 pub(crate) fn visible(text: &str) -> String {
-    const WIDTH: usize = 200;
-    match text.char_indices().nth(WIDTH) {
+    const MAX_SHOWN_CHARACTERS: usize = 200;
+    match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
         Some((end, _)) => visible_whole(&text[..end]) + ellipsis(),
         None => visible_whole(text),
     }

@@ -21,7 +21,7 @@ pub(crate) struct Settings {
 /// A variable that does not say what it must.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name} is {value:?}; it takes {takes}")]
-pub(crate) struct Unreadable {
+pub(crate) struct UnreadableSetting {
     name: &'static str,
     value: OsString,
     takes: &'static str,
@@ -31,14 +31,14 @@ impl Settings {
     /// Reads the settings; `variable` reads the environment. Empty is the same as not set.
     ///
     /// # Errors
-    /// [`Unreadable`], before anything was started: who sets a stop timeout relies on it.
-    pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Unreadable> {
+    /// [`UnreadableSetting`], before anything was started: who sets a stop timeout relies on it.
+    pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, UnreadableSetting> {
         let set = |name| variable(name).filter(|value| !value.is_empty());
         let choice = |name, default: bool, [yes, no]: [&str; 2], takes| match set(name) {
             None => Ok(default),
             Some(value) if value == yes => Ok(true),
             Some(value) if value == no => Ok(false),
-            Some(value) => Err(Unreadable { name, value, takes }),
+            Some(value) => Err(UnreadableSetting { name, value, takes }),
         };
         let stop_timeout = match set("TFW_STOP_TIMEOUT") {
             None => None,
@@ -47,7 +47,7 @@ impl Settings {
                     Some(duration)
                 } else {
                     let takes = "a time such as 25s, 1500ms, 2m, or a number of seconds";
-                    return Err(Unreadable { name: "TFW_STOP_TIMEOUT", value, takes });
+                    return Err(UnreadableSetting { name: "TFW_STOP_TIMEOUT", value, takes });
                 }
             }
         };
@@ -88,7 +88,7 @@ pub(crate) fn duration(text: &str) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    fn read(name: &str, value: &str) -> Result<Settings, Unreadable> {
+    fn read(name: &str, value: &str) -> Result<Settings, UnreadableSetting> {
         Settings::read(|asked| (asked == name).then(|| value.into()))
     }
 

@@ -39,6 +39,9 @@ fn files() -> BTreeMap<Module, PathBuf> {
                 directories.push(path);
                 continue;
             }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
             let relative = path.strip_prefix(root().join("src")).unwrap().with_extension("");
             let mut module: Module = relative.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
             if module.last().is_some_and(|last| last == "mod" || last == "main") {

@@ -25,7 +25,7 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("above")]
-    struct Above(#[source] Below);
+    struct Subreaper(#[source] Below);
 
     #[derive(Debug, thiserror::Error)]
     #[error("below")]
@@ -33,7 +33,7 @@ mod tests {
 
     #[test]
     fn what_only_the_debugger_shows_is_not_told() {
-        let error = Above(Below("hunter2"));
+        let error = Subreaper(Below("hunter2"));
         assert!(format!("{error:?}").contains("hunter2"));
         assert_eq!(causes(&error), "above: below");
     }

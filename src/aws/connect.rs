@@ -82,8 +82,9 @@ impl Resolved {
     /// Whether credentials end so soon that a request with them may be refused. Some are given with an end in the past, by a
     /// clock that is wrong: those are not asked for again at once.
     fn is_over(&self, credentials: &Credentials) -> bool {
-        const MARGIN: Duration = Duration::from_secs(30);
-        self.at.elapsed() > MARGIN && credentials.expiry().is_some_and(|until| until < SystemTime::now() + MARGIN)
+        const EXPIRY_GRACE: Duration = Duration::from_secs(30);
+        self.at.elapsed() > EXPIRY_GRACE
+            && credentials.expiry().is_some_and(|until| until < SystemTime::now() + EXPIRY_GRACE)
     }
 }
 

@@ -40,7 +40,7 @@ use crate::terraform::backend::CachedBackend;
 const SESSION: &str = "tf-lock-release";
 
 /// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
-const DURATION: Duration = Duration::from_mins(15);
+const DEFAULT_SESSION_WINDOW: Duration = Duration::from_mins(15);
 
 /// What credentials are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,13 +121,13 @@ async fn base(
         return role.with(sts(backend, config)).ask().await.map_err(|error| no_credentials(&error));
     }
     let source = match source(backend, sections, set)? {
-        Source::Process { profile, command, used_by } => {
+        CredentialSource::Process { profile, command, used_by } => {
             asking.set(format!("the credential_process of the profile {profile}"));
             has_run_a_command.set(true);
             let keys = of_process(&profile, &command, purpose).await?;
             match used_by {
                 None => return Ok(keys.credentials("credential_process")),
-                Some(name) => Source::RoleOfProfile(name, keys),
+                Some(name) => CredentialSource::RoleOfProfile(name, keys),
             }
         }
         source => source,
@@ -178,7 +178,7 @@ fn role_error(error: &CredentialsError) -> Option<&NoRole> {
 ///
 /// # Errors
 /// [`Unreachable::Credentials`]: it failed, or printed no credentials. What it printed is in no message.
-async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Keys, Unreachable> {
+async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<AccessKeys, Unreachable> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Printed {
@@ -199,7 +199,7 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ke
     if printed.version != 1 {
         return Err(said(&format!("printed version {} of its output, and only version 1 is defined", printed.version)));
     }
-    Ok(Keys {
+    Ok(AccessKeys {
         id: printed.access_key_id,
         secret: printed.secret_access_key,
         token: printed.session_token.filter(|token| !token.is_empty()),
@@ -209,15 +209,15 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ke
 
 /// Where credentials come from, if the block itself has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Source {
-    Environment(Keys),
+enum CredentialSource {
+    Environment(AccessKeys),
     WebIdentity,
     /// The profile of this name.
     Profile(String),
     /// Keys that stand in the profile.
-    KeysOfProfile(Keys),
+    KeysOfProfile(AccessKeys),
     /// Keys with which the profile of this name assumes its role. It is the selected one, or a source of that.
-    RoleOfProfile(String, Keys),
+    RoleOfProfile(String, AccessKeys),
     /// What a command prints.
     Process {
         /// The profile that names the command.
@@ -231,7 +231,7 @@ enum Source {
 }
 
 #[derive(Clone, PartialEq, Eq)]
-struct Keys {
+struct AccessKeys {
     id: String,
     secret: String,
     token: Option<String>,
@@ -239,7 +239,7 @@ struct Keys {
     until: Option<SystemTime>,
 }
 
-impl Source {
+impl CredentialSource {
     /// Who is asked, for a sentence that says what it did.
     fn describe(&self) -> String {
         match self {
@@ -255,13 +255,13 @@ impl Source {
     }
 }
 
-impl std::fmt::Debug for Keys {
+impl std::fmt::Debug for AccessKeys {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Keys")
     }
 }
 
-impl Keys {
+impl AccessKeys {
     fn credentials(self, name: &'static str) -> Credentials {
         Credentials::new(self.id, self.secret, self.token, self.until, name)
     }
@@ -290,13 +290,13 @@ fn source(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
     set: impl Fn(&str) -> Option<String>,
-) -> Result<Source, Unreachable> {
+) -> Result<CredentialSource, Unreachable> {
     if backend.string("profile").is_none() || backend.origin().is_before_1_6() {
-        if let Some(keys) = Keys::of_environment(&set) {
-            return Ok(Source::Environment(keys));
+        if let Some(keys) = AccessKeys::of_environment(&set) {
+            return Ok(CredentialSource::Environment(keys));
         }
         if set("AWS_WEB_IDENTITY_TOKEN_FILE").is_some() {
-            return Ok(Source::WebIdentity);
+            return Ok(CredentialSource::WebIdentity);
         }
     }
     let sections = sections.map_err(|why| Unreachable::SharedFiles(why.to_owned()))?;
@@ -307,14 +307,14 @@ fn source(
     let get = |name: &str| profile.and_then(|profile| profile.get(name)).filter(|value| !value.is_empty());
     let selected = || sections.selected_profile().to_owned();
     if get("source_profile").is_some() {
-        return Ok(process_behind(sections).unwrap_or_else(|| Source::Profile(selected())));
+        return Ok(process_behind(sections).unwrap_or_else(|| CredentialSource::Profile(selected())));
     }
     if let (Some(id), Some(secret)) = (get("aws_access_key_id"), get("aws_secret_access_key")) {
         let token = get("aws_session_token").map(ToOwned::to_owned);
-        let keys = Keys { id: id.to_owned(), secret: secret.to_owned(), token, until: None };
+        let keys = AccessKeys { id: id.to_owned(), secret: secret.to_owned(), token, until: None };
         return Ok(match get("role_arn") {
-            Some(_) => Source::RoleOfProfile(selected(), keys),
-            None => Source::KeysOfProfile(keys),
+            Some(_) => CredentialSource::RoleOfProfile(selected(), keys),
+            None => CredentialSource::KeysOfProfile(keys),
         });
     }
     let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
@@ -336,18 +336,18 @@ fn source(
         "sso_start_url",
     ];
     Ok(if others.iter().any(|name| get(name).is_some()) {
-        Source::Profile(selected())
+        CredentialSource::Profile(selected())
     } else if CONTAINER.iter().any(|name| set(name).is_some()) {
-        Source::Container
+        CredentialSource::Container
     } else {
-        Source::Instance
+        CredentialSource::Instance
     })
 }
 
 /// The command that gives the credentials of the selected profile, at the end of its chain of source profiles. `None` where
 /// they come from somewhere else (config/shared_config.go and resolve_credentials.go of the SDK for Go: keys, a source, a
 /// token and SSO go before a command).
-fn process_behind(sections: &EnvConfigSections) -> Option<Source> {
+fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     const BEFORE: [&str; 6] = [
         "aws_access_key_id",
         "credential_source",
@@ -357,10 +357,10 @@ fn process_behind(sections: &EnvConfigSections) -> Option<Source> {
         "sso_start_url",
     ];
     /// No chain is longer; one that leads back to itself has no end.
-    const LONGEST_CHAIN: usize = 32;
+    const MAX_PROFILE_CHAIN: usize = 32;
     let mut name = sections.selected_profile();
     let mut used_by = None;
-    for _ in 0..LONGEST_CHAIN {
+    for _ in 0..MAX_PROFILE_CHAIN {
         let profile = sections.get_profile(name)?;
         let get = |key: &str| profile.get(key).filter(|value| !value.is_empty());
         if get("role_arn").is_some() {
@@ -371,7 +371,7 @@ fn process_behind(sections: &EnvConfigSections) -> Option<Source> {
             continue;
         }
         let command = get("credential_process").filter(|_| !BEFORE.iter().any(|key| get(key).is_some()))?;
-        return Some(Source::Process {
+        return Some(CredentialSource::Process {
             profile: name.to_owned(),
             command: command.to_owned(),
             used_by: used_by.map(ToOwned::to_owned),
@@ -410,20 +410,20 @@ pub(crate) fn owner(
         return arn.map_or(Owner::Unknown, Owner::Role);
     }
     match source(backend, sections, &set) {
-        Ok(Source::Environment(keys) | Source::KeysOfProfile(keys)) => Owner::Key(keys.id),
-        Ok(Source::WebIdentity) => set("AWS_ROLE_ARN").map_or(Owner::Unknown, Owner::Role),
-        Ok(Source::Process { .. }) => {
+        Ok(CredentialSource::Environment(keys) | CredentialSource::KeysOfProfile(keys)) => Owner::Key(keys.id),
+        Ok(CredentialSource::WebIdentity) => set("AWS_ROLE_ARN").map_or(Owner::Unknown, Owner::Role),
+        Ok(CredentialSource::Process { .. }) => {
             let selected = sections.ok().and_then(|sections| sections.get_profile(sections.selected_profile()));
             let role = selected.and_then(|profile| profile.get("role_arn"));
             role.map_or(Owner::Unknown, |arn| Owner::Role(arn.to_owned()))
         }
-        Ok(Source::Profile(name) | Source::RoleOfProfile(name, _)) => {
+        Ok(CredentialSource::Profile(name) | CredentialSource::RoleOfProfile(name, _)) => {
             let profile = sections.ok().and_then(|sections| sections.get_profile(&name));
             let get = |name: &str| profile.and_then(|profile| profile.get(name)).map(ToOwned::to_owned);
             let role = get("role_arn").map(Owner::Role);
             role.or_else(|| get("sso_account_id").map(Owner::Account)).unwrap_or(Owner::Unknown)
         }
-        Ok(Source::Container | Source::Instance) | Err(_) => Owner::Unknown,
+        Ok(CredentialSource::Container | CredentialSource::Instance) | Err(_) => Owner::Unknown,
     }
 }
 
@@ -435,30 +435,30 @@ const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CON
 /// # Errors
 /// [`Unreachable::Metadata`].
 fn from(
-    source: Source,
+    source: CredentialSource,
     selected: String,
     backend: &CachedBackend,
     config: &ProviderConfig,
 ) -> Result<SharedCredentialsProvider, Unreachable> {
     let (name, keys) = match source {
-        Source::Environment(keys) => return Ok(keys.provider("environment")),
-        Source::KeysOfProfile(keys) => return Ok(keys.provider("profile")),
-        Source::WebIdentity => {
+        CredentialSource::Environment(keys) => return Ok(keys.provider("environment")),
+        CredentialSource::KeysOfProfile(keys) => return Ok(keys.provider("profile")),
+        CredentialSource::WebIdentity => {
             let provider = WebIdentityTokenCredentialsProvider::builder().configure(config).build();
             return Ok(SharedCredentialsProvider::new(provider));
         }
-        Source::Container => {
+        CredentialSource::Container => {
             let provider = EcsCredentialsProvider::builder().configure(config).build();
             return Ok(SharedCredentialsProvider::new(provider));
         }
-        Source::Instance => {
+        CredentialSource::Instance => {
             return Ok(match metadata(backend, config)? {
                 Some(metadata) => SharedCredentialsProvider::new(metadata),
-                None => SharedCredentialsProvider::new(Nobody),
+                None => SharedCredentialsProvider::new(NoCredentials),
             });
         }
-        Source::RoleOfProfile(name, keys) => (name, Some(keys)),
-        Source::Profile(_) | Source::Process { .. } => (selected.clone(), None),
+        CredentialSource::RoleOfProfile(name, keys) => (name, Some(keys)),
+        CredentialSource::Profile(_) | CredentialSource::Process { .. } => (selected.clone(), None),
     };
     let mut files = shared_files(backend).builder();
     if let Some(additions) = additions(backend, &name, keys.as_ref()) {
@@ -474,7 +474,7 @@ fn from(
 
 /// What the SDK's own providers take from nowhere else than the profile: the block's endpoints of STS and SSO, and who is
 /// to assume a role where the keys stand in the same profile. As a file.
-fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option<String> {
+fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> Option<String> {
     let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
     let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
     let mut profile = String::new();
@@ -486,7 +486,7 @@ fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option
             let _ = writeln!(others, "{service} =\n  endpoint_url = {url}");
         }
     }
-    if let Some(Keys { id, secret, token, .. }) = keys {
+    if let Some(AccessKeys { id, secret, token, .. }) = keys {
         profile.push_str("source_profile = of-the-same-profile\n");
         let _ = writeln!(others, "[profile of-the-same-profile]\naws_access_key_id = {id}");
         let _ = writeln!(others, "aws_secret_access_key = {secret}");
@@ -500,9 +500,9 @@ fn additions(backend: &CachedBackend, name: &str, keys: Option<&Keys>) -> Option
 
 /// There are no credentials to be had.
 #[derive(Debug)]
-struct Nobody;
+struct NoCredentials;
 
-impl ProvideCredentials for Nobody {
+impl ProvideCredentials for NoCredentials {
     fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
     where
         Self: 'a,
@@ -705,7 +705,7 @@ impl Assuming<Role> {
             .assume_role()
             .role_arn(&assumed.arn)
             .role_session_name(assumed.session.as_deref().unwrap_or(SESSION))
-            .duration_seconds(Assumed::seconds(assumed.duration.unwrap_or(DURATION)))
+            .duration_seconds(Assumed::seconds(assumed.duration.unwrap_or(DEFAULT_SESSION_WINDOW)))
             .set_policy(assumed.policy.clone())
             .set_policy_arns(assumed.policies())
             .set_external_id(external_id.clone())
@@ -814,14 +814,16 @@ mod tests {
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
         let selected = profile_name(&backend, set).map(|name| &*name.leak());
         match source(&backend, Ok(&sections(file, selected)), set) {
-            Ok(Source::Environment(keys)) => format!("environment {}", keys.id),
-            Ok(Source::WebIdentity) => "web identity".to_owned(),
-            Ok(Source::Profile(name)) => format!("profile {name}"),
-            Ok(Source::KeysOfProfile(keys)) => format!("keys {}", keys.id),
-            Ok(Source::RoleOfProfile(name, keys)) => format!("role of {name} by {}", keys.id),
-            Ok(Source::Process { profile, command, used_by }) => format!("{command} of {profile} for {used_by:?}"),
-            Ok(Source::Container) => "container".to_owned(),
-            Ok(Source::Instance) => "instance".to_owned(),
+            Ok(CredentialSource::Environment(keys)) => format!("environment {}", keys.id),
+            Ok(CredentialSource::WebIdentity) => "web identity".to_owned(),
+            Ok(CredentialSource::Profile(name)) => format!("profile {name}"),
+            Ok(CredentialSource::KeysOfProfile(keys)) => format!("keys {}", keys.id),
+            Ok(CredentialSource::RoleOfProfile(name, keys)) => format!("role of {name} by {}", keys.id),
+            Ok(CredentialSource::Process { profile, command, used_by }) => {
+                format!("{command} of {profile} for {used_by:?}")
+            }
+            Ok(CredentialSource::Container) => "container".to_owned(),
+            Ok(CredentialSource::Instance) => "instance".to_owned(),
             Err(unreachable) => unreachable.to_string(),
         }
     }

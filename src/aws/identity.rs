@@ -20,7 +20,7 @@ use crate::terraform::backend::CachedBackend;
 
 /// Whose credentials they are, as far as it is known without asking anybody.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
+pub(crate) struct AccountIdentity {
     /// The account.
     pub(crate) account: Option<String>,
     /// A hash of the access key's ID, where the account is not known.
@@ -30,7 +30,7 @@ pub(crate) struct Identity {
     reach: Option<String>,
 }
 
-impl Identity {
+impl AccountIdentity {
     /// Those that `backend` has at this moment: `sections` are the shared files. `run` makes the hashes other ones in each
     /// run.
     pub(crate) fn new(
@@ -145,17 +145,21 @@ pub(crate) enum Relation {
     Unknown,
 }
 
-pub(crate) fn relation(then: &Identity, now: &Identity) -> Relation {
+pub(crate) fn relation(then: &AccountIdentity, now: &AccountIdentity) -> Relation {
     if then.reach.is_some() && then.reach != now.reach {
         return Relation::Another;
     }
     match (then, now) {
-        (Identity { account: Some(then), .. }, Identity { account: Some(now), .. }) if then == now => Relation::Same,
-        (Identity { account: Some(_), .. }, Identity { account: Some(_), .. }) => Relation::Another,
-        (Identity { account: Some(then), .. }, _) => Relation::Ask(then.clone()),
-        (Identity { key: Some(then), .. }, Identity { key: Some(now), .. }) if then == now => Relation::Same,
-        (Identity { key: Some(_), .. }, _) => Relation::Another,
-        (Identity { account: None, key: None, .. }, _) => Relation::Unknown,
+        (AccountIdentity { account: Some(then), .. }, AccountIdentity { account: Some(now), .. }) if then == now => {
+            Relation::Same
+        }
+        (AccountIdentity { account: Some(_), .. }, AccountIdentity { account: Some(_), .. }) => Relation::Another,
+        (AccountIdentity { account: Some(then), .. }, _) => Relation::Ask(then.clone()),
+        (AccountIdentity { key: Some(then), .. }, AccountIdentity { key: Some(now), .. }) if then == now => {
+            Relation::Same
+        }
+        (AccountIdentity { key: Some(_), .. }, _) => Relation::Another,
+        (AccountIdentity { account: None, key: None, .. }, _) => Relation::Unknown,
     }
 }
 
@@ -178,14 +182,14 @@ mod tests {
     }
 
     /// The identity of `backend` with the shared file `file`, its account or, in brackets, its key.
-    fn identity(block: &str, file: &'static str, variables: &[(&str, &str)]) -> Identity {
+    fn identity(block: &str, file: &'static str, variables: &[(&str, &str)]) -> AccountIdentity {
         let backend = backend(block);
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
         let files = EnvConfigFiles::builder().with_contents(EnvConfigFileKind::Config, file).build();
         let name = settings::profile_name(&backend, set);
         let (fs, env) = (Fs::real(), Env::from_slice(&[]));
         let sections = at_once(aws_config::profile::load(&fs, &env, &files, name.map(Into::into))).unwrap().unwrap();
-        Identity::new("run", &backend, Ok(&sections), set)
+        AccountIdentity::new("run", &backend, Ok(&sections), set)
     }
 
     #[test]
@@ -228,15 +232,15 @@ mod tests {
         assert_eq!(relation(&plain, &other), Relation::Another);
         assert_eq!(relation(&other, &other), Relation::Same);
         assert!(!serde_json::to_string(&other).unwrap().contains("hunter2"));
-        let of_an_earlier_version = Identity { reach: None, ..plain };
+        let of_an_earlier_version = AccountIdentity { reach: None, ..plain };
         assert_eq!(relation(&of_an_earlier_version, &other), Relation::Same);
     }
 
     #[test]
     fn only_what_is_known_to_be_the_same_is_the_same() {
-        let account = |account: &str| Identity { account: Some(account.into()), ..Identity::default() };
-        let key = |key: &str| Identity { key: Some(key.into()), ..Identity::default() };
-        let unknown = Identity::default;
+        let account = |account: &str| AccountIdentity { account: Some(account.into()), ..AccountIdentity::default() };
+        let key = |key: &str| AccountIdentity { key: Some(key.into()), ..AccountIdentity::default() };
+        let unknown = AccountIdentity::default;
         for (then, now, expected) in [
             (account("1"), account("1"), Relation::Same),
             (account("1"), account("2"), Relation::Another),
@@ -258,10 +262,10 @@ mod tests {
     fn terraform_works_in_no_account_but_the_one_that_is_allowed() {
         let block =
             |ids: &str| backend(&format!(r#"{{"access_key":"test","secret_key":"s","allowed_account_ids":{ids}}}"#));
-        let at_start = |ids: &str| Identity::at_start("run", &block(ids)).account;
+        let at_start = |ids: &str| AccountIdentity::at_start("run", &block(ids)).account;
         assert_eq!(at_start(r#"["888888888888"]"#).as_deref(), Some("888888888888"));
         assert_eq!(at_start(r#"["888888888888","999999999999"]"#), None);
         // Of now nobody has made sure.
-        assert_eq!(Identity::now("run", &block(r#"["888888888888"]"#)).account, None);
+        assert_eq!(AccountIdentity::now("run", &block(r#"["888888888888"]"#)).account, None);
     }
 }

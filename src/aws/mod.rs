@@ -1,7 +1,6 @@
 //! Reaching AWS as terraform does: which settings count, whose credentials, through which network, and what a failed request
 //! means.
 
-pub(crate) mod access;
 pub(crate) mod attributes;
 pub(crate) mod causes;
 pub(crate) mod connect;
@@ -10,4 +9,5 @@ pub(crate) mod failure;
 pub(crate) mod identity;
 pub(crate) mod network;
 pub(crate) mod proxies;
+pub(crate) mod redacted_backend;
 pub(crate) mod settings;

@@ -161,8 +161,10 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
         // The provider that this is built with speaks TLS 1.2 and 1.3; this is for the compiler.
         return SharedHttpConnector::new(Connector::builder().build_http());
     };
-    let config =
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider))).with_no_client_auth();
+    let config = builder
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
+        .with_no_client_auth();
     let mut tcp = Tcp::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -218,9 +220,9 @@ where
 
 /// Takes everybody for who they say they are. Whoever says `insecure` wants just that.
 #[derive(Debug)]
-struct Anybody(Arc<rustls::crypto::CryptoProvider>);
+struct AcceptAnyCertificate(Arc<rustls::crypto::CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

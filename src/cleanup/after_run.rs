@@ -11,29 +11,32 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::aws::credentials::Purpose;
-use crate::cleanup::destinations::Destinations;
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::end_of_run::EndOfRun;
 use crate::cleanup::invocation::Invocation;
 use crate::cleanup::messages;
 use crate::cleanup::messages::Removal;
 use crate::cleanup::other_backend;
-use crate::cleanup::other_backend::Elsewhere;
-use crate::cleanup::places::Places;
-use crate::cleanup::process_tree::{Fate, Tree};
-use crate::cleanup::release_all::{Settled, Standing, bury, give_back, remember, remember_abandoned, replaced, visit};
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::other_backend::NonS3Release;
+use crate::cleanup::planned_backends::PlannedBackends;
+use crate::cleanup::process_tree::{Termination, Tree};
+use crate::cleanup::release_all::{
+    CandidateLocks, ReleaseResult, check_pending, record_in_history, release_locks, remember_abandoned,
+    remember_pending, replaced,
+};
+use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::holder::evidence::Verdict;
-use crate::holder::host::Host;
+use crate::holder::host::HostView;
 use crate::journal::history::By;
-use crate::journal::pending_requests::Graveyard;
-use crate::journal::runs::{Journal, LeftOver};
-use crate::lock::place::Place;
+use crate::journal::pending_requests::PendingRequests;
+use crate::journal::runs::{Journal, Unfinished};
+use crate::lock::location::LockLocation;
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, Situation};
-use crate::lock::stores::{Spot, Standing as Stored};
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, ReleaseContext};
+use crate::lock::stores::{StoreKey, StoredLock};
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
@@ -59,11 +62,11 @@ pub(crate) struct Aftermath<'a> {
     /// Where `tf` was started.
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
-    pub(crate) destinations: &'a Destinations,
+    pub(crate) planned_backends: &'a PlannedBackends,
     pub(crate) journal: Option<&'a Journal>,
     /// Why there is no journal of this run, where there is none.
     pub(crate) unprotected: Option<&'a str>,
-    pub(crate) graveyard: Option<&'a Graveyard>,
+    pub(crate) pending_requests: Option<&'a PendingRequests>,
     pub(crate) release: bool,
     /// Dead runs that were tried to be finished before, or while, terraform ran.
     pub(crate) tried: &'a [String],
@@ -87,19 +90,21 @@ pub(crate) fn died(
     log: &Log,
     is_ours: impl Fn(&RecordedLock) -> bool,
 ) -> bool {
-    let left_operation = || log.was_canceled() || log.standing().any(|lock| lock.is_in_use() && is_ours(lock));
+    let left_operation = || log.was_canceled() || log.unreleased().any(|lock| lock.is_in_use() && is_ours(lock));
     forced
         || match ended {
             Ended::Killed(_) | Ended::Exited(11) => true,
-            Ended::Exited(0) => behind_a_shim && log.breaks_off_locked(),
-            Ended::Exited(1) => left_operation() || (behind_a_shim && log.breaks_off_locked()),
-            Ended::Exited(2) => left_operation() || log.breaks_off() || (log.had_untold() && !log.announces_changes),
-            Ended::Exited(_) => left_operation() || (behind_a_shim && (log.breaks_off() || log.had_untold())),
+            Ended::Exited(0) => behind_a_shim && log.ends_holding_lock(),
+            Ended::Exited(1) => left_operation() || (behind_a_shim && log.ends_holding_lock()),
+            Ended::Exited(2) => {
+                left_operation() || log.ends_with_request() || (log.held_unlogged() && !log.announces_changes)
+            }
+            Ended::Exited(_) => left_operation() || (behind_a_shim && (log.ends_with_request() || log.held_unlogged())),
         }
 }
 
 /// How long what an ended terraform has started may take to end as well: its providers do, within some milliseconds.
-const ENDS_WITH_TERRAFORM: Duration = Duration::from_secs(1);
+const PROVIDER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Makes sure that an operation is over: ends what is left of the tree of a terraform that died, and leaves alone what
 /// one that ended by itself has left on purpose. Gives the reason why no lock may be released, if there is one.
@@ -110,7 +115,7 @@ pub(crate) fn reason_to_keep(
     tree: &Tree,
     (died, unlock_begun): (bool, bool),
     at_once: bool,
-    patience: &mut Patience<'_>,
+    waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     // A terraform that a provisioner started without us, or a shim that has ended, writes into our recorder, and may hold
     // what we see there.
@@ -124,18 +129,18 @@ pub(crate) fn reason_to_keep(
         }
     }
     if died {
-        return match tree.end(patience, at_once) {
-            Fate::Dead(_) => None,
-            Fate::Alive(processes) => Some(Outcome::later(messages::still_alive(&processes))),
-            Fate::LifelineHeld => Some(Outcome::later(messages::LIFELINE_HELD)),
-            Fate::Unseen => Some(Outcome::later(messages::UNSEEN)),
+        return match tree.end(waiter, at_once) {
+            Termination::Dead(_) => None,
+            Termination::Alive(processes) => Some(Outcome::later(messages::still_alive(&processes))),
+            Termination::LifelineHeld => Some(Outcome::later(messages::LIFELINE_HELD)),
+            Termination::Unseen => Some(Outcome::later(messages::UNSEEN)),
         };
     }
-    if unlock_begun { what_lives_on(tree, patience) } else { None }
+    if unlock_begun { what_lives_on(tree, waiter) } else { None }
 }
 
 /// The reason that a living tree is, when terraform ended by itself.
-fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
+fn what_lives_on(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
         tree.reap_orphans(&[]);
@@ -146,23 +151,26 @@ fn what_lives_on(tree: &Tree, patience: &mut Patience<'_>) -> Option<Outcome> {
         if living.is_empty() {
             return None;
         }
-        if begun.elapsed() > ENDS_WITH_TERRAFORM {
+        if begun.elapsed() > PROVIDER_EXIT_TIMEOUT {
             tree.note_survivors(&living);
             return Some(Outcome::later(messages::still_alive(&living)));
         }
-        patience.wait(Duration::from_millis(10));
+        waiter.wait(Duration::from_millis(10));
     }
 }
 
-/// The locks of `settled` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
+/// The locks of `results` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
 /// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
 /// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
 /// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
 /// another's lock in the place is taken for one, or a place in which no lock can be.
-pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> impl Iterator<Item = &Settled> {
+pub(crate) fn abandoned_requests(
+    results: &[ReleaseResult],
+    ended: Option<Ended>,
+) -> impl Iterator<Item = &ReleaseResult> {
     let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
-    let abandoned = move |settled: &&Settled| {
-        let may_come = match &settled.outcome {
+    let abandoned = move |results: &&ReleaseResult| {
+        let may_come = match &results.outcome {
             Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
             // Whether it was refused could not be seen.
             Some(Outcome::Kept { because, .. }) => {
@@ -170,42 +178,48 @@ pub(crate) fn abandoned_requests(settled: &[Settled], ended: Option<Ended>) -> i
             }
             Some(Outcome::Absent { .. }) | None => false,
         };
-        failed && may_come && settled.lock.locked.is_none() && !settled.may_still_come
+        failed && may_come && results.lock.locked.is_none() && !results.may_still_come
     };
-    settled.iter().filter(abandoned)
+    results.iter().filter(abandoned)
 }
 
 /// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
 /// it for as long as it does after a second interrupt.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
     /// Less than five seconds by more than a slow machine is late.
-    const LEAVES_AFTER: SignedDuration = SignedDuration::from_secs(4);
-    at.duration_since(lock.asked) >= LEAVES_AFTER
+    const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
+    at.duration_since(lock.asked) >= SECOND_INTERRUPT_WINDOW
 }
 
 impl Aftermath<'_> {
     /// Does what is to be done, and says it. Returns the locks that are left for the next `tf`.
-    pub(crate) fn settle(&self, patience: &mut Patience<'_>) -> LeftOver {
+    pub(crate) fn settle(&self, waiter: &mut Waiter<'_>) -> Unfinished {
         let at = Timestamp::now();
         // Read once, and only for a run that left something.
         let places = LazyCell::new(|| {
             let after = DataDirectory::read(self.data_directory);
-            Places::new(self.current, self.before, after, &self.invocation.command_line, self.destinations)
+            CandidateBackends::new(
+                self.current,
+                self.before,
+                after,
+                &self.invocation.command_line,
+                self.planned_backends,
+            )
         });
-        let with_plan = LazyCell::new(|| places.clone().with_plan(self.destinations));
+        let with_plan = LazyCell::new(|| places.clone().with_plan(self.planned_backends));
         let is_ours = |lock: &RecordedLock| !with_plan.of(lock).is_empty();
         let died = died(self.end.ended, self.end.forced, self.tree.is_behind_a_shim(), self.log, is_ours);
         // A shim's code tells of a death that the log, being empty, does not.
         let unlogged = self.unlogged && (died || matches!(self.end.ended, Ended::Exited(129..)));
-        let lost = unlogged || (died && (!self.log.tells_locks() || self.log.is_torn()));
+        let lost = unlogged || (died && (!self.log.logs_locks() || self.log.is_torn()));
         if self.log.mismatch.is_some() && !died && !matches!(self.end.ended, Ended::Exited(0)) {
-            self.explain_checksum(&with_plan, patience);
+            self.explain_checksum(&with_plan, waiter);
         }
         if !self.log.may_hold() && !died && !unlogged {
             if self.end.interrupted {
                 self.name_survivors();
             }
-            return LeftOver::default();
+            return Unfinished::default();
         }
         let elsewhere = died && other_backend::may_be_left(&places);
         if !self.log.may_hold() && !lost && !elsewhere {
@@ -213,60 +227,61 @@ impl Aftermath<'_> {
                 self.name_survivors();
             }
             self.name_errored_state();
-            return LeftOver::default();
+            return Unfinished::default();
         }
         trace!("a lock may stand; died: {died}, log lost: {lost}");
         crash_point::reached("tf: locks may stand");
         let ending = messages::ending(&self.end);
         let places = &*with_plan;
         let keep = if self.release {
-            let unlock_begun = !died && unlock_is_begun(self.log, places, patience);
-            reason_to_keep(self.tree, (died, unlock_begun), self.end.killed.is_some(), patience)
+            let unlock_begun = !died && unlock_is_begun(self.log, places, waiter);
+            reason_to_keep(self.tree, (died, unlock_begun), self.end.killed.is_some(), waiter)
         } else {
             Some(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
         };
         crash_point::reached("tf: tree judged");
         let run = Run::recorded(self.who, self.started, self.log);
         let reached = self.reached.clone();
-        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        let release_context = ReleaseContext { run, request_may_land: died, write_may_land: true, reached };
         // What is below terraform worked until now.
         let until = Timestamp::now();
         let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
-        let standing = Standing::find(self.log, places, &situation, died, patience);
-        let settled = give_back(&standing.named, places, &situation, died, keep.as_ref(), claimed, patience);
+        let stored_locks = CandidateLocks::find(self.log, places, &release_context, died, waiter);
+        let results =
+            release_locks(&stored_locks.named, places, &release_context, died, keep.as_ref(), claimed, waiter);
         crash_point::reached("tf: gave back");
-        let remembered = bury(&settled, &situation, true, self.graveyard);
-        let abandoned = || abandoned_requests(&settled, Some(self.end.ended));
-        let also_remembered = remember_abandoned(abandoned(), &situation, self.graveyard);
-        self.tell(&settled, &remembered, places, &ending);
+        let remembered = remember_pending(&results, &release_context, true, self.pending_requests);
+        let abandoned = || abandoned_requests(&results, Some(self.end.ended));
+        let also_remembered = remember_abandoned(abandoned(), &release_context, self.pending_requests);
+        self.tell(&results, &remembered, places, &ending);
         // Of one that could not be looked for nothing is known that terraform has not said.
-        let looked_for = |settled: &&Settled| !matches!(settled.outcome, Some(Outcome::Kept { .. }));
-        let waited_for = abandoned().filter(looked_for).map(|settled| &settled.lock);
+        let looked_for = |results: &&ReleaseResult| !matches!(results.outcome, Some(Outcome::Kept { .. }));
+        let waited_for = abandoned().filter(looked_for).map(|results| &results.lock);
         for lock in waited_for.filter(|lock| was_waited_for(lock, at)) {
             let kept = also_remembered.contains(&lock.id);
             console::say(&messages::may_still_come(&ending, lock, kept, &self.unlock_command_of(lock, places)));
         }
-        remember(&settled, By::Tf, &ending, None);
-        for one in replaced(&settled, places, died, until, By::Tf, patience) {
+        record_in_history(&results, By::Tf, &ending, None);
+        for one in replaced(&results, places, died, until, By::Tf, waiter) {
             console::say(&messages::replaced(&ending, &one.own, &one.by, &self.program(), self.directory().as_deref()));
         }
-        for settled in &settled {
-            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &settled.outcome {
-                self.release_late(patience, id, places);
+        for results in &results {
+            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &results.outcome {
+                self.release_late(waiter, id, places);
             }
         }
-        self.explain_refusals(&settled, places, died, patience);
-        for (info, reason) in &standing.suspects {
+        self.explain_refusals(&results, places, died, waiter);
+        for (info, reason) in &stored_locks.suspects {
             console::say(&messages::suspected(&ending, info, Some(reason), &self.unlock_command(None, places)));
         }
-        for unnamed in &standing.awaited {
+        for unnamed in &stored_locks.awaited {
             console::say(&messages::unnamed_may_still_come(&ending, unnamed.asked, self.unprotected.is_none()));
         }
-        for (_, reason) in &standing.unread {
+        for (_, reason) in &stored_locks.unread {
             console::say(&messages::not_looked_for(&ending, reason));
         }
-        if lost && standing.named.is_empty() && standing.suspects.is_empty() && standing.unread.is_empty() {
-            self.name_suspect(patience, &ending, places, &situation, unlogged);
+        if lost && stored_locks.named.is_empty() && stored_locks.suspects.is_empty() && stored_locks.unread.is_empty() {
+            self.name_suspect(waiter, &ending, places, &release_context, unlogged);
         }
         if died {
             self.name_errored_state();
@@ -274,43 +289,43 @@ impl Aftermath<'_> {
         if let Some(why) = self.unprotected.filter(|_| died) {
             console::say(&messages::unprotected(why));
         }
-        let mut left_over = standing.left_over(settled);
+        let mut unfinished = stored_locks.unfinished(results);
         if elsewhere {
-            self.settle_elsewhere(places, &situation, (keep.as_ref(), &ending), patience, &mut left_over);
+            self.settle_elsewhere(places, &release_context, (keep.as_ref(), &ending), waiter, &mut unfinished);
         }
-        left_over
+        unfinished
     }
 
     /// The same for another backend than S3.
     fn settle_elsewhere(
         &self,
-        places: &Places,
-        situation: &Situation,
+        places: &CandidateBackends,
+        release_context: &ReleaseContext,
         (keep, ending): (Option<&Outcome>, &str),
-        patience: &mut Patience<'_>,
-        left_over: &mut LeftOver,
+        waiter: &mut Waiter<'_>,
+        unfinished: &mut Unfinished,
     ) {
         let Invocation { terraform, command_line, .. } = self.invocation;
         let chdir = command_line.directory.as_deref();
-        let Some(elsewhere) = Elsewhere::of(places, self.log, &terraform.path, self.current, chdir) else { return };
+        let Some(elsewhere) = NonS3Release::of(places, self.log, &terraform.path, self.current, chdir) else { return };
         let keep = keep.and_then(Outcome::reason);
-        let told = command_line.tells_of_its_lock();
+        let told = command_line.logs_its_lock();
         let end = elsewhere.settle(
-            &situation.run,
+            &release_context.run,
             told,
             keep,
             [ending, &self.unlock_command(None, places)],
             By::Tf,
-            patience,
+            waiter,
         );
         end.messages.iter().for_each(|message| console::say(message));
         if end.later {
-            left_over.add_elsewhere(elsewhere.had);
+            unfinished.add_elsewhere(elsewhere.had);
         }
     }
 
-    fn tell(&self, settled: &[Settled], remembered: &[String], places: &Places, ending: &str) {
-        for Settled { lock, outcome, may_stand, may_still_come } in settled {
+    fn tell(&self, results: &[ReleaseResult], remembered: &[String], places: &CandidateBackends, ending: &str) {
+        for ReleaseResult { lock, outcome, may_stand, may_still_come } in results {
             let kept = self.unprotected.is_none();
             match outcome {
                 Some(Outcome::Released(released)) => {
@@ -319,9 +334,9 @@ impl Aftermath<'_> {
                         let kept = remembered.contains(&lock.id);
                         console::say(&messages::other_part_may_land(lock, kept, &self.unlock_command_of(lock, places)));
                     }
-                    if let Some(unfit) = &released.unfit {
+                    if let Some(digest_mismatch) = &released.digest_mismatch {
                         let workspace = places.workspace_of_lock(lock);
-                        console::say(&messages::unfit_digest(unfit, workspace, self.directory().as_deref()));
+                        console::say(&messages::unfit_digest(digest_mismatch, workspace, self.directory().as_deref()));
                     }
                 }
                 // Terraform was refused, and has said so itself.
@@ -352,13 +367,13 @@ impl Aftermath<'_> {
     }
 
     /// Terraform has failed because a state and its digest do not fit, and has said so. We add what to type.
-    fn explain_checksum(&self, places: &Places, patience: &mut Patience<'_>) {
+    fn explain_checksum(&self, places: &CandidateBackends, waiter: &mut Waiter<'_>) {
         let Some((bucket, key)) = &self.log.mismatch else { return };
         let _there = Within::enter(&places.working_directory);
         for place in places.of_state(bucket, key) {
-            if let Ok(Some(unfit)) = patience.until(release::unfit_state(&place)) {
+            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::unfit_state(&place)) {
                 let workspace = places.workspace_of(&place);
-                console::say(&messages::unfit_digest(&unfit, workspace, self.directory().as_deref()));
+                console::say(&messages::unfit_digest(&digest_mismatch, workspace, self.directory().as_deref()));
                 return;
             }
         }
@@ -378,13 +393,13 @@ impl Aftermath<'_> {
     }
 
     /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
-    fn release_late(&self, patience: &mut Patience<'_>, id: &str, places: &Places) {
-        let Some(graveyard) = self.graveyard else { return };
-        for tombstone in graveyard.read(Timestamp::now()).iter().filter(|tombstone| tombstone.lock.id == id) {
+    fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
+        let Some(pending_requests) = self.pending_requests else { return };
+        for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
             if let Some(Outcome::Released(_)) =
-                visit(tombstone, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), patience)
+                check_pending(pending, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), waiter)
             {
-                console::say(&messages::came_late(&tombstone.lock));
+                console::say(&messages::came_late(&pending.lock));
                 console::say(messages::TRY_AGAIN);
             }
         }
@@ -393,11 +408,17 @@ impl Aftermath<'_> {
     /// Terraform was refused by somebody's lock and has said so. We add what it cannot know: whether the holder lives, and
     /// what to type. One that is proven dead is finished, and its lock given back; terraform is not started once more: its
     /// stdin may be consumed, and its output was read.
-    fn explain_refusals(&self, settled: &[Settled], places: &Places, died: bool, patience: &mut Patience<'_>) {
+    fn explain_refusals(
+        &self,
+        results: &[ReleaseResult],
+        places: &CandidateBackends,
+        died: bool,
+        waiter: &mut Waiter<'_>,
+    ) {
         if died || matches!(self.end.ended, Ended::Exited(0)) {
             return;
         }
-        for Settled { lock, outcome, .. } in settled.iter().filter(|settled| settled.lock.locked.is_none()) {
+        for ReleaseResult { lock, outcome, .. } in results.iter().filter(|results| results.lock.locked.is_none()) {
             // Of a service that is silent, and of one where nothing stands, there is nothing to say.
             let is_refused = match outcome {
                 Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
@@ -407,28 +428,34 @@ impl Aftermath<'_> {
                 None => true,
             };
             if is_refused {
-                places.of(lock).iter().for_each(|place| self.explain_refusal(lock, place, places, patience));
+                places.of(lock).iter().for_each(|place| self.explain_refusal(lock, place, places, waiter));
             }
         }
     }
 
     /// The same for one place of the lock that was asked for.
-    fn explain_refusal(&self, asked: &RecordedLock, place: &Place, places: &Places, patience: &mut Patience<'_>) {
-        let found = standing(place, places, patience);
+    fn explain_refusal(
+        &self,
+        asked: &RecordedLock,
+        place: &LockLocation,
+        places: &CandidateBackends,
+        waiter: &mut Waiter<'_>,
+    ) {
+        let found = stored_locks(place, places, waiter);
         let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
-        for (spot, standing) in found.iter().filter(|(_, standing)| standing.info().is_none()) {
-            let what = standing.describe_no_lock();
+        for (store_key, stored_locks) in found.iter().filter(|(_, stored_locks)| stored_locks.info().is_none()) {
+            let what = stored_locks.describe_no_lock();
             console::say(&messages::barred(
-                &spot.describe(),
+                &store_key.describe(),
                 &what,
                 &command(messages::RELEASE_NO_LOCK),
                 &place.lock_path(),
             ));
         }
-        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, standing)| standing.info()).collect();
+        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, stored_locks)| stored_locks.info()).collect();
         locks.dedup();
         for info in locks.into_iter().filter(|info| info.id != asked.id) {
-            let host = Host::look();
+            let host = HostView::look();
             let judgement = host.judge(&info);
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
             let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
@@ -437,8 +464,8 @@ impl Aftermath<'_> {
             console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {
-                recovery_process::wait_for(child, patience);
-                let left = self::standing(place, places, patience);
+                recovery_process::wait_for(child, waiter);
+                let left = self::stored_locks(place, places, waiter);
                 if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
                     console::say(messages::TRY_AGAIN);
                 }
@@ -449,16 +476,16 @@ impl Aftermath<'_> {
     /// Names a lock that only its own JSON connects with this run.
     fn name_suspect(
         &self,
-        patience: &mut Patience<'_>,
+        waiter: &mut Waiter<'_>,
         ending: &str,
-        places: &Places,
-        situation: &Situation,
+        places: &CandidateBackends,
+        release_context: &ReleaseContext,
         unlogged: bool,
     ) {
         let Some(place) = places.selected() else { return };
         let _there = Within::enter(&places.working_directory);
-        match patience.until(release::suspect(&place, &situation.run, unlogged)) {
-            Ok(Ok(Some(info))) if situation.run.is_of(&info.who) => {
+        match waiter.block_on(release::suspect(&place, &release_context.run, unlogged)) {
+            Ok(Ok(Some(info))) if release_context.run.is_of(&info.who) => {
                 console::say(&messages::suspected(ending, &info, None, &self.unlock_command(Some(&place), places)));
             }
             Ok(Ok(suspect)) if unlogged => {
@@ -496,7 +523,7 @@ impl Aftermath<'_> {
 
     /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any
     /// more, is none for terraform: it refuses to work there, and ours does not.
-    fn unlock_command(&self, place: Option<&Place>, places: &Places) -> String {
+    fn unlock_command(&self, place: Option<&LockLocation>, places: &CandidateBackends) -> String {
         let workspace = place.and_then(|place| unselected_workspace(place, places));
         if workspace.is_some() && self.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
@@ -508,37 +535,41 @@ impl Aftermath<'_> {
     }
 
     /// The same for `lock`.
-    fn unlock_command_of(&self, lock: &RecordedLock, places: &Places) -> String {
+    fn unlock_command_of(&self, lock: &RecordedLock, places: &CandidateBackends) -> String {
         self.unlock_command(places.of(lock).first(), places)
     }
 }
 
 /// Whether a lock stands, or may, that terraform had begun to release.
-pub(crate) fn unlock_is_begun(log: &Log, places: &Places, patience: &mut Patience<'_>) -> bool {
-    let mut begun = log.standing().filter(|lock| lock.unlocking);
+pub(crate) fn unlock_is_begun(log: &Log, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
+    let mut begun = log.unreleased().filter(|lock| lock.unlocking);
     begun.any(|lock| {
-        let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, patience));
+        let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, waiter));
         found.any(|stands| stands)
     })
 }
 
 /// Whether the lock `id` stands at `place`, as far as it can be told.
-fn stands(id: &str, place: &Place, places: &Places, patience: &mut Patience<'_>) -> bool {
+fn stands(id: &str, place: &LockLocation, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let _there = Within::enter(&places.working_directory);
-    patience.until(release::may_stand(place, id)).unwrap_or(true)
+    waiter.block_on(release::may_stand(place, id)).unwrap_or(true)
 }
 
 /// The workspace whose state is at `place`, if a command without further words would not look there: it is neither the default
 /// one nor the selected one, and it need not have a state yet.
-fn unselected_workspace<'a>(place: &Place, places: &'a Places) -> Option<&'a str> {
+fn unselected_workspace<'a>(place: &LockLocation, places: &'a CandidateBackends) -> Option<&'a str> {
     let selected = places.directories.first().map(|directory| directory.workspace.as_str());
     places.workspace_of(place).filter(|name| Some(*name) != selected)
 }
 
 /// What stands in the places of a lock at `place` now.
-fn standing(place: &Place, places: &Places, patience: &mut Patience<'_>) -> Vec<(Spot, Stored)> {
+fn stored_locks(
+    place: &LockLocation,
+    places: &CandidateBackends,
+    waiter: &mut Waiter<'_>,
+) -> Vec<(StoreKey, StoredLock)> {
     let _there = Within::enter(&places.working_directory);
-    patience.until(release::standing(place)).unwrap_or_default()
+    waiter.block_on(release::stored(place)).unwrap_or_default()
 }
 
 fn is_terraform(process: &Process) -> bool {
@@ -578,7 +609,7 @@ mod tests {
                     let log = &told(records);
                     let (asked, had) = ((2..5).contains(&records), (3..5).contains(&records));
                     let left = records == 3 && ours;
-                    assert_eq!((log.breaks_off(), log.breaks_off_locked()), (asked, had));
+                    assert_eq!((log.ends_with_request(), log.ends_holding_lock()), (asked, had));
                     for shim in [false, true] {
                         let died = |ended| died(ended, forced, shim, log, |_| ours);
                         assert!(died(Ended::Killed(Signal::SIGKILL)));
@@ -610,7 +641,7 @@ mod tests {
         let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
         let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let released = || {
-            let nothing = release::Released { created: None, write: None, unfit: None, is_partial: false };
+            let nothing = release::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
             Some(Outcome::Released(nothing))
         };
         for (outcome, ended, expected) in [
@@ -630,13 +661,13 @@ mod tests {
             (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
             (None, Some(Ended::Exited(1)), 0),
         ] {
-            let settled = [Settled { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
-            assert_eq!(abandoned_requests(&settled, ended).count(), expected, "{settled:?} {ended:?}");
+            let results = [ReleaseResult { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
+            assert_eq!(abandoned_requests(&results, ended).count(), expected, "{results:?} {ended:?}");
         }
         let mut had = lock.clone();
         had.locked = Some(lock.asked);
-        let settled = [Settled { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
-        assert_eq!(abandoned_requests(&settled, Some(Ended::Exited(1))).count(), 0);
+        let results = [ReleaseResult { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
+        assert_eq!(abandoned_requests(&results, Some(Ended::Exited(1))).count(), 0);
         for (seconds, expected) in [(1, false), (5, true)] {
             assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);
         }
@@ -656,7 +687,7 @@ mod tests {
                 )
                 .as_bytes(),
             );
-            assert!(log.had_untold());
+            assert!(log.held_unlogged());
             let died = |code, shim| died(Ended::Exited(code), false, shim, &log, |_| false);
             assert_eq!(died(2, false), crash);
             assert!(!died(1, true) && died(255, true));

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 
-use crate::journal::recorder::Change;
+use crate::journal::recorder::EnvironmentChange;
 use crate::sys::spawn::Image;
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
@@ -25,9 +25,9 @@ impl Invocation {
     ///
     /// # Errors
     /// See [`Image::new`].
-    pub(crate) fn image(&self, changes: &[Change]) -> io::Result<Image> {
+    pub(crate) fn image(&self, changes: &[EnvironmentChange]) -> io::Result<Image> {
         let chain = (binary::CHAIN, Some(self.terraform.chain.clone()));
-        let changes: Vec<&Change> = changes.iter().chain([&chain]).collect();
+        let changes: Vec<&EnvironmentChange> = changes.iter().chain([&chain]).collect();
         let environment = std::env::vars_os()
             .filter(|(name, _)| !changes.iter().any(|(changed, _)| name == changed))
             .chain(changes.iter().filter_map(|(name, value)| Some((OsString::from(name), value.clone()?))));

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::console::{argument, quoted};
 use crate::holder::evidence::{Judgement, Verdict};
-use crate::journal::runs::Record;
+use crate::journal::runs::JournalRecord;
 use crate::lock::digest::Comparison;
 use crate::lock::release::{Because, Released, Write};
 use crate::sys::process::Process;
@@ -62,10 +62,10 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
 }
 
 /// A digest that does not fit its state, in `workspace` if that is known.
-pub(crate) fn unfit_digest(unfit: &Comparison, workspace: Option<&str>, directory: Option<&str>) -> String {
-    let recorded = visible(unfit.recorded.as_deref().unwrap_or("none"));
-    let written = unfit.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
-    let (state, advice) = match &unfit.computed {
+pub(crate) fn unfit_digest(digest_mismatch: &Comparison, workspace: Option<&str>, directory: Option<&str>) -> String {
+    let recorded = visible(digest_mismatch.recorded.as_deref().unwrap_or("none"));
+    let written = digest_mismatch.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
+    let (state, advice) = match &digest_mismatch.computed {
         Some(digest) => {
             (format!("the state{written} has {digest}"), "look at the state; if it is the right one, type:")
         }
@@ -166,7 +166,7 @@ pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
 
 /// The same for a lock of an earlier run, to be typed anywhere: with its directory, and with its workspace where that need not
 /// be the one that is selected now.
-fn unlock_command_of(record: &Record) -> String {
+fn unlock_command_of(record: &JournalRecord) -> String {
     let command = unlock_command(&visible(&record.program), Some(&visible(&record.working_directory())));
     in_workspace(record.workspaces.first().map(String::as_str), &command)
 }
@@ -185,7 +185,7 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
 }
 
 /// A run that was waited for goes on. `stops`: its `tf` lives, and has terraform stop.
-pub(crate) fn still_ending(record: &Record, stops: bool) -> String {
+pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
     let next = if stops {
         "it is stopping, and gives its lock back when it has"
     } else {
@@ -195,7 +195,7 @@ pub(crate) fn still_ending(record: &Record, stops: bool) -> String {
 }
 
 /// A dead run that another process takes care of, and has not finished in the time in which it was waited for.
-pub(crate) fn still_settling(record: &Record) -> String {
+pub(crate) fn still_settling(record: &JournalRecord) -> String {
     format!(
         "a dead run here (pid {}) may hold a state lock, and another process has begun to release it and has not ended yet\n\
          in a while, type again: tf locks recover",
@@ -204,7 +204,7 @@ pub(crate) fn still_settling(record: &Record) -> String {
 }
 
 /// A run of which nobody is known to be alive, and these processes may be.
-pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
+pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> String {
     format!(
         "an earlier run (pid {}) may hold a state lock, and was left alone: these may belong to it: {}\n\
          when they have ended, type: tf locks recover",
@@ -214,12 +214,12 @@ pub(crate) fn may_be_alive(record: &Record, processes: &[Process]) -> String {
 }
 
 /// A run of which nobody here can tell whether it is alive. What it may hold is named.
-pub(crate) fn cannot_be_judged(record: &Record, why: &str) -> String {
+pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     let mut text = format!(
         "an earlier run (pid {}) may hold a state lock, and whether it is alive cannot be seen from here: {why}",
         record.tf
     );
-    for recorded in record.log.standing() {
+    for recorded in record.log.unreleased() {
         let _ = write!(
             text,
             "\n{}\nonce you know that it is dead, type in its directory: {} {}",
@@ -233,7 +233,7 @@ pub(crate) fn cannot_be_judged(record: &Record, why: &str) -> String {
 }
 
 /// A dead run whose record cannot be worked with.
-pub(crate) fn cannot_be_finished(record: &Record, why: &str) -> String {
+pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
     format!(
         "an earlier run (pid {}) may hold a state lock, and cannot be finished: {why}\n\
          once that is mended, type: tf locks recover",
@@ -251,7 +251,7 @@ pub(crate) fn recovering() -> String {
 }
 
 /// A lock of an earlier run is gone.
-pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp) -> String {
+pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Timestamp) -> String {
     format!(
         "released the lock that an earlier run left, started {} ago by pid {}: {}",
         length_of_time(now.duration_since(record.started).unsigned_abs()),
@@ -261,7 +261,7 @@ pub(crate) fn recovered(record: &Record, recorded: &RecordedLock, now: Timestamp
 }
 
 /// A lock of a dead run, which may stand.
-pub(crate) fn would_recover(record: &Record, recorded: &RecordedLock) -> String {
+pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> String {
     format!(
         "would give back, if it stands, the lock of a dead run (pid {}): {}",
         record.tf,
@@ -270,7 +270,7 @@ pub(crate) fn would_recover(record: &Record, recorded: &RecordedLock) -> String 
 }
 
 /// What would be done about a lock whose ID its run's log does not tell.
-pub(crate) fn would_look_for(record: &Record, asked: Timestamp) -> String {
+pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String {
     format!(
         "would look for the lock that a dead run (pid {}) asked for at {asked}, and whose ID its log does not tell",
         record.tf
@@ -278,7 +278,7 @@ pub(crate) fn would_look_for(record: &Record, asked: Timestamp) -> String {
 }
 
 /// A lock that an earlier run may have left.
-pub(crate) fn may_be_its(record: &Record, info: &LockInfo, why: &str) -> String {
+pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
     let command = unlock_command_of(record);
     let id = if is_lock_id(&info.id) { format!("\nif it is, type: {command} {}", info.id) } else { String::new() };
     format!(
@@ -290,7 +290,7 @@ pub(crate) fn may_be_its(record: &Record, info: &LockInfo, why: &str) -> String 
 }
 
 /// A lock of an earlier run, whose ID its log does not tell, could not be looked for.
-pub(crate) fn not_looked_for_again(record: &Record, why: &str) -> String {
+pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String {
     format!(
         "an earlier run (pid {}) may have left a state lock, which could not be looked for: {}\nit was reached with {}\nif it \
          is gone, type: tf locks recover --forget {}",
@@ -307,7 +307,7 @@ pub(crate) fn no_outputs(path: &std::ffi::OsStr, error: &std::io::Error) -> Stri
 }
 
 /// A dead run, as the beginning of a sentence about its lock.
-pub(crate) fn earlier_run(record: &Record) -> String {
+pub(crate) fn earlier_run(record: &JournalRecord) -> String {
     format!("an earlier run (pid {}) was killed", record.tf)
 }
 
@@ -349,7 +349,7 @@ pub(crate) fn left_elsewhere(
 }
 
 /// A lock of an earlier run could not be given back.
-pub(crate) fn not_recovered(record: &Record, recorded: &RecordedLock, why: &str, because: Because) -> String {
+pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
     let workspace = record.workspaces.first().map(String::as_str);
     let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
     let removal = Removal { unlock: unlock_command_of(record), release };
@@ -391,7 +391,7 @@ pub(crate) fn replaced(
 }
 
 /// The same for an earlier run.
-pub(crate) fn replaced_earlier(record: &Record, own: &RecordedLock, by: &LockInfo) -> String {
+pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &LockInfo) -> String {
     let directory = record.working_directory();
     replaced(&earlier_run(record), own, by, &visible(&record.program), Some(&directory))
 }
@@ -492,7 +492,7 @@ pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
 /// Since when a lock is held, by this host's clock; nothing where it does not say.
 fn since(info: &LockInfo, now: Timestamp) -> String {
     match info.created() {
-        Some(created) if created > saturating_add(now, CLOCK_SLACK) => {
+        Some(created) if created > saturating_add(now, CLOCK_SLACK_WINDOW) => {
             format!(", since {created:.0}, which is {} ahead of this host's clock", apart(created, now))
         }
         // Little ahead is now.
@@ -502,7 +502,7 @@ fn since(info: &LockInfo, now: Timestamp) -> String {
 }
 
 /// How much the clocks of two hosts may differ without anybody minding.
-pub(crate) const CLOCK_SLACK: SignedDuration = SignedDuration::from_mins(1);
+pub(crate) const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_mins(1);
 
 fn apart(one: Timestamp, other: Timestamp) -> String {
     length_of_time(other.duration_since(one).unsigned_abs())
@@ -611,7 +611,7 @@ pub(crate) const NO_RESOURCES: &str =
     "no thread or no file descriptor is left on this system to ask the lock service with";
 
 /// Why a lock was kept: somebody ended the waiting.
-pub(crate) const ENOUGH: &str = "^C ended the waiting for the lock service";
+pub(crate) const INTERRUPTED: &str = "^C ended the waiting for the lock service";
 
 /// After an interrupt, what terraform's provisioners left running.
 pub(crate) fn survivors(processes: &[Process]) -> String {

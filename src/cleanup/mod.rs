@@ -1,12 +1,12 @@
 //! What is done when a run has ended or died: is everything dead that it started, and are its locks to be released.
 
 pub(crate) mod after_run;
-pub(crate) mod destinations;
+pub(crate) mod candidate_backends;
 pub(crate) mod end_of_run;
 pub(crate) mod invocation;
 pub(crate) mod messages;
 pub(crate) mod other_backend;
-pub(crate) mod places;
+pub(crate) mod planned_backends;
 pub(crate) mod process_tree;
 pub(crate) mod recovery;
 pub(crate) mod recovery_process;

@@ -16,32 +16,32 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::places::Places;
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::waiter::Waiter;
 use crate::journal::history;
-use crate::journal::history::{By, Event, What};
-use crate::lock::proof::{Run, Verdict, judge_unnamed};
+use crate::journal::history::{By, LockEvent, What};
+use crate::lock::proof::{Match, Run, judge_unnamed};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
-use crate::terraform::log::{Log, Mark, UnnamedLock};
-use crate::terraform::other_backends::{Deed, OtherBackend};
+use crate::terraform::log::{LockIdentity, Log, UnnamedLock};
+use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::trace::trace;
 
 /// The resource that there is not.
 const NOTHING: &str = "tf_asks.who_holds_the_lock";
 
 /// For how long a write of the dead terraform may still be on its way. Nobody here can look whether one arrives.
-const QUIET: Duration = Duration::from_secs(10);
+const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long one terraform may take.
-const ANSWERS_WITHIN: Duration = Duration::from_mins(1);
+const TERRAFORM_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Between two looks at it.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A run that died, in a backend that is not S3.
-pub(crate) struct Elsewhere<'a> {
+pub(crate) struct NonS3Release<'a> {
     backend: &'a CachedBackend,
     kind: &'static OtherBackend,
     /// The program, and where it was run.
@@ -56,30 +56,30 @@ pub(crate) struct Elsewhere<'a> {
 }
 
 /// Whether the backend of a run is one in which a lock can be left, and not S3.
-pub(crate) fn may_be_left(places: &Places) -> bool {
+pub(crate) fn may_be_left(places: &CandidateBackends) -> bool {
     let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
-    backend.and_then(OtherBackend::of).is_some_and(|other| other.deed != Deed::Nothing)
+    backend.and_then(OtherBackend::of).is_some_and(|other| other.unlock_policy != UnlockPolicy::Nothing)
 }
 
 /// How it came out: what is to be said, if anything, and whether a later try may do better.
 #[derive(Debug, Default)]
-pub(crate) struct Ending {
+pub(crate) struct NonS3Result {
     pub(crate) messages: Vec<String>,
     pub(crate) later: bool,
     pub(crate) released: bool,
 }
 
-impl Ending {
+impl NonS3Result {
     /// Whether a lock may stand of which a person should hear.
     pub(crate) fn leaves_one(&self) -> bool {
         !self.released && !self.messages.is_empty()
     }
 }
 
-impl<'a> Elsewhere<'a> {
+impl<'a> NonS3Release<'a> {
     /// A run of `program` whose log is `log`, if its backend is another one than S3.
     pub(crate) fn of(
-        places: &'a Places,
+        places: &'a CandidateBackends,
         log: &Log,
         program: &'a Path,
         current: &'a Path,
@@ -91,7 +91,7 @@ impl<'a> Elsewhere<'a> {
         let moved = backends.any(|other| other.kind != backend.kind || kind.place(other) != kind.place(backend));
         let had = log.of_workspaces().last().cloned();
         let workspace = match had.as_ref().map(|lock| &lock.mark) {
-            Some(Mark::Workspace(name)) => name.clone(),
+            Some(LockIdentity::Workspace(name)) => name.clone(),
             _ => places.workspaces.first().cloned().unwrap_or_default(),
         };
         Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
@@ -106,86 +106,86 @@ impl<'a> Elsewhere<'a> {
         keep: Option<&str>,
         [ending, unlock]: [&str; 2],
         by: By,
-        patience: &mut Patience<'_>,
-    ) -> Ending {
+        waiter: &mut Waiter<'_>,
+    ) -> NonS3Result {
         let variable = |name: &str| std::env::var(name).ok();
-        let deed = self.kind.deed_in(self.backend, variable);
-        trace!("backend {}: {deed:?}; had: {:?}", self.kind.kind, self.had);
+        let unlock_policy = self.kind.deed_in(self.backend, variable);
+        trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
         // A run that takes no lock has had none; where it had one, it was another terraform in its log that takes none.
-        if deed == Deed::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
-            return Ending::default();
+        if unlock_policy == UnlockPolicy::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
+            return NonS3Result::default();
         }
         let place = self.kind.place(self.backend);
-        let named = |why: &str, info: Option<&LockInfo>| Ending {
+        let named = |why: &str, info: Option<&LockInfo>| NonS3Result {
             messages: vec![messages::left_elsewhere(ending, self.kind, &place, why, info, unlock)],
-            ..Ending::default()
+            ..NonS3Result::default()
         };
-        if deed == Deed::Name {
+        if unlock_policy == UnlockPolicy::Name {
             return named("its unlock would hit whoever holds the lock by then", None);
         }
         if self.moved {
-            return Ending { later: true, ..named("another backend is set up in its directory since", None) };
+            return NonS3Result { later: true, ..named("another backend is set up in its directory since", None) };
         }
         if let Some(why) = keep {
-            return Ending { later: true, ..named(why, None) };
+            return NonS3Result { later: true, ..named(why, None) };
         }
-        let standing = match self.ask(patience) {
+        let standing = match self.ask(waiter) {
             Ok(standing) => standing,
-            Err(why) => return Ending { later: true, ..named(&why, None) },
+            Err(why) => return NonS3Result { later: true, ..named(&why, None) },
         };
-        let Some(info) = standing else { return Ending::default() };
+        let Some(info) = standing else { return NonS3Result::default() };
         let verdict = match &self.had {
             Some(had) => judge_unnamed(had, &info, "", run, true),
-            None => Verdict::Doubt("its log does not tell whether it had one"),
+            None => Match::Doubt("its log does not tell whether it had one"),
         };
         trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
         match verdict {
-            Verdict::Ours => {}
-            Verdict::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
-            Verdict::Doubt(_) | Verdict::Anothers => return Ending::default(),
+            Match::Ours => {}
+            Match::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
+            Match::Doubt(_) | Match::Anothers => return NonS3Result::default(),
         }
-        self.give_back(&info, (ending, &place, unlock), by, patience)
+        self.release_locks(&info, (ending, &place, unlock), by, waiter)
     }
 
-    fn give_back(
+    fn release_locks(
         &self,
         info: &LockInfo,
         (ending, place, unlock): (&str, &str, &str),
         by: By,
-        patience: &mut Patience<'_>,
-    ) -> Ending {
-        let named = |why: &str| Ending {
+        waiter: &mut Waiter<'_>,
+    ) -> NonS3Result {
+        let named = |why: &str| NonS3Result {
             messages: vec![messages::left_elsewhere(ending, self.kind, place, why, Some(info), unlock)],
             later: true,
             released: false,
         };
-        console::say(&messages::waiting_blindly(QUIET));
+        console::say(&messages::waiting_blindly(QUIET_WINDOW));
         let begun = Instant::now();
-        while begun.elapsed() < QUIET {
-            if patience.interrupts() > 0 {
-                return named(messages::ENOUGH);
+        while begun.elapsed() < QUIET_WINDOW {
+            if waiter.interrupts() > 0 {
+                return named(messages::INTERRUPTED);
             }
-            patience.wait(LOOK);
+            waiter.wait(POLL_INTERVAL);
         }
-        let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], patience);
+        let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], waiter);
         // What it answers proves nothing: what stands there now does.
-        match self.ask(patience) {
+        match self.ask(waiter) {
             Ok(Some(left)) if left.id == info.id => {
                 let said = unlocked.map_or_else(|error| error.to_string(), |(_, said)| first_line(&said));
                 named(&format!("force-unlock did not remove it: {said}"))
             }
             Err(why) => named(&why),
             Ok(_) => {
-                history::record(&Event::of_standing(What::Released, by, info, &info.path, ending, None));
+                history::record(&LockEvent::of_standing(What::Released, by, info, &info.path, ending, None));
                 let message = messages::released_elsewhere(ending, self.kind, info);
-                Ending { messages: vec![message], later: false, released: true }
+                NonS3Result { messages: vec![message], later: false, released: true }
             }
         }
     }
 
     /// The lock that stands. `None`: none did.
-    fn ask(&self, patience: &mut Patience<'_>) -> Result<Option<LockInfo>, String> {
-        let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], patience);
+    fn ask(&self, waiter: &mut Waiter<'_>) -> Result<Option<LockInfo>, String> {
+        let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], waiter);
         let (_, said) = asked.map_err(|error| error.to_string())?;
         match LockInfo::of_refusal(&said) {
             Some(info) => Ok(Some(info)),
@@ -198,7 +198,7 @@ impl<'a> Elsewhere<'a> {
     ///
     /// It may have the lock itself for a moment, so it is never ended, and nothing that ends us ends it: it is in a group of
     /// its own, of which no key tells, and writes into a file. Whoever does not wait for it lets it come to its end.
-    fn terraform(&self, arguments: &[&str], patience: &mut Patience<'_>) -> io::Result<(Option<i32>, String)> {
+    fn terraform(&self, arguments: &[&str], waiter: &mut Waiter<'_>) -> io::Result<(Option<i32>, String)> {
         let mut said = tempfile::tempfile()?;
         let mut child = self.start(arguments, said.try_clone()?)?;
         let begun = Instant::now();
@@ -207,15 +207,15 @@ impl<'a> Elsewhere<'a> {
             if let Some(status) = child.try_wait()? {
                 break status;
             }
-            let interrupts = patience.interrupts();
+            let interrupts = waiter.interrupts();
             if interrupts > 0 {
                 trace!("an interrupt while terraform is asked");
             }
             enough += interrupts;
-            if begun.elapsed() > ANSWERS_WITHIN || enough > 1 {
+            if begun.elapsed() > TERRAFORM_TIMEOUT || enough > 1 {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "terraform did not answer"));
             }
-            patience.wait(LOOK);
+            waiter.wait(POLL_INTERVAL);
         };
         let mut text = String::new();
         said.rewind()?;

@@ -30,8 +30,8 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid};
 
-use crate::cleanup::waiter::Patience;
-use crate::journal::membership::{Mark, TreeIdentity};
+use crate::cleanup::waiter::Waiter;
+use crate::journal::membership::{ProcessMark, TreeIdentity};
 use crate::sys::descriptor;
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList, Variable};
@@ -39,16 +39,16 @@ use crate::sys::wait::{self, Children};
 use crate::trace::trace;
 
 /// How long what is left of a tree may take to end after TERM, before KILL.
-const GRACE: Duration = Duration::from_secs(5);
+const TERM_GRACE: Duration = Duration::from_secs(5);
 
 /// The same for the tree of a `tf` that something in ours has started: its terraform got one interrupt, and saves its state.
-const NESTED_GRACE: Duration = Duration::from_mins(1);
+const NESTED_TERM_GRACE: Duration = Duration::from_mins(1);
 
 /// How long it may take after KILL. What is still there then hangs in the kernel, or is not ours to kill.
-const AFTER_KILL: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often is looked again.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The tree below us, and how to recognise it.
 #[derive(Debug)]
@@ -60,32 +60,32 @@ pub(crate) struct Tree {
     /// Children that we started for ourselves.
     ours: RefCell<Vec<Pid>>,
     /// Children that we had before terraform: a shell that became us by exec may leave some.
-    strangers: Vec<Pid>,
+    preexisting_children: Vec<Pid>,
     /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
-    strangers_possible: bool,
+    has_foreign_orphans: bool,
     /// What we start is no terraform itself, and leads to one: its status is not terraform's, which may outlive it.
-    leads_on: bool,
+    via_shim: bool,
     /// The recorder: its device and its number there.
     recorder: Option<(u64, u64)>,
     /// Terraform has a process group of its own.
     own_group: bool,
     /// What was seen to live on when [`Tree::end`] gave up: pid and start.
     survivors: RefCell<Vec<(i32, u64)>>,
-    vantage: Vantage,
+    observer: Observer,
 }
 
 /// From where a tree is seen.
 #[derive(Debug)]
-enum Vantage {
+enum Observer {
     /// By its parent, to whom its orphans come.
-    Above,
+    Subreaper,
     /// By the guardian.
-    Beside(RefCell<Beside>),
+    Guardian(RefCell<GuardianView>),
 }
 
 /// What the guardian knows of a tree.
 #[derive(Debug, Default)]
-struct Beside {
+struct GuardianView {
     /// Everybody that was ever seen to belong to it is among its survivors.
     identity: TreeIdentity,
     /// See [`crate::journal::membership::classify`].
@@ -101,18 +101,18 @@ fn is_nested(process: &Process, run: &str) -> bool {
 
 /// What a process found below us is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kinship {
+enum Membership {
     /// It descends from terraform.
-    Kin,
+    Member,
     /// It does not.
-    Stranger,
+    Other,
     /// Nothing tells.
-    Unclear,
+    Unknown,
 }
 
 /// How the end of a tree came out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
+pub(crate) enum Termination {
     /// All of it is dead; so many processes had to be ended.
     Dead(usize),
     /// These live, or may.
@@ -131,28 +131,28 @@ impl Tree {
     pub(crate) fn new(run: &str) -> std::io::Result<(Self, OwnedFd)> {
         let (lifeline, end) = descriptor::pipe()?;
         let inherited = descriptor::inheritable_high(&end)?;
-        let strangers = process::own_children();
-        let strangers_possible = !strangers.is_empty() || getpid() == Pid::from_raw(1);
+        let preexisting_children = process::own_children();
+        let has_foreign_orphans = !preexisting_children.is_empty() || getpid() == Pid::from_raw(1);
         let tree = Self {
             lifeline,
             run: run.to_owned(),
             terraform: None,
             ours: RefCell::default(),
-            strangers,
-            strangers_possible,
-            leads_on: false,
+            preexisting_children,
+            has_foreign_orphans,
+            via_shim: false,
             recorder: None,
             own_group: false,
             survivors: RefCell::default(),
-            vantage: Vantage::Above,
+            observer: Observer::Subreaper,
         };
         Ok((tree, inherited))
     }
 
     /// This is not terraform's parent any more, but its guardian.
-    pub(crate) fn see_from_beside(&mut self) {
-        self.vantage = Vantage::Beside(RefCell::default());
-        self.strangers.clear();
+    pub(crate) fn observe_as_guardian(&mut self) {
+        self.observer = Observer::Guardian(RefCell::default());
+        self.preexisting_children.clear();
     }
 
     /// Terraform is given a process group of its own.
@@ -162,8 +162,8 @@ impl Tree {
 
     /// Notes a moment at which terraform was alive, in clock ticks since boot. For the guardian.
     pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
-        if let Vantage::Beside(beside) = &self.vantage {
-            beside.borrow_mut().certain_before = moment;
+        if let Observer::Guardian(view) = &self.observer {
+            view.borrow_mut().certain_before = moment;
         }
     }
 
@@ -172,7 +172,9 @@ impl Tree {
     pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
         let below = Process::below(getpid());
         let is_outside = |process: &&Process| {
-            !process.is_dead() && Some(process.group) != self.group() && self.kinship(process, &below) == Kinship::Kin
+            !process.is_dead()
+                && Some(process.group) != self.group()
+                && self.membership(process, &below) == Membership::Member
         };
         let outside = below.iter().filter(is_outside).filter(|process| Some(process.pid) != self.terraform);
         outside.map(|process| (process.pid.as_raw(), process.start)).collect()
@@ -180,8 +182,8 @@ impl Tree {
 
     /// Takes `processes` for members. For the guardian.
     pub(crate) fn add_members(&self, processes: &[(i32, u64)]) {
-        if let Vantage::Beside(beside) = &self.vantage {
-            beside.borrow_mut().identity.survivors.extend(processes);
+        if let Observer::Guardian(view) = &self.observer {
+            view.borrow_mut().identity.survivors.extend(processes);
         }
     }
 
@@ -201,7 +203,7 @@ impl Tree {
     }
 
     /// `pid`, the guardian or another helper, is a child of ours and none of terraform's.
-    pub(crate) fn leave_out(&self, pid: Pid) {
+    pub(crate) fn exclude(&self, pid: Pid) {
         self.ours.borrow_mut().push(pid);
     }
 
@@ -209,8 +211,8 @@ impl Tree {
     pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
         self.terraform = Some(pid);
         let identity = TreeIdentity::of(pid, self.own_group);
-        if let Vantage::Beside(beside) = &self.vantage {
-            beside.borrow_mut().identity = identity.clone();
+        if let Observer::Guardian(view) = &self.observer {
+            view.borrow_mut().identity = identity.clone();
         }
         identity
     }
@@ -222,7 +224,7 @@ impl Tree {
 
     /// Takes away the zombies that came to us, but not terraform, nor a child that something else of ours started.
     pub(crate) fn reap_orphans(&self, others: &[Pid]) {
-        if matches!(self.vantage, Vantage::Beside(_)) {
+        if matches!(self.observer, Observer::Guardian(_)) {
             return;
         }
         for process in Process::children(getpid()) {
@@ -245,45 +247,44 @@ impl Tree {
 
     /// The living kin, and those of which nothing tells whether they are.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
-        if let Vantage::Beside(beside) = &self.vantage {
-            return self.look_from_beside(&mut beside.borrow_mut());
+        if let Observer::Guardian(view) = &self.observer {
+            return self.look_as_guardian(&mut view.borrow_mut());
         }
-        let mut kin = Vec::new();
-        let mut unclear = Vec::new();
+        let mut members = Vec::new();
+        let mut unknown = Vec::new();
         let below = Process::below(getpid());
         for process in &below {
-            match self.kinship(process, &below) {
+            match self.membership(process, &below) {
                 _ if process.is_dead() => {}
-                Kinship::Kin => kin.push(process.clone()),
-                Kinship::Unclear => unclear.push(process.clone()),
-                Kinship::Stranger => {}
+                Membership::Member => members.push(process.clone()),
+                Membership::Unknown => unknown.push(process.clone()),
+                Membership::Other => {}
             }
         }
         // Where orphans do not come to us, or came to a namespace's own init, the mark is what is left of them.
         for process in Process::all() {
             let known = below.iter().any(|other| other.pid == process.pid);
             if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
-                kin.push(process);
+                members.push(process);
             }
         }
-        (kin, unclear)
+        (members, unknown)
     }
 
-    fn look_from_beside(&self, beside: &mut Beside) -> (Vec<Process>, Vec<Process>) {
-        let living = Living::of(&self.run, &beside.identity, beside.certain_before);
-        beside.identity.survivors =
-            living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
+    fn look_as_guardian(&self, view: &mut GuardianView) -> (Vec<Process>, Vec<Process>) {
+        let living = Living::of(&self.run, &view.identity, view.certain_before);
+        view.identity.survivors = living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
         (living.members, living.unknown)
     }
 
     /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
     pub(crate) fn is_marked(&self, process: &Process) -> bool {
-        mark_of(process, &self.run) == Mark::Marked
+        mark_of(process, &self.run) == ProcessMark::Marked
     }
 
-    fn kinship(&self, process: &Process, below: &[Process]) -> Kinship {
+    fn membership(&self, process: &Process, below: &[Process]) -> Membership {
         if Some(process.pid) == self.terraform || self.is_marked(process) {
-            return Kinship::Kin;
+            return Membership::Member;
         }
         // Up to the child of ours that it hangs from.
         let mut top = process;
@@ -295,21 +296,22 @@ impl Tree {
         }
         if process.is_helper_of_ours() {
             // The guardian of a `tf` in our tree. It works on no resource, and releases the lock of its own run.
-            return Kinship::Stranger;
+            return Membership::Other;
         }
-        if self.strangers.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
-            Kinship::Stranger
-        } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.strangers_possible {
-            Kinship::Kin
+        if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
+            Membership::Other
+        } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.has_foreign_orphans
+        {
+            Membership::Member
         } else {
-            Kinship::Unclear
+            Membership::Unknown
         }
     }
 
     /// Tells the file that terraform logs into, and whether what is started is no terraform itself, and leads to one.
-    pub(crate) fn records_into(&mut self, recorder: BorrowedFd<'_>, leads_on: bool) {
+    pub(crate) fn set_log_file(&mut self, recorder: BorrowedFd<'_>, via_shim: bool) {
         self.recorder = descriptor::identity(recorder);
-        self.leads_on = leads_on;
+        self.via_shim = via_shim;
     }
 
     /// The file that terraform logs into, by its device and its number there.
@@ -319,7 +321,7 @@ impl Tree {
 
     /// Whether what was started only leads to terraform.
     pub(crate) fn is_behind_a_shim(&self) -> bool {
-        self.leads_on
+        self.via_shim
     }
 
     /// The living terraforms of which we see the log: whatever they are called, each has the recorder open, and neither a
@@ -331,19 +333,19 @@ impl Tree {
     }
 
     /// The terraforms that what we started has led to, and that outlived it. Each is at work as it always was.
-    pub(crate) fn bereaved(&self) -> Vec<Process> {
-        if self.leads_on { self.logging() } else { Vec::new() }
+    pub(crate) fn orphaned_terraforms(&self) -> Vec<Process> {
+        if self.via_shim { self.logging() } else { Vec::new() }
     }
 
     /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when
     /// `at_once` says that the time for grace is over. A key at the terminal ends the grace too.
-    pub(crate) fn end(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
-        let fate = match (process::list(), &self.vantage) {
-            (ProcessList::Unavailable, Vantage::Above) => self.end_unseen(patience, at_once),
-            (ProcessList::Unavailable, Vantage::Beside(_)) => Fate::Unseen,
-            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(patience, at_once),
+    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
+        let fate = match (process::list(), &self.observer) {
+            (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
+            (ProcessList::Unavailable, Observer::Guardian(_)) => Termination::Unseen,
+            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(waiter, at_once),
         };
-        if let Fate::Alive(processes) = &fate {
+        if let Termination::Alive(processes) = &fate {
             self.note_survivors(processes);
         }
         fate
@@ -354,17 +356,17 @@ impl Tree {
     /// ours is in it, so that its number cannot be another group's.
     ///
     /// Terraform's own zombie is taken away here. Its status was read before, and nobody sends it a signal from here on.
-    fn end_unseen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+    fn end_unseen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let begun = Instant::now();
-        let kill_from = if at_once { Duration::ZERO } else { GRACE };
+        let kill_from = if at_once { Duration::ZERO } else { TERM_GRACE };
         let mut told = false;
         loop {
             if wait::reap_all() == Children::None && self.lifeline_is_closed() {
-                return Fate::Dead(0);
+                return Termination::Dead(0);
             }
             let elapsed = begun.elapsed();
-            if elapsed > kill_from + AFTER_KILL {
-                return Fate::Unseen;
+            if elapsed > kill_from + KILL_TIMEOUT {
+                return Termination::Unseen;
             }
             if let Some(group) = self.group().filter(|group| wait::has_child_in(*group)) {
                 if elapsed >= kill_from {
@@ -374,43 +376,47 @@ impl Tree {
                     let _ = killpg(group, Signal::SIGCONT);
                 }
             }
-            patience.wait(LOOK);
+            waiter.wait(POLL_INTERVAL);
         }
     }
 
-    fn end_seen(&self, patience: &mut Patience<'_>, at_once: bool) -> Fate {
+    fn end_seen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let begun = Instant::now();
         let mut enough = at_once.then_some(Duration::ZERO);
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
-            if patience.interrupts() > 0 && !ended.is_empty() {
+            if waiter.interrupts() > 0 && !ended.is_empty() {
                 enough = enough.or_else(|| Some(begun.elapsed()));
             }
             self.reap_orphans(&[]);
-            let (kin, unclear) = self.look();
-            let above = matches!(self.vantage, Vantage::Above);
-            let alive = kin.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
-            if alive == 0 && unclear.is_empty() && self.lifeline_is_closed() {
+            let (members, unknown) = self.look();
+            let above = matches!(self.observer, Observer::Subreaper);
+            let alive = members.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
+            if alive == 0 && unknown.is_empty() && self.lifeline_is_closed() {
                 // Twice: a process whose parent dies while we look comes to us behind our back. If nothing was below
                 // us then, it is below us now.
                 if clean {
                     trace!("the tree is dead");
-                    return Fate::Dead(ended.len());
+                    return Termination::Dead(ended.len());
                 }
                 clean = true;
                 continue;
             }
             clean = false;
             let elapsed = begun.elapsed();
-            let grace = if kin.iter().any(|process| is_nested(process, &self.run)) { NESTED_GRACE } else { GRACE };
+            let grace = if members.iter().any(|process| is_nested(process, &self.run)) {
+                NESTED_TERM_GRACE
+            } else {
+                TERM_GRACE
+            };
             let kill_from = enough.unwrap_or(grace).min(grace);
-            if elapsed > kill_from + AFTER_KILL {
-                let mut left = kin;
-                left.extend(unclear);
-                return if left.is_empty() { Fate::LifelineHeld } else { Fate::Alive(left) };
+            if elapsed > kill_from + KILL_TIMEOUT {
+                let mut left = members;
+                left.extend(unknown);
+                return if left.is_empty() { Termination::LifelineHeld } else { Termination::Alive(left) };
             }
-            for process in &kin {
+            for process in &members {
                 let first = !ended.contains(&process.pid);
                 if elapsed >= kill_from {
                     send(process.pid, Signal::SIGKILL);
@@ -425,7 +431,7 @@ impl Tree {
                     ended.push(process.pid);
                 }
             }
-            patience.wait(LOOK);
+            waiter.wait(POLL_INTERVAL);
         }
     }
 
@@ -434,7 +440,7 @@ impl Tree {
         if let Some(terraform) = self.terraform {
             send(terraform, Signal::SIGKILL);
         }
-        if matches!(self.vantage, Vantage::Above)
+        if matches!(self.observer, Observer::Subreaper)
             && process::list() == ProcessList::Unavailable
             && let Some(group) = self.group()
         {

@@ -21,26 +21,29 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
-use crate::aws::access::Access;
 use crate::aws::credentials::Purpose;
-use crate::cleanup::destinations::Destinations;
+use crate::aws::redacted_backend::RedactedBackend;
+use crate::cleanup::candidate_backends::{CandidateBackends, is_for_any_workspace};
 use crate::cleanup::messages;
 use crate::cleanup::other_backend;
-use crate::cleanup::other_backend::Elsewhere;
-use crate::cleanup::places::{Places, is_for_any_workspace};
-use crate::cleanup::release_all::{Settled, Standing, bury, give_back, may_land, only_name, remember, replaced, visit};
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::other_backend::NonS3Release;
+use crate::cleanup::planned_backends::PlannedBackends;
+use crate::cleanup::release_all::{
+    CandidateLocks, ReleaseResult, check_pending, may_land, only_name, record_in_history, release_locks,
+    remember_pending, replaced,
+};
+use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::host::Standpoint;
-use crate::journal::pending_requests::{Graveyard, Tombstone};
+use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{Entry, Found, Journal, LeftOver, READ_ONLY, Record};
+use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, READ_ONLY, Unfinished};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::proof::Run;
-use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, SERVICE_TIMEOUT, Situation};
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, ReleaseContext, SERVICE_TIMEOUT};
 use crate::settings::release_is_asked_for;
 use crate::sys::poll;
 use crate::sys::process::Process;
@@ -48,7 +51,7 @@ use crate::sys::signals::Signals;
 use crate::sys::terminal::Terminal;
 use crate::sys::{detached, environment, wait};
 use crate::terraform::binary;
-use crate::terraform::command_line::tells_of_its_lock;
+use crate::terraform::command_line::logs_its_lock;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::errored_state::errored_state;
 use crate::trace::{self, trace};
@@ -57,27 +60,27 @@ use crate::trace::{self, trace};
 const RECOVERY: &CStr = c"tf-recovery";
 
 /// How long somebody who is finishing a run of our place at this moment is waited for.
-const OTHERS_FINISH_WITHIN: Duration = Duration::from_secs(30);
+const OTHER_RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a run is waited for that nobody but its guardian takes care of: its terraform may go on for long.
-const ORPHANS_END_WITHIN: Duration = Duration::from_secs(2);
+const ORPHAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After how long what could not be finished for another directory is tried again.
-const TRIED_AGAIN_AFTER: Duration = Duration::from_mins(5);
+const RETRY_INTERVAL: Duration = Duration::from_mins(5);
 
 /// From when on a person is told what takes so long.
-const QUIETLY: Duration = Duration::from_secs(1);
+const QUIET_GRACE: Duration = Duration::from_secs(1);
 
 /// Between two looks at that.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A dead run that is ours to finish.
 struct Dead {
-    record: Box<Record>,
-    entry: Entry,
+    record: Box<JournalRecord>,
+    entry: JournalEntry,
     standpoint: Standpoint,
     journal: Journal,
-    graveyard: Graveyard,
+    pending_requests: PendingRequests,
     /// What a person gave as the reason, for the history.
     reason: Option<String>,
 }
@@ -100,14 +103,14 @@ pub(crate) struct Tried {
 }
 
 /// Finishes dead runs before terraform starts in `here`. There must be one thread.
-pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut Signals) -> Before {
+pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
     let mut near = Vec::new();
     let mut far = Vec::new();
     let mut late = Vec::new();
     let mut late_elsewhere = Vec::new();
     for state in states {
         let now = Timestamp::now();
-        for pending in Graveyard::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
+        for pending in PendingRequests::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
             if !here.of(&pending.lock).is_empty() {
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
@@ -121,26 +124,27 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
                 &journal,
                 &name,
                 |record| is_of(record, here),
-                [OTHERS_FINISH_WITHIN, ORPHANS_END_WITHIN],
+                [OTHER_RECOVERY_TIMEOUT, ORPHAN_EXIT_TIMEOUT],
                 signals,
             ) {
-                Found::Dead(record, entry, standpoint) => {
+                FoundRun::Dead(record, entry, standpoint) => {
                     let is_near = is_of(&record, here);
-                    if !is_near && record.over && entry.was_written_within(TRIED_AGAIN_AFTER) {
+                    if !is_near && record.over && entry.was_written_within(RETRY_INTERVAL) {
                         continue;
                     }
-                    let graveyard = Graveyard::of(state).of_run(&record);
-                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason: None };
+                    let pending_requests = PendingRequests::of(state).of_run(&record);
+                    let dead =
+                        Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason: None };
                     if is_near { near.push(dead) } else { far.push(dead) }
                 }
-                Found::Broken(_) => {
+                FoundRun::Broken(_) => {
                     if let Some(path) = journal.set_aside(&name) {
                         console::say(&messages::set_aside(&path));
                     }
                 }
-                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
-                Found::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
-                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+                FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                FoundRun::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
+                FoundRun::Living(_) | FoundRun::Settling(_) | FoundRun::Gone => {}
             }
         }
     }
@@ -153,9 +157,9 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     let remaining = || (until.saturating_duration_since(Instant::now()), Purpose::Explanation);
     if !late.is_empty() {
         let visit_all = || {
-            let has_come = |(state, pending): &&(&StateDirectory, Tombstone)| {
-                let visited = visit(pending, here, remaining(), &mut Patience::Nobodys);
-                note_visit(state, pending, visited.as_ref());
+            let has_come = |(state, pending): &&(&StateDirectory, PendingRequest)| {
+                let visited = check_pending(pending, here, remaining(), &mut Waiter::Unattended);
+                note_check(state, pending, visited.as_ref());
                 matches!(visited, Some(Outcome::Released(_)))
             };
             let come = late.iter().filter(has_come);
@@ -169,7 +173,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
     }
     for (state, pending) in late_elsewhere {
         let announced = !pending.abandoned;
-        let look = || look_for_request(state, &pending, remaining());
+        let look = || check_elsewhere(state, &pending, remaining());
         in_a_process((Vec::new(), announced), look, console::say, signals, &mut asked);
     }
     let mut tried = Vec::new();
@@ -178,8 +182,9 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
             break;
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
-        let keep = vec![dead.entry.charge().as_raw_fd()];
-        let left = in_a_process((keep, true), || finish(dead, Audience::Person), console::say, signals, &mut asked);
+        let keep = vec![dead.entry.lock_file().as_raw_fd()];
+        let left =
+            in_a_process((keep, true), || finish(dead, Audience::Interactive), console::say, signals, &mut asked);
         if journal.has(&name) {
             tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
@@ -189,11 +194,11 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &Places, signals: &mut
 
 /// The dead runs that can have locked `here` and that nobody is finishing, with the pids of their `tf`. Nothing is done
 /// about them.
-pub(crate) fn dead(state: &StateDirectory, here: &Places) -> Vec<(String, u32)> {
+pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(String, u32)> {
     let Some(journal) = Journal::there(state) else { return Vec::new() };
     let names = journal.names().into_iter();
     let dead = names.filter_map(|name| match journal.look(&name) {
-        Found::Dead(record, ..) if is_of(&record, here) => Some((name, record.tf)),
+        FoundRun::Dead(record, ..) if is_of(&record, here) => Some((name, record.tf)),
         _ => None,
     });
     dead.collect()
@@ -229,33 +234,33 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
     let Request { dry_run, only, again, reason } = request;
     let mut recovered = Recovered::default();
     // For all of them together: how many runs end at this moment is nothing to whoever waits.
-    let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHERS_FINISH_WITHIN };
+    let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
-            let patience = until.saturating_duration_since(Instant::now());
-            match look(&journal, &name, |_| true, [patience; 2], signals) {
-                Found::Dead(record, _, _) if dry_run => {
+            let waiter = until.saturating_duration_since(Instant::now());
+            match look(&journal, &name, |_| true, [waiter; 2], signals) {
+                FoundRun::Dead(record, _, _) if dry_run => {
                     recovered.left += usize::from(record.log.may_hold());
-                    for lock in record.log.standing() {
+                    for lock in record.log.unreleased() {
                         say(&messages::would_recover(&record, lock));
                     }
                     for lock in record.log.standing_unnamed() {
                         say(&messages::would_look_for(&record, lock.asked));
                     }
                 }
-                Found::Dead(record, entry, standpoint) => {
-                    let graveyard = Graveyard::of(&state).of_run(&record);
+                FoundRun::Dead(record, entry, standpoint) => {
+                    let pending_requests = PendingRequests::of(&state).of_run(&record);
                     let reason = reason.map(ToOwned::to_owned);
-                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), graveyard, reason };
-                    let keep = vec![dead.entry.charge().as_raw_fd()];
+                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason };
+                    let keep = vec![dead.entry.lock_file().as_raw_fd()];
                     let said = Cell::new(false);
                     let tell = |message: &str| {
                         said.set(true);
                         say(message);
                     };
                     let finish = || {
-                        let mut finished = finish(dead, Audience::Person);
+                        let mut finished = finish(dead, Audience::Interactive);
                         if again && finished.left != Left::Nothing {
                             finished.messages.clear();
                         }
@@ -267,41 +272,41 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     recovered.left += usize::from(left != Left::Nothing || is_left);
                     recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
                 }
-                Found::Broken(path) => {
+                FoundRun::Broken(path) => {
                     let moved = if dry_run { None } else { journal.set_aside(&name) };
                     let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
                     console::say(&text);
                     recovered.left += 1;
                 }
-                Found::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
+                FoundRun::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
                     say(&messages::cannot_be_finished(&record, READ_ONLY));
                     recovered.left += 1;
                 }
                 // One whose processes cannot be seen from here, and that none of them holds.
-                Found::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
+                FoundRun::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
                     say(&messages::cannot_be_judged(&record, why));
                     recovered.left += 1;
                 }
-                Found::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
-                Found::Doubtful(record, processes) => {
+                FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+                FoundRun::Doubtful(record, processes) => {
                     if may_hold(&record) {
                         say(&messages::may_be_alive(&record, &processes));
                         recovered.left += 1;
                     }
                 }
                 // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
-                Found::Living(record) if !dry_run && may_hold(&record) => {
+                FoundRun::Living(record) if !dry_run && may_hold(&record) => {
                     if let Some(ending) = ending(&record, &journal) {
-                        console::say(&messages::still_ending(&record, ending == Ending::Left));
+                        console::say(&messages::still_ending(&record, ending == NearEnd::Left));
                         recovered.left += 1;
                     }
                 }
                 // The same of whoever takes care of it: it may be frozen.
-                Found::Settling(record) if !dry_run && may_hold(&record) => {
+                FoundRun::Settling(record) if !dry_run && may_hold(&record) => {
                     console::say(&messages::still_settling(&record));
                     recovered.left += 1;
                 }
-                Found::Living(_) | Found::Settling(_) | Found::Gone => {}
+                FoundRun::Living(_) | FoundRun::Settling(_) | FoundRun::Gone => {}
             }
             recovered.asked = recovered.asked.or_else(|| signals.next_stop());
             if recovered.asked.is_some() {
@@ -311,11 +316,11 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
         if only.is_none() && !dry_run {
             // However many were refused most likely, and could not be looked for.
             let until = Instant::now() + EXPLANATION_TIMEOUT;
-            for pending in Graveyard::of(&state).read(Timestamp::now()) {
+            for pending in PendingRequests::of(&state).read(Timestamp::now()) {
                 // One that was most likely refused is not worth a long wait.
                 let limit =
                     if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
-                let look = || look_for_request(&state, &pending, (limit, Purpose::Work));
+                let look = || check_elsewhere(&state, &pending, (limit, Purpose::Work));
                 let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
                 recovered.left += usize::from(left != Left::Nothing);
             }
@@ -325,12 +330,12 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
 }
 
 /// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
-fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duration, Purpose)) -> Finished {
+fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, limit: (Duration, Purpose)) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = places_of(record);
-    let visited = visit(pending, &places, limit, &mut Patience::Nobodys);
-    note_visit(state, pending, visited.as_ref());
+    let visited = check_pending(pending, &places, limit, &mut Waiter::Unattended);
+    note_check(state, pending, visited.as_ref());
     match visited {
         Some(Outcome::Released(_)) => {
             Finished { messages: vec![messages::came_late(&pending.lock)], left: Left::Nothing }
@@ -345,7 +350,7 @@ fn look_for_request(state: &StateDirectory, pending: &Tombstone, limit: (Duratio
 }
 
 /// Notes what a look for a lock whose request may land came to: once the service has answered, its time runs.
-fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outcome>) {
+fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
         // Its table may be back some day.
@@ -353,17 +358,17 @@ fn note_visit(state: &StateDirectory, pending: &Tombstone, visited: Option<&Outc
         Some(Outcome::Released(_)) => true,
         None => return,
     };
-    let graveyard = Graveyard::of(state);
+    let pending_requests = PendingRequests::of(state);
     if is_answered {
-        graveyard.was_seen(pending);
+        pending_requests.was_seen(pending);
     } else {
-        graveyard.was_tried(pending, Timestamp::now());
+        pending_requests.was_tried(pending, Timestamp::now());
     }
 }
 
 /// Takes on the environment and the directory of the run of `record`.
-fn enter(record: &Record) {
-    environment::forget_empty("AWS_");
+fn enter(record: &JournalRecord) {
+    environment::unset_empty("AWS_");
     for (name, value) in record.surroundings.changes() {
         environment::change(name, value.as_ref());
     }
@@ -387,12 +392,12 @@ pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names() {
-            let is_meant = |record: &Record| {
+            let is_meant = |record: &JournalRecord| {
                 record.run == what || record.log.locks.iter().any(|lock| lock.id == what && !lock.unlocked)
             };
             match journal.look(&name) {
-                Found::Dead(mut record, entry, _) if is_meant(&record) => {
-                    let mut left = LeftOver { locks: record.log.locks.clone(), ..LeftOver::default() };
+                FoundRun::Dead(mut record, entry, _) if is_meant(&record) => {
+                    let mut left = Unfinished { locks: record.log.locks.clone(), ..Unfinished::default() };
                     left.locks.retain(|lock| record.run != what && lock.id != what && !lock.unlocked);
                     if record.run != what {
                         left.unnamed.clone_from(&record.log.unnamed);
@@ -407,10 +412,12 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                     }
                     return Forgotten::Yes(pid);
                 }
-                Found::Living(record) | Found::Settling(record) | Found::Doubtful(record, _) if is_meant(&record) => {
+                FoundRun::Living(record) | FoundRun::Settling(record) | FoundRun::Doubtful(record, _)
+                    if is_meant(&record) =>
+                {
                     return Forgotten::Alive(record.tf);
                 }
-                Found::Foreign(_, Some(record)) if is_meant(&record) => {
+                FoundRun::Foreign(_, Some(record)) if is_meant(&record) => {
                     if journal.is_held(&name) {
                         return Forgotten::Alive(record.tf);
                     }
@@ -427,7 +434,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
 /// Whether all that is left of a run is a request that may still land, for a lock whose ID is not known.
 fn only_awaits(journal: &Journal, name: &str) -> bool {
     match journal.look(name) {
-        Found::Dead(record, ..) => {
+        FoundRun::Dead(record, ..) => {
             record.over && record.log.locks.is_empty() && record.log.unnamed.iter().all(|lock| lock.granted.is_none())
         }
         _ => false,
@@ -435,21 +442,21 @@ fn only_awaits(journal: &Journal, name: &str) -> bool {
 }
 
 /// Whether the run of `record` can have locked the place where we are.
-fn is_of(record: &Record, here: &Places) -> bool {
-    record.log.standing().any(|lock| !here.of(lock).is_empty())
+fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
+    record.log.unreleased().any(|lock| !here.of(lock).is_empty())
         || record.log.standing_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
         || record.data_directory == here.data_directory
 }
 
 /// Whether a run may hold a lock: its log says so, or nothing of its log was read, because it was killed before that or writes one
 /// that we cannot read.
-fn may_hold(record: &Record) -> bool {
+fn may_hold(record: &JournalRecord) -> bool {
     record.log.may_hold() || record.log.program.is_none()
 }
 
 /// Why a run that lives may be about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
+enum NearEnd {
     /// Its `tf` is dead: its guardian is at work, or its processes are dying.
     Orphaned,
     /// Its parent is dead, which asks it to stop (`supervision::parent_to_watch`). A job that is cancelled goes on to its
@@ -459,15 +466,15 @@ enum Ending {
 
 /// Whether a run that lives is about to end. One whose numbers of processes mean others to us tells nothing. One that a
 /// person has interrupted, or whose job waits for it, is nobody else's business.
-fn ending(record: &Record, journal: &Journal) -> Option<Ending> {
+fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
     if !record.host.numbers_processes_as(journal.host()) {
         None
     } else if gone(record.tf) {
-        Some(Ending::Orphaned)
+        Some(NearEnd::Orphaned)
     } else {
         let parent = record.parent.and_then(|pid| u32::try_from(pid).ok());
-        parent.is_some_and(gone).then_some(Ending::Left)
+        parent.is_some_and(gone).then_some(NearEnd::Left)
     }
 }
 
@@ -476,31 +483,31 @@ fn ending(record: &Record, journal: &Journal) -> Option<Ending> {
 fn look(
     journal: &Journal,
     name: &str,
-    is_near: impl Fn(&Record) -> bool,
-    patience: [Duration; 2],
+    is_near: impl Fn(&JournalRecord) -> bool,
+    waiter: [Duration; 2],
     signals: &mut Signals,
-) -> Found {
+) -> FoundRun {
     let begun = Instant::now();
-    let [settling, ending_by_itself] = patience;
+    let [settling, ending_by_itself] = waiter;
     let mut waits = false;
     loop {
         let found = journal.look(name);
-        let patience = match &found {
-            Found::Settling(record) if is_near(record) => settling,
-            Found::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
+        let waiter = match &found {
+            FoundRun::Settling(record) if is_near(record) => settling,
+            FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
                 // Of a run that nobody takes care of only what is dying ends by itself.
-                let is_cared_for = journal.is_taken_care_of(name);
-                if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHANS_END_WITHIN) }
+                let is_cared_for = journal.has_owner(name);
+                if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHAN_EXIT_TIMEOUT) }
             }
             _ => return found,
         };
-        if begun.elapsed() > patience || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
+        if begun.elapsed() > waiter || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
             return found;
         }
         if !std::mem::replace(&mut waits, true) {
             trace!("run {name} is waited for");
         }
-        poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+        poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
     }
 }
 
@@ -520,11 +527,12 @@ fn is_alive(pid: u32) -> bool {
 
 /// Runs that have nothing to do with this one, one after the other: each in a process, for each changes its environment.
 fn finish_without_waiting(runs: Vec<Dead>) {
-    let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.charge().as_raw_fd()).collect();
+    let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.lock_file().as_raw_fd()).collect();
     keep.extend(trace::descriptor());
     let work = || {
         for dead in runs {
-            let keep: Vec<RawFd> = [dead.entry.charge().as_raw_fd()].into_iter().chain(trace::descriptor()).collect();
+            let keep: Vec<RawFd> =
+                [dead.entry.lock_file().as_raw_fd()].into_iter().chain(trace::descriptor()).collect();
             let forked = detached::run(RECOVERY, detached::Parent::Us, &keep, || drop(finish(dead, Audience::Nobody)));
             if let Ok(Some(pid)) = forked {
                 let _ = nix::sys::wait::waitpid(pid, None);
@@ -539,7 +547,7 @@ fn finish_without_waiting(runs: Vec<Dead>) {
 /// Who reads the messages of a recovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Audience {
-    Person,
+    Interactive,
     /// It works in the background. What a person must read stays in the journal, for a recovery that somebody reads.
     Nobody,
 }
@@ -578,8 +586,8 @@ fn in_a_process(
     asked: &mut Option<Signal>,
 ) -> Left {
     let mut left = Left::Nothing;
-    let Ok((mut lines, mut pen)) = UnixStream::pair() else { return left };
-    keep.push(pen.as_raw_fd());
+    let Ok((mut lines, mut writer)) = UnixStream::pair() else { return left };
+    keep.push(writer.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
     // Who gives credentials may have to ask for something.
@@ -596,16 +604,16 @@ fn in_a_process(
             Left::ForLackOfCredentials => Some(LEFT_FOR_LACK_OF_CREDENTIALS.to_owned()),
         };
         for message in finished.messages.into_iter().chain(left) {
-            let _ = pen.write_all(message.as_bytes());
-            let _ = pen.write_all(&[0]);
+            let _ = writer.write_all(message.as_bytes());
+            let _ = writer.write_all(&[0]);
         }
     });
-    drop(pen);
+    drop(writer);
     let Ok(Some(pid)) = forked else { return left };
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     let mut told = !announced;
-    let quiet_until = Instant::now() + QUIETLY;
+    let quiet_until = Instant::now() + QUIET_GRACE;
     loop {
         if asks && wait::stopped(pid).is_some() {
             // A key that stops a job has stopped what asks: the shell sees the job stopped when we are, and continues both.
@@ -613,7 +621,7 @@ fn in_a_process(
             let _ = kill(pid, Signal::SIGCONT);
         }
         let remaining = (!told).then(|| quiet_until.saturating_duration_since(Instant::now()));
-        let timeout = if asks { Some(remaining.unwrap_or(LOOK).min(LOOK)) } else { remaining };
+        let timeout = if asks { Some(remaining.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL)) } else { remaining };
         let awaited = [(lines.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
         let ready = poll::wait(&awaited, timeout);
         if ready == [false, false] && !told && Instant::now() >= quiet_until {
@@ -656,7 +664,7 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
 
 /// Finishes one dead run, in a process that does nothing else.
 fn finish(dead: Dead, audience: Audience) -> Finished {
-    let Dead { mut record, entry, standpoint, journal, graveyard, reason } = dead;
+    let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
     // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
@@ -670,12 +678,12 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         recorder.leave();
     }
     enter(&record);
-    let (finished, left_over) = settle(&record, &journal, &graveyard, reason.as_deref(), audience);
+    let (finished, unfinished) = settle(&record, &journal, &pending_requests, reason.as_deref(), audience);
     crash_point::reached("recovery: settled");
-    if left_over.is_empty() {
+    if unfinished.is_empty() {
         entry.take_away();
     } else {
-        record.leave(left_over);
+        record.leave(unfinished);
         if entry.write(&record, true).is_ok() {
             Recorder::clear_away(&record.run);
         }
@@ -685,21 +693,21 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
 }
 
 fn settle(
-    record: &Record,
+    record: &JournalRecord,
     journal: &Journal,
-    graveyard: &Graveyard,
+    pending_requests: &PendingRequests,
     reason: Option<&str>,
     audience: Audience,
-) -> (Finished, LeftOver) {
-    let may_have = record.log.of_workspaces().next().is_some() || !tells_of_its_lock(&record.command);
-    let elsewhere = may_have && record.access.iter().any(Access::is_elsewhere);
+) -> (Finished, Unfinished) {
+    let may_have = record.log.of_workspaces().next().is_some() || !logs_its_lock(&record.command);
+    let elsewhere = may_have && record.access.iter().any(RedactedBackend::is_elsewhere);
     if !record.log.may_hold() && !elsewhere && !record.unlogged && record.replaced.is_empty() {
         return Default::default();
     }
     let now = Timestamp::now();
     let (places, missing) = places_of(record);
     let recent = may_land(record.log.latest, now);
-    let situation = Situation {
+    let release_context = ReleaseContext {
         run: record.proof(),
         // One look is enough: what comes later is found by its tombstone.
         request_may_land: false,
@@ -708,42 +716,42 @@ fn settle(
     };
     // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
     let died = true;
-    let mut patience = Patience::Nobodys;
-    let standing = Standing::find(&record.log, &places, &situation, died, &mut patience);
-    let nowhere = standing.named.iter().all(|lock| places.of(lock).is_empty());
+    let mut waiter = Waiter::Unattended;
+    let locks = CandidateLocks::find(&record.log, &places, &release_context, died, &mut waiter);
+    let nowhere = locks.named.iter().all(|lock| places.of(lock).is_empty());
     let unreachable = (nowhere && !missing.is_empty())
         .then(|| Outcome::later(messages::missing(&missing.join(", "), &record.data_directory)));
     let claimed = |id: &str| journal.is_claimed(id, &record.run);
     let _there = Within::enter(&places.working_directory);
     let never = is_never(record);
-    let settled = match unreachable {
-        None if never => only_name(&standing.named, &places, &situation, &mut patience),
-        keep => give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience),
+    let results = match unreachable {
+        None if never => only_name(&locks.named, &places, &release_context, &mut waiter),
+        keep => release_locks(&locks.named, &places, &release_context, died, keep.as_ref(), claimed, &mut waiter),
     };
-    bury(&settled, &situation, recent, Some(graveyard));
-    remember(&settled, By::Recovery, "its run on this host is dead", reason);
+    remember_pending(&results, &release_context, recent, Some(pending_requests));
+    record_in_history(&results, By::Recovery, "its run on this host is dead", reason);
     let mut messages = Vec::new();
-    let mut left_over = LeftOver::default();
+    let mut unfinished = Unfinished::default();
     // It worked at least until it wrote the last record of its log.
     let until = record.log.latest.unwrap_or(record.started);
-    let mut replaced = replaced(&settled, &places, died, until, By::Recovery, &mut patience);
+    let mut replaced = replaced(&results, &places, died, until, By::Recovery, &mut waiter);
     replaced.extend(record.replaced.iter().cloned());
     messages.extend(replaced.iter().map(|one| messages::replaced_earlier(record, &one.own, &one.by)));
     if audience == Audience::Nobody {
-        left_over.replaced = replaced;
+        unfinished.replaced = replaced;
     }
-    let mut left = if standing.suspects.is_empty() { Left::Nothing } else { Left::Lock };
-    messages.extend(standing.suspects.iter().map(|(info, reason)| messages::may_be_its(record, info, reason)));
-    if !standing.suspects.is_empty() && audience == Audience::Nobody {
-        left_over.unnamed.extend(record.log.standing_unnamed().cloned());
+    let mut left = if locks.suspects.is_empty() { Left::Nothing } else { Left::Lock };
+    messages.extend(locks.suspects.iter().map(|(info, reason)| messages::may_be_its(record, info, reason)));
+    if !locks.suspects.is_empty() && audience == Audience::Nobody {
+        unfinished.unnamed.extend(record.log.standing_unnamed().cloned());
     } else {
-        left_over.unnamed.extend(standing.awaited);
+        unfinished.unnamed.extend(locks.awaited);
     }
-    for (unnamed, reason) in standing.unread {
+    for (unnamed, reason) in locks.unread {
         messages.push(messages::not_looked_for_again(record, &reason));
-        left_over.unnamed.push(unnamed);
+        unfinished.unnamed.push(unnamed);
     }
-    for Settled { lock, outcome, .. } in settled {
+    for ReleaseResult { lock, outcome, .. } in results {
         match outcome {
             Some(Outcome::Released(released)) => {
                 messages.push(messages::recovered(record, &lock, now));
@@ -751,62 +759,65 @@ fn settle(
                     messages.push(messages::other_part_may_land(&lock, true, ""));
                 }
                 let workspace = places.workspace_of_lock(&lock);
-                messages.extend(
-                    released
-                        .unfit
-                        .map(|unfit| messages::unfit_digest(&unfit, workspace, Some(&record.working_directory()))),
-                );
+                messages.extend(released.digest_mismatch.map(|digest_mismatch| {
+                    messages::unfit_digest(&digest_mismatch, workspace, Some(&record.working_directory()))
+                }));
             }
             Some(Outcome::Kept { reason, because }) => {
                 messages.push(if because == Because::OtherAccount {
-                    messages::not_seen(&messages::earlier_run(record), &lock, situation.reached.needs())
+                    messages::not_seen(&messages::earlier_run(record), &lock, release_context.reached.needs())
                 } else {
                     messages::not_recovered(record, &lock, &reason, because)
                 });
-                let lacks = because == Because::NoCredentials;
-                left = left.max(if lacks { Left::ForLackOfCredentials } else { Left::Lock });
+                let is_for_credentials = because == Because::NoCredentials;
+                left = left.max(if is_for_credentials { Left::ForLackOfCredentials } else { Left::Lock });
                 if because != Because::Doubt || audience == Audience::Nobody {
-                    left_over.locks.push(lock);
+                    unfinished.locks.push(lock);
                 }
             }
             Some(Outcome::Absent { .. }) | None => {}
         }
     }
     if record.unlogged
-        && let Some((message, is_unread)) = name_unlogged(record, &places, &situation.run, &mut patience)
+        && let Some((message, is_unread)) = name_unlogged(record, &places, &release_context.run, &mut waiter)
     {
         messages.push(message);
         left = left.max(Left::Lock);
-        left_over.unlogged = is_unread || audience == Audience::Nobody;
+        unfinished.unlogged = is_unread || audience == Audience::Nobody;
     }
     if elsewhere {
-        let end = recover_elsewhere(record, &places, &situation, never.then_some(messages::NEVER), &mut patience);
+        let end = recover_elsewhere(record, &places, &release_context, never.then_some(messages::NEVER), &mut waiter);
         if end.leaves_one() {
             left = left.max(Left::Lock);
         }
         if end.later || (end.leaves_one() && audience == Audience::Nobody) {
-            left_over.add_elsewhere(record.log.of_workspaces().cloned());
+            unfinished.add_elsewhere(record.log.of_workspaces().cloned());
         }
         messages.extend(end.messages);
     }
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
-    (Finished { messages, left }, left_over)
+    (Finished { messages, left }, unfinished)
 }
 
 /// Whether locks of a dead run are to be named and not released: whoever recovers says so, or the run was told so and whoever
 /// recovers does not ask for a release by name.
-fn is_never(record: &Record) -> bool {
+fn is_never(record: &JournalRecord) -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
         || (record.named_only && !release_is_asked_for())
 }
 
 /// Names the lock that a run may have left of which there is no log, and tells whether its place could not be read. `None`
 /// where there is no such lock.
-fn name_unlogged(record: &Record, places: &Places, run: &Run, patience: &mut Patience<'_>) -> Option<(String, bool)> {
+fn name_unlogged(
+    record: &JournalRecord,
+    places: &CandidateBackends,
+    run: &Run,
+    waiter: &mut Waiter<'_>,
+) -> Option<(String, bool)> {
     let (ending, directory) = (messages::earlier_run(record), record.working_directory());
-    match patience.until(release::suspect(&places.selected()?, run, true)).ok()? {
+    match waiter.block_on(release::suspect(&places.selected()?, run, true)).ok()? {
         Ok(info) => Some((messages::unlogged(&ending, Some(&info?), Some(&directory)), false)),
         Err(failure) => Some((messages::suspect_not_looked_for(&ending, &failure.to_string()), true)),
     }
@@ -814,7 +825,7 @@ fn name_unlogged(record: &Record, places: &Places, run: &Run, patience: &mut Pat
 
 /// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
 /// not known any more.
-fn places_of(record: &Record) -> (Places, Vec<String>) {
+fn places_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     let after = DataDirectory::read(Path::new(&record.data_directory));
     let mut missing = Vec::new();
     let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
@@ -824,7 +835,7 @@ fn places_of(record: &Record) -> (Places, Vec<String>) {
             None
         }
     });
-    let mut places = Places {
+    let mut places = CandidateBackends {
         directories: directories.collect(),
         workspaces: record.workspaces.clone(),
         any_workspace: is_for_any_workspace(&record.command),
@@ -835,35 +846,37 @@ fn places_of(record: &Record) -> (Places, Vec<String>) {
     places.workspaces.push(after.workspace.clone());
     places.directories.push(after);
     if let Some(plan) = &record.plan {
-        places = places.with_plan(&Destinations::of_plan(Path::new(plan)));
+        places = places.with_plan(&PlannedBackends::of_plan(Path::new(plan)));
     }
     (places, missing)
 }
 
 /// The same for a lock in another backend than S3, by the program of that name that is found now.
 fn recover_elsewhere(
-    record: &Record,
-    places: &Places,
-    situation: &Situation,
+    record: &JournalRecord,
+    places: &CandidateBackends,
+    release_context: &ReleaseContext,
     keep: Option<&str>,
-    patience: &mut Patience<'_>,
-) -> other_backend::Ending {
+    waiter: &mut Waiter<'_>,
+) -> other_backend::NonS3Result {
     let unlock = messages::unlock_command(&record.program, Some(&record.working_directory()));
-    let told = tells_of_its_lock(&record.command);
+    let told = logs_its_lock(&record.command);
     let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
     let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));
     let end = match &program {
-        Ok(program) => Elsewhere::of(places, &record.log, &program.path, directory, chdir).map(|elsewhere| {
+        Ok(program) => NonS3Release::of(places, &record.log, &program.path, directory, chdir).map(|elsewhere| {
             elsewhere.settle(
-                &situation.run,
+                &release_context.run,
                 told,
                 keep,
                 [&messages::earlier_run(record), &unlock],
                 By::Recovery,
-                patience,
+                waiter,
             )
         }),
-        Err(reason) => Some(other_backend::Ending { messages: vec![reason.to_string()], later: true, released: false }),
+        Err(reason) => {
+            Some(other_backend::NonS3Result { messages: vec![reason.to_string()], later: true, released: false })
+        }
     };
     end.unwrap_or_default()
 }

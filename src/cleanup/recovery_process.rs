@@ -1,6 +1,6 @@
 //! Another `tf` that finishes one dead run.
 
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::waiter::Waiter;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use crate::another_tf;
 use crate::sys::session;
 
 /// Between two looks at whether the other `tf` has ended.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
-pub(crate) fn wait_for(mut child: Child, patience: &mut Patience<'_>) {
+pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     while matches!(child.try_wait(), Ok(None)) {
-        patience.wait(LOOK);
-        interrupts += patience.interrupts();
+        waiter.wait(POLL_INTERVAL);
+        interrupts += waiter.interrupts();
         if interrupts > 1 {
             let _ = child.kill();
         }

@@ -8,29 +8,31 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::places::Places;
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::history;
-use crate::journal::history::{By, Event, What};
-use crate::journal::pending_requests::{Graveyard, Tombstone};
-use crate::journal::runs::LeftOver;
-use crate::lock::place::Place;
+use crate::journal::history::{By, LockEvent, What};
+use crate::journal::pending_requests::{PendingRequest, PendingRequests};
+use crate::journal::runs::Unfinished;
+use crate::lock::location::LockLocation;
 use crate::lock::reached::Reached;
-use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Light, Outcome, SERVICE_TIMEOUT, Situation};
+use crate::lock::release::{
+    self, Because, EXPLANATION_TIMEOUT, IdentifiedLock, Outcome, ReleaseContext, SERVICE_TIMEOUT,
+};
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
-use crate::terraform::version::{Telling, Version};
+use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
-/// What looking for an unnamed lock came to. The outer error is that of [`Patience::until`].
-type Looked = Result<Result<Light, Failure>, &'static str>;
+/// What looking for an unnamed lock came to. The outer error is that of [`Waiter::block_on`].
+type Looked = Result<Result<IdentifiedLock, Failure>, &'static str>;
 
 /// The locks of a run that may stand.
 #[derive(Debug, Default)]
-pub(crate) struct Standing {
+pub(crate) struct CandidateLocks {
     /// Those that its log names, and those that came to light when their places were read.
     pub(crate) named: Vec<RecordedLock>,
     /// Those that may be the run's, and why that is not certain.
@@ -41,80 +43,80 @@ pub(crate) struct Standing {
     pub(crate) awaited: Vec<UnnamedLock>,
 }
 
-impl Standing {
-    /// Looks for what the log does not name. `died` as in [`give_back`].
+impl CandidateLocks {
+    /// Looks for what the log does not name. `died` as in [`release_locks`].
     pub(crate) fn find(
         log: &Log,
-        places: &Places,
-        situation: &Situation,
+        places: &CandidateBackends,
+        release_context: &ReleaseContext,
         died: bool,
-        patience: &mut Patience<'_>,
+        waiter: &mut Waiter<'_>,
     ) -> Self {
-        let mut standing = Self { named: log.standing().cloned().collect(), ..Self::default() };
+        let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
         let _there = Within::enter(&places.working_directory);
         // One that ended by itself had its answer, and has gone on where it was given a lock.
         for unnamed in log.standing_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
             let places = places.of_unnamed(unnamed);
             let mut unseen = true;
             for place in &places {
-                let looked = release::bring_to_light(unnamed, place, situation, died);
-                unseen &= matches!(standing.add(unnamed, patience.until(looked)), Ok(Ok(Light::None)));
+                let looked = release::identify_unnamed_lock(unnamed, place, release_context, died);
+                unseen &= matches!(locks.add(unnamed, waiter.block_on(looked)), Ok(Ok(IdentifiedLock::None)));
             }
             if !died || !unseen {
                 continue;
             }
             if unnamed.granted.is_none() {
                 if !places.is_empty() && may_land(Some(unnamed.asked), Timestamp::now()) {
-                    standing.awaited.push(unnamed.clone());
+                    locks.awaited.push(unnamed.clone());
                 }
-            } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&places, situation, patience) {
-                standing.unread.push((unnamed.clone(), reason));
+            } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&places, release_context, waiter) {
+                locks.unread.push((unnamed.clone(), reason));
             }
         }
-        standing
+        locks
     }
 
     /// Takes what looking for `unnamed` in one place came to, and gives it back.
     fn add(&mut self, unnamed: &UnnamedLock, looked: Looked) -> Looked {
         match &looked {
-            Ok(Ok(Light::None)) => {}
-            Ok(Ok(Light::Ours(lock))) => self.named.push((**lock).clone()),
-            Ok(Ok(Light::Suspect(info, reason))) => self.suspects.push(((**info).clone(), *reason)),
+            Ok(Ok(IdentifiedLock::None)) => {}
+            Ok(Ok(IdentifiedLock::Ours(lock))) => self.named.push((**lock).clone()),
+            Ok(Ok(IdentifiedLock::Possible(info, reason))) => self.suspects.push(((**info).clone(), *reason)),
             Ok(Err(failure)) => self.unread.push((unnamed.clone(), failure.to_string())),
             Err(reason) => self.unread.push((unnamed.clone(), (*reason).to_owned())),
         }
         looked
     }
 
-    /// What is left of these for the next `tf`, when `settled` is what became of the named ones.
-    pub(crate) fn left_over(self, settled: Vec<Settled>) -> LeftOver {
-        LeftOver {
-            locks: settled.into_iter().filter(Settled::is_left_over).map(|settled| settled.lock).collect(),
+    /// What is left of these for the next `tf`, when `results` is what became of the named ones.
+    pub(crate) fn unfinished(self, results: Vec<ReleaseResult>) -> Unfinished {
+        Unfinished {
+            locks: results.into_iter().filter(ReleaseResult::is_left_over).map(|results| results.lock).collect(),
             unnamed: self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect(),
-            ..LeftOver::default()
+            ..Unfinished::default()
         }
     }
 
     /// The same for whoever has nobody to tell: all of which a person should hear is left for the next `tf`, which judges it
     /// again, and says it.
-    pub(crate) fn untold(self, settled: Vec<Settled>, log: &Log) -> LeftOver {
-        let kept = |settled: &Settled| settled.may_stand && matches!(settled.outcome, Some(Outcome::Kept { .. }));
+    pub(crate) fn for_next_run(self, results: Vec<ReleaseResult>, log: &Log) -> Unfinished {
+        let kept = |results: &ReleaseResult| results.may_stand && matches!(results.outcome, Some(Outcome::Kept { .. }));
         let unread: Vec<UnnamedLock> = if self.suspects.is_empty() {
             self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect()
         } else {
             log.standing_unnamed().cloned().collect()
         };
-        LeftOver {
-            locks: settled.into_iter().filter(kept).map(|settled| settled.lock).collect(),
+        Unfinished {
+            locks: results.into_iter().filter(kept).map(|results| results.lock).collect(),
             unnamed: unread,
-            ..LeftOver::default()
+            ..Unfinished::default()
         }
     }
 }
 
 /// What became of one recorded lock. None of what it may be: a lock that was refused, and looked for in vain.
 #[derive(Debug)]
-pub(crate) struct Settled {
+pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
     pub(crate) outcome: Option<Outcome>,
     /// The run had it, or died before it knew. One that was refused is somebody else's.
@@ -124,30 +126,30 @@ pub(crate) struct Settled {
     pub(crate) may_still_come: bool,
 }
 
-impl Settled {
+impl ReleaseResult {
     /// Whether the next `tf` has something to do about it.
     pub(crate) fn is_left_over(&self) -> bool {
         self.may_stand && self.outcome.as_ref().is_some_and(Outcome::is_for_later)
     }
 }
 
-/// Gives back what of `standing` is ours.
+/// Gives back what of `locks` is ours.
 ///
 /// `died`: terraform died, so that a lock without an answer may be its own too. `keep`: a reason not to touch any of
 /// them. `is_claimed` asks whether another run that is alive says that a lock is its.
-pub(crate) fn give_back(
-    standing: &[RecordedLock],
-    places: &Places,
-    situation: &Situation,
+pub(crate) fn release_locks(
+    locks: &[RecordedLock],
+    places: &CandidateBackends,
+    release_context: &ReleaseContext,
     died: bool,
     keep: Option<&Outcome>,
     is_claimed: impl Fn(&str) -> bool,
-    patience: &mut Patience<'_>,
-) -> Vec<Settled> {
+    waiter: &mut Waiter<'_>,
+) -> Vec<ReleaseResult> {
     let _there = Within::enter(&places.working_directory);
     let mut is_silent = false;
     // A migration holds two, and gives back the second first.
-    let settled = standing.iter().rev().map(|recorded| {
+    let results = locks.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
         let may_stand = recorded.locked.is_some() || died;
         let named = |outcome: Outcome| may_stand.then_some(outcome);
@@ -161,14 +163,14 @@ pub(crate) fn give_back(
             named(Outcome::kept(messages::CLAIMED))
         } else {
             let places = places.of(recorded);
-            match wherever_it_is(recorded, &places, situation, (limit, purpose), patience) {
+            match release_where_found(recorded, &places, release_context, (limit, purpose), waiter) {
                 // One that was refused is not missed, nor one that was not had where another's is.
                 Some(absent @ Outcome::Absent { .. })
                     if may_stand
                         && (recorded.locked.is_some() || matches!(absent, Outcome::Absent { anothers: None, .. }))
-                        && !is_expected_to_be_gone(recorded, died, situation.run.program.as_ref()) =>
+                        && !is_expected_to_be_gone(recorded, died, release_context.run.program.as_ref()) =>
                 {
-                    Some(not_believed(&places, situation, patience).unwrap_or(absent))
+                    Some(not_believed(&places, release_context, waiter).unwrap_or(absent))
                 }
                 outcome => outcome.or_else(|| named(Outcome::kept(messages::NO_PLACE))),
             }
@@ -182,65 +184,65 @@ pub(crate) fn give_back(
                 Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.locked.is_none(),
                 Some(Outcome::Kept { .. }) | None => false,
             };
-        Settled { lock: recorded.clone(), may_stand, may_still_come, outcome }
+        ReleaseResult { lock: recorded.clone(), may_stand, may_still_come, outcome }
     });
-    settled.collect()
+    results.collect()
 }
 
-/// What becomes of those of `standing` that may be there, where locks are to be named and not released.
+/// What becomes of those of `locks` that may be there, where locks are to be named and not released.
 pub(crate) fn only_name(
-    standing: &[RecordedLock],
-    places: &Places,
-    situation: &Situation,
-    patience: &mut Patience<'_>,
-) -> Vec<Settled> {
+    locks: &[RecordedLock],
+    places: &CandidateBackends,
+    release_context: &ReleaseContext,
+    waiter: &mut Waiter<'_>,
+) -> Vec<ReleaseResult> {
     let _there = Within::enter(&places.working_directory);
-    let settled = standing.iter().rev().map(|recorded| {
+    let results = locks.iter().rev().map(|recorded| {
         let places = places.of(recorded);
-        let may_stand = |place: &Place, patience: &mut Patience<'_>| {
-            patience.until(release::may_stand(place, &recorded.id)).unwrap_or(true)
+        let may_stand = |place: &LockLocation, waiter: &mut Waiter<'_>| {
+            waiter.block_on(release::may_stand(place, &recorded.id)).unwrap_or(true)
         };
         let outcome = if places.is_empty() {
             Outcome::kept(messages::NO_PLACE)
-        } else if places.iter().any(|place| may_stand(place, patience)) {
+        } else if places.iter().any(|place| may_stand(place, waiter)) {
             Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never }
         } else {
             let absent = Outcome::Absent { anothers: None, excluded: false };
-            not_believed(&places, situation, patience).unwrap_or(absent)
+            not_believed(&places, release_context, waiter).unwrap_or(absent)
         };
         trace!("lock {}, which is to be named: {outcome:?}", recorded.id);
-        Settled { lock: recorded.clone(), outcome: Some(outcome), may_stand: true, may_still_come: false }
+        ReleaseResult { lock: recorded.clone(), outcome: Some(outcome), may_stand: true, may_still_come: false }
     });
-    settled.collect()
+    results.collect()
 }
 
 /// Whether terraform has most likely released `recorded` itself, and cannot say so: it ended by itself after it had begun to,
 /// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
-    !died && recorded.unlocking && program.is_some_and(|program| program.telling() == Telling::Requests)
+    !died && recorded.unlocking && program.is_some_and(|program| program.log_detail() == LogDetail::IdsOnly)
 }
 
-/// Which of `settled` were replaced while the run worked, which it did `until` then. It is written into the history.
+/// Which of `results` were replaced while the run worked, which it did `until` then. It is written into the history.
 pub(crate) fn replaced(
-    settled: &[Settled],
-    places: &Places,
+    results: &[ReleaseResult],
+    places: &CandidateBackends,
     died: bool,
     until: Timestamp,
     by: By,
-    patience: &mut Patience<'_>,
+    waiter: &mut Waiter<'_>,
 ) -> Vec<Replaced> {
     let mut all = Vec::new();
     let _there = Within::enter(&places.working_directory);
-    for Settled { lock, outcome, .. } in settled {
+    for ReleaseResult { lock, outcome, .. } in results {
         let Some(Outcome::Absent { anothers: Some(id), .. }) = outcome else { continue };
-        let mut standing = Vec::new();
+        let mut locks = Vec::new();
         for place in places.of(lock) {
-            standing.extend(patience.until(release::standing(&place)).unwrap_or_default());
+            locks.extend(waiter.block_on(release::stored(&place)).unwrap_or_default());
         }
-        let other = standing.iter().filter_map(|(_, standing)| standing.info()).find(|info| info.id == *id);
+        let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == *id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
             let why = format!("while its run worked, {} locked the same state, ID {}", info.who, info.id);
-            history::record(&Event::of_recorded(What::Replaced, by, lock, &why, None));
+            history::record(&LockEvent::of_recorded(What::Replaced, by, lock, &why, None));
             all.push(Replaced { own: lock.clone(), by: info });
         }
     }
@@ -255,8 +257,10 @@ fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Times
 }
 
 /// Why a lock that was seen in none of `places` does not count as gone. `None` where it does.
-fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience<'_>) -> Option<Outcome> {
-    match patience.until(async { tokio::time::timeout(SERVICE_TIMEOUT, situation.reached.believes(places)).await }) {
+fn not_believed(places: &[LockLocation], release_context: &ReleaseContext, waiter: &mut Waiter<'_>) -> Option<Outcome> {
+    match waiter
+        .block_on(async { tokio::time::timeout(SERVICE_TIMEOUT, release_context.reached.believes(places)).await })
+    {
         Ok(Ok(true)) => None,
         Ok(Ok(false) | Err(_)) => {
             Some(Outcome::Kept { reason: messages::ANOTHER_ACCOUNT.to_owned(), because: Because::OtherAccount })
@@ -267,17 +271,17 @@ fn not_believed(places: &[Place], situation: &Situation, patience: &mut Patience
 
 /// Gives the lock back in the place where it is; a service that is silent is waited for as long as `limit`, and for an
 /// explanation nothing takes longer. `None` where there is no place to look in.
-fn wherever_it_is(
+fn release_where_found(
     recorded: &RecordedLock,
-    places: &[Place],
-    situation: &Situation,
+    places: &[LockLocation],
+    release_context: &ReleaseContext,
     (limit, purpose): (Duration, Purpose),
-    patience: &mut Patience<'_>,
+    waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let mut worst = None;
     for place in places {
         let release = async {
-            let release = release::release(recorded, place, situation, (limit, purpose));
+            let release = release::release(recorded, place, release_context, (limit, purpose));
             if purpose == Purpose::Work {
                 return release.await;
             }
@@ -285,7 +289,7 @@ fn wherever_it_is(
             let silent = || Outcome::Kept { reason: messages::SILENT.to_owned(), because: Because::NoAnswer };
             tokio::time::timeout(limit, release).await.unwrap_or_else(|_| silent())
         };
-        let outcome = patience.until(release).unwrap_or_else(Outcome::later);
+        let outcome = waiter.block_on(release).unwrap_or_else(Outcome::later);
         match outcome {
             Outcome::Released(_) => return Some(outcome),
             Outcome::Kept { .. } => worst = Some(outcome),
@@ -307,97 +311,104 @@ fn wherever_it_is(
 /// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
 ///
 /// `recent`: a request of the run can still be on its way.
-pub(crate) fn bury(
-    settled: &[Settled],
-    situation: &Situation,
+pub(crate) fn remember_pending(
+    results: &[ReleaseResult],
+    release_context: &ReleaseContext,
     recent: bool,
-    graveyard: Option<&Graveyard>,
+    pending_requests: Option<&PendingRequests>,
 ) -> Vec<String> {
-    let late = settled.iter().filter(|settled| settled.may_still_come);
-    late.filter_map(|Settled { lock, outcome, .. }| {
+    let late = results.iter().filter(|results| results.may_still_come);
+    late.filter_map(|ReleaseResult { lock, outcome, .. }| {
         let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
         if !recent && !excluded {
             return None;
         }
         // A table that a request found missing was most likely never there. One in which the lock was had may be back.
         let abandoned = excluded && lock.locked.is_none();
-        keep(graveyard, Tombstone { abandoned, unseen: excluded, ..Tombstone::new(lock, &situation.run) })
+        keep(
+            pending_requests,
+            PendingRequest { abandoned, unseen: excluded, ..PendingRequest::new(lock, &release_context.run) },
+        )
     })
     .collect()
 }
 
-/// Keeps the facts of the locks of `settled`, whose terraform ended by itself without an answer. Gives the IDs of those for which
+/// Keeps the facts of the locks of `results`, whose terraform ended by itself without an answer. Gives the IDs of those for which
 /// that worked.
 pub(crate) fn remember_abandoned<'a>(
-    settled: impl Iterator<Item = &'a Settled>,
-    situation: &Situation,
-    graveyard: Option<&Graveyard>,
+    results: impl Iterator<Item = &'a ReleaseResult>,
+    release_context: &ReleaseContext,
+    pending_requests: Option<&PendingRequests>,
 ) -> Vec<String> {
-    settled
-        .filter_map(|Settled { lock, outcome, .. }| {
+    results
+        .filter_map(|ReleaseResult { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
             // Nobody has to try that again at once.
             let tried = unseen.then(Timestamp::now);
-            keep(graveyard, Tombstone { abandoned: true, unseen, tried, ..Tombstone::new(lock, &situation.run) })
+            keep(
+                pending_requests,
+                PendingRequest { abandoned: true, unseen, tried, ..PendingRequest::new(lock, &release_context.run) },
+            )
         })
         .collect()
 }
 
-/// Writes `tombstone` to disk. Returns the ID of its lock, or `None` if that failed or there is no state directory.
-fn keep(graveyard: Option<&Graveyard>, tombstone: Tombstone) -> Option<String> {
-    graveyard?.put(&tombstone).ok()?;
-    Some(tombstone.lock.id)
+/// Writes `pending` to disk. Returns the ID of its lock, or `None` if that failed or there is no state directory.
+fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> Option<String> {
+    pending_requests?.put(&pending).ok()?;
+    Some(pending.lock.id)
 }
 
 /// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its
 /// time: the request may land once more, or the other part of it. Where a person has asked for that, a service that is silent
 /// is waited for as long as one may be; else a look takes no longer than `limit`. `None` where there is no place to look in, or
 /// it is too early.
-pub(crate) fn visit(
-    tombstone: &Tombstone,
-    places: &Places,
+pub(crate) fn check_pending(
+    pending: &PendingRequest,
+    places: &CandidateBackends,
     (limit, purpose): (Duration, Purpose),
-    patience: &mut Patience<'_>,
+    waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
     // Of a lock that was had a write may be on its way, for as long as a request can be. Only who was asked for it waits for that.
-    let write_may_land = tombstone.lock.locked.is_some() && may_land(Some(tombstone.since), Timestamp::now());
+    let write_may_land = pending.lock.locked.is_some() && may_land(Some(pending.since), Timestamp::now());
     if write_may_land && purpose == Purpose::Explanation {
         return None;
     }
     // Its terraform is long dead, and one look is enough: the next `tf` looks again.
     let reached = Reached::default();
-    let situation = Situation { run: tombstone.run.clone(), request_may_land: false, write_may_land, reached };
-    let outcome = wherever_it_is(&tombstone.lock, &places.of(&tombstone.lock), &situation, (limit, purpose), patience);
-    trace!("tombstone of {}: {outcome:?}", tombstone.lock.id);
+    let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
+    let outcome =
+        release_where_found(&pending.lock, &places.of(&pending.lock), &release_context, (limit, purpose), waiter);
+    trace!("tombstone of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
-        let had = tombstone.lock.locked.is_some();
+        let had = pending.lock.locked.is_some();
         let why =
             if had { "its table or bucket was away when it died" } else { "a dead terraform's request took it late" };
-        history::record(&Event::of_recorded(What::Released, By::Recovery, &tombstone.lock, why, None));
+        history::record(&LockEvent::of_recorded(What::Released, By::Recovery, &pending.lock, why, None));
     }
     outcome
 }
 
 /// Writes into the history what was released.
-pub(crate) fn remember(settled: &[Settled], by: By, why: &str, reason: Option<&str>) {
-    for Settled { lock, .. } in settled.iter().filter(|one| matches!(one.outcome, Some(Outcome::Released(_)))) {
-        history::record(&Event::of_recorded(What::Released, by, lock, why, reason));
+pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, reason: Option<&str>) {
+    for ReleaseResult { lock, .. } in results.iter().filter(|one| matches!(one.outcome, Some(Outcome::Released(_)))) {
+        history::record(&LockEvent::of_recorded(What::Released, by, lock, why, reason));
     }
 }
 
 /// Whether a request that was signed at `then` can still land: longer than any signature is valid it cannot.
 pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
     /// S3's are valid for 15 minutes, DynamoDB's for 5.
-    const VALID: SignedDuration = SignedDuration::from_mins(20);
-    then.is_none_or(|then| now.duration_since(then) < VALID)
+    const SIGNATURE_WINDOW: SignedDuration = SignedDuration::from_mins(20);
+    then.is_none_or(|then| now.duration_since(then) < SIGNATURE_WINDOW)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::Halves;
+    use crate::terraform::log::LockParts;
 
     #[test]
     fn only_an_unlock_that_was_begun_and_whose_answer_is_never_logged_is_expected_to_have_worked() {
@@ -407,7 +418,7 @@ mod tests {
             let program = Version::of_record("Terraform version", version);
             for unlocking in [false, true] {
                 for died in [false, true] {
-                    let mut lock = RecordedLock::held(&info, "b", "k", Halves::default(), at);
+                    let mut lock = RecordedLock::held(&info, "b", "k", LockParts::default(), at);
                     lock.unlocking = unlocking;
                     let expected = unlocking && !died && ["1.6.0", "1.9.8"].contains(&version);
                     assert_eq!(is_expected_to_be_gone(&lock, died, program.as_ref()), expected, "{version}");
@@ -429,7 +440,7 @@ mod tests {
             path: "b/k".into(),
         };
         let end: Timestamp = at(30).parse().unwrap();
-        let mut own = RecordedLock::held(&info(at(1)), "b", "k", Halves::default(), at(1).parse().unwrap());
+        let mut own = RecordedLock::held(&info(at(1)), "b", "k", LockParts::default(), at(1).parse().unwrap());
         for (created, before) in [(at(20), true), (at(30), true), (at(40), false), ("yesterday".into(), false)] {
             for died in [false, true] {
                 for unlocking in [false, true] {

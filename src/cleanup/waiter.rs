@@ -14,20 +14,20 @@ use crate::sys::signals::Signals;
 use crate::trace::trace;
 
 /// Between two looks at whether a person has had enough.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Whose patience it is.
-pub(crate) enum Patience<'a> {
+pub(crate) enum Waiter<'a> {
     /// Of whoever sits before `tf`, or sends it signals.
-    Person(&'a mut Signals),
+    Interactive(&'a mut Signals),
     /// The guardian's and the recoverer's, whom nobody reaches.
-    Nobodys,
+    Unattended,
 }
 
-impl Patience<'_> {
+impl Waiter<'_> {
     /// How many interrupts have come since the last call.
     pub(crate) fn interrupts(&mut self) -> usize {
-        let Self::Person(signals) = self else { return 0 };
+        let Self::Interactive(signals) = self else { return 0 };
         let mut interrupts = 0;
         while let Some(arrival) = signals.next() {
             interrupts += usize::from(arrival.signal == Signal::SIGINT);
@@ -38,8 +38,8 @@ impl Patience<'_> {
     /// Waits for a while, or until a signal comes.
     pub(crate) fn wait(&self, time: Duration) {
         match self {
-            Self::Person(signals) => poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(time)),
-            Self::Nobodys => poll::wait(&[], Some(time)),
+            Self::Interactive(signals) => poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(time)),
+            Self::Unattended => poll::wait(&[], Some(time)),
         };
     }
 
@@ -48,7 +48,7 @@ impl Patience<'_> {
     ///
     /// # Errors
     /// Why it is not done, in words: a person has ended it, or this system has no descriptor or thread left for it.
-    pub(crate) fn until<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
+    pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -60,19 +60,19 @@ impl Patience<'_> {
             runtime.block_on(async {
                 tokio::select! {
                     finished = work => Some(finished),
-                    () = self.enough() => None,
+                    () = self.second_interrupt() => None,
                 }
             })
         });
         // A name look-up that hangs in its thread must not hold us.
         runtime.shutdown_background();
         match finished {
-            Some(finished) => finished.ok_or(messages::ENOUGH),
+            Some(finished) => finished.ok_or(messages::INTERRUPTED),
             None => Err(messages::NO_RESOURCES),
         }
     }
 
-    async fn enough(&mut self) {
+    async fn second_interrupt(&mut self) {
         let mut asked = 0;
         loop {
             let more = self.interrupts();
@@ -83,7 +83,7 @@ impl Patience<'_> {
             if asked > 1 {
                 return;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 }

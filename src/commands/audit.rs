@@ -7,9 +7,9 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::found::{Entry, not_whole};
+use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
+use super::found::{ListedEntry, not_whole};
 use super::output::{Output, Widths};
-use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
 use super::staleness::Staleness;
 use super::{Finding, inventory};
@@ -31,7 +31,7 @@ pub(super) struct Audit {
     #[arg(long, value_name = "TIME", value_parser = age)]
     older_than: Duration,
     #[command(flatten)]
-    place: Where,
+    place: LocationArgs,
     #[command(flatten)]
     speed: Speed,
     /// One JSON object with the counts
@@ -77,8 +77,8 @@ impl Count {
         }
     }
 
-    fn add(&mut self, entry: &Entry, now: Timestamp) {
-        let Entry::Lock(lock) = entry else {
+    fn add(&mut self, entry: &ListedEntry, now: Timestamp) {
+        let ListedEntry::Lock(lock) = entry else {
             self.unreadable += 1;
             self.complete &= !entry.is_unread();
             self.unread += u64::from(entry.is_unread());
@@ -124,14 +124,14 @@ impl Audit {
         super::block_on(async {
             let begun = Instant::now();
             let staleness = Staleness { older_than: Some(self.older_than) };
-            let Reach { target, stores } = self.place.reach().await?;
+            let Connection { target, stores } = self.place.reach().await?;
             let silent = self.json || self.prometheus;
             let now = Timestamp::now();
             let mut count = Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() };
             // With numbers asked for, nothing else is shown.
-            let is_shown = |entry: &Entry| !silent && entry.is_stale();
+            let is_shown = |entry: &ListedEntry| !silent && entry.is_stale();
             let mut output = Output::new(false, Widths::USUAL)?;
-            if let Target::Directory(directory) = &target {
+            if let ScanTarget::Directory(directory) = &target {
                 let inventory = inventory::take(directory, &stores, &staleness).await?;
                 for entry in &inventory.entries {
                     count.add(entry, now);

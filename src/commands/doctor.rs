@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use jiff::Timestamp;
 
-use super::reach::{Directory, Reach, Target, Trouble, Where};
+use super::connection::{Connection, Directory, LocationArgs, ScanTarget, Trouble};
 use super::{Finding, fix_digest, inventory};
 use crate::aws::connect;
 use crate::aws::failure::Failure;
@@ -16,14 +16,14 @@ use crate::console::{length_of_time, quoted, visible};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
-use crate::lock::probe::{self, Attempt, IfMatch, IfNoneMatch};
-use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
+use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
+use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
 use crate::sys::lock_file;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::other_backends::{Deed, OtherBackend};
-use crate::terraform::version::Telling;
+use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
+use crate::terraform::version::LogDetail;
 use crate::terraform::{binary, configuration, lock_info};
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -94,7 +94,7 @@ impl Findings {
 impl Doctor {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         let own_files = own_files(self.chdir.clone());
-        let place = Where::directory_of(self.chdir);
+        let place = LocationArgs::directory_of(self.chdir);
         if let Some(workspace) = self.fix_digest {
             return fix_digest::run(&place, workspace.as_deref(), self.yes, self.dry_run);
         }
@@ -106,14 +106,14 @@ impl Doctor {
         {
             let said = format!("{}, {}", other.kind, visible(&other.place(backend)));
             match other.deed_in(backend, |name| std::env::var(name).ok()) {
-                Deed::Nothing => findings.ok("backend", &format!("{said}: a lock there ends with its process")),
-                Deed::ForceUnlock => {
+                UnlockPolicy::Nothing => findings.ok("backend", &format!("{said}: a lock there ends with its process")),
+                UnlockPolicy::ForceUnlock => {
                     findings.ok(
                         "backend",
                         &format!("{said}: a lock there is given back by terraform force-unlock, after 10 s"),
                     );
                 }
-                Deed::Name => findings.note(
+                UnlockPolicy::Name => findings.note(
                     "backend",
                     &format!(
                         "{said}: a lock there is named, and not given back: an unlock may hit whoever holds it by then"
@@ -129,7 +129,7 @@ impl Doctor {
         }
         super::block_on(async {
             match place.reach().await {
-                Ok(Reach { target: Target::Directory(directory), stores }) => {
+                Ok(Connection { target: ScanTarget::Directory(directory), stores }) => {
                     backend(&mut findings, &directory, &stores).await;
                 }
                 Ok(_) => {}
@@ -147,12 +147,12 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
             let state = StateDirectory::open(|name| std::env::var_os(name)).ok();
             let program = Program::look(state.as_ref(), &found.path, own_files);
             match &program.version {
-                Some(version) if version.telling() == Telling::Nothing => findings.note(
+                Some(version) if version.log_detail() == LogDetail::None => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log does not tell of its locks"),
                     "a lock that it leaves is named at best; Terraform since 0.15 and OpenTofu are understood",
                 ),
-                Some(version) if version.telling() == Telling::Brackets => findings.note(
+                Some(version) if version.log_detail() == LogDetail::AcquireOnly => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log tells that it had a lock, and not which"),
                     "what it leaves is given back after 10 s, but for the locks of state and workspace commands, which are \
@@ -173,7 +173,7 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
 }
 
 /// Whether the directory has a configuration that names no backend: its state is a local file then, initialised or not.
-fn is_local(place: &Where) -> bool {
+fn is_local(place: &LocationArgs) -> bool {
     let directory = place.chdir.clone().unwrap_or_else(|| PathBuf::from("."));
     configuration::is_there(&directory)
         && configuration::backend(&directory, &[]).is_none_or(|there| there.kind == "local")
@@ -244,7 +244,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let read = stores.read(&stores.item(table, &path)).await;
         lock_place(findings, directory, &read, &stores.item(table, &path));
         permission(findings, "dynamodb:GetItem", table, &read.map(drop), stores);
-        let Attempt { answer, clock: told } = probe::delete_item(&stores.dynamodb, table, &path).await;
+        let Trial { answer, clock: told } = probe::delete_item(&stores.dynamodb, table, &path).await;
         permission(findings, "dynamodb:DeleteItem", table, &answer, stores);
         clock = clock.or(told);
     }
@@ -260,7 +260,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         lock_place(findings, directory, &read, &stores.object(bucket, &lock_key));
         permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read.map(drop), stores);
         let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
-        let (Attempt { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
+        let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
             // Nobody's lock is tried, and a policy may name the lock's key alone.
             Err(failure) if failure.denied().is_some() => findings.wrong(
@@ -288,15 +288,20 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
 }
 
 /// Something in the place of the lock that is none keeps every run out, and no command of terraform's takes it away.
-fn lock_place(findings: &mut Findings, directory: &Directory, read: &Result<Option<Standing>, Failure>, place: &Spot) {
-    if let Ok(Some(standing)) = read
-        && standing.info().is_none()
+fn lock_place(
+    findings: &mut Findings,
+    directory: &Directory,
+    read: &Result<Option<StoredLock>, Failure>,
+    place: &StoreKey,
+) {
+    if let Ok(Some(stored)) = read
+        && stored.info().is_none()
     {
         findings.wrong(
             "lock",
             &format!(
                 "what stands in its place is no lock, and keeps every run out: {}, in {}",
-                standing.describe_no_lock(),
+                stored.describe_no_lock(),
                 visible(&place.describe())
             ),
             &format!(

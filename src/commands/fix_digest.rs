@@ -16,22 +16,22 @@ use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::inventory::{self, State};
-use super::reach::{Directory, Reach, Target, Trouble, Where};
+use super::connection::{Connection, Directory, LocationArgs, ScanTarget, Trouble};
+use super::inventory::{self, ListedState};
 use super::{Finding, agreement};
-use crate::aws::access;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
+use crate::aws::redacted_backend;
 use crate::console::{length_of_time, quoted, visible};
-use crate::journal::pending_requests::{Graveyard, Tombstone};
-use crate::journal::runs::{Entry, Journal, Record};
+use crate::journal::pending_requests::{PendingRequest, PendingRequests};
+use crate::journal::runs::{Journal, JournalEntry, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::digest::{self, Comparison};
-use crate::lock::stores::{Removed, Spot, Stores};
+use crate::lock::stores::{Removed, StoreKey, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
-use crate::terraform::log::{Halves, RecordedLock};
+use crate::terraform::log::{LockParts, RecordedLock};
 
 /// What our lock calls itself.
 const OPERATION: &str = "tf locks doctor --fix-digest";
@@ -40,7 +40,7 @@ const OPERATION: &str = "tf locks doctor --fix-digest";
 ///
 /// # Errors
 /// [`Trouble`].
-pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bool) -> Result<Finding, Trouble> {
+pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, yes: bool, dry_run: bool) -> Result<Finding, Trouble> {
     let mut agreed = None;
     let finding = super::block_on(async {
         let (directory, stores, state) = find(place, workspace).await?;
@@ -92,8 +92,8 @@ pub(super) fn run(place: &Where, workspace: Option<&str>, yes: bool, dry_run: bo
     })
 }
 
-async fn find(place: &Where, workspace: Option<&str>) -> Result<(Directory, Stores, State), Trouble> {
-    let Reach { target: Target::Directory(directory), stores } = place.reach().await? else {
+async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Directory, Stores, ListedState), Trouble> {
+    let Connection { target: ScanTarget::Directory(directory), stores } = place.reach().await? else {
         return Err(Trouble::Said("a digest is fixed from the directory of its state".into()));
     };
     if directory.table.is_none() {
@@ -115,13 +115,13 @@ async fn find(place: &Where, workspace: Option<&str>) -> Result<(Directory, Stor
 }
 
 /// The workspace `name`, which has no state, if a digest is recorded for it.
-async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Result<Option<State>, Trouble> {
+async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Result<Option<ListedState>, Trouble> {
     let Some(state) = inventory::state(directory, name) else { return Ok(None) };
     let compared = compare(stores, &state).await?;
     Ok(compared.recorded.is_some().then_some(state))
 }
 
-async fn compare(stores: &Stores, state: &State) -> Result<Comparison, Trouble> {
+async fn compare(stores: &Stores, state: &ListedState) -> Result<Comparison, Trouble> {
     let table = state.table.as_deref().unwrap_or_default();
     let compared = digest::compare(stores, &state.bucket, &state.key, table).await;
     compared.map_err(|failure| Trouble::failed(failure, &visible(&state.path()), stores))
@@ -130,7 +130,7 @@ async fn compare(stores: &Stores, state: &State) -> Result<Comparison, Trouble> 
 /// The work that is done with a lock in hand.
 struct Work<'a> {
     directory: &'a Directory,
-    state: State,
+    state: ListedState,
     /// What was agreed to.
     shown: Comparison,
     info: LockInfo,
@@ -142,15 +142,15 @@ struct Work<'a> {
 
 /// What the journal holds of us.
 struct Journaled {
-    entry: Entry,
-    record: Record,
-    pending: Graveyard,
+    entry: JournalEntry,
+    record: JournalRecord,
+    pending: PendingRequests,
     /// Held for as long as we live: whoever looks at the journal sees us by it.
     _life: OwnedFd,
 }
 
 impl<'a> Work<'a> {
-    fn new(directory: &'a Directory, state: State, shown: Comparison) -> Self {
+    fn new(directory: &'a Directory, state: ListedState, shown: Comparison) -> Self {
         let begun = Timestamp::now();
         let info = LockInfo {
             id: lock_info::new_id(),
@@ -165,8 +165,8 @@ impl<'a> Work<'a> {
             "Created": info.created, "Path": info.path,
         })
         .to_string();
-        let halves = Halves { s3: directory.lock_file, dynamodb: true };
-        let lock = RecordedLock::asked_for(&info, &state.bucket, &state.key, halves, begun);
+        let parts = LockParts { s3: directory.lock_file, dynamodb: true };
+        let lock = RecordedLock::asked_for(&info, &state.bucket, &state.key, parts, begun);
         let journaled = journal(directory, &state, lock, begun);
         Self { directory, state, shown, info, text, journaled }
     }
@@ -215,42 +215,44 @@ impl<'a> Work<'a> {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
         let run = record.proof();
         for lock in &record.log.locks {
-            let _ = pending.put(&Tombstone::new(lock, &run));
+            let _ = pending.put(&PendingRequest::new(lock, &run));
         }
     }
 
     /// Where the halves of our lock stand, in the order in which terraform takes them: the object first.
-    fn spots(&self, stores: &Stores) -> Vec<Spot> {
-        let spots = self.state.spots(stores).into_iter().rev();
-        spots.filter(|spot| self.directory.lock_file || matches!(spot, Spot::DynamoDb { .. })).collect()
+    fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
+        let store_keys = self.state.store_keys(stores).into_iter().rev();
+        store_keys
+            .filter(|store_key| self.directory.lock_file || matches!(store_key, StoreKey::DynamoDb { .. }))
+            .collect()
     }
 
     /// Takes both halves. False when one is somebody else's.
-    async fn lock(&self, stores: &Stores, taken: &mut Vec<Spot>) -> Result<bool, Failure> {
-        for spot in self.spots(stores) {
-            let took = match &spot {
-                Spot::S3 { bucket, key, .. } => {
+    async fn lock(&self, stores: &Stores, taken: &mut Vec<StoreKey>) -> Result<bool, Failure> {
+        for store_key in self.store_keys(stores) {
+            let took = match &store_key {
+                StoreKey::S3 { bucket, key, .. } => {
                     s3::put_if_absent(&stores.s3, &self.directory.backend, bucket, key, &self.text).await?
                 }
-                Spot::DynamoDb { table, key, .. } => {
+                StoreKey::DynamoDb { table, key, .. } => {
                     dynamodb::put_if_absent(&stores.dynamodb, table, key, &self.text).await?
                 }
             };
             // Refused by our own request, whose answer was lost and which the SDK sent again.
-            if !took && stores.read(&spot).await?.is_none_or(|standing| standing.text() != self.text) {
+            if !took && stores.read(&store_key).await?.is_none_or(|stored| stored.text() != self.text) {
                 return Ok(false);
             }
-            taken.push(spot);
+            taken.push(store_key);
         }
         Ok(true)
     }
 
     /// Whose lock is in the way.
-    async fn refused(&self, stores: &Stores, taken: &[Spot]) -> Trouble {
+    async fn refused(&self, stores: &Stores, taken: &[StoreKey]) -> Trouble {
         let mut holder = "somebody".to_owned();
-        for spot in self.spots(stores).into_iter().filter(|spot| !taken.contains(spot)) {
-            if let Ok(Some(standing)) = stores.read(&spot).await
-                && let Some(info) = standing.info()
+        for store_key in self.store_keys(stores).into_iter().filter(|store_key| !taken.contains(store_key)) {
+            if let Ok(Some(stored)) = stores.read(&store_key).await
+                && let Some(info) = stored.info()
             {
                 holder = format!("{}, ID {}", visible(&info.who), visible(&info.id));
             }
@@ -302,8 +304,8 @@ impl<'a> Work<'a> {
         let mut why = String::new();
         for _ in 0..5 {
             let mut left = false;
-            for spot in self.spots(stores).into_iter().rev() {
-                match self.unlock_half(stores, &spot).await {
+            for store_key in self.store_keys(stores).into_iter().rev() {
+                match self.unlock_half(stores, &store_key).await {
                     Ok(gone) => left |= !gone,
                     Err(failure) => {
                         left = true;
@@ -319,23 +321,23 @@ impl<'a> Work<'a> {
         Err(why)
     }
 
-    async fn unlock_half(&self, stores: &Stores, spot: &Spot) -> Result<bool, Failure> {
-        let Some(standing) = stores.read(spot).await? else { return Ok(true) };
-        if standing.text() != self.text {
+    async fn unlock_half(&self, stores: &Stores, store_key: &StoreKey) -> Result<bool, Failure> {
+        let Some(found) = stores.read(store_key).await? else { return Ok(true) };
+        if found.text() != self.text {
             return Ok(true);
         }
-        Ok(stores.remove(spot, &standing).await? != Removed::Refused)
+        Ok(stores.remove(store_key, &found).await? != Removed::Refused)
     }
 }
 
 /// Records that we are about to ask for `lock`. `None` where there is no journal.
-fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
+fn journal(directory: &Directory, state: &ListedState, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
     let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
     let journal = Journal::open(&place).ok()?;
     let run = crate::journal::runs::run_id();
-    let (access, mut surroundings) = access::of_run([&directory.backend]);
+    let (access, mut surroundings) = redacted_backend::of_run([&directory.backend]);
     surroundings.identify(&run, &access, &[&directory.backend]);
-    let mut record = Record {
+    let mut record = JournalRecord {
         who: lock.who.clone(),
         started: begun,
         program: "terraform".into(),
@@ -345,10 +347,10 @@ fn journal(directory: &Directory, state: &State, lock: RecordedLock, begun: Time
         workspaces: vec![state.workspace.clone()],
         surroundings,
         access,
-        ..Record::new(&run, &journal)
+        ..JournalRecord::new(&run, &journal)
     };
     record.log.locks.push(lock);
     let (entry, life) = journal.begin(&record).ok()?;
-    let pending = Graveyard::of(&place).of_run(&record);
+    let pending = PendingRequests::of(&place).of_run(&record);
     Some(Journaled { entry, record, pending, _life: life })
 }

@@ -4,19 +4,19 @@ use jiff::Timestamp;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
-use crate::cleanup::messages::CLOCK_SLACK;
+use crate::cleanup::messages::CLOCK_SLACK_WINDOW;
 use crate::console::visible;
 use crate::holder::evidence::{Judgement, Verdict};
-use crate::lock::stores::{Spot, Standing};
+use crate::lock::stores::{StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
 /// One lock: the halves of it that stand.
 #[derive(Clone, Debug)]
-pub(super) struct Found {
+pub(super) struct FoundLock {
     pub(super) info: LockInfo,
     /// DynamoDB before S3.
-    pub(super) halves: Vec<(Spot, Standing)>,
+    pub(super) parts: Vec<(StoreKey, StoredLock)>,
     /// The workspace, where it is known.
     pub(super) workspace: Option<String>,
     /// What is odd about it.
@@ -30,18 +30,18 @@ pub(super) struct Found {
 
 /// Something in the place of a lock that is none.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Unreadable {
-    pub(super) place: Spot,
+pub(super) struct UnreadableLock {
+    pub(super) place: StoreKey,
     pub(super) reason: String,
     /// What stands there. `None`: it could not be read, and what it is nobody knows.
     #[serde(skip)]
-    pub(super) standing: Option<Standing>,
+    pub(super) stored: Option<StoredLock>,
 }
 
-impl Unreadable {
+impl UnreadableLock {
     /// It could not be read.
     pub(super) fn is_unread(&self) -> bool {
-        self.standing.is_none()
+        self.stored.is_none()
     }
 
     /// What it is and where, in a sentence.
@@ -52,9 +52,9 @@ impl Unreadable {
 
 /// Either.
 #[derive(Clone, Debug)]
-pub(super) enum Entry {
-    Lock(Box<Found>),
-    Unreadable(Unreadable),
+pub(super) enum ListedEntry {
+    Lock(Box<FoundLock>),
+    UnreadableLock(UnreadableLock),
 }
 
 /// Which halves a lock of a backend must have.
@@ -64,17 +64,17 @@ pub(super) struct Wanted {
     pub(super) s3: bool,
 }
 
-impl Entry {
+impl ListedEntry {
     /// Something stands there that could not be read.
     pub(super) fn is_unread(&self) -> bool {
-        matches!(self, Self::Unreadable(unreadable) if unreadable.is_unread())
+        matches!(self, Self::UnreadableLock(unreadable) if unreadable.is_unread())
     }
 
     /// Somebody must look at it: a stale lock, or what is no lock and keeps every run out.
     pub(super) fn is_stale(&self) -> bool {
         match self {
             Self::Lock(lock) => lock.stale,
-            Self::Unreadable(unreadable) => !unreadable.is_unread(),
+            Self::UnreadableLock(unreadable) => !unreadable.is_unread(),
         }
     }
 }
@@ -87,14 +87,14 @@ pub(super) fn not_whole(unread: u64) -> String {
     )
 }
 
-impl Found {
+impl FoundLock {
     pub(super) fn verdict(&self) -> Verdict {
         self.judgement.verdict
     }
 
     /// Where it stands, for the eye: its first half.
-    pub(super) fn place(&self) -> &Spot {
-        &self.halves[0].0
+    pub(super) fn place(&self) -> &StoreKey {
+        &self.parts[0].0
     }
 
     /// `bucket/key` of its state.
@@ -106,7 +106,7 @@ impl Found {
     /// two clocks may differ.
     pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
         let created = self.info.created()?;
-        if created > now && created <= saturating_add(now, CLOCK_SLACK) {
+        if created > now && created <= saturating_add(now, CLOCK_SLACK_WINDOW) {
             return Some(std::time::Duration::ZERO);
         }
         now.duration_since(created).try_into().ok()
@@ -114,25 +114,25 @@ impl Found {
 }
 
 /// What stands at the two places of one lock, as locks: halves are one lock only if their IDs are equal.
-pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Option<&str>) -> Vec<Entry> {
-    let mut locks: Vec<Found> = Vec::new();
-    let mut unreadable: Vec<Unreadable> = Vec::new();
-    for (spot, standing) in halves {
-        let Some(info) = standing.info() else {
-            let reason = why_unreadable(&standing);
-            unreadable.push(Unreadable { reason, place: spot, standing: Some(standing) });
+pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace: Option<&str>) -> Vec<ListedEntry> {
+    let mut locks: Vec<FoundLock> = Vec::new();
+    let mut unreadable: Vec<UnreadableLock> = Vec::new();
+    for (store_key, stored) in parts {
+        let Some(info) = stored.info() else {
+            let reason = why_unreadable(&stored);
+            unreadable.push(UnreadableLock { reason, place: store_key, stored: Some(stored) });
             continue;
         };
         if let Some(lock) = locks.iter_mut().find(|lock| lock.info.id == info.id) {
-            lock.halves.push((spot, standing));
+            lock.parts.push((store_key, stored));
             continue;
         }
-        locks.push(Found {
+        locks.push(FoundLock {
             notes: Vec::new(),
             rival: None,
-            workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&spot.path())),
+            workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&store_key.path())),
             info,
-            halves: vec![(spot, standing)],
+            parts: vec![(store_key, stored)],
             judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
             stale: false,
         });
@@ -140,11 +140,12 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
     let ids: Vec<String> = locks.iter().map(|lock| lock.info.id.clone()).collect();
     for lock in &mut locks {
         lock.rival = ids.iter().find(|id| **id != lock.info.id).cloned();
-        let has =
-            |dynamodb: bool| lock.halves.iter().any(|(spot, _)| matches!(spot, Spot::DynamoDb { .. }) == dynamodb);
+        let has = |dynamodb: bool| {
+            lock.parts.iter().any(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }) == dynamodb)
+        };
         let (item, object) = (has(true), has(false));
         let junk =
-            |dynamodb: bool| unreadable.iter().find(|junk| matches!(junk.place, Spot::DynamoDb { .. }) == dynamodb);
+            |dynamodb: bool| unreadable.iter().find(|junk| matches!(junk.place, StoreKey::DynamoDb { .. }) == dynamodb);
         if let Some(junk) = junk(!item).filter(|_| item != object) {
             lock.notes.push(format!(
                 "what stands in its other place is no lock, and keeps every run out: {}",
@@ -164,16 +165,16 @@ pub(super) fn pair(wanted: Wanted, halves: Vec<(Spot, Standing)>, workspace: Opt
             lock.notes.push("its Path is not the place where it stands".to_owned());
         }
     }
-    let locks = locks.into_iter().map(|lock| Entry::Lock(Box::new(lock)));
-    locks.chain(unreadable.into_iter().map(Entry::Unreadable)).collect()
+    let locks = locks.into_iter().map(|lock| ListedEntry::Lock(Box::new(lock)));
+    locks.chain(unreadable.into_iter().map(ListedEntry::UnreadableLock)).collect()
 }
 
 /// What keeps something from being a lock.
-fn why_unreadable(standing: &Standing) -> String {
-    let text = standing.text();
-    let it = if matches!(standing, Standing::Item(_)) { "its Info" } else { "it" };
+fn why_unreadable(stored: &StoredLock) -> String {
+    let text = stored.text();
+    let it = if matches!(stored, StoredLock::Item(_)) { "its Info" } else { "it" };
     match serde_json::from_str::<serde_json::Value>(text) {
-        _ if text.is_empty() => format!("it is no lock, but {}", standing.describe_no_lock()),
+        _ if text.is_empty() => format!("it is no lock, but {}", stored.describe_no_lock()),
         Err(_) => format!("{it} is not JSON"),
         Ok(value) if !value.is_object() => format!("{it} is not a JSON object"),
         Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
@@ -190,9 +191,9 @@ fn guess_workspace(path: &str) -> Option<String> {
     Some(name.to_owned())
 }
 
-impl Serialize for Found {
+impl Serialize for FoundLock {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let places: Vec<&Spot> = self.halves.iter().map(|(spot, _)| spot).collect();
+        let places: Vec<&StoreKey> = self.parts.iter().map(|(store_key, _)| store_key).collect();
         let mut object = serializer.serialize_struct("Lock", 14)?;
         object.serialize_field("id", &self.info.id)?;
         object.serialize_field("path", &self.path())?;
@@ -215,16 +216,19 @@ impl Serialize for Found {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lock::dynamodb::Info;
+    use crate::lock::dynamodb::InfoAttribute;
 
-    fn item(info: &str) -> (Spot, Standing) {
-        let spot = Spot::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
-        (spot, Standing::Item(Info::Text(info.into())))
+    fn item(info: &str) -> (StoreKey, StoredLock) {
+        let store_key = StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
+        (store_key, StoredLock::Item(InfoAttribute::Text(info.into())))
     }
 
-    fn object(body: &str) -> (Spot, Standing) {
-        let spot = Spot::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
-        (spot, Standing::Object(crate::lock::s3::Object { body: body.into(), length: body.len() as u64, etag: None }))
+    fn object(body: &str) -> (StoreKey, StoredLock) {
+        let store_key = StoreKey::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
+        (
+            store_key,
+            StoredLock::Object(crate::lock::s3::Object { body: body.into(), length: body.len() as u64, etag: None }),
+        )
     }
 
     fn info(id: &str) -> String {
@@ -233,12 +237,12 @@ mod tests {
 
     const BOTH: Wanted = Wanted { dynamodb: true, s3: true };
 
-    fn locks(entries: &[Entry]) -> Vec<&Found> {
+    fn locks(entries: &[ListedEntry]) -> Vec<&FoundLock> {
         entries
             .iter()
             .filter_map(|entry| match entry {
-                Entry::Lock(lock) => Some(&**lock),
-                Entry::Unreadable(_) => None,
+                ListedEntry::Lock(lock) => Some(&**lock),
+                ListedEntry::UnreadableLock(_) => None,
             })
             .collect()
     }
@@ -246,7 +250,7 @@ mod tests {
     #[test]
     fn halves_of_one_id_are_one_lock_and_of_two_are_two() {
         let one = pair(BOTH, vec![item(&info("a")), object(&info("a"))], None);
-        assert_eq!((one.len(), locks(&one)[0].halves.len(), locks(&one)[0].notes.len()), (1, 2, 0));
+        assert_eq!((one.len(), locks(&one)[0].parts.len(), locks(&one)[0].notes.len()), (1, 2, 0));
         let two = pair(BOTH, vec![item(&info("a")), object(&info("b"))], None);
         assert_eq!(locks(&two).len(), 2);
         assert!(locks(&two).iter().all(|lock| lock.notes[0].contains("another ID")));
@@ -271,8 +275,8 @@ mod tests {
 
     #[test]
     fn what_is_no_lock_beside_a_lock_is_named_and_not_taken_for_nothing() {
-        for halves in [[item(""), object(&info("a"))], [item(&info("a")), object("")]] {
-            let found = pair(BOTH, halves.to_vec(), None);
+        for parts in [[item(""), object(&info("a"))], [item(&info("a")), object("")]] {
+            let found = pair(BOTH, parts.to_vec(), None);
             let [lock] = locks(&found)[..] else { panic!("{found:?}") };
             assert!(lock.notes[0].contains("is no lock, and keeps every run out"), "{:?}", lock.notes);
             assert_eq!(lock.notes.len(), 1, "{:?}", lock.notes);
@@ -292,7 +296,7 @@ mod tests {
             (r#"{"ID":"a","Who":7}"#, "not a lock"),
         ] {
             match &pair(BOTH, vec![item(text)], None)[..] {
-                [Entry::Unreadable(unreadable)] => assert!(unreadable.reason.contains(expected), "{text}"),
+                [ListedEntry::UnreadableLock(unreadable)] => assert!(unreadable.reason.contains(expected), "{text}"),
                 other => panic!("{text}: {other:?}"),
             }
         }

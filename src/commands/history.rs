@@ -5,10 +5,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::Finding;
-use super::reach::Trouble;
+use super::connection::Trouble;
 use crate::console::visible;
 use crate::journal::history;
-use crate::journal::history::{By, Event, What};
+use crate::journal::history::{By, LockEvent, What};
 use crate::json;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -26,7 +26,7 @@ pub(super) struct History {
 
 #[derive(Serialize)]
 struct All<'a> {
-    events: &'a [Event],
+    events: &'a [LockEvent],
     /// So many lines could not be read.
     unreadable: usize,
 }
@@ -49,7 +49,7 @@ impl History {
     }
 }
 
-fn line(event: &Event) -> String {
+fn line(event: &LockEvent) -> String {
     let what = match event.what {
         What::Released => "released",
         What::Forced => "forced  ",

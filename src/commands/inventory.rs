@@ -11,12 +11,12 @@ use std::collections::BTreeSet;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::found::{Entry, Wanted, pair};
-use super::reach::{Directory, Trouble};
+use super::connection::{Directory, Trouble};
+use super::found::{ListedEntry, Wanted, pair};
 use super::staleness::Staleness;
-use crate::holder::host::Host;
+use crate::holder::host::HostView;
 use crate::lock::s3;
-use crate::lock::stores::{LOCK_FILE, Spot, Stores};
+use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};
 
 /// So many requests are on their way at once.
 const AT_ONCE: usize = 8;
@@ -27,7 +27,7 @@ const UNSEEN: &str = "lock objects beside the states were not looked at: s3:GetO
 /// What was found.
 pub(super) struct Inventory {
     /// The default workspace first, then by name.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<ListedEntry>,
     /// So many states were looked at.
     pub(super) states: u64,
     /// What keeps it from being whole, in a sentence.
@@ -36,21 +36,21 @@ pub(super) struct Inventory {
 
 /// One state, and where its lock can stand.
 #[derive(Clone, Debug)]
-pub(super) struct State {
+pub(super) struct ListedState {
     pub(super) workspace: String,
     pub(super) bucket: String,
     pub(super) key: String,
     pub(super) table: Option<String>,
 }
 
-impl State {
+impl ListedState {
     /// `bucket/key`, the lock's `Path`.
     pub(super) fn path(&self) -> String {
         format!("{}/{}", self.bucket, self.key)
     }
 
     /// Both places, DynamoDB first. A lock object is looked for whether or not this backend makes one: another's may.
-    pub(super) fn spots(&self, stores: &Stores) -> Vec<Spot> {
+    pub(super) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
         let item = self.table.as_ref().map(|table| stores.item(table, &self.path()));
         let object = stores.object(&self.bucket, &format!("{}{LOCK_FILE}", self.key));
         item.into_iter().chain([object]).collect()
@@ -61,7 +61,10 @@ impl State {
 ///
 /// # Errors
 /// [`Trouble`]: no bucket.
-pub(super) async fn states(directory: &Directory, stores: &Stores) -> Result<(Vec<State>, Option<String>), Trouble> {
+pub(super) async fn states(
+    directory: &Directory,
+    stores: &Stores,
+) -> Result<(Vec<ListedState>, Option<String>), Trouble> {
     let mut names: BTreeSet<String> = BTreeSet::from([directory.workspace.clone()]);
     let incomplete = match workspaces(directory, stores).await {
         Ok(more) => {
@@ -80,8 +83,8 @@ pub(super) async fn states(directory: &Directory, stores: &Stores) -> Result<(Ve
 }
 
 /// The state of `workspace`, whether or not there is one. `None` where the backend does not tell its place.
-pub(super) fn state(directory: &Directory, workspace: &str) -> Option<State> {
-    Some(State {
+pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedState> {
+    Some(ListedState {
         key: directory.backend.state_key(workspace)?,
         bucket: directory.bucket.clone(),
         table: directory.table.clone(),
@@ -98,13 +101,13 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     let looked = states.len() as u64;
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
     let unseen = &Cell::new(false);
-    let found: Vec<Vec<Entry>> = stream::iter(states)
+    let found: Vec<Vec<ListedEntry>> = stream::iter(states)
         .map(|state| async move { read(&state, wanted, stores, unseen).await })
         .buffered(AT_ONCE)
         .try_collect()
         .await?;
-    let mut entries: Vec<Entry> = found.into_iter().flatten().collect();
-    staleness.judge(&mut entries, &Host::look());
+    let mut entries: Vec<ListedEntry> = found.into_iter().flatten().collect();
+    staleness.judge(&mut entries, &HostView::look());
     if unseen.get() {
         console::say(UNSEEN);
     }
@@ -112,25 +115,33 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
 }
 
 /// What stands at the places of one state. Not judged yet.
-async fn read(state: &State, wanted: Wanted, stores: &Stores, unseen: &Cell<bool>) -> Result<Vec<Entry>, Trouble> {
-    let mut halves = Vec::new();
-    for spot in state.spots(stores) {
-        let what = match &spot {
-            Spot::DynamoDb { table, .. } => format!("table {table}"),
-            Spot::S3 { bucket, .. } => format!("bucket {bucket}"),
+async fn read(
+    state: &ListedState,
+    wanted: Wanted,
+    stores: &Stores,
+    unseen: &Cell<bool>,
+) -> Result<Vec<ListedEntry>, Trouble> {
+    let mut parts = Vec::new();
+    for store_key in state.store_keys(stores) {
+        let what = match &store_key {
+            StoreKey::DynamoDb { table, .. } => format!("table {table}"),
+            StoreKey::S3 { bucket, .. } => format!("bucket {bucket}"),
         };
-        match stores.read(&spot).await {
-            Ok(standing) => halves.extend(standing.map(|standing| (spot, standing))),
+        match stores.read(&store_key).await {
+            Ok(found) => parts.extend(found.map(|found| (store_key, found))),
             // Who locks with the table alone needs no permission for an object, and has none of his own there.
             Err(failure)
-                if failure.denied().is_some() && matches!(spot, Spot::S3 { .. }) && !wanted.s3 && wanted.dynamodb =>
+                if failure.denied().is_some()
+                    && matches!(store_key, StoreKey::S3 { .. })
+                    && !wanted.s3
+                    && wanted.dynamodb =>
             {
                 unseen.set(true);
             }
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }
     }
-    Ok(pair(wanted, halves, Some(&state.workspace)))
+    Ok(pair(wanted, parts, Some(&state.workspace)))
 }
 
 /// What the keys of all workspaces' states begin with, as terraform lists them; and what stands behind their names.

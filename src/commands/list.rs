@@ -3,9 +3,9 @@
 use crate::console;
 use clap::Args;
 
-use super::found::{Entry, not_whole};
+use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
+use super::found::{ListedEntry, not_whole};
 use super::output::{End, Output, Widths};
-use super::reach::{Reach, Target, Trouble, Where};
 use super::scan::{Scan, Speed};
 use super::staleness::Staleness;
 use super::{Finding, inventory};
@@ -23,7 +23,7 @@ Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or no lock at
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct List {
     #[command(flatten)]
-    place: Where,
+    place: LocationArgs,
     /// One JSON object, as docs/locks.schema.json describes it
     #[arg(long)]
     json: bool,
@@ -38,14 +38,14 @@ impl List {
     /// [`Trouble`].
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
-            let Reach { target, stores } = self.place.reach().await?;
-            let Target::Directory(directory) = &target else {
+            let Connection { target, stores } = self.place.reach().await?;
+            let ScanTarget::Directory(directory) = &target else {
                 let output = Output::new(self.json, Widths::USUAL)?;
                 return self.list_scanned(target, stores, output).await;
             };
             let inventory = inventory::take(directory, &stores, &Staleness::default()).await?;
             let entries = inventory.entries;
-            let stale = entries.iter().any(Entry::is_stale);
+            let stale = entries.iter().any(ListedEntry::is_stale);
             let mut output = Output::new(self.json, Widths::of(&entries))?;
             for entry in &entries {
                 let shown = output.render(entry)?;
@@ -68,7 +68,7 @@ impl List {
         })
     }
 
-    async fn list_scanned(&self, target: Target, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
+    async fn list_scanned(&self, target: ScanTarget, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
         let (mut stale, mut unread) = (false, 0);
         let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
         let scanned = scan

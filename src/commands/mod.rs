@@ -6,6 +6,7 @@
 mod agreement;
 mod audit;
 mod choose;
+mod connection;
 mod doctor;
 mod fix_digest;
 mod found;
@@ -14,7 +15,6 @@ mod inventory;
 mod list;
 mod output;
 mod own_path;
-mod reach;
 mod recover;
 mod release;
 mod scan;
@@ -35,7 +35,7 @@ use crate::journal::event_command;
 use crate::supervise::outcome;
 use crate::sys::environment;
 use crate::sys::wait::Ended;
-use reach::Trouble;
+use connection::Trouble;
 
 /// What a command found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +137,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         event_command::stand_between();
         return Finding::Nothing.code();
     }
-    environment::forget_empty("AWS_");
+    environment::unset_empty("AWS_");
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
         Ok(Locks { command, list }) => match command.unwrap_or(Command::List(list)) {
@@ -258,8 +258,8 @@ mod tests {
             }
         }
         for (path, text) in &files {
-            let standing = std::fs::read(root.join(path)).unwrap_or_default();
-            assert!(standing == *text, "{} is not what the commands are: type make generated", path.display());
+            let stored = std::fs::read(root.join(path)).unwrap_or_default();
+            assert!(stored == *text, "{} is not what the commands are: type make generated", path.display());
         }
         for directory in ["man", "shell/completions"] {
             for entry in std::fs::read_dir(root.join(directory)).unwrap() {

@@ -9,11 +9,11 @@ use ::console::{Style, Term};
 use jiff::Timestamp;
 use unicode_width::UnicodeWidthStr;
 
-use super::found::{Entry, Found, Unreadable};
+use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use crate::console::{ellipsis, length_of_time, visible};
 use crate::holder::evidence::Verdict;
 use crate::json;
-use crate::lock::stores::Spot;
+use crate::lock::stores::StoreKey;
 
 /// Where locks are shown.
 pub(super) enum Output {
@@ -48,10 +48,10 @@ impl Widths {
     pub(super) const USUAL: Self = Self { path: 48, workspace: 10, operation: 10, who: 20 };
 
     /// What these locks need.
-    pub(super) fn of(entries: &[Entry]) -> Self {
+    pub(super) fn of(entries: &[ListedEntry]) -> Self {
         let mut widths = Self { path: 4, workspace: 9, operation: 9, who: 3 };
         for entry in entries {
-            let Entry::Lock(lock) = entry else { continue };
+            let ListedEntry::Lock(lock) = entry else { continue };
             let wider = |known: usize, text: &str| known.max(visible(text).width()).min(200);
             widths.path = wider(widths.path, &lock.path());
             widths.workspace = wider(widths.workspace, lock.workspace.as_deref().unwrap_or("-"));
@@ -90,17 +90,17 @@ impl Output {
     ///
     /// # Errors
     /// What cannot be JSON.
-    pub(super) fn render(&self, entry: &Entry) -> io::Result<Shown> {
+    pub(super) fn render(&self, entry: &ListedEntry) -> io::Result<Shown> {
         let now = Timestamp::now();
         let text = match (self, entry) {
-            (Self::Table(table), Entry::Lock(lock)) => table.lock(lock, now),
-            (Self::Table(table), Entry::Unreadable(unreadable)) => table.unreadable(unreadable),
-            (Self::Lines(widths), Entry::Lock(lock)) => line(lock, *widths, now),
-            (Self::Lines(widths), Entry::Unreadable(unreadable)) => unreadable_line(unreadable, *widths),
-            (Self::Json(_), Entry::Lock(lock)) => json::to_string(lock)?,
-            (Self::Json(_), Entry::Unreadable(unreadable)) => json::to_string(unreadable)?,
+            (Self::Table(table), ListedEntry::Lock(lock)) => table.lock(lock, now),
+            (Self::Table(table), ListedEntry::UnreadableLock(unreadable)) => table.unreadable(unreadable),
+            (Self::Lines(widths), ListedEntry::Lock(lock)) => line(lock, *widths, now),
+            (Self::Lines(widths), ListedEntry::UnreadableLock(unreadable)) => unreadable_line(unreadable, *widths),
+            (Self::Json(_), ListedEntry::Lock(lock)) => json::to_string(lock)?,
+            (Self::Json(_), ListedEntry::UnreadableLock(unreadable)) => json::to_string(unreadable)?,
         };
-        Ok(Shown { is_lock: matches!(entry, Entry::Lock(_)), text })
+        Ok(Shown { is_lock: matches!(entry, ListedEntry::Lock(_)), text })
     }
 
     /// Shows one.
@@ -165,12 +165,12 @@ fn write(text: &str) -> io::Result<()> {
 }
 
 /// `apply` for `OperationTypeApply`.
-fn operation(lock: &Found) -> &str {
+fn operation(lock: &FoundLock) -> &str {
     lock.info.operation.strip_prefix("OperationType").unwrap_or(&lock.info.operation)
 }
 
 /// For how long, and since when exactly.
-fn since(lock: &Found, now: Timestamp) -> String {
+fn since(lock: &FoundLock, now: Timestamp) -> String {
     match (lock.info.created(), lock.age(now)) {
         (Some(created), Some(age)) => format!("{} ago, {created:.0}", length_of_time(age)),
         (Some(created), None) => format!("{created:.0}, which is ahead of this host's clock"),
@@ -179,16 +179,16 @@ fn since(lock: &Found, now: Timestamp) -> String {
 }
 
 /// Which halves stand.
-pub(super) fn halves(lock: &Found) -> String {
-    let names = lock.halves.iter().map(|(spot, _)| match spot {
-        Spot::DynamoDb { .. } => "dynamodb",
-        Spot::S3 { .. } => "s3",
+pub(super) fn parts(lock: &FoundLock) -> String {
+    let names = lock.parts.iter().map(|(store_key, _)| match store_key {
+        StoreKey::DynamoDb { .. } => "dynamodb",
+        StoreKey::S3 { .. } => "s3",
     });
     names.collect::<Vec<_>>().join("+")
 }
 
 /// One line for `grep` and `awk -F '  +'`: nothing is cut, and a lock has one line.
-fn line(lock: &Found, widths: Widths, now: Timestamp) -> String {
+fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
     let age = lock.age(now).map_or_else(|| "-".to_owned(), length_of_time);
     let created = lock.info.created().map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
     let mut reason = lock.judgement.reason.clone();
@@ -205,11 +205,11 @@ fn line(lock: &Found, widths: Widths, now: Timestamp) -> String {
         padded(&column(&created), 20),
         padded(&age, 12),
         padded(&visible(&lock.info.id), 36),
-        padded(&halves(lock), 11),
+        padded(&parts(lock), 11),
     )
 }
 
-fn unreadable_line(unreadable: &Unreadable, widths: Widths) -> String {
+fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
     let path = padded(&visible(&unreadable.place.path()), widths.path);
     format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
 }
@@ -303,7 +303,7 @@ impl Table {
         self.row("VERDICT", &Style::new().bold(), ["PATH", "WORKSPACE", "OPERATION", "WHO", "SINCE"])
     }
 
-    fn lock(&self, lock: &Found, now: Timestamp) -> String {
+    fn lock(&self, lock: &FoundLock, now: Timestamp) -> String {
         let path = visible(&lock.path());
         let since = since(lock, now);
         let cells = [
@@ -322,7 +322,7 @@ impl Table {
         if !self.wide {
             more = format!("{more}{since}; ");
         }
-        more = format!("{more}{}; ID {}, {}", lock.judgement.reason, visible(&lock.info.id), halves(lock));
+        more = format!("{more}{}; ID {}, {}", lock.judgement.reason, visible(&lock.info.id), parts(lock));
         for note in &lock.notes {
             more = format!("{more}; {note}");
         }
@@ -330,7 +330,7 @@ impl Table {
         text
     }
 
-    fn unreadable(&self, unreadable: &Unreadable) -> String {
+    fn unreadable(&self, unreadable: &UnreadableLock) -> String {
         let path = visible(&unreadable.place.path());
         let row = self.row("unreadable", &Style::new().dim(), [&path, "-", "-", "-", ""]);
         let more = format!("{}; {}", unreadable.reason, visible(&unreadable.place.describe()));
@@ -397,27 +397,27 @@ mod tests {
     use super::*;
     use crate::commands::found::{Wanted, pair};
     use crate::holder::evidence::Judgement;
-    use crate::lock::stores::Standing;
+    use crate::lock::stores::StoredLock;
 
-    fn entry(who: &str, path: &str) -> Entry {
+    fn entry(who: &str, path: &str) -> ListedEntry {
         let info = serde_json::json!({"ID": "5e75cb05-d70c-4132-39e0-d2abba1b3077", "Operation": "OperationTypeApply",
             "Who": who, "Version": "1", "Created": "2026-11-24T10:00:00Z", "Path": path});
-        let spot = Spot::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
+        let store_key = StoreKey::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
         let mut entries = pair(
             Wanted::default(),
-            vec![(spot, Standing::Item(crate::lock::dynamodb::Info::Text(info.to_string())))],
+            vec![(store_key, StoredLock::Item(crate::lock::dynamodb::InfoAttribute::Text(info.to_string())))],
             None,
         );
-        if let Entry::Lock(lock) = &mut entries[0] {
+        if let ListedEntry::Lock(lock) = &mut entries[0] {
             lock.judgement = Judgement { verdict: Verdict::Unknown, reason: "why ".repeat(30), evidence: Vec::new() };
         }
         entries.remove(0)
     }
 
-    fn lock(entry: &Entry) -> &Found {
+    fn lock(entry: &ListedEntry) -> &FoundLock {
         match entry {
-            Entry::Lock(lock) => lock,
-            Entry::Unreadable(_) => panic!("no lock"),
+            ListedEntry::Lock(lock) => lock,
+            ListedEntry::UnreadableLock(_) => panic!("no lock"),
         }
     }
 

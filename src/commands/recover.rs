@@ -5,7 +5,7 @@ use crate::console;
 use clap::Args;
 
 use super::Finding;
-use super::reach::Trouble;
+use super::connection::Trouble;
 use crate::another_tf;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::{Forgotten, Request};

@@ -10,17 +10,17 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::choose::{Choice, choose};
-use super::found::{Entry, Found, Unreadable};
-use super::reach::{Reach, Trouble, Where};
+use super::connection::{Connection, LocationArgs, Trouble};
+use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::staleness::Staleness;
 use super::{Finding, agreement, show};
 use crate::cleanup::messages;
 use crate::console::{visible, visible_whole};
 use crate::holder::evidence::Verdict;
-use crate::holder::host::Host;
+use crate::holder::host::HostView;
 use crate::journal::history;
-use crate::journal::history::{By, Event, What};
-use crate::lock::stores::{Removed, Spot, Standing};
+use crate::journal::history::{By, LockEvent, What};
+use crate::lock::stores::{Removed, StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -45,7 +45,7 @@ pub(super) struct Release {
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]
-    place: Where,
+    place: LocationArgs,
     /// Release the lock with this full ID, whatever is believed of its holder
     #[arg(long, value_name = "ID")]
     force: Option<String>,
@@ -151,14 +151,14 @@ impl Release {
     }
 
     /// Removes what is no lock, after a question, on condition that it is what was read.
-    async fn remove(&self, reach: &Reach, junk: &[Unreadable]) -> Result<Finding, Trouble> {
+    async fn remove(&self, reach: &Connection, junk: &[UnreadableLock]) -> Result<Finding, Trouble> {
         for junk in junk {
             console::print(&show::description_of_junk(junk));
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
             return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
         }
-        if let Some(state) = junk.iter().find(|junk| junk.standing.as_ref().is_some_and(Standing::is_state)) {
+        if let Some(state) = junk.iter().find(|junk| junk.stored.as_ref().is_some_and(StoredLock::is_state)) {
             return Err(Trouble::Said(format!(
                 "{}: that is a terraform state, and nothing is worth more: it is left alone\nmove it to where it belongs",
                 visible(&state.place.describe())
@@ -175,16 +175,16 @@ impl Release {
             console::say("it was left alone");
             return Ok(Finding::Failed);
         }
-        for Unreadable { place, reason, standing } in junk {
-            let Some(standing) = standing else { continue };
+        for UnreadableLock { place, reason, stored } in junk {
+            let Some(stored) = stored else { continue };
             let shown = visible(&place.describe());
-            match reach.stores.remove(place, standing).await {
+            match reach.stores.remove(place, stored).await {
                 Ok(Removed::Gone) => {
                     let event = LockInfo::default();
                     let reason_given = self.reason.as_deref();
                     let why = format!("what stood there was no lock: {reason}");
                     let event =
-                        Event::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
+                        LockEvent::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
                     console::print(&format!("released {shown}"));
                 }
@@ -199,7 +199,7 @@ impl Release {
         Ok(Finding::Nothing)
     }
 
-    fn dry(&self, lock: &Found, step: Step) -> Finding {
+    fn dry(&self, lock: &FoundLock, step: Step) -> Finding {
         match step {
             Step::Finish | Step::Delete => console::print("it would be released"),
             Step::Ask => console::print("it would be released once you agree"),
@@ -209,13 +209,13 @@ impl Release {
     }
 
     /// For the history.
-    fn remember(&self, what: What, lock: &Found) {
+    fn remember(&self, what: What, lock: &FoundLock) {
         let why = format!("its holder is {}: {}", lock.verdict().words(), lock.judgement.reason);
         let path = lock.path();
-        history::record(&Event::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
+        history::record(&LockEvent::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
-    fn refuse(&self, lock: &Found) -> Finding {
+    fn refuse(&self, lock: &FoundLock) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
             Verdict::Alive => format!("not released: its holder is alive, {reason}"),
@@ -230,14 +230,14 @@ impl Release {
 
     /// Its run is dead: what `tf locks recover` does for all of them is done for this one. That waits for writes that are
     /// on their way, and knows more about the run than we.
-    async fn finish(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
-        let host = Host::look();
+    async fn finish(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
+        let host = HostView::look();
         let run = host.dead_run(&lock.info.id);
         if run.is_some() || host.was_had_late(&lock.info.id) {
             super::recover::in_a_process(run, self.reason.as_deref())?;
             let mut still = false;
-            for (spot, standing) in &lock.halves {
-                still |= read(reach, spot).await?.as_ref() == Some(standing);
+            for (store_key, stored) in &lock.parts {
+                still |= read(reach, store_key).await?.as_ref() == Some(stored);
             }
             if still {
                 console::say("its run was not finished; what was said above tells why");
@@ -249,18 +249,18 @@ impl Release {
     }
 
     /// Deletes each half, on condition that it is what was shown.
-    async fn delete(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
-        for (spot, shown) in &lock.halves {
-            let now = read(reach, spot).await?;
+    async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
+        for (store_key, shown) in &lock.parts {
+            let now = read(reach, store_key).await?;
             if now.as_ref().is_some_and(|now| now != shown) {
                 return self.changed(reach, lock).await;
             }
         }
         // Whoever was asked took his time, and the holder may have come back to life, or somebody may have begun to
         // finish it.
-        let mut again = vec![Entry::Lock(Box::new(lock.clone()))];
-        Staleness::default().judge(&mut again, &Host::look());
-        if let Some(Entry::Lock(again)) = again.first()
+        let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
+        Staleness::default().judge(&mut again, &HostView::look());
+        if let Some(ListedEntry::Lock(again)) = again.first()
             && decide(again.verdict(), self.force.is_some(), true, true) == Step::Refuse
         {
             self.remember(What::Refused, again);
@@ -268,9 +268,9 @@ impl Release {
         }
         let mut gone = true;
         let mut half = "";
-        for (spot, shown) in &lock.halves {
-            let place = visible(&spot.describe());
-            match reach.stores.remove(spot, shown).await {
+        for (store_key, shown) in &lock.parts {
+            let place = visible(&store_key.describe());
+            match reach.stores.remove(store_key, shown).await {
                 Ok(Removed::Gone) => half = "\nits other half is deleted: the lock keeps others out all the same",
                 Ok(Removed::Anothers) => gone = false,
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&place)),
@@ -290,7 +290,7 @@ impl Release {
     }
 
     /// Another lock stands there by now.
-    async fn changed(&self, reach: &Reach, lock: &Found) -> Result<Finding, Trouble> {
+    async fn changed(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
         console::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
         match choose(reach, Some(&path), false).await {
@@ -310,9 +310,9 @@ fn refuses_to_delete(place: &str) -> Trouble {
     ))
 }
 
-async fn read(reach: &Reach, spot: &Spot) -> Result<Option<Standing>, Trouble> {
-    let failed = |failure| Trouble::failed(failure, &visible(&spot.describe()), &reach.stores);
-    reach.stores.read(spot).await.map_err(failed)
+async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredLock>, Trouble> {
+    let failed = |failure| Trouble::failed(failure, &visible(&store_key.describe()), &reach.stores);
+    reach.stores.read(store_key).await.map_err(failed)
 }
 
 #[cfg(test)]

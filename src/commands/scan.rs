@@ -20,14 +20,14 @@ use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::found::{Entry, Unreadable, Wanted, pair};
+use super::connection::{ScanTarget, Trouble};
+use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
 use super::output::{Output, Shown};
-use super::reach::{Target, Trouble};
 use super::staleness::Staleness;
 use crate::aws::failure::Failure;
 use crate::console::visible;
-use crate::holder::host::Host;
-use crate::lock::stores::{LOCK_FILE, Spot, Standing, Stores};
+use crate::holder::host::HostView;
+use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::signals::Signals;
 
@@ -61,11 +61,11 @@ const WAITING: usize = 1;
 const AT_ONCE: usize = 8;
 
 /// How often a ^C is looked for.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What is read, and how.
 pub(super) struct Scan {
-    pub(super) target: Target,
+    pub(super) target: ScanTarget,
     pub(super) stores: Stores,
     pub(super) speed: Speed,
     pub(super) staleness: Staleness,
@@ -82,12 +82,12 @@ pub(super) struct Scanned {
 
 /// How a table is read.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Plan {
+struct ScanPlan {
     segments: i32,
     rate: Option<f64>,
 }
 
-impl Plan {
+impl ScanPlan {
     fn new(asked: Option<f64>, description: Option<&dynamodb::Description>) -> Self {
         let rate = asked.or(match description {
             None => Some(UNKNOWN_RATE),
@@ -100,19 +100,19 @@ impl Plan {
 
 /// One page, read and judged. A page may be empty and others follow it: what a filter leaves out of a page is counted, and a
 /// segment may have nothing where it begins.
-struct Page {
-    entries: Vec<Entry>,
+struct ListedPage {
+    entries: Vec<ListedEntry>,
     scanned: u64,
     /// No other page of its segment follows.
     is_last: bool,
 }
 
-impl Page {
+impl ListedPage {
     /// The end of a segment.
     const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true };
 }
 
-type Pages = mpsc::Sender<(usize, Result<Page, Trouble>)>;
+type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
 
 impl Scan {
     /// Reads all of it. `each` is asked for every entry, in whatever order they come, whether it is to be shown; what is
@@ -123,7 +123,7 @@ impl Scan {
     pub(super) async fn run(
         &self,
         output: &mut Output,
-        mut each: impl FnMut(&Entry) -> bool,
+        mut each: impl FnMut(&ListedEntry) -> bool,
     ) -> Result<Scanned, Trouble> {
         let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
         let (segments, total) = self.prepare().await?;
@@ -148,7 +148,7 @@ impl Scan {
         loop {
             let page = tokio::select! {
                 page = pages.recv() => page,
-                () = sleep(LOOK) => {
+                () = sleep(POLL_INTERVAL) => {
                     scanned.stopped = signals.next_stop();
                     if scanned.stopped.is_some() {
                         break;
@@ -157,11 +157,11 @@ impl Scan {
                 }
             };
             let Some((segment, page)) = page else { break };
-            let Page { entries, scanned: more, is_last } = page?;
+            let ListedPage { entries, scanned: more, is_last } = page?;
             scanned.items += more;
             let mut shown = Vec::new();
             for entry in &entries {
-                if let Entry::Lock(lock) = entry {
+                if let ListedEntry::Lock(lock) = entry {
                     locks += 1;
                     stale += u64::from(lock.stale);
                 }
@@ -185,7 +185,7 @@ impl Scan {
     /// What there is to read, and about how many items it has.
     async fn prepare(&self) -> Result<(Vec<Segment>, Option<u64>), Trouble> {
         match &self.target {
-            Target::Table(table) => {
+            ScanTarget::Table(table) => {
                 let what = format!("table {table}");
                 let description = match dynamodb::describe(&self.stores.dynamodb, table).await {
                     Ok(description) => Some(description),
@@ -209,20 +209,20 @@ impl Scan {
                         visible(&description.keys.join(" and "))
                     )));
                 }
-                let plan = Plan::new(self.speed.rate, description.as_ref());
+                let plan = ScanPlan::new(self.speed.rate, description.as_ref());
                 let total =
                     description.and_then(|description| description.items).and_then(|items| items.try_into().ok());
                 let parts = (0..plan.segments).map(|part| Segment::Table(table.clone(), plan, part));
                 Ok((parts.collect(), total))
             }
-            Target::Bucket(bucket, prefix) => Ok((vec![Segment::Bucket(bucket.clone(), prefix.clone())], None)),
-            Target::Directory(_) => Ok((Vec::new(), None)),
+            ScanTarget::Bucket(bucket, prefix) => Ok((vec![Segment::Bucket(bucket.clone(), prefix.clone())], None)),
+            ScanTarget::Directory(_) => Ok((Vec::new(), None)),
         }
     }
 }
 
 enum Segment {
-    Table(String, Plan, i32),
+    Table(String, ScanPlan, i32),
     Bucket(String, String),
 }
 
@@ -293,7 +293,7 @@ impl Order {
 /// Reads one segment of a table, to its end or until nobody listens any more.
 async fn table_segment(
     table: String,
-    plan: Plan,
+    plan: ScanPlan,
     part: i32,
     number: usize,
     stores: Stores,
@@ -313,18 +313,18 @@ async fn table_segment(
         };
         from = page.next.clone();
         let found = page.items.into_iter().flat_map(|(key, info)| {
-            pair(Wanted::default(), vec![(stores.item(&table, &key), Standing::Item(info))], None)
+            pair(Wanted::default(), vec![(stores.item(&table, &key), StoredLock::Item(info))], None)
         });
         let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
         if pages
-            .send((number, entries.map(|entries| Page { entries, scanned: page.scanned, is_last: false })))
+            .send((number, entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false })))
             .await
             .is_err()
         {
             return;
         }
         if from.is_none() {
-            let _ = pages.send((number, Ok(Page::END))).await;
+            let _ = pages.send((number, Ok(ListedPage::END))).await;
             return;
         }
         if let Some(rate) = plan.rate {
@@ -375,17 +375,17 @@ async fn bucket_segment(
             }
         };
         let scanned = page.len() as u64;
-        let spots: Vec<Spot> =
+        let store_keys: Vec<StoreKey> =
             page.iter().filter(|key| key.ends_with(LOCK_FILE)).map(|key| stores.object(&bucket, key)).collect();
         let (stores_here, failed) = (&stores, &failed);
-        let found: Vec<Result<Vec<Entry>, Trouble>> = stream::iter(spots)
-            .map(|spot| async move {
-                match stores_here.read(&spot).await {
+        let found: Vec<Result<Vec<ListedEntry>, Trouble>> = stream::iter(store_keys)
+            .map(|store_key| async move {
+                match stores_here.read(&store_key).await {
                     Ok(None) => Ok(Vec::new()),
-                    Ok(Some(standing)) => Ok(pair(Wanted::default(), vec![(spot, standing)], None)),
+                    Ok(Some(found)) => Ok(pair(Wanted::default(), vec![(store_key, found)], None)),
                     Err(failure) if failure.is_final() => {
                         let reason = visible(&failure.to_string());
-                        Ok(vec![Entry::Unreadable(Unreadable { place: spot, reason, standing: None })])
+                        Ok(vec![ListedEntry::UnreadableLock(UnreadableLock { place: store_key, reason, stored: None })])
                     }
                     Err(failure) => Err(failed(failure, stores_here)),
                 }
@@ -393,11 +393,11 @@ async fn bucket_segment(
             .buffered(AT_ONCE)
             .collect()
             .await;
-        let found: Result<Vec<Vec<Entry>>, Trouble> = found.into_iter().collect();
+        let found: Result<Vec<Vec<ListedEntry>>, Trouble> = found.into_iter().collect();
         let page = match found {
             Ok(found) => {
                 let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
-                entries.map(|entries| Page { entries, scanned, is_last: false })
+                entries.map(|entries| ListedPage { entries, scanned, is_last: false })
             }
             Err(trouble) => Err(trouble),
         };
@@ -405,44 +405,44 @@ async fn bucket_segment(
             return;
         }
     }
-    let _ = pages.send((number, Ok(Page::END))).await;
+    let _ = pages.send((number, Ok(ListedPage::END))).await;
 }
 
 /// Judges what was read. What would be called stale is read once more, consistently: if it is another lock by now, that
 /// one is judged, and if it is gone, nothing is said. Gives how many were read again.
 async fn judged(
-    mut entries: Vec<Entry>,
+    mut entries: Vec<ListedEntry>,
     stores: &Stores,
     staleness: Staleness,
-) -> (Result<Vec<Entry>, Trouble>, usize) {
-    if !entries.iter().any(|entry| matches!(entry, Entry::Lock(_))) {
+) -> (Result<Vec<ListedEntry>, Trouble>, usize) {
+    if !entries.iter().any(|entry| matches!(entry, ListedEntry::Lock(_))) {
         return (Ok(entries), 0);
     }
-    staleness.judge(&mut entries, &Host::look());
+    staleness.judge(&mut entries, &HostView::look());
     let mut again = 0;
-    let checked: Vec<Result<Vec<Entry>, Failure>> = stream::iter(entries)
+    let checked: Vec<Result<Vec<ListedEntry>, Failure>> = stream::iter(entries)
         .map(|entry| {
-            let stale = matches!(&entry, Entry::Lock(lock) if lock.stale);
+            let stale = matches!(&entry, ListedEntry::Lock(lock) if lock.stale);
             again += usize::from(stale);
             async move {
-                let Entry::Lock(lock) = &entry else { return Ok(vec![entry]) };
+                let ListedEntry::Lock(lock) = &entry else { return Ok(vec![entry]) };
                 if !stale {
                     return Ok(vec![entry]);
                 }
-                let (spot, before) = &lock.halves[0];
-                let Some(standing) = stores.read(spot).await? else { return Ok(Vec::new()) };
-                if standing == *before {
+                let (store_key, before) = &lock.parts[0];
+                let Some(found) = stores.read(store_key).await? else { return Ok(Vec::new()) };
+                if found == *before {
                     return Ok(vec![entry]);
                 }
-                let mut changed = pair(Wanted::default(), vec![(spot.clone(), standing)], None);
-                staleness.judge(&mut changed, &Host::look());
+                let mut changed = pair(Wanted::default(), vec![(store_key.clone(), found)], None);
+                staleness.judge(&mut changed, &HostView::look());
                 Ok(changed)
             }
         })
         .buffered(AT_ONCE)
         .collect()
         .await;
-    let entries: Result<Vec<Vec<Entry>>, Failure> = checked.into_iter().collect();
+    let entries: Result<Vec<Vec<ListedEntry>>, Failure> = checked.into_iter().collect();
     let entries = entries
         .map(|entries| entries.into_iter().flatten().collect())
         .map_err(|failure| Trouble::failed(failure, "what a scan has just seen", stores));
@@ -474,7 +474,7 @@ mod tests {
             (Some(7.5), Some(table(None)), 1, Some(7.5)),
             (Some(7.5), None, 1, Some(7.5)),
         ] {
-            assert_eq!(Plan::new(asked, description.as_ref()), Plan { segments, rate });
+            assert_eq!(ScanPlan::new(asked, description.as_ref()), ScanPlan { segments, rate });
         }
     }
 

@@ -7,8 +7,8 @@ use crate::console;
 use clap::{Args, ValueEnum};
 
 use super::Finding;
+use super::connection::Trouble;
 use super::own_path;
-use super::reach::Trouble;
 
 pub(super) const EXAMPLES: &str = "Examples:
   eval \"$(tf locks shell-init bash)\"          in ~/.bashrc

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::Finding;
+use super::connection::Trouble;
 use super::own_path::{self, same_file};
-use super::reach::Trouble;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks shim ~/.local/share/tf/shim
@@ -54,7 +54,7 @@ pub(super) struct Shim {
 
 /// What stands at a link's place.
 #[derive(Debug, PartialEq, Eq)]
-enum Standing {
+enum LinkState {
     Nothing,
     Ours,
     /// Something else: what it is.
@@ -76,10 +76,10 @@ impl Shim {
         fs::create_dir_all(&self.directory).map_err(|error| format!("{}: {error}", self.directory.display()))?;
         let mut missing = Vec::new();
         for link in links {
-            match standing(link, own).map_err(|error| format!("{}: {error}", link.display()))? {
-                Standing::Nothing => missing.push(link),
-                Standing::Ours => {}
-                Standing::Another(what) => return Err(not_ours(link, &what, own, "no link was made")),
+            match link_state(link, own).map_err(|error| format!("{}: {error}", link.display()))? {
+                LinkState::Nothing => missing.push(link),
+                LinkState::Ours => {}
+                LinkState::Another(what) => return Err(not_ours(link, &what, own, "no link was made")),
             }
         }
         for link in missing {
@@ -97,10 +97,10 @@ impl Shim {
 fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
     let mut kept = Vec::new();
     for link in links {
-        match standing(link, own).and_then(|standing| match standing {
-            Standing::Nothing => Ok(None),
-            Standing::Ours => take_away(link, own),
-            Standing::Another(what) => Ok(Some(what)),
+        match link_state(link, own).and_then(|stored| match stored {
+            LinkState::Nothing => Ok(None),
+            LinkState::Ours => take_away(link, own),
+            LinkState::Another(what) => Ok(Some(what)),
         }) {
             Ok(None) => {}
             Ok(Some(what)) => kept.push(not_ours(link, &what, own, "it was left")),
@@ -121,10 +121,10 @@ fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
     let moved = aside.join("link");
     let done = (|| {
         fs::rename(link, &moved)?;
-        match standing(&moved, own)? {
-            Standing::Ours => fs::remove_file(&moved).map(|()| None),
-            Standing::Nothing => Ok(None),
-            Standing::Another(what) => {
+        match link_state(&moved, own)? {
+            LinkState::Ours => fs::remove_file(&moved).map(|()| None),
+            LinkState::Nothing => Ok(None),
+            LinkState::Another(what) => {
                 // Back, unless there is again something at its place: link(2) overwrites nothing, and rename(2) of a
                 // directory nothing that has anything in it.
                 if fs::symlink_metadata(&moved)?.is_dir() {
@@ -145,21 +145,21 @@ fn not_ours(link: &Path, what: &str, own: &Path, done: &str) -> String {
     format!("{} is {what}, and no link to {}: {done}", link.display(), own.display())
 }
 
-fn standing(link: &Path, own: &Path) -> io::Result<Standing> {
+fn link_state(link: &Path, own: &Path) -> io::Result<LinkState> {
     let file = match fs::symlink_metadata(link) {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Standing::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(LinkState::Nothing),
         Err(error) => return Err(error),
     };
     if !file.is_symlink() {
-        return Ok(Standing::Another(if file.is_dir() { "a directory" } else { "a file" }.to_owned()));
+        return Ok(LinkState::Another(if file.is_dir() { "a directory" } else { "a file" }.to_owned()));
     }
     let target = fs::read_link(link)?;
     // By name as well: an upgrade puts another file at the same path.
     if target == own || same_file(link, own) {
-        return Ok(Standing::Ours);
+        return Ok(LinkState::Ours);
     }
-    Ok(Standing::Another(format!("a link to {}", target.display())))
+    Ok(LinkState::Another(format!("a link to {}", target.display())))
 }
 
 #[cfg(test)]
@@ -186,13 +186,13 @@ mod tests {
             ("file", false),
             ("directory", false),
         ] {
-            assert_eq!(standing(&at(name), &own).unwrap() == Standing::Ours, ours, "{name}");
+            assert_eq!(link_state(&at(name), &own).unwrap() == LinkState::Ours, ours, "{name}");
         }
         // The program that an upgrade has just taken away.
         fs::remove_file(&own).unwrap();
         symlink(&own, at("dangling to us")).unwrap();
-        assert_eq!(standing(&at("dangling to us"), &own).unwrap(), Standing::Ours);
-        assert_eq!(standing(&at("nothing"), &own).unwrap(), Standing::Nothing);
+        assert_eq!(link_state(&at("dangling to us"), &own).unwrap(), LinkState::Ours);
+        assert_eq!(link_state(&at("nothing"), &own).unwrap(), LinkState::Nothing);
     }
 
     #[test]

@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use super::Finding;
 use super::choose::{Choice, choose};
-use super::found::{Entry, Found, Unreadable};
+use super::connection::{LocationArgs, Trouble};
+use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::output::{End, Output, Widths};
-use super::reach::{Trouble, Where};
 use crate::cleanup::messages;
 use crate::console::{argument, length_of_time, visible, visible_whole};
 use crate::holder::evidence::Verdict;
@@ -28,7 +28,7 @@ pub(super) struct Show {
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]
-    place: Where,
+    place: LocationArgs,
     /// The same JSON as `tf locks list --json`, with this lock alone
     #[arg(long)]
     json: bool,
@@ -45,7 +45,9 @@ impl Show {
             let stale = lock.as_ref().is_some_and(|lock| lock.stale) || !junk.is_empty();
             if self.json {
                 let mut output = Output::new(true, Widths::USUAL)?;
-                for entry in lock.map(Entry::Lock).into_iter().chain(junk.into_iter().map(Entry::Unreadable)) {
+                for entry in
+                    lock.map(ListedEntry::Lock).into_iter().chain(junk.into_iter().map(ListedEntry::UnreadableLock))
+                {
                     output.put(&output.render(&entry)?)?;
                 }
                 output.end(End { complete: true, scanned: 1 })?;
@@ -71,12 +73,12 @@ impl Show {
 }
 
 /// Everything about something that stands in the place of a lock and is none.
-pub(super) fn description_of_junk(junk: &Unreadable) -> String {
+pub(super) fn description_of_junk(junk: &UnreadableLock) -> String {
     format!("no lock    {}\nstands in  {}", junk.reason, visible(&junk.place.describe()))
 }
 
 /// What a person can do about a lock, in a sentence. `place` are the options that have led to it.
-pub(super) fn next_step(lock: &Found, place: &Where) -> String {
+pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
     // A table and a bucket are read by path.
     let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
     let release = place.command("release");
@@ -99,10 +101,10 @@ pub(super) fn next_step(lock: &Found, place: &Where) -> String {
 }
 
 /// Everything about a lock: a line for each thing, its name before it.
-pub(super) fn description(lock: &Found, now: Timestamp) -> String {
+pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     let mut lines: Vec<(String, String)> = Vec::new();
     // Whatever stands in it, under its own names: what terraform does not write is shown as well, behind the rest.
-    if let Ok(Value::Object(mut fields)) = serde_json::from_str(lock.halves[0].1.text()) {
+    if let Ok(Value::Object(mut fields)) = serde_json::from_str(lock.parts[0].1.text()) {
         const KNOWN: [&str; 7] = ["ID", "Path", "Operation", "Who", "Version", "Created", "Info"];
         let known: Vec<_> = KNOWN.iter().filter_map(|name| fields.remove_entry(*name)).collect();
         for (name, value) in known.into_iter().chain(fields) {
@@ -120,8 +122,8 @@ pub(super) fn description(lock: &Found, now: Timestamp) -> String {
         lines.push(("workspace".into(), visible(workspace)));
     }
     let mut name = "stands in";
-    for (spot, _) in &lock.halves {
-        lines.push((name.into(), visible(&spot.describe())));
+    for (store_key, _) in &lock.parts {
+        lines.push((name.into(), visible(&store_key.describe())));
         name = "";
     }
     for note in &lock.notes {

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::found::{Entry, Found};
+use super::found::{FoundLock, ListedEntry};
 use crate::holder::evidence::Verdict;
-use crate::holder::host::Host;
+use crate::holder::host::HostView;
 
 /// When a lock counts as stale.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,7 +19,7 @@ pub(super) struct Staleness {
 impl Staleness {
     /// Whether a lock that was judged is stale. One that does not tell its age may have any: its Created is no time, or lies
     /// in the future.
-    fn is_met_by(self, lock: &Found, now: Timestamp) -> bool {
+    fn is_met_by(self, lock: &FoundLock, now: Timestamp) -> bool {
         match self.older_than {
             None => lock.verdict().is_stale(),
             Some(limit) => {
@@ -30,10 +30,10 @@ impl Staleness {
     }
 
     /// Judges every lock, and whether it is stale. To be called with a host that was looked at after they were read.
-    pub(super) fn judge(self, entries: &mut [Entry], host: &Host) {
+    pub(super) fn judge(self, entries: &mut [ListedEntry], host: &HostView) {
         let now = Timestamp::now();
         for entry in entries {
-            if let Entry::Lock(lock) = entry {
+            if let ListedEntry::Lock(lock) = entry {
                 lock.judgement = host.judge(&lock.info);
                 lock.stale = self.is_met_by(lock, now);
             }

@@ -74,7 +74,7 @@ pub(crate) enum Claim {
 
 /// A process that may be the holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Suspect {
+pub(crate) struct PossibleHolder {
     pub(crate) pid: i32,
     pub(crate) program: String,
     /// None: it cannot be told when it started.
@@ -92,13 +92,13 @@ pub(crate) struct Seen {
     /// A test says that the host's name tells it from others.
     pub(crate) is_plain: bool,
     /// The terraforms that run here, and what they have started.
-    pub(crate) terraforms: Vec<Suspect>,
+    pub(crate) terraforms: Vec<PossibleHolder>,
     /// When this machine was started.
-    pub(crate) booted: Option<Timestamp>,
+    pub(crate) boot_time: Option<Timestamp>,
 }
 
 /// How much the times of processes and of the boot, which the kernel keeps in its own way, may be off.
-const SLACK: SignedDuration = SignedDuration::from_secs(5);
+const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_secs(5);
 
 /// What is believed, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,9 +207,10 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         note("its Created is not a time".into(), "nothing");
         return (Verdict::Unknown, "its Created is not a time".into());
     };
-    if let Some(booted) = seen.booted.filter(|booted| saturating_add(created, SLACK) < *booted) {
+    if let Some(boot_time) = seen.boot_time.filter(|boot_time| saturating_add(created, CLOCK_SLACK_WINDOW) < *boot_time)
+    {
         note(
-            format!("it was made before this host was started ({booted:.0})"),
+            format!("it was made before this host was started ({boot_time:.0})"),
             "that it is likely dead, if this is the host that its Who means",
         );
         return (Verdict::LikelyDead, "older than the start of its host, this one".into());
@@ -217,7 +218,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     let mut older = seen
         .terraforms
         .iter()
-        .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, SLACK)));
+        .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, CLOCK_SLACK_WINDOW)));
     if let Some(process) = older.next() {
         let name = console::visible(&process.program);
         note(format!("{name} (pid {}) runs here since before the lock was made", process.pid), "that it may be alive");
@@ -382,7 +383,7 @@ mod tests {
     const MADE: &str = "2026-11-24T10:00:00Z";
 
     fn seen() -> Seen {
-        Seen { who: "anna@vm".into(), sees_all: true, booted: Some(at("2026-11-24T08:00:00Z")), ..Seen::default() }
+        Seen { who: "anna@vm".into(), sees_all: true, boot_time: Some(at("2026-11-24T08:00:00Z")), ..Seen::default() }
     }
 
     fn claims() -> Vec<(Claim, Verdict)> {
@@ -405,11 +406,11 @@ mod tests {
         for who in ["anna@vm", "bert@vm", "anna@other", "nobody", ""] {
             for sees_all in [false, true] {
                 for older in [false, true] {
-                    for booted in [None, Some(at("2026-11-24T08:00:00Z")), Some(at("2026-11-24T12:00:00Z"))] {
+                    for boot_time in [None, Some(at("2026-11-24T08:00:00Z")), Some(at("2026-11-24T12:00:00Z"))] {
                         for created in [MADE, "yesterday"] {
                             let started = Some(at(if older { "2026-11-24T09:59:59Z" } else { "2026-11-24T10:01:00Z" }));
-                            let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started }];
-                            let mut seen = Seen { sees_all, terraforms, booted, ..seen() };
+                            let terraforms = vec![PossibleHolder { pid: 9, program: "terraform".into(), started }];
+                            let mut seen = Seen { sees_all, terraforms, boot_time, ..seen() };
                             for (claim, expected) in claims() {
                                 seen.claim = Some(claim.clone());
                                 assert_eq!(judge(&lock(who, created), &seen).verdict, expected, "{claim:?}");
@@ -417,11 +418,15 @@ mod tests {
                             seen.claim = None;
                             let verdict = judge(&lock(who, created), &seen).verdict;
                             assert!(!matches!(verdict, Verdict::Alive | Verdict::Dead), "{verdict:?}");
-                            let from_before = booted == Some(at("2026-11-24T12:00:00Z"));
+                            let from_before = boot_time == Some(at("2026-11-24T12:00:00Z"));
                             let likely = sees_all
                                 && created == MADE
                                 && ((who.ends_with("@vm") && from_before) || (who == "anna@vm" && !older));
-                            assert_eq!(verdict == Verdict::LikelyDead, likely, "{who} {sees_all} {older} {booted:?}");
+                            assert_eq!(
+                                verdict == Verdict::LikelyDead,
+                                likely,
+                                "{who} {sees_all} {older} {boot_time:?}"
+                            );
                         }
                     }
                 }
@@ -434,7 +439,7 @@ mod tests {
     fn no_time_of_a_lock_panics() {
         for created in [Timestamp::MIN, Timestamp::MAX] {
             let started = Some(at(MADE));
-            let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started }];
+            let terraforms = vec![PossibleHolder { pid: 9, program: "terraform".into(), started }];
             let judgement = judge(&lock("anna@vm", &created.to_string()), &Seen { terraforms, ..seen() });
             assert_eq!(judgement.verdict == Verdict::LikelyDead, created == Timestamp::MIN, "{judgement:?}");
         }
@@ -442,7 +447,7 @@ mod tests {
 
     #[test]
     fn a_process_of_unknown_age_may_be_the_holder() {
-        let terraforms = vec![Suspect { pid: 9, program: "terraform".into(), started: None }];
+        let terraforms = vec![PossibleHolder { pid: 9, program: "terraform".into(), started: None }];
         let judgement = judge(&lock("anna@vm", MADE), &Seen { terraforms, ..seen() });
         assert_eq!(judgement.verdict, Verdict::Unknown);
         assert!(judgement.reason.contains("pid 9"), "{}", judgement.reason);

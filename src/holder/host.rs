@@ -7,9 +7,9 @@ use std::collections::HashMap;
 
 use jiff::Timestamp;
 
-use super::evidence::{Claim, Judgement, Seen, Suspect, judge};
-use crate::journal::pending_requests::Graveyard;
-use crate::journal::runs::{Found, Journal, Record};
+use super::evidence::{Claim, Judgement, PossibleHolder, Seen, judge};
+use crate::journal::pending_requests::PendingRequests;
+use crate::journal::runs::{FoundRun, Journal, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::proof::{self, Run};
 use crate::sys::plain_host;
@@ -20,7 +20,7 @@ use crate::terraform::log::RecordedLock;
 
 /// How a run in the journal is.
 #[derive(Clone, Copy)]
-enum State {
+enum RunState {
     Living,
     Settling,
     Dead,
@@ -31,35 +31,33 @@ enum State {
 const DOUBTFUL: &str = "processes that may belong to that run are still running";
 
 /// One moment of this host.
-pub(crate) struct Host {
+pub(crate) struct HostView {
     /// By lock ID.
-    recorded: HashMap<String, (State, Box<Record>)>,
+    recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
     late: HashMap<String, (Run, RecordedLock)>,
     seen: Seen,
 }
 
-impl Host {
+impl HostView {
     /// Looks around.
     pub(crate) fn look() -> Self {
         let mut recorded = HashMap::new();
         let mut late = HashMap::new();
         for directory in StateDirectory::all(|name| std::env::var_os(name)) {
-            let tombstones = Graveyard::of(&directory).read(Timestamp::now());
-            late.extend(
-                tombstones.into_iter().map(|tombstone| (tombstone.lock.id.clone(), (tombstone.run, tombstone.lock))),
-            );
+            let tombstones = PendingRequests::of(&directory).read(Timestamp::now());
+            late.extend(tombstones.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
             let Some(journal) = Journal::there(&directory) else { continue };
             for name in journal.names() {
                 let (state, record) = match journal.look(&name) {
-                    Found::Living(record) => (State::Living, record),
-                    Found::Settling(record) => (State::Settling, record),
+                    FoundRun::Living(record) => (RunState::Living, record),
+                    FoundRun::Settling(record) => (RunState::Settling, record),
                     // What is held of it is let go again: nothing is finished here.
-                    Found::Dead(record, ..) => (State::Dead, record),
-                    Found::Foreign(why, Some(record)) => (State::Foreign(why), record),
-                    Found::Doubtful(record, _) => (State::Foreign(DOUBTFUL), record),
-                    Found::Foreign(_, None) | Found::Broken(_) | Found::Gone => continue,
+                    FoundRun::Dead(record, ..) => (RunState::Dead, record),
+                    FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
+                    FoundRun::Doubtful(record, _) => (RunState::Foreign(DOUBTFUL), record),
+                    FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => continue,
                 };
-                for lock in record.log.standing() {
+                for lock in record.log.unreleased() {
                     recorded.insert(lock.id.clone(), (state, record.clone()));
                 }
             }
@@ -70,7 +68,7 @@ impl Host {
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
             is_plain: plain_host::is_plain(),
             terraforms: terraforms(),
-            booted: process::booted(),
+            boot_time: process::boot_time(),
         };
         Self { recorded, late, seen }
     }
@@ -83,7 +81,7 @@ impl Host {
     /// The run in the journal that a dead lock belongs to.
     pub(crate) fn dead_run(&self, id: &str) -> Option<&str> {
         match self.recorded.get(id) {
-            Some((State::Dead | State::Settling, record)) => Some(&record.run),
+            Some((RunState::Dead | RunState::Settling, record)) => Some(&record.run),
             _ => None,
         }
     }
@@ -95,24 +93,24 @@ impl Host {
 
     fn claim(&self, lock: &LockInfo) -> Option<Claim> {
         let disagrees = |recorded: &RecordedLock, run: &Run| match proof::judge(recorded, lock, run) {
-            proof::Verdict::Ours => None,
-            proof::Verdict::Doubt(why) => Some(why),
-            proof::Verdict::Anothers => Some("its ID is another"),
+            proof::Match::Ours => None,
+            proof::Match::Doubt(why) => Some(why),
+            proof::Match::Anothers => Some("its ID is another"),
         };
         if let Some((state, record)) = self.recorded.get(&lock.id) {
             let run = record.run.clone();
             return Some(match state {
-                State::Living => Claim::Living {
+                RunState::Living => Claim::Living {
                     run,
                     tf: record.tf,
                     terraform: record.terraform,
                     command: format!("{} {}", record.program, record.command),
                 },
-                State::Foreign(why) => Claim::Foreign { why },
-                State::Settling | State::Dead => {
+                RunState::Foreign(why) => Claim::Foreign { why },
+                RunState::Settling | RunState::Dead => {
                     let of_run = record.proof();
-                    let recorded = record.log.standing().find(|recorded| recorded.id == lock.id)?;
-                    let settling = matches!(state, State::Settling);
+                    let recorded = record.log.unreleased().find(|recorded| recorded.id == lock.id)?;
+                    let settling = matches!(state, RunState::Settling);
                     Claim::Dead { run, tf: record.tf, settling, disagrees: disagrees(recorded, &of_run) }
                 }
             });
@@ -124,8 +122,8 @@ impl Host {
 
 /// Everything that runs here and has terraform or tofu in its name: providers among it, which may still be at work when
 /// their terraform is dead; and what may be a terraform under another name. This decides nothing that is not asked of a person.
-fn terraforms() -> Vec<Suspect> {
-    let booted = process::booted();
+fn terraforms() -> Vec<PossibleHolder> {
+    let boot_time = process::boot_time();
     Process::all()
         .into_iter()
         // We are one of them, where we are called terraform.
@@ -134,9 +132,9 @@ fn terraforms() -> Vec<Suspect> {
             let program = process.program();
             let named =
                 [&program, &process.name].iter().any(|name| name.contains("terraform") || name.contains("tofu"));
-            (named || process.may_be_renamed_terraform(LARGE)).then(|| Suspect {
+            (named || process.may_be_renamed_terraform(LARGE)).then(|| PossibleHolder {
                 pid: process.pid.as_raw(),
-                started: booted.and_then(|booted| process.started(booted)),
+                started: boot_time.and_then(|boot_time| process.started(boot_time)),
                 program,
             })
         })

@@ -25,7 +25,7 @@ const ON_EVENT: &str = "TFW_ON_EVENT";
 pub(crate) const WORD: &str = "tell-event";
 
 /// So long it may take.
-const LIMIT: Duration = Duration::from_secs(30);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts the command, if one is named, with `line` on its stdin.
 pub(crate) fn start(line: &str) {
@@ -86,7 +86,7 @@ fn attend(mut child: Child, line: &[u8]) {
     }
     let begun = Instant::now();
     while matches!(child.try_wait(), Ok(None)) {
-        if begun.elapsed() > LIMIT {
+        if begun.elapsed() > COMMAND_TIMEOUT {
             if let Ok(group) = i32::try_from(child.id()) {
                 let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
             }

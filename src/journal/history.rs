@@ -24,13 +24,13 @@ use crate::trace::trace;
 const FILE: &str = "history.jsonl";
 
 /// From this size on a new one is begun.
-const FULL: u64 = 1 << 20;
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// So many full ones are kept.
-const KEPT: usize = 4;
+const MAX_FILES: usize = 4;
 
 /// What a stranger has written is kept up to so many characters of it.
-const LONGEST: usize = 1024;
+const MAX_TEXT_BYTES: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +62,7 @@ pub(crate) enum By {
 
 /// One line of the history.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Event {
+pub(crate) struct LockEvent {
     pub(crate) time: Timestamp,
     #[serde(rename = "event")]
     pub(crate) what: What,
@@ -82,7 +82,7 @@ pub(crate) struct Event {
     pub(crate) reason: Option<String>,
 }
 
-impl Event {
+impl LockEvent {
     /// A lock that a log told of.
     pub(crate) fn of_recorded(what: What, by: By, lock: &RecordedLock, why: &str, reason: Option<&str>) -> Self {
         let created = lock.locked.map(|at| at.to_string());
@@ -108,7 +108,7 @@ impl Event {
         created: Option<&str>,
         [why, reason]: [Option<&str>; 2],
     ) -> Self {
-        let cut = |text: &str| text.chars().take(LONGEST).collect::<String>();
+        let cut = |text: &str| text.chars().take(MAX_TEXT_BYTES).collect::<String>();
         Self {
             time: Timestamp::now(),
             what,
@@ -127,7 +127,7 @@ impl Event {
 }
 
 /// Writes an event down and tells `TFW_ON_EVENT` of it. Errors are for nobody: the lock matters, and this does not.
-pub(crate) fn record(event: &Event) {
+pub(crate) fn record(event: &LockEvent) {
     let Ok(mut line) = json::to_string(event) else { return };
     line.push('\n');
     let written =
@@ -139,16 +139,16 @@ pub(crate) fn record(event: &Event) {
 }
 
 /// Every event that is kept, the oldest first, and how many lines are none.
-pub(crate) fn read() -> (Vec<Event>, usize) {
+pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     let mut events = Vec::new();
     let mut torn = 0;
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let path = state.join(FILE);
-        for path in (1..=KEPT).rev().map(|number| older(&path, number)).chain([path.clone()]) {
+        for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
             let mut text = Vec::new();
             let file = open_private(OpenOptions::new().read(true), &path);
             // A file of ours is never longer than this; another's is not read to its end.
-            if file.and_then(|file| file.take(2 * FULL).read_to_end(&mut text)).is_err() {
+            if file.and_then(|file| file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text)).is_err() {
                 continue;
             }
             for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
@@ -159,7 +159,7 @@ pub(crate) fn read() -> (Vec<Event>, usize) {
             }
         }
     }
-    events.sort_by_key(|event: &Event| event.time);
+    events.sort_by_key(|event: &LockEvent| event.time);
     (events, torn)
 }
 
@@ -178,8 +178,8 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
         }
         crate::sys::poll::wait(&[], Some(Duration::from_millis(10)));
     }
-    if alone && fs::metadata(path).is_ok_and(|file| file.len() + line.len() as u64 > FULL) {
-        for number in (1..KEPT).rev() {
+    if alone && fs::metadata(path).is_ok_and(|file| file.len() + line.len() as u64 > MAX_FILE_BYTES) {
+        for number in (1..MAX_FILES).rev() {
             let _ = fs::rename(older(path, number), older(path, number + 1));
         }
         fs::rename(path, older(path, 1))?;
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(names[5..], ["history.lock"]);
         for name in names {
             let file = fs::metadata(directory.path().join(name)).unwrap();
-            assert!(file.len() <= FULL && file.mode() & 0o777 == 0o600);
+            assert!(file.len() <= MAX_FILE_BYTES && file.mode() & 0o777 == 0o600);
         }
     }
 
@@ -227,9 +227,9 @@ mod tests {
             created: "now".into(),
             path: "p".into(),
         };
-        let event = Event::of_standing(What::Refused, By::Command, &lock, "p", "because", None);
+        let event = LockEvent::of_standing(What::Refused, By::Command, &lock, "p", "because", None);
         let line = json::to_string(&event).unwrap();
         assert!(line.len() < 3000 && line.is_ascii() && !line.contains('\n'), "{line}");
-        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+        assert_eq!(serde_json::from_str::<LockEvent>(&line).unwrap(), event);
     }
 }

@@ -13,7 +13,7 @@ use crate::sys::{filesystem, machine, plain_host, process};
 
 /// Where something ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Host {
+pub(crate) struct HostIdentity {
     /// machine-id(5); none in many containers.
     machine: Option<String>,
     /// `/proc/sys/kernel/random/boot_id`: another after each boot, and the same in every container of one.
@@ -40,7 +40,7 @@ fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     identities.iter().map(hash).collect()
 }
 
-/// What can be said about a run on `Host` from here.
+/// What can be said about a run on `HostIdentity` from here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standpoint {
     /// It ran since this machine started, and its processes are to be seen from here.
@@ -51,7 +51,7 @@ pub(crate) enum Standpoint {
     Foreign(&'static str),
 }
 
-impl Host {
+impl HostIdentity {
     /// The one that we are on; `journal` is a directory on the journal's file system.
     pub(crate) fn here(journal: &Path) -> Self {
         let line = |path| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
@@ -128,8 +128,8 @@ impl Host {
 mod tests {
     use super::*;
 
-    fn host() -> Host {
-        Host {
+    fn host() -> HostIdentity {
+        HostIdentity {
             machine: Some("0123456789abcdef0123456789abcdef".into()),
             boot: Some("b1".into()),
             processes: Some((0xEFFF_FFFC, true)),
@@ -152,9 +152,9 @@ mod tests {
         };
         for (network, uuid) in networks.iter().flat_map(|network| uuids.map(|uuid| (network, uuid))) {
             for (network_now, uuid_now) in networks.iter().flat_map(|network| uuids.map(|uuid| (network, uuid))) {
-                let then = Host { hardware: hardware(network, uuid), ..host() };
-                let same_boot = Host { hardware: hardware(network_now, uuid_now), ..host() };
-                let now = Host { boot: Some("b2".into()), ..same_boot.clone() };
+                let then = HostIdentity { hardware: hardware(network, uuid), ..host() };
+                let same_boot = HostIdentity { hardware: hardware(network_now, uuid_now), ..host() };
+                let now = HostIdentity { boot: Some("b2".into()), ..same_boot.clone() };
                 let copy = differs(network, network_now) || differs(uuid, uuid_now);
                 let seen = then.seen_from(&now);
                 assert_eq!(matches!(seen, Standpoint::Foreign(_)), copy, "{then:?} {now:?}");
@@ -167,19 +167,19 @@ mod tests {
     #[test]
     fn a_record_of_an_older_version_is_judged_as_it_was() {
         let record = r#"{"machine":"0123456789abcdef0123456789abcdef","boot":"b1","processes":[4026531836,true],"filesystem":7}"#;
-        let then: Host = serde_json::from_str(record).unwrap();
+        let then: HostIdentity = serde_json::from_str(record).unwrap();
         let hardware = BTreeMap::from([("network".to_owned(), hashes("network", &["52:54:00:00:00:01".to_owned()]))]);
-        let now = Host { boot: Some("b2".into()), hardware, ..host() };
+        let now = HostIdentity { boot: Some("b2".into()), hardware, ..host() };
         assert_eq!(then.seen_from(&now), Standpoint::EarlierBoot);
         let kept = serde_json::to_string(&now).unwrap();
         assert!(!kept.contains("52:54"), "{kept}");
-        assert_eq!(serde_json::from_str::<Host>(&kept).unwrap(), now);
+        assert_eq!(serde_json::from_str::<HostIdentity>(&kept).unwrap(), now);
     }
 
     #[test]
     fn only_what_is_seen_whole_proves_anything() {
-        type Change = (fn(&mut Host), fn(&mut Host), bool, bool);
-        let changes: &[Change] = &[
+        type Case = (fn(&mut HostIdentity), fn(&mut HostIdentity), bool, bool);
+        let changes: &[Case] = &[
             // then, now, proves on the same boot, proves on another
             (|_| {}, |_| {}, true, true),
             (|then| then.machine = Some("f".repeat(32)), |_| {}, false, false),

@@ -21,14 +21,14 @@ use crate::journal::state_directory::{StateDirectory, open_private};
 use crate::sys::memory::MemoryFile;
 use crate::sys::poll;
 use crate::terraform::binary::LARGE;
-use crate::terraform::version::{Telling, Version};
+use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
 /// How long it may take to say its version.
-const SAYS_WITHIN: Duration = Duration::from_secs(3);
+const VERSION_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// So many programs and directories are remembered.
-const REMEMBERED: usize = 256;
+const MAX_PROGRAMS: usize = 256;
 
 /// What is known of the program of one run.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ impl Program {
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {
                 Some((version, wrote)) => {
-                    if !wrote && version.telling() != Telling::Nothing {
+                    if !wrote && version.log_detail() != LogDetail::None {
                         program.opens = false;
                         program.key.push_str(CLOSED);
                     }
@@ -85,9 +85,9 @@ impl Program {
     /// trace alone tells anything.
     pub(crate) fn level(&self, backend: Option<&str>) -> &'static str {
         match (&self.version, backend) {
-            (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.telling().level(),
-            (Some(version), _) if version.telling() == Telling::Nothing => version.telling().level(),
-            _ => Telling::Brackets.level(),
+            (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.log_detail().level(),
+            (Some(version), _) if version.log_detail() == LogDetail::None => version.log_detail().level(),
+            _ => LogDetail::AcquireOnly.level(),
         }
     }
 
@@ -102,7 +102,7 @@ impl Program {
         self.version = Some(version.clone());
         let Some(file) = &self.file else { return };
         let mut known = read(file);
-        if known.len() >= REMEMBERED {
+        if known.len() >= MAX_PROGRAMS {
             known.clear();
         }
         known.insert(self.key.clone(), version.clone());
@@ -165,7 +165,7 @@ fn ask(path: &Path) -> Option<(Version, bool)> {
         .ok()?;
     let begun = Instant::now();
     while child.try_wait().ok()?.is_none() {
-        if begun.elapsed() > SAYS_WITHIN {
+        if begun.elapsed() > VERSION_TIMEOUT {
             let _ = child.kill();
             let _ = child.wait();
             return None;

@@ -46,7 +46,7 @@ impl TreeIdentity {
 
 /// What the environment of a process says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mark {
+pub(crate) enum ProcessMark {
     /// It has the run's mark.
     Marked,
     /// It has not.
@@ -72,7 +72,7 @@ pub(crate) enum Membership {
 /// started earlier is certainly a member; a later one may be in another group that has the number now. None: terraform is
 /// there.
 pub(crate) fn classify(
-    all: &[(Process, Mark)],
+    all: &[(Process, ProcessMark)],
     identity: &TreeIdentity,
     certain_before: Option<u64>,
 ) -> Vec<Membership> {
@@ -104,14 +104,14 @@ pub(crate) fn classify(
 /// What one process is, by its own facts.
 fn alone(
     process: &Process,
-    mark: Mark,
-    all: &[(Process, Mark)],
+    mark: ProcessMark,
+    all: &[(Process, ProcessMark)],
     identity: &TreeIdentity,
     certain_before: Option<u64>,
 ) -> Membership {
     let survived =
         identity.survivors.iter().any(|(pid, start)| (*pid, *start) == (process.pid.as_raw(), process.start));
-    if survived || mark == Mark::Marked {
+    if survived || mark == ProcessMark::Marked {
         return Membership::Member;
     }
     let in_time = identity.start.is_none_or(|start| process.start >= start);
@@ -130,14 +130,14 @@ fn alone(
         return Membership::Unknown;
     }
     let in_session = Some(process.session.as_raw()) == identity.session;
-    if in_time && in_session && mark == Mark::Unreadable && is_orphan(process, all) {
+    if in_time && in_session && mark == ProcessMark::Unreadable && is_orphan(process, all) {
         return Membership::Unknown;
     }
     Membership::Other
 }
 
 /// Whether the parent of `process` is gone. An orphan comes to init, or to a subreaper of another session.
-fn is_orphan(process: &Process, all: &[(Process, Mark)]) -> bool {
+fn is_orphan(process: &Process, all: &[(Process, ProcessMark)]) -> bool {
     let parent = all.iter().find(|(other, _)| other.pid == process.parent);
     parent.is_none_or(|(parent, _)| parent.pid == Pid::from_raw(1) || parent.session != process.session)
 }
@@ -166,10 +166,10 @@ mod tests {
     }
 
     /// Init, the caller's shell, and `process`.
-    fn judge(process: Process, mark: Mark, certain_before: Option<u64>) -> Membership {
+    fn judge(process: Process, mark: ProcessMark, certain_before: Option<u64>) -> Membership {
         let all = [
-            (self::process(1, 0, 1, 1, 1), Mark::Unreadable),
-            (self::process(SHELL, 1, SHELL, SHELL, 500), Mark::Unmarked),
+            (self::process(1, 0, 1, 1, 1), ProcessMark::Unreadable),
+            (self::process(SHELL, 1, SHELL, SHELL, 500), ProcessMark::Unmarked),
             (process, mark),
         ];
         let found = classify(&all, &identity(), certain_before);
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn every_combination_of_group_session_age_parent_and_mark_is_judged_on_the_safe_side() {
-        use Mark::{Marked, Unmarked, Unreadable};
+        use ProcessMark::{Marked, Unmarked, Unreadable};
         for mark in [Marked, Unmarked, Unreadable] {
             for group in [TERRAFORM, 200] {
                 for session in [SHELL, 60] {
@@ -206,9 +206,9 @@ mod tests {
 
     #[test]
     fn a_group_whose_number_another_leader_has_is_another_group() {
-        let child = (process(200, 1, TERRAFORM, SHELL, 3000), Mark::Unmarked);
+        let child = (process(200, 1, TERRAFORM, SHELL, 3000), ProcessMark::Unmarked);
         for (start, expected) in [(1000, Membership::Member), (2900, Membership::Other)] {
-            let all = [child.clone(), (process(TERRAFORM, 1, TERRAFORM, SHELL, start), Mark::Unmarked)];
+            let all = [child.clone(), (process(TERRAFORM, 1, TERRAFORM, SHELL, start), ProcessMark::Unmarked)];
             assert_eq!(classify(&all, &identity(), None)[0], expected);
         }
         // Without knowing when terraform started, nobody is certain to be its child.
@@ -219,18 +219,18 @@ mod tests {
     #[test]
     fn what_survived_is_known_by_number_and_start() {
         for (start, expected) in [(1500, Membership::Member), (1501, Membership::Other)] {
-            assert_eq!(judge(process(300, 1, 300, 60, start), Mark::Unreadable, None), expected);
+            assert_eq!(judge(process(300, 1, 300, 60, start), ProcessMark::Unreadable, None), expected);
         }
     }
 
     #[test]
     fn children_are_what_their_parents_are() {
         let all = [
-            (process(400, 201, 400, 400, 1600), Mark::Unmarked),
-            (process(201, 200, 201, 201, 1600), Mark::Unreadable),
-            (process(200, 1, TERRAFORM, SHELL, 1500), Mark::Unreadable),
-            (process(500, 501, 500, 500, 1600), Mark::Unmarked),
-            (process(501, 1, 501, SHELL, 1600), Mark::Unreadable),
+            (process(400, 201, 400, 400, 1600), ProcessMark::Unmarked),
+            (process(201, 200, 201, 201, 1600), ProcessMark::Unreadable),
+            (process(200, 1, TERRAFORM, SHELL, 1500), ProcessMark::Unreadable),
+            (process(500, 501, 500, 500, 1600), ProcessMark::Unmarked),
+            (process(501, 1, 501, SHELL, 1600), ProcessMark::Unreadable),
         ];
         let found = classify(&all, &identity(), None);
         assert_eq!(found[..3], [Membership::Member; 3]);

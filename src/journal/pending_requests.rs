@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::journal::runs::Record;
+use crate::journal::runs::JournalRecord;
 use crate::journal::state_directory::{StateDirectory, is_private, open_private};
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
@@ -24,14 +24,14 @@ use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
 /// How long a request can still land: longer than any signature is valid.
-pub(crate) const STANDS: SignedDuration = SignedDuration::from_mins(20);
+pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 
 /// How long one is kept of which the service has not said yet whether it is there.
-const STANDS_UNSEEN: SignedDuration = SignedDuration::from_hours(24);
+const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
 
 /// What is kept of a lock that may still come.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Tombstone {
+pub(crate) struct PendingRequest {
     /// When its terraform was seen dead.
     pub(crate) since: Timestamp,
     /// What the log said of it.
@@ -50,10 +50,10 @@ pub(crate) struct Tombstone {
     /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
     /// a file of an earlier version.
     #[serde(default)]
-    pub(crate) record: Option<Box<Record>>,
+    pub(crate) record: Option<Box<JournalRecord>>,
 }
 
-impl Tombstone {
+impl PendingRequest {
     /// What is kept of `lock`, whose terraform was seen dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
         Self {
@@ -70,38 +70,38 @@ impl Tombstone {
     /// Whether nobody has got an answer about it a moment before `now`. Whoever starts a terraform does not wait for it again so
     /// soon.
     pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
-        const TRIED_AGAIN_AFTER: SignedDuration = SignedDuration::from_mins(5);
-        self.tried.is_some_and(|tried| now.duration_since(tried) < TRIED_AGAIN_AFTER)
+        const RETRY_INTERVAL: SignedDuration = SignedDuration::from_mins(5);
+        self.tried.is_some_and(|tried| now.duration_since(tried) < RETRY_INTERVAL)
     }
 
     /// Whether its time is over.
     fn is_over(&self, now: Timestamp) -> bool {
-        now.duration_since(self.since) > if self.unseen { STANDS_UNSEEN } else { STANDS }
+        now.duration_since(self.since) > if self.unseen { UNSEEN_PENDING_WINDOW } else { PENDING_WINDOW }
     }
 }
 
 /// Where tombstones stand.
 #[derive(Debug)]
-pub(crate) struct Graveyard {
+pub(crate) struct PendingRequests {
     path: PathBuf,
-    record: Option<Box<Record>>,
+    record: Option<Box<JournalRecord>>,
 }
 
-impl Graveyard {
+impl PendingRequests {
     /// The one in `directory`.
     pub(crate) fn of(directory: &StateDirectory) -> Self {
         Self { path: directory.join("tombstones"), record: None }
     }
 
     /// The same, for what the run of `record` leaves.
-    pub(crate) fn of_run(mut self, record: &Record) -> Self {
+    pub(crate) fn of_run(mut self, record: &JournalRecord) -> Self {
         // What its log told is in the locks themselves.
-        self.record = Some(Box::new(Record { log: Log::default(), ..record.clone() }));
+        self.record = Some(Box::new(JournalRecord { log: Log::default(), ..record.clone() }));
         self
     }
 
     /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
-    pub(crate) fn read(&self, now: Timestamp) -> Vec<Tombstone> {
+    pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {
             return Vec::new();
@@ -109,45 +109,45 @@ impl Graveyard {
         let mut standing = Vec::new();
         for entry in entries.flatten() {
             let path = entry.path();
-            let Some(tombstone) = read_one(&path) else { continue };
-            if tombstone.is_over(now) {
+            let Some(pending) = read_one(&path) else { continue };
+            if pending.is_over(now) {
                 let _ = fs::remove_file(path);
             } else {
-                standing.push(tombstone);
+                standing.push(pending);
             }
         }
         standing
     }
 
     /// Notes that the service has said whether the lock is there.
-    pub(crate) fn was_seen(&self, tombstone: &Tombstone) {
-        if tombstone.unseen || tombstone.tried.is_some() {
-            let _ = self.put(&Tombstone { unseen: false, tried: None, ..tombstone.clone() });
+    pub(crate) fn was_seen(&self, pending: &PendingRequest) {
+        if pending.unseen || pending.tried.is_some() {
+            let _ = self.put(&PendingRequest { unseen: false, tried: None, ..pending.clone() });
         }
     }
 
     /// Notes that nobody has said at the moment `now` whether the lock is there.
-    pub(crate) fn was_tried(&self, tombstone: &Tombstone, now: Timestamp) {
-        let _ = self.put(&Tombstone { tried: Some(now), ..tombstone.clone() });
+    pub(crate) fn was_tried(&self, pending: &PendingRequest, now: Timestamp) {
+        let _ = self.put(&PendingRequest { tried: Some(now), ..pending.clone() });
     }
 
     /// Puts one up.
     ///
     /// # Errors
     /// Where the directory is not writable, or not private.
-    pub(crate) fn put(&self, tombstone: &Tombstone) -> io::Result<()> {
+    pub(crate) fn put(&self, pending: &PendingRequest) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
-        if !is_private(&self.path) || !is_lock_id(&tombstone.lock.id) {
+        if !is_private(&self.path) || !is_lock_id(&pending.lock.id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         // Whole or not at all: written beside its place, and moved there.
-        let path = self.path(&tombstone.lock.id);
+        let path = self.path(&pending.lock.id);
         let unfinished = path.with_extension(std::process::id().to_string());
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        let record = tombstone.record.clone().or_else(|| self.record.clone());
-        file.write_all(&serde_json::to_vec(&Tombstone { record, ..tombstone.clone() })?)?;
+        let record = pending.record.clone().or_else(|| self.record.clone());
+        file.write_all(&serde_json::to_vec(&PendingRequest { record, ..pending.clone() })?)?;
         file.sync_all()?;
-        trace!("tombstone for {}", tombstone.lock.id);
+        trace!("tombstone for {}", pending.lock.id);
         fs::rename(unfinished, path)
     }
 
@@ -156,7 +156,7 @@ impl Graveyard {
     }
 }
 
-fn read_one(path: &Path) -> Option<Tombstone> {
+fn read_one(path: &Path) -> Option<PendingRequest> {
     if path.extension()? != "json" {
         return None;
     }
@@ -164,8 +164,8 @@ fn read_one(path: &Path) -> Option<Tombstone> {
     if file.metadata().ok()?.len() > 1 << 16 {
         return None;
     }
-    let tombstone: Tombstone = serde_json::from_reader(file).ok()?;
-    (path.file_stem()? == tombstone.lock.id.as_str() && is_lock_id(&tombstone.lock.id)).then_some(tombstone)
+    let pending: PendingRequest = serde_json::from_reader(file).ok()?;
+    (path.file_stem()? == pending.lock.id.as_str() && is_lock_id(&pending.lock.id)).then_some(pending)
 }
 
 #[cfg(test)]
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
     use crate::terraform::log::{tests::ID, tests::lock_line};
 
-    fn tombstone() -> Tombstone {
+    fn pending() -> PendingRequest {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
         let run = Run {
@@ -186,67 +186,75 @@ mod tests {
             program: None,
         };
         let since = "2026-11-23T01:47:00Z".parse().unwrap();
-        Tombstone { since, lock: log.locks.remove(0), run, abandoned: false, unseen: false, tried: None, record: None }
+        PendingRequest {
+            since,
+            lock: log.locks.remove(0),
+            run,
+            abandoned: false,
+            unseen: false,
+            tried: None,
+            record: None,
+        }
     }
 
-    fn graveyard() -> (tempfile::TempDir, Graveyard) {
+    fn pending_requests() -> (tempfile::TempDir, PendingRequests) {
         let directory = tempfile::tempdir().unwrap();
-        let graveyard = Graveyard::of(&StateDirectory::at(directory.path()));
-        (directory, graveyard)
+        let pending_requests = PendingRequests::of(&StateDirectory::at(directory.path()));
+        (directory, pending_requests)
     }
 
     #[test]
     fn a_tombstone_stands_for_its_time() {
-        let (_directory, graveyard) = graveyard();
-        graveyard.put(&tombstone()).unwrap();
-        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        let (_directory, pending_requests) = pending_requests();
+        pending_requests.put(&pending()).unwrap();
+        let at = |minutes: i64| pending_requests.read(pending().since + SignedDuration::from_mins(minutes)).len();
         assert_eq!((at(0), at(20), at(21), at(0)), (1, 1, 0, 0));
     }
 
     #[test]
     fn one_that_nobody_could_look_for_stands_for_a_day_and_once_seen_for_its_time() {
-        let (_directory, graveyard) = graveyard();
-        let unseen = Tombstone { unseen: true, ..tombstone() };
-        graveyard.put(&unseen).unwrap();
-        let at = |minutes: i64| graveyard.read(tombstone().since + SignedDuration::from_mins(minutes)).len();
+        let (_directory, pending_requests) = pending_requests();
+        let unseen = PendingRequest { unseen: true, ..pending() };
+        pending_requests.put(&unseen).unwrap();
+        let at = |minutes: i64| pending_requests.read(pending().since + SignedDuration::from_mins(minutes)).len();
         assert_eq!((at(21), at(24 * 60)), (1, 1));
-        graveyard.was_seen(&unseen);
+        pending_requests.was_seen(&unseen);
         assert_eq!((at(20), at(21)), (1, 0));
     }
 
     #[test]
     fn what_is_torn_or_hostile_is_not_obeyed_and_breaks_nothing() {
-        let (_directory, graveyard) = graveyard();
-        graveyard.put(&tombstone()).unwrap();
-        let whole = fs::read(graveyard.path(ID)).unwrap();
+        let (_directory, pending_requests) = pending_requests();
+        pending_requests.put(&pending()).unwrap();
+        let whole = fs::read(pending_requests.path(ID)).unwrap();
         for length in 0..whole.len() {
-            fs::write(graveyard.path(ID), &whole[..length]).unwrap();
-            assert!(graveyard.read(tombstone().since).is_empty(), "cut at {length}");
+            fs::write(pending_requests.path(ID), &whole[..length]).unwrap();
+            assert!(pending_requests.read(pending().since).is_empty(), "cut at {length}");
         }
-        fs::remove_file(graveyard.path(ID)).unwrap();
+        fs::remove_file(pending_requests.path(ID)).unwrap();
         // Under another name, and through a link.
         let other = "11111111-d70c-4132-39e0-d2abba1b3077";
-        fs::write(graveyard.path(other), &whole).unwrap();
-        fs::write(graveyard.path.join("elsewhere"), &whole).unwrap();
-        std::os::unix::fs::symlink(graveyard.path.join("elsewhere"), graveyard.path(ID)).unwrap();
-        assert!(graveyard.read(tombstone().since).is_empty());
+        fs::write(pending_requests.path(other), &whole).unwrap();
+        fs::write(pending_requests.path.join("elsewhere"), &whole).unwrap();
+        std::os::unix::fs::symlink(pending_requests.path.join("elsewhere"), pending_requests.path(ID)).unwrap();
+        assert!(pending_requests.read(pending().since).is_empty());
     }
 
     #[test]
     fn a_directory_that_others_can_write_is_not_used() {
         use std::os::unix::fs::PermissionsExt;
-        let (_directory, graveyard) = graveyard();
-        graveyard.put(&tombstone()).unwrap();
-        fs::set_permissions(&graveyard.path, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(graveyard.read(tombstone().since).is_empty());
-        assert!(graveyard.put(&tombstone()).is_err());
+        let (_directory, pending_requests) = pending_requests();
+        pending_requests.put(&pending()).unwrap();
+        fs::set_permissions(&pending_requests.path, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(pending_requests.read(pending().since).is_empty());
+        assert!(pending_requests.put(&pending()).is_err());
     }
 
     /// The fixture has a record of a run in it.
     #[test]
     fn files_of_version_0_1_are_read_and_written_unchanged() {
         let text = include_str!("fixtures/pending_request_1.json");
-        let read: Tombstone = serde_json::from_str(text).unwrap();
+        let read: PendingRequest = serde_json::from_str(text).unwrap();
         let whole: serde_json::Value = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_value(&read).unwrap(), whole);
     }

@@ -36,7 +36,7 @@ const LOG_VARIABLES: [&str; 6] =
     ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PATH", "TF_LOG_PROVIDER", "TF_LOG_CLOUD", "TF_LOG_STACKS"];
 
 /// What was read is forgotten once there is so much of it: less would cost more than it frees.
-const FORGET_FROM: u64 = 1 << 16;
+const FORGET_FROM_BYTES: u64 = 1 << 16;
 
 /// Where a log goes that nobody reads.
 const NOWHERE: &str = "/dev/null";
@@ -45,7 +45,7 @@ const NOWHERE: &str = "/dev/null";
 const RECORDER: &str = "TFW_RECORDER";
 
 /// What the environment of terraform gets: a value, or nothing any more.
-pub(crate) type Change = (&'static str, Option<OsString>);
+pub(crate) type EnvironmentChange = (&'static str, Option<OsString>);
 
 /// How terraform is made to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ enum Sink {
     ///
     /// The price of TRACE is small. A plan of 800 resources takes 5.7 s with either sink or with none; its log is 40 MB, which
     /// `tf` reads and frees as it grows.
-    Beside(&'static str),
+    GuardianView(&'static str),
 }
 
 /// The recorder of one run.
@@ -88,7 +88,7 @@ struct Arguments {
 
 impl Arguments {
     /// No command line is longer (execve(2): a quarter of the stack, 6 MiB at most), and Go's escapes make it longer.
-    const LONGEST: usize = 32 << 20;
+    const MAX_LOG_BYTES: usize = 32 << 20;
 
     /// Takes the bytes of `file` that begin at `at`, and overwrites the values of arguments in the lines that end in them.
     fn overwrite(&mut self, file: &std::fs::File, bytes: &[u8], at: u64) {
@@ -101,7 +101,7 @@ impl Arguments {
             at += piece.len() as u64;
             if !self.is_other {
                 self.line.extend_from_slice(piece);
-                self.is_other = !redaction::may_have_arguments(&self.line) || self.line.len() > Self::LONGEST;
+                self.is_other = !redaction::may_have_arguments(&self.line) || self.line.len() > Self::MAX_LOG_BYTES;
             }
             if is_end && !self.is_other {
                 for value in redaction::values(&self.line) {
@@ -139,7 +139,7 @@ impl Recorder {
     pub(crate) fn find(id: &str, log: Log, offset: u64) -> Option<Self> {
         let file = MemoryFile::find(&name(id))?;
         // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
-        let (log, offset) = if offset > FORGET_FROM { (log, offset) } else { (Log::default(), 0) };
+        let (log, offset) = if offset > FORGET_FROM_BYTES { (log, offset) } else { (Log::default(), 0) };
         let (sink, inherited, arguments) = (Sink::Core("INFO"), Vec::new(), Arguments::default());
         Some(Self { file, sink, opens: false, inherited, offset, log, arguments })
     }
@@ -150,13 +150,13 @@ impl Recorder {
     }
 
     /// What terraform's environment must say.
-    pub(crate) fn changes(&self) -> Vec<Change> {
+    pub(crate) fn changes(&self) -> Vec<EnvironmentChange> {
         let path = || Some(self.path().as_os_str().to_owned());
         let mut changes = vec![(RECORDER, path())];
         match self.sink {
             Sink::Core(level) => changes.extend([("TF_LOG_CORE", Some(level.into())), ("TF_LOG_PATH", path())]),
             Sink::Temporary => changes.push(("TF_TEMP_LOG_PATH", path())),
-            Sink::Beside(level) => changes.extend([
+            Sink::GuardianView(level) => changes.extend([
                 ("TF_LOG_CORE", Some(level.into())),
                 ("TF_LOG_PATH", Some(NOWHERE.into())),
                 ("TF_TEMP_LOG_PATH", path()),
@@ -191,11 +191,11 @@ impl Recorder {
     /// everybody waits for us.
     pub(crate) fn interval(&self, age: Duration) -> Duration {
         /// Within that time most runs have asked for their lock.
-        const YOUNG: Duration = Duration::from_secs(3);
+        const NEW_LOG_WINDOW: Duration = Duration::from_secs(3);
         match self.sink {
-            _ if age < YOUNG => Duration::from_millis(20),
+            _ if age < NEW_LOG_WINDOW => Duration::from_millis(20),
             Sink::Core("INFO") => Duration::from_millis(250),
-            Sink::Core(_) | Sink::Temporary | Sink::Beside(_) => Duration::from_millis(100),
+            Sink::Core(_) | Sink::Temporary | Sink::GuardianView(_) => Duration::from_millis(100),
         }
     }
 
@@ -222,7 +222,7 @@ impl Recorder {
     /// Gives back the memory of what was read. Not before somebody else knows what it said, who might have to go on.
     pub(crate) fn forget(&self) {
         let until = self.whole_until();
-        if until > FORGET_FROM {
+        if until > FORGET_FROM_BYTES {
             self.file.forget_before(until);
         }
     }
@@ -265,7 +265,7 @@ fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<Os
     match (LOG_VARIABLES.iter().any(set), opens) {
         (true, _) => Sink::Temporary,
         (false, true) => Sink::Core(level),
-        (false, false) => Sink::Beside(level),
+        (false, false) => Sink::GuardianView(level),
     }
 }
 

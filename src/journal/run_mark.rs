@@ -1,6 +1,6 @@
 //! The mark of a run in the environment of its processes, and who is alive of those that a run can be known by.
 
-use crate::journal::membership::{Mark, Membership, TreeIdentity, classify};
+use crate::journal::membership::{Membership, ProcessMark, TreeIdentity, classify};
 use crate::sys::process::{self, Process, Variable};
 use nix::unistd::{Pid, getpid};
 
@@ -19,7 +19,7 @@ pub(crate) struct Living {
 impl Living {
     /// Looks at the living processes of the run that has the mark `run`. `certain_before`: see [`classify`].
     pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
-        let all: Vec<(Process, Mark)> =
+        let all: Vec<(Process, ProcessMark)> =
             Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
         let found = classify(&all, identity, certain_before);
         let pids: Vec<Pid> = all.iter().map(|(process, _)| process.pid).collect();
@@ -55,11 +55,13 @@ impl Living {
 }
 
 /// Whether the process carries the mark of `run`.
-pub(crate) fn mark_of(process: &Process, run: &str) -> Mark {
+pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
     match process.environment(RUN) {
-        Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => Mark::Marked,
-        Variable::Set(_) | Variable::Unset => Mark::Unmarked,
-        Variable::Unreadable => Mark::Unreadable,
+        Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => {
+            ProcessMark::Marked
+        }
+        Variable::Set(_) | Variable::Unset => ProcessMark::Unmarked,
+        Variable::Unreadable => ProcessMark::Unreadable,
     }
 }
 

@@ -4,8 +4,8 @@
 //! must know: the lock facts out of terraform's log, where the lock lives and how it was reached; no argument's value, no
 //! key, no token. `lock` tells who is alive, by two bytes that are locked ([`crate::sys::lock_file`]):
 //!
-//! - [`LIFE`] is held by terraform and by all that inherited the descriptor from it;
-//! - [`CHARGE`] is held by whoever takes care of the run: `tf` and its guardian together, later one recoverer. Nothing
+//! - [`TREE_LOCK`] is held by terraform and by all that inherited the descriptor from it;
+//! - [`OWNER_LOCK`] is held by whoever takes care of the run: `tf` and its guardian together, later one recoverer. Nothing
 //!   inherits it.
 //!
 //! A run that ends well takes its directory away.
@@ -28,9 +28,9 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::aws::access::{Access, Surroundings};
+use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
 use crate::crash_point;
-use crate::journal::host::{Host, Standpoint};
+use crate::journal::host::{HostIdentity, Standpoint};
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::run_mark::Living;
@@ -44,26 +44,26 @@ use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// The byte that the whole tree below terraform holds.
-const LIFE: u8 = 0;
+const TREE_LOCK: u8 = 0;
 
 /// The byte of whoever takes care of the run.
-const CHARGE: u8 = 1;
+const OWNER_LOCK: u8 = 1;
 
 /// No record is longer; what is, is hostile.
-const LONGEST: u64 = 2 * JSON_LIMIT as u64;
+const MAX_RECORD_BYTES: u64 = 2 * JSON_LIMIT as u64;
 
 /// So many unreadable records are kept for somebody to look at.
-const SET_ASIDE: usize = 16;
+const MAX_SET_ASIDE: usize = 16;
 
 /// What nobody here may judge, or nobody came back for, goes after so long.
-const FORGOTTEN: Duration = Duration::from_hours(30 * 24);
+const RECORD_RETENTION_WINDOW: Duration = Duration::from_hours(30 * 24);
 
 /// Why a run is left alone whose lock file cannot be opened for writing.
 pub(crate) const READ_ONLY: &str = "its record cannot be locked: the state directory is read-only";
 
 /// What is left of a run that is over: locks that could not be given back.
 #[derive(Debug, Default)]
-pub(crate) struct LeftOver {
+pub(crate) struct Unfinished {
     pub(crate) locks: Vec<RecordedLock>,
     /// Those that could not even be looked for.
     pub(crate) unnamed: Vec<UnnamedLock>,
@@ -75,7 +75,7 @@ pub(crate) struct LeftOver {
     pub(crate) replaced: Vec<Replaced>,
 }
 
-impl LeftOver {
+impl Unfinished {
     /// Leaves what may stand in another backend, and what is known of it.
     pub(crate) fn add_elsewhere(&mut self, had: impl IntoIterator<Item = UnnamedLock>) {
         self.elsewhere = true;
@@ -94,11 +94,11 @@ impl LeftOver {
 
 /// What is written down of one run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct JournalRecord {
     pub(crate) format: u32,
     /// The run's ID, the last part of its `TFW_RUN` and the name of its directory.
     pub(crate) run: String,
-    pub(crate) host: Host,
+    pub(crate) host: HostIdentity,
     /// The pid of its `tf`, and of its terraform.
     pub(crate) tf: u32,
     pub(crate) terraform: Option<i32>,
@@ -129,8 +129,8 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) plan: Option<String>,
     /// The backends that it can have used.
-    pub(crate) access: Vec<Access>,
-    pub(crate) surroundings: Surroundings,
+    pub(crate) access: Vec<RedactedBackend>,
+    pub(crate) surroundings: AwsEnvironment,
     /// What its log has told so far, and up to where it was read.
     pub(crate) log: Log,
     pub(crate) offset: u64,
@@ -139,15 +139,15 @@ pub(crate) struct Record {
     /// Its locks were to be named and not released (`TFW_RELEASE=never`).
     #[serde(default)]
     pub(crate) named_only: bool,
-    /// See [`LeftOver::unlogged`].
+    /// See [`Unfinished::unlogged`].
     #[serde(default)]
     pub(crate) unlogged: bool,
-    /// See [`LeftOver::replaced`].
+    /// See [`Unfinished::replaced`].
     #[serde(default)]
     pub(crate) replaced: Vec<Replaced>,
 }
 
-impl Record {
+impl JournalRecord {
     /// The first form of a record; the rest is for the caller to fill in.
     pub(crate) fn new(run: &str, journal: &Journal) -> Self {
         Self {
@@ -169,7 +169,7 @@ impl Record {
             workspaces: Vec::new(),
             plan: None,
             access: Vec::new(),
-            surroundings: Surroundings::default(),
+            surroundings: AwsEnvironment::default(),
             log: Log::default(),
             offset: 0,
             over: false,
@@ -197,7 +197,7 @@ impl Record {
     }
 
     /// What is left when a run is over: locks that could not be given back. What is known of its processes stays.
-    pub(crate) fn leave(&mut self, left: LeftOver) {
+    pub(crate) fn leave(&mut self, left: Unfinished) {
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
         self.unlogged = left.unlogged;
@@ -216,30 +216,30 @@ impl Record {
 pub(crate) struct Journal {
     runs: PathBuf,
     /// Asked for when there is something to judge or to write down.
-    host: OnceCell<Host>,
+    host: OnceCell<HostIdentity>,
 }
 
 /// A run's directory, and the hold on it of whoever takes care of the run.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct JournalEntry {
     path: PathBuf,
-    charge: File,
+    lock_file: File,
 }
 
 /// What is found in the place of a run.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum FoundRun {
     /// Somebody of it is alive.
-    Living(Box<Record>),
+    Living(Box<JournalRecord>),
     /// Terraform's tree seems dead, and somebody takes care of the rest at this moment.
-    Settling(Box<Record>),
+    Settling(Box<JournalRecord>),
     /// It is dead, and ours to finish.
-    Dead(Box<Record>, Entry, Standpoint),
+    Dead(Box<JournalRecord>, JournalEntry, Standpoint),
     /// Not for us to judge, and why; with what it says, where it can be read. For whoever lists what there is; nothing is
     /// done about it.
-    Foreign(&'static str, Option<Box<Record>>),
+    Foreign(&'static str, Option<Box<JournalRecord>>),
     /// Nobody of it is known to be alive, and these processes may be of it: it is left alone as long as they run.
-    Doubtful(Box<Record>, Vec<Process>),
+    Doubtful(Box<JournalRecord>, Vec<Process>),
     /// What lies here is no record, and nobody holds it.
     Broken(PathBuf),
     /// Nothing, or nothing any more.
@@ -266,15 +266,15 @@ impl Journal {
         is_private(&runs).then(|| Self { runs, host: OnceCell::new() })
     }
 
-    pub(crate) fn host(&self) -> &Host {
-        self.host.get_or_init(|| Host::here(&self.runs))
+    pub(crate) fn host(&self) -> &HostIdentity {
+        self.host.get_or_init(|| HostIdentity::here(&self.runs))
     }
 
     /// Makes the directory of a run. Gives the descriptor that terraform must inherit.
     ///
     /// # Errors
     /// Where it cannot be made, written or locked. Nothing is left then.
-    pub(crate) fn begin(&self, record: &Record) -> io::Result<(Entry, OwnedFd)> {
+    pub(crate) fn begin(&self, record: &JournalRecord) -> io::Result<(JournalEntry, OwnedFd)> {
         let unfinished = self.runs.join(format!(".new-{}", record.run));
         let begun = self.begin_in(&unfinished, record);
         if begun.is_err() {
@@ -283,13 +283,13 @@ impl Journal {
         begun
     }
 
-    fn begin_in(&self, unfinished: &Path, record: &Record) -> io::Result<(Entry, OwnedFd)> {
+    fn begin_in(&self, unfinished: &Path, record: &JournalRecord) -> io::Result<(JournalEntry, OwnedFd)> {
         DirBuilder::new().mode(0o700).create(unfinished)?;
         crash_point::reached("journal: made");
         let path = unfinished.join("lock");
         let life = create(&path)?;
-        let charge = open_lock(&path)?;
-        if !lock_file::try_lock(&life, LIFE)? || !lock_file::try_lock(&charge, CHARGE)? {
+        let lock_file = open_lock(&path)?;
+        if !lock_file::try_lock(&life, TREE_LOCK)? || !lock_file::try_lock(&lock_file, OWNER_LOCK)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let inherited = descriptor::inheritable_high(&life)?;
@@ -299,7 +299,7 @@ impl Journal {
         let path = self.runs.join(&record.run);
         fs::rename(unfinished, &path)?;
         crash_point::reached("journal: in place");
-        Ok((Entry { path, charge }, inherited))
+        Ok((JournalEntry { path, lock_file }, inherited))
     }
 
     /// The names of the runs that are there. What was begun or taken away and not finished, and is old, is cleared away.
@@ -327,21 +327,21 @@ impl Journal {
         fs::symlink_metadata(self.runs.join(name)).is_ok()
     }
 
-    /// Looks at one run. What is dead is ours from then on, as long as the [`Entry`] is held.
-    pub(crate) fn look(&self, name: &str) -> Found {
+    /// Looks at one run. What is dead is ours from then on, as long as the [`JournalEntry`] is held.
+    pub(crate) fn look(&self, name: &str) -> FoundRun {
         let path = self.runs.join(name);
-        let Ok(place) = fs::symlink_metadata(&path) else { return Found::Gone };
+        let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
         if !is_private(&path) {
-            return Found::Foreign("it is not a directory of ours alone", None);
+            return FoundRun::Foreign("it is not a directory of ours alone", None);
         }
         let record = match read(&path, name) {
             Ok(record) => record,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Found::Gone,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return FoundRun::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
                 // Whoever holds it will write it anew, or take it away.
-                return if held { Found::Foreign("it cannot be read", None) } else { Found::Broken(path) };
+                return if held { FoundRun::Foreign("it cannot be read", None) } else { FoundRun::Broken(path) };
             }
         };
         let mut standpoint = record.host.seen_from(self.host());
@@ -349,52 +349,54 @@ impl Journal {
             standpoint = Standpoint::Foreign("there is no /proc here that lists our own processes");
         }
         if let Standpoint::Foreign(why) = standpoint {
-            if is_older(&path, FORGOTTEN) {
+            if is_older(&path, RECORD_RETENTION_WINDOW) {
                 remove(&path);
             }
-            return Found::Foreign(why, Some(Box::new(record)));
+            return FoundRun::Foreign(why, Some(Box::new(record)));
         }
-        let charge = match open_lock(&path.join("lock")) {
-            Ok(charge) => charge,
+        let lock_file = match open_lock(&path.join("lock")) {
+            Ok(lock_file) => lock_file,
             // A file must be open for writing for its bytes to be locked, so nothing can be finished here.
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied) =>
             {
-                return Found::Foreign(READ_ONLY, Some(Box::new(record)));
+                return FoundRun::Foreign(READ_ONLY, Some(Box::new(record)));
             }
-            Err(_) => return Found::Broken(path),
+            Err(_) => return FoundRun::Broken(path),
         };
         let record = Box::new(record);
-        let in_charge = lock_file::try_lock(&charge, CHARGE).unwrap_or(false);
+        let is_owner = lock_file::try_lock(&lock_file, OWNER_LOCK).unwrap_or(false);
         let mut doubtful = Vec::new();
         if standpoint == Standpoint::ThisBoot {
-            if lock_file::is_locked(&charge, LIFE).unwrap_or(true) {
-                return Found::Living(record);
+            if lock_file::is_locked(&lock_file, TREE_LOCK).unwrap_or(true) {
+                return FoundRun::Living(record);
             }
             let living = self.living(name, &record);
             if !living.members.is_empty() {
-                return Found::Living(record);
+                return FoundRun::Living(record);
             }
             doubtful = living.unknown;
         }
-        if !in_charge {
-            return Found::Settling(record);
+        if !is_owner {
+            return FoundRun::Settling(record);
         }
         if !doubtful.is_empty() {
-            return Found::Doubtful(record, doubtful);
+            return FoundRun::Doubtful(record, doubtful);
         }
         // Whoever was in charge before us may have taken it away while we looked; and have written in between.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
         match read(&path, name) {
-            Ok(record) if same => Found::Dead(Box::new(record), Entry { path, charge }, standpoint),
-            _ => Found::Gone,
+            Ok(record) if same => FoundRun::Dead(Box::new(record), JournalEntry { path, lock_file }, standpoint),
+            _ => FoundRun::Gone,
         }
     }
 
     /// Whether some process holds that run's lock file: one of its own, wherever it is, or whoever takes care of it.
     pub(crate) fn is_held(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
-        lock.is_ok_and(|lock| [LIFE, CHARGE].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true)))
+        lock.is_ok_and(|lock| {
+            [TREE_LOCK, OWNER_LOCK].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
+        })
     }
 
     /// Drops the record of a run that cannot be judged from here.
@@ -403,13 +405,13 @@ impl Journal {
     }
 
     /// Whether somebody takes care of that run at this moment: its `tf`, its guardian, or another recovery.
-    pub(crate) fn is_taken_care_of(&self, name: &str) -> bool {
+    pub(crate) fn has_owner(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
-        lock.is_ok_and(|lock| lock_file::is_locked(&lock, CHARGE).unwrap_or(true))
+        lock.is_ok_and(|lock| lock_file::is_locked(&lock, OWNER_LOCK).unwrap_or(true))
     }
 
     /// The living processes of a run of this boot. Numbers of processes count only where they mean the same to us.
-    fn living(&self, name: &str, record: &Record) -> Living {
+    fn living(&self, name: &str, record: &JournalRecord) -> Living {
         let same_numbers = record.host.numbers_processes_as(self.host());
         let identity = if same_numbers { record.tree.clone() } else { TreeIdentity::default() };
         let mut living = Living::of(name, &identity, None);
@@ -424,7 +426,7 @@ impl Journal {
     /// Whether another run than `own`, with somebody of it alive, says that the lock `id` is its.
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
-            Found::Living(record) | Found::Doubtful(record, _) => {
+            FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
                 record.log.locks.iter().any(|lock| lock.id == id && !lock.unlocked)
             }
             _ => false,
@@ -445,24 +447,24 @@ impl Journal {
         Recorder::clear_away(name);
         let mut kept: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
         kept.sort_by_key(|entry| std::cmp::Reverse(entry.metadata().and_then(|place| place.modified()).ok()));
-        for old in kept.into_iter().skip(SET_ASIDE) {
+        for old in kept.into_iter().skip(MAX_SET_ASIDE) {
             let _ = fs::remove_dir_all(old.path());
         }
         Some(target)
     }
 }
 
-impl Entry {
+impl JournalEntry {
     /// Replaces the record. With `to_disk` it is there after a loss of power too.
     ///
     /// # Errors
     /// A full disk, or one that is gone.
-    pub(crate) fn write(&self, record: &Record, to_disk: bool) -> io::Result<()> {
+    pub(crate) fn write(&self, record: &JournalRecord, to_disk: bool) -> io::Result<()> {
         let unfinished = self.path.join(format!("record.{}", std::process::id()));
         let _ = fs::remove_file(&unfinished);
         let written = (|| {
             let text = serde_json::to_vec(record)?;
-            if text.len() as u64 > LONGEST {
+            if text.len() as u64 > MAX_RECORD_BYTES {
                 // The older one can still be read.
                 return Err(io::ErrorKind::FileTooLarge.into());
             }
@@ -494,8 +496,8 @@ impl Entry {
     }
 
     /// What must stay open in whoever takes care of the run.
-    pub(crate) fn charge(&self) -> &File {
-        &self.charge
+    pub(crate) fn lock_file(&self) -> &File {
+        &self.lock_file
     }
 }
 
@@ -521,11 +523,13 @@ fn clear_away(old: &Path, run: &str) {
     }
 }
 
-fn read(path: &Path, name: &str) -> io::Result<Record> {
+fn read(path: &Path, name: &str) -> io::Result<JournalRecord> {
     let mut text = Vec::new();
-    open_private(OpenOptions::new().read(true), &path.join("record.json"))?.take(LONGEST + 1).read_to_end(&mut text)?;
-    let record: Record = serde_json::from_slice(&text)?;
-    if text.len() as u64 > LONGEST || !record.is_sound(name) {
+    open_private(OpenOptions::new().read(true), &path.join("record.json"))?
+        .take(MAX_RECORD_BYTES + 1)
+        .read_to_end(&mut text)?;
+    let record: JournalRecord = serde_json::from_slice(&text)?;
+    if text.len() as u64 > MAX_RECORD_BYTES || !record.is_sound(name) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it contradicts itself"));
     }
     Ok(record)
@@ -622,8 +626,8 @@ mod tests {
         (root, journal)
     }
 
-    fn record(journal: &Journal) -> Record {
-        let mut record = Record::new(RUN, journal);
+    fn record(journal: &Journal) -> JournalRecord {
+        let mut record = JournalRecord::new(RUN, journal);
         record.log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
         record
     }
@@ -643,20 +647,20 @@ mod tests {
         let (_root, journal) = journal();
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         assert_eq!(journal.names(), [RUN]);
-        assert!(matches!(journal.look(RUN), Found::Living(_)));
+        assert!(matches!(journal.look(RUN), FoundRun::Living(_)));
         assert!(journal.is_claimed(ID, "other") && !journal.is_claimed(ID, RUN));
         drop(life);
-        wait_until_free(&journal, &[LIFE]);
-        assert!(matches!(journal.look(RUN), Found::Settling(_)));
+        wait_until_free(&journal, &[TREE_LOCK]);
+        assert!(matches!(journal.look(RUN), FoundRun::Settling(_)));
         let kept = entry.path.clone();
         drop(entry);
-        wait_until_free(&journal, &[LIFE, CHARGE]);
-        let Found::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
+        wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
+        let FoundRun::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
         assert_eq!(found.log.locks[0].id, ID);
-        assert!(matches!(journal.look(RUN), Found::Settling(_)), "one recoverer at a time");
+        assert!(matches!(journal.look(RUN), FoundRun::Settling(_)), "one recoverer at a time");
         entry.take_away();
         assert!(!kept.exists() && fs::read_dir(&journal.runs).unwrap().next().is_none(), "nothing is left");
-        assert!(matches!(journal.look(RUN), Found::Gone));
+        assert!(matches!(journal.look(RUN), FoundRun::Gone));
     }
 
     #[test]
@@ -667,14 +671,14 @@ mod tests {
             let (entry, life) = journal.begin(&record(&journal)).unwrap();
             fs::write(entry.path.join("record.json"), &whole[..length]).unwrap();
             drop((entry, life));
-            wait_until_free(&journal, &[LIFE, CHARGE]);
+            wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
             let found = journal.look(RUN);
-            assert!(matches!(found, Found::Broken(_)), "cut at {length}: {found:?}");
+            assert!(matches!(found, FoundRun::Broken(_)), "cut at {length}: {found:?}");
             assert_eq!(journal.names(), [RUN], "who only looks moves nothing");
             assert!(journal.set_aside(RUN).is_some());
             assert!(journal.names().is_empty());
         }
-        assert!(fs::read_dir(root.path().join("set-aside")).unwrap().count() <= SET_ASIDE);
+        assert!(fs::read_dir(root.path().join("set-aside")).unwrap().count() <= MAX_SET_ASIDE);
     }
 
     #[test]
@@ -684,29 +688,29 @@ mod tests {
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         let path = entry.path.clone();
         drop((entry, life));
-        wait_until_free(&journal, &[LIFE, CHARGE]);
+        wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         // A link to a whole record, in place of the directory and of the file.
         let elsewhere = root.path().join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
         symlink(&elsewhere, &path).unwrap();
-        assert!(matches!(journal.look(RUN), Found::Foreign(..)));
+        assert!(matches!(journal.look(RUN), FoundRun::Foreign(..)));
         fs::remove_file(&path).unwrap();
         fs::rename(&elsewhere, &path).unwrap();
         fs::rename(path.join("record.json"), root.path().join("record")).unwrap();
         symlink(root.path().join("record"), path.join("record.json")).unwrap();
-        assert!(matches!(journal.look(RUN), Found::Broken(_)));
+        assert!(matches!(journal.look(RUN), FoundRun::Broken(_)));
         journal.set_aside(RUN).unwrap();
         // One that is open to others.
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         drop((entry, life));
-        wait_until_free(&journal, &[LIFE, CHARGE]);
+        wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(matches!(journal.look(RUN), Found::Foreign(..)));
+        assert!(matches!(journal.look(RUN), FoundRun::Foreign(..)));
         // One that says to be another run.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
         let other = "4000000-fedcba9876543210";
         fs::rename(&path, path.with_file_name(other)).unwrap();
-        assert!(matches!(journal.look(other), Found::Broken(_)));
+        assert!(matches!(journal.look(other), FoundRun::Broken(_)));
     }
 
     #[test]

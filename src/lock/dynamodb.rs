@@ -1,4 +1,4 @@
-//! The half of a lock in a DynamoDB table: an item whose `LockID` is the lock's path and whose `Info` is its JSON
+//! The half of a lock in a DynamoDB table: an item whose `LockID` is the lock's path and whose `InfoAttribute` is its JSON
 //! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
 use aws_sdk_dynamodb::Client;
@@ -64,9 +64,9 @@ fn is_an_answer(body: &[u8]) -> bool {
         .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
 }
 
-/// The `Info` of an item, byte for byte: what a delete of the item depends on.
+/// The `InfoAttribute` of an item, byte for byte: what a delete of the item depends on.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Info {
+pub(crate) enum InfoAttribute {
     /// The text of a lock, most likely.
     Text(String),
     /// Of another type than a string.
@@ -75,7 +75,7 @@ pub(crate) enum Info {
     None,
 }
 
-impl Info {
+impl InfoAttribute {
     fn of(value: Option<AttributeValue>) -> Self {
         match value {
             Some(AttributeValue::S(text)) => Self::Text(text),
@@ -93,12 +93,12 @@ impl Info {
     }
 }
 
-/// Reads the `Info` of the item as it is now (a consistent read). `None` when there is no such item.
+/// Reads the `InfoAttribute` of the item as it is now (a consistent read). `None` when there is no such item.
 ///
 /// # Errors
 /// [`Failure`].
-pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<Info>, Failure> {
-    Ok(attribute(client, table, path, "Info").await?.map(Info::of))
+pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<InfoAttribute>, Failure> {
+    Ok(attribute(client, table, path, "Info").await?.map(InfoAttribute::of))
 }
 
 /// The MD5 of the state that terraform wrote last, in an item beside the lock (client.go, `putMD5`).
@@ -180,9 +180,9 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
 
 /// One page of a table.
 #[derive(Debug, Default)]
-pub(crate) struct Page {
-    /// `LockID` and `Info` of what is no digest.
-    pub(crate) items: Vec<(String, Info)>,
+pub(crate) struct TablePage {
+    /// `LockID` and `InfoAttribute` of what is no digest.
+    pub(crate) items: Vec<(String, InfoAttribute)>,
     /// So many items were looked at for it.
     pub(crate) scanned: u64,
     /// And so many read capacity units were used, where the service tells.
@@ -201,7 +201,7 @@ pub(crate) async fn scan(
     (segment, segments): (i32, i32),
     limit: Option<i32>,
     from: Option<std::collections::HashMap<String, AttributeValue>>,
-) -> Result<Page, Failure> {
+) -> Result<TablePage, Failure> {
     let answer = client
         .scan()
         .table_name(table)
@@ -222,10 +222,10 @@ pub(crate) async fn scan(
             AttributeValue::S(text) => Some(text),
             _ => None,
         };
-        let info = Info::of(item.remove("Info"));
+        let info = InfoAttribute::of(item.remove("Info"));
         (item.remove("LockID").and_then(text).unwrap_or_default(), info)
     });
-    Ok(Page {
+    Ok(TablePage {
         items: items.collect(),
         scanned: answer.scanned_count.try_into().unwrap_or(0),
         consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
@@ -296,20 +296,20 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
     }
 }
 
-/// Deletes the item on condition that its `Info` is, byte for byte, the one that was read. Never `contains`: an empty
+/// Deletes the item on condition that its `InfoAttribute` is, byte for byte, the one that was read. Never `contains`: an empty
 /// or partial ID matches that.
 ///
 /// # Errors
 /// [`Failure`].
-pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &Info) -> Result<Deleted, Failure> {
+pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &InfoAttribute) -> Result<Deleted, Failure> {
     let request = client.delete_item().table_name(table).key("LockID", AttributeValue::S(path.to_owned()));
     let equals = |value: AttributeValue| {
         request.clone().condition_expression("Info = :info").expression_attribute_values(":info", value)
     };
     let request = match info {
-        Info::Text(text) => equals(AttributeValue::S(text.clone())),
-        Info::Other(value) => equals(value.clone()),
-        Info::None => {
+        InfoAttribute::Text(text) => equals(AttributeValue::S(text.clone())),
+        InfoAttribute::Other(value) => equals(value.clone()),
+        InfoAttribute::None => {
             let condition = "attribute_exists(LockID) AND attribute_not_exists(Info)";
             request.clone().condition_expression(condition)
         }

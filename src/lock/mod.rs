@@ -5,7 +5,7 @@
 pub(crate) mod deleted;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
-pub(crate) mod place;
+pub(crate) mod location;
 pub(crate) mod probe;
 pub(crate) mod proof;
 pub(crate) mod reached;

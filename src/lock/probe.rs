@@ -14,7 +14,7 @@ const NO_LOCK: &str = "tf locks doctor: no lock has this text";
 
 /// What a harmless attempt came to.
 #[derive(Debug)]
-pub(crate) struct Attempt {
+pub(crate) struct Trial {
     /// Permitted, or what the service said.
     pub(crate) answer: Result<(), Failure>,
     /// The service's clock, as its answer tells.
@@ -33,7 +33,7 @@ pub(crate) enum IfMatch {
 }
 
 /// Deletes the item of `path` on a condition that no lock fulfils.
-pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Attempt {
+pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Trial {
     let request = client
         .delete_item()
         .table_name(table)
@@ -41,13 +41,13 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
         .condition_expression("Info = :info")
         .expression_attribute_values(":info", AttributeValue::S(NO_LOCK.to_owned()));
     match request.send().await {
-        Ok(_) => Attempt { answer: Ok(()), clock: None },
+        Ok(_) => Trial { answer: Ok(()), clock: None },
         Err(error) => {
             let clock = error.raw_response().and_then(|response| response.headers().get("date")).and_then(clock);
             let refused_by_condition = error.as_service_error().is_some_and(
                 aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
             );
-            Attempt {
+            Trial {
                 answer: if refused_by_condition {
                     Ok(())
                 } else {
@@ -61,7 +61,7 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 
 /// Deletes an object that is not there, and tells how the bucket takes `If-Match`. `key` must be one that nobody uses: a
 /// service that ignores the condition would delete what stands there.
-pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Attempt, IfMatch) {
+pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Trial, IfMatch) {
     const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
@@ -71,11 +71,11 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
         // A bucket that is not there answers 404 too.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
         let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
-        return (Attempt { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
+        return (Trial { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
     }
     // It is content with the absence of what was to be deleted, or it did not look at the condition. An object of our own,
     // under that key, tells which.
-    let permitted = Attempt { answer: Ok(()), clock: None };
+    let permitted = Trial { answer: Ok(()), clock: None };
     let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
     if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
         return (permitted, IfMatch::Unknown);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::terraform::lock_info::{self, LockInfo, is_lock_id};
-use crate::terraform::log::{Log, Mark, RecordedLock, UnnamedLock};
+use crate::terraform::log::{LockIdentity, Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::Version;
 use crate::time::{saturating_add, saturating_sub};
 
@@ -69,7 +69,7 @@ fn host(who: &str) -> Option<&str> {
 
 /// What a standing lock is to us.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Match {
     /// The very lock that our run took.
     Ours,
     /// Another ID: somebody else's.
@@ -79,14 +79,14 @@ pub(crate) enum Verdict {
 }
 
 /// The log's times are cut to milliseconds, so a lock may seem made up to one after the line that tells of it.
-const ROUNDING: SignedDuration = SignedDuration::from_millis(1);
+const TIMESTAMP_ROUNDING_WINDOW: SignedDuration = SignedDuration::from_millis(1);
 
-/// Judges the lock that stands, `standing`, by what the log recorded.
-pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> Verdict {
-    if standing.id != recorded.id {
-        return Verdict::Anothers;
+/// Judges the lock that stands, `stored`, by what the log recorded.
+pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Match {
+    if stored.id != recorded.id {
+        return Match::Anothers;
     }
-    let created = standing.created();
+    let created = stored.created();
     let conditions = [
         (!recorded.contradicted, "the log of the run contradicts itself"),
         (!run.excessive, "the log of the run names more locks than terraform takes"),
@@ -95,32 +95,32 @@ pub(crate) fn judge(recorded: &RecordedLock, standing: &LockInfo, run: &Run) -> 
             !run.locking_disabled || recorded.operation == "init",
             "the run was told to take no lock (-lock=false), and its log names one",
         ),
-        (standing.operation == recorded.operation, "its Operation is not the one that the log names"),
-        (standing.who == recorded.who, "its Who is not the one that the log names"),
-        (standing.version == recorded.version, "its Version is not the one that the log names"),
-        (standing.path == recorded.path, "its Path is not the one that the log names"),
-        (standing.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not the place where it stands"),
-        (run.is_of(&standing.who), "its Who is not this user on this host"),
+        (stored.operation == recorded.operation, "its Operation is not the one that the log names"),
+        (stored.who == recorded.who, "its Who is not the one that the log names"),
+        (stored.version == recorded.version, "its Version is not the one that the log names"),
+        (stored.path == recorded.path, "its Path is not the one that the log names"),
+        (stored.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not the place where it stands"),
+        (run.is_of(&stored.who), "its Who is not this user on this host"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (
-            created.is_none_or(|created| created <= saturating_add(recorded.asked, ROUNDING)),
+            created.is_none_or(|created| created <= saturating_add(recorded.asked, TIMESTAMP_ROUNDING_WINDOW)),
             "it was created after this run asked for it",
         ),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
-        Some((_, reason)) => Verdict::Doubt(reason),
-        None => Verdict::Ours,
+        Some((_, reason)) => Match::Doubt(reason),
+        None => Match::Ours,
     }
 }
 
 /// How long after terraform said that it would ask for a lock the lock was made, or before it was put where the log tells of
 /// the request alone. In between are microseconds, on a busy machine milliseconds. On one that is busier its own lock is a
 /// doubt.
-const MADE_WITHIN: SignedDuration = SignedDuration::from_millis(10);
+const CREATION_WINDOW: SignedDuration = SignedDuration::from_millis(10);
 
 /// Whoever has to wait for a lock asks again after a second at the earliest (statemgr.LockWithContext).
-const ANSWERED_WITHIN: SignedDuration = SignedDuration::from_millis(900);
+const ANSWER_WINDOW: SignedDuration = SignedDuration::from_millis(900);
 
 /// Judges the lock that stands, `text` and what is in it, by a log that does not name the lock that the run had.
 ///
@@ -130,44 +130,44 @@ const ANSWERED_WITHIN: SignedDuration = SignedDuration::from_millis(900);
 /// once, or a person forced ours away. Such another made its lock later than we made ours, or in the same moment: so that
 /// moment is kept narrow, and a run that had to wait itself, among others, is not judged. What is left is a run of a user
 /// and a host of the same names, of the same version, that began within the same few milliseconds and waited for ours.
-pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &str, run: &Run, died: bool) -> Verdict {
-    let created = standing.created();
-    let Some(program) = &run.program else { return Verdict::Doubt("the log of the run does not tell its version") };
+pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str, run: &Run, died: bool) -> Match {
+    let created = stored.created();
+    let Some(program) = &run.program else { return Match::Doubt("the log of the run does not tell its version") };
     let (checksum, path) = match &unnamed.mark {
-        Mark::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
-        Mark::Workspace(_) => (None, None),
+        LockIdentity::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
+        LockIdentity::Workspace(_) => (None, None),
     };
     if let Some(checksum) = checksum
         && aws_smithy_types::base64::encode(Sha256::digest(text)) != *checksum
     {
-        return Verdict::Anothers;
+        return Match::Anothers;
     }
     let known = checksum.is_some();
     let before = |length| saturating_sub(unnamed.asked, length);
     let after = |length| saturating_add(unnamed.asked, length);
     // A run that only asked may have been refused, and what it sees is then the lock of whoever has refused it.
     if unnamed.is_only_asked_for()
-        && (!run.is_of(&standing.who)
-            || standing.version != program.in_locks()
-            || created.is_some_and(|created| created < before(ROUNDING)))
+        && (!run.is_of(&stored.who)
+            || stored.version != program.in_locks()
+            || created.is_some_and(|created| created < before(TIMESTAMP_ROUNDING_WINDOW)))
     {
-        return Verdict::Anothers;
+        return Match::Anothers;
     }
     let (earliest, latest) = match (&unnamed.mark, known) {
-        (Mark::Object { .. }, true) => (run.started, after(ROUNDING)),
-        (Mark::Object { .. }, false) => (before(MADE_WITHIN), after(ROUNDING)),
-        (Mark::Workspace(_), _) => (before(ROUNDING), after(MADE_WITHIN)),
+        (LockIdentity::Object { .. }, true) => (run.started, after(TIMESTAMP_ROUNDING_WINDOW)),
+        (LockIdentity::Object { .. }, false) => (before(CREATION_WINDOW), after(TIMESTAMP_ROUNDING_WINDOW)),
+        (LockIdentity::Workspace(_), _) => (before(TIMESTAMP_ROUNDING_WINDOW), after(CREATION_WINDOW)),
     };
-    let waited = unnamed.granted.is_none_or(|granted| granted > after(ANSWERED_WITHIN));
+    let waited = unnamed.granted.is_none_or(|granted| granted > after(ANSWER_WINDOW));
     let conditions = [
         (!run.excessive, "the log of the run names more locks than terraform takes"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
-        (run.is_of(&standing.who), "its Who is not this user on this host"),
-        (standing.version == program.in_locks(), "its Version is not the one that the log names"),
-        (path.is_none_or(|path| standing.path == path), "its Path is not the one that the log names"),
+        (run.is_of(&stored.who), "its Who is not this user on this host"),
+        (stored.version == program.in_locks(), "its Version is not the one that the log names"),
+        (path.is_none_or(|path| stored.path == path), "its Path is not the one that the log names"),
         // A generation, in Google Cloud Storage.
-        (is_lock_id(&standing.id) || standing.id.parse::<u64>().is_ok(), "its ID is none of terraform's"),
+        (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "its ID is none of terraform's"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (known || died, "the log does not name it, and the run ended by itself"),
@@ -177,8 +177,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, standing: &LockInfo, text: &s
         (created.is_none_or(|created| created <= latest), "it was created after this run asked for it"),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
-        Some((_, reason)) => Verdict::Doubt(reason),
-        None => Verdict::Ours,
+        Some((_, reason)) => Match::Doubt(reason),
+        None => Match::Ours,
     }
 }
 
@@ -193,7 +193,7 @@ mod tests {
         log.locks.remove(0)
     }
 
-    fn standing() -> LockInfo {
+    fn stored() -> LockInfo {
         LockInfo {
             id: ID.into(),
             operation: "OperationTypeApply".into(),
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn the_lock_that_agrees_in_everything_is_ours() {
-        assert_eq!(judge(&recorded(), &standing(), &run()), Verdict::Ours);
+        assert_eq!(judge(&recorded(), &stored(), &run()), Match::Ours);
     }
 
     /// A lock that was had for a workspace, or put as an object whose text `text` is.
@@ -226,12 +226,12 @@ mod tests {
         let at = |time: &str| time.parse().unwrap();
         UnnamedLock {
             mark: match text {
-                Some(text) => Mark::Object {
+                Some(text) => LockIdentity::Object {
                     bucket: "bkt".into(),
                     key: "dir/prod.tfstate".into(),
                     checksum: Some(aws_smithy_types::base64::encode(Sha256::digest(text))),
                 },
-                None => Mark::Workspace("default".into()),
+                None => LockIdentity::Workspace("default".into()),
             },
             asked: at("2026-11-23T01:46:07.594Z"),
             granted: Some(at("2026-11-23T01:46:07.597Z")),
@@ -244,20 +244,20 @@ mod tests {
     #[test]
     fn a_lock_that_the_log_does_not_name_is_known_by_its_text_or_by_its_moment() {
         let judge = |unnamed: &UnnamedLock, lock: &LockInfo, died| judge_unnamed(unnamed, lock, "text", &run(), died);
-        let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+        let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..stored() };
         for died in [false, true] {
-            assert_eq!(judge(&unnamed(Some("text")), &in_time, died), Verdict::Ours, "{died}");
-            assert_eq!(judge(&unnamed(Some("another")), &in_time, died), Verdict::Anothers, "{died}");
+            assert_eq!(judge(&unnamed(Some("text")), &in_time, died), Match::Ours, "{died}");
+            assert_eq!(judge(&unnamed(Some("another")), &in_time, died), Match::Anothers, "{died}");
         }
-        assert_eq!(judge(&unnamed(None), &in_time, true), Verdict::Ours);
-        assert!(matches!(judge(&unnamed(None), &in_time, false), Verdict::Doubt(_)));
+        assert_eq!(judge(&unnamed(None), &in_time, true), Match::Ours);
+        assert!(matches!(judge(&unnamed(None), &in_time, false), Match::Doubt(_)));
     }
 
     /// Anybody can write a lock, and a provisioner a log.
     #[test]
     fn no_time_panics() {
         for time in [Timestamp::MIN, Timestamp::MAX] {
-            let lock = LockInfo { created: time.to_string(), ..standing() };
+            let lock = LockInfo { created: time.to_string(), ..stored() };
             let mut recorded = recorded();
             recorded.asked = time;
             let _ = judge(&recorded, &lock, &Run { started: time, ..run() });
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn a_lock_without_a_name_was_made_on_the_side_of_the_record_where_terraform_makes_it() {
         let workspace = unnamed(None);
-        let mark = Mark::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: None };
+        let mark = LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: None };
         let object = UnnamedLock { mark, ..workspace.clone() };
         for (created, by_request, by_words) in [
             ("2026-11-23T01:46:07.580Z", false, false),
@@ -281,16 +281,16 @@ mod tests {
             ("2026-11-23T01:46:07.599Z", false, true),
             ("2026-11-23T01:46:07.609Z", false, false),
         ] {
-            let lock = LockInfo { created: created.into(), ..standing() };
-            let ours = |unnamed| judge_unnamed(unnamed, &lock, "text", &run(), true) == Verdict::Ours;
+            let lock = LockInfo { created: created.into(), ..stored() };
+            let ours = |unnamed| judge_unnamed(unnamed, &lock, "text", &run(), true) == Match::Ours;
             assert_eq!((ours(&object), ours(&workspace)), (by_request, by_words), "{created}");
         }
     }
 
     #[test]
     fn any_one_thing_that_does_not_fit_a_lock_without_a_name_is_a_doubt() {
-        type Change = (&'static str, fn(&mut UnnamedLock, &mut LockInfo, &mut Run));
-        let always: &[Change] = &[
+        type Case = (&'static str, fn(&mut UnnamedLock, &mut LockInfo, &mut Run));
+        let always: &[Case] = &[
             ("who", |_, lock, _| lock.who = "anna@vm".into()),
             ("version", |_, lock, _| lock.version = "1.6.2".into()),
             ("another program", |_, _, run| run.program = Version::of_record("OpenTofu version", "1.6.2")),
@@ -303,7 +303,7 @@ mod tests {
             ("told to take no lock", |_, _, run| run.locking_disabled = true),
             ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
         ];
-        let by_moment: &[Change] = &[
+        let by_moment: &[Case] = &[
             ("created earlier", |_, lock, _| lock.created = "2026-11-23T01:46:07.5Z".into()),
             ("created in the time in which it waited", |unnamed, lock, _| {
                 unnamed.granted = Some("2026-11-23T01:46:08.4Z".parse().unwrap());
@@ -315,10 +315,10 @@ mod tests {
         for (text, changes) in [(Some("text"), vec![always]), (None, vec![always, by_moment])] {
             for (name, change) in changes.into_iter().flatten() {
                 let (mut unnamed, mut run) = (unnamed(text), run());
-                let mut lock = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+                let mut lock = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..stored() };
                 change(&mut unnamed, &mut lock, &mut run);
                 let verdict = judge_unnamed(&unnamed, &lock, "text", &run, true);
-                assert!(matches!(verdict, Verdict::Doubt(_)), "{name} {text:?}: {verdict:?}");
+                assert!(matches!(verdict, Match::Doubt(_)), "{name} {text:?}: {verdict:?}");
             }
         }
     }
@@ -337,11 +337,11 @@ mod tests {
             ("2026-11-23T01:46:07.594Z", "anna@vm", "1.11.4", false),
             ("2026-11-23T01:46:07.594Z", "root@vm", "1.6.2", false),
         ] {
-            let lock = LockInfo { created: created.into(), who: who.into(), version: version.into(), ..standing() };
+            let lock = LockInfo { created: created.into(), who: who.into(), version: version.into(), ..stored() };
             for died in [false, true] {
                 let verdict = judge_unnamed(&asked_for, &lock, "text", &run(), died);
-                assert_eq!(matches!(verdict, Verdict::Doubt(_)), doubt, "{created} {who} {version}: {verdict:?}");
-                assert_eq!(verdict == Verdict::Anothers, !doubt, "{created} {who} {version}");
+                assert_eq!(matches!(verdict, Match::Doubt(_)), doubt, "{created} {who} {version}: {verdict:?}");
+                assert_eq!(verdict == Match::Anothers, !doubt, "{created} {who} {version}");
             }
         }
     }
@@ -360,16 +360,16 @@ mod tests {
             ("", "", false),
         ] {
             let run = Run { who: start.into(), who_now: now.into(), ..run() };
-            assert_eq!(judge(&recorded(), &standing(), &run) == Verdict::Ours, ours, "{start:?} {now:?}");
-            let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..standing() };
+            assert_eq!(judge(&recorded(), &stored(), &run) == Match::Ours, ours, "{start:?} {now:?}");
+            let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..stored() };
             let unnamed = judge_unnamed(&unnamed(Some("text")), &in_time, "text", &run, true);
-            assert_eq!(unnamed == Verdict::Ours, ours, "{start:?} {now:?}");
+            assert_eq!(unnamed == Match::Ours, ours, "{start:?} {now:?}");
         }
-        let nobody = LockInfo { who: String::new(), ..standing() };
+        let nobody = LockInfo { who: String::new(), ..stored() };
         let run = Run { who: String::new(), who_now: String::new(), ..run() };
         let mut recorded = recorded();
         recorded.who = String::new();
-        assert!(matches!(judge(&recorded, &nobody, &run), Verdict::Doubt(_)));
+        assert!(matches!(judge(&recorded, &nobody, &run), Match::Doubt(_)));
     }
 
     #[test]
@@ -390,14 +390,14 @@ mod tests {
 
     #[test]
     fn another_id_is_anothers_whatever_else_agrees() {
-        let other = LockInfo { id: "11111111-d70c-4132-39e0-d2abba1b3077".into(), ..standing() };
-        assert_eq!(judge(&recorded(), &other, &run()), Verdict::Anothers);
+        let other = LockInfo { id: "11111111-d70c-4132-39e0-d2abba1b3077".into(), ..stored() };
+        assert_eq!(judge(&recorded(), &other, &run()), Match::Anothers);
     }
 
     #[test]
     fn any_one_thing_that_does_not_fit_is_a_doubt() {
-        type Change = (&'static str, fn(&mut RecordedLock, &mut LockInfo, &mut Run));
-        let changes: &[Change] = &[
+        type Case = (&'static str, fn(&mut RecordedLock, &mut LockInfo, &mut Run));
+        let changes: &[Case] = &[
             ("operation", |_, lock, _| lock.operation = "init".into()),
             ("who", |_, lock, _| lock.who = "anna@vm".into()),
             ("version", |_, lock, _| lock.version = "1.5.7".into()),
@@ -423,9 +423,9 @@ mod tests {
             ("started later", |_, _, run| run.started = "2026-11-23T01:46:08Z".parse().unwrap()),
         ];
         for (name, change) in changes {
-            let (mut recorded, mut lock, mut run) = (recorded(), standing(), run());
+            let (mut recorded, mut lock, mut run) = (recorded(), stored(), run());
             change(&mut recorded, &mut lock, &mut run);
-            assert!(matches!(judge(&recorded, &lock, &run), Verdict::Doubt(_)), "{name}");
+            assert!(matches!(judge(&recorded, &lock, &run), Match::Doubt(_)), "{name}");
         }
     }
 }

@@ -9,23 +9,23 @@
 //! - A table whose name is an ARN says its account.
 //! - The table that has the digest of the state in that bucket, and of no older state, is the table of that state.
 
-use crate::aws::identity::{Identity, Relation, relation};
+use crate::aws::identity::{AccountIdentity, Relation, relation};
 
 use aws_sdk_s3::presigning::PresigningConfig;
 
-use super::place::Place;
+use super::location::LockLocation;
 use super::stores::Stores;
-use crate::aws::access::{Access, Surroundings};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
+use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
 use crate::lock::digest;
 use crate::terraform::backend::CachedBackend;
-use crate::terraform::log::Halves;
+use crate::terraform::log::LockParts;
 use crate::trace::trace;
 
 /// What the place tells, whoever looks at it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Evidence {
+struct PlaceEvidence {
     /// The bucket is one of AWS's own, where a name is given once.
     bucket: bool,
     /// The table's name is an ARN.
@@ -34,8 +34,8 @@ struct Evidence {
     digest: bool,
 }
 
-impl Evidence {
-    async fn gather(place: &Place, stores: &Stores) -> Self {
+impl PlaceEvidence {
+    async fn gather(place: &LockLocation, stores: &Stores) -> Self {
         let bucket = is_aws(&address(place, stores).await.unwrap_or_default());
         let Some(table) = &place.table else { return Self { bucket, ..Self::default() } };
         let arn = table.starts_with("arn:");
@@ -50,14 +50,14 @@ impl Evidence {
 }
 
 /// Whether a lock with these halves that was not seen is gone. `same`: it was looked for as the run's own account.
-fn settles(same: bool, halves: Halves, evidence: Evidence) -> bool {
-    let object = !halves.s3 || same || evidence.bucket;
-    let item = !halves.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
+fn settles(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
+    let object = !parts.s3 || same || evidence.bucket;
+    let item = !parts.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
     object && item
 }
 
 /// The URL by which the state is reached.
-async fn address(place: &Place, stores: &Stores) -> Option<String> {
+async fn address(place: &LockLocation, stores: &Stores) -> Option<String> {
     let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
     let request = stores.s3.get_object().bucket(&place.bucket).key(&place.key).presigned(signing).await.ok()?;
     Some(request.uri().to_owned())
@@ -74,15 +74,15 @@ fn is_aws(url: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reached {
     run: String,
-    known: Vec<(Access, Identity)>,
+    known: Vec<(RedactedBackend, AccountIdentity)>,
     /// Of a backend that says nothing of it.
-    environment: Identity,
+    environment: AccountIdentity,
     needs: String,
 }
 
 impl Reached {
     /// What was kept of `run`.
-    pub(crate) fn of(run: &str, access: &[Access], surroundings: &Surroundings) -> Self {
+    pub(crate) fn of(run: &str, access: &[RedactedBackend], surroundings: &AwsEnvironment) -> Self {
         Self {
             run: run.to_owned(),
             known: access.iter().cloned().zip(surroundings.identities(access.len())).collect(),
@@ -98,9 +98,10 @@ impl Reached {
 
     /// Whether a lock that was seen in none of `places`, just now and in this environment, is gone. The backends that the
     /// run is known to have had decide, and any other only where there is none of those.
-    pub(crate) async fn believes(&self, places: &[Place]) -> bool {
-        let known = |place: &&Place| self.known.iter().any(|(access, _)| *access == Access::of(&place.backend));
-        let of_the_run: Vec<&Place> = places.iter().filter(known).collect();
+    pub(crate) async fn believes(&self, places: &[LockLocation]) -> bool {
+        let known =
+            |place: &&LockLocation| self.known.iter().any(|(access, _)| *access == RedactedBackend::of(&place.backend));
+        let of_the_run: Vec<&LockLocation> = places.iter().filter(known).collect();
         let deciding = if of_the_run.is_empty() { places.iter().collect() } else { of_the_run };
         for place in deciding {
             if !self.saw(place).await {
@@ -111,32 +112,32 @@ impl Reached {
     }
 
     /// The identity that the run had in `backend`.
-    fn then(&self, backend: &CachedBackend) -> Identity {
-        let access = Access::of(backend);
+    fn then(&self, backend: &CachedBackend) -> AccountIdentity {
+        let access = RedactedBackend::of(backend);
         if let Some((_, identity)) = self.known.iter().find(|(known, _)| *known == access) {
             return identity.clone();
         }
         // One that was not known before the run: that of a plan.
-        let alone = Identity::new(&self.run, backend, Err("not those of now"), |_| None);
+        let alone = AccountIdentity::new(&self.run, backend, Err("not those of now"), |_| None);
         let says = backend.string("profile").is_some() || alone.account.is_some() || alone.key.is_some();
         if says { alone } else { self.environment.clone() }
     }
 
-    async fn saw(&self, place: &Place) -> bool {
-        let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
-        let relation = relation(&self.then(&place.backend), &Identity::now(&self.run, &place.backend));
+    async fn saw(&self, place: &LockLocation) -> bool {
+        let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
+        let relation = relation(&self.then(&place.backend), &AccountIdentity::now(&self.run, &place.backend));
         let same = match &relation {
             Relation::Same => true,
             Relation::Ask(account) => connect::account(&place.backend).await.as_ref() == Some(account),
             Relation::Another | Relation::Unknown => false,
         };
-        if settles(same, halves, Evidence::default()) {
+        if settles(same, parts, PlaceEvidence::default()) {
             return true;
         }
         let Ok(stores) = Stores::connect(&place.backend, Purpose::Work).await else { return false };
-        let evidence = Evidence::gather(place, &stores).await;
+        let evidence = PlaceEvidence::gather(place, &stores).await;
         trace!("not seen by {relation:?} ({same}), {evidence:?}");
-        settles(same, halves, evidence)
+        settles(same, parts, evidence)
     }
 }
 
@@ -150,11 +151,11 @@ mod tests {
         for same in [false, true] {
             for bits in 0..32_u8 {
                 let bit = |place: u8| bits & (1 << place) != 0;
-                let halves = Halves { s3: bit(0), dynamodb: bit(1) };
-                let evidence = Evidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
+                let parts = LockParts { s3: bit(0), dynamodb: bit(1) };
+                let evidence = PlaceEvidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
                 let item = same || bit(3) || (bit(2) && bit(4));
                 let expected = (!bit(0) || same || bit(2)) && (!bit(1) || item);
-                assert_eq!(settles(same, halves, evidence), expected, "{same} {halves:?} {evidence:?}");
+                assert_eq!(settles(same, parts, evidence), expected, "{same} {parts:?} {evidence:?}");
             }
         }
     }

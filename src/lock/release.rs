@@ -4,9 +4,9 @@
 //! the other fails.
 //!
 //! Two things can still be on their way from a terraform that died. A *lock request* that was not answered can land
-//! after we looked: so an absent half is looked for again, for [`LATE`]. A *write*, of the state or of the unlock's own
+//! after we looked: so an absent half is looked for again, for [`LATE_REQUEST_WINDOW`]. A *write*, of the state or of the unlock's own
 //! deletes, carries no condition and would hit whoever comes next: so before the first delete everything that such a
-//! write would change must have been seen unchanged for [`QUIET`].
+//! write would change must have been seen unchanged for [`QUIET_WINDOW`].
 //!
 //! One response proves nothing, because a proxy or a portal can have sent it. What no service sends is an error
 //! ([`dynamodb`], [`s3`]); that a lock which was had is absent is believed when two looks in a row have found it so; that
@@ -20,10 +20,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
-use super::place::Place;
-use super::proof::{Run, Verdict, judge, judge_unnamed};
+use super::location::LockLocation;
+use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
-use super::stores::{Removed, Spot, Standing, Stores};
+use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
@@ -31,14 +31,14 @@ use crate::crash_point;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
-use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
+use crate::terraform::log::{LockIdentity, LockParts, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// For how long a lock that was asked for, and not seen, is looked for.
-const LATE: Duration = Duration::from_secs(5);
+const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
 
 /// For how long nothing may have changed before the lock of a terraform that died while writing is given back.
-const QUIET: Duration = Duration::from_secs(10);
+const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// For how long a service that fails or is silent is asked, for a lock that a run has left: not longer than a person would
 /// wait.
@@ -51,20 +51,20 @@ pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest time between two tries.
-const LONGEST_INTERVAL: Duration = Duration::from_secs(4);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
 /// For how long a write is waited for at most: somebody may go on writing there without a lock.
-const LONGEST_QUIET: Duration = Duration::from_mins(1);
+const MAX_QUIET_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How many times a write is waited for: each time the lock was there before, gone while we waited, and there again.
-const MOST_WINDOWS: u32 = 3;
+const MAX_QUIET_WINDOWS: u32 = 3;
 
 /// Between two looks at the same thing.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What is known of the run whose lock is to be given back.
 #[derive(Clone, Debug)]
-pub(crate) struct Situation {
+pub(crate) struct ReleaseContext {
     /// For the proof.
     pub(crate) run: Run,
     /// A request for the lock can still be on its way: terraform has died just now. One that ended by itself had its
@@ -157,7 +157,7 @@ pub(crate) struct Released {
     /// A write was waited for: what was seen of it.
     pub(crate) write: Option<Write>,
     /// The state and its digest, where they do not fit any more.
-    pub(crate) unfit: Option<Comparison>,
+    pub(crate) digest_mismatch: Option<Comparison>,
     /// The request for the lock was not answered, and one of its two parts was never seen: it may still land.
     pub(crate) is_partial: bool,
 }
@@ -173,20 +173,20 @@ pub(crate) enum Write {
 
 /// One place, and the services that it is in, as the run reached them.
 struct Services<'a> {
-    place: &'a Place,
+    place: &'a LockLocation,
     stores: Stores,
     /// Where its halves can stand.
-    halves: Vec<Spot>,
+    parts: Vec<StoreKey>,
 }
 
 impl<'a> Services<'a> {
-    async fn connect(place: &'a Place, purpose: Purpose) -> Result<Self, Unreachable> {
+    async fn connect(place: &'a LockLocation, purpose: Purpose) -> Result<Self, Unreachable> {
         let stores = Stores::connect(&place.backend, purpose).await?;
-        Ok(Self { place, halves: place.spots(&stores), stores })
+        Ok(Self { place, parts: place.store_keys(&stores), stores })
     }
 
     /// What stands at `half` now. Nothing, where no lock can be there at all.
-    async fn read(&self, half: &Spot) -> Result<Option<Standing>, Failure> {
+    async fn read(&self, half: &StoreKey) -> Result<Option<StoredLock>, Failure> {
         nothing_if_excluded(self.stores.read(half).await)
     }
 
@@ -200,16 +200,16 @@ impl<'a> Services<'a> {
             None => None,
         };
         let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
-        for half in &self.halves {
-            let Some(standing) = self.read(half).await? else {
+        for half in &self.parts {
+            let Some(stored) = self.read(half).await? else {
                 look.lock.push_str("- ");
                 continue;
             };
-            let Some(info) = standing.info() else {
-                return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
+            let Some(info) = stored.info() else {
+                return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
             };
-            look.lock.push_str(standing.text());
-            look.holds |= judge(recorded, &info, run) != Verdict::Anothers;
+            look.lock.push_str(stored.text());
+            look.holds |= judge(recorded, &info, run) != Match::Anothers;
         }
         Ok(look)
     }
@@ -238,8 +238,8 @@ fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>,
 }
 
 /// Why a lock is kept where something else than a lock was read.
-fn no_lock(half: &Spot, standing: &Standing) -> String {
-    format!("what was read there is no lock ({}): {}", half.describe(), standing.describe_no_lock())
+fn no_lock(half: &StoreKey, stored: &StoredLock) -> String {
+    format!("what was read there is no lock ({}): {}", half.describe(), stored.describe_no_lock())
 }
 
 /// Work that gives no answer for longer than `limit` has failed: so said with the name of the service.
@@ -257,15 +257,15 @@ fn within<T>(
 
 /// How much of `limit` is left since `begun`: enough for one look in any case.
 fn remaining(limit: Duration, begun: Instant) -> Duration {
-    limit.saturating_sub(begun.elapsed()).max(LOOK)
+    limit.saturating_sub(begun.elapsed()).max(POLL_INTERVAL)
 }
 
 /// Gives back the lock that the log recorded, if it stands and is ours. A service that fails or is silent is asked for
 /// `limit`, not counting the time in which credentials are asked for.
 pub(crate) async fn release(
     recorded: &RecordedLock,
-    place: &Place,
-    situation: &Situation,
+    place: &LockLocation,
+    release_context: &ReleaseContext,
     (limit, purpose): (Duration, Purpose),
 ) -> Outcome {
     // Asked for now, and remembered: the clock of the release runs from here on.
@@ -275,7 +275,7 @@ pub(crate) async fn release(
     let mut attempt = Attempt {
         recorded,
         place,
-        situation,
+        release_context,
         limit,
         purpose,
         renewed: false,
@@ -286,7 +286,7 @@ pub(crate) async fn release(
         write: None,
         agreed: release_is_asked_for(),
     };
-    let mut interval = LOOK;
+    let mut interval = POLL_INTERVAL;
     loop {
         match attempt.go().await {
             Ok(outcome) => return outcome,
@@ -300,7 +300,7 @@ pub(crate) async fn release(
                     connect::forget_credentials(&place.backend);
                 }
                 sleep(interval).await;
-                interval = (interval * 2).min(LONGEST_INTERVAL);
+                interval = (interval * 2).min(MAX_RETRY_INTERVAL);
             }
         }
     }
@@ -308,15 +308,15 @@ pub(crate) async fn release(
 
 /// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
 /// than a service may. A service that gives them and is silent is asked for `limit`.
-async fn credentials(place: &Place, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
+async fn credentials(place: &LockLocation, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
     let begun = Instant::now();
-    let mut interval = LOOK;
+    let mut interval = POLL_INTERVAL;
     loop {
         match Services::connect(place, purpose).await {
             Err(Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
                 trace!("no credentials: {why}");
                 sleep(interval).await;
-                interval = (interval * 2).min(LONGEST_INTERVAL);
+                interval = (interval * 2).min(MAX_RETRY_INTERVAL);
             }
             asked => return asked.map(drop),
         }
@@ -335,20 +335,20 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
 
 /// What stands at `place` now, in the places of a lock: one, or two, of which the second may be somebody else's. Nothing where
 /// nothing can be read within [`EXPLANATION_TIMEOUT`].
-pub(crate) async fn standing(place: &Place) -> Vec<(Spot, Standing)> {
+pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Explanation).await else { return Vec::new() };
-        let reads = services.halves.iter().map(|half| services.stores.read(half));
+        let reads = services.parts.iter().map(|half| services.stores.read(half));
         let read = futures_util::future::join_all(reads).await;
-        let read = services.halves.iter().zip(read);
-        read.filter_map(|(half, standing)| Some((half.clone(), standing.ok()??))).collect()
+        let read = services.parts.iter().zip(read);
+        read.filter_map(|(half, stored)| Some((half.clone(), stored.ok()??))).collect()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
 
 /// The state at `place` and its digest, where they do not fit: read once, within [`EXPLANATION_TIMEOUT`]. For somebody who has
 /// seen that they do not, and has waited for a while.
-pub(crate) async fn unfit_state(place: &Place) -> Option<Comparison> {
+pub(crate) async fn unfit_state(place: &LockLocation) -> Option<Comparison> {
     let table = place.table.as_ref()?;
     let look = async {
         let services = Services::connect(place, Purpose::Explanation).await.ok()?;
@@ -359,22 +359,22 @@ pub(crate) async fn unfit_state(place: &Place) -> Option<Comparison> {
 
 /// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read within
 /// [`EXPLANATION_TIMEOUT`]. That it does not is believed at the second look: one response proves nothing.
-pub(crate) async fn may_stand(place: &Place, id: &str) -> bool {
+pub(crate) async fn may_stand(place: &LockLocation, id: &str) -> bool {
     let _ = credentials(place, EXPLANATION_TIMEOUT, Purpose::Work).await;
     if may_be_seen(place, id).await {
         return true;
     }
-    sleep(LOOK).await;
+    sleep(POLL_INTERVAL).await;
     may_be_seen(place, id).await
 }
 
 /// One look of [`may_stand`].
-async fn may_be_seen(place: &Place, id: &str) -> bool {
+async fn may_be_seen(place: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Work).await else { return true };
-        for half in &services.halves {
+        for half in &services.parts {
             match services.stores.read(half).await {
-                Ok(Some(standing)) if standing.info().is_none_or(|info| info.id == id) => return true,
+                Ok(Some(stored)) if stored.info().is_none_or(|info| info.id == id) => return true,
                 Err(failure) if failure.cause().excludes_locks() => {}
                 Ok(_) => {}
                 Err(_) => return true,
@@ -387,13 +387,13 @@ async fn may_be_seen(place: &Place, id: &str) -> bool {
 
 /// What stands at `place` of a lock that the log of its run does not name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Light {
+pub(crate) enum IdentifiedLock {
     /// Nothing that could be it.
     None,
     /// It is it.
     Ours(Box<RecordedLock>),
     /// It may be it, and why that is not certain.
-    Suspect(Box<LockInfo>, &'static str),
+    Possible(Box<LockInfo>, &'static str),
 }
 
 /// Looks at `place` for a lock that the log does not name, again while a request for it may land, or while no service
@@ -401,22 +401,26 @@ pub(crate) enum Light {
 ///
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
-pub(crate) async fn bring_to_light(
+pub(crate) async fn identify_unnamed_lock(
     unnamed: &UnnamedLock,
-    place: &Place,
-    situation: &Situation,
+    place: &LockLocation,
+    release_context: &ReleaseContext,
     died: bool,
-) -> Result<Light, Failure> {
+) -> Result<IdentifiedLock, Failure> {
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
     let _ = credentials(place, limit, Purpose::Work).await;
     let begun = Instant::now();
-    let late = if situation.request_may_land && unnamed.granted.is_none() { LATE } else { Duration::ZERO };
+    let late = if release_context.request_may_land && unnamed.granted.is_none() {
+        LATE_REQUEST_WINDOW
+    } else {
+        Duration::ZERO
+    };
     let mut absent = unnamed.granted.is_none();
     loop {
-        match within(remaining(limit, begun), "AWS", look_for(unnamed, place, &situation.run, died)).await {
-            Ok(Light::None) => {
+        match within(remaining(limit, begun), "AWS", look_for(unnamed, place, &release_context.run, died)).await {
+            Ok(IdentifiedLock::None) => {
                 if absent && begun.elapsed() >= late {
-                    return Ok(Light::None);
+                    return Ok(IdentifiedLock::None);
                 }
                 absent = true;
             }
@@ -424,40 +428,45 @@ pub(crate) async fn bring_to_light(
                 trace!("a lock that the log does not name: {failure}");
                 absent = unnamed.granted.is_none();
             }
-            settled => return settled,
+            results => return results,
         }
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// One look of [`bring_to_light`].
-async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -> Result<Light, Failure> {
+/// One look of [`identify_unnamed_lock`].
+async fn look_for(
+    unnamed: &UnnamedLock,
+    place: &LockLocation,
+    run: &Run,
+    died: bool,
+) -> Result<IdentifiedLock, Failure> {
     let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
-    let mut light = Light::None;
-    for half in &services.halves {
-        let Some(standing) = services.read(half).await? else { continue };
-        let Some(info) = standing.info() else {
-            return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
+    let mut light = IdentifiedLock::None;
+    for half in &services.parts {
+        let Some(stored) = services.read(half).await? else { continue };
+        let Some(info) = stored.info() else {
+            return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
         };
         if !is_lock_id(&info.id) {
             continue;
         }
-        let verdict = judge_unnamed(unnamed, &info, standing.text(), run, died);
+        let verdict = judge_unnamed(unnamed, &info, stored.text(), run, died);
         trace!("{half:?} holds {}, which the log does not name: {verdict:?}", info.id);
         match verdict {
-            Verdict::Ours => {
-                let halves = Halves { s3: place.lock_file, dynamodb: place.table.is_some() };
-                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, halves, unnamed.asked);
+            Match::Ours => {
+                let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
+                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, parts, unnamed.asked);
                 lock.locked = unnamed.granted;
                 // It was made in the moment in which it was asked for, and the log tells that moment to the millisecond.
                 lock.asked = info.created().map_or(unnamed.asked, |created| created.max(unnamed.asked));
                 // Of what its log does not tell anything may be under way.
-                let tells = matches!(unnamed.mark, Mark::Object { .. });
+                let tells = matches!(unnamed.mark, LockIdentity::Object { .. });
                 (lock.uploading, lock.unlocking) = (unnamed.uploading || !tells, unnamed.unlocking || !tells);
-                return Ok(Light::Ours(Box::new(lock)));
+                return Ok(IdentifiedLock::Ours(Box::new(lock)));
             }
-            Verdict::Doubt(reason) if run.is_of(&info.who) => light = Light::Suspect(Box::new(info), reason),
-            Verdict::Doubt(_) | Verdict::Anothers => {}
+            Match::Doubt(reason) if run.is_of(&info.who) => light = IdentifiedLock::Possible(Box::new(info), reason),
+            Match::Doubt(_) | Match::Anothers => {}
         }
     }
     Ok(light)
@@ -469,24 +478,24 @@ async fn look_for(unnamed: &UnnamedLock, place: &Place, run: &Run, died: bool) -
 ///
 /// # Errors
 /// [`Failure`], when a service did not let it be read.
-pub(crate) async fn suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
+pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let _ = credentials(place, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
     loop {
         match within(remaining(SERVICE_TIMEOUT, begun), "AWS", look_for_suspect(place, run, any_user)).await {
-            Err(failure) if !failure.is_final() && begun.elapsed() < SERVICE_TIMEOUT => sleep(LOOK).await,
-            settled => return settled,
+            Err(failure) if !failure.is_final() && begun.elapsed() < SERVICE_TIMEOUT => sleep(POLL_INTERVAL).await,
+            results => return results,
         }
     }
 }
 
 /// One look of [`suspect`].
-async fn look_for_suspect(place: &Place, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
+async fn look_for_suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
-    for half in &services.halves {
-        let Some(standing) = services.read(half).await? else { continue };
-        let Some(info) = standing.info() else {
-            return Err(Failure::no_answer(half.service(), &no_lock(half, &standing)));
+    for half in &services.parts {
+        let Some(stored) = services.read(half).await? else { continue };
+        let Some(info) = stored.info() else {
+            return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
         };
         let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
         if is_possible && info.created().is_some_and(|created| created >= run.started) {
@@ -506,8 +515,8 @@ fn unreachable(error: &Unreachable) -> Failure {
 /// One release, which may need several goes.
 struct Attempt<'a> {
     recorded: &'a RecordedLock,
-    place: &'a Place,
-    situation: &'a Situation,
+    place: &'a LockLocation,
+    release_context: &'a ReleaseContext,
     /// For how long a service that fails is asked, from `begun` on.
     limit: Duration,
     purpose: Purpose,
@@ -515,11 +524,11 @@ struct Attempt<'a> {
     /// A service has said that the credentials are over, and new ones were asked for.
     renewed: bool,
     /// The halves that were ours, and were asked to go.
-    asked_to_go: Vec<Spot>,
+    asked_to_go: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
     /// A half is known to be gone by us.
     deleted: bool,
-    /// What was seen of a write, when all of [`QUIET`] was waited for.
+    /// What was seen of a write, when all of [`QUIET_WINDOW`] was waited for.
     write: Option<Write>,
     /// A delete here holds everywhere, or was asked for by name.
     agreed: bool,
@@ -529,7 +538,7 @@ struct Attempt<'a> {
 /// the state, or of an unlock. Of one unlock no log tells: where the item is another's, terraform deletes the object that
 /// it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
-    let Halves { s3, dynamodb } = recorded.halves;
+    let LockParts { s3, dynamodb } = recorded.parts;
     let is_half_had = recorded.locked.is_none() && s3 && dynamodb;
     write_may_land && (recorded.uploading || recorded.unlocking || is_half_had)
 }
@@ -547,7 +556,7 @@ struct Round {
     /// So many halves cannot be there at all.
     excluded: usize,
     /// What one look does not prove: a half that is absent, or has something that is no lock in its place.
-    unproven: Vec<(Spot, Option<String>)>,
+    unproven: Vec<(StoreKey, Option<String>)>,
 }
 
 impl Attempt<'_> {
@@ -558,8 +567,8 @@ impl Attempt<'_> {
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
-        let late = self.situation.request_may_land && self.recorded.locked.is_none();
-        let late_until = late.then(|| self.begun + LATE);
+        let late = self.release_context.request_may_land && self.recorded.locked.is_none();
+        let late_until = late.then(|| self.begun + LATE_REQUEST_WINDOW);
         let mut unproven = None;
         let mut windows = 0;
         loop {
@@ -569,10 +578,10 @@ impl Attempt<'_> {
             }
             if round.needs_quiet {
                 windows += 1;
-                if windows > MOST_WINDOWS {
+                if windows > MAX_QUIET_WINDOWS {
                     return Ok(Outcome::later(COMES_AND_GOES));
                 }
-                self.write = wait_for_quiet(&services, self.recorded, &self.situation.run).await?;
+                self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
                 // The service answered all that time: patience begins anew.
                 self.begun = Instant::now();
                 unproven = None;
@@ -584,7 +593,7 @@ impl Attempt<'_> {
                 return Ok(self.outcome(&services, round, is_proven).await);
             }
             unproven = Some(round.unproven);
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -592,8 +601,8 @@ impl Attempt<'_> {
     async fn round(&mut self, services: &Services<'_>) -> Round {
         let mut round = Round::default();
         // Each has its share, so that a service which is silent does not keep the other from being asked.
-        let share = remaining(self.limit, self.begun) / u32::try_from(services.halves.len().max(1)).unwrap_or(1);
-        for half in &services.halves {
+        let share = remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1);
+        for half in &services.parts {
             match self.half(services, half, share).await {
                 Ok(Judged::Excluded) => {
                     round.excluded += 1;
@@ -618,7 +627,7 @@ impl Attempt<'_> {
                 }
                 Ok(Judged::NoLock(reason)) => round.unproven.push((half.clone(), Some(reason))),
                 Ok(Judged::Doubt(reason)) => round.kept = Some(Outcome::kept(reason)),
-                Ok(Judged::Unasked(reason)) => round.kept = Some(Outcome::later(reason)),
+                Ok(Judged::NeedsConsent(reason)) => round.kept = Some(Outcome::later(reason)),
                 Ok(Judged::NeedsQuiet) => round.needs_quiet = true,
                 Err(failure) => round.failed = Some(failure),
             }
@@ -638,21 +647,21 @@ impl Attempt<'_> {
             return Outcome::later(COMES_AND_GOES);
         }
         if !self.deleted {
-            let excluded = round.excluded > 0 && round.excluded == services.halves.len();
+            let excluded = round.excluded > 0 && round.excluded == services.parts.len();
             return Outcome::Absent { anothers: round.anothers, excluded };
         }
-        let unseen = services.halves.iter().any(|half| !self.asked_to_go.contains(half));
+        let unseen = services.parts.iter().any(|half| !self.asked_to_go.contains(half));
         Outcome::Released(Released {
             created: self.created,
             write: self.write,
-            unfit: unfit_digest(services).await,
+            digest_mismatch: unfit_digest(services).await,
             is_partial: self.recorded.locked.is_none() && unseen,
         })
     }
 
     /// Reads one half, judges it and deletes it, until one of the three has settled it. All of that may take as long as
     /// `limit`.
-    async fn half(&mut self, services: &Services<'_>, half: &Spot, limit: Duration) -> Result<Judged, Failure> {
+    async fn half(&mut self, services: &Services<'_>, half: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let remaining = || remaining(limit, begun);
         loop {
@@ -660,34 +669,34 @@ impl Attempt<'_> {
             let agreed = self.agreed;
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
             let read = within(remaining(), half.service(), services.stores.read(half));
-            let (standing, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
+            let (stored, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
-            let standing = match standing {
+            let stored = match stored {
                 Err(failure) if failure.cause().excludes_locks() => {
                     trace!("no lock can be in {half:?}: {failure}");
                     return Ok(Judged::Excluded);
                 }
-                standing => standing?,
+                stored => stored?,
             };
-            let Some(standing) = standing else {
+            let Some(stored) = stored else {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
                 return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
             };
-            let Some(info) = standing.info() else {
-                trace!("{half:?} holds no lock: {}", standing.describe_no_lock());
-                return Ok(Judged::NoLock(no_lock(half, &standing)));
+            let Some(info) = stored.info() else {
+                trace!("{half:?} holds no lock: {}", stored.describe_no_lock());
+                return Ok(Judged::NoLock(no_lock(half, &stored)));
             };
-            let verdict = judge(self.recorded, &info, &self.situation.run);
+            let verdict = judge(self.recorded, &info, &self.release_context.run);
             trace!("{half:?} holds {}: {verdict:?}", info.id);
             match verdict {
-                Verdict::Anothers => return Ok(Judged::Anothers(info.id)),
-                Verdict::Doubt(reason) => return Ok(Judged::Doubt(reason)),
-                Verdict::Ours => {}
+                Match::Anothers => return Ok(Judged::Anothers(info.id)),
+                Match::Doubt(reason) => return Ok(Judged::Doubt(reason)),
+                Match::Ours => {}
             }
             if let Some(reason) = global? {
-                return Ok(Judged::Unasked(reason));
+                return Ok(Judged::NeedsConsent(reason));
             }
-            if self.write.is_none() && needs_quiet(self.recorded, self.situation.write_may_land) {
+            if self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land) {
                 return Ok(Judged::NeedsQuiet);
             }
             self.created = info.created();
@@ -695,7 +704,7 @@ impl Attempt<'_> {
             if !self.asked_to_go.contains(half) {
                 self.asked_to_go.push(half.clone());
             }
-            match within(remaining(), half.service(), services.stores.remove(half, &standing)).await? {
+            match within(remaining(), half.service(), services.stores.remove(half, &stored)).await? {
                 Removed::Gone => {
                     trace!("deleted {} in {half:?}", info.id);
                     crash_point::reached("release: half deleted");
@@ -743,13 +752,13 @@ enum Judged {
     /// It is ours, and a write may be on its way that would hit whoever comes next.
     NeedsQuiet,
     /// It is ours, and goes only where that is asked for.
-    Unasked(String),
+    NeedsConsent(String),
 }
 
 /// The state and its digest, if they do not fit, and nobody is writing them at this moment. What cannot be read is not
 /// said to be wrong, and the lock is gone in any case.
 async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
-    let Place { bucket, key, table, .. } = services.place;
+    let LockLocation { bucket, key, table, .. } = services.place;
     let table = table.as_ref()?;
     let compare = || async {
         let compared = digest::compare(&services.stores, bucket, key, table).await.ok()?;
@@ -757,7 +766,7 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     };
     let look = async {
         let first = compare().await?;
-        for half in &services.halves {
+        for half in &services.parts {
             if services.stores.read(half).await.ok()?.is_some() {
                 return None;
             }
@@ -768,24 +777,24 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET`]. `None` when its lock is
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. `None` when its lock is
 /// gone meanwhile, so that there is nothing to keep: nothing is known of a write then.
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.uploading || recorded.unlocking;
-    console::say(&if is_write { waiting_for_write(QUIET) } else { waiting_for_undo(QUIET) });
+    console::say(&if is_write { waiting_for_write(QUIET_WINDOW) } else { waiting_for_undo(QUIET_WINDOW) });
     let begun = Instant::now();
     let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
     let mut write = Write::Quiet;
     let (mut since, mut seen) = (Instant::now(), Instant::now());
     loop {
-        if begun.elapsed() > LONGEST_QUIET {
+        if begun.elapsed() > MAX_QUIET_TIMEOUT {
             return Err(Failure::refusal(
                 "S3",
                 "the state is written again and again, by somebody who does not lock it",
             ));
         }
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
             // What happens meanwhile is seen in the next look.
@@ -807,7 +816,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             }
             last = now;
             since = Instant::now();
-        } else if since.elapsed() >= QUIET {
+        } else if since.elapsed() >= QUIET_WINDOW {
             return Ok(Some(write));
         }
     }

@@ -23,7 +23,7 @@ use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
 /// No lock is longer.
-const LONGEST: u64 = 1 << 20;
+const MAX_LOCK_BYTES: u64 = 1 << 20;
 
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
     let Some(answer) = get(client, bucket, key).await? else { return Ok(None) };
     let etag = answer.e_tag.clone();
     let length = length(answer.content_length);
-    if let Some(length) = length.filter(|length| *length > LONGEST) {
+    if let Some(length) = length.filter(|length| *length > MAX_LOCK_BYTES) {
         // Not a lock, and not read: an object at that key may have any size.
         return Ok(Some(Object { body: String::new(), length, etag }));
     }
@@ -150,11 +150,11 @@ pub(crate) async fn stream(
 /// How long a body of `length` bytes may take. The SDK ends a body that has stopped, and lets one go on for ever that brings
 /// a byte a second.
 fn body_timeout(length: Option<u64>) -> Duration {
-    const FIRST: Duration = Duration::from_secs(8);
+    const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(8);
     /// Less than any line on which terraform can be used, in bytes a second.
-    const SLOWEST: u64 = 64 << 10;
+    const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
     // Of an unknown length: as a state of some megabytes.
-    FIRST + Duration::from_secs(length.unwrap_or(4 << 20) / SLOWEST)
+    FIRST_BYTE_TIMEOUT + Duration::from_secs(length.unwrap_or(4 << 20) / MIN_BYTES_PER_SECOND)
 }
 
 /// `Content-Length`. `None` where the response has none, or a negative one.
@@ -189,12 +189,12 @@ async fn get(
 }
 
 /// The keys that begin with `prefix`, in order, page by page.
-pub(crate) fn keys(client: &Client, bucket: &str, prefix: &str) -> Keys {
-    Keys { pages: client.list_objects_v2().bucket(bucket).prefix(prefix).into_paginator().send() }
+pub(crate) fn keys(client: &Client, bucket: &str, prefix: &str) -> KeyPages {
+    KeyPages { pages: client.list_objects_v2().bucket(bucket).prefix(prefix).into_paginator().send() }
 }
 
 /// See [`keys`].
-pub(crate) struct Keys {
+pub(crate) struct KeyPages {
     pages: aws_smithy_async::future::pagination_stream::PaginationStream<
         Result<
             aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output,
@@ -203,7 +203,7 @@ pub(crate) struct Keys {
     >,
 }
 
-impl Keys {
+impl KeyPages {
     /// The next page. `None` after the last.
     pub(crate) async fn next(&mut self) -> Option<Result<Vec<String>, Failure>> {
         let page = self.pages.next().await?;

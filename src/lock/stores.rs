@@ -16,7 +16,7 @@ use crate::terraform::lock_info::LockInfo;
 /// Where one half of a lock can stand.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
-pub(crate) enum Spot {
+pub(crate) enum StoreKey {
     /// An item, by its `LockID`.
     DynamoDb {
         /// The table.
@@ -39,7 +39,7 @@ pub(crate) enum Spot {
 
 pub(crate) use crate::terraform::exchange::LOCK_FILE;
 
-impl Spot {
+impl StoreKey {
     /// `bucket/key` of the state that a lock here belongs to.
     pub(crate) fn path(&self) -> String {
         match self {
@@ -67,14 +67,14 @@ impl Spot {
 
 /// What was read, byte for byte: what a delete of it depends on.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Standing {
+pub(crate) enum StoredLock {
     /// An item.
-    Item(dynamodb::Info),
+    Item(dynamodb::InfoAttribute),
     /// An object.
     Object(s3::Object),
 }
 
-impl Standing {
+impl StoredLock {
     /// The text in which a lock is described.
     pub(crate) fn text(&self) -> &str {
         match self {
@@ -98,8 +98,8 @@ impl Standing {
     pub(crate) fn describe_no_lock(&self) -> String {
         let text = self.text().trim_start();
         match self {
-            Self::Item(dynamodb::Info::None) => "an item without Info".to_owned(),
-            Self::Item(dynamodb::Info::Other(_)) => "an item whose Info is no text".to_owned(),
+            Self::Item(dynamodb::InfoAttribute::None) => "an item without Info".to_owned(),
+            Self::Item(dynamodb::InfoAttribute::Other(_)) => "an item whose Info is no text".to_owned(),
             Self::Item(_) if text.is_empty() => "an item with an empty Info".to_owned(),
             Self::Object(object) if object.body.is_empty() && object.length > 0 => {
                 format!("an object of {} bytes, too large for a lock", object.length)
@@ -149,23 +149,25 @@ impl Stores {
     }
 
     /// The place of an item.
-    pub(crate) fn item(&self, table: &str, key: &str) -> Spot {
-        Spot::DynamoDb { table: table.to_owned(), key: key.to_owned(), region: self.region.clone() }
+    pub(crate) fn item(&self, table: &str, key: &str) -> StoreKey {
+        StoreKey::DynamoDb { table: table.to_owned(), key: key.to_owned(), region: self.region.clone() }
     }
 
     /// The place of an object.
-    pub(crate) fn object(&self, bucket: &str, key: &str) -> Spot {
-        Spot::S3 { bucket: bucket.to_owned(), key: key.to_owned(), region: self.region.clone() }
+    pub(crate) fn object(&self, bucket: &str, key: &str) -> StoreKey {
+        StoreKey::S3 { bucket: bucket.to_owned(), key: key.to_owned(), region: self.region.clone() }
     }
 
     /// What stands there now, in a consistent read.
     ///
     /// # Errors
     /// [`Failure`].
-    pub(crate) async fn read(&self, spot: &Spot) -> Result<Option<Standing>, Failure> {
-        Ok(match spot {
-            Spot::DynamoDb { table, key, .. } => dynamodb::read(&self.dynamodb, table, key).await?.map(Standing::Item),
-            Spot::S3 { bucket, key, .. } => s3::read(&self.s3, bucket, key).await?.map(Standing::Object),
+    pub(crate) async fn read(&self, store_key: &StoreKey) -> Result<Option<StoredLock>, Failure> {
+        Ok(match store_key {
+            StoreKey::DynamoDb { table, key, .. } => {
+                dynamodb::read(&self.dynamodb, table, key).await?.map(StoredLock::Item)
+            }
+            StoreKey::S3 { bucket, key, .. } => s3::read(&self.s3, bucket, key).await?.map(StoredLock::Object),
         })
     }
 
@@ -173,14 +175,18 @@ impl Stores {
     ///
     /// # Errors
     /// [`Failure`].
-    pub(crate) async fn delete(&self, spot: &Spot, standing: &Standing) -> Result<Deleted, Failure> {
-        match (spot, standing) {
-            (Spot::DynamoDb { table, key, .. }, Standing::Item(info)) => {
+    pub(crate) async fn delete(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Deleted, Failure> {
+        match (store_key, stored) {
+            (StoreKey::DynamoDb { table, key, .. }, StoredLock::Item(info)) => {
                 dynamodb::delete(&self.dynamodb, table, key, info).await
             }
-            (Spot::S3 { bucket, key, .. }, Standing::Object(object)) => s3::delete(&self.s3, bucket, key, object).await,
+            (StoreKey::S3 { bucket, key, .. }, StoredLock::Object(object)) => {
+                s3::delete(&self.s3, bucket, key, object).await
+            }
             // What was read in one service is not in the other.
-            (Spot::DynamoDb { .. }, Standing::Object(_)) | (Spot::S3 { .. }, Standing::Item(_)) => Ok(Deleted::Changed),
+            (StoreKey::DynamoDb { .. }, StoredLock::Object(_)) | (StoreKey::S3 { .. }, StoredLock::Item(_)) => {
+                Ok(Deleted::Changed)
+            }
         }
     }
 
@@ -189,14 +195,17 @@ impl Stores {
     ///
     /// # Errors
     /// [`Failure`]; the delete may have been done all the same.
-    pub(crate) async fn remove(&self, spot: &Spot, standing: &Standing) -> Result<Removed, Failure> {
+    pub(crate) async fn remove(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Removed, Failure> {
         for _ in 0..5 {
-            let deleted = self.delete(spot, standing).await?;
-            let now = self.read(spot).await?;
-            match removed(deleted, standing, now.as_ref()) {
+            let deleted = self.delete(store_key, stored).await?;
+            let now = self.read(store_key).await?;
+            match removed(deleted, stored, now.as_ref()) {
                 Some(removed) => return Ok(removed),
-                None if standing.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
-                    return Err(Failure::no_answer(spot.service(), "what its place holds after the delete is no lock"));
+                None if stored.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
+                    return Err(Failure::no_answer(
+                        store_key.service(),
+                        "what its place holds after the delete is no lock",
+                    ));
                 }
                 None => tokio::time::sleep(Duration::from_millis(50)).await,
             }
@@ -206,13 +215,13 @@ impl Stores {
 }
 
 /// What became of `read`, when `now` is in its place after a delete. `None` where that is to be looked at again.
-fn removed(deleted: Deleted, read: &Standing, now: Option<&Standing>) -> Option<Removed> {
+fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
     let Some(now) = now else { return Some(Removed::Gone) };
     // Neither is an answer to where the lock is: the same object once more, or something that is no lock.
     if now == read || (now.info().is_none() && read.info().is_some()) {
         return None;
     }
-    let id = |standing: &Standing| standing.info().map(|info| info.id);
+    let id = |stored: &StoredLock| stored.info().map(|info| info.id);
     match deleted {
         Deleted::Yes if id(now) != id(read) => Some(Removed::Gone),
         Deleted::Yes | Deleted::Changed => Some(Removed::Anothers),
@@ -225,7 +234,7 @@ mod tests {
 
     #[test]
     fn what_is_read_after_a_delete_decides() {
-        let text = |text: &str| Standing::Item(dynamodb::Info::Text(text.to_owned()));
+        let text = |text: &str| StoredLock::Item(dynamodb::InfoAttribute::Text(text.to_owned()));
         let item = |id: &str| text(&format!(r#"{{"ID":"{id}"}}"#));
         let (ours, other, page) = (item("a"), item("b"), text("<html>"));
         let rewritten = text(r#"{"ID":"a","Who":"x"}"#);

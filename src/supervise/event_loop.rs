@@ -11,31 +11,31 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getppid};
 
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::places::Places;
 use crate::cleanup::process_tree::Tree;
 use crate::journal::recorder::Recorder;
-use crate::supervise::foreground::{Foreground, Lending};
+use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
-use crate::supervise::run_record::Charge;
+use crate::supervise::run_record::RunRecord;
 use crate::supervise::shim;
-use crate::supervise::stop::{Effect, Event, OFFER, Stop};
+use crate::supervise::stop::{Effect, Stop, StopEvent, THIRD_KEY_WINDOW};
 use crate::supervise::waiting::Waiting;
+use crate::sys::group_signal_watcher::GroupSignalWatcher;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
-use crate::sys::signals::{Arrival, Origin, Signals};
+use crate::sys::signals::{Arrival, SignalOrigin, Signals};
 use crate::sys::wait::{self, Ended};
-use crate::sys::witness::Witness;
 use crate::trace::trace;
 
 /// How long terraform may take to act on a SIGTSTP before we stop without it: a program may ignore that signal.
-const STOPS_WITHIN: Duration = Duration::from_secs(1);
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
-const CONTINUED_EVERY: Duration = Duration::from_millis(5);
+const CONTINUE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Between two looks at who below terraform has left its process group: some ten files a process.
-const LOOK_AROUND: Duration = Duration::from_secs(1);
+const DESCENDANTS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a service manager may take from the first process of a unit to the last, when it stops all of them.
 const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
@@ -44,18 +44,18 @@ const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
     /// What this run can lock.
-    pub(crate) here: &'a Places,
+    pub(crate) here: &'a CandidateBackends,
     /// What is done about a lock that terraform waits for, where something may be.
     pub(crate) waiting: Option<&'a mut Waiting>,
     /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
     pub(crate) shared: bool,
     pub(crate) signals: &'a mut Signals,
     pub(crate) stop: &'a mut Stop,
-    pub(crate) lending: Lending,
+    pub(crate) foreground: ForegroundControl,
     pub(crate) pipes: &'a mut Pipes,
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
-    pub(crate) charge: &'a mut Charge,
+    pub(crate) run_record: &'a mut RunRecord,
     /// Readable when our parent has ended, where that means that nobody is left to tell us.
     pub(crate) parent: Option<OwnedFd>,
     pub(crate) begun: Instant,
@@ -81,7 +81,7 @@ pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -
         return None;
     }
     let parent = getppid();
-    let watched = process::watch_end(parent).ok()?;
+    let watched = process::open_pidfd(parent).ok()?;
     // Had it ended before it was opened, the number could already be another's.
     (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
 }
@@ -92,7 +92,7 @@ impl Supervision<'_> {
         let mut continue_at: Option<Instant> = None;
         let started = Instant::now();
         let mut read_at = started;
-        let mut look_at = started + LOOK_AROUND;
+        let mut look_at = started + DESCENDANTS_INTERVAL;
         loop {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
@@ -105,13 +105,13 @@ impl Supervision<'_> {
                 return ended;
             }
             if std::mem::take(&mut self.children_changed) {
-                let witness = self.lending.witness().map(Witness::pid);
-                self.tree.reap_orphans(witness.as_slice());
+                let group_signal_watcher = self.foreground.group_signal_watcher().map(GroupSignalWatcher::pid);
+                self.tree.reap_orphans(group_signal_watcher.as_slice());
             }
             if let Some(signal) = wait::stopped(self.terraform)
                 && let Stopped::ContinueSoon = self.stopped(signal)
             {
-                continue_at = Some(Instant::now() + CONTINUED_EVERY);
+                continue_at = Some(Instant::now() + CONTINUE_INTERVAL);
             }
             let now = Instant::now();
             if continue_at.is_some_and(|at| at <= now) {
@@ -120,32 +120,32 @@ impl Supervision<'_> {
             }
             if read_at <= now {
                 self.recorder.read();
-                self.charge.news(self.recorder);
+                self.run_record.news(self.recorder);
                 self.interrupt_next_terraform();
                 if look_at <= now {
-                    self.charge.note_outside_group(self.tree.outside_group(), self.recorder);
-                    look_at = now + LOOK_AROUND;
+                    self.run_record.note_outside_group(self.tree.outside_group(), self.recorder);
+                    look_at = now + DESCENDANTS_INTERVAL;
                 }
                 read_at = now + self.recorder.interval(now - started);
                 if let Some(waiting) = &mut self.waiting {
                     waiting.step(self.recorder.log(), self.here, self.tree);
                 }
             }
-            if self.lending.deadline().is_some_and(|at| at <= now) {
-                self.lending.look();
+            if self.foreground.deadline().is_some_and(|at| at <= now) {
+                self.foreground.look();
             }
             if self.unit_stop.is_some_and(|until| until <= now) {
                 // The guardian got none: it was meant for us alone (KillMode=mixed or process, systemd.kill(5)).
                 self.unit_stop = None;
-                self.asked(Event::Request);
+                self.asked(StopEvent::Request);
             }
-            self.asked(Event::Time);
+            self.asked(StopEvent::Time);
 
             let deadline = [
                 self.unit_stop,
                 continue_at,
                 Some(read_at),
-                self.lending.deadline(),
+                self.foreground.deadline(),
                 self.stop.deadline().and_then(|since_begun| self.begun.checked_add(since_begun)),
             ];
             let timeout = match deadline.into_iter().flatten().min() {
@@ -164,14 +164,15 @@ impl Supervision<'_> {
             return false;
         }
         let died = matches!(ended, Ended::Killed(_));
-        if !(died || self.stop.was_interrupted() || self.recorder.read().may_hold()) || self.tree.bereaved().is_empty()
+        if !(died || self.stop.was_interrupted() || self.recorder.read().may_hold())
+            || self.tree.orphaned_terraforms().is_empty()
         {
             return false;
         }
         if !std::mem::replace(&mut self.outlived, true) {
             trace!("what led to terraform ended: {ended:?}");
             if died && !self.stop.was_interrupted() {
-                self.asked(Event::ParentGone);
+                self.asked(StopEvent::ParentGone);
             }
         }
         true
@@ -185,23 +186,27 @@ impl Supervision<'_> {
         let pipes_from = awaited.len();
         awaited.extend(self.pipes.awaited());
         let pipes_to = awaited.len();
-        awaited.extend(self.lending.witness().map(|witness| (witness.as_fd(), PollFlags::POLLIN)));
+        awaited.extend(
+            self.foreground
+                .group_signal_watcher()
+                .map(|group_signal_watcher| (group_signal_watcher.as_fd(), PollFlags::POLLIN)),
+        );
         let charge_at = awaited.len();
-        let charge = self.charge.awaited();
-        awaited.extend(charge.map(|guardian| (guardian, PollFlags::POLLIN)));
+        let run_record = self.run_record.awaited();
+        awaited.extend(run_record.map(|guardian| (guardian, PollFlags::POLLIN)));
         let ready = poll::wait(&awaited, timeout);
         let guardian_speaks = ready.get(charge_at) == Some(&true);
         if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
             trace!("the reader of our output is gone");
-            self.asked(Event::ReaderGone);
+            self.asked(StopEvent::ReaderGone);
         }
         if has_parent && ready[1] {
             self.parent = None;
-            self.asked(Event::ParentGone);
+            self.asked(StopEvent::ParentGone);
         }
-        if guardian_speaks && self.charge.hear(self.recorder) {
+        if guardian_speaks && self.run_record.hear(self.recorder) {
             self.unit_stop = None;
-            self.asked(Event::RequestToAll);
+            self.asked(StopEvent::RequestToAll);
         }
     }
 
@@ -212,21 +217,21 @@ impl Supervision<'_> {
         }
         match (signal, origin) {
             (Signal::SIGCHLD, _) => self.children_changed = true,
-            (Signal::SIGINT, Origin::Kernel) if self.shared => self.asked(Event::KeyboardAtTerraform),
-            (Signal::SIGINT, Origin::Kernel) => self.asked(Event::Keyboard),
+            (Signal::SIGINT, SignalOrigin::Kernel) if self.shared => self.asked(StopEvent::KeyboardAtTerraform),
+            (Signal::SIGINT, SignalOrigin::Kernel) => self.asked(StopEvent::Keyboard),
             (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}
             (Signal::SIGTERM, _) if self.may_be_for_all(sender) => {
                 self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
             }
-            (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(Event::Request),
+            (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(StopEvent::Request),
             (Signal::SIGTSTP, _) if self.signals.inherited().ignores(Signal::SIGTSTP) => {}
             (Signal::SIGTSTP, _) => self.suspend(),
-            (Signal::SIGTTIN | Signal::SIGTTOU, Origin::Kernel) => self.lending.note_stopped_ours(),
+            (Signal::SIGTTIN | Signal::SIGTTOU, SignalOrigin::Kernel) => self.foreground.note_stopped_ours(),
             // From a key, or a window that changed its size, all of terraform's group would have got it.
-            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) | (Signal::SIGCONT, _) if !self.shared => {
+            (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !self.shared => {
                 let _ = killpg(self.terraform, signal);
             }
-            (Signal::SIGQUIT | Signal::SIGWINCH, Origin::Kernel) => {}
+            (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) => {}
             (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
                 let _ = kill(self.terraform, signal);
             }
@@ -241,27 +246,27 @@ impl Supervision<'_> {
     /// What terraform got cannot be seen. But the guardian is in the same control group, so it got the same: it tells.
     fn may_be_for_all(&self, sender: Option<Pid>) -> bool {
         !self.stop.was_interrupted()
-            && self.charge.awaited().is_some()
+            && self.run_record.awaited().is_some()
             && sender.is_some_and(process::is_service_manager)
     }
 
     fn hear_witness(&mut self) {
-        let Some(witness) = self.lending.witness() else { return };
-        for signal in witness.reports() {
+        let Some(group_signal_watcher) = self.foreground.group_signal_watcher() else { return };
+        for signal in group_signal_watcher.received() {
             trace!("the terminal sent {signal} to terraform");
             if signal == Signal::SIGINT {
-                self.asked(Event::KeyboardAtTerraform);
+                self.asked(StopEvent::KeyboardAtTerraform);
                 // A second key is for us to count, whatever modes the first has left behind.
-                self.lending.take_back();
+                self.foreground.reclaim_foreground();
             }
         }
     }
 
     /// Puts `event` to [`Stop`] and does what it says.
-    fn asked(&mut self, event: Event) {
+    fn asked(&mut self, event: StopEvent) {
         let effects = self.stop.decide(event, self.begun.elapsed());
-        if event != Event::Time {
-            self.charge.note(event, self.recorder);
+        if event != StopEvent::Time {
+            self.run_record.note(event, self.recorder);
         }
         if !effects.is_empty() {
             trace!("{event:?}: {effects:?}");
@@ -274,12 +279,12 @@ impl Supervision<'_> {
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
-                Effect::InterruptGroup => self.interrupt_behind_shim(event == Event::Keyboard),
+                Effect::InterruptGroup => self.interrupt_behind_shim(event == StopEvent::Keyboard),
                 Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
-                    let holds = self.recorder.read().standing().any(|lock| lock.locked.is_some());
-                    console::say(&messages::stopping(since, OFFER, holds));
+                    let holds = self.recorder.read().unreleased().any(|lock| lock.locked.is_some());
+                    console::say(&messages::stopping(since, THIRD_KEY_WINDOW, holds));
                 }
                 Effect::SayForcing => console::say(&messages::forcing()),
             }
@@ -287,11 +292,11 @@ impl Supervision<'_> {
     }
 
     fn interrupt_terraform(&self) {
-        let bereaved = self.tree.bereaved();
-        if wait::ended(self.terraform).is_none() || bereaved.is_empty() {
+        let orphaned_terraforms = self.tree.orphaned_terraforms();
+        if wait::ended(self.terraform).is_none() || orphaned_terraforms.is_empty() {
             shim::signal(self.terraform, Signal::SIGINT, self.tree.recorder());
         } else {
-            for process in bereaved {
+            for process in orphaned_terraforms {
                 let _ = kill(process.pid, Signal::SIGINT);
             }
         }
@@ -314,7 +319,7 @@ impl Supervision<'_> {
         }
         // It is a zombie of ours, so the number is its group's. No shim is left there to pass the interrupt on.
         let _ = killpg(self.terraform, Signal::SIGINT);
-        for process in self.tree.bereaved().iter().filter(|process| process.group != self.terraform) {
+        for process in self.tree.orphaned_terraforms().iter().filter(|process| process.group != self.terraform) {
             let _ = kill(process.pid, Signal::SIGINT);
         }
     }
@@ -335,21 +340,21 @@ impl Supervision<'_> {
     /// Stops `tf` as [`Signals::stop`] says. The guardian knows of it: should terraform be killed meanwhile, nobody else
     /// would continue us.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
-        self.charge.stands_still(true, self.recorder);
+        self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
-        self.charge.stands_still(false, self.recorder);
+        self.run_record.stands_still(false, self.recorder);
         stopped
     }
 
     /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
     fn suspend(&mut self) {
         if !self.shared {
-            self.lending.take_back();
+            self.foreground.reclaim_foreground();
             let _ = killpg(self.terraform, Signal::SIGTSTP);
             let begun = Instant::now();
             while wait::stopped(self.terraform).is_none()
                 && wait::ended(self.terraform).is_none()
-                && begun.elapsed() < STOPS_WITHIN
+                && begun.elapsed() < STOP_TIMEOUT
             {
                 // The signalfd is readable as soon as SIGCHLD tells of the stop, but also as long as anything else is
                 // queued in it: a short sleep in poll keeps that from spinning.
@@ -375,8 +380,8 @@ impl Supervision<'_> {
             _ => {
                 // ^Z while the terminal was lent is for the whole job; a `kill -STOP terraform` is for terraform, and
                 // its stop is passed up so that a shell can tell its user and `fg` can mend it.
-                let key = signal == Signal::SIGTSTP && self.lending.is_lent();
-                self.lending.take_back();
+                let key = signal == Signal::SIGTSTP && self.foreground.is_lent();
+                self.foreground.reclaim_foreground();
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
                 if stopped || key {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
@@ -387,15 +392,15 @@ impl Supervision<'_> {
     }
 
     fn wants_terminal(&mut self, signal: Signal) -> Stopped {
-        match self.lending.foreground() {
+        match self.foreground.foreground() {
             Foreground::Terraforms => {
                 let _ = killpg(self.terraform, Signal::SIGCONT);
                 return Stopped::Handled;
             }
-            Foreground::Ours if self.lending.lend() => return Stopped::Handled,
+            Foreground::Ours if self.foreground.give_foreground() => return Stopped::Handled,
             Foreground::Others if self.stop_ourselves(signal, true) => {
                 // `fg` has made us the foreground, or `bg` has not: then terraform will stop again, and so shall we.
-                if self.lending.foreground() != Foreground::Ours || !self.lending.lend() {
+                if self.foreground.foreground() != Foreground::Ours || !self.foreground.give_foreground() {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
                 }
                 return Stopped::Handled;
@@ -403,7 +408,7 @@ impl Supervision<'_> {
             // Background, and the kernel would not stop us: an orphaned group. Or no terminal any more.
             Foreground::Ours | Foreground::Others | Foreground::Gone => {}
         }
-        self.asked(Event::NobodyCanAnswer);
+        self.asked(StopEvent::NobodyCanAnswer);
         Stopped::ContinueSoon
     }
 }

@@ -17,20 +17,20 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgrp, getpid};
 
+use crate::sys::group_signal_watcher::GroupSignalWatcher;
 use crate::sys::process::Process;
 use crate::sys::terminal::{Modes, Terminal};
-use crate::sys::witness::Witness;
 use crate::trace::trace;
 
 /// The shortest time for which the terminal is lent: a line read has begun by then.
-const SHORTEST: Duration = Duration::from_millis(20);
+const MIN_FOREGROUND_WINDOW: Duration = Duration::from_millis(20);
 
 /// How long after a lending the group is searched for members that stopped by themselves. Programs that ask for a
 /// password catch TTIN and TTOU and stop only themselves, later, by kill(2), and of that nobody is told but by looking.
-const SEARCHED: Duration = Duration::from_secs(2);
+const STOPPED_MEMBERS_WINDOW: Duration = Duration::from_secs(2);
 
 /// How often the modes are looked at, and the group is searched.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Who may read the terminal now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub(crate) enum Foreground {
 
 /// The terminal, and to whom it is lent.
 #[derive(Debug)]
-pub(crate) struct Lending {
+pub(crate) struct ForegroundControl {
     terminal: Option<Terminal>,
     terraform: Pid,
     own: Pid,
@@ -55,14 +55,14 @@ pub(crate) struct Lending {
     since: Option<Instant>,
     /// The modes that it must have again before it comes back.
     normal: Option<Modes>,
-    witness: Option<Witness>,
+    group_signal_watcher: Option<GroupSignalWatcher>,
     /// The kernel stopped members of our own group, which the terminal did not belong to for a while.
     stopped_ours: bool,
     search_until: Option<Instant>,
     next_look: Option<Instant>,
 }
 
-impl Lending {
+impl ForegroundControl {
     /// For the process group `terraform`, at the terminal that this process has.
     pub(crate) fn new(terminal: Option<Terminal>, terraform: Pid) -> Self {
         Self {
@@ -71,7 +71,7 @@ impl Lending {
             own: getpgrp(),
             since: None,
             normal: None,
-            witness: None,
+            group_signal_watcher: None,
             stopped_ours: false,
             search_until: None,
             next_look: None,
@@ -84,8 +84,8 @@ impl Lending {
     }
 
     /// Our witness in terraform's group, once it was needed.
-    pub(crate) fn witness(&self) -> Option<&Witness> {
-        self.witness.as_ref()
+    pub(crate) fn group_signal_watcher(&self) -> Option<&GroupSignalWatcher> {
+        self.group_signal_watcher.as_ref()
     }
 
     /// Whose turn it is.
@@ -99,22 +99,22 @@ impl Lending {
     }
 
     /// Gives terraform's group the terminal and lets it go on. False if the terminal is gone.
-    pub(crate) fn lend(&mut self) -> bool {
+    pub(crate) fn give_foreground(&mut self) -> bool {
         let Some(terminal) = &self.terminal else { return false };
         if self.normal.is_none() {
             self.normal = terminal.modes();
         }
-        if self.witness.is_none() {
+        if self.group_signal_watcher.is_none() {
             // Without one, a key at the prompt is not counted; the prompt itself must not fail for that.
-            self.witness = Witness::place(self.terraform).ok();
+            self.group_signal_watcher = GroupSignalWatcher::place(self.terraform).ok();
         }
         if terminal.set_foreground(self.terraform).is_err() {
             return false;
         }
         let now = Instant::now();
         self.since = Some(now);
-        self.search_until = Some(now + SEARCHED);
-        self.next_look = Some(now + SHORTEST);
+        self.search_until = Some(now + STOPPED_MEMBERS_WINDOW);
+        self.next_look = Some(now + MIN_FOREGROUND_WINDOW);
         trace!("lent the terminal to group {}", self.terraform);
         let _ = killpg(self.terraform, Signal::SIGCONT);
         true
@@ -122,7 +122,7 @@ impl Lending {
 
     /// Takes the terminal back, if it still belongs to terraform's group. A program in there that took it for a group
     /// of its own, an interactive shell, keeps it, and gives it back to terraform's group when it ends.
-    pub(crate) fn take_back(&mut self) {
+    pub(crate) fn reclaim_foreground(&mut self) {
         if self.since.take().is_none() {
             return;
         }
@@ -147,18 +147,18 @@ impl Lending {
         self.stopped_ours |= self.is_lent();
     }
 
-    /// When [`Lending::look`] is due.
+    /// When [`ForegroundControl::look`] is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.next_look
     }
 
     /// Takes the terminal back if it is time, and wakes members of terraform's group that stopped by themselves.
     pub(crate) fn look(&mut self) {
-        if self.since.is_some_and(|since| since.elapsed() >= SHORTEST) {
+        if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
             match self.foreground() {
-                Foreground::Terraforms if self.modes_are_normal() => self.take_back(),
+                Foreground::Terraforms if self.modes_are_normal() => self.reclaim_foreground(),
                 // A shell gave it to us, in the belief that it was ours: so it is.
-                Foreground::Ours => self.take_back(),
+                Foreground::Ours => self.reclaim_foreground(),
                 _ => {}
             }
         }
@@ -169,11 +169,11 @@ impl Lending {
             if self.is_lent() {
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             } else if self.foreground() == Foreground::Ours {
-                self.lend();
+                self.give_foreground();
             }
         }
         let again = self.is_lent() || self.search_until.is_some();
-        self.next_look = again.then(|| Instant::now() + LOOK);
+        self.next_look = again.then(|| Instant::now() + POLL_INTERVAL);
     }
 
     fn modes_are_normal(&self) -> bool {
@@ -185,9 +185,9 @@ impl Lending {
     }
 }
 
-impl Drop for Lending {
+impl Drop for ForegroundControl {
     /// The next reader of this terminal is whoever runs after us: a script that prompts.
     fn drop(&mut self) {
-        self.take_back();
+        self.reclaim_foreground();
     }
 }

@@ -33,24 +33,26 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cleanup::after_run::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
-use crate::cleanup::destinations::Destinations;
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::other_backend;
-use crate::cleanup::other_backend::Elsewhere;
-use crate::cleanup::places::Places;
+use crate::cleanup::other_backend::NonS3Release;
+use crate::cleanup::planned_backends::PlannedBackends;
 use crate::cleanup::process_tree::Tree;
-use crate::cleanup::release_all::{Standing, bury, give_back, remember, remember_abandoned, replaced};
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::release_all::{
+    CandidateLocks, record_in_history, release_locks, remember_abandoned, remember_pending, replaced,
+};
+use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::history::By;
-use crate::journal::pending_requests::Graveyard;
+use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{Entry, Journal, LeftOver, Record};
+use crate::journal::runs::{Journal, JournalEntry, JournalRecord, Unfinished};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{Outcome, Situation};
+use crate::lock::release::{Outcome, ReleaseContext};
 use crate::supervise::pipes::Pipes;
 use crate::supervise::shim;
-use crate::supervise::stop::{Effect, Event, Stop};
+use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
@@ -80,22 +82,22 @@ const UNIT_IS_STOPPED: u8 = 2;
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
 
 /// No message is longer: what is kept of a log, and how far it was read.
-const LONGEST: usize = JSON_LIMIT + 64;
+const MAX_MESSAGE_BYTES: usize = JSON_LIMIT + 64;
 
 /// How long a guardian may take to end once it was told that all is over.
-const ENDS_WITHIN: Duration = Duration::from_secs(2);
+const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long its end may take once it has closed its socket, or was killed.
-const DIES_WITHIN: Duration = Duration::from_secs(1);
+const GUARDIAN_KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Between two looks at a terraform that was interrupted and may be stopped.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Between two looks at everybody who is below it.
-const LOOK_AROUND: Duration = Duration::from_millis(500);
+const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long init may take to bury a terraform before its status is taken for unknown.
-const BURIED_WITHIN: Duration = Duration::from_millis(200);
+const INIT_REAP_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The guardian, as `tf` sees it.
 #[derive(Debug)]
@@ -119,7 +121,7 @@ pub(crate) enum Heard {
 }
 
 /// What the guardian is to know and to keep.
-pub(crate) struct Ward<'a> {
+pub(crate) struct GuardianContext<'a> {
     pub(crate) run: &'a str,
     /// Our own process, before the fork.
     pub(crate) tf: Pid,
@@ -131,19 +133,19 @@ pub(crate) struct Ward<'a> {
     pub(crate) pipes: &'a mut Pipes,
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) journal: Option<&'a Journal>,
-    pub(crate) entry: Option<&'a Entry>,
-    pub(crate) record: Option<Record>,
-    pub(crate) graveyard: Option<&'a Graveyard>,
+    pub(crate) entry: Option<&'a JournalEntry>,
+    pub(crate) record: Option<JournalRecord>,
+    pub(crate) pending_requests: Option<&'a PendingRequests>,
     pub(crate) stop: Stop,
     /// Where it can have locked, as far as that is known at its start.
-    pub(crate) here: &'a Places,
+    pub(crate) here: &'a CandidateBackends,
     pub(crate) before: &'a DataDirectory,
     pub(crate) current: &'a Path,
     pub(crate) data_directory: &'a Path,
     /// The terraform that runs.
     pub(crate) program: &'a Path,
     pub(crate) command_line: &'a CommandLine,
-    pub(crate) destinations: &'a Destinations,
+    pub(crate) planned_backends: &'a PlannedBackends,
     /// Whether locks are to be given back at all.
     pub(crate) release: bool,
 }
@@ -153,22 +155,22 @@ impl Guardian {
     ///
     /// # Errors
     /// When there can be no socket or no process: then the run goes on without.
-    pub(crate) fn fork(ward: Ward<'_>) -> io::Result<Self> {
+    pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
         let (socket, its_end) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
-        let mut keep: Vec<RawFd> = [its_end.as_fd(), ward.tree.lifeline(), ward.recorder.descriptor()]
+        let mut keep: Vec<RawFd> = [its_end.as_fd(), context.tree.lifeline(), context.recorder.descriptor()]
             .iter()
-            .chain(&ward.pipes.sources().collect::<Vec<_>>())
+            .chain(&context.pipes.sources().collect::<Vec<_>>())
             .map(AsRawFd::as_raw_fd)
             .collect();
-        keep.extend(ward.entry.map(|entry| entry.charge().as_raw_fd()));
-        keep.extend(ward.destinations.descriptor().map(|plan| plan.as_raw_fd()));
+        keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
+        keep.extend(context.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
         // Without a process list `tf` must see by its children alone whether anything of terraform's is left.
         let is_listed = process::list() != ProcessList::Unavailable;
         let parent =
             if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
-        let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, ward))?;
+        let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, context))?;
         Ok(Self { pid, socket, unsent: Vec::new() })
     }
 
@@ -197,7 +199,7 @@ impl Guardian {
     ///
     /// # Errors
     /// When the guardian is gone.
-    pub(crate) fn note(&mut self, event: Event) -> io::Result<()> {
+    pub(crate) fn note(&mut self, event: StopEvent) -> io::Result<()> {
         self.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
@@ -219,7 +221,7 @@ impl Guardian {
             return Ok(false);
         }
         let news = serde_json::to_vec(&(offset, log))?;
-        if news.len() > LONGEST {
+        if news.len() > MAX_MESSAGE_BYTES {
             // It would not be read. The guardian reads the log itself, as long as nothing of it is forgotten.
             return Ok(false);
         }
@@ -244,23 +246,23 @@ impl Guardian {
     pub(crate) fn wait(self) {
         let begun = Instant::now();
         let mut guardian = self;
-        while begun.elapsed() < ENDS_WITHIN {
+        while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
             let _ = guardian.flush();
             // Its end alone: what it may have said before counts no more.
-            if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(ENDS_WITHIN)) == [true] {
+            if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(GUARDIAN_EXIT_TIMEOUT)) == [true] {
                 break;
             }
         }
         if let Some(pid) = guardian.pid {
-            if begun.elapsed() >= ENDS_WITHIN {
+            if begun.elapsed() >= GUARDIAN_EXIT_TIMEOUT {
                 trace!("the guardian does not end");
                 let _ = kill(pid, Signal::SIGKILL);
             }
             // One that is frozen, or hangs in the kernel, does not even die. Init takes it away after us.
-            let until = Instant::now() + DIES_WITHIN;
+            let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
             // It is waited for by a descriptor: a run must not end later than its guardian.
-            if let Ok(end) = process::watch_end(pid) {
-                poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(DIES_WITHIN));
+            if let Ok(end) = process::open_pidfd(pid) {
+                poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(GUARDIAN_KILL_TIMEOUT));
             }
             while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
                 poll::wait(&[], Some(Duration::from_millis(1)));
@@ -294,7 +296,7 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
         return Ok(());
     }
     for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
-        let Ok(held) = process::watch_end(member.pid) else { continue };
+        let Ok(held) = process::open_pidfd(member.pid) else { continue };
         let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
         // As long as terraform has not ended, the number is its group's.
         if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
@@ -337,7 +339,7 @@ impl Received {
             self.skipped -= skipped;
             let head = *self.bytes.first_chunk::<5>()?;
             let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
-            if length > LONGEST {
+            if length > MAX_MESSAGE_BYTES {
                 self.skipped = 5 + length;
                 continue;
             }
@@ -354,7 +356,7 @@ impl Received {
 /// The guardian's own story.
 struct Watch<'a> {
     socket: UnixStream,
-    ward: Ward<'a>,
+    context: GuardianContext<'a>,
     terraform: Option<Terraform>,
     received: Received,
     /// `tf` has stopped itself.
@@ -406,28 +408,28 @@ impl Terraform {
 
 /// How the time with `tf` ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Parting {
-    Over,
-    Vanished,
+enum ParentExit {
+    Clean,
+    Killed,
 }
 
 impl<'a> Watch<'a> {
-    fn begin(socket: UnixStream, mut ward: Ward<'a>) {
+    fn begin(socket: UnixStream, mut context: GuardianContext<'a>) {
         environment::forget(marks_us);
-        environment::forget_empty("AWS_");
-        ward.tree.see_from_beside();
+        environment::unset_empty("AWS_");
+        context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
         // Here nobody waits for it: terraform starts meanwhile.
-        let (access, surroundings) = ward.here.identified(ward.run);
-        let reached = Reached::of(ward.run, &access, &surroundings);
-        if let Some(record) = &mut ward.record {
+        let (access, surroundings) = context.here.identified(context.run);
+        let reached = Reached::of(context.run, &access, &surroundings);
+        if let Some(record) = &mut context.record {
             record.surroundings = surroundings;
         }
         // A descriptor of `tf` would do as well, but it was closed.
         let signals = Signals::listen().ok();
         let mut watch = Self {
             socket,
-            ward,
+            context,
             terraform: None,
             received: Received::default(),
             still: false,
@@ -436,19 +438,19 @@ impl<'a> Watch<'a> {
             unit_is_stopped: false,
             reached,
         };
-        if watch.until_parting() == Parting::Vanished {
+        if watch.until_parting() == ParentExit::Killed {
             crash_point::reached("guardian: alone");
             watch.finish();
         }
     }
 
     /// Listens to `tf`, for as long as there is one.
-    fn until_parting(&mut self) -> Parting {
+    fn until_parting(&mut self) -> ParentExit {
         let mut bytes = [0; 1 << 14];
         loop {
             // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
-            let _ = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
-            let deadline = self.ward.stop.deadline().map(|at| at.saturating_sub(self.ward.begun.elapsed()));
+            let _ = self.context.stop.decide(StopEvent::Time, self.context.begun.elapsed());
+            let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
             // Of terraform's end `tf` hears itself, but when it stands still.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
@@ -461,7 +463,7 @@ impl<'a> Watch<'a> {
             if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
                 // It may have been about to stop when it said so.
-                poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(LOOK));
+                poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
             }
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
                 continue;
@@ -474,13 +476,13 @@ impl<'a> Watch<'a> {
             self.received.bytes.extend(&bytes[..length]);
             while let Some((kind, payload)) = self.received.next() {
                 if kind == OVER {
-                    return Parting::Over;
+                    return ParentExit::Clean;
                 }
                 self.heard(kind, &payload);
             }
             self.hear_signals();
             if length == 0 {
-                return Parting::Vanished;
+                return ParentExit::Killed;
             }
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
                 self.write_news();
@@ -491,9 +493,9 @@ impl<'a> Watch<'a> {
     /// A `tf` that stopped with its terraform, which was then killed, has a lock to give back and nobody who continues it:
     /// a shell would, if its user asked, and a CI runner has none.
     fn continue_tf(&self) {
-        if Process::look_up(self.ward.tf).is_some_and(|process| process.state == 'T') {
+        if Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T') {
             trace!("guardian: continues tf, whose terraform has ended");
-            let _ = kill(self.ward.tf, Signal::SIGCONT);
+            let _ = kill(self.context.tf, Signal::SIGCONT);
         }
     }
 
@@ -509,7 +511,7 @@ impl<'a> Watch<'a> {
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
             trace!("guardian: our unit is stopped");
-            let _ = self.ward.stop.decide(Event::RequestToAll, self.ward.begun.elapsed());
+            let _ = self.context.stop.decide(StopEvent::RequestToAll, self.context.begun.elapsed());
             let _ = self.socket.write(&[UNIT_IS_STOPPED]);
         }
     }
@@ -519,28 +521,28 @@ impl<'a> Watch<'a> {
             STARTED => {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
-                let process = process::watch_end(pid).ok();
+                let process = process::open_pidfd(pid).ok();
                 // `tf` keeps a dead terraform's number from being used again, for as long as it lives itself.
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
-                let identity = self.ward.tree.started(pid);
-                if let Some(record) = &mut self.ward.record {
+                let identity = self.context.tree.started(pid);
+                if let Some(record) = &mut self.context.record {
                     record.terraform = Some(number);
                     record.tree = identity;
                 }
                 crash_point::reached("guardian: knows terraform");
             }
             EVENT => {
-                if let Ok(event) = serde_json::from_slice::<Event>(payload) {
+                if let Ok(event) = serde_json::from_slice::<StopEvent>(payload) {
                     // What follows from it `tf` does itself.
-                    let _ = self.ward.stop.decide(event, self.ward.begun.elapsed());
+                    let _ = self.context.stop.decide(event, self.context.begun.elapsed());
                 }
             }
             STILL => self.still = payload == [1],
             OUTSIDE_GROUP => {
                 let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };
-                self.ward.tree.add_members(&processes);
-                if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+                self.context.tree.add_members(&processes);
+                if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
                     record.tree.survivors = processes;
                     // Without a lock nobody will ask for them.
                     let _ = if record.log.may_hold() { entry.write(record, false) } else { Ok(()) };
@@ -558,11 +560,11 @@ impl<'a> Watch<'a> {
     fn write_news(&mut self) {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");
-        if let (Some(entry), Some(record)) = (self.ward.entry, &mut self.ward.record) {
+        if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
             // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
             let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
             let unknown = |lock: &UnnamedLock| !record.log.unnamed.iter().any(|known| known.is_same(lock));
-            let to_disk = log.standing().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
+            let to_disk = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
             record.log = log.clone();
             record.offset = offset;
             let written = entry.write(record, to_disk);
@@ -572,53 +574,53 @@ impl<'a> Watch<'a> {
             }
             crash_point::reached("guardian: has written");
         }
-        self.ward.recorder.resume(log, offset);
+        self.context.recorder.resume(log, offset);
     }
 
     /// `tf` is gone: everything that it would have done.
     fn finish(mut self) {
         trace!("guardian: tf is gone");
         self.write_news();
-        let _ = std::env::set_current_dir(self.ward.current);
-        self.ward.pipes.lead_nowhere();
+        let _ = std::env::set_current_dir(self.context.current);
+        self.context.pipes.discard_output();
         let ended = self.stop_terraform();
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
-        let left_over = self.settle(ended);
-        if let (Some(entry), Some(mut record)) = (self.ward.entry, self.ward.record.take()) {
-            if left_over.is_empty() {
+        let unfinished = self.settle(ended);
+        if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
+            if unfinished.is_empty() {
                 entry.take_away();
             } else {
-                record.log = self.ward.recorder.log().clone();
-                record.tree.survivors = self.ward.tree.survivors();
-                record.leave(left_over);
+                record.log = self.context.recorder.log().clone();
+                record.tree.survivors = self.context.tree.survivors();
+                record.leave(unfinished);
                 let _ = entry.write(&record, true);
             }
         }
-        self.ward.recorder.remove();
+        self.context.recorder.remove();
         crash_point::reached("guardian: done");
     }
 
     /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
-        let mut effects = self.ward.stop.decide(Event::ParentGone, self.ward.begun.elapsed());
+        let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
         loop {
             for effect in effects.drain(..) {
                 match effect {
                     Effect::InterruptGroup | Effect::InterruptTerraform => interrupt = true,
-                    Effect::Kill(_) => self.ward.tree.kill(),
+                    Effect::Kill(_) => self.context.tree.kill(),
                     Effect::SayStopping(_) | Effect::SayForcing => {}
                 }
             }
             // Not before it is terraform: what comes earlier is thrown away between fork and exec.
             let moment = process::ticks_since_boot();
-            if !terraform.has_ended(self.ward.tree) {
-                self.ward.tree.was_alive_at(moment);
+            if !terraform.has_ended(self.context.tree) {
+                self.context.tree.was_alive_at(moment);
             }
-            if interrupt && terraform.has_begun(self.ward.tree) {
+            if interrupt && terraform.has_begun(self.context.tree) {
                 interrupt = false;
                 self.interrupt(&terraform);
                 crash_point::reached("guardian: interrupted");
@@ -631,23 +633,23 @@ impl<'a> Watch<'a> {
             let mut awaited: Vec<_> =
                 terraform.process.iter().map(|process| (process.as_fd(), PollFlags::POLLIN)).collect();
             let pipes_from = awaited.len();
-            awaited.extend(self.ward.pipes.awaited());
-            let ready = poll::wait(&awaited, Some(LOOK));
-            self.ward.pipes.step(&ready[pipes_from..]);
-            if terraform.has_ended(self.ward.tree) && self.ward.tree.bereaved().is_empty() {
+            awaited.extend(self.context.pipes.awaited());
+            let ready = poll::wait(&awaited, Some(POLL_INTERVAL));
+            self.context.pipes.step(&ready[pipes_from..]);
+            if terraform.has_ended(self.context.tree) && self.context.tree.orphaned_terraforms().is_empty() {
                 break;
             }
             // Everybody who is below it now, so that they are known when they are not below it any more.
-            if looked.is_none_or(|at| at.elapsed() > LOOK_AROUND) {
-                self.ward.tree.living();
+            if looked.is_none_or(|at| at.elapsed() > DESCENDANTS_INTERVAL) {
+                self.context.tree.living();
                 looked = Some(Instant::now());
             }
-            effects = self.ward.stop.decide(Event::Time, self.ward.begun.elapsed());
+            effects = self.context.stop.decide(StopEvent::Time, self.context.begun.elapsed());
         }
         let begun = Instant::now();
         loop {
             let ended = terraform.process.as_ref().and_then(|process| process::end_of(terraform.pid, process));
-            if ended.is_some() || begun.elapsed() > BURIED_WITHIN {
+            if ended.is_some() || begun.elapsed() > INIT_REAP_TIMEOUT {
                 return ended;
             }
             poll::wait(&[], Some(Duration::from_millis(5)));
@@ -656,19 +658,19 @@ impl<'a> Watch<'a> {
 
     /// The one interrupt of a first stop, to all that `tf` would have sent it to.
     fn interrupt(&self, terraform: &Terraform) {
-        let bereaved = self.ward.tree.bereaved();
-        let has_ended = terraform.has_ended(self.ward.tree);
-        let sent = match (&terraform.process, self.ward.tree.group()) {
+        let orphaned_terraforms = self.context.tree.orphaned_terraforms();
+        let has_ended = terraform.has_ended(self.context.tree);
+        let sent = match (&terraform.process, self.context.tree.group()) {
             _ if has_ended => Ok(()),
-            (Some(_), Some(_)) if self.ward.tree.is_behind_a_shim() => {
-                shim::interrupt_group(terraform.pid, self.ward.tree.recorder());
+            (Some(_), Some(_)) if self.context.tree.is_behind_a_shim() => {
+                shim::interrupt_group(terraform.pid, self.context.tree.recorder());
                 Ok(())
             }
             (Some(process), Some(group)) => interrupt_group(process, group),
             _ => terraform.signal(Signal::SIGINT),
         };
         if has_ended {
-            for process in bereaved {
+            for process in orphaned_terraforms {
                 let _ = kill(process.pid, Signal::SIGINT);
             }
         }
@@ -676,65 +678,71 @@ impl<'a> Watch<'a> {
     }
 
     /// Gives back what terraform has left. Returns the locks that could not be given back yet.
-    fn settle(&mut self, ended: Option<Ended>) -> LeftOver {
-        let ward = &mut self.ward;
-        let mut log = ward.recorder.read().clone();
+    fn settle(&mut self, ended: Option<Ended>) -> Unfinished {
+        let context = &mut self.context;
+        let mut log = context.recorder.read().clone();
         if ended == Some(Ended::Exited(0)) {
             log.ended_well();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let after = DataDirectory::read(ward.data_directory);
-        let places = Places::new(ward.current, ward.before, after, ward.command_line, ward.destinations);
-        let places = places.with_plan(ward.destinations);
+        let after = DataDirectory::read(context.data_directory);
+        let places = CandidateBackends::new(
+            context.current,
+            context.before,
+            after,
+            context.command_line,
+            context.planned_backends,
+        );
+        let places = places.with_plan(context.planned_backends);
         let is_ours = |lock: &RecordedLock| !places.of(lock).is_empty();
-        let shim = ward.tree.is_behind_a_shim();
-        let died = ended.is_none_or(|ended| died(ended, ward.stop.was_forced(), shim, &log, is_ours));
+        let shim = context.tree.is_behind_a_shim();
+        let died = ended.is_none_or(|ended| died(ended, context.stop.was_forced(), shim, &log, is_ours));
         let elsewhere = died && other_backend::may_be_left(&places);
-        let began = ward.record.as_ref().is_some_and(|record| record.terraform.is_some());
-        let unlogged = began && died && ward.recorder.is_closed() && places.selected().is_some();
+        let began = context.record.as_ref().is_some_and(|record| record.terraform.is_some());
+        let unlogged = began && died && context.recorder.is_closed() && places.selected().is_some();
         if !(log.may_hold() || elsewhere || unlogged) {
-            return LeftOver::default();
+            return Unfinished::default();
         }
-        if !ward.release {
+        if !context.release {
             // To be named, which is for somebody who has a person to tell.
-            let locks = log.standing().cloned().collect();
+            let locks = log.unreleased().cloned().collect();
             let unnamed = log.standing_unnamed().cloned().collect();
-            return LeftOver { locks, unnamed, elsewhere, unlogged, ..LeftOver::default() };
+            return Unfinished { locks, unnamed, elsewhere, unlogged, ..Unfinished::default() };
         }
-        let mut patience = Patience::Nobodys;
-        let unlock_begun = !died && unlock_is_begun(&log, &places, &mut patience);
-        let keep = reason_to_keep(ward.tree, (died, unlock_begun), ward.stop.killed().is_some(), &mut patience);
+        let mut waiter = Waiter::Unattended;
+        let unlock_begun = !died && unlock_is_begun(&log, &places, &mut waiter);
+        let keep = reason_to_keep(context.tree, (died, unlock_begun), context.stop.killed().is_some(), &mut waiter);
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
-        let run = Run::recorded(ward.who, ward.started, &log);
+        let run = Run::recorded(context.who, context.started, &log);
         let reached = self.reached.clone();
-        let situation = Situation { run, request_may_land: died, write_may_land: true, reached };
+        let release_context = ReleaseContext { run, request_may_land: died, write_may_land: true, reached };
         // What is below terraform worked until now.
         let until = Timestamp::now();
-        let claimed = |id: &str| ward.journal.is_some_and(|journal| journal.is_claimed(id, ward.run));
-        let standing = Standing::find(&log, &places, &situation, died, &mut patience);
-        let settled = give_back(&standing.named, &places, &situation, died, keep.as_ref(), claimed, &mut patience);
+        let claimed = |id: &str| context.journal.is_some_and(|journal| journal.is_claimed(id, context.run));
+        let locks = CandidateLocks::find(&log, &places, &release_context, died, &mut waiter);
+        let results = release_locks(&locks.named, &places, &release_context, died, keep.as_ref(), claimed, &mut waiter);
         crash_point::reached("guardian: gave back");
-        bury(&settled, &situation, true, ward.graveyard);
-        remember_abandoned(abandoned_requests(&settled, ended), &situation, ward.graveyard);
-        remember(&settled, By::Guardian, WHY, None);
-        let replaced = replaced(&settled, &places, died, until, By::Guardian, &mut patience);
-        let mut left_over = standing.untold(settled, &log);
+        remember_pending(&results, &release_context, true, context.pending_requests);
+        remember_abandoned(abandoned_requests(&results, ended), &release_context, context.pending_requests);
+        record_in_history(&results, By::Guardian, WHY, None);
+        let replaced = replaced(&results, &places, died, until, By::Guardian, &mut waiter);
+        let mut unfinished = locks.for_next_run(results, &log);
         // The recovery looks whether a lock is there, and has somebody to tell.
-        left_over.unlogged = unlogged;
-        left_over.replaced = replaced;
+        unfinished.unlogged = unlogged;
+        unfinished.replaced = replaced;
         if elsewhere {
-            let directory = ward.command_line.directory.as_deref();
-            let elsewhere = Elsewhere::of(&places, &log, ward.program, ward.current, directory);
+            let directory = context.command_line.directory.as_deref();
+            let elsewhere = NonS3Release::of(&places, &log, context.program, context.current, directory);
             if let Some(elsewhere) = elsewhere {
-                let (told, keep) = (ward.command_line.tells_of_its_lock(), keep.as_ref().and_then(Outcome::reason));
-                let end = elsewhere.settle(&situation.run, told, keep, [WHY, ""], By::Guardian, &mut patience);
+                let (told, keep) = (context.command_line.logs_its_lock(), keep.as_ref().and_then(Outcome::reason));
+                let end = elsewhere.settle(&release_context.run, told, keep, [WHY, ""], By::Guardian, &mut waiter);
                 if end.leaves_one() {
-                    left_over.add_elsewhere(elsewhere.had);
+                    unfinished.add_elsewhere(elsewhere.had);
                 }
             }
         }
-        left_over
+        unfinished
     }
 }
 
@@ -751,18 +759,24 @@ mod tests {
 
     #[test]
     fn a_message_that_is_too_long_is_passed_over_and_the_next_is_heard() {
-        let long = message(NEWS, LONGEST + 1);
-        let whole =
-            [message(EVENT, 1), long.clone(), message(STILL, 1), long, message(NEWS, LONGEST), message(OVER, 0)];
+        let long = message(NEWS, MAX_MESSAGE_BYTES + 1);
+        let whole = [
+            message(EVENT, 1),
+            long.clone(),
+            message(STILL, 1),
+            long,
+            message(NEWS, MAX_MESSAGE_BYTES),
+            message(OVER, 0),
+        ];
         for size in [1 << 14, 4096 + 1, 1 << 23] {
             let mut received = Received::default();
             let mut heard = Vec::new();
             for piece in whole.concat().chunks(size) {
                 received.bytes.extend(piece);
                 heard.extend(std::iter::from_fn(|| received.next()).map(|(kind, payload)| (kind, payload.len())));
-                assert!(received.bytes.len() <= LONGEST + 5 + size);
+                assert!(received.bytes.len() <= MAX_MESSAGE_BYTES + 5 + size);
             }
-            assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, LONGEST), (OVER, 0)]);
+            assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, MAX_MESSAGE_BYTES), (OVER, 0)]);
         }
     }
 }

@@ -27,26 +27,26 @@ use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
 use crate::cleanup::after_run::Aftermath;
-use crate::cleanup::destinations::Destinations;
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::places::Places;
+use crate::cleanup::planned_backends::PlannedBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::known_programs::Program;
-use crate::journal::pending_requests::Graveyard;
+use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs;
-use crate::journal::runs::{Journal, LeftOver, Record};
+use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
 use crate::supervise::event_loop::Supervision;
-use crate::supervise::foreground::Lending;
-use crate::supervise::guardian::{Guardian, Ward};
+use crate::supervise::foreground::ForegroundControl;
+use crate::supervise::guardian::{Guardian, GuardianContext};
 use crate::supervise::pipes::Pipes;
-use crate::supervise::run_record::Charge;
+use crate::supervise::run_record::RunRecord;
 use crate::supervise::stop::Stop;
 use crate::supervise::waiting::Waiting;
 use crate::sys::poll;
@@ -81,8 +81,8 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
     let data_directory = DataDirectory::path(&current, &invocation.command_line);
     let before = DataDirectory::read(&data_directory);
-    let destinations = Destinations::of(&invocation.command_line, &current);
-    let here = Places::new(&current, &before, before.clone(), &invocation.command_line, &destinations);
+    let planned_backends = PlannedBackends::of(&invocation.command_line, &current);
+    let here = CandidateBackends::new(&current, &before, before.clone(), &invocation.command_line, &planned_backends);
 
     let mut tried = Vec::new();
     if settings.release {
@@ -102,7 +102,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         begun,
         [&current, &data_directory],
         &before,
-        (&here, &destinations),
+        (&here, &planned_backends),
     );
     let prepared = match prepared {
         Ok(prepared) => prepared,
@@ -124,9 +124,9 @@ struct Prepared<'a> {
     started: Timestamp,
     current: &'a Path,
     data_directory: &'a Path,
-    destinations: &'a Destinations,
+    planned_backends: &'a PlannedBackends,
     journal: Result<Journal, String>,
-    graveyard: Option<Graveyard>,
+    pending_requests: Option<PendingRequests>,
     program: Program,
     recorder: Recorder,
     tree: Tree,
@@ -136,7 +136,7 @@ struct Prepared<'a> {
     terminal: Option<Terminal>,
     parent: Option<OwnedFd>,
     stop: Stop,
-    charge: Charge,
+    run_record: RunRecord,
     image: Image,
 }
 
@@ -148,23 +148,23 @@ impl<'a> Prepared<'a> {
         begun: Instant,
         [current, data_directory]: [&'a Path; 2],
         before: &DataDirectory,
-        (here, destinations): (&Places, &'a Destinations),
+        (here, planned_backends): (&CandidateBackends, &'a PlannedBackends),
     ) -> io::Result<Self> {
         let variable = |name: &str| std::env::var_os(name);
         let run = run_id();
         let who = lock_info::who();
         let state = StateDirectory::open(variable);
-        let graveyard = state.as_ref().ok().map(Graveyard::of);
+        let pending_requests = state.as_ref().ok().map(PendingRequests::of);
         let program = Program::look(state.as_ref().ok(), &invocation.terraform.path, data_directory);
         let backend = before.backend.as_ref().map(|backend| backend.kind.as_str());
         let mut recorder = Recorder::open(&run, program.level(backend), program.opens, variable)?;
         let (mut tree, lifeline) = Tree::new(&run)?;
-        tree.records_into(recorder.descriptor(), !program.itself);
+        tree.set_log_file(recorder.descriptor(), !program.itself);
         if !settings.shared_terminal {
             tree.has_own_group();
         }
         let mut inherited = vec![lifeline];
-        let mut pipes = Pipes::interpose(invocation.terraform.for_a_step)?;
+        let mut pipes = Pipes::create_pipes(invocation.terraform.for_a_step)?;
         let terminal = if settings.shared_terminal { None } else { Terminal::open() };
         let parent = event_loop::parent_to_watch(settings.ci, signals, terminal.is_some());
         let stop = Stop::new(invocation.command_line.ignores_interrupts(), settings.stop_timeout);
@@ -182,7 +182,7 @@ impl<'a> Prepared<'a> {
         // Without a journal terraform runs all the same, and nothing is said of it unless it would have mattered.
         let mut entry = None;
         let journal = journal.and_then(|journal| {
-            let mut record = record((&run, &who), &journal, started, invocation, current, (here, destinations));
+            let mut record = record((&run, &who), &journal, started, invocation, current, (here, planned_backends));
             record.parent = parent.as_ref().map(|(pid, _)| pid.as_raw());
             record.named_only = !settings.release;
             let (made, life) = journal.begin(&record)?;
@@ -190,16 +190,16 @@ impl<'a> Prepared<'a> {
             entry = Some((made, record));
             Ok(journal)
         });
-        let graveyard = match &entry {
-            Some((_, record)) => graveyard.map(|graveyard| graveyard.of_run(record)),
-            None => graveyard,
+        let pending_requests = match &entry {
+            Some((_, record)) => pending_requests.map(|pending_requests| pending_requests.of_run(record)),
+            None => pending_requests,
         };
         let journal = journal.map_err(|error: io::Error| error.to_string());
         if let Err(reason) = &journal {
             trace!("no journal: {reason}");
         }
         crash_point::reached("tf: prepared");
-        let guardian = Guardian::fork(Ward {
+        let guardian = Guardian::fork(GuardianContext {
             run: &run,
             tf: nix::unistd::getpid(),
             begun,
@@ -211,7 +211,7 @@ impl<'a> Prepared<'a> {
             journal: journal.as_ref().ok(),
             entry: entry.as_ref().map(|(entry, _)| entry),
             record: entry.as_ref().map(|(_, record)| record.clone()),
-            graveyard: graveyard.as_ref(),
+            pending_requests: pending_requests.as_ref(),
             stop: stop.clone(),
             here,
             before,
@@ -219,17 +219,17 @@ impl<'a> Prepared<'a> {
             data_directory,
             program: &invocation.terraform.path,
             command_line: &invocation.command_line,
-            destinations,
+            planned_backends,
             release: settings.release,
         });
         let guardian = guardian.inspect_err(|error| trace!("no guardian: {error}")).ok();
         crash_point::reached("tf: guarded");
         if let Some(pid) = guardian.as_ref().and_then(Guardian::pid) {
-            tree.leave_out(pid);
+            tree.exclude(pid);
         }
-        process::adopt_orphans();
+        process::become_subreaper();
         let told = (0, Vec::new(), Vec::new());
-        let charge = Charge { guardian, entry, told, outside_group: Vec::new(), failed: false };
+        let run_record = RunRecord { guardian, entry, told, outside_group: Vec::new(), failed: false };
         Ok(Self {
             run,
             who,
@@ -237,9 +237,9 @@ impl<'a> Prepared<'a> {
             started,
             current,
             data_directory,
-            destinations,
+            planned_backends,
             journal,
-            graveyard,
+            pending_requests,
             program,
             recorder,
             tree,
@@ -248,7 +248,7 @@ impl<'a> Prepared<'a> {
             terminal,
             parent: parent.map(|(_, end)| end),
             stop,
-            charge,
+            run_record,
             image,
         })
     }
@@ -259,19 +259,19 @@ impl<'a> Prepared<'a> {
         settings: &Settings,
         signals: &mut Signals,
         before: &DataDirectory,
-        (here, mut waiting): (&Places, Option<Waiting>),
+        (here, mut waiting): (&CandidateBackends, Option<Waiting>),
     ) -> Result<Ended, NotSupervised> {
         let setup = Setup {
             own_group: !settings.shared_terminal,
             redirect: self.pipes.writers(),
             mask: signals.mask_at_entry(),
             ignored: signals.inherited().ignored(),
-            announce: self.charge.awaited().map(|socket| (socket, &guardian::STARTED_PREFIX[..])),
+            announce: self.run_record.awaited().map(|socket| (socket, &guardian::STARTED_PREFIX[..])),
         };
         let terraform = match spawn::spawn(&self.image, &setup) {
             Ok(terraform) => terraform,
             Err(error) => {
-                self.charge.close(LeftOver::default(), &Log::default(), Vec::new());
+                self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
                 // No process, or no descriptor for what must be watched about it: it may still run in our place.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
@@ -284,14 +284,14 @@ impl<'a> Prepared<'a> {
         self.inherited.clear();
         self.pipes.close_writers();
         let identity = self.tree.started(terraform);
-        self.charge.started(terraform, identity);
+        self.run_record.started(terraform, identity);
         crash_point::reached("tf: started");
         // What terraform need not wait for comes after its start.
         let memory_kills = process::out_of_memory_kills();
-        environment::forget_empty("AWS_");
+        environment::unset_empty("AWS_");
         let (access, surroundings) = here.identified(&self.run);
         let reached = Reached::of(&self.run, &access, &surroundings);
-        if let Some((_, record)) = &mut self.charge.entry {
+        if let Some((_, record)) = &mut self.run_record.entry {
             record.surroundings = surroundings;
         }
         trace!("started terraform as {terraform}, run {}", self.run);
@@ -303,11 +303,11 @@ impl<'a> Prepared<'a> {
             shared: settings.shared_terminal,
             signals: &mut *signals,
             stop: &mut self.stop,
-            lending: Lending::new(self.terminal, terraform),
+            foreground: ForegroundControl::new(self.terminal, terraform),
             pipes: &mut self.pipes,
             recorder: &mut self.recorder,
             tree: &self.tree,
-            charge: &mut self.charge,
+            run_record: &mut self.run_record,
             parent: self.parent,
             begun: self.begun,
             children_changed: false,
@@ -317,7 +317,7 @@ impl<'a> Prepared<'a> {
         }
         .watch();
         crash_point::reached("tf: terraform ended");
-        let tried = waiting.map(|waiting| waiting.finish(&mut Patience::Person(signals))).unwrap_or_default();
+        let tried = waiting.map(|waiting| waiting.finish(&mut Waiter::Interactive(signals))).unwrap_or_default();
         let all_written = self.pipes.flush();
 
         let out_of_memory = ended == Ended::Killed(Signal::SIGKILL) && memory_kills < process::out_of_memory_kills();
@@ -327,8 +327,8 @@ impl<'a> Prepared<'a> {
             log.ended_well();
         }
         let end = self.stop.end_of_run(ended, out_of_memory);
-        let failed = self.charge.failed.then(|| "it cannot be written".to_owned());
-        let left_over = Aftermath {
+        let failed = self.run_record.failed.then(|| "it cannot be written".to_owned());
+        let unfinished = Aftermath {
             run: &self.run,
             end,
             who: &self.who,
@@ -341,16 +341,16 @@ impl<'a> Prepared<'a> {
             before,
             current: self.current,
             data_directory: self.data_directory,
-            destinations: self.destinations,
+            planned_backends: self.planned_backends,
             journal: self.journal.as_ref().ok(),
             unprotected: failed.as_deref().or(self.journal.as_ref().err().map(String::as_str)),
-            graveyard: self.graveyard.as_ref(),
+            pending_requests: self.pending_requests.as_ref(),
             release: settings.release,
             tried: &tried,
         }
-        .settle(&mut Patience::Person(signals));
+        .settle(&mut Waiter::Interactive(signals));
         crash_point::reached("tf: settled");
-        self.charge.close(left_over, &log, self.tree.survivors());
+        self.run_record.close(unfinished, &log, self.tree.survivors());
         crash_point::reached("tf: closed");
         write_the_rest(&mut self.pipes, all_written, signals);
         say_the_rest(signals);
@@ -371,10 +371,10 @@ fn record(
     started: Timestamp,
     invocation: &Invocation,
     current: &Path,
-    (here, destinations): (&Places, &Destinations),
-) -> Record {
+    (here, planned_backends): (&CandidateBackends, &PlannedBackends),
+) -> JournalRecord {
     let (access, surroundings) = here.identified_without_files(run);
-    Record {
+    JournalRecord {
         who: who.to_owned(),
         started,
         program: Path::new(&invocation.name).file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -384,10 +384,10 @@ fn record(
         directory: current.to_string_lossy().into_owned(),
         data_directory: here.data_directory.clone(),
         workspaces: here.workspaces.clone(),
-        plan: destinations.plan().map(|path| path.to_string_lossy().into_owned()),
+        plan: planned_backends.plan().map(|path| path.to_string_lossy().into_owned()),
         surroundings,
         access,
-        ..Record::new(run, journal)
+        ..JournalRecord::new(run, journal)
     }
 }
 
@@ -405,14 +405,14 @@ fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
 }
 
 /// How long a reader of what `tf` has to say is waited for: a pager that was left alone must not hold us for ever.
-const READS_WITHIN: Duration = Duration::from_mins(1);
+const READER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Waits for a slow reader of what `tf` has to say: it may be the only word about a lock that stays. Whoever asks us to stop
 /// meanwhile need not wait.
 fn say_the_rest(signals: &mut Signals) {
     use nix::poll::PollFlags;
     let stderr = std::io::stderr();
-    let until = Instant::now() + READS_WITHIN;
+    let until = Instant::now() + READER_TIMEOUT;
     while !console::say_the_rest() && Instant::now() < until {
         let awaited = [(signals.as_fd(), PollFlags::POLLIN), (stderr.as_fd(), PollFlags::POLLOUT)];
         poll::wait(&awaited, Some(until.saturating_duration_since(Instant::now())));

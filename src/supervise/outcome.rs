@@ -16,7 +16,7 @@ pub(crate) fn end_as(ended: Ended) -> u8 {
     match ended {
         Ended::Exited(code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
         Ended::Killed(signal) => {
-            process::leave_no_core();
+            process::disable_core_dumps();
             signals::default_action(signal);
             let _ = kill(getpid(), signal);
             let mut only = SigSet::empty();

@@ -19,7 +19,7 @@ use crate::sys::descriptor::{self, Moved};
 
 /// Where drained bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
+enum DrainTarget {
     Pipe,
     Socket,
     /// A file or a terminal, which terraform is not handed because a copy is kept.
@@ -34,7 +34,7 @@ struct Drain {
     source: OwnedFd,
     /// 1 or 2: the caller's descriptor.
     standard: i32,
-    target: Target,
+    target: DrainTarget,
     /// Something is there to read: now there must be room. Only one of the two is ever asked for.
     full: bool,
     finished: bool,
@@ -67,15 +67,15 @@ impl Pipes {
     ///
     /// # Errors
     /// When no pipe can be made.
-    pub(crate) fn interpose(keeps_copies: bool) -> io::Result<Self> {
+    pub(crate) fn create_pipes(keeps_copies: bool) -> io::Result<Self> {
         let mut pipes = Self::default();
         let mut identities = Vec::new();
         for (place, standard) in [1, 2].into_iter().enumerate() {
             let Ok(stat) = fstat(descriptor::standard(standard)) else { continue };
             let target = match SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT {
-                SFlag::S_IFIFO => Target::Pipe,
-                SFlag::S_IFSOCK => Target::Socket,
-                _ if keeps_copies => Target::Other,
+                SFlag::S_IFIFO => DrainTarget::Pipe,
+                SFlag::S_IFSOCK => DrainTarget::Socket,
+                _ if keeps_copies => DrainTarget::Other,
                 _ => continue,
             };
             let identity = (stat.st_dev, stat.st_ino);
@@ -124,9 +124,9 @@ impl Pipes {
     }
 
     /// From now on nobody reads what comes.
-    pub(crate) fn lead_nowhere(&mut self) {
+    pub(crate) fn discard_output(&mut self) {
         for drain in &mut self.drains {
-            drain.target = Target::Nowhere;
+            drain.target = DrainTarget::Nowhere;
             drain.buffer.clear();
         }
     }
@@ -137,7 +137,7 @@ impl Pipes {
             .iter()
             .filter(|drain| !drain.finished)
             .map(|drain| match (drain.full, drain.target) {
-                (true, Target::Pipe | Target::Socket | Target::Other) => {
+                (true, DrainTarget::Pipe | DrainTarget::Socket | DrainTarget::Other) => {
                     (descriptor::standard(drain.standard), PollFlags::POLLOUT)
                 }
                 _ => (drain.source.as_fd(), PollFlags::POLLIN),
@@ -169,7 +169,7 @@ impl Pipes {
 
 impl Drain {
     fn step(&mut self) -> Progress {
-        if !self.full && self.target != Target::Nowhere {
+        if !self.full && self.target != DrainTarget::Nowhere {
             self.full = true;
             return Progress::Going;
         }
@@ -184,12 +184,12 @@ impl Drain {
                 self.finished = true;
                 Progress::Going
             }
-            Err(_) if self.target == Target::Nowhere => {
+            Err(_) if self.target == DrainTarget::Nowhere => {
                 self.finished = true;
                 Progress::Going
             }
             Err(_) => {
-                self.target = Target::Nowhere;
+                self.target = DrainTarget::Nowhere;
                 self.buffer.clear();
                 Progress::ReaderGone
             }
@@ -198,7 +198,7 @@ impl Drain {
 
     fn flush(&mut self) {
         while !self.finished {
-            let awaits = if self.target == Target::Nowhere || !self.full {
+            let awaits = if self.target == DrainTarget::Nowhere || !self.full {
                 (self.source.as_fd(), PollFlags::POLLIN)
             } else {
                 (descriptor::standard(self.standard), PollFlags::POLLOUT)
@@ -223,10 +223,10 @@ impl Drain {
     fn move_on(&mut self) -> io::Result<Moved> {
         match self.target {
             #[cfg(target_os = "linux")]
-            Target::Pipe if self.copy.is_none() => {
+            DrainTarget::Pipe if self.copy.is_none() => {
                 descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
             }
-            Target::Pipe | Target::Other => {
+            DrainTarget::Pipe | DrainTarget::Other => {
                 // No splice: what poll(2) called writable takes PIPE_BUF bytes, which POSIX has at 512 at least, without
                 // waiting.
                 let mut bytes = [0; 512];
@@ -238,7 +238,7 @@ impl Drain {
                     }
                 }
             }
-            Target::Socket => {
+            DrainTarget::Socket => {
                 if self.buffer.is_empty() {
                     let mut bytes = [0; 1 << 14];
                     match nix::unistd::read(&self.source, &mut bytes)? {
@@ -256,7 +256,7 @@ impl Drain {
                 self.full = !self.buffer.is_empty();
                 Ok(if self.full { Moved::NotReady } else { moved })
             }
-            Target::Nowhere => {
+            DrainTarget::Nowhere => {
                 let mut bytes = [0; 1 << 14];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),

@@ -10,20 +10,20 @@ use nix::unistd::Pid;
 use crate::crash_point;
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{Entry, LeftOver, Record};
+use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::supervise::guardian::{Guardian, Heard};
-use crate::supervise::stop::Event;
+use crate::supervise::stop::StopEvent;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// So much of a log may be read and not told, and therefore not forgotten.
-const TELL_FROM: u64 = 1 << 16;
+const NEWS_THRESHOLD_BYTES: u64 = 1 << 16;
 
 /// The hold of `tf` on its run.
-pub(crate) struct Charge {
+pub(crate) struct RunRecord {
     pub(crate) guardian: Option<Guardian>,
     /// The entry and what stands in it, where there is a journal.
-    pub(crate) entry: Option<(Entry, Record)>,
+    pub(crate) entry: Option<(JournalEntry, JournalRecord)>,
     /// What was told last.
     pub(crate) told: (u64, Vec<RecordedLock>, Vec<UnnamedLock>),
     /// The processes outside terraform's group that were told of last.
@@ -32,7 +32,7 @@ pub(crate) struct Charge {
     pub(crate) failed: bool,
 }
 
-impl Charge {
+impl RunRecord {
     /// Readable when the guardian has something to say, or is gone.
     pub(crate) fn awaited(&self) -> Option<BorrowedFd<'_>> {
         self.guardian.as_ref().map(Guardian::socket)
@@ -60,7 +60,7 @@ impl Charge {
     }
 
     /// Something asked for an end.
-    pub(crate) fn note(&mut self, event: Event, recorder: &Recorder) {
+    pub(crate) fn note(&mut self, event: StopEvent, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.note(event).is_err()
         {
@@ -97,7 +97,7 @@ impl Charge {
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
         let (told_until, told_locks, told_unnamed) = &self.told;
-        if *told_locks == log.locks && *told_unnamed == log.unnamed && offset - told_until < TELL_FROM {
+        if *told_locks == log.locks && *told_unnamed == log.unnamed && offset - told_until < NEWS_THRESHOLD_BYTES {
             return;
         }
         let told = if let Some(guardian) = &mut self.guardian {
@@ -134,14 +134,14 @@ impl Charge {
         }
     }
 
-    /// The run is over, except for `left_over`, which the next `tf` judges by `log`, and for `survivors` of its processes: pid
+    /// The run is over, except for `unfinished`, which the next `tf` judges by `log`, and for `survivors` of its processes: pid
     /// and start.
-    pub(crate) fn close(mut self, left_over: LeftOver, log: &Log, survivors: Vec<(i32, u64)>) {
+    pub(crate) fn close(mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
         crash_point::reached("tf: over");
-        if left_over.is_empty() {
+        if unfinished.is_empty() {
             // The guardian writes nothing any more once it has heard that it is over. If it is writing at this moment,
             // it does so into a directory that is moved away, and what it has left there is cleared away below.
             if let Some((entry, _)) = &self.entry {
@@ -152,11 +152,11 @@ impl Charge {
             guardian.wait();
         }
         if let Some((entry, mut record)) = self.entry.take()
-            && !left_over.is_empty()
+            && !unfinished.is_empty()
         {
             record.log = log.clone();
             record.tree.survivors = survivors;
-            record.leave(left_over);
+            record.leave(unfinished);
             let _ = entry.write(&record, true);
         }
     }

@@ -12,7 +12,7 @@ use crate::terraform::binary::LARGE;
 use crate::trace::trace;
 
 /// No chain of shims is longer.
-const DEEPEST: usize = 8;
+const MAX_SHIM_DEPTH: usize = 8;
 
 /// The file that terraform logs into, by its device and its number there. `None` where it has none.
 pub(crate) type LogFile = Option<(u64, u64)>;
@@ -54,7 +54,7 @@ pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
 fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     let mut chain = Vec::new();
     let mut current = terraform;
-    for _ in 0..=DEEPEST {
+    for _ in 0..=MAX_SHIM_DEPTH {
         current = Process::look_up(current)?.parent;
         chain.push(current);
         if current == child {
@@ -72,12 +72,12 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     if Process::look_up(child).is_none_or(|child| is_terraform(&child)) {
         return None;
     }
-    for _ in 0..DEEPEST {
+    for _ in 0..MAX_SHIM_DEPTH {
         let children: Vec<Process> = Process::children(current).into_iter().filter(|child| !child.is_dead()).collect();
         let terraforms: Vec<Pid> = children.iter().filter(|child| is_terraform(child)).map(|child| child.pid).collect();
         match (terraforms.as_slice(), children.as_slice()) {
             ([terraform], _) => {
-                let descriptor = process::watch_end(*terraform).ok()?;
+                let descriptor = process::open_pidfd(*terraform).ok()?;
                 // Still the one that was seen, and not another with its number.
                 let same = |process: &Process| process.parent == current && is_terraform(process);
                 return Process::look_up(*terraform).filter(same).map(|_| (*terraform, descriptor));

@@ -12,14 +12,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// How long after the second ^C a third one forces.
-pub(crate) const OFFER: Duration = Duration::from_secs(3);
+pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);
 
 /// How long terraform may take after its second interrupt: it leaves after five seconds itself.
-const AFTER_SECOND: Duration = Duration::from_secs(6);
+const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Something that asks for an end, or a moment that was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Event {
+pub(crate) enum StopEvent {
     /// ^C, and the terminal gave it to us.
     Keyboard,
     /// ^C, and the terminal gave it to terraform: it was lent. It counts, and is not sent again.
@@ -110,33 +110,33 @@ impl Stop {
         }
     }
 
-    /// When [`Event::Time`] is due.
+    /// When [`StopEvent::Time`] is due.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.kill.map(|(at, _)| at)
     }
 
     /// What to do about `event` at time `now`.
-    pub(crate) fn decide(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+    pub(crate) fn decide(&mut self, event: StopEvent, now: Duration) -> Vec<Effect> {
         match event {
-            Event::Keyboard => self.keyboard(now),
-            Event::KeyboardAtTerraform => {
+            StopEvent::Keyboard => self.keyboard(now),
+            StopEvent::KeyboardAtTerraform => {
                 self.forced |= self.interrupts > 0;
                 self.interrupted(now);
                 vec![]
             }
-            Event::Request | Event::ParentGone => {
+            StopEvent::Request | StopEvent::ParentGone => {
                 self.start_timeout(now);
                 self.graceful(now)
             }
-            Event::RequestToAll => {
+            StopEvent::RequestToAll => {
                 self.start_timeout(now);
                 if self.interrupts == 0 {
                     self.interrupted(now);
                 }
                 vec![]
             }
-            Event::ReaderGone | Event::NobodyCanAnswer => self.graceful(now),
-            Event::Time => match self.kill {
+            StopEvent::ReaderGone | StopEvent::NobodyCanAnswer => self.graceful(now),
+            StopEvent::Time => match self.kill {
                 Some((at, why)) if at <= now => self.kill_now(why),
                 _ => vec![],
             },
@@ -172,7 +172,7 @@ impl Stop {
             return vec![];
         }
         if self.offer_until.is_none_or(|until| until < now) {
-            self.offer_until = Some(now + OFFER);
+            self.offer_until = Some(now + THIRD_KEY_WINDOW);
             return vec![Effect::SayStopping(now.saturating_sub(self.since.unwrap_or(now)))];
         }
         self.forced = true;
@@ -180,7 +180,7 @@ impl Stop {
             return self.kill_now(Why::Forced);
         }
         self.interrupted(now);
-        let at = now + AFTER_SECOND;
+        let at = now + SECOND_INTERRUPT_TIMEOUT;
         if self.kill.is_none_or(|(earlier, _)| earlier > at) {
             self.kill = Some((at, Why::Forced));
         }
@@ -199,27 +199,27 @@ mod tests {
     use super::*;
 
     /// Every event. The match in [`number`] does not compile when one is missing there.
-    const ALL: [Event; 8] = [
-        Event::Keyboard,
-        Event::KeyboardAtTerraform,
-        Event::Request,
-        Event::RequestToAll,
-        Event::ParentGone,
-        Event::ReaderGone,
-        Event::NobodyCanAnswer,
-        Event::Time,
+    const ALL: [StopEvent; 8] = [
+        StopEvent::Keyboard,
+        StopEvent::KeyboardAtTerraform,
+        StopEvent::Request,
+        StopEvent::RequestToAll,
+        StopEvent::ParentGone,
+        StopEvent::ReaderGone,
+        StopEvent::NobodyCanAnswer,
+        StopEvent::Time,
     ];
 
-    fn number(event: Event) -> usize {
+    fn number(event: StopEvent) -> usize {
         match event {
-            Event::Keyboard => 0,
-            Event::KeyboardAtTerraform => 1,
-            Event::Request => 2,
-            Event::RequestToAll => 3,
-            Event::ParentGone => 4,
-            Event::ReaderGone => 5,
-            Event::NobodyCanAnswer => 6,
-            Event::Time => 7,
+            StopEvent::Keyboard => 0,
+            StopEvent::KeyboardAtTerraform => 1,
+            StopEvent::Request => 2,
+            StopEvent::RequestToAll => 3,
+            StopEvent::ParentGone => 4,
+            StopEvent::ReaderGone => 5,
+            StopEvent::NobodyCanAnswer => 6,
+            StopEvent::Time => 7,
         }
     }
 
@@ -233,10 +233,10 @@ mod tests {
     fn an_event_is_read_as_it_was_sent() {
         for event in ALL {
             let sent = serde_json::to_vec(&event).unwrap();
-            assert_eq!(serde_json::from_slice::<Event>(&sent).unwrap(), event);
+            assert_eq!(serde_json::from_slice::<StopEvent>(&sent).unwrap(), event);
         }
-        assert!(serde_json::from_slice::<Event>(b"").is_err());
-        assert!(serde_json::from_slice::<Event>(b"\"EventOfTomorrow\"").is_err());
+        assert!(serde_json::from_slice::<StopEvent>(b"").is_err());
+        assert!(serde_json::from_slice::<StopEvent>(b"\"EventOfTomorrow\"").is_err());
     }
 
     const fn ms(milliseconds: u64) -> Duration {
@@ -248,12 +248,12 @@ mod tests {
     }
 
     /// Feeds `events`, `apart` from each other, and returns all effects.
-    fn play(stop: &mut Stop, events: &[Event], apart: Duration) -> Vec<Effect> {
+    fn play(stop: &mut Stop, events: &[StopEvent], apart: Duration) -> Vec<Effect> {
         (1..).zip(events).flat_map(|(step, &event)| stop.decide(event, apart * step)).collect()
     }
 
     /// Every sequence of `length` events.
-    fn sequences(length: u32) -> impl Iterator<Item = Vec<Event>> {
+    fn sequences(length: u32) -> impl Iterator<Item = Vec<StopEvent>> {
         (0..ALL.len().pow(length))
             .map(move |number| (0..length).map(|place| ALL[number / ALL.len().pow(place) % ALL.len()]).collect())
     }
@@ -263,7 +263,7 @@ mod tests {
         for event in ALL {
             let effects = Stop::new(false, None).decide(event, ms(1));
             let expected = match event {
-                Event::KeyboardAtTerraform | Event::RequestToAll | Event::Time => vec![],
+                StopEvent::KeyboardAtTerraform | StopEvent::RequestToAll | StopEvent::Time => vec![],
                 _ => vec![Effect::InterruptGroup],
             };
             assert_eq!(effects, expected, "{event:?}");
@@ -275,8 +275,8 @@ mod tests {
         for apart in [ms(20), ms(7500)] {
             for ignores in [false, true] {
                 for events in sequences(5) {
-                    let keys = events.iter().filter(|event| **event == Event::Keyboard).count();
-                    if keys >= 3 || (keys == 2 && events[0] != Event::Keyboard) {
+                    let keys = events.iter().filter(|event| **event == StopEvent::Keyboard).count();
+                    if keys >= 3 || (keys == 2 && events[0] != StopEvent::Keyboard) {
                         continue;
                     }
                     let mut stop = Stop::new(ignores, None);
@@ -291,8 +291,8 @@ mod tests {
     #[test]
     fn what_terraform_got_itself_is_not_sent_again() {
         for events in sequences(4) {
-            if matches!(events[0], Event::KeyboardAtTerraform | Event::RequestToAll)
-                && !events[1..].contains(&Event::Keyboard)
+            if matches!(events[0], StopEvent::KeyboardAtTerraform | StopEvent::RequestToAll)
+                && !events[1..].contains(&StopEvent::Keyboard)
             {
                 assert_eq!(interrupts(&play(&mut Stop::new(false, None), &events, ms(20))), 0, "{events:?}");
             }
@@ -302,21 +302,21 @@ mod tests {
     #[test]
     fn the_third_key_in_time_forces_and_later_it_is_offered_anew() {
         let mut stop = Stop::new(false, None);
-        assert_eq!(stop.decide(Event::Keyboard, ms(0)), [Effect::InterruptGroup]);
-        assert_eq!(stop.decide(Event::Keyboard, ms(9000)), [Effect::SayStopping(ms(9000))]);
-        assert_eq!(stop.decide(Event::Keyboard, ms(12_001)), [Effect::SayStopping(ms(12_001))]);
-        assert_eq!(stop.decide(Event::Keyboard, ms(15_001)), [Effect::SayForcing, Effect::InterruptTerraform]);
-        assert_eq!(stop.decide(Event::Keyboard, ms(15_100)), []);
+        assert_eq!(stop.decide(StopEvent::Keyboard, ms(0)), [Effect::InterruptGroup]);
+        assert_eq!(stop.decide(StopEvent::Keyboard, ms(9000)), [Effect::SayStopping(ms(9000))]);
+        assert_eq!(stop.decide(StopEvent::Keyboard, ms(12_001)), [Effect::SayStopping(ms(12_001))]);
+        assert_eq!(stop.decide(StopEvent::Keyboard, ms(15_001)), [Effect::SayForcing, Effect::InterruptTerraform]);
+        assert_eq!(stop.decide(StopEvent::Keyboard, ms(15_100)), []);
         assert_eq!(stop.deadline(), Some(ms(21_001)));
-        assert_eq!(stop.decide(Event::Time, ms(21_000)), []);
-        assert_eq!(stop.decide(Event::Time, ms(21_001)), [Effect::Kill(Why::Forced)]);
+        assert_eq!(stop.decide(StopEvent::Time, ms(21_000)), []);
+        assert_eq!(stop.decide(StopEvent::Time, ms(21_001)), [Effect::Kill(Why::Forced)]);
         assert!(stop.was_forced());
         assert_eq!(stop.deadline(), None);
     }
 
     #[test]
     fn a_command_that_ignores_interrupts_is_killed_at_the_third_key() {
-        let effects = play(&mut Stop::new(true, None), &[Event::Keyboard; 3], ms(500));
+        let effects = play(&mut Stop::new(true, None), &[StopEvent::Keyboard; 3], ms(500));
         assert_eq!(effects, [Effect::InterruptGroup, Effect::SayStopping(ms(500)), Effect::Kill(Why::Forced)]);
     }
 
@@ -325,9 +325,9 @@ mod tests {
         for events in sequences(3) {
             let mut stop = Stop::new(false, Some(ms(25_000)));
             play(&mut stop, &events, ms(1));
-            let first = events
-                .iter()
-                .position(|event| matches!(event, Event::Request | Event::RequestToAll | Event::ParentGone));
+            let first = events.iter().position(|event| {
+                matches!(event, StopEvent::Request | StopEvent::RequestToAll | StopEvent::ParentGone)
+            });
             let forced = stop.was_forced() && stop.kill.is_some_and(|(_, why)| why == Why::Forced);
             let expected = first.map(|place| ms(25_001 + place as u64));
             if !forced {
@@ -353,9 +353,9 @@ mod tests {
     #[test]
     fn after_the_stop_timeout_the_tree_is_killed_once() {
         let mut stop = Stop::new(false, Some(ms(100)));
-        assert_eq!(stop.decide(Event::Request, ms(0)), [Effect::InterruptGroup]);
-        assert_eq!(stop.decide(Event::Time, ms(100)), [Effect::Kill(Why::StopTimeout)]);
-        assert_eq!(stop.decide(Event::Request, ms(150)), []);
-        assert_eq!(stop.decide(Event::Time, ms(500)), []);
+        assert_eq!(stop.decide(StopEvent::Request, ms(0)), [Effect::InterruptGroup]);
+        assert_eq!(stop.decide(StopEvent::Time, ms(100)), [Effect::Kill(Why::StopTimeout)]);
+        assert_eq!(stop.decide(StopEvent::Request, ms(150)), []);
+        assert_eq!(stop.decide(StopEvent::Time, ms(500)), []);
     }
 }

@@ -12,24 +12,24 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
+use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::places::Places;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
-use crate::cleanup::waiter::Patience;
+use crate::cleanup::waiter::Waiter;
 use crate::journal::state_directory::StateDirectory;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
 /// From when on a lock that is not answered counts as refused, and how often is looked then.
-const EVERY: Duration = Duration::from_secs(1);
+const JOURNAL_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// After how long a dead run that could not be finished is tried again: the lock service may be back.
-const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(15);
+const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The same where nobody gave credentials: each try asks for them, and a few that fail may lock an account.
-const ASKED_AGAIN_AFTER: Duration = Duration::from_mins(10);
+const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
 /// The exit code of `tf locks recover --say` that says so.
 const LACKS_CREDENTIALS: i32 = 1;
@@ -50,32 +50,32 @@ impl Waiting {
     pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
         let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
-            (run, now + if lacks_credentials { ASKED_AGAIN_AFTER } else { TRIED_AGAIN_AFTER })
+            (run, now + if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL })
         });
         Self { tried: tried.collect(), ..Self::default() }
     }
 
     /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
-    pub(crate) fn step(&mut self, log: &Log, here: &Places, tree: &Tree) {
-        let waits = log.standing().any(|lock| lock.locked.is_none());
+    pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
+        let waits = log.unreleased().any(|lock| lock.locked.is_none());
         let now = Instant::now();
         match self.look_at {
             _ if !waits => self.look_at = None,
-            None => self.look_at = Some(now + EVERY),
+            None => self.look_at = Some(now + JOURNAL_POLL_INTERVAL),
             Some(at) if at > now => {}
             Some(_) => {
-                self.look_at = Some(now + EVERY);
+                self.look_at = Some(now + JOURNAL_POLL_INTERVAL);
                 self.finish_the_dead(here, tree);
             }
         }
     }
 
-    fn finish_the_dead(&mut self, here: &Places, tree: &Tree) {
+    fn finish_the_dead(&mut self, here: &CandidateBackends, tree: &Tree) {
         let tried = &mut self.tried;
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,
             Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
-                tried.insert(run.clone(), Instant::now() + ASKED_AGAIN_AFTER);
+                tried.insert(run.clone(), Instant::now() + CREDENTIALS_RETRY_INTERVAL);
                 false
             }
             _ => false,
@@ -96,22 +96,22 @@ impl Waiting {
                 match recovery_process::start(&name, before) {
                     Ok(child) => {
                         if let Ok(pid) = i32::try_from(child.id()) {
-                            tree.leave_out(Pid::from_raw(pid));
+                            tree.exclude(Pid::from_raw(pid));
                         }
                         self.at_work.push((child, name.clone()));
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
-                self.tried.insert(name, Instant::now() + TRIED_AGAIN_AFTER);
+                self.tried.insert(name, Instant::now() + RETRY_INTERVAL);
             }
         }
     }
 
     /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too. Gives the runs that were
     /// tried.
-    pub(crate) fn finish(self, patience: &mut Patience<'_>) -> Vec<String> {
+    pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
         for (child, _) in self.at_work {
-            recovery_process::wait_for(child, patience);
+            recovery_process::wait_for(child, waiter);
         }
         self.tried.into_keys().collect()
     }

@@ -36,7 +36,7 @@ pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
 
 /// Takes every variable whose name begins with `prefix` and whose value is empty out of the environment. For Go's SDK such
 /// a variable is not set; the SDK for Rust takes it for an endpoint without a name. There must be one thread.
-pub(crate) fn forget_empty(prefix: &str) {
+pub(crate) fn unset_empty(prefix: &str) {
     let is_empty = |(name, value): (OsString, OsString)| name.into_string().ok().filter(|_| value.is_empty());
     let empty: Vec<String> = std::env::vars_os().filter_map(is_empty).filter(|name| name.starts_with(prefix)).collect();
     if !empty.is_empty() {

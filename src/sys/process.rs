@@ -11,7 +11,7 @@ use super::wait::Ended;
 
 /// Makes orphans of our descendants our children instead of init's (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
 /// False where the system has no such thing; then the proof of death rests on the other two.
-pub(crate) fn adopt_orphans() -> bool {
+pub(crate) fn become_subreaper() -> bool {
     #[cfg(target_os = "linux")]
     {
         nix::sys::prctl::set_child_subreaper(true).is_ok()
@@ -22,7 +22,7 @@ pub(crate) fn adopt_orphans() -> bool {
 
 /// Makes sure that our own death by a signal leaves no core file. A core size limit of 0 would not be enough: it does
 /// not stop a core that is piped to a program (core(5)).
-pub(crate) fn leave_no_core() {
+pub(crate) fn disable_core_dumps() {
     #[cfg(target_os = "linux")]
     let _ = nix::sys::prctl::set_dumpable(false);
     #[cfg(not(target_os = "linux"))]
@@ -37,7 +37,7 @@ pub(crate) fn leave_no_core() {
 ///
 /// # Errors
 /// ENOSYS where there is none, ESRCH when there is no such process.
-pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
+pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     #[cfg(target_os = "linux")]
     {
         use std::os::fd::FromRawFd;
@@ -57,7 +57,7 @@ pub(crate) fn watch_end(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
-/// Sends `signal` to the process group of the process behind a descriptor of [`watch_end`]: of that one, and never to another
+/// Sends `signal` to the process group of the process behind a descriptor of [`open_pidfd`]: of that one, and never to another
 /// group that has its number now (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
 ///
 /// # Errors
@@ -76,7 +76,7 @@ pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> 
     }
 }
 
-/// Sends `signal` to the process behind a descriptor of [`watch_end`]: to that one, and never to another that has its
+/// Sends `signal` to the process behind a descriptor of [`open_pidfd`]: to that one, and never to another that has its
 /// number now (pidfd_send_signal(2)).
 ///
 /// # Errors
@@ -105,7 +105,7 @@ fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
     if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// How the process behind a descriptor of [`watch_end`] ended, though it was no child of ours. While it is a zombie that
+/// How the process behind a descriptor of [`open_pidfd`] ended, though it was no child of ours. While it is a zombie that
 /// stands in /proc/PID/stat (the last field, for whoever may trace it); once it was taken away the descriptor tells it
 /// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` where nothing does.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
@@ -137,7 +137,7 @@ fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
     /// struct pidfd_info, as its first version has it (linux/pidfd.h).
     #[repr(C)]
     #[derive(Default)]
-    struct Info {
+    struct PidfdInfo {
         mask: u64,
         control_group: u64,
         numbers: [u32; 11],
@@ -145,8 +145,8 @@ fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
     }
     const EXIT: u64 = 1 << 3;
     const GET_INFO: libc::c_ulong = 0xC040_FF0B;
-    let mut info = Info { mask: EXIT, ..Info::default() };
-    debug_assert_eq!(size_of::<Info>(), 64);
+    let mut info = PidfdInfo { mask: EXIT, ..PidfdInfo::default() };
+    debug_assert_eq!(size_of::<PidfdInfo>(), 64);
     // SAFETY: the call writes at most the 64 bytes that its number names into `info`.
     let asked = unsafe { libc::ioctl(process.as_raw_fd(), GET_INFO, &raw mut info) };
     (asked == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
@@ -310,11 +310,11 @@ impl Process {
         now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
     }
 
-    /// When it started, on a machine that was started at `booted`.
-    pub(crate) fn started(&self, booted: jiff::Timestamp) -> Option<jiff::Timestamp> {
+    /// When it started, on a machine that was started at `boot_time`.
+    pub(crate) fn started(&self, boot_time: jiff::Timestamp) -> Option<jiff::Timestamp> {
         let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
         let seconds = self.start.checked_div(ticks.try_into().ok()?)?;
-        booted.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
+        boot_time.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
     }
 
     /// Looks one process up. `None` when it is gone, and where there is no process list.
@@ -465,7 +465,7 @@ pub(crate) fn ticks_since_boot() -> Option<u64> {
 }
 
 /// When this machine was started, by its clock of now (`btime` in proc_stat(5)). `None` where nothing tells.
-pub(crate) fn booted() -> Option<jiff::Timestamp> {
+pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     jiff::Timestamp::from_second(seconds).ok()

@@ -22,7 +22,7 @@ use super::terminal::{Modes, Terminal};
 use super::wait;
 
 /// What is printed beyond this many bytes is not kept.
-const KEPT: usize = 1 << 16;
+const MAX_OUTPUT_BYTES: usize = 1 << 16;
 
 /// Between two looks at whether it has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -76,7 +76,7 @@ pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus,
 }
 
 fn keep(printed: &mut Vec<u8>, bytes: &[u8]) {
-    let room = KEPT.saturating_sub(printed.len());
+    let room = MAX_OUTPUT_BYTES.saturating_sub(printed.len());
     printed.extend_from_slice(&bytes[..bytes.len().min(room)]);
 }
 
@@ -166,7 +166,7 @@ fn kill_with_descendants(root: Pid) {
             break;
         }
         for process in new {
-            let Ok(handle) = process::watch_end(process.pid) else { continue };
+            let Ok(handle) = process::open_pidfd(process.pid) else { continue };
             // The number may have gone to another process before it was taken hold of.
             let same = |now: &Process| now.parent == process.parent && now.start == process.start;
             if Process::look_up(process.pid).as_ref().is_some_and(same) {
@@ -197,7 +197,7 @@ mod tests {
         let (status, printed) = run(output("printf hello; exit 3", Asks::Nobody)).unwrap();
         assert_eq!((status.code(), printed.as_slice()), (Some(3), &b"hello"[..]));
         let (status, printed) = run(output("head -c 200000 /dev/zero", Asks::Nobody)).unwrap();
-        assert_eq!((status.code(), printed.len()), (Some(0), KEPT));
+        assert_eq!((status.code(), printed.len()), (Some(0), MAX_OUTPUT_BYTES));
     }
 
     #[test]

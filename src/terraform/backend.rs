@@ -13,19 +13,19 @@ pub(crate) struct CachedBackend {
     /// `s3`, `http`, `local`...
     pub(crate) kind: String,
     config: Map<String, Value>,
-    origin: Origin,
+    origin: BackendOrigin,
 }
 
 /// Whose block it is, as far as that changes what the block means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Origin {
+pub(crate) struct BackendOrigin {
     /// OpenTofu's, not Terraform's.
     opentofu: bool,
     /// From before 1.6, when the backend had another SDK.
     before_1_6: bool,
 }
 
-impl Origin {
+impl BackendOrigin {
     /// Whether it is from before 1.6, where keys of the environment went before a profile of the block.
     pub(crate) fn is_before_1_6(self) -> bool {
         self.before_1_6
@@ -54,13 +54,13 @@ impl CachedBackend {
             _ => Map::new(),
         };
         let version = file.get("terraform_version").and_then(Value::as_str).unwrap_or_default();
-        let origin = Origin::of(version, &config);
+        let origin = BackendOrigin::of(version, &config);
         Some(Self { kind, config, origin })
     }
 
     /// A block out of a plan, or out of the configuration: with what an `init` by `program` would cache.
     pub(crate) fn of_parts(kind: &str, config: Map<String, Value>, version: &str) -> Self {
-        let origin = Origin::of(version, &config);
+        let origin = BackendOrigin::of(version, &config);
         Self { kind: kind.to_owned(), config, origin }
     }
 
@@ -69,8 +69,8 @@ impl CachedBackend {
         self.origin.opentofu
     }
 
-    /// See [`Origin`].
-    pub(crate) fn origin(&self) -> Origin {
+    /// See [`BackendOrigin`].
+    pub(crate) fn origin(&self) -> BackendOrigin {
         self.origin
     }
 
@@ -118,7 +118,7 @@ impl CachedBackend {
     }
 
     /// A block with these values, as one was kept elsewhere.
-    pub(crate) fn from_parts(kind: &str, config: Map<String, Value>, origin: Origin) -> Self {
+    pub(crate) fn from_parts(kind: &str, config: Map<String, Value>, origin: BackendOrigin) -> Self {
         Self { kind: kind.to_owned(), config, origin }
     }
 

@@ -16,7 +16,7 @@ pub(crate) const OVERRIDE: &str = "TFW_TERRAFORM";
 pub(crate) const CHAIN: &str = "TFW_CHAIN";
 
 /// More wrappers in a row than anybody has. A chain that grows longer leads back to itself.
-const DEEPEST: u32 = 16;
+const MAX_CHAIN_DEPTH: u32 = 16;
 
 /// Every terraform and tofu is larger (0.15: 80 MB), and nothing that only leads to one is.
 pub(crate) const LARGE: u64 = 40 << 20;
@@ -63,9 +63,9 @@ fn places(directories: &[PathBuf]) -> String {
 }
 
 /// A file, whatever name it goes by.
-type Identity = (u64, u64);
+type FileIdentity = (u64, u64);
 
-fn identity(path: &Path) -> Option<Identity> {
+fn identity(path: &Path) -> Option<FileIdentity> {
     fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     let us = std::env::current_exe().ok();
     let own = std::process::id();
     let mut chain = Chain::from_environment();
-    if chain.depth >= DEEPEST {
+    if chain.depth >= MAX_CHAIN_DEPTH {
         return Err(NotFound::Loop(name.to_owned()));
     }
     let descent = chain.descent(own, std::os::unix::process::parent_id());
@@ -143,7 +143,7 @@ struct Chain {
     /// The `tf` that wrote it.
     writer: u32,
     depth: u32,
-    seen: Vec<Identity>,
+    seen: Vec<FileIdentity>,
 }
 
 /// How this process came to be, seen from the `tf` that wrote the chain.

@@ -101,8 +101,8 @@ impl CommandLine {
 
     /// Whether its log tells that it was given a lock, for every backend (internal/backend/local/backend_local.go, and its
     /// callers).
-    pub(crate) fn tells_of_its_lock(&self) -> bool {
-        tells_of_its_lock(&self.command())
+    pub(crate) fn logs_its_lock(&self) -> bool {
+        logs_its_lock(&self.command())
     }
 
     /// The plan that is to be applied, if any of the words behind `apply` is a file. Which of them is one only terraform knows
@@ -122,8 +122,8 @@ impl CommandLine {
     }
 }
 
-/// See [`CommandLine::tells_of_its_lock`].
-pub(crate) fn tells_of_its_lock(command: &str) -> bool {
+/// See [`CommandLine::logs_its_lock`].
+pub(crate) fn logs_its_lock(command: &str) -> bool {
     matches!(command, "plan" | "apply" | "destroy" | "refresh" | "import" | "console")
 }
 

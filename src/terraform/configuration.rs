@@ -18,7 +18,7 @@ use super::backend::CachedBackend;
 use crate::sys::plain_file;
 
 /// No file of a configuration is larger.
-const LARGEST: u64 = 8 << 20;
+const MAX_FILE_BYTES: u64 = 8 << 20;
 
 /// The backend that the configuration in `directory` names, changed by `-backend-config`.
 pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
@@ -78,8 +78,8 @@ fn in_file(path: &Path) -> Option<(String, Map<String, Value>)> {
 fn small(path: &Path) -> Option<String> {
     let mut text = String::new();
     let file = plain_file::open(path).ok()?;
-    let length = file.take(LARGEST + 1).read_to_string(&mut text).ok()?;
-    (length as u64 <= LARGEST).then_some(text)
+    let length = file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).ok()?;
+    (length as u64 <= MAX_FILE_BYTES).then_some(text)
 }
 
 /// `{"terraform": {"backend": {"s3": {...}}}}`, where each may be a list of such objects too.

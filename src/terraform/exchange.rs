@@ -8,7 +8,7 @@
 use serde_json::Value;
 
 use super::lock_info::LockInfo;
-use super::record::Record;
+use super::record::LogRecord;
 
 /// What was seen of one exchange that matters to a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,7 +80,7 @@ impl Exchanges {
     }
 
     /// Takes the first line of a record.
-    pub(crate) fn record(&mut self, record: &Record<'_>) -> Option<Exchange> {
+    pub(crate) fn record(&mut self, record: &LogRecord<'_>) -> Option<Exchange> {
         self.0 = Begun::Nothing;
         if record.module.starts_with("backend-s3") {
             return match record.message {
@@ -142,7 +142,7 @@ impl Exchanges {
         }
     }
 
-    fn request(&mut self, record: &Record<'_>) -> Option<Exchange> {
+    fn request(&mut self, record: &LogRecord<'_>) -> Option<Exchange> {
         let method = method(record)?;
         let Some((bucket, key)) = object(record) else {
             self.0 = Begun::Request { method };
@@ -160,7 +160,7 @@ impl Exchanges {
         }
     }
 
-    fn answer(&mut self, record: &Record<'_>) -> Option<Exchange> {
+    fn answer(&mut self, record: &LogRecord<'_>) -> Option<Exchange> {
         let (method, object) = (method(record)?, object(record));
         let status = record.field("http.status_code").and_then(|status| status.parse().ok());
         let Some(status) = status else {
@@ -173,12 +173,12 @@ impl Exchanges {
 
 /// `PutItem`, whether it is called so, `DynamoDB/PutItem` (since aws-sdk-go-base v2.0.0-beta.72) or by the name that
 /// the first of them had.
-fn method(record: &Record<'_>) -> Option<String> {
+fn method(record: &LogRecord<'_>) -> Option<String> {
     let method = record.field("rpc.method").or_else(|| record.field("aws.operation"))?;
     Some(method.rsplit('/').next().unwrap_or_default().to_owned())
 }
 
-fn object(record: &Record<'_>) -> Option<(String, String)> {
+fn object(record: &LogRecord<'_>) -> Option<(String, String)> {
     Some((record.field("aws.s3.bucket")?, record.field("aws.s3.key")?))
 }
 

@@ -6,7 +6,7 @@
 //! half is gone. KIND is `S3 Native only`, `DynamoDB only` or `S3 Native and DynamoDB`.
 //! `Uploading remote state` comes before a write of the state and of its digest; nothing comes after one.
 //!
-//! Other versions tell less, or otherwise ([`Telling`]): requests and their answers ([`super::exchange`]), or only that the
+//! Other versions tell less, or otherwise ([`LogDetail`]): requests and their answers ([`super::exchange`]), or only that the
 //! local backend asked for a lock and went on (internal/backend/local/backend_local.go): `requesting state lock for workspace
 //! "x"`, then `reading remote state for workspace "x"`. That last pair stands in every program's trace, for every backend.
 
@@ -18,13 +18,13 @@ use sha2::{Digest, Sha256};
 
 use super::exchange::{Exchange, Exchanges, LOCK_FILE};
 use super::lock_info::{LockInfo, is_lock_id};
-use super::record::Record;
-use super::version::{Product, Telling, Version};
+use super::record::LogRecord;
+use super::version::{LogDetail, Product, Version};
 use crate::time::saturating_sub;
 
 /// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Halves {
+pub(crate) struct LockParts {
     /// A `.tflock` object.
     pub(crate) s3: bool,
     /// A DynamoDB item.
@@ -49,7 +49,8 @@ pub(crate) struct RecordedLock {
     /// The key of the state.
     pub(crate) key: String,
     /// Which halves it asked for.
-    pub(crate) halves: Halves,
+    #[serde(rename = "halves")]
+    pub(crate) parts: LockParts,
     /// When it asked first. With `-lock-timeout` it asks again, with the same ID.
     pub(crate) asked: Timestamp,
     requests: Vec<String>,
@@ -65,7 +66,7 @@ pub(crate) struct RecordedLock {
     pub(crate) contradicted: bool,
     /// The halves whose deletes were answered.
     #[serde(default)]
-    gone: Halves,
+    gone: LockParts,
 }
 
 impl RecordedLock {
@@ -75,12 +76,12 @@ impl RecordedLock {
     }
 
     /// A lock that was asked for, as if a log had said so: one that we take ourselves, or that a request names.
-    pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
-        Self { locked: None, ..Self::held(info, bucket, key, halves, at) }
+    pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
+        Self { locked: None, ..Self::held(info, bucket, key, parts, at) }
     }
 
     /// A lock that was seen to be what it is, as if a log had told of it: one whose ID came to light only when it was read.
-    pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, halves: Halves, at: Timestamp) -> Self {
+    pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
         Self {
             id: info.id.clone(),
             operation: info.operation.clone(),
@@ -89,7 +90,7 @@ impl RecordedLock {
             path: info.path.clone(),
             bucket: bucket.to_owned(),
             key: key.to_owned(),
-            halves,
+            parts,
             asked: at,
             requests: Vec::new(),
             locked: Some(at),
@@ -97,7 +98,7 @@ impl RecordedLock {
             unlocked: false,
             uploading: false,
             contradicted: false,
-            gone: Halves::default(),
+            gone: LockParts::default(),
         }
     }
 
@@ -111,7 +112,7 @@ impl RecordedLock {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct UnnamedLock {
     /// What it can be known by.
-    pub(crate) mark: Mark,
+    pub(crate) mark: LockIdentity,
     /// When it was asked for.
     pub(crate) asked: Timestamp,
     /// When terraform went on with it, or had its answer.
@@ -127,7 +128,7 @@ pub(crate) struct UnnamedLock {
 impl UnnamedLock {
     /// Whether nothing is known of it but that it was asked for: not its text, and not that it was had.
     pub(crate) fn is_only_asked_for(&self) -> bool {
-        self.granted.is_none() && matches!(self.mark, Mark::Workspace(_))
+        self.granted.is_none() && matches!(self.mark, LockIdentity::Workspace(_))
     }
 
     /// Whether both tell of one request.
@@ -138,7 +139,7 @@ impl UnnamedLock {
 
 /// What an [`UnnamedLock`] can be known by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Mark {
+pub(crate) enum LockIdentity {
     /// It was put as this object: bucket, and key of the state; with the SHA-256 of its text, in base 64.
     Object {
         /// The bucket.
@@ -162,20 +163,20 @@ struct Awaited {
 
 /// How far a record's time may lie before the one above it: records of two goroutines are timed before they queue for
 /// the writer (go-hclog, intlogger.go, `log`), so neighbours may be swapped by as long as one was kept waiting.
-const DISORDER: SignedDuration = SignedDuration::from_secs(1);
+const DISORDER_WINDOW: SignedDuration = SignedDuration::from_secs(1);
 
 /// No record that matters is longer; what is, is skipped.
-const LONGEST_LINE: usize = 1 << 16;
+const MAX_LINE_BYTES: usize = 1 << 16;
 
 /// The name of a bucket has 63 bytes at most, and the key of an object 1024 (Amazon S3 User Guide).
-const LONGEST_NAME: usize = 1025;
+const MAX_NAME_BYTES: usize = 1025;
 
 /// So many locks that were given back are kept: a late record of one finds it there.
 const UNLOCKED_KEPT: usize = 16;
 
 /// So many locks can stand in a log that is believed. Terraform has two at once, while it migrates; those of nested ones are
 /// in the log as well.
-const STANDING_LIMIT: usize = 256;
+const UNRELEASED_LIMIT: usize = 256;
 
 /// So many locks can have been given back in a log that is believed: a migration of 8,000 workspaces takes that many.
 const UNLOCKED_LIMIT: usize = 16_384;
@@ -260,7 +261,7 @@ impl Log {
     /// Takes the next bytes of the log.
     pub(crate) fn read(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
-            if self.partial.len() < LONGEST_LINE {
+            if self.partial.len() < MAX_LINE_BYTES {
                 self.partial.extend_from_slice(piece);
             }
             self.unfinished += piece.len() as u64;
@@ -290,17 +291,17 @@ impl Log {
     }
 
     /// What this log tells of locks of the S3 backend. None: it is not whole.
-    pub(crate) fn telling(&self) -> Option<Telling> {
-        self.program.as_ref().map(Version::telling)
+    pub(crate) fn log_detail(&self) -> Option<LogDetail> {
+        self.program.as_ref().map(Version::log_detail)
     }
 
     /// Whether a lock of the S3 backend would stand in this log.
-    pub(crate) fn tells_locks(&self) -> bool {
-        match self.telling() {
-            Some(Telling::Whole | Telling::Requests) => true,
+    pub(crate) fn logs_locks(&self) -> bool {
+        match self.log_detail() {
+            Some(LogDetail::Full | LogDetail::IdsOnly) => true,
             // Terraform up to 1.5 tells them only where its own log has that level, and not the one that we have put beside.
-            Some(Telling::Exchanges) => self.has_exchanges,
-            Some(Telling::Brackets | Telling::Nothing) | None => false,
+            Some(LogDetail::HttpTraffic) => self.has_exchanges,
+            Some(LogDetail::AcquireOnly | LogDetail::None) | None => false,
         }
     }
 
@@ -309,34 +310,35 @@ impl Log {
     pub(crate) fn ended_well(&mut self) {
         for lock in &mut self.locks {
             lock.unlocked |=
-                lock.unlocking && self.program.as_ref().is_some_and(|program| program.telling() != Telling::Whole);
+                lock.unlocking && self.program.as_ref().is_some_and(|program| program.log_detail() != LogDetail::Full);
         }
-        self.unnamed.retain(|lock| matches!(lock.mark, Mark::Object { .. }) && !lock.unlocking && !lock.unlocked);
+        self.unnamed
+            .retain(|lock| matches!(lock.mark, LockIdentity::Object { .. }) && !lock.unlocking && !lock.unlocked);
     }
 
     /// The locks of which only the local backend's own records tell, whichever backend they are in.
     pub(crate) fn of_workspaces(&self) -> impl Iterator<Item = &UnnamedLock> {
-        self.unnamed.iter().filter(|lock| matches!(lock.mark, Mark::Workspace(_)))
+        self.unnamed.iter().filter(|lock| matches!(lock.mark, LockIdentity::Workspace(_)))
     }
 
     /// Whether a lock of it may stand.
     pub(crate) fn may_hold(&self) -> bool {
-        self.standing().next().is_some() || self.standing_unnamed().next().is_some()
+        self.unreleased().next().is_some() || self.standing_unnamed().next().is_some()
     }
 
     /// Whether it holds a lock that was not begun to be given back, and would tell so if it was. An end that may be a crash or
     /// not is one then.
-    pub(crate) fn breaks_off(&self) -> bool {
-        let answers = self.telling() != Some(Telling::Requests);
-        let of_an_object = |lock: &UnnamedLock| matches!(lock.mark, Mark::Object { .. });
-        self.standing().any(|lock| !lock.unlocking || answers) || self.standing_unnamed().any(of_an_object)
+    pub(crate) fn ends_with_request(&self) -> bool {
+        let answers = self.log_detail() != Some(LogDetail::IdsOnly);
+        let of_an_object = |lock: &UnnamedLock| matches!(lock.mark, LockIdentity::Object { .. });
+        self.unreleased().any(|lock| !lock.unlocking || answers) || self.standing_unnamed().any(of_an_object)
     }
 
     /// Whether it broke off with a lock that it had, and not only asked for.
-    pub(crate) fn breaks_off_locked(&self) -> bool {
-        let had = self.standing().any(|lock| lock.locked.is_some())
+    pub(crate) fn ends_holding_lock(&self) -> bool {
+        let had = self.unreleased().any(|lock| lock.locked.is_some())
             || self.standing_unnamed().any(|lock| lock.granted.is_some());
-        had && self.breaks_off()
+        had && self.ends_with_request()
     }
 
     /// Whether terraform says that it left its operation at a second interrupt (internal/backend/local/backend.go, `opWait`).
@@ -345,20 +347,20 @@ impl Log {
     }
 
     /// Whether it had a lock of which it would not tell that it was given back.
-    pub(crate) fn had_untold(&self) -> bool {
-        self.standing_unnamed().any(|lock| matches!(lock.mark, Mark::Workspace(_)))
+    pub(crate) fn held_unlogged(&self) -> bool {
+        self.standing_unnamed().any(|lock| matches!(lock.mark, LockIdentity::Workspace(_)))
     }
 
     /// The locks that it had, did not say to have given back, and does not name.
     pub(crate) fn standing_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
         // Where requests are told, a lock that only two records of the local backend tell of was none.
-        let requests_are_told = self.tells_locks();
-        let was_none = move |lock: &UnnamedLock| requests_are_told && matches!(lock.mark, Mark::Workspace(_));
+        let requests_are_told = self.logs_locks();
+        let was_none = move |lock: &UnnamedLock| requests_are_told && matches!(lock.mark, LockIdentity::Workspace(_));
         self.unnamed.iter().filter(move |lock| !(lock.unlocked || was_none(lock)))
     }
 
     /// The locks that terraform asked for and did not say to have given back.
-    pub(crate) fn standing(&self) -> impl Iterator<Item = &RecordedLock> {
+    pub(crate) fn unreleased(&self) -> impl Iterator<Item = &RecordedLock> {
         self.locks.iter().filter(|lock| !lock.unlocked)
     }
 
@@ -367,7 +369,7 @@ impl Log {
         if self.goes_on(line) {
             return false;
         }
-        let Some(record) = Record::parse(line) else {
+        let Some(record) = LogRecord::parse(line) else {
             let (exchange, time) = (self.exchanges.line(line), self.within);
             if let (Some(exchange), Some(time)) = (exchange, time) {
                 self.exchange(exchange, time);
@@ -379,7 +381,7 @@ impl Log {
         if self.program.is_none() {
             self.program = Version::of_record(record.message, record.rest());
         }
-        if self.latest.is_some_and(|latest| record.time < saturating_sub(latest, DISORDER)) {
+        if self.latest.is_some_and(|latest| record.time < saturating_sub(latest, DISORDER_WINDOW)) {
             self.disordered = true;
         }
         self.latest = self.latest.max(Some(record.time));
@@ -393,7 +395,8 @@ impl Log {
         }
         // A Terraform that names its locks says all that its exchanges would.
         let names_locks = self.program.as_ref().is_none_or(|program| {
-            program.product() == Product::Terraform && matches!(program.telling(), Telling::Whole | Telling::Requests)
+            program.product() == Product::Terraform
+                && matches!(program.log_detail(), LogDetail::Full | LogDetail::IdsOnly)
         });
         if !names_locks {
             let exchange = self.exchanges.record(&record);
@@ -415,14 +418,14 @@ impl Log {
     /// Takes a line that goes on with a record that has begun. The last one has no more than the indentation.
     fn goes_on(&mut self, line: &str) -> bool {
         let Some(mut record) = self.begun.take() else { return false };
-        let belongs = line.starts_with("  ") && record.len() + line.len() < LONGEST_LINE;
+        let belongs = line.starts_with("  ") && record.len() + line.len() < MAX_LINE_BYTES;
         if belongs {
             record.push('\n');
             record.push_str(line);
         }
         if belongs && line != "  " {
             self.begun = Some(record);
-        } else if let Some(record) = Record::parse(&record) {
+        } else if let Some(record) = LogRecord::parse(&record) {
             self.s3_backend(&record);
             self.forget_unlocked();
         }
@@ -484,8 +487,8 @@ impl Log {
 
     /// Whether there is more in it than can be. The log is not believed from then on.
     fn is_excessive(&mut self) -> bool {
-        let standing = self.standing().count() + self.unnamed.iter().filter(|lock| !lock.unlocked).count();
-        let excessive = standing > STANDING_LIMIT || self.length_of_text() > TEXT_LIMIT;
+        let standing = self.unreleased().count() + self.unnamed.iter().filter(|lock| !lock.unlocked).count();
+        let excessive = standing > UNRELEASED_LIMIT || self.length_of_text() > TEXT_LIMIT;
         self.excessive |= excessive;
         excessive
     }
@@ -494,10 +497,10 @@ impl Log {
     fn length_of_text(&self) -> usize {
         let locks = self.locks.iter().map(RecordedLock::length_of_text);
         let unnamed = self.unnamed.iter().map(|lock| match &lock.mark {
-            Mark::Object { bucket, key, checksum } => {
+            LockIdentity::Object { bucket, key, checksum } => {
                 bucket.len() + key.len() + checksum.as_ref().map_or(0, String::len)
             }
-            Mark::Workspace(name) => name.len(),
+            LockIdentity::Workspace(name) => name.len(),
         });
         let awaited = self.awaited.iter().map(|one| one.method.len() + one.about.as_ref().map_or(0, String::len));
         let asking = self.asking.iter().map(|(workspace, _)| workspace.len());
@@ -505,13 +508,13 @@ impl Log {
     }
 
     /// The pair of records that every backend's operations have.
-    fn local_backend(&mut self, record: &Record<'_>) {
+    fn local_backend(&mut self, record: &LogRecord<'_>) {
         let workspace = |before| between(record.message, before, "\"");
         if let Some(workspace) = workspace("requesting state lock for workspace \"") {
             if !self.locking_disabled {
                 self.asking = Some((workspace.to_owned(), record.time));
                 self.unnamed.push(UnnamedLock {
-                    mark: Mark::Workspace(workspace.to_owned()),
+                    mark: LockIdentity::Workspace(workspace.to_owned()),
                     asked: record.time,
                     granted: None,
                     unlocking: false,
@@ -526,7 +529,7 @@ impl Log {
         } else if workspace("reading remote state for workspace \"").is_some()
             && let Some((workspace, asked)) = self.asking.take()
         {
-            let mark = Mark::Workspace(workspace);
+            let mark = LockIdentity::Workspace(workspace);
             let is_it = |lock: &UnnamedLock| lock.mark == mark && lock.asked == asked && lock.granted.is_none();
             let named = self.asked_last.is_some_and(|last| last >= asked)
                 || self.unnamed.iter().any(|lock| lock.asked >= asked && !is_it(lock));
@@ -538,7 +541,7 @@ impl Log {
         }
     }
 
-    fn s3_backend(&mut self, record: &Record<'_>) {
+    fn s3_backend(&mut self, record: &LogRecord<'_>) {
         if record.module != "backend-s3" {
             return;
         }
@@ -561,11 +564,11 @@ impl Log {
                 lock.unlocked = true;
             }
         } else if record.message == "state MD5 mismatch" {
-            let of = |name| record.field(name).filter(|text| text.len() < LONGEST_NAME);
+            let of = |name| record.field(name).filter(|text| text.len() < MAX_NAME_BYTES);
             self.mismatch = of("tf_backend.s3.bucket").zip(of("tf_backend.s3.path"));
         } else if record.message == "Uploading remote state" {
             self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
-        } else if record.message == "Downloading remote state" && self.telling() == Some(Telling::Requests) {
+        } else if record.message == "Downloading remote state" && self.log_detail() == Some(LogDetail::IdsOnly) {
             // No answer is told there; but what is read after it was asked for is read under the lock.
             let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
             let asked =
@@ -583,7 +586,8 @@ impl Log {
             }
         }
         for lock in &mut self.unnamed {
-            let other = matches!(&lock.mark, Mark::Object { bucket: its, key: own, .. } if its != bucket || own != key);
+            let other =
+                matches!(&lock.mark, LockIdentity::Object { bucket: its, key: own, .. } if its != bucket || own != key);
             lock.uploading |= !other && !lock.unlocking;
         }
     }
@@ -596,7 +600,7 @@ impl Log {
             }
             Exchange::PutLock { bucket, key, checksum } => {
                 self.await_answer("PutObject", Some(format!("{bucket}/{key}")));
-                let mark = Mark::Object { bucket, key, checksum };
+                let mark = LockIdentity::Object { bucket, key, checksum };
                 // With -lock-timeout it is asked for again, and is the same one.
                 if !self.unnamed.iter().any(|lock| lock.mark == mark && !lock.unlocked) {
                     let lock = UnnamedLock {
@@ -631,7 +635,7 @@ impl Log {
             lock.uploading = false;
         }
         for lock in &mut self.unnamed {
-            if matches!(&lock.mark, Mark::Object { bucket, key, .. } if format!("{bucket}/{key}") == path) {
+            if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if format!("{bucket}/{key}") == path) {
                 lock.unlocking = true;
                 lock.uploading = false;
             }
@@ -645,14 +649,14 @@ impl Log {
         }
         let checksum = aws_smithy_types::base64::encode(Sha256::digest(text));
         let same = |lock: &UnnamedLock| {
-            let Mark::Object { bucket: its, key: own, checksum: sum } = &lock.mark else { return false };
+            let LockIdentity::Object { bucket: its, key: own, checksum: sum } = &lock.mark else { return false };
             its == bucket && own == key && sum.as_ref().is_none_or(|sum| *sum == checksum)
         };
         // Its other half was put into S3 a moment before.
         let before = self.unnamed.len();
         self.unnamed.retain(|lock| !same(lock));
-        let halves = Halves { s3: self.unnamed.len() < before, dynamodb: true };
-        self.add(RecordedLock::asked_for(info, bucket, key, halves, time));
+        let parts = LockParts { s3: self.unnamed.len() < before, dynamodb: true };
+        self.add(RecordedLock::asked_for(info, bucket, key, parts, time));
     }
 
     fn answered(&mut self, method: &str, object: Option<(String, String)>, status: u16, time: Timestamp) {
@@ -684,7 +688,8 @@ impl Log {
             }
             "PutObject" => {
                 for lock in &mut self.unnamed {
-                    if matches!(&lock.mark, Mark::Object { bucket, key, .. } if format!("{bucket}/{key}") == about) {
+                    if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if format!("{bucket}/{key}") == about)
+                    {
                         lock.granted = lock.granted.or(Some(time));
                     }
                 }
@@ -700,31 +705,32 @@ impl Log {
             } else {
                 lock.gone.dynamodb = true;
             }
-            lock.unlocked = (lock.gone.s3 || !lock.halves.s3) && (lock.gone.dynamodb || !lock.halves.dynamodb);
+            lock.unlocked = (lock.gone.s3 || !lock.parts.s3) && (lock.gone.dynamodb || !lock.parts.dynamodb);
         }
         for lock in &mut self.unnamed {
-            if matches!(&lock.mark, Mark::Object { bucket, key, .. } if object && format!("{bucket}/{key}") == path) {
+            if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if object && format!("{bucket}/{key}") == path)
+            {
                 lock.unlocked = true;
             }
         }
     }
 
-    fn lock_of(&mut self, record: &Record<'_>) -> Option<&mut RecordedLock> {
+    fn lock_of(&mut self, record: &LogRecord<'_>) -> Option<&mut RecordedLock> {
         let id = record.field("tf_backend.lock.id")?;
         self.locks.iter_mut().find(|lock| lock.id == id)
     }
 
-    fn asked(&mut self, record: &Record<'_>, kind: &str) {
+    fn asked(&mut self, record: &LogRecord<'_>, kind: &str) {
         let field = |name| record.field(name).unwrap_or_default();
         let id = field("tf_backend.lock.id");
         if !is_lock_id(&id) {
             return;
         }
-        let halves = match kind {
-            "S3 Native only" => Halves { s3: true, dynamodb: false },
-            "DynamoDB only" => Halves { s3: false, dynamodb: true },
+        let parts = match kind {
+            "S3 Native only" => LockParts { s3: true, dynamodb: false },
+            "DynamoDB only" => LockParts { s3: false, dynamodb: true },
             // Both, and whatever a later version calls it: to look in both places is never wrong.
-            _ => Halves { s3: true, dynamodb: true },
+            _ => LockParts { s3: true, dynamodb: true },
         };
         let lock = RecordedLock {
             id: id.clone(),
@@ -734,7 +740,7 @@ impl Log {
             path: field("tf_backend.lock.path"),
             bucket: field("tf_backend.s3.bucket"),
             key: field("tf_backend.s3.path"),
-            halves,
+            parts,
             asked: record.time,
             requests: vec![field("tf_backend.req_id")],
             locked: None,
@@ -742,7 +748,7 @@ impl Log {
             unlocked: false,
             uploading: false,
             contradicted: false,
-            gone: Halves::default(),
+            gone: LockParts::default(),
         };
         match self.locks.iter_mut().find(|known| known.id == lock.id) {
             None => self.add(lock),
@@ -753,7 +759,7 @@ impl Log {
                     && known.path == lock.path
                     && known.bucket == lock.bucket
                     && known.key == lock.key
-                    && known.halves == lock.halves;
+                    && known.parts == lock.parts;
                 // An ID is drawn for one lock: asked for again after it was had, it is somebody's forgery.
                 known.contradicted |= !same || known.locked.is_some() || known.unlocking;
                 known.requests.extend(lock.requests);
@@ -766,7 +772,7 @@ impl Log {
         }
     }
 
-    fn got(&mut self, record: &Record<'_>) {
+    fn got(&mut self, record: &LogRecord<'_>) {
         let request = record.field("tf_backend.req_id").unwrap_or_default();
         let path = record.field("tf_backend.lock.path").unwrap_or_default();
         let time = record.time;
@@ -848,9 +854,9 @@ pub(crate) mod tests {
     #[test]
     fn a_lock_that_was_given_back_does_not_stand() {
         let log = log(&whole_life());
-        assert_eq!(log.standing().count(), 0);
+        assert_eq!(log.unreleased().count(), 0);
         assert_eq!(log.locks.len(), 1);
-        assert!(log.tells_locks() && !log.disordered && !log.is_torn());
+        assert!(log.logs_locks() && !log.disordered && !log.is_torn());
     }
 
     #[test]
@@ -859,10 +865,10 @@ pub(crate) mod tests {
             [("1.11.4", true), ("1.10.0 beta1", true), ("2.0.0", true), ("1.6.6", true), ("1.5.7", false)]
         {
             let text = format!("2026-11-23T01:46:07.565Z [INFO]  Terraform version: {version}\n");
-            assert_eq!(log(&text).tells_locks(), tells, "{version}");
+            assert_eq!(log(&text).logs_locks(), tells, "{version}");
         }
-        assert!(!log("2026-11-23T01:46:07.565Z [INFO]  OpenTofu version: 1.10.0\n").tells_locks());
-        assert!(!log("").tells_locks());
+        assert!(!log("2026-11-23T01:46:07.565Z [INFO]  OpenTofu version: 1.10.0\n").logs_locks());
+        assert!(!log("").logs_locks());
     }
 
     #[test]
@@ -873,7 +879,7 @@ pub(crate) mod tests {
             let log = log(&text[..end]);
             assert!(log.locks.iter().all(|lock| lock.id == ID), "cut at {end}");
             if end >= asked {
-                assert_eq!(log.standing().count(), 1, "cut at {end}");
+                assert_eq!(log.unreleased().count(), 1, "cut at {end}");
             }
         }
     }
@@ -1024,7 +1030,7 @@ pub(crate) mod tests {
         assert!(log.locks.len() == UNLOCKED_KEPT && !log.may_hold() && !log.excessive);
         assert!(json(&log).len() < 1 << 16, "{}", json(&log).len());
         log.read(asking(13, ID, "r1").as_bytes());
-        let standing: Vec<_> = log.standing().collect();
+        let standing: Vec<_> = log.unreleased().collect();
         assert!(standing.len() == 1 && standing[0].id == ID && !standing[0].contradicted);
     }
 
@@ -1043,7 +1049,7 @@ pub(crate) mod tests {
                 log.read(locked(13, &id, "r1").as_bytes());
                 assert!(!log.may_hold());
                 log.read(late.as_bytes());
-                assert!(log.standing().all(|lock| lock.contradicted), "{number}");
+                assert!(log.unreleased().all(|lock| lock.contradicted), "{number}");
                 assert!(log.locks.iter().filter(|lock| lock.id == id).all(|lock| lock.contradicted), "{number}");
             }
         }
@@ -1095,9 +1101,9 @@ pub(crate) mod tests {
 
     #[test]
     fn a_log_that_names_more_locks_than_terraform_takes_is_not_believed() {
-        for (count, believed) in [(STANDING_LIMIT, true), (STANDING_LIMIT + 1, false)] {
+        for (count, believed) in [(UNRELEASED_LIMIT, true), (UNRELEASED_LIMIT + 1, false)] {
             let log = log(&(1..=count).map(|number| asking(7, &id_of(number), "r")).collect::<String>());
-            assert!(log.excessive != believed && log.standing().count() == STANDING_LIMIT);
+            assert!(log.excessive != believed && log.unreleased().count() == UNRELEASED_LIMIT);
         }
         for (count, believed) in [(UNLOCKED_KEPT + 1, true), (UNLOCKED_KEPT + 2, false)] {
             let gone = (1..UNLOCKED_LIMIT).map(|number| u32::MAX - u32::try_from(number).unwrap()).collect();
@@ -1122,7 +1128,7 @@ pub(crate) mod tests {
     fn two_locks_of_a_migration_are_two() {
         let other = "11111111-d70c-4132-39e0-d2abba1b3077";
         let log = log(&[asking(7, ID, "r1"), asking(7, other, "r2")].concat());
-        assert_eq!(log.standing().count(), 2);
+        assert_eq!(log.unreleased().count(), 2);
     }
 }
 

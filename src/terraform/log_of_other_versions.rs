@@ -81,14 +81,14 @@ fn a_terraform_before_1_6_tells_its_lock_by_its_requests() {
         (8, 0, true, false, true),
     ] {
         let log = log(&life[..steps].concat());
-        assert_eq!(log.standing().count(), standing, "{steps}");
+        assert_eq!(log.unreleased().count(), standing, "{steps}");
         if let Some(lock) = log.locks.first() {
             let seen = (lock.locked.is_some(), lock.uploading, lock.unlocking);
             assert_eq!(seen, (locked, uploading, unlocking), "{steps}");
             assert_eq!((lock.id.as_str(), lock.bucket.as_str(), lock.key.as_str()), (ID, "bkt", "dir/prod.tfstate"));
-            assert_eq!(lock.halves, Halves { s3: false, dynamodb: true });
+            assert_eq!(lock.parts, LockParts { s3: false, dynamodb: true });
         }
-        assert!(log.tells_locks() || steps == 1, "{steps}");
+        assert!(log.logs_locks() || steps == 1, "{steps}");
     }
 }
 
@@ -99,7 +99,7 @@ fn a_refused_request_of_old_is_no_lock_that_was_had_and_stays_to_be_looked_for()
         log(&[v1_life()[0].clone(), v1_put(594), v1_answer(600, "dynamodb/PutItem", "400 Bad Request", refusal)]
             .concat());
     assert!(log.locks[0].locked.is_none());
-    assert_eq!(log.standing().count(), 1);
+    assert_eq!(log.unreleased().count(), 1);
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
             let mut second: Log = serde_json::from_str(&kept).unwrap();
             second.read(&text.as_bytes()[from..]);
             let whole = log(&text);
-            assert_eq!(second.standing().count(), whole.standing().count(), "kept at {end}");
+            assert_eq!(second.unreleased().count(), whole.unreleased().count(), "kept at {end}");
             assert_eq!(second.standing_unnamed().count(), whole.standing_unnamed().count(), "kept at {end}");
         }
     }
@@ -217,19 +217,19 @@ fn a_later_opentofu_tells_both_halves_by_its_requests() {
         let first = seen(3);
         let object = first.standing_unnamed().next().unwrap();
         let expected =
-            Mark::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
+            LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
         assert_eq!((&object.mark, object.granted.is_some()), (&expected, true));
         // Its ID, and so both halves of one lock.
         let second = seen(4);
         assert_eq!(second.standing_unnamed().count(), 0);
-        assert_eq!(second.locks[0].halves, Halves { s3: true, dynamodb: true });
+        assert_eq!(second.locks[0].parts, LockParts { s3: true, dynamodb: true });
         assert!(second.locks[0].locked.is_none());
         assert!(seen(5).locks[0].locked.is_some());
         assert!(!seen(5).locks[0].uploading && seen(6).locks[0].uploading && seen(7).locks[0].uploading);
         assert!(seen(8).locks[0].unlocking && !seen(8).locks[0].uploading);
-        assert_eq!(seen(9).standing().count(), 1, "one half is gone");
-        assert_eq!(seen(10).standing().count(), 1);
-        assert_eq!(seen(11).standing().count(), 0);
+        assert_eq!(seen(9).unreleased().count(), 1, "one half is gone");
+        assert_eq!(seen(10).unreleased().count(), 1);
+        assert_eq!(seen(11).unreleased().count(), 0);
     }
 }
 
@@ -238,7 +238,7 @@ fn without_a_checksum_an_object_is_known_by_its_place_alone() {
     let life = tofu_life(false);
     let put = life[1].replace(&format!("http.request.header.x_amz_checksum_sha256=\"{}\"", checksum()), "");
     let log = log(&[life[0].clone(), put].concat());
-    let Mark::Object { checksum, .. } = &log.unnamed[0].mark else { panic!() };
+    let LockIdentity::Object { checksum, .. } = &log.unnamed[0].mark else { panic!() };
     assert_eq!(*checksum, None);
 }
 
@@ -260,7 +260,7 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
     ] {
         let log = log(&format!("{} [INFO]  {version}\n{pair}", at(500)));
         assert_eq!(log.standing_unnamed().count(), unnamed, "{version}");
-        assert_eq!(log.unnamed[0].mark, Mark::Workspace("green".into()));
+        assert_eq!(log.unnamed[0].mark, LockIdentity::Workspace("green".into()));
     }
     // Nor were they where it has told that it writes its state, which is at another level
     // (backend/remote-state/s3/client.go:182).
@@ -269,7 +269,7 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         at(700)
     );
     let written = log(&format!("{} [INFO]  Terraform version: 1.5.7\n{pair}{upload}", at(500)));
-    assert!(written.may_hold() && !written.tells_locks());
+    assert!(written.may_hold() && !written.logs_locks());
     assert!(written.unnamed[0].uploading, "its write may be on its way");
     let told = format!(
         "{} [INFO]  OpenTofu version: 1.6.2\n{} [INFO]  CLI command args: []string{{\"plan\", \"-lock=false\"}}\n{pair}",
@@ -289,7 +289,7 @@ fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     let version = |version: &str| format!("{} [INFO]  {version}\n", at(500));
     let asked = log(&[version("OpenTofu version: 1.6.2"), lines[0].clone()].concat());
     let lock = asked.standing_unnamed().next().unwrap();
-    assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.breaks_off_locked());
+    assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.ends_holding_lock());
     // What was kept of it, read on, is the same one.
     let mut kept: Log = serde_json::from_str(&serde_json::to_string(&asked).unwrap()).unwrap();
     kept.read(lines[1].as_bytes());
@@ -318,16 +318,16 @@ fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
     assert!(log(&life[..2].concat()).locks[0].locked.is_none());
     assert!(log(&life[..3].concat()).locks[0].locked.is_some());
     let mut whole = log(&life.concat());
-    assert!(whole.tells_locks());
-    assert_eq!(whole.standing().count(), 1, "it does not say that it is gone");
-    assert!(!whole.breaks_off() && log(&life[..3].concat()).breaks_off());
+    assert!(whole.logs_locks());
+    assert_eq!(whole.unreleased().count(), 1, "it does not say that it is gone");
+    assert!(!whole.ends_with_request() && log(&life[..3].concat()).ends_with_request());
     whole.ended_well();
-    assert_eq!(whole.standing().count(), 0);
+    assert_eq!(whole.unreleased().count(), 0);
     // One that says what is gone is believed in that alone.
     let mut newer = log(&life
         .concat()
         .replace("1.9.8\n", "1.10.5\n")
         .replace("Locking remote state", "Attempting to lock remote state (DynamoDB only)..."));
     newer.ended_well();
-    assert_eq!(newer.standing().count(), 1);
+    assert_eq!(newer.unreleased().count(), 1);
 }

@@ -9,7 +9,7 @@ use super::backend::{CachedBackend, is_unset};
 
 /// What is done about a lock that a dead terraform left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deed {
+pub(crate) enum UnlockPolicy {
     /// Nothing: the lock ends with its process, or with its session.
     Nothing,
     /// `force-unlock` with the lock's ID, whose delete the service itself makes depend on that ID.
@@ -22,7 +22,7 @@ pub(crate) enum Deed {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OtherBackend {
     pub(crate) kind: &'static str,
-    pub(crate) deed: Deed,
+    pub(crate) unlock_policy: UnlockPolicy,
     /// What is left when terraform is killed.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     leaves: &'static str,
@@ -37,20 +37,20 @@ pub(crate) struct OtherBackend {
 
 const fn backend(
     kind: &'static str,
-    deed: Deed,
+    unlock_policy: UnlockPolicy,
     leaves: &'static str,
     conditional: &'static str,
     look: &'static str,
     place: &'static [&'static str],
 ) -> OtherBackend {
-    OtherBackend { kind, deed, leaves, conditional, look, place }
+    OtherBackend { kind, unlock_policy, leaves, conditional, look, place }
 }
 
 /// Every one that Terraform has had since 0.15.
 pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     backend(
         "local",
-        Deed::Nothing,
+        UnlockPolicy::Nothing,
         "nothing that locks: the kernel's lock ends with the process; `.terraform.tfstate.lock.info` stays, and is ignored",
         "no lock to give back (test: killed, and the next run locks)",
         "cat .terraform.tfstate.lock.info",
@@ -58,7 +58,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "pg",
-        Deed::Nothing,
+        UnlockPolicy::Nothing,
         "nothing that locks: PostgreSQL frees a session's advisory lock when the connection ends",
         "no: force-unlock answers success and does nothing (test: killed, and the next run locks)",
         "select * from pg_locks where locktype = 'advisory'",
@@ -66,7 +66,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "consul",
-        Deed::Nothing,
+        UnlockPolicy::Nothing,
         "a lock for 20 to 35 s: its session ends by itself; `.lockinfo` stays, and is ignored",
         "no: force-unlock destroys the session and then deletes whatever lock stands (read in the source)",
         "consul kv get PATH/.lockinfo",
@@ -74,7 +74,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "inmem",
-        Deed::Nothing,
+        UnlockPolicy::Nothing,
         "nothing: it is in the memory of the process",
         "no lock to give back",
         "no place to look in",
@@ -82,7 +82,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "gcs",
-        Deed::ForceUnlock,
+        UnlockPolicy::ForceUnlock,
         "the object PREFIX/WORKSPACE.tflock",
         "yes: the delete names the object's generation, which is the lock's ID (test: another's lock stands)",
         "gcloud storage cat gs://BUCKET/PREFIX/WORKSPACE.tflock",
@@ -90,7 +90,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "azurerm",
-        Deed::ForceUnlock,
+        UnlockPolicy::ForceUnlock,
         "an infinite lease of the state's blob",
         "yes: the release names the lease, which is the lock's ID (test: another's lease stands)",
         "az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease",
@@ -98,7 +98,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "kubernetes",
-        Deed::ForceUnlock,
+        UnlockPolicy::ForceUnlock,
         "the holder in the Lease lock-tfstate-WORKSPACE-SUFFIX",
         "yes: the update names the version of the Lease that was compared (read in the source)",
         "kubectl -n NAMESPACE get lease lock-tfstate-WORKSPACE-SUFFIX -o yaml",
@@ -106,7 +106,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "oci",
-        Deed::ForceUnlock,
+        UnlockPolicy::ForceUnlock,
         "the object KEY.tflock",
         "yes: the delete names the tag of the object that was compared (read in the source)",
         "oci os object get -ns NAMESPACE -bn BUCKET --name KEY.tflock --file -",
@@ -114,7 +114,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "http",
-        Deed::Name,
+        UnlockPolicy::Name,
         "the lock in the server",
         "no: force-unlock sends no ID, and the server unlocks whoever holds it (test: a stranger's lock went)",
         "ask the server of the state, which shows it (in GitLab: Operate, Terraform states)",
@@ -122,7 +122,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "cos",
-        Deed::Name,
+        UnlockPolicy::Name,
         "the object KEY.tflock, and for a moment a tag",
         "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
         "read the object KEY.tflock in the bucket",
@@ -130,7 +130,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "oss",
-        Deed::Name,
+        UnlockPolicy::Name,
         "the row of the state in Tablestore",
         "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
         "read the row LockID = BUCKET/PREFIX/KEY of the table",
@@ -138,7 +138,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "remote",
-        Deed::Name,
+        UnlockPolicy::Name,
         "the lock of the workspace in HCP Terraform, where the run was here",
         "no: force-unlock there removes whoever's lock it is (read in the source)",
         "look at the workspace, which says who holds it",
@@ -146,7 +146,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
     backend(
         "cloud",
-        Deed::Name,
+        UnlockPolicy::Name,
         "the lock of the workspace in HCP Terraform, where the run was here",
         "no: force-unlock there removes whoever's lock it is (read in the source)",
         "look at the workspace, which says who holds it",
@@ -165,12 +165,12 @@ impl OtherBackend {
 
     /// What is to be done in this very backend. A service that is not Google's own may ignore the condition: the one that
     /// the tests use does.
-    pub(crate) fn deed_in(&self, backend: &CachedBackend, variable: impl Fn(&str) -> Option<String>) -> Deed {
+    pub(crate) fn deed_in(&self, backend: &CachedBackend, variable: impl Fn(&str) -> Option<String>) -> UnlockPolicy {
         const ENDPOINTS: [&str; 3] =
             ["GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", "GOOGLE_STORAGE_CUSTOM_ENDPOINT", "STORAGE_EMULATOR_HOST"];
         let elsewhere = backend.string(ENDPOINT).is_some()
             || ENDPOINTS.iter().any(|name| variable(name).is_some_and(|value| !value.is_empty()));
-        if self.kind == "gcs" && elsewhere { Deed::Name } else { self.deed }
+        if self.kind == "gcs" && elsewhere { UnlockPolicy::Name } else { self.unlock_policy }
     }
 
     /// Whether an attribute of it says where the lock is or who answers there, and is known to hold no secret.
@@ -214,12 +214,12 @@ pub(crate) fn document() -> String {
          and how to see who holds it. Made from src/terraform/other_backends.rs by `make generated`.\n\n\
          | backend | is left | is its unlock conditional on the ID? | `tf` | to see who holds it |\n|---|---|---|---|---|\n",
     );
-    for OtherBackend { kind, deed, leaves, conditional, look, .. } in OTHER_BACKENDS {
-        let does = match deed {
-            Deed::Nothing => "nothing: there is nothing to do",
-            Deed::ForceUnlock if *kind == "gcs" => "gives it back; names it where the endpoint is not Google's",
-            Deed::ForceUnlock => "gives it back",
-            Deed::Name => "names it",
+    for OtherBackend { kind, unlock_policy, leaves, conditional, look, .. } in OTHER_BACKENDS {
+        let does = match unlock_policy {
+            UnlockPolicy::Nothing => "nothing: there is nothing to do",
+            UnlockPolicy::ForceUnlock if *kind == "gcs" => "gives it back; names it where the endpoint is not Google's",
+            UnlockPolicy::ForceUnlock => "gives it back",
+            UnlockPolicy::Name => "names it",
         };
         let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | `{}` |", look.replace('|', "\\|"));
     }
@@ -252,17 +252,17 @@ mod tests {
 
     #[test]
     fn only_where_the_service_itself_looks_at_the_id_is_force_unlock_used() {
-        let deed = |kind: &str, config: &str, set: &str| {
+        let unlock_policy = |kind: &str, config: &str, set: &str| {
             let block = backend(kind, config);
             OtherBackend::of(&block).map(|other| other.deed_in(&block, |name| (name == set).then(|| "http://x".into())))
         };
-        assert_eq!(deed("gcs", r#"{"bucket":"b"}"#, ""), Some(Deed::ForceUnlock));
-        assert_eq!(deed("gcs", r#"{"storage_custom_endpoint":"http://x"}"#, ""), Some(Deed::Name));
-        assert_eq!(deed("gcs", "{}", "STORAGE_EMULATOR_HOST"), Some(Deed::Name));
-        assert_eq!(deed("azurerm", "{}", "STORAGE_EMULATOR_HOST"), Some(Deed::ForceUnlock));
-        assert_eq!(deed("http", "{}", ""), Some(Deed::Name));
-        assert_eq!(deed("local", "{}", ""), Some(Deed::Nothing));
-        assert_eq!(deed("s3", "{}", ""), None);
-        assert_eq!(deed("a_backend_of_tomorrow", "{}", ""), None);
+        assert_eq!(unlock_policy("gcs", r#"{"bucket":"b"}"#, ""), Some(UnlockPolicy::ForceUnlock));
+        assert_eq!(unlock_policy("gcs", r#"{"storage_custom_endpoint":"http://x"}"#, ""), Some(UnlockPolicy::Name));
+        assert_eq!(unlock_policy("gcs", "{}", "STORAGE_EMULATOR_HOST"), Some(UnlockPolicy::Name));
+        assert_eq!(unlock_policy("azurerm", "{}", "STORAGE_EMULATOR_HOST"), Some(UnlockPolicy::ForceUnlock));
+        assert_eq!(unlock_policy("http", "{}", ""), Some(UnlockPolicy::Name));
+        assert_eq!(unlock_policy("local", "{}", ""), Some(UnlockPolicy::Nothing));
+        assert_eq!(unlock_policy("s3", "{}", ""), None);
+        assert_eq!(unlock_policy("a_backend_of_tomorrow", "{}", ""), None);
     }
 }

@@ -15,11 +15,11 @@ use super::backend::CachedBackend;
 use super::data_directory::DataDirectory;
 
 /// No plan is larger. A larger one is not read, and its lock is looked for where the data directory says.
-const LARGEST: u64 = 256 << 20;
+const MAX_PLAN_BYTES: u64 = 256 << 20;
 
 /// What matters of the message; the rest is skipped.
 #[derive(Message)]
-struct Plan {
+struct PlanMessage {
     #[prost(message, optional, tag = "13")]
     backend: Option<Backend>,
     #[prost(string, tag = "14")]
@@ -47,8 +47,8 @@ pub(crate) fn read(file: &File) -> Option<DataDirectory> {
     let mut archive = zip::ZipArchive::new(file).ok()?;
     let entry = archive.by_name("tfplan").ok()?;
     let mut message = Vec::new();
-    entry.take(LARGEST + 1).read_to_end(&mut message).ok().filter(|length| *length as u64 <= LARGEST)?;
-    let plan = Plan::decode(message.as_slice()).ok()?;
+    entry.take(MAX_PLAN_BYTES + 1).read_to_end(&mut message).ok().filter(|length| *length as u64 <= MAX_PLAN_BYTES)?;
+    let plan = PlanMessage::decode(message.as_slice()).ok()?;
     let backend = plan.backend?;
     let config: Map<String, Value> = rmp_serde::from_slice(&backend.config?.msgpack).ok()?;
     Some(DataDirectory {
@@ -79,7 +79,7 @@ mod tests {
             config: Some(Dynamic { msgpack: rmp_serde::to_vec(&config).unwrap() }),
             workspace: "green".into(),
         };
-        Plan { backend: Some(backend), terraform_version: "1.11.4".into() }.encode_to_vec()
+        PlanMessage { backend: Some(backend), terraform_version: "1.11.4".into() }.encode_to_vec()
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub(crate) const KEY: &str = "tf_backend.s3.path";
 
 /// A record: one line, and the indented lines with the values that have a newline in them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Record<'a> {
+pub(crate) struct LogRecord<'a> {
     /// When, to the millisecond, by the clock of this host.
     pub(crate) time: Timestamp,
     /// `backend-s3` in the example; empty where there is none.
@@ -25,7 +25,7 @@ pub(crate) struct Record<'a> {
     fields: &'a str,
 }
 
-impl<'a> Record<'a> {
+impl<'a> LogRecord<'a> {
     /// Reads a record: its first line, or that with the lines that go on with it. `None` for what is not one: a
     /// continuation, a torn line, a foreign line.
     pub(crate) fn parse(text: &'a str) -> Option<Self> {
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_record_is_read_by_its_fields() {
-        let record = Record::parse(LINE).unwrap();
+        let record = LogRecord::parse(LINE).unwrap();
         assert_eq!(record.module, "backend-s3");
         assert_eq!(record.message, "Attempting to lock remote state (S3 Native and DynamoDB)...");
         assert_eq!(record.field("tf_backend.lock.id").unwrap(), "5e75cb05-d70c-4132-39e0-d2abba1b3077");
@@ -206,13 +206,13 @@ mod tests {
     #[test]
     fn a_field_that_stands_twice_is_no_field() {
         let line = format!("{LINE} tf_backend.lock.id=11111111-d70c-4132-39e0-d2abba1b3077");
-        assert_eq!(Record::parse(&line).unwrap().field("tf_backend.lock.id"), None);
+        assert_eq!(LogRecord::parse(&line).unwrap().field("tf_backend.lock.id"), None);
     }
 
     #[test]
     fn a_time_with_an_offset_is_the_same_moment() {
-        let here = Record::parse("2026-11-23T03:46:07.593+0200 [INFO]  backend-s3: m").unwrap();
-        let there = Record::parse("2026-11-23T01:46:07.593Z [INFO]  backend-s3: m").unwrap();
+        let here = LogRecord::parse("2026-11-23T03:46:07.593+0200 [INFO]  backend-s3: m").unwrap();
+        let there = LogRecord::parse("2026-11-23T01:46:07.593Z [INFO]  backend-s3: m").unwrap();
         assert_eq!(here.time, there.time);
     }
 
@@ -228,7 +228,7 @@ mod tests {
             "2026-11-23T01:46:07.593Z [LOUD]  x: y",
             "\u{fc}\u{fc}\u{fc} [INFO] x",
         ] {
-            assert_eq!(Record::parse(line), None, "{line:?}");
+            assert_eq!(LogRecord::parse(line), None, "{line:?}");
         }
     }
 
@@ -265,7 +265,7 @@ mod tests {
                 "2026-11-23T01:46:07.593Z [INFO]  backend-s3: Locking...: tf_backend.lock.id=i{path} \
                  tf_backend.lock.who=\"an na@vm\" tf_backend.s3.bucket=bkt{written}"
             );
-            let record = Record::parse(&line).unwrap();
+            let record = LogRecord::parse(&line).unwrap();
             assert_eq!(record.message, "Locking...");
             let field = |name: &str| record.field(name);
             assert_eq!(field(KEY).as_deref(), Some(key), "{written}");
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn a_torn_record_never_panics() {
         for end in 0..LINE.len() {
-            if let Some(record) = Record::parse(&LINE[..end]) {
+            if let Some(record) = LogRecord::parse(&LINE[..end]) {
                 let _ = record.field("tf_backend.lock.path");
             }
         }

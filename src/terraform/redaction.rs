@@ -29,19 +29,19 @@ fn is_kept(word: &[u8]) -> bool {
 }
 
 /// What may come before the message: a time with an offset, and a level.
-const LONGEST_HEAD: usize = 48;
+const MAX_HEAD_BYTES: usize = 48;
 
 /// Whether a line that begins with `line`, which may be cut anywhere, can be one of those records.
 pub(crate) fn may_have_arguments(line: &[u8]) -> bool {
     match message(line) {
         Some(message) => MESSAGES.iter().any(|known| message.starts_with(known) || known.starts_with(message)),
-        None => line.len() < LONGEST_HEAD,
+        None => line.len() < MAX_HEAD_BYTES,
     }
 }
 
 /// What stands behind the level of a record. `None` if no level was seen.
 fn message(line: &[u8]) -> Option<&[u8]> {
-    let head = &line[..line.len().min(LONGEST_HEAD)];
+    let head = &line[..line.len().min(MAX_HEAD_BYTES)];
     let end = head.iter().position(|&byte| byte == b']')?;
     let spaces = line[end + 1..].iter().take_while(|&&byte| byte == b' ').count();
     Some(&line[end + 1 + spaces..])

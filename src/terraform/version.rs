@@ -23,32 +23,32 @@ pub(crate) struct Version {
 
 /// How much of a lock of the S3 backend a log tells, and at which level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Telling {
+pub(crate) enum LogDetail {
     /// Terraform since 1.10: the lock's ID before it is asked for, when it is had, and when it is gone; at INFO.
-    Whole,
+    Full,
     /// Terraform 1.6 to 1.9: the ID before the lock is asked for and before it is given back, and no answers; at INFO.
-    Requests,
+    IdsOnly,
     /// Terraform 0.15 to 1.5, OpenTofu since 1.11: the requests to the services and their answers, at DEBUG.
-    Exchanges,
+    HttpTraffic,
     /// OpenTofu up to 1.10: that a lock was had, and not which; at TRACE.
-    Brackets,
+    AcquireOnly,
     /// Anything older.
-    Nothing,
+    None,
 }
 
-impl Telling {
+impl LogDetail {
     /// What terraform's `TF_LOG_CORE` must be for it.
     pub(crate) fn level(self) -> &'static str {
         match self {
-            Self::Whole | Self::Requests | Self::Nothing => "INFO",
-            Self::Exchanges => "DEBUG",
-            Self::Brackets => "TRACE",
+            Self::Full | Self::IdsOnly | Self::None => "INFO",
+            Self::HttpTraffic => "DEBUG",
+            Self::AcquireOnly => "TRACE",
         }
     }
 }
 
 /// No version is longer, in characters.
-const LONGEST: usize = 128;
+const MAX_TEXT_BYTES: usize = 128;
 
 impl Version {
     /// Out of a log's first record: its message, `Terraform version`, and what stands behind (main.go of either program).
@@ -58,7 +58,7 @@ impl Version {
             "OpenTofu version" => Product::OpenTofu,
             _ => return None,
         };
-        Some(Self { product, text: rest.trim().chars().take(LONGEST).collect() })
+        Some(Self { product, text: rest.trim().chars().take(MAX_TEXT_BYTES).collect() })
     }
 
     /// Out of the first line that `terraform version` prints: `Terraform v1.11.4`.
@@ -89,13 +89,15 @@ impl Version {
     }
 
     /// What its log tells.
-    pub(crate) fn telling(&self) -> Telling {
+    pub(crate) fn log_detail(&self) -> LogDetail {
         match (self.product, self.numbers()) {
-            (Product::Terraform, (1, 10..) | (2.., _)) => Telling::Whole,
-            (Product::Terraform, (1, 6..)) => Telling::Requests,
-            (Product::Terraform, (1, _) | (0, 15..)) | (Product::OpenTofu, (1, 11..) | (2.., _)) => Telling::Exchanges,
-            (Product::OpenTofu, _) => Telling::Brackets,
-            (Product::Terraform, _) => Telling::Nothing,
+            (Product::Terraform, (1, 10..) | (2.., _)) => LogDetail::Full,
+            (Product::Terraform, (1, 6..)) => LogDetail::IdsOnly,
+            (Product::Terraform, (1, _) | (0, 15..)) | (Product::OpenTofu, (1, 11..) | (2.., _)) => {
+                LogDetail::HttpTraffic
+            }
+            (Product::OpenTofu, _) => LogDetail::AcquireOnly,
+            (Product::Terraform, _) => LogDetail::None,
         }
     }
 
@@ -126,22 +128,22 @@ mod tests {
 
     #[test]
     fn each_version_has_its_own_telling() {
-        for (version, telling) in [
-            (terraform("0.14.11"), Telling::Nothing),
-            (terraform("0.15.0 rc2"), Telling::Exchanges),
-            (terraform("1.0.11"), Telling::Exchanges),
-            (terraform("1.5.7"), Telling::Exchanges),
-            (terraform("1.6.0 beta1"), Telling::Requests),
-            (terraform("1.9.8"), Telling::Requests),
-            (terraform("1.10.0"), Telling::Whole),
-            (terraform("1.17.0 dev"), Telling::Whole),
-            (terraform("2.0.0"), Telling::Whole),
-            (tofu("1.6.0 dev"), Telling::Brackets),
-            (tofu("1.10.9"), Telling::Brackets),
-            (tofu("1.11.0"), Telling::Exchanges),
-            (tofu("1.12.6"), Telling::Exchanges),
+        for (version, log_detail) in [
+            (terraform("0.14.11"), LogDetail::None),
+            (terraform("0.15.0 rc2"), LogDetail::HttpTraffic),
+            (terraform("1.0.11"), LogDetail::HttpTraffic),
+            (terraform("1.5.7"), LogDetail::HttpTraffic),
+            (terraform("1.6.0 beta1"), LogDetail::IdsOnly),
+            (terraform("1.9.8"), LogDetail::IdsOnly),
+            (terraform("1.10.0"), LogDetail::Full),
+            (terraform("1.17.0 dev"), LogDetail::Full),
+            (terraform("2.0.0"), LogDetail::Full),
+            (tofu("1.6.0 dev"), LogDetail::AcquireOnly),
+            (tofu("1.10.9"), LogDetail::AcquireOnly),
+            (tofu("1.11.0"), LogDetail::HttpTraffic),
+            (tofu("1.12.6"), LogDetail::HttpTraffic),
         ] {
-            assert_eq!(version.telling(), telling, "{version}");
+            assert_eq!(version.log_detail(), log_detail, "{version}");
         }
     }
 

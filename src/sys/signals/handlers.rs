@@ -10,24 +10,24 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
-use super::{Arrival, Origin};
+use super::{Arrival, SignalOrigin};
 use crate::sys::descriptor;
 
 /// The reading end of the pipe that the handlers write into.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct SignalSource {
     arrivals: OwnedFd,
-    _pen: OwnedFd,
+    _writer: OwnedFd,
 }
 
-impl Source {
+impl SignalSource {
     /// Installs a handler for each of `heard`. The mask that was in force goes into `mask`.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
-        let (arrivals, pen) = descriptor::pipe()?;
-        for end in [&arrivals, &pen] {
+        let (arrivals, writer) = descriptor::pipe()?;
+        for end in [&arrivals, &writer] {
             fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
-        let number = pen.as_raw_fd();
+        let number = writer.as_raw_fd();
         // Blocked and not handled: with either of these handled, tcsetpgrp(3) from the background would be interrupted
         // again and again instead of done.
         let (waiting, handled): (Vec<Signal>, Vec<Signal>) =
@@ -48,7 +48,7 @@ impl Source {
         }
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&waiting.into_iter().collect()), Some(mask))?;
         sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&handled.into_iter().collect()), None)?;
-        Ok(Self { arrivals, _pen: pen })
+        Ok(Self { arrivals, _writer: writer })
     }
 
     /// The next signal, if one has arrived.
@@ -60,12 +60,12 @@ impl Source {
         }
         let [number, kernel, pid @ ..] = bytes;
         let signal = Signal::try_from(i32::from(number)).ok()?;
-        let origin = if kernel == 1 { Origin::Kernel } else { Origin::Process };
+        let origin = if kernel == 1 { SignalOrigin::Kernel } else { SignalOrigin::Process };
         Some(Arrival { signal, origin, sender: super::sender(origin, i32::from_ne_bytes(pid)) })
     }
 }
 
-impl AsFd for Source {
+impl AsFd for SignalSource {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.arrivals.as_fd()
     }

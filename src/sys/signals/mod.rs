@@ -19,11 +19,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
 use super::disposition;
-use source::Source;
+use source::SignalSource;
 
 /// Who made a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
+pub(crate) enum SignalOrigin {
     /// The kernel: a key at the terminal, a hangup, a child's change of state (`si_code` > 0, sigaction(2)).
     Kernel,
     /// A process, by kill(2) or a relative of it.
@@ -36,14 +36,14 @@ pub(crate) struct Arrival {
     /// Which signal.
     pub(crate) signal: Signal,
     /// Who made it.
-    pub(crate) origin: Origin,
+    pub(crate) origin: SignalOrigin,
     /// The process that sent it. None where the kernel made it, and where the sender has no number in our pid namespace.
     pub(crate) sender: Option<nix::unistd::Pid>,
 }
 
 /// The sender of a signal, by the pid that came with it (`si_pid`, sigaction(2)).
-fn sender(origin: Origin, pid: i32) -> Option<nix::unistd::Pid> {
-    (origin == Origin::Process && pid > 0).then(|| nix::unistd::Pid::from_raw(pid))
+fn sender(origin: SignalOrigin, pid: i32) -> Option<nix::unistd::Pid> {
+    (origin == SignalOrigin::Process && pid > 0).then(|| nix::unistd::Pid::from_raw(pid))
 }
 
 /// What was inherited and matters to what we do with a signal.
@@ -68,7 +68,7 @@ impl Inherited {
 /// The signals of this process, blocked and queued.
 #[derive(Debug)]
 pub(crate) struct Signals {
-    source: Source,
+    source: SignalSource,
     queue: VecDeque<Arrival>,
     mask_at_entry: SigSet,
     inherited: Inherited,
@@ -105,7 +105,7 @@ impl Signals {
             disposition::set_default(Signal::SIGCHLD);
         }
         let mut mask_at_entry = SigSet::empty();
-        let source = Source::open(&HEARD, &mut mask_at_entry)?;
+        let source = SignalSource::open(&HEARD, &mut mask_at_entry)?;
         // Rust's runtime ignores SIGPIPE; what was inherited is known from before it.
         let ignored = ignored.into_iter().filter(|signal| *signal != Signal::SIGPIPE).collect();
         Ok(Self { source, queue: VecDeque::new(), mask_at_entry, inherited: Inherited { ignored } })

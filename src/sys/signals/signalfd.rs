@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::{Arrival, Origin};
+use super::{Arrival, SignalOrigin};
 
 /// The blocked signals, as a descriptor.
 #[derive(Debug)]
-pub(super) struct Source(SignalFd);
+pub(super) struct SignalSource(SignalFd);
 
-impl Source {
+impl SignalSource {
     /// Blocks every signal of this process, but those that a fault of its own makes: blocked or not, the kernel kills
     /// for these. Opens a descriptor for `heard`; the rest, which terraform's runtime ignores, waits for ever. The mask
     /// that was in force goes into `mask`.
@@ -38,12 +38,12 @@ impl Source {
         let info = self.0.read_signal().ok()??;
         let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok()?;
         // SI_USER, SI_QUEUE, SI_TKILL are 0 and below; what the kernel makes is above (sigaction(2)).
-        let origin = if info.ssi_code > 0 { Origin::Kernel } else { Origin::Process };
+        let origin = if info.ssi_code > 0 { SignalOrigin::Kernel } else { SignalOrigin::Process };
         Some(Arrival { signal, origin, sender: super::sender(origin, info.ssi_pid.cast_signed()) })
     }
 }
 
-impl AsFd for Source {
+impl AsFd for SignalSource {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

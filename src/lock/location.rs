@@ -5,14 +5,14 @@
 //! record that fits none of them is named to the user, and never looked up in another backend's table: it can come from
 //! a nested terraform, from `terraform_remote_state`, or from somebody who forged it.
 
-use super::stores::{LOCK_FILE, Spot, Stores};
+use super::stores::{LOCK_FILE, StoreKey, Stores};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::log::{Halves, Mark, RecordedLock, UnnamedLock};
+use crate::terraform::log::{LockIdentity, LockParts, RecordedLock, UnnamedLock};
 
 /// The place of one lock in an S3 backend.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct LockLocation {
     /// How to reach it.
     pub(crate) backend: CachedBackend,
     /// The bucket of the state.
@@ -25,7 +25,7 @@ pub(crate) struct Place {
     pub(crate) lock_file: bool,
 }
 
-impl Place {
+impl LockLocation {
     /// The key of the half in DynamoDB, and the `Path` of the lock (backend/remote-state/s3/client.go, `lockPath`).
     pub(crate) fn lock_path(&self) -> String {
         format!("{}/{}", self.bucket, self.key)
@@ -37,7 +37,7 @@ impl Place {
     }
 
     /// Where its halves can stand, in the order in which they are given back.
-    pub(crate) fn spots(&self, stores: &Stores) -> Vec<Spot> {
+    pub(crate) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
         let item = self.table.as_ref().map(|table| stores.item(table, &self.lock_path()));
         item.into_iter().chain(self.lock_file.then(|| stores.object(&self.bucket, &self.lock_key()))).collect()
     }
@@ -64,21 +64,25 @@ impl Workspaces<'_> {
 
 /// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
 /// used. More than one where an `init` changed how the same bucket is reached.
-pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
+pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<LockLocation> {
     let places = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
-        let Halves { s3, dynamodb } = lock.halves;
+        let LockParts { s3, dynamodb } = lock.parts;
         let table = place.table.filter(|_| dynamodb);
         // A half in a table that this backend does not name is another backend's.
-        (!dynamodb || table.is_some()).then_some(Place { table, lock_file: s3, ..place })
+        (!dynamodb || table.is_some()).then_some(LockLocation { table, lock_file: s3, ..place })
     });
     places.collect()
 }
 
 /// The places where a lock can be whose ID is not known.
-pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
+pub(crate) fn find_unnamed(
+    lock: &UnnamedLock,
+    backends: &[&DataDirectory],
+    workspaces: Workspaces<'_>,
+) -> Vec<LockLocation> {
     match &lock.mark {
-        Mark::Object { bucket, key, .. } => of_state(bucket, key, backends, workspaces),
-        Mark::Workspace(workspace) => {
+        LockIdentity::Object { bucket, key, .. } => of_state(bucket, key, backends, workspaces),
+        LockIdentity::Workspace(workspace) => {
             let s3 = distinct(backends).into_iter().filter(|backend| backend.kind == "s3");
             s3.filter_map(|backend| Some(of(backend, backend.string("bucket")?, &backend.state_key(workspace)?)))
                 .collect()
@@ -87,7 +91,12 @@ pub(crate) fn find_unnamed(lock: &UnnamedLock, backends: &[&DataDirectory], work
 }
 
 /// The backends that have this state in one of these workspaces.
-pub(crate) fn of_state(bucket: &str, key: &str, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<Place> {
+pub(crate) fn of_state(
+    bucket: &str,
+    key: &str,
+    backends: &[&DataDirectory],
+    workspaces: Workspaces<'_>,
+) -> Vec<LockLocation> {
     let fitting = distinct(backends).into_iter().filter(|backend| {
         backend.kind == "s3" && backend.string("bucket") == Some(bucket) && workspaces.have(backend, key)
     });
@@ -95,8 +104,8 @@ pub(crate) fn of_state(bucket: &str, key: &str, backends: &[&DataDirectory], wor
 }
 
 /// Where a backend has a state.
-fn of(backend: &CachedBackend, bucket: &str, key: &str) -> Place {
-    Place {
+fn of(backend: &CachedBackend, bucket: &str, key: &str) -> LockLocation {
+    LockLocation {
         backend: backend.clone(),
         bucket: bucket.to_owned(),
         key: key.to_owned(),

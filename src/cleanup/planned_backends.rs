@@ -14,13 +14,13 @@ use crate::terraform::{configuration, plan_file};
 
 /// The destinations of one run.
 #[derive(Debug, Default)]
-pub(crate) struct Destinations {
+pub(crate) struct PlannedBackends {
     configured: Option<CachedBackend>,
     /// Open from before the run: it may be gone after it.
     plan: Option<(PathBuf, File)>,
 }
 
-impl Destinations {
+impl PlannedBackends {
     /// Those of `command_line`, given in the directory `current`.
     pub(crate) fn of(command_line: &CommandLine, current: &Path) -> Self {
         let plan = command_line.plan(current).and_then(|path| Some((path.clone(), plain_file::open(&path).ok()?)));

@@ -15,22 +15,22 @@ use serde_json::{Map, Value};
 
 use crate::aws::attributes;
 use crate::aws::attributes::Treatment;
-use crate::aws::identity::Identity;
-use crate::terraform::backend::{CachedBackend, Origin, is_unset};
+use crate::aws::identity::AccountIdentity;
+use crate::terraform::backend::{BackendOrigin, CachedBackend, is_unset};
 use crate::terraform::other_backends::OtherBackend;
 
 /// One backend block without its secrets.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Access {
+pub(crate) struct RedactedBackend {
     kind: String,
     config: Map<String, Value>,
     /// Attributes that were set and are not kept.
     withheld: Vec<String>,
     #[serde(default)]
-    origin: Origin,
+    origin: BackendOrigin,
 }
 
-impl Access {
+impl RedactedBackend {
     /// What may be kept of `backend`.
     pub(crate) fn of(backend: &CachedBackend) -> Self {
         let mut config = Map::new();
@@ -110,33 +110,35 @@ fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
     set(KEYS[0]).or_else(|| set(KEYS[1]))
 }
 
-/// How a run of `backends` reaches them. As whom, [`Surroundings::identify`] adds.
-pub(crate) fn of_run<'a>(backends: impl IntoIterator<Item = &'a CachedBackend>) -> (Vec<Access>, Surroundings) {
-    let mut all: Vec<Access> = Vec::new();
-    for access in backends.into_iter().map(Access::of) {
+/// How a run of `backends` reaches them. As whom, [`AwsEnvironment::identify`] adds.
+pub(crate) fn of_run<'a>(
+    backends: impl IntoIterator<Item = &'a CachedBackend>,
+) -> (Vec<RedactedBackend>, AwsEnvironment) {
+    let mut all: Vec<RedactedBackend> = Vec::new();
+    for access in backends.into_iter().map(RedactedBackend::of) {
         if !all.contains(&access) {
             all.push(access);
         }
     }
-    (all, Surroundings::of_environment(|name| std::env::var_os(name)))
+    (all, AwsEnvironment::of_environment(|name| std::env::var_os(name)))
 }
 
 /// What of the environment decides whom and what a run reaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Surroundings {
+pub(crate) struct AwsEnvironment {
     variables: BTreeMap<String, String>,
     /// Variables that were set, and are not kept because a user stands in their URL.
     withheld: Vec<String>,
     /// The environment had credentials.
     had_keys: bool,
     /// Who credentials belong to where the backend says nothing of them, as far as it is known.
-    identity: Identity,
+    identity: AccountIdentity,
     /// The same for each of the run's backends.
     #[serde(default)]
-    identities: Vec<Identity>,
+    identities: Vec<AccountIdentity>,
 }
 
-impl Surroundings {
+impl AwsEnvironment {
     /// Those of this process.
     fn of_environment(variable: impl Fn(&str) -> Option<OsString>) -> Self {
         let set =
@@ -157,33 +159,39 @@ impl Surroundings {
 
     /// Adds as whom `run`, whose terraform starts at this moment, reaches its `backends`, which are reached by `access`. It
     /// reads the shared files. To be asked where terraform works.
-    pub(crate) fn identify(&mut self, run: &str, access: &[Access], backends: &[&CachedBackend]) {
-        self.identify_by(access, backends, |backend| Identity::at_start(run, backend));
+    pub(crate) fn identify(&mut self, run: &str, access: &[RedactedBackend], backends: &[&CachedBackend]) {
+        self.identify_by(access, backends, |backend| AccountIdentity::at_start(run, backend));
         if !self.identities.is_empty() {
-            self.identity = Identity::now(run, &CachedBackend::from_parts("s3", Map::new(), Origin::default()));
+            self.identity =
+                AccountIdentity::now(run, &CachedBackend::from_parts("s3", Map::new(), BackendOrigin::default()));
         }
     }
 
     /// The same as far as it is known without reading a file.
-    pub(crate) fn identify_without_files(&mut self, run: &str, access: &[Access], backends: &[&CachedBackend]) {
-        self.identify_by(access, backends, |backend| Identity::without_files(run, backend));
+    pub(crate) fn identify_without_files(
+        &mut self,
+        run: &str,
+        access: &[RedactedBackend],
+        backends: &[&CachedBackend],
+    ) {
+        self.identify_by(access, backends, |backend| AccountIdentity::without_files(run, backend));
         if !self.identities.is_empty() {
-            let empty = CachedBackend::from_parts("s3", Map::new(), Origin::default());
-            self.identity = Identity::without_files(run, &empty);
+            let empty = CachedBackend::from_parts("s3", Map::new(), BackendOrigin::default());
+            self.identity = AccountIdentity::without_files(run, &empty);
         }
     }
 
     fn identify_by(
         &mut self,
-        access: &[Access],
+        access: &[RedactedBackend],
         backends: &[&CachedBackend],
-        identity: impl Fn(&CachedBackend) -> Identity,
+        identity: impl Fn(&CachedBackend) -> AccountIdentity,
     ) {
-        if access.iter().all(Access::is_elsewhere) {
+        if access.iter().all(RedactedBackend::is_elsewhere) {
             return;
         }
-        let of = |access: &Access| {
-            let backend = backends.iter().find(|backend| Access::of(backend) == *access)?;
+        let of = |access: &RedactedBackend| {
+            let backend = backends.iter().find(|backend| RedactedBackend::of(backend) == *access)?;
             (backend.kind == "s3").then(|| identity(backend))
         };
         self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
@@ -204,13 +212,13 @@ impl Surroundings {
     }
 
     /// The identities of the run's backends, `count` of them, in their order.
-    pub(crate) fn identities(&self, count: usize) -> impl Iterator<Item = Identity> {
+    pub(crate) fn identities(&self, count: usize) -> impl Iterator<Item = AccountIdentity> {
         // A record of an earlier version has one for all.
         (0..count).map(|place| self.identities.get(place).unwrap_or(&self.identity).clone())
     }
 
     /// The identity of the environment alone.
-    pub(crate) fn environment(&self) -> &Identity {
+    pub(crate) fn environment(&self) -> &AccountIdentity {
         &self.identity
     }
 
@@ -252,7 +260,7 @@ mod tests {
                 "assume_role":{"role_arn":"arn:aws:iam::111122223333:role/x","external_id":"hunter5"},
                 "an_attribute_of_tomorrow":"hunter6","encrypt":true}"#,
         );
-        let access = Access::of(&block);
+        let access = RedactedBackend::of(&block);
         let text = serde_json::to_string(&access).unwrap();
         for secret in ["AKIASECRET", "hunter", "\"tok\""] {
             assert!(!text.contains(secret), "{secret}: {text}");
@@ -271,7 +279,7 @@ mod tests {
     fn of_another_backend_its_place_is_kept_and_no_secret() {
         let json = r#"{"backend":{"type":"gcs","config":{"bucket":"b","prefix":"p","access_token":"hunter2","credentials":"hunter3"}}}"#;
         let block = CachedBackend::parse(json.as_bytes()).unwrap();
-        let access = Access::of(&block);
+        let access = RedactedBackend::of(&block);
         assert!(access.is_elsewhere() && !serde_json::to_string(&access).unwrap().contains("hunter"));
         let kept = access.backend(None).unwrap();
         let other = OtherBackend::of(&block).unwrap();
@@ -305,8 +313,8 @@ mod tests {
         // Alone, and together.
         for (name, access) in all
             .iter()
-            .map(|name| (*name, Access::of(&block_of(&[name]))))
-            .chain(all.iter().map(|name| (*name, Access::of(&block_of(&all)))))
+            .map(|name| (*name, RedactedBackend::of(&block_of(&[name]))))
+            .chain(all.iter().map(|name| (*name, RedactedBackend::of(&block_of(&all)))))
         {
             let treatment = attributes::of_attribute(name);
             let withheld = access.withheld.iter().any(|withheld| withheld == name);
@@ -320,7 +328,7 @@ mod tests {
         let without_effect: Vec<&str> =
             all.iter().copied().filter(|name| attributes::of_attribute(name) == Treatment::NoEffect).collect();
         assert!(without_effect.contains(&"endpoints.iam"));
-        assert!(Access::of(&block_of(&without_effect)).backend(None).is_ok());
+        assert!(RedactedBackend::of(&block_of(&without_effect)).backend(None).is_ok());
     }
 
     #[test]
@@ -329,7 +337,7 @@ mod tests {
             r#"{"bucket":"b","key":"k","workspace_key_prefix":"","https_proxy":"","access_key":"","region":null,
                 "assume_role":{"role_arn":"r","external_id":"","tags":null}}"#,
         );
-        let again = Access::of(&block).backend(None).unwrap();
+        let again = RedactedBackend::of(&block).backend(None).unwrap();
         assert_eq!(again.state_key("green").as_deref(), Some("green/k"));
         assert_eq!(again.text("https_proxy"), Some(""));
     }
@@ -351,7 +359,7 @@ mod tests {
         let block = backend(
             r#"{"bucket":"b","key":"k","region":"r","dynamodb_table":"t","use_path_style":true,"profile":null}"#,
         );
-        let again = Access::of(&block).backend(None).unwrap();
+        let again = RedactedBackend::of(&block).backend(None).unwrap();
         assert_eq!(again.string("dynamodb_table"), Some("t"));
         assert!(again.flag("use_path_style"));
     }
@@ -370,7 +378,7 @@ mod tests {
                 Some((outer, inner)) => format!(r#"{{"{outer}":{{"{inner}":"{value}"}}}}"#),
                 None => format!(r#"{{"{name}":"{value}"}}"#),
             };
-            let access = Access::of(&backend(&config));
+            let access = RedactedBackend::of(&backend(&config));
             assert_eq!(access.withheld.is_empty(), kept, "{name} {value}");
             assert!(kept || !serde_json::to_string(&access).unwrap().contains("hunter2"), "{name}");
         }
@@ -379,8 +387,8 @@ mod tests {
         assert!(!here.needs().contains("hunter2") && here.withheld.len() == 2);
     }
 
-    fn surroundings(set: &[(&str, &str)]) -> Surroundings {
-        Surroundings::of_environment(|name| {
+    fn surroundings(set: &[(&str, &str)]) -> AwsEnvironment {
+        AwsEnvironment::of_environment(|name| {
             set.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value))
         })
     }

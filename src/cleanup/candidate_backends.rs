@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::aws::access;
-use crate::aws::access::{Access, Surroundings};
-use crate::cleanup::destinations::Destinations;
+use crate::aws::redacted_backend;
+use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
+use crate::cleanup::planned_backends::PlannedBackends;
 use crate::cleanup::working_directory::Within;
-use crate::lock::place::{self, Place, Workspaces};
+use crate::lock::location::{self, LockLocation, Workspaces};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -19,7 +19,7 @@ pub(crate) fn is_for_any_workspace(command: &str) -> bool {
 
 /// The backends and workspaces of a run.
 #[derive(Clone, Debug)]
-pub(crate) struct Places {
+pub(crate) struct CandidateBackends {
     /// The most likely first.
     pub(crate) directories: Vec<DataDirectory>,
     pub(crate) workspaces: Vec<String>,
@@ -31,15 +31,15 @@ pub(crate) struct Places {
     pub(crate) working_directory: PathBuf,
 }
 
-impl Places {
+impl CandidateBackends {
     /// Those of a run of `command_line` in the directory `current`, whose data directory said so `before`, and says so
-    /// `after`, and which leads to `destinations`.
+    /// `after`, and which leads to `planned_backends`.
     pub(crate) fn new(
         current: &Path,
         before: &DataDirectory,
         after: DataDirectory,
         command_line: &CommandLine,
-        destinations: &Destinations,
+        planned_backends: &PlannedBackends,
     ) -> Self {
         // TF_WORKSPACE wins over what is selected (internal/command/meta.go, `WorkspaceOverridden`).
         let mut workspaces = match std::env::var("TF_WORKSPACE") {
@@ -52,15 +52,15 @@ impl Places {
         }
         let data_directory = DataDirectory::path(current, command_line).to_string_lossy().into_owned();
         let working_directory = command_line.working_directory(current);
-        let configured = destinations.configured(&after.workspace);
+        let configured = planned_backends.configured(&after.workspace);
         let directories = [after, before.clone()].into_iter().chain(configured).collect();
         let any_workspace = is_for_any_workspace(&command_line.command());
         Self { directories, workspaces, any_workspace, data_directory, working_directory }
     }
 
     /// The same, with what the plan of the run says.
-    pub(crate) fn with_plan(mut self, destinations: &Destinations) -> Self {
-        if let Some(planned) = destinations.planned() {
+    pub(crate) fn with_plan(mut self, planned_backends: &PlannedBackends) -> Self {
+        if let Some(planned) = planned_backends.planned() {
             self.workspaces.push(planned.workspace.clone());
             self.directories.push(planned);
         }
@@ -68,20 +68,20 @@ impl Places {
     }
 
     /// The backends, and how they are reached.
-    fn access(&self) -> (Vec<Access>, Surroundings) {
-        access::of_run(self.backends())
+    fn access(&self) -> (Vec<RedactedBackend>, AwsEnvironment) {
+        redacted_backend::of_run(self.backends())
     }
 
     /// The same, and as whom `run` reaches them, whose terraform is about to start: as far as no file has to be read for it. What
     /// is written down before terraform starts must not wait.
-    pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<Access>, Surroundings) {
+    pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let (access, mut surroundings) = self.access();
         surroundings.identify_without_files(run, &access, &self.backends().collect::<Vec<_>>());
         (access, surroundings)
     }
 
     /// The same with what the shared files tell: to be asked where nobody waits for it.
-    pub(crate) fn identified(&self, run: &str) -> (Vec<Access>, Surroundings) {
+    pub(crate) fn identified(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let _there = Within::enter(&self.working_directory);
         let (access, mut surroundings) = self.access();
         surroundings.identify(run, &access, &self.backends().collect::<Vec<_>>());
@@ -93,25 +93,25 @@ impl Places {
     }
 
     /// Where a lock that a log recorded can be.
-    pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<Place> {
+    pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
-        place::find(recorded, &directories, self.usable())
+        location::find(recorded, &directories, self.usable())
     }
 
     /// Where a lock can be that a log does not name.
-    pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<Place> {
+    pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
-        place::find_unnamed(unnamed, &directories, self.usable())
+        location::find_unnamed(unnamed, &directories, self.usable())
     }
 
     /// Where the state `bucket`/`key` is.
-    pub(crate) fn of_state(&self, bucket: &str, key: &str) -> Vec<Place> {
+    pub(crate) fn of_state(&self, bucket: &str, key: &str) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
-        place::of_state(bucket, key, &directories, self.usable())
+        location::of_state(bucket, key, &directories, self.usable())
     }
 
     /// The workspace whose state is at `place`. `None` where it is not one of those that this run is known to have used.
-    pub(crate) fn workspace_of(&self, place: &Place) -> Option<&str> {
+    pub(crate) fn workspace_of(&self, place: &LockLocation) -> Option<&str> {
         let is_it = |name: &&String| place.backend.state_key(name).as_deref() == Some(&place.key);
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
@@ -126,9 +126,9 @@ impl Places {
     }
 
     /// Where a command without further words would lock.
-    pub(crate) fn selected(&self) -> Option<Place> {
+    pub(crate) fn selected(&self) -> Option<LockLocation> {
         let backend = self.directories.iter().find_map(|directory| directory.backend.as_ref())?;
-        let place = Place {
+        let place = LockLocation {
             bucket: backend.string("bucket")?.to_owned(),
             key: backend.state_key(self.workspaces.first()?)?,
             table: backend.string("dynamodb_table").map(ToOwned::to_owned),

@@ -19,35 +19,35 @@ use super::{descriptor, disposition};
 
 /// The witness, as its parent sees it. It is ended when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Witness {
+pub(crate) struct GroupSignalWatcher {
     pid: Pid,
-    reports: OwnedFd,
+    received: OwnedFd,
 }
 
-impl Witness {
+impl GroupSignalWatcher {
     /// Puts a witness into the process group `group`, and waits until it is there. There must be one thread.
     ///
     /// # Errors
     /// What fork(2) says; EPERM when the group is gone.
     pub(crate) fn place(group: Pid) -> io::Result<Self> {
-        let (reports, pen) = descriptor::pipe()?;
+        let (received, writer) = descriptor::pipe()?;
         let parent = nix::unistd::getpid();
         let blocked = AllBlocked::now()?;
         // SAFETY: one thread; the child calls only async-signal-safe functions.
         let pid = match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()),
-            0 => watch(group, parent, pen.as_raw_fd()),
+            0 => watch(group, parent, writer.as_raw_fd()),
             pid => Pid::from_raw(pid),
         };
-        drop((pen, blocked));
-        let witness = Self { pid, reports };
+        drop((writer, blocked));
+        let group_signal_watcher = Self { pid, received };
         // Its first byte says that it is in the group: only now may the terminal be lent.
         let mut byte = [0];
-        match nix::unistd::read(&witness.reports, &mut byte) {
+        match nix::unistd::read(&group_signal_watcher.received, &mut byte) {
             Ok(1) if byte[0] == 0 => {
                 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-                fcntl(&witness.reports, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-                Ok(witness)
+                fcntl(&group_signal_watcher.received, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+                Ok(group_signal_watcher)
             }
             _ => Err(io::Error::other("the witness could not join terraform's process group")),
         }
@@ -59,27 +59,27 @@ impl Witness {
     }
 
     /// The signals that the terminal has sent to the group since the last call.
-    pub(crate) fn reports(&self) -> Vec<Signal> {
+    pub(crate) fn received(&self) -> Vec<Signal> {
         let mut bytes = [0; 64];
-        let length = nix::unistd::read(&self.reports, &mut bytes).unwrap_or(0);
+        let length = nix::unistd::read(&self.received, &mut bytes).unwrap_or(0);
         bytes[..length].iter().filter_map(|&byte| Signal::try_from(i32::from(byte)).ok()).collect()
     }
 }
 
-impl AsFd for Witness {
+impl AsFd for GroupSignalWatcher {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.reports.as_fd()
+        self.received.as_fd()
     }
 }
 
-impl Drop for Witness {
+impl Drop for GroupSignalWatcher {
     fn drop(&mut self) {
         let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
         let _ = nix::sys::wait::waitpid(self.pid, None);
     }
 }
 
-fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
+fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
     // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal is blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
@@ -88,10 +88,10 @@ fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
             if libc::getppid() != parent.as_raw() {
                 libc::_exit(1);
             }
-            if pen > 0 {
-                libc::syscall(libc::SYS_close_range, 0, pen - 1, 0);
+            if writer > 0 {
+                libc::syscall(libc::SYS_close_range, 0, writer - 1, 0);
             }
-            libc::syscall(libc::SYS_close_range, pen + 1, libc::c_uint::MAX, 0);
+            libc::syscall(libc::SYS_close_range, writer + 1, libc::c_uint::MAX, 0);
         }
         let _ = parent;
         if libc::setpgid(0, group.as_raw()) != 0 {
@@ -107,12 +107,12 @@ fn watch(group: Pid, parent: Pid, pen: i32) -> ! {
             libc::sigaddset(&raw mut awaited, signal as i32);
         }
         let ready = 0u8;
-        libc::write(pen, (&raw const ready).cast(), 1);
+        libc::write(writer, (&raw const ready).cast(), 1);
         loop {
             let signal = wait_for(&awaited);
             if let Ok(byte) = u8::try_from(signal)
                 && byte > 0
-                && libc::write(pen, (&raw const byte).cast(), 1) != 1
+                && libc::write(writer, (&raw const byte).cast(), 1) != 1
             {
                 libc::_exit(0);
             }

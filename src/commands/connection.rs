@@ -14,14 +14,14 @@ use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
 use crate::console::visible;
 use crate::lock::stores::Stores;
-use crate::terraform::backend::{CachedBackend, Origin};
+use crate::terraform::backend::{BackendOrigin, CachedBackend};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::OtherBackend;
 
 /// Where to look. Without any of these: in the backend of the current directory.
 #[derive(Args, Clone, Debug, Default)]
-pub(super) struct Where {
+pub(super) struct LocationArgs {
     /// The working directory whose backend is meant, as terraform's own -chdir
     #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket"])]
     pub(super) chdir: Option<PathBuf>,
@@ -46,7 +46,7 @@ pub(super) struct Where {
 }
 
 /// What is to be looked at.
-pub(super) enum Target {
+pub(super) enum ScanTarget {
     /// A working directory.
     Directory(Directory),
     /// A table.
@@ -74,8 +74,8 @@ pub(super) struct Directory {
 }
 
 /// The target, and the services that it is in.
-pub(super) struct Reach {
-    pub(super) target: Target,
+pub(super) struct Connection {
+    pub(super) target: ScanTarget,
     pub(super) stores: Stores,
 }
 
@@ -163,7 +163,7 @@ impl Trouble {
     }
 }
 
-impl Where {
+impl LocationArgs {
     /// Whether a table or a bucket is meant, and no working directory.
     pub(super) fn is_outside(&self) -> bool {
         self.table.is_some() || self.bucket.is_some()
@@ -198,18 +198,18 @@ impl Where {
     ///
     /// # Errors
     /// [`Trouble`]: no backend, or not one that is understood; no region.
-    pub(super) async fn reach(&self) -> Result<Reach, Trouble> {
+    pub(super) async fn reach(&self) -> Result<Connection, Trouble> {
         let (target, stores) = if let Some(table) = &self.table {
-            (Target::Table(table.clone()), Stores::connect(&self.backend(), Purpose::Work).await?)
+            (ScanTarget::Table(table.clone()), Stores::connect(&self.backend(), Purpose::Work).await?)
         } else if let Some(bucket) = &self.bucket {
             let prefix = self.prefix.clone().unwrap_or_default();
-            (Target::Bucket(bucket.clone(), prefix), Stores::connect(&self.backend(), Purpose::Work).await?)
+            (ScanTarget::Bucket(bucket.clone(), prefix), Stores::connect(&self.backend(), Purpose::Work).await?)
         } else {
             let directory = self.directory()?;
             let stores = Stores::connect(&directory.backend, Purpose::Work).await?;
-            (Target::Directory(directory), stores)
+            (ScanTarget::Directory(directory), stores)
         };
-        Ok(Reach { target, stores })
+        Ok(Connection { target, stores })
     }
 
     /// A backend block that says what the options do.
@@ -225,7 +225,7 @@ impl Where {
             // What has one URL for everything has no host name for each bucket.
             config.insert("use_path_style".into(), Value::Bool(true));
         }
-        CachedBackend::from_parts("s3", config, Origin::default())
+        CachedBackend::from_parts("s3", config, BackendOrigin::default())
     }
 
     /// The working directory, as terraform sees it.
