@@ -11,18 +11,18 @@ use serde_json::{Value, json};
 
 use crate::support::authority::Authority;
 use crate::support::cloud::{Server, free_port, keep, tool};
-use crate::support::household::{Sweep, guardian_of, home, kill_all, tf_of, wait_until_gone};
 use crate::support::http::{self, Message};
 use crate::support::process::terraform_below;
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, who};
-use crate::support::{Ended, Lock, Run, Subject, World, wait_for};
+use crate::support::processes::{KillOnDrop, guardian_of, home, kill_all, tf_of, wait_until_gone};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, who};
+use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 use crate::versions::program;
 
 /// A directory with another backend, whose provisioner is `command`.
-fn write_main(world: &World, backend: &str, command: &str) {
+fn write_main(env: &TestEnv, backend: &str, command: &str) {
     let command = serde_json::to_string(command).unwrap();
-    world.write(
+    env.write(
         "main.tf",
         &format!(
             "terraform {{\n  {backend}\n}}\nresource \"terraform_data\" \"a\" {{\n  provisioner \"local-exec\" {{\n    command = {command}\n  }}\n}}\n"
@@ -31,23 +31,23 @@ fn write_main(world: &World, backend: &str, command: &str) {
 }
 
 #[track_caller]
-fn init(world: &World) {
-    let end = world.run(Subject::Tf, &["init", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+fn init(env: &TestEnv) {
+    let end = env.run(Subject::Tf, &["init", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
 
 #[track_caller]
-fn apply_again(world: &World) -> Ended {
-    world.go();
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+fn apply_again(env: &TestEnv) -> Ended {
+    env.unblock();
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     end
 }
 
 #[track_caller]
-fn start_bare(world: &World) -> Run {
-    let run = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
-    world.wait_for_began(&run);
+fn start_bare(env: &TestEnv) -> Run {
+    let run = env.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    env.wait_for_began(&run);
     run
 }
 
@@ -100,37 +100,37 @@ impl Storage {
         let which = Arc::clone(&held);
         let front = Proxy::start(port, move |request| {
             if request.start.starts_with("CONNECT ") {
-                return Deed::Tunnel(Arc::clone(&for_front));
+                return ProxyAction::Tunnel(Arc::clone(&for_front));
             }
             if !request.start.starts_with("DELETE ") || !request.start.contains(".tflock") {
-                return Deed::Pass;
+                return ProxyAction::Pass;
             }
             let mut seen = seen.lock().unwrap();
             seen.push(request.start.clone());
             if seen.len() == which.load(Ordering::SeqCst) {
-                return Deed::Hold;
+                return ProxyAction::Hold;
             }
             let wanted =
                 request.start.split("ifGenerationMatch=").nth(1).and_then(|rest| rest.split(['&', ' ']).next());
             let standing = generation(port);
             if wanted.is_some_and(|wanted| standing.as_deref() != Some(wanted)) {
-                return Deed::Answer(Message::answer("412 Precondition Failed", "{\"error\":{\"code\":412}}"));
+                return ProxyAction::Answer(Message::answer("412 Precondition Failed", "{\"error\":{\"code\":412}}"));
             }
-            Deed::Pass
+            ProxyAction::Pass
         });
         Self { port, deletes, held, front, authority, _server: server }
     }
 
     /// A directory that is at home there, initialised.
-    fn world(&self, command: &str) -> World {
-        let mut world = World::empty(Lock::File);
-        let above = world.directory.parent().unwrap().to_owned();
+    fn test_env(&self, command: &str) -> TestEnv {
+        let mut env = TestEnv::empty(Lock::File);
+        let above = env.directory.parent().unwrap().to_owned();
         std::fs::write(above.join("ca.pem"), &self.authority.pem).unwrap();
-        world.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
-        world.set("SSL_CERT_FILE", above.join("ca.pem")).set("GOOGLE_OAUTH_ACCESS_TOKEN", "fake");
-        write_main(&world, "backend \"gcs\" {\n    bucket = \"tfb\"\n    prefix = \"env/prod\"\n  }", command);
-        init(&world);
-        world
+        env.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
+        env.set("SSL_CERT_FILE", above.join("ca.pem")).set("GOOGLE_OAUTH_ACCESS_TOKEN", "fake");
+        write_main(&env, "backend \"gcs\" {\n    bucket = \"tfb\"\n    prefix = \"env/prod\"\n  }", command);
+        init(&env);
+        env
     }
 
     fn is_locked(&self) -> bool {
@@ -159,89 +159,89 @@ fn generation(port: u16) -> Option<String> {
 #[test]
 fn gcs_a_killed_terraform_leaves_its_lock_and_under_tf_none() {
     let storage = Storage::start();
-    let world = storage.world(WAITS);
-    let run = start_bare(&world);
+    let env = storage.test_env(WAITS);
+    let run = start_bare(&env);
     kill(run.pid(), Signal::SIGKILL).unwrap();
-    world.go();
+    env.unblock();
     run.wait();
     assert!(storage.is_locked(), "bare leaves it");
 
     for name in ["terraform", "tofu-1.6.2"] {
         let storage = Storage::start();
-        let mut world = storage.world(WAITS);
+        let mut env = storage.test_env(WAITS);
         if name != "terraform" {
-            world.set("TFW_TERRAFORM", program(name));
+            env.set("TFW_TERRAFORM", program(name));
         }
-        init(&world);
-        let run = world.start_apply(Subject::Tf);
+        init(&env);
+        let run = env.start_apply(Subject::Tf);
         assert!(storage.is_locked());
         let own = generation(storage.port).unwrap();
         let terraform = crate::versions::terraform_of(&run);
         kill(terraform, Signal::SIGKILL).unwrap();
         let end = run.wait();
-        assert!(end.err.contains("released the lock") && end.err.contains(&own), "{name}: {}", world.story(&end));
-        assert!(!storage.is_locked(), "{name}: {}", world.story(&end));
+        assert!(end.err.contains("released the lock") && end.err.contains(&own), "{name}: {}", env.dump(&end));
+        assert!(!storage.is_locked(), "{name}: {}", env.dump(&end));
         let deletes = storage.deletes.lock().unwrap().clone();
         assert!(deletes.iter().any(|delete| delete.contains(&format!("ifGenerationMatch={own}"))), "{deletes:?}");
-        apply_again(&world);
+        apply_again(&env);
     }
 }
 
 #[test]
 fn gcs_anothers_lock_stands_whenever_it_came() {
     let storage = Storage::start();
-    let world = storage.world("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+    let env = storage.test_env("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
     // Before we look: made a moment later than ours.
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
-    world.wait_for_trace("ending ");
+    env.wait_for_trace("ending ");
     let theirs = storage.put_lock(&jiff::Timestamp::now().to_string());
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", world.story(&end));
-    assert!(end.err.contains(&theirs) && !end.err.contains("released the lock"), "{}", world.story(&end));
+    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", env.dump(&end));
+    assert!(end.err.contains(&theirs) && !end.err.contains("released the lock"), "{}", env.dump(&end));
     http::ask(storage.port, "DELETE", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"");
 
     // Between our look and our delete.
-    let _ = std::fs::remove_file(world.directory.join("began"));
-    let _ = std::fs::remove_file(world.directory.join("go"));
-    let run = world.start_apply(Subject::Tf);
+    let _ = std::fs::remove_file(env.directory.join("began"));
+    let _ = std::fs::remove_file(env.directory.join("go"));
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
-    world.go();
+    env.unblock();
     run.wait_for_err("its lock is kept for 10 s");
     let theirs = storage.put_lock(&jiff::Timestamp::now().to_string());
     let end = run.wait();
-    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", world.story(&end));
+    assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", env.dump(&end));
 }
 
 #[test]
 fn gcs_when_tf_is_killed_the_guardian_or_the_next_tf_gives_it_back() {
     for everything in [false, true] {
         let storage = Storage::start();
-        let world = storage.world(WAITS);
-        let _sweep = Sweep(home(&world));
-        let run = world.start_apply(Subject::Tf);
-        let (tf, terraform) = (tf_of(&world), terraform_below(run.pid()));
-        let guardian = guardian_of(&world, tf);
+        let env = storage.test_env(WAITS);
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = env.start_apply(Subject::Tf);
+        let (tf, terraform) = (tf_of(&env), terraform_below(run.pid()));
+        let guardian = guardian_of(&env, tf);
         if everything {
             wait_for(
                 "the journal",
-                || (world.trace().matches("guardian: journal written: true").count() > 0).then_some(()),
-                || world.trace(),
+                || (env.trace().matches("guardian: journal written: true").count() > 0).then_some(()),
+                || env.trace(),
             );
-            kill_all(&world);
+            kill_all(&env);
             run.wait();
             assert!(storage.is_locked());
-            let end = world.run(Subject::Tf, &["locks", "recover"]);
-            assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+            let end = env.run(Subject::Tf, &["locks", "recover"]);
+            assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
         } else {
             kill(tf, Signal::SIGKILL).unwrap();
             kill(terraform, Signal::SIGKILL).unwrap();
             run.wait();
-            wait_until_gone(&world, guardian);
+            wait_until_gone(&env, guardian);
         }
-        assert!(!storage.is_locked(), "{everything}: {}", world.trace());
-        apply_again(&world);
+        assert!(!storage.is_locked(), "{everything}: {}", env.trace());
+        apply_again(&env);
     }
 }
 
@@ -251,8 +251,8 @@ fn gcs_when_tf_is_killed_the_guardian_or_the_next_tf_gives_it_back() {
 fn gcs_a_question_that_nobody_waits_for_leaves_no_lock_of_its_own() {
     for closed in [false, true] {
         let storage = Storage::start();
-        let world = storage.world(WAITS);
-        let run = world.start_apply(Subject::Tf);
+        let env = storage.test_env(WAITS);
+        let run = env.start_apply(Subject::Tf);
         // The first delete is the release's, the second the question's own.
         storage.held.store(2, Ordering::SeqCst);
         run.kill_terraform();
@@ -263,37 +263,37 @@ fn gcs_a_question_that_nobody_waits_for_leaves_no_lock_of_its_own() {
         } else {
             // Two at once would be one to the kernel.
             run.send(Signal::SIGINT);
-            world.wait_for_trace("an interrupt while terraform is asked");
+            env.wait_for_trace("an interrupt while terraform is asked");
             run.send(Signal::SIGINT);
         }
         run.wait();
         storage.front.let_go();
-        wait_for("the end of the question", || (!storage.is_locked()).then_some(()), || world.trace());
+        wait_for("the end of the question", || (!storage.is_locked()).then_some(()), || env.trace());
     }
 }
 
 #[test]
 fn gcs_a_run_that_ends_by_itself_is_left_alone_and_so_is_a_service_that_is_not_googles() {
     let storage = Storage::start();
-    let mut world = storage.world(WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let mut env = storage.test_env(WAITS);
+    let run = env.start_apply(Subject::Tf);
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert!(end.code() == Some(1) && !end.err.contains("tf: "), "{}", world.story(&end));
+    assert!(end.code() == Some(1) && !end.err.contains("tf: "), "{}", env.dump(&end));
     assert!(!storage.is_locked());
 
-    let _ = std::fs::remove_file(world.directory.join("began"));
-    let _ = std::fs::remove_file(world.directory.join("go"));
-    world.set("GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", format!("http://127.0.0.1:{}/storage/v1/b", storage.port));
-    let run = world.start_apply(Subject::Tf);
+    let _ = std::fs::remove_file(env.directory.join("began"));
+    let _ = std::fs::remove_file(env.directory.join("go"));
+    env.set("GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", format!("http://127.0.0.1:{}/storage/v1/b", storage.port));
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
     assert!(
         end.err.contains("was not released") && end.err.contains("bucket tfb, prefix env/prod"),
         "{}",
-        world.story(&end)
+        env.dump(&end)
     );
     assert!(storage.is_locked());
 }
@@ -337,7 +337,11 @@ impl Blobs {
         let authority = Authority::new();
         let for_front = Arc::clone(&authority);
         let front = Proxy::start(port, move |request| {
-            if request.start.starts_with("CONNECT ") { Deed::Tunnel(Arc::clone(&for_front)) } else { Deed::Pass }
+            if request.start.starts_with("CONNECT ") {
+                ProxyAction::Tunnel(Arc::clone(&for_front))
+            } else {
+                ProxyAction::Pass
+            }
         });
         let blobs = Self { port, signature, front, authority, _server: server };
         assert_eq!(blobs.ask("PUT", "tfc?restype=container&", &[]).status(), 201);
@@ -354,51 +358,51 @@ impl Blobs {
         answer.header("x-ms-lease-state") == Some("leased")
     }
 
-    fn world(&self, command: &str) -> World {
-        let mut world = World::empty(Lock::File);
-        let above = world.directory.parent().unwrap().to_owned();
+    fn test_env(&self, command: &str) -> TestEnv {
+        let mut env = TestEnv::empty(Lock::File);
+        let above = env.directory.parent().unwrap().to_owned();
         std::fs::write(above.join("ca.pem"), &self.authority.pem).unwrap();
-        world.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
-        world.set("SSL_CERT_FILE", above.join("ca.pem"));
+        env.set("HTTPS_PROXY", format!("http://127.0.0.1:{}", self.front.port));
+        env.set("SSL_CERT_FILE", above.join("ca.pem"));
         let backend = format!(
             "backend \"azurerm\" {{\n    storage_account_name = \"devstoreaccount1\"\n    container_name = \"tfc\"\n    key = \"prod.tfstate\"\n    sas_token = \"{}\"\n  }}",
             self.signature
         );
-        write_main(&world, &backend, command);
-        init(&world);
-        world
+        write_main(&env, &backend, command);
+        init(&env);
+        env
     }
 }
 
 #[test]
 fn azurerm_a_killed_terraform_leaves_its_lease_and_under_tf_none() {
     let blobs = Blobs::start();
-    let world = blobs.world(WAITS);
-    let run = start_bare(&world);
+    let env = blobs.test_env(WAITS);
+    let run = start_bare(&env);
     kill(run.pid(), Signal::SIGKILL).unwrap();
-    world.go();
+    env.unblock();
     run.wait();
     assert!(blobs.is_locked(), "bare leaves it");
 
     let blobs = Blobs::start();
-    let world = blobs.world(WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = blobs.test_env(WAITS);
+    let run = env.start_apply(Subject::Tf);
     assert!(blobs.is_locked());
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert!(!end.err.contains("sig=") && !world.trace().contains("sig="), "{}", world.story(&end));
-    assert!(!blobs.is_locked(), "{}", world.story(&end));
-    apply_again(&world);
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(!end.err.contains("sig=") && !env.trace().contains("sig="), "{}", env.dump(&end));
+    assert!(!blobs.is_locked(), "{}", env.dump(&end));
+    apply_again(&env);
 }
 
 #[test]
 fn azurerm_anothers_lease_stands() {
     let blobs = Blobs::start();
-    let world = blobs.world("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
-    let run = world.start_apply(Subject::Tf);
+    let env = blobs.test_env("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
-    world.wait_for_trace("ending ");
+    env.wait_for_trace("ending ");
     // A person breaks it, and another's terraform takes it.
     let broken = blobs.ask(
         "PUT",
@@ -409,11 +413,11 @@ fn azurerm_anothers_lease_stands() {
     let id = "22222222-3333-4444-5555-666666666666";
     let headers = [("x-ms-lease-action", "acquire"), ("x-ms-lease-duration", "-1"), ("x-ms-proposed-lease-id", id)];
     assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &headers).status(), 201);
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
     let still = [("x-ms-lease-action", "renew"), ("x-ms-lease-id", id)];
-    assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &still).status(), 200, "{}", world.story(&end));
+    assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &still).status(), 200, "{}", env.dump(&end));
 }
 
 /// A server of the `http` backend's protocol that unlocks whoever asks, as the protocol allows.
@@ -430,11 +434,11 @@ impl States {
         let proxy = Proxy::start(0, move |request| {
             let (mut held, mut states) = (lock.lock().unwrap(), states.lock().unwrap());
             let method = request.start.split(' ').next().unwrap_or_default();
-            let ok = || Deed::Answer(Message::answer("200 OK", ""));
+            let ok = || ProxyAction::Answer(Message::answer("200 OK", ""));
             match method {
                 "LOCK" => {
                     if let Some(theirs) = held.as_ref() {
-                        return Deed::Answer(Message::answer("423 Locked", theirs));
+                        return ProxyAction::Answer(Message::answer("423 Locked", theirs));
                     }
                     *held = Some(request.text());
                     ok()
@@ -448,77 +452,77 @@ impl States {
                     ok()
                 }
                 _ => match states.get("state") {
-                    Some(state) => Deed::Answer(Message::answer("200 OK", &String::from_utf8_lossy(state))),
-                    None => Deed::Answer(Message::answer("404 Not Found", "")),
+                    Some(state) => ProxyAction::Answer(Message::answer("200 OK", &String::from_utf8_lossy(state))),
+                    None => ProxyAction::Answer(Message::answer("404 Not Found", "")),
                 },
             }
         });
         Self { proxy, held }
     }
 
-    fn world(&self, command: &str) -> World {
-        let world = World::empty(Lock::File);
+    fn test_env(&self, command: &str) -> TestEnv {
+        let env = TestEnv::empty(Lock::File);
         let url = format!("http://127.0.0.1:{}/state", self.proxy.port);
         let backend = format!(
             "backend \"http\" {{\n    address = \"{url}?token=hunter2\"\n    lock_address = \"{url}\"\n    unlock_address = \"{url}\"\n  }}"
         );
-        write_main(&world, &backend, command);
-        init(&world);
-        world
+        write_main(&env, &backend, command);
+        init(&env);
+        env
     }
 }
 
 #[test]
 fn http_its_lock_is_named_and_never_unlocked_for_its_unlock_hits_anybody() {
     let states = States::start();
-    let world = states.world(WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = states.test_env(WAITS);
+    let run = env.start_apply(Subject::Tf);
     let own = states.held.lock().unwrap().clone().unwrap();
     run.kill_terraform();
     let end = run.wait();
-    assert_eq!(states.held.lock().unwrap().as_ref(), Some(&own), "{}", world.story(&end));
-    assert!(end.err.contains("backend http") && end.err.contains("was not released"), "{}", world.story(&end));
-    assert!(end.err.contains(&format!("http://127.0.0.1:{}/state", states.proxy.port)), "{}", world.story(&end));
+    assert_eq!(states.held.lock().unwrap().as_ref(), Some(&own), "{}", env.dump(&end));
+    assert!(end.err.contains("backend http") && end.err.contains("was not released"), "{}", env.dump(&end));
+    assert!(end.err.contains(&format!("http://127.0.0.1:{}/state", states.proxy.port)), "{}", env.dump(&end));
     assert!(!end.err.contains("hunter2"), "{}", end.err);
     // Why: with any ID at all terraform's own unlock takes it from whoever holds it.
-    let end = world.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let end = env.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert_eq!(*states.held.lock().unwrap(), None);
     // And a run that ends well leaves nothing and says nothing.
-    assert!(apply_again(&world).err.is_empty());
+    assert!(apply_again(&env).err.is_empty());
 }
 
 #[test]
 fn http_a_lock_that_the_guardian_can_only_name_the_next_tf_names() {
     let states = States::start();
-    let world = states.world(WAITS);
-    let _sweep = Sweep(home(&world));
-    let run = world.start_apply(Subject::Tf);
-    let (tf, terraform) = (tf_of(&world), terraform_below(run.pid()));
-    let guardian = guardian_of(&world, tf);
+    let env = states.test_env(WAITS);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let run = env.start_apply(Subject::Tf);
+    let (tf, terraform) = (tf_of(&env), terraform_below(run.pid()));
+    let guardian = guardian_of(&env, tf);
     kill(tf, Signal::SIGKILL).unwrap();
     kill(terraform, Signal::SIGKILL).unwrap();
     run.wait();
-    wait_until_gone(&world, guardian);
+    wait_until_gone(&env, guardian);
     for named in [true, false] {
-        let end = world.run(Subject::Tf, &["locks", "recover"]);
+        let end = env.run(Subject::Tf, &["locks", "recover"]);
         let said = end.out.clone() + &end.err;
-        assert_eq!(said.contains("backend http") && said.contains("was not released"), named, "{}", world.story(&end));
+        assert_eq!(said.contains("backend http") && said.contains("was not released"), named, "{}", env.dump(&end));
     }
     assert!(states.held.lock().unwrap().is_some());
 }
 
 #[test]
 fn local_a_lock_ends_with_its_process_and_nothing_is_said() {
-    let world = World::empty(Lock::File);
-    write_main(&world, "backend \"local\" {}", WAITS);
-    init(&world);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::empty(Lock::File);
+    write_main(&env, "backend \"local\" {}", WAITS);
+    init(&env);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(!end.err.contains("lock"), "{}", world.story(&end));
-    assert!(world.exists(".terraform.tfstate.lock.info"), "what stays is ignored");
-    assert!(apply_again(&world).err.is_empty());
+    assert!(!end.err.contains("lock"), "{}", env.dump(&end));
+    assert!(env.exists(".terraform.tfstate.lock.info"), "what stays is ignored");
+    assert!(apply_again(&env).err.is_empty());
 }
 
 /// PostgreSQL, which does not run as root.
@@ -586,37 +590,33 @@ impl Drop for Postgres {
 #[test]
 fn pg_a_lock_ends_with_its_connection_and_nothing_is_said() {
     let postgres = Postgres::start();
-    let world = World::empty(Lock::File);
+    let env = TestEnv::empty(Lock::File);
     let url = format!("postgres://postgres:hunter2@127.0.0.1:{}/tf?sslmode=disable", postgres.port);
-    write_main(&world, &format!("backend \"pg\" {{\n    conn_str = \"{url}\"\n  }}"), WAITS);
-    init(&world);
-    let run = world.start_apply(Subject::Tf);
+    write_main(&env, &format!("backend \"pg\" {{\n    conn_str = \"{url}\"\n  }}"), WAITS);
+    init(&env);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(!end.err.contains("lock") && !end.err.contains("hunter2"), "{}", world.story(&end));
-    assert!(apply_again(&world).err.is_empty());
+    assert!(!end.err.contains("lock") && !end.err.contains("hunter2"), "{}", env.dump(&end));
+    assert!(apply_again(&env).err.is_empty());
     // Why nothing is done: its force-unlock answers success to anything.
-    let end = world.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let end = env.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
 
 #[test]
 fn what_tf_locks_says_of_another_backend_is_what_the_table_says() {
     let states = States::start();
-    let world = states.world("true");
-    let end = world.run(Subject::Tf, &["locks"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(
-        end.err.contains("is \"http\"") && end.err.contains("ask the server of the state"),
-        "{}",
-        world.story(&end)
-    );
+    let env = states.test_env("true");
+    let end = env.run(Subject::Tf, &["locks"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("is \"http\"") && end.err.contains("ask the server of the state"), "{}", env.dump(&end));
     assert!(!end.err.contains("hunter2"), "{}", end.err);
-    let end = world.run(Subject::Tf, &["locks", "doctor"]);
+    let end = env.run(Subject::Tf, &["locks", "doctor"]);
     assert!(
         end.out.contains("note   backend: http, ") && end.out.contains("named, and not given back"),
         "{}",
-        world.story(&end)
+        env.dump(&end)
     );
     assert!(!end.out.contains("hunter2"), "{}", end.out);
 }

@@ -11,12 +11,12 @@ use super::reached_alike::to_services;
 use super::survived::{assert_nothing_left, records};
 use crate::support::authority::Authority;
 use crate::support::cloud::cloud;
-use crate::support::household::{kill_all, wait_until_ours_are_gone};
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{UNSET, WAITS, id_of};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::processes::{kill_all, wait_until_ours_are_gone};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{UNSET, WAITS, id_of};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// Accounts, which are their own keys in MiniStack.
 const A: &str = "111111111111";
@@ -28,8 +28,8 @@ const OLD: &str = "test";
 const SEEN_BY_OTHERS: &str = "cannot be seen with the current credentials";
 
 /// Makes `profile` the default one.
-fn log_in(world: &World, profile: &str) {
-    let directory = world.directory.parent().unwrap().join("home/.aws");
+fn log_in(env: &TestEnv, profile: &str) {
+    let directory = env.directory.parent().unwrap().join("home/.aws");
     fs::create_dir_all(&directory).unwrap();
     fs::write(directory.join("credentials"), format!("[default]\n{profile}\n")).unwrap();
 }
@@ -39,8 +39,8 @@ fn key(key: &str) -> String {
 }
 
 /// A profile that tells nothing of its account.
-fn process(world: &World) -> String {
-    let gives = world.directory.join("gives");
+fn process(env: &TestEnv) -> String {
+    let gives = env.directory.join("gives");
     let credentials = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"s"}"#;
     fs::write(&gives, format!("#!/bin/sh\nprintf '{credentials}'\n")).unwrap();
     fs::set_permissions(&gives, fs::Permissions::from_mode(0o755)).unwrap();
@@ -49,67 +49,67 @@ fn process(world: &World) -> String {
 
 /// A store in which each account has its buckets for itself, as many have that are not AWS: B has one of the same name, which is
 /// empty. MiniStack, as AWS, gives each name once.
-fn a_store_that_keeps_accounts_apart(world: &mut World) -> Proxy {
+fn a_store_that_keeps_accounts_apart(env: &mut TestEnv) -> Proxy {
     const ABSENT: &str = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
     let proxy = Proxy::start(cloud().port, |request: &Message| {
         let is_bs = request.header("authorization").is_some_and(|text| text.contains(&format!("Credential={B}/")));
         let is_s3 = request.header("authorization").is_some_and(|text| text.contains("/s3/"));
-        if is_bs && is_s3 { Deed::Answer(Message::answer("404 Not Found", ABSENT)) } else { Deed::Pass }
+        if is_bs && is_s3 { ProxyAction::Answer(Message::answer("404 Not Found", ABSENT)) } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
     proxy
 }
 
 /// A world whose credentials are those of the default profile, `profile`, of `owner`.
-fn world(lock: Lock, owner: &str, profile: &str) -> World {
-    let mut world = World::empty(lock);
+fn test_env(lock: Lock, owner: &str, profile: &str) -> TestEnv {
+    let mut env = TestEnv::empty(lock);
     for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
-        world.set(name, UNSET);
+        env.set(name, UNSET);
     }
     if owner != OLD {
-        assert_eq!(cloud().s3("DELETE", &world.bucket, b"").status(), 204);
-        assert_eq!(cloud().s3_as(owner, "PUT", &world.bucket, b"").status(), 200);
+        assert_eq!(cloud().s3("DELETE", &env.bucket, b"").status(), 204);
+        assert_eq!(cloud().s3_as(owner, "PUT", &env.bucket, b"").status(), 200);
     }
     for account in [A, B] {
-        cloud().create_table_as(account, &world.table);
+        cloud().create_table_as(account, &env.table);
     }
-    log_in(&world, profile);
-    world.write_main("", WAITS);
-    world.init();
-    world
+    log_in(&env, profile);
+    env.write_main("", WAITS);
+    env.init();
+    env
 }
 
 /// The halves of the lock that exist in `account`.
-fn locks(world: &World, account: &str) -> Vec<String> {
-    let item = (world.lock != Lock::File).then(|| cloud().item_as(account, &world.table, &world.path())).flatten();
-    let object = cloud().s3_as(account, "GET", &format!("{}.tflock", world.path()), b"");
-    let object = (object.status() == 200 && world.lock != Lock::DynamoDb).then(|| object.text());
+fn locks(env: &TestEnv, account: &str) -> Vec<String> {
+    let item = (env.lock != Lock::File).then(|| cloud().item_as(account, &env.table, &env.path())).flatten();
+    let object = cloud().s3_as(account, "GET", &format!("{}.tflock", env.path()), b"");
+    let object = (object.status() == 200 && env.lock != Lock::DynamoDb).then(|| object.text());
     item.into_iter().chain(object).collect()
 }
 
 /// Somebody unlocks it by force, as `account`.
-fn force_unlock(world: &World, account: &str) {
-    let key = serde_json::json!({"TableName": world.table, "Key": {"LockID": {"S": world.path()}}});
+fn force_unlock(env: &TestEnv, account: &str) {
+    let key = serde_json::json!({"TableName": env.table, "Key": {"LockID": {"S": env.path()}}});
     cloud().dynamodb_as(account, "DeleteItem", &key);
-    cloud().s3_as(account, "DELETE", &format!("{}.tflock", world.path()), b"");
-    assert!(locks(world, account).is_empty());
+    cloud().s3_as(account, "DELETE", &format!("{}.tflock", env.path()), b"");
+    assert!(locks(env, account).is_empty());
 }
 
 /// An apply at work, whose lock is written down. Gives its ID.
-fn apply(world: &World, account: &str) -> (Run, String) {
-    let run = world.start_apply(Subject::Tf);
-    let held = locks(world, account);
+fn apply(env: &TestEnv, account: &str) -> (Run, String) {
+    let run = env.start_apply(Subject::Tf);
+    let held = locks(env, account);
     let id = id_of(held.first().expect("a lock"));
     let written = || {
-        let mut texts = records(world).into_iter().map(|path| fs::read_to_string(path).unwrap_or_default());
+        let mut texts = records(env).into_iter().map(|path| fs::read_to_string(path).unwrap_or_default());
         texts.any(|text| text.contains(&id)).then_some(())
     };
-    wait_for("the journal", written, || world.trace());
+    wait_for("the journal", written, || env.trace());
     (run, id)
 }
 
 /// Ends it by force: terraform alone, with `tf`, or with everybody. Gives what `tf` said, if it lived to say it.
-fn end(world: &World, run: Run, who: Who) -> Option<Ended> {
+fn end(env: &TestEnv, run: Run, who: Who) -> Option<Ended> {
     let end = match who {
         Who::Terraform => {
             run.kill_terraform();
@@ -120,22 +120,22 @@ fn end(world: &World, run: Run, who: Who) -> Option<Ended> {
                 kill(pid, Signal::SIGKILL).unwrap();
             }
             run.wait();
-            wait_until_ours_are_gone(world);
+            wait_until_ours_are_gone(env);
             None
         }
         Who::Everybody => {
-            kill_all(world);
+            kill_all(env);
             drop(run);
             None
         }
     };
-    let _ = fs::remove_file(world.directory.join("began"));
+    let _ = fs::remove_file(env.directory.join("began"));
     end
 }
 
 /// From anywhere. The SDK finds the shell of a `credential_process` on PATH.
-fn recover(world: &World, more: &[&str]) -> Ended {
-    let mut command = world.command(world.bin().join("tf"));
+fn recover(env: &TestEnv, more: &[&str]) -> Ended {
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]).args(more).current_dir("/");
     Run::start(command).wait()
 }
@@ -155,30 +155,30 @@ impl Who {
 fn a_lock_that_another_accounts_profile_does_not_see_is_not_gone() {
     for lock in [Lock::DynamoDb, Lock::File] {
         for who in Who::ALL {
-            let mut world = world(lock, A, &key(A));
-            let _proxy = a_store_that_keeps_accounts_apart(&mut world);
-            let (run, id) = apply(&world, A);
-            log_in(&world, &key(B));
-            if let Some(end) = end(&world, run, who) {
-                assert!(end.err.contains(SEEN_BY_OTHERS), "{lock:?}: {}", world.story(&end));
-                assert!(end.err.contains(&format!("credentials of account {A}")), "{lock:?}: {}", world.story(&end));
-                assert!(end.err.contains(&format!("--forget {id}")), "{lock:?}: {}", world.story(&end));
+            let mut env = test_env(lock, A, &key(A));
+            let _proxy = a_store_that_keeps_accounts_apart(&mut env);
+            let (run, id) = apply(&env, A);
+            log_in(&env, &key(B));
+            if let Some(end) = end(&env, run, who) {
+                assert!(end.err.contains(SEEN_BY_OTHERS), "{lock:?}: {}", env.dump(&end));
+                assert!(end.err.contains(&format!("credentials of account {A}")), "{lock:?}: {}", env.dump(&end));
+                assert!(end.err.contains(&format!("--forget {id}")), "{lock:?}: {}", env.dump(&end));
             }
-            assert_eq!(locks(&world, A).len(), 1, "{lock:?} {who:?}");
-            assert_eq!(records(&world).len(), 1, "{lock:?} {who:?}: {}", world.trace());
+            assert_eq!(locks(&env, A).len(), 1, "{lock:?} {who:?}");
+            assert_eq!(records(&env).len(), 1, "{lock:?} {who:?}: {}", env.trace());
             for _ in 0..2 {
-                let end = recover(&world, &[]);
-                assert_eq!(end.code(), Some(2), "{lock:?} {who:?}: {}", world.story(&end));
-                assert!(end.out.contains(SEEN_BY_OTHERS), "{lock:?} {who:?}: {}", world.story(&end));
-                assert!(end.out.contains(&format!("credentials of account {A}")), "{}", world.story(&end));
-                assert_eq!(locks(&world, A).len(), 1, "{lock:?} {who:?}");
+                let end = recover(&env, &[]);
+                assert_eq!(end.code(), Some(2), "{lock:?} {who:?}: {}", env.dump(&end));
+                assert!(end.out.contains(SEEN_BY_OTHERS), "{lock:?} {who:?}: {}", env.dump(&end));
+                assert!(end.out.contains(&format!("credentials of account {A}")), "{}", env.dump(&end));
+                assert_eq!(locks(&env, A).len(), 1, "{lock:?} {who:?}");
             }
-            log_in(&world, &key(A));
-            let end = recover(&world, &[]);
-            assert_eq!(end.code(), Some(0), "{lock:?} {who:?}: {}", world.story(&end));
-            assert!(end.out.contains("released the lock"), "{lock:?} {who:?}: {}", world.story(&end));
-            assert!(locks(&world, A).is_empty(), "{lock:?} {who:?}");
-            assert_nothing_left(&world);
+            log_in(&env, &key(A));
+            let end = recover(&env, &[]);
+            assert_eq!(end.code(), Some(0), "{lock:?} {who:?}: {}", env.dump(&end));
+            assert!(end.out.contains("released the lock"), "{lock:?} {who:?}: {}", env.dump(&end));
+            assert!(locks(&env, A).is_empty(), "{lock:?} {who:?}");
+            assert_nothing_left(&env);
         }
     }
 }
@@ -188,15 +188,15 @@ fn a_lock_that_another_accounts_profile_does_not_see_is_not_gone() {
 fn a_lock_that_is_gone_in_its_own_account_is_gone_without_a_word() {
     for (account, profile) in [(A, key(A)), (OLD, key(OLD))] {
         for who in Who::ALL {
-            let world = world(Lock::Both, account, &profile);
-            let (run, _) = apply(&world, account);
-            force_unlock(&world, account);
-            if let Some(end) = end(&world, run, who) {
-                assert!(!end.err.contains("tf:"), "{account} {who:?}: {}", world.story(&end));
+            let env = test_env(Lock::Both, account, &profile);
+            let (run, _) = apply(&env, account);
+            force_unlock(&env, account);
+            if let Some(end) = end(&env, run, who) {
+                assert!(!end.err.contains("tf:"), "{account} {who:?}: {}", env.dump(&end));
             }
-            let end = recover(&world, &[]);
-            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{account} {who:?}: {}", world.story(&end));
-            assert_nothing_left(&world);
+            let end = recover(&env, &[]);
+            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{account} {who:?}: {}", env.dump(&end));
+            assert_nothing_left(&env);
         }
     }
 }
@@ -204,57 +204,57 @@ fn a_lock_that_is_gone_in_its_own_account_is_gone_without_a_word() {
 /// By the hash of its key alone.
 #[test]
 fn a_key_that_does_not_tell_its_account_is_told_from_another() {
-    let world = world(Lock::DynamoDb, OLD, &key(OLD));
-    let (run, _) = apply(&world, OLD);
-    log_in(&world, &key(B));
-    let end = end(&world, run, Who::Terraform).unwrap();
-    assert!(end.err.contains(SEEN_BY_OTHERS), "{}", world.story(&end));
-    assert_eq!(locks(&world, OLD).len(), 1);
-    log_in(&world, &key(OLD));
-    let end = recover(&world, &[]);
-    assert!(end.out.contains("released the lock"), "{}", world.story(&end));
+    let env = test_env(Lock::DynamoDb, OLD, &key(OLD));
+    let (run, _) = apply(&env, OLD);
+    log_in(&env, &key(B));
+    let end = end(&env, run, Who::Terraform).unwrap();
+    assert!(end.err.contains(SEEN_BY_OTHERS), "{}", env.dump(&end));
+    assert_eq!(locks(&env, OLD).len(), 1);
+    log_in(&env, &key(OLD));
+    let end = recover(&env, &[]);
+    assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
 }
 
 /// Nothing tells the account, and nothing tells that the place is the right one.
 #[test]
 fn where_nothing_tells_the_account_a_person_settles_it() {
     for who in Who::ALL {
-        let world = world(Lock::Both, OLD, &key(OLD));
-        log_in(&world, &process(&world));
-        let (run, id) = apply(&world, OLD);
-        force_unlock(&world, OLD);
-        if let Some(end) = end(&world, run, who) {
-            assert!(end.err.contains(SEEN_BY_OTHERS), "{who:?}: {}", world.story(&end));
-            assert!(end.err.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", world.story(&end));
+        let env = test_env(Lock::Both, OLD, &key(OLD));
+        log_in(&env, &process(&env));
+        let (run, id) = apply(&env, OLD);
+        force_unlock(&env, OLD);
+        if let Some(end) = end(&env, run, who) {
+            assert!(end.err.contains(SEEN_BY_OTHERS), "{who:?}: {}", env.dump(&end));
+            assert!(end.err.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", env.dump(&end));
         }
-        let end = recover(&world, &[]);
-        assert_eq!(end.code(), Some(2), "{who:?}: {}", world.story(&end));
-        assert!(end.out.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", world.story(&end));
+        let end = recover(&env, &[]);
+        assert_eq!(end.code(), Some(2), "{who:?}: {}", env.dump(&end));
+        assert!(end.out.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", env.dump(&end));
         // It is nobody else's business.
-        let mut other = World::new(Lock::File, "true");
-        other.set("HOME", world.directory.parent().unwrap().join("home"));
+        let mut other = TestEnv::new(Lock::File, "true");
+        other.set("HOME", env.directory.parent().unwrap().join("home"));
         let plan = other.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!((plan.code(), plan.err.as_str()), (Some(0), ""), "{who:?}: {}", other.story(&plan));
-        let unknown = recover(&world, &["--forget", "11111111-2222-3333-4444-555555555555"]);
-        assert_eq!((unknown.code(), records(&world).len()), (Some(1), 1), "{}", world.story(&unknown));
-        let end = recover(&world, &["--forget", &id]);
-        assert_eq!(end.code(), Some(0), "{who:?}: {}", world.story(&end));
-        assert!(end.out.contains("nothing was released"), "{who:?}: {}", world.story(&end));
-        assert_nothing_left(&world);
-        let end = recover(&world, &[]);
-        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{who:?}: {}", world.story(&end));
+        assert_eq!((plan.code(), plan.err.as_str()), (Some(0), ""), "{who:?}: {}", other.dump(&plan));
+        let unknown = recover(&env, &["--forget", "11111111-2222-3333-4444-555555555555"]);
+        assert_eq!((unknown.code(), records(&env).len()), (Some(1), 1), "{}", env.dump(&unknown));
+        let end = recover(&env, &["--forget", &id]);
+        assert_eq!(end.code(), Some(0), "{who:?}: {}", env.dump(&end));
+        assert!(end.out.contains("nothing was released"), "{who:?}: {}", env.dump(&end));
+        assert_nothing_left(&env);
+        let end = recover(&env, &[]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{who:?}: {}", env.dump(&end));
     }
 }
 
 #[test]
 fn a_run_that_is_alive_is_not_forgotten() {
-    let world = world(Lock::DynamoDb, A, &key(A));
-    let (run, id) = apply(&world, A);
-    let end = recover(&world, &["--forget", &id]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("still alive"), "{}", world.story(&end));
-    assert_eq!(records(&world).len(), 1);
-    world.go();
+    let env = test_env(Lock::DynamoDb, A, &key(A));
+    let (run, id) = apply(&env, A);
+    let end = recover(&env, &["--forget", &id]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("still alive"), "{}", env.dump(&end));
+    assert_eq!(records(&env).len(), 1);
+    env.unblock();
     assert_eq!(run.wait().code(), Some(0));
 }
 
@@ -270,32 +270,36 @@ fn where_aws_itself_says_that_it_is_gone_no_account_must_be_known() {
         let authority = Authority::new();
         let tunnel = Arc::clone(&authority);
         let proxy = Proxy::start_changing(cloud().port, to_services, move |request: &Message| {
-            if request.start.starts_with("CONNECT ") { Deed::Tunnel(Arc::clone(&tunnel)) } else { Deed::Pass }
+            if request.start.starts_with("CONNECT ") {
+                ProxyAction::Tunnel(Arc::clone(&tunnel))
+            } else {
+                ProxyAction::Pass
+            }
         });
-        let mut world = World::empty(lock);
-        let pem = world.directory.parent().unwrap().join("ca.pem");
+        let mut env = TestEnv::empty(lock);
+        let pem = env.directory.parent().unwrap().join("ca.pem");
         fs::write(&pem, &authority.pem).unwrap();
         for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"] {
-            world.set(name, UNSET);
+            env.set(name, UNSET);
         }
-        world.set("AWS_CA_BUNDLE", pem).set("HTTPS_PROXY", format!("http://127.0.0.1:{}", proxy.port));
-        log_in(&world, &process(&world));
-        world.write_main("", WAITS);
-        world.init();
+        env.set("AWS_CA_BUNDLE", pem).set("HTTPS_PROXY", format!("http://127.0.0.1:{}", proxy.port));
+        log_in(&env, &process(&env));
+        env.write_main("", WAITS);
+        env.init();
         if has_state {
-            world.go();
-            let end = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
-            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+            env.unblock();
+            let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
             for name in ["go", "began"] {
-                fs::remove_file(world.directory.join(name)).unwrap();
+                fs::remove_file(env.directory.join(name)).unwrap();
             }
-            world.write_main("resource \"terraform_data\" \"b\" {\nprovisioner \"local-exec\" {\ncommand = \"touch began; sleep 60\"\n}\n}\n", "true");
+            env.write_main("resource \"terraform_data\" \"b\" {\nprovisioner \"local-exec\" {\ncommand = \"touch began; sleep 60\"\n}\n}\n", "true");
         }
-        let (run, _) = apply(&world, OLD);
-        world.delete_lock();
-        let end = end(&world, run, Who::Terraform).unwrap();
-        let case = format!("{lock:?}, state: {has_state}: {}", world.story(&end));
+        let (run, _) = apply(&env, OLD);
+        env.delete_lock();
+        let end = end(&env, run, Who::Terraform).unwrap();
+        let case = format!("{lock:?}, state: {has_state}: {}", env.dump(&end));
         assert_eq!(end.err.contains(SEEN_BY_OTHERS), !settled, "{case}");
-        assert_eq!(records(&world).is_empty(), settled, "{case}");
+        assert_eq!(records(&env).is_empty(), settled, "{case}");
     }
 }

@@ -10,10 +10,10 @@ use nix::unistd::{Uid, chown};
 
 use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, records};
-use crate::support::household::{kill_all, wait_until_ours_are_gone};
 use crate::support::process::{Run, terraform_below};
-use crate::support::world::{WAITS, id_of, terraform};
-use crate::support::{Ended, Lock, Subject, World};
+use crate::support::processes::{kill_all, wait_until_ours_are_gone};
+use crate::support::test_env::{WAITS, id_of, terraform};
+use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const PLAN: [&str; 4] = ["plan", "-no-color", "-var", "a=hunter2"];
 
@@ -38,35 +38,35 @@ fn open_to_all(path: &Path) {
     }
 }
 
-fn world() -> World {
-    let world = World::new(Lock::Both, WAITS);
-    world.write("variables.tf", "variable \"a\" {\ndefault = \"\"\n}\n");
-    fs::set_permissions(world.directory.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
-    open_to_all(&world.directory);
-    world
+fn test_env() -> TestEnv {
+    let env = TestEnv::new(Lock::Both, WAITS);
+    env.write("variables.tf", "variable \"a\" {\ndefault = \"\"\n}\n");
+    fs::set_permissions(env.directory.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    open_to_all(&env.directory);
+    env
 }
 
 /// A script that runs terraform as another user while there is a file `other`.
-fn with_wrapper() -> World {
-    let mut world = world();
+fn with_wrapper() -> TestEnv {
+    let mut env = test_env();
     let script = format!(
         "#!/bin/sh\ntest -e other && exec setpriv --reuid {OTHER} --clear-groups {0} \"$@\"\nexec {0} \"$@\"\n",
         terraform().display()
     );
-    world.stand_in("wrapper", &script);
-    world.write("other", "");
-    world
+    env.stand_in("wrapper", &script);
+    env.write("other", "");
+    env
 }
 
 /// Stdout and stderr are those of the bare `program`, byte for byte.
 #[track_caller]
-fn assert_as_bare(world: &World, program: &Path) {
-    let mut command = world.command(program);
+fn assert_as_bare(env: &TestEnv, program: &Path) {
+    let mut command = env.command(program);
     command.args(PLAN);
     let bare: Ended = Run::start(command).wait();
-    assert_eq!(bare.code(), Some(0), "{}", world.story(&bare));
-    let end = world.run(Subject::Tf, &PLAN);
-    assert_eq!((end.code(), &end.out, &end.err), (Some(0), &bare.out, &bare.err), "{}", world.story(&end));
+    assert_eq!(bare.code(), Some(0), "{}", env.dump(&bare));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), &end.out, &end.err), (Some(0), &bare.out, &bare.err), "{}", env.dump(&end));
 }
 
 #[test]
@@ -74,18 +74,18 @@ fn a_terraform_that_cannot_open_the_log_writes_none_of_it_to_stderr() {
     if !is_root() {
         return;
     }
-    let world = with_wrapper();
-    let wrapper = world.directory.join("wrapper");
-    assert_as_bare(&world, &wrapper);
+    let env = with_wrapper();
+    let wrapper = env.directory.join("wrapper");
+    assert_as_bare(&env, &wrapper);
     // A wrapper decides anew each time: its log has told which terraform it is, and then that cannot open it any more.
-    fs::remove_file(world.directory.join("other")).unwrap();
+    fs::remove_file(env.directory.join("other")).unwrap();
     for _ in 0..2 {
-        assert_as_bare(&world, &wrapper);
+        assert_as_bare(&env, &wrapper);
     }
-    assert!(world.trace().contains("program: Some(Version"), "{}", world.trace());
-    open_to_all(&world.directory);
-    world.write("other", "");
-    assert_as_bare(&world, &wrapper);
+    assert!(env.trace().contains("program: Some(Version"), "{}", env.trace());
+    open_to_all(&env.directory);
+    env.write("other", "");
+    assert_as_bare(&env, &wrapper);
 }
 
 #[test]
@@ -93,23 +93,23 @@ fn a_setuid_terraform_writes_none_of_it_to_stderr_either() {
     if !is_root() {
         return;
     }
-    let mut world = world();
-    let program = world.directory.join("terraform-setuid");
+    let mut env = test_env();
+    let program = env.directory.join("terraform-setuid");
     fs::copy(terraform(), &program).unwrap();
     chown(&program, Some(Uid::from_raw(OTHER)), None).unwrap();
-    world.set("TFW_TERRAFORM", &program);
+    env.set("TFW_TERRAFORM", &program);
     for mode in [0o755, 0o4755] {
         // The mode alone changes: what is remembered of the program is of before.
         fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
-        assert_as_bare(&world, &program);
-        open_to_all(&world.directory.join(".terraform"));
+        assert_as_bare(&env, &program);
+        open_to_all(&env.directory.join(".terraform"));
     }
 }
 
-fn apply(world: &World) -> Run {
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", "a=hunter2"]);
-    world.wait_for_began(&run);
-    world.assert_locked();
+fn apply(env: &TestEnv) -> Run {
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", "a=hunter2"]);
+    env.wait_for_began(&run);
+    env.assert_locked();
     run
 }
 
@@ -118,26 +118,26 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
     if !is_root() {
         return;
     }
-    let world = with_wrapper();
-    let run = apply(&world);
+    let env = with_wrapper();
+    let run = apply(&env);
     run.kill_terraform();
     let end = run.wait();
-    let id = id_of(&world.locks()[0]);
-    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
-    assert!(end.err.contains("wrote no log that tf can read"), "{}", world.story(&end));
-    assert!(end.err.contains(&format!("tf locks show {id}")), "{}", world.story(&end));
-    assert!(!end.err.contains("hunter2"), "{}", world.story(&end));
-    world.assert_locked();
+    let id = id_of(&env.locks()[0]);
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    assert!(end.err.contains("wrote no log that tf can read"), "{}", env.dump(&end));
+    assert!(end.err.contains(&format!("tf locks show {id}")), "{}", env.dump(&end));
+    assert!(!end.err.contains("hunter2"), "{}", env.dump(&end));
+    env.assert_locked();
 
     // One that did not lock: nothing is named, and that there was no log is said all the same.
-    world.delete_lock();
-    fs::remove_file(world.directory.join("began")).unwrap();
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock=false"]);
-    world.wait_for_began(&run);
+    env.delete_lock();
+    fs::remove_file(env.directory.join("began")).unwrap();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock=false"]);
+    env.wait_for_began(&run);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("wrote no log that tf can read"), "{}", world.story(&end));
-    assert!(end.err.lines().any(|line| line.ends_with("type: tf locks")), "{}", world.story(&end));
+    assert!(end.err.contains("wrote no log that tf can read"), "{}", env.dump(&end));
+    assert!(end.err.lines().any(|line| line.ends_with("type: tf locks")), "{}", env.dump(&end));
 }
 
 /// The guardian has nobody to tell, and whoever was killed with it cannot.
@@ -147,27 +147,27 @@ fn killed_with_tf_the_next_one_names_the_lock() {
         return;
     }
     for guarded in [true, false] {
-        let world = with_wrapper();
-        let run = apply(&world);
-        let id = id_of(&world.locks()[0]);
+        let env = with_wrapper();
+        let run = apply(&env);
+        let id = id_of(&env.locks()[0]);
         if guarded {
             for pid in [terraform_below(run.pid()), run.pid()] {
                 kill(pid, Signal::SIGKILL).unwrap();
             }
             run.wait();
-            wait_until_ours_are_gone(&world);
+            wait_until_ours_are_gone(&env);
         } else {
-            kill_all(&world);
+            kill_all(&env);
             drop(run);
         }
-        world.assert_locked();
-        assert_eq!(records(&world).len(), 1, "{guarded}: {}", world.trace());
-        let end = recover(&world, &[]);
-        assert_eq!(end.code(), Some(2), "{guarded}: {}", world.story(&end));
-        assert!(end.out.contains("wrote no log that tf can read"), "{guarded}: {}", world.story(&end));
-        assert!(end.out.contains(&format!("tf locks show {id}")), "{guarded}: {}", world.story(&end));
-        world.assert_locked();
+        env.assert_locked();
+        assert_eq!(records(&env).len(), 1, "{guarded}: {}", env.trace());
+        let end = recover(&env, &[]);
+        assert_eq!(end.code(), Some(2), "{guarded}: {}", env.dump(&end));
+        assert!(end.out.contains("wrote no log that tf can read"), "{guarded}: {}", env.dump(&end));
+        assert!(end.out.contains(&format!("tf locks show {id}")), "{guarded}: {}", env.dump(&end));
+        env.assert_locked();
         // It is said once.
-        assert_nothing_left(&world);
+        assert_nothing_left(&env);
     }
 }

@@ -11,12 +11,12 @@ use super::given_back::{is_dynamodb, takes_item, through};
 use super::locks_doctor::unfit;
 use super::survived::records;
 use crate::support::cloud::{cloud, tool};
-use crate::support::household::kill_all;
 use crate::support::http::Message;
 use crate::support::process::{Run, tree};
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, lock_json, who};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::processes::kill_all;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, lock_json, who};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// What a proxy or a captive portal answers in place of a service.
 fn not_the_service(status: &str, kind: &str, etag: Option<&str>, body: &str) -> Message {
@@ -69,19 +69,19 @@ fn switch() -> (Arc<AtomicBool>, Arc<AtomicBool>) {
 
 /// Waits until the journal holds `text`.
 #[track_caller]
-fn wait_for_record(world: &World, text: &str) {
+fn wait_for_record(env: &TestEnv, text: &str) {
     let all = || -> Vec<String> {
-        records(world).into_iter().map(|path| std::fs::read_to_string(path).unwrap_or_default()).collect()
+        records(env).into_iter().map(|path| std::fs::read_to_string(path).unwrap_or_default()).collect()
     };
     wait_for(text, || all().iter().any(|record| record.contains(text)).then_some(()), || format!("{:?}", all()));
 }
 
-fn recover(world: &World) -> Ended {
-    start_recovery(world).wait()
+fn recover(env: &TestEnv) -> Ended {
+    start_recovery(env).wait()
 }
 
-fn start_recovery(world: &World) -> Run {
-    let mut command = world.command(world.bin().join("tf"));
+fn start_recovery(env: &TestEnv) -> Run {
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]);
     Run::start(command)
 }
@@ -95,23 +95,23 @@ struct HeldWrite {
 }
 
 impl HeldWrite {
-    fn new(world: &mut World, answer: Message) -> Self {
+    fn new(env: &mut TestEnv, answer: Message) -> Self {
         let (is_terraform_dead, is_dead) = switch();
         let left = AtomicUsize::new(1);
         let looks = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&looks);
-        let proxy = through(world, move |request| {
+        let proxy = through(env, move |request| {
             let is_dead = is_dead.load(Ordering::SeqCst);
             if is_dead && request.start.starts_with("HEAD ") {
                 counted.fetch_add(1, Ordering::SeqCst);
             }
             let bad = is_dead && reads_lock(request);
             if writes_state(request) {
-                Deed::Hold
+                ProxyAction::Hold
             } else if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
-                Deed::Answer(answer.clone())
+                ProxyAction::Answer(answer.clone())
             } else {
-                Deed::Pass
+                ProxyAction::Pass
             }
         });
         Self { proxy, is_terraform_dead, looks }
@@ -119,15 +119,15 @@ impl HeldWrite {
 
     /// Lets it land between two looks at the state. The lock stands before and after.
     #[track_caller]
-    fn lands_after_a_look(&self, world: &World) {
-        world.wait_for_trace("waiting for a write");
+    fn lands_after_a_look(&self, env: &TestEnv) {
+        env.wait_for_trace("waiting for a write");
         let looked = || self.looks.load(Ordering::SeqCst);
-        wait_for("a look at the state", || (looked() > 1).then_some(()), || world.trace());
-        world.assert_locked();
+        wait_for("a look at the state", || (looked() > 1).then_some(()), || env.trace());
+        env.assert_locked();
         self.proxy.let_go();
         self.proxy.wait_until_delivered();
-        world.wait_for_trace("it landed");
-        world.assert_locked();
+        env.wait_for_trace("it landed");
+        env.assert_locked();
     }
 }
 
@@ -145,16 +145,16 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
             if !is_tried {
                 continue;
             }
-            let mut world = World::new(lock, "true");
-            let write = HeldWrite::new(&mut world, answer);
-            let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+            let mut env = TestEnv::new(lock, "true");
+            let write = HeldWrite::new(&mut env, answer);
+            let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
             write.proxy.wait_until_held();
             write.is_terraform_dead.store(true, Ordering::SeqCst);
             run.kill_terraform();
-            write.lands_after_a_look(&world);
+            write.lands_after_a_look(&env);
             let end = run.wait();
-            assert!(end.err.contains("a write of it still arrived"), "{lock:?} {name}: {}", world.story(&end));
-            world.assert_unlocked();
+            assert!(end.err.contains("a write of it still arrived"), "{lock:?} {name}: {}", env.dump(&end));
+            env.assert_unlocked();
         }
     }
 }
@@ -162,46 +162,46 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
 /// The same in a recovery, whose first look finds nothing.
 #[test]
 fn one_absence_does_not_end_the_wait_of_a_recovery() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let write = HeldWrite::new(&mut world, Message::answer("200 OK", "{}"));
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let write = HeldWrite::new(&mut env, Message::answer("200 OK", "{}"));
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     write.proxy.wait_until_held();
-    wait_for_record(&world, "\"uploading\":true");
-    kill_all(&world);
+    wait_for_record(&env, "\"uploading\":true");
+    kill_all(&env);
     drop(run);
     write.is_terraform_dead.store(true, Ordering::SeqCst);
-    let recovery = start_recovery(&world);
-    write.lands_after_a_look(&world);
+    let recovery = start_recovery(&env);
+    write.lands_after_a_look(&env);
     let end = recovery.wait();
-    assert!(end.out.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// The bucket itself answers "no such key" for a lock that is there, and the table "no such item": once.
 #[test]
 fn an_absence_is_looked_at_twice() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let (killed, is_killed) = switch();
         let left = AtomicUsize::new(1);
-        through(&mut world, move |request| {
+        through(&mut env, move |request| {
             let bad = is_killed.load(Ordering::SeqCst) && reads_lock(request);
             if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
                 let no_key = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
-                Deed::Answer(match lock {
+                ProxyAction::Answer(match lock {
                     Lock::DynamoDb => Message::answer("200 OK", "{}"),
                     _ => not_the_service("404 Not Found", "application/xml", None, no_key),
                 })
             } else {
-                Deed::Pass
+                ProxyAction::Pass
             }
         });
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         killed.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("released the lock"), "{lock:?}: {}", world.story(&end));
-        world.assert_unlocked();
+        assert!(end.err.contains("released the lock"), "{lock:?}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
@@ -215,30 +215,30 @@ fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
         (Lock::File, "empty 404"),
     ] {
         let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let (portal, is_portal) = switch();
-        through(&mut world, move |request| {
+        through(&mut env, move |request| {
             if is_portal.load(Ordering::SeqCst) && reads_lock(request) {
-                Deed::Answer(answer.clone())
+                ProxyAction::Answer(answer.clone())
             } else {
-                Deed::Pass
+                ProxyAction::Pass
             }
         });
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         portal.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_locked();
+        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_locked();
         // A recovery behind the same portal knows no better.
-        let end = recover(&world);
-        assert_eq!(end.code(), Some(2), "{lock:?} {name}: {}", world.story(&end));
-        assert!(end.out.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_locked();
+        let end = recover(&env);
+        assert_eq!(end.code(), Some(2), "{lock:?} {name}: {}", env.dump(&end));
+        assert!(end.out.contains("was not released"), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_locked();
         portal.store(false, Ordering::SeqCst);
-        let end = recover(&world);
-        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_unlocked();
+        let end = recover(&env);
+        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
@@ -249,31 +249,31 @@ fn a_delete_that_deleted_nothing_is_not_called_a_release() {
         [(Lock::DynamoDb, "empty 200"), (Lock::File, "204"), (Lock::File, "page"), (Lock::Both, "empty 200")]
     {
         let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let (portal, is_portal) = switch();
-        through(&mut world, move |request| {
+        through(&mut env, move |request| {
             if is_portal.load(Ordering::SeqCst) && deletes_lock(request) {
-                Deed::Answer(answer.clone())
+                ProxyAction::Answer(answer.clone())
             } else {
-                Deed::Pass
+                ProxyAction::Pass
             }
         });
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         portal.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", world.story(&end));
-        assert!(!end.err.contains("released the lock"), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_locked();
-        let history = world.run(Subject::Tf, &["locks", "history"]);
+        assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", env.dump(&end));
+        assert!(!end.err.contains("released the lock"), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_locked();
+        let history = env.run(Subject::Tf, &["locks", "history"]);
         assert!(!history.out.contains("released"), "{}", history.out);
-        let end = world.run(Subject::Tf, &["locks", "release", "--yes"]);
-        assert_ne!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_locked();
+        let end = env.run(Subject::Tf, &["locks", "release", "--yes"]);
+        assert_ne!(end.code(), Some(0), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_locked();
         portal.store(false, Ordering::SeqCst);
-        let end = recover(&world);
-        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", world.story(&end));
-        world.assert_unlocked();
+        let end = recover(&env);
+        assert_eq!(end.code(), Some(0), "{lock:?} {name}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
@@ -286,77 +286,74 @@ fn what_is_no_lock_is_named_and_left_alone() {
         (Lock::File, "", "an empty object"),
         (Lock::File, "{}", "2 bytes that are no lock"),
     ] {
-        let world = World::new(lock, WAITS);
-        let run = world.start_apply(Subject::Tf);
-        world.put_lock(what);
+        let env = TestEnv::new(lock, WAITS);
+        let run = env.start_apply(Subject::Tf);
+        env.put_lock(what);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("was not released") && end.err.contains(words), "{lock:?}: {}", world.story(&end));
-        assert_eq!(world.locks(), [what], "{}", world.story(&end));
+        assert!(end.err.contains("was not released") && end.err.contains(words), "{lock:?}: {}", env.dump(&end));
+        assert_eq!(env.locks(), [what], "{}", env.dump(&end));
     }
 }
 
 /// Terraform puts `.tflock`, is refused by the item, and deletes `.tflock` without a condition and without a word.
 #[test]
 fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
-    let mut world = World::new(Lock::Both, "true");
-    let theirs = lock_json("11111111-2222-3333-4444-555555555555", &world.path());
-    cloud().put_item(&world.table, &world.path(), &theirs);
-    let proxy = through(&mut world, |request| {
+    let mut env = TestEnv::new(Lock::Both, "true");
+    let theirs = lock_json("11111111-2222-3333-4444-555555555555", &env.path());
+    cloud().put_item(&env.table, &env.path(), &theirs);
+    let proxy = through(&mut env, |request| {
         let undo = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
-        if undo { Deed::Hold } else { Deed::Pass }
+        if undo { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
-    assert_eq!(world.locks().len(), 2);
+    assert_eq!(env.locks().len(), 2);
     run.kill_terraform();
-    world.wait_for_trace("waiting for a write");
-    assert_eq!(world.locks().len(), 2);
+    env.wait_for_trace("waiting for a write");
+    assert_eq!(env.locks().len(), 2);
     proxy.let_go();
     proxy.wait_until_delivered();
     // What it deletes is still its own.
-    assert_eq!(world.locks(), std::slice::from_ref(&theirs));
+    assert_eq!(env.locks(), std::slice::from_ref(&theirs));
     let end = run.wait();
-    assert_eq!(world.locks(), [theirs], "{}", world.story(&end));
-    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+    assert_eq!(env.locks(), [theirs], "{}", env.dump(&end));
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
 }
 
 /// Killed between the two requests of taking; the second lands when everybody has looked.
 #[test]
 fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
     for recovered in [false, true] {
-        let mut world = World::new(Lock::Both, "true");
-        let direct = world.environment();
-        let proxy = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
-        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let mut env = TestEnv::new(Lock::Both, "true");
+        let direct = env.environment();
+        let proxy =
+            through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
-        assert_eq!(world.locks().len(), 1);
+        assert_eq!(env.locks().len(), 1);
         if recovered {
-            wait_for_record(&world, "\"asked\"");
-            kill_all(&world);
+            wait_for_record(&env, "\"asked\"");
+            kill_all(&env);
             drop(run);
-            let end = recover(&world);
-            assert!(
-                end.out.contains("released the lock") && end.out.contains("may still land"),
-                "{}",
-                world.story(&end)
-            );
+            let end = recover(&env);
+            assert!(end.out.contains("released the lock") && end.out.contains("may still land"), "{}", env.dump(&end));
         } else {
             run.kill_terraform();
             let end = run.wait();
-            assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-            assert!(end.err.contains("may still land"), "{}", world.story(&end));
+            assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+            assert!(end.err.contains("may still land"), "{}", env.dump(&end));
         }
-        world.assert_unlocked();
+        env.assert_unlocked();
         proxy.let_go();
         proxy.wait_until_delivered();
-        assert_eq!(world.locks().len(), 1, "it landed");
-        let mut next = world.command(world.bin().join("tf"));
+        assert_eq!(env.locks().len(), 1, "it landed");
+        let mut next = env.command(env.bin().join("tf"));
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(end.err.contains("took late"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
@@ -374,34 +371,34 @@ exec -a asks sleep 600
 #[test]
 fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
     for guarded in [false, true] {
-        let mut world = World::new(Lock::DynamoDb, "true");
-        world.stand_in("asks", ASKS);
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        env.stand_in("asks", ASKS);
         // Once for the program's version, which decides what it is told to log.
-        world.run(Subject::Tf, &["version"]);
-        let run = world.start_apply(Subject::Tf);
+        env.run(Subject::Tf, &["version"]);
+        let run = env.start_apply(Subject::Tf);
         let asks = terraform_named(&run, "sleep");
-        let info = lock_json("33333333-4444-5555-6666-777777777777", &world.path()).replace("1.11.4", "1.6.2");
-        wait_for_record(&world, "\"granted\":null");
+        let info = lock_json("33333333-4444-5555-6666-777777777777", &env.path()).replace("1.11.4", "1.6.2");
+        wait_for_record(&env, "\"granted\":null");
         if guarded {
-            kill_all(&world);
+            kill_all(&env);
             drop(run);
         } else {
             kill(asks, Signal::SIGKILL).unwrap();
             let end = run.wait();
-            assert!(end.err.contains("that request may still land"), "{}", world.story(&end));
+            assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
         }
-        assert_eq!(records(&world).len(), 1, "{}", world.trace());
+        assert_eq!(records(&env).len(), 1, "{}", env.trace());
         // Nothing is there yet: there is nothing to say, and the record stays.
-        let end = recover(&world);
-        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
-        assert_eq!(records(&world).len(), 1, "{}", world.trace());
-        world.put_lock(&info);
-        let end = recover(&world);
+        let end = recover(&env);
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
+        assert_eq!(records(&env).len(), 1, "{}", env.trace());
+        env.put_lock(&info);
+        let end = recover(&env);
         let said = ["may be an earlier run's", "33333333-4444-5555-6666-777777777777", "force-unlock"];
-        assert!(said.iter().all(|part| end.out.contains(part)), "{}", world.story(&end));
-        assert_eq!(world.locks(), std::slice::from_ref(&info));
+        assert!(said.iter().all(|part| end.out.contains(part)), "{}", env.dump(&end));
+        assert_eq!(env.locks(), std::slice::from_ref(&info));
         // It was said, and is a person's.
-        assert!(records(&world).is_empty());
+        assert!(records(&env).is_empty());
     }
 }
 
@@ -431,28 +428,28 @@ time.sleep(600)
 #[test]
 fn a_lock_object_whose_id_is_not_logged_and_that_lands_late_is_gone_in_the_end() {
     for guarded in [false, true] {
-        let mut world = World::new(Lock::File, "true");
+        let mut env = TestEnv::new(Lock::File, "true");
         let python = tool("python3").display().to_string();
-        let script = PUTS.replace("BUCKET", &format!("{:?}", world.bucket)).replace("WHO", &format!("{:?}", who()));
-        world.stand_in("puts", &format!("#!{python}{script}"));
-        world.run(Subject::Tf, &["version"]);
-        let run = world.start_apply(Subject::Tf);
-        wait_for_record(&world, "\"granted\":null");
+        let script = PUTS.replace("BUCKET", &format!("{:?}", env.bucket)).replace("WHO", &format!("{:?}", who()));
+        env.stand_in("puts", &format!("#!{python}{script}"));
+        env.run(Subject::Tf, &["version"]);
+        let run = env.start_apply(Subject::Tf);
+        wait_for_record(&env, "\"granted\":null");
         if guarded {
-            kill_all(&world);
+            kill_all(&env);
             drop(run);
         } else {
             kill(terraform_named(&run, "puts"), Signal::SIGKILL).unwrap();
             let end = run.wait();
-            assert!(end.err.contains("that request may still land"), "{}", world.story(&end));
+            assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
         }
-        let end = recover(&world);
-        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
-        world.put_lock(&world.read("info"));
-        let end = recover(&world);
-        assert!(end.out.contains("released the lock"), "{}", world.story(&end));
-        world.assert_unlocked();
-        assert!(records(&world).is_empty());
+        let end = recover(&env);
+        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
+        env.put_lock(&env.read("info"));
+        let end = recover(&env);
+        assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
+        env.assert_unlocked();
+        assert!(records(&env).is_empty());
     }
 }
 
@@ -469,55 +466,55 @@ fn terraform_named(run: &Run, name: &str) -> Pid {
 #[test]
 fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
     for killed in [false, true] {
-        let mut world = unfit(Lock::DynamoDb);
-        let direct = world.environment();
+        let mut env = unfit(Lock::DynamoDb);
+        let direct = env.environment();
         let asked = AtomicUsize::new(0);
-        let proxy = through(&mut world, move |request| match () {
-            () if !takes_item(request) => Deed::Pass,
-            () if asked.fetch_add(1, Ordering::SeqCst) == 0 => Deed::Hold,
+        let proxy = through(&mut env, move |request| match () {
+            () if !takes_item(request) => ProxyAction::Pass,
+            () if asked.fetch_add(1, Ordering::SeqCst) == 0 => ProxyAction::Hold,
             // The SDK asks again after 8 s, and somebody else answers.
-            () => Deed::Answer(not_the_service("200 OK", "text/html", None, PAGE)),
+            () => ProxyAction::Answer(not_the_service("200 OK", "text/html", None, PAGE)),
         });
-        let mut command = world.command(world.bin().join("tf"));
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["locks", "doctor", "--fix-digest", "--yes"]);
         let fix = Run::start(command);
         proxy.wait_until_held();
         if killed {
             fix.send(Signal::SIGKILL);
             fix.wait();
-            let end = recover(&world);
-            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+            let end = recover(&env);
+            assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
         } else {
             let end = fix.wait();
-            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         }
-        world.assert_unlocked();
-        assert!(records(&world).is_empty());
+        env.assert_unlocked();
+        assert!(records(&env).is_empty());
         proxy.let_go();
         proxy.wait_until_delivered();
-        world.assert_locked();
-        let mut next = world.command(world.bin().join("tf"));
+        env.assert_locked();
+        let mut next = env.command(env.bin().join("tf"));
         next.args(["workspace", "list"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
-        assert!(end.err.contains("took late"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_lock_of_which_one_part_may_not_be_deleted_is_named_with_what_became_of_the_other() {
-    let mut world = World::new(Lock::Both, WAITS);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
     let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
-    let _proxy = through(&mut world, move |request| {
+    let _proxy = through(&mut env, move |request| {
         if request.start.starts_with("DELETE ") {
-            Deed::Answer(Message::answer("403 Forbidden", denied))
+            ProxyAction::Answer(Message::answer("403 Forbidden", denied))
         } else {
-            Deed::Pass
+            ProxyAction::Pass
         }
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("AccessDenied: no; its other part was released"), "{}", world.story(&end));
-    assert_eq!(world.locks().len(), 1, "{}", world.story(&end));
+    assert!(end.err.contains("AccessDenied: no; its other part was released"), "{}", env.dump(&end));
+    assert_eq!(env.locks().len(), 1, "{}", env.dump(&end));
 }

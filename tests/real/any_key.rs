@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::locks_release::locks;
-use crate::support::{Lock, Subject, World};
+use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -11,49 +11,49 @@ const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const DIES: &str = "kill -9 $PPID; sleep 60";
 
 /// A directory whose state has the key `key`, in the workspace `workspace`, with this prefix for workspaces.
-fn world(key: &str, prefix: &str, workspace: &str) -> World {
-    let world = World::empty(Lock::Both);
+fn test_env(key: &str, prefix: &str, workspace: &str) -> TestEnv {
+    let env = TestEnv::empty(Lock::Both);
     // HCL has the escapes of JSON.
     let quoted = serde_json::to_string(key).unwrap();
-    let backend = world.backend("KEY").replace("\"KEY\"", &quoted) + &format!("workspace_key_prefix = {prefix:?}\n");
+    let backend = env.backend("KEY").replace("\"KEY\"", &quoted) + &format!("workspace_key_prefix = {prefix:?}\n");
     let main = format!(
         "terraform {{\nbackend \"s3\" {{\n{backend}}}\n}}\nresource \"terraform_data\" \"a\" {{\n\
          provisioner \"local-exec\" {{\ncommand = \"{DIES}\"\n}}\n}}\n"
     );
-    world.write("main.tf", &main);
-    world.init();
+    env.write("main.tf", &main);
+    env.init();
     if workspace != "default" {
-        let end = world.run(Subject::Bare, &["workspace", "new", workspace]);
-        assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
+        let end = env.run(Subject::Bare, &["workspace", "new", workspace]);
+        assert_eq!(end.code(), Some(0), "{key:?}: {}", env.dump(&end));
     }
-    world
+    env
 }
 
 #[track_caller]
-fn assert_bare_can_lock(world: &World, key: &str) {
-    let end = world.run(Subject::Bare, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
+fn assert_bare_can_lock(env: &TestEnv, key: &str) {
+    let end = env.run(Subject::Bare, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{key:?}: {}", env.dump(&end));
 }
 
 fn is_released(key: &str, prefix: &str, workspace: &str) {
-    let mut world = world(key, prefix, workspace);
-    let end = world.run(Subject::Tf, &APPLY);
-    assert!(end.err.contains("tf: released the lock"), "{key:?}: {}", world.story(&end));
-    assert_bare_can_lock(&world, key);
+    let mut env = test_env(key, prefix, workspace);
+    let end = env.run(Subject::Tf, &APPLY);
+    assert!(end.err.contains("tf: released the lock"), "{key:?}: {}", env.dump(&end));
+    assert_bare_can_lock(&env, key);
 
     // Only named, it is seen by `tf locks`, and released there.
-    world.set("TFW_RELEASE", "never");
-    let end = world.run(Subject::Tf, &APPLY);
-    assert!(!end.err.contains("released the lock"), "{key:?}: {}", world.story(&end));
-    let refused = world.run(Subject::Bare, &["plan", "-no-color"]);
-    assert_eq!(refused.code(), Some(1), "{key:?}: {}", world.story(&refused));
-    let end = locks(&world, &["list", "--json"]);
+    env.set("TFW_RELEASE", "never");
+    let end = env.run(Subject::Tf, &APPLY);
+    assert!(!end.err.contains("released the lock"), "{key:?}: {}", env.dump(&end));
+    let refused = env.run(Subject::Bare, &["plan", "-no-color"]);
+    assert_eq!(refused.code(), Some(1), "{key:?}: {}", env.dump(&refused));
+    let end = locks(&env, &["list", "--json"]);
     let listed: Value = serde_json::from_str(&end.out).unwrap();
     let id = listed.pointer("/locks/0/id").and_then(Value::as_str).unwrap_or_else(|| panic!("{key:?}: {listed}"));
     assert_eq!(listed["locks"].as_array().map(Vec::len), Some(1), "{key:?}: {listed}");
-    let end = locks(&world, &["release", "--force", id]);
-    assert_eq!(end.code(), Some(0), "{key:?}: {}", world.story(&end));
-    assert_bare_can_lock(&world, key);
+    let end = locks(&env, &["release", "--force", id]);
+    assert_eq!(end.code(), Some(0), "{key:?}: {}", env.dump(&end));
+    assert_bare_can_lock(&env, key);
 }
 
 #[test]

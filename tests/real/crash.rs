@@ -13,10 +13,10 @@ use std::sync::Mutex;
 use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
-use crate::support::household::{Sweep, home, kill_all, marked, ours, wait_until_all_is_gone};
 use crate::support::process::{Run, state, tree};
-use crate::support::world::{WAITS, lock_json};
-use crate::support::{Ended, Lock, World, wait_for};
+use crate::support::processes::{KillOnDrop, home, kill_all, marked, ours, wait_until_all_is_gone};
+use crate::support::test_env::{WAITS, lock_json};
+use crate::support::{Ended, Lock, TestEnv, wait_for};
 
 const APPLY: [&str; 4] = ["apply", "-auto-approve", "-no-color", "-var=a=hunter-var"];
 
@@ -25,7 +25,7 @@ const SECRETS: [&str; 3] = ["hunter-var", "hunter-backend", "hunter-env"];
 
 /// What happens to a run, so that it comes to different points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
+enum CrashOutcome {
     /// It ends well.
     Ends,
     /// Terraform is killed.
@@ -40,23 +40,29 @@ enum Fate {
     AllKilled,
 }
 
-const FATES: [Fate; 6] =
-    [Fate::Ends, Fate::TerraformKilled, Fate::TfKilled, Fate::BothKilled, Fate::GuardianKilled, Fate::AllKilled];
+const FATES: [CrashOutcome; 6] = [
+    CrashOutcome::Ends,
+    CrashOutcome::TerraformKilled,
+    CrashOutcome::TfKilled,
+    CrashOutcome::BothKilled,
+    CrashOutcome::GuardianKilled,
+    CrashOutcome::AllKilled,
+];
 
 /// A world that serves many cases, one after the other.
 struct Ground {
-    world: World,
+    env: TestEnv,
     /// A living lock beside ours, in the same table and bucket.
     neighbour: String,
-    _sweep: Sweep,
+    _kill_on_drop: KillOnDrop,
 }
 
 impl Ground {
     fn new() -> Self {
-        let mut world = World::empty(Lock::Both);
-        world.write_main("variable \"a\" {\n}\n", WAITS);
-        world.set("AWS_SECRET_ACCESS_KEY", "hunter-env");
-        let mut init = world.command(world.bin().join("terraform"));
+        let mut env = TestEnv::empty(Lock::Both);
+        env.write_main("variable \"a\" {\n}\n", WAITS);
+        env.set("AWS_SECRET_ACCESS_KEY", "hunter-env");
+        let mut init = env.command(env.bin().join("terraform"));
         init.args([
             "init",
             "-no-color",
@@ -64,29 +70,29 @@ impl Ground {
             "-backend-config=secret_key=hunter-backend",
         ]);
         assert_eq!(Run::start(init).wait().code(), Some(0));
-        let neighbour = lock_json("22222222-2222-3333-4444-555555555555", &format!("{}/other", world.bucket));
-        cloud().put_item(&world.table, &format!("{}/other", world.bucket), &neighbour);
-        cloud().s3("PUT", &format!("{}/other.tflock", world.bucket), neighbour.as_bytes());
-        let sweep = Sweep(home(&world));
-        Self { world, neighbour, _sweep: sweep }
+        let neighbour = lock_json("22222222-2222-3333-4444-555555555555", &format!("{}/other", env.bucket));
+        cloud().put_item(&env.table, &format!("{}/other", env.bucket), &neighbour);
+        cloud().s3("PUT", &format!("{}/other.tflock", env.bucket), neighbour.as_bytes());
+        let kill_on_drop = KillOnDrop(home(&env));
+        Self { env, neighbour, _kill_on_drop: kill_on_drop }
     }
 
     fn clear(&self) {
         for name in ["began", "go", "trace", "points"] {
-            let _ = fs::remove_file(self.world.directory.join(name));
+            let _ = fs::remove_file(self.env.directory.join(name));
         }
-        self.world.forget_state();
+        self.env.forget_state();
     }
 
     /// Starts `tf`, which dies at `point`.
     fn start(&self, arguments: &[&str], point: &str) -> Run {
-        let mut command = self.world.command(self.world.bin().join("tf"));
-        command.args(arguments).env("TFW_CRASH", point).env("TFW_CRASH_LIST", self.world.directory.join("points"));
+        let mut command = self.env.command(self.env.bin().join("tf"));
+        command.args(arguments).env("TFW_CRASH", point).env("TFW_CRASH_LIST", self.env.directory.join("points"));
         Run::start(command)
     }
 
     /// Plays a run to its end. Whoever is left of it afterwards, nothing of it runs any more.
-    fn play(&self, fate: Fate, point: &str) {
+    fn play(&self, fate: CrashOutcome, point: &str) {
         let run = self.start(&APPLY, point);
         let tf = run.pid();
         let is_over = || !matches!(state(tf), Some(state) if state != 'Z');
@@ -94,15 +100,15 @@ impl Ground {
         let works = wait_for(
             "the provisioner, or the end",
             || {
-                if self.world.exists("began") {
+                if self.env.exists("began") {
                     Some(true)
-                } else if is_over() && tree(tf).len() <= 1 && marked(&home(&self.world)).is_empty() {
+                } else if is_over() && tree(tf).len() <= 1 && marked(&home(&self.env)).is_empty() {
                     Some(false)
                 } else {
                     None
                 }
             },
-            || self.world.trace(),
+            || self.env.trace(),
         );
         if works {
             let terraform = || tree(tf).into_iter().find(|(_, name, ..)| name == "terraform").map(|(pid, ..)| pid);
@@ -110,21 +116,21 @@ impl Ground {
                 let _ = kill(pid, Signal::SIGKILL);
             };
             match fate {
-                Fate::Ends => self.world.go(),
-                Fate::TerraformKilled => {
+                CrashOutcome::Ends => self.env.unblock(),
+                CrashOutcome::TerraformKilled => {
                     if let Some(pid) = terraform() {
                         kill_one(pid);
                     }
                 }
-                Fate::TfKilled => kill_one(tf),
-                Fate::BothKilled => {
+                CrashOutcome::TfKilled => kill_one(tf),
+                CrashOutcome::BothKilled => {
                     let terraform = terraform();
                     kill_one(tf);
                     if let Some(pid) = terraform {
                         kill_one(pid);
                     }
                 }
-                Fate::GuardianKilled => {
+                CrashOutcome::GuardianKilled => {
                     let guardian = tree(tf).into_iter().find(|(_, name, ..)| name == "tf-guardian");
                     if let Some((pid, ..)) = guardian {
                         kill_one(pid);
@@ -133,7 +139,7 @@ impl Ground {
                         kill_one(pid);
                     }
                 }
-                Fate::AllKilled => kill_all(&self.world),
+                CrashOutcome::AllKilled => kill_all(&self.env),
             }
         }
         // One that nobody looks after any more goes on until it is done.
@@ -142,7 +148,7 @@ impl Ground {
     }
 
     fn state_directory(&self) -> PathBuf {
-        self.world.directory.parent().unwrap().join("home/.local/state/tf")
+        self.env.directory.parent().unwrap().join("home/.local/state/tf")
     }
 
     fn assert_no_secret(&self, point: &str) {
@@ -166,10 +172,10 @@ impl Ground {
     /// The next run, which may die at `point` while it recovers.
     fn next(&self, point: &str) -> Ended {
         for name in ["began", "go"] {
-            let _ = fs::remove_file(self.world.directory.join(name));
+            let _ = fs::remove_file(self.env.directory.join(name));
         }
         let end = self.start(&["plan", "-no-color", "-var=a=x"], point).wait();
-        wait_until_all_is_gone(&self.world);
+        wait_until_all_is_gone(&self.env);
         end
     }
 
@@ -179,18 +185,18 @@ impl Ground {
         if end.err.contains("does not have the expected content") {
             // Terraform died between its state and the digest of it. That is no lock's affair, and is mended when asked.
             let mended = self.start(&["locks", "doctor", "--fix-digest", "--yes"], "none").wait();
-            assert_eq!(mended.code(), Some(0), "{case}\n{}", self.world.story(&mended));
+            assert_eq!(mended.code(), Some(0), "{case}\n{}", self.env.dump(&mended));
             end = self.next("none");
         }
-        let story = || format!("{case}\n{}", self.world.story(&end));
-        assert_eq!(end.code(), Some(0), "{}", story());
-        assert!(self.world.locks().is_empty(), "{:?}\n{}", self.world.locks(), story());
-        let path = format!("{}/other", self.world.bucket);
-        assert_eq!(cloud().item(&self.world.table, &path).as_ref(), Some(&self.neighbour), "{}", story());
-        assert_eq!(cloud().object(&format!("{path}.tflock")).as_ref(), Some(&self.neighbour), "{}", story());
+        let dump = || format!("{case}\n{}", self.env.dump(&end));
+        assert_eq!(end.code(), Some(0), "{}", dump());
+        assert!(self.env.locks().is_empty(), "{:?}\n{}", self.env.locks(), dump());
+        let path = format!("{}/other", self.env.bucket);
+        assert_eq!(cloud().item(&self.env.table, &path).as_ref(), Some(&self.neighbour), "{}", dump());
+        assert_eq!(cloud().object(&format!("{path}.tflock")).as_ref(), Some(&self.neighbour), "{}", dump());
         // A second one finds nothing more to do, and no record of anybody.
         let end = self.next("none");
-        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{case}\n{}", self.world.story(&end));
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{case}\n{}", self.env.dump(&end));
         let runs = self.state_directory().join("runs");
         let left: Vec<_> = fs::read_dir(runs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         // What died while it was being made is cleared away when it is an hour old.
@@ -199,14 +205,14 @@ impl Ground {
             fs::remove_dir_all(path).unwrap();
         }
         // Nor what terraform has logged, which lies in memory for as long as it has a name.
-        let trace = self.world.trace();
+        let trace = self.env.trace();
         for run in trace.lines().filter_map(|line| line.split(", run ").nth(1)) {
             assert!(!Path::new(&format!("/dev/shm/tf-{run}.log")).exists(), "{run}\n{case}\n{trace}");
         }
     }
 
     fn points(&self) -> BTreeSet<String> {
-        self.world.read("points").lines().map(ToOwned::to_owned).collect()
+        self.env.read("points").lines().map(ToOwned::to_owned).collect()
     }
 }
 
@@ -215,19 +221,19 @@ fn drop_when_over(run: Run, ground: &Ground) {
     wait_for(
         "the end of all",
         || {
-            let left = marked(&home(&ground.world));
-            if ours(&ground.world).is_empty() {
-                ground.world.go();
+            let left = marked(&home(&ground.env));
+            if ours(&ground.env).is_empty() {
+                ground.env.unblock();
             }
             left.is_empty().then_some(())
         },
-        || ground.world.trace(),
+        || ground.env.trace(),
     );
     drop(run);
 }
 
 /// The points that each fate comes to, in the run and in what the next run does about it.
-fn reached() -> Vec<(Fate, BTreeSet<String>, BTreeSet<String>)> {
+fn reached() -> Vec<(CrashOutcome, BTreeSet<String>, BTreeSet<String>)> {
     let ground = Ground::new();
     FATES
         .into_iter()
@@ -235,7 +241,7 @@ fn reached() -> Vec<(Fate, BTreeSet<String>, BTreeSet<String>)> {
             ground.clear();
             ground.play(fate, "none");
             let in_run = ground.points();
-            let _ = fs::remove_file(ground.world.directory.join("points"));
+            let _ = fs::remove_file(ground.env.directory.join("points"));
             ground.next("none");
             let after = ground.points();
             ground.assert_well(&format!("{fate:?}"));
@@ -290,7 +296,7 @@ fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living(
     let reached = reached();
     let known: BTreeSet<String> = reached.iter().flat_map(|(_, run, after)| run | after).collect();
     assert_eq!(known, in_source(), "points that no fate comes to, or that the source does not name");
-    let cases: Vec<(Fate, String)> =
+    let cases: Vec<(CrashOutcome, String)> =
         reached.iter().flat_map(|(fate, run, _)| run.iter().map(|point| (*fate, point.clone()))).collect();
     on_grounds(&cases, |ground, (fate, point)| {
         ground.play(*fate, point);
@@ -299,11 +305,11 @@ fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living(
     tell(&format!("{} points, {} deaths", known.len(), cases.len()));
 
     // Once more dead in the recovery: after each point at which everything that was left was killed too.
-    let (_, of_all_killed, after) = reached.iter().find(|(fate, ..)| *fate == Fate::AllKilled).unwrap();
+    let (_, of_all_killed, after) = reached.iter().find(|(fate, ..)| *fate == CrashOutcome::AllKilled).unwrap();
     let pairs: Vec<(&String, &String)> =
         of_all_killed.iter().flat_map(|first| after.iter().map(move |second| (first, second))).collect();
     on_grounds(&pairs, |ground, (first, second)| {
-        ground.play(Fate::AllKilled, first);
+        ground.play(CrashOutcome::AllKilled, first);
         ground.next(second);
         ground.assert_well(&format!("everything killed, one at {first:?}, the next at {second:?}"));
     });

@@ -13,8 +13,8 @@ use super::locks_doctor::unfit;
 use super::locks_release::old_lock;
 use crate::support::process::Run;
 use crate::support::terminal::Terminal;
-use crate::support::world::which;
-use crate::support::{Lock, Subject, World};
+use crate::support::test_env::which;
+use crate::support::{Lock, Subject, TestEnv};
 
 /// A block of a document, with the comment above it.
 #[derive(Debug)]
@@ -70,33 +70,33 @@ fn blocks(path: &Path) -> Vec<Block> {
 }
 
 /// The directory that a block is tried in.
-fn situation(name: &str) -> World {
-    let mut world = match name {
-        "directory" | "both" => World::new(Lock::Both, "true"),
-        "lockfile" => World::new(Lock::File, "true"),
+fn situation(name: &str) -> TestEnv {
+    let mut env = match name {
+        "directory" | "both" => TestEnv::new(Lock::Both, "true"),
+        "lockfile" => TestEnv::new(Lock::File, "true"),
         // A lock of this user on this host, whose terraform is gone. The machine of the tests runs others.
         "stuck" | "stuck-table" => {
-            let world = World::new(if name == "stuck" { Lock::File } else { Lock::DynamoDb }, "true");
-            old_lock(&world);
-            world
+            let env = TestEnv::new(if name == "stuck" { Lock::File } else { Lock::DynamoDb }, "true");
+            old_lock(&env);
+            env
         }
         "digest" => unfit(Lock::DynamoDb),
         "errored" => {
-            let world = World::new(Lock::File, "true");
-            assert_eq!(world.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
-            world.write("errored.tfstate", &world.run(Subject::Bare, &["state", "pull"]).out);
-            world
+            let env = TestEnv::new(Lock::File, "true");
+            assert_eq!(env.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
+            env.write("errored.tfstate", &env.run(Subject::Bare, &["state", "pull"]).out);
+            env
         }
         _ => panic!("there is no situation {name}"),
     };
-    world.set("AWS_REGION", "us-east-1");
-    fs::write(world.directory.join("deploy.sh"), "#!/bin/sh\nterraform apply -auto-approve\n").unwrap();
-    world
+    env.set("AWS_REGION", "us-east-1");
+    fs::write(env.directory.join("deploy.sh"), "#!/bin/sh\nterraform apply -auto-approve\n").unwrap();
+    env
 }
 
 /// The names that documents use are those of an example.
-fn with_real_names(line: &str, world: &World) -> String {
-    line.replace("terraform-locks", &world.table).replace("example-terraform-state", &world.bucket)
+fn with_real_names(line: &str, env: &TestEnv) -> String {
+    line.replace("terraform-locks", &env.table).replace("example-terraform-state", &env.bucket)
 }
 
 /// What an answer says, but for what differs from run to run.
@@ -137,7 +137,7 @@ fn try_out(block: &Block) {
     }
     let name =
         value(&block.comment, "try:").unwrap_or_else(|| panic!("{}: no comment says where it is tried", block.at));
-    let world = situation(name);
+    let env = situation(name);
     let console = block.language == "console";
     let mut ends =
         value(&block.comment, "ends:").unwrap_or("0").split(' ').map(|end| end.parse::<i32>().unwrap()).cycle();
@@ -145,7 +145,7 @@ fn try_out(block: &Block) {
     for line in block.lines.iter().filter(|line| !line.is_empty()) {
         let command = if console { line.strip_prefix("$ ") } else { Some(line.as_str()) };
         let Some(command) = command else {
-            let expected = with_real_names(line, &world);
+            let expected = with_real_names(line, &env);
             assert!(
                 expected == "..." || gist(&answer).contains(&gist(&expected)),
                 "{}: {expected:?} is not in\n{answer}",
@@ -157,8 +157,8 @@ fn try_out(block: &Block) {
         if which(shell).is_none() {
             return;
         }
-        let mut typed = world.command(shell);
-        let command = with_real_names(command, &world);
+        let mut typed = env.command(shell);
+        let command = with_real_names(command, &env);
         let code = if console {
             typed.args(["-c", &format!("stty cols 110\n{command}")]);
             let mut terminal = Terminal::start(typed);
@@ -175,7 +175,7 @@ fn try_out(block: &Block) {
             answer = format!("{}{}", end.out, end.err);
             end.code()
         };
-        assert_eq!(code, ends.next(), "{}: {command}\n{answer}\n{}", block.at, world.trace());
+        assert_eq!(code, ends.next(), "{}: {command}\n{answer}\n{}", block.at, env.trace());
     }
 }
 

@@ -7,19 +7,19 @@ use nix::sys::signal::{Signal, kill};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, id_of};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, id_of};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 #[test]
 fn bare_terraform_leaves_its_lock_when_it_is_killed() {
     for lock in Lock::ALL {
-        let world = World::new(lock, WAITS);
-        let run = world.start_apply(Subject::Bare);
+        let env = TestEnv::new(lock, WAITS);
+        let run = env.start_apply(Subject::Bare);
         run.send(Signal::SIGKILL);
-        world.go();
+        env.unblock();
         run.wait();
-        world.assert_locked();
+        env.assert_locked();
     }
 }
 
@@ -27,19 +27,19 @@ fn bare_terraform_leaves_its_lock_when_it_is_killed() {
 fn a_killed_terraform_leaves_no_lock_of_any_kind() {
     for lock in Lock::ALL {
         for signal in [Signal::SIGKILL, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGSEGV, Signal::SIGABRT] {
-            let world = World::new(lock, WAITS);
-            let run = world.start_apply(Subject::Tf);
-            world.assert_locked();
+            let env = TestEnv::new(lock, WAITS);
+            let run = env.start_apply(Subject::Tf);
+            env.assert_locked();
             kill(terraform_below(run.pid()), signal).unwrap();
             let end = run.wait();
-            world.assert_unlocked();
+            env.assert_unlocked();
             assert!(end.err.contains("released the lock"), "{signal}: {}", end.err);
             match signal {
                 // Go's runtime catches these, writes its goroutines down and exits with 2.
                 Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => {
-                    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+                    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
                 }
-                _ => assert_eq!(end.signal(), Some(signal as i32), "{}", world.story(&end)),
+                _ => assert_eq!(end.signal(), Some(signal as i32), "{}", env.dump(&end)),
             }
             assert!(!end.core_dumped());
         }
@@ -48,28 +48,28 @@ fn a_killed_terraform_leaves_no_lock_of_any_kind() {
 
 #[test]
 fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
-    let world = World::new(Lock::Both, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = env.start_apply(Subject::Tf);
     run.send(Signal::SIGQUIT);
     let end = run.wait();
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(end.err.contains("goroutine "), "terraform's own dump is there");
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 /// A terraform that takes a real lock, by the real terraform, and then ends as the test says.
 #[test]
 fn a_panic_leaves_no_lock() {
-    let mut world = World::new(Lock::Both, WAITS);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
     // Terraform's own panic handler exits with 11; here a shell stands in front of it to say so.
-    world.stand_in(
+    env.stand_in(
         "panics",
         "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n",
     );
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    assert_eq!(end.code(), Some(11), "{}", world.story(&end));
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(11), "{}", env.dump(&end));
     assert!(end.err.contains("terraform crashed (exit code 11)"), "{}", end.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
@@ -79,11 +79,11 @@ fn out_of_memory_is_named_and_the_lock_goes() {
         return;
     }
     let group = memory_group().expect("no memory control group can be made: /sys/fs/cgroup is not writable");
-    let world = World::new(Lock::Both, "touch began; while test -e began && ! test -e go; do sleep 0.02; done");
-    let mut command = world.command("sh");
+    let env = TestEnv::new(Lock::Both, "touch began; while test -e began && ! test -e go; do sleep 0.02; done");
+    let mut command = env.command("sh");
     command.args(["-c", &format!("echo $$ > {group}/cgroup.procs; exec tf apply -auto-approve -no-color")]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let terraform = terraform_below(run.pid());
     // Terraform is the largest in the group, and would be the one even without this.
     std::fs::write(format!("/proc/{terraform}/oom_score_adj"), "1000").unwrap();
@@ -93,9 +93,9 @@ fn out_of_memory_is_named_and_the_lock_goes() {
         .stderr(std::process::Stdio::null())
         .status();
     let end = run.wait();
-    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
     assert!(end.err.contains("killed by SIGKILL, out of memory"), "{}", end.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
     let _ = std::fs::remove_dir(&group);
 }
 
@@ -117,11 +117,11 @@ fn memory_group() -> Option<String> {
 fn killed_at_any_moment_it_leaves_no_lock() {
     let rounds: u32 = std::env::var("TF_TEST_KILLS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(60);
     for lock in Lock::ALL {
-        let world = World::new(lock, "true");
+        let env = TestEnv::new(lock, "true");
         let arguments = ["apply", "-auto-approve", "-no-color"];
         let measured = || {
             let begun = Instant::now();
-            assert_eq!(world.run(Subject::Tf, &arguments).code(), Some(0));
+            assert_eq!(env.run(Subject::Tf, &arguments).code(), Some(0));
             begun.elapsed()
         };
         let mut whole = measured();
@@ -129,26 +129,26 @@ fn killed_at_any_moment_it_leaves_no_lock() {
         // On a machine whose speed changes all the time the moments may miss the lock: then there are more of them.
         while round < rounds / 3 || (round < rounds && (held == 0 || released == 0)) {
             // A kill between the write of the state and that of its digest makes every later command fail.
-            world.forget_state();
+            env.forget_state();
             // Spread evenly over a whole run, as long as one takes at this moment on this machine.
             let moment = whole * (round % (rounds / 3) + 1) / (rounds / 3);
             let begun = Instant::now();
-            let run = world.start(Subject::Tf, &arguments);
+            let run = env.start(Subject::Tf, &arguments);
             let terraform = terraform_below(run.pid());
             std::thread::sleep(moment.saturating_sub(begun.elapsed()));
-            if !world.locks().is_empty() {
+            if !env.locks().is_empty() {
                 held += 1;
             }
             let _ = kill(terraform, Signal::SIGKILL);
             let end = run.wait();
-            assert!(world.locks().is_empty(), "round {round}, killed after {moment:?}: {}", world.story(&end));
+            assert!(env.locks().is_empty(), "round {round}, killed after {moment:?}: {}", env.dump(&end));
             if end.err.contains("released the lock") {
                 released += 1;
             }
-            assert!(!end.err.contains("was not released"), "round {round}: {}", world.story(&end));
+            assert!(!end.err.contains("was not released"), "round {round}: {}", env.dump(&end));
             round += 1;
             if round % 10 == 0 || end.code() == Some(0) {
-                world.forget_state();
+                env.forget_state();
                 whole = measured();
             }
         }
@@ -156,10 +156,10 @@ fn killed_at_any_moment_it_leaves_no_lock() {
     }
 }
 
-pub fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
+pub fn through(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> Proxy {
     let proxy = Proxy::start(cloud().port, rule);
     let url = format!("http://127.0.0.1:{}", proxy.port);
-    world.set("AWS_ENDPOINT_URL", &url);
+    env.set("AWS_ENDPOINT_URL", &url);
     proxy
 }
 
@@ -187,102 +187,97 @@ fn writes_state(request: &Message) -> bool {
 #[test]
 fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut world = World::new(lock, "true");
-        let proxy =
-            through(
-                &mut world,
-                move |request| {
-                    if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
-                },
-            );
-        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let mut env = TestEnv::new(lock, "true");
+        let proxy = through(&mut env, move |request| {
+            if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
+        });
+        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
         run.kill_terraform();
         // It lands when its sender is dead, and tf has looked and seen nothing.
-        world.wait_for_trace("the tree is dead");
+        env.wait_for_trace("the tree is dead");
         std::thread::sleep(Duration::from_millis(1500));
-        assert!(world.locks().is_empty());
+        assert!(env.locks().is_empty());
         proxy.let_go();
         proxy.wait_until_delivered();
         let end = run.wait();
-        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut world = World::new(lock, "true");
-        let direct = world.environment();
-        let proxy =
-            through(
-                &mut world,
-                move |request| {
-                    if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
-                },
-            );
-        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let mut env = TestEnv::new(lock, "true");
+        let direct = env.environment();
+        let proxy = through(&mut env, move |request| {
+            if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
+        });
+        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("the next tf here gives it back"), "{}", world.story(&end));
+        assert!(end.err.contains("the next tf here gives it back"), "{}", env.dump(&end));
         // It lands only now.
         proxy.let_go();
         proxy.wait_until_delivered();
-        world.assert_locked();
-        let mut next = world.command(world.bin().join("tf"));
+        env.assert_locked();
+        let mut next = env.command(env.bin().join("tf"));
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(end.err.contains("took late"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        env.assert_unlocked();
         // It may land once more: terraform's SDK may have sent it twice.
-        let left = std::fs::read_dir(world.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
+        let left = std::fs::read_dir(env.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
         assert_eq!(left, 1);
     }
 }
 
 #[test]
 fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let first = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let first = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     first.wait_until_held();
     run.kill_terraform();
     run.wait();
     // The next run begins before the request lands, and asks for its lock after.
     let second =
-        through(&mut world, |request| if request.start.contains("list-type") { Deed::Hold } else { Deed::Pass });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        through(
+            &mut env,
+            |request| if request.start.contains("list-type") { ProxyAction::Hold } else { ProxyAction::Pass },
+        );
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     second.wait_until_held();
     first.let_go();
     first.wait_until_delivered();
     second.let_go();
     let end = run.wait();
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("took late") && end.err.contains("run it again"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("took late") && end.err.contains("run it again"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
     for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
         for lock in [Lock::DynamoDb, Lock::File] {
-            let mut world = World::new(lock, "true");
+            let mut env = TestEnv::new(lock, "true");
             let once = std::sync::atomic::AtomicBool::new(true);
-            through(&mut world, move |request| {
+            through(&mut env, move |request| {
                 let takes = takes_item(request) || takes_file(request);
                 if takes && once.swap(false, std::sync::atomic::Ordering::SeqCst) {
-                    Deed::LoseAnswer
+                    ProxyAction::LoseAnswer
                 } else {
-                    Deed::Pass
+                    ProxyAction::Pass
                 }
             });
-            let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
-            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
+            assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
             assert!(end.err.contains("Error acquiring the state lock"), "{}", end.err);
-            assert_eq!(!world.locks().is_empty(), left, "{subject:?} {lock:?}: {}", world.story(&end));
+            assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
         }
     }
 }
@@ -291,16 +286,16 @@ fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
 fn a_failing_unlock_leaves_no_lock() {
     for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
         for lock in Lock::ALL {
-            let mut world = World::new(lock, "true");
+            let mut env = TestEnv::new(lock, "true");
             // Every unlock of terraform's own fails; it tells itself by carrying no condition.
-            through(&mut world, move |request| {
+            through(&mut env, move |request| {
                 let item = unlocks_item(request);
                 let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
-                if item || file { Deed::Answer(Message::answer("403 Forbidden", "")) } else { Deed::Pass }
+                if item || file { ProxyAction::Answer(Message::answer("403 Forbidden", "")) } else { ProxyAction::Pass }
             });
-            let end = world.run(subject, &["apply", "-auto-approve", "-no-color"]);
-            assert!(end.err.contains("Error releasing the state lock"), "{}", world.story(&end));
-            assert_eq!(!world.locks().is_empty(), left, "{subject:?} {lock:?}: {}", world.story(&end));
+            let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
+            assert!(end.err.contains("Error releasing the state lock"), "{}", env.dump(&end));
+            assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
         }
     }
 }
@@ -308,120 +303,120 @@ fn a_failing_unlock_leaves_no_lock() {
 #[test]
 fn half_a_lock_is_given_back() {
     // Killed between the two requests of taking: the file is there, the item is not.
-    let mut world = World::new(Lock::Both, "true");
-    let proxy = through(&mut world, |request| if takes_item(request) { Deed::Hold } else { Deed::Pass });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let mut env = TestEnv::new(Lock::Both, "true");
+    let proxy = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
-    assert_eq!(world.locks().len(), 1);
+    assert_eq!(env.locks().len(), 1);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 
     // Killed between the two of giving back: the file is gone, the item is not.
-    let mut world = World::new(Lock::Both, "true");
-    let proxy = through(&mut world, |request| if unlocks_item(request) { Deed::Hold } else { Deed::Pass });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let mut env = TestEnv::new(Lock::Both, "true");
+    let proxy = through(&mut env, |request| if unlocks_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
-    assert_eq!(world.locks().len(), 1);
+    assert_eq!(env.locks().len(), 1);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn an_unlock_in_flight_never_hits_the_next_holder() {
     // Terraform's own delete carries no condition. It is held back, terraform is killed, and somebody waits.
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let proxy = through(&mut world, |request| {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let proxy = through(&mut env, |request| {
         let unlock = unlocks_item(request);
-        if unlock { Deed::Hold } else { Deed::Pass }
+        if unlock { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     run.kill_terraform();
-    world.wait_for_trace("waiting for a write");
-    world.assert_locked();
+    env.wait_for_trace("waiting for a write");
+    env.assert_locked();
     proxy.let_go();
     proxy.wait_until_delivered();
     // What it deletes is still our own lock.
-    world.assert_unlocked();
+    env.assert_unlocked();
     let end = run.wait();
-    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
 }
 
 #[test]
 fn wherever_the_working_directory_says_the_state_is() {
-    let kill_it = |world: &World, run: Run| -> Ended {
-        world.wait_for_began(&run);
+    let kill_it = |env: &TestEnv, run: Run| -> Ended {
+        env.wait_for_began(&run);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+        assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
         end
     };
     // A workspace, selected.
-    let world = World::new(Lock::Both, WAITS);
-    assert_eq!(world.run(Subject::Tf, &["workspace", "new", "green"]).code(), Some(0));
-    let run = world.start_apply(Subject::Tf);
-    assert_eq!(world.locks_at("env:/green/dir/prod.tfstate").len(), 2);
-    kill_it(&world, run);
-    assert!(world.locks_at("env:/green/dir/prod.tfstate").is_empty());
+    let env = TestEnv::new(Lock::Both, WAITS);
+    assert_eq!(env.run(Subject::Tf, &["workspace", "new", "green"]).code(), Some(0));
+    let run = env.start_apply(Subject::Tf);
+    assert_eq!(env.locks_at("env:/green/dir/prod.tfstate").len(), 2);
+    kill_it(&env, run);
+    assert!(env.locks_at("env:/green/dir/prod.tfstate").is_empty());
 
     // A workspace by TF_WORKSPACE.
-    let mut world = World::new(Lock::Both, WAITS);
-    world.set("TF_WORKSPACE", "blue");
-    let run = world.start_apply(Subject::Tf);
-    assert_eq!(world.locks_at("env:/blue/dir/prod.tfstate").len(), 2);
-    kill_it(&world, run);
-    assert!(world.locks_at("env:/blue/dir/prod.tfstate").is_empty());
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.set("TF_WORKSPACE", "blue");
+    let run = env.start_apply(Subject::Tf);
+    assert_eq!(env.locks_at("env:/blue/dir/prod.tfstate").len(), 2);
+    kill_it(&env, run);
+    assert!(env.locks_at("env:/blue/dir/prod.tfstate").is_empty());
 
     // -chdir, the command run from above.
-    let world = World::empty(Lock::Both);
-    std::fs::create_dir(world.directory.join("sub")).unwrap();
-    world.write_main("", "touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done");
-    std::fs::rename(world.directory.join("main.tf"), world.directory.join("sub/main.tf")).unwrap();
-    assert_eq!(world.run(Subject::Bare, &["-chdir=sub", "init"]).code(), Some(0));
-    let run = world.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
-    kill_it(&world, run);
-    world.assert_unlocked();
+    let env = TestEnv::empty(Lock::Both);
+    std::fs::create_dir(env.directory.join("sub")).unwrap();
+    env.write_main("", "touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done");
+    std::fs::rename(env.directory.join("main.tf"), env.directory.join("sub/main.tf")).unwrap();
+    assert_eq!(env.run(Subject::Bare, &["-chdir=sub", "init"]).code(), Some(0));
+    let run = env.start(Subject::Tf, &["-chdir=sub", "apply", "-auto-approve", "-no-color"]);
+    kill_it(&env, run);
+    env.assert_unlocked();
 
     // TF_DATA_DIR, relative and absolute.
     for absolute in [false, true] {
-        let mut world = World::empty(Lock::Both);
-        let data = if absolute { world.directory.join("elsewhere") } else { "elsewhere".into() };
-        world.set("TF_DATA_DIR", data);
-        world.write_main("", WAITS);
-        world.init();
-        assert!(!world.exists(".terraform"));
-        let run = world.start_apply(Subject::Tf);
-        kill_it(&world, run);
-        world.assert_unlocked();
+        let mut env = TestEnv::empty(Lock::Both);
+        let data = if absolute { env.directory.join("elsewhere") } else { "elsewhere".into() };
+        env.set("TF_DATA_DIR", data);
+        env.write_main("", WAITS);
+        env.init();
+        assert!(!env.exists(".terraform"));
+        let run = env.start_apply(Subject::Tf);
+        kill_it(&env, run);
+        env.assert_unlocked();
     }
 
     // The user's own logging, whose variables keep their effect.
-    let mut world = World::new(Lock::Both, WAITS);
-    let log = world.directory.join("own.log");
-    world.set("TF_LOG", "DEBUG").set("TF_LOG_PATH", log);
-    let run = world.start_apply(Subject::Tf);
-    kill_it(&world, run);
-    world.assert_unlocked();
-    assert!(world.read("own.log").contains("[DEBUG]"), "the user's own log is there");
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    let log = env.directory.join("own.log");
+    env.set("TF_LOG", "DEBUG").set("TF_LOG_PATH", log);
+    let run = env.start_apply(Subject::Tf);
+    kill_it(&env, run);
+    env.assert_unlocked();
+    assert!(env.read("own.log").contains("[DEBUG]"), "the user's own log is there");
 }
 
 /// An apply whose provisioner starts `worker`, which appends to `work` again and again, and then waits.
-pub fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (World, Run) {
-    let world = World::empty(Lock::Both);
+pub fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (TestEnv, Run) {
+    let env = TestEnv::empty(Lock::Both);
     let python3 = crate::support::cloud::tool("python3");
     let command = if python { starts.replace("PYTHON", python3.to_str().unwrap()) } else { starts.to_owned() };
-    world.write_main("", &command);
-    world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
-    world.write("spawn.py", "import subprocess, time\nsubprocess.Popen(['bash', 'worker'], start_new_session=True)\nopen('began', 'w').close()\ntime.sleep(60)\n");
-    world.write("closes", "for n in $(seq 3 1023); do eval \"exec $n>&-\"; done\nbash worker & touch began; wait\n");
-    world.init();
-    let run = world.start_apply(subject);
-    world.wait_for_file("work");
-    (world, run)
+    env.write_main("", &command);
+    env.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
+    env.write("spawn.py", "import subprocess, time\nsubprocess.Popen(['bash', 'worker'], start_new_session=True)\nopen('began', 'w').close()\ntime.sleep(60)\n");
+    env.write("closes", "for n in $(seq 3 1023); do eval \"exec $n>&-\"; done\nbash worker & touch began; wait\n");
+    env.init();
+    let run = env.start_apply(subject);
+    env.wait_for_file("work");
+    (env, run)
 }
 
 #[test]
@@ -437,67 +432,71 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
             false,
         ),
     ] {
-        let (world, run) = apply_with_worker(Subject::Tf, starts, python);
+        let (env, run) = apply_with_worker(Subject::Tf, starts, python);
         run.kill_terraform();
         let mut at_release = None;
         let last_held = wait_for(
             "the lock to go",
             || {
-                let work = world.read("work").len();
-                if world.locks().is_empty() {
+                let work = env.read("work").len();
+                if env.locks().is_empty() {
                     at_release
                 } else {
                     at_release = Some(work);
                     None
                 }
             },
-            || world.trace(),
+            || env.trace(),
         );
         let end = run.wait();
-        let work = world.read("work").len();
+        let work = env.read("work").len();
         // What was written when the lock stood for the last time is all that was ever written, but for the write that
         // fell between our two looks, before the release.
         assert!(work - last_held < 200, "{name}: {work} after {last_held}");
         std::thread::sleep(Duration::from_millis(100));
-        assert_eq!(world.read("work").len(), work, "{name}: it works on. {}", world.story(&end));
-        assert!(end.err.contains("released the lock"), "{name}: {}", world.story(&end));
+        assert_eq!(env.read("work").len(), work, "{name}: it works on. {}", env.dump(&end));
+        assert!(end.err.contains("released the lock"), "{name}: {}", env.dump(&end));
     }
 }
 
 #[test]
 fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     // Its unlock fails, so that there is a lock to release, and nothing to end.
-    let mut world = World::new(
+    let mut env = TestEnv::new(
         Lock::DynamoDb,
         "nohup sh -c 'touch began; while test -e began && ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
     );
-    through(&mut world, |request| {
-        if unlocks_item(request) { Deed::Answer(Message::answer("403 Forbidden", "")) } else { Deed::Pass }
+    through(&mut env, |request| {
+        if unlocks_item(request) {
+            ProxyAction::Answer(Message::answer("403 Forbidden", ""))
+        } else {
+            ProxyAction::Pass
+        }
     });
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     // Nothing tells whether that still changes something, so the lock stands as long as it works.
-    assert!(end.err.contains("still alive") && end.err.contains("was not released"), "{}", world.story(&end));
-    world.assert_locked();
-    world.wait_for_file("began");
-    assert!(!world.exists("ended"));
-    world.go();
-    world.wait_for_file("ended");
+    assert!(end.err.contains("still alive") && end.err.contains("was not released"), "{}", env.dump(&end));
+    env.assert_locked();
+    env.wait_for_file("began");
+    assert!(!env.exists("ended"));
+    env.unblock();
+    env.wait_for_file("ended");
     wait_for(
         "the next tf to release the lock",
         || {
-            let end = world.run(Subject::Tf, &["locks", "recover"]);
+            let end = env.run(Subject::Tf, &["locks", "recover"]);
             (end.code() == Some(0)).then_some(())
         },
-        || world.trace(),
+        || env.trace(),
     );
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn after_an_interrupt_what_runs_on_is_named_and_not_ended() {
-    let world = World::new(Lock::Both, "setsid sleep 30 & touch began; wait");
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::Both, "setsid sleep 30 & touch began; wait");
+    let run = env.start_apply(Subject::Tf);
     let sleeping = wait_for(
         "sleep",
         || {
@@ -506,39 +505,39 @@ fn after_an_interrupt_what_runs_on_is_named_and_not_ended() {
                 .find(|process| process.1 == "sleep")
                 .map(|process| process.0)
         },
-        || world.trace(),
+        || env.trace(),
     );
     run.send(Signal::SIGTERM);
     let end = run.wait();
-    assert!(end.err.contains(&format!("sleep (pid {sleeping})")), "{}", world.story(&end));
+    assert!(end.err.contains(&format!("sleep (pid {sleeping})")), "{}", env.dump(&end));
     assert!(state(sleeping).is_some_and(|state| state != 'Z'));
     kill(sleeping, Signal::SIGKILL).unwrap();
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_state_write_in_flight_never_lands_over_the_next_ones() {
-    let mut world = World::new(Lock::Both, "true");
-    let proxy = through(&mut world, |request| if writes_state(request) { Deed::Hold } else { Deed::Pass });
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let mut env = TestEnv::new(Lock::Both, "true");
+    let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     run.kill_terraform();
-    world.wait_for_trace("waiting for a write");
+    env.wait_for_trace("waiting for a write");
     // The contender reaches the cloud directly, and waits for the lock.
     let cloud = format!("http://127.0.0.1:{}", cloud().port);
-    world.set("AWS_ENDPOINT_URL", cloud);
-    let contender = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
+    env.set("AWS_ENDPOINT_URL", cloud);
+    let contender = env.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
     // The write lands 6 s after its sender died.
     std::thread::sleep(Duration::from_secs(6));
     proxy.let_go();
     proxy.wait_until_delivered();
     let end = run.wait();
-    assert!(end.err.contains("a write of it still arrived"), "{}", world.story(&end));
+    assert!(end.err.contains("a write of it still arrived"), "{}", env.dump(&end));
     let theirs = contender.wait();
     assert_eq!(theirs.code(), Some(0), "{}{}", theirs.out, theirs.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
     // The contender saw the write, and built on it.
-    let state: serde_json::Value = serde_json::from_str(&world.state().unwrap()).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&env.state().unwrap()).unwrap();
     assert!(state["serial"].as_u64().unwrap() >= 1, "{state}");
     assert_eq!(state["resources"].as_array().unwrap().len(), 1);
 }
@@ -546,34 +545,38 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
 #[test]
 fn the_sdk_follows_a_plain_block_and_the_environment() {
     // No path style, no endpoint in the block: as most people have it.
-    let world = World::empty(Lock::Both);
-    world.write_main("", WAITS);
-    let text = world.read("main.tf").replace("use_path_style = true\n", "");
-    world.write("main.tf", &text);
-    world.init();
-    let run = world.start_apply(Subject::Tf);
-    let id = id_of(&world.locks()[0]);
+    let env = TestEnv::empty(Lock::Both);
+    env.write_main("", WAITS);
+    let text = env.read("main.tf").replace("use_path_style = true\n", "");
+    env.write("main.tf", &text);
+    env.init();
+    let run = env.start_apply(Subject::Tf);
+    let id = id_of(&env.locks()[0]);
     run.kill_terraform();
     let end = run.wait();
-    world.assert_unlocked();
+    env.assert_unlocked();
     assert!(end.err.contains(&id), "{}", end.err);
 }
 
 #[test]
 fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let once = std::sync::atomic::AtomicBool::new(true);
-        through(&mut world, move |request| {
+        through(&mut env, move |request| {
             let ours = (is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression"))
                 || (request.start.starts_with("DELETE ") && request.header("if-match").is_some());
-            if ours && once.swap(false, std::sync::atomic::Ordering::SeqCst) { Deed::LoseAnswer } else { Deed::Pass }
+            if ours && once.swap(false, std::sync::atomic::Ordering::SeqCst) {
+                ProxyAction::LoseAnswer
+            } else {
+                ProxyAction::Pass
+            }
         });
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
@@ -617,34 +620,34 @@ const LOCKING: &[Locking] = &[
 ];
 
 /// Killed while that request is on its way, and its lock stands.
-fn kill_while_locked(case: &Locking, subject: Subject) -> (World, Ended) {
-    let mut world = World::new(Lock::Both, "true");
-    world.write(
+fn kill_while_locked(case: &Locking, subject: Subject) -> (TestEnv, Ended) {
+    let mut env = TestEnv::new(Lock::Both, "true");
+    env.write(
         "other.json",
         r#"{"version":4,"terraform_version":"1.11.4","serial":9,"lineage":"other","outputs":{},"resources":[]}"#,
     );
     for before in case.before {
-        let end = world.run(Subject::Bare, before);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let end = env.run(Subject::Bare, before);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     }
     let locked = std::sync::atomic::AtomicBool::new(false);
     let does = case.does;
-    let proxy = through(&mut world, move |request| {
+    let proxy = through(&mut env, move |request| {
         use std::sync::atomic::Ordering::SeqCst;
         locked.fetch_or(takes_item(request), SeqCst);
         let is_it = request.start.starts_with(does) && request.start.contains("prod.tfstate?");
-        if is_it && locked.load(SeqCst) { Deed::Hold } else { Deed::Pass }
+        if is_it && locked.load(SeqCst) { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = world.start(subject, &[case.command, &["-no-color"]].concat());
+    let run = env.start(subject, &[case.command, &["-no-color"]].concat());
     proxy.wait_until_held();
-    assert_eq!(world.locks_at(case.key).len(), 2, "{:?}", case.command);
+    assert_eq!(env.locks_at(case.key).len(), 2, "{:?}", case.command);
     match subject {
         Subject::Tf => run.kill_terraform(),
         Subject::Bare => run.send(Signal::SIGKILL),
     }
     proxy.let_go();
     let end = run.wait();
-    (world, end)
+    (env, end)
 }
 
 #[test]
@@ -652,11 +655,11 @@ fn every_command_that_locks_is_given_its_lock_back_and_bare_leaves_it() {
     std::thread::scope(|scope| {
         for case in LOCKING {
             scope.spawn(|| {
-                let (world, _) = kill_while_locked(case, Subject::Bare);
-                assert_eq!(world.locks_at(case.key).len(), 2, "{:?} is no command that leaves its lock", case.command);
-                let (world, end) = kill_while_locked(case, Subject::Tf);
-                assert!(end.err.contains("released the lock"), "{:?}: {}", case.command, world.story(&end));
-                assert!(world.locks_at(case.key).is_empty(), "{:?}: {}", case.command, world.story(&end));
+                let (env, _) = kill_while_locked(case, Subject::Bare);
+                assert_eq!(env.locks_at(case.key).len(), 2, "{:?} is no command that leaves its lock", case.command);
+                let (env, end) = kill_while_locked(case, Subject::Tf);
+                assert!(end.err.contains("released the lock"), "{:?}: {}", case.command, env.dump(&end));
+                assert!(env.locks_at(case.key).is_empty(), "{:?}: {}", case.command, env.dump(&end));
             });
         }
     });

@@ -9,47 +9,47 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
 use crate::support::process::{Run, state};
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::WAITS;
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::WAITS;
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// A world in which terraform, once interrupted, is busy stopping until the proxy lets its state go.
-pub fn slow_to_stop() -> (World, Proxy) {
-    let mut world = World::new(Lock::Both, WAITS);
+pub fn slow_to_stop() -> (TestEnv, Proxy) {
+    let mut env = TestEnv::new(Lock::Both, WAITS);
     let proxy = Proxy::start(cloud().port, |request| {
         let is_state = request.start.starts_with("PUT ") && request.start.contains("prod.tfstate?");
         let is_state = is_state || (request.start.starts_with("PUT ") && request.start.contains("prod.tfstate "));
-        if is_state { Deed::Hold } else { Deed::Pass }
+        if is_state { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", proxy.port));
-    (world, proxy)
+    env.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", proxy.port));
+    (env, proxy)
 }
 
 #[track_caller]
-fn assert_interrupted_once(world: &World, end: &Ended) {
-    assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", world.story(end));
-    assert!(!end.err.contains("Two interrupts"), "{}", world.story(end));
-    assert_eq!(end.code(), Some(1), "{}", world.story(end));
-    world.assert_unlocked();
+fn assert_interrupted_once(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", env.dump(end));
+    assert!(!end.err.contains("Two interrupts"), "{}", env.dump(end));
+    assert_eq!(end.code(), Some(1), "{}", env.dump(end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn any_one_stop_reaches_terraform_as_one_interrupt() {
     for to_group in [false, true] {
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            let mut world = World::empty(Lock::DynamoDb);
-            world.count_signals();
-            let run = world.start(Subject::Tf, &["apply"]);
-            world.wait_for_began(&run);
+            let mut env = TestEnv::empty(Lock::DynamoDb);
+            env.count_signals();
+            let run = env.start(Subject::Tf, &["apply"]);
+            env.wait_for_began(&run);
             if to_group {
                 run.send_to_group(signal);
             } else {
                 run.send(signal);
             }
-            wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
-            world.go();
+            wait_for("an interrupt", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
+            env.unblock();
             let end = run.wait();
-            assert_eq!(world.seen(), ["SIGINT"], "{signal} to group {to_group}: {}", world.story(&end));
+            assert_eq!(env.received_signals(), ["SIGINT"], "{signal} to group {to_group}: {}", env.dump(&end));
             assert_eq!(end.code(), Some(0));
         }
     }
@@ -57,8 +57,8 @@ fn any_one_stop_reaches_terraform_as_one_interrupt() {
 
 #[test]
 fn bare_terraform_counts_an_interrupt_and_a_term_as_two() {
-    let (world, proxy) = slow_to_stop();
-    let run = world.start_apply(Subject::Bare);
+    let (env, proxy) = slow_to_stop();
+    let run = env.start_apply(Subject::Bare);
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
     run.send(Signal::SIGTERM);
@@ -70,24 +70,24 @@ fn bare_terraform_counts_an_interrupt_and_a_term_as_two() {
 #[test]
 fn an_interrupt_and_then_a_term_are_one_stop() {
     for apart in [Duration::from_millis(20), Duration::from_millis(7500)] {
-        let (world, proxy) = slow_to_stop();
-        let run = world.start_apply(Subject::Tf);
+        let (env, proxy) = slow_to_stop();
+        let run = env.start_apply(Subject::Tf);
         run.send(Signal::SIGINT);
         run.wait_for_out("Interrupt received");
         std::thread::sleep(apart);
         run.send(Signal::SIGTERM);
-        world.wait_for_trace("got SIGTERM");
+        env.wait_for_trace("got SIGTERM");
         proxy.let_go();
-        assert_interrupted_once(&world, &run.wait());
+        assert_interrupted_once(&env, &run.wait());
     }
 }
 
 #[test]
 fn a_storm_of_signals_is_one_stop() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.count_signals();
-    let run = world.start(Subject::Tf, &["apply"]);
-    world.wait_for_began(&run);
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.count_signals();
+    let run = env.start(Subject::Tf, &["apply"]);
+    env.wait_for_began(&run);
     for round in 0..60 {
         let signal = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP][round % 3];
         if round % 2 == 0 {
@@ -98,195 +98,200 @@ fn a_storm_of_signals_is_one_stop() {
         std::thread::yield_now();
     }
     run.send(Signal::SIGUSR1);
-    wait_for("USR1", || world.seen().contains(&"SIGUSR1".to_owned()).then_some(()), || world.trace());
-    world.go();
+    wait_for("USR1", || env.received_signals().contains(&"SIGUSR1".to_owned()).then_some(()), || env.trace());
+    env.unblock();
     run.wait();
-    assert_eq!(world.seen().iter().filter(|signal| *signal == "SIGINT").count(), 1, "{:?}", world.seen());
-    assert!(!world.seen().contains(&"SIGTERM".to_owned()), "{:?}", world.seen());
-    assert!(!world.seen().contains(&"SIGHUP".to_owned()), "{:?}", world.seen());
+    assert_eq!(
+        env.received_signals().iter().filter(|signal| *signal == "SIGINT").count(),
+        1,
+        "{:?}",
+        env.received_signals()
+    );
+    assert!(!env.received_signals().contains(&"SIGTERM".to_owned()), "{:?}", env.received_signals());
+    assert!(!env.received_signals().contains(&"SIGHUP".to_owned()), "{:?}", env.received_signals());
 }
 
 #[test]
 fn the_other_signals_are_passed_on_as_they_are() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.count_signals();
-    let run = world.start(Subject::Tf, &["apply"]);
-    world.wait_for_began(&run);
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.count_signals();
+    let run = env.start(Subject::Tf, &["apply"]);
+    env.wait_for_began(&run);
     let signals =
         [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGQUIT, Signal::SIGABRT, Signal::SIGCONT];
     for signal in signals {
         run.send(signal);
         wait_for(
             signal.as_str(),
-            || world.seen().contains(&signal.as_str().to_owned()).then_some(()),
-            || world.trace(),
+            || env.received_signals().contains(&signal.as_str().to_owned()).then_some(()),
+            || env.trace(),
         );
     }
-    world.go();
+    env.unblock();
     run.wait();
-    assert_eq!(world.seen().len(), signals.len(), "{:?}", world.seen());
+    assert_eq!(env.received_signals().len(), signals.len(), "{:?}", env.received_signals());
 }
 
 /// In our own group are others than terraform's.
 #[test]
 fn with_a_shared_terminal_a_request_interrupts_terraform_alone() {
     for shared in [false, true] {
-        let mut world = World::new(
+        let mut env = TestEnv::new(
             Lock::DynamoDb,
             "trap 'touch interrupted' INT; touch began; while ! test -e go; do sleep 0.02; done",
         );
         if shared {
-            world.set("TFW_TTY", "shared");
+            env.set("TFW_TTY", "shared");
         }
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         run.send(Signal::SIGTERM);
         run.wait_for_out("Interrupt received");
         if !shared {
-            world.wait_for_file("interrupted");
+            env.wait_for_file("interrupted");
         }
-        world.go();
+        env.unblock();
         let end = run.wait();
-        assert_eq!(world.exists("interrupted"), !shared, "{shared}: {}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(env.exists("interrupted"), !shared, "{shared}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 /// Nobody can pass it on.
 #[test]
 fn a_stop_that_cannot_be_caught_stops_tf_alone() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
     run.send(Signal::SIGSTOP);
     let tf = run.pid();
-    wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || world.trace());
+    wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || env.trace());
     assert_ne!(state(crate::support::process::terraform_below(tf)), Some('T'));
-    world.go();
-    wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    env.unblock();
+    wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
     run.send(Signal::SIGCONT);
     assert_eq!(run.wait().code(), Some(0));
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn timeout_stops_terraform_once() {
-    let (world, proxy) = slow_to_stop();
-    let mut command = world.command("timeout");
+    let (env, proxy) = slow_to_stop();
+    let mut command = env.command("timeout");
     command.args(["1", "tf", "apply", "-auto-approve", "-no-color"]);
     let run = Run::start(command);
     run.wait_for_out("Interrupt received");
     // timeout(1) signals the child, and then its whole group: both have come by now.
-    world.wait_for_trace("got SIGTERM");
+    env.wait_for_trace("got SIGTERM");
     proxy.let_go();
     let end = run.wait();
-    assert_eq!(end.code(), Some(124), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(124), "{}", env.dump(&end));
     assert_eq!(end.out.matches("Interrupt received.").count(), 1);
-    assert!(!end.err.contains("Two interrupts"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(!end.err.contains("Two interrupts"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_script_killed_by_its_group_stops_terraform_once() {
     for shell in ["sh", "bash"] {
-        let (world, proxy) = slow_to_stop();
-        let mut command = world.command(shell);
+        let (env, proxy) = slow_to_stop();
+        let mut command = env.command(shell);
         command.args(["-c", "tf apply -auto-approve -no-color; echo script got $?"]);
         let run = Run::start(command);
-        world.wait_for_began(&run);
+        env.wait_for_began(&run);
         // ^C as a script sees it: everybody in its group, tf among them.
         run.send_to_group(Signal::SIGINT);
         run.wait_for_out("Interrupt received");
         proxy.let_go();
         let end = run.wait();
-        assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", world.story(&end));
-        assert!(!end.err.contains("Two interrupts"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", env.dump(&end));
+        assert!(!end.err.contains("Two interrupts"), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 /// A world in which a plan waits until the proxy lets the state that it reads go.
-pub fn slow_to_plan() -> (World, Proxy) {
-    let mut world = World::empty(Lock::Both);
-    world.write_main(
+pub fn slow_to_plan() -> (TestEnv, Proxy) {
+    let mut env = TestEnv::empty(Lock::Both);
+    env.write_main(
         &format!(
             "data \"terraform_remote_state\" \"other\" {{\nbackend = \"s3\"\nconfig = {{\nbucket = \"{}\"\n\
              key = \"slow.tfstate\"\nregion = \"us-east-1\"\nuse_path_style = true\n}}\n}}\n",
-            world.bucket
+            env.bucket
         ),
         "true",
     );
-    world.init();
+    env.init();
     let state = br#"{"version":4,"terraform_version":"1.11.4","serial":1,"lineage":"l","outputs":{},"resources":[]}"#;
-    cloud().s3("PUT", &format!("{}/slow.tfstate", world.bucket), state);
+    cloud().s3("PUT", &format!("{}/slow.tfstate", env.bucket), state);
     let proxy = Proxy::start(cloud().port, |request| {
         let reads = request.start.starts_with("GET ") || request.start.starts_with("HEAD ");
-        if reads && request.start.contains("slow.tfstate") { Deed::Hold } else { Deed::Pass }
+        if reads && request.start.contains("slow.tfstate") { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", proxy.port));
-    (world, proxy)
+    env.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", proxy.port));
+    (env, proxy)
 }
 
 #[test]
 fn bare_terraform_leaves_its_lock_at_the_second_interrupt_while_planning() {
-    let (world, proxy) = slow_to_plan();
-    let run = world.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    let (env, proxy) = slow_to_plan();
+    let run = env.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
     run.send(Signal::SIGINT);
     let end = run.wait();
-    assert!(end.err.contains("Two interrupts"), "{}", world.story(&end));
-    world.assert_locked();
+    assert!(end.err.contains("Two interrupts"), "{}", env.dump(&end));
+    env.assert_locked();
 }
 
 #[test]
 fn a_second_interrupt_while_planning_leaves_no_lock() {
-    let (world, proxy) = slow_to_plan();
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let (env, proxy) = slow_to_plan();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
     run.send(Signal::SIGINT);
     proxy.let_go();
-    assert_interrupted_once(&world, &run.wait());
+    assert_interrupted_once(&env, &run.wait());
 }
 
 #[test]
 fn after_the_stop_timeout_terraform_is_killed_and_its_lock_released() {
-    let mut world = World::new(Lock::Both, WAITS);
-    world.set("TFW_STOP_TIMEOUT", "300ms");
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.set("TFW_STOP_TIMEOUT", "300ms");
     // console throws every interrupt away, and holds its lock for as long as its input is open.
-    let run = world.start(Subject::Tf, &["console", "-no-color"]);
-    world.wait_for_locked();
+    let run = env.start(Subject::Tf, &["console", "-no-color"]);
+    env.wait_for_locked();
     run.send(Signal::SIGTERM);
-    world.wait_for_trace("Kill(StopTimeout)");
+    env.wait_for_trace("Kill(StopTimeout)");
     let end = run.wait();
-    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
     assert!(end.err.contains("TFW_STOP_TIMEOUT"), "{}", end.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn nohup_survives_a_hangup() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut command = world.command("nohup");
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut command = env.command("nohup");
     command.args(["tf", "apply", "-auto-approve", "-no-color"]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     run.send_to_group(Signal::SIGHUP);
-    world.wait_for_trace("got SIGHUP");
-    world.go();
+    env.wait_for_trace("got SIGHUP");
+    env.unblock();
     let end = run.wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert!(!end.out.contains("Interrupt received"), "{}", end.out);
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 /// Prints a line again and again until it is stopped or told to go on.
 const TALKS: &str = "touch began; while test -e began && ! test -e go; do echo talking; sleep 0.02; done";
 
-fn apply_whose_reader_leaves(subject: Subject) -> (World, Ended) {
-    let world = World::new(Lock::Both, TALKS);
-    let mut command = world.command(subject.name());
+fn apply_whose_reader_leaves(subject: Subject) -> (TestEnv, Ended) {
+    let env = TestEnv::new(Lock::Both, TALKS);
+    let mut command = env.command(subject.name());
     command
         .args(["apply", "-auto-approve", "-no-color"])
         .stdin(Stdio::null())
@@ -302,55 +307,55 @@ fn apply_whose_reader_leaves(subject: Subject) -> (World, Ended) {
     }
     drop(reader);
     let output = child.wait_with_output().unwrap();
-    world.go();
-    (world, Ended { status: output.status, out: text, err: String::from_utf8_lossy(&output.stderr).into_owned() })
+    env.unblock();
+    (env, Ended { status: output.status, out: text, err: String::from_utf8_lossy(&output.stderr).into_owned() })
 }
 
 #[test]
 fn bare_terraform_dies_with_its_lock_when_its_reader_leaves() {
-    let (world, end) = apply_whose_reader_leaves(Subject::Bare);
-    assert_eq!(end.signal(), Some(13), "{}", world.story(&end));
-    world.assert_locked();
+    let (env, end) = apply_whose_reader_leaves(Subject::Bare);
+    assert_eq!(end.signal(), Some(13), "{}", env.dump(&end));
+    env.assert_locked();
 }
 
 #[test]
 fn when_the_reader_leaves_terraform_stops_gracefully_with_its_state_saved() {
-    let (world, end) = apply_whose_reader_leaves(Subject::Tf);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_unlocked();
-    assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "{:?}", world.state());
+    let (env, end) = apply_whose_reader_leaves(Subject::Tf);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_unlocked();
+    assert!(env.state().is_some_and(|state| state.contains("terraform_data")), "{:?}", env.state());
     assert!(!end.err.contains("released the lock"), "terraform unlocked by itself: {}", end.err);
 }
 
 #[test]
 fn head_stops_an_apply_and_the_pipeline_ends() {
-    let world = World::new(Lock::Both, TALKS);
-    let mut command = world.command("bash");
+    let env = TestEnv::new(Lock::Both, TALKS);
+    let mut command = env.command("bash");
     command.args(["-c", "tf apply -auto-approve -no-color | head -5; echo ${PIPESTATUS[@]}"]);
     let end = Run::start(command).wait();
-    assert!(end.out.trim_end().ends_with("1 0"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.out.trim_end().ends_with("1 0"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_reader_that_does_not_read_keeps_no_signal_waiting() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.stand_in(
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.stand_in(
         "fills",
         "#!/bin/sh\ntrap 'echo INT >> seen; exit 3' INT\ntouch began\nwhile :; do echo yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy; done\n",
     );
-    let mut command = world.command("tf");
+    let mut command = env.command("tf");
     command.arg("apply").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
     let terraform = terraform_named("fills", &child);
     // The pipe is full when the writer sleeps in its write.
     wait_for("a full pipe", || (blocked_in_write(terraform)).then_some(()), || format!("{:?}", state(terraform)));
     kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    world.wait_for_trace("InterruptGroup");
+    env.wait_for_trace("InterruptGroup");
     drop(child.stdout.take());
-    let status = wait_for("the end of tf", || child.try_wait().unwrap(), || world.trace());
+    let status = wait_for("the end of tf", || child.try_wait().unwrap(), || env.trace());
     assert_eq!(status.code(), Some(3));
-    assert_eq!(world.seen(), ["INT"]);
+    assert_eq!(env.received_signals(), ["INT"]);
 }
 
 fn terraform_named(name: &str, child: &std::process::Child) -> nix::unistd::Pid {
@@ -370,9 +375,9 @@ fn blocked_in_write(pid: nix::unistd::Pid) -> bool {
 
 #[test]
 fn two_streams_into_one_pipe_keep_their_order() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.stand_in("talks", "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n");
-    let mut command = world.command("sh");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.stand_in("talks", "#!/bin/sh\ni=0\nwhile test $i -lt 2000; do echo o$i; echo e$i >&2; i=$((i+1)); done\n");
+    let mut command = env.command("sh");
     command.args(["-c", "tf apply 2>&1"]);
     let end = Run::start(command).wait();
     let expected: String = (0..2000).flat_map(|number| [format!("o{number}\n"), format!("e{number}\n")]).collect();
@@ -381,10 +386,10 @@ fn two_streams_into_one_pipe_keep_their_order() {
 
 #[test]
 fn a_socket_is_drained_as_a_pipe_is() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.stand_in("talks", "#!/bin/sh\nseq 1 200000\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.stand_in("talks", "#!/bin/sh\nseq 1 200000\n");
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut command = world.command("tf");
+    let mut command = env.command("tf");
     command.arg("apply").stdin(Stdio::null()).stdout(std::os::fd::OwnedFd::from(theirs));
     let mut child = command.spawn().unwrap();
     drop(command);
@@ -397,13 +402,13 @@ fn a_socket_is_drained_as_a_pipe_is() {
 
 #[test]
 fn in_ci_the_death_of_our_parent_stops_terraform_once() {
-    let mut world = World::new(Lock::Both, WAITS);
-    world.set("CI", "true");
-    let mut command = world.command("bash");
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.set("CI", "true");
+    let mut command = env.command("bash");
     // As a job runner's entry process: bash waits, gets TERM, dies of it, and tells nobody.
     command.args(["-c", "tf apply -auto-approve -no-color > out 2> err; true"]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let tf = wait_for(
         "tf",
         || {
@@ -412,13 +417,13 @@ fn in_ci_the_death_of_our_parent_stops_terraform_once() {
                 .find(|process| process.1 == "tf")
                 .map(|process| process.0)
         },
-        || world.trace(),
+        || env.trace(),
     );
     run.send(Signal::SIGTERM);
-    wait_for("the end of tf", || state(tf).is_none_or(|state| state == 'Z').then_some(()), || world.trace());
+    wait_for("the end of tf", || state(tf).is_none_or(|state| state == 'Z').then_some(()), || env.trace());
     run.wait();
-    assert_eq!(world.read("out").matches("Interrupt received.").count(), 1, "{}", world.read("out"));
-    world.assert_unlocked();
+    assert_eq!(env.read("out").matches("Interrupt received.").count(), 1, "{}", env.read("out"));
+    env.assert_unlocked();
 }
 
 #[test]
@@ -428,21 +433,21 @@ fn what_was_meant_to_outlive_its_parent_does_so_in_ci_too() {
         "tf apply -auto-approve > out 2>&1 &",
         "setsid tf apply -auto-approve > out 2>&1 &",
     ] {
-        let mut world = World::new(Lock::Both, WAITS);
-        world.set("CI", "true");
-        let mut command = world.command("sh");
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        env.set("CI", "true");
+        let mut command = env.command("sh");
         command.args(["-c", line]);
         let run = Run::start_as_is(command);
         // The shell is gone when this returns.
         run.wait();
-        world.wait_for_file("began");
-        world.go();
+        env.wait_for_file("began");
+        env.unblock();
         wait_for(
             "the apply to end well",
-            || world.read("out").contains("Apply complete!").then_some(()),
-            || format!("{line}: {}{}", world.read("out"), world.trace()),
+            || env.read("out").contains("Apply complete!").then_some(()),
+            || format!("{line}: {}{}", env.read("out"), env.trace()),
         );
-        wait_for("tf to end", || world.trace().contains("terraform ended").then_some(()), || world.trace());
-        assert!(!world.read("out").contains("Interrupt received"));
+        wait_for("tf to end", || env.trace().contains("terraform ended").then_some(()), || env.trace());
+        assert!(!env.read("out").contains("Interrupt received"));
     }
 }

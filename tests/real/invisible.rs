@@ -12,8 +12,8 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 
 use crate::support::process::tree;
-use crate::support::world::WAITS;
-use crate::support::{Ended, Lock, Run, Subject, World, wait_for};
+use crate::support::test_env::WAITS;
+use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 
 #[track_caller]
 fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
@@ -23,15 +23,15 @@ fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
 }
 
 /// Writes a program in place of terraform.
-fn stub(world: &mut World, text: &str) {
-    world.stand_in("stub", text);
+fn stub(env: &mut TestEnv, text: &str) {
+    env.stand_in("stub", text);
 }
 
 /// The same stub, started by its own name and through `tf`.
-fn both(world: &World, prepare: impl Fn(&mut Command)) -> [Ended; 2] {
+fn both(env: &TestEnv, prepare: impl Fn(&mut Command)) -> [Ended; 2] {
     ["stub", "tf"].map(|name| {
-        let program = if name == "tf" { world.bin().join("tf") } else { world.directory.join("stub") };
-        let mut command = world.command(program);
+        let program = if name == "tf" { env.bin().join("tf") } else { env.directory.join("stub") };
+        let mut command = env.command(program);
         prepare(&mut command);
         Run::start(command).wait()
     })
@@ -39,8 +39,8 @@ fn both(world: &World, prepare: impl Fn(&mut Command)) -> [Ended; 2] {
 
 #[test]
 fn every_command_has_the_same_output_and_status() {
-    let world = World::new(Lock::Both, "true");
-    world.write("unformatted.tf", "locals{a=1}\n");
+    let env = TestEnv::new(Lock::Both, "true");
+    env.write("unformatted.tf", "locals{a=1}\n");
     let commands: &[&[&str]] = &[
         &[],
         &["-help"],
@@ -68,18 +68,18 @@ fn every_command_has_the_same_output_and_status() {
         &["-chdir=nowhere", "plan"],
     ];
     for arguments in commands {
-        let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| world.run(subject, arguments));
+        let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| env.run(subject, arguments));
         assert_same(&format!("{arguments:?}"), &bare, &tf);
     }
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn every_exit_code_is_passed_on() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\nexit $2\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\nexit $2\n");
     for code in 0..=255 {
-        let end = world.run(Subject::Tf, &["apply", &code.to_string()]);
+        let end = env.run(Subject::Tf, &["apply", &code.to_string()]);
         assert_eq!(end.code(), Some(code), "{end:?}");
         assert!(end.out.is_empty() && end.err.is_empty(), "{end:?}");
     }
@@ -87,13 +87,13 @@ fn every_exit_code_is_passed_on() {
 
 #[test]
 fn death_by_a_signal_is_passed_on_without_a_core() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\nulimit -c unlimited\nkill -$2 $$\nsleep 5\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\nulimit -c unlimited\nkill -$2 $$\nsleep 5\n");
     for signal in [
         "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
         "TERM",
     ] {
-        let mut command = world.command(world.bin().join("tf"));
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["apply", signal]);
         let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: setrlimit is async-signal-safe.
@@ -112,8 +112,8 @@ fn death_by_a_signal_is_passed_on_without_a_core() {
 
 #[test]
 fn arguments_reach_terraform_as_they_are() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\nfor a in \"$@\"; do printf '[%s]\\n' \"$a\"; done | cksum; echo $#\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\nfor a in \"$@\"; do printf '[%s]\\n' \"$a\"; done | cksum; echo $#\n");
     let odd: Vec<OsString> = vec![
         "apply".into(),
         OsString::new(),
@@ -125,7 +125,7 @@ fn arguments_reach_terraform_as_they_are() {
     let long: Vec<OsString> =
         std::iter::once("apply".into()).chain((0..6000).map(|n| format!("-var=v{n}={n}").into())).collect();
     for arguments in [odd, long] {
-        let [bare, tf] = both(&world, |command| {
+        let [bare, tf] = both(&env, |command| {
             command.args(&arguments);
         });
         assert_same("arguments", &bare, &tf);
@@ -134,16 +134,16 @@ fn arguments_reach_terraform_as_they_are() {
 
 #[test]
 fn stdin_is_what_it_was() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\nreadlink /proc/self/fd/0 | sed 's/[0-9]*//g'; cat; echo rc=$?\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\nreadlink /proc/self/fd/0 | sed 's/[0-9]*//g'; cat; echo rc=$?\n");
     for kind in ["null", "file", "closed"] {
-        world.write("input", "from a file\n");
-        let [bare, tf] = both(&world, |command| {
+        env.write("input", "from a file\n");
+        let [bare, tf] = both(&env, |command| {
             command.arg("apply");
             // Run::start gives a pipe; the child puts what is to be tried in its place.
             let input = match kind {
                 "null" => Some(OwnedFd::from(File::open("/dev/null").unwrap())),
-                "file" => Some(OwnedFd::from(File::open(world.directory.join("input")).unwrap())),
+                "file" => Some(OwnedFd::from(File::open(env.directory.join("input")).unwrap())),
                 _ => None,
             };
             // SAFETY: dup2 and close are async-signal-safe.
@@ -163,24 +163,24 @@ fn stdin_is_what_it_was() {
 
 #[test]
 fn yes_through_a_pipe_approves() {
-    let world = World::new(Lock::Both, "true");
+    let env = TestEnv::new(Lock::Both, "true");
     for subject in [Subject::Bare, Subject::Tf] {
-        let mut command = world.command("sh");
+        let mut command = env.command("sh");
         command.args(["-c", &format!("echo yes | {} apply -no-color -replace=terraform_data.a", subject.name())]);
         let end = Run::start(command).wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(end.out.contains("Apply complete!"), "{}", world.story(&end));
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.out.contains("Apply complete!"), "{}", env.dump(&end));
         assert!(end.err.is_empty(), "{}", end.err);
     }
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn the_signal_mask_and_the_ignored_signals_are_inherited() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/cat\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/cat\n");
     let prepared = |ignored: &'static [Signal], blocked: &'static [Signal]| {
-        both(&world, move |command| {
+        both(&env, move |command| {
             command.arg("/proc/self/status");
             // SAFETY: sigaction and sigprocmask are async-signal-safe.
             unsafe {
@@ -231,9 +231,9 @@ fn the_signal_mask_and_the_ignored_signals_are_inherited() {
 
 #[test]
 fn the_same_descriptors_are_open_but_for_the_lifeline_and_the_journals_lock() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\nexec ls /proc/self/fd\n");
-    let [bare, tf] = both(&world, |command| {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\nexec ls /proc/self/fd\n");
+    let [bare, tf] = both(&env, |command| {
         command.arg("apply");
     });
     let more: Vec<i32> = tf
@@ -248,28 +248,25 @@ fn the_same_descriptors_are_open_but_for_the_lifeline_and_the_journals_lock() {
 
 #[test]
 fn commands_that_cannot_lock_become_terraform() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(
-        &mut world,
-        "#!/bin/sh\necho $$ > pid; touch began; while test -e began && ! test -e go; do sleep 0.01; done\n",
-    );
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\necho $$ > pid; touch began; while test -e began && ! test -e go; do sleep 0.01; done\n");
     for arguments in [&["version"][..], &["fmt"], &["validate"], &["-help"], &["get"], &["workspace", "show"]] {
         for name in ["began", "go"] {
-            let _ = std::fs::remove_file(world.directory.join(name));
+            let _ = std::fs::remove_file(env.directory.join(name));
         }
-        let run = world.start(Subject::Tf, arguments);
-        world.wait_for_began(&run);
-        assert_eq!(world.read("pid").trim(), run.pid().to_string(), "{arguments:?}");
-        world.go();
+        let run = env.start(Subject::Tf, arguments);
+        env.wait_for_began(&run);
+        assert_eq!(env.read("pid").trim(), run.pid().to_string(), "{arguments:?}");
+        env.unblock();
         run.wait();
     }
 }
 
 #[test]
 fn completion_is_terraforms_own() {
-    let world = World::empty(Lock::DynamoDb);
+    let env = TestEnv::empty(Lock::DynamoDb);
     let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| {
-        let mut command = world.command(world.bin().join(subject.name()));
+        let mut command = env.command(env.bin().join(subject.name()));
         command.args(["terraform", "works", "terraform"]).env("COMP_LINE", "terraform works").env("COMP_POINT", "15");
         Run::start(command).wait()
     });
@@ -279,12 +276,12 @@ fn completion_is_terraforms_own() {
 
 #[test]
 fn named_terraform_it_finds_the_real_one_behind_it() {
-    let world = World::empty(Lock::DynamoDb);
-    let version = world.run(Subject::Bare, &["version"]).out;
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let version = env.run(Subject::Bare, &["version"]).out;
     for copied in [false, true] {
         for arguments in [&["version"][..], &["plan", "-help"], &["output"]] {
-            let first = world.directory.join(format!("first-{copied}"));
-            let second = world.directory.join(format!("second-{copied}"));
+            let first = env.directory.join(format!("first-{copied}"));
+            let second = env.directory.join(format!("second-{copied}"));
             for directory in [&first, &second] {
                 let _ = std::fs::create_dir(directory);
                 let link = directory.join("terraform");
@@ -296,11 +293,11 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
                 }
             }
             // A script of a user's own that leads back to us.
-            let script = world.directory.join("script");
+            let script = env.directory.join("script");
             let _ = std::fs::create_dir(&script);
             std::fs::write(script.join("terraform"), "#!/bin/sh\nexec tf \"$@\"\n").unwrap();
             std::fs::set_permissions(script.join("terraform"), std::fs::Permissions::from_mode(0o755)).unwrap();
-            let real = world.bin();
+            let real = env.bin();
             for order in [
                 vec![&first],
                 vec![&first, &second],
@@ -314,10 +311,10 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
                     Path::new("/bin"),
                 ]))
                 .unwrap();
-                let mut command = world.command(order[0].join("terraform"));
+                let mut command = env.command(order[0].join("terraform"));
                 command.args(arguments).env("PATH", &path);
                 let end = Run::start(command).wait();
-                let mut bare = world.command(real.join("terraform"));
+                let mut bare = env.command(real.join("terraform"));
                 bare.args(arguments).env("PATH", &path);
                 assert_same(&format!("copied {copied} {arguments:?} {order:?}"), &Run::start(bare).wait(), &end);
                 if arguments == ["version"] {
@@ -330,38 +327,38 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
 
 #[test]
 fn two_wrappers_in_a_row_are_one() {
-    let world = World::new(Lock::Both, WAITS);
-    let first = world.directory.join("first");
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let first = env.directory.join("first");
     std::fs::create_dir(&first).unwrap();
     std::fs::copy(env!("CARGO_BIN_EXE_tf"), first.join("terraform")).unwrap();
-    let path = std::env::join_paths([first.as_path(), world.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")])
-        .unwrap();
-    let mut command = world.command(world.bin().join("tf"));
+    let path =
+        std::env::join_paths([first.as_path(), env.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]).env("PATH", path);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let names: Vec<String> = tree(run.pid()).into_iter().map(|process| process.1).collect();
     assert_eq!(names.iter().filter(|name| *name == "tf" || *name == "terraform").count(), 2, "{names:?}");
     run.kill_terraform();
     let end = run.wait();
-    assert_eq!(end.err.matches("released the lock").count(), 1, "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.err.matches("released the lock").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn without_a_terraform_it_says_where_it_looked() {
-    let world = World::empty(Lock::DynamoDb);
-    let empty = world.directory.join("empty");
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let empty = env.directory.join("empty");
     std::fs::create_dir(&empty).unwrap();
     symlink(env!("CARGO_BIN_EXE_tf"), empty.join("terraform")).unwrap();
-    let mut command = world.command(world.bin().join("tf"));
+    let mut command = env.command(env.bin().join("tf"));
     command.arg("plan").env("PATH", &empty);
     let end = Run::start(command).wait();
     assert_eq!(end.code(), Some(127), "{end:?}");
     assert!(end.err.contains(empty.to_str().unwrap()), "{}", end.err);
     assert!(end.out.is_empty());
 
-    let mut command = world.command(world.bin().join("tf"));
+    let mut command = env.command(env.bin().join("tf"));
     command.arg("plan").env("TFW_TERRAFORM", "/no/such/terraform");
     let end = Run::start(command).wait();
     assert_eq!(end.code(), Some(127), "{end:?}");
@@ -370,24 +367,24 @@ fn without_a_terraform_it_says_where_it_looked() {
 
 #[test]
 fn a_terraform_that_cannot_be_run_is_an_error_of_the_shells_kind() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "\x7fELF no program\n");
-    let end = world.run(Subject::Tf, &["apply"]);
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "\x7fELF no program\n");
+    let end = env.run(Subject::Tf, &["apply"]);
     assert_eq!(end.code(), Some(126), "{end:?}");
     assert!(end.err.contains("stub"), "{}", end.err);
 }
 
 #[test]
 fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\ntouch began\n");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\ntouch began\n");
     for (name, value) in [("TFW_STOP_TIMEOUT", "soon"), ("TFW_RELEASE", "perhaps"), ("TFW_TTY", "mine")] {
-        let mut command = world.command(world.bin().join("tf"));
+        let mut command = env.command(env.bin().join("tf"));
         command.arg("apply").env(name, value);
         let end = Run::start(command).wait();
         assert_eq!(end.code(), Some(1), "{end:?}");
         assert!(end.err.contains(name) && end.err.contains(value), "{}", end.err);
-        assert!(!world.exists("began"));
+        assert!(!env.exists("began"));
     }
 }
 
@@ -414,13 +411,13 @@ fn the_users_logging_keeps_its_whole_effect() {
         ("TF_LOG_PATH", "own.log"),
         ("TF_LOG_CLOUD", "DEBUG"),
     ] {
-        let mut world = World::new(Lock::Both, "true");
-        world.set(name, value);
+        let mut env = TestEnv::new(Lock::Both, "true");
+        env.set(name, value);
         let run = |subject| {
-            let _ = std::fs::remove_file(world.directory.join("own.log"));
-            let end = world.run(subject, &["plan", "-no-color"]);
-            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-            (plain(&end.err), world.read("own.log").is_empty())
+            let _ = std::fs::remove_file(env.directory.join("own.log"));
+            let end = env.run(subject, &["plan", "-no-color"]);
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+            (plain(&end.err), env.read("own.log").is_empty())
         };
         let (bare, tf) = (run(Subject::Bare), run(Subject::Tf));
         assert_eq!(bare, tf, "{name}={value}");
@@ -429,12 +426,12 @@ fn the_users_logging_keeps_its_whole_effect() {
 
 #[test]
 fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
-    let world = World::new(Lock::Both, "true");
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let env = TestEnv::new(Lock::Both, "true");
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(0));
     assert!(end.err.is_empty(), "{}", end.err);
-    assert!(!world.trace().contains("may stand"), "{}", world.trace());
-    let run = world.trace().split("run ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+    assert!(!env.trace().contains("may stand"), "{}", env.trace());
+    let run = env.trace().split("run ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     for directory in ["/dev/shm", "/tmp"] {
         let left: Vec<_> = std::fs::read_dir(directory)
             .unwrap()
@@ -453,33 +450,33 @@ fn no_secret_is_on_disk_at_any_moment() {
     let secrets = ["variable", "backend", "environment", "key"].map(secret);
     let secrets = secrets.each_ref().map(String::as_str);
     for (name, value) in [("TF_IN_AUTOMATION", "1"), ("TF_LOG_PROVIDER", "DEBUG")] {
-        let mut world = World::empty(Lock::Both);
-        world.set("TF_VAR_from_environment", secrets[2]).set("AWS_SECRET_ACCESS_KEY", secrets[3]).set(name, value);
+        let mut env = TestEnv::empty(Lock::Both);
+        env.set("TF_VAR_from_environment", secrets[2]).set("AWS_SECRET_ACCESS_KEY", secrets[3]).set(name, value);
         let key = format!("-backend-config=secret_key={}", secrets[1]);
-        world.write_main("variable \"secret\" {}\nvariable \"from_environment\" {\nsensitive = true\n}\n", WAITS);
+        env.write_main("variable \"secret\" {}\nvariable \"from_environment\" {\nsensitive = true\n}\n", WAITS);
         // Terraform itself writes what -backend-config says into .terraform: that one is looked for everywhere else.
-        let end = world.run(Subject::Tf, &["init", "-no-color", "-backend-config=access_key=test", &key]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        let mut command = world.command(world.bin().join("tf"));
+        let end = env.run(Subject::Tf, &["init", "-no-color", "-backend-config=access_key=test", &key]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["apply", "-auto-approve", "-no-color", &format!("-var=secret={}", secrets[0])]);
         let run = Run::start(command);
-        world.wait_for_began(&run);
+        env.wait_for_began(&run);
         // While it runs, when it was killed, and after.
-        assert_no_secret(&world, &secrets);
+        assert_no_secret(&env, &secrets);
         run.kill_terraform();
         let end = run.wait();
-        assert_no_secret(&world, &secrets);
+        assert_no_secret(&env, &secrets);
         for secret in secrets {
-            assert!(!end.err.contains(secret) && !world.trace().contains(secret), "{}", world.story(&end));
+            assert!(!end.err.contains(secret) && !env.trace().contains(secret), "{}", env.dump(&end));
         }
-        assert_eq!(std::fs::metadata(world.directory.join("trace")).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::metadata(env.directory.join("trace")).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }
 
 /// Looks everywhere where we or terraform may write, but into what the user wrote.
 #[track_caller]
-fn assert_no_secret(world: &World, secrets: &[&str]) {
-    let places = [world.directory.parent().unwrap().to_owned(), "/tmp".into(), "/var/tmp".into()];
+fn assert_no_secret(env: &TestEnv, secrets: &[&str]) {
+    let places = [env.directory.parent().unwrap().to_owned(), "/tmp".into(), "/var/tmp".into()];
     for secret in secrets {
         let output = Command::new("grep")
             .args(["-rlsF", "-D", "skip", "--exclude-dir=.terraform", "--exclude-dir=target", secret])
@@ -500,18 +497,18 @@ fn assert_no_secret(world: &World, secrets: &[&str]) {
 
 #[test]
 fn a_missing_cli_configuration_is_terraforms_own_warning() {
-    let mut world = World::new(Lock::Both, "true");
-    world.set("TF_CLI_CONFIG_FILE", "/no/such/terraformrc");
-    let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| world.run(subject, &["plan", "-no-color"]));
+    let mut env = TestEnv::new(Lock::Both, "true");
+    env.set("TF_CLI_CONFIG_FILE", "/no/such/terraformrc");
+    let [bare, tf] = [Subject::Bare, Subject::Tf].map(|subject| env.run(subject, &["plan", "-no-color"]));
     assert!(bare.err.contains("/no/such/terraformrc"), "{bare:?}");
     assert_same("plan", &bare, &tf);
 }
 
 #[test]
 fn a_pipeline_sees_the_end_of_output_when_we_end() {
-    let mut world = World::empty(Lock::DynamoDb);
-    stub(&mut world, "#!/bin/sh\necho one; echo two >&2\n");
-    let mut command = world.command("sh");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    stub(&mut env, "#!/bin/sh\necho one; echo two >&2\n");
+    let mut command = env.command("sh");
     command
         .args(["-c", "tf apply 2>/dev/null | cat; tf apply 2>&1 >/dev/null | cat; tf apply > file 2>&1; cat file"])
         .stdin(Stdio::null());
@@ -521,10 +518,10 @@ fn a_pipeline_sees_the_end_of_output_when_we_end() {
 
 #[test]
 fn nothing_of_ours_is_left_running() {
-    let world = World::new(Lock::Both, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = env.start_apply(Subject::Tf);
     let all: Vec<_> = tree(run.pid()).into_iter().map(|process| process.0).collect();
-    world.go();
+    env.unblock();
     run.wait();
     for pid in all {
         wait_for(

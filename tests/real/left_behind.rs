@@ -1,9 +1,9 @@
 //! What else an abrupt end leaves: a digest that no longer fits the state, a state that could not be written. `tf` says so.
 
 use crate::support::http::Message;
-use crate::support::proxy::Deed;
-use crate::support::world::WAITS;
-use crate::support::{Lock, Subject, World};
+use crate::support::proxy::ProxyAction;
+use crate::support::test_env::WAITS;
+use crate::support::{Lock, Subject, TestEnv};
 
 use super::given_back::through;
 use super::survived::killed_whole;
@@ -17,28 +17,29 @@ pub fn writes_digest(request: &Message) -> bool {
 #[test]
 fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
     for lock in [Lock::DynamoDb, Lock::Both] {
-        let mut world = World::new(lock, "true");
-        let end = world.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        let proxy = through(&mut world, |request| if writes_digest(request) { Deed::Hold } else { Deed::Pass });
-        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"]);
+        let mut env = TestEnv::new(lock, "true");
+        let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        let proxy =
+            through(&mut env, |request| if writes_digest(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"]);
         proxy.wait_until_held();
         run.kill_terraform();
         let end = run.wait();
-        world.assert_unlocked();
+        env.assert_unlocked();
         assert!(end.err.contains("released the lock") && end.err.contains("digest does not fit"), "{}", end.err);
         assert!(end.err.contains("tf locks doctor --fix-digest"), "{}", end.err);
         // It says the truth: the next command is refused by terraform itself.
-        let next = world.run(Subject::Bare, &["plan", "-no-color"]);
-        assert_eq!(next.code(), Some(1), "{}", world.story(&next));
+        let next = env.run(Subject::Bare, &["plan", "-no-color"]);
+        assert_eq!(next.code(), Some(1), "{}", env.dump(&next));
         assert!(next.err.contains("does not have the expected content"), "{}", next.err);
     }
 }
 
 #[test]
 fn a_digest_that_fits_is_not_spoken_of() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released the lock") && !end.err.contains("digest"), "{}", end.err);
@@ -46,28 +47,30 @@ fn a_digest_that_fits_is_not_spoken_of() {
 
 #[test]
 fn a_state_that_terraform_could_not_write_is_named_after_an_abrupt_end() {
-    let world =
-        World::new(Lock::DynamoDb, "echo {} > errored.tfstate; touch began; while test -e began; do sleep 0.02; done");
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(
+        Lock::DynamoDb,
+        "echo {} > errored.tfstate; touch began; while test -e began; do sleep 0.02; done",
+    );
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("errored.tfstate lies there"), "{}", end.err);
     assert!(end.err.contains("terraform state push errored.tfstate"), "{}", end.err);
     // A run that ends well does not speak of it.
-    std::fs::remove_file(world.directory.join("began")).unwrap();
-    let run = world.start(Subject::Tf, &["plan", "-no-color"]);
+    std::fs::remove_file(env.directory.join("began")).unwrap();
+    let run = env.start(Subject::Tf, &["plan", "-no-color"]);
     let end = run.wait();
-    assert!(end.code() == Some(0) && !end.err.contains("errored"), "{}", world.story(&end));
+    assert!(end.code() == Some(0) && !end.err.contains("errored"), "{}", env.dump(&end));
 }
 
 #[test]
 fn the_next_tf_names_them_too() {
-    let world = killed_whole(Lock::DynamoDb);
-    world.write("errored.tfstate", "{}");
-    let digest = serde_json::json!({"TableName": world.table, "Item": {
-        "LockID": {"S": format!("{}-md5", world.path())}, "Digest": {"S": "00000000000000000000000000000000"}}});
+    let env = killed_whole(Lock::DynamoDb);
+    env.write("errored.tfstate", "{}");
+    let digest = serde_json::json!({"TableName": env.table, "Item": {
+        "LockID": {"S": format!("{}-md5", env.path())}, "Digest": {"S": "00000000000000000000000000000000"}}});
     crate::support::cloud::cloud().dynamodb("PutItem", &digest);
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
     assert!(end.err.contains("digest does not fit") && end.err.contains("errored.tfstate lies there"), "{}", end.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
 }

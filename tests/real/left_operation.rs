@@ -7,8 +7,8 @@ use super::given_back::{is_dynamodb, takes_file, takes_item, through};
 use super::interrupted_once::slow_to_plan;
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
-use crate::support::proxy::Deed;
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::proxy::ProxyAction;
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -42,167 +42,168 @@ fn interrupt_twice(run: &Run) {
 }
 
 #[track_caller]
-fn assert_colleague_is_refused(world: &World) {
-    let end = world.run(Subject::Bare, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("Error acquiring the state lock"), "{}", world.story(&end));
+fn assert_colleague_is_refused(env: &TestEnv) {
+    let end = env.run(Subject::Bare, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("Error acquiring the state lock"), "{}", env.dump(&end));
 }
 
 #[track_caller]
-fn assert_released(world: &World, end: &Ended) {
-    assert_eq!(end.code(), Some(1), "{}", world.story(end));
-    assert!(end.err.contains("released the lock"), "{}", world.story(end));
-    world.assert_unlocked();
+fn assert_released(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.code(), Some(1), "{}", env.dump(end));
+    assert!(end.err.contains("released the lock"), "{}", env.dump(end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn its_lock_stands_until_its_write_of_the_state_has_landed_and_its_workers_are_dead() {
     for_each(&Lock::ALL, |lock| {
-        let mut world = World::empty(lock);
-        world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
-        world.write_main("", "bash worker > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done");
-        world.init();
-        let proxy = through(&mut world, |request| if writes_state(request) { Deed::Hold } else { Deed::Pass });
-        let run = world.start(Subject::Tf, &APPLY);
+        let mut env = TestEnv::empty(lock);
+        env.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
+        env.write_main("", "bash worker > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done");
+        env.init();
+        let proxy =
+            through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        let run = env.start(Subject::Tf, &APPLY);
         proxy.wait_until_held();
         interrupt_twice(&run);
-        world.wait_for_trace("waiting for a write that may be on its way");
-        let work = world.read("work").len();
-        world.assert_locked();
-        assert_colleague_is_refused(&world);
-        assert_eq!(world.read("work").len(), work, "a worker lives on\n{}", world.trace());
+        env.wait_for_trace("waiting for a write that may be on its way");
+        let work = env.read("work").len();
+        env.assert_locked();
+        assert_colleague_is_refused(&env);
+        assert_eq!(env.read("work").len(), work, "a worker lives on\n{}", env.trace());
         proxy.let_go();
         assert!(proxy.wait_until_delivered().contains("200"));
-        assert!(world.state().is_some(), "{}", world.trace());
-        assert_released(&world, &run.wait());
+        assert!(env.state().is_some(), "{}", env.trace());
+        assert_released(&env, &run.wait());
     });
 }
 
 #[test]
 fn its_lock_stands_until_its_own_unlock_has_landed() {
     for_each(&[Lock::DynamoDb, Lock::File], |lock| {
-        let mut world = World::new(lock, "true");
-        let proxy = through(&mut world, |request| if unlocks(request) { Deed::Hold } else { Deed::Pass });
-        let run = world.start(Subject::Tf, &APPLY);
+        let mut env = TestEnv::new(lock, "true");
+        let proxy = through(&mut env, |request| if unlocks(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        let run = env.start(Subject::Tf, &APPLY);
         proxy.wait_until_held();
         interrupt_twice(&run);
-        world.wait_for_trace("waiting for a write that may be on its way");
-        world.assert_locked();
-        assert_colleague_is_refused(&world);
+        env.wait_for_trace("waiting for a write that may be on its way");
+        env.assert_locked();
+        assert_colleague_is_refused(&env);
         // It lands before anybody else can have taken the lock.
         proxy.let_go();
         proxy.wait_until_delivered();
         let end = run.wait();
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        env.assert_unlocked();
     });
 }
 
 #[test]
 fn a_lock_that_was_never_begun_to_be_unlocked_is_released_once_all_is_dead() {
-    let (world, proxy) = slow_to_plan();
-    let run = world.start(Subject::Tf, &APPLY);
+    let (env, proxy) = slow_to_plan();
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     interrupt_twice(&run);
     let end = run.wait();
-    assert!(world.trace().contains("died: true"), "{}", world.story(&end));
-    assert!(!world.trace().contains("waiting for a write"), "nothing was written: {}", world.story(&end));
-    assert_released(&world, &end);
+    assert!(env.trace().contains("died: true"), "{}", env.dump(&end));
+    assert!(!env.trace().contains("waiting for a write"), "nothing was written: {}", env.dump(&end));
+    assert_released(&env, &end);
 }
 
 #[test]
 fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
     for_each(&[Lock::DynamoDb, Lock::File], |lock| {
-        let mut world = World::new(lock, "true");
-        let proxy =
-            through(
-                &mut world,
-                |request| {
-                    if takes_item(request) || takes_file(request) { Deed::Hold } else { Deed::Pass }
-                },
-            );
-        let run = world.start(Subject::Tf, &APPLY);
+        let mut env = TestEnv::new(lock, "true");
+        let proxy = through(&mut env, |request| {
+            if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
+        });
+        let run = env.start(Subject::Tf, &APPLY);
         proxy.wait_until_held();
         interrupt_twice(&run);
         let end = run.wait();
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         proxy.let_go();
         proxy.wait_until_delivered();
-        world.wait_for_locked();
+        env.wait_for_locked();
         // From any directory: its own place is in what is remembered.
-        let mut recover = world.command(world.bin().join("tf"));
+        let mut recover = env.command(env.bin().join("tf"));
         recover.args(["locks", "recover"]).current_dir("/");
         let end = Run::start(recover).wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(end.out.contains("a dead terraform's request took late"), "{}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.out.contains("a dead terraform's request took late"), "{}", env.dump(&end));
+        env.assert_unlocked();
     });
 }
 
 /// A proxy's 504 is no answer of the service, and the request behind it may still land.
 #[test]
 fn a_lock_request_that_it_gave_up_is_released_when_it_lands() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let text = world.read("main.tf").replace("use_path_style = true", "use_path_style = true\nmax_retries = 1");
-    world.write("main.tf", &text);
-    let end = world.run(Subject::Bare, &["init", "-reconfigure", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let text = env.read("main.tf").replace("use_path_style = true", "use_path_style = true\nmax_retries = 1");
+    env.write("main.tf", &text);
+    let end = env.run(Subject::Bare, &["init", "-reconfigure", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let asked = std::sync::Arc::new(std::sync::Mutex::new(None));
     let seen = std::sync::Arc::clone(&asked);
-    through(&mut world, move |request| {
+    through(&mut env, move |request| {
         if !takes_item(request) {
-            return Deed::Pass;
+            return ProxyAction::Pass;
         }
         *seen.lock().unwrap() = Some(request.text());
-        Deed::Answer(Message::answer("504 Gateway Timeout", ""))
+        ProxyAction::Answer(Message::answer("504 Gateway Timeout", ""))
     });
-    let end = world.run(Subject::Tf, &APPLY);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let end = env.run(Subject::Tf, &APPLY);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     let request: serde_json::Value = serde_json::from_str(asked.lock().unwrap().as_ref().unwrap()).unwrap();
-    world.put_lock(request["Item"]["Info"]["S"].as_str().unwrap());
-    let end = world.run(Subject::Tf, &["locks", "recover"]);
-    assert!(end.out.contains("a dead terraform's request took late"), "{}", world.story(&end));
-    world.assert_unlocked();
+    env.put_lock(request["Item"]["Info"]["S"].as_str().unwrap());
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert!(end.out.contains("a dead terraform's request took late"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn bare_terraform_leaves_its_lock_in_the_same_places() {
-    let (world, proxy) = slow_to_plan();
-    let run = world.start(Subject::Bare, &APPLY);
+    let (env, proxy) = slow_to_plan();
+    let run = env.start(Subject::Bare, &APPLY);
     proxy.wait_until_held();
     kill(run.pid(), Signal::SIGTERM).unwrap();
     run.wait_for_out("Interrupt received");
     kill(run.pid(), Signal::SIGTERM).unwrap();
     assert_eq!(run.wait().code(), Some(1));
-    world.assert_locked();
+    env.assert_locked();
 }
 
 /// An unlock that the service refuses is not begun again by terraform: it ends by itself, with code 1.
 #[test]
 fn a_lock_whose_unlock_was_refused_is_kept_as_long_as_something_of_the_run_lives() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.write_main("", "while ! test -e go; do sleep 0.02; done > /dev/null 2>&1 & touch began");
-    world.init();
-    let _proxy = through(&mut world, |request| {
-        if unlocks(request) { Deed::Answer(Message::answer("400 Bad Request", REFUSED)) } else { Deed::Pass }
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.write_main("", "while ! test -e go; do sleep 0.02; done > /dev/null 2>&1 & touch began");
+    env.init();
+    let _proxy = through(&mut env, |request| {
+        if unlocks(request) {
+            ProxyAction::Answer(Message::answer("400 Bad Request", REFUSED))
+        } else {
+            ProxyAction::Pass
+        }
     });
-    let run = world.start(Subject::Tf, &APPLY);
+    let run = env.start(Subject::Tf, &APPLY);
     let end = run.wait();
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("was not released") && end.err.contains("still alive"), "{}", world.story(&end));
-    world.assert_locked();
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("was not released") && end.err.contains("still alive"), "{}", env.dump(&end));
+    env.assert_locked();
     // The next one finds the same: what was left on purpose still works.
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_locked();
-    world.go();
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_locked();
+    env.unblock();
     wait_for(
         "the next tf to release it",
         || {
-            let end = world.run(Subject::Tf, &["locks", "recover"]);
-            (end.code() == Some(0) && world.locks().is_empty()).then_some(())
+            let end = env.run(Subject::Tf, &["locks", "recover"]);
+            (end.code() == Some(0) && env.locks().is_empty()).then_some(())
         },
-        || world.trace(),
+        || env.trace(),
     );
 }
 

@@ -9,70 +9,70 @@ use serde_json::Value;
 use super::locks_release::locks;
 use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, id_of, lock_json, which};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, id_of, lock_json, which};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-fn history(world: &World) -> Vec<Value> {
-    let end = locks(world, &["history", "--json"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    super::locks_list::assert_fits(world, "history", &end.out);
+fn history(env: &TestEnv) -> Vec<Value> {
+    let end = locks(env, &["history", "--json"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    super::locks_list::assert_fits(env, "history", &end.out);
     let all: Value = serde_json::from_str(&end.out).unwrap();
     assert_eq!(all["unreadable"], 0);
     all["events"].as_array().unwrap().clone()
 }
 
 /// A run whose terraform is killed.
-fn killed(world: &World) -> Ended {
-    let run = world.start_apply(Subject::Tf);
+fn killed(env: &TestEnv) -> Ended {
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     run.wait()
 }
 
 /// A program of the world, to be told of events.
-fn told_by(world: &mut World, script: &str) {
-    world.write("told", &format!("#!/bin/sh\n{script}\n"));
-    let path = world.directory.join("told");
+fn told_by(env: &mut TestEnv, script: &str) {
+    env.write("told", &format!("#!/bin/sh\n{script}\n"));
+    let path = env.directory.join("told");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
-    world.set("TFW_ON_EVENT", path.as_os_str());
+    env.set("TFW_ON_EVENT", path.as_os_str());
 }
 
 #[test]
 fn a_release_is_written_down_and_told() {
-    let mut world = World::new(Lock::Both, WAITS);
-    told_by(&mut world, "cat >told.tmp; ls -l /proc/self/fd >fds; env >environment; mv told.tmp told.json");
-    let end = killed(&world);
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    let events = history(&world);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    told_by(&mut env, "cat >told.tmp; ls -l /proc/self/fd >fds; env >environment; mv told.tmp told.json");
+    let end = killed(&env);
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    let events = history(&env);
     let [event] = events.as_slice() else { panic!("{events:?}") };
     assert_eq!((&event["event"], &event["by"]), (&"released".into(), &"tf".into()), "{event}");
-    assert_eq!(event["path"], world.path());
+    assert_eq!(event["path"], env.path());
     assert!(event["why"].as_str().unwrap().contains("killed by SIGKILL"), "{event}");
-    world.wait_for_file("told.json");
-    assert_eq!(serde_json::from_str::<Value>(&world.read("told.json")).unwrap(), *event);
-    let environment = world.read("environment");
+    env.wait_for_file("told.json");
+    assert_eq!(serde_json::from_str::<Value>(&env.read("told.json")).unwrap(), *event);
+    let environment = env.read("environment");
     assert!(!environment.contains("TFW_ON_EVENT=") && !environment.contains("TFW_RUN="), "{environment}");
-    let descriptors = world.read("fds");
+    let descriptors = env.read("fds");
     // 0, 1 (its own file), 2, and the directory that ls reads; pipes of ours would hold up whoever reads them.
     assert_eq!(descriptors.lines().filter(|line| line.contains("->")).count(), 4, "{descriptors}");
 }
 
 #[test]
 fn what_a_person_releases_forces_and_is_refused_is_written_down_with_the_reason() {
-    let world = World::new(Lock::DynamoDb, "true");
+    let env = TestEnv::new(Lock::DynamoDb, "true");
     let mut info: Value =
-        serde_json::from_str(&lock_json("33333333-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("33333333-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = "anna\u{1b}[31m@elsewhere".into();
     let text = info.to_string();
-    world.put_lock(&text);
-    assert_eq!(locks(&world, &["release", "--yes"]).code(), Some(1));
-    let forced = locks(&world, &["release", "--force", &id_of(&text), "--reason", "she said so"]);
-    assert_eq!(forced.code(), Some(0), "{}", world.story(&forced));
-    let events = history(&world);
+    env.put_lock(&text);
+    assert_eq!(locks(&env, &["release", "--yes"]).code(), Some(1));
+    let forced = locks(&env, &["release", "--force", &id_of(&text), "--reason", "she said so"]);
+    assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
+    let events = history(&env);
     let seen: Vec<_> =
         events.iter().map(|event| (event["event"].as_str().unwrap(), event["reason"].as_str())).collect();
     assert_eq!(seen, [("refused", None), ("forced", Some("she said so"))]);
-    let shown = locks(&world, &["history"]);
+    let shown = locks(&env, &["history"]);
     assert!(shown.out.contains("forced") && shown.out.contains("she said so"), "{}", shown.out);
     assert!(
         shown.out.chars().all(|character| character == '\n' || (' '..='~').contains(&character)),
@@ -87,29 +87,29 @@ fn the_example_tells_a_chat() {
     if which("jq").is_none() || which("curl").is_none() {
         return;
     }
-    let mut world = World::new(Lock::DynamoDb, "true");
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let posted: Arc<Mutex<Vec<Message>>> = Arc::default();
     let chat_has = Arc::clone(&posted);
     let chat = Proxy::start(0, move |request| {
         chat_has.lock().unwrap().push(request.clone());
-        Deed::Answer(Message::answer("200 OK", "ok"))
+        ProxyAction::Answer(Message::answer("200 OK", "ok"))
     });
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/chat-webhook");
-    world.set("TFW_ON_EVENT", example).set("CHAT_WEBHOOK", format!("http://127.0.0.1:{}/hook", chat.port));
+    env.set("TFW_ON_EVENT", example).set("CHAT_WEBHOOK", format!("http://127.0.0.1:{}/hook", chat.port));
     let mut info: Value =
-        serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = format!("<!channel> & \"{}", "w".repeat(40_000)).into();
     let text = info.to_string();
-    world.put_lock(&text);
-    let forced = locks(&world, &["release", "--force", &id_of(&text), "--reason", "it's \\ \"hers\""]);
-    assert_eq!(forced.code(), Some(0), "{}", world.story(&forced));
-    let post = wait_for("a post", || posted.lock().unwrap().first().cloned(), || world.trace());
+    env.put_lock(&text);
+    let forced = locks(&env, &["release", "--force", &id_of(&text), "--reason", "it's \\ \"hers\""]);
+    assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
+    let post = wait_for("a post", || posted.lock().unwrap().first().cloned(), || env.trace());
     assert!(post.start.starts_with("POST /hook "), "{post:?}");
     assert_eq!(post.header("content-type"), Some("application/json"));
     let body: Value = serde_json::from_slice(&post.body).unwrap();
     let told = body["text"].as_str().unwrap();
     assert!(
-        told.contains("forced") && told.contains(&world.path()) && told.contains("&lt;!channel&gt; &amp; \""),
+        told.contains("forced") && told.contains(&env.path()) && told.contains("&lt;!channel&gt; &amp; \""),
         "{told}"
     );
     assert!(!told.contains('<') && told.len() < 4000, "{told}");
@@ -117,53 +117,53 @@ fn the_example_tells_a_chat() {
 
 #[test]
 fn a_dry_run_is_no_event() {
-    let world = World::new(Lock::DynamoDb, "true");
-    let text = lock_json("33333333-3333-4444-5555-666666666666", &world.path());
-    world.put_lock(&text);
-    let _ = locks(&world, &["release", "--dry-run", "--force", &id_of(&text)]);
-    assert!(history(&world).is_empty());
-    world.assert_locked();
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let text = lock_json("33333333-3333-4444-5555-666666666666", &env.path());
+    env.put_lock(&text);
+    let _ = locks(&env, &["release", "--dry-run", "--force", &id_of(&text)]);
+    assert!(history(&env).is_empty());
+    env.assert_locked();
 }
 
 /// A command that hangs, fails or is not there: the run ends as it would without it, and its reader is not held up.
 #[test]
 fn a_command_that_hangs_delays_nothing_and_one_that_fails_is_nobodys_business() {
-    let mut world = World::new(Lock::File, WAITS);
+    let mut env = TestEnv::new(Lock::File, WAITS);
     told_by(
-        &mut world,
+        &mut env,
         "touch told.began; trap '' TERM INT HUP; while ! test -e told.go; do sleep 0.05; done; touch told.ended",
     );
     // Run::wait reads stdout and stderr to their ends: a command that held them would be waited for.
-    let end = killed(&world);
-    assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
-    world.wait_for_file("told.began");
-    assert!(!world.exists("told.ended"));
-    world.write("told.go", "");
-    world.wait_for_file("told.ended");
+    let end = killed(&env);
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    env.wait_for_file("told.began");
+    assert!(!env.exists("told.ended"));
+    env.write("told.go", "");
+    env.wait_for_file("told.ended");
     for command in ["exit 7", "kill -9 $$"] {
-        let mut world = World::new(Lock::File, WAITS);
-        told_by(&mut world, command);
-        assert!(killed(&world).err.contains("released the lock"));
+        let mut env = TestEnv::new(Lock::File, WAITS);
+        told_by(&mut env, command);
+        assert!(killed(&env).err.contains("released the lock"));
     }
-    let mut world = World::new(Lock::File, WAITS);
-    world.set("TFW_ON_EVENT", "/nonexistent/command");
-    let end = killed(&world);
+    let mut env = TestEnv::new(Lock::File, WAITS);
+    env.set("TFW_ON_EVENT", "/nonexistent/command");
+    let end = killed(&env);
     assert!(end.err.contains("released the lock") && !end.err.contains("nonexistent"), "{}", end.err);
 }
 
 #[test]
 fn the_file_is_for_its_owner_alone_and_bare_terraform_writes_none() {
-    let world = World::new(Lock::File, WAITS);
-    killed(&world);
+    let env = TestEnv::new(Lock::File, WAITS);
+    killed(&env);
     let find = Run::start({
-        let mut find = world.command("find");
-        find.arg(world.directory.parent().unwrap()).args(["-name", "history.jsonl"]);
+        let mut find = env.command("find");
+        find.arg(env.directory.parent().unwrap()).args(["-name", "history.jsonl"]);
         find
     });
     let found = find.wait();
     let path = found.out.lines().next().unwrap_or_else(|| panic!("no history: {}", found.err));
     assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o777, 0o600);
-    let bare = World::new(Lock::File, WAITS);
+    let bare = TestEnv::new(Lock::File, WAITS);
     let run = bare.start_apply(Subject::Bare);
     run.kill_terraform();
     run.wait();
@@ -173,14 +173,14 @@ fn the_file_is_for_its_owner_alone_and_bare_terraform_writes_none() {
 /// Nobody waits for it, and it does not stay for ever: all of its group goes.
 #[test]
 fn a_command_that_is_told_and_does_not_end_is_killed_after_its_time() {
-    let mut world = World::new(Lock::File, WAITS);
-    told_by(&mut world, "trap '' TERM INT HUP; sleep 1000 & echo $$ $! > pids.new; mv pids.new pids; wait; sleep 1000");
-    killed(&world);
-    world.wait_for_file("pids");
+    let mut env = TestEnv::new(Lock::File, WAITS);
+    told_by(&mut env, "trap '' TERM INT HUP; sleep 1000 & echo $$ $! > pids.new; mv pids.new pids; wait; sleep 1000");
+    killed(&env);
+    env.wait_for_file("pids");
     let begun = std::time::Instant::now();
-    let pids: Vec<i32> = world.read("pids").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    let pids: Vec<i32> = env.read("pids").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
     let are_gone =
-        || pids.iter().all(|pid| crate::support::household::is_gone(nix::unistd::Pid::from_raw(*pid))).then_some(());
+        || pids.iter().all(|pid| crate::support::processes::is_gone(nix::unistd::Pid::from_raw(*pid))).then_some(());
     // Half of the time of one wait is not enough for it, and the second half is.
     while begun.elapsed() < std::time::Duration::from_secs(20) {
         assert!(are_gone().is_none(), "after {:?}", begun.elapsed());

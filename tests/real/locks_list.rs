@@ -14,10 +14,10 @@ use super::locks_release::locks;
 use crate::support::cloud::{cloud, tool};
 use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::{Deed, Proxy};
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
-use crate::support::world::lock_json;
-use crate::support::{Ended, Lock, World};
+use crate::support::test_env::lock_json;
+use crate::support::{Ended, Lock, TestEnv};
 
 const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
 const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";
@@ -28,26 +28,26 @@ fn of_anna(id: &str, path: &str) -> String {
     info.to_string()
 }
 
-fn table<'a>(world: &'a World, more: &[&'a str]) -> Vec<&'a str> {
-    [&["list", "--table", world.table.as_str(), "--region", "us-east-1"], more].concat()
+fn table<'a>(env: &'a TestEnv, more: &[&'a str]) -> Vec<&'a str> {
+    [&["list", "--table", env.table.as_str(), "--region", "us-east-1"], more].concat()
 }
 
-fn parsed(world: &World, end: &Ended) -> Value {
+fn parsed(env: &TestEnv, end: &Ended) -> Value {
     let read = serde_json::from_str(&end.out);
-    assert!(read.is_ok(), "{read:?} {}", world.story(end));
+    assert!(read.is_ok(), "{read:?} {}", env.dump(end));
     read.unwrap()
 }
 
 /// Checks JSON with a real validator against the schema in the repository.
-fn assert_fits_the_schema(world: &World, text: &str) {
-    assert_fits(world, "locks", text);
+fn assert_fits_the_schema(env: &TestEnv, text: &str) {
+    assert_fits(env, "locks", text);
 }
 
 /// The same against another schema, by its name.
-pub fn assert_fits(world: &World, name: &str, text: &str) {
+pub fn assert_fits(env: &TestEnv, name: &str, text: &str) {
     let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/{name}.schema.json"));
-    world.write("shown.json", text);
-    let mut python = world.command(tool("python3"));
+    env.write("shown.json", text);
+    let mut python = env.command(tool("python3"));
     let script = "import sys, json, jsonschema\nschema = json.load(open(sys.argv[1]))\n\
                   jsonschema.Draft202012Validator.check_schema(schema)\n\
                   jsonschema.Draft202012Validator(schema).validate(json.load(open('shown.json')))";
@@ -58,14 +58,14 @@ pub fn assert_fits(world: &World, name: &str, text: &str) {
 
 #[test]
 fn every_workspace_of_the_backend_is_listed_from_both_services() {
-    let world = World::new(Lock::Both, "true");
-    world.put_lock(&of_anna(A, &world.path()));
-    let green = format!("{}/env:/green/dir/prod.tfstate", world.bucket);
+    let env = TestEnv::new(Lock::Both, "true");
+    env.put_lock(&of_anna(A, &env.path()));
+    let green = format!("{}/env:/green/dir/prod.tfstate", env.bucket);
     cloud().s3("PUT", &format!("{green}.tflock"), of_anna(B, &green).as_bytes());
-    let end = locks(&world, &["list", "--json"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert_fits_the_schema(&world, &end.out);
-    let all = parsed(&world, &end);
+    let end = locks(&env, &["list", "--json"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_fits_the_schema(&env, &end.out);
+    let all = parsed(&env, &end);
     let seen: Vec<_> = all["locks"].as_array().unwrap().iter().map(|lock| (&lock["id"], &lock["workspace"])).collect();
     assert_eq!(seen, [(&json!(A), &json!("default")), (&json!(B), &json!("green"))], "{all}");
     assert_eq!(all["locks"][0]["halves"].as_array().unwrap().len(), 2);
@@ -76,12 +76,12 @@ fn every_workspace_of_the_backend_is_listed_from_both_services() {
 
 #[test]
 fn two_ids_at_one_path_are_two_locks() {
-    let world = World::new(Lock::Both, "true");
-    cloud().put_item(&world.table, &world.path(), &of_anna(A, &world.path()));
-    cloud().s3("PUT", &format!("{}.tflock", world.path()), of_anna(B, &world.path()).as_bytes());
-    let end = locks(&world, &["list", "--json"]);
-    let all = parsed(&world, &end);
-    assert_fits_the_schema(&world, &end.out);
+    let env = TestEnv::new(Lock::Both, "true");
+    cloud().put_item(&env.table, &env.path(), &of_anna(A, &env.path()));
+    cloud().s3("PUT", &format!("{}.tflock", env.path()), of_anna(B, &env.path()).as_bytes());
+    let end = locks(&env, &["list", "--json"]);
+    let all = parsed(&env, &end);
+    assert_fits_the_schema(&env, &end.out);
     assert_eq!(all["locks"].as_array().unwrap().len(), 2, "{all}");
     assert!(all["locks"].as_array().unwrap().iter().all(|lock| !lock["notes"].as_array().unwrap().is_empty()), "{all}");
 }
@@ -90,15 +90,15 @@ fn two_ids_at_one_path_are_two_locks() {
 /// JSON.
 #[test]
 fn a_strangers_text_cannot_do_anything() {
-    let world = World::new(Lock::File, "true");
-    let mut info: Value = serde_json::from_str(&of_anna(A, &world.path())).unwrap();
+    let env = TestEnv::new(Lock::File, "true");
+    let mut info: Value = serde_json::from_str(&of_anna(A, &env.path())).unwrap();
     info["Who"] = format!("\u{1b}]0;owned\u{7}\u{1b}[2J\n\r\u{202e}evil\u{9b}31m{}", "w".repeat(300_000)).into();
     info["Operation"] = "a\nb\u{2067}".into();
-    world.put_lock(&info.to_string());
+    env.put_lock(&info.to_string());
     let is_plain =
         |text: &str| text.chars().all(|character| matches!(character, '\n' | '…') || (' '..='~').contains(&character));
     for words in [&["list"][..], &["list", "--json"], &["show"]] {
-        let end = locks(&world, words);
+        let end = locks(&env, words);
         assert_eq!(end.code(), Some(0), "{words:?} {}", end.err);
         assert!(
             is_plain(&end.out),
@@ -106,13 +106,13 @@ fn a_strangers_text_cannot_do_anything() {
             end.out.chars().filter(|one| !is_plain(&one.to_string())).take(9).collect::<String>()
         );
     }
-    let all = parsed(&world, &locks(&world, &["list", "--json"]));
+    let all = parsed(&env, &locks(&env, &["list", "--json"]));
     assert_eq!(all["locks"][0]["who"], info["Who"]);
     // One lock is one line, and another one of our own is not counterfeited.
-    assert_eq!(locks(&world, &["list"]).out.lines().count(), 1);
+    assert_eq!(locks(&env, &["list"]).out.lines().count(), 1);
     for width in [40, 80, 132] {
-        let mut sized = world.command("sh");
-        sized.args(["-c", &format!("stty cols {width}; exec \"$0\" locks list")]).arg(world.bin().join("tf"));
+        let mut sized = env.command("sh");
+        sized.args(["-c", &format!("stty cols {width}; exec \"$0\" locks list")]).arg(env.bin().join("tf"));
         let mut terminal = Terminal::start(sized);
         terminal.wait();
         let screen = terminal.whole_screen();
@@ -147,9 +147,9 @@ fn console_width(line: &str) -> usize {
 
 #[test]
 fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
-    let world = World::new(Lock::DynamoDb, "true");
+    let env = TestEnv::new(Lock::DynamoDb, "true");
     let put = |item: Value| {
-        cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+        cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
     };
     put(json!({ "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } }));
     put(json!({ "LockID": { "S": "broken" }, "Info": { "S": "{\"ID\":" } }));
@@ -157,10 +157,10 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
     put(json!({ "LockID": { "S": "without" } }));
     put(json!({ "LockID": { "S": "foreign" }, "Colour": { "S": "green" } }));
     put(json!({ "LockID": { "S": "a-md5" }, "Digest": { "S": "0" } }));
-    let end = locks(&world, &table(&world, &["--json"]));
-    assert_eq!(end.code(), Some(2), "it keeps runs out: {}", world.story(&end));
-    assert_fits_the_schema(&world, &end.out);
-    let all = parsed(&world, &end);
+    let end = locks(&env, &table(&env, &["--json"]));
+    assert_eq!(end.code(), Some(2), "it keeps runs out: {}", env.dump(&end));
+    assert_fits_the_schema(&env, &end.out);
+    let all = parsed(&env, &end);
     assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{all}");
     let mut junk: Vec<_> =
         all["unreadable"].as_array().unwrap().iter().map(|one| one["place"]["key"].as_str().unwrap()).collect();
@@ -168,14 +168,14 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
     assert_eq!(junk, ["broken", "foreign", "number", "without"]);
     assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(6)));
     // The same twice, and whoever stops reading is no error of ours.
-    let first = locks(&world, &table(&world, &[])).out;
+    let first = locks(&env, &table(&env, &[])).out;
     assert_eq!(first.lines().count(), 5, "{first}");
-    let mut head = world.command("bash");
-    let tf = world.bin().join("tf");
+    let mut head = env.command("bash");
+    let tf = env.bin().join("tf");
     let line = format!(
         "'{}' locks list --table {} --region us-east-1 | head -n 1; echo ${{PIPESTATUS[0]}}",
         tf.display(),
-        world.table
+        env.table
     );
     head.args(["-c", &line]);
     let end = Run::start(head).wait();
@@ -184,16 +184,16 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
 
 #[test]
 fn a_bucket_is_listed_below_a_prefix() {
-    let world = World::new(Lock::File, "true");
+    let env = TestEnv::new(Lock::File, "true");
     for (key, id) in [("prod/a.tfstate", A), ("test/b.tfstate", B)] {
-        let path = format!("{}/{key}", world.bucket);
+        let path = format!("{}/{key}", env.bucket);
         cloud().s3("PUT", &format!("{path}.tflock"), of_anna(id, &path).as_bytes());
         cloud().s3("PUT", &path, b"{}");
     }
     let words = [
         "list",
         "--bucket",
-        &world.bucket,
+        &env.bucket,
         "--prefix",
         "prod/",
         "--region",
@@ -202,14 +202,14 @@ fn a_bucket_is_listed_below_a_prefix() {
         &url(),
         "--json",
     ];
-    let end = locks(&world, &words);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert_fits_the_schema(&world, &end.out);
-    let all = parsed(&world, &end);
+    let end = locks(&env, &words);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_fits_the_schema(&env, &end.out);
+    let all = parsed(&env, &end);
     assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{all}");
     assert_eq!(
         all["locks"][0]["place"],
-        json!({ "kind": "s3", "bucket": world.bucket, "key": "prod/a.tfstate.tflock", "region": "us-east-1" })
+        json!({ "kind": "s3", "bucket": env.bucket, "key": "prod/a.tfstate.tflock", "region": "us-east-1" })
     );
 }
 
@@ -220,13 +220,13 @@ fn url() -> String {
 /// Each is a sentence and what to do, and ends with 1.
 #[test]
 fn bad_input_is_a_sentence_and_a_next_step() {
-    let world = World::new(Lock::DynamoDb, "true");
+    let env = TestEnv::new(Lock::DynamoDb, "true");
     let nobody = "http://127.0.0.1:9";
-    let empty = world.directory.join("empty");
+    let empty = env.directory.join("empty");
     std::fs::create_dir(&empty).unwrap();
     let backends = [("local", "ends with"), ("cloud", "HCP Terraform"), ("http", "force-unlock")];
     for (kind, _) in backends {
-        let data = world.directory.join(kind).join(".terraform");
+        let data = env.directory.join(kind).join(".terraform");
         std::fs::create_dir_all(&data).unwrap();
         let cached = json!({ "version": 3, "backend": { "type": kind, "config": {}, "hash": 1 } });
         std::fs::write(data.join("terraform.tfstate"), cached.to_string()).unwrap();
@@ -245,8 +245,8 @@ fn bad_input_is_a_sentence_and_a_next_step() {
     cases[2].0.push(&here);
     cases.extend(backends.map(|(kind, expected)| (vec!["--chdir", kind], expected)));
     for (words, expected) in cases {
-        let end = locks(&world, &words);
-        assert_eq!(end.code(), Some(1), "{words:?} {}", world.story(&end));
+        let end = locks(&env, &words);
+        assert_eq!(end.code(), Some(1), "{words:?} {}", env.dump(&end));
         assert!(end.err.contains(expected) && end.out.is_empty(), "{words:?} {}", end.err);
         assert!(!end.err.contains("panicked") && end.err.lines().count() < 12, "{words:?} {}", end.err);
     }
@@ -254,20 +254,20 @@ fn bad_input_is_a_sentence_and_a_next_step() {
 
 #[test]
 fn what_is_asked_of_a_service_that_says_no_is_a_sentence_too() {
-    let mut world = World::new(Lock::File, "true");
-    let unknown = locks(&world, &["list", "--table", "t"]);
-    assert_eq!(unknown.code(), Some(1), "{}", world.story(&unknown));
+    let mut env = TestEnv::new(Lock::File, "true");
+    let unknown = locks(&env, &["list", "--table", "t"]);
+    assert_eq!(unknown.code(), Some(1), "{}", env.dump(&unknown));
     assert!(unknown.err.contains("no region is known") && unknown.err.contains("--region"), "{}", unknown.err);
-    let _proxy = through(&mut world, denied);
+    let _proxy = through(&mut env, denied);
     for words in [
         &["list", "--table", "t", "--region", "us-east-1"][..],
-        &["list", "--bucket", &world.bucket, "--region", "us-east-1"],
+        &["list", "--bucket", &env.bucket, "--region", "us-east-1"],
         &["list"],
         &["show"],
         &["release", "--yes"],
     ] {
-        let end = locks(&world, words);
-        assert_eq!(end.code(), Some(1), "{words:?} {}", world.story(&end));
+        let end = locks(&env, words);
+        assert_eq!(end.code(), Some(1), "{words:?} {}", env.dump(&end));
         assert!(end.err.contains("is not authorized"), "{words:?} {}", end.err);
         assert!(end.err.contains("get-caller-identity"), "{words:?} {}", end.err);
     }
@@ -277,11 +277,11 @@ fn what_is_asked_of_a_service_that_says_no_is_a_sentence_too() {
 type Asked = Arc<Mutex<Vec<(Instant, Value)>>>;
 
 /// A table that has a lock on its first page, and on its second what `rest` says. No real service is slow on demand.
-fn table_of_pages(world: &mut World, capacity: i64, rest: fn() -> Deed) -> (Proxy, Asked) {
-    let name = world.table.clone();
+fn table_of_pages(env: &mut TestEnv, capacity: i64, rest: fn() -> ProxyAction) -> (Proxy, Asked) {
+    let name = env.table.clone();
     let asked = Asked::default();
     let scans = Arc::clone(&asked);
-    let proxy = through(world, move |request| {
+    let proxy = through(env, move |request| {
         if is_dynamodb(request, ".DescribeTable") {
             let described = json!({ "Table": {
                 "TableName": name, "ItemCount": 1000,
@@ -289,15 +289,15 @@ fn table_of_pages(world: &mut World, capacity: i64, rest: fn() -> Deed) -> (Prox
                 "BillingModeSummary": { "BillingMode": if capacity > 0 { "PROVISIONED" } else { "PAY_PER_REQUEST" } },
                 "ProvisionedThroughput": { "ReadCapacityUnits": capacity, "WriteCapacityUnits": capacity },
             } });
-            return Deed::Answer(Message::answer("200 OK", &described.to_string()));
+            return ProxyAction::Answer(Message::answer("200 OK", &described.to_string()));
         }
         if !is_dynamodb(request, ".Scan") {
-            return Deed::Pass;
+            return ProxyAction::Pass;
         }
         let mut scans = scans.lock().unwrap();
         scans.push((Instant::now(), serde_json::from_slice(&request.body).unwrap()));
         let goes_on = scans.last().unwrap().1.get("ExclusiveStartKey").is_some();
-        if goes_on && !matches!(rest(), Deed::Pass) {
+        if goes_on && !matches!(rest(), ProxyAction::Pass) {
             return rest();
         }
         let mut page = json!({
@@ -308,7 +308,7 @@ fn table_of_pages(world: &mut World, capacity: i64, rest: fn() -> Deed) -> (Prox
         if scans.len() < PAGES {
             page["LastEvaluatedKey"] = json!({ "LockID": { "S": "b-md5" } });
         }
-        Deed::Answer(Message::answer("200 OK", &page.to_string()))
+        ProxyAction::Answer(Message::answer("200 OK", &page.to_string()))
     });
     (proxy, asked)
 }
@@ -321,12 +321,12 @@ const PAGES: usize = 4;
 #[test]
 fn a_scan_takes_a_quarter_of_a_provisioned_table_or_what_it_is_told() {
     for (capacity, told, rate) in [(80, None, 20.0), (80, Some("40"), 40.0), (0, Some("10"), 10.0)] {
-        let mut world = World::new(Lock::DynamoDb, "true");
-        let (_proxy, asked) = table_of_pages(&mut world, capacity, || Deed::Pass);
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        let (_proxy, asked) = table_of_pages(&mut env, capacity, || ProxyAction::Pass);
         let more = told.map_or_else(Vec::new, |told| vec!["--rate", told]);
         let begun = Instant::now();
-        let end = locks(&world, &table(&world, &more));
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let end = locks(&env, &table(&env, &more));
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         let asked = asked.lock().unwrap();
         assert_eq!(asked.len(), PAGES, "{asked:?}");
         assert!(asked.iter().all(|(_, scan)| scan["TotalSegments"] == 1 && scan["Limit"].is_number()), "{asked:?}");
@@ -346,10 +346,10 @@ fn a_scan_takes_a_quarter_of_a_provisioned_table_or_what_it_is_told() {
 
 #[test]
 fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let (proxy, _) = table_of_pages(&mut world, 0, || Deed::Hold);
-    let mut command = world.command(world.bin().join("tf"));
-    command.arg("locks").args(table(&world, &["--rate", "1000"]));
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let (proxy, _) = table_of_pages(&mut env, 0, || ProxyAction::Hold);
+    let mut command = env.command(env.bin().join("tf"));
+    command.arg("locks").args(table(&env, &["--rate", "1000"]));
     let mut terminal = Terminal::start(command);
     proxy.wait_until_held();
     // The bar, with its counts.
@@ -361,15 +361,15 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     assert!(screen.contains("stopped after 3 of about 1000 items: this is not all"), "{screen}");
     assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");
     // The same in a script: what there is of it is whole JSON, and tells.
-    let mut command = world.command(world.bin().join("tf"));
-    command.arg("locks").args(table(&world, &["--rate", "1000", "--json"]));
+    let mut command = env.command(env.bin().join("tf"));
+    command.arg("locks").args(table(&env, &["--rate", "1000", "--json"]));
     let run = Run::start(command);
     proxy.wait_until_held_times(2);
     kill(run.pid(), Signal::SIGTERM).unwrap();
     let end = run.wait();
-    assert_eq!(end.signal(), Some(15), "{}", world.story(&end));
-    assert_fits_the_schema(&world, &end.out);
-    let all = parsed(&world, &end);
+    assert_eq!(end.signal(), Some(15), "{}", env.dump(&end));
+    assert_fits_the_schema(&env, &end.out);
+    let all = parsed(&env, &end);
     assert_eq!(
         (&all["complete"], &all["scanned"], &all["locks"][0]["id"]),
         (&json!(false), &json!(3), &json!(A)),
@@ -381,10 +381,10 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
 #[test]
 fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
     for provisioned in [true, false] {
-        let mut world = World::new(Lock::DynamoDb, "true");
-        cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }));
         let mut table_of_it = json!({
-            "TableName": world.table, "BillingMode": "PAY_PER_REQUEST",
+            "TableName": env.table, "BillingMode": "PAY_PER_REQUEST",
             "AttributeDefinitions": [{ "AttributeName": "LockID", "AttributeType": "S" }],
             "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],
         });
@@ -396,18 +396,18 @@ fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
         // Of this user on this host, and older than its boot.
         let mut info: Value = serde_json::from_str(&lock_json(A, "a")).unwrap();
         info["Created"] = "2020-01-01T00:00:00Z".into();
-        cloud().put_item(&world.table, "a", &info.to_string());
+        cloud().put_item(&env.table, "a", &info.to_string());
         let asked: Arc<Mutex<Vec<(String, Value)>>> = Arc::default();
         let seen = Arc::clone(&asked);
-        let _proxy = through(&mut world, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if let Some(target) = request.header("x-amz-target") {
                 let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
                 seen.lock().unwrap().push((operation, serde_json::from_slice(&request.body).unwrap_or_default()));
             }
-            Deed::Pass
+            ProxyAction::Pass
         });
-        let end = locks(&world, &table(&world, &["--json"]));
-        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        let end = locks(&env, &table(&env, &["--json"]));
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
         let asked = asked.lock().unwrap();
         assert_eq!(asked[0].0, "DescribeTable", "{asked:?}");
         let scans: Vec<&Value> = asked.iter().filter(|one| one.0 == "Scan").map(|one| &one.1).collect();
@@ -422,35 +422,35 @@ fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
 /// DynamoDB is asked for each workspace that the bucket tells of; one that is locked and has no state yet is not among them.
 #[test]
 fn a_lock_of_a_workspace_without_a_state_is_seen_in_the_table_and_where_it_is_selected() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let path = format!("{}/env:/new/dir/prod.tfstate", world.bucket);
-    cloud().put_item(&world.table, &path, &of_anna(A, &path));
-    assert_eq!(parsed(&world, &locks(&world, &["list", "--json"]))["locks"], json!([]));
-    let all = parsed(&world, &locks(&world, &table(&world, &["--json"])));
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let path = format!("{}/env:/new/dir/prod.tfstate", env.bucket);
+    cloud().put_item(&env.table, &path, &of_anna(A, &path));
+    assert_eq!(parsed(&env, &locks(&env, &["list", "--json"]))["locks"], json!([]));
+    let all = parsed(&env, &locks(&env, &table(&env, &["--json"])));
     assert_eq!(all["locks"][0]["path"], json!(path), "{all}");
-    world.set("TF_WORKSPACE", "new");
-    assert_eq!(parsed(&world, &locks(&world, &["list", "--json"]))["locks"][0]["id"], json!(A));
+    env.set("TF_WORKSPACE", "new");
+    assert_eq!(parsed(&env, &locks(&env, &["list", "--json"]))["locks"][0]["id"], json!(A));
 }
 
 /// A hundred times the table takes no more memory.
 #[test]
 fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
     let peak = |pages: usize| {
-        let mut world = World::new(Lock::DynamoDb, "true");
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
         let mut info: Value = serde_json::from_str(&of_anna(A, "a")).unwrap();
         info["Info"] = "x".repeat(30_000).into();
         let item = json!({ "LockID": { "S": "a" }, "Info": { "S": info.to_string() } });
         let asked = Arc::new(Mutex::new(0_usize));
-        let name = world.table.clone();
-        let _proxy = through(&mut world, move |request| {
+        let name = env.table.clone();
+        let _proxy = through(&mut env, move |request| {
             if is_dynamodb(request, ".DescribeTable") {
                 let key = json!([{ "AttributeName": "LockID", "KeyType": "HASH" }]);
                 let described = json!({ "Table": { "TableName": name, "KeySchema": key,
                     "ProvisionedThroughput": { "ReadCapacityUnits": 0, "WriteCapacityUnits": 0 } } });
-                return Deed::Answer(Message::answer("200 OK", &described.to_string()));
+                return ProxyAction::Answer(Message::answer("200 OK", &described.to_string()));
             }
             if !is_dynamodb(request, ".Scan") {
-                return Deed::Pass;
+                return ProxyAction::Pass;
             }
             let scan: Value = serde_json::from_slice(&request.body).unwrap();
             let mut page = json!({ "Count": 0, "ScannedCount": 0, "Items": [] });
@@ -460,15 +460,15 @@ fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
                 page = json!({ "Count": 4, "ScannedCount": 4, "Items": [item, item, item, item],
                     "LastEvaluatedKey": { "LockID": { "S": "a" } } });
             }
-            Deed::Answer(Message::answer("200 OK", &page.to_string()))
+            ProxyAction::Answer(Message::answer("200 OK", &page.to_string()))
         });
         let script = "import subprocess, sys, resource\n\
                       subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n\
                       print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)";
-        let mut python = world.command(tool("python3"));
-        python.args(["-c", script, "tf", "locks"]).args(table(&world, &["--json"]));
+        let mut python = env.command(tool("python3"));
+        python.args(["-c", script, "tf", "locks"]).args(table(&env, &["--json"]));
         let end = Run::start(python).wait();
-        end.out.trim().parse::<u64>().unwrap_or_else(|_| panic!("{}", world.story(&end)))
+        end.out.trim().parse::<u64>().unwrap_or_else(|_| panic!("{}", env.dump(&end)))
     };
     // 12 MB of locks against 1.2: kibibytes.
     let (small, large) = (peak(10), peak(200));

@@ -6,13 +6,13 @@ use super::interrupted_once::slow_to_plan;
 use super::locks_doctor::as_a_global_table;
 use super::locks_release::locks;
 use super::survived::{assert_nothing_left, edit, kill_whole, killed_whole, records};
-use crate::support::household::{wait_until_all_is_gone, wait_until_gone};
 use crate::support::process::Run;
-use crate::support::world::WAITS;
-use crate::support::{Ended, Lock, Subject, World};
+use crate::support::processes::{wait_until_all_is_gone, wait_until_gone};
+use crate::support::test_env::WAITS;
+use crate::support::{Ended, Lock, Subject, TestEnv};
 
-pub fn recover(world: &World, more: &[&str]) -> Ended {
-    let mut command = world.command(world.bin().join("tf"));
+pub fn recover(env: &TestEnv, more: &[&str]) -> Ended {
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]).args(more);
     // From anywhere, and without a terraform.
     command.current_dir("/").env("PATH", "/nowhere");
@@ -22,14 +22,14 @@ pub fn recover(world: &World, more: &[&str]) -> Ended {
 #[test]
 fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do() {
     for lock in Lock::ALL {
-        let world = killed_whole(lock);
-        let end = recover(&world, &[]);
-        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+        let env = killed_whole(lock);
+        let end = recover(&env, &[]);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
         assert_eq!(end.out.lines().count(), 1, "{}", end.out);
         assert!(end.out.starts_with("released the lock that an earlier run left"), "{}", end.out);
-        world.assert_unlocked();
-        assert_nothing_left(&world);
-        let end = recover(&world, &[]);
+        env.assert_unlocked();
+        assert_nothing_left(&env);
+        let end = recover(&env, &[]);
         assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""));
     }
 }
@@ -38,118 +38,118 @@ fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do() {
 #[test]
 fn a_lock_in_a_global_table_goes_only_where_that_is_asked_for() {
     for lock in [Lock::DynamoDb, Lock::Both] {
-        let mut world = World::new(lock, WAITS);
-        let _proxy = as_a_global_table(&mut world, "EVENTUAL");
-        kill_whole(&world);
-        let end = recover(&world, &[]);
-        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-        assert!(end.out.contains("is a global table (eu-west-1, us-east-1)"), "{}", world.story(&end));
-        world.assert_locked();
-        world.set("TFW_RELEASE", "auto");
-        let end = recover(&world, &[]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        world.assert_unlocked();
-        assert_nothing_left(&world);
+        let mut env = TestEnv::new(lock, WAITS);
+        let _proxy = as_a_global_table(&mut env, "EVENTUAL");
+        kill_whole(&env);
+        let end = recover(&env, &[]);
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+        assert!(end.out.contains("is a global table (eu-west-1, us-east-1)"), "{}", env.dump(&end));
+        env.assert_locked();
+        env.set("TFW_RELEASE", "auto");
+        let end = recover(&env, &[]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
+        assert_nothing_left(&env);
     }
 }
 
 #[test]
 fn whoever_types_release_has_asked_for_it_in_a_global_table_too() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    let _proxy = as_a_global_table(&mut world, "EVENTUAL");
-    kill_whole(&world);
-    let end = locks(&world, &["release"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let _proxy = as_a_global_table(&mut env, "EVENTUAL");
+    kill_whole(&env);
+    let end = locks(&env, &["release"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// Its regions agree before they answer, and a condition holds in all of them.
 #[test]
 fn a_global_table_whose_regions_agree_is_one_as_any_other() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    let _proxy = as_a_global_table(&mut world, "STRONG");
-    kill_whole(&world);
-    let end = recover(&world, &[]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let _proxy = as_a_global_table(&mut env, "STRONG");
+    kill_whole(&env);
+    let end = recover(&env, &[]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_dry_run_deletes_nothing_and_names_the_lock() {
-    let world = killed_whole(Lock::Both);
-    let end = recover(&world, &["--dry-run"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert!(end.out.contains("would give back") && end.out.contains(&world.path()), "{}", end.out);
-    world.assert_locked();
-    assert_eq!(records(&world).len(), 1);
+    let env = killed_whole(Lock::Both);
+    let end = recover(&env, &["--dry-run"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains("would give back") && end.out.contains(&env.path()), "{}", end.out);
+    env.assert_locked();
+    assert_eq!(records(&env).len(), 1);
 }
 
 #[test]
 fn what_cannot_be_finished_is_named_and_ends_with_2() {
-    let world = killed_whole(Lock::DynamoDb);
+    let env = killed_whole(Lock::DynamoDb);
     // Nobody listens there.
-    edit(&world, |record| record["surroundings"]["variables"]["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9".into());
-    let end = recover(&world, &[]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    edit(&env, |record| record["surroundings"]["variables"]["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9".into());
+    let end = recover(&env, &[]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(end.out.contains("was not released") && end.out.contains("force-unlock"), "{}", end.out);
-    world.assert_locked();
-    assert_eq!(records(&world).len(), 1);
+    env.assert_locked();
+    assert_eq!(records(&env).len(), 1);
 }
 
 #[test]
 fn a_living_run_keeps_its_lock() {
-    let world = World::new(Lock::Both, WAITS);
-    let run = world.start_apply(Subject::Tf);
-    let end = recover(&world, &[]);
-    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
-    world.assert_locked();
-    world.go();
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let end = recover(&env, &[]);
+    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
+    env.assert_locked();
+    env.unblock();
     assert_eq!(run.wait().code(), Some(0));
 }
 
 #[test]
 fn a_guardian_at_work_is_waited_for() {
-    let world = World::new(Lock::Both, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = env.start_apply(Subject::Tf);
     kill(run.pid(), Signal::SIGKILL).unwrap();
     // At once: tf may still be dying, and its guardian need not have noticed.
-    let end = recover(&world, &[]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    let end = recover(&env, &[]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
     drop(run);
-    wait_until_all_is_gone(&world);
-    assert_nothing_left(&world);
+    wait_until_all_is_gone(&env);
+    assert_nothing_left(&env);
 }
 
 /// A job's last step runs while terraform still stops: the shell in between is dead, and its `tf` is not.
 #[test]
 fn a_run_that_is_stopping_is_waited_for() {
-    let (mut world, proxy) = slow_to_plan();
-    world.set("CI", "true");
-    let mut shell = world.command("bash");
+    let (mut env, proxy) = slow_to_plan();
+    env.set("CI", "true");
+    let mut shell = env.command("bash");
     shell.args(["-c", "tf apply -auto-approve -no-color; echo done"]);
     let step = Run::start(shell);
     proxy.wait_until_held();
     step.send(Signal::SIGTERM);
-    wait_until_gone(&world, step.pid());
-    let mut command = world.command(world.bin().join("tf"));
+    wait_until_gone(&env, step.pid());
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]);
     let recover = Run::start(command);
-    world.wait_for_trace("is waited for");
-    world.assert_locked();
+    env.wait_for_trace("is waited for");
+    env.assert_locked();
     proxy.let_go();
     let end = recover.wait();
-    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_word_that_it_does_not_know_is_refused_and_help_is_given() {
-    let world = World::empty(Lock::DynamoDb);
-    let end = recover(&world, &["--bogus"]);
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let end = recover(&env, &["--bogus"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(1), ""));
     assert!(end.err.contains("--bogus"), "{}", end.err);
-    let end = recover(&world, &["--help"]);
+    let end = recover(&env, &["--help"]);
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""));
     assert!(end.out.contains("--dry-run"), "{}", end.out);
 }
@@ -157,28 +157,28 @@ fn a_word_that_it_does_not_know_is_refused_and_help_is_given() {
 /// Whoever takes care of a dead run is waited for; one that is frozen is not taken for one that has done it.
 #[test]
 fn a_guardian_that_does_not_end_is_waited_for_as_long_as_is_promised_and_its_lock_is_named() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let _sweep = crate::support::household::Sweep(crate::support::household::home(&world));
-    let run = world.start_apply(Subject::Tf);
-    world.wait_for_trace("guardian: journal written");
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let _kill_on_drop = crate::support::processes::KillOnDrop(crate::support::processes::home(&env));
+    let run = env.start_apply(Subject::Tf);
+    env.wait_for_trace("guardian: journal written");
     let terraform = crate::support::process::terraform_below(run.pid());
-    let guardian = crate::support::household::guardian_of(&world, run.pid());
+    let guardian = crate::support::processes::guardian_of(&env, run.pid());
     kill(guardian, Signal::SIGSTOP).unwrap();
     kill(run.pid(), Signal::SIGKILL).unwrap();
     kill(terraform, Signal::SIGKILL).unwrap();
     let begun = std::time::Instant::now();
-    let mut command = world.command(world.bin().join("tf"));
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]);
     let recover = Run::start(command);
-    world.wait_for_trace("is waited for");
+    env.wait_for_trace("is waited for");
     while begun.elapsed() < std::time::Duration::from_secs(25) {
         assert_eq!(recover.err(), "", "after {:?}", begun.elapsed());
         std::thread::sleep(std::time::Duration::from_millis(500));
     }
     recover.wait_for_err("has not ended yet");
     let end = recover.wait();
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(begun.elapsed() < std::time::Duration::from_secs(40), "{:?}", begun.elapsed());
-    assert!(end.err.contains("may hold a state lock"), "{}", world.story(&end));
-    world.assert_locked();
+    assert!(end.err.contains("may hold a state lock"), "{}", env.dump(&end));
+    env.assert_locked();
 }

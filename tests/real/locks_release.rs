@@ -7,28 +7,28 @@ use super::survived::{assert_nothing_left, killed_whole};
 use crate::support::cloud::{cloud, tool};
 use crate::support::process::{Run, terraform_below};
 use crate::support::terminal::Terminal;
-use crate::support::world::{WAITS, id_of, lock_json, who};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::test_env::{WAITS, id_of, lock_json, who};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// `tf locks` with these words, in the world's directory.
-pub fn locks(world: &World, words: &[&str]) -> Ended {
-    let mut command = world.command(world.bin().join("tf"));
+pub fn locks(env: &TestEnv, words: &[&str]) -> Ended {
+    let mut command = env.command(env.bin().join("tf"));
     command.arg("locks").args(words);
     Run::start(command).wait()
 }
 
 /// A lock of this user on this host, older than any boot of it: its holder is likely dead however long this machine is up.
-pub fn old_lock(world: &World) -> String {
-    put_lock_of("2020-01-01T00:00:00Z".parse().unwrap(), world)
+pub fn old_lock(env: &TestEnv) -> String {
+    put_lock_of("2020-01-01T00:00:00Z".parse().unwrap(), env)
 }
 
 /// A lock of this user on this host, created at `created`.
-fn put_lock_of(created: jiff::Timestamp, world: &World) -> String {
+fn put_lock_of(created: jiff::Timestamp, env: &TestEnv) -> String {
     let mut info: Value =
-        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Created"] = created.to_string().into();
     let info = info.to_string();
-    world.put_lock(&info);
+    env.put_lock(&info);
     info
 }
 
@@ -41,41 +41,41 @@ fn booted() -> jiff::Timestamp {
 #[test]
 fn what_is_proven_dead_goes_without_a_question() {
     for lock in Lock::ALL {
-        let world = killed_whole(lock);
-        let end = locks(&world, &["show"]);
-        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+        let env = killed_whole(lock);
+        let end = locks(&env, &["show"]);
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
         assert!(end.out.contains("holder is  dead") && end.out.contains("agrees with it in everything"), "{}", end.out);
-        let end = locks(&world, &["release", "--dry-run"]);
-        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-        world.assert_locked();
-        let end = locks(&world, &["release"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let end = locks(&env, &["release", "--dry-run"]);
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+        env.assert_locked();
+        let end = locks(&env, &["release"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         assert!(end.out.contains("released the lock"), "{}", end.out);
-        world.assert_unlocked();
-        assert_nothing_left(&world);
+        env.assert_unlocked();
+        assert_nothing_left(&env);
     }
 }
 
 #[test]
 fn what_is_alive_stays_and_its_process_is_named() {
-    let world = World::new(Lock::Both, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = env.start_apply(Subject::Tf);
     let terraform = terraform_below(run.pid());
     for words in [&["release"][..], &["release", "--yes"]] {
-        let end = locks(&world, words);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        let end = locks(&env, words);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains("alive") && end.err.contains(&terraform.to_string()), "{}", end.err);
-        world.assert_locked();
+        env.assert_locked();
     }
-    let id = id_of(&world.locks()[0]);
-    let end = locks(&world, &["release", "--force", "11111111-2222-3333-4444-555555555555"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_locked();
+    let id = id_of(&env.locks()[0]);
+    let end = locks(&env, &["release", "--force", "11111111-2222-3333-4444-555555555555"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_locked();
     // By its full ID, and only so.
-    let end = locks(&world, &["release", "--force", &id]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
-    world.go();
+    let end = locks(&env, &["release", "--force", &id]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+    env.unblock();
     drop(run);
 }
 
@@ -84,125 +84,125 @@ fn what_is_likely_dead_needs_a_yes() {
     // Older than this boot; and of its first seconds, when no terraform of today ran: any other test's started later.
     let ages = ["2020-01-01T00:00:00Z".parse().unwrap(), booted() + jiff::SignedDuration::from_secs(10)];
     for (lock, created) in Lock::ALL.into_iter().flat_map(|lock| ages.map(|created| (lock, created))) {
-        let world = World::new(lock, "true");
-        put_lock_of(created, &world);
-        let end = locks(&world, &["release"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        let env = TestEnv::new(lock, "true");
+        put_lock_of(created, &env);
+        let end = locks(&env, &["release"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains("likely dead") && end.err.contains("--yes"), "{}", end.err);
-        world.assert_locked();
-        let end = locks(&world, &["release", "--yes"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        world.assert_unlocked();
+        env.assert_locked();
+        let end = locks(&env, &["release", "--yes"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_person_is_asked_and_only_yes_is_one() {
     for (answer, gone) in [("no", false), ("y", false), ("", false), ("yes", true)] {
-        let world = World::new(Lock::Both, "true");
-        old_lock(&world);
-        let mut command = world.command(world.bin().join("tf"));
+        let env = TestEnv::new(Lock::Both, "true");
+        old_lock(&env);
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["locks", "release"]);
         let mut terminal = Terminal::start(command);
         terminal.wait_for("Release it?");
         terminal.type_in(&format!("{answer}\r"));
         let (status, shown) = (terminal.wait(), terminal.whole_screen());
         assert_eq!(status.code(), Some(i32::from(!gone)), "{answer:?}: {shown}");
-        assert_eq!(world.locks().is_empty(), gone, "{answer:?}: {shown}");
+        assert_eq!(env.locks().is_empty(), gone, "{answer:?}: {shown}");
     }
 }
 
 #[test]
 fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
-    let world = World::new(Lock::Both, "true");
-    old_lock(&world);
-    let mut command = world.command(world.bin().join("tf"));
+    let env = TestEnv::new(Lock::Both, "true");
+    old_lock(&env);
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "release"]);
     let mut terminal = Terminal::start(command);
     terminal.wait_for("Release it?");
-    let other = world.lock_of_another();
+    let other = env.lock_of_another();
     terminal.type_in("yes\r");
     let (status, shown) = (terminal.wait(), terminal.whole_screen());
     assert_eq!(status.code(), Some(1), "{shown}");
     assert!(shown.contains("it changed in between") && shown.contains(&id_of(&other)), "{shown}");
-    assert_eq!(world.locks(), [other.clone(), other]);
+    assert_eq!(env.locks(), [other.clone(), other]);
 }
 
 #[test]
 fn what_nothing_is_known_of_stays() {
-    let world = World::new(Lock::DynamoDb, "true");
+    let env = TestEnv::new(Lock::DynamoDb, "true");
     let mut info: Value =
-        serde_json::from_str(&lock_json("33333333-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("33333333-3333-4444-5555-666666666666", &env.path())).unwrap();
     for (name, value) in [("Who", "anna@elsewhere"), ("Created", "yesterday")] {
         info[name] = value.into();
-        world.put_lock(&info.to_string());
+        env.put_lock(&info.to_string());
         for words in [&["release"][..], &["release", "--yes"]] {
-            let end = locks(&world, words);
-            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            let end = locks(&env, words);
+            assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
             assert!(end.err.contains("--force 33333333-3333-4444-5555-666666666666"), "{}", end.err);
-            world.assert_locked();
+            env.assert_locked();
         }
     }
 }
 
 #[test]
 fn a_path_must_match_exactly_one_lock() {
-    let world = World::new(Lock::Both, "true");
-    let end = locks(&world, &["release"]);
+    let env = TestEnv::new(Lock::Both, "true");
+    let end = locks(&env, &["release"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", end.err);
     assert!(end.err.contains("no lock stands here"), "{}", end.err);
     // Another ID in each half.
-    cloud().put_item(&world.table, &world.path(), &lock_json("aaaaaaaa-3333-4444-5555-666666666666", &world.path()));
-    let other = lock_json("bbbbbbbb-3333-4444-5555-666666666666", &world.path());
-    cloud().s3("PUT", &format!("{}.tflock", world.path()), other.as_bytes());
-    let end = locks(&world, &["show"]);
+    cloud().put_item(&env.table, &env.path(), &lock_json("aaaaaaaa-3333-4444-5555-666666666666", &env.path()));
+    let other = lock_json("bbbbbbbb-3333-4444-5555-666666666666", &env.path());
+    cloud().s3("PUT", &format!("{}.tflock", env.path()), other.as_bytes());
+    let end = locks(&env, &["show"]);
     assert_eq!(end.code(), Some(1), "{}", end.out);
     assert!(
         end.err.contains("several locks") && end.err.contains("aaaaaaaa") && end.err.contains("bbbbbbbb"),
         "{}",
         end.err
     );
-    let end = locks(&world, &["show", "bbbbbbbb-3333-4444-5555-666666666666"]);
+    let end = locks(&env, &["show", "bbbbbbbb-3333-4444-5555-666666666666"]);
     assert!(end.out.contains("another lock, with another ID"), "{}{}", end.out, end.err);
-    let end = locks(&world, &["show", "nowhere"]);
+    let end = locks(&env, &["show", "nowhere"]);
     assert!(end.code() == Some(1) && end.err.contains("no lock matches"), "{}", end.err);
 }
 
 #[test]
 fn a_lock_is_released_outside_of_any_directory() {
-    let world = World::new(Lock::DynamoDb, "true");
-    old_lock(&world);
-    let mut command = world.command(world.bin().join("tf"));
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    old_lock(&env);
+    let mut command = env.command(env.bin().join("tf"));
     command.current_dir("/").args([
         "locks",
         "release",
-        &world.path(),
+        &env.path(),
         "--yes",
         "--table",
-        &world.table,
+        &env.table,
         "--region",
         "us-east-1",
     ]);
     let end = Run::start(command).wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn an_audit_is_the_same_twice_and_a_real_parser_reads_it() {
-    let world = World::new(Lock::DynamoDb, "true");
-    old_lock(&world);
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    old_lock(&env);
     let mut info: Value = serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", "a")).unwrap();
     info["Who"] = "anna@elsewhere".into();
-    cloud().put_item(&world.table, "a", &info.to_string());
-    cloud().put_item(&world.table, "junk", "{");
+    cloud().put_item(&env.table, "a", &info.to_string());
+    cloud().put_item(&env.table, "junk", "{");
     let words = |form: &'static str| {
-        ["audit", "--older-than", "1m", "--table", world.table.as_str(), "--region", "us-east-1", form]
+        ["audit", "--older-than", "1m", "--table", env.table.as_str(), "--region", "us-east-1", form]
     };
     let count = || {
-        let end = locks(&world, &words("--json"));
-        assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-        super::locks_list::assert_fits(&world, "audit", &end.out);
+        let end = locks(&env, &words("--json"));
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+        super::locks_list::assert_fits(&env, "audit", &end.out);
         let mut count: Value = serde_json::from_str(&end.out).unwrap();
         for name in ["oldest_age_seconds", "scan_seconds"] {
             assert!(count[name].take().as_f64().unwrap() > 0.0);
@@ -217,12 +217,12 @@ fn an_audit_is_the_same_twice_and_a_real_parser_reads_it() {
         "{first}"
     );
     assert_eq!(first["scanned"], json!(3));
-    let end = locks(&world, &words("--prometheus"));
+    let end = locks(&env, &words("--prometheus"));
     assert_eq!(end.code(), Some(2));
     let script = "import sys, json\nfrom prometheus_client.parser import text_string_to_metric_families as parse\n\
                   print(json.dumps({s.name + ''.join(s.labels.values()): s.value for f in parse(open(sys.argv[1]).read()) for s in f.samples}))";
-    let mut parser = world.command(tool("python3"));
-    world.write("metrics", &end.out);
+    let mut parser = env.command(tool("python3"));
+    env.write("metrics", &end.out);
     parser.args(["-c", script, "metrics"]);
     let parsed = Run::start(parser).wait();
     let parsed: Value = serde_json::from_str(&parsed.out).unwrap_or_else(|_| panic!("{}", parsed.err));
@@ -231,28 +231,28 @@ fn an_audit_is_the_same_twice_and_a_real_parser_reads_it() {
     }
     assert!(parsed["tf_locks_oldest_age_seconds"].as_f64().unwrap() > 60.0);
     // Nothing is that old; but what is no lock keeps a run out whatever its age.
-    let audit = ["audit", "--older-than", "9999d", "--table", &world.table, "--region", "us-east-1"];
-    let end = locks(&world, &audit);
-    assert_eq!((end.code(), end.out.lines().count()), (Some(2), 1), "{}", world.story(&end));
+    let audit = ["audit", "--older-than", "9999d", "--table", &env.table, "--region", "us-east-1"];
+    let end = locks(&env, &audit);
+    assert_eq!((end.code(), end.out.lines().count()), (Some(2), 1), "{}", env.dump(&end));
     assert!(end.out.starts_with("unreadable   junk"), "{}", end.out);
-    cloud().delete_item(&world.table, "junk");
-    let end = locks(&world, &audit);
-    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+    cloud().delete_item(&env.table, "junk");
+    let end = locks(&env, &audit);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
 }
 
 #[test]
 fn an_old_lock_of_nobody_known_is_stale_for_an_audit_and_for_nothing_else() {
-    let world = World::new(Lock::File, "true");
+    let env = TestEnv::new(Lock::File, "true");
     let mut info: Value =
-        serde_json::from_str(&lock_json("55555555-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("55555555-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = "anna@elsewhere".into();
     info["Created"] = "2026-01-01T00:00:00Z".into();
-    world.put_lock(&info.to_string());
-    assert_eq!(locks(&world, &[]).code(), Some(0));
-    let end = locks(&world, &["audit", "--older-than", "2h"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
+    env.put_lock(&info.to_string());
+    assert_eq!(locks(&env, &[]).code(), Some(0));
+    let end = locks(&env, &["audit", "--older-than", "2h"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(end.out.contains("anna@elsewhere"), "{}", end.out);
-    let end = locks(&world, &["audit"]);
+    let end = locks(&env, &["audit"]);
     assert!(end.code() == Some(1) && end.err.contains("--older-than"), "{}", end.err);
 }
 
@@ -260,11 +260,11 @@ fn an_old_lock_of_nobody_known_is_stale_for_an_audit_and_for_nothing_else() {
 #[test]
 fn a_refused_terraform_is_told_whose_lock_it_is() {
     for (release, subject) in [("auto", Subject::Tf), ("never", Subject::Tf), ("auto", Subject::Bare)] {
-        let mut world = World::new(Lock::Both, "true");
-        world.set("TFW_RELEASE", release);
-        old_lock(&world);
-        let end = world.run(subject, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        let mut env = TestEnv::new(Lock::Both, "true");
+        env.set("TFW_RELEASE", release);
+        old_lock(&env);
+        let end = env.run(subject, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(!end.out.contains("tf:"), "{}", end.out);
         assert_eq!(end.err.contains("its holder is likely dead"), subject == Subject::Tf, "{}", end.err);
         if subject == Subject::Tf {
@@ -272,19 +272,19 @@ fn a_refused_terraform_is_told_whose_lock_it_is() {
             assert!(terraforms.contains("Error acquiring the state lock"), "{terraforms}");
             assert!(ours.contains(&who()) && ours.contains("tf locks release 22222222-"), "{ours}");
         }
-        world.assert_locked();
+        env.assert_locked();
     }
 }
 
 #[test]
 fn a_refused_terraform_is_told_that_the_holder_lives() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("its holder is alive: held by terraform apply here"), "{}", end.err);
-    world.assert_locked();
-    world.go();
+    env.assert_locked();
+    env.unblock();
     assert_eq!(run.wait().code(), Some(0));
 }
 
@@ -292,23 +292,23 @@ fn a_refused_terraform_is_told_that_the_holder_lives() {
 #[test]
 fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits() {
     for lock in Lock::ALL {
-        let world = World::new(lock, WAITS);
-        let holder = world.start_apply(Subject::Tf);
-        let waiting = world.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=60s"]);
+        let env = TestEnv::new(lock, WAITS);
+        let holder = env.start_apply(Subject::Tf);
+        let waiting = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=60s"]);
         wait_for(
             "the second terraform to be refused",
-            || (world.trace().matches("started terraform as").count() == 2).then_some(()),
-            || world.trace(),
+            || (env.trace().matches("started terraform as").count() == 2).then_some(()),
+            || env.trace(),
         );
-        kill_with_guardian(&world, &holder);
+        kill_with_guardian(&env, &holder);
         let end = waiting.wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         assert!(
             end.err.contains("the lock that terraform waits for") && end.err.contains("released the lock"),
             "{}",
             end.err
         );
-        world.assert_unlocked();
+        env.assert_unlocked();
         drop(holder);
     }
 }
@@ -316,41 +316,41 @@ fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits() {
 /// It died after the refused run had looked for what is dead.
 #[test]
 fn a_run_that_a_dead_holder_refuses_releases_its_lock_and_says_so() {
-    use crate::support::proxy::{Deed, Proxy};
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    let holder = world.start_apply(Subject::Tf);
+    use crate::support::proxy::{Proxy, ProxyAction};
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let holder = env.start_apply(Subject::Tf);
     let proxy = Proxy::start(cloud().port, |request| {
         let is_put = request.header("x-amz-target").is_some_and(|target| target.ends_with(".PutItem"));
-        if is_put { Deed::Hold } else { Deed::Pass }
+        if is_put { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
-    let refused = world.start(Subject::Tf, &["plan", "-no-color"]);
+    env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", proxy.port));
+    let refused = env.start(Subject::Tf, &["plan", "-no-color"]);
     proxy.wait_until_held();
-    kill_with_guardian(&world, &holder);
+    kill_with_guardian(&env, &holder);
     proxy.let_go();
     let end = refused.wait();
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("its holder is dead") && end.err.contains("run it again"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("its holder is dead") && end.err.contains("run it again"), "{}", env.dump(&end));
+    env.assert_unlocked();
     drop(holder);
 }
 
 /// The same with nobody to give it back.
 #[test]
 fn with_release_never_a_dead_holders_lock_stays_and_is_named() {
-    let mut world = killed_whole(Lock::DynamoDb);
-    world.set("TFW_RELEASE", "never");
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let mut env = killed_whole(Lock::DynamoDb);
+    env.set("TFW_RELEASE", "never");
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("its holder is dead") && end.err.contains("tf locks release"), "{}", end.err);
-    world.assert_locked();
+    env.assert_locked();
 }
 
 /// Kills a run with all that belongs to it, and nothing of another run in the same world.
-fn kill_with_guardian(world: &World, run: &Run) {
-    use crate::support::household::{is_gone, ours};
+fn kill_with_guardian(env: &TestEnv, run: &Run) {
     use crate::support::process::tree;
-    let guardians: Vec<_> = ours(world).into_iter().filter(|pid| *pid != run.pid()).collect();
+    use crate::support::processes::{is_gone, ours};
+    let guardians: Vec<_> = ours(env).into_iter().filter(|pid| *pid != run.pid()).collect();
     let mut doomed: Vec<_> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).collect();
     let below = doomed.clone();
     doomed.retain(|pid| guardians.contains(pid));

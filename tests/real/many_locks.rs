@@ -7,10 +7,10 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::survived::{assert_nothing_left, records};
-use crate::support::household::{Sweep, home, wait_until_ours_are_gone, wait_until_unlocked};
 use crate::support::process::terraform_below;
-use crate::support::world::WAITS;
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait_until_unlocked};
+use crate::support::test_env::WAITS;
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Writes 3,000 locks that were taken and given back into terraform's log, as a migration of so many workspaces does.
 const MIGRATES: &str = r#"
@@ -31,37 +31,37 @@ with open(os.environ["TF_LOG_PATH"], "a") as log:
 fn thousands_of_locks_in_one_log_do_not_silence_the_guardian() {
     let python = crate::support::cloud::tool("python3");
     let command = format!("{} migrates.py && {WAITS}", python.display());
-    let world = World::new(Lock::DynamoDb, &command);
-    world.write("migrates.py", MIGRATES);
-    let _sweep = Sweep(home(&world));
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::DynamoDb, &command);
+    env.write("migrates.py", MIGRATES);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let run = env.start_apply(Subject::Tf);
     let terraform = terraform_below(run.pid());
     let environment = fs::read_to_string(format!("/proc/{terraform}/environ")).unwrap();
     let log = environment.split('\0').find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap();
     let length = fs::metadata(log).unwrap().len();
     let written = || {
-        let [path] = records(&world).try_into().ok()?;
+        let [path] = records(&env).try_into().ok()?;
         let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
         record["offset"].as_u64()
     };
     // As much as tf tells at once may be untold.
     let whole = || written().filter(|offset| offset + (1 << 16) > length);
-    wait_for("the whole log in the journal", whole, || format!("{:?} of {length}\n{}", written(), world.trace()));
+    wait_for("the whole log in the journal", whole, || format!("{:?} of {length}\n{}", written(), env.trace()));
     run.send(Signal::SIGKILL);
     assert_eq!(run.wait().signal(), Some(9));
-    world.wait_for_trace("guardian: tf is gone");
+    env.wait_for_trace("guardian: tf is gone");
     kill(terraform, Signal::SIGKILL).unwrap();
-    wait_until_unlocked(&world);
-    wait_until_ours_are_gone(&world);
-    assert_nothing_left(&world);
+    wait_until_unlocked(&env);
+    wait_until_ours_are_gone(&env);
+    assert_nothing_left(&env);
 }
 
 #[test]
 fn a_run_whose_log_named_thousands_of_locks_ends_its_guardian() {
     let python = crate::support::cloud::tool("python3");
-    let world = World::new(Lock::DynamoDb, &format!("{} migrates.py", python.display()));
-    world.write("migrates.py", MIGRATES);
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
-    assert!(!world.trace().contains("the guardian does not end"), "{}", world.trace());
+    let env = TestEnv::new(Lock::DynamoDb, &format!("{} migrates.py", python.display()));
+    env.write("migrates.py", MIGRATES);
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    assert!(!env.trace().contains("the guardian does not end"), "{}", env.trace());
 }

@@ -4,28 +4,28 @@ use std::path::PathBuf;
 
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, id_of, lock_json, who};
-use crate::support::{Lock, Subject, World};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, id_of, lock_json, who};
+use crate::support::{Lock, Subject, TestEnv};
 
 const OTHER: &str = "22222222-3333-4444-5555-666666666666";
 
 #[test]
 fn the_lock_that_we_waited_for_stands_when_we_are_killed() {
     for lock in Lock::ALL {
-        let world = World::new(lock, "true");
+        let env = TestEnv::new(lock, "true");
         // The same user on the same host, and taken after we began: only the ID tells them apart.
-        let first = world.lock_of_another();
-        let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
+        let first = env.lock_of_another();
+        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
         run.wait_for_out("Acquiring state lock");
         let _ = first;
-        let second = lock_json(OTHER, &world.path());
-        world.put_lock(&second);
+        let second = lock_json(OTHER, &env.path());
+        env.put_lock(&second);
         run.kill_terraform();
         let end = run.wait();
-        assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
-        assert!(world.locks().iter().all(|standing| *standing == second), "{:?}", world.locks());
-        world.assert_locked();
+        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        assert!(env.locks().iter().all(|standing| *standing == second), "{:?}", env.locks());
+        env.assert_locked();
         assert!(!end.err.contains("released"), "{}", end.err);
     }
 }
@@ -33,57 +33,57 @@ fn the_lock_that_we_waited_for_stands_when_we_are_killed() {
 #[test]
 fn a_refused_run_touches_nothing() {
     for lock in Lock::ALL {
-        let world = World::new(lock, "true");
-        let theirs = world.lock_of_another();
-        let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let env = TestEnv::new(lock, "true");
+        let theirs = env.lock_of_another();
+        let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         assert_eq!(end.code(), Some(1));
         // What it says of the holder is for left_behind.rs.
-        assert!(!end.err.contains("released"), "{}", world.story(&end));
-        assert!(!world.locks().is_empty() && world.locks().iter().all(|standing| *standing == theirs));
-        world.assert_locked();
+        assert!(!end.err.contains("released"), "{}", env.dump(&end));
+        assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
+        env.assert_locked();
     }
 }
 
 #[test]
 fn a_lock_that_replaced_ours_before_the_release_stands() {
     for lock in Lock::ALL {
-        let world =
-            World::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
-        let run = world.start_apply(Subject::Tf);
+        let env =
+            TestEnv::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+        let run = env.start_apply(Subject::Tf);
         run.kill_terraform();
         // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
-        world.wait_for_trace("ending ");
-        world.delete_lock();
-        let theirs = lock_json(OTHER, &world.path());
-        world.put_lock(&theirs);
-        world.go();
+        env.wait_for_trace("ending ");
+        env.delete_lock();
+        let theirs = lock_json(OTHER, &env.path());
+        env.put_lock(&theirs);
+        env.unblock();
         let end = run.wait();
-        assert!(world.locks().iter().all(|standing| *standing == theirs), "{:?}", world.locks());
-        world.assert_locked();
-        assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+        assert!(env.locks().iter().all(|standing| *standing == theirs), "{:?}", env.locks());
+        env.assert_locked();
+        assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
     }
 }
 
 #[test]
 fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let proxy = Proxy::start(cloud().port, move |request| {
             let item = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
-            if item || request.start.starts_with("DELETE ") { Deed::Hold } else { Deed::Pass }
+            if item || request.start.starts_with("DELETE ") { ProxyAction::Hold } else { ProxyAction::Pass }
         });
         let url = format!("http://127.0.0.1:{}", proxy.port);
-        world.set("AWS_ENDPOINT_URL", &url);
-        let run = world.start_apply(Subject::Tf);
+        env.set("AWS_ENDPOINT_URL", &url);
+        let run = env.start_apply(Subject::Tf);
         run.kill_terraform();
         proxy.wait_until_held();
-        world.delete_lock();
-        let theirs = lock_json(OTHER, &world.path());
-        world.put_lock(&theirs);
+        env.delete_lock();
+        let theirs = lock_json(OTHER, &env.path());
+        env.put_lock(&theirs);
         proxy.let_go();
         let end = run.wait();
-        assert_eq!(world.locks(), [theirs], "{}", world.story(&end));
-        assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
+        assert_eq!(env.locks(), [theirs], "{}", env.dump(&end));
+        assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
     }
 }
 
@@ -110,128 +110,125 @@ fn forged(id: &str, path: &str) -> String {
 #[test]
 fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     // A living lock of another state, in the same bucket and table; and one of the same path that is older than we.
-    let world = World::new(Lock::Both, "true");
-    let other_path = format!("{}/other.tfstate", world.bucket);
+    let env = TestEnv::new(Lock::Both, "true");
+    let other_path = format!("{}/other.tfstate", env.bucket);
     let living = lock_json(OTHER, &other_path);
-    cloud().put_item(&world.table, &other_path, &living);
-    world.write("forged", &forged(OTHER, &other_path));
-    world.write_main(
+    cloud().put_item(&env.table, &other_path, &living);
+    env.write("forged", &forged(OTHER, &other_path));
+    env.write_main(
         "",
         "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
     );
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert_eq!(cloud().item(&world.table, &other_path), Some(living), "{}", world.story(&end));
+    assert_eq!(cloud().item(&env.table, &other_path), Some(living), "{}", env.dump(&end));
     // Our own went, and the other is named as what it is.
-    world.assert_unlocked();
-    assert!(end.err.contains("no backend of this directory has it"), "{}", world.story(&end));
+    env.assert_unlocked();
+    assert!(end.err.contains("no backend of this directory has it"), "{}", env.dump(&end));
 
-    let world = World::new(Lock::DynamoDb, "true");
-    let living = lock_json(OTHER, &world.path());
-    world.write("forged", &forged(OTHER, &world.path()));
-    world.write_main(
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let living = lock_json(OTHER, &env.path());
+    env.write("forged", &forged(OTHER, &env.path()));
+    env.write_main(
         "",
         "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
     );
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     // Somebody forced ours and holds it now, since before our run by their clock.
-    world.delete_lock();
+    env.delete_lock();
     let older = living.replace(&jiff::Timestamp::now().strftime("%Y").to_string(), "2020");
-    world.put_lock(&older);
+    env.put_lock(&older);
     run.kill_terraform();
     let end = run.wait();
-    assert_eq!(world.locks(), [older], "{}", world.story(&end));
-    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    assert_eq!(env.locks(), [older], "{}", env.dump(&end));
+    assert!(end.err.contains("was not released"), "{}", env.dump(&end));
 }
 
 #[test]
 fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
     for tail in ["", "5e75cb05-d70c", "5e75cb05-d70c-4132-39e0-d2abba1b3077"] {
-        let world = World::new(Lock::DynamoDb, "true");
-        world.write("torn", forged(tail, &world.path()).split_inclusive("lock.id=").next().unwrap());
-        world.write_main("", &format!(
+        let env = TestEnv::new(Lock::DynamoDb, "true");
+        env.write("torn", forged(tail, &env.path()).split_inclusive("lock.id=").next().unwrap());
+        env.write_main("", &format!(
             "head -c -0 torn >> $TF_LOG_PATH; printf '%s' '{tail}' >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done"
         ));
-        let run = world.start_apply(Subject::Tf);
-        let ours = id_of(&world.locks()[0]);
-        let theirs = world.lock_of_another();
+        let run = env.start_apply(Subject::Tf);
+        let ours = id_of(&env.locks()[0]);
+        let theirs = env.lock_of_another();
         run.kill_terraform();
         let end = run.wait();
         assert_ne!(id_of(&theirs), ours);
-        assert_eq!(world.locks(), [theirs], "{tail:?}: {}", world.story(&end));
+        assert_eq!(env.locks(), [theirs], "{tail:?}: {}", env.dump(&end));
     }
 }
 
 #[test]
 fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     // Something between us and terraform throws the recorder away: nothing tells which lock was ours.
-    let mut world = World::new(Lock::Both, WAITS);
-    world.stand_in(
-        "forgets",
-        "#!/bin/sh\nexec env -u TF_TEMP_LOG_PATH -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n",
-    );
-    let run = world.start_apply(Subject::Tf);
-    let id = id_of(&world.locks()[0]);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.stand_in("forgets", "#!/bin/sh\nexec env -u TF_TEMP_LOG_PATH -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n");
+    let run = env.start_apply(Subject::Tf);
+    let id = id_of(&env.locks()[0]);
     run.kill_terraform();
     let end = run.wait();
-    world.assert_locked();
-    assert!(end.err.contains(&format!("force-unlock {id}")), "{}", world.story(&end));
-    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    env.assert_locked();
+    assert!(end.err.contains(&format!("force-unlock {id}")), "{}", env.dump(&end));
+    assert!(end.err.contains("was not released"), "{}", env.dump(&end));
     // And the command that it named mends it.
-    let mended = world.run(Subject::Bare, &["force-unlock", "-force", &id]);
+    let mended = env.run(Subject::Bare, &["force-unlock", "-force", &id]);
     assert_eq!(mended.code(), Some(0), "{}{}", mended.out, mended.err);
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_provisioner_that_wipes_the_recorder_hides_no_lock_that_was_read_before() {
-    let world = World::new(
+    let env = TestEnv::new(
         Lock::Both,
         "touch began; while ! test -e wipe; do sleep 0.02; done; : > $TF_LOG_PATH; touch wiped; while ! test -e go; do sleep 0.02; done",
     );
-    let run = world.start_apply(Subject::Tf);
-    world.assert_locked();
-    world.wait_for_trace("journal written");
-    world.write("wipe", "");
-    world.wait_for_file("wiped");
+    let run = env.start_apply(Subject::Tf);
+    env.assert_locked();
+    env.wait_for_trace("journal written");
+    env.write("wipe", "");
+    env.wait_for_file("wiped");
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// An inner directory with a state of its own, locked by a terraform that a provisioner of the outer one starts.
-fn nested(inner: &str) -> World {
-    let world = World::empty(Lock::Both);
-    std::fs::create_dir(world.directory.join("inner")).unwrap();
-    let backend = world.backend("inner.tfstate");
-    world.write("inner/main.tf", &format!(
+fn nested(inner: &str) -> TestEnv {
+    let env = TestEnv::empty(Lock::Both);
+    std::fs::create_dir(env.directory.join("inner")).unwrap();
+    let backend = env.backend("inner.tfstate");
+    env.write("inner/main.tf", &format!(
         "terraform {{\nbackend \"s3\" {{\n{backend}}}\n}}\nresource \"terraform_data\" \"i\" {{\nprovisioner \"local-exec\" {{\n\
          command = \"touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done\"\n}}\n}}\n"
     ));
-    assert_eq!(world.run(Subject::Bare, &["-chdir=inner", "init"]).code(), Some(0));
-    world.write_main("", &format!("{inner} -chdir=inner apply -auto-approve"));
-    world.init();
-    world
+    assert_eq!(env.run(Subject::Bare, &["-chdir=inner", "init"]).code(), Some(0));
+    env.write_main("", &format!("{inner} -chdir=inner apply -auto-approve"));
+    env.init();
+    env
 }
 
 #[test]
 fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
     for (inner, left) in [("terraform", true), ("tf", false)] {
-        let world = nested(inner);
-        let run = world.start_apply(Subject::Tf);
-        assert_eq!(world.locks_at("inner.tfstate").len(), 2);
+        let env = nested(inner);
+        let run = env.start_apply(Subject::Tf);
+        assert_eq!(env.locks_at("inner.tfstate").len(), 2);
         run.kill_terraform();
         let end = run.wait();
-        world.assert_unlocked();
-        let inner_locks = world.locks_at("inner.tfstate");
+        env.assert_unlocked();
+        let inner_locks = env.locks_at("inner.tfstate");
         if left {
             // The nested terraform was ended with TERM, which it takes for an interrupt: it may have unlocked itself.
             let named = inner_locks.iter().all(|lock| end.err.contains(&id_of(lock)));
-            assert!(named, "{}", world.story(&end));
+            assert!(named, "{}", env.dump(&end));
         } else {
-            assert!(inner_locks.is_empty(), "{}", world.story(&end));
+            assert!(inner_locks.is_empty(), "{}", env.dump(&end));
         }
     }
 }
@@ -239,19 +236,19 @@ fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
 #[test]
 fn a_nested_terraform_that_goes_on_keeps_its_lock() {
     // It shares our recorder, and outlives an outer terraform that ended well.
-    let world = nested("nohup terraform");
-    let text = world
+    let env = nested("nohup terraform");
+    let text = env
         .read("main.tf")
         .replace("-auto-approve", "-auto-approve >/dev/null 2>&1 & while ! test -e began; do sleep 0.02; done; true");
-    world.write("main.tf", &text);
-    let end = world.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert_eq!(world.locks_at("inner.tfstate").len(), 2, "{}", world.story(&end));
-    world.go();
+    env.write("main.tf", &text);
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(env.locks_at("inner.tfstate").len(), 2, "{}", env.dump(&end));
+    env.unblock();
     crate::support::wait_for(
         "the nested terraform to unlock",
-        || world.locks_at("inner.tfstate").is_empty().then_some(()),
-        || world.trace(),
+        || env.locks_at("inner.tfstate").is_empty().then_some(()),
+        || env.trace(),
     );
 }
 
@@ -259,25 +256,25 @@ fn a_nested_terraform_that_goes_on_keeps_its_lock() {
 fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     // The real AWS provider asks an SQS of our own for a queue; the answer is an error whose text goes on, after a
     // newline, with perfect lines of terraform's log. Core logs it raw.
-    let mut world = World::empty(Lock::DynamoDb);
-    let other_path = world.path();
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    let other_path = env.path();
     // Made at the moment of the request: the living lock is there, and everything about the lines is right.
-    let table = world.table.clone();
+    let table = env.table.clone();
     let path = other_path.clone();
     let sqs = Proxy::start(cloud().port, move |_| {
         cloud().put_item(&table, &path, &lock_json(OTHER, &path));
         let text = forged(OTHER, &path);
         let answer =
             serde_json::json!({"__type": "com.amazonaws.sqs#InvalidAddress", "message": format!("no\n{text}")});
-        Deed::Answer(Message::answer("400 Bad Request", &answer.to_string()))
+        ProxyAction::Answer(Message::answer("400 Bad Request", &answer.to_string()))
     });
     if let Some(plugins) = plugin_mirror() {
         let mirror = format!("provider_installation {{\nfilesystem_mirror {{\npath = {plugins:?}\n}}\n}}\n");
-        world.write("cli.tfrc", &mirror);
-        let config = world.directory.join("cli.tfrc");
-        world.set("TF_CLI_CONFIG_FILE", config);
+        env.write("cli.tfrc", &mirror);
+        let config = env.directory.join("cli.tfrc");
+        env.set("TF_CLI_CONFIG_FILE", config);
     }
-    world.write_main(
+    env.write_main(
         &format!(
             "provider \"aws\" {{\nregion = \"us-east-1\"\nskip_credentials_validation = true\nskip_requesting_account_id = true\n\
              skip_metadata_api_check = true\nmax_retries = 1\nendpoints {{\nsqs = \"http://127.0.0.1:{}\"\n}}\n}}\n\
@@ -287,33 +284,28 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
         "true",
     );
     if plugin_mirror().is_some() {
-        world.init();
+        env.init();
     } else {
-        fetch_providers(&world);
+        fetch_providers(&env);
     }
     for arguments in [["plan", "-no-color", "-lock=false"], ["plan", "-no-color", "-lock=true"]] {
-        world.delete_lock();
-        let end = world.run(Subject::Tf, &arguments);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+        env.delete_lock();
+        let end = env.run(Subject::Tf, &arguments);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         if arguments[2] == "-lock=false" {
-            assert_eq!(
-                world.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(),
-                [OTHER],
-                "{}",
-                world.story(&end)
-            );
+            assert_eq!(env.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(), [OTHER], "{}", env.dump(&end));
             assert!(
                 end.err.contains("was not released"),
                 "the forgery reached the log, and was seen: {}",
-                world.story(&end)
+                env.dump(&end)
             );
         }
     }
 }
 
 /// `init` by the way that the caller has to the registry, for as long as that takes: the provider has hundreds of megabytes.
-fn fetch_providers(world: &World) {
-    let mut init = world.command(world.bin().join("terraform"));
+fn fetch_providers(env: &TestEnv) {
+    let mut init = env.command(env.bin().join("terraform"));
     init.args(["init", "-no-color"]);
     for name in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "SSL_CERT_FILE", "TF_PLUGIN_CACHE_DIR"] {
         if let Some(value) = std::env::var_os(name) {

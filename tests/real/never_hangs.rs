@@ -10,9 +10,9 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
 use crate::interrupted_once::slow_to_stop;
-use crate::support::household::{Sweep, home, wait_until_ours_are_gone, wait_until_unlocked};
-use crate::support::world::{UNSET, WAITS};
-use crate::support::{Lock, Subject, World};
+use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait_until_unlocked};
+use crate::support::test_env::{UNSET, WAITS};
+use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -22,79 +22,79 @@ const FOR_EVER: [&str; 3] = ["9223372036854775807", "18446744073709551615", "184
 #[test]
 fn a_stop_timeout_of_any_length_neither_ends_tf_nor_kills_terraform() {
     for timeout in FOR_EVER {
-        let mut world = World::new(Lock::DynamoDb, WAITS);
-        world.set("TFW_STOP_TIMEOUT", timeout);
-        let run = world.start_apply(Subject::Tf);
+        let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+        env.set("TFW_STOP_TIMEOUT", timeout);
+        let run = env.start_apply(Subject::Tf);
         run.send(Signal::SIGTERM);
-        world.wait_for_trace("Request: [Interrupt");
+        env.wait_for_trace("Request: [Interrupt");
         // Terraform kills its provisioner, which was not told to go.
         let end = run.wait();
-        assert_eq!(end.code(), Some(1), "{timeout}: {}", world.story(&end));
+        assert_eq!(end.code(), Some(1), "{timeout}: {}", env.dump(&end));
         assert!(!end.err.contains("tf:") && !end.err.contains("panicked"), "{timeout}: {}", end.err);
-        world.assert_unlocked();
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_guardian_with_a_stop_timeout_of_any_length_releases_the_lock() {
     for timeout in FOR_EVER {
-        let (mut world, proxy) = slow_to_stop();
-        world.set("TFW_STOP_TIMEOUT", timeout);
-        let _sweep = Sweep(home(&world));
-        let run = world.start_apply(Subject::Tf);
+        let (mut env, proxy) = slow_to_stop();
+        env.set("TFW_STOP_TIMEOUT", timeout);
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = env.start_apply(Subject::Tf);
         // The guardian's clock runs from the request as well.
         run.send(Signal::SIGTERM);
         // Terraform ends its provisioner itself. It is still there because its state waits in the proxy.
         proxy.wait_until_held();
         run.send(Signal::SIGKILL);
         assert_eq!(run.wait().signal(), Some(9));
-        world.wait_for_trace("guardian: tf is gone");
+        env.wait_for_trace("guardian: tf is gone");
         proxy.let_go();
-        wait_until_unlocked(&world);
-        wait_until_ours_are_gone(&world);
+        wait_until_unlocked(&env);
+        wait_until_ours_are_gone(&env);
     }
 }
 
 #[test]
 fn a_trace_into_a_fifo_that_nobody_reads_keeps_nothing_from_running() {
-    let mut world = World::new(Lock::File, "true");
-    let fifo = world.directory.join("fifo");
+    let mut env = TestEnv::new(Lock::File, "true");
+    let fifo = env.directory.join("fifo");
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
-    world.set("TFW_LOG", &fifo);
-    let end = world.run(Subject::Tf, &APPLY);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    let mut command = world.command(world.bin().join("tf"));
+    env.set("TFW_LOG", &fifo);
+    let end = env.run(Subject::Tf, &APPLY);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let mut command = env.command(env.bin().join("tf"));
     command.arg("locks");
     assert_eq!(crate::support::Run::start(command).wait().code(), Some(0));
 }
 
 #[test]
 fn a_trace_into_a_fifo_whose_reader_is_slow_keeps_nothing_from_running() {
-    let mut world = World::new(Lock::File, "kill -9 $PPID");
-    let fifo = world.directory.join("fifo");
+    let mut env = TestEnv::new(Lock::File, "kill -9 $PPID");
+    let fifo = env.directory.join("fifo");
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
     let open =
         |write: bool| File::options().read(!write).write(write).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
     let (_reader, mut writer) = (open(false), open(true));
     while writer.write(&[b'x'; 512]).is_ok() {}
-    world.set("TFW_LOG", &fifo);
-    let end = world.run(Subject::Tf, &APPLY);
-    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    env.set("TFW_LOG", &fifo);
+    let end = env.run(Subject::Tf, &APPLY);
+    assert!(end.err.contains("tf: released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn what_a_shell_substitutes_for_a_file_is_terraforms_to_read() {
-    let mut world = World::empty(Lock::File);
-    world.write_main("", "true");
-    world.set("TFW_LOG", UNSET);
+    let mut env = TestEnv::empty(Lock::File);
+    env.write_main("", "true");
+    env.set("TFW_LOG", UNSET);
     let script =
         "tf init -no-color -input=false -backend-config=<(echo 'encrypt = true') && tf apply -auto-approve -no-color";
-    let mut command = world.command(Path::new("/bin/bash"));
+    let mut command = env.command(Path::new("/bin/bash"));
     command.args(["-c", script]);
     let end = crate::support::Run::start(command).wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert!(
-        fs::read_to_string(world.directory.join(".terraform/terraform.tfstate")).unwrap().contains("\"encrypt\": true")
+        fs::read_to_string(env.directory.join(".terraform/terraform.tfstate")).unwrap().contains("\"encrypt\": true")
     );
 }

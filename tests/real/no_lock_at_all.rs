@@ -11,19 +11,19 @@ use super::locks_release::locks;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Ended;
-use crate::support::proxy::{Deed, Proxy};
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
-use crate::support::world::{WAITS, lock_json};
-use crate::support::{Lock, Subject, World};
+use crate::support::test_env::{WAITS, lock_json};
+use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// Runs in a shell what a message says to type, last.
 #[track_caller]
-fn type_what_is_said(world: &World, said: &str) -> Ended {
+fn type_what_is_said(env: &TestEnv, said: &str) -> Ended {
     let command = said.rsplit_once("type: ").unwrap_or_else(|| panic!("nothing to type: {said}")).1;
     let command = command.lines().next().unwrap().trim();
-    world.run_in_shell(command)
+    env.run_in_shell(command)
 }
 
 /// Every line of ours in what a run has said.
@@ -38,63 +38,63 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
     for (name, both) in
         [("misspelt", false), ("misspelt", true), ("other key", false), ("denied", false), ("denied", true)]
     {
-        let mut world = World::empty(if both { Lock::Both } else { Lock::DynamoDb });
-        world.write_main("", "true");
-        world.init();
+        let mut env = TestEnv::empty(if both { Lock::Both } else { Lock::DynamoDb });
+        env.write_main("", "true");
+        env.init();
         match name {
-            "misspelt" => drop(cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }))),
+            "misspelt" => drop(cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }))),
             "other key" => {
-                cloud().give_another_key(&world.table);
+                cloud().give_another_key(&env.table);
             }
             _ => {}
         }
         let denying = Proxy::start(cloud().port, move |request| {
             let asked = request.header("x-amz-target").unwrap_or_default();
             if name == "denied" && (asked.ends_with(".PutItem") || asked.ends_with(".GetItem")) {
-                return Deed::Answer(Message::denied());
+                return ProxyAction::Answer(Message::denied());
             }
-            Deed::Pass
+            ProxyAction::Pass
         });
-        world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
+        env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
         for round in 0..2 {
-            let end = world.run(Subject::Tf, &APPLY);
-            assert_eq!(end.code(), Some(1), "{name} {both} {round}: {}", world.story(&end));
-            assert!(end.err.contains("Error acquiring the state lock"), "{name} {both} {round}: {}", world.story(&end));
-            assert!(ours(&end).is_empty(), "{name} {both} {round}: {}", world.story(&end));
+            let end = env.run(Subject::Tf, &APPLY);
+            assert_eq!(end.code(), Some(1), "{name} {both} {round}: {}", env.dump(&end));
+            assert!(end.err.contains("Error acquiring the state lock"), "{name} {both} {round}: {}", env.dump(&end));
+            assert!(ours(&end).is_empty(), "{name} {both} {round}: {}", env.dump(&end));
         }
-        let recovered = locks(&world, &["recover"]);
+        let recovered = locks(&env, &["recover"]);
         assert_eq!(
             (recovered.code(), recovered.err.as_str()),
             (Some(0), ""),
             "{name} {both}: {}",
-            world.story(&recovered)
+            env.dump(&recovered)
         );
         assert!(recovered.out.is_empty(), "{name} {both}: {}", recovered.out);
         // And nothing of it is said once the mistake is mended.
-        world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
+        env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
         if name != "denied" {
-            cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
-            cloud().create_table(&world.table);
+            cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }));
+            cloud().create_table(&env.table);
         }
-        let end = world.run(Subject::Tf, &APPLY);
-        assert_eq!(end.code(), Some(0), "{name} {both}: {}", world.story(&end));
-        assert!(ours(&end).is_empty(), "{name} {both}: {}", world.story(&end));
-        world.assert_unlocked();
+        let end = env.run(Subject::Tf, &APPLY);
+        assert_eq!(end.code(), Some(0), "{name} {both}: {}", env.dump(&end));
+        assert!(ours(&end).is_empty(), "{name} {both}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 /// The run itself destroys the table: its lock goes with that.
 #[test]
 fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
-    cloud().dynamodb("DeleteTable", &json!({ "TableName": world.table }));
-    world.go();
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }));
+    env.unblock();
     let end = run.wait();
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(ours(&end).is_empty(), "{}", world.story(&end));
-    let recovered = locks(&world, &["recover"]);
-    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{}", world.story(&recovered));
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(ours(&end).is_empty(), "{}", env.dump(&end));
+    let recovered = locks(&env, &["recover"]);
+    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{}", env.dump(&recovered));
 }
 
 /// Somebody has locked everybody out by hand.
@@ -103,19 +103,19 @@ fn a_lock_with_any_id_is_named_without_holes_and_released_by_what_is_shown() {
     let long = "x".repeat(300);
     for id in [long.as_str(), "maintenance-4711", "it's $HOME; \u{1b}[31m", "-rf", "a b", "寿司"] {
         for lock in [Lock::DynamoDb, Lock::File] {
-            let world = World::new(lock, "true");
-            world.put_lock(&json!({ "ID": id }).to_string());
-            let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-            assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+            let env = TestEnv::new(lock, "true");
+            env.put_lock(&json!({ "ID": id }).to_string());
+            let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+            assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
             let said = ours(&end).join("\n");
             assert!(said.contains("held by an unknown holder, ID"), "{said}");
             assert!(!said.contains("  "), "{said}");
-            let shown = type_what_is_said(&world, &end.err);
-            assert_eq!(shown.code(), Some(0), "{id:?}: {}\n{}", end.err, world.story(&shown));
-            assert!(shown.out.contains("holder is"), "{id:?}: {}", world.story(&shown));
-            let released = type_what_is_said(&world, &shown.out);
-            assert_eq!(released.code(), Some(0), "{id:?}: {}\n{}", shown.out, world.story(&released));
-            world.assert_unlocked();
+            let shown = type_what_is_said(&env, &end.err);
+            assert_eq!(shown.code(), Some(0), "{id:?}: {}\n{}", end.err, env.dump(&shown));
+            assert!(shown.out.contains("holder is"), "{id:?}: {}", env.dump(&shown));
+            let released = type_what_is_said(&env, &shown.out);
+            assert_eq!(released.code(), Some(0), "{id:?}: {}\n{}", shown.out, env.dump(&released));
+            env.assert_unlocked();
         }
     }
 }
@@ -133,81 +133,81 @@ fn junk() -> [(Lock, Option<Value>, &'static str); 7] {
 }
 
 /// Puts an item with those attributes in the place of the lock, or an empty object.
-fn put(world: &World, item: Option<&Value>) {
+fn put(env: &TestEnv, item: Option<&Value>) {
     match item {
         Some(item) => {
             let mut item = item.clone();
-            item["LockID"] = json!({ "S": world.path() });
-            cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
+            item["LockID"] = json!({ "S": env.path() });
+            cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
         }
-        None => drop(cloud().s3("PUT", &format!("{}.tflock", world.path()), b"")),
+        None => drop(cloud().s3("PUT", &format!("{}.tflock", env.path()), b"")),
     }
 }
 
-fn is_there(world: &World, item: Option<&Value>) -> bool {
+fn is_there(env: &TestEnv, item: Option<&Value>) -> bool {
     match item {
         Some(_) => {
-            let key = json!({ "LockID": { "S": world.path() } });
-            cloud().dynamodb("GetItem", &json!({ "TableName": world.table, "Key": key }))["Item"].is_object()
+            let key = json!({ "LockID": { "S": env.path() } });
+            cloud().dynamodb("GetItem", &json!({ "TableName": env.table, "Key": key }))["Item"].is_object()
         }
-        None => cloud().object(&format!("{}.tflock", world.path())).is_some(),
+        None => cloud().object(&format!("{}.tflock", env.path())).is_some(),
     }
 }
 
 #[test]
 fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a_question() {
     for (lock, item, what) in junk() {
-        let world = World::new(lock, "true");
-        put(&world, item.as_ref());
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{what}: {}", world.story(&end));
+        let env = TestEnv::new(lock, "true");
+        put(&env, item.as_ref());
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{what}: {}", env.dump(&end));
         assert!(
             end.err.contains("what refuses every run is no lock") && end.err.contains(what),
             "{what}: {}",
-            world.story(&end)
+            env.dump(&end)
         );
         for words in [&[][..], &["audit", "--older-than", "2h"], &["doctor"], &["show"], &["release", "--dry-run"]] {
-            let end = locks(&world, words);
-            assert_eq!(end.code(), Some(2), "{what} {words:?}: {}", world.story(&end));
+            let end = locks(&env, words);
+            assert_eq!(end.code(), Some(2), "{what} {words:?}: {}", env.dump(&end));
         }
-        let doctor = locks(&world, &["doctor"]);
+        let doctor = locks(&env, &["doctor"]);
         assert!(doctor.out.contains("WRONG  lock: what stands in its place is no lock"), "{what}: {}", doctor.out);
         // Nobody is there to ask.
-        let refused = type_what_is_said(&world, &end.err);
-        assert_eq!(refused.code(), Some(1), "{what}: {}", world.story(&refused));
-        assert!(is_there(&world, item.as_ref()), "{what}: {}", world.story(&refused));
+        let refused = type_what_is_said(&env, &end.err);
+        assert_eq!(refused.code(), Some(1), "{what}: {}", env.dump(&refused));
+        assert!(is_there(&env, item.as_ref()), "{what}: {}", env.dump(&refused));
         let command = end.err.rsplit_once("type: ").unwrap().1.trim().to_owned();
         for (answer, gone) in [("no", false), ("yes", true)] {
-            let mut shell = world.command("sh");
+            let mut shell = env.command("sh");
             shell.args(["-c", &command]);
             let mut terminal = Terminal::start(shell);
             terminal.wait_for("Release it?");
             terminal.type_in(&format!("{answer}\r"));
             assert_eq!(terminal.wait().code(), Some(i32::from(!gone)), "{what}: {}", terminal.whole_screen());
-            assert_eq!(!is_there(&world, item.as_ref()), gone, "{what} {answer}: {}", terminal.whole_screen());
+            assert_eq!(!is_there(&env, item.as_ref()), gone, "{what} {answer}: {}", terminal.whole_screen());
         }
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(0), "{what}: {}", world.story(&end));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{what}: {}", env.dump(&end));
     }
 }
 
 #[test]
 fn what_changed_while_a_person_thought_is_left_alone_though_it_was_no_lock() {
     for (lock, item, what) in junk() {
-        let world = World::new(lock, "true");
-        put(&world, item.as_ref());
-        let mut command = world.command(world.bin().join("tf"));
+        let env = TestEnv::new(lock, "true");
+        put(&env, item.as_ref());
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["locks", "release"]);
         let mut terminal = Terminal::start(command);
         terminal.wait_for("Release it?");
-        let other = lock_json("11111111-2222-3333-4444-555555555555", &world.path());
+        let other = lock_json("11111111-2222-3333-4444-555555555555", &env.path());
         match item {
-            Some(_) => cloud().put_item(&world.table, &world.path(), &other),
-            None => drop(cloud().s3("PUT", &format!("{}.tflock", world.path()), other.as_bytes())),
+            Some(_) => cloud().put_item(&env.table, &env.path(), &other),
+            None => drop(cloud().s3("PUT", &format!("{}.tflock", env.path()), other.as_bytes())),
         }
         terminal.type_in("yes\r");
         assert_eq!(terminal.wait().code(), Some(1), "{what}: {}", terminal.whole_screen());
-        assert!(world.locks().contains(&other), "{what}: {}", terminal.whole_screen());
+        assert!(env.locks().contains(&other), "{what}: {}", terminal.whole_screen());
     }
 }
 
@@ -215,23 +215,23 @@ fn what_changed_while_a_person_thought_is_left_alone_though_it_was_no_lock() {
 #[test]
 fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
     for item in [Some(json!({})), None] {
-        let world = World::new(Lock::Both, "true");
+        let env = TestEnv::new(Lock::Both, "true");
         let mut lock: Value =
-            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
         lock["Who"] = "anna@elsewhere".into();
-        world.put_lock(&lock.to_string());
-        put(&world, item.as_ref());
-        let listed = locks(&world, &[]);
-        assert_eq!(listed.code(), Some(2), "{}", world.story(&listed));
+        env.put_lock(&lock.to_string());
+        put(&env, item.as_ref());
+        let listed = locks(&env, &[]);
+        assert_eq!(listed.code(), Some(2), "{}", env.dump(&listed));
         assert!(!listed.out.contains("no item stands there") && !listed.out.contains("no .tflock"), "{}", listed.out);
         assert!(listed.out.contains("is no lock, and keeps every run out"), "{}", listed.out);
-        let released = locks(&world, &["release", "--force", "22222222-3333-4444-5555-666666666666"]);
-        assert_eq!(released.code(), Some(1), "{}", world.story(&released));
-        assert!(released.err.contains("what refuses every run is no lock"), "{}", world.story(&released));
-        let again = locks(&world, &["release", "--yes"]);
-        assert_eq!(again.code(), Some(0), "{}", world.story(&again));
-        world.assert_unlocked();
-        assert!(!is_there(&world, item.as_ref()));
+        let released = locks(&env, &["release", "--force", "22222222-3333-4444-5555-666666666666"]);
+        assert_eq!(released.code(), Some(1), "{}", env.dump(&released));
+        assert!(released.err.contains("what refuses every run is no lock"), "{}", env.dump(&released));
+        let again = locks(&env, &["release", "--yes"]);
+        assert_eq!(again.code(), Some(0), "{}", env.dump(&again));
+        env.assert_unlocked();
+        assert!(!is_there(&env, item.as_ref()));
     }
 }
 
@@ -240,224 +240,224 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
 fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
     let words = [&["plan", "-no-color"][..], &["locks", "show"]];
     for (item, words) in [Some(json!({})), None].into_iter().flat_map(|item| words.map(|words| (item.clone(), words))) {
-        let world = World::new(Lock::Both, "true");
-        let other = world.lock_of_another();
-        put(&world, item.as_ref());
-        let end = world.run(Subject::Tf, words);
+        let env = TestEnv::new(Lock::Both, "true");
+        let other = env.lock_of_another();
+        put(&env, item.as_ref());
+        let end = env.run(Subject::Tf, words);
         let said = end.out.clone() + &end.err;
         let said = ["what refuses every run", "it keeps every run out"].iter().find_map(|text| said.split_once(text));
-        let said = said.unwrap_or_else(|| panic!("{words:?}: it is not named: {}", world.story(&end))).1;
+        let said = said.unwrap_or_else(|| panic!("{words:?}: it is not named: {}", env.dump(&end))).1;
         let command = said.split_once("type: ").unwrap().1.lines().next().unwrap();
-        let removed = world.run_in_shell(&format!("{command} --yes"));
-        assert_eq!(removed.code(), Some(0), "{command}: {}", world.story(&removed));
-        assert_eq!(world.locks(), [other], "{}", world.story(&removed));
+        let removed = env.run_in_shell(&format!("{command} --yes"));
+        assert_eq!(removed.code(), Some(0), "{command}: {}", env.dump(&removed));
+        assert_eq!(env.locks(), [other], "{}", env.dump(&removed));
     }
 }
 
 /// A state is worth more than any lock, and a digest is none.
 #[test]
 fn neither_a_state_nor_a_digest_is_removed_as_what_is_no_lock() {
-    let world = World::new(Lock::Both, "true");
-    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
-    let digest = format!("{}-md5", world.path());
-    let end = locks(&world, &["release", "--yes", "--region", "us-east-1", "--table", &world.table, &digest]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("the digest of a state"), "{}", world.story(&end));
+    let env = TestEnv::new(Lock::Both, "true");
+    assert_eq!(env.run(Subject::Bare, &APPLY).code(), Some(0));
+    let digest = format!("{}-md5", env.path());
+    let end = locks(&env, &["release", "--yes", "--region", "us-east-1", "--table", &env.table, &digest]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("the digest of a state"), "{}", env.dump(&end));
     let key = json!({ "LockID": { "S": digest } });
-    assert!(cloud().dynamodb("GetItem", &json!({ "TableName": world.table, "Key": key }))["Item"].is_object());
-    let state = world.state().expect("a state");
-    let object = format!("{}.tflock", world.path());
+    assert!(cloud().dynamodb("GetItem", &json!({ "TableName": env.table, "Key": key }))["Item"].is_object());
+    let state = env.state().expect("a state");
+    let object = format!("{}.tflock", env.path());
     cloud().s3("PUT", &object, state.as_bytes());
-    let end = locks(&world, &["release", "--yes"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("that is a terraform state"), "{}", world.story(&end));
+    let end = locks(&env, &["release", "--yes"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("that is a terraform state"), "{}", env.dump(&end));
     assert!(cloud().object(&object).is_some());
     // What is too large for a lock is not called empty.
     cloud().s3("PUT", &object, &vec![b'x'; (1 << 20) + 1]);
-    let end = locks(&world, &["list"]);
-    assert!(end.out.contains("an object of 1048577 bytes, too large for a lock"), "{}", world.story(&end));
+    let end = locks(&env, &["list"]);
+    assert!(end.out.contains("an object of 1048577 bytes, too large for a lock"), "{}", env.dump(&end));
 }
 
 /// Terraform's force-unlock does not work in a workspace that has no state yet.
 #[test]
 fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
-    let mut world = World::new(Lock::DynamoDb, "true");
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let denies = Arc::new(AtomicBool::new(true));
     let flag = Arc::clone(&denies);
     let proxy = Proxy::start(cloud().port, move |request| {
         if request.start.starts_with("PUT ") && request.start.contains("foo/") {
-            return Deed::Hold;
+            return ProxyAction::Hold;
         }
         if flag.load(Ordering::SeqCst) && request.is_ours() && request.asks_for("DeleteItem") {
-            return Deed::Answer(Message::denied());
+            return ProxyAction::Answer(Message::denied());
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
-    let run = world.start(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let run = env.start(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
     proxy.wait_until_held();
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    assert!(end.err.contains("was not released"), "{}", env.dump(&end));
     denies.store(false, Ordering::SeqCst);
     let key = "env:/foo/dir/prod.tfstate";
-    assert_eq!(world.locks_at(key).len(), 1);
-    let released = type_what_is_said(&world, &end.err);
-    assert_eq!(released.code(), Some(0), "{}\n{}", end.err, world.story(&released));
-    assert!(world.locks_at(key).is_empty(), "{}", world.story(&released));
+    assert_eq!(env.locks_at(key).len(), 1);
+    let released = type_what_is_said(&env, &end.err);
+    assert_eq!(released.code(), Some(0), "{}\n{}", end.err, env.dump(&released));
+    assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
 }
 
 /// What is refused is the workspace that is to be made, which nothing selects yet.
 #[test]
 fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state() {
     for lock in Lock::ALL {
-        let world = World::new(lock, "true");
+        let env = TestEnv::new(lock, "true");
         let key = "env:/foo/dir/prod.tfstate";
-        let path = format!("{}/{key}", world.bucket);
+        let path = format!("{}/{key}", env.bucket);
         let mut info: Value = serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &path)).unwrap();
         info["Who"] = "anna@elsewhere".into();
         if lock != Lock::File {
-            cloud().put_item(&world.table, &path, &info.to_string());
+            cloud().put_item(&env.table, &path, &info.to_string());
         }
         if lock != Lock::DynamoDb {
             cloud().s3("PUT", &format!("{path}.tflock"), info.to_string().as_bytes());
         }
-        let end = world.run(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        assert!(end.err.contains("TF_WORKSPACE=foo tf locks show"), "{}", world.story(&end));
-        let shown = type_what_is_said(&world, &end.err);
-        assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, world.story(&shown));
+        let end = env.run(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains("TF_WORKSPACE=foo tf locks show"), "{}", env.dump(&end));
+        let shown = type_what_is_said(&env, &end.err);
+        assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, env.dump(&shown));
         assert!(shown.out.contains("TF_WORKSPACE=foo tf locks release"), "{}", shown.out);
-        let released = type_what_is_said(&world, &shown.out);
-        assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, world.story(&released));
-        assert!(world.locks_at(key).is_empty(), "{}", world.story(&released));
+        let released = type_what_is_said(&env, &shown.out);
+        assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, env.dump(&released));
+        assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
     }
 }
 
 /// From another directory, too, with a name that a shell would take apart.
 #[test]
 fn the_command_that_is_named_works_from_where_terraform_was_called() {
-    let world = World::new(Lock::File, "true");
-    let moved = world.directory.join("it's a dir");
+    let env = TestEnv::new(Lock::File, "true");
+    let moved = env.directory.join("it's a dir");
     fs::create_dir(&moved).unwrap();
-    fs::rename(world.directory.join("main.tf"), moved.join("main.tf")).unwrap();
-    fs::rename(world.directory.join(".terraform"), moved.join(".terraform")).unwrap();
+    fs::rename(env.directory.join("main.tf"), moved.join("main.tf")).unwrap();
+    fs::rename(env.directory.join(".terraform"), moved.join(".terraform")).unwrap();
     let mut info: Value =
-        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = "anna@elsewhere".into();
-    world.put_lock(&info.to_string());
-    let end = world.run(Subject::Tf, &["-chdir=it's a dir", "plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    let shown = type_what_is_said(&world, &end.err);
-    assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, world.story(&shown));
-    let released = type_what_is_said(&world, &shown.out);
-    assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, world.story(&released));
-    world.assert_unlocked();
+    env.put_lock(&info.to_string());
+    let end = env.run(Subject::Tf, &["-chdir=it's a dir", "plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    let shown = type_what_is_said(&env, &end.err);
+    assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, env.dump(&shown));
+    let released = type_what_is_said(&env, &shown.out);
+    assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, env.dump(&released));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_lock_from_the_future_is_said_to_be_that_and_is_stale_for_an_audit() {
-    let world = World::new(Lock::DynamoDb, "true");
+    let env = TestEnv::new(Lock::DynamoDb, "true");
     let mut info: Value =
-        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = "anna@elsewhere".into();
     for (ahead, stale) in [(8 * 3600, true), (20, false)] {
         info["Created"] = (jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead)).to_string().into();
-        world.put_lock(&info.to_string());
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.err.contains("ahead of this host's clock"), stale, "{}", world.story(&end));
-        let audit = locks(&world, &["audit", "--older-than", "2h"]);
-        assert_eq!(audit.code(), Some(if stale { 2 } else { 0 }), "{}", world.story(&audit));
+        env.put_lock(&info.to_string());
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.err.contains("ahead of this host's clock"), stale, "{}", env.dump(&end));
+        let audit = locks(&env, &["audit", "--older-than", "2h"]);
+        assert_eq!(audit.code(), Some(if stale { 2 } else { 0 }), "{}", env.dump(&audit));
     }
 }
 
 /// Whoever may not delete it cannot do so by another command either.
 #[test]
 fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let denying = Proxy::start(cloud().port, |request| {
         if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
-            return Deed::Answer(Message::denied());
+            return ProxyAction::Answer(Message::denied());
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
-    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
-    let run = world.start_apply(Subject::Tf);
+    env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", denying.port));
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
     assert!(
         end.err.contains("with credentials that may do dynamodb:DeleteItem, and once nobody works there"),
         "{}",
-        world.story(&end)
+        env.dump(&end)
     );
-    world.assert_locked();
-    let recovered = locks(&world, &["recover"]);
-    assert_eq!(recovered.code(), Some(2), "{}", world.story(&recovered));
-    assert!(recovered.out.contains("with credentials that may do dynamodb:DeleteItem"), "{}", world.story(&recovered));
+    env.assert_locked();
+    let recovered = locks(&env, &["recover"]);
+    assert_eq!(recovered.code(), Some(2), "{}", env.dump(&recovered));
+    assert!(recovered.out.contains("with credentials that may do dynamodb:DeleteItem"), "{}", env.dump(&recovered));
     // And by those who may.
-    world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
+    env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
     let command = end.err.rsplit_once("type: ").unwrap().1.trim().replace("force-unlock", "force-unlock -force");
-    let unlocked = world.run_in_shell(&command);
-    assert_eq!(unlocked.code(), Some(0), "{command}: {}", world.story(&unlocked));
-    world.assert_unlocked();
+    let unlocked = env.run_in_shell(&command);
+    assert_eq!(unlocked.code(), Some(0), "{command}: {}", env.dump(&unlocked));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_digest_without_a_state_is_explained_and_mended_by_what_is_named() {
-    let world = World::new(Lock::DynamoDb, "true");
-    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
-    cloud().s3("DELETE", &world.path(), b"");
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("tf: the state's digest does not fit: there is no state"), "{}", world.story(&end));
-    let doctor = locks(&world, &["doctor"]);
-    assert_eq!(doctor.code(), Some(2), "{}", world.story(&doctor));
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    assert_eq!(env.run(Subject::Bare, &APPLY).code(), Some(0));
+    cloud().s3("DELETE", &env.path(), b"");
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("tf: the state's digest does not fit: there is no state"), "{}", env.dump(&end));
+    let doctor = locks(&env, &["doctor"]);
+    assert_eq!(doctor.code(), Some(2), "{}", env.dump(&doctor));
     assert!(doctor.out.contains("--fix-digest"), "{}", doctor.out);
-    let asked = type_what_is_said(&world, &end.err);
-    assert!(asked.code() == Some(1) && asked.err.contains("--yes"), "{}", world.story(&asked));
-    let fixed = locks(&world, &["doctor", "--fix-digest", "default", "--yes"]);
-    assert_eq!(fixed.code(), Some(0), "{}", world.story(&fixed));
-    assert!(fixed.out.contains("deleted the digest"), "{}", world.story(&fixed));
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert!(ours(&end).is_empty(), "{}", world.story(&end));
+    let asked = type_what_is_said(&env, &end.err);
+    assert!(asked.code() == Some(1) && asked.err.contains("--yes"), "{}", env.dump(&asked));
+    let fixed = locks(&env, &["doctor", "--fix-digest", "default", "--yes"]);
+    assert_eq!(fixed.code(), Some(0), "{}", env.dump(&fixed));
+    assert!(fixed.out.contains("deleted the digest"), "{}", env.dump(&fixed));
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(ours(&end).is_empty(), "{}", env.dump(&end));
 }
 
 /// Terraform waits for ten seconds, and says what is wrong; what to type it does not know.
 #[test]
 fn a_checksum_error_of_terraforms_is_followed_by_what_mends_it() {
-    let world = World::new(Lock::Both, "true");
-    assert_eq!(world.run(Subject::Bare, &APPLY).code(), Some(0));
-    let item = json!({ "LockID": { "S": format!("{}-md5", world.path()) }, "Digest": { "S": "d41d8cd98f00b204e9800998ecf8427e" } });
-    cloud().dynamodb("PutItem", &json!({ "TableName": world.table, "Item": item }));
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let env = TestEnv::new(Lock::Both, "true");
+    assert_eq!(env.run(Subject::Bare, &APPLY).code(), Some(0));
+    let item = json!({ "LockID": { "S": format!("{}-md5", env.path()) }, "Digest": { "S": "d41d8cd98f00b204e9800998ecf8427e" } });
+    cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     let said = ours(&end).join("\n");
     assert!(
         said.contains("the state's digest does not fit") && said.contains("--fix-digest default"),
         "{}",
-        world.story(&end)
+        env.dump(&end)
     );
-    let fixed = locks(&world, &["doctor", "--fix-digest", "default", "--yes"]);
-    assert_eq!(fixed.code(), Some(0), "{}", world.story(&fixed));
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    let fixed = locks(&env, &["doctor", "--fix-digest", "default", "--yes"]);
+    assert_eq!(fixed.code(), Some(0), "{}", env.dump(&fixed));
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
 
 #[test]
 fn a_directory_with_a_local_state_is_well() {
-    let world = World::empty(Lock::File);
-    world.write("main.tf", "resource \"terraform_data\" \"a\" {}\n");
+    let env = TestEnv::empty(Lock::File);
+    env.write("main.tf", "resource \"terraform_data\" \"a\" {}\n");
     for initialised in [false, true] {
         if initialised {
-            world.init();
+            env.init();
         }
-        let end = locks(&world, &["doctor"]);
-        assert_eq!(end.code(), Some(0), "{initialised}: {}", world.story(&end));
+        let end = locks(&env, &["doctor"]);
+        assert_eq!(end.code(), Some(0), "{initialised}: {}", env.dump(&end));
         assert!(end.out.contains("ok     backend: none: the state is a local file"), "{initialised}: {}", end.out);
     }
     // One that is not initialised yet is not.
-    world.write_main("", "true");
-    let end = locks(&world, &["doctor"]);
-    assert!(end.code() == Some(2) && end.out.contains("terraform init"), "{}", world.story(&end));
+    env.write_main("", "true");
+    let end = locks(&env, &["doctor"]);
+    assert!(end.code() == Some(2) && end.out.contains("terraform init"), "{}", env.dump(&end));
 }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Uid, chown, geteuid};
 
 use crate::support::process::terraform_below;
-use crate::support::world::WAITS;
-use crate::support::{Lock, Subject, World};
+use crate::support::test_env::WAITS;
+use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -21,15 +21,15 @@ fn in_memory() -> tempfile::TempDir {
 
 /// Where terraform writes its log, when XDG_RUNTIME_DIR is `directory`.
 fn log_of_a_run(directory: &Path) -> PathBuf {
-    let mut world = World::new(Lock::File, WAITS);
-    world.set("XDG_RUNTIME_DIR", directory);
-    let run = world.start_apply(Subject::Tf);
+    let mut env = TestEnv::new(Lock::File, WAITS);
+    env.set("XDG_RUNTIME_DIR", directory);
+    let run = env.start_apply(Subject::Tf);
     let environment = fs::read(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
     let environment = String::from_utf8_lossy(&environment).into_owned();
     let log = environment.split('\0').find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap().into();
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
     log
 }
 
@@ -79,10 +79,10 @@ fn the_journal_does_not_lie_in_another_users_directory() {
     fs::create_dir(&theirs).unwrap();
     chown(&theirs, Some(Uid::from_raw(4711)), None).unwrap();
     for name in ["TFW_STATE_DIR", "XDG_STATE_HOME"] {
-        let mut world = World::new(Lock::File, "true");
-        world.set(name, theirs.join("state/of/root"));
-        let end = world.run(Subject::Tf, &APPLY);
-        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", world.story(&end));
+        let mut env = TestEnv::new(Lock::File, "true");
+        env.set(name, theirs.join("state/of/root"));
+        let end = env.run(Subject::Tf, &APPLY);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
         assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "{name}: nothing was made in there");
     }
 }

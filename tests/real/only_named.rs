@@ -9,213 +9,213 @@ use serde_json::Value;
 use super::locks_release::locks;
 use super::survived::{kill_whole, killed_whole, records};
 use crate::support::cloud::cloud;
-use crate::support::household::{guardian_of, kill_all, kill_without_guardian, ours};
 use crate::support::http::Message;
 use crate::support::process::{Ended, Run};
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{UNSET, WAITS, id_of};
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::processes::{guardian_of, kill_all, kill_without_guardian, ours};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{UNSET, WAITS, id_of};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Runs in a shell what a message says to type, from the `number`th place in it on.
 #[track_caller]
-fn type_what_is_said(world: &World, said: &str, number: usize) -> Ended {
+fn type_what_is_said(env: &TestEnv, said: &str, number: usize) -> Ended {
     let command = said.split(" type").nth(number).unwrap_or_else(|| panic!("nothing to type: {said}"));
     let command = command.split_once(": ").unwrap().1.lines().next().unwrap().trim();
-    world.run_in_shell(command)
+    env.run_in_shell(command)
 }
 
 const SECRET: &str = "x-hunter2-not-to-be-found";
 
 /// An apply at work that was given a secret by an argument.
-fn with_a_secret() -> (World, Run) {
-    let world = World::empty(Lock::DynamoDb);
-    world.write_main("variable \"x\" {}", WAITS);
-    world.init();
-    let run = world.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
-    world.wait_for_began(&run);
-    (world, run)
+fn with_a_secret() -> (TestEnv, Run) {
+    let env = TestEnv::empty(Lock::DynamoDb);
+    env.write_main("variable \"x\" {}", WAITS);
+    env.init();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-var", &format!("x={SECRET}")]);
+    env.wait_for_began(&run);
+    (env, run)
 }
 
 /// The run was told so, and its guardian is left alone with the lock.
 #[test]
 fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten() {
     for lock in [Lock::DynamoDb, Lock::Both] {
-        let mut world = World::new(lock, WAITS);
-        world.set("TFW_RELEASE", "never");
-        kill_without_guardian(&world);
-        let id = id_of(&world.locks()[0]);
-        kill_all(&world);
-        world.assert_locked();
-        world.set("TFW_RELEASE", UNSET);
+        let mut env = TestEnv::new(lock, WAITS);
+        env.set("TFW_RELEASE", "never");
+        kill_without_guardian(&env);
+        let id = id_of(&env.locks()[0]);
+        kill_all(&env);
+        env.assert_locked();
+        env.set("TFW_RELEASE", UNSET);
         for _ in 0..2 {
-            let end = locks(&world, &["recover"]);
-            assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-            assert!(end.out.contains("TFW_RELEASE is never") && end.out.contains(&id), "{}", world.story(&end));
-            world.assert_locked();
+            let end = locks(&env, &["recover"]);
+            assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+            assert!(end.out.contains("TFW_RELEASE is never") && end.out.contains(&id), "{}", env.dump(&end));
+            env.assert_locked();
         }
         // Said by name, it goes.
-        world.set("TFW_RELEASE", "auto");
-        let end = locks(&world, &["recover"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        world.assert_unlocked();
-        assert!(records(&world).is_empty());
+        env.set("TFW_RELEASE", "auto");
+        let end = locks(&env, &["recover"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
+        assert!(records(&env).is_empty());
     }
 }
 
 /// One response proves nothing: a proxy can have sent it.
 #[test]
 fn one_empty_answer_does_not_make_a_recovery_forget_what_it_is_to_name() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    world.set("TFW_RELEASE", "never");
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    env.set("TFW_RELEASE", "never");
     let answered = Arc::new(AtomicBool::new(true));
     let flag = Arc::clone(&answered);
     let proxy = Proxy::start(cloud().port, move |request| {
         let is_first = request.is_ours() && request.asks_for("GetItem") && !flag.swap(true, Ordering::SeqCst);
-        if is_first { Deed::Answer(Message::answer("200 OK", "{}")) } else { Deed::Pass }
+        if is_first { ProxyAction::Answer(Message::answer("200 OK", "{}")) } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
-    kill_without_guardian(&world);
-    kill_all(&world);
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    kill_without_guardian(&env);
+    kill_all(&env);
     answered.store(false, Ordering::SeqCst);
-    let end = locks(&world, &["recover"]);
-    assert!(answered.load(Ordering::SeqCst), "{}", world.story(&end));
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert!(end.out.contains(&id_of(&world.locks()[0])), "{}", world.story(&end));
-    assert_eq!(records(&world).len(), 1);
+    let end = locks(&env, &["recover"]);
+    assert!(answered.load(Ordering::SeqCst), "{}", env.dump(&end));
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains(&id_of(&env.locks()[0])), "{}", env.dump(&end));
+    assert_eq!(records(&env).len(), 1);
 }
 
 /// A tf that lives to say so says it, and its lock is not forgotten either.
 #[test]
 fn with_release_never_a_killed_terraforms_lock_is_named_again_until_it_is_gone() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    world.set("TFW_RELEASE", "never");
-    let run = world.start_apply(Subject::Tf);
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    env.set("TFW_RELEASE", "never");
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("TFW_RELEASE is never") && !end.err.contains("tries again"), "{}", world.story(&end));
+    assert!(end.err.contains("TFW_RELEASE is never") && !end.err.contains("tries again"), "{}", env.dump(&end));
     // What the run has started was left alone.
-    kill_all(&world);
-    let end = locks(&world, &["recover"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    world.assert_locked();
-    world.set("TFW_RELEASE", "auto");
-    let end = locks(&world, &["recover"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    kill_all(&env);
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    env.assert_locked();
+    env.set("TFW_RELEASE", "auto");
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn with_release_never_a_recovery_names_and_once_the_lock_is_gone_forgets() {
-    let mut world = killed_whole(Lock::Both);
-    world.set("TFW_RELEASE", "never");
-    let end = locks(&world, &["recover"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert!(end.out.contains("TFW_RELEASE is never"), "{}", world.story(&end));
-    world.assert_locked();
-    let unlocked = type_what_is_said(&world, &end.out.replace("force-unlock", "force-unlock -force"), 1);
-    assert_eq!(unlocked.code(), Some(0), "{}\n{}", end.out, world.story(&unlocked));
-    world.assert_unlocked();
-    let end = locks(&world, &["recover"]);
-    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
-    assert!(records(&world).is_empty());
+    let mut env = killed_whole(Lock::Both);
+    env.set("TFW_RELEASE", "never");
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains("TFW_RELEASE is never"), "{}", env.dump(&end));
+    env.assert_locked();
+    let unlocked = type_what_is_said(&env, &end.out.replace("force-unlock", "force-unlock -force"), 1);
+    assert_eq!(unlocked.code(), Some(0), "{}\n{}", end.out, env.dump(&unlocked));
+    env.assert_unlocked();
+    let end = locks(&env, &["recover"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    assert!(records(&env).is_empty());
 }
 
 /// A copy of a disk, or a container's volume: the run may go on where it was.
 #[test]
 fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands_work() {
     for release in [true, false] {
-        let world = killed_whole(Lock::DynamoDb);
-        let [path] = records(&world).try_into().unwrap();
+        let env = killed_whole(Lock::DynamoDb);
+        let [path] = records(&env).try_into().unwrap();
         let mut record: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
         record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into();
         fs::write(&path, record.to_string()).unwrap();
         for words in [&["recover", "--dry-run"][..], &["recover"]] {
-            let end = locks(&world, words);
-            assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-            assert!(end.out.contains("cannot be seen from here"), "{}", world.story(&end));
-            assert!(end.out.contains(&id_of(&world.locks()[0])), "{}", world.story(&end));
+            let end = locks(&env, words);
+            assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+            assert!(end.out.contains("cannot be seen from here"), "{}", env.dump(&end));
+            assert!(end.out.contains(&id_of(&env.locks()[0])), "{}", env.dump(&end));
         }
-        let said = locks(&world, &["recover"]).out;
+        let said = locks(&env, &["recover"]).out;
         if release {
-            let released = type_what_is_said(&world, &said, 1);
-            assert_eq!(released.code(), Some(0), "{said}\n{}", world.story(&released));
-            world.assert_unlocked();
+            let released = type_what_is_said(&env, &said, 1);
+            assert_eq!(released.code(), Some(0), "{said}\n{}", env.dump(&released));
+            env.assert_unlocked();
         }
-        let forgotten = type_what_is_said(&world, &said, 2);
-        assert_eq!(forgotten.code(), Some(0), "{said}\n{}", world.story(&forgotten));
-        let end = locks(&world, &["recover"]);
-        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
-        assert_eq!(world.locks().is_empty(), release, "only the record is dropped");
+        let forgotten = type_what_is_said(&env, &said, 2);
+        assert_eq!(forgotten.code(), Some(0), "{said}\n{}", env.dump(&forgotten));
+        let end = locks(&env, &["recover"]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
+        assert_eq!(env.locks().is_empty(), release, "only the record is dropped");
     }
 }
 
 /// In another container, with this directory in a volume: its processes cannot be seen from here, but they hold its file.
 #[test]
 fn a_run_that_somebody_holds_is_not_called_dead_by_a_recovery_that_cannot_see_it() {
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
     let path = wait_for(
         "the record",
-        || records(&world).into_iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains("asked"))),
-        || world.trace(),
+        || records(&env).into_iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains("asked"))),
+        || env.trace(),
     );
     let mut record: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into();
     fs::write(&path, record.to_string()).unwrap();
-    let end = locks(&world, &["recover"]);
-    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
-    let end = locks(&world, &["recover", "--forget", record["run"].as_str().unwrap()]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.go();
+    let end = locks(&env, &["recover"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    let end = locks(&env, &["recover", "--forget", record["run"].as_str().unwrap()]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.unblock();
     assert_eq!(run.wait().code(), Some(0));
 }
 
 /// The log of a run is in memory, and stays there when everything is killed, until the next `tf`.
 #[test]
 fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
-    let (world, run) = with_a_secret();
-    let name = format!("tf-{}.log", world.trace().split("run ").nth(1).unwrap().lines().next().unwrap().trim());
+    let (env, run) = with_a_secret();
+    let name = format!("tf-{}.log", env.trace().split("run ").nth(1).unwrap().lines().next().unwrap().trim());
     let log = std::path::Path::new("/dev/shm").join(&name);
     let text = || String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
     assert!(text().contains("CLI args"), "{name} is the log: {}", text());
     wait_for("the arguments to go", || (!text().contains(SECRET)).then_some(()), text);
     assert!(text().contains("Attempting to lock remote state"), "{}", text());
-    kill_all(&world);
+    kill_all(&env);
     drop(run);
     assert!(!text().contains(SECRET) && log.exists());
-    let end = locks(&world, &["recover"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
     assert!(!log.exists(), "the recovery takes it away");
 }
 
 /// What the guardian has by its fork are the arguments of terraform.
 #[test]
 fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
-    let (world, run) = with_a_secret();
-    let guardian = guardian_of(&world, run.pid());
+    let (env, run) = with_a_secret();
+    let guardian = guardian_of(&env, run.pid());
     let shown = |pid: nix::unistd::Pid| {
         String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()
     };
     assert!(shown(run.pid()).contains(SECRET), "it was typed there");
     assert!(!shown(guardian).contains("x="), "{:?}", shown(guardian));
-    for pid in ours(&world).into_iter().filter(|pid| *pid != run.pid()) {
+    for pid in ours(&env).into_iter().filter(|pid| *pid != run.pid()) {
         assert!(!shown(pid).contains(SECRET), "{pid}: {:?}", shown(pid));
     }
-    world.go();
+    env.unblock();
     assert_eq!(run.wait().code(), Some(0));
 }
 
 /// The records of a second run beside a first one that was killed whole are its own.
 #[test]
 fn two_killed_runs_are_named_each_by_its_own_lock() {
-    let mut world = killed_whole(Lock::DynamoDb);
-    world.set("TFW_RELEASE", "never");
-    let first = id_of(&world.locks()[0]);
-    world.delete_lock();
-    kill_whole(&world);
-    let second = id_of(&world.locks()[0]);
-    let end = locks(&world, &["recover"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert!(end.out.contains(&second) && !end.out.contains(&first), "{}", world.story(&end));
+    let mut env = killed_whole(Lock::DynamoDb);
+    env.set("TFW_RELEASE", "never");
+    let first = id_of(&env.locks()[0]);
+    env.delete_lock();
+    kill_whole(&env);
+    let second = id_of(&env.locks()[0]);
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains(&second) && !end.out.contains(&first), "{}", env.dump(&end));
 }

@@ -13,8 +13,8 @@ use super::locks_release::locks;
 use crate::support::clean::clean;
 use crate::support::cloud::{Cloud, tool};
 use crate::support::process::Run;
-use crate::support::world::{WAITS, lock_json};
-use crate::support::{Ended, Lock, Subject, World};
+use crate::support::test_env::{WAITS, lock_json};
+use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const KEY: &str = "dir/prod.tfstate";
 
@@ -158,7 +158,7 @@ fn grants(policies: &[Value]) -> Vec<Grant> {
 
 /// A world in that account, with a user of its own.
 struct Place {
-    world: World,
+    env: TestEnv,
     user: String,
 }
 
@@ -166,21 +166,21 @@ impl Place {
     /// Initialised; the user may do everything.
     fn new(lock: Lock, command: &str) -> Self {
         let place = Self::empty(lock);
-        place.world.write_main("", command);
-        place.world.init();
+        place.env.write_main("", command);
+        place.env.init();
         place
     }
 
     fn empty(lock: Lock) -> Self {
-        let mut world = World::empty(lock);
-        account().root(&json!(["place", world.bucket, world.table]));
-        let user = format!("user-{}", world.bucket);
+        let mut env = TestEnv::empty(lock);
+        account().root(&json!(["place", env.bucket, env.table]));
+        let user = format!("user-{}", env.bucket);
         let key = account().root(&json!(["user", user]));
-        world.set("AWS_ACCESS_KEY_ID", key["AccessKeyId"].as_str().unwrap());
-        world.set("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"].as_str().unwrap());
-        world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", account().cloud.port));
-        world.set("AWS_REGION", "us-east-1");
-        let place = Self { world, user };
+        env.set("AWS_ACCESS_KEY_ID", key["AccessKeyId"].as_str().unwrap());
+        env.set("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"].as_str().unwrap());
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", account().cloud.port));
+        env.set("AWS_REGION", "us-east-1");
+        let place = Self { env, user };
         place.allow(&[json!({"Version": "2012-10-17", "Statement": [
             {"Effect": "Allow", "Action": "*", "Resource": "*"},
         ]})]);
@@ -192,15 +192,15 @@ impl Place {
         let read = |name: &&str| {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/iam/{name}.json"));
             let text = fs::read_to_string(&path).unwrap();
-            let text = text.replace("example-terraform-state", &self.world.bucket);
-            let text = text.replace("terraform-locks", &self.world.table).replace("/prod/", "/dir/");
+            let text = text.replace("example-terraform-state", &self.env.bucket);
+            let text = text.replace("terraform-locks", &self.env.table).replace("/prod/", "/dir/");
             serde_json::from_str(&text.replace("terraform-backend", &self.role())).unwrap()
         };
         names.iter().map(read).collect()
     }
 
     fn role(&self) -> String {
-        format!("role-{}", self.world.bucket)
+        format!("role-{}", self.env.bucket)
     }
 
     /// From now on the user may do what these say, and nothing else.
@@ -209,42 +209,42 @@ impl Place {
     }
 
     fn standing(&self) -> Vec<String> {
-        let all = account().root(&json!(["standing", self.world.bucket, self.world.table]));
+        let all = account().root(&json!(["standing", self.env.bucket, self.env.table]));
         serde_json::from_value(all).unwrap()
     }
 
     /// Nothing was ever done here.
     fn forget(&self) {
-        account().root(&json!(["forget", self.world.bucket, self.world.table]));
+        account().root(&json!(["forget", self.env.bucket, self.env.table]));
         for name in ["began", "go", "trace", ".terraform/environment"] {
-            let _ = fs::remove_file(self.world.directory.join(name));
+            let _ = fs::remove_file(self.env.directory.join(name));
         }
-        let _ = fs::remove_dir_all(self.world.directory.parent().unwrap().join("home/.local"));
+        let _ = fs::remove_dir_all(self.env.directory.parent().unwrap().join("home/.local"));
     }
 
     /// A lock of this user on this host, from before the machine was started, in both services.
     fn put_old_lock(&self) {
         let mut info: Value =
-            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &self.world.path())).unwrap();
+            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &self.env.path())).unwrap();
         info["Created"] = "2020-01-01T00:00:00Z".into();
-        account().root(&json!(["lock", self.world.bucket, self.world.table, KEY, info.to_string()]));
+        account().root(&json!(["lock", self.env.bucket, self.env.table, KEY, info.to_string()]));
     }
 
     fn break_digest(&self) {
         let wrong = "0".repeat(32);
-        account().root(&json!(["digest", self.world.bucket, self.world.table, KEY, wrong]));
+        account().root(&json!(["digest", self.env.bucket, self.env.table, KEY, wrong]));
     }
 
     /// `tf locks` with these words, of which TABLE, BUCKET and PATH are this place's.
     fn locks(&self, words: &str) -> Ended {
         let real = |word| match word {
-            "TABLE" => self.world.table.clone(),
-            "BUCKET" => self.world.bucket.clone(),
-            "PATH" => self.world.path(),
+            "TABLE" => self.env.table.clone(),
+            "BUCKET" => self.env.bucket.clone(),
+            "PATH" => self.env.path(),
             other => other.to_owned(),
         };
         let words: Vec<String> = words.split(' ').map(real).collect();
-        locks(&self.world, &words.iter().map(String::as_str).collect::<Vec<_>>())
+        locks(&self.env, &words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// Everything that terraform asks its backend for, in a place where nothing was ever done. The first command that
@@ -258,7 +258,7 @@ impl Place {
             &["workspace", "delete", "green"],
             &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"],
         ] {
-            let end = self.world.run(Subject::Bare, words);
+            let end = self.env.run(Subject::Bare, words);
             if end.code() != Some(0) {
                 return Err(end);
             }
@@ -269,7 +269,7 @@ impl Place {
     /// A terraform below `tf` that is killed while it applies. From shortly before on, `then` is what the user may do.
     fn killed(&self, then: Option<&[Value]>) -> Ended {
         self.forget();
-        let run = self.world.start_apply(Subject::Tf);
+        let run = self.env.start_apply(Subject::Tf);
         if let Some(policies) = then {
             self.allow(policies);
         }
@@ -291,14 +291,14 @@ fn files(lock: Lock) -> &'static [&'static str] {
 fn the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release() {
     for lock in Lock::ALL {
         let place = Place::empty(lock);
-        place.world.write_main("", "true");
+        place.env.write_main("", "true");
         place.allow(&place.policies(files(lock)));
-        place.world.init();
+        place.env.init();
         let ended = place.terraform();
         assert!(ended.is_ok(), "{lock:?}: {ended:?}");
-        place.world.write_main("", WAITS);
+        place.env.write_main("", WAITS);
         let end = place.killed(None);
-        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.world.story(&end));
+        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
         assert!(!end.err.contains("Denied"), "{lock:?}: {}", end.err);
         assert_eq!(place.standing(), [""; 0]);
     }
@@ -317,7 +317,7 @@ fn assert_terraform_needs_all_of(lock: Lock) {
             ("ListBucket", _) => "\"green\" doesn't exist",
             (name, _) => name,
         };
-        assert!(end.err.contains(named) || end.out.contains(named), "{missing:?}: {}", place.world.story(&end));
+        assert!(end.err.contains(named) || end.out.contains(named), "{missing:?}: {}", place.env.dump(&end));
     }
 }
 
@@ -340,13 +340,13 @@ fn a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing()
         needed.retain(Grant::is_for_a_release);
         assert_eq!(needed.len(), if lock == Lock::Both { 4 } else { 2 }, "{needed:?}");
         let end = place.killed(Some(&[without(None, &needed)]));
-        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.world.story(&end));
+        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
         assert_eq!(place.standing(), [""; 0]);
         for missing in needed.iter().filter(|_| lock != Lock::Both) {
             place.allow(&all);
             let end = place.killed(Some(&[without(Some(missing), &needed)]));
             let told = end.err.contains("was not released") && end.err.contains(&missing.action);
-            assert!(told, "{missing:?}: {}", place.world.story(&end));
+            assert!(told, "{missing:?}: {}", place.env.dump(&end));
             assert_eq!(place.standing().len(), 1, "{missing:?}");
         }
     }
@@ -370,13 +370,13 @@ fn the_policy_of_the_docs_is_enough_for_an_audit_and_for_no_change() {
     place.allow(&place.policies(&["audit"]));
     for words in AUDIT {
         let end = place.locks(words);
-        assert_eq!(end.code(), Some(2), "{words}: {}", place.world.story(&end));
-        assert!(end.out.contains(&place.world.path()), "{words}: {}", end.out);
+        assert_eq!(end.code(), Some(2), "{words}: {}", place.env.dump(&end));
+        assert!(end.out.contains(&place.env.path()), "{words}: {}", end.out);
         assert_eq!(end.err, "", "{words}");
     }
     for words in ["release --yes", "release --yes --table TABLE PATH", "release --yes --bucket BUCKET PATH"] {
         let end = place.locks(words);
-        assert_eq!(end.code(), Some(1), "{words}: {}", place.world.story(&end));
+        assert_eq!(end.code(), Some(1), "{words}: {}", place.env.dump(&end));
         assert!(end.err.contains(":Delete"), "{words}: {}", end.err);
     }
     assert_eq!(place.standing().len(), 2);
@@ -392,10 +392,10 @@ fn nothing_is_superfluous_in_the_policy_for_an_audit() {
         let words = if missing.action.starts_with("s3:") { "list --bucket BUCKET" } else { "list --table TABLE" };
         let end = place.locks(words);
         let named = end.out.contains(&missing.action) || end.err.contains(&missing.action);
-        assert!(named, "{missing:?}: {}", place.world.story(&end));
+        assert!(named, "{missing:?}: {}", place.env.dump(&end));
         // Without the description of a table it is read slowly, and to its end.
         let shown = end.out.contains("likely_dead");
-        assert_eq!(shown, missing.name() == "DescribeTable", "{missing:?}: {}", place.world.story(&end));
+        assert_eq!(shown, missing.name() == "DescribeTable", "{missing:?}: {}", place.env.dump(&end));
     }
 }
 
@@ -415,7 +415,7 @@ fn an_audit_that_may_not_read_a_lock_does_not_end_well() {
         "list --bucket BUCKET --json",
     ] {
         let end = place.locks(words);
-        assert_eq!(end.code(), Some(1), "{words}: {}", place.world.story(&end));
+        assert_eq!(end.code(), Some(1), "{words}: {}", place.env.dump(&end));
         assert!(end.err.contains("s3:GetObject is missing"), "{words}: {}", end.err);
         let whole = ["\"complete\":true", "\ntf_locks_scan_complete 1\n"];
         assert!(!whole.iter().any(|whole| end.out.contains(whole)), "{words}: {}", end.out);
@@ -428,15 +428,15 @@ fn with_a_table_alone_terraforms_own_policy_is_enough_for_tf_locks() {
     let place = Place::new(Lock::DynamoDb, "true");
     place.allow(&place.policies(files(Lock::DynamoDb)));
     let end = place.locks("doctor");
-    assert!(!end.out.contains("WRONG"), "{}", place.world.story(&end));
+    assert!(!end.out.contains("WRONG"), "{}", place.env.dump(&end));
     place.put_old_lock();
     for words in ["list", "show", "audit --older-than 1h"] {
         let end = place.locks(words);
-        assert_eq!(end.code(), Some(2), "{words}: {}", place.world.story(&end));
+        assert_eq!(end.code(), Some(2), "{words}: {}", place.env.dump(&end));
         assert!(end.err.contains("lock objects beside the states were not looked at"), "{words}: {}", end.err);
     }
     let end = place.locks("release --yes");
-    assert_eq!(end.code(), Some(0), "{}", place.world.story(&end));
+    assert_eq!(end.code(), Some(0), "{}", place.env.dump(&end));
     // The object is another backend's.
     let left = place.standing();
     assert!(left.len() == 1 && left[0].ends_with(".tflock"), "{left:?}");
@@ -451,7 +451,7 @@ fn a_release_that_stops_half_way_says_so() {
     let delete = all.iter().find(|grant| grant.action == "s3:DeleteObject").unwrap();
     place.allow(&[without(Some(delete), &all)]);
     let end = place.locks("release --yes");
-    assert_eq!(end.code(), Some(1), "{}", place.world.story(&end));
+    assert_eq!(end.code(), Some(1), "{}", place.env.dump(&end));
     assert!(end.err.contains("may not do s3:DeleteObject on"), "{}", end.err);
     assert!(end.err.contains("its other half is deleted"), "{}", end.err);
     assert_eq!(place.standing().len(), 1);
@@ -460,10 +460,10 @@ fn a_release_that_stops_half_way_says_so() {
 #[test]
 fn the_policy_of_the_docs_is_enough_for_an_operator() {
     let place = Place::new(Lock::Both, "true");
-    assert_eq!(place.world.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
+    assert_eq!(place.env.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
     place.allow(&place.policies(&["operator"]));
     let doctor = place.locks("doctor");
-    assert_eq!(doctor.code(), Some(0), "{}", place.world.story(&doctor));
+    assert_eq!(doctor.code(), Some(0), "{}", place.env.dump(&doctor));
     assert!(!doctor.out.contains("Denied") && !doctor.out.contains("may not"), "{}", doctor.out);
     for all in [
         &["release --yes"][..],
@@ -473,13 +473,13 @@ fn the_policy_of_the_docs_is_enough_for_an_operator() {
         place.put_old_lock();
         for words in all {
             let end = place.locks(words);
-            assert_eq!(end.code(), Some(0), "{words}: {}", place.world.story(&end));
+            assert_eq!(end.code(), Some(0), "{words}: {}", place.env.dump(&end));
         }
         assert_eq!(place.standing(), [""; 0], "{all:?}");
     }
     place.break_digest();
     let end = place.locks("doctor --fix-digest --yes");
-    assert_eq!(end.code(), Some(0), "{}", place.world.story(&end));
+    assert_eq!(end.code(), Some(0), "{}", place.env.dump(&end));
     assert_eq!(place.standing(), [""; 0]);
     assert_eq!(place.locks("doctor").code(), Some(0));
 }
@@ -492,7 +492,7 @@ fn nothing_is_superfluous_in_the_policy_for_an_operator() {
     for missing in &all {
         place.forget();
         place.allow(&everything);
-        assert_eq!(place.world.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
+        assert_eq!(place.env.run(Subject::Bare, &["apply", "-auto-approve"]).code(), Some(0));
         place.allow(&[without(Some(missing), &all)]);
         let doctor = place.locks("doctor");
         place.put_old_lock();
@@ -517,24 +517,24 @@ fn nothing_is_superfluous_in_the_policy_for_an_operator() {
 #[test]
 fn a_role_with_the_policies_of_the_docs_is_enough_for_a_release() {
     let place = Place::empty(Lock::Both);
-    let world = &place.world;
+    let env = &place.env;
     let trust = json!({"Version": "2012-10-17", "Statement": [
         {"Effect": "Allow", "Principal": {"AWS": "arn:aws:iam::000000000000:root"}, "Action": "sts:AssumeRole"},
     ]});
     account().root(&json!(["role", place.role(), trust, place.policies(files(Lock::Both))]));
-    world.write_main("", WAITS);
+    env.write_main("", WAITS);
     let role = format!("assume_role = {{ role_arn = \"arn:aws:iam::000000000000:role/{}\" }}\nregion = ", place.role());
-    world.write("main.tf", &world.read("main.tf").replacen("region = ", &role, 1));
+    env.write("main.tf", &env.read("main.tf").replacen("region = ", &role, 1));
     // The user may do nothing but become that role, and not even that.
     for (policies, ends) in [(place.policies(&[]), Some(1)), (place.policies(&["assume-role"]), Some(0))] {
         place.allow(&policies);
-        let mut init = world.command(world.bin().join("terraform"));
+        let mut init = env.command(env.bin().join("terraform"));
         init.args(["init", "-no-color"]);
         let end = Run::start(init).wait();
-        assert_eq!(end.code(), ends, "{}", world.story(&end));
-        assert_eq!(end.err.contains("sts:AssumeRole"), ends == Some(1), "{}", world.story(&end));
+        assert_eq!(end.code(), ends, "{}", env.dump(&end));
+        assert_eq!(end.err.contains("sts:AssumeRole"), ends == Some(1), "{}", env.dump(&end));
     }
     let end = place.killed(None);
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
     assert_eq!(place.standing(), [""; 0]);
 }

@@ -10,9 +10,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::cloud::tool;
-use crate::support::household::{Sweep, everybody, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
 use crate::support::process::{Run, terraform_below, tree};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::processes::{KillOnDrop, everybody, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -35,14 +35,14 @@ fn is_root() -> bool {
 }
 
 /// A world whose provisioner starts a stand-in for sudo, all of it for an ordinary user.
-fn world_of_user() -> World {
-    let world = World::empty(Lock::Both);
+fn world_of_user() -> TestEnv {
+    let env = TestEnv::empty(Lock::Both);
     let python = fs::canonicalize(tool("python3")).unwrap();
-    let sudo = world.directory.join("sudo");
+    let sudo = env.directory.join("sudo");
     fs::copy(&python, &sudo).unwrap();
     let prefix = python.parent().and_then(std::path::Path::parent).unwrap();
-    world.write("sudo.py", SUDO);
-    world.write_main(
+    env.write("sudo.py", SUDO);
+    env.write_main(
         "",
         &format!(
             "PYTHONHOME={} ./sudo -S sudo.py > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; touch began; \
@@ -50,48 +50,48 @@ fn world_of_user() -> World {
             prefix.display()
         ),
     );
-    world.init();
-    let root = world.directory.parent().unwrap();
+    env.init();
+    let root = env.directory.parent().unwrap();
     // The program itself may lie where only root can look.
     fs::copy(env!("CARGO_BIN_EXE_tf"), root.join("bin/tf-of-user")).unwrap();
     let owned = Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(root).status().unwrap();
     assert!(owned.success());
     nix::unistd::chown(&sudo, Some(nix::unistd::Uid::from_raw(0)), None).unwrap();
     fs::set_permissions(&sudo, fs::Permissions::from_mode(0o4755)).unwrap();
-    world
+    env
 }
 
 /// `tf` as the ordinary user. `before` is put in front, as root.
-fn as_user(world: &World, before: &[&str], arguments: &[&str]) -> Run {
+fn as_user(env: &TestEnv, before: &[&str], arguments: &[&str]) -> Run {
     let ids = [format!("--reuid={USER}"), format!("--regid={USER}")];
     let mut words: Vec<&str> = before.to_vec();
     words.extend(["setpriv", &ids[0], &ids[1], "--clear-groups", "--"]);
-    let mut command = world.command(words[0]);
-    command.args(&words[1..]).arg(world.bin().join("tf-of-user")).args(arguments);
+    let mut command = env.command(words[0]);
+    command.args(&words[1..]).arg(env.bin().join("tf-of-user")).args(arguments);
     Run::start(command)
 }
 
-fn run_as_user(world: &World, arguments: &[&str]) -> Ended {
-    as_user(world, &[], arguments).wait()
+fn run_as_user(env: &TestEnv, arguments: &[&str]) -> Ended {
+    as_user(env, &[], arguments).wait()
 }
 
 /// The stand-in for sudo: root's, by its program.
-fn sudo_of(world: &World) -> Pid {
-    let program = world.directory.join("sudo");
+fn sudo_of(env: &TestEnv) -> Pid {
+    let program = env.directory.join("sudo");
     wait_for(
         "the stand-in for sudo",
         || {
             let is_it = |pid: &Pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == program);
             everybody().into_iter().find(is_it)
         },
-        || world.trace(),
+        || env.trace(),
     )
 }
 
 /// Every process of the world that is not the stand-in.
-fn others_of(world: &World, sudo: Pid) -> Vec<Pid> {
-    let entry = home(world);
-    crate::support::household::marked(&entry).into_iter().filter(|pid| *pid != sudo).collect()
+fn others_of(env: &TestEnv, sudo: Pid) -> Vec<Pid> {
+    let entry = home(env);
+    crate::support::processes::marked(&entry).into_iter().filter(|pid| *pid != sudo).collect()
 }
 
 /// Kills `pids` so that none of them notices the end of another.
@@ -105,21 +105,21 @@ fn kill_at_once(pids: &[Pid]) {
 
 /// The stand-in works on, the lock stands, the next `tf` leaves it, and once the stand-in has ended it is released.
 #[track_caller]
-fn assert_kept_until_it_ends(world: &World, sudo: Pid) {
-    assert!(!is_gone(sudo), "{sudo} is gone\n{}", world.trace());
-    world.assert_locked();
-    let end = run_as_user(world, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    let end = run_as_user(world, &["locks", "recover"]);
-    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_locked();
+fn assert_kept_until_it_ends(env: &TestEnv, sudo: Pid) {
+    assert!(!is_gone(sudo), "{sudo} is gone\n{}", env.trace());
+    env.assert_locked();
+    let end = run_as_user(env, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    let end = run_as_user(env, &["locks", "recover"]);
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_locked();
     assert!(!is_gone(sudo));
-    world.write("sudo-go", "");
-    wait_until_gone(world, sudo);
-    let end = run_as_user(world, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert!(end.err.contains("released the lock") || end.out.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    env.write("sudo-go", "");
+    wait_until_gone(env, sudo);
+    let end = run_as_user(env, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("released the lock") || end.out.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
@@ -128,39 +128,35 @@ fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
         return;
     }
     for killed in ["terraform", "tf and terraform", "everything"] {
-        let world = world_of_user();
-        let _sweep = Sweep(home(&world));
-        let run = as_user(&world, &[], &APPLY);
-        world.wait_for_began(&run);
-        world.wait_for_trace("journal written");
-        let sudo = sudo_of(&world);
+        let env = world_of_user();
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = as_user(&env, &[], &APPLY);
+        env.wait_for_began(&run);
+        env.wait_for_trace("journal written");
+        let sudo = sudo_of(&env);
         let terraform = terraform_below(run.pid());
         match killed {
             "terraform" => {
                 kill(terraform, Signal::SIGKILL).unwrap();
                 let end = run.wait();
-                assert!(end.err.contains("was not released") && end.err.contains("sudo"), "{}", world.story(&end));
+                assert!(end.err.contains("was not released") && end.err.contains("sudo"), "{}", env.dump(&end));
             }
             "tf and terraform" => {
                 for pid in [run.pid(), terraform] {
                     kill(pid, Signal::SIGKILL).unwrap();
                 }
                 run.wait();
-                world.wait_for_trace("guardian: a lock may stand; died: true; kept: Some");
-                wait_for("the guardian's end", || others_of(&world, sudo).is_empty().then_some(()), || world.trace());
+                env.wait_for_trace("guardian: a lock may stand; died: true; kept: Some");
+                wait_for("the guardian's end", || others_of(&env, sudo).is_empty().then_some(()), || env.trace());
             }
             _ => {
-                let all = others_of(&world, sudo);
+                let all = others_of(&env, sudo);
                 kill_at_once(&all);
                 run.wait();
-                wait_for(
-                    "the end of the others",
-                    || others_of(&world, sudo).is_empty().then_some(()),
-                    || world.trace(),
-                );
+                wait_for("the end of the others", || others_of(&env, sudo).is_empty().then_some(()), || env.trace());
             }
         }
-        assert_kept_until_it_ends(&world, sudo);
+        assert_kept_until_it_ends(&env, sudo);
     }
 }
 
@@ -169,27 +165,27 @@ fn a_child_that_proc_hides_keeps_the_lock() {
     if !is_root() {
         return;
     }
-    let world = world_of_user();
-    let _sweep = Sweep(home(&world));
+    let env = world_of_user();
+    let _kill_on_drop = KillOnDrop(home(&env));
     let hides = "mount -t proc -o hidepid=2 proc /proc && exec \"$@\"";
-    let run = as_user(&world, &["unshare", "-m", "sh", "-c", hides, "sh"], &APPLY);
-    world.wait_for_began(&run);
-    let sudo = sudo_of(&world);
+    let run = as_user(&env, &["unshare", "-m", "sh", "-c", hides, "sh"], &APPLY);
+    env.wait_for_began(&run);
+    let sudo = sudo_of(&env);
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
-    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    assert!(end.err.contains("was not released"), "{}", env.dump(&end));
     // Where it is hidden from the next one as well.
-    let end = as_user(&world, &["unshare", "-m", "sh", "-c", hides, "sh"], &["locks", "recover"]).wait();
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert_kept_until_it_ends(&world, sudo);
+    let end = as_user(&env, &["unshare", "-m", "sh", "-c", hides, "sh"], &["locks", "recover"]).wait();
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert_kept_until_it_ends(&env, sudo);
 }
 
 /// A world whose provisioner starts a child without environment and descriptors.
-fn with_bare_child() -> World {
-    let world = World::empty(Lock::Both);
+fn with_bare_child() -> TestEnv {
+    let env = TestEnv::empty(Lock::Both);
     let python = tool("python3");
-    world.write("child.py", BARE_CHILD);
-    world.write_main(
+    env.write("child.py", BARE_CHILD);
+    env.write_main(
         "",
         &format!(
             "{} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; touch began; \
@@ -197,11 +193,11 @@ fn with_bare_child() -> World {
             python.display()
         ),
     );
-    world.init();
-    world
+    env.init();
+    env
 }
 
-fn bare_child_of(world: &World, above: Pid) -> Pid {
+fn bare_child_of(env: &TestEnv, above: Pid) -> Pid {
     let cleared = |pid: &Pid| fs::read(format!("/proc/{pid}/environ")).is_ok_and(|text| text.is_empty());
     let named = |name: &str| name.starts_with("python");
     wait_for(
@@ -212,59 +208,59 @@ fn bare_child_of(world: &World, above: Pid) -> Pid {
                 .filter(|(.., state, _)| *state != 'Z')
                 .find_map(|(pid, name, ..)| (named(&name) && cleared(&pid)).then_some(pid))
         },
-        || format!("{:?}\n{}", tree(above), world.trace()),
+        || format!("{:?}\n{}", tree(above), env.trace()),
     )
 }
 
 /// All that was ever written was written before the lock went.
 #[track_caller]
-fn assert_works_no_more(world: &World) {
-    let work = world.read("work").len();
+fn assert_works_no_more(env: &TestEnv) {
+    let work = env.read("work").len();
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(world.read("work").len(), work, "it works on\n{}", world.trace());
+    assert_eq!(env.read("work").len(), work, "it works on\n{}", env.trace());
 }
 
 #[test]
 fn a_child_without_environment_descriptors_or_parent_is_ended_by_the_guardian_before_the_lock_goes() {
-    let world = with_bare_child();
-    let run = world.start_apply(Subject::Tf);
-    let child = bare_child_of(&world, run.pid());
+    let env = with_bare_child();
+    let run = env.start_apply(Subject::Tf);
+    let child = bare_child_of(&env, run.pid());
     let terraform = terraform_below(run.pid());
     let mut shells: Vec<Pid> = tree(terraform).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
     shells.push(run.pid());
     kill_at_once(&shells);
     run.wait();
-    wait_until_unlocked(&world);
-    assert!(is_gone(child), "{}", world.trace());
-    assert_works_no_more(&world);
+    wait_until_unlocked(&env);
+    assert!(is_gone(child), "{}", env.trace());
+    assert_works_no_more(&env);
 }
 
 #[test]
 fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_that_was_killed_whole() {
-    let world = with_bare_child();
-    let run = world.start_apply(Subject::Tf);
-    world.wait_for_trace("journal written");
-    let child = bare_child_of(&world, run.pid());
-    let all: Vec<Pid> = others_of(&world, child);
+    let env = with_bare_child();
+    let run = env.start_apply(Subject::Tf);
+    env.wait_for_trace("journal written");
+    let child = bare_child_of(&env, run.pid());
+    let all: Vec<Pid> = others_of(&env, child);
     kill_at_once(&all);
     run.wait();
-    wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
-    let end = world.run(Subject::Tf, &["locks", "recover"]);
-    world.assert_locked();
-    assert!(!is_gone(child), "{}", world.story(&end));
-    world.write("child-go", "");
-    wait_until_gone(&world, child);
-    let end = world.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    env.assert_locked();
+    assert!(!is_gone(child), "{}", env.dump(&end));
+    env.write("child-go", "");
+    wait_until_gone(&env, child);
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// As `sudo` with a terminal of its own does: in another session, below a process that waits for it.
 #[test]
 fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keeps_the_lock() {
-    let world = World::empty(Lock::Both);
-    world.write("child.py", BARE_CHILD);
-    world.write_main(
+    let env = TestEnv::empty(Lock::Both);
+    env.write("child.py", BARE_CHILD);
+    env.write_main(
         "",
         &format!(
             "env -i setsid -w {} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; \
@@ -272,36 +268,36 @@ fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keep
             tool("python3").display()
         ),
     );
-    world.init();
-    let run = world.start_apply(Subject::Tf);
-    let child = bare_child_of(&world, run.pid());
+    env.init();
+    let run = env.start_apply(Subject::Tf);
+    let child = bare_child_of(&env, run.pid());
     let text = format!("[{child},");
     let noted = || {
-        super::survived::records(&world)
+        super::survived::records(&env)
             .iter()
             .any(|path| fs::read_to_string(path).is_ok_and(|record| record.contains(&text)))
     };
-    wait_for("the child in the journal", || noted().then_some(()), || world.trace());
+    wait_for("the child in the journal", || noted().then_some(()), || env.trace());
     let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
     kill_at_once(&above);
     run.wait();
-    wait_for("the end of ours", || ours(&world).is_empty().then_some(()), || world.trace());
-    let end = world.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    world.assert_locked();
-    assert!(!is_gone(child), "{}", world.story(&end));
-    world.write("child-go", "");
-    wait_until_gone(&world, child);
-    let end = world.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    env.assert_locked();
+    assert!(!is_gone(child), "{}", env.dump(&end));
+    env.write("child-go", "");
+    wait_until_gone(&env, child);
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// A command in which /proc is not what it should be, and behind it `tf`.
-fn in_namespace(world: &World, unshare: &[&str], script: &str) -> Run {
-    let mut command = world.command("unshare");
+fn in_namespace(env: &TestEnv, unshare: &[&str], script: &str) -> Run {
+    let mut command = env.command("unshare");
     command.args(unshare).args(["sh", "-c", script]);
-    command.arg(world.bin().join("tf")).args(APPLY);
+    command.arg(env.bin().join("tf")).args(APPLY);
     Run::start(command)
 }
 
@@ -310,16 +306,16 @@ fn without_proc_what_terraform_left_is_dead_before_the_lock_goes() {
     if !is_root() {
         return;
     }
-    let world = with_bare_child();
-    let run = in_namespace(&world, &["-m"], "mount -t tmpfs none /proc && exec \"$0\" \"$@\"");
-    world.wait_for_began(&run);
-    let child = bare_child_of(&world, run.pid());
+    let env = with_bare_child();
+    let run = in_namespace(&env, &["-m"], "mount -t tmpfs none /proc && exec \"$0\" \"$@\"");
+    env.wait_for_began(&run);
+    let child = bare_child_of(&env, run.pid());
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert!(is_gone(child), "{}", world.story(&end));
-    assert_works_no_more(&world);
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(is_gone(child), "{}", env.dump(&end));
+    assert_works_no_more(&env);
+    env.assert_unlocked();
 }
 
 #[test]
@@ -327,21 +323,21 @@ fn in_a_namespace_whose_proc_is_anothers_nobody_else_is_killed_and_a_doubt_keeps
     if !is_root() {
         return;
     }
-    let world = World::new(Lock::Both, crate::support::world::WAITS);
-    let _sweep = Sweep(home(&world));
+    let env = TestEnv::new(Lock::Both, crate::support::test_env::WAITS);
+    let _kill_on_drop = KillOnDrop(home(&env));
     // As PID 1 with children of its own: the numbers of many of them mean others in the /proc that is seen here.
     let siblings = "for n in $(seq 300); do sleep 1000 < /dev/null > /dev/null 2>&1 & done; exec \"$0\" \"$@\"";
-    let run = in_namespace(&world, &["-pf", "--kill-child"], siblings);
-    world.wait_for_began(&run);
+    let run = in_namespace(&env, &["-pf", "--kill-child"], siblings);
+    env.wait_for_began(&run);
     let sleeping =
         || tree(run.pid()).into_iter().filter(|(_, name, state, _)| name == "sleep" && *state != 'Z').count();
     assert!(sleeping() >= 300);
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     run.wait_for_err("was not released");
-    assert!(run.err().contains("/proc does not list"), "{}\n{}", run.err(), world.trace());
+    assert!(run.err().contains("/proc does not list"), "{}\n{}", run.err(), env.trace());
     let end = run.wait();
-    assert!(!world.trace().contains("ending "), "{}", world.story(&end));
-    world.assert_locked();
+    assert!(!env.trace().contains("ending "), "{}", env.dump(&end));
+    env.assert_locked();
 }
 
 #[test]
@@ -349,14 +345,14 @@ fn in_a_namespace_whose_proc_is_anothers_the_lock_goes_once_no_child_is_left() {
     if !is_root() {
         return;
     }
-    let world = with_bare_child();
-    let _sweep = Sweep(home(&world));
-    let run = in_namespace(&world, &["-pf", "--kill-child"], "\"$0\" \"$@\"; exit $?");
-    world.wait_for_began(&run);
-    let child = bare_child_of(&world, run.pid());
+    let env = with_bare_child();
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let run = in_namespace(&env, &["-pf", "--kill-child"], "\"$0\" \"$@\"; exit $?");
+    env.wait_for_began(&run);
+    let child = bare_child_of(&env, run.pid());
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert!(is_gone(child), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(is_gone(child), "{}", env.dump(&end));
+    env.assert_unlocked();
 }

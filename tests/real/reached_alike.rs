@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use crate::support::authority::Authority;
 use crate::support::cloud::{cloud, tool};
 use crate::support::http::Message;
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::UNSET;
-use crate::support::{Lock, Subject, World};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::UNSET;
+use crate::support::{Lock, Subject, TestEnv};
 
 /// What arrived: `SERVICE HOST REGION KEY PLACE`.
 type Seen = Arc<Mutex<BTreeSet<String>>>;
@@ -70,13 +70,13 @@ fn sighting(request: &Message, bucket: &str, table: &str) -> Option<String> {
 }
 
 /// The services, and what stands in for the rest: an instance's metadata, a container's credentials, SSO.
-fn answer(request: &Message, authority: &Arc<Authority>) -> Deed {
+fn answer(request: &Message, authority: &Arc<Authority>) -> ProxyAction {
     const CREDENTIALS: &str = r#"{"Code":"Success","Type":"AWS-HMAC","AccessKeyId":"CONTAINER","SecretAccessKey":"s","Token":"t","RoleArn":"r","LastUpdated":"2026-01-01T00:00:00Z","Expiration":"2099-01-01T00:00:00Z"}"#;
     let target = request.start.split(' ').nth(1).unwrap_or_default();
     let with = |text: &str| {
         let mut answer = Message::answer("200 OK", text);
         answer.headers.push(("X-Aws-Ec2-Metadata-Token-Ttl-Seconds".into(), "600".into()));
-        Deed::Answer(answer)
+        ProxyAction::Answer(answer)
     };
     match target.split('?').next().unwrap_or_default() {
         "/latest/api/token" => with("token"),
@@ -88,8 +88,8 @@ fn answer(request: &Message, authority: &Arc<Authority>) -> Deed {
         "/federation/credentials" => with(
             r#"{"roleCredentials":{"accessKeyId":"CONTAINER","secretAccessKey":"s","sessionToken":"t","expiration":4070908800000}}"#,
         ),
-        _ if request.start.starts_with("CONNECT ") => Deed::Tunnel(Arc::clone(authority)),
-        _ => Deed::Pass,
+        _ if request.start.starts_with("CONNECT ") => ProxyAction::Tunnel(Arc::clone(authority)),
+        _ => ProxyAction::Pass,
     }
 }
 
@@ -117,7 +117,7 @@ pub fn to_services(request: &mut Message) {
 }
 
 struct Stage {
-    world: World,
+    env: TestEnv,
     seen: Seen,
     plain: Proxy,
     tls: Proxy,
@@ -125,12 +125,12 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let world = World::empty(Lock::Both);
+        let env = TestEnv::empty(Lock::Both);
         let seen = Seen::default();
         let authority = Authority::new();
         let rule = |tag: &'static str| {
             let (seen, authority) = (Arc::clone(&seen), Arc::clone(&authority));
-            let (bucket, table) = (world.bucket.clone(), world.table.clone());
+            let (bucket, table) = (env.bucket.clone(), env.table.clone());
             move |request: &Message| {
                 if let Some(sighting) = sighting(request, &bucket, &table) {
                     seen.lock().unwrap().insert(format!("{tag}{sighting}"));
@@ -143,26 +143,26 @@ impl Stage {
         for (name, pem) in
             [("ca.pem", authority.pem.clone()), ("mixed.pem", format!("{broken}# ours\n{}", authority.pem))]
         {
-            std::fs::write(world.directory.parent().unwrap().join(name), pem).unwrap();
+            std::fs::write(env.directory.parent().unwrap().join(name), pem).unwrap();
         }
         let tls = Proxy::start_tls(cloud().port, &authority, to_services, rule("tls "));
-        Self { world, seen, plain, tls }
+        Self { env, seen, plain, tls }
     }
 
     fn fill_in(&self, text: &str) -> String {
-        let above = self.world.directory.parent().unwrap();
+        let above = self.env.directory.parent().unwrap();
         text.replace("{port}", &self.plain.port.to_string())
             .replace("{tls}", &self.tls.port.to_string())
             .replace("{above}", above.to_str().unwrap())
-            .replace("{bucket}", &self.world.bucket)
-            .replace("{table}", &self.world.table)
+            .replace("{bucket}", &self.env.bucket)
+            .replace("{table}", &self.env.table)
     }
 
     /// What is seen of one command, and how it ended.
     fn see(&self, subject: Subject, arguments: &[&str]) -> (BTreeSet<String>, String) {
         self.seen.lock().unwrap().clear();
-        let end = self.world.run(subject, arguments);
-        (self.seen.lock().unwrap().clone(), self.world.story(&end))
+        let end = self.env.run(subject, arguments);
+        (self.seen.lock().unwrap().clone(), self.env.dump(&end))
     }
 }
 
@@ -171,23 +171,23 @@ impl Stage {
 fn assert_alike(case: &Case) {
     let mut stage = Stage::new();
     for (path, text) in case.files {
-        let path = stage.world.directory.parent().unwrap().join(path);
+        let path = stage.env.directory.parent().unwrap().join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, stage.fill_in(text)).unwrap();
     }
     let endpoint = format!("http://127.0.0.1:{}", stage.plain.port);
-    stage.world.set("AWS_ENDPOINT_URL", endpoint);
+    stage.env.set("AWS_ENDPOINT_URL", endpoint);
     for (name, value) in case.environment {
         let value = stage.fill_in(value);
-        stage.world.set(name, value);
+        stage.env.set(name, value);
     }
     let block = stage.fill_in(case.block);
     let own = |name: &str| block.lines().any(|line| line.trim_start().starts_with(name));
     let usual = [
-        ("bucket", format!("\"{}\"", stage.world.bucket)),
+        ("bucket", format!("\"{}\"", stage.env.bucket)),
         ("key", "\"dir/prod.tfstate\"".to_owned()),
         ("region", "\"us-east-1\"".to_owned()),
-        ("dynamodb_table", format!("\"{}\"", stage.world.table)),
+        ("dynamodb_table", format!("\"{}\"", stage.env.table)),
         ("use_lockfile", "true".to_owned()),
         ("skip_requesting_account_id", "true".to_owned()),
         ("skip_credentials_validation", "true".to_owned()),
@@ -195,14 +195,14 @@ fn assert_alike(case: &Case) {
     ];
     let usual = usual.iter().filter(|(name, _)| !own(name)).map(|(name, value)| format!("{name} = {value}"));
     let lines = usual.collect::<Vec<_>>().join("\n");
-    stage.world.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{lines}\n{block}\n}}\n}}\n"));
+    stage.env.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{lines}\n{block}\n}}\n}}\n"));
     let (_, init) = stage.see(Subject::Bare, &["init", "-no-color", "-input=false"]);
     let (terraform, plan) = stage.see(Subject::Bare, &["plan", "-no-color", "-input=false"]);
     let (tf, show) = stage.see(Subject::Tf, &["locks", "list"]);
-    let story = format!("{}\n{init}\n{plan}\n{show}", case.name);
-    assert!(terraform.iter().any(|line| line.contains(&stage.fill_in(case.seen))), "{terraform:#?}\n{story}");
-    assert_eq!(tf, terraform, "{story}");
-    assert!(!tf.is_empty(), "{story}");
+    let dump = format!("{}\n{init}\n{plan}\n{show}", case.name);
+    assert!(terraform.iter().any(|line| line.contains(&stage.fill_in(case.seen))), "{terraform:#?}\n{dump}");
+    assert_eq!(tf, terraform, "{dump}");
+    assert!(!tf.is_empty(), "{dump}");
 }
 
 #[test]
@@ -304,11 +304,9 @@ fn a_workspaces_state_is_locked_where_terraform_locks_it() {
         let stage_of = |case: &Case| {
             let mut stage = Stage::new();
             let endpoint = format!("http://127.0.0.1:{}", stage.plain.port);
-            stage.world.set("AWS_ENDPOINT_URL", endpoint);
-            let backend = stage.world.backend("dir/prod.tfstate");
-            stage
-                .world
-                .write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{backend}{}\n}}\n}}\n", case.block));
+            stage.env.set("AWS_ENDPOINT_URL", endpoint);
+            let backend = stage.env.backend("dir/prod.tfstate");
+            stage.env.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{backend}{}\n}}\n}}\n", case.block));
             stage.see(Subject::Bare, &["init", "-no-color"]);
             stage.see(Subject::Bare, &["workspace", "new", workspace]);
             stage
@@ -514,20 +512,20 @@ fn credentials_are_terraforms() {
 fn where_a_profile_is_gone_nobody_else_is_asked() {
     let mut stage = Stage::new();
     let endpoint = format!("http://127.0.0.1:{}", stage.plain.port);
-    stage.world.set("AWS_CONTAINER_CREDENTIALS_FULL_URI", format!("{endpoint}/container"));
-    stage.world.set("AWS_ENDPOINT_URL", endpoint);
-    let keys = stage.world.directory.parent().unwrap().join("keys");
+    stage.env.set("AWS_CONTAINER_CREDENTIALS_FULL_URI", format!("{endpoint}/container"));
+    stage.env.set("AWS_ENDPOINT_URL", endpoint);
+    let keys = stage.env.directory.parent().unwrap().join("keys");
     std::fs::write(&keys, OTHER_KEYS).unwrap();
     let files = format!("profile = \"other\"\nshared_credentials_files = [{keys:?}]");
-    let backend = stage.world.backend("dir/prod.tfstate");
-    stage.world.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{backend}{files}\n}}\n}}\n"));
+    let backend = stage.env.backend("dir/prod.tfstate");
+    stage.env.write("main.tf", &format!("terraform {{\nbackend \"s3\" {{\n{backend}{files}\n}}\n}}\n"));
     stage.see(Subject::Bare, &["init", "-no-color"]);
-    let (there, story) = stage.see(Subject::Tf, &["locks", "list"]);
-    assert!(there.iter().any(|line| line.contains("PROCESS")), "{story}");
+    let (there, dump) = stage.see(Subject::Tf, &["locks", "list"]);
+    assert!(there.iter().any(|line| line.contains("PROCESS")), "{dump}");
     std::fs::write(&keys, "[another]\n").unwrap();
-    let (gone, story) = stage.see(Subject::Tf, &["locks", "list"]);
-    assert!(gone.is_empty(), "{gone:#?}\n{story}");
-    assert!(story.contains("the profile other is in none of the shared files"), "{story}");
+    let (gone, dump) = stage.see(Subject::Tf, &["locks", "list"]);
+    assert!(gone.is_empty(), "{gone:#?}\n{dump}");
+    assert!(dump.contains("the profile other is in none of the shared files"), "{dump}");
 }
 
 #[test]
@@ -788,8 +786,8 @@ fn the_host_names_of_aws_are_terraforms() {
 /// Everything that a schema has is in the list, so that nothing new is taken for harmless.
 #[test]
 fn every_attribute_that_this_terraform_caches_is_in_the_list() {
-    let world = World::new(Lock::Both, "true");
-    let cached: serde_json::Value = serde_json::from_str(&world.read(".terraform/terraform.tfstate")).unwrap();
+    let env = TestEnv::new(Lock::Both, "true");
+    let cached: serde_json::Value = serde_json::from_str(&env.read(".terraform/terraform.tfstate")).unwrap();
     let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/backend-s3.md")).unwrap();
     let config = cached["backend"]["config"].as_object().unwrap();
     assert!(config.len() > 40, "{config:?}");

@@ -10,12 +10,12 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::cloud::tool;
-use crate::support::household::{
-    Sweep, home, marked, tf_of, wait_until_gone, wait_until_ours_are_gone, wait_until_unlocked,
-};
 use crate::support::process::Run;
-use crate::support::world::{WAITS, which};
-use crate::support::{Ended, Lock, World};
+use crate::support::processes::{
+    KillOnDrop, home, marked, tf_of, wait_until_gone, wait_until_ours_are_gone, wait_until_unlocked,
+};
+use crate::support::test_env::{WAITS, which};
+use crate::support::{Ended, Lock, TestEnv};
 
 fn recipe(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/ci").join(name)
@@ -41,17 +41,17 @@ fn text(value: &Value) -> String {
 }
 
 /// A release, as its recipes get it: its archive, and the sum of that.
-fn release(world: &World) -> (String, String) {
+fn release(env: &TestEnv) -> (String, String) {
     let version = env!("CARGO_PKG_VERSION");
     let name = format!("tf-{version}-x86_64-linux");
-    let directory = world.directory.parent().unwrap().join("release");
+    let directory = env.directory.parent().unwrap().join("release");
     fs::create_dir_all(directory.join(&name)).unwrap();
     symlink(env!("CARGO_BIN_EXE_tf"), directory.join(&name).join("tf")).unwrap();
     let archive = directory.join(format!("{name}.tar.gz"));
-    let mut tar = world.command("tar");
+    let mut tar = env.command("tar");
     tar.arg("-C").arg(&directory).arg("-czf").arg(&archive).arg(&name);
     assert_eq!(Run::start(tar).wait().code(), Some(0));
-    let mut sum = world.command("sha256sum");
+    let mut sum = env.command("sha256sum");
     sum.arg(&archive);
     let sum = Run::start(sum).wait().out.split(' ').next().unwrap().to_owned();
     (format!("file://{}", archive.display()), sum)
@@ -161,23 +161,23 @@ fn systems() -> [System; 6] {
 
 /// A directory with a job in it, as its system lays it.
 struct Job {
-    world: World,
+    env: TestEnv,
     system: System,
 }
 
 impl Job {
     fn new(system: System) -> Self {
-        let mut world = World::empty(Lock::File);
-        world.write_main("", WAITS);
-        let (url, sum) = release(&world);
-        let outside = world.directory.parent().unwrap().to_owned();
+        let mut env = TestEnv::empty(Lock::File);
+        env.write_main("", WAITS);
+        let (url, sum) = release(&env);
+        let outside = env.directory.parent().unwrap().to_owned();
         let runner = outside.join("runner");
         fs::create_dir(&runner).unwrap();
         // Only what the recipe puts on PATH leads to tf.
         let terraform = outside.join("only-terraform");
         fs::create_dir(&terraform).unwrap();
         symlink(which("terraform").unwrap(), terraform.join("terraform")).unwrap();
-        world.set("PATH", format!("{}:/usr/local/bin:/usr/bin:/bin", terraform.display()));
+        env.set("PATH", format!("{}:/usr/local/bin:/usr/bin:/bin", terraform.display()));
         for (name, value) in [
             ("CI", "true".into()),
             ("TF_URL", url),
@@ -189,18 +189,18 @@ impl Job {
             ("RUNNER_ARCH", "X64".into()),
             ("GITHUB_PATH", runner.join("path").display().to_string()),
             ("AGENT_TEMPDIRECTORY", runner.display().to_string()),
-            ("CI_PROJECT_DIR", world.directory.display().to_string()),
-            ("WORKSPACE", world.directory.display().to_string()),
-            ("BUILDKITE_BUILD_CHECKOUT_PATH", world.directory.display().to_string()),
+            ("CI_PROJECT_DIR", env.directory.display().to_string()),
+            ("WORKSPACE", env.directory.display().to_string()),
+            ("BUILDKITE_BUILD_CHECKOUT_PATH", env.directory.display().to_string()),
         ] {
-            world.set(name, value);
+            env.set(name, value);
         }
-        Self { world, system }
+        Self { env, system }
     }
 
     fn command(&self, script: &str) -> Command {
-        self.world.write("script", script);
-        let mut command = self.world.command(self.system.shell[0]);
+        self.env.write("script", script);
+        let mut command = self.env.command(self.system.shell[0]);
         command.args(&self.system.shell[1..]).arg("./script");
         command
     }
@@ -213,26 +213,26 @@ impl Job {
             return end;
         }
         let mut path = end.out.lines().rev().find_map(|line| line.strip_prefix("PATH=")).unwrap().to_owned();
-        let runner = self.world.directory.parent().unwrap().join("runner");
+        let runner = self.env.directory.parent().unwrap().join("runner");
         let added = fs::read_to_string(runner.join("path")).unwrap_or_default();
         for line in added.lines().chain(end.out.lines().filter_map(|line| line.strip_prefix("##vso[task.prependpath]")))
         {
             path = format!("{line}:{path}");
         }
         if self.system.name == "Jenkins" {
-            let home = self.world.directory.join(".tf-bin");
+            let home = self.env.directory.join(".tf-bin");
             path = format!("{}/shim:{}:{path}", home.display(), home.display());
         }
-        self.world.set("PATH", path);
+        self.env.set("PATH", path);
         for (name, value) in self.system.environment.clone() {
-            self.world.set(name, value);
+            self.env.set(name, value);
         }
         end
     }
 
     /// Cancels it, up to the end of everything that the system waits for.
     fn cancel(&self, run: Run) {
-        let tf = tf_of(&self.world);
+        let tf = tf_of(&self.env);
         match self.system.name {
             // The first process, and no other. Bash waits, and dies of the second: 7.5 s later, when it is the last of its
             // kind; here at once.
@@ -248,13 +248,13 @@ impl Job {
             "GitLab" | "Buildkite" => run.send_to_group(Signal::SIGTERM),
             // Everything that has the cookie, children first.
             _ => {
-                for pid in marked(&home(&self.world)).into_iter().rev() {
+                for pid in marked(&home(&self.env)).into_iter().rev() {
                     let _ = kill(pid, Signal::SIGTERM);
                 }
             }
         }
         run.wait();
-        wait_until_gone(&self.world, tf);
+        wait_until_gone(&self.env, tf);
     }
 }
 
@@ -270,11 +270,11 @@ fn a_recipe_installs_what_has_the_checksum_and_nothing_else() {
         assert_eq!(end.code(), Some(0), "{name}: {}{}", end.out, end.err);
 
         let mut job = Job::new(job.system);
-        job.world.set("TF_SHA256", "0".repeat(64));
+        job.env.set("TF_SHA256", "0".repeat(64));
         let end = job.install();
         assert!(end.code() != Some(0), "{name}: {}{}", end.out, end.err);
         let unpacked = ["runner/tf/tf", "work/.tf-bin/tf"];
-        let outside = job.world.directory.parent().unwrap();
+        let outside = job.env.directory.parent().unwrap();
         assert!(unpacked.iter().all(|path| fs::symlink_metadata(outside.join(path)).is_err()), "{name}");
     }
 }
@@ -285,17 +285,17 @@ fn a_cancelled_job_of_each_recipe_leaves_no_lock() {
         for system in systems() {
             scope.spawn(move || {
                 let mut job = Job::new(system);
-                let _sweep = Sweep(home(&job.world));
+                let _kill_on_drop = KillOnDrop(home(&job.env));
                 let end = job.install();
                 assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
                 let run = Run::start(job.command(&job.system.job));
-                job.world.wait_for_began(&run);
-                job.world.assert_locked();
+                job.env.wait_for_began(&run);
+                job.env.assert_locked();
                 job.cancel(run);
                 let end = Run::start(job.command(&job.system.last)).wait();
                 assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
-                wait_until_unlocked(&job.world);
-                wait_until_ours_are_gone(&job.world);
+                wait_until_unlocked(&job.env);
+                wait_until_ours_are_gone(&job.env);
             });
         }
     });
@@ -308,13 +308,13 @@ fn the_last_step_of_each_recipe_finishes_what_was_killed() {
         for system in systems() {
             scope.spawn(move || {
                 let mut job = Job::new(system);
-                let _sweep = Sweep(home(&job.world));
+                let _kill_on_drop = KillOnDrop(home(&job.env));
                 assert_eq!(job.install().code(), Some(0), "{}", job.system.name);
                 let run = Run::start(job.command(&job.system.job));
-                job.world.wait_for_began(&run);
-                crate::support::household::kill_all(&job.world);
+                job.env.wait_for_began(&run);
+                crate::support::processes::kill_all(&job.env);
                 run.wait();
-                job.world.assert_locked();
+                job.env.assert_locked();
                 let end = Run::start(job.command(&job.system.last)).wait();
                 assert_eq!(end.code(), Some(0), "{}: {}{}", job.system.name, end.out, end.err);
                 assert!(
@@ -323,7 +323,7 @@ fn the_last_step_of_each_recipe_finishes_what_was_killed() {
                     job.system.name,
                     end.out
                 );
-                job.world.assert_unlocked();
+                job.env.assert_unlocked();
             });
         }
     });
@@ -344,29 +344,29 @@ fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     // 10 s for a write on its way, 20 s for a lock service that does not answer.
     assert!(timeout + 30 <= grace, "{timeout} {grace}");
 
-    let mut world = World::new(Lock::File, WAITS);
-    world.set("TFW_STOP_TIMEOUT", entry["value"].as_str().unwrap());
-    let mut command = world.command(world.bin().join(words[0]));
+    let mut env = TestEnv::new(Lock::File, WAITS);
+    env.set("TFW_STOP_TIMEOUT", entry["value"].as_str().unwrap());
+    let mut command = env.command(env.bin().join(words[0]));
     command.args(&words[1..]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     run.send(Signal::SIGTERM);
     let end = run.wait();
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// The workflow of Atlantis, step by step, with the variables that it gives.
 #[test]
 fn the_steps_of_the_atlantis_workflow_plan_and_apply() {
     let steps = yaml("atlantis/repos.yaml");
-    let mut world = World::new(Lock::File, "true");
-    world.set("PLANFILE", world.directory.join("plan.out"));
+    let mut env = TestEnv::new(Lock::File, "true");
+    env.set("PLANFILE", env.directory.join("plan.out"));
     let version = "1.11.4";
-    symlink(which("terraform").unwrap(), world.bin().join(format!("terraform{version}"))).unwrap();
+    symlink(which("terraform").unwrap(), env.bin().join(format!("terraform{version}"))).unwrap();
     for stage in ["plan", "apply"] {
         for step in steps["workflows"]["tf"][stage]["steps"].as_array().unwrap() {
-            let mut command = world.command("sh");
+            let mut command = env.command("sh");
             command.env("ATLANTIS_TERRAFORM_VERSION", version).arg("-c");
             if let Some(run) = step["run"].as_str() {
                 let end = Run::start({
@@ -374,14 +374,14 @@ fn the_steps_of_the_atlantis_workflow_plan_and_apply() {
                     command
                 })
                 .wait();
-                assert_eq!(end.code(), Some(0), "{run}: {}", world.story(&end));
+                assert_eq!(end.code(), Some(0), "{run}: {}", env.dump(&end));
             } else if step["env"].is_object() {
                 command.arg(step["env"]["command"].as_str().unwrap());
                 let value = Run::start(command).wait().out;
-                world.set(step["env"]["name"].as_str().unwrap(), value.trim());
+                env.set(step["env"]["name"].as_str().unwrap(), value.trim());
             }
         }
     }
-    assert!(world.trace().contains("started terraform"), "{}", world.trace());
-    world.assert_unlocked();
+    assert!(env.trace().contains("started terraform"), "{}", env.trace());
+    env.assert_unlocked();
 }

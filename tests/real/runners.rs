@@ -16,15 +16,15 @@ use nix::unistd::{Pid, getsid};
 
 use super::interrupted_once::slow_to_plan;
 use crate::support::cloud::tool;
-use crate::support::household::{
-    Sweep, everybody, guardian_of, home, is_gone, marked, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+use crate::support::process::{Run, state, terraform_below, tree};
+use crate::support::processes::{
+    KillOnDrop, everybody, guardian_of, home, is_gone, marked, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
     wait_until_ours_are_gone, wait_until_unlocked,
 };
-use crate::support::process::{Run, state, terraform_below, tree};
 use crate::support::proxy::Proxy;
 use crate::support::terminal::Terminal;
-use crate::support::world::WAITS;
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::test_env::WAITS;
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -47,13 +47,13 @@ fn with_both(job: impl Fn(Subject) + Sync) {
 
 /// A terraform that holds its lock and does not stop, however it is asked, until the proxy lets go what it reads. (One
 /// whose provisioner ignores signals would not do: terraform kills a provisioner's shell as soon as it is interrupted.)
-fn unstoppable(environment: &[(&str, &str)]) -> (World, Proxy, Sweep) {
-    let (mut world, proxy) = slow_to_plan();
+fn unstoppable(environment: &[(&str, &str)]) -> (TestEnv, Proxy, KillOnDrop) {
+    let (mut env, proxy) = slow_to_plan();
     for (name, value) in environment {
-        world.set(name, value);
+        env.set(name, value);
     }
-    let sweep = Sweep(home(&world));
-    (world, proxy, sweep)
+    let kill_on_drop = KillOnDrop(home(&env));
+    (env, proxy, kill_on_drop)
 }
 
 /// Whether a process ends within the time that a runner gives it.
@@ -70,33 +70,33 @@ fn ends_within(pid: Pid, time: Duration) -> bool {
 
 /// The promise, and what bare terraform does instead: all of it is dead, and its lock stands.
 #[track_caller]
-fn assert_outcome(world: &World, subject: Subject) {
+fn assert_outcome(env: &TestEnv, subject: Subject) {
     match subject {
         Subject::Tf => {
-            wait_until_unlocked(world);
-            wait_until_ours_are_gone(world);
+            wait_until_unlocked(env);
+            wait_until_ours_are_gone(env);
         }
         Subject::Bare => {
-            wait_until_all_is_gone(world);
-            world.assert_locked();
+            wait_until_all_is_gone(env);
+            env.assert_locked();
         }
     }
 }
 
 /// Everything was killed, the guardian too: the next `tf` in the same directory gives the lock back, and then works.
 #[track_caller]
-fn assert_next_gives_back(world: &World, proxy: &Proxy) {
-    wait_until_all_is_gone(world);
+fn assert_next_gives_back(env: &TestEnv, proxy: &Proxy) {
+    wait_until_all_is_gone(env);
     proxy.let_go();
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[track_caller]
-fn assert_interrupted_once(world: &World, end: &Ended) {
-    assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", world.story(end));
-    assert!(!end.err.contains("Two interrupts"), "{}", world.story(end));
+fn assert_interrupted_once(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{}", env.dump(end));
+    assert!(!end.err.contains("Two interrupts"), "{}", env.dump(end));
 }
 
 // ---- GitHub Actions
@@ -114,21 +114,21 @@ fn cancel_step(entry: Pid) {
 
 /// How it cleans up at the end of the job (JobExtension.cs): whoever still has the job's mark is killed. It does so no
 /// earlier than here: between the two are the job's last steps.
-fn clean_up_orphans(world: &World) {
-    for pid in marked(&format!("RUNNER_TRACKING_ID=github_{}", world.bucket)) {
+fn clean_up_orphans(env: &TestEnv) {
+    for pid in marked(&format!("RUNNER_TRACKING_ID=github_{}", env.bucket)) {
         let _ = kill(pid, Signal::SIGKILL);
     }
 }
 
-fn github(world: &mut World) {
-    let id = format!("github_{}", world.bucket);
-    world.set("CI", "true").set("GITHUB_ACTIONS", "true").set("RUNNER_TRACKING_ID", id);
+fn github(env: &mut TestEnv) {
+    let id = format!("github_{}", env.bucket);
+    env.set("CI", "true").set("GITHUB_ACTIONS", "true").set("RUNNER_TRACKING_ID", id);
 }
 
 /// A step's `run:`, as the runner starts it without a `shell:`.
-fn step(world: &World, script: &str) -> Run {
-    world.write("step.sh", script);
-    let mut command = world.command("bash");
+fn step(env: &TestEnv, script: &str) -> Run {
+    env.write("step.sh", script);
+    let mut command = env.command("bash");
     command.args(["-e", "step.sh"]);
     Run::start(command)
 }
@@ -137,13 +137,13 @@ fn step(world: &World, script: &str) -> Run {
 fn github_actions_cancels_a_step() {
     // bash waits at INT for its child and dies of TERM, and neither terraform nor tf is told anything by anybody.
     with_both(|subject| {
-        let (mut world, proxy, _sweep) = unstoppable(&[]);
-        github(&mut world);
-        let entry = step(&world, &format!("{}\necho done\n", apply(subject)));
+        let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
+        github(&mut env);
+        let entry = step(&env, &format!("{}\necho done\n", apply(subject)));
         proxy.wait_until_held();
         cancel_step(entry.pid());
-        clean_up_orphans(&world);
-        assert_outcome(&world, subject);
+        clean_up_orphans(&env);
+        assert_outcome(&env, subject);
         assert!(!entry.out().contains("done"), "{}", entry.out());
     });
 }
@@ -151,35 +151,35 @@ fn github_actions_cancels_a_step() {
 #[test]
 fn github_actions_cancels_a_step_whose_provisioner_still_works() {
     // At the end of the step, terraform has just been told to stop, and may be killed wherever it is in that.
-    let mut world = World::new(Lock::Both, STUBBORN);
-    let _sweep = Sweep(home(&world));
-    github(&mut world);
-    let entry = step(&world, &format!("{}\necho done\n", apply(Subject::Tf)));
-    world.wait_for_began(&entry);
+    let mut env = TestEnv::new(Lock::Both, STUBBORN);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    github(&mut env);
+    let entry = step(&env, &format!("{}\necho done\n", apply(Subject::Tf)));
+    env.wait_for_began(&entry);
     cancel_step(entry.pid());
-    clean_up_orphans(&world);
-    assert_outcome(&world, Subject::Tf);
+    clean_up_orphans(&env);
+    assert_outcome(&env, Subject::Tf);
 }
 
 #[test]
 fn github_actions_cancels_a_step_that_is_tf_itself() {
     // With exec there is no bash in between: tf gets INT, TERM and KILL, and terraform lives until the job's end.
-    let (mut world, proxy, _sweep) = unstoppable(&[]);
-    github(&mut world);
-    let entry = step(&world, &format!("exec {}\n", apply(Subject::Tf)));
+    let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
+    github(&mut env);
+    let entry = step(&env, &format!("exec {}\n", apply(Subject::Tf)));
     proxy.wait_until_held();
     cancel_step(entry.pid());
-    clean_up_orphans(&world);
-    assert_outcome(&world, Subject::Tf);
-    assert_interrupted_once(&world, &entry.wait());
+    clean_up_orphans(&env);
+    assert_outcome(&env, Subject::Tf);
+    assert_interrupted_once(&env, &entry.wait());
 }
 
 #[test]
 fn github_actions_two_signals_to_a_step_that_is_tf_itself_are_one_interrupt() {
     with_both(|subject| {
-        let (mut world, proxy, _sweep) = unstoppable(&[]);
-        github(&mut world);
-        let entry = step(&world, &format!("exec {}\n", apply(subject)));
+        let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
+        github(&mut env);
+        let entry = step(&env, &format!("exec {}\n", apply(subject)));
         proxy.wait_until_held();
         entry.send(Signal::SIGINT);
         entry.wait_for_out("Interrupt received");
@@ -189,14 +189,14 @@ fn github_actions_two_signals_to_a_step_that_is_tf_itself_are_one_interrupt() {
             // The second ends it at once, while it plans, with its lock held.
             Subject::Bare => entry.wait_for_err("Two interrupts received"),
             Subject::Tf => {
-                world.wait_for_trace("got SIGTERM");
+                env.wait_for_trace("got SIGTERM");
                 proxy.let_go();
                 let end = entry.wait();
-                assert_interrupted_once(&world, &end);
-                assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+                assert_interrupted_once(&env, &end);
+                assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
             }
         }
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
     });
 }
 
@@ -215,8 +215,8 @@ fn gitlab_job(mut command: Command, script: &str) -> Run {
 fn gitlabs_shell_executor_stops_a_group() {
     // The time between the two is ten minutes, unless it is configured: a second here.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let job = gitlab_job(world.command("bash"), &apply(subject));
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let job = gitlab_job(env.command("bash"), &apply(subject));
         proxy.wait_until_held();
         job.send_to_group(Signal::SIGTERM);
         std::thread::sleep(Duration::from_secs(1));
@@ -225,23 +225,23 @@ fn gitlabs_shell_executor_stops_a_group() {
             // Terraform, in a group of its own, is not hit. It was told to stop, and can now.
             proxy.let_go();
         }
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
         if subject == Subject::Tf {
-            assert_interrupted_once(&world, &job.wait());
+            assert_interrupted_once(&env, &job.wait());
         }
     });
 }
 
 #[test]
 fn gitlabs_shell_executor_stops_a_group_and_terraform_never_does() {
-    let (world, proxy, _sweep) = unstoppable(&[("TFW_STOP_TIMEOUT", "3s")]);
-    let job = gitlab_job(world.command("bash"), &apply(Subject::Tf));
+    let (env, proxy, _kill_on_drop) = unstoppable(&[("TFW_STOP_TIMEOUT", "3s")]);
+    let job = gitlab_job(env.command("bash"), &apply(Subject::Tf));
     proxy.wait_until_held();
     job.send_to_group(Signal::SIGTERM);
-    world.wait_for_trace("got SIGTERM");
+    env.wait_for_trace("got SIGTERM");
     job.send_to_group(Signal::SIGKILL);
     // What is left of TFW_STOP_TIMEOUT is kept by whoever outlives tf.
-    assert_outcome(&world, Subject::Tf);
+    assert_outcome(&env, Subject::Tf);
 }
 
 // ---- containers
@@ -261,8 +261,8 @@ fn init_of(run: &Run) -> Pid {
 }
 
 /// A command as process 1 of a container: a process namespace, and its own /proc.
-fn contained(world: &World, program: &str) -> Command {
-    let mut command = world.command("unshare");
+fn contained(env: &TestEnv, program: &str) -> Command {
+    let mut command = env.command("unshare");
     command.args(["--fork", "--pid", "--mount-proc", program]);
     command
 }
@@ -280,8 +280,8 @@ fn gitlabs_docker_executor_stops_a_container() {
     // A script in the container sends TERM to every process but 1, the highest number first, and waits for each up to
     // 6 s; after 10 s it is left to `docker stop`: TERM to process 1, 10 s, KILL. All of that shortened by six.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let job = gitlab_job(contained(&world, "bash"), &apply(subject));
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let job = gitlab_job(contained(&env, "bash"), &apply(subject));
         proxy.wait_until_held();
         let init = init_of(&job);
         let begun = Instant::now();
@@ -302,8 +302,8 @@ fn gitlabs_docker_executor_stops_a_container() {
             kill(init, Signal::SIGKILL).unwrap();
         }
         match subject {
-            Subject::Tf => assert_next_gives_back(&world, &proxy),
-            Subject::Bare => assert_outcome(&world, subject),
+            Subject::Tf => assert_next_gives_back(&env, &proxy),
+            Subject::Bare => assert_outcome(&env, subject),
         }
     });
 }
@@ -314,8 +314,8 @@ fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
         return;
     }
     for as_init in [false, true] {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let mut command = contained(&world, if as_init { "tf" } else { "bash" });
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let mut command = contained(&env, if as_init { "tf" } else { "bash" });
         if as_init {
             command.args(APPLY);
         } else {
@@ -326,8 +326,8 @@ fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
         // The kernel kills all others with it, the guardian among them.
         kill(init_of(&run), Signal::SIGKILL).unwrap();
         run.wait();
-        world.assert_locked();
-        assert_next_gives_back(&world, &proxy);
+        env.assert_locked();
+        assert_next_gives_back(&env, &proxy);
     }
 }
 
@@ -338,8 +338,8 @@ fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
     }
     // The pod has 30 s, of which TFW_STOP_TIMEOUT leaves 25 to terraform: 5 s and 2 s here.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[("TFW_STOP_TIMEOUT", "2s")]);
-        let mut command = contained(&world, subject.name());
+        let (env, proxy, _kill_on_drop) = unstoppable(&[("TFW_STOP_TIMEOUT", "2s")]);
+        let mut command = contained(&env, subject.name());
         command.args(APPLY);
         let pod = Run::start(command);
         proxy.wait_until_held();
@@ -347,16 +347,16 @@ fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
         kill(init, Signal::SIGTERM).unwrap();
         let ended = ends_within(init, Duration::from_secs(5));
         if subject == Subject::Tf {
-            world.assert_unlocked();
-            assert!(ended, "{}", world.trace());
+            env.assert_unlocked();
+            assert!(ended, "{}", env.trace());
         } else {
             assert!(!ended);
             kill(init, Signal::SIGKILL).unwrap();
         }
         let end = pod.wait();
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
         if subject == Subject::Tf {
-            assert!(end.err.contains("TFW_STOP_TIMEOUT"), "{}", world.story(&end));
+            assert!(end.err.contains("TFW_STOP_TIMEOUT"), "{}", env.dump(&end));
         }
     });
 }
@@ -376,32 +376,32 @@ fn as_process_1_it_hears_every_signal() {
         (Signal::SIGQUIT, "SIGQUIT"),
     ] {
         for inside in [false, true] {
-            let mut world = World::empty(Lock::DynamoDb);
-            let _sweep = Sweep(home(&world));
-            world.count_signals();
-            let mut command = contained(&world, "tf");
+            let mut env = TestEnv::empty(Lock::DynamoDb);
+            let _kill_on_drop = KillOnDrop(home(&env));
+            env.count_signals();
+            let mut command = contained(&env, "tf");
             command.arg("apply");
             let run = Run::start(command);
-            world.wait_for_began(&run);
+            env.wait_for_began(&run);
             let init = init_of(&run);
             if inside {
                 let line = format!("kill -{} 1", signal.as_str().trim_start_matches("SIG"));
-                assert_eq!(Run::start(entering(&world, init, &line)).wait().code(), Some(0));
+                assert_eq!(Run::start(entering(&env, init, &line)).wait().code(), Some(0));
             } else {
                 kill(init, signal).unwrap();
             }
-            wait_for("the signal", || (!world.seen().is_empty()).then_some(()), || world.trace());
-            world.go();
+            wait_for("the signal", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
+            env.unblock();
             let end = run.wait();
-            assert_eq!(world.seen(), [becomes], "{signal} from inside {inside}: {}", world.story(&end));
-            assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+            assert_eq!(env.received_signals(), [becomes], "{signal} from inside {inside}: {}", env.dump(&end));
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         }
     }
 }
 
 /// A shell's line in the namespace of `init`, as `kubectl exec` starts it.
-fn entering(world: &World, init: Pid, line: &str) -> Command {
-    let mut command = world.command("nsenter");
+fn entering(env: &TestEnv, init: Pid, line: &str) -> Command {
+    let mut command = env.command("nsenter");
     command.args(["--target", &init.to_string(), "--pid", "--mount", "sh", "-c", line]);
     command
 }
@@ -411,35 +411,35 @@ fn as_process_1_it_takes_strange_zombies_away() {
     if !is_root() {
         return;
     }
-    let world = World::new(Lock::Both, WAITS);
-    let _sweep = Sweep(home(&world));
-    let mut command = contained(&world, "tf");
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let mut command = contained(&env, "tf");
     command.args(APPLY);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let init = init_of(&run);
     // Its parent ends at once, so it comes to process 1; a name of its own tells it from terraform's shells.
-    world.write("orphan", "while ! test -e orphan-goes; do sleep 0.02; done\n");
-    symlink("/bin/sh", world.directory.join("stranger")).unwrap();
-    let line = format!("cd {}; ./stranger orphan >/dev/null 2>&1 &", world.directory.display());
-    assert_eq!(Run::start(entering(&world, init, &line)).wait().code(), Some(0));
+    env.write("orphan", "while ! test -e orphan-goes; do sleep 0.02; done\n");
+    symlink("/bin/sh", env.directory.join("stranger")).unwrap();
+    let line = format!("cd {}; ./stranger orphan >/dev/null 2>&1 &", env.directory.display());
+    assert_eq!(Run::start(entering(&env, init, &line)).wait().code(), Some(0));
     let orphan = wait_for(
         "the orphan",
         || tree(init).into_iter().find(|process| process.1 == "stranger").map(|process| process.0),
         || format!("{:?}", tree(init)),
     );
-    world.write("orphan-goes", "");
+    env.write("orphan-goes", "");
     wait_for(
         "process 1 to take it away",
         || state(orphan).is_none().then_some(()),
-        || format!("{:?}\n{}", tree(init), world.trace()),
+        || format!("{:?}\n{}", tree(init), env.trace()),
     );
     // Terraform, and what it started, are still there and end well.
     assert!(!is_gone(terraform_below(init)));
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 // ---- Jenkins
@@ -480,65 +480,65 @@ fn kill_recursively(pid: Pid, all: &[(Pid, Pid)], deadline: Instant) {
 }
 
 /// Its marks, but for the one that tells a script from what started it.
-fn jenkins(world: &mut World) {
-    let node = format!("node-{}", world.bucket);
-    world.set("BUILD_ID", "7").set("JENKINS_NODE_COOKIE", node).set("JENKINS_SERVER_COOKIE", "dontkill");
-    world.set("HUDSON_COOKIE", "a").set("HUDSON_SERVER_COOKIE", "b").set("CI", "true");
+fn jenkins(env: &mut TestEnv) {
+    let node = format!("node-{}", env.bucket);
+    env.set("BUILD_ID", "7").set("JENKINS_NODE_COOKIE", node).set("JENKINS_SERVER_COOKIE", "dontkill");
+    env.set("HUDSON_COOKIE", "a").set("HUDSON_SERVER_COOKIE", "b").set("CI", "true");
 }
 
 /// A script, as a pipeline's `sh` step starts it: nobody's child any more, INT and HUP ignored (durable-task).
-fn sh_step(world: &World, script: &str) {
-    world.write("script.sh", script);
+fn sh_step(env: &TestEnv, script: &str) {
+    env.write("script.sh", script);
     let line = format!(
         "(JENKINS_SERVER_COOKIE=durable-{} sh -xe script.sh > log 2>&1; echo $? > result) >&- 2>&- &",
-        world.bucket
+        env.bucket
     );
-    let mut command = world.command("nohup");
+    let mut command = env.command("nohup");
     command.args(["sh", "-c", &line]);
     Run::start(command).wait();
 }
 
 /// The end of the step, and then that of the node.
-fn abort(world: &World) {
-    kill_all(&format!("JENKINS_SERVER_COOKIE=durable-{}", world.bucket));
-    kill_all(&format!("JENKINS_NODE_COOKIE=node-{}", world.bucket));
+fn abort(env: &TestEnv) {
+    kill_all(&format!("JENKINS_SERVER_COOKIE=durable-{}", env.bucket));
+    kill_all(&format!("JENKINS_NODE_COOKIE=node-{}", env.bucket));
 }
 
 #[test]
 fn jenkins_aborts_a_build() {
     with_both(|subject| {
-        let (mut world, proxy, _sweep) = unstoppable(&[]);
-        jenkins(&mut world);
-        sh_step(&world, &apply(subject));
+        let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
+        jenkins(&mut env);
+        sh_step(&env, &apply(subject));
         proxy.wait_until_held();
-        abort(&world);
-        assert_outcome(&world, subject);
+        abort(&env);
+        assert_outcome(&env, subject);
     });
 }
 
 #[test]
 fn jenkins_aborts_a_build_whose_provisioner_ignores_term() {
-    let mut world = World::new(Lock::Both, STUBBORN);
-    let _sweep = Sweep(home(&world));
-    jenkins(&mut world);
-    sh_step(&world, &apply(Subject::Tf));
-    world.wait_for_file("began");
+    let mut env = TestEnv::new(Lock::Both, STUBBORN);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    jenkins(&mut env);
+    sh_step(&env, &apply(Subject::Tf));
+    env.wait_for_file("began");
     // The provisioner has used up the five seconds: terraform, and then tf, are killed 10 ms after their TERM.
-    abort(&world);
-    assert_outcome(&world, Subject::Tf);
+    abort(&env);
+    assert_outcome(&env, Subject::Tf);
 }
 
 #[test]
 fn no_runner_can_tell_the_guardian() {
     for in_jenkins in [false, true] {
-        let mut world = World::new(Lock::Both, WAITS);
-        let _sweep = Sweep(home(&world));
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        let _kill_on_drop = KillOnDrop(home(&env));
         if in_jenkins {
-            jenkins(&mut world);
+            jenkins(&mut env);
         }
-        github(&mut world);
-        let run = world.start_apply(Subject::Tf);
-        let guardian = guardian_of(&world, run.pid());
+        github(&mut env);
+        let run = env.start_apply(Subject::Tf);
+        let guardian = guardian_of(&env, run.pid());
         let environment = std::fs::read(format!("/proc/{guardian}/environ")).unwrap();
         let environment = String::from_utf8_lossy(&environment).into_owned();
         for name in [
@@ -564,11 +564,11 @@ fn no_runner_can_tell_the_guardian() {
             assert_eq!(path, PathBuf::from("/dev/null"), "{number}");
         }
         assert_eq!(std::fs::read_link(format!("/proc/{guardian}/cwd")).unwrap(), PathBuf::from("/"));
-        world.go();
+        env.unblock();
         let end = run.wait();
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        wait_until_gone(&world, guardian);
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        wait_until_gone(&env, guardian);
+        env.assert_unlocked();
     }
 }
 
@@ -579,8 +579,8 @@ fn buildkite_cancels_a_job() {
     // The job is on a pseudo-terminal that its shell leads: when the shell dies, that is hung up as well.
     with_both(|subject| {
         for script in [apply(subject), format!("{}; echo done", apply(subject))] {
-            let (world, proxy, _sweep) = unstoppable(&[("CI", "true"), ("BUILDKITE", "true")]);
-            let mut command = world.command("bash");
+            let (env, proxy, _kill_on_drop) = unstoppable(&[("CI", "true"), ("BUILDKITE", "true")]);
+            let mut command = env.command("bash");
             command.args(["-e", "-c", &script]);
             let job = Terminal::start(command);
             proxy.wait_until_held();
@@ -591,7 +591,7 @@ fn buildkite_cancels_a_job() {
                 // Terraform is in a group of its own, and is not hit. It was told to stop, and can now.
                 proxy.let_go();
             }
-            assert_outcome(&world, subject);
+            assert_outcome(&env, subject);
         }
     });
 }
@@ -605,22 +605,22 @@ fn timeout_kills_what_does_not_stop() {
             if subject == Subject::Bare && stop_timeout.is_some() {
                 return;
             }
-            let (mut world, proxy, _sweep) = unstoppable(&[]);
+            let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
             if let Some(time) = stop_timeout {
-                world.set("TFW_STOP_TIMEOUT", time);
+                env.set("TFW_STOP_TIMEOUT", time);
             }
-            let mut command = world.command("timeout");
+            let mut command = env.command("timeout");
             command.args(["-k", "1", "2", subject.name()]).args(APPLY);
             let run = Run::start(command);
             proxy.wait_until_held();
             // It kills its whole group, and so itself.
             let end = run.wait();
-            assert_eq!(end.signal(), Some(9), "{}", world.story(&end));
+            assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
             if stop_timeout.is_none() && subject == Subject::Tf {
-                assert_interrupted_once(&world, &end);
+                assert_interrupted_once(&env, &end);
                 proxy.let_go();
             }
-            assert_outcome(&world, subject);
+            assert_outcome(&env, subject);
         });
     }
 }
@@ -631,17 +631,17 @@ fn timeout_kills_what_does_not_stop() {
 struct ControlGroup(PathBuf);
 
 impl ControlGroup {
-    fn new(world: &World) -> Self {
+    fn new(env: &TestEnv) -> Self {
         let root = Path::new("/sys/fs/cgroup");
         let root = if root.join("pids").exists() { root.join("pids") } else { root.to_owned() };
-        let path = root.join(format!("tf-test-{}", world.bucket));
+        let path = root.join(format!("tf-test-{}", env.bucket));
         std::fs::create_dir(&path).expect("no control group can be made: /sys/fs/cgroup is not writable");
         Self(path)
     }
 
     /// Starts a unit's main process in it.
-    fn start(&self, world: &World, subject: Subject) -> Run {
-        let mut command = world.command("sh");
+    fn start(&self, env: &TestEnv, subject: Subject) -> Run {
+        let mut command = env.command("sh");
         command.args(["-c", &format!("echo $$ > {}/cgroup.procs; exec {}", self.0.display(), apply(subject))]);
         Run::start(command)
     }
@@ -678,15 +678,15 @@ fn somebody_else_stops_every_process_of_a_unit() {
     // Terraform gets two interrupts then, that one and ours, and leaves within 5 s with its lock held. It has written
     // nothing, so tf releases the lock as soon as all is dead. 8 s stand for TimeoutStopSec, which is 90 s.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let unit = ControlGroup::new(&world);
-        let run = unit.start(&world, subject);
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let unit = ControlGroup::new(&env);
+        let run = unit.start(&env, subject);
         proxy.wait_until_held();
         unit.send(Signal::SIGTERM);
         let ended = ends_within(run.pid(), Duration::from_secs(8));
-        assert_eq!(ended, subject == Subject::Tf, "{}{}{}", run.out(), run.err(), world.trace());
+        assert_eq!(ended, subject == Subject::Tf, "{}{}{}", run.out(), run.err(), env.trace());
         unit.send(Signal::SIGKILL);
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
     });
 }
 
@@ -696,9 +696,9 @@ fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
         return;
     }
     for stopped in [false, true] {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let unit = ControlGroup::new(&world);
-        let run = unit.start(&world, Subject::Tf);
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let unit = ControlGroup::new(&env);
+        let run = unit.start(&env, Subject::Tf);
         proxy.wait_until_held();
         if stopped {
             unit.send(Signal::SIGTERM);
@@ -707,21 +707,21 @@ fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
         // The guardian is a member, and is killed with the others.
         unit.send(Signal::SIGKILL);
         run.wait();
-        world.assert_locked();
-        assert_next_gives_back(&world, &proxy);
+        env.assert_locked();
+        assert_next_gives_back(&env, &proxy);
     }
 }
 
 #[test]
 fn a_killed_session_leaves_no_lock_and_no_worker() {
     // As `pkill -s`, or a login manager without control groups. The worker is in a session of its own.
-    let world = World::empty(Lock::Both);
-    let _sweep = Sweep(home(&world));
-    world.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
-    world.write_main("", "setsid bash worker & touch began; wait");
-    world.init();
-    let run = world.start_apply(Subject::Tf);
-    world.wait_for_file("work");
+    let env = TestEnv::empty(Lock::Both);
+    let _kill_on_drop = KillOnDrop(home(&env));
+    env.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
+    env.write_main("", "setsid bash worker & touch began; wait");
+    env.init();
+    let run = env.start_apply(Subject::Tf);
+    env.wait_for_file("work");
     let session = getsid(Some(run.pid())).unwrap();
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
         for pid in everybody().into_iter().filter(|pid| getsid(Some(*pid)) == Ok(session)) {
@@ -729,10 +729,10 @@ fn a_killed_session_leaves_no_lock_and_no_worker() {
         }
     }
     run.wait();
-    assert_outcome(&world, Subject::Tf);
-    let work = world.read("work").len();
+    assert_outcome(&env, Subject::Tf);
+    let work = env.read("work").len();
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(world.read("work").len(), work, "it works on. {}", world.trace());
+    assert_eq!(env.read("work").len(), work, "it works on. {}", env.trace());
 }
 
 // ---- parents that are programs
@@ -754,8 +754,8 @@ while not os.path.exists("die"):
 os.kill(os.getpid(), signal.SIGKILL)
 "#;
 
-fn terraform_exec(world: &World, subject: Subject) -> Run {
-    let mut command = world.command(tool("python3"));
+fn terraform_exec(env: &TestEnv, subject: Subject) -> Run {
+    let mut command = env.command(tool("python3"));
     command.args(["-c", TERRAFORM_EXEC, subject.name()]).args(APPLY);
     for name in ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PROVIDER", "TF_LOG_PATH"] {
         command.env(name, "");
@@ -771,26 +771,26 @@ fn terraform_execs_program_cancels_and_dies() {
             if subject == Subject::Bare && stop_timeout.is_some() {
                 return;
             }
-            let (mut world, proxy, _sweep) = unstoppable(&[]);
+            let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
             if let Some(time) = stop_timeout {
-                world.set("TFW_STOP_TIMEOUT", time);
+                env.set("TFW_STOP_TIMEOUT", time);
             }
-            let parent = terraform_exec(&world, subject);
+            let parent = terraform_exec(&env, subject);
             proxy.wait_until_held();
-            world.write("cancel", "");
+            env.write("cancel", "");
             if subject == Subject::Tf {
-                world.wait_for_trace("InterruptGroup");
-                let tf = tf_of(&world);
-                world.write("die", "");
-                wait_until_gone(&world, tf);
+                env.wait_for_trace("InterruptGroup");
+                let tf = tf_of(&env);
+                env.write("die", "");
+                wait_until_gone(&env, tf);
                 if stop_timeout.is_none() {
                     proxy.let_go();
                 }
             } else {
-                world.write("die", "");
+                env.write("die", "");
             }
             parent.wait();
-            assert_outcome(&world, subject);
+            assert_outcome(&env, subject);
         });
     }
 }
@@ -798,25 +798,25 @@ fn terraform_execs_program_cancels_and_dies() {
 #[test]
 fn terraform_execs_program_dies_and_terraform_gets_one_interrupt() {
     for cancelled in [false, true] {
-        let mut world = World::empty(Lock::DynamoDb);
-        let _sweep = Sweep(home(&world));
-        world.count_signals();
-        let parent = terraform_exec(&world, Subject::Tf);
-        world.wait_for_began(&parent);
-        let tf = tf_of(&world);
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        let _kill_on_drop = KillOnDrop(home(&env));
+        env.count_signals();
+        let parent = terraform_exec(&env, Subject::Tf);
+        env.wait_for_began(&parent);
+        let tf = tf_of(&env);
         if cancelled {
-            world.write("cancel", "");
-            wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
+            env.write("cancel", "");
+            wait_for("an interrupt", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
         }
-        world.write("die", "");
+        env.write("die", "");
         parent.wait();
-        wait_until_gone(&world, tf);
-        wait_for("an interrupt", || (!world.seen().is_empty()).then_some(()), || world.trace());
+        wait_until_gone(&env, tf);
+        wait_for("an interrupt", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
         // That no second one comes can only be seen by giving it time.
         std::thread::sleep(Duration::from_millis(300));
-        world.go();
-        wait_for("the end of all that is ours", || ours(&world).is_empty().then_some(()), || world.trace());
-        assert_eq!(world.seen(), ["SIGINT"], "cancelled {cancelled}: {}", world.trace());
+        env.unblock();
+        wait_for("the end of all that is ours", || ours(&env).is_empty().then_some(()), || env.trace());
+        assert_eq!(env.received_signals(), ["SIGINT"], "cancelled {cancelled}: {}", env.trace());
     }
 }
 
@@ -840,8 +840,8 @@ while child.poll() is None:
     time.sleep(0.005)
 "#;
 
-fn terragrunt(world: &World, subject: Subject, delay: &str, patience: &str) -> Run {
-    let mut command = world.command(tool("python3"));
+fn terragrunt(env: &TestEnv, subject: Subject, delay: &str, patience: &str) -> Run {
+    let mut command = env.command(tool("python3"));
     command.args(["-c", TERRAGRUNT, delay, patience, subject.name()]).args(APPLY);
     Run::start(command)
 }
@@ -850,16 +850,16 @@ fn terragrunt(world: &World, subject: Subject, delay: &str, patience: &str) -> R
 fn terragrunt_is_told_to_stop_and_kills() {
     // It passes TERM on after 15 s, and kills after 30 s: 1 s and 2 s here.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[("CI", "true")]);
-        let run = terragrunt(&world, subject, "1", "2");
+        let (env, proxy, _kill_on_drop) = unstoppable(&[("CI", "true")]);
+        let run = terragrunt(&env, subject, "1", "2");
         proxy.wait_until_held();
         run.send(Signal::SIGTERM);
         let end = run.wait();
         if subject == Subject::Tf {
-            assert_interrupted_once(&world, &end);
+            assert_interrupted_once(&env, &end);
             proxy.let_go();
         }
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
     });
 }
 
@@ -867,49 +867,49 @@ fn terragrunt_is_told_to_stop_and_kills() {
 fn terragrunts_late_second_interrupt_is_none() {
     // A group gets INT, and 15 s later, here 1 s, terragrunt sends it once more.
     with_both(|subject| {
-        let (world, proxy, _sweep) = unstoppable(&[]);
-        let run = terragrunt(&world, subject, "1", "30");
+        let (env, proxy, _kill_on_drop) = unstoppable(&[]);
+        let run = terragrunt(&env, subject, "1", "30");
         proxy.wait_until_held();
         run.send_to_group(Signal::SIGINT);
         run.wait_for_out("Interrupt received");
         match subject {
             Subject::Bare => run.wait_for_err("Two interrupts received"),
             Subject::Tf => {
-                let times = || (world.trace().matches("got SIGINT").count() == 2).then_some(());
-                wait_for("the second", times, || world.trace());
+                let times = || (env.trace().matches("got SIGINT").count() == 2).then_some(());
+                wait_for("the second", times, || env.trace());
                 proxy.let_go();
             }
         }
         let end = run.wait();
         if subject == Subject::Tf {
-            assert_interrupted_once(&world, &end);
+            assert_interrupted_once(&env, &end);
         }
-        assert_outcome(&world, subject);
+        assert_outcome(&env, subject);
     });
 }
 
 /// A directory as hashicorp/setup-terraform leaves it: its wrapper under terraform's name, the real one beside it. Whoever
 /// runs this wrapper has lost: the real one dies of the first interrupt and leaves terraform alone.
-fn set_up_as_the_action_does(world: &mut World) {
-    let installed = world.directory.parent().unwrap().join("installed");
+fn set_up_as_the_action_does(env: &mut TestEnv) {
+    let installed = env.directory.parent().unwrap().join("installed");
     fs::create_dir(&installed).unwrap();
     let wrapper = installed.join("terraform");
     fs::write(&wrapper, "#!/bin/sh\necho the wrapper ran\nexit 99\n").unwrap();
     fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    std::os::unix::fs::symlink(crate::support::world::terraform(), installed.join("terraform-bin")).unwrap();
+    std::os::unix::fs::symlink(crate::support::test_env::terraform(), installed.join("terraform-bin")).unwrap();
     // `tf` stands before both under terraform's name.
-    let bin = world.bin();
+    let bin = env.bin();
     fs::remove_file(bin.join("terraform")).unwrap();
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), bin.join("terraform")).unwrap();
     let path = format!("{}:{}:/usr/bin:/bin", bin.display(), installed.display());
-    world.set("PATH", path).set("TERRAFORM_CLI_PATH", installed);
-    let output = world.directory.join("github-output");
-    world.set("GITHUB_OUTPUT", output).set("CI", "true").set("GITHUB_ACTIONS", "true");
+    env.set("PATH", path).set("TERRAFORM_CLI_PATH", installed);
+    let output = env.directory.join("github-output");
+    env.set("GITHUB_OUTPUT", output).set("CI", "true").set("GITHUB_ACTIONS", "true");
 }
 
 /// The outputs of a step, as the runner reads them.
-fn outputs(world: &World) -> std::collections::BTreeMap<String, String> {
-    let text = world.read("github-output");
+fn outputs(env: &TestEnv) -> std::collections::BTreeMap<String, String> {
+    let text = env.read("github-output");
     let mut found = std::collections::BTreeMap::new();
     let mut lines = text.lines();
     while let Some((name, end)) = lines.next().and_then(|line| line.split_once("<<")) {
@@ -921,8 +921,8 @@ fn outputs(world: &World) -> std::collections::BTreeMap<String, String> {
 
 #[test]
 fn in_the_place_of_setup_terraforms_wrapper_its_outputs_are_kept() {
-    let mut world = World::new(Lock::Both, "true");
-    set_up_as_the_action_does(&mut world);
+    let mut env = TestEnv::new(Lock::Both, "true");
+    set_up_as_the_action_does(&mut env);
     for (arguments, code, step) in [
         (&["plan", "-detailed-exitcode", "-no-color"][..], "2", 0),
         (&["version"], "0", 0),
@@ -930,35 +930,35 @@ fn in_the_place_of_setup_terraforms_wrapper_its_outputs_are_kept() {
         (&["plan", "-detailed-exitcode", "-no-color"], "0", 0),
         (&["state", "show", "nothing.here"], "1", 1),
     ] {
-        let _ = fs::remove_file(world.directory.join("github-output"));
-        let mut command = world.command(world.bin().join("terraform"));
+        let _ = fs::remove_file(env.directory.join("github-output"));
+        let mut command = env.command(env.bin().join("terraform"));
         command.args(arguments);
         let end = Run::start(command).wait();
-        let outputs = outputs(&world);
-        assert_eq!(end.code(), Some(step), "{arguments:?}: {}", world.story(&end));
-        assert_eq!(outputs["exitcode"], code, "{arguments:?}: {}", world.story(&end));
+        let outputs = outputs(&env);
+        assert_eq!(end.code(), Some(step), "{arguments:?}: {}", env.dump(&end));
+        assert_eq!(outputs["exitcode"], code, "{arguments:?}: {}", env.dump(&end));
         assert_eq!(outputs["stdout"].trim_end(), end.out.trim_end(), "{arguments:?}");
         assert_eq!(outputs["stderr"].trim_end(), end.err.trim_end(), "{arguments:?}");
         assert!(!end.out.contains("the wrapper ran"), "{}", end.out);
     }
-    assert!(world.read("github-output").contains("exitcode<<"));
+    assert!(env.read("github-output").contains("exitcode<<"));
 }
 
 #[test]
 fn in_the_place_of_setup_terraforms_wrapper_a_cancelled_job_leaves_no_lock() {
-    let mut world = World::new(Lock::Both, WAITS);
-    set_up_as_the_action_does(&mut world);
-    let mut command = world.command(world.bin().join("terraform"));
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    set_up_as_the_action_does(&mut env);
+    let mut command = env.command(env.bin().join("terraform"));
     command.args(["apply", "-auto-approve", "-no-color"]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
-    world.assert_locked();
+    env.wait_for_began(&run);
+    env.assert_locked();
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
     run.send(Signal::SIGTERM);
-    world.go();
+    env.unblock();
     let end = run.wait();
-    assert!(!end.out.contains("Two interrupts") && !end.err.contains("Two interrupts"), "{}", world.story(&end));
-    assert_eq!(outputs(&world)["exitcode"], "1", "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(!end.out.contains("Two interrupts") && !end.err.contains("Two interrupts"), "{}", env.dump(&end));
+    assert_eq!(outputs(&env)["exitcode"], "1", "{}", env.dump(&end));
+    env.assert_unlocked();
 }

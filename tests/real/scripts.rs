@@ -8,10 +8,10 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::household::{Sweep, home, marked, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::process::{Run, tree};
-use crate::support::world::{WAITS, which};
-use crate::support::{Ended, Lock, Subject, World, wait_for};
+use crate::support::processes::{KillOnDrop, home, marked, wait_until_all_is_gone, wait_until_unlocked};
+use crate::support::test_env::{WAITS, which};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// What a script may be run by: those that are there.
 const SHELLS: [&[&str]; 8] = [
@@ -44,28 +44,28 @@ fn tf_sh() -> PathBuf {
 }
 
 /// A script of the world's, with `body` below the line that makes it safe.
-fn script(world: &World, shell: &[&str], options: &str, body: &str) -> Command {
-    world.write("deploy", &format!("{options}\n. '{}'\n{body}\n", tf_sh().display()));
-    let mut command = world.command(shell[0]);
+fn script(env: &TestEnv, shell: &[&str], options: &str, body: &str) -> Command {
+    env.write("deploy", &format!("{options}\n. '{}'\n{body}\n", tf_sh().display()));
+    let mut command = env.command(shell[0]);
     command.args(&shell[1..]).arg("./deploy");
     command
 }
 
 /// What is left in the directory for temporary files.
-fn left_behind(world: &World) -> Vec<PathBuf> {
-    fs::read_dir(temporary(world)).unwrap().map(|entry| entry.unwrap().path()).collect()
+fn left_behind(env: &TestEnv) -> Vec<PathBuf> {
+    fs::read_dir(temporary(env)).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
-fn temporary(world: &World) -> PathBuf {
-    world.directory.parent().unwrap().join("temporary")
+fn temporary(env: &TestEnv) -> PathBuf {
+    env.directory.parent().unwrap().join("temporary")
 }
 
-fn world(provisioner: &str) -> World {
-    let mut world = World::new(Lock::File, provisioner);
-    let temporary = temporary(&world);
+fn test_env(provisioner: &str) -> TestEnv {
+    let mut env = TestEnv::new(Lock::File, provisioner);
+    let temporary = temporary(&env);
     fs::create_dir_all(&temporary).unwrap();
-    world.set("TMPDIR", temporary);
-    world
+    env.set("TMPDIR", temporary);
+    env
 }
 
 /// Kills terraform itself, and not the `tf` above it, which was called by that name as well.
@@ -83,48 +83,48 @@ fn kill_terraform(run: &Run) {
     kill(terraform, Signal::SIGKILL).unwrap();
 }
 
-fn shim(world: &World, arguments: &[&str]) -> Ended {
-    world.run(Subject::Tf, &[&["locks", "shim"], arguments].concat())
+fn shim(env: &TestEnv, arguments: &[&str]) -> Ended {
+    env.run(Subject::Tf, &[&["locks", "shim"], arguments].concat())
 }
 
 #[test]
 fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
-    let world = world(WAITS);
-    let directory = world.directory.join("new/shim");
+    let env = test_env(WAITS);
+    let directory = env.directory.join("new/shim");
     let name = directory.to_str().unwrap();
     for _ in 0..2 {
-        let end = shim(&world, &[name]);
+        let end = shim(&env, &[name]);
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);
     }
     assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
     // An unchanged script.
-    let mut command = world.command("sh");
+    let mut command = env.command("sh");
     command.args(["-c", "PATH=\"$0:$PATH\"; terraform apply -auto-approve -no-color", name]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     kill_terraform(&run);
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
     // Called as tofu it looks for that.
-    let mut called = world.command(directory.join("tofu"));
-    called.env("PATH", without(&world, "tofu"));
+    let mut called = env.command(directory.join("tofu"));
+    called.env("PATH", without(&env, "tofu"));
     let end = Run::start(called).wait();
     assert_eq!(end.code(), Some(127));
     assert!(end.err.contains("found no tofu behind"), "{}", end.err);
     for _ in 0..2 {
-        let end = shim(&world, &["--remove", name]);
+        let end = shim(&env, &["--remove", name]);
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
     }
-    let end = shim(&world, &[name, "--only", "terraform"]);
+    let end = shim(&env, &[name, "--only", "terraform"]);
     assert_eq!((end.code(), fs::read_dir(&directory).unwrap().count()), (Some(0), 1));
 }
 
 #[test]
 fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
-    let world = world("true");
-    let directory = world.directory.join("bin");
+    let env = test_env("true");
+    let directory = env.directory.join("bin");
     let name = directory.to_str().unwrap();
     fs::create_dir(&directory).unwrap();
     let terraform = directory.join("terraform");
@@ -138,7 +138,7 @@ fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
         put();
         let before = fs::symlink_metadata(&terraform).unwrap();
         for arguments in [&[name][..], &["--remove", name]] {
-            let end = shim(&world, arguments);
+            let end = shim(&env, arguments);
             assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{what}: {}", end.err);
             assert!(end.err.contains(what) && end.err.contains(terraform.to_str().unwrap()), "{}", end.err);
             assert!(!directory.join("tofu").exists(), "{what}: all or nothing");
@@ -148,10 +148,10 @@ fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
                 (before.file_type(), before.modified().unwrap())
             );
         }
-        fs::rename(&terraform, world.directory.join(format!("was {}", what.replace('/', "-")))).unwrap();
+        fs::rename(&terraform, env.directory.join(format!("was {}", what.replace('/', "-")))).unwrap();
     }
     // A file in the directory's place.
-    let end = shim(&world, &[world.directory.join("main.tf").to_str().unwrap()]);
+    let end = shim(&env, &[env.directory.join("main.tf").to_str().unwrap()]);
     assert_eq!(end.code(), Some(1));
     assert!(end.err.contains("main.tf"), "{}", end.err);
 }
@@ -160,38 +160,37 @@ fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
 fn a_script_that_reads_tf_sh_is_safe_and_leaves_nothing_behind() {
     for shell in shells() {
         for options in ["", "set -e", "set -eu"] {
-            let world = world(WAITS);
-            let mut command =
-                script(&world, shell, options, "terraform apply -auto-approve -no-color; echo \"code $?\"");
+            let env = test_env(WAITS);
+            let mut command = script(&env, shell, options, "terraform apply -auto-approve -no-color; echo \"code $?\"");
             command.env("_tf_shim", "");
             let run = Run::start(command);
-            world.wait_for_began(&run);
+            env.wait_for_began(&run);
             kill_terraform(&run);
             let end = run.wait();
-            assert!(end.err.contains("released the lock"), "{shell:?} {options}: {}", world.story(&end));
+            assert!(end.err.contains("released the lock"), "{shell:?} {options}: {}", env.dump(&end));
             // 137 ends a script that says `set -e`, with its own status.
             if options.is_empty() {
-                assert!(end.out.contains(killed(shell)), "{shell:?}: {}", world.story(&end));
+                assert!(end.out.contains(killed(shell)), "{shell:?}: {}", env.dump(&end));
                 assert_eq!(end.code(), Some(0), "{shell:?}");
             } else {
-                assert!(ended_by_a_kill(shell, &end), "{shell:?} {options}: {}", world.story(&end));
+                assert!(ended_by_a_kill(shell, &end), "{shell:?} {options}: {}", env.dump(&end));
             }
-            world.assert_unlocked();
-            assert!(left_behind(&world).is_empty(), "{shell:?} {options}: {:?}", left_behind(&world));
+            env.assert_unlocked();
+            assert!(left_behind(&env).is_empty(), "{shell:?} {options}: {:?}", left_behind(&env));
         }
     }
 }
 
 #[test]
 fn bare_the_same_script_leaves_the_lock() {
-    let world = world(WAITS);
-    let mut command = world.command("sh");
+    let env = test_env(WAITS);
+    let mut command = env.command("sh");
     command.args(["-c", "terraform apply -auto-approve -no-color; echo \"code $?\""]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     run.kill_terraform();
     run.wait();
-    world.assert_locked();
+    env.assert_locked();
 }
 
 /// Whatever a script starts finds the links: what stands in a pipeline, in a subshell, in a substitution, behind another
@@ -210,12 +209,12 @@ wait $!
 echo all of them
 "#;
     for shell in shells() {
-        let world = world("true");
-        let end = Run::start(script(&world, shell, "set -eu", body)).wait();
+        let env = test_env("true");
+        let end = Run::start(script(&env, shell, "set -eu", body)).wait();
         // Bare terraform would say of each that it has no such command, and end the script.
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{shell:?} {}", end.out);
         assert_eq!(end.out.trim(), "all of them", "{shell:?}");
-        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+        assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
@@ -257,13 +256,13 @@ fn a_script_stays_what_it_is() {
             ("", ". \"$TF_SH\"; echo \"$PATH\" | tr : '\\n' | grep -c tf-shim", "1", 0),
             ("", "(exit 4); echo $?; (trap 'echo inner' EXIT); echo outer", "4\ninner\nouter", 0),
         ] {
-            let mut world = world("true");
-            let path = without(&world, "tofu");
-            world.set("TF_SH", tf_sh()).set("PATH", path);
-            let end = Run::start(script(&world, shell, options, body)).wait();
+            let mut env = test_env("true");
+            let path = without(&env, "tofu");
+            env.set("TF_SH", tf_sh()).set("PATH", path);
+            let end = Run::start(script(&env, shell, options, body)).wait();
             assert_eq!((end.code(), end.err.as_str()), (Some(code), ""), "{shell:?} {options} {body}");
             assert!(end.out.trim().starts_with(out), "{shell:?} {options} {body}: {}", end.out);
-            assert!(left_behind(&world).is_empty(), "{shell:?} {options} {body}: {:?}", left_behind(&world));
+            assert!(left_behind(&env).is_empty(), "{shell:?} {options} {body}: {:?}", left_behind(&env));
         }
     }
 }
@@ -272,11 +271,11 @@ fn a_script_stays_what_it_is() {
 #[test]
 fn it_does_not_succeed_where_terraform_would_run_bare() {
     for shell in shells() {
-        let mut world = world("true");
-        let odd = world.directory.join("a:b");
+        let mut env = test_env("true");
+        let odd = env.directory.join("a:b");
         fs::create_dir(&odd).unwrap();
-        world.set("TMPDIR", odd.clone());
-        let end = Run::start(script(&world, shell, "set -e", "echo went on")).wait();
+        env.set("TMPDIR", odd.clone());
+        let end = Run::start(script(&env, shell, "set -e", "echo went on")).wait();
         assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{shell:?}: {}", end.err);
         assert!(end.err.contains("terraform would run without tf"), "{shell:?}: {}", end.err);
         assert_eq!(fs::read_dir(&odd).unwrap().count(), 0, "{shell:?}");
@@ -288,16 +287,16 @@ fn it_does_not_succeed_where_terraform_would_run_bare() {
 fn a_temporary_directory_and_a_tf_may_have_any_name() {
     for shell in shells() {
         for name in ["a b", "it's", "$HOME", "寿司"] {
-            let mut world = world("true");
-            let odd = world.directory.join(name);
+            let mut env = test_env("true");
+            let odd = env.directory.join(name);
             fs::create_dir(&odd).unwrap();
-            std::os::unix::fs::symlink(world.bin().join("tf"), odd.join("tf")).unwrap();
+            std::os::unix::fs::symlink(env.bin().join("tf"), odd.join("tf")).unwrap();
             let mut path = odd.clone().into_os_string();
             path.push(":");
-            path.push(without(&world, "tf"));
-            world.set("TMPDIR", odd.clone()).set("PATH", path);
+            path.push(without(&env, "tf"));
+            env.set("TMPDIR", odd.clone()).set("PATH", path);
             let end =
-                Run::start(script(&world, shell, "", "terraform locks shell-init sh >/dev/null && echo safe")).wait();
+                Run::start(script(&env, shell, "", "terraform locks shell-init sh >/dev/null && echo safe")).wait();
             assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?} {name}");
             assert_eq!(fs::read_dir(&odd).unwrap().count(), 1, "{shell:?} {name}");
         }
@@ -305,8 +304,8 @@ fn a_temporary_directory_and_a_tf_may_have_any_name() {
 }
 
 /// The PATH of a world without a program of that name: of each directory that has one, all others by links.
-fn without(world: &World, name: &str) -> std::ffi::OsString {
-    let environment = world.environment();
+fn without(env: &TestEnv, name: &str) -> std::ffi::OsString {
+    let environment = env.environment();
     let path = environment.iter().find(|(variable, _)| variable == "PATH").unwrap().1.clone();
     let mut number = 0;
     let directories = std::env::split_paths(&path).map(|directory| {
@@ -314,7 +313,7 @@ fn without(world: &World, name: &str) -> std::ffi::OsString {
             return directory;
         }
         number += 1;
-        let links = world.directory.parent().unwrap().join(format!("without-{name}-{number}"));
+        let links = env.directory.parent().unwrap().join(format!("without-{name}-{number}"));
         if fs::create_dir(&links).is_ok() {
             for entry in fs::read_dir(&directory).unwrap().flatten().filter(|entry| entry.file_name() != name) {
                 let _ = std::os::unix::fs::symlink(entry.path(), links.join(entry.file_name()));
@@ -329,17 +328,17 @@ fn without(world: &World, name: &str) -> std::ffi::OsString {
 #[test]
 fn it_may_be_read_in_a_function() {
     for shell in shells() {
-        let world = world("true");
+        let env = test_env("true");
         let body = format!(
             "begin() {{ . '{}'; }}\nbegin\nterraform locks shell-init sh >/dev/null && echo safe",
             tf_sh().display()
         );
-        world.write("deploy", &body);
-        let mut command = world.command(shell[0]);
+        env.write("deploy", &body);
+        let mut command = env.command(shell[0]);
         command.args(&shell[1..]).arg("./deploy");
         let end = Run::start(command).wait();
         assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
-        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+        assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
@@ -347,23 +346,23 @@ fn it_may_be_read_in_a_function() {
 #[test]
 fn at_its_exit_a_script_finishes_what_was_killed() {
     for shell in shells() {
-        let world = world(WAITS);
-        let _sweep = Sweep(home(&world));
-        let run = Run::start(script(&world, shell, "", "terraform apply -auto-approve -no-color\necho \"code $?\""));
-        world.wait_for_began(&run);
+        let env = test_env(WAITS);
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = Run::start(script(&env, shell, "", "terraform apply -auto-approve -no-color\necho \"code $?\""));
+        env.wait_for_began(&run);
         // Everything at once but the script, as the kernel does with what takes too much memory.
-        let others: Vec<_> = marked(&home(&world)).into_iter().filter(|pid| *pid != run.pid()).collect();
+        let others: Vec<_> = marked(&home(&env)).into_iter().filter(|pid| *pid != run.pid()).collect();
         for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
             for pid in &others {
                 let _ = kill(*pid, signal);
             }
         }
         let end = run.wait();
-        assert!(end.out.contains(killed(shell)), "{shell:?}: {}", world.story(&end));
-        assert!(end.err.contains("released the lock that an earlier run left"), "{shell:?}: {}", world.story(&end));
+        assert!(end.out.contains(killed(shell)), "{shell:?}: {}", env.dump(&end));
+        assert!(end.err.contains("released the lock that an earlier run left"), "{shell:?}: {}", env.dump(&end));
         assert!(!end.out.contains("released"), "{shell:?}: stdout is the script's own: {}", end.out);
-        world.assert_unlocked();
-        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+        env.assert_unlocked();
+        assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
@@ -371,29 +370,29 @@ fn at_its_exit_a_script_finishes_what_was_killed() {
 #[test]
 fn with_almost_nothing_set_it_works_all_the_same() {
     for shell in shells() {
-        let world = world(WAITS);
+        let env = test_env(WAITS);
         let terraform = which("terraform").unwrap();
-        let directory = world.directory.display();
-        let keys = world.environment().into_iter().filter(|(name, _)| name.to_string_lossy().starts_with("AWS_"));
+        let directory = env.directory.display();
+        let keys = env.environment().into_iter().filter(|(name, _)| name.to_string_lossy().starts_with("AWS_"));
         let exports: Vec<String> =
             keys.map(|(name, value)| format!("export {}='{}'", name.display(), value.display())).collect();
         let exports = exports.join("\n");
         let text = format!(
             "set -eu\ncd '{directory}'\n{exports}\nPATH='{}':'{}':/usr/bin:/bin\n. '{}'\nterraform apply -auto-approve -no-color\n",
-            world.bin().display(),
+            env.bin().display(),
             terraform.parent().unwrap().display(),
             tf_sh().display()
         );
-        world.write("deploy", &text);
-        let mut command = world.command(which(shell[0]).unwrap());
-        command.args(&shell[1..]).arg(world.directory.join("deploy")).env_clear().current_dir("/");
+        env.write("deploy", &text);
+        let mut command = env.command(which(shell[0]).unwrap());
+        command.args(&shell[1..]).arg(env.directory.join("deploy")).env_clear().current_dir("/");
         let run = Run::start(command);
-        world.wait_for_began(&run);
+        env.wait_for_began(&run);
         kill_terraform(&run);
         let end = run.wait();
-        assert!(ended_by_a_kill(shell, &end), "{shell:?}: {}", world.story(&end));
-        assert!(end.err.contains("released the lock"), "{shell:?}: {}", world.story(&end));
-        wait_until_unlocked(&world);
+        assert!(ended_by_a_kill(shell, &end), "{shell:?}: {}", env.dump(&end));
+        assert!(end.err.contains("released the lock"), "{shell:?}: {}", env.dump(&end));
+        wait_until_unlocked(&env);
     }
 }
 
@@ -401,16 +400,16 @@ fn with_almost_nothing_set_it_works_all_the_same() {
 #[test]
 fn without_a_tf_it_says_so_and_ends_what_ends_at_an_error() {
     for shell in shells() {
-        let mut world = world("true");
-        world.set("PATH", "/usr/bin:/bin");
-        let end = Run::start(script(&world, shell, "set -e", "echo went on")).wait();
+        let mut env = test_env("true");
+        env.set("PATH", "/usr/bin:/bin");
+        let end = Run::start(script(&env, shell, "set -e", "echo went on")).wait();
         assert_eq!((end.code(), end.out.as_str()), (Some(127), ""), "{shell:?}: {}", end.err);
         assert!(
             end.err.contains("there is no tf on PATH") && end.err.contains("run without tf"),
             "{shell:?}: {}",
             end.err
         );
-        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+        assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
@@ -418,20 +417,20 @@ fn without_a_tf_it_says_so_and_ends_what_ends_at_an_error() {
 #[test]
 fn what_shell_init_prints_for_a_script_does_the_same() {
     for shell in shells() {
-        let world = world("true");
-        let tf = world.bin().join("tf");
+        let env = test_env("true");
+        let tf = env.bin().join("tf");
         let line = "begin=$(\"$1\" locks shell-init sh) && eval \"$begin\"\nterraform locks shell-init sh >/dev/null && echo safe";
-        let mut command = world.command(shell[0]);
+        let mut command = env.command(shell[0]);
         command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(&tf);
         let end = Run::start(command).wait();
         assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
         // Not on PATH either.
-        let mut command = world.command(shell[0]);
+        let mut command = env.command(shell[0]);
         command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(env!("CARGO_BIN_EXE_tf"));
         command.env("PATH", std::env::var_os("PATH").unwrap());
         let end = Run::start(command).wait();
         assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
-        assert!(left_behind(&world).is_empty(), "{shell:?}: {:?}", left_behind(&world));
+        assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
@@ -439,14 +438,14 @@ fn what_shell_init_prints_for_a_script_does_the_same() {
 #[test]
 fn a_script_that_is_interrupted_ends_as_it_would_and_no_lock_stays() {
     for shell in shells() {
-        let world = world(WAITS);
-        let run = Run::start(script(&world, shell, "set -e", "terraform apply -auto-approve -no-color\necho went on"));
-        world.wait_for_began(&run);
+        let env = test_env(WAITS);
+        let run = Run::start(script(&env, shell, "set -e", "terraform apply -auto-approve -no-color\necho went on"));
+        env.wait_for_began(&run);
         run.send_to_group(Signal::SIGINT);
         let end = run.wait();
-        assert!(!end.out.contains("went on"), "{shell:?}: {}", world.story(&end));
-        assert!(matches!(end.code(), Some(1 | 130)) || end.signal() == Some(2), "{shell:?}: {}", world.story(&end));
-        wait_until_unlocked(&world);
-        wait_until_all_is_gone(&world);
+        assert!(!end.out.contains("went on"), "{shell:?}: {}", env.dump(&end));
+        assert!(matches!(end.code(), Some(1 | 130)) || end.signal() == Some(2), "{shell:?}: {}", env.dump(&end));
+        wait_until_unlocked(&env);
+        wait_until_all_is_gone(&env);
     }
 }

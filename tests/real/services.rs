@@ -6,51 +6,50 @@ use std::process::Stdio;
 use serde_json::json;
 
 use crate::support::cloud::{Cloud, cloud, free_port, keep, tool};
-use crate::support::world::{WAITS, lock_json};
-use crate::support::{Lock, Subject, World, http, wait_for};
+use crate::support::test_env::{WAITS, lock_json};
+use crate::support::{Lock, Subject, TestEnv, http, wait_for};
 
-/// Uses a cloud of its own, in which the bucket and the table of `world` are made by signed calls.
-fn move_to(world: &mut World, cloud: &Cloud) {
-    cloud.signed(&format!("s3.create_bucket(Bucket='{}')", world.bucket));
+/// Uses a cloud of its own, in which the bucket and the table of `env` are made by signed calls.
+fn move_to(env: &mut TestEnv, cloud: &Cloud) {
+    cloud.signed(&format!("s3.create_bucket(Bucket='{}')", env.bucket));
     cloud.signed(&format!(
         "dynamodb.create_table(TableName='{}', BillingMode='PAY_PER_REQUEST', \
          AttributeDefinitions=[dict(AttributeName='LockID', AttributeType='S')], \
          KeySchema=[dict(AttributeName='LockID', KeyType='HASH')])",
-        world.table
+        env.table
     ));
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud.port));
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud.port));
 }
 
 /// How many halves stand in a cloud that checks signatures.
-fn halves(cloud: &Cloud, world: &World) -> usize {
-    let items =
-        cloud.signed(&format!("[i for i in dynamodb.scan(TableName='{}')['Items'] if 'Info' in i]", world.table));
+fn halves(cloud: &Cloud, env: &TestEnv) -> usize {
+    let items = cloud.signed(&format!("[i for i in dynamodb.scan(TableName='{}')['Items'] if 'Info' in i]", env.table));
     let objects = cloud.signed(&format!(
         "[o['Key'] for o in s3.list_objects_v2(Bucket='{}').get('Contents', []) if o['Key'].endswith('.tflock')]",
-        world.bucket
+        env.bucket
     ));
     items.as_array().unwrap().len() + objects.as_array().unwrap().len()
 }
 
 /// Kills a terraform that holds both halves, and finds both gone.
 #[track_caller]
-fn assert_killed_and_released(cloud: &Cloud, world: &World) {
-    let run = world.start_apply(Subject::Tf);
-    assert_eq!(halves(cloud, world), 2);
+fn assert_killed_and_released(cloud: &Cloud, env: &TestEnv) {
+    let run = env.start_apply(Subject::Tf);
+    assert_eq!(halves(cloud, env), 2);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    assert_eq!(halves(cloud, world), 0);
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert_eq!(halves(cloud, env), 0);
 }
 
 #[test]
 fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     let cloud = Cloud::start(&[("AUTH", "true")]);
-    let mut world = World::empty(Lock::Both);
-    move_to(&mut world, &cloud);
-    world.write_main("", WAITS);
-    world.init();
-    assert_killed_and_released(&cloud, &world);
+    let mut env = TestEnv::empty(Lock::Both);
+    move_to(&mut env, &cloud);
+    env.write_main("", WAITS);
+    env.init();
+    assert_killed_and_released(&cloud, &env);
 
     // A user who may lock and not unlock: everything but the two deletes.
     let policy = json!({"Version": "2012-10-17", "Statement": [
@@ -60,14 +59,14 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     cloud.signed("iam.create_user(UserName='locker')");
     cloud.signed(&format!("iam.put_user_policy(UserName='locker', PolicyName='p', PolicyDocument='{policy}')"));
     let key = cloud.signed("iam.create_access_key(UserName='locker')")["AccessKey"].clone();
-    world.set("AWS_ACCESS_KEY_ID", key["AccessKeyId"].as_str().unwrap());
-    world.set("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"].as_str().unwrap());
-    let _ = std::fs::remove_file(world.directory.join("began"));
-    let run = world.start_apply(Subject::Tf);
+    env.set("AWS_ACCESS_KEY_ID", key["AccessKeyId"].as_str().unwrap());
+    env.set("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"].as_str().unwrap());
+    let _ = std::fs::remove_file(env.directory.join("began"));
+    let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("AccessDenied") && end.err.contains("force-unlock"), "{}", world.story(&end));
-    assert_eq!(halves(&cloud, &world), 2);
+    assert!(end.err.contains("AccessDenied") && end.err.contains("force-unlock"), "{}", env.dump(&end));
+    assert_eq!(halves(&cloud, &env), 2);
     // No credential in what was said.
     assert!(!end.err.contains(key["SecretAccessKey"].as_str().unwrap()));
 }
@@ -81,27 +80,27 @@ fn on_a_service_that_ignores_conditions_ours_goes_and_anothers_stands() {
         keep(&[tool("localbucket").to_str().unwrap(), "--port", &port.to_string(), data.path().to_str().unwrap()], &[]);
     wait_for("localbucket", || http::ask(port, "GET", "/", &[], b""), || format!("nothing on port {port}"));
     for replaced in [false, true] {
-        let mut world = World::empty(Lock::File);
-        world.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{port}"));
-        assert_eq!(http::ask(port, "PUT", &format!("/{}", world.bucket), &[], b"").unwrap().status(), 200);
-        world.write_main("", "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
-        world.init();
-        let place = format!("/{}.tflock", world.path());
-        let run = world.start_apply(Subject::Tf);
+        let mut env = TestEnv::empty(Lock::File);
+        env.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{port}"));
+        assert_eq!(http::ask(port, "PUT", &format!("/{}", env.bucket), &[], b"").unwrap().status(), 200);
+        env.write_main("", "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+        env.init();
+        let place = format!("/{}.tflock", env.path());
+        let run = env.start_apply(Subject::Tf);
         assert_eq!(http::ask(port, "GET", &place, &[], b"").unwrap().status(), 200);
         run.kill_terraform();
-        let theirs = lock_json("22222222-3333-4444-5555-666666666666", &world.path());
+        let theirs = lock_json("22222222-3333-4444-5555-666666666666", &env.path());
         if replaced {
-            world.wait_for_trace("ending ");
+            env.wait_for_trace("ending ");
             http::ask(port, "PUT", &place, &[], theirs.as_bytes());
         }
-        world.go();
+        env.unblock();
         let end = run.wait();
         let left = http::ask(port, "GET", &place, &[], b"").unwrap();
         if replaced {
-            assert_eq!(left.text(), theirs, "{}", world.story(&end));
+            assert_eq!(left.text(), theirs, "{}", env.dump(&end));
         } else {
-            assert_eq!(left.status(), 404, "{}", world.story(&end));
+            assert_eq!(left.status(), 404, "{}", env.dump(&end));
         }
     }
 }
@@ -131,10 +130,10 @@ fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
         ("reply cut", json!({"abort_frac": 0.01}), true),
         ("denied", refusal("AccessDeniedException"), false),
     ] {
-        let mut world = World::new(Lock::DynamoDb, WAITS);
-        world.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{port}"));
+        let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+        env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{port}"));
         rules(json!([])).unwrap();
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         let mut rule = fault(response.clone());
         if name == "connection closed" {
             rule = json!([{"service": "dynamodb", "operation": "DeleteItem", "reset": true, "times": 2}]);
@@ -145,8 +144,8 @@ fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
         assert!(rules(rule.clone()).is_some(), "{name}: {rule}");
         run.kill_terraform();
         let end = run.wait();
-        assert_eq!(world.locks().is_empty(), released, "{name}: {}", world.story(&end));
-        assert_eq!(end.err.contains("released the lock"), released, "{name}: {}", world.story(&end));
+        assert_eq!(env.locks().is_empty(), released, "{name}: {}", env.dump(&end));
+        assert_eq!(end.err.contains("released the lock"), released, "{name}: {}", env.dump(&end));
         if !released {
             assert!(end.err.contains("AccessDeniedException: as the test says"), "{}", end.err);
         }
@@ -156,37 +155,37 @@ fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
 #[test]
 fn a_lock_is_looked_for_where_the_run_took_it() {
     // MiniStack keeps tables apart by region, as AWS does. Somebody rewrites the backend during the run.
-    let world = World::new(Lock::DynamoDb, WAITS);
-    let run = world.start_apply(Subject::Tf);
-    let cached = world.read(".terraform/terraform.tfstate");
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let cached = env.read(".terraform/terraform.tfstate");
     let moved = cached.replace("us-east-1", "eu-west-1");
     assert_ne!(cached, moved);
-    world.write(".terraform/terraform.tfstate", &moved);
+    env.write(".terraform/terraform.tfstate", &moved);
     run.kill_terraform();
     let end = run.wait();
     // The backend of before the run is tried as well, and there it is.
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn credentials_of_a_profile_in_an_odd_place_are_followed() {
     let cloud = Cloud::start(&[("AUTH", "true")]);
-    let mut world = World::empty(Lock::Both);
-    move_to(&mut world, &cloud);
-    world.write("odd-credentials", "[deploy]\naws_access_key_id = test\naws_secret_access_key = test\n");
-    let file = world.directory.join("odd-credentials").display().to_string();
-    world.write_main("", WAITS);
-    let text = world.read("main.tf").replacen(
+    let mut env = TestEnv::empty(Lock::Both);
+    move_to(&mut env, &cloud);
+    env.write("odd-credentials", "[deploy]\naws_access_key_id = test\naws_secret_access_key = test\n");
+    let file = env.directory.join("odd-credentials").display().to_string();
+    env.write_main("", WAITS);
+    let text = env.read("main.tf").replacen(
         "region = ",
         &format!("profile = \"deploy\"\nshared_credentials_files = [\"{file}\"]\nregion = "),
         1,
     );
-    world.write("main.tf", &text);
-    world.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "");
-    let mut init = world.command(world.bin().join("terraform"));
+    env.write("main.tf", &text);
+    env.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "");
+    let mut init = env.command(env.bin().join("terraform"));
     init.args(["init", "-no-color"]).stdin(Stdio::null());
     let output = init.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_killed_and_released(&cloud, &world);
+    assert_killed_and_released(&cloud, &env);
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::support::process::Run;
 use crate::support::terminal::Terminal;
-use crate::support::world::which;
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::test_env::which;
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/completions").join(name)
@@ -76,21 +76,21 @@ fn ask(terminal: &mut Terminal, line: &str, answer: &str) {
 }
 
 /// A directory whose backend has a second workspace, and nothing on PATH but this `tf` and terraform.
-fn with_another_workspace() -> World {
-    let mut world = World::new(Lock::File, "true");
-    let end = world.run(Subject::Bare, &["workspace", "new", "other"]);
+fn with_another_workspace() -> TestEnv {
+    let mut env = TestEnv::new(Lock::File, "true");
+    let end = env.run(Subject::Bare, &["workspace", "new", "other"]);
     assert_eq!(end.code(), Some(0), "{}{}", end.out, end.err);
     // What fish and zsh remember is of this test alone.
-    let home = world.directory.parent().unwrap().join("shells-home");
+    let home = env.directory.parent().unwrap().join("shells-home");
     fs::create_dir_all(home.join(".config/fish")).unwrap();
-    world.set("HOME", home.clone()).set("ZDOTDIR", home);
-    world
+    env.set("HOME", home.clone()).set("ZDOTDIR", home);
+    env
 }
 
 /// A shell that reads `rc` when it starts.
-fn shell(world: &World, shell: &str, rc: &str) -> Terminal {
-    let home = PathBuf::from(world.environment().into_iter().find(|(name, _)| name == "HOME").unwrap().1);
-    let mut command = world.command(shell);
+fn shell(env: &TestEnv, shell: &str, rc: &str) -> Terminal {
+    let home = PathBuf::from(env.environment().into_iter().find(|(name, _)| name == "HOME").unwrap().1);
+    let mut command = env.command(shell);
     match shell {
         "bash" => {
             fs::write(home.join(".bashrc"), format!("PS1='ready> '\n{rc}\n")).unwrap();
@@ -121,8 +121,8 @@ const FISH: &str = "tf locks shell-init fish | source";
 
 #[test]
 fn in_bash_tab_completes_tf_and_the_alias() {
-    let world = with_another_workspace();
-    let mut terminal = shell(&world, "bash", BASH);
+    let env = with_another_workspace();
+    let mut terminal = shell(&env, "bash", BASH);
     press_tab(&mut terminal, TF);
     press_tab(&mut terminal, TERRAFORM);
 }
@@ -132,8 +132,8 @@ fn in_zsh_tab_completes_tf_and_the_alias() {
     if which("zsh").is_none() {
         return;
     }
-    let world = with_another_workspace();
-    let mut terminal = shell(&world, "zsh", ZSH);
+    let env = with_another_workspace();
+    let mut terminal = shell(&env, "zsh", ZSH);
     press_tab(&mut terminal, TF);
     press_tab(&mut terminal, TERRAFORM);
 }
@@ -145,13 +145,13 @@ fn in_zsh_the_order_of_the_lines_in_an_rc_file_does_not_matter() {
         return;
     }
     let rc = "eval \"$(tf locks shell-init zsh)\"\nautoload -Uz compinit && compinit -u -D";
-    let world = with_another_workspace();
-    let mut terminal = shell(&world, "zsh", rc);
+    let env = with_another_workspace();
+    let mut terminal = shell(&env, "zsh", rc);
     press_tab(&mut terminal, &TF[..6]);
     press_tab(&mut terminal, &TERRAFORM[..3]);
     // One that completes aliases as words of their own.
     let rc = format!("setopt complete_aliases\n{ZSH}");
-    let mut terminal = shell(&world, "zsh", &rc);
+    let mut terminal = shell(&env, "zsh", &rc);
     press_tab(&mut terminal, TERRAFORM);
 }
 
@@ -160,8 +160,8 @@ fn in_fish_tab_completes_tf_and_the_alias() {
     if which("fish").is_none() {
         return;
     }
-    let world = with_another_workspace();
-    let mut terminal = shell(&world, "fish", FISH);
+    let env = with_another_workspace();
+    let mut terminal = shell(&env, "fish", FISH);
     press_tab(&mut terminal, TF);
     press_tab(&mut terminal, TERRAFORM);
 }
@@ -169,17 +169,17 @@ fn in_fish_tab_completes_tf_and_the_alias() {
 /// The files as a package installs them, read by each shell when Tab is first pressed behind `tf`.
 #[test]
 fn as_a_package_installs_them_the_completions_work() {
-    let world = with_another_workspace();
-    let mut terminal = shell(&world, "bash", &format!("source '{}'", file("tf.bash").display()));
+    let env = with_another_workspace();
+    let mut terminal = shell(&env, "bash", &format!("source '{}'", file("tf.bash").display()));
     press_tab(&mut terminal, TF);
     if which("zsh").is_some() {
         let rc = format!("fpath=('{}' $fpath)\nautoload -Uz compinit && compinit -u -D", file("").display());
-        let mut terminal = shell(&world, "zsh", &rc);
+        let mut terminal = shell(&env, "zsh", &rc);
         press_tab(&mut terminal, TF);
     }
     if which("fish").is_some() {
         let rc = format!("set -p fish_complete_path '{}'", file("").display());
-        let mut terminal = shell(&world, "fish", &rc);
+        let mut terminal = shell(&env, "fish", &rc);
         press_tab(&mut terminal, TF);
     }
 }
@@ -193,15 +193,15 @@ fn terraform_is_tf_where_it_was_asked_for_and_else_stays_what_it_is() {
         if which(name).is_none() {
             continue;
         }
-        let world = with_another_workspace();
-        ask(&mut shell(&world, name, rc), "terraform locks history && printf 'en%s' d-2", "end-2");
+        let env = with_another_workspace();
+        ask(&mut shell(&env, name, rc), "terraform locks history && printf 'en%s' d-2", "end-2");
         let without = rc.replace(off, &off.replace(name, &format!("{name} --no-alias")));
         assert_ne!(rc, without);
-        let mut terminal = shell(&world, name, &without);
+        let mut terminal = shell(&env, name, &without);
         press_tab(&mut terminal, &TF[..2]);
         ask(&mut terminal, "terraform locks history", NOT_OURS);
         // Into a shell that had it before it is not brought back by anything: what was printed is all there is.
-        let home = world.directory.parent().unwrap().join("home");
+        let home = env.directory.parent().unwrap().join("home");
         assert!(!home.join(".bashrc").exists() && !home.join(".zshrc").exists());
     }
 }
@@ -213,11 +213,11 @@ fn an_alias_of_the_same_name_for_terraform_does_not_undo_it() {
         if which(name).is_none() {
             continue;
         }
-        let world = with_another_workspace();
+        let env = with_another_workspace();
         // Above the line it hides tf from it, as from everything else.
         let above = format!("alias tf=terraform\n{}", rc.replace("tf locks", "command tf locks"));
         for rc in [above, format!("{rc}\nalias tf=terraform")] {
-            let mut terminal = shell(&world, name, &rc);
+            let mut terminal = shell(&env, name, &rc);
             ask(&mut terminal, "terraform locks history && printf 'en%s' d-2", "end-2");
             ask(&mut terminal, "tf locks history && printf 'en%s' d-3", "end-3");
             press_tab(&mut terminal, &TF[5..7]);
@@ -233,14 +233,14 @@ fn a_tf_that_is_not_on_path_is_named_by_its_path() {
         if which(name).is_none() {
             continue;
         }
-        let mut world = with_another_workspace();
-        let away = world.directory.join("it's away");
+        let mut env = with_another_workspace();
+        let away = env.directory.join("it's away");
         fs::create_dir(&away).unwrap();
         fs::copy(env!("CARGO_BIN_EXE_tf"), away.join("tf")).unwrap();
         let path = std::env::var("PATH").unwrap();
-        world.set("PATH", path);
+        env.set("PATH", path);
         let quoted = if name == "fish" { r"'it\'s away/tf'" } else { r"it\'s\ away/tf" };
-        let mut terminal = shell(&world, name, &rc.replace("tf locks", &format!("{quoted} locks")));
+        let mut terminal = shell(&env, name, &rc.replace("tf locks", &format!("{quoted} locks")));
         press_tab(&mut terminal, TERRAFORM);
         ask(&mut terminal, "terraform locks bla", "unrecognized subcommand");
     }
@@ -249,7 +249,7 @@ fn a_tf_that_is_not_on_path_is_named_by_its_path() {
 /// A shell that does nothing else with it reads it without a word, with every check on that it has.
 #[test]
 fn what_is_printed_is_read_without_a_word() {
-    let world = World::empty(Lock::File);
+    let env = TestEnv::empty(Lock::File);
     for (name, arguments, line) in [
         ("bash", &["--norc", "-euc"][..], BASH),
         ("bash", &["--posix", "--norc", "-euc"], BASH),
@@ -259,7 +259,7 @@ fn what_is_printed_is_read_without_a_word() {
         if which(name).is_none() {
             continue;
         }
-        let mut command = world.command(name);
+        let mut command = env.command(name);
         command.args(arguments).arg(line);
         let end = Run::start(command).wait();
         assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{name}");

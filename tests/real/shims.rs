@@ -8,19 +8,19 @@ use nix::unistd::Pid;
 use crate::interrupted_once::slow_to_stop;
 use crate::support::cloud::tool;
 use crate::support::process::tree;
-use crate::support::world::{WAITS, terraform};
-use crate::support::{Lock, Run, Subject, World, wait_for};
+use crate::support::test_env::{WAITS, terraform};
+use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
 /// A program in terraform's place that stays above it, and throws an interrupt away as tenv does (pkg/cmdproxy,
 /// transmit_others.go): the terminal has sent one to terraform as well, it thinks.
-fn stays_above(world: &mut World) {
+fn stays_above(env: &mut TestEnv) {
     let script = format!(
         "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGINT, lambda *_: None)\n\
          sys.exit(subprocess.call([\"{}\"] + sys.argv[1:]))\n",
         tool("python3").display(),
         terraform().display()
     );
-    world.stand_in("tenv", &script);
+    env.stand_in("tenv", &script);
 }
 
 #[track_caller]
@@ -44,88 +44,88 @@ fn shim_of(run: &Run) -> Pid {
 #[test]
 fn a_shim_that_throws_interrupts_away_keeps_none_from_terraform() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        let mut world = World::new(Lock::Both, WAITS);
-        stays_above(&mut world);
-        let run = world.start_apply(Subject::Tf);
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        stays_above(&mut env);
+        let run = env.start_apply(Subject::Tf);
         real_terraform_below(&run);
         run.send(signal);
         run.wait_for_out("Interrupt received");
         // What a runner sends next is none. Terraform ends its provisioner itself.
         run.send(Signal::SIGTERM);
         let end = run.wait();
-        assert_eq!(end.code(), Some(1), "{signal}: {}", world.story(&end));
-        assert!(!end.err.contains("Two interrupts"), "{signal}: {}", world.story(&end));
-        assert!(!end.err.contains("released the lock"), "terraform unlocks by itself: {}", world.story(&end));
-        world.assert_unlocked();
+        assert_eq!(end.code(), Some(1), "{signal}: {}", env.dump(&end));
+        assert!(!end.err.contains("Two interrupts"), "{signal}: {}", env.dump(&end));
+        assert!(!end.err.contains("released the lock"), "terraform unlocks by itself: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn bare_a_shim_that_is_told_to_stop_leaves_terraform_alone_with_its_lock() {
-    let mut world = World::new(Lock::Both, WAITS);
-    stays_above(&mut world);
-    let mut command = world.command(world.directory.join("tenv"));
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    stays_above(&mut env);
+    let mut command = env.command(env.directory.join("tenv"));
     command.args(["apply", "-auto-approve", "-no-color"]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let terraform = real_terraform_below(&run);
     run.send(Signal::SIGTERM);
-    wait_for("the end of the shim", || crate::support::household::is_gone(run.pid()).then_some(()), String::new);
-    assert!(!crate::support::household::is_gone(terraform));
-    world.assert_locked();
+    wait_for("the end of the shim", || crate::support::processes::is_gone(run.pid()).then_some(()), String::new);
+    assert!(!crate::support::processes::is_gone(terraform));
+    env.assert_locked();
     kill(terraform, Signal::SIGKILL).unwrap();
-    world.go();
+    env.unblock();
     run.wait();
 }
 
 #[test]
 fn a_shim_that_dies_takes_no_working_terraform_with_it() {
-    let (mut world, proxy) = slow_to_stop();
-    stays_above(&mut world);
-    let run = world.start_apply(Subject::Tf);
+    let (mut env, proxy) = slow_to_stop();
+    stays_above(&mut env);
+    let run = env.start_apply(Subject::Tf);
     let terraform = real_terraform_below(&run);
     kill(shim_of(&run), Signal::SIGKILL).unwrap();
     run.wait_for_out("Interrupt received");
     // An interrupted terraform ends its provisioner itself. It is still there because its state waits in the proxy.
     proxy.wait_until_held();
-    assert!(!crate::support::household::is_gone(terraform), "{}", world.trace());
-    world.assert_locked();
+    assert!(!crate::support::processes::is_gone(terraform), "{}", env.trace());
+    env.assert_locked();
     proxy.let_go();
     let end = run.wait();
-    assert_eq!(end.signal(), Some(9), "it ends as what it started: {}", world.story(&end));
+    assert_eq!(end.signal(), Some(9), "it ends as what it started: {}", env.dump(&end));
     assert!(
-        world.state().is_some_and(|state| state.contains("terraform_data")),
+        env.state().is_some_and(|state| state.contains("terraform_data")),
         "the state is saved: {}",
-        world.story(&end)
+        env.dump(&end)
     );
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 /// Whatever the shim makes of it: minus nine, or nothing at all.
 #[test]
 fn a_terraform_that_dies_behind_its_shim_is_a_dead_one() {
     for (code, hides) in [(247, false), (0, true)] {
-        let mut world = World::new(Lock::Both, WAITS);
+        let mut env = TestEnv::new(Lock::Both, WAITS);
         if hides {
-            world.stand_in("tenv", &format!("#!/bin/sh\n{} \"$@\" | cat\n", terraform().display()));
+            env.stand_in("tenv", &format!("#!/bin/sh\n{} \"$@\" | cat\n", terraform().display()));
         } else {
-            stays_above(&mut world);
+            stays_above(&mut env);
         }
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         kill(real_terraform_below(&run), Signal::SIGKILL).unwrap();
         let end = run.wait();
-        assert_eq!(end.code(), Some(code), "{}", world.story(&end));
-        assert!(end.err.contains("released the lock"), "{code}: {}", world.story(&end));
-        let trace = world.trace();
+        assert_eq!(end.code(), Some(code), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock"), "{code}: {}", env.dump(&end));
+        let trace = env.trace();
         assert!(trace.contains("the tree is dead"), "its provisioner was still at work: {trace}");
-        world.assert_unlocked();
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_shim_that_gives_up_takes_no_lock_from_the_terraform_that_works_on() {
-    let mut world = World::new(Lock::Both, WAITS);
-    let real = world.directory.parent().unwrap().join("terraform-bin");
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    let real = env.directory.parent().unwrap().join("terraform-bin");
     fs::copy(terraform(), &real).unwrap();
     let script = format!(
         "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGUSR1, lambda *_: os._exit(3))\n\
@@ -133,56 +133,56 @@ fn a_shim_that_gives_up_takes_no_lock_from_the_terraform_that_works_on() {
         tool("python3").display(),
         real.display()
     );
-    world.stand_in("tenv", &script);
-    let run = world.start_apply(Subject::Tf);
+    env.stand_in("tenv", &script);
+    let run = env.start_apply(Subject::Tf);
     let shim = shim_of(&run);
     kill(shim, Signal::SIGUSR1).unwrap();
-    let is_over = || crate::support::household::is_gone(shim).then_some(());
-    wait_for("the end of the shim", is_over, || world.trace());
-    world.wait_for_trace("what led to terraform ended");
-    world.assert_locked();
-    world.go();
+    let is_over = || crate::support::processes::is_gone(shim).then_some(());
+    wait_for("the end of the shim", is_over, || env.trace());
+    env.wait_for_trace("what led to terraform ended");
+    env.assert_locked();
+    env.unblock();
     let end = run.wait();
-    assert_eq!(end.code(), Some(3), "{}", world.story(&end));
-    assert!(!end.err.contains("released the lock"), "{}", world.story(&end));
-    assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(3), "{}", env.dump(&end));
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(env.state().is_some_and(|state| state.contains("terraform_data")), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_tf_that_is_killed_above_a_shim_has_terraform_stop_once() {
-    let mut world = World::new(Lock::Both, WAITS);
-    stays_above(&mut world);
-    let run = world.start_apply(Subject::Tf);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    stays_above(&mut env);
+    let run = env.start_apply(Subject::Tf);
     let terraform = real_terraform_below(&run);
     kill(run.pid(), Signal::SIGKILL).unwrap();
     run.wait();
-    world.wait_for_trace("guardian: interrupted terraform");
-    world.go();
-    crate::support::household::wait_until_gone(&world, terraform);
-    crate::support::household::wait_until_unlocked(&world);
-    assert!(!world.trace().contains("ending "), "nobody was ended: {}", world.trace());
+    env.wait_for_trace("guardian: interrupted terraform");
+    env.unblock();
+    crate::support::processes::wait_until_gone(&env, terraform);
+    crate::support::processes::wait_until_unlocked(&env);
+    assert!(!env.trace().contains("ending "), "nobody was ended: {}", env.trace());
 }
 
 /// As tfenv: a script that becomes the terraform of this directory's choice.
 #[test]
 fn behind_a_script_the_first_run_tells_which_terraform_it_is() {
     let levels = "echo $TF_LOG_CORE >> levels; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
-    let mut world = World::new(Lock::Both, levels);
+    let mut env = TestEnv::new(Lock::Both, levels);
     let script = format!("#!/bin/sh\necho asked >> asked\nexec {} \"$@\"\n", terraform().display());
-    world.stand_in("tfenv", &script);
+    env.stand_in("tfenv", &script);
     for round in 0..2 {
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         kill(run_pid_of_terraform(&run), Signal::SIGKILL).unwrap();
         let end = run.wait();
-        assert!(end.err.contains("released the lock"), "{round}: {}", world.story(&end));
-        world.assert_unlocked();
-        fs::remove_file(world.directory.join("began")).unwrap();
-        world.forget_state();
+        assert!(end.err.contains("released the lock"), "{round}: {}", env.dump(&end));
+        env.assert_unlocked();
+        fs::remove_file(env.directory.join("began")).unwrap();
+        env.forget_state();
     }
-    assert_eq!(world.read("levels").lines().collect::<Vec<_>>(), ["TRACE", "INFO"]);
+    assert_eq!(env.read("levels").lines().collect::<Vec<_>>(), ["TRACE", "INFO"]);
     // It is started as often as it was asked to, and for nothing else.
-    assert_eq!(world.read("asked").lines().count(), 2);
+    assert_eq!(env.read("asked").lines().count(), 2);
 }
 
 #[track_caller]
@@ -194,23 +194,23 @@ fn run_pid_of_terraform(run: &Run) -> Pid {
 /// Terraform up to 1.0 wraps itself into a second process, which throws interrupts away.
 #[test]
 fn a_terraform_of_two_processes_is_made_one() {
-    let mut world = World::empty(Lock::DynamoDb);
+    let mut env = TestEnv::empty(Lock::DynamoDb);
     let script = "#!/bin/sh\necho \"$TF_FORK,$TF_LOG_CORE\" >> seen\n\
                   echo '2026-11-23T01:46:07.500Z [INFO]  Terraform version: 1.0.11' >> \"$TF_TEMP_LOG_PATH\"\n";
-    world.stand_in("old", script);
+    env.stand_in("old", script);
     for _ in 0..2 {
-        let end = world.run(Subject::Tf, &["plan"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+        let end = env.run(Subject::Tf, &["plan"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     }
-    assert_eq!(world.read("seen").lines().collect::<Vec<_>>(), ["0,TRACE", "0,DEBUG"]);
+    assert_eq!(env.read("seen").lines().collect::<Vec<_>>(), ["0,TRACE", "0,DEBUG"]);
 }
 
 /// Both installed: a link called tofu runs OpenTofu's name, and one called terraform Terraform's.
 #[test]
 fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
-    let mut world = World::empty(Lock::DynamoDb);
-    let real = world.directory.parent().unwrap().join("real");
-    let ours = world.directory.parent().unwrap().join("ours");
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    let real = env.directory.parent().unwrap().join("real");
+    let ours = env.directory.parent().unwrap().join("ours");
     for directory in [&real, &ours] {
         fs::create_dir(directory).unwrap();
     }
@@ -220,13 +220,13 @@ fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), ours.join(name)).unwrap();
     }
-    world.set("PATH", format!("{}:{}:/usr/bin:/bin", ours.display(), real.display()));
+    env.set("PATH", format!("{}:{}:/usr/bin:/bin", ours.display(), real.display()));
     for name in ["tofu", "terraform"] {
         for command in ["plan", "version"] {
-            let mut started = world.command(ours.join(name));
+            let mut started = env.command(ours.join(name));
             started.arg(command);
             let end = Run::start(started).wait();
-            assert_eq!(end.out, format!("this is {name}\n"), "{}", world.story(&end));
+            assert_eq!(end.out, format!("this is {name}\n"), "{}", env.dump(&end));
         }
     }
 }
@@ -234,26 +234,26 @@ fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
 /// Atlantis has a binary for each version, and applies the plan that it has made.
 #[test]
 fn as_atlantis_runs_a_plan_its_lock_is_given_back() {
-    let mut world = World::new(Lock::Both, WAITS);
-    let bin = world.directory.parent().unwrap().join("atlantis");
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    let bin = env.directory.parent().unwrap().join("atlantis");
     fs::create_dir(&bin).unwrap();
     std::os::unix::fs::symlink(terraform(), bin.join("terraform1.11.4")).unwrap();
-    let plan = world.directory.join("default.tfplan");
-    world.set("PATH", format!("{}:{}:/usr/bin:/bin", world.bin().display(), bin.display()));
-    world.set("TFW_TERRAFORM", "terraform1.11.4").set("PLANFILE", &plan).set("TF_IN_AUTOMATION", "true");
-    let mut command = world.command("/bin/sh");
+    let plan = env.directory.join("default.tfplan");
+    env.set("PATH", format!("{}:{}:/usr/bin:/bin", env.bin().display(), bin.display()));
+    env.set("TFW_TERRAFORM", "terraform1.11.4").set("PLANFILE", &plan).set("TF_IN_AUTOMATION", "true");
+    let mut command = env.command("/bin/sh");
     command.args(["-c", "tf plan -input=false -out $PLANFILE"]);
     let end = Run::start(command).wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    let mut command = world.command("/bin/sh");
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let mut command = env.command("/bin/sh");
     command.args(["-c", "exec tf apply -input=false $PLANFILE"]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     let below = || tree(run.pid()).into_iter().find(|(_, name, ..)| name.starts_with("terraform"));
     kill(wait_for("terraform", || below().map(|(pid, ..)| pid), String::new), Signal::SIGKILL).unwrap();
     let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// Every test that docs/wrappers.md names is there.

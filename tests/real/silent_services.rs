@@ -12,18 +12,18 @@ use super::survived::{kill_whole, killed_whole};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::{Deed, Proxy};
-use crate::support::world::{WAITS, id_of, lock_json};
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, id_of, lock_json};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 fn is_dynamodb(request: &Message) -> bool {
     request.header("x-amz-target").is_some()
 }
 
 /// Puts a proxy between a world and the services.
-fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Proxy {
+fn through(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> Proxy {
     let proxy = Proxy::start(cloud().port, rule);
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
     proxy
 }
 
@@ -31,16 +31,16 @@ fn through(world: &mut World, rule: impl Fn(&Message) -> Deed + Send + Sync + 's
 #[test]
 fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf() {
     for lock in Lock::ALL {
-        let mut world = World::new(lock, "true");
-        world.lock_of_another();
-        let _proxy = through(&mut world, |request| if request.is_ours() { Deed::Hold } else { Deed::Pass });
+        let mut env = TestEnv::new(lock, "true");
+        env.lock_of_another();
+        let _proxy = through(&mut env, |request| if request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass });
         let begun = Instant::now();
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{lock:?}: {}", world.story(&end));
-        assert!(begun.elapsed() < Duration::from_secs(9), "{lock:?} {:?}: {}", begun.elapsed(), world.story(&end));
-        assert!(!end.err.contains("tf:"), "{lock:?}: {}", world.story(&end));
-        let recovered = locks(&world, &["recover"]);
-        assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", world.story(&recovered));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{lock:?}: {}", env.dump(&end));
+        assert!(begun.elapsed() < Duration::from_secs(9), "{lock:?} {:?}: {}", begun.elapsed(), env.dump(&end));
+        assert!(!end.err.contains("tf:"), "{lock:?}: {}", env.dump(&end));
+        let recovered = locks(&env, &["recover"]);
+        assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
     }
 }
 
@@ -48,189 +48,189 @@ fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf() {
 #[test]
 fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() {
     for lock in [Lock::DynamoDb, Lock::Both] {
-        let mut world = World::new(lock, WAITS);
+        let mut env = TestEnv::new(lock, WAITS);
         let silent = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&silent);
-        let proxy =
-            through(
-                &mut world,
-                move |request| {
-                    if flag.load(Ordering::SeqCst) && request.is_ours() { Deed::Hold } else { Deed::Pass }
-                },
-            );
-        let run = world.start_apply(Subject::Tf);
+        let proxy = through(&mut env, move |request| {
+            if flag.load(Ordering::SeqCst) && request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass }
+        });
+        let run = env.start_apply(Subject::Tf);
         silent.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let begun = Instant::now();
         let end = run.wait();
-        assert!(begun.elapsed() < Duration::from_secs(26), "{lock:?} {:?}: {}", begun.elapsed(), world.story(&end));
-        assert!(end.err.contains("was not released") && end.err.contains("no answer within"), "{}", world.story(&end));
-        world.assert_locked();
+        assert!(begun.elapsed() < Duration::from_secs(26), "{lock:?} {:?}: {}", begun.elapsed(), env.dump(&end));
+        assert!(end.err.contains("was not released") && end.err.contains("no answer within"), "{}", env.dump(&end));
+        env.assert_locked();
         silent.store(false, Ordering::SeqCst);
         proxy.let_go();
-        let end = locks(&world, &["recover"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        world.assert_unlocked();
+        let end = locks(&env, &["recover"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 /// Whether its table is a global one, in which nothing is deleted unasked, is not known then.
 #[test]
 fn a_lock_of_two_parts_stays_whole_while_the_table_is_silent() {
-    let mut world = World::new(Lock::Both, WAITS);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
     let silent = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&silent);
-    let proxy = through(&mut world, move |request| {
+    let proxy = through(&mut env, move |request| {
         let holds = flag.load(Ordering::SeqCst) && request.is_ours() && is_dynamodb(request);
-        if holds { Deed::Hold } else { Deed::Pass }
+        if holds { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     silent.store(true, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("was not released: DynamoDB: no answer within"), "{}", world.story(&end));
-    world.assert_locked();
+    assert!(end.err.contains("was not released: DynamoDB: no answer within"), "{}", env.dump(&end));
+    env.assert_locked();
     silent.store(false, Ordering::SeqCst);
     proxy.let_go();
-    assert_eq!(locks(&world, &["recover"]).code(), Some(0));
-    world.assert_unlocked();
+    assert_eq!(locks(&env, &["recover"]).code(), Some(0));
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_lock_object_that_trickles_in_keeps_nobody_waiting_for_its_end() {
-    let mut world = World::new(Lock::File, WAITS);
+    let mut env = TestEnv::new(Lock::File, WAITS);
     let slow = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&slow);
-    let _proxy = through(&mut world, move |request| {
+    let _proxy = through(&mut env, move |request| {
         let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
-        if flag.load(Ordering::SeqCst) && request.is_ours() && is_read { Deed::Trickle } else { Deed::Pass }
+        if flag.load(Ordering::SeqCst) && request.is_ours() && is_read {
+            ProxyAction::Trickle
+        } else {
+            ProxyAction::Pass
+        }
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     slow.store(true, Ordering::SeqCst);
     run.kill_terraform();
     let begun = Instant::now();
     let end = run.wait();
-    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), world.story(&end));
-    assert!(end.err.contains("was not released"), "{}", world.story(&end));
+    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), env.dump(&end));
+    assert!(end.err.contains("was not released"), "{}", env.dump(&end));
     let begun = Instant::now();
-    let end = locks(&world, &["show"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), world.story(&end));
-    assert!(end.err.contains("was not read within the time"), "{}", world.story(&end));
+    let end = locks(&env, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), env.dump(&end));
+    assert!(end.err.contains("was not read within the time"), "{}", env.dump(&end));
 }
 
 /// Terraform waits for a lock whose holder is dead; the service lets `tf` do nothing for a while, and then does.
 #[test]
 fn a_run_that_waits_tries_a_dead_holder_again() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let away = Arc::new(AtomicBool::new(true));
     let flag = Arc::clone(&away);
-    let _proxy = through(&mut world, move |request| {
+    let _proxy = through(&mut env, move |request| {
         let is_delete = request.asks_for("DeleteItem");
         if flag.load(Ordering::SeqCst) && request.is_ours() && is_delete {
-            Deed::Answer(Message::denied())
+            ProxyAction::Answer(Message::denied())
         } else {
-            Deed::Pass
+            ProxyAction::Pass
         }
     });
-    kill_whole(&world);
-    let run = world.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=100s"]);
+    kill_whole(&env);
+    let run = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=100s"]);
     run.wait_for_err("was not released");
     crate::support::wait_for(
         "the second terraform",
-        || (world.trace().matches("started terraform as").count() == 2).then_some(()),
-        || world.trace(),
+        || (env.trace().matches("started terraform as").count() == 2).then_some(()),
+        || env.trace(),
     );
     away.store(false, Ordering::SeqCst);
     // By the next try, 15 s after the first; terraform's own comes up to 16 s later.
     run.wait_for_err("released the lock that an earlier run left");
     let end = run.wait();
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    assert_eq!(end.err.matches("was not released").count(), 1, "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("was not released").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
 fn what_keeps_a_dead_run_is_said_once_in_a_run_that_it_refuses() {
-    let mut world = World::new(Lock::DynamoDb, WAITS);
-    let _proxy = through(&mut world, |request| {
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let _proxy = through(&mut env, |request| {
         let is_delete = request.asks_for("DeleteItem");
-        if request.is_ours() && is_delete { Deed::Answer(Message::denied()) } else { Deed::Pass }
+        if request.is_ours() && is_delete { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
     });
-    kill_whole(&world);
+    kill_whole(&env);
     for _ in 0..2 {
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        assert_eq!(end.err.matches("was not released").count(), 1, "{}", world.story(&end));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert_eq!(end.err.matches("was not released").count(), 1, "{}", env.dump(&end));
         let mut lines: Vec<&str> = end.err.lines().filter(|line| line.starts_with("tf:")).collect();
         let said = lines.len();
         lines.sort_unstable();
         lines.dedup();
-        assert_eq!(lines.len(), said, "a line is said twice: {}", world.story(&end));
+        assert_eq!(lines.len(), said, "a line is said twice: {}", env.dump(&end));
     }
-    world.assert_locked();
+    env.assert_locked();
 }
 
 /// A conditional delete never succeeds there.
 #[test]
 fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
-    let mut world = World::new(Lock::File, WAITS);
+    let mut env = TestEnv::new(Lock::File, WAITS);
     let weak = Arc::new(AtomicBool::new(false));
     let asked = Arc::new(AtomicUsize::new(0));
-    let (flag, count, path) = (Arc::clone(&weak), Arc::clone(&asked), world.path());
-    let _proxy = through(&mut world, move |request| {
+    let (flag, count, path) = (Arc::clone(&weak), Arc::clone(&asked), env.path());
+    let _proxy = through(&mut env, move |request| {
         if !flag.load(Ordering::SeqCst) || !request.is_ours() {
-            return Deed::Pass;
+            return ProxyAction::Pass;
         }
         count.fetch_add(1, Ordering::SeqCst);
         if request.start.starts_with("GET ") && request.start.contains(".tflock") {
             let body = cloud().object(&format!("{path}.tflock")).unwrap();
             let mut answer = Message::answer("200 OK", &body);
             answer.headers.push(("ETag".into(), "W/\"0123456789abcdef\"".into()));
-            return Deed::Answer(answer);
+            return ProxyAction::Answer(answer);
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     weak.store(true, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("weak ETags alone"), "{}", world.story(&end));
-    assert!(asked.load(Ordering::SeqCst) < 10, "{} requests: {}", asked.load(Ordering::SeqCst), world.story(&end));
-    world.assert_locked();
+    assert!(end.err.contains("weak ETags alone"), "{}", env.dump(&end));
+    assert!(asked.load(Ordering::SeqCst) < 10, "{} requests: {}", asked.load(Ordering::SeqCst), env.dump(&end));
+    env.assert_locked();
 }
 
 /// Neither a delete that is answered and does nothing, nor a service that says that it is busy, is asked all the time.
 #[test]
 fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
     for busy in [true, false] {
-        let mut world = World::new(Lock::DynamoDb, WAITS);
+        let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
         let away = Arc::new(AtomicBool::new(false));
         let asked = Arc::new(AtomicUsize::new(0));
         let (flag, count) = (Arc::clone(&away), Arc::clone(&asked));
-        let _proxy = through(&mut world, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if !flag.load(Ordering::SeqCst) || !request.is_ours() {
-                return Deed::Pass;
+                return ProxyAction::Pass;
             }
             count.fetch_add(1, Ordering::SeqCst);
             let is_delete = request.asks_for("DeleteItem");
             if busy {
                 let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ProvisionedThroughputExceededException","message":"slow down"}"#;
-                Deed::Answer(Message::answer("400 Bad Request", body))
+                ProxyAction::Answer(Message::answer("400 Bad Request", body))
             } else if is_delete {
-                Deed::Answer(Message::answer("200 OK", "{}"))
+                ProxyAction::Answer(Message::answer("200 OK", "{}"))
             } else {
-                Deed::Pass
+                ProxyAction::Pass
             }
         });
-        let run = world.start_apply(Subject::Tf);
+        let run = env.start_apply(Subject::Tf);
         away.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("was not released"), "{}", world.story(&end));
+        assert!(end.err.contains("was not released"), "{}", env.dump(&end));
         let asked = asked.load(Ordering::SeqCst);
-        assert!((4..130).contains(&asked), "{asked} requests: {}", world.story(&end));
-        world.assert_locked();
+        assert!((4..130).contains(&asked), "{asked} requests: {}", env.dump(&end));
+        env.assert_locked();
     }
 }
 
@@ -239,13 +239,13 @@ fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
 fn a_portals_page_is_said_to_be_no_answer() {
     const PAGE: &str = "<!DOCTYPE html><html><body><h1>Sign in to the hotel's network</h1></body></html>";
     for status in ["200 OK", "511 Network Authentication Required", "302 Found", "503 Service Unavailable"] {
-        let mut world = World::new(Lock::Both, "true");
-        let _proxy = through(&mut world, move |_| {
+        let mut env = TestEnv::new(Lock::Both, "true");
+        let _proxy = through(&mut env, move |_| {
             let mut page = Message::answer(status, PAGE);
             page.headers[0].1 = "text/html".into();
-            Deed::Answer(page)
+            ProxyAction::Answer(page)
         });
-        let (table, bucket) = (world.table.clone(), world.bucket.clone());
+        let (table, bucket) = (env.table.clone(), env.bucket.clone());
         for words in [
             &["list"][..],
             &["show"],
@@ -254,12 +254,12 @@ fn a_portals_page_is_said_to_be_no_answer() {
             &["list", "--bucket", &bucket, "--region", "us-east-1"],
             &["audit", "--older-than", "2h"],
         ] {
-            let end = locks(&world, words);
+            let end = locks(&env, words);
             let said = format!("{}{}", end.out, end.err);
-            assert!(!matches!(end.code(), Some(0)), "{status} {words:?}: {}", world.story(&end));
-            assert!(said.contains("a proxy or a portal may have sent it"), "{status} {words:?}: {}", world.story(&end));
+            assert!(!matches!(end.code(), Some(0)), "{status} {words:?}: {}", env.dump(&end));
+            assert!(said.contains("a proxy or a portal may have sent it"), "{status} {words:?}: {}", env.dump(&end));
             for dump in ["Decode", "Error {", "unhandled", "hotel", "<h1>", "its key is"] {
-                assert!(!said.contains(dump), "{status} {words:?} {dump}: {}", world.story(&end));
+                assert!(!said.contains(dump), "{status} {words:?} {dump}: {}", env.dump(&end));
             }
         }
     }
@@ -267,11 +267,11 @@ fn a_portals_page_is_said_to_be_no_answer() {
 
 #[test]
 fn an_empty_answer_describes_no_table() {
-    let mut world = World::new(Lock::DynamoDb, "true");
-    let _proxy = through(&mut world, |_| Deed::Answer(Message::answer("200 OK", "{}")));
-    let table = world.table.clone();
-    let end = locks(&world, &["list", "--table", &table, "--region", "us-east-1"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let _proxy = through(&mut env, |_| ProxyAction::Answer(Message::answer("200 OK", "{}")));
+    let table = env.table.clone();
+    let end = locks(&env, &["list", "--table", &table, "--region", "us-east-1"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("the response describes no table") && !end.err.contains("its key is"), "{}", end.err);
 }
 
@@ -289,34 +289,34 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
          that is not implemented</Message></Error>",
     );
     for (answer, expected) in [(no_key, "trying again does not help"), (unknown, "this store cannot do that")] {
-        let mut world = World::new(Lock::File, "true");
-        world.lock_of_another();
-        let _proxy = through(&mut world, move |request| {
+        let mut env = TestEnv::new(Lock::File, "true");
+        env.lock_of_another();
+        let _proxy = through(&mut env, move |request| {
             let is_read = request.start.starts_with("GET ") && request.start.contains(".tflock");
-            if request.is_ours() && is_read { Deed::Answer(answer.clone()) } else { Deed::Pass }
+            if request.is_ours() && is_read { ProxyAction::Answer(answer.clone()) } else { ProxyAction::Pass }
         });
         let begun = Instant::now();
-        let end = locks(&world, &["show"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        assert!(end.err.contains(expected) && !end.err.contains("network"), "{}", world.story(&end));
+        let end = locks(&env, &["show"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains(expected) && !end.err.contains("network"), "{}", env.dump(&end));
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
     // And a table that has another key.
-    let world = World::new(Lock::DynamoDb, "true");
-    cloud().give_another_key(&world.table);
-    let end = locks(&world, &["show"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", world.story(&end));
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    cloud().give_another_key(&env.table);
+    let end = locks(&env, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", env.dump(&end));
 }
 
 /// DynamoDB may give an empty page in the middle of a segment.
 #[test]
 fn an_empty_page_is_not_the_end_of_a_table() {
-    let mut world = World::new(Lock::DynamoDb, "true");
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let info = lock_json("22222222-3333-4444-5555-666666666666", "behind");
-    let _proxy = through(&mut world, move |request| {
+    let _proxy = through(&mut env, move |request| {
         if !request.asks_for("Scan") {
-            return Deed::Pass;
+            return ProxyAction::Pass;
         }
         let asked: serde_json::Value = serde_json::from_slice(&request.body).unwrap();
         let mut page = json!({ "Count": 0, "ScannedCount": 0, "Items": [] });
@@ -331,24 +331,24 @@ fn an_empty_page_is_not_the_end_of_a_table() {
                 }
             }
         }
-        Deed::Answer(Message::answer("200 OK", &page.to_string()))
+        ProxyAction::Answer(Message::answer("200 OK", &page.to_string()))
     });
-    let table = world.table.clone();
-    let end = locks(&world, &["list", "--json", "--table", &table, "--region", "us-east-1"]);
+    let table = env.table.clone();
+    let end = locks(&env, &["list", "--json", "--table", &table, "--region", "us-east-1"]);
     let all: serde_json::Value = serde_json::from_str(&end.out).unwrap();
-    assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{}", world.story(&end));
-    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(1)), "{}", world.story(&end));
+    assert_eq!(all["locks"].as_array().unwrap().len(), 1, "{}", env.dump(&end));
+    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(1)), "{}", env.dump(&end));
 }
 
 /// A result that nobody can read is an error.
 #[test]
 fn a_result_that_cannot_be_written_is_an_error() {
-    let world = World::new(Lock::File, WAITS);
-    let run = world.start_apply(Subject::Tf);
-    let id = id_of(&world.locks()[0]);
+    let env = TestEnv::new(Lock::File, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let id = id_of(&env.locks()[0]);
     run.kill_terraform();
     assert!(run.wait().err.contains(&id));
-    world.lock_of_another();
+    env.lock_of_another();
     for words in [
         "list",
         "list --json",
@@ -362,34 +362,34 @@ fn a_result_that_cannot_be_written_is_an_error() {
         "shell-init bash",
     ] {
         for (to, code) in [(">&-", 1), (">/dev/full", 1)] {
-            let mut shell = world.command("sh");
+            let mut shell = env.command("sh");
             shell.args(["-c", &format!("tf locks {words} {to}")]);
             let end = Run::start(shell).wait();
-            assert_eq!(end.code(), Some(code), "{words} {to}: {}", world.story(&end));
-            assert!(end.err.contains("written"), "{words} {to}: {}", world.story(&end));
+            assert_eq!(end.code(), Some(code), "{words} {to}: {}", env.dump(&end));
+            assert!(end.err.contains("written"), "{words} {to}: {}", env.dump(&end));
         }
     }
     // What has nothing to say needs nobody to read it.
-    let mut shell = world.command("sh");
+    let mut shell = env.command("sh");
     shell.args(["-c", "tf locks recover >&-"]);
     assert_eq!(Run::start(shell).wait().code(), Some(0));
 }
 
 #[test]
 fn a_locale_without_unicode_gets_none() {
-    let mut world = World::new(Lock::File, "true");
+    let mut env = TestEnv::new(Lock::File, "true");
     let mut info: serde_json::Value =
-        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+        serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
     info["Who"] = format!("{}寿司@東京", "w".repeat(190)).into();
     info["Info"] = "x".repeat(300).into();
-    world.put_lock(&info.to_string());
+    env.put_lock(&info.to_string());
     for (locale, unicode) in [("C", false), ("POSIX", false), ("C.UTF-8", true)] {
-        world.set("LC_ALL", locale);
+        env.set("LC_ALL", locale);
         for words in [&["list"][..], &["show"]] {
-            let end = locks(&world, words);
+            let end = locks(&env, words);
             assert_eq!(end.out.is_ascii(), !unicode, "{locale} {words:?}: {}", end.out);
         }
-        let end = locks(&world, &["show"]);
+        let end = locks(&env, &["show"]);
         assert_eq!(end.out.contains('…'), unicode, "{locale}: {}", end.out);
         assert!(unicode || end.out.contains("xxx..."), "{locale}: {}", end.out);
     }
@@ -397,15 +397,15 @@ fn a_locale_without_unicode_gets_none() {
 
 #[test]
 fn a_dry_run_leaves_a_broken_record_where_it_is() {
-    let world = killed_whole(Lock::File);
-    let record = super::survived::records(&world).remove(0);
+    let env = killed_whole(Lock::File);
+    let record = super::survived::records(&env).remove(0);
     std::fs::write(&record, "{").unwrap();
     for (words, stays) in [(&["recover", "--dry-run"][..], true), (&["list"], true), (&["recover"], false)] {
-        let end = locks(&world, words);
-        assert_eq!(record.exists(), stays, "{words:?}: {}", world.story(&end));
+        let end = locks(&env, words);
+        assert_eq!(record.exists(), stays, "{words:?}: {}", env.dump(&end));
         if words[0] == "recover" {
-            assert_eq!(end.code(), Some(2), "{words:?}: {}", world.story(&end));
-            assert!(end.err.contains("a record of an earlier run cannot be read"), "{words:?}: {}", world.story(&end));
+            assert_eq!(end.code(), Some(2), "{words:?}: {}", env.dump(&end));
+            assert!(end.err.contains("a record of an earlier run cannot be read"), "{words:?}: {}", env.dump(&end));
         }
     }
 }
@@ -414,22 +414,22 @@ fn a_dry_run_leaves_a_broken_record_where_it_is() {
 #[test]
 fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
     for lock in Lock::ALL {
-        let mut world = World::new(lock, "true");
+        let mut env = TestEnv::new(lock, "true");
         for number in 0..30 {
-            cloud().s3("PUT", &format!("{}/env:/w{number}/dir/prod.tfstate", world.bucket), b"{}");
+            cloud().s3("PUT", &format!("{}/env:/w{number}/dir/prod.tfstate", env.bucket), b"{}");
         }
-        world.lock_of_another();
+        env.lock_of_another();
         let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
         let seen = Arc::clone(&asked);
-        let _proxy = through(&mut world, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if request.is_ours() {
                 let target = request.header("x-amz-target").unwrap_or_default();
                 seen.lock().unwrap().push(format!("{} {target}", request.start));
             }
-            Deed::Pass
+            ProxyAction::Pass
         });
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert!(end.err.contains("tf: the lock is held by"), "{lock:?}: {}", world.story(&end));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert!(end.err.contains("tf: the lock is held by"), "{lock:?}: {}", env.dump(&end));
         let asked = asked.lock().unwrap();
         assert!(asked.len() <= 8, "{lock:?}: {asked:#?}");
         assert!(!asked.iter().any(|request| request.contains("list-type") || request.contains("Scan")), "{asked:#?}");
@@ -437,8 +437,8 @@ fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
 }
 
 /// Makes it half an hour later for what is kept of the lock `id`: no request can land any more, and nobody has just tried.
-fn age_tombstone(world: &World, id: &str) {
-    let tombstone = super::survived::journal(world).join(format!("tombstones/{id}.json"));
+fn age_tombstone(env: &TestEnv, id: &str) {
+    let tombstone = super::survived::journal(env).join(format!("tombstones/{id}.json"));
     let mut kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&tombstone).unwrap()).unwrap();
     kept["since"] = (jiff::Timestamp::now() - jiff::SignedDuration::from_mins(30)).to_string().into();
     kept["tried"] = serde_json::Value::Null;
@@ -448,126 +448,126 @@ fn age_tombstone(world: &World, id: &str) {
 /// Terraform took its lock and did not hear of it; nor could `tf` ask. It is looked for until the service has answered.
 #[test]
 fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back() {
-    let mut world = World::empty(Lock::DynamoDb);
-    world.write_main("", "true");
-    world.write("main.tf", &world.read("main.tf").replacen("key =", "max_retries = 1\nkey =", 1));
-    world.init();
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.write_main("", "true");
+    env.write("main.tf", &env.read("main.tf").replacen("key =", "max_retries = 1\nkey =", 1));
+    env.init();
     let away = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&away);
-    let proxy = through(&mut world, move |request| {
+    let proxy = through(&mut env, move |request| {
         if !flag.load(Ordering::SeqCst) && request.asks_for("PutItem") {
             flag.store(true, Ordering::SeqCst);
-            return Deed::LoseAnswer;
+            return ProxyAction::LoseAnswer;
         }
         match (flag.load(Ordering::SeqCst), request.is_ours()) {
-            (false, _) => Deed::Pass,
-            (true, true) => Deed::Hold,
-            (true, false) => Deed::Answer(Message::answer("500 Internal Server Error", "{}")),
+            (false, _) => ProxyAction::Pass,
+            (true, true) => ProxyAction::Hold,
+            (true, false) => ProxyAction::Answer(Message::answer("500 Internal Server Error", "{}")),
         }
     });
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    world.assert_locked();
-    let id = id_of(&world.locks()[0]);
-    age_tombstone(&world, &id);
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_locked();
+    let id = id_of(&env.locks()[0]);
+    age_tombstone(&env, &id);
     away.store(false, Ordering::SeqCst);
     proxy.let_go();
-    world.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
-    let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-    assert!(end.err.contains("took late") && end.err.contains(&id), "{}", world.story(&end));
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-    world.assert_unlocked();
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert!(end.err.contains("took late") && end.err.contains(&id), "{}", env.dump(&end));
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
-fn no_table() -> Deed {
+fn no_table() -> ProxyAction {
     let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ResourceNotFoundException","message":"Requested resource not found"}"#;
-    Deed::Answer(Message::answer("400 Bad Request", body))
+    ProxyAction::Answer(Message::answer("400 Bad Request", body))
 }
 
 /// A proxy can have sent it, or a table is on its way too.
 #[test]
 fn one_answer_that_there_is_no_table_says_nothing_of_a_request_that_was_not_answered() {
-    let mut world = World::new(Lock::DynamoDb, "true");
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let looked = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&looked);
-    let proxy = through(&mut world, move |request| {
+    let proxy = through(&mut env, move |request| {
         if !request.is_ours() && request.asks_for("PutItem") {
-            return Deed::Hold;
+            return ProxyAction::Hold;
         }
         let is_first = request.is_ours() && request.asks_for("GetItem") && !flag.swap(true, Ordering::SeqCst);
-        if is_first { no_table() } else { Deed::Pass }
+        if is_first { no_table() } else { ProxyAction::Pass }
     });
-    let run = world.start(Subject::Tf, &["plan", "-no-color"]);
+    let run = env.start(Subject::Tf, &["plan", "-no-color"]);
     proxy.wait_until_held();
     run.kill_terraform();
-    wait_for("a look of ours", || looked.load(Ordering::SeqCst).then_some(()), || world.trace());
+    wait_for("a look of ours", || looked.load(Ordering::SeqCst).then_some(()), || env.trace());
     proxy.let_go();
-    world.wait_for_trace("deleted");
+    env.wait_for_trace("deleted");
     let end = run.wait();
-    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("tf: released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// It may be restored under its name.
 #[test]
 fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
     for how in ["recover", "release", "the next run"] {
-        let mut world = World::new(Lock::DynamoDb, WAITS);
+        let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
         let away = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&away);
-        let _proxy = through(&mut world, move |request| {
+        let _proxy = through(&mut env, move |request| {
             let is_away = flag.load(Ordering::SeqCst) && request.is_ours() && is_dynamodb(request);
-            if is_away { no_table() } else { Deed::Pass }
+            if is_away { no_table() } else { ProxyAction::Pass }
         });
-        let run = world.start_apply(Subject::Tf);
-        let id = id_of(&world.locks()[0]);
+        let run = env.start_apply(Subject::Tf);
+        let id = id_of(&env.locks()[0]);
         away.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("which is not there") && end.err.contains(&id), "{}", world.story(&end));
-        let end = locks(&world, &["recover"]);
-        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", world.story(&end));
+        assert!(end.err.contains("which is not there") && end.err.contains(&id), "{}", env.dump(&end));
+        let end = locks(&env, &["recover"]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
         away.store(false, Ordering::SeqCst);
         // Whoever is refused by it is told that its holder is dead, and what to type.
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        assert!(end.err.contains("its holder is dead: its terraform died here\n"), "{}", world.story(&end));
-        world.assert_locked();
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains("its holder is dead: its terraform died here\n"), "{}", env.dump(&end));
+        env.assert_locked();
         match how {
             "the next run" => {
-                age_tombstone(&world, &id);
-                let end = world.run(Subject::Tf, &["plan", "-no-color"]);
+                age_tombstone(&env, &id);
+                let end = env.run(Subject::Tf, &["plan", "-no-color"]);
                 let said = end.err.contains("released a lock that a dead terraform left") && end.err.contains(&id);
-                assert!(said, "{}", world.story(&end));
-                assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+                assert!(said, "{}", env.dump(&end));
+                assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
             }
             command => {
-                let end = locks(&world, &[command]);
-                assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-                assert!(end.out.contains("released a lock that a dead terraform left"), "{}", world.story(&end));
+                let end = locks(&env, &[command]);
+                assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+                assert!(end.out.contains("released a lock that a dead terraform left"), "{}", env.dump(&end));
             }
         }
-        world.assert_unlocked();
+        env.assert_unlocked();
     }
 }
 
 /// Whoever starts a terraform does not wait for all that was ever left unanswered.
 #[test]
 fn what_nobody_can_look_for_is_waited_for_once_in_a_while_however_much_it_is() {
-    let mut world = World::new(Lock::DynamoDb, "true");
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let asked = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&asked);
-    let _proxy = through(&mut world, move |request| {
+    let _proxy = through(&mut env, move |request| {
         if request.is_ours() {
             seen.fetch_add(1, Ordering::SeqCst);
-            return Deed::Hold;
+            return ProxyAction::Hold;
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
-    world.lock_of_another();
-    assert_eq!(world.run(Subject::Tf, &["plan", "-no-color"]).code(), Some(1));
-    world.delete_lock();
-    let kept = super::survived::journal(&world).join("tombstones");
+    env.lock_of_another();
+    assert_eq!(env.run(Subject::Tf, &["plan", "-no-color"]).code(), Some(1));
+    env.delete_lock();
+    let kept = super::survived::journal(&env).join("tombstones");
     let first = std::fs::read_dir(&kept).unwrap().next().expect("a refusal that nobody could look at").unwrap().path();
     let first: serde_json::Value = serde_json::from_slice(&std::fs::read(first).unwrap()).unwrap();
     let copies = (0..20).map(|number| {
@@ -584,10 +584,10 @@ fn what_nobody_can_look_for_is_waited_for_once_in_a_while_however_much_it_is() {
     for waits in [true, false] {
         let before = asked.load(Ordering::SeqCst);
         let begun = Instant::now();
-        let end = world.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(0), "{}", world.story(&end));
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}: {}", begun.elapsed(), world.story(&end));
-        assert_eq!(asked.load(Ordering::SeqCst) > before, waits, "{}", world.story(&end));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}: {}", begun.elapsed(), env.dump(&end));
+        assert_eq!(asked.load(Ordering::SeqCst) > before, waits, "{}", env.dump(&end));
     }
     assert!(copies.iter().all(|path| path.exists()), "it is still looked for");
 }

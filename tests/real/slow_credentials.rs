@@ -10,13 +10,13 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
-use crate::support::household::{home, marked, tf_of, wait_until_all_is_gone};
 use crate::support::http::Message;
 use crate::support::process::terraform_below;
-use crate::support::proxy::{Deed, Proxy};
+use crate::support::processes::{home, marked, tf_of, wait_until_all_is_gone};
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
-use crate::support::world::{UNSET, WAITS};
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::test_env::{UNSET, WAITS};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Longer than any attempt of a request of ours may take.
 const SLOW: Duration = Duration::from_secs(10);
@@ -25,36 +25,36 @@ const KEYS: &str = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"test"
 
 /// A world whose credentials are printed by a command. For terraform it does so at once; when there is a file `then`, it
 /// counts its start in `asked` and does that.
-fn by_a_command(lock: Lock, then: &str) -> World {
-    let mut world = World::empty(lock);
-    world.write_main("", WAITS);
+fn by_a_command(lock: Lock, then: &str) -> TestEnv {
+    let mut env = TestEnv::empty(lock);
+    env.write_main("", WAITS);
     let script = format!("#!/bin/sh\nif test -e then; then\necho asked >> asked\n{then}\nfi\necho '{KEYS}'\n");
-    world.write("credentials.sh", &script);
-    let path = world.directory.join("credentials.sh");
+    env.write("credentials.sh", &script);
+    let path = env.directory.join("credentials.sh");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    world.write("config", &format!("[profile slow]\ncredential_process = {}\n", path.display()));
-    let config = world.directory.join("config");
-    world.set("AWS_CONFIG_FILE", config).set("AWS_PROFILE", "slow");
-    world.set("AWS_ACCESS_KEY_ID", UNSET).set("AWS_SECRET_ACCESS_KEY", UNSET);
-    world.init();
-    world
+    env.write("config", &format!("[profile slow]\ncredential_process = {}\n", path.display()));
+    let config = env.directory.join("config");
+    env.set("AWS_CONFIG_FILE", config).set("AWS_PROFILE", "slow");
+    env.set("AWS_ACCESS_KEY_ID", UNSET).set("AWS_SECRET_ACCESS_KEY", UNSET);
+    env.init();
+    env
 }
 
 /// How often the command was started since terraform had what it needed.
-fn asked(world: &World) -> usize {
-    world.read("asked").lines().count()
+fn asked(env: &TestEnv) -> usize {
+    env.read("asked").lines().count()
 }
 
 #[test]
 fn a_command_that_is_slower_than_a_request_is_asked_once_and_the_lock_is_released() {
-    let world = by_a_command(Lock::Both, &format!("sleep {}", SLOW.as_secs()));
-    let run = world.start_apply(Subject::Tf);
-    world.write("then", "");
+    let env = by_a_command(Lock::Both, &format!("sleep {}", SLOW.as_secs()));
+    let run = env.start_apply(Subject::Tf);
+    env.write("then", "");
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
-    assert_eq!(asked(&world), 1, "{}", world.story(&end));
+    assert!(end.err.contains("tf: released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    assert_eq!(asked(&env), 1, "{}", env.dump(&end));
 }
 
 /// A login that fails three times may lock an account, and each may be a message on somebody's telephone.
@@ -65,59 +65,59 @@ fn a_command_that_fails_is_asked_once_and_named() {
         ("echo no; exit 0", "printed no credentials"),
         ("echo '{\"Version\":2}'; exit 0", "printed no credentials"),
     ] {
-        let world = by_a_command(Lock::Both, then);
-        let run = world.start_apply(Subject::Tf);
-        world.write("then", "");
+        let env = by_a_command(Lock::Both, then);
+        let run = env.start_apply(Subject::Tf);
+        env.write("then", "");
         run.kill_terraform();
         let end = run.wait();
         let named = format!("the credential_process of the profile slow {what}");
-        assert!(end.err.contains(&named), "{then}: {}", world.story(&end));
-        assert_eq!(asked(&world), 1, "{then}: {}", world.story(&end));
-        world.assert_locked();
+        assert!(end.err.contains(&named), "{then}: {}", env.dump(&end));
+        assert_eq!(asked(&env), 1, "{then}: {}", env.dump(&end));
+        env.assert_locked();
         // By the next tf, when it works again.
-        fs::remove_file(world.directory.join("then")).unwrap();
-        let end = world.run(Subject::Tf, &["locks", "recover"]);
-        assert_eq!(end.code(), Some(0), "{then}: {}", world.story(&end));
-        world.assert_unlocked();
+        fs::remove_file(env.directory.join("then")).unwrap();
+        let end = env.run(Subject::Tf, &["locks", "recover"]);
+        assert_eq!(end.code(), Some(0), "{then}: {}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started() {
-    let world = by_a_command(Lock::File, "sleep 1000 & echo > waits; wait");
-    let run = world.start_apply(Subject::Tf);
-    world.write("then", "");
+    let env = by_a_command(Lock::File, "sleep 1000 & echo > waits; wait");
+    let run = env.start_apply(Subject::Tf);
+    env.write("then", "");
     run.kill_terraform();
-    world.wait_for_file("waits");
+    env.wait_for_file("waits");
     run.send(Signal::SIGINT);
     run.wait_for_err("another ^C leaves it");
     run.send(Signal::SIGINT);
     let end = run.wait();
-    assert!(end.err.contains("^C ended the waiting"), "{}", world.story(&end));
-    wait_until_all_is_gone(&world);
-    world.assert_locked();
+    assert!(end.err.contains("^C ended the waiting"), "{}", env.dump(&end));
+    wait_until_all_is_gone(&env);
+    env.assert_locked();
 }
 
 /// Kills the terraform of an apply at work in a terminal. From then on the command does what it was made for.
-fn kill_the_terraform_of(world: &World, terminal: &Terminal) {
-    world.wait_for_file("began");
-    world.write("then", "");
+fn kill_the_terraform_of(env: &TestEnv, terminal: &Terminal) {
+    env.wait_for_file("began");
+    env.write("then", "");
     kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
 }
 
 /// As bare terraform's SDK lets it: a code, a password.
 #[test]
 fn a_command_may_ask_the_person_at_the_terminal() {
-    let world = by_a_command(Lock::File, ASKS);
-    let mut command = world.command(world.bin().join("tf"));
+    let env = by_a_command(Lock::File, ASKS);
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]);
     let mut terminal = Terminal::start(command);
-    kill_the_terraform_of(&world, &terminal);
+    kill_the_terraform_of(&env, &terminal);
     terminal.wait_for("code: ");
     terminal.type_in("4711\r");
     terminal.wait_for("released the lock");
     terminal.wait();
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 /// A command that asks for a code at the terminal, and fails where there is none.
@@ -125,8 +125,8 @@ const ASKS: &str =
     "printf 'code: ' > /dev/tty || exit 7; read code < /dev/tty || exit 8; test \"$code\" = 4711 || exit 1";
 
 /// An interactive shell.
-fn interactive(world: &World) -> Terminal {
-    let mut shell = world.command("bash");
+fn interactive(env: &TestEnv) -> Terminal {
+    let mut shell = env.command("bash");
     shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "prompt> ");
     let terminal = Terminal::start(shell);
     terminal.wait_for("prompt> ");
@@ -134,16 +134,16 @@ fn interactive(world: &World) -> Terminal {
 }
 
 /// An apply at work in an interactive shell, which was told `line`. Its terraform is killed.
-fn in_a_shell(world: &World, line: &str) -> Terminal {
-    let mut terminal = interactive(world);
+fn in_a_shell(env: &TestEnv, line: &str) -> Terminal {
+    let mut terminal = interactive(env);
     terminal.type_in(&format!("{line}\r"));
-    kill_the_terraform_of(world, &terminal);
+    kill_the_terraform_of(env, &terminal);
     terminal
 }
 
 /// Moves the stopped job to the foreground, types the code, and ends the shell: the job releases its lock only then.
-fn answer_in_the_foreground(world: &World, terminal: &mut Terminal) {
-    world.assert_locked();
+fn answer_in_the_foreground(env: &TestEnv, terminal: &mut Terminal) {
+    env.assert_locked();
     let shell = terminal.pid();
     terminal.type_in("fg\r");
     let its_turn = || terminal.foreground().filter(|group| *group != shell);
@@ -152,7 +152,7 @@ fn answer_in_the_foreground(world: &World, terminal: &mut Terminal) {
     terminal.wait_for("released the lock");
     terminal.type_in("exit\r");
     terminal.wait();
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 const APPLY: &str = "tf apply -auto-approve -no-color";
@@ -160,37 +160,37 @@ const APPLY: &str = "tf apply -auto-approve -no-color";
 /// As with bare terraform, whose commands are in its group: the job stops, and goes on in the foreground.
 #[test]
 fn a_key_that_stops_a_command_stops_the_job_and_it_goes_on_in_the_foreground() {
-    let world = by_a_command(Lock::File, ASKS);
-    let mut terminal = in_a_shell(&world, APPLY);
+    let env = by_a_command(Lock::File, ASKS);
+    let mut terminal = in_a_shell(&env, APPLY);
     terminal.wait_for("code: ");
     terminal.type_in("\u{1a}");
     terminal.wait_for("Stopped");
-    answer_in_the_foreground(&world, &mut terminal);
+    answer_in_the_foreground(&env, &mut terminal);
 }
 
 /// Nothing of `tf` takes the terminal that the shell reads.
 #[test]
 fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
-    let world = by_a_command(Lock::File, ASKS);
-    let mut terminal = in_a_shell(&world, &format!("{APPLY} &"));
-    let tf = tf_of(&world);
+    let env = by_a_command(Lock::File, ASKS);
+    let mut terminal = in_a_shell(&env, &format!("{APPLY} &"));
+    let tf = tf_of(&env);
     let is_stopped = || (crate::support::process::state(tf) == Some('T')).then_some(());
     wait_for("a job that waits for the terminal", is_stopped, || terminal.screen());
     terminal.type_in("echo here is $((40 + 2))\r");
     terminal.wait_for("here is 42");
     let shell = terminal.pid();
     assert_eq!(terminal.foreground(), Some(shell), "{}", terminal.whole_screen());
-    answer_in_the_foreground(&world, &mut terminal);
+    answer_in_the_foreground(&env, &mut terminal);
 }
 
 /// Without a terminal it fails: only who sits there can give back the lock that it has kept.
 #[test]
 fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
     for words in [&["locks", "recover"][..], &["locks", "release"], &["plan", "-no-color"]] {
-        let world = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
-        super::survived::kill_whole(&world);
-        world.write("then", "");
-        let mut command = world.command(world.bin().join("tf"));
+        let env = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
+        super::survived::kill_whole(&env);
+        env.write("then", "");
+        let mut command = env.command(env.bin().join("tf"));
         command.args(words);
         let mut terminal = Terminal::start(command);
         // `release` looks at the lock first.
@@ -201,34 +201,34 @@ fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
         }
         let end = terminal.wait();
         assert_eq!(end.code(), Some(0), "{words:?}: {}", terminal.whole_screen());
-        world.assert_unlocked();
+        env.assert_unlocked();
     }
 }
 
 /// The shell sees the job stop, though it is a process below it that asks.
 #[test]
 fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() {
-    let world = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
-    super::survived::kill_whole(&world);
-    world.write("then", "");
-    let mut terminal = interactive(&world);
+    let env = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
+    super::survived::kill_whole(&env);
+    env.write("then", "");
+    let mut terminal = interactive(&env);
     terminal.type_in("tf locks recover\r");
     terminal.wait_for("code: ");
     terminal.type_in("\u{1a}");
     terminal.wait_for("Stopped");
-    answer_in_the_foreground(&world, &mut terminal);
+    answer_in_the_foreground(&env, &mut terminal);
 }
 
 /// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
 #[test]
 fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
     for (traps, keys) in [("trap '' INT; ", 2), ("", 1)] {
-        let world = by_a_command(Lock::File, &format!("{traps}stty -echo < /dev/tty; echo > waits; sleep 1000"));
-        let mut shell = world.command("sh");
+        let env = by_a_command(Lock::File, &format!("{traps}stty -echo < /dev/tty; echo > waits; sleep 1000"));
+        let mut shell = env.command("sh");
         shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);
         let mut terminal = Terminal::start(shell);
-        kill_the_terraform_of(&world, &terminal);
-        world.wait_for_file("waits");
+        kill_the_terraform_of(&env, &terminal);
+        env.wait_for_file("waits");
         terminal.type_in("\u{3}");
         if keys == 2 {
             terminal.wait_for("another ^C leaves it");
@@ -238,7 +238,7 @@ fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
         terminal.wait();
         let screen = terminal.whole_screen();
         assert!(screen.contains(" echo ") && !screen.contains("-echo "), "{screen}");
-        wait_until_all_is_gone(&world);
+        wait_until_all_is_gone(&env);
     }
 }
 
@@ -254,19 +254,19 @@ fn unless_terraform(what: &str) -> String {
 /// the next runs do not wait for all that was not explained before.
 #[test]
 fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
-    let world = by_a_command(Lock::DynamoDb, &unless_terraform("printf 'code: ' > /dev/tty; sleep 1000"));
-    world.lock_of_another();
+    let env = by_a_command(Lock::DynamoDb, &unless_terraform("printf 'code: ' > /dev/tty; sleep 1000"));
+    env.lock_of_another();
     let mut before = 0;
     for run in 1..=4 {
-        world.write("then", "");
-        let mut command = world.command(world.bin().join("tf"));
+        env.write("then", "");
+        let mut command = env.command(env.bin().join("tf"));
         command.args(["plan", "-no-color"]);
         let mut terminal = Terminal::start(command);
         let end = terminal.wait();
         let screen = terminal.whole_screen();
         assert_eq!(end.code(), Some(1), "{run}: {screen}");
         assert!(screen.contains("Error acquiring the state lock") && !screen.contains("code: "), "{run}: {screen}");
-        let ours = world.read("ours").lines().count();
+        let ours = env.read("ours").lines().count();
         assert!((1..=2).contains(&(ours - before)), "{run}: {} starts: {screen}", ours - before);
         before = ours;
     }
@@ -275,28 +275,28 @@ fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
 /// Each try of them may be a message on somebody's telephone.
 #[test]
 fn a_run_that_waits_does_not_ask_again_and_again_for_credentials_that_nobody_gives() {
-    let world = by_a_command(Lock::DynamoDb, &unless_terraform("exit 3"));
-    super::survived::kill_whole(&world);
-    world.write("then", "");
+    let env = by_a_command(Lock::DynamoDb, &unless_terraform("exit 3"));
+    super::survived::kill_whole(&env);
+    env.write("then", "");
     // Longer than the time after which a dead run is tried again.
-    let end = world.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=18s"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("failed (exit status: 3)"), "{}", world.story(&end));
-    assert_eq!(world.read("ours").lines().count(), 2, "the recovery, and an explanation: {}", world.story(&end));
+    let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=18s"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("failed (exit status: 3)"), "{}", env.dump(&end));
+    assert_eq!(env.read("ours").lines().count(), 2, "the recovery, and an explanation: {}", env.dump(&end));
 }
 
 /// A world whose credentials are those of a role, and what STS does each time that it is asked for that.
-fn by_a_role(rule: impl Fn() -> Deed + Send + Sync + 'static) -> (World, Proxy) {
-    let mut world = World::empty(Lock::DynamoDb);
+fn by_a_role(rule: impl Fn() -> ProxyAction + Send + Sync + 'static) -> (TestEnv, Proxy) {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
     let sts = Proxy::start(cloud().port, move |request| {
-        if String::from_utf8_lossy(&request.body).contains("Action=AssumeRole") { rule() } else { Deed::Pass }
+        if String::from_utf8_lossy(&request.body).contains("Action=AssumeRole") { rule() } else { ProxyAction::Pass }
     });
-    world.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
-    world.write_main("", WAITS);
+    env.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
+    env.write_main("", WAITS);
     let block = "assume_role = { role_arn = \"arn:aws:iam::000000000000:role/locker\" }\nkey =";
-    world.write("main.tf", &world.read("main.tf").replacen("key =", block, 1));
-    world.init();
-    (world, sts)
+    env.write("main.tf", &env.read("main.tf").replacen("key =", block, 1));
+    env.init();
+    (env, sts)
 }
 
 /// STS, or an instance's metadata, may be away for a moment as any service may.
@@ -304,18 +304,18 @@ fn by_a_role(rule: impl Fn() -> Deed + Send + Sync + 'static) -> (World, Proxy) 
 fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
     let away = Arc::new(AtomicUsize::new(0));
     let left = Arc::clone(&away);
-    let (world, _sts) = by_a_role(move || {
+    let (env, _sts) = by_a_role(move || {
         let fails = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
-        if fails { Deed::Answer(Message::answer("503 Service Unavailable", "")) } else { Deed::Pass }
+        if fails { ProxyAction::Answer(Message::answer("503 Service Unavailable", "")) } else { ProxyAction::Pass }
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     // More than the tries of one question.
     away.store(7, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert_eq!(away.load(Ordering::SeqCst), 0, "{}", world.story(&end));
-    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
-    world.assert_unlocked();
+    assert_eq!(away.load(Ordering::SeqCst), 0, "{}", env.dump(&end));
+    assert!(end.err.contains("tf: released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// A role, whose giver takes its time.
@@ -323,46 +323,46 @@ fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
 fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_released() {
     let slow = Arc::new(AtomicUsize::new(usize::MAX));
     let seen = Arc::clone(&slow);
-    let (world, _sts) = by_a_role(move || {
+    let (env, _sts) = by_a_role(move || {
         if seen.load(Ordering::SeqCst) != usize::MAX {
             seen.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(SLOW);
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
-    let run = world.start_apply(Subject::Tf);
+    let run = env.start_apply(Subject::Tf);
     slow.store(0, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("tf: released the lock"), "{}", world.story(&end));
-    assert_eq!(slow.load(Ordering::SeqCst), 1, "{}", world.story(&end));
-    world.assert_unlocked();
+    assert!(end.err.contains("tf: released the lock"), "{}", env.dump(&end));
+    assert_eq!(slow.load(Ordering::SeqCst), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// A refused role is no missing permission of the table.
 #[test]
 fn the_doctor_names_a_role_that_is_refused() {
-    let mut world = World::new(Lock::Both, "true");
+    let mut env = TestEnv::new(Lock::Both, "true");
     let sts = Proxy::start(cloud().port, |request| {
         if String::from_utf8_lossy(&request.body).contains("Action=AssumeRole") {
             let body = "<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>not you</Message></Error></ErrorResponse>";
-            return Deed::Answer(Message::answer("403 Forbidden", body));
+            return ProxyAction::Answer(Message::answer("403 Forbidden", body));
         }
-        Deed::Pass
+        ProxyAction::Pass
     });
     let config = "[profile role]\nrole_arn = arn:aws:iam::000000000000:role/locker\nsource_profile = keys\n\
                   [profile keys]\naws_access_key_id = test\naws_secret_access_key = test\n";
-    world.write("config", config);
-    let path = world.directory.join("config");
-    world.set("AWS_CONFIG_FILE", path).set("AWS_PROFILE", "role");
-    world.set("AWS_ACCESS_KEY_ID", UNSET).set("AWS_SECRET_ACCESS_KEY", UNSET);
-    world.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
-    let end = world.run(Subject::Tf, &["locks", "doctor"]);
-    assert_eq!(end.code(), Some(2), "{}", world.story(&end));
-    assert!(end.out.contains("not you") && end.out.contains("profile role"), "{}", world.story(&end));
-    assert!(!end.out.contains("let these credentials do"), "{}", world.story(&end));
-    let end = world.run(Subject::Tf, &["locks"]);
-    assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-    assert!(end.err.contains("not you"), "{}", world.story(&end));
-    wait_for("nothing of it", || marked(&home(&world)).is_empty().then_some(()), || world.trace());
+    env.write("config", config);
+    let path = env.directory.join("config");
+    env.set("AWS_CONFIG_FILE", path).set("AWS_PROFILE", "role");
+    env.set("AWS_ACCESS_KEY_ID", UNSET).set("AWS_SECRET_ACCESS_KEY", UNSET);
+    env.set("AWS_ENDPOINT_URL_STS", format!("http://127.0.0.1:{}", sts.port));
+    let end = env.run(Subject::Tf, &["locks", "doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains("not you") && end.out.contains("profile role"), "{}", env.dump(&end));
+    assert!(!end.out.contains("let these credentials do"), "{}", env.dump(&end));
+    let end = env.run(Subject::Tf, &["locks"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("not you"), "{}", env.dump(&end));
+    wait_for("nothing of it", || marked(&home(&env)).is_empty().then_some(()), || env.trace());
 }

@@ -9,10 +9,10 @@ use nix::sys::signal::{Signal, kill};
 
 use super::interrupted_once::slow_to_plan;
 use crate::support::cloud::tool;
-use crate::support::household::{Sweep, home, tf_of, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::process::Run;
+use crate::support::processes::{KillOnDrop, home, tf_of, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::terminal::Terminal;
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
@@ -22,21 +22,21 @@ const WORKER: &str = "import time\nopen('began', 'w').close()\nwhile True:\n    
 
 /// A world whose provisioner's shell runs a worker that ends at an interrupt, as what people write does. Not with `&`: what a
 /// script puts into the background ignores INT (POSIX 2.11), and ^C would not end it either.
-fn with_worker() -> World {
-    let world = World::empty(Lock::Both);
-    world.write("worker", WORKER);
-    world.write_main("", &format!("{} -S worker; true", tool("python3").display()));
-    world.init();
-    world
+fn with_worker() -> TestEnv {
+    let env = TestEnv::empty(Lock::Both);
+    env.write("worker", WORKER);
+    env.write_main("", &format!("{} -S worker; true", tool("python3").display()));
+    env.init();
+    env
 }
 
 /// No work was done after the lock was free.
 #[track_caller]
-fn assert_works_no_more(world: &World, how: &str) {
-    wait_until_unlocked(world);
-    let work = world.read("work").len();
+fn assert_works_no_more(env: &TestEnv, how: &str) {
+    wait_until_unlocked(env);
+    let work = env.read("work").len();
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(world.read("work").len(), work, "{how}: it works on\n{}", world.trace());
+    assert_eq!(env.read("work").len(), work, "{how}: it works on\n{}", env.trace());
 }
 
 #[test]
@@ -44,74 +44,74 @@ fn what_a_provisioners_shell_has_started_ends_before_the_lock_is_free_whoever_st
     let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
     for signal in signals {
         for to_group in [false, true] {
-            let world = with_worker();
-            let _sweep = Sweep(home(&world));
-            let run = world.start_apply(Subject::Tf);
+            let env = with_worker();
+            let _kill_on_drop = KillOnDrop(home(&env));
+            let run = env.start_apply(Subject::Tf);
             if to_group {
                 run.send_to_group(signal);
             } else {
                 run.send(signal);
             }
             let end = run.wait();
-            assert_works_no_more(&world, &format!("{signal} {to_group}"));
-            assert!(!end.err.contains("run on"), "{}", world.story(&end));
+            assert_works_no_more(&env, &format!("{signal} {to_group}"));
+            assert!(!end.err.contains("run on"), "{}", env.dump(&end));
         }
     }
 }
 
 #[test]
 fn what_a_provisioners_shell_has_started_ends_when_tf_is_killed() {
-    let world = with_worker();
-    let _sweep = Sweep(home(&world));
-    let run = world.start_apply(Subject::Tf);
+    let env = with_worker();
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let run = env.start_apply(Subject::Tf);
     run.send(Signal::SIGKILL);
     run.wait();
-    assert_works_no_more(&world, "kill -9 of tf");
-    wait_until_all_is_gone(&world);
+    assert_works_no_more(&env, "kill -9 of tf");
+    wait_until_all_is_gone(&env);
 }
 
 #[test]
 fn what_a_provisioners_shell_has_started_ends_with_a_closed_window_and_with_a_reader_that_leaves() {
-    let world = with_worker();
-    let _sweep = Sweep(home(&world));
-    let mut shell = world.command("bash");
+    let env = with_worker();
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let mut shell = env.command("bash");
     shell.args(["--norc", "-i"]);
     let mut terminal = Terminal::start(shell);
     terminal.type_in(&format!("tf {}\r", APPLY.join(" ")));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     terminal.close();
-    assert_works_no_more(&world, "closed window");
+    assert_works_no_more(&env, "closed window");
 
-    let world = with_worker();
-    let _sweep = Sweep(home(&world));
+    let env = with_worker();
+    let _kill_on_drop = KillOnDrop(home(&env));
     // The reader leaves once there is a worker, and terraform passes on what that says.
-    world.write("worker", &WORKER.replace("pass", "print('says', flush=True)"));
-    let mut command = world.command("bash");
+    env.write("worker", &WORKER.replace("pass", "print('says', flush=True)"));
+    let mut command = env.command("bash");
     command.args(["-c", &format!("tf {} | while ! test -e work; do sleep 0.02; done", APPLY.join(" "))]);
     let run = Run::start(command);
-    world.wait_for_began(&run);
+    env.wait_for_began(&run);
     run.wait();
-    assert_works_no_more(&world, "a reader that left");
+    assert_works_no_more(&env, "a reader that left");
 }
 
 /// In every way but a kill of its pid bare terraform's worker ends too: the signal's own group contains it.
 #[test]
 fn under_bare_terraform_a_group_signal_ends_the_worker_and_a_kill_of_its_pid_does_not() {
     for (to_group, works_on) in [(true, false), (false, true)] {
-        let world = with_worker();
-        let _sweep = Sweep(home(&world));
-        let run = world.start_apply(Subject::Bare);
+        let env = with_worker();
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = env.start_apply(Subject::Bare);
         if to_group {
             run.send_to_group(Signal::SIGTERM);
         } else {
             run.send(Signal::SIGTERM);
         }
-        wait_until_unlocked(&world);
-        let work = world.read("work").len();
+        wait_until_unlocked(&env);
+        let work = env.read("work").len();
         if works_on {
-            wait_for("more work", || (world.read("work").len() > work).then_some(()), || world.read("work"));
+            wait_for("more work", || (env.read("work").len() > work).then_some(()), || env.read("work"));
         } else {
-            assert_works_no_more(&world, "bare, its group");
+            assert_works_no_more(&env, "bare, its group");
         }
     }
 }
@@ -120,23 +120,23 @@ fn under_bare_terraform_a_group_signal_ends_the_worker_and_a_kill_of_its_pid_doe
 #[test]
 fn terraforms_group_gets_interrupts_and_nothing_else() {
     for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
-        let world = World::empty(Lock::DynamoDb);
-        world.write(
+        let env = TestEnv::empty(Lock::DynamoDb);
+        env.write(
             "counts",
             "for s in INT TERM HUP; do trap \"echo $s >> got\" $s; done\ntouch began\n\
              while ! test -e go; do sleep 0.02; done\n",
         );
         // In terraform's group, and not the shell that terraform kills.
-        world.write_main("", "bash counts > /dev/null 2>&1; true");
-        world.init();
-        let _sweep = Sweep(home(&world));
-        let run = world.start_apply(Subject::Tf);
+        env.write_main("", "bash counts > /dev/null 2>&1; true");
+        env.init();
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let run = env.start_apply(Subject::Tf);
         run.send(signal);
-        wait_for("the interrupt", || world.exists("got").then_some(()), || world.trace());
+        wait_for("the interrupt", || env.exists("got").then_some(()), || env.trace());
         run.wait();
-        assert_eq!(world.read("got"), "INT\n", "{signal}\n{}", world.trace());
-        world.go();
-        wait_until_all_is_gone(&world);
+        assert_eq!(env.read("got"), "INT\n", "{signal}\n{}", env.trace());
+        env.unblock();
+        wait_until_all_is_gone(&env);
     }
 }
 
@@ -187,12 +187,12 @@ impl Drop for Unit {
 }
 
 /// Starts `tf` as the main process of a unit of [`MANAGER`].
-fn start_unit(world: &World, mode: &str) -> (Unit, Run) {
+fn start_unit(env: &TestEnv, mode: &str) -> (Unit, Run) {
     let root = Path::new("/sys/fs/cgroup");
     let root = if root.join("pids").exists() { root.join("pids") } else { root.to_owned() };
-    let unit = Unit(root.join(format!("tf-unit-{}", world.bucket)));
+    let unit = Unit(root.join(format!("tf-unit-{}", env.bucket)));
     fs::create_dir(&unit.0).expect("no control group can be made: /sys/fs/cgroup is not writable");
-    let mut command = world.command("unshare");
+    let mut command = env.command("unshare");
     command.args(["-pf", "--mount-proc", "--kill-child"]).arg(tool("python3")).args(["-c", MANAGER]);
     command.arg(&unit.0).args([mode, "tf"]).args(APPLY);
     (unit, Run::start(command))
@@ -204,21 +204,21 @@ fn a_service_manager_that_stops_a_unit_or_its_main_process_interrupts_terraform_
         return;
     }
     for mode in ["control-group", "mixed"] {
-        let (world, proxy) = slow_to_plan();
-        let _sweep = Sweep(home(&world));
-        let (_unit, run) = start_unit(&world, mode);
+        let (env, proxy) = slow_to_plan();
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let (_unit, run) = start_unit(&env, mode);
         proxy.wait_until_held();
-        world.write("stop", "");
+        env.write("stop", "");
         run.wait_for_out("Interrupt received");
         let told = if mode == "mixed" { "Request: [InterruptGroup]" } else { "guardian: our unit is stopped" };
-        world.wait_for_trace(told);
+        env.wait_for_trace(told);
         proxy.let_go();
         let end = run.wait();
-        assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{mode}: {}", world.story(&end));
-        assert!(!end.err.contains("Two interrupts"), "{mode}: {}", world.story(&end));
-        assert_eq!(end.code(), Some(1), "{mode}: {}", world.story(&end));
-        wait_until_unlocked(&world);
-        assert!(!end.err.contains("released"), "terraform did it itself: {}", world.story(&end));
+        assert_eq!(end.out.matches("Interrupt received.").count(), 1, "{mode}: {}", env.dump(&end));
+        assert!(!end.err.contains("Two interrupts"), "{mode}: {}", env.dump(&end));
+        assert_eq!(end.code(), Some(1), "{mode}: {}", env.dump(&end));
+        wait_until_unlocked(&env);
+        assert!(!end.err.contains("released"), "terraform did it itself: {}", env.dump(&end));
     }
 }
 
@@ -227,19 +227,19 @@ fn tf_that_is_killed_after_its_unit_was_told_to_stop_sends_no_second_interrupt()
     if !nix::unistd::geteuid().is_root() {
         return;
     }
-    let (world, proxy) = slow_to_plan();
-    let _sweep = Sweep(home(&world));
-    let (_unit, run) = start_unit(&world, "control-group");
+    let (env, proxy) = slow_to_plan();
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let (_unit, run) = start_unit(&env, "control-group");
     proxy.wait_until_held();
-    let tf = tf_of(&world);
+    let tf = tf_of(&env);
     // It cannot act on what the manager sends.
     kill(tf, Signal::SIGSTOP).unwrap();
-    world.write("stop", "");
-    world.wait_for_trace("guardian: our unit is stopped");
+    env.write("stop", "");
+    env.wait_for_trace("guardian: our unit is stopped");
     kill(tf, Signal::SIGKILL).unwrap();
-    world.wait_for_trace("guardian: tf is gone");
+    env.wait_for_trace("guardian: tf is gone");
     proxy.let_go();
-    wait_until_unlocked(&world);
+    wait_until_unlocked(&env);
     let end = run.wait();
-    assert!(!end.err.contains("Two interrupts"), "{}", world.story(&end));
+    assert!(!end.err.contains("Two interrupts"), "{}", env.dump(&end));
 }

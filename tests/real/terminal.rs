@@ -7,8 +7,8 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::support::process::{state, terraform_below, tree};
 use crate::support::terminal::Terminal;
-use crate::support::world::{WAITS, which};
-use crate::support::{Lock, Subject, World, wait_for};
+use crate::support::test_env::{WAITS, which};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// What the line editing of `terraform console` writes when it has the terminal: it clears what is below its prompt.
 const CONSOLE: &str = "\u{1b}[J";
@@ -16,8 +16,8 @@ const CONSOLE: &str = "\u{1b}[J";
 const APPLY: &str = "apply -auto-approve -no-color";
 
 /// An interactive shell that says `ready>` when it waits for a line.
-fn shell(world: &World) -> Terminal {
-    let mut command = world.command("bash");
+fn shell(env: &TestEnv) -> Terminal {
+    let mut command = env.command("bash");
     command.args(["--norc", "--noprofile", "-i"]).env("PS1", "ready> ");
     let terminal = Terminal::start(command);
     terminal.wait_for("ready> ");
@@ -25,8 +25,8 @@ fn shell(world: &World) -> Terminal {
 }
 
 /// The program itself as leader of the session.
-fn alone(world: &World, subject: Subject, arguments: &str) -> Terminal {
-    let mut command = world.command(world.bin().join(subject.name()));
+fn alone(env: &TestEnv, subject: Subject, arguments: &str) -> Terminal {
+    let mut command = env.command(env.bin().join(subject.name()));
     command.args(arguments.split(' '));
     Terminal::start(command)
 }
@@ -43,21 +43,21 @@ fn reads(terminal: &Terminal, name: &str) -> bool {
 
 /// An apply whose provisioner asks for the passphrase of a key: "open sesame". `None` for a user without a name, for whom OpenSSH
 /// does nothing; tests/left-out names that.
-fn asks_for_a_passphrase() -> Option<(World, Terminal)> {
+fn asks_for_a_passphrase() -> Option<(TestEnv, Terminal)> {
     nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap()?;
-    let world = World::empty(Lock::Both);
+    let env = TestEnv::empty(Lock::Both);
     let status = Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "open sesame", "-f"])
-        .arg(world.directory.join("key"))
+        .arg(env.directory.join("key"))
         .status()
         .expect("ssh-keygen (openssh-client) is missing");
     assert!(status.success());
-    world.write_main("", "touch began; ssh-keygen -y -f key > public");
-    world.init();
-    let mut terminal = shell(&world);
+    env.write_main("", "touch began; ssh-keygen -y -f key > public");
+    env.init();
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
     terminal.wait_for("Enter passphrase");
-    Some((world, terminal))
+    Some((env, terminal))
 }
 
 fn line_of(command: &str, arguments: &str) -> String {
@@ -65,19 +65,19 @@ fn line_of(command: &str, arguments: &str) -> String {
 }
 
 #[track_caller]
-fn assert_interrupted_once(world: &World, screen: &str) {
-    assert_eq!(screen.matches("Interrupt received.").count(), 1, "{screen}\n{}", world.trace());
-    assert!(!screen.contains("Two interrupts"), "{screen}\n{}", world.trace());
-    world.assert_unlocked();
+fn assert_interrupted_once(env: &TestEnv, screen: &str) {
+    assert_eq!(screen.matches("Interrupt received.").count(), 1, "{screen}\n{}", env.trace());
+    assert!(!screen.contains("Two interrupts"), "{screen}\n{}", env.trace());
+    env.assert_unlocked();
 }
 
 #[test]
 fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform() {
     for subject in [Subject::Bare, Subject::Tf] {
-        let world = World::new(Lock::Both, "(touch began; sleep 30; touch survived); true");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, "(touch began; sleep 30; touch survived); true");
+        let mut terminal = shell(&env);
         terminal.type_in(&line_of(subject.name(), APPLY));
-        wait_for("the provisioner", || world.exists("began").then_some(()), || terminal.screen());
+        wait_for("the provisioner", || env.exists("began").then_some(()), || terminal.screen());
         let sleeping = wait_for(
             "sleep",
             || tree(terminal.pid()).into_iter().find(|process| process.1 == "sleep").map(|process| process.0),
@@ -88,18 +88,18 @@ fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform
         // Terraform may end for the provisioner's death before it tells of the interrupt.
         assert!(terminal.screen().matches("Interrupt received.").count() <= 1, "{}", terminal.screen());
         assert!(!terminal.screen().contains("Two interrupts"), "{}", terminal.screen());
-        world.assert_unlocked();
+        env.assert_unlocked();
         assert!(state(sleeping).is_none_or(|state| state == 'Z'), "{subject:?}: the grandchild lives on");
-        assert!(!world.exists("survived"));
+        assert!(!env.exists("survived"));
     }
 }
 
 #[test]
 fn two_keys_20_ms_apart_are_one_interrupt() {
-    let (world, proxy) = crate::interrupted_once::slow_to_stop();
-    let mut terminal = shell(&world);
+    let (env, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     terminal.type_in("\x03");
     std::thread::sleep(std::time::Duration::from_millis(20));
     // Not yet taken from the kernel, the two are one; that the second is answered is tried below.
@@ -107,15 +107,15 @@ fn two_keys_20_ms_apart_are_one_interrupt() {
     terminal.wait_for("Interrupt received.");
     proxy.let_go();
     terminal.wait_for("status=1");
-    assert_interrupted_once(&world, &terminal.screen());
+    assert_interrupted_once(&env, &terminal.screen());
 }
 
 #[test]
 fn bare_terraform_takes_two_keys_for_two_interrupts() {
-    let (world, proxy) = crate::interrupted_once::slow_to_stop();
-    let mut terminal = shell(&world);
+    let (env, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("terraform", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
     terminal.type_in("\x03");
@@ -126,10 +126,10 @@ fn bare_terraform_takes_two_keys_for_two_interrupts() {
 
 #[test]
 fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
-    let (world, proxy) = crate::interrupted_once::slow_to_stop();
-    let mut terminal = shell(&world);
+    let (env, proxy) = crate::interrupted_once::slow_to_stop();
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
     terminal.type_in("\x03");
@@ -139,16 +139,16 @@ fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
     terminal.wait_for("Two interrupts received");
     proxy.let_go();
     terminal.wait_for("status=1");
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
-    let world = World::new(Lock::Both, "true");
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    let mut terminal = shell(&env);
     // Its input is a pipe that stays open, so the terminal is never its to read.
     terminal.type_in("sleep 60 | tf console; echo status=${PIPESTATUS[1]}\n");
-    world.wait_for_locked();
+    env.wait_for_locked();
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x03");
     // The shell's own half of the pipeline dies of the key; console reads the end of its input, and leaves.
@@ -158,49 +158,49 @@ fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
         || terminal.screen(),
     );
     terminal.wait_for("status=");
-    world.assert_unlocked();
+    env.assert_unlocked();
 
-    let world = World::new(Lock::Both, "true");
-    let lock = world.lock_of_another();
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    let lock = env.lock_of_another();
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", "state rm -lock-timeout=60s terraform_data.a"));
-    world.wait_for_trace("started terraform");
+    env.wait_for_trace("started terraform");
     terminal.wait_for("Acquiring state lock");
     terminal.type_in("\x03");
-    world.wait_for_trace("InterruptGroup");
+    env.wait_for_trace("InterruptGroup");
     terminal.type_in("\x03");
     terminal.wait_for("forces it");
     terminal.type_in("\x03");
     terminal.wait_for("status=137");
-    assert!(world.locks().iter().all(|standing| *standing == lock), "{:?}", world.locks());
-    assert!(!world.locks().is_empty());
+    assert!(env.locks().iter().all(|standing| *standing == lock), "{:?}", env.locks());
+    assert!(!env.locks().is_empty());
 }
 
 #[test]
 fn a_key_that_kills_tee_as_well_lets_terraform_end_gracefully() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = shell(&env);
     terminal.type_in(&format!("tf {APPLY} | tee log\n"));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     terminal.type_in("\x03");
-    world.wait_for_trace("terraform ended: Exited(1)");
+    env.wait_for_trace("terraform ended: Exited(1)");
     terminal.wait_for_times("ready> ", 2);
-    world.assert_unlocked();
-    assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "{}", world.trace());
+    env.assert_unlocked();
+    assert!(env.state().is_some_and(|state| state.contains("terraform_data")), "{}", env.trace());
     assert!(!terminal.screen().contains("released the lock"), "terraform unlocked by itself: {}", terminal.screen());
-    assert_eq!(world.trace().matches("[InterruptGroup]").count(), 1, "{}", world.trace());
-    assert!(!world.trace().contains("[InterruptTerraform]"), "{}", world.trace());
+    assert_eq!(env.trace().matches("[InterruptGroup]").count(), 1, "{}", env.trace());
+    assert!(!env.trace().contains("[InterruptTerraform]"), "{}", env.trace());
 }
 
 #[test]
 fn the_approval_prompt_is_answered() {
     for (answer, expected, applied) in [("yes\n", "Apply complete!", true), ("no\n", "Apply cancelled.", false)] {
         for as_leader in [false, true] {
-            let world = World::new(Lock::Both, "true");
+            let env = TestEnv::new(Lock::Both, "true");
             let mut terminal = if as_leader {
-                alone(&world, Subject::Tf, "apply -no-color")
+                alone(&env, Subject::Tf, "apply -no-color")
             } else {
-                let mut terminal = shell(&world);
+                let mut terminal = shell(&env);
                 terminal.type_in(&line_of("tf", "apply -no-color"));
                 terminal
             };
@@ -212,7 +212,7 @@ fn the_approval_prompt_is_answered() {
             } else {
                 terminal.wait_for(&format!("status={}", i32::from(!applied)));
             }
-            world.assert_unlocked();
+            env.assert_unlocked();
         }
     }
 }
@@ -220,8 +220,8 @@ fn the_approval_prompt_is_answered() {
 #[test]
 fn a_key_at_the_approval_prompt_is_one_interrupt() {
     for delay in [0, 10, 25, 200] {
-        let world = World::new(Lock::Both, "true");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, "true");
+        let mut terminal = shell(&env);
         terminal.type_in(&line_of("tf", "apply -no-color"));
         terminal.wait_for("Enter a value:");
         // While it is lent, and after it was taken back.
@@ -229,79 +229,79 @@ fn a_key_at_the_approval_prompt_is_one_interrupt() {
         terminal.type_in("\x03");
         terminal.wait_for("status=1");
         let screen = terminal.screen();
-        assert!(!screen.contains("Two interrupts"), "{screen}\n{}", world.trace());
+        assert!(!screen.contains("Two interrupts"), "{screen}\n{}", env.trace());
         let delivered =
-            world.trace().matches("InterruptGroup").count() + world.trace().matches("terminal sent SIGINT").count();
-        assert_eq!(delivered, 1, "after {delay} ms: {}", world.trace());
-        world.assert_unlocked();
+            env.trace().matches("InterruptGroup").count() + env.trace().matches("terminal sent SIGINT").count();
+        assert_eq!(delivered, 1, "after {delay} ms: {}", env.trace());
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn a_window_closed_while_applying_stops_terraform_once_and_leaves_no_lock() {
     for as_leader in [false, true] {
-        let world = World::new(Lock::Both, WAITS);
+        let env = TestEnv::new(Lock::Both, WAITS);
         let arguments = "apply -auto-approve -no-color";
         let mut terminal = if as_leader {
-            alone(&world, Subject::Tf, arguments)
+            alone(&env, Subject::Tf, arguments)
         } else {
-            let mut terminal = shell(&world);
+            let mut terminal = shell(&env);
             terminal.type_in(&line_of("tf", arguments));
             terminal
         };
-        world.wait_for_file("began");
-        world.assert_locked();
+        env.wait_for_file("began");
+        env.assert_locked();
         terminal.close();
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
-        assert_eq!(world.trace().matches("[InterruptGroup]").count(), 1, "{}", world.trace());
-        assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
-        assert!(world.state().is_some_and(|state| state.contains("terraform_data")), "its state was saved");
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
+        assert_eq!(env.trace().matches("[InterruptGroup]").count(), 1, "{}", env.trace());
+        assert!(env.trace().contains("Exited(1)"), "{}", env.trace());
+        assert!(env.state().is_some_and(|state| state.contains("terraform_data")), "its state was saved");
     }
 }
 
 #[test]
 fn bare_terraform_leaves_its_lock_when_its_window_is_closed() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = alone(&world, Subject::Bare, APPLY);
-    world.wait_for_file("began");
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = alone(&env, Subject::Bare, APPLY);
+    env.wait_for_file("began");
     terminal.close();
     terminal.wait();
-    world.go();
-    world.assert_locked();
+    env.unblock();
+    env.assert_locked();
 }
 
 #[test]
 fn a_window_closed_at_the_approval_prompt_leaves_no_lock() {
     for as_leader in [false, true] {
-        let world = World::new(Lock::Both, "true");
+        let env = TestEnv::new(Lock::Both, "true");
         let mut terminal = if as_leader {
-            alone(&world, Subject::Tf, "apply -no-color")
+            alone(&env, Subject::Tf, "apply -no-color")
         } else {
-            let mut terminal = shell(&world);
+            let mut terminal = shell(&env);
             terminal.type_in(&line_of("tf", "apply -no-color"));
             terminal
         };
         terminal.wait_for("Enter a value:");
-        world.wait_for_trace("took the terminal back");
+        env.wait_for_trace("took the terminal back");
         terminal.close();
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
-        assert!(world.trace().matches("[InterruptGroup]").count() <= 1, "{}", world.trace());
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
+        assert!(env.trace().matches("[InterruptGroup]").count() <= 1, "{}", env.trace());
     }
 }
 
 #[test]
 fn suspended_and_continued_terraform_is_really_stopped_in_between_and_keeps_its_lock() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
     wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
-    world.assert_locked();
+    env.assert_locked();
     // A shell that just forked waits, in state D, for a child that is stopped; a command that just ended is a zombie
     // until its stopped shell can take it away. Whoever runs, or sleeps and could, is not stopped.
     wait_for(
@@ -311,18 +311,18 @@ fn suspended_and_continued_terraform_is_really_stopped_in_between_and_keeps_its_
     );
     terminal.type_in("fg\n");
     wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
-    world.go();
+    env.unblock();
     terminal.wait_for("Apply complete!");
-    world.wait_for_trace("terraform ended");
-    world.assert_unlocked();
+    env.wait_for_trace("terraform ended");
+    env.assert_unlocked();
 }
 
 #[test]
 fn suspended_twice_and_then_in_the_background_it_goes_on() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = shell(&env);
     terminal.type_in("tf apply -auto-approve -no-color\n");
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     for round in 1..3 {
         terminal.type_in("\x1a");
@@ -335,77 +335,77 @@ fn suspended_twice_and_then_in_the_background_it_goes_on() {
     }
     terminal.type_in("bg\n");
     wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
-    world.go();
+    env.unblock();
     terminal.wait_for("Apply complete!");
-    world.wait_for_trace("terraform ended");
-    world.assert_unlocked();
+    env.wait_for_trace("terraform ended");
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_session_leader_that_is_suspended_goes_on() {
     // Nobody could continue it: the kernel discards the stop of bare terraform there, and so must we.
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = alone(&world, Subject::Tf, APPLY);
-    world.wait_for_file("began");
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = alone(&env, Subject::Tf, APPLY);
+    env.wait_for_file("began");
     terminal.type_in("\x1a");
-    world.wait_for_trace("stopped: false");
-    world.go();
+    env.wait_for_trace("stopped: false");
+    env.unblock();
     assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.screen());
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_terraform_stopped_by_somebody_stops_the_job_and_fg_mends_it() {
-    let world = World::new(Lock::Both, WAITS);
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     kill(terraform, Signal::SIGSTOP).unwrap();
     terminal.wait_for("Stopped");
     terminal.type_in("fg\n");
     wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
-    world.go();
+    env.unblock();
     terminal.wait_for("Apply complete!");
-    world.wait_for_trace("terraform ended");
-    world.assert_unlocked();
+    env.wait_for_trace("terraform ended");
+    env.assert_unlocked();
 }
 
 #[test]
 fn started_in_the_background_it_stops_for_the_terminal_and_fg_lets_it_be_answered() {
-    let world = World::new(Lock::Both, "true");
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    let mut terminal = shell(&env);
     terminal.type_in("tf apply -no-color &\n");
     terminal.wait_for("Enter a value:");
-    world.wait_for_trace("was stopped by SIGTTIN");
+    env.wait_for_trace("was stopped by SIGTTIN");
     terminal.type_in("\n");
     terminal.wait_for("Stopped");
     terminal.type_in("fg\n");
-    world.wait_for_trace("lent the terminal");
-    world.wait_for_trace("took the terminal back");
+    env.wait_for_trace("lent the terminal");
+    env.wait_for_trace("took the terminal back");
     terminal.type_in("yes\n");
     terminal.wait_for("Apply complete!");
-    world.wait_for_trace("terraform ended");
-    world.assert_unlocked();
+    env.wait_for_trace("terraform ended");
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_prompt_that_nobody_can_answer_ends_with_no_lock() {
     for line in ["bash -c 'tf apply -no-color </dev/tty & exit'\n", "( tf apply -no-color </dev/tty & )\n"] {
-        let world = World::new(Lock::Both, "true");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, "true");
+        let mut terminal = shell(&env);
         terminal.type_in(line);
-        world.wait_for_trace("NobodyCanAnswer: [InterruptGroup]");
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        env.wait_for_trace("NobodyCanAnswer: [InterruptGroup]");
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
     }
 }
 
 #[test]
 fn a_script_that_prompts_after_us_can_read() {
-    let world = World::new(Lock::Both, "true");
-    world.write("script", "tf apply -no-color\nread -p 'and now? ' answer\necho answered=$answer\n");
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    env.write("script", "tf apply -no-color\nread -p 'and now? ' answer\necho answered=$answer\n");
+    let mut terminal = shell(&env);
     terminal.type_in("bash script\n");
     terminal.wait_for("Enter a value:");
     terminal.type_in("yes\n");
@@ -416,31 +416,31 @@ fn a_script_that_prompts_after_us_can_read() {
 
 #[test]
 fn a_passphrase_is_typed_into_a_provisioner() {
-    let Some((world, mut terminal)) = asks_for_a_passphrase() else { return };
+    let Some((env, mut terminal)) = asks_for_a_passphrase() else { return };
     // A person is slower than 20 ms, and types byte by byte.
     for byte in "open sesame\n".chars() {
         terminal.type_in(&byte.to_string());
         std::thread::sleep(std::time::Duration::from_millis(15));
     }
     terminal.wait_for("status=0");
-    assert!(world.read("public").starts_with("ssh-ed25519 "), "{}", terminal.screen());
+    assert!(env.read("public").starts_with("ssh-ed25519 "), "{}", terminal.screen());
     assert_eq!(terminal.screen().matches("Enter passphrase").count(), 1, "{}", terminal.screen());
     assert!(!terminal.screen().contains("sesame"), "it was echoed: {}", terminal.screen());
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
-    let Some((world, mut terminal)) = asks_for_a_passphrase() else { return };
-    world.wait_for_trace("lent the terminal");
+    let Some((env, mut terminal)) = asks_for_a_passphrase() else { return };
+    env.wait_for_trace("lent the terminal");
     // OpenSSH's prompt misses a signal that comes just before its read(2), and takes the next byte first: so under bare
     // terraform too. A person's key comes when it reads.
     wait_for("ssh-keygen to read", || reads(&terminal, "ssh-keygen").then_some(()), || terminal.screen());
     terminal.type_in("\x03");
     terminal.wait_for("status=1");
-    assert_interrupted_once(&world, &terminal.screen());
-    assert!(world.trace().contains("the terminal sent SIGINT"), "{}", world.trace());
-    assert!(!terminal.screen().contains("run on"), "{}\n{}", terminal.screen(), world.trace());
+    assert_interrupted_once(&env, &terminal.screen());
+    assert!(env.trace().contains("the terminal sent SIGINT"), "{}", env.trace());
+    assert!(!terminal.screen().contains("run on"), "{}\n{}", terminal.screen(), env.trace());
     assert!(tree(terminal.pid()).iter().all(|process| process.1 != "ssh-keygen"), "{:?}", tree(terminal.pid()));
     terminal.type_in("echo still$((1+1))\n");
     terminal.wait_for("still2");
@@ -450,28 +450,28 @@ fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
 fn a_window_closed_at_a_no_echo_or_raw_prompt_leaves_no_lock() {
     // The terminal is lent at that moment, so the kernel hangs terraform up itself, as it does bare.
     let console = {
-        let world = World::new(Lock::Both, "true");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, "true");
+        let mut terminal = shell(&env);
         terminal.type_in("tf console\n");
         terminal.wait_for(CONSOLE);
-        (world, terminal)
+        (env, terminal)
     };
-    for (world, mut terminal) in std::iter::once(console).chain(asks_for_a_passphrase()) {
-        world.wait_for_trace("lent the terminal");
-        world.assert_locked();
+    for (env, mut terminal) in std::iter::once(console).chain(asks_for_a_passphrase()) {
+        env.wait_for_trace("lent the terminal");
+        env.assert_locked();
         terminal.close();
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
     }
 }
 
 #[test]
 fn console_edits_its_line_and_leaves_at_end_of_input() {
-    let world = World::new(Lock::Both, "true");
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", "console"));
     terminal.wait_for(CONSOLE);
-    world.wait_for_trace("lent the terminal");
+    env.wait_for_trace("lent the terminal");
     // "21", one key to the left and "3" in between: 231.
     for keys in ["2", "1", "\x1b[D", "3", " + 1000", "\r"] {
         terminal.type_in(keys);
@@ -484,15 +484,15 @@ fn console_edits_its_line_and_leaves_at_end_of_input() {
     );
     terminal.type_in("\x04");
     terminal.wait_for("status=0");
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
 fn a_key_in_the_console_does_what_it_does_bare() {
     // Line editing switches the terminal's signals off: there the key is a byte, and nobody is interrupted.
     for subject in [Subject::Bare, Subject::Tf] {
-        let world = World::new(Lock::Both, "true");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, "true");
+        let mut terminal = shell(&env);
         terminal.type_in(&line_of(subject.name(), "console"));
         terminal.wait_for(CONSOLE);
         terminal.type_in("1 + 1");
@@ -504,18 +504,18 @@ fn a_key_in_the_console_does_what_it_does_bare() {
         terminal.wait_for("42");
         terminal.type_in("\x04");
         terminal.wait_for("status=0");
-        assert!(!world.trace().contains("SIGINT"), "{}", world.trace());
-        world.assert_unlocked();
+        assert!(!env.trace().contains("SIGINT"), "{}", env.trace());
+        env.assert_unlocked();
     }
 }
 
 #[test]
 fn tostop_does_not_stop_a_plan() {
-    let world = World::new(Lock::Both, "true");
-    let mut terminal = shell(&world);
+    let env = TestEnv::new(Lock::Both, "true");
+    let mut terminal = shell(&env);
     terminal.type_in("stty tostop; tf plan -no-color; echo status=$?\n");
     terminal.wait_for("status=0");
-    world.assert_unlocked();
+    env.assert_unlocked();
 }
 
 #[test]
@@ -532,17 +532,17 @@ fn under_make_and_script_and_other_shells_a_key_is_one_interrupt() {
         }
     }
     for (name, line) in lines {
-        let world = World::new(Lock::Both, WAITS);
-        world.write("Makefile", "apply:\n\ttf apply -auto-approve -no-color\n");
-        let mut terminal = shell(&world);
+        let env = TestEnv::new(Lock::Both, WAITS);
+        env.write("Makefile", "apply:\n\ttf apply -auto-approve -no-color\n");
+        let mut terminal = shell(&env);
         terminal.type_in(&format!("{line}\n"));
-        wait_for(name, || world.exists("began").then_some(()), || terminal.screen());
+        wait_for(name, || env.exists("began").then_some(()), || terminal.screen());
         terminal.type_in("\x03");
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
         terminal.wait_for_times("ready> ", 2);
         let screen = terminal.screen();
-        assert_eq!(screen.matches("Interrupt received.").count(), 1, "{name}: {screen}\n{}", world.trace());
+        assert_eq!(screen.matches("Interrupt received.").count(), 1, "{name}: {screen}\n{}", env.trace());
         assert!(!screen.contains("Two interrupts"), "{name}: {screen}");
     }
 }
@@ -553,19 +553,19 @@ fn in_interactive_zsh_and_fish_keys_and_job_control_work() {
         if which(name).is_none() {
             continue;
         }
-        let world = World::new(Lock::Both, WAITS);
-        let mut command = world.command(name);
+        let env = TestEnv::new(Lock::Both, WAITS);
+        let mut command = env.command(name);
         command.args(arguments);
         let mut terminal = Terminal::start(command);
         // fish asks the terminal who it is before it shows a prompt.
         terminal.type_in("echo shell$(math 1+1 2>/dev/null || echo 2)\n");
         terminal.wait_for("shell2");
         terminal.type_in("tf apply -auto-approve -no-color\n");
-        wait_for(name, || world.exists("began").then_some(()), || terminal.screen());
+        wait_for(name, || env.exists("began").then_some(()), || terminal.screen());
         let terraform = terraform_below(terminal.pid());
         terminal.type_in("\x1a");
         wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
-        world.wait_for_trace("got SIGTSTP");
+        env.wait_for_trace("got SIGTSTP");
         let tf = tree(terminal.pid()).into_iter().find(|process| process.1 == "tf").unwrap().0;
         wait_for("a stopped tf", || (state(tf) == Some('T')).then_some(()), || terminal.screen());
         wait_for(
@@ -573,13 +573,13 @@ fn in_interactive_zsh_and_fish_keys_and_job_control_work() {
             || (terminal.foreground() != Some(tf)).then_some(()),
             || terminal.screen(),
         );
-        world.assert_locked();
+        env.assert_locked();
         terminal.type_in("fg\n");
         wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
         wait_for("us in the foreground", || (terminal.foreground() == Some(tf)).then_some(()), || terminal.screen());
         terminal.type_in("\x03");
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
         assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{name}: {}", terminal.screen());
     }
 }
@@ -590,45 +590,38 @@ fn in_tmux_a_key_is_one_interrupt_and_a_killed_window_leaves_no_lock() {
         return;
     }
     for kill_window in [false, true] {
-        let world = World::new(Lock::Both, WAITS);
-        let socket = world.directory.join("tmux");
+        let env = TestEnv::new(Lock::Both, WAITS);
+        let socket = env.directory.join("tmux");
         let tmux = |arguments: &[&str]| {
-            let output = world
-                .command("tmux")
-                .arg("-S")
-                .arg(&socket)
-                .arg("-f")
-                .arg("/dev/null")
-                .args(arguments)
-                .output()
-                .unwrap();
+            let output =
+                env.command("tmux").arg("-S").arg(&socket).arg("-f").arg("/dev/null").args(arguments).output().unwrap();
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
         tmux(&["new-session", "-d", "-x", "150", "-y", "50", "bash --norc --noprofile -i"]);
         tmux(&["send-keys", "tf apply -auto-approve -no-color", "Enter"]);
-        wait_for("the provisioner", || world.exists("began").then_some(()), || tmux(&["capture-pane", "-p"]));
+        wait_for("the provisioner", || env.exists("began").then_some(()), || tmux(&["capture-pane", "-p"]));
         if kill_window {
             tmux(&["kill-window"])
         } else {
             tmux(&["send-keys", "C-c"])
         };
-        world.wait_for_trace("terraform ended");
-        wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
-        assert!(world.trace().contains("Exited(1)"), "{}", world.trace());
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
+        assert!(env.trace().contains("Exited(1)"), "{}", env.trace());
         let told =
-            world.trace().matches("[InterruptGroup]").count() + world.trace().matches("[InterruptTerraform]").count();
-        assert_eq!(told, 1, "{}", world.trace());
+            env.trace().matches("[InterruptGroup]").count() + env.trace().matches("[InterruptTerraform]").count();
+        assert_eq!(told, 1, "{}", env.trace());
         tmux(&["kill-server"]);
     }
 }
 
 #[test]
 fn with_a_shared_terminal_it_is_as_bare() {
-    let mut world = World::new(Lock::Both, WAITS);
-    world.set("TFW_TTY", "shared");
-    let mut terminal = shell(&world);
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.set("TFW_TTY", "shared");
+    let mut terminal = shell(&env);
     terminal.type_in(&line_of("tf", APPLY));
-    world.wait_for_file("began");
+    env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
@@ -636,16 +629,16 @@ fn with_a_shared_terminal_it_is_as_bare() {
     terminal.type_in("fg\n");
     wait_for("a running terraform", || (state(terraform) != Some('T')).then_some(()), || terminal.screen());
     terminal.type_in("\x03");
-    world.wait_for_trace("terraform ended");
-    wait_for("no lock", || world.locks().is_empty().then_some(()), || world.trace());
+    env.wait_for_trace("terraform ended");
+    wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
     assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{}", terminal.screen());
 }
 
 /// It makes a process group of its own, and takes the terminal for that; at its end it gives it back.
 #[test]
 fn an_interactive_shell_in_a_provisioner_gets_the_terminal() {
-    let world = World::new(Lock::File, "PS1='inner> ' bash --norc -i </dev/tty >/dev/tty 2>&1; touch ended");
-    let mut command = world.command(world.bin().join("tf"));
+    let env = TestEnv::new(Lock::File, "PS1='inner> ' bash --norc -i </dev/tty >/dev/tty 2>&1; touch ended");
+    let mut command = env.command(env.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]);
     let mut terminal = Terminal::start(command);
     terminal.wait_for("inner> ");
@@ -653,6 +646,6 @@ fn an_interactive_shell_in_a_provisioner_gets_the_terminal() {
     terminal.wait_for("sum 42");
     terminal.type_in("exit\r");
     assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.whole_screen());
-    assert!(world.exists("ended"));
-    world.assert_unlocked();
+    assert!(env.exists("ended"));
+    env.assert_unlocked();
 }

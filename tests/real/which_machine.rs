@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use super::locks_release::locks;
 use super::survived::{assert_nothing_left, edit, killed_whole, records};
 use crate::support::process::Run;
-use crate::support::world::{TEST_HOST, UNSET, lock_json};
-use crate::support::{Lock, Subject, World};
+use crate::support::test_env::{TEST_HOST, UNSET, lock_json};
+use crate::support::{Lock, Subject, TestEnv};
 
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
@@ -19,20 +19,20 @@ fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
         return;
     }
     for host in ["localhost", "localhost.localdomain", "debian", "vm-of-a-test"] {
-        let mut world = World::new(Lock::Both, "true");
+        let mut env = TestEnv::new(Lock::Both, "true");
         // What this host is called is what is tried. Whether it is a container is not.
-        world.set(TEST_HOST, UNSET);
+        env.set(TEST_HOST, UNSET);
         if !sees_all() {
             // In a container nothing is likely dead. tests/left-out names this.
             return;
         }
         let mut info: Value =
-            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &world.path())).unwrap();
+            serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
         info["Created"] = "2020-01-01T00:00:00Z".into();
         info["Who"] = format!("{}@{host}", user()).into();
-        world.put_lock(&info.to_string());
+        env.put_lock(&info.to_string());
         let here = |words: &str| {
-            let mut command = world.command("unshare");
+            let mut command = env.command("unshare");
             command.args([
                 "--uts",
                 "sh",
@@ -43,10 +43,10 @@ fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
         };
         let is_a_name = host == "vm-of-a-test";
         let end = here("list");
-        assert_eq!(end.out.contains("likely_dead"), is_a_name, "{host}: {}", world.story(&end));
+        assert_eq!(end.out.contains("likely_dead"), is_a_name, "{host}: {}", env.dump(&end));
         let end = here("release --yes");
-        assert_eq!(end.code(), Some(i32::from(!is_a_name)), "{host}: {}", world.story(&end));
-        assert_eq!(world.locks().is_empty(), is_a_name, "{host}: {}", world.story(&end));
+        assert_eq!(end.code(), Some(i32::from(!is_a_name)), "{host}: {}", env.dump(&end));
+        assert_eq!(env.locks().is_empty(), is_a_name, "{host}: {}", env.dump(&end));
     }
 }
 
@@ -57,7 +57,7 @@ fn sees_all() -> bool {
 }
 
 fn user() -> String {
-    crate::support::world::who().split_once('@').unwrap().0.to_owned()
+    crate::support::test_env::who().split_once('@').unwrap().0.to_owned()
 }
 
 /// A snapshot of its disk that was started somewhere else has the machine-id and the journal of the original, which may
@@ -65,29 +65,29 @@ fn user() -> String {
 #[test]
 fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
     let boot = |record: &mut Value| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into();
-    let world = killed_whole(Lock::Both);
-    let [path] = records(&world).try_into().unwrap();
+    let env = killed_whole(Lock::Both);
+    let [path] = records(&env).try_into().unwrap();
     let record: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     let hardware = record["host"]["hardware"].as_object().unwrap();
     let known = ["network", "product_uuid"].iter().any(|kind| hardware.contains_key(*kind));
-    edit(&world, |record| {
+    edit(&env, |record| {
         boot(record);
         record["host"]["hardware"] = json!({ "network": ["0123456789abcdef"], "product_uuid": ["0123456789abcdef"] });
     });
     // Where nothing tells machines apart, as in some containers, there is nothing to try.
     if known {
-        let end = world.run(Subject::Tf, &PLAN);
-        assert_eq!(end.code(), Some(1), "{}", world.story(&end));
-        world.assert_locked();
-        let end = locks(&world, &["show"]);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        env.assert_locked();
+        let end = locks(&env, &["show"]);
         assert!(end.out.contains("the machine that this one is a copy of"), "{}", end.out);
-        assert_eq!(locks(&world, &["release", "--yes"]).code(), Some(1));
-        world.assert_locked();
+        assert_eq!(locks(&env, &["release", "--yes"]).code(), Some(1));
+        env.assert_locked();
     }
     // A record of an older version does not say.
-    edit(&world, |record| drop(record["host"].as_object_mut().unwrap().remove("hardware")));
-    let end = world.run(Subject::Tf, &PLAN);
-    assert_eq!(end.code(), Some(0), "{}", world.story(&end));
+    edit(&env, |record| drop(record["host"].as_object_mut().unwrap().remove("hardware")));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert!(end.err.contains("released the lock"), "{}", end.err);
-    assert_nothing_left(&world);
+    assert_nothing_left(&env);
 }

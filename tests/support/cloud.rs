@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::clean::clean;
 use super::http::{self, Message};
-use super::proxy::{Deed, Proxy};
+use super::proxy::{Proxy, ProxyAction};
 use super::wait_for;
 
 /// A port that nobody listens on.
@@ -91,9 +91,9 @@ impl Cloud {
         let dynamodb: Option<u16> = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok());
         let front = Proxy::start(port, move |request| match dynamodb {
             Some(port) if request.header("x-amz-target").is_some_and(|target| target.starts_with("DynamoDB")) => {
-                Deed::PassTo(port)
+                ProxyAction::PassTo(port)
             }
-            _ => Deed::Pass,
+            _ => ProxyAction::Pass,
         });
         let port = front.port;
         Self { port, _server: server, _front: front }

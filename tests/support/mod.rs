@@ -3,17 +3,17 @@
 pub mod authority;
 pub mod clean;
 pub mod cloud;
-pub mod household;
 pub mod http;
 pub mod process;
+pub mod processes;
 pub mod proxy;
 pub mod terminal;
-pub mod world;
+pub mod test_env;
 
 use std::time::{Duration, Instant};
 
 pub use process::{Ended, Run};
-pub use world::{Lock, Subject, World};
+pub use test_env::{Lock, Subject, TestEnv};
 
 /// The longest that anything here takes. It is not how long a test waits: a test waits for a state.
 pub const LONGEST: Duration = Duration::from_secs(30);

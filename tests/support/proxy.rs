@@ -10,7 +10,7 @@ use super::http::Message;
 use super::wait_for;
 
 /// What is done with a request.
-pub enum Deed {
+pub enum ProxyAction {
     /// Passed on.
     Pass,
     /// Passed on to another port.
@@ -27,7 +27,7 @@ pub enum Deed {
     Tunnel(Arc<Authority>),
 }
 
-type Rule = dyn Fn(&Message) -> Deed + Send + Sync;
+type Rule = dyn Fn(&Message) -> ProxyAction + Send + Sync;
 
 struct Shared {
     rule: Box<Rule>,
@@ -43,7 +43,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub fn start(upstream: u16, rule: impl Fn(&Message) -> Deed + Send + Sync + 'static) -> Self {
+    pub fn start(upstream: u16, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> Self {
         Self::listen(upstream, rule, |stream, shared| serve(Box::new(stream), shared, |_| {}))
     }
 
@@ -51,14 +51,14 @@ impl Proxy {
     pub fn start_changing(
         upstream: u16,
         change: fn(&mut Message),
-        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+        rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
     ) -> Self {
         Self::listen(upstream, rule, move |stream, shared| serve(Box::new(stream), shared, change))
     }
 
     fn listen(
         upstream: u16,
-        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+        rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
         serve: impl Fn(TcpStream, &Shared) + Clone + Send + 'static,
     ) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -85,7 +85,7 @@ impl Proxy {
         upstream: u16,
         authority: &Authority,
         change: fn(&mut Message),
-        rule: impl Fn(&Message) -> Deed + Send + Sync + 'static,
+        rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
     ) -> Self {
         let config = authority.server("127.0.0.1");
         Self::listen(upstream, rule, move |stream, shared| serve(by_tls(Box::new(stream), &config), shared, change))
@@ -129,8 +129,8 @@ fn by_tls(stream: Box<dyn Duplex>, config: &Arc<rustls::ServerConfig>) -> Box<dy
 fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
     let mut client = BufReader::new(stream);
     while let Some(mut request) = Message::read(&mut client, true, false) {
-        let deed = (shared.rule)(&request);
-        if let Deed::Tunnel(authority) = deed {
+        let action = (shared.rule)(&request);
+        if let ProxyAction::Tunnel(authority) = action {
             let host = request.start.split([' ', ':']).nth(1).unwrap_or_default().to_owned();
             if client.get_mut().write_all(b"HTTP/1.1 200 OK\r\n\r\n").is_ok() {
                 serve(by_tls(client.into_inner(), &authority.server(&host)), shared, change);
@@ -138,7 +138,7 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
             return;
         }
         let mut held = false;
-        if matches!(deed, Deed::Hold) {
+        if matches!(action, ProxyAction::Hold) {
             let mut state = shared.held.lock().unwrap();
             if !state.1 {
                 held = true;
@@ -148,7 +148,7 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
                 }
             }
         }
-        if let Deed::Answer(answer) = deed {
+        if let ProxyAction::Answer(answer) = action {
             if client.get_mut().write_all(&answer.bytes()).is_err() {
                 return;
             }
@@ -158,7 +158,7 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
         change(&mut request);
         request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
         request.headers.push(("Connection".into(), "close".into()));
-        let port = if let Deed::PassTo(port) = deed { port } else { shared.upstream };
+        let port = if let ProxyAction::PassTo(port) = action { port } else { shared.upstream };
         let Ok(upstream) = TcpStream::connect(("127.0.0.1", port)) else { return };
         let mut upstream = BufReader::new(upstream);
         if upstream.get_mut().write_all(&request.bytes()).is_err() {
@@ -168,11 +168,11 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
         if held {
             shared.delivered.lock().unwrap().push(answer.start.clone());
         }
-        if matches!(deed, Deed::LoseAnswer) {
+        if matches!(action, ProxyAction::LoseAnswer) {
             return;
         }
         answer.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
-        if matches!(deed, Deed::Trickle) {
+        if matches!(action, ProxyAction::Trickle) {
             let bytes = answer.bytes();
             let (start, body) = bytes.split_at(bytes.len() - answer.body.len());
             for piece in std::iter::once(start).chain(body.chunks(1)) {

@@ -6,12 +6,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getsid};
 
 use super::process::state;
-use super::{World, wait_for};
+use super::{TestEnv, wait_for};
 
 /// Ends everything of a world when the test ends, however it does: a job that was torn apart has no root to begin at.
-pub struct Sweep(pub String);
+pub struct KillOnDrop(pub String);
 
-impl Drop for Sweep {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         for pid in marked(&self.0) {
             let _ = kill(pid, Signal::SIGKILL);
@@ -20,8 +20,8 @@ impl Drop for Sweep {
 }
 
 /// What every process of a world has in its environment.
-pub fn home(world: &World) -> String {
-    format!("HOME={}", world.directory.parent().unwrap().join("home").display())
+pub fn home(env: &TestEnv) -> String {
+    format!("HOME={}", env.directory.parent().unwrap().join("home").display())
 }
 
 pub fn everybody() -> Vec<Pid> {
@@ -41,26 +41,26 @@ pub fn marked(entry: &str) -> Vec<Pid> {
 }
 
 /// The processes of a world that are ours: `tf` itself, and its guardian.
-pub fn ours(world: &World) -> Vec<Pid> {
+pub fn ours(env: &TestEnv) -> Vec<Pid> {
     let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
     let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
-    marked(&home(world)).into_iter().filter(is_ours).collect()
+    marked(&home(env)).into_iter().filter(is_ours).collect()
 }
 
 /// The `tf` of a world, and not its guardian, whose number may be the lower one: they come round.
-pub fn tf_of(world: &World) -> Pid {
+pub fn tf_of(env: &TestEnv) -> Pid {
     let is_guardian =
         |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("tf-"));
-    wait_for("tf", || ours(world).into_iter().find(|pid| !is_guardian(pid)), || world.trace())
+    wait_for("tf", || ours(env).into_iter().find(|pid| !is_guardian(pid)), || env.trace())
 }
 
 /// The guardian of `tf`.
 #[track_caller]
-pub fn guardian_of(world: &World, tf: Pid) -> Pid {
+pub fn guardian_of(env: &TestEnv, tf: Pid) -> Pid {
     wait_for(
         "the guardian",
-        || ours(world).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
-        || format!("tf {tf}, ours {:?}\n{}", ours(world), world.trace()),
+        || ours(env).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
+        || format!("tf {tf}, ours {:?}\n{}", ours(env), env.trace()),
     )
 }
 
@@ -69,34 +69,30 @@ pub fn is_gone(pid: Pid) -> bool {
 }
 
 #[track_caller]
-pub fn wait_until_gone(world: &World, pid: Pid) {
-    wait_for("the end of a process", || is_gone(pid).then_some(()), || format!("{pid}\n{}", world.trace()));
+pub fn wait_until_gone(env: &TestEnv, pid: Pid) {
+    wait_for("the end of a process", || is_gone(pid).then_some(()), || format!("{pid}\n{}", env.trace()));
 }
 
 #[track_caller]
-pub fn wait_until_unlocked(world: &World) {
+pub fn wait_until_unlocked(env: &TestEnv) {
     wait_for(
         "the lock to go",
-        || world.locks().is_empty().then_some(()),
-        || format!("{:?}, ours {:?}\n{}", world.locks(), ours(world), world.trace()),
+        || env.locks().is_empty().then_some(()),
+        || format!("{:?}, ours {:?}\n{}", env.locks(), ours(env), env.trace()),
     );
 }
 
 /// Waits until nothing of a world runs any more, whoever started it.
 #[track_caller]
-pub fn wait_until_all_is_gone(world: &World) {
-    wait_for(
-        "the end of all",
-        || marked(&home(world)).is_empty().then_some(()),
-        || format!("{:?}", marked(&home(world))),
-    );
+pub fn wait_until_all_is_gone(env: &TestEnv) {
+    wait_for("the end of all", || marked(&home(env)).is_empty().then_some(()), || format!("{:?}", marked(&home(env))));
 }
 
 /// Kills everything that is ours in a world, and everything that runs in it: as when its container is stopped.
-pub fn kill_all(world: &World) {
+pub fn kill_all(env: &TestEnv) {
     // Those first that would notice the others' end.
-    let ours = ours(world);
-    let others: Vec<Pid> = marked(&home(world)).into_iter().filter(|pid| !ours.contains(pid)).collect();
+    let ours = ours(env);
+    let others: Vec<Pid> = marked(&home(env)).into_iter().filter(|pid| !ours.contains(pid)).collect();
     for pid in ours.iter().chain(&others) {
         let _ = kill(*pid, Signal::SIGSTOP);
     }
@@ -104,28 +100,28 @@ pub fn kill_all(world: &World) {
         let _ = kill(*pid, Signal::SIGKILL);
     }
     // One that dies has no environment any more while it still holds its locks of files.
-    ours.iter().chain(&others).for_each(|pid| wait_until_gone(world, *pid));
-    wait_until_all_is_gone(world);
+    ours.iter().chain(&others).for_each(|pid| wait_until_gone(env, *pid));
+    wait_until_all_is_gone(env);
 }
 
 /// Waits until nothing of ours runs in a world.
 #[track_caller]
-pub fn wait_until_ours_are_gone(world: &World) {
+pub fn wait_until_ours_are_gone(env: &TestEnv) {
     wait_for(
         "the end of all that is ours",
-        || ours(world).is_empty().then_some(()),
-        || format!("{:?}\n{}", ours(world), world.trace()),
+        || ours(env).is_empty().then_some(()),
+        || format!("{:?}\n{}", ours(env), env.trace()),
     );
 }
 
 /// Starts an apply, and kills its `tf` and its terraform while it works: the guardian is left, and does what it has to do.
-pub fn kill_without_guardian(world: &World) {
-    let run = world.start_apply(super::Subject::Tf);
+pub fn kill_without_guardian(env: &TestEnv) {
+    let run = env.start_apply(super::Subject::Tf);
     let terraform = super::process::terraform_below(run.pid());
     run.send(Signal::SIGSTOP);
     kill(terraform, Signal::SIGKILL).unwrap();
     run.send(Signal::SIGKILL);
     // To its end: its guardian is a child of it until then.
     run.wait();
-    wait_until_ours_are_gone(world);
+    wait_until_ours_are_gone(env);
 }

@@ -41,7 +41,7 @@ impl Subject {
     }
 }
 
-pub struct World {
+pub struct TestEnv {
     pub directory: PathBuf,
     pub bucket: String,
     pub table: String,
@@ -93,13 +93,13 @@ pub const TEST_HOST: &str = "TFW_TEST_HOST";
 /// The value of a variable that is not to be there at all.
 pub const UNSET: &str = "(unset)";
 
-impl World {
+impl TestEnv {
     /// A directory whose one resource runs `command` when it is made, initialised.
     pub fn new(lock: Lock, command: &str) -> Self {
-        let world = Self::empty(lock);
-        world.write_main("", command);
-        world.init();
-        world
+        let env = Self::empty(lock);
+        env.write_main("", command);
+        env.init();
+        env
     }
 
     /// The same, not initialised.
@@ -118,7 +118,7 @@ impl World {
         symlink(terraform(), bin.join("terraform")).unwrap();
         fs::create_dir(directory.join("home")).unwrap();
         let pid = std::process::id();
-        let world = Self {
+        let env = Self {
             directory: directory.join("work"),
             bucket: format!("bucket-{pid}-{number}"),
             table: format!("locks-{pid}-{number}"),
@@ -126,12 +126,12 @@ impl World {
             environment: Vec::new(),
             _temporary: temporary,
         };
-        fs::create_dir(&world.directory).unwrap();
-        assert_eq!(cloud().s3("PUT", &world.bucket, b"").status(), 200);
+        fs::create_dir(&env.directory).unwrap();
+        assert_eq!(cloud().s3("PUT", &env.bucket, b"").status(), 200);
         if lock != Lock::File {
-            cloud().create_table(&world.table);
+            cloud().create_table(&env.table);
         }
-        world
+        env
     }
 
     /// The lines of the backend block.
@@ -175,7 +175,7 @@ impl World {
     }
 
     /// Lets a provisioner that [`WAITS`] go on.
-    pub fn go(&self) {
+    pub fn unblock(&self) {
         self.write("go", "");
     }
 
@@ -279,7 +279,7 @@ impl World {
     }
 
     /// Everything about a run that a failed assertion should show.
-    pub fn story(&self, end: &super::Ended) -> String {
+    pub fn dump(&self, end: &super::Ended) -> String {
         format!("{:?}\n-- stdout\n{}\n-- stderr\n{}\n-- trace\n{}", end.status, end.out, end.err, self.trace())
     }
 
@@ -314,7 +314,7 @@ while not os.path.exists("go"):
     }
 
     /// The signals that it got, in order.
-    pub fn seen(&self) -> Vec<String> {
+    pub fn received_signals(&self) -> Vec<String> {
         self.read("seen").lines().map(ToOwned::to_owned).collect()
     }
 
