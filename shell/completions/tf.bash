@@ -67,7 +67,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks)
-            opts="--chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate list show release audit doctor history recover shell-init shim"
+            opts="-V --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --version list show release audit doctor history recover shell-init shim"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

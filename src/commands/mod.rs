@@ -66,7 +66,7 @@ impl Finding {
 ///
 /// Without a command: the locks of this directory's backend, as `tf locks list`.
 #[derive(Debug, Parser)]
-#[command(name = "tf locks", bin_name = "tf locks", args_conflicts_with_subcommands = true)]
+#[command(version, name = "tf locks", bin_name = "tf locks", args_conflicts_with_subcommands = true)]
 #[command(after_help = list::EXAMPLES)]
 struct Locks {
     #[command(subcommand)]
