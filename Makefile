@@ -31,6 +31,15 @@ test: tools ## every test, against real terraform and a real protocol server
 	cargo test
 	@tests/left-out
 
+.PHONY: unit
+unit: ## the tests that need neither terraform nor a network: seconds
+	cargo test --bin tf --test layers
+
+.PHONY: one
+one: tools ## the tests whose name contains T, with what they print: make one T=given_back
+	@test -n "$(T)" || { echo "say which: make one T=name"; exit 1; }
+	cargo test --test real -- $(T) --nocapture
+
 .PHONY: crash
 crash: tools ## tf, its guardian and a recovery stopped dead at every step, alone and in pairs
 	cargo test --features crash-points --test real crash:: -- --nocapture
