@@ -1,6 +1,7 @@
 //! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
 
 use crate::cleanup::recovery_process;
+use crate::cleanup::run_context::RunContext;
 use crate::console;
 use crate::terraform::errored_state::errored_state;
 use std::borrow::Cow;
@@ -18,7 +19,6 @@ use crate::cleanup::messages;
 use crate::cleanup::messages::Removal;
 use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
-use crate::cleanup::planned_backends::PlannedBackends;
 use crate::cleanup::process_tree::{Termination, Tree};
 use crate::cleanup::release_all::{
     CandidateLocks, ReleaseResult, check_pending, record_in_history, release_locks, remember_abandoned,
@@ -30,8 +30,7 @@ use crate::crash_point;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::journal::history::By;
-use crate::journal::pending_requests::PendingRequests;
-use crate::journal::runs::{Journal, Unfinished};
+use crate::journal::runs::Unfinished;
 use crate::lock::location::LockLocation;
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
@@ -40,34 +39,21 @@ use crate::lock::stores::{StoreKey, StoredLock};
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
-use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
 /// All that is known when terraform has ended.
 pub(crate) struct Aftermath<'a> {
-    pub(crate) run: &'a str,
+    pub(crate) context: &'a RunContext<'a>,
     pub(crate) end: EndOfRun,
-    /// `user@host` at the start.
-    pub(crate) who: &'a str,
-    pub(crate) started: Timestamp,
     pub(crate) log: &'a Log,
     /// Terraform has written nothing into the log, and may have been unable to.
     pub(crate) unlogged: bool,
     pub(crate) tree: &'a Tree,
-    pub(crate) invocation: &'a Invocation,
     pub(crate) reached: &'a Reached,
-    pub(crate) before: &'a DataDirectory,
-    /// Where `tf` was started.
-    pub(crate) current: &'a Path,
-    pub(crate) data_directory: &'a Path,
-    pub(crate) planned_backends: &'a PlannedBackends,
-    pub(crate) journal: Option<&'a Journal>,
-    /// Why there is no journal of this run, where there is none.
+    /// Why there is no journal of this run. `None` where there is one.
     pub(crate) unprotected: Option<&'a str>,
-    pub(crate) pending_requests: Option<&'a PendingRequests>,
-    pub(crate) release: bool,
     /// Dead runs that were tried to be finished before, or while, terraform ran.
     pub(crate) tried: &'a [String],
 }
@@ -196,17 +182,8 @@ impl Aftermath<'_> {
     pub(crate) fn settle(&self, waiter: &mut Waiter<'_>) -> Unfinished {
         let at = Timestamp::now();
         // Read once, and only for a run that left something.
-        let places = LazyCell::new(|| {
-            let after = DataDirectory::read(self.data_directory);
-            CandidateBackends::new(
-                self.current,
-                self.before,
-                after,
-                &self.invocation.command_line,
-                self.planned_backends,
-            )
-        });
-        let with_plan = LazyCell::new(|| places.clone().with_plan(self.planned_backends));
+        let places = LazyCell::new(|| self.context.candidates_after());
+        let with_plan = LazyCell::new(|| places.clone().with_plan(&self.context.planned_backends));
         let is_ours = |lock: &RecordedLock| !with_plan.of(lock).is_empty();
         let died = died(self.end.ended, self.end.forced, self.tree.is_behind_a_shim(), self.log, is_ours);
         // A shim's code tells of a death that the log, being empty, does not.
@@ -233,26 +210,26 @@ impl Aftermath<'_> {
         crash_point::reached("tf: locks may stand");
         let ending = messages::ending(&self.end);
         let places = &*with_plan;
-        let keep = if self.release {
+        let keep = if self.context.release {
             let unlock_begun = !died && unlock_is_begun(self.log, places, waiter);
             reason_to_keep(self.tree, (died, unlock_begun), self.end.killed.is_some(), waiter)
         } else {
             Some(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
         };
         crash_point::reached("tf: tree judged");
-        let run = Run::recorded(self.who, self.started, self.log);
+        let run = Run::recorded(&self.context.who, self.context.started, self.log);
         let reached = self.reached.clone();
         let release_context = ReleaseContext { run, request_may_land: died, write_may_land: true, reached };
         // What is below terraform worked until now.
         let until = Timestamp::now();
-        let claimed = |id: &str| self.journal.is_some_and(|journal| journal.is_claimed(id, self.run));
+        let claimed = |id: &str| self.context.journal().is_some_and(|journal| journal.is_claimed(id, &self.context.id));
         let stored_locks = CandidateLocks::find(self.log, places, &release_context, died, waiter);
         let results =
             release_locks(&stored_locks.named, places, &release_context, died, keep.as_ref(), claimed, waiter);
         crash_point::reached("tf: gave back");
-        let remembered = remember_pending(&results, &release_context, true, self.pending_requests);
+        let remembered = remember_pending(&results, &release_context, true, self.context.pending_requests.as_ref());
         let abandoned = || abandoned_requests(&results, Some(self.end.ended));
-        let also_remembered = remember_abandoned(abandoned(), &release_context, self.pending_requests);
+        let also_remembered = remember_abandoned(abandoned(), &release_context, self.context.pending_requests.as_ref());
         self.tell(&results, &remembered, places, &ending);
         // Of one that could not be looked for nothing is known that terraform has not said.
         let looked_for = |results: &&ReleaseResult| !matches!(results.outcome, Some(Outcome::Kept { .. }));
@@ -305,9 +282,11 @@ impl Aftermath<'_> {
         waiter: &mut Waiter<'_>,
         unfinished: &mut Unfinished,
     ) {
-        let Invocation { terraform, command_line, .. } = self.invocation;
+        let Invocation { terraform, command_line, .. } = self.context.invocation;
         let chdir = command_line.directory.as_deref();
-        let Some(elsewhere) = NonS3Release::of(places, self.log, &terraform.path, self.current, chdir) else { return };
+        let Some(elsewhere) = NonS3Release::of(places, self.log, &terraform.path, &self.context.current, chdir) else {
+            return;
+        };
         let keep = keep.and_then(Outcome::reason);
         let told = command_line.logs_its_lock();
         let end = elsewhere.settle(
@@ -394,7 +373,7 @@ impl Aftermath<'_> {
 
     /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
-        let Some(pending_requests) = self.pending_requests else { return };
+        let Some(pending_requests) = &self.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
             if let Some(Outcome::Released(_)) =
                 check_pending(pending, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), waiter)
@@ -458,7 +437,7 @@ impl Aftermath<'_> {
             let host = HostView::look();
             let judgement = host.judge(&info);
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
-            let dead = host.dead_run(&info.id).filter(|_| self.release && judgement.verdict == Verdict::Dead);
+            let dead = host.dead_run(&info.id).filter(|_| self.context.release && judgement.verdict == Verdict::Dead);
             // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
             console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
@@ -499,18 +478,18 @@ impl Aftermath<'_> {
 
     /// By what name terraform was run, without a directory.
     fn program(&self) -> Cow<'_, str> {
-        Path::new(&self.invocation.name).file_name().unwrap_or(&self.invocation.name).to_string_lossy()
+        Path::new(&self.context.invocation.name).file_name().unwrap_or(&self.context.invocation.name).to_string_lossy()
     }
 
     /// `-chdir`, as it was given.
     fn directory(&self) -> Option<Cow<'_, str>> {
-        self.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
+        self.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
     }
 
     /// Names a state that terraform could not write. It says so itself, if it lives to say it and anybody reads it.
     fn name_errored_state(&self) {
-        let directory = self.invocation.command_line.working_directory(self.current);
-        if let Some(path) = errored_state(&directory, self.started) {
+        let directory = self.context.invocation.command_line.working_directory(&self.context.current);
+        if let Some(path) = errored_state(&directory, self.context.started) {
             console::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
         }
     }
@@ -525,7 +504,7 @@ impl Aftermath<'_> {
     /// more, is none for terraform: it refuses to work there, and ours does not.
     fn unlock_command(&self, place: Option<&LockLocation>, places: &CandidateBackends) -> String {
         let workspace = place.and_then(|place| unselected_workspace(place, places));
-        if workspace.is_some() && self.invocation.command_line.command().starts_with("workspace ") {
+        if workspace.is_some() && self.context.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
         }
         let command = messages::unlock_command(&self.program(), self.directory().as_deref());

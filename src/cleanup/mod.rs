@@ -11,5 +11,6 @@ pub(crate) mod process_tree;
 pub(crate) mod recovery;
 pub(crate) mod recovery_process;
 pub(crate) mod release_all;
+pub(crate) mod run_context;
 pub(crate) mod waiter;
 pub(crate) mod working_directory;

@@ -11,9 +11,9 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getppid};
 
-use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
+use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
@@ -43,8 +43,7 @@ const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 /// Everything that one supervised run needs.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
-    /// What this run can lock.
-    pub(crate) here: &'a CandidateBackends,
+    pub(crate) context: &'a RunContext<'a>,
     /// What is done about a lock that terraform waits for, where something may be.
     pub(crate) waiting: Option<&'a mut Waiting>,
     /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
@@ -58,7 +57,6 @@ pub(crate) struct Supervision<'a> {
     pub(crate) run_record: &'a mut RunRecord,
     /// Readable when our parent has ended, where that means that nobody is left to tell us.
     pub(crate) parent: Option<OwnedFd>,
-    pub(crate) begun: Instant,
     /// SIGCHLD came: something below us stopped or ended, and may be an orphan to take away.
     pub(crate) children_changed: bool,
     /// What we started has ended, and a terraform that it led to works on.
@@ -128,7 +126,7 @@ impl Supervision<'_> {
                 }
                 read_at = now + self.recorder.interval(now - started);
                 if let Some(waiting) = &mut self.waiting {
-                    waiting.step(self.recorder.log(), self.here, self.tree);
+                    waiting.step(self.recorder.log(), &self.context.candidates, self.tree);
                 }
             }
             if self.foreground.deadline().is_some_and(|at| at <= now) {
@@ -146,7 +144,7 @@ impl Supervision<'_> {
                 continue_at,
                 Some(read_at),
                 self.foreground.deadline(),
-                self.stop.deadline().and_then(|since_begun| self.begun.checked_add(since_begun)),
+                self.stop.deadline().and_then(|since_begun| self.context.begun.checked_add(since_begun)),
             ];
             let timeout = match deadline.into_iter().flatten().min() {
                 _ if self.signals.is_queued() => Some(Duration::ZERO),
@@ -264,7 +262,7 @@ impl Supervision<'_> {
 
     /// Puts `event` to [`Stop`] and does what it says.
     fn asked(&mut self, event: StopEvent) {
-        let effects = self.stop.decide(event, self.begun.elapsed());
+        let effects = self.stop.decide(event, self.context.begun.elapsed());
         if event != StopEvent::Time {
             self.run_record.note(event, self.recorder);
         }

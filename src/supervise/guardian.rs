@@ -21,10 +21,10 @@
 //! - It reads terraform's pipes in the place of `tf`, into nothing: terraform must not die of SIGPIPE with its state
 //!   unsaved.
 
+use crate::cleanup::run_context::RunContext;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -33,10 +33,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cleanup::after_run::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
-use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
-use crate::cleanup::planned_backends::PlannedBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::release_all::{
     CandidateLocks, record_in_history, release_locks, remember_abandoned, remember_pending, replaced,
@@ -44,9 +42,8 @@ use crate::cleanup::release_all::{
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::history::By;
-use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{Journal, JournalEntry, JournalRecord, Unfinished};
+use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::lock::release::{Outcome, ReleaseContext};
@@ -58,8 +55,6 @@ use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::sys::{detached, environment};
-use crate::terraform::command_line::CommandLine;
-use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
 use crate::trace::{self, trace};
 
@@ -122,32 +117,15 @@ pub(crate) enum Heard {
 
 /// What the guardian is to know and to keep.
 pub(crate) struct GuardianContext<'a> {
-    pub(crate) run: &'a str,
-    /// Our own process, before the fork.
+    pub(crate) run: &'a RunContext<'a>,
+    /// The process of `tf`.
     pub(crate) tf: Pid,
-    pub(crate) begun: Instant,
-    /// `user@host` at the start.
-    pub(crate) who: &'a str,
-    pub(crate) started: Timestamp,
     pub(crate) tree: &'a mut Tree,
     pub(crate) pipes: &'a mut Pipes,
     pub(crate) recorder: &'a mut Recorder,
-    pub(crate) journal: Option<&'a Journal>,
     pub(crate) entry: Option<&'a JournalEntry>,
     pub(crate) record: Option<JournalRecord>,
-    pub(crate) pending_requests: Option<&'a PendingRequests>,
     pub(crate) stop: Stop,
-    /// Where it can have locked, as far as that is known at its start.
-    pub(crate) here: &'a CandidateBackends,
-    pub(crate) before: &'a DataDirectory,
-    pub(crate) current: &'a Path,
-    pub(crate) data_directory: &'a Path,
-    /// The terraform that runs.
-    pub(crate) program: &'a Path,
-    pub(crate) command_line: &'a CommandLine,
-    pub(crate) planned_backends: &'a PlannedBackends,
-    /// Whether locks are to be given back at all.
-    pub(crate) release: bool,
 }
 
 impl Guardian {
@@ -164,7 +142,7 @@ impl Guardian {
             .map(AsRawFd::as_raw_fd)
             .collect();
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
-        keep.extend(context.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
+        keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
         // Without a process list `tf` must see by its children alone whether anything of terraform's is left.
         let is_listed = process::list() != ProcessList::Unavailable;
@@ -420,8 +398,8 @@ impl<'a> Watch<'a> {
         context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
         // Here nobody waits for it: terraform starts meanwhile.
-        let (access, surroundings) = context.here.identified(context.run);
-        let reached = Reached::of(context.run, &access, &surroundings);
+        let (access, surroundings) = context.run.candidates.identified(&context.run.id);
+        let reached = Reached::of(&context.run.id, &access, &surroundings);
         if let Some(record) = &mut context.record {
             record.surroundings = surroundings;
         }
@@ -449,8 +427,8 @@ impl<'a> Watch<'a> {
         let mut bytes = [0; 1 << 14];
         loop {
             // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
-            let _ = self.context.stop.decide(StopEvent::Time, self.context.begun.elapsed());
-            let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.begun.elapsed()));
+            let _ = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
+            let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.run.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
             // Of terraform's end `tf` hears itself, but when it stands still.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
@@ -511,7 +489,7 @@ impl<'a> Watch<'a> {
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
             trace!("guardian: our unit is stopped");
-            let _ = self.context.stop.decide(StopEvent::RequestToAll, self.context.begun.elapsed());
+            let _ = self.context.stop.decide(StopEvent::RequestToAll, self.context.run.begun.elapsed());
             let _ = self.socket.write(&[UNIT_IS_STOPPED]);
         }
     }
@@ -535,7 +513,7 @@ impl<'a> Watch<'a> {
             EVENT => {
                 if let Ok(event) = serde_json::from_slice::<StopEvent>(payload) {
                     // What follows from it `tf` does itself.
-                    let _ = self.context.stop.decide(event, self.context.begun.elapsed());
+                    let _ = self.context.stop.decide(event, self.context.run.begun.elapsed());
                 }
             }
             STILL => self.still = payload == [1],
@@ -581,7 +559,7 @@ impl<'a> Watch<'a> {
     fn finish(mut self) {
         trace!("guardian: tf is gone");
         self.write_news();
-        let _ = std::env::set_current_dir(self.context.current);
+        let _ = std::env::set_current_dir(&self.context.run.current);
         self.context.pipes.discard_output();
         let ended = self.stop_terraform();
         trace!("guardian: terraform ended: {ended:?}");
@@ -604,7 +582,7 @@ impl<'a> Watch<'a> {
     /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
-        let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.begun.elapsed());
+        let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
         loop {
@@ -644,7 +622,7 @@ impl<'a> Watch<'a> {
                 self.context.tree.living();
                 looked = Some(Instant::now());
             }
-            effects = self.context.stop.decide(StopEvent::Time, self.context.begun.elapsed());
+            effects = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
         }
         let begun = Instant::now();
         loop {
@@ -685,15 +663,7 @@ impl<'a> Watch<'a> {
             log.ended_well();
         }
         // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let after = DataDirectory::read(context.data_directory);
-        let places = CandidateBackends::new(
-            context.current,
-            context.before,
-            after,
-            context.command_line,
-            context.planned_backends,
-        );
-        let places = places.with_plan(context.planned_backends);
+        let places = context.run.candidates_after().with_plan(&context.run.planned_backends);
         let is_ours = |lock: &RecordedLock| !places.of(lock).is_empty();
         let shim = context.tree.is_behind_a_shim();
         let died = ended.is_none_or(|ended| died(ended, context.stop.was_forced(), shim, &log, is_ours));
@@ -703,7 +673,7 @@ impl<'a> Watch<'a> {
         if !(log.may_hold() || elsewhere || unlogged) {
             return Unfinished::default();
         }
-        if !context.release {
+        if !context.run.release {
             // To be named, which is for somebody who has a person to tell.
             let locks = log.unreleased().cloned().collect();
             let unnamed = log.standing_unnamed().cloned().collect();
@@ -714,17 +684,21 @@ impl<'a> Watch<'a> {
         let keep = reason_to_keep(context.tree, (died, unlock_begun), context.stop.killed().is_some(), &mut waiter);
         trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
         crash_point::reached("guardian: tree judged");
-        let run = Run::recorded(context.who, context.started, &log);
+        let run = Run::recorded(&context.run.who, context.run.started, &log);
         let reached = self.reached.clone();
         let release_context = ReleaseContext { run, request_may_land: died, write_may_land: true, reached };
         // What is below terraform worked until now.
         let until = Timestamp::now();
-        let claimed = |id: &str| context.journal.is_some_and(|journal| journal.is_claimed(id, context.run));
+        let claimed = |id: &str| context.run.journal().is_some_and(|journal| journal.is_claimed(id, &context.run.id));
         let locks = CandidateLocks::find(&log, &places, &release_context, died, &mut waiter);
         let results = release_locks(&locks.named, &places, &release_context, died, keep.as_ref(), claimed, &mut waiter);
         crash_point::reached("guardian: gave back");
-        remember_pending(&results, &release_context, true, context.pending_requests);
-        remember_abandoned(abandoned_requests(&results, ended), &release_context, context.pending_requests);
+        remember_pending(&results, &release_context, true, context.run.pending_requests.as_ref());
+        remember_abandoned(
+            abandoned_requests(&results, ended),
+            &release_context,
+            context.run.pending_requests.as_ref(),
+        );
         record_in_history(&results, By::Guardian, WHY, None);
         let replaced = replaced(&results, &places, died, until, By::Guardian, &mut waiter);
         let mut unfinished = locks.for_next_run(results, &log);
@@ -732,10 +706,17 @@ impl<'a> Watch<'a> {
         unfinished.unlogged = unlogged;
         unfinished.replaced = replaced;
         if elsewhere {
-            let directory = context.command_line.directory.as_deref();
-            let elsewhere = NonS3Release::of(&places, &log, context.program, context.current, directory);
+            let directory = context.run.invocation.command_line.directory.as_deref();
+            let elsewhere = NonS3Release::of(
+                &places,
+                &log,
+                &context.run.invocation.terraform.path,
+                &context.run.current,
+                directory,
+            );
             if let Some(elsewhere) = elsewhere {
-                let (told, keep) = (context.command_line.logs_its_lock(), keep.as_ref().and_then(Outcome::reason));
+                let (told, keep) =
+                    (context.run.invocation.command_line.logs_its_lock(), keep.as_ref().and_then(Outcome::reason));
                 let end = elsewhere.settle(&release_context.run, told, keep, [WHY, ""], By::Guardian, &mut waiter);
                 if end.leaves_one() {
                     unfinished.add_elsewhere(elsewhere.had);

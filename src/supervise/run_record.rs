@@ -136,7 +136,7 @@ impl RunRecord {
 
     /// The run is over, except for `unfinished`, which the next `tf` judges by `log`, and for `survivors` of its processes: pid
     /// and start.
-    pub(crate) fn close(mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
+    pub(crate) fn close(&mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }

@@ -1,0 +1,106 @@
+//! What is known of one run of terraform before it starts.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::invocation::Invocation;
+use crate::cleanup::planned_backends::PlannedBackends;
+use crate::journal::pending_requests::PendingRequests;
+use crate::journal::runs::{Journal, JournalRecord, flag_names, run_id};
+use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::lock_info;
+
+/// One run of terraform, as `tf` and its guardian know it from before its start.
+pub(crate) struct RunContext<'a> {
+    /// The run's ID: the last part of its `TFW_RUN`, and the name of its directory in the journal.
+    pub(crate) id: String,
+    /// `user@host` at the start: the host may have another name at the end.
+    pub(crate) who: String,
+    /// When this `tf` began.
+    pub(crate) begun: Instant,
+    /// The latest time before terraform's start.
+    pub(crate) started: Timestamp,
+    /// What is run.
+    pub(crate) invocation: &'a Invocation,
+    /// Where `tf` was started.
+    pub(crate) current: PathBuf,
+    /// Terraform's data directory, `.terraform` in most cases.
+    pub(crate) data_directory: PathBuf,
+    /// What the data directory said before the run.
+    pub(crate) before: DataDirectory,
+    /// The backends that the command line leads to.
+    pub(crate) planned_backends: PlannedBackends,
+    /// Where the run can lock, as far as that is known before it starts.
+    pub(crate) candidates: CandidateBackends,
+    /// The journal, or why there is none.
+    pub(crate) journal: Result<Journal, String>,
+    /// Where requests that may still land are remembered. `None` without a state directory.
+    pub(crate) pending_requests: Option<PendingRequests>,
+    /// Whether locks are to be released at all (`TFW_RELEASE`).
+    pub(crate) release: bool,
+}
+
+impl<'a> RunContext<'a> {
+    /// Reads what the current directory says of a run of `invocation`. There is no journal yet.
+    pub(crate) fn new(invocation: &'a Invocation, release: bool, begun: Instant) -> Self {
+        let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
+        let data_directory = DataDirectory::path(&current, &invocation.command_line);
+        let before = DataDirectory::read(&data_directory);
+        let planned_backends = PlannedBackends::of(&invocation.command_line, &current);
+        let candidates =
+            CandidateBackends::new(&current, &before, before.clone(), &invocation.command_line, &planned_backends);
+        Self {
+            id: run_id(),
+            who: lock_info::who(),
+            begun,
+            started: Timestamp::now(),
+            invocation,
+            current,
+            data_directory,
+            before,
+            planned_backends,
+            candidates,
+            journal: Err("it was not opened".to_owned()),
+            pending_requests: None,
+            release,
+        }
+    }
+
+    /// The journal. `None` if this run has none.
+    pub(crate) fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref().ok()
+    }
+
+    /// Where the run can have locked, now that it is over: what the data directory says now counts too.
+    pub(crate) fn candidates_after(&self) -> CandidateBackends {
+        let after = DataDirectory::read(&self.data_directory);
+        let command_line = &self.invocation.command_line;
+        CandidateBackends::new(&self.current, &self.before, after, command_line, &self.planned_backends)
+    }
+
+    /// The first form of the run's record in `journal`.
+    pub(crate) fn record(&self, journal: &Journal) -> JournalRecord {
+        let (access, surroundings) = self.candidates.identified_without_files(&self.id);
+        let Invocation { name, arguments, command_line, .. } = self.invocation;
+        JournalRecord {
+            who: self.who.clone(),
+            started: self.started,
+            program: Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            chdir: command_line.directory.as_ref().map(|path| path.to_string_lossy().into_owned()),
+            command: command_line.command(),
+            flags: flag_names(arguments.iter().map(OsString::as_os_str)),
+            directory: self.current.to_string_lossy().into_owned(),
+            data_directory: self.candidates.data_directory.clone(),
+            workspaces: self.candidates.workspaces.clone(),
+            plan: self.planned_backends.plan().map(|path| path.to_string_lossy().into_owned()),
+            named_only: !self.release,
+            surroundings,
+            access,
+            ..JournalRecord::new(&self.id, journal)
+        }
+    }
+}
