@@ -1,21 +1,23 @@
-//! Every attribute and variable that decides where an S3 backend's locks are, how they are reached and as whom; and what
-//! `tf` makes of each. The one list: reaching AWS, what the journal may keep, and docs/backend-s3.md come from it.
+//! The list of every attribute, variable and profile key that decides where an S3 backend's locks are, how they are
+//! reached and with which credentials, and what `tf` does with each. The connection to AWS, the choice of what the
+//! journal records, and docs/backend-s3.md all use this list.
 //!
-//! Attributes: internal/backend/remote-state/s3/backend.go, `ConfigSchema`, of Terraform 0.15 to 1.15 and OpenTofu 1.6 to
-//! 1.12. Variables: the same file, aws-sdk-go-base, and the AWS SDK for Go. Profile keys: the SDK's config/shared_config.go.
+//! Sources of the attributes: internal/backend/remote-state/s3/backend.go, `ConfigSchema`, of Terraform 0.15 to 1.15
+//! and OpenTofu 1.6 to 1.12. Sources of the variables: the same file, aws-sdk-go-base, and the AWS SDK for Go. Source
+//! of the profile keys: config/shared_config.go of the AWS SDK for Go.
 
-/// Who knows it.
+/// Which programs and versions support a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Known {
     /// Terraform and OpenTofu.
     Both,
-    /// Terraform alone.
+    /// Only Terraform.
     Terraform,
-    /// OpenTofu alone.
+    /// Only OpenTofu.
     OpenTofu,
     /// OpenTofu, and Terraform before 1.10.
     Removed,
-    /// Versions before 1.8 alone.
+    /// Terraform and OpenTofu before 1.8.
     Gone,
 }
 
@@ -32,16 +34,17 @@ impl Known {
     }
 }
 
-/// What `tf` makes of it.
+/// What `tf` does with a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Treatment {
-    /// It is followed.
+    /// `tf` follows it: it applies the setting as terraform does.
     Followed,
-    /// It is followed, and a secret, so that the journal does not keep it.
+    /// `tf` follows it. It is a secret, so the journal does not record its value.
     Secret,
-    /// It cannot matter to a release.
+    /// It has no effect on a release.
     NoEffect,
-    /// It cannot be followed: the lock is only named, and `doctor` says so before.
+    /// `tf` cannot follow it, so it only reports the lock and does not release it. `tf locks doctor` says so in
+    /// advance.
     NotFollowed,
 }
 
@@ -60,12 +63,12 @@ impl Treatment {
 /// One attribute, variable or profile key.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setting {
-    /// Its name; `outer.inner` inside of a nested attribute.
+    /// The name, `outer.inner` for an attribute inside a nested attribute.
     pub(crate) name: &'static str,
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) known: Known,
     pub(crate) treatment: Treatment,
-    /// How it is followed, or why it cannot matter.
+    /// How `tf` follows the setting, or why it has no effect or cannot be followed.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) how: &'static str,
 }
@@ -202,7 +205,7 @@ const KEYS: &str = "where the block has neither keys nor a profile";
 const CONTAINER: &str = "the container's credentials";
 const PROXY: &str = "as Go reads it; never for this machine itself; http and https, and no SOCKS";
 
-/// The variables of the environment.
+/// The environment variables.
 pub(crate) const VARIABLES: &[Setting] = &[
     setting("AWS_REGION", Both, Followed, REGION),
     setting("AWS_DEFAULT_REGION", Both, Followed, REGION),
@@ -326,21 +329,22 @@ pub(crate) const PROFILE_KEYS: &[Setting] = &[
 ];
 
 fn treatment(settings: &[Setting], name: &str) -> Treatment {
-    // What nobody has heard of can be anything.
+    // An unknown setting may have any effect.
     settings.iter().find(|known| known.name == name).map_or(Treatment::NotFollowed, |known| known.treatment)
 }
 
-/// What becomes of an attribute; `outer.inner` for one inside of another.
+/// Returns what `tf` does with an attribute of the block, `outer.inner` for one inside a nested attribute. An unknown
+/// attribute is [`Treatment::NotFollowed`].
 pub(crate) fn of_attribute(name: &str) -> Treatment {
     treatment(ATTRIBUTES, name)
 }
 
-/// The variables that say how AWS is reached, without those that are secrets themselves.
+/// Returns the names of the variables that `tf` follows and may record, which are those that are not secrets.
 pub(crate) fn kept_variables() -> impl Iterator<Item = &'static str> {
     VARIABLES.iter().filter(|variable| variable.treatment == Followed).map(|variable| variable.name)
 }
 
-/// docs/backend-s3.md.
+/// Returns the text of docs/backend-s3.md.
 #[cfg(test)]
 pub(crate) fn document() -> String {
     use std::fmt::Write as _;

@@ -1,15 +1,17 @@
-//! Why something failed, in words that hold no secret.
+//! The text of an error and its causes, without secrets.
 
 use std::error::Error;
 
-/// What an error and everything beneath it say of themselves. The SDK's own way to print an error shows it as the
-/// debugger would as well, with the whole answer in it: one of STS that cannot be read has credentials in its body.
+/// Returns the message of `error` followed by the messages of its causes, separated by `: `.
+///
+/// The SDK's own way to print an error also prints its `Debug` output, which contains the whole response. An STS
+/// response that cannot be parsed has credentials in its body.
 pub(crate) fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
         let cause_text = cause.to_string();
-        // Many repeat what lies beneath them.
+        // Many errors repeat the message of their cause.
         if !text.contains(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);

@@ -1,8 +1,8 @@
-//! Reaching AWS as the backend block and the environment of the run say, or not at all.
+//! Connecting to AWS exactly as the backend block and the environment of the run say, or not at all.
 //!
-//! What is followed and what is not stands in [`crate::aws::attributes`]. An attribute that changes whom or what we reach, and
-//! that we cannot follow, makes the release a doubt: under another identity, or in another place, a lock that is not seen
-//! is not gone.
+//! [`crate::aws::attributes`] lists which settings `tf` follows. If an attribute changes the identity or the endpoint
+//! and `tf` cannot follow it, `tf` does not release the lock: a lock that is not visible to another identity, or in
+//! another location, may still exist.
 
 use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
 use crate::aws::settings::Unreachable;
@@ -31,17 +31,17 @@ use crate::aws::proxies::Proxies;
 use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
-/// The account that the credentials of this moment belong to, as STS says. `None` where it does not answer.
+/// Asks STS for the account of the current credentials. `None` if [`connect`] fails, or STS returns no account.
 pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     let config = connect(backend, Purpose::Work).await.ok()?;
     let answer = credentials::sts(backend, &config).get_caller_identity().send().await.ok()?;
     answer.account
 }
 
-/// Whose the credentials of this moment are, as STS says: an ARN.
+/// Asks STS for the ARN of the current credentials.
 ///
 /// # Errors
-/// Why it does not say.
+/// The reason, as text, if [`connect`] fails, or STS returns no ARN.
 pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> {
     let config = connect(backend, Purpose::Work).await.map_err(|error| error.to_string())?;
     match credentials::sts(backend, &config).get_caller_identity().send().await {
@@ -50,37 +50,39 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
     }
 }
 
-/// What the sources of credentials have given in this process, or why they gave none. Nobody is asked twice: a release
-/// connects several times, and what asks a person must not ask again for each.
+/// The credentials that each source has given in this process, or why it gave none. They are reused, because a release
+/// connects several times, and a source that prompts a person must not prompt again for each connection.
 static RESOLVED: Mutex<Vec<Resolved>> = Mutex::new(Vec::new());
 
 fn resolved() -> MutexGuard<'static, Vec<Resolved>> {
     RESOLVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What one question for credentials came to.
+/// The result of asking for the credentials of one backend.
 struct Resolved {
     backend: CachedBackend,
     purpose: Purpose,
-    /// When it was answered.
+    /// When the result was received.
     at: Instant,
     result: Result<Credentials, Unreachable>,
 }
 
 impl Resolved {
-    /// Whether it is an answer for `purpose` too. Credentials are good for everything while they last; that none were to be had
-    /// for an explanation, within a moment and without asking a person, says nothing of a release.
+    /// Whether this result can be used for `purpose`. Credentials can be used for every purpose until they expire. A
+    /// failure for [`Purpose::Explanation`] says nothing about [`Purpose::Work`], because an explanation has less time
+    /// and may not prompt a person.
     fn answers(&self, purpose: Purpose) -> bool {
         match &self.result {
             Ok(credentials) => !self.is_over(credentials),
-            // A service that was away for a moment may be back.
+            // A service that did not answer before may answer now.
             Err(Unreachable::Silent(_)) if purpose == Purpose::Work => false,
             Err(_) => self.purpose == Purpose::Work || purpose == Purpose::Explanation,
         }
     }
 
-    /// Whether credentials end so soon that a request with them may be refused. Some are given with an end in the past, by a
-    /// clock that is wrong: those are not asked for again at once.
+    /// Whether `credentials` expire within 30 s, so that a request with them may be refused. False in the first 30 s
+    /// after they were received: if a wrong clock puts the expiry of new credentials into the past, they are not asked
+    /// for again at once.
     fn is_over(&self, credentials: &Credentials) -> bool {
         const EXPIRY_GRACE: Duration = Duration::from_secs(30);
         self.at.elapsed() > EXPIRY_GRACE
@@ -88,16 +90,17 @@ impl Resolved {
     }
 }
 
-/// Forgets the credentials of `backend`, which a service says are over.
+/// Forgets the credentials of `backend`, for example because a service says that they have expired.
 pub(crate) fn forget_credentials(backend: &CachedBackend) {
     resolved().retain(|known| known.backend != *backend);
 }
 
-/// A connection's settings, with credentials. These are asked for once in the life of this process, and again when they
-/// are over.
+/// Returns the SDK's configuration for `backend`, with credentials. This process asks for the credentials of a backend
+/// once, and again when they have expired.
 ///
 /// # Errors
-/// [`Unreachable`].
+/// [`Unreachable`] if `tf` cannot follow an attribute of the backend, if the file with certificate authorities cannot
+/// be used, or if there are no credentials.
 pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<SdkConfig, Unreachable> {
     if let Some(attribute) = not_followed(backend) {
         return Err(Unreachable::Attribute(attribute));
@@ -134,11 +137,12 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         loader = loader.use_dual_stack(true);
     }
     let config = loader.load().await;
-    // The SDK's own calls of STS, for a role of a profile, are in that region only where STS has an endpoint
-    // (aws-sdk-go-base, endpoints.go).
+    // The SDK itself calls STS for a role of a profile. As in terraform, `sts_region` applies to these calls only if an
+    // STS endpoint is set (aws-sdk-go-base, endpoints.go).
     let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
     let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
-    // Who gives credentials may take longer than a request: they are asked for once, before any clock of ours runs.
+    // A source of credentials may take longer than a request. It is asked once, before the timeout of a release starts,
+    // so only connecting has a timeout here.
     let patient = TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).build();
     let for_credentials = config.to_builder().timeout_config(patient.clone()).build();
     let for_providers = ProviderConfig::without_region()
@@ -176,11 +180,11 @@ fn not_followed(backend: &CachedBackend) -> Option<String> {
     })
 }
 
-/// The shared files as the profile that is used sees them.
+/// Loads the shared files, with the profile of `backend` and the environment selected.
 ///
 /// # Errors
-/// Why they cannot be read, in words. A file that is named and not there is an error if the profile is in none of the
-/// others: it may have been there when the run began.
+/// The reason, as text, if a file cannot be read or parsed, or if a named file is missing and the profile is in none of
+/// the other files: the missing file may have existed when the run started.
 async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvConfigSections, String> {
     let (files, name) = (shared.builder().build(), profile_name(backend, set));
     let sections = aws_config::profile::load(&Fs::real(), &Env::real(), &files, name.map(Into::into)).await;
@@ -193,16 +197,18 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
     }
 }
 
-/// The shared files of now, as the profile that is used sees them.
+/// Loads the current shared files, with the profile of `backend` and the environment selected.
 ///
 /// # Errors
-/// See [`profile`].
+/// The reason, as text, in the cases of [`profile`].
 pub(crate) async fn profile_of(backend: &CachedBackend) -> Result<EnvConfigSections, String> {
     profile(backend, &shared_files(backend)).await
 }
 
-/// aws-sdk-go-base, internal/config/config.go, `HTTPProxyMode`: an attribute goes before its variable, also when it is
-/// empty. In Terraform `http_proxy` of the block serves https as well, where nothing else says what does.
+/// Returns the proxies for `backend` as terraform chooses them (aws-sdk-go-base, internal/config/config.go,
+/// `HTTPProxyMode`). An `http_proxy` or `https_proxy` attribute overrides its variable, even if it is empty. In
+/// Terraform, but not in OpenTofu, the block's `http_proxy` also applies to https if nothing else names a proxy for
+/// https.
 fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Proxies {
     let either = |upper: &str, lower: &str| set(upper).or_else(|| set(lower));
     let [plain, secure] = ["http_proxy", "https_proxy"].map(|name| backend.text(name).map(ToOwned::to_owned));
@@ -215,7 +221,11 @@ fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Pro
     Proxies::new(http, secure.or(https), no.as_deref())
 }
 
-/// The authorities that are trusted in place of the system's.
+/// Returns the certificate authorities, in PEM, to trust in place of the system's. `None` if no file with them is
+/// named.
+///
+/// # Errors
+/// [`Unreachable::Certificates`] if the file cannot be read, or has no usable certificate in it.
 fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> Result<Option<Vec<u8>>, Unreachable> {
     let named = backend.string("custom_ca_bundle").map(ToOwned::to_owned).or_else(|| set("AWS_CA_BUNDLE"));
     let path = named.map(|path| expand(&path));

@@ -1,12 +1,12 @@
-//! As whom AWS is reached: the order in which terraform looks for credentials (aws-sdk-go-base, credentials.go; the AWS
-//! SDK for Go, config/resolve_credentials.go), which is not that of the SDK for Rust.
+//! Finds the credentials for AWS in terraform's order (aws-sdk-go-base, credentials.go; the AWS SDK for Go,
+//! config/resolve_credentials.go), which differs from the order of the SDK for Rust:
 //!
 //! 1. `access_key` and `secret_key` of the block.
-//! 2. Its `profile`; that, and keys of the environment are not looked at. Terraform before 1.6 had it the other way round.
-//! 3. Keys of the environment, else a web identity of the environment, else the profile of the environment.
-//! 4. Where there is no profile, or nothing of the kind in it: the container, then the instance.
-//! 5. `assume_role_with_web_identity` takes the place of 2 to 4.
-//! 6. `assume_role` goes on top of all.
+//! 2. The block's `profile`. Keys in the environment are then ignored. Before version 1.6, they overrode the profile.
+//! 3. Keys in the environment, or else a web identity in the environment, or else the environment's profile.
+//! 4. If there is no profile, or the profile names no source of credentials: the container, and then the instance.
+//! 5. `assume_role_with_web_identity` replaces 2 to 4.
+//! 6. `assume_role` is assumed with the credentials from 1 to 5.
 
 use std::cell::Cell;
 use std::fmt::Write as _;
@@ -36,49 +36,53 @@ use crate::sys::plain_file;
 use crate::sys::shell_command::{self, Asks};
 use crate::terraform::backend::CachedBackend;
 
-/// The name of the session in which a role is assumed, where the block has none.
+/// The name of the session in which a role is assumed, if the block names none.
 const SESSION: &str = "tf-lock-release";
 
-/// Terraform's own default (aws-sdk-go-base, stscreds: 15 minutes).
+/// How long the session of `assume_role` lasts if the block has no `duration`. This is terraform's default
+/// (aws-sdk-go-base, stscreds: 15 minutes).
 const DEFAULT_SESSION_WINDOW: Duration = Duration::from_mins(15);
 
 /// What credentials are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To release a lock, or what a person has asked for.
+    /// To release a lock, or to do what a person has asked for.
     Work,
-    /// To explain something, or to look for what is most likely not there: nobody is asked for a password for it, or waits for
-    /// it.
+    /// To explain something, or to look for a lock that most likely does not exist. No person is asked for a password,
+    /// and no person has to wait for it.
     Explanation,
 }
 
 impl Purpose {
-    /// How long a source of credentials may take, all in all.
+    /// Returns the time limit for the whole search for credentials.
     fn limit(self) -> Duration {
         match self {
-            // A person may have to touch a key or to log in meanwhile.
+            // A person may have to touch a hardware key or to log in.
             Self::Work => Duration::from_mins(1),
-            // Less than `release::EXPLANATION_TIMEOUT`: that it gave none is remembered then, and it is not started again.
+            // This is less than `release::EXPLANATION_TIMEOUT` (3 s), so that the failure is recorded before the
+            // caller's own timeout, and the source is not started again.
             Self::Explanation => Duration::from_millis(2500),
         }
     }
 }
 
 /// Asks for credentials as `backend` and the environment say: once, for at most [`Purpose::limit`]. `sections` are the
-/// shared files, or why they cannot be read; `for_providers` and `config` have everything else.
+/// shared files, or the reason why they cannot be read. `for_providers` and `config` have all other settings.
 ///
-/// The SDK would ask for them within each attempt of each request, so that a source slower than such an attempt would
-/// never have an end, and be asked again and again: a login, a key to touch, an account that is locked after three times.
+/// The SDK would ask for credentials within each attempt of each request. A source that is slower than an attempt would
+/// never finish, and would be asked again and again: each time a person may have to log in or to touch a hardware key,
+/// and an account may be locked after three attempts.
 ///
 /// # Errors
-/// [`Unreachable`]: a part of the block contradicts itself, the profile is not there, or its source gives no credentials.
+/// [`Unreachable`] if a part of the block is incomplete or invalid, if the shared files or the profile cannot be used,
+/// or if the source gives no credentials within the limit.
 pub(crate) async fn resolve(
     (backend, purpose): (&CachedBackend, Purpose),
     sections: Result<&EnvConfigSections, &str>,
     for_providers: &ProviderConfig,
     config: &SdkConfig,
 ) -> Result<Credentials, Unreachable> {
-    // Who is asked may be named in a message about a time that is up.
+    // The source that is being asked, for the message about a timeout.
     let asking = Cell::new(String::new());
     let has_run_a_command = Cell::new(false);
     let resolved = base((backend, purpose), sections, for_providers, config, (&asking, &has_run_a_command));
@@ -95,13 +99,15 @@ pub(crate) async fn resolve(
         Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit} s")))
     });
     match resolved {
-        // Asking again would start the command again.
+        // The caller asks again after `Silent`, which would start the command again.
         Err(Unreachable::Silent(why)) if has_run_a_command.get() => Err(Unreachable::Credentials(why)),
         resolved => resolved,
     }
 }
 
-/// The same without the role that the block puts on top.
+/// Asks for credentials as [`resolve`] does, without a time limit and without assuming the role of `assume_role`.
+/// `asking` is set to the source that is being asked, and `has_run_a_command` to true if a `credential_process` is
+/// started.
 async fn base(
     (backend, purpose): (&CachedBackend, Purpose),
     sections: Result<&EnvConfigSections, &str>,
@@ -136,7 +142,7 @@ async fn base(
     let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
     let provider = from(source, selected, backend, for_providers)?;
     provider.provide_credentials().await.map_err(|error| {
-        // A role says so itself.
+        // The error of a role names the role itself.
         let why = if role_error(&error).is_some() {
             causes(&error)
         } else {
@@ -146,12 +152,13 @@ async fn base(
     })
 }
 
-/// What is said of a role that was not to be had.
+/// Returns the error for a role that could not be assumed.
 fn no_credentials(error: &CredentialsError) -> Unreachable {
     kind(error)(role_error(error).map_or_else(|| causes(error), ToString::to_string))
 }
 
-/// Whether a source has refused, or was away: a service that was may be back.
+/// Returns [`Unreachable::Silent`] if asking the source again may help, because its service did not answer, and
+/// otherwise [`Unreachable::Credentials`].
 fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
     let was_away = match (role_error(error), error) {
         (Some(role), _) => !role.is_final,
@@ -161,7 +168,7 @@ fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
     if was_away { Unreachable::Silent } else { Unreachable::Credentials }
 }
 
-/// The refusal of a role beneath an error, if there is one.
+/// Returns the [`NoRole`] in `error` or its causes. `None` if there is none.
 fn role_error(error: &CredentialsError) -> Option<&NoRole> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
@@ -173,11 +180,12 @@ fn role_error(error: &CredentialsError) -> Option<&NoRole> {
     None
 }
 
-/// Runs the `credential_process` of `profile` and reads what it prints (AWS SDKs and Tools Reference Guide, "Process
+/// Runs the `credential_process` of `profile` and parses its output (AWS SDKs and Tools Reference Guide, "Process
 /// credential provider").
 ///
 /// # Errors
-/// [`Unreachable::Credentials`]: it failed, or printed no credentials. What it printed is in no message.
+/// [`Unreachable::Credentials`] if the command cannot be started, fails, or prints no credentials in version 1 of the
+/// format. No message contains its output.
 async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<AccessKeys, Unreachable> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -207,23 +215,25 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ac
     })
 }
 
-/// Where credentials come from, if the block itself has none.
+/// Where credentials come from if the block itself has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum CredentialSource {
     Environment(AccessKeys),
     WebIdentity,
-    /// The profile of this name.
+    /// The profile with this name, which the SDK's own provider reads.
     Profile(String),
-    /// Keys that stand in the profile.
+    /// The keys in the selected profile.
     KeysOfProfile(AccessKeys),
-    /// Keys with which the profile of this name assumes its role. It is the selected one, or a source of that.
+    /// The keys with which the profile with this name assumes its role. It is the selected profile, or a source profile
+    /// of it.
     RoleOfProfile(String, AccessKeys),
-    /// What a command prints.
+    /// The output of a `credential_process`.
     Process {
-        /// The profile that names the command.
+        /// The profile that contains the command.
         profile: String,
         command: String,
-        /// The profile that assumes a role with it: the last one of the chain that does. `None` where none does.
+        /// The profile that assumes a role with these credentials: the last one with a role in the chain from the
+        /// selected profile to `profile`. `None` if no profile in the chain has a role.
         used_by: Option<String>,
     },
     Container,
@@ -235,12 +245,12 @@ struct AccessKeys {
     id: String,
     secret: String,
     token: Option<String>,
-    /// When they end. `None` where nothing says so.
+    /// When the keys expire. `None` if that is not known.
     until: Option<SystemTime>,
 }
 
 impl CredentialSource {
-    /// Who is asked, for a sentence that says what it did.
+    /// Returns the name of the source, as the subject of a message.
     fn describe(&self) -> String {
         match self {
             Self::Environment(_) => "the environment".to_owned(),
@@ -270,7 +280,8 @@ impl AccessKeys {
         SharedCredentialsProvider::new(self.credentials(name))
     }
 
-    /// Under every name that Go's SDK knows.
+    /// Reads the keys from the environment, under every name that the AWS SDK for Go reads. `None` if the ID or the
+    /// secret is missing.
     fn of_environment(set: &impl Fn(&str) -> Option<String>) -> Option<Self> {
         Some(Self {
             id: set("AWS_ACCESS_KEY_ID").or_else(|| set("AWS_ACCESS_KEY"))?,
@@ -281,11 +292,16 @@ impl AccessKeys {
     }
 }
 
-/// Decides it as the AWS SDK for Go does: by what is set, before anybody is asked. The SDK for Rust tries one after the
-/// other and takes the next when one has nothing, and that would be somebody else: the machine, where a profile was meant.
+/// Decides on one source of credentials as the AWS SDK for Go does: by what is set, before any source is asked. `set`
+/// returns the value of an environment variable, or `None` if it is unset or empty. The SDK for Rust tries one source
+/// after the other until one gives credentials, which may be those of another identity: the instance's, for example,
+/// instead of a profile's.
 ///
-/// A profile that is named and not there is an error even where Go would not mind (`AWS_DEFAULT_PROFILE`): it may have
-/// been there when the run began.
+/// # Errors
+/// [`Unreachable::SharedFiles`] if the shared files are needed and cannot be read, [`Unreachable::ProfileKey`] if `tf`
+/// cannot follow a key of the profile, and [`Unreachable::Profile`] if a named profile is missing. A missing profile is
+/// an error even where the SDK for Go ignores it (`AWS_DEFAULT_PROFILE`), because it may have existed when the run
+/// started.
 fn source(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
@@ -344,9 +360,10 @@ fn source(
     })
 }
 
-/// The command that gives the credentials of the selected profile, at the end of its chain of source profiles. `None` where
-/// they come from somewhere else (config/shared_config.go and resolve_credentials.go of the SDK for Go: keys, a source, a
-/// token and SSO go before a command).
+/// Returns the `credential_process` at the end of the chain of source profiles that starts with the selected profile.
+/// `None` if there is no such command, if the chain does not end, or if the credentials come from another source: keys,
+/// a `credential_source`, a web identity token and SSO override a command (config/shared_config.go and
+/// resolve_credentials.go of the SDK for Go).
 fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     const BEFORE: [&str; 6] = [
         "aws_access_key_id",
@@ -356,7 +373,7 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
         "sso_account_id",
         "sso_start_url",
     ];
-    /// No chain is longer; one that leads back to itself has no end.
+    /// The longest chain of source profiles. A chain that leads back to itself does not end.
     const MAX_PROFILE_CHAIN: usize = 32;
     let mut name = sections.selected_profile();
     let mut used_by = None;
@@ -380,7 +397,7 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     None
 }
 
-/// What tells whose credentials they are, before anybody is asked.
+/// What identifies the owner of credentials before any source is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
     /// The ARN of a role that is assumed.
@@ -391,14 +408,14 @@ pub(crate) enum Owner {
     Unknown,
 }
 
-/// See [`Owner`]. `sections` and `set` as in [`source`].
+/// Returns the [`Owner`] of the credentials for `backend`. `sections` and `set` are as in [`source`].
 pub(crate) fn owner(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
     set: impl Fn(&str) -> Option<String>,
 ) -> Owner {
     let text = |name: &str| backend.string(name).map(ToOwned::to_owned);
-    // On top of all others; those below it do not matter.
+    // This role is assumed last, so the credentials below it do not matter.
     if let Some(arn) = text("assume_role.role_arn").or_else(|| text("role_arn")) {
         return Owner::Role(arn);
     }
@@ -427,13 +444,13 @@ pub(crate) fn owner(
     }
 }
 
-/// Where a container's credentials are.
+/// The variables that say where a container's credentials are.
 const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
 
-/// A provider of what `source` gives; `selected` is the profile that is used.
+/// Returns a provider of the credentials from `source`. `selected` is the name of the selected profile.
 ///
 /// # Errors
-/// [`Unreachable::Metadata`].
+/// [`Unreachable::Metadata`] if the endpoint of the instance's metadata is invalid.
 fn from(
     source: CredentialSource,
     selected: String,
@@ -472,8 +489,9 @@ fn from(
     Ok(SharedCredentialsProvider::new(profile.build()))
 }
 
-/// What the SDK's own providers take from nowhere else than the profile: the block's endpoints of STS and SSO, and who is
-/// to assume a role where the keys stand in the same profile. As a file.
+/// Returns the text of a config file with settings that the SDK's own providers read only from a profile: the endpoints
+/// of STS and SSO, and `keys` as a source profile for the role of the profile `name`. `None` if there are no such
+/// settings.
 fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> Option<String> {
     let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
     let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
@@ -498,7 +516,7 @@ fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> 
     (!profile.is_empty()).then(|| format!("[{header}]\n{profile}{others}"))
 }
 
-/// There are no credentials to be had.
+/// A provider that has no credentials, in place of the instance if `skip_metadata_api_check` is set.
 #[derive(Debug)]
 struct NoCredentials;
 
@@ -513,7 +531,10 @@ impl ProvideCredentials for NoCredentials {
     }
 }
 
-/// The instance's own credentials, where it is to be asked.
+/// Returns the provider of the instance's credentials. `None` if `skip_metadata_api_check` is set.
+///
+/// # Errors
+/// [`Unreachable::Metadata`] if the endpoint is invalid.
 fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<ImdsCredentialsProvider>, Unreachable> {
     if backend.flag("skip_metadata_api_check") {
         return Ok(None);
@@ -535,7 +556,7 @@ fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<I
     Ok(Some(ImdsCredentialsProvider::builder().configure(config).imds_client(client.build()).build()))
 }
 
-/// A client of STS for the roles of the block.
+/// Returns an STS client with the block's `sts_region`, and the STS endpoint that the block or the environment names.
 pub(crate) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::Client {
     let mut builder = aws_sdk_sts::config::Builder::from(config);
     if let Some(region) = backend.string("sts_region") {
@@ -547,12 +568,12 @@ pub(crate) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::C
     aws_sdk_sts::Client::from_conf(builder.build())
 }
 
-/// The endpoint of STS that the block or the environment names.
+/// Returns the STS endpoint that the block or the environment names. `None` if they name none.
 pub(crate) fn sts_endpoint(backend: &CachedBackend) -> Option<String> {
     endpoint(backend, ["endpoints.sts", "sts_endpoint"], ["AWS_ENDPOINT_URL_STS", "AWS_STS_ENDPOINT"])
 }
 
-/// What both ways to assume a role take.
+/// The parameters that AssumeRole and AssumeRoleWithWebIdentity have in common.
 #[derive(Clone, Debug)]
 struct Assumed {
     arn: String,
@@ -563,7 +584,10 @@ struct Assumed {
 }
 
 impl Assumed {
-    /// `prefix` is the attribute with a dot behind.
+    /// Reads the parameters from a nested attribute. `prefix` is the name of that attribute with a dot at the end.
+    ///
+    /// # Errors
+    /// [`Unreachable::Duration`] if `duration` is not a Go duration.
     fn of(backend: &CachedBackend, prefix: &str, arn: String) -> Result<Self, Unreachable> {
         let text = |name: &str| backend.string(&format!("{prefix}{name}")).map(ToOwned::to_owned);
         let duration = match text("duration") {
@@ -590,7 +614,7 @@ impl Assumed {
     }
 }
 
-/// `assume_role`.
+/// A role to assume with AssumeRole.
 #[derive(Clone, Debug)]
 struct Role {
     assumed: Assumed,
@@ -616,7 +640,7 @@ impl Role {
                 source_identity: backend.string("assume_role.source_identity").map(ToOwned::to_owned),
             }));
         }
-        // As OpenTofu and Terraform before 1.10 have it, without a block of its own.
+        // OpenTofu, and Terraform before 1.10, also have these attributes outside of `assume_role`.
         let Some(arn) = backend.string("role_arn") else { return Ok(None) };
         Ok(Some(Self {
             assumed: Assumed {
@@ -638,7 +662,7 @@ impl Role {
     }
 }
 
-/// `assume_role_with_web_identity`.
+/// A role to assume with AssumeRoleWithWebIdentity.
 #[derive(Clone)]
 struct WebRole {
     assumed: Assumed,
@@ -665,7 +689,7 @@ impl WebRole {
         }
         let text = |name: &str, variable: &str| {
             let text = backend.string(&format!("{BLOCK}.{name}")).map(ToOwned::to_owned);
-            // OpenTofu looks into the environment for what the block leaves out; in Terraform it must not leave it out.
+            // OpenTofu reads from the environment what the block leaves out. Terraform requires it in the block.
             text.or_else(|| set(variable))
         };
         let Some(arn) = text("role_arn", "AWS_ROLE_ARN") else {
@@ -687,7 +711,7 @@ impl WebRole {
     }
 }
 
-/// A role, and who is asked for it.
+/// A role and the STS client to request it with.
 #[derive(Debug)]
 struct Assuming<R> {
     sts: aws_sdk_sts::Client,
@@ -748,7 +772,8 @@ impl Assuming<WebRole> {
     }
 }
 
-/// A role that STS did not give: what it said, or why it said nothing.
+/// Returns the error for a role that STS did not give, with the code and message from STS, or else the reason of the
+/// failure.
 fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, error: &SdkError<E>) -> CredentialsError {
     let failure = Failure::of_request("STS", "sts:AssumeRole", error);
     let why = match (error.code(), error.message()) {
@@ -764,7 +789,7 @@ fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, err
 struct NoRole {
     arn: String,
     why: String,
-    /// Asking again would not do better.
+    /// Whether asking again cannot help.
     is_final: bool,
 }
 
@@ -774,7 +799,8 @@ fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
     Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
 }
 
-/// A Go duration in whole units: `15m`, `1h30m`, `900s`.
+/// Parses a Go duration in whole hours, minutes and seconds: `15m`, `1h30m`, `900s`. `None` for any other text, and for
+/// a duration of zero.
 fn go_duration(text: &str) -> Option<Duration> {
     let mut seconds: u64 = 0;
     let mut rest = text;
@@ -808,7 +834,7 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(loading).unwrap()
     }
 
-    /// In a word, for comparison.
+    /// Returns the source or the error as a short text, for comparison.
     fn source_of(block: &str, file: &'static str, variables: &[(&str, &str)]) -> String {
         let backend = backend(block);
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());

@@ -1,10 +1,10 @@
-//! A request to a lock service that did not work: what is said of it, and what it means.
+//! A failed request to a lock service: its message, and what the failure means.
 
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use crate::aws::causes::causes;
 
-/// A request that did not work.
+/// A failed request. It is displayed as the service and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{service}: {reason}")]
 pub(crate) struct Failure {
@@ -13,50 +13,50 @@ pub(crate) struct Failure {
     cause: Cause,
 }
 
-/// What a failed request means for whoever sent it.
+/// What a failed request means for the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// No answer came, or one that the service cannot have sent: a proxy or a captive portal sends such.
+    /// There was no response, or one that the service cannot have sent. A proxy or a captive portal may have sent it.
     NoAnswer,
-    /// The service cannot do it at this moment: it is busy, or a clock is off.
+    /// The failure is temporary: for example, the service is busy, or a clock is wrong.
     Passing,
-    /// The session of these credentials is over. New ones from the same source may be well.
+    /// These credentials have expired. New credentials from the same source may be accepted.
     ExpiredCredentials,
-    /// These credentials may not do this action, as a policy names it.
+    /// These credentials have no permission for this action. It is named as in an IAM policy.
     Denied(&'static str),
-    /// For these credentials, in this region, there is no such table.
+    /// There is no such table for these credentials in this region.
     NoTable,
-    /// The same for the bucket.
+    /// There is no such bucket for these credentials in this region.
     NoBucket,
-    /// The key of the table is not `LockID` alone, so no lock of terraform's can be in it.
+    /// The key of the table is not `LockID` alone, so the table cannot contain a terraform lock.
     OtherKey,
     /// The service does not accept these credentials.
     RejectedCredentials,
-    /// The service does not implement what was asked for: a condition, most often.
+    /// The service does not implement the request, most often because of a condition in it.
     NotImplemented,
-    /// The service understood the request and refuses it for another reason, which it names.
+    /// The service understood the request and refused it for another reason, which it names.
     Refused,
 }
 
 impl Cause {
-    /// Whether asking again cannot help.
+    /// Whether sending the request again cannot help.
     pub(crate) fn is_final(self) -> bool {
         !matches!(self, Self::NoAnswer | Self::Passing | Self::ExpiredCredentials)
     }
 
-    /// Whether no lock of terraform's can be where the request went.
+    /// Whether there cannot be a terraform lock in the table or bucket of the request.
     pub(crate) fn excludes_locks(self) -> bool {
         matches!(self, Self::NoTable | Self::NoBucket | Self::OtherKey)
     }
 
-    /// What the service's own `code` and `message` mean, in an answer with the HTTP status `status` to a request for
-    /// `action`. DynamoDB API reference, "Common Errors"; S3 API reference, "Error responses".
+    /// Returns what the service's own `code` and `message` mean, in a response with the HTTP status `status` to a
+    /// request for `action` (DynamoDB API reference, "Common Errors"; S3 API reference, "Error responses").
     fn of(action: &'static str, code: Option<&str>, message: Option<&str>, status: Option<u16>) -> Self {
         let Some(code) = code else {
             return match status {
                 Some(501) => Self::NotImplemented,
-                // Whoever sends an answer of S3's or DynamoDB's says a code in it. What answers a HEAD has no body to say
-                // one in: that may be a clock or a session.
+                // Every error response of S3 and DynamoDB contains a code, except the response to a HEAD request, which
+                // has no body. Its cause may be a wrong clock or an expired session.
                 _ => Self::NoAnswer,
             };
         };
@@ -84,7 +84,7 @@ impl Cause {
     }
 }
 
-/// Codes of an answer that will be the same whenever the same request is sent.
+/// Error codes that the service returns again whenever the same request is sent.
 const REFUSALS: [&str; 14] = [
     "NotFound",
     "Validation",
@@ -102,7 +102,7 @@ const REFUSALS: [&str; 14] = [
     "KMS.InvalidState",
 ];
 
-/// A response that the service cannot have sent. The next one may be its own.
+/// A response that the service cannot have sent. The response to the next request may come from the service.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("status {status}, and the response is not {service}'s: a proxy or a portal may have sent it")]
 pub(crate) struct NoAnswer {
@@ -111,17 +111,17 @@ pub(crate) struct NoAnswer {
 }
 
 impl Failure {
-    /// A response that tells nothing. The next one may.
+    /// Returns a failure with [`Cause::NoAnswer`], for a response that says nothing about the lock. The next one may.
     pub(crate) fn no_answer(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), cause: Cause::NoAnswer }
     }
 
-    /// Something that asking again cannot mend.
+    /// Returns a failure with [`Cause::Refused`], for something that sending the request again cannot fix.
     pub(crate) fn refusal(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), cause: Cause::Refused }
     }
 
-    /// What went wrong with a request for `action`, which a policy names so.
+    /// Returns the failure of a request to `service` for `action`, which is named as in an IAM policy.
     pub(crate) fn of_request<E>(service: &'static str, action: &'static str, error: &SdkError<E>) -> Self
     where
         E: std::error::Error + ProvideErrorMetadata + 'static,
@@ -137,8 +137,8 @@ impl Failure {
         Self::of_answer(service, action, (error.code(), error.message(), status), &causes(error))
     }
 
-    /// What went wrong with a request for `action`: `code` and `message` are the service's own, `status` is that of HTTP,
-    /// and `otherwise` tells what happened where the service said nothing.
+    /// Returns the failure of a request to `service` for `action`. `code` and `message` are the service's own, `status`
+    /// is the HTTP status, and `otherwise` is the reason if there is none of these.
     pub(crate) fn of_answer(
         service: &'static str,
         action: &'static str,
@@ -150,7 +150,7 @@ impl Failure {
             (Some(code), Some(message), _) => format!("{code}: {message}"),
             (Some(code), None, _) => code.to_owned(),
             (None, None, Some(403)) => format!("status 403, without a reason: {action} may be missing"),
-            // What a page of HTML looks like to a parser of XML is of no use to anybody.
+            // The message would be an XML parser's error about an HTML page, which helps no reader.
             (None, _, Some(status)) => NoAnswer { service, status }.to_string(),
             (None, Some(message), None) => message.to_owned(),
             (None, None, None) => otherwise.to_owned(),
@@ -158,12 +158,13 @@ impl Failure {
         Self { service, reason, cause }
     }
 
-    /// What it means.
+    /// Returns what the failure means.
     pub(crate) fn cause(&self) -> Cause {
         self.cause
     }
 
-    /// The action, as a policy names it, that these credentials may not do. `None` for any other failure.
+    /// Returns the action that the credentials have no permission for, named as in an IAM policy. `None` for any other
+    /// failure.
     pub(crate) fn denied(&self) -> Option<&'static str> {
         match self.cause {
             Cause::Denied(action) => Some(action),
@@ -171,7 +172,7 @@ impl Failure {
         }
     }
 
-    /// Whether asking again cannot help.
+    /// Whether sending the request again cannot help.
     pub(crate) fn is_final(&self) -> bool {
         self.cause.is_final()
     }
@@ -202,18 +203,18 @@ mod tests {
             (Some("InvalidAccessKeyId"), None, Some(403), Cause::RejectedCredentials),
             (Some("ExpiredToken"), None, Some(400), Cause::ExpiredCredentials),
             (Some("ExpiredTokenException"), None, Some(400), Cause::ExpiredCredentials),
-            // The object is encrypted with a key of the customer's, which was not sent.
+            // The object is encrypted with a customer key, and the request did not contain it.
             (Some("InvalidRequest"), Some("stored using a form of Server Side Encryption"), Some(400), Cause::Refused),
             (Some("NotImplemented"), Some("A header you provided"), Some(501), Cause::NotImplemented),
             (None, None, Some(501), Cause::NotImplemented),
-            // A clock, a session that is over, a proxy: they may be well the next time.
+            // A wrong clock, an expired session or a proxy may be fixed by the next attempt.
             (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), Cause::Passing),
             (Some("InvalidTokenId"), None, Some(403), Cause::Passing),
             (Some("ProvisionedThroughputExceededException"), None, Some(400), Cause::Passing),
             (Some("SlowDown"), None, Some(503), Cause::Passing),
             (Some("InternalServerError"), None, Some(500), Cause::Passing),
             (None, Some("<html>"), Some(403), Cause::NoAnswer),
-            // The answer to a HEAD.
+            // The response to a HEAD request.
             (None, None, Some(403), Cause::NoAnswer),
             (None, None, Some(400), Cause::NoAnswer),
             (None, None, None, Cause::NoAnswer),
@@ -249,7 +250,7 @@ mod tests {
         assert_eq!(said(Some("AccessDenied"), Some("no"), Some(403), "x"), "S3: AccessDenied: no");
         assert_eq!(said(None, None, None, "timed out"), "S3: timed out");
         assert_eq!(said(None, None, Some(403), "x"), "S3: status 403, without a reason: s3:GetObject may be missing");
-        // A parser's account of a page that is no XML of S3's is not shown.
+        // The parser's error about a page that is not XML from S3 is not shown.
         let page = said(None, None, Some(511), "unhandled error: XmlDecodeError { kind: InvalidXml }");
         assert_eq!(page, "S3: status 511, and the response is not S3's: a proxy or a portal may have sent it");
     }

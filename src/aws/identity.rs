@@ -1,9 +1,10 @@
-//! As whom a run reached its backend, as far as that is known without asking anybody.
+//! The AWS account that a run used for its backend, as far as `tf` can tell without a request.
 //!
-//! The run's own credentials need not be those of now: somebody has switched the default profile, logged in elsewhere, or
-//! runs the recovery from another shell. So a run keeps what tells its account without asking anybody: a role, the account of
-//! an SSO profile, the ID of an access key (which has the account in it), `allowed_account_ids`. Terraform's own log does not
-//! tell the account at INFO (aws-sdk-go-base, `Retrieved caller identity from STS`).
+//! A later process may have other credentials than the run had: the default profile was switched, a person logged in to
+//! another account, or the recovery runs in another shell. So the run records its account, if it can be derived without
+//! a request: from the ARN of a role, the account of an SSO profile, the ID of an access key (which contains the
+//! account), or `allowed_account_ids`. Terraform does not log the account at INFO (aws-sdk-go-base, `Retrieved caller
+//! identity from STS`).
 
 use std::fmt::Write as _;
 use std::future::Future;
@@ -18,21 +19,23 @@ use super::credentials::{self, Owner};
 use super::{connect, settings};
 use crate::terraform::backend::CachedBackend;
 
-/// Whose credentials they are, as far as it is known without asking anybody.
+/// The account of a backend's credentials, as far as it is known without a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AccountIdentity {
-    /// The account.
+    /// The ID of the account, 12 digits. `None` if it is not known.
     pub(crate) account: Option<String>,
-    /// A hash of the access key's ID, where the account is not known.
+    /// A hash of the access key's ID. `None` if the account is known, or the ID is not.
     pub(crate) key: Option<String>,
-    /// A hash of what a profile says of endpoints. `None` in a record of an earlier version.
+    /// A hash of the profile's settings for endpoints. `None` if the profile was not read, and in a record of an
+    /// earlier version.
     #[serde(default)]
     reach: Option<String>,
 }
 
 impl AccountIdentity {
-    /// Those that `backend` has at this moment: `sections` are the shared files. `run` makes the hashes other ones in each
-    /// run.
+    /// Returns the identity for `backend`. `sections` are the shared files, or the reason why they cannot be read.
+    /// `set` returns the value of an environment variable, or `None` if it is unset or empty. The hashes include the ID
+    /// `run`, so they differ from run to run.
     pub(crate) fn new(
         run: &str,
         backend: &CachedBackend,
@@ -56,22 +59,25 @@ impl AccountIdentity {
         Self { account, key, reach: Some(hash(run, &reach)) }
     }
 
-    /// Those that `backend` has at this moment.
+    /// Returns the identity for `backend` in the environment of this process, with the current shared files.
     pub(crate) fn now(run: &str, backend: &CachedBackend) -> Self {
-        // Reading files is all that is asynchronous in it, and the SDK reads them in place (aws-types, os_shim_internal).
+        // Only reading files is asynchronous here, and the SDK reads them without waiting (aws-types,
+        // os_shim_internal).
         let sections = at_once(connect::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
         Self::new(run, backend, sections.as_ref().map_err(String::as_str), settings::set)
     }
 
-    /// The same as far as it is known without reading a file: for a record that must be there before terraform starts.
+    /// Returns the identity as far as it is known without reading a file. This is for the record that must be written
+    /// before terraform starts.
     pub(crate) fn without_files(run: &str, backend: &CachedBackend) -> Self {
         let identity = Self::new(run, backend, Err("they are read later"), settings::set);
-        // What a profile says of endpoints is not known.
+        // The profile's settings for endpoints are not known.
         Self { reach: None, ..identity }
     }
 
-    /// Those that a run of terraform has that is about to start. It refuses to work in any other account than those that
-    /// are allowed (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
+    /// Returns the identity for a terraform that is about to start. If the account is not known otherwise and
+    /// `allowed_account_ids` names a single account, it is that one, because terraform refuses to work in any other
+    /// account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
     pub(crate) fn at_start(run: &str, backend: &CachedBackend) -> Self {
         let mut identity = Self::now(run, backend);
         if let (None, [only]) = (&identity.account, backend.strings("allowed_account_ids").as_slice())
@@ -83,11 +89,11 @@ impl AccountIdentity {
     }
 }
 
-/// Keys of a profile that decide which place is reached.
+/// The keys of a profile that decide which endpoint is reached.
 const PLACE: [&str; 5] =
     ["endpoint_url", "services", "use_fips_endpoint", "use_dualstack_endpoint", "ignore_configured_endpoint_urls"];
 
-/// What a future gives that has nothing to wait for.
+/// Polls a future once and returns its result. `None` if the future is not ready.
 fn at_once<T>(work: impl Future<Output = T>) -> Option<T> {
     match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(result) => Some(result),
@@ -103,7 +109,7 @@ fn hash(run: &str, text: &str) -> String {
     })
 }
 
-/// `arn:PARTITION:iam::ACCOUNT:role/NAME`.
+/// Returns the account in `arn:PARTITION:iam::ACCOUNT:role/NAME`. `None` if `arn` has no account in this position.
 fn account_of_role(arn: &str) -> Option<String> {
     let account = arn.split(':').nth(4)?;
     is_account(account).then(|| account.to_owned())
@@ -113,8 +119,9 @@ fn is_account(text: &str) -> bool {
     text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// The account that an access key's ID carries, in base 32 behind its first four letters. Keys made before 2019 carry none;
-/// their fifth letter lies in the first half of the alphabet. LocalStack and its like take an account ID itself for a key.
+/// Returns the account that the ID of an access key contains, in base 32 after the first four letters. `None` if it
+/// contains none: keys made before 2019 do not, and their fifth letter is in the first half of the base-32 alphabet.
+/// LocalStack and similar services accept an account ID itself as the key's ID.
 fn account_of_key(key: &str) -> Option<String> {
     if is_account(key) {
         return Some(key.to_owned());
@@ -129,22 +136,27 @@ fn account_of_key(key: &str) -> Option<String> {
         };
         number = number << 5 | u128::from(value);
     }
-    // 50 bits were read; the account is in the first 48, between their first bit and their last seven.
+    // Of the 50 bits in the ten letters, the first is set if the key contains an account. The next 40 are the account.
     let first = u64::try_from(number >> 2).ok()?;
     let account = (first & 0x7fff_ffff_ff80) >> 7;
     (first >> 47 == 1).then(|| format!("{account:012}"))
 }
 
-/// How the identity of now relates to the run's.
+/// How the current identity relates to the identity that a run recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Relation {
+    /// The account or the access key is the same, and the endpoints are too if the run recorded them.
     Same,
+    /// The account, the access key or the endpoints differ, or the run's access key is not in use now.
     Another,
-    /// The run's account is known, and that of now is what STS says it is.
+    /// The account of the run, which is known. The current account is not; STS can tell it.
     Ask(String),
+    /// The run recorded neither an account nor an access key.
     Unknown,
 }
 
+/// Compares the identity `then`, which a run recorded, with the current identity `now`. The endpoints are compared only
+/// if the run recorded them.
 pub(crate) fn relation(then: &AccountIdentity, now: &AccountIdentity) -> Relation {
     if then.reach.is_some() && then.reach != now.reach {
         return Relation::Another;
@@ -173,7 +185,8 @@ mod tests {
 
     #[test]
     fn the_account_of_a_key() {
-        // The example of AWS's own documentation carries an account; ASIA keys do as well.
+        // Keys with the prefix ASIA contain an account too. The example in the AWS documentation, AKIAIOSFODNN7EXAMPLE,
+        // has none.
         assert_eq!(account_of_key("ASIAQNZGKIQY56JQ7WML").as_deref(), Some("029608264753"));
         assert_eq!(account_of_key("123456789012").as_deref(), Some("123456789012"));
         for key in ["AKIAIOSFODNN7EXAMPLE", "test", "", "AKIA", "AKIA0000000000000000"] {
@@ -181,7 +194,7 @@ mod tests {
         }
     }
 
-    /// The identity of `backend` with the shared file `file`, its account or, in brackets, its key.
+    /// Returns the identity for the backend block `block` with the shared file `file` and the environment `variables`.
     fn identity(block: &str, file: &'static str, variables: &[(&str, &str)]) -> AccountIdentity {
         let backend = backend(block);
         let set = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
@@ -265,7 +278,7 @@ mod tests {
         let at_start = |ids: &str| AccountIdentity::at_start("run", &block(ids)).account;
         assert_eq!(at_start(r#"["888888888888"]"#).as_deref(), Some("888888888888"));
         assert_eq!(at_start(r#"["888888888888","999999999999"]"#), None);
-        // Of now nobody has made sure.
+        // Terraform has not checked the current account.
         assert_eq!(AccountIdentity::now("run", &block(r#"["888888888888"]"#)).account, None);
     }
 }

@@ -1,5 +1,5 @@
-//! Reaching AWS as terraform does: which settings count, whose credentials, through which network, and what a failed request
-//! means.
+//! Reaching AWS as terraform does: which settings apply, which credentials and which network to use, and what a failed
+//! request means.
 
 pub(crate) mod attributes;
 pub(crate) mod causes;

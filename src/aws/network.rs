@@ -1,7 +1,9 @@
-//! The HTTP client under the SDK: the proxies, the certificate authorities and the trust that terraform's would have.
+//! The HTTP client that the SDK uses, with the proxies, certificate authorities and certificate checks that terraform
+//! would use.
 //!
-//! The SDK's own client knows no proxy and always checks certificates. Its pieces are used as far as they go; only where
-//! a backend says `insecure` is there a client of our own, because they have none that believes everything.
+//! The SDK's default client uses no proxy and always checks certificates. `tf` builds its connectors from the SDK's
+//! parts where it can. For a backend with `insecure = true` it has a connector of its own, because the SDK has none
+//! that accepts every certificate.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -31,18 +33,18 @@ use rustls::{DigitallySignedStruct, SignatureScheme};
 use crate::aws::proxies::Proxies;
 use crate::panics;
 
-/// How requests travel.
+/// The network settings for requests to AWS.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Network {
     pub(crate) proxies: Proxies,
-    /// PEM: these authorities are trusted, and no others. None: those of the system.
+    /// The only certificate authorities to trust, in PEM. `None` means those of the system.
     pub(crate) authorities: Option<Vec<u8>>,
-    /// Any certificate will do.
+    /// Whether every certificate is accepted.
     pub(crate) insecure: bool,
 }
 
 impl Network {
-    /// The client for the SDK.
+    /// Returns the HTTP client for the SDK.
     pub(crate) fn client(self) -> SharedHttpClient {
         SharedHttpClient::new(Routes { network: Arc::new(self), connectors: Arc::default() })
     }
@@ -51,7 +53,7 @@ impl Network {
         if self.insecure && https {
             return unverified(proxy);
         }
-        // The builder panics on a machine without authorities, also where none is needed.
+        // The builder panics on a machine without certificate authorities, even for plain HTTP, which needs none.
         match panics::caught(|| self.verifying(proxy, settings)) {
             Some(connector) => connector,
             None if https => SharedHttpConnector::new(NoAuthorities),
@@ -59,7 +61,7 @@ impl Network {
         }
     }
 
-    /// A connector that checks certificates.
+    /// Builds a connector that checks certificates.
     fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
@@ -79,7 +81,7 @@ impl Network {
     }
 }
 
-/// Refuses every request: nothing can be checked.
+/// Fails every request, because there are no certificate authorities to check a certificate with.
 #[derive(Debug)]
 struct NoAuthorities;
 
@@ -90,10 +92,11 @@ impl HttpConnector for NoAuthorities {
     }
 }
 
-/// A connector for each way that requests take, with the connections that it keeps.
+/// A connector for each proxy (`None` for direct connections), HTTPS or plain HTTP, and connect and read timeouts. Each
+/// connector keeps its connections for reuse.
 type Connectors = Mutex<HashMap<(Option<String>, bool, [Option<Duration>; 2]), SharedHttpConnector>>;
 
-/// Sends each request by the way that is its own.
+/// An HTTP client that chooses the proxy and the connector for each request.
 #[derive(Clone, Debug)]
 struct Routes {
     network: Arc<Network>,
@@ -123,7 +126,8 @@ impl HttpConnector for Route {
         let proxy = network.proxies.choose(scheme, host, port);
         let key =
             (proxy.map(ToOwned::to_owned), https, [self.settings.connect_timeout(), self.settings.read_timeout()]);
-        // Go speaks SOCKS as well; neither the SDK nor we do. One that no request goes through is nobody's trouble.
+        // Go's client also supports SOCKS proxies; the SDK and `tf` do not. This is checked here, so that only the
+        // requests that would use such a proxy fail.
         if proxy.is_some_and(|proxy| ProxyConfig::all(proxy).is_err()) {
             let why = "tf cannot use the proxy, whose URL is none of http or https";
             return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
@@ -138,8 +142,8 @@ impl HttpConnector for Route {
     }
 }
 
-/// Those certificates in `pem` that can be used, as PEM again: Go passes the others over, and the SDK would panic. None
-/// where there is not one.
+/// Returns the usable certificates in `pem`, as PEM. Go skips the other ones, and the SDK would panic on them. `None`
+/// if no certificate is usable.
 pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     let mut roots = rustls::RootCertStore::empty();
     let mut usable = String::new();
@@ -152,13 +156,13 @@ pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     (!usable.is_empty()).then(|| usable.into_bytes())
 }
 
-/// A client that believes every certificate, as `insecure = true` asks for.
+/// Builds a connector that accepts every certificate, for `insecure = true`.
 fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder =
         rustls::ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
     let Ok(builder) = builder else {
-        // The provider that this is built with speaks TLS 1.2 and 1.3; this is for the compiler.
+        // Never reached, because this provider supports TLS 1.2 and 1.3. The compiler needs the branch.
         return SharedHttpConnector::new(Connector::builder().build_http());
     };
     let config = builder
@@ -171,7 +175,8 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));
     let direct = HttpsConnector::from((tcp, config.clone()));
     let Some(proxy) = proxy.and_then(through) else { return shared(direct) };
-    // The way to the proxy is as much by TLS as its URL says, and believes as much: it takes the password.
+    // The connection to the proxy carries the password, so it uses TLS if the proxy's URL is `https`. It accepts every
+    // certificate too.
     let mut tunnel = Tunnel::new(proxy.uri().clone(), direct);
     if let Some(credentials) = proxy.basic_auth() {
         tunnel = tunnel.with_auth(credentials.clone());
@@ -179,9 +184,10 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     shared(HttpsConnector::from((tunnel, config)))
 }
 
-/// A proxy, with `Proxy-Authorization` where its URL has a user in it, `%`-escapes and all.
+/// Parses the URL of a proxy. The result has a `Proxy-Authorization` header if the URL contains a user; `%` escapes in
+/// the user and the password are decoded. `None` if the URL cannot be parsed.
 fn through(proxy: &str) -> Option<Through> {
-    // It is for every host; which one is asked for does not matter.
+    // The proxy applies to every host, so the host of this URL does not matter.
     Matcher::builder().all(proxy).build().intercept(&http::Uri::from_static("https://any"))
 }
 
@@ -218,7 +224,8 @@ where
     }
 }
 
-/// Takes everybody for who they say they are. Whoever says `insecure` wants just that.
+/// Accepts every server certificate, which is what `insecure = true` means. Signatures of the handshake are still
+/// checked.
 #[derive(Debug)]
 struct AcceptAnyCertificate(Arc<rustls::crypto::CryptoProvider>);
 

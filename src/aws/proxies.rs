@@ -1,19 +1,19 @@
-//! Through which proxy a request goes, as Go's HTTP client decides it (golang.org/x/net/http/httpproxy), which is
-//! terraform's. The SDK's own client follows no proxy, and others read these variables in other ways.
+//! Chooses the proxy for a request as Go's HTTP client does (golang.org/x/net/http/httpproxy), which terraform uses.
+//! The SDK's own client uses no proxy, and other clients read these variables differently.
 
 use std::net::IpAddr;
 
-/// The proxies of a backend and an environment.
+/// The proxies that a backend and the environment name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Proxies {
-    /// For `http` URLs.
+    /// The proxy for `http` URLs. `None` if there is none.
     pub(crate) http: Option<String>,
-    /// For `https` URLs.
+    /// The proxy for `https` URLs. `None` if there is none.
     pub(crate) https: Option<String>,
     exceptions: Vec<Exception>,
 }
 
-/// Hosts that are reached directly.
+/// An entry of `no_proxy`: hosts that are reached directly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Exception {
     Everything,
@@ -23,14 +23,16 @@ enum Exception {
 }
 
 impl Proxies {
-    /// `http` and `https` as they are written in a backend or a variable, `no_proxy` with its commas.
+    /// Reads `http`, `https` and the comma-separated list `no_proxy`, as a backend attribute or a variable contains
+    /// them. An empty `http` or `https` means no proxy.
     pub(crate) fn new(http: Option<String>, https: Option<String>, no_proxy: Option<&str>) -> Self {
         let set = |url: Option<String>| url.filter(|url| !url.is_empty()).map(with_scheme);
         let words = no_proxy.unwrap_or_default().split(',').map(|word| word.trim().to_lowercase());
         Self { http: set(http), https: set(https), exceptions: words.filter_map(|word| exception(&word)).collect() }
     }
 
-    /// The proxy for `scheme://host:port`. Never one for this machine itself.
+    /// Returns the proxy for `scheme://host:port`. `None` if the host is reached directly, as localhost and loopback
+    /// addresses always are.
     pub(crate) fn choose(&self, scheme: &str, host: &str, port: u16) -> Option<&str> {
         let proxy = if scheme == "https" { &self.https } else { &self.http }.as_deref()?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_lowercase();
@@ -58,7 +60,7 @@ impl Exception {
     }
 }
 
-/// A proxy may be written without a scheme.
+/// Adds `http://` to a proxy that is written without a scheme.
 fn with_scheme(url: String) -> String {
     if url.contains("://") { url } else { format!("http://{url}") }
 }
@@ -91,7 +93,7 @@ fn exception(word: &str) -> Option<Exception> {
         return None;
     }
     let host = host.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(host);
-    // `.example.com` means what is below it, `example.com` that and itself.
+    // `.example.com` excepts only the subdomains. `example.com` excepts the domain itself too.
     let itself = !host.starts_with('.');
     let suffix = if itself { format!(".{host}") } else { host.to_owned() };
     Some(Exception::Domain { suffix, itself, port })

@@ -1,10 +1,10 @@
-//! How a run reached its locks: everything that another process needs to reach the very same place, and no secret.
+//! How a run reaches its locks: everything that another process needs to reach the same locations, without secrets.
 //!
-//! An attribute is kept only when it is known to hold none, and so is a variable. What is left out is named, so that
-//! whoever needs it can look where the run had it from: in the cached backend of its directory, as long as that is still
-//! the same one.
+//! The value of an attribute or a variable is recorded only if it is known to contain no secret. If an attribute may
+//! contain one, its name is recorded, so that a later process can read the value from where the run had it: the cached
+//! backend in the run's directory, as long as that is still the same backend.
 //!
-//! As whom it was reached is kept too ([`crate::lock::reached`]).
+//! The identity of the run is recorded too, for [`crate::lock::reached`].
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -19,19 +19,19 @@ use crate::aws::identity::AccountIdentity;
 use crate::terraform::backend::{BackendOrigin, CachedBackend, is_unset};
 use crate::terraform::other_backends::OtherBackend;
 
-/// One backend block without its secrets.
+/// A backend block without its secrets.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RedactedBackend {
     kind: String,
     config: Map<String, Value>,
-    /// Attributes that were set and are not kept.
+    /// The names of the attributes that are set and whose values are not recorded.
     withheld: Vec<String>,
     #[serde(default)]
     origin: BackendOrigin,
 }
 
 impl RedactedBackend {
-    /// What may be kept of `backend`.
+    /// Returns what may be recorded of `backend`.
     pub(crate) fn of(backend: &CachedBackend) -> Self {
         let mut config = Map::new();
         let mut withheld = Vec::new();
@@ -44,15 +44,16 @@ impl RedactedBackend {
         Self { kind: backend.kind.clone(), config, withheld, origin: backend.origin() }
     }
 
-    /// Whether it is another backend than S3. Of such a one only what names its place is kept.
+    /// Whether this is a backend other than S3. For such a backend, only the attributes that name its location are
+    /// recorded.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.kind != "s3"
     }
 
-    /// The block itself. What was withheld is taken from `cached`, where that is the same block to this day.
+    /// Returns the whole block. If `cached` is still the same block, the withheld attributes are read from it.
     ///
     /// # Errors
-    /// The attributes that are missing.
+    /// The names of the withheld attributes, if there are any and `cached` is another block or `None`.
     pub(crate) fn backend(&self, cached: Option<&CachedBackend>) -> Result<CachedBackend, String> {
         match cached {
             Some(cached) if Self::of(cached) == *self => Ok(cached.clone()),
@@ -64,9 +65,9 @@ impl RedactedBackend {
     }
 }
 
-/// What may be kept of these attributes, whose names stand behind `outer`; those that are set and may not are added to
-/// `withheld`. One that cannot matter to a release is in neither. An empty text is kept: it can mean something else than
-/// none.
+/// Returns the attributes that may be recorded. Those that are set and may not be recorded are added to `withheld`,
+/// with `outer` before their names. An attribute without effect on a release is in neither. An empty string is
+/// recorded, because it can mean something else than an attribute that is not set.
 fn kept<'a>(
     outer: &str,
     attributes: &mut dyn Iterator<Item = (&'a str, &'a Value)>,
@@ -80,7 +81,7 @@ fn kept<'a>(
             (Treatment::Followed, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
                 config.insert(name.to_owned(), value.clone());
             }
-            // The attributes in a nested one have names of their own.
+            // The attributes inside a nested attribute are in the list under their own names.
             (Treatment::NotFollowed, Value::Object(inner)) if outer.is_empty() => {
                 let inner = inner.iter().filter(|(_, value)| !value.is_null());
                 let mut inner = inner.map(|(name, value)| (name.as_str(), value));
@@ -93,24 +94,26 @@ fn kept<'a>(
     config
 }
 
-/// Whether an address has a user in it, who may have a password. A proxy or an endpoint may be written without a scheme
-/// (`user:password@host:3128`), while an `@` in a session's name is nobody's password.
+/// Whether `value` is an address that contains a user, and so possibly a password. A proxy or an endpoint may be
+/// written without a scheme (`user:password@host:3128`), so every `@` in it counts. An `@` in the name of a session
+/// does not.
 fn has_a_user(name: &str, value: &str) -> bool {
     let name = name.to_lowercase();
     let is_address = ["proxy", "endpoint", "url", "uri"].iter().any(|word| name.contains(word));
     value.contains('@') && (is_address || value.contains("://"))
 }
 
-/// Credentials in the environment; each kind under its second name too.
+/// The variables with credentials. The access key's ID and its secret have two names each.
 const KEYS: [&str; 5] =
     ["AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"];
 
-/// The ID of the access key in the environment.
+/// Returns the ID of the access key in the environment. `None` if there is none.
 fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
     set(KEYS[0]).or_else(|| set(KEYS[1]))
 }
 
-/// How a run of `backends` reaches them. As whom, [`AwsEnvironment::identify`] adds.
+/// Returns how a run reaches `backends`: each backend once, and the environment of this process. The identities are
+/// added by [`AwsEnvironment::identify`].
 pub(crate) fn of_run<'a>(
     backends: impl IntoIterator<Item = &'a CachedBackend>,
 ) -> (Vec<RedactedBackend>, AwsEnvironment) {
@@ -123,23 +126,24 @@ pub(crate) fn of_run<'a>(
     (all, AwsEnvironment::of_environment(|name| std::env::var_os(name)))
 }
 
-/// What of the environment decides whom and what a run reaches.
+/// The part of the environment that decides which identity a run has and which endpoints it reaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AwsEnvironment {
     variables: BTreeMap<String, String>,
-    /// Variables that were set, and are not kept because a user stands in their URL.
+    /// The names of the variables that are set and whose values are not recorded, because their URL contains a user.
     withheld: Vec<String>,
-    /// The environment had credentials.
+    /// Whether the environment contains an access key.
     had_keys: bool,
-    /// Who credentials belong to where the backend says nothing of them, as far as it is known.
+    /// The identity, as far as it is known, for a backend that names no credentials.
     identity: AccountIdentity,
-    /// The same for each of the run's backends.
+    /// The identity for each of the run's backends, in their order. Empty if none of them is an S3 backend, and in a
+    /// record of an earlier version.
     #[serde(default)]
     identities: Vec<AccountIdentity>,
 }
 
 impl AwsEnvironment {
-    /// Those of this process.
+    /// Reads the environment. `variable` returns the value of a variable, or `None` if it is unset.
     fn of_environment(variable: impl Fn(&str) -> Option<OsString>) -> Self {
         let set =
             |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty());
@@ -157,8 +161,9 @@ impl AwsEnvironment {
         Self { variables, withheld, had_keys: key(&set).is_some(), ..Self::default() }
     }
 
-    /// Adds as whom `run`, whose terraform starts at this moment, reaches its `backends`, which are reached by `access`. It
-    /// reads the shared files. To be asked where terraform works.
+    /// Adds the identity that `run`, whose terraform is about to start, has for each of `access`. `backends` are the
+    /// same blocks with their secrets. This reads the shared files, so it must be called in terraform's working
+    /// directory. It adds nothing if there is no S3 backend.
     pub(crate) fn identify(&mut self, run: &str, access: &[RedactedBackend], backends: &[&CachedBackend]) {
         self.identify_by(access, backends, |backend| AccountIdentity::at_start(run, backend));
         if !self.identities.is_empty() {
@@ -167,7 +172,7 @@ impl AwsEnvironment {
         }
     }
 
-    /// The same as far as it is known without reading a file.
+    /// Adds the identities as [`Self::identify`] does, as far as they are known without reading a file.
     pub(crate) fn identify_without_files(
         &mut self,
         run: &str,
@@ -197,7 +202,8 @@ impl AwsEnvironment {
         self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
     }
 
-    /// What must be changed in an environment so that AWS is reached as it was: each name with its value or none.
+    /// Returns the changes that make an environment reach AWS as the run did: each variable with its value, or with
+    /// `None` if it must be unset. The withheld variables are not in it.
     pub(crate) fn changes(&self) -> Vec<(&'static str, Option<OsString>)> {
         let withheld = |name: &&str| !self.withheld.iter().any(|withheld| withheld == name);
         let mut changes: Vec<_> = attributes::kept_variables()
@@ -205,24 +211,24 @@ impl AwsEnvironment {
             .map(|name| (name, self.variables.get(name).map(OsString::from)))
             .collect();
         if !self.had_keys {
-            // The run had its credentials from elsewhere, and these would go before.
+            // The run had its credentials from another source, which keys in the environment would override.
             changes.extend(KEYS.map(|name| (name, None)));
         }
         changes
     }
 
-    /// The identities of the run's backends, `count` of them, in their order.
+    /// Returns the identities for the run's `count` backends, in their order.
     pub(crate) fn identities(&self, count: usize) -> impl Iterator<Item = AccountIdentity> {
-        // A record of an earlier version has one for all.
+        // A record of an earlier version has one identity for all backends.
         (0..count).map(|place| self.identities.get(place).unwrap_or(&self.identity).clone())
     }
 
-    /// The identity of the environment alone.
+    /// Returns the identity for a backend that names no credentials.
     pub(crate) fn environment(&self) -> &AccountIdentity {
         &self.identity
     }
 
-    /// What a person must provide to reach the lock, in words.
+    /// Returns what a person must provide to reach the lock, as text for a message.
     pub(crate) fn needs(&self) -> String {
         let mut text = String::new();
         match self.identities.iter().chain([&self.identity]).find_map(|identity| identity.account.as_ref()) {
@@ -286,7 +292,7 @@ mod tests {
         assert_eq!(other.place(&kept), other.place(&block));
     }
 
-    /// A block with every attribute of `all`: a text, or a map where an attribute is one.
+    /// Returns a block with every attribute of `all`. Each value is a string, or a map if the attribute is a map.
     fn block_of(all: &[&str]) -> CachedBackend {
         let mut config = Map::new();
         for name in all {
@@ -310,7 +316,7 @@ mod tests {
         let unknown = ["an_attribute_of_tomorrow", "endpoints.of_tomorrow", "assume_role.of_tomorrow"];
         let listed = attributes::ATTRIBUTES.iter().map(|attribute| attribute.name);
         let all: Vec<&str> = listed.chain(unknown).collect();
-        // Alone, and together.
+        // Each attribute is tested alone, and together with all others.
         for (name, access) in all
             .iter()
             .map(|name| (*name, RedactedBackend::of(&block_of(&[name]))))

@@ -1,4 +1,5 @@
-//! What the backend block, the environment and the shared files say about reaching AWS, read as terraform reads it.
+//! Settings for reaching AWS from the backend block, the environment and the shared files, read as terraform reads
+//! them.
 
 use crate::sys::plain_file;
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
@@ -7,51 +8,52 @@ use std::path::PathBuf;
 
 use crate::terraform::backend::CachedBackend;
 
-/// Why AWS cannot be reached as terraform did.
+/// Why `tf` cannot reach AWS as terraform did.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
-    /// An attribute of the backend block, or a key of a profile.
+    /// The backend block sets this attribute, which `tf` cannot follow.
     #[error("the backend sets {0}, which tf cannot follow")]
     Attribute(String),
-    /// A key of the profile that is used.
+    /// The selected profile sets this key, which `tf` cannot follow.
     #[error("the profile sets {0}, which tf cannot follow")]
     ProfileKey(&'static str),
-    /// The shared files, of which one is broken or gone.
+    /// One of the shared files is broken or missing. The text says why.
     #[error("the shared files cannot be used: {0}")]
     SharedFiles(String),
-    /// A profile that is named.
+    /// The backend block or a variable names this profile, and it is in none of the shared files.
     #[error("the profile {0} is in none of the shared files")]
     Profile(String),
-    /// A part of the block that says half of something.
+    /// The backend block sets only one of two things that belong together. The text names them.
     #[error("the backend sets {0}")]
     Incomplete(&'static str),
-    /// The file with certificate authorities.
+    /// The file with certificate authorities cannot be read, or has no usable certificate in it.
     #[error("the certificates in {path} cannot be used: {reason}")]
     Certificates {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// Where the instance's credentials come from.
+    /// The endpoint of the instance's metadata, where its credentials come from, is invalid.
     #[error("the endpoint of the instance's metadata cannot be used: {0}")]
     Metadata(String),
-    /// The source of credentials gave none.
+    /// The source of credentials gave none. The text says why.
     #[error("{0}")]
     Credentials(String),
-    /// The service that gives them did not answer, or could not do it: it may in a moment. It asks nobody.
+    /// The service that gives credentials did not answer, or could not give them at the moment. Asking again may help,
+    /// and does not prompt a person.
     #[error("{0}")]
     Silent(String),
-    /// Neither the backend nor the environment or the profile names a region.
+    /// None of the backend, the environment and the profile names a region.
     #[error("no region is known")]
     Region,
-    /// `duration` of a role.
+    /// The `duration` of a role is not a Go duration.
     #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]
     Duration(String),
 }
 
 impl Unreachable {
-    /// Whether asking again may do better: a file may be there by then, an attribute will not be another.
+    /// Whether trying again later may help: a missing file may be there by then, but an attribute does not change.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(
             self,
@@ -65,27 +67,28 @@ impl Unreachable {
     }
 }
 
-/// A variable that is set and not empty.
+/// Returns the value of the environment variable `name`. `None` if it is unset, empty or not UTF-8.
 pub(crate) fn set(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// The endpoint for one service: the attribute, its deprecated form, or a variable. What is left follows the SDK:
-/// `AWS_ENDPOINT_URL` and the shared files.
+/// Returns the endpoint for one service: the attribute, its deprecated form, or a variable, in this order. `None` if
+/// none of them is set. The SDK then applies `AWS_ENDPOINT_URL` and the shared files.
 pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], variables: [&str; 2]) -> Option<String> {
     let attribute = attributes.iter().find_map(|name| backend.string(name).map(ToOwned::to_owned));
     let endpoint = attribute.or_else(|| variables.iter().find_map(|name| set(name)))?;
-    // OpenTofu puts the scheme in front (backend.go, `customEndpoint`); terraform does not get as far as to a lock.
+    // OpenTofu adds the scheme if it is missing (backend.go, `customEndpoint`). Terraform fails before it takes a lock.
     Some(if endpoint.contains("://") { endpoint } else { format!("https://{endpoint}") })
 }
 
-/// The shared files that the block or the environment names, in terraform's order. Without any, those at home.
+/// The shared files that the backend block or the environment names, in terraform's order. If a list is empty, the
+/// SDK's default file is used: the one in `AWS_CONFIG_FILE` or else `~/.aws/config`, and `~/.aws/credentials`.
 pub(crate) struct SharedFiles {
     configs: Vec<PathBuf>,
     credentials: Vec<PathBuf>,
 }
 
-/// See [`SharedFiles`].
+/// Returns the [`SharedFiles`] for `backend` and the environment.
 pub(crate) fn shared_files(backend: &CachedBackend) -> SharedFiles {
     let listed = |name: &str| backend.strings(name).into_iter().map(ToOwned::to_owned).collect::<Vec<_>>();
     let or =
@@ -98,8 +101,9 @@ pub(crate) fn shared_files(backend: &CachedBackend) -> SharedFiles {
 }
 
 impl SharedFiles {
-    /// Those that are there: Go's SDK passes the others over, and the one for Rust would not have any of them then. One
-    /// that is no regular file is not read: a release must not wait for it.
+    /// Returns a builder with the files that exist. The AWS SDK for Go skips a missing file; the SDK for Rust would
+    /// then load none of the files. A file that is not a regular file is left out, because a release must not wait for
+    /// it.
     pub(crate) fn builder(&self) -> aws_runtime::env_config::file::Builder {
         let mut files = EnvConfigFiles::builder()
             .include_default_config_file(self.configs.is_empty() && unreadable_default().is_none())
@@ -114,25 +118,28 @@ impl SharedFiles {
         files
     }
 
-    /// One that is not there, or cannot be read at once.
+    /// Returns the first file that is missing, or cannot be read without waiting. `None` if there is no such file.
     pub(crate) fn absent(&self) -> Option<PathBuf> {
         let named = self.configs.iter().chain(&self.credentials).find(|path| !plain_file::is_plain(path)).cloned();
         named.or_else(|| unreadable_default().filter(|_| self.configs.is_empty()))
     }
 }
 
-/// The file that the SDK itself takes for the default one, if that is there and no regular file.
+/// Returns the file in `AWS_CONFIG_FILE`, which the SDK takes as the default config file, if it exists and is not a
+/// regular file.
 fn unreadable_default() -> Option<PathBuf> {
     set("AWS_CONFIG_FILE").map(PathBuf::from).filter(|path| path.exists() && !plain_file::is_plain(path))
 }
 
-/// The profile that is named: by the block, or in one of the two variables that Go's SDK knows.
+/// Returns the profile that is named by the block, or by one of the two variables that the AWS SDK for Go reads. `None`
+/// if no profile is named.
 pub(crate) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Option<String> {
     let named = backend.string("profile").map(ToOwned::to_owned);
     named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"))
 }
 
-/// `$NAME`, `${NAME}` and then `~` in a path, as terraform expands them (aws-sdk-go-base, internal/expand; os.ExpandEnv).
+/// Expands `$NAME` and `${NAME}`, and then `~`, in a path as terraform does (aws-sdk-go-base, internal/expand;
+/// os.ExpandEnv).
 pub(crate) fn expand(path: &str) -> OsString {
     expand_by(path, |name| std::env::var_os(name))
 }
