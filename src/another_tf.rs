@@ -1,12 +1,13 @@
-//! Another `tf`: a process for what this one must not do itself, because it has to fork and has threads, or has to talk to
-//! a service while terraform runs.
+//! Another `tf` process, for work that this process must not do itself: either the work has to fork while this process
+//! has threads, or it has to talk to a service while terraform runs.
 
 use std::process::{Command, Stdio};
 
-/// `tf locks` with `arguments`, to be started. Nothing on its stdin; the rest is the caller's.
+/// Returns a command that runs `tf locks` with `arguments`. Its stdin is /dev/null; everything else is up to the
+/// caller.
 ///
 /// # Errors
-/// Nobody knows where this program lies.
+/// When the path of this program cannot be determined.
 pub(crate) fn locks(arguments: &[&str]) -> std::io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("locks").args(arguments).stdin(Stdio::null());

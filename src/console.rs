@@ -1,6 +1,6 @@
-//! Standard error and standard output, and text that is fit for them.
+//! Standard error and standard output, and text that is safe to write to them.
 //!
-//! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here can fail
+//! A stderr that is closed, hung up or full must neither stop a release nor end the program. So nothing here can fail
 //! or wait for long, and `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
 
 use std::fmt::Write as _;
@@ -14,11 +14,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::sys::entry::closed_standard_descriptors;
 use crate::sys::locale;
 
-/// How long a full stderr is waited for, in milliseconds: a pager that was left alone must not hold us for ever.
+/// How long to wait for a full stderr, in milliseconds. A pager that nobody reads must not block `tf` for ever.
 const WRITE_TIMEOUT_MS: u16 = 2000;
 
-/// Writes `text` to stderr, each line with `tf: ` before it, in bold where stderr is a terminal and NO_COLOR is not set
-/// (no-color.org).
+/// Writes `text` to stderr, with `tf: ` before each line. `tf:` is bold if stderr is a terminal and NO_COLOR is empty
+/// or not set (no-color.org).
 pub(crate) fn say(text: &str) {
     let stderr = std::io::stderr();
     let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
@@ -32,25 +32,26 @@ pub(crate) fn say(text: &str) {
     write_to(&stderr, &mut unsaid, WRITE_TIMEOUT_MS);
 }
 
-/// What a full stderr did not take yet.
+/// The text that a full stderr has not accepted yet.
 static UNSAID: Mutex<String> = Mutex::new(String::new());
 
-/// Tries to write what stderr did not take before, without waiting. Whether nothing is left of it.
+/// Tries to write the text that stderr has not accepted yet, without waiting. Returns whether none is left.
 pub(crate) fn say_the_rest() -> bool {
     let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
     write_to(&std::io::stderr(), &mut unsaid, 0);
     unsaid.is_empty()
 }
 
-/// Writes `text` for as long as the reader takes something within `wait` milliseconds, and leaves what it does not take. What
-/// nobody can read is thrown away.
+/// Writes `text` as long as stderr becomes writable within `wait` milliseconds, and leaves the rest in `text`. Text is
+/// discarded when the write fails, because then nothing can read it.
 fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     while !text.is_empty() {
         let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
         if poll(&mut ready, PollTimeout::from(wait)) != Ok(1) {
             return;
         }
-        // What poll(2) calls writable takes at least PIPE_BUF bytes at once.
+        // A descriptor that poll(2) reports as writable accepts at least PIPE_BUF bytes at once, which POSIX requires
+        // to be 512 or more.
         let piece = text.floor_char_boundary(512);
         match nix::unistd::write(stderr, &text.as_bytes()[..piece]) {
             Ok(length) if text.is_char_boundary(length) && length > 0 => drop(text.drain(..length)),
@@ -59,8 +60,8 @@ fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     }
 }
 
-/// Writes `text` and a new line to stdout: the result of a command of ours. What cannot be written is told by
-/// [`print_failure`].
+/// Writes `text` and a newline to stdout: the result of a command of `tf` itself. If that fails, [`print_failure`]
+/// returns the reason.
 pub(crate) fn print(text: &str) {
     use std::io::Write as _;
     let write = || {
@@ -74,10 +75,11 @@ pub(crate) fn print(text: &str) {
     }
 }
 
-/// Whether there was a stdout when this process started: where it was closed, the runtime has opened /dev/null in its place.
+/// Checks that stdout was open when this process started. Where it was closed, Rust's runtime has opened /dev/null in
+/// its place.
 ///
 /// # Errors
-/// When there was none.
+/// `NotConnected` when stdout was closed.
 pub(crate) fn stdout_is_open() -> std::io::Result<()> {
     if closed_standard_descriptors().any(|descriptor| descriptor == 1) {
         return Err(std::io::ErrorKind::NotConnected.into());
@@ -85,27 +87,27 @@ pub(crate) fn stdout_is_open() -> std::io::Result<()> {
     Ok(())
 }
 
-/// What is said of a result that nobody can read.
+/// The message about a result that was not written because stdout is closed.
 pub(crate) const STDOUT_CLOSED: &str = "stdout is closed: the result was not written";
 
-/// Why something could not be written to stdout.
+/// Why the first failed write to stdout failed.
 static UNPRINTED: Mutex<Option<std::io::ErrorKind>> = Mutex::new(None);
 
-/// Why something that was to be printed was not: stdout was closed when this process started ([`NotConnected`]), its reader
-/// has exited, or its disk is full. `None` if everything was printed.
+/// Returns why the first failed write to stdout failed: stdout was closed when this process started ([`NotConnected`]),
+/// its reader has exited, or its disk is full. `None` if everything was printed.
 ///
 /// [`NotConnected`]: std::io::ErrorKind::NotConnected
 pub(crate) fn print_failure() -> Option<std::io::ErrorKind> {
     *UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What stands in place of what was cut from a text, as this locale can show it.
+/// Returns the sign that replaces text that was cut off, in a form that this locale can show.
 pub(crate) fn ellipsis() -> &'static str {
     if locale::is_utf8() { "…" } else { "..." }
 }
 
-/// A stranger's text, fit for a terminal: control, escape and direction characters made visible, and in a locale without
-/// Unicode everything that is not ASCII; and cut.
+/// Truncates untrusted text to 200 characters and makes it safe for a terminal. Control, escape and bidi characters are
+/// escaped and, in a locale without UTF-8, so is everything that is not ASCII.
 pub(crate) fn visible(text: &str) -> String {
     const MAX_SHOWN_CHARACTERS: usize = 200;
     match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
@@ -114,7 +116,8 @@ pub(crate) fn visible(text: &str) -> String {
     }
 }
 
-/// The same, whole: for what is to be typed.
+/// Makes untrusted text safe for a terminal, as [`visible`] does, but does not truncate it, because a person is to type
+/// it.
 pub(crate) fn visible_whole(text: &str) -> String {
     let ascii_only = !locale::is_utf8();
     let mut shown = String::new();
@@ -129,21 +132,21 @@ pub(crate) fn visible_whole(text: &str) -> String {
     shown
 }
 
-/// An option of `tf locks` with its value, behind a space: a value that begins with a dash is none for whoever reads it, unless
-/// it is part of the same word.
+/// Formats an option of `tf locks` and its value, after a space. A value that begins with a dash is joined with `=`,
+/// because as a separate word it would be parsed as an option.
 pub(crate) fn option(name: &str, value: &str) -> String {
     format!(" {name}{}{}", if value.starts_with('-') { '=' } else { ' ' }, quoted(value))
 }
 
-/// A stranger's text as the last word of a command: what is shown of it, in quotes where a shell wants them, and never taken
-/// for an option.
+/// Formats untrusted text as the last word of a command: escaped as [`visible_whole`] does, quoted if a shell needs
+/// that, and after `--` if it would otherwise be parsed as an option.
 pub(crate) fn argument(text: &str) -> String {
     let shown = visible_whole(text);
     let word = quoted(&shown);
     if shown.starts_with('-') { format!("-- {word}") } else { word }
 }
 
-/// A word that a shell takes as it is.
+/// Quotes a word if a shell would not take it literally.
 pub(crate) fn quoted(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:@%+,".contains(character);
     if !word.is_empty() && word.chars().all(plain) {
@@ -153,7 +156,7 @@ pub(crate) fn quoted(word: &str) -> String {
     }
 }
 
-/// A length of time, in the largest units that matter.
+/// Formats a length of time in its two largest units, from days to seconds.
 pub(crate) fn length_of_time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

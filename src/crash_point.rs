@@ -1,10 +1,10 @@
-//! Places where a test stops `tf` or its guardian dead.
+//! Places where a test kills `tf` or its guardian.
 //!
-//! In a build with the feature `crash-points`, `TFW_CRASH=NAME` kills the process that reaches that place, and
-//! `TFW_CRASH_LIST=FILE` has the names of all that are reached appended to a file. In any other build nothing of this is
-//! there.
+//! In a build with the feature `crash-points`, `TFW_CRASH=NAME` kills the process that reaches the place NAME (or one
+//! of several names, separated by commas), and `TFW_CRASH_LIST=FILE` appends the name of each place that is reached to
+//! a file. Any other build contains none of this.
 
-/// The process has come to the place `name`.
+/// Notes that this process has reached the place `name`, and kills it if `TFW_CRASH` contains that name.
 #[cfg(feature = "crash-points")]
 pub(crate) fn reached(name: &str) {
     use std::io::Write;
@@ -20,7 +20,7 @@ pub(crate) fn reached(name: &str) {
     }
 }
 
-/// The process has come to the place `name`.
+/// Does nothing, because this build does not have the feature `crash-points`.
 #[cfg(not(feature = "crash-points"))]
 #[inline(always)]
 pub(crate) const fn reached(_name: &str) {}

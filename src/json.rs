@@ -1,5 +1,5 @@
-//! JSON whose every character is ASCII: what is in it comes from strangers, and is printed on terminals. Nothing is lost
-//! by that, for any reader turns `\u202e` back into what it was.
+//! JSON that contains only ASCII characters, because its content is untrusted and is printed on terminals. No
+//! information is lost: any reader turns `\u202e` back into the character.
 
 use std::io::{self, Write};
 
@@ -23,10 +23,10 @@ impl Formatter for Ascii {
     }
 }
 
-/// `value` in one line.
+/// Serializes `value` as JSON in one line.
 ///
 /// # Errors
-/// As [`serde_json::to_string`].
+/// As for [`serde_json::to_string`].
 pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
     let mut bytes = Vec::new();
     value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;

@@ -1,7 +1,7 @@
-//! `tf` runs in place of `terraform` and changes one thing: when terraform ends without giving back its state lock,
-//! `tf` gives it back. It never takes a lock from anybody alive.
+//! `tf` runs in place of `terraform` and changes one thing: when terraform ends without releasing its state lock, `tf`
+//! releases it. It never releases a lock whose holder may still be running.
 //!
-//! The whole story is in [`main`]; ARCHITECTURE.md has the map.
+//! [`main`] has the whole sequence of a run; ARCHITECTURE.md has the map of the code.
 
 mod another_tf;
 mod aws;
@@ -32,7 +32,7 @@ use supervise::{NotSupervised, outcome, step_outputs};
 use terraform::binary;
 use terraform::command_line::CommandLine;
 
-/// As shells have it: the program was not found, or found and not run.
+/// The exit codes that shells use: 127 if the program was not found, 126 if it was found but could not be run.
 const NOT_FOUND: u8 = 127;
 const NOT_RUN: u8 = 126;
 
@@ -75,7 +75,7 @@ fn main() -> ExitCode {
         }
         Ok(ended) => ExitCode::from(outcome::end_as(ended)),
         Err(NotSupervised::NotStarted(error)) => could_not_run(&invocation, &error),
-        // Terraform must run, whatever we lack. It runs as it would without us.
+        // Terraform must run, whatever `tf` lacks. It then runs as it would without `tf`.
         Err(NotSupervised::Unprepared(error)) => {
             trace::trace!("not supervised: {error}");
             become_terraform(&invocation)
@@ -83,12 +83,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// A shell asks for completions: terraform answers on stdout (posener/complete), and takes no lock.
+/// Returns whether a shell asks for completions. Terraform then answers on stdout (posener/complete), and takes no
+/// lock.
 fn asks_for_completion() -> bool {
     std::env::var_os("COMP_LINE").is_some()
 }
 
-/// Terraform adds words from the environment to its command line (main.go, `EnvCLI`).
+/// Returns whether terraform adds words from the environment to its command line (main.go, `EnvCLI`).
 fn more_arguments() -> bool {
     std::env::vars_os().any(|(name, value)| name.as_encoded_bytes().starts_with(b"TF_CLI_ARGS") && !value.is_empty())
 }

@@ -1,13 +1,13 @@
-//! Panics of libraries: where one must not end a release.
+//! Panics of libraries, where a panic must not end a release.
 //!
-//! The SDK and what it stands on panic where a thread cannot be started, or where a machine has no certificate authorities. A
-//! lock service that cannot be reached is a failure that is said, and a lock that is kept.
+//! The AWS SDK and the libraries that it uses panic if a thread cannot be started, or if the machine has no certificate
+//! authorities. `tf` must then report that the lock service could not be reached, and that the lock was not released.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 
 use crate::trace::trace;
 
-/// Does `work`. `None` where it panicked, which is written into the trace and not to stderr.
+/// Calls `work`. `None` if it panicked: the panic is written to the trace and not to stderr.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Option<T> {
     let hook = take_hook();
     set_hook(Box::new(|panic| trace!("a library panicked: {panic}")));

@@ -1,4 +1,4 @@
-//! What the user asks of `tf` itself: the `TFW_*` variables.
+//! The `TFW_*` variables, by which the user configures `tf` itself.
 
 use std::ffi::OsString;
 use std::time::Duration;
@@ -6,19 +6,20 @@ use std::time::Duration;
 /// The settings of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// `TFW_STOP_TIMEOUT`: how long after a TERM, INT or HUP that no keyboard sent everything is killed.
+    /// `TFW_STOP_TIMEOUT`: how long after a TERM, INT or HUP that did not come from a keyboard everything is killed.
+    /// `None`: never.
     pub(crate) stop_timeout: Option<Duration>,
-    /// `TFW_RELEASE`: give a lock back (`auto`, the default), or only name it (`never`).
+    /// `TFW_RELEASE`: whether a lock is released (`auto`, the default) or only reported (`never`).
     pub(crate) release: bool,
-    /// `TFW_TTY=shared`: leave terraform in our process group.
+    /// `TFW_TTY=shared`: whether terraform stays in the process group of `tf`.
     pub(crate) shared_terminal: bool,
-    /// `TFW_LOG`: the file that [`crate::trace`] writes.
+    /// `TFW_LOG`: the file that [`crate::trace`] writes. `None`: nothing is logged.
     pub(crate) log: Option<OsString>,
-    /// `CI`: a job runner may go away without a word.
+    /// `CI` or `TF_BUILD`: whether this is a CI job, whose runner may exit without a signal to `tf`.
     pub(crate) ci: bool,
 }
 
-/// A variable that does not say what it must.
+/// A variable with a value that is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name} is {value:?}; it takes {takes}")]
 pub(crate) struct UnreadableSetting {
@@ -28,10 +29,12 @@ pub(crate) struct UnreadableSetting {
 }
 
 impl Settings {
-    /// Reads the settings; `variable` reads the environment. Empty is the same as not set.
+    /// Reads the settings. `variable` returns the value of an environment variable. An empty variable counts as not
+    /// set.
     ///
     /// # Errors
-    /// [`UnreadableSetting`], before anything was started: who sets a stop timeout relies on it.
+    /// [`UnreadableSetting`] when a value is not valid. This is checked before anything is started, because a user who
+    /// sets a stop timeout relies on it.
     pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, UnreadableSetting> {
         let set = |name| variable(name).filter(|value| !value.is_empty());
         let choice = |name, default: bool, [yes, no]: [&str; 2], takes| match set(name) {
@@ -56,7 +59,7 @@ impl Settings {
             release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
             shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
             log: set("TFW_LOG"),
-            // Azure Pipelines sets a variable of its own, and not the one that everybody else sets.
+            // Azure Pipelines sets a variable of its own, and not `CI`, which other systems set.
             ci: ["CI", "TF_BUILD"].into_iter().any(|name| {
                 set(name).is_some_and(|value| !["false", "0", "no"].iter().any(|no| value.eq_ignore_ascii_case(no)))
             }),
@@ -64,12 +67,14 @@ impl Settings {
     }
 }
 
-/// Whether `TFW_RELEASE` says `auto` by name: then also a lock in a global table goes.
+/// Returns whether `TFW_RELEASE` is explicitly set to `auto`. Then a lock in a DynamoDB global table is released as
+/// well.
 pub(crate) fn release_is_asked_for() -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "auto")
 }
 
-/// A length of time as people write it: a whole number with `ms`, `s`, `m`, `h` or `d` behind it, or of seconds.
+/// Parses a length of time: a whole number followed by `ms`, `s`, `m`, `h` or `d`; a number without a unit is in
+/// seconds. `None` for any other text, and when the number is too large.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

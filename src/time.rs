@@ -1,15 +1,15 @@
-//! Arithmetic with times that somebody else has written: in a log, in a lock, in a record. Jiff's operators panic outside
-//! of the years -9999 to 9999, and a text may name the last moment of them.
+//! Arithmetic with times from untrusted text: a log, a lock, a record. Jiff's operators panic outside the years -9999
+//! to 9999, and such text may contain the last moment of that range.
 
 use jiff::{SignedDuration, Timestamp};
 
-/// `time + by`, or the first or last time that there is.
+/// Returns `time + by`, or the first or last [`Timestamp`] if the sum is out of range.
 pub(crate) fn saturating_add(time: Timestamp, by: SignedDuration) -> Timestamp {
     let limit = if by.is_negative() { Timestamp::MIN } else { Timestamp::MAX };
     time.checked_add(by).unwrap_or(limit)
 }
 
-/// `time - by`, or the first or last time that there is.
+/// Returns `time - by`, or the first or last [`Timestamp`] if the difference is out of range.
 pub(crate) fn saturating_sub(time: Timestamp, by: SignedDuration) -> Timestamp {
     let limit = if by.is_negative() { Timestamp::MAX } else { Timestamp::MIN };
     time.checked_sub(by).unwrap_or(limit)

@@ -1,7 +1,8 @@
-//! What `tf` saw and did, one line each, in the file that `TFW_LOG` names. Off without it.
+//! Logs what `tf` saw and did, one line each, to the file that `TFW_LOG` names. Without that variable nothing is
+//! logged.
 //!
-//! For whoever asks why a lock was kept, and for the tests, which wait for a line instead of for time to pass. No
-//! argument, no environment and no log text of terraform's goes in.
+//! The log shows why a lock was not released. The tests also use it, to wait for a line instead of for time to pass. It
+//! contains no arguments, no environment and no text of terraform's log.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -11,21 +12,23 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// The file of `TFW_LOG`, open.
+/// The file that `TFW_LOG` names, open.
 #[derive(Debug)]
 struct Trace {
     file: File,
-    /// A regular file: a detached process may keep it open, and nobody waits for its end.
+    /// Whether it is a regular file. Only then may it stay open in a detached process, because no reader waits for its
+    /// end.
     is_regular: bool,
-    /// The process that opened it.
+    /// The pid of the process that opened it.
     opened_by: u32,
 }
 
 static TRACE: OnceLock<Trace> = OnceLock::new();
 
 impl Trace {
-    /// Appends to `path`. Neither open(2) nor write(2) waits: a FIFO that nobody reads cannot be opened, and a line that a
-    /// full one cannot take is lost. A terminal does not become our controlling terminal.
+    /// Opens `path` for appending. Neither open(2) nor write(2) waits: a FIFO without a reader cannot be opened, and a
+    /// line that a full FIFO cannot accept is lost. A terminal does not become the controlling terminal of this
+    /// process.
     fn open(path: &Path) -> io::Result<Self> {
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path)?;
@@ -33,27 +36,28 @@ impl Trace {
         Ok(Self { file, is_regular, opened_by: std::process::id() })
     }
 
-    /// Whether process `pid` may write: in a detached process the descriptor of anything but a regular file is closed, and
-    /// its number may be another file's.
+    /// Returns whether the process `pid` may write. In a detached process the descriptor of anything but a regular file
+    /// is closed, and its number may belong to another file.
     fn is_open_in(&self, pid: u32) -> bool {
         self.is_regular || pid == self.opened_by
     }
 }
 
-/// Appends to the file at `path` from now on; made readable for its owner alone if it is not there yet. A file that
-/// cannot be opened is no reason not to run terraform.
+/// Starts to log to the file at `path`. A new file is readable only by its owner. If the file cannot be opened, nothing
+/// is logged, and terraform runs all the same.
 pub(crate) fn open(path: &Path) {
     if let Ok(trace) = Trace::open(path) {
         let _ = TRACE.set(trace);
     }
 }
 
-/// The file's descriptor, for a detached process that keeps only what it needs. None where that may not keep it.
+/// Returns the file's descriptor, for a detached process that keeps only what it needs. `None` if nothing is logged, or
+/// if a detached process may not keep the file open.
 pub(crate) fn descriptor() -> Option<RawFd> {
     TRACE.get().filter(|trace| trace.is_regular).map(|trace| trace.file.as_raw_fd())
 }
 
-/// Writes a line, in one piece: several processes may share the file.
+/// Writes one line in one piece, because several processes may share the file.
 pub(crate) fn line(text: fmt::Arguments<'_>) {
     let pid = std::process::id();
     if let Some(trace) = TRACE.get().filter(|trace| trace.is_open_in(pid)) {
@@ -62,7 +66,7 @@ pub(crate) fn line(text: fmt::Arguments<'_>) {
     }
 }
 
-/// Like `format!`, into the file that `TFW_LOG` names.
+/// Like `format!`, but writes to the file that `TFW_LOG` names.
 macro_rules! trace {
     ($($text:tt)*) => { crate::trace::line(format_args!($($text)*)) };
 }
@@ -83,7 +87,7 @@ mod tests {
         let trace = Trace::open(&path).unwrap();
         let own = std::process::id();
         assert!(trace.is_open_in(own) && !trace.is_open_in(own + 1));
-        // Far more than a pipe takes; none of it waits.
+        // This is far more than fits into a pipe, and no write waits.
         for _ in 0..10_000 {
             let _ = (&trace.file).write_all(&[b'x'; 100]);
         }

@@ -1,9 +1,9 @@
-//! File descriptors: pipes, copies at a high number, moving bytes from one to another without waiting.
+//! File descriptors: pipes, copies with a high number, and moving bytes from one descriptor to another without waiting.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// A pipe, closed on exec: (read end, write end).
+/// Creates a pipe that is closed on exec. Returns its read end and its write end.
 pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     #[cfg(target_os = "linux")]
     let ends = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
@@ -18,14 +18,15 @@ pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(ends)
 }
 
-/// A copy of `descriptor` with a high number, which programs that we start inherit.
+/// Copies `descriptor` to a high number. Programs that this process starts inherit the copy.
 ///
-/// High, because scripts use low numbers as they like: `exec 9>lock` and `200>lock` are idioms, and would close ours.
-/// Where fewer than 512 descriptors are allowed (RLIMIT_NOFILE) the number is as high as it can be.
+/// The number is high because scripts use low numbers freely: `exec 9>lock` and `200>lock` are idioms, and would close
+/// the copy. It is at least 512. Where fewer descriptors are allowed (RLIMIT_NOFILE) it is at least 256, or 128, and so
+/// on down to 8.
 pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     let mut lowest = 512;
     loop {
-        // SAFETY: F_DUPFD on an open descriptor makes a new one, which is ours alone.
+        // SAFETY: F_DUPFD on an open descriptor makes a new one, which nothing else owns.
         let copy = unsafe { libc::fcntl(descriptor.as_fd().as_raw_fd(), libc::F_DUPFD, lowest) };
         if copy >= 0 {
             // SAFETY: just made.
@@ -38,38 +39,39 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Descriptor `number` of this process: 0, 1 or 2, which stay open all our life (Rust's runtime opens what is closed).
+/// Returns descriptor `number` of this process: 0, 1 or 2. These stay open as long as the process runs, because Rust's
+/// runtime opens those that are closed.
 pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
     debug_assert!((0..3).contains(&number));
-    // SAFETY: see above; nothing of ours closes 0, 1 or 2.
+    // SAFETY: see above; `tf` closes 0, 1 and 2 only right before exec (`sys::spawn`).
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Which file it is: its device and its number there.
+/// Returns the device and the inode number of an open file. `None` if they cannot be read.
 pub(crate) fn identity(descriptor: BorrowedFd<'_>) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
     let file = std::fs::File::from(descriptor.try_clone_to_owned().ok()?).metadata().ok()?;
     Some((file.dev(), file.ino()))
 }
 
-/// How far a move of bytes went.
+/// The result of moving bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// So many bytes went over.
+    /// This many bytes were moved.
     Bytes(usize),
-    /// Everybody who could write has closed the source.
+    /// Every writer of the source has closed it.
     EndOfSource,
-    /// One of the two is not ready.
+    /// The source or the destination is not ready, or the call was interrupted.
     NotReady,
 }
 
-/// Moves what is in the pipe `from` into the pipe `to`, without waiting on either.
+/// Moves up to 64 KiB from the pipe `from` into the pipe `to`, without waiting for either.
 ///
-/// SPLICE_F_NONBLOCK says so for this call alone. O_NONBLOCK would say so for the open file, which we share with
-/// whoever started us.
+/// SPLICE_F_NONBLOCK applies to this call alone. O_NONBLOCK would apply to the open file description, which this
+/// process shares with the process that started it.
 ///
 /// # Errors
-/// EPIPE when `to` has no reader left; EINVAL when one of the two is no pipe.
+/// EPIPE when `to` has no reader left; EINVAL when one of the two is not a pipe.
 #[cfg(target_os = "linux")]
 pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<Moved> {
     // SAFETY: two open descriptors, no offsets.
@@ -86,10 +88,10 @@ pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<
     moved_bytes(moved)
 }
 
-/// Sends bytes to a socket without waiting. The answer is never `EndOfSource` unless `bytes` is empty.
+/// Sends bytes to a socket without waiting. The result is `EndOfSource` only if `bytes` is empty.
 ///
 /// # Errors
-/// EPIPE or ECONNRESET when nobody reads the other end.
+/// EPIPE or ECONNRESET when the other end has no reader left.
 pub(crate) fn send(socket: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
     #[cfg(target_os = "linux")]
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;

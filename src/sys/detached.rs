@@ -1,9 +1,10 @@
-//! fork(2) of a process that goes on by itself: in a session of its own, with nothing of our caller's in its hands.
+//! fork(2) of a process that runs independently, in a session of its own, and keeps nothing of the caller of `tf` open.
 //!
-//! A caller that waits for the end of our stdout must not wait for that process, nor an outer lifeline, nor a mount for
-//! its directory. So its descriptors 0, 1 and 2 are /dev/null, all others but the named ones are closed, and it stands in
-//! `/`. Every signal stays blocked in it: whoever tells a whole tree to end means terraform, and not the one that cleans
-//! up behind it.
+//! The detached process must not make a caller wait that waits for the end of the stdout of `tf`. It must not hold an
+//! outer lifeline open, and not keep the file system of the working directory in use. So its descriptors 0, 1 and 2 are
+//! /dev/null, all others except the named ones are closed, and its working directory is `/`. Every signal stays blocked
+//! in it: a signal that is sent to a whole process tree is meant for terraform, and not for the process that cleans up
+//! after it. With [`Parent::UsAtOurTerminal`] the process keeps its session, its stdin and its stderr.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -13,24 +14,25 @@ use nix::unistd::Pid;
 
 use super::spawn::AllBlocked;
 
-/// Whose child a detached process is.
+/// Which process is the parent of a detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Parent {
-    /// Ours: we take its end away.
+    /// This process, which reaps it.
     Us,
-    /// Ours, and it stays in our session and process group, with our stdin and stderr: what it starts may ask whoever sits at
-    /// our terminal.
+    /// This process, which reaps it. The detached process stays in the same session and process group and keeps stdin
+    /// and stderr, so that what it starts can ask the person at the terminal.
     UsAtOurTerminal,
-    /// Init's, or the next subreaper's above us: it is no descendant of ours.
+    /// Init, or the next subreaper above this process. The detached process is no descendant of this process.
     Init,
 }
 
-/// Forks, and runs `work` in the new process, which ends with it. There must be one thread.
+/// Forks and runs `work` in the new process, which exits when `work` returns or panics. There must be one thread.
 ///
-/// `keep` are the descriptors that it goes on with. Gives its pid where it is a child of ours.
+/// `name` is the name of the new process in the process list (Linux only). `keep` are the descriptors that stay open in
+/// it. Returns its pid, or `None` for [`Parent::Init`], because it is then no child of this process.
 ///
 /// # Errors
-/// What fork(2) says.
+/// When fork(2) fails.
 pub(crate) fn run(
     name: &std::ffi::CStr,
     parent: Parent,
@@ -40,17 +42,18 @@ pub(crate) fn run(
     let mut keep = keep.to_vec();
     keep.sort_unstable();
     let blocked = AllBlocked::now()?;
-    // SAFETY: one thread (asserted by the caller), so that the child may go on with all of Rust.
+    // SAFETY: there is one thread (asserted by the caller), so the child may run any Rust code.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            // SAFETY: as above. The one in between holds nothing and has nothing to do.
+            // SAFETY: as above. The process between the two forks owns nothing and only exits.
             if parent == Parent::Init && unsafe { libc::fork() } != 0 {
                 end();
             }
             detach(name, parent, &keep);
             hide_arguments();
-            // Whatever happens in there, it must not come back into the story of the process that it was forked from.
+            // Whatever happens in `work`, this process must not return into the code of the process that it was forked
+            // from.
             let _ = catch_unwind(AssertUnwindSafe(work));
             end()
         }
@@ -67,7 +70,7 @@ pub(crate) fn run(
 }
 
 fn end() -> ! {
-    // SAFETY: ends the process; nothing that was made before the fork is undone a second time.
+    // SAFETY: ends the process. Nothing that was set up before the fork is torn down a second time.
     unsafe { libc::_exit(0) }
 }
 
@@ -97,13 +100,15 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
     close_between(from, RawFd::MAX);
 }
 
-/// Takes the arguments that this process has by its fork out of the process list: they are those of terraform, with the values
-/// of `-var`, and what stays behind needs none of them. What ps(1) shows is read from the memory of the process itself
-/// (proc_pid_cmdline(5)); where that is, the kernel tells (`arg_start` and `arg_end`, proc_pid_stat(5)).
+/// Removes the arguments that this process inherited by its fork from the process list. They are the arguments of
+/// terraform, with the values of `-var`, and the detached process needs none of them. ps(1) shows what it reads from
+/// the memory of the process itself (proc_pid_cmdline(5)). The kernel reports where that memory is (`arg_start` and
+/// `arg_end`, proc_pid_stat(5)).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {
-        /// Behind the name, the fields begin with the third (proc_pid_stat(5)).
+        /// The index of `arg_start`, field 48, among the fields after the name, which begin with field 3
+        /// (proc_pid_stat(5)).
         const ARG_START: usize = 48 - 3;
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
         let fields: Vec<&str> = stat.rsplit_once(") ").map_or_else(Vec::new, |(_, rest)| rest.split(' ').collect());
@@ -112,27 +117,28 @@ fn hide_arguments() {
             && start > 0
             && end > start
         {
-            // SAFETY: the strings of argv, which the kernel has put on this process's stack; they are copied wherever they are
-            // used, and zeros are empty strings for whoever reads them anew.
+            // SAFETY: these are the strings of argv, which the kernel put on this process's stack. They are copied
+            // wherever they are used, and code that reads them again gets empty strings.
             unsafe { std::ptr::write_bytes(start as *mut u8, 0, end - start) };
         }
     }
 }
 
-/// Closes every descriptor from `from` up to and without `to`.
+/// Closes every descriptor from `from` up to, but not including, `to`.
 fn close_between(from: RawFd, to: RawFd) {
     if from >= to {
         return;
     }
     #[cfg(target_os = "linux")]
     {
-        // SAFETY: nothing in this process uses what is closed here: it was forked to go on with the kept ones alone.
+        // SAFETY: nothing in this process uses the descriptors that are closed here: it was forked to use only the kept
+        // ones.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
         if closed == 0 {
             return;
         }
     }
-    // Before Linux 5.9, and elsewhere.
+    // This is for Linux before 5.9 and for other systems.
     let listed = ["/proc/self/fd", "/dev/fd"].iter().find_map(|directory| std::fs::read_dir(directory).ok());
     let open: Vec<RawFd> = match listed {
         Some(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),

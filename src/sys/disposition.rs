@@ -1,8 +1,8 @@
-//! What a signal does to this process: sigaction(2).
+//! The dispositions of signals in this process: sigaction(2).
 
 use nix::sys::signal::Signal;
 
-/// The disposition that was replaced, to be put back.
+/// The disposition that was replaced, for [`restore`].
 pub(crate) struct Disposition(libc::sigaction);
 
 fn read(signal: Signal) -> libc::sigaction {
@@ -16,27 +16,27 @@ fn read(signal: Signal) -> libc::sigaction {
 }
 
 fn write(signal: Signal, action: &libc::sigaction) {
-    // SAFETY: `action` is a whole sigaction whose handler is SIG_DFL, SIG_IGN or what the kernel gave us before.
+    // SAFETY: `action` is a whole sigaction whose handler is SIG_DFL, SIG_IGN or one that the kernel returned before.
     unsafe { libc::sigaction(signal as i32, action, std::ptr::null_mut()) };
 }
 
-/// Whether this process ignores `signal`.
+/// Returns whether this process ignores `signal`.
 pub(crate) fn is_ignored(signal: Signal) -> bool {
     read(signal).sa_sigaction == libc::SIG_IGN
 }
 
-/// Gives `signal` its default action and returns the disposition that it had.
+/// Sets `signal` to its default action and returns the disposition that it had. Async-signal-safe.
 pub(crate) fn set_default(signal: Signal) -> Disposition {
     set(signal, libc::SIG_DFL)
 }
 
-/// Ignores `signal` and returns the disposition that it had. A pending signal is discarded by this (sigaction(2)).
-/// Async-signal-safe: used between fork and exec.
+/// Ignores `signal` and returns the disposition that it had. This discards a pending signal (sigaction(2)).
+/// Async-signal-safe, because it is called between fork and exec.
 pub(crate) fn set_ignored(signal: Signal) -> Disposition {
     set(signal, libc::SIG_IGN)
 }
 
-/// Puts a disposition back. Async-signal-safe.
+/// Restores a disposition. Async-signal-safe.
 pub(crate) fn restore(signal: Signal, disposition: &Disposition) {
     write(signal, &disposition.0);
 }

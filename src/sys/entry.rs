@@ -1,8 +1,8 @@
-//! What this process was given by whoever started it, as it was before anything of ours changed it.
+//! What this process inherited when it was started, before Rust's runtime or `tf` changed it.
 //!
-//! Terraform must get the same: its signal mask, its ignored signals, its open descriptors. Two of these are gone by
-//! the time `main` runs, because Rust's runtime ignores SIGPIPE and opens `/dev/null` where descriptor 0, 1 or 2 is
-//! closed. So a function in `.init_array` looks first: the loader calls it before the runtime starts.
+//! Terraform must inherit the same: the signal mask, the ignored signals and the open descriptors. Two of these have
+//! changed by the time `main` runs, because Rust's runtime ignores SIGPIPE, and opens `/dev/null` where descriptor 0, 1
+//! or 2 is closed. So a function in `.init_array` records both: the loader calls it before the runtime starts.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -19,7 +19,7 @@ extern "C" fn look() {
     SIGPIPE_IGNORED.store(ignored, Ordering::Relaxed);
     let mut closed = 0;
     for descriptor in 0..3 {
-        // SAFETY: F_GETFD reads a flag of a descriptor number, open or not.
+        // SAFETY: F_GETFD reads a flag of a descriptor number, whether it is open or not.
         if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } == -1 {
             closed |= 1 << descriptor;
         }
@@ -32,13 +32,13 @@ extern "C" fn look() {
 #[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".init_array"))]
 static LOOK: extern "C" fn() = look;
 
-/// Whether SIGPIPE was ignored when this process started (a shell's `trap '' PIPE`, Python's `subprocess`).
+/// Returns whether SIGPIPE was ignored when this process started (a shell's `trap '' PIPE`, Python's `subprocess`).
 #[must_use]
 pub(crate) fn sigpipe_ignored() -> bool {
     SIGPIPE_IGNORED.load(Ordering::Relaxed)
 }
 
-/// Which of the descriptors 0, 1 and 2 were closed when this process started.
+/// Returns which of the descriptors 0, 1 and 2 were closed when this process started.
 pub(crate) fn closed_standard_descriptors() -> impl Iterator<Item = i32> {
     let closed = CLOSED_STANDARD_DESCRIPTORS.load(Ordering::Relaxed);
     (0..3).filter(move |descriptor| closed & (1 << descriptor) != 0)

@@ -1,4 +1,4 @@
-//! The environment of this process, as others see it and as libraries read it.
+//! The environment of this process, as other processes see it and as libraries read it.
 
 use std::ffi::{CStr, OsStr, OsString};
 
@@ -7,11 +7,13 @@ unsafe extern "C" {
     static mut environ: *mut *mut libc::c_char;
 }
 
-/// Takes every variable for which `unwanted` says so out of the environment, and out of what /proc/PID/environ shows of
-/// this process: a runner that looks for its mark there does not find it any more. There must be one thread.
+/// Removes every variable for whose name `unwanted` returns true from the environment, and from what /proc/PID/environ
+/// shows of this process. A job runner that looks for its own variable there then does not find this process any more.
+/// A variable whose name is not UTF-8 stays. There must be one thread.
 pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
-    // SAFETY: one thread. `environ` is the list that the kernel laid out at exec (nothing was added since, and if it was,
-    // an entry is still a writable, zero-terminated string that nothing else refers to).
+    // SAFETY: there is one thread. `environ` is the list that the kernel laid out at exec. Nothing has been added
+    // since; and if something has been, an entry is still a writable, zero-terminated string that nothing else refers
+    // to.
     unsafe {
         let mut from = environ;
         let mut to = environ;
@@ -34,8 +36,8 @@ pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
     }
 }
 
-/// Takes every variable whose name begins with `prefix` and whose value is empty out of the environment. For Go's SDK such
-/// a variable is not set; the SDK for Rust takes it for an endpoint without a name. There must be one thread.
+/// Removes every variable whose name begins with `prefix` and whose value is empty. The AWS SDK for Go takes such a
+/// variable as not set; the SDK for Rust takes it for an endpoint without a name. There must be one thread.
 pub(crate) fn unset_empty(prefix: &str) {
     let is_empty = |(name, value): (OsString, OsString)| name.into_string().ok().filter(|_| value.is_empty());
     let empty: Vec<String> = std::env::vars_os().filter_map(is_empty).filter(|name| name.starts_with(prefix)).collect();
@@ -44,7 +46,7 @@ pub(crate) fn unset_empty(prefix: &str) {
     }
 }
 
-/// Sets a variable, or takes it away. There must be one thread.
+/// Sets a variable to `value`, or removes it when `value` is `None`. There must be one thread.
 pub(crate) fn change(name: &str, value: Option<&OsString>) {
     // SAFETY: one thread.
     unsafe {

@@ -1,6 +1,6 @@
-//! Where this thread's errno lies.
+//! The errno of the calling thread.
 
-/// The address of errno. Async-signal-safe.
+/// Returns the address of errno. Async-signal-safe.
 pub(crate) fn location() -> *mut libc::c_int {
     #[cfg(target_os = "linux")]
     // SAFETY: always valid, for the calling thread.

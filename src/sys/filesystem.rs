@@ -1,13 +1,15 @@
-//! What kind of file system a directory lies on.
+//! The kind of file system that a directory is on.
 
 use std::path::Path;
 
-/// Whether the locks of the file system at `path` are this machine's own, and nobody else's: a list of those of which
-/// that is known. On a network file system a lock may be granted and mean nothing on the next host.
+/// Returns whether locks on the file system at `path` belong to this machine alone. On Linux this is true only for a
+/// list of file systems of which it is known. On a network file system a lock may be granted that means nothing on
+/// another host.
 pub(crate) fn is_local(path: &Path) -> bool {
     #[cfg(target_os = "linux")]
     {
-        /// statfs(2), linux/magic.h: ext2 to ext4, xfs, btrfs, tmpfs, overlayfs, f2fs, zfs, bcachefs.
+        /// The magic numbers of ext2 to ext4, xfs, btrfs, tmpfs, overlayfs, f2fs, zfs and bcachefs (statfs(2),
+        /// linux/magic.h).
         const LOCAL: [u64; 8] =
             [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0x794C_7630, 0xF2F5_2010, 0x2FC1_2FC1, 0xCA45_1A4E];
         nix::sys::statfs::statfs(path).is_ok_and(|system| {
@@ -34,8 +36,8 @@ pub(crate) fn is_local(path: &Path) -> bool {
     }
 }
 
-/// A number that stays the same as long as the file system does, over reboots too where it has a UUID (statvfs(3),
-/// `f_fsid`). 0 where there is none.
+/// Returns a number that stays the same as long as the file system exists, also across reboots if it has a UUID
+/// (statvfs(3), `f_fsid`). 0 if there is none.
 pub(crate) fn identity(path: &Path) -> u64 {
     #[expect(clippy::useless_conversion, reason = "the type differs between systems")]
     nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))

@@ -1,12 +1,13 @@
-//! A process of ours inside terraform's process group, that tells which signals the terminal sends there.
+//! A child process inside terraform's process group that reports which signals the terminal sends to that group.
 //!
-//! While the terminal is lent, its keys signal terraform's group and not `tf`. Only a member of that group can see
-//! that, and only as a signal of its own. So the witness blocks every signal, waits for them with sigwaitinfo(2), and
-//! writes the number of each that the kernel made into a pipe. Signals that a process sent (our own relay among them)
-//! are not reported.
+//! While terraform's group is the foreground group of the terminal, the keys signal that group and not `tf`. Only a
+//! member of the group can notice such a signal, because it gets the signal itself. So the watcher blocks every signal,
+//! waits for signals with sigwaitinfo(2), and writes the number of each one that the kernel generated into a pipe. It
+//! does not report signals that a process sent, such as those that `tf` passes on. On systems other than Linux it
+//! cannot tell the two apart and reports all of them.
 //!
-//! It is the bare minimum of a process: forked without exec, every descriptor closed but the pipe, killed when `tf`
-//! goes away.
+//! The watcher is a minimal process: it is forked without exec. On Linux every descriptor except the pipe is closed,
+//! and the kernel kills the watcher when `tf` exits.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,7 +18,7 @@ use nix::unistd::Pid;
 use super::spawn::AllBlocked;
 use super::{descriptor, disposition};
 
-/// The witness, as its parent sees it. It is ended when this is dropped.
+/// The watcher, as seen by its parent. Dropping this kills the watcher.
 #[derive(Debug)]
 pub(crate) struct GroupSignalWatcher {
     pid: Pid,
@@ -25,10 +26,12 @@ pub(crate) struct GroupSignalWatcher {
 }
 
 impl GroupSignalWatcher {
-    /// Puts a witness into the process group `group`, and waits until it is there. There must be one thread.
+    /// Starts a watcher in the process group `group`, and waits until it has joined the group. There must be one
+    /// thread.
     ///
     /// # Errors
-    /// What fork(2) says; EPERM when the group is gone.
+    /// When no pipe can be created, when fork(2) fails, or when the watcher cannot join the group, for example because
+    /// the group no longer exists.
     pub(crate) fn place(group: Pid) -> io::Result<Self> {
         let (received, writer) = descriptor::pipe()?;
         let parent = nix::unistd::getpid();
@@ -41,7 +44,7 @@ impl GroupSignalWatcher {
         };
         drop((writer, blocked));
         let group_signal_watcher = Self { pid, received };
-        // Its first byte says that it is in the group: only now may the terminal be lent.
+        // The first byte reports that the watcher is in the group. Only then may terraform's group get the terminal.
         let mut byte = [0];
         match nix::unistd::read(&group_signal_watcher.received, &mut byte) {
             Ok(1) if byte[0] == 0 => {
@@ -53,12 +56,12 @@ impl GroupSignalWatcher {
         }
     }
 
-    /// The process, which is a child of ours and no descendant of terraform.
+    /// Returns the pid of the watcher, which is a child of this process and no descendant of terraform.
     pub(crate) fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// The signals that the terminal has sent to the group since the last call.
+    /// Returns the signals that the terminal has sent to the group since the last call.
     pub(crate) fn received(&self) -> Vec<Signal> {
         let mut bytes = [0; 64];
         let length = nix::unistd::read(&self.received, &mut bytes).unwrap_or(0);
@@ -80,7 +83,7 @@ impl Drop for GroupSignalWatcher {
 }
 
 fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
-    // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal is blocked since before the fork.
+    // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal has been blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
         {
@@ -100,8 +103,8 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         let mut awaited = std::mem::zeroed();
         libc::sigemptyset(&raw mut awaited);
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP] {
-            // What is pending came while this was still a member of our own group: `tf` has it itself, and a key must
-            // not count twice. Ignoring a signal discards it.
+            // A pending signal arrived while this process was still a member of the group of `tf`. `tf` has received it
+            // too, and a key must not count twice. Ignoring a signal discards it.
             disposition::set_ignored(signal);
             disposition::set_default(signal);
             libc::sigaddset(&raw mut awaited, signal as i32);
@@ -120,7 +123,7 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
     }
 }
 
-/// The next signal of `awaited` that the kernel made; 0 for one that a process sent.
+/// Waits for a signal of `awaited`. Returns its number if the kernel generated it, and 0 if a process sent it.
 #[cfg(target_os = "linux")]
 unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     // SAFETY: `info` is written by the kernel; a zeroed one is valid.
@@ -131,7 +134,8 @@ unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     }
 }
 
-/// Without sigwaitinfo(2) nothing tells the terminal's signals from others.
+/// Waits for a signal of `awaited` and returns its number. Without sigwaitinfo(2) the signals of the terminal cannot be
+/// told apart from others.
 #[cfg(not(target_os = "linux"))]
 unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     let mut signal = 0;

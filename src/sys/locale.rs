@@ -1,9 +1,9 @@
-//! What the environment says of the characters that can be shown.
+//! The character encoding that the environment asks for.
 
 use std::sync::OnceLock;
 
-/// Whether text in UTF-8 can be shown: what LC_ALL, LC_CTYPE or LANG says, the first that is set and not empty (POSIX, Base
-/// Definitions, 8.2). Without any of them the locale is POSIX, which is ASCII.
+/// Returns whether text in UTF-8 can be shown, according to the first of LC_ALL, LC_CTYPE and LANG that is set and not
+/// empty (POSIX, Base Definitions, 8.2). Without any of them the locale is POSIX, which is ASCII.
 pub(crate) fn is_utf8() -> bool {
     static UTF8: OnceLock<bool> = OnceLock::new();
     *UTF8.get_or_init(|| says_utf8(|name| std::env::var(name).ok()))

@@ -1,5 +1,6 @@
-//! Locks on single bytes of a file that belong to an open file description (F_OFD_SETLK, fcntl_locking(2)): inherited
-//! through fork and exec with the descriptor, given back when the last process that has it is gone, however it ended.
+//! Locks on single bytes of a file, held by an open file description (F_OFD_SETLK, fcntl_locking(2)). A child process
+//! inherits the lock with the descriptor, through fork and exec. The kernel releases the lock when the last process
+//! that has the descriptor has exited, however it ended.
 
 use std::fs::File;
 use std::io;
@@ -7,16 +8,16 @@ use std::os::fd::AsRawFd;
 
 #[cfg(target_os = "linux")]
 use libc::{F_OFD_GETLK, F_OFD_SETLK};
-/// Since macOS 10.15 (sys/fcntl.h).
+/// Available since macOS 10.15 (sys/fcntl.h).
 #[cfg(not(target_os = "linux"))]
 const F_OFD_SETLK: i32 = 90;
 #[cfg(not(target_os = "linux"))]
 const F_OFD_GETLK: i32 = 92;
 
-/// Locks `byte` of `file` without waiting. False when somebody else has it.
+/// Locks `byte` of `file` without waiting. Returns false when another open file description holds the lock.
 ///
 /// # Errors
-/// Where the file system has no locks (ENOLCK, EOPNOTSUPP...).
+/// When the file system does not support locks (ENOLCK, EOPNOTSUPP...).
 pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
     match call(file, F_OFD_SETLK, byte) {
         Ok(_) => Ok(true),
@@ -27,8 +28,8 @@ pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
     }
 }
 
-/// Whether `byte` is locked by another open file than this one. Tells without taking: two that ask at once must not see
-/// each other.
+/// Returns whether an open file description other than that of `file` has locked `byte`. This queries the lock and does
+/// not take it, because two processes that check at the same time must not see each other's check.
 ///
 /// # Errors
 /// As for [`try_lock`].

@@ -1,18 +1,20 @@
-//! What tells one machine from a copy of its disk, as far as an ordinary user can read it: what the hardware or the
-//! hypervisor says, and nothing that lies on the disk.
+//! What distinguishes one machine from a copy of its disk, as far as an ordinary user can read it: values that the
+//! hardware or the hypervisor reports, and none that is stored on the disk.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// What identifies this machine, by kind; a kind that cannot be read is left out. On systems without /sys there is none.
+/// Returns what identifies this machine, by kind. A kind that cannot be read is left out. On systems without /sys there
+/// is none.
 pub(crate) fn identities() -> BTreeMap<&'static str, Vec<String>> {
     identities_below(Path::new("/"))
 }
 
 fn identities_below(root: &Path) -> BTreeMap<&'static str, Vec<String>> {
-    /// DMI, of which most is for root alone; an EC2 instance's ID is its board's asset tag, for everybody. Xen. What
-    /// cloud-init has found at this start (cloudinit/stages.py): its other copy lies on the disk.
+    /// Kinds and their files. The first three are from DMI: most of it can be read only by root, but every user can
+    /// read the board's asset tag, which on EC2 is the instance ID. The fourth is from Xen. The last is the instance ID
+    /// that cloud-init found at this boot (cloudinit/stages.py); its other copy is on the disk.
     const FILES: [(&str, &str); 5] = [
         ("product_uuid", "sys/class/dmi/id/product_uuid"),
         ("product_serial", "sys/class/dmi/id/product_serial"),
@@ -31,8 +33,8 @@ fn line(path: &Path) -> Option<String> {
     (!line.is_empty()).then(|| line.to_owned())
 }
 
-/// The permanent addresses of the network interfaces that have a device. Not those that the kernel has drawn at random, or
-/// that somebody has set (Documentation/ABI/testing/sysfs-class-net, `addr_assign_type`).
+/// Returns the permanent addresses of the network interfaces that have a device, sorted. Addresses that the kernel
+/// generated at random or that were set are left out (Documentation/ABI/testing/sysfs-class-net, `addr_assign_type`).
 fn network_addresses(interfaces: &Path) -> Vec<String> {
     let entries = fs::read_dir(interfaces).into_iter().flatten().flatten();
     let mut addresses: Vec<String> = entries

@@ -1,4 +1,5 @@
-//! A file that lies in memory and never on a disk.
+//! A file in memory, which is never written to a disk. On systems other than Linux it is a private file in a temporary
+//! directory instead.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -7,25 +8,26 @@ use std::path::{Path, PathBuf};
 
 use super::ownership;
 
-/// A file in memory and the path under which another process of this user can open it.
+/// A file in memory, and the path at which another process of this user can open it.
 #[derive(Debug)]
 pub(crate) struct MemoryFile {
-    /// Open for reading, closed on exec.
+    /// The file, open for reading and writing, closed on exec.
     pub(crate) file: File,
-    /// Where it can be opened.
+    /// The path at which it can be opened.
     pub(crate) path: PathBuf,
-    /// It has a name in a directory, which goes away with this value.
+    /// Whether the file has a name in a directory. The name is removed when this value is dropped.
     named: bool,
 }
 
 impl MemoryFile {
-    /// Makes an empty file, readable by this user alone.
+    /// Creates an empty file that only this user can read.
     ///
-    /// In a directory that is a tmpfs, if there is one: any descendant can open it there by name. Else a
-    /// memfd_create(2), which has a name only as long as this process lives.
+    /// If a tmpfs directory is available, the file is created there, and any descendant can open it by name. Otherwise
+    /// memfd_create(2) creates it, and its path exists only as long as this process runs. On systems other than Linux
+    /// the file is in the user's temporary directory, or in `/tmp`.
     ///
     /// # Errors
-    /// Where neither can be had.
+    /// When none of these can be created.
     pub(crate) fn create(name: &str) -> io::Result<Self> {
         for directory in directories() {
             let path = directory.join(name);
@@ -44,7 +46,8 @@ impl MemoryFile {
         }
         #[cfg(not(target_os = "linux"))]
         {
-            // No file system in memory can be relied on: a private file in the user's own temporary directory.
+            // No file system in memory can be relied on here, so the file is in the user's own temporary directory,
+            // private to the user.
             let directory = [std::env::temp_dir(), PathBuf::from("/tmp")]
                 .iter()
                 .find_map(|directory| ownership::safe_directory(directory))
@@ -54,8 +57,8 @@ impl MemoryFile {
         }
     }
 
-    /// Opens the file that another process made under `name`, if it has a name and is still there: a file of this user,
-    /// in a directory in memory, and no link.
+    /// Opens the file that another process created under `name`. `None` if it has no name or no longer exists. It must
+    /// be a regular file of this user in a directory in memory, and not a link.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
         directories().find_map(|directory| {
@@ -68,20 +71,21 @@ impl MemoryFile {
         })
     }
 
-    /// Goes away without taking the name along.
+    /// Drops this value without removing the file's name.
     pub(crate) fn leave(mut self) {
         self.named = false;
     }
 
-    /// Takes its name away, for a process that ends without dropping anything.
+    /// Removes the file's name, for a process that exits without dropping this value.
     pub(crate) fn remove(&self) {
         if self.named {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 
-    /// Gives the memory of everything before `end` back to the system. The file keeps its length, so that a writer
-    /// with O_APPEND is not disturbed: truncating would lose what is written between the last read and the cut.
+    /// Frees the memory of all bytes before the offset `end` (Linux only). The file keeps its length, so a writer with
+    /// O_APPEND is not disturbed: truncating the file would lose what is written between the last read and the
+    /// truncation.
     pub(crate) fn forget_before(&self, end: u64) {
         #[cfg(target_os = "linux")]
         {
@@ -102,8 +106,9 @@ impl Drop for MemoryFile {
     }
 }
 
-/// The directories in memory in which a file of ours keeps its name. `XDG_RUNTIME_DIR` may be another user's: su(1) without
-/// `-` leaves it as it was, and its owner could put a file of his own in the place of ours.
+/// Returns the directories in memory in which no other user can replace a file of this user. `XDG_RUNTIME_DIR` may
+/// belong to another user, because su(1) without `-` does not change it, and that user could put another file in place
+/// of this user's file.
 fn directories() -> impl Iterator<Item = PathBuf> {
     let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let named = named.filter(|directory| directory.is_absolute()).into_iter();

@@ -1,5 +1,5 @@
-//! What the operating system is asked for: the only unsafe code, and the only place that knows one system from
-//! another. One family of calls a file. Nothing here decides anything.
+//! The system calls. This is the only module with unsafe code, and it has nearly all the code that is specific to one
+//! operating system. Each file has one family of calls. Nothing here makes a decision.
 #![expect(unsafe_code, reason = "system calls that no crate wraps, each with the reason why it is sound")]
 
 pub(crate) mod descriptor;

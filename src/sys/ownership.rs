@@ -1,8 +1,8 @@
-//! Who can change what a path leads to.
+//! Which users can change what a path refers to.
 //!
-//! Whoever can write a directory can put another one under the name of what is in it, unless the directory is sticky: then
-//! only the entry's owner, the directory's owner and root can. So a name is safe if that holds for every directory above
-//! it.
+//! A user who can write to a directory can replace any entry in it, unless the directory is sticky: then only the
+//! entry's owner, the directory's owner and root can. So a path is safe when no other user can replace an entry in any
+//! directory above it.
 
 use std::fs;
 use std::io;
@@ -23,19 +23,19 @@ const WRITABLE_BY_GROUP: u32 = 0o020;
 const WRITABLE_BY_OTHERS: u32 = 0o002;
 
 impl Owned {
-    /// Root can do everything anyway.
+    /// Returns whether root or `user` is the owner. Root counts because it can change everything anyway.
     fn by_root_or(self, user: u32) -> bool {
         self.by == 0 || self.by == user
     }
 
-    /// Whether nobody but root and `user` can rename what one of them owns in it.
+    /// Returns whether only root and `user` can rename an entry of this directory that one of them owns.
     fn keeps_names_of(self, user: u32) -> bool {
         let writable = self.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) != 0;
         self.by_root_or(user) && (!writable || self.mode & STICKY != 0)
     }
 }
 
-/// The directories from `/` down to a directory `path`, which must be canonical.
+/// Returns the directories from `/` down to the directory `path`, which must be canonical.
 fn chain(path: &Path) -> io::Result<Vec<Owned>> {
     let mut chain = Vec::new();
     for directory in path.ancestors() {
@@ -49,8 +49,9 @@ fn chain(path: &Path) -> io::Result<Vec<Owned>> {
     Ok(chain)
 }
 
-/// Whether a file of `user` in the last directory of `chain` keeps its name: the directory belongs to `user` alone, or is a
-/// sticky one of root's, and the same holds for all above.
+/// Returns whether no other user (except root) can rename a file of `user` in the last directory of `chain`. That
+/// directory belongs to `user` and only `user` can write to it, or it is sticky and belongs to root or `user`. For
+/// every directory above it, [`Owned::keeps_names_of`] must hold.
 fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     let Some((last, above)) = chain.split_last() else { return false };
     let alone = last.by == user && last.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) == 0;
@@ -58,21 +59,23 @@ fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     (alone || shared) && above.iter().all(|directory| directory.keeps_names_of(user))
 }
 
-/// `directory` under the name that nobody but us and root can lead elsewhere, if files of ours keep their names in it.
+/// Returns the canonical path of `directory`, if only this user and root can change what that path refers to and can
+/// rename this user's files in it. Otherwise `None`.
 pub(crate) fn safe_directory(directory: &Path) -> Option<PathBuf> {
     let path = fs::canonicalize(directory).ok()?;
     keeps_files_of(geteuid().as_raw(), &chain(&path).ok()?).then_some(path)
 }
 
-/// Whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`: in a user namespace that does not
-/// know root, its files have the overflow user's ID (user_namespaces(7)).
+/// Returns whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`. The owner of `/`
+/// counts because in a user namespace without root, root's files have the overflow user's ID (user_namespaces(7)).
 fn are_of(user: u32, chain: &[Owned]) -> bool {
     let Some(first) = chain.first() else { return false };
     chain.iter().all(|directory| directory.by_root_or(user) || directory.by == first.by)
 }
 
-/// Whether no other user owns a directory above `path`, as far as they are there. Who may write into them is not looked at:
-/// a home is often writable by a group of its own, and the volume of a container by everybody.
+/// Returns whether no other user owns a directory above `path`. Directories that do not exist are skipped. Who can
+/// write to the directories is not checked: a home directory is often writable by the user's own group, and the volume
+/// of a container by every user.
 pub(crate) fn lies_in_directories_of_ours(path: &Path) -> bool {
     let there = path.ancestors().skip(1).find_map(|above| fs::canonicalize(above).ok());
     there.and_then(|there| chain(&there).ok()).is_some_and(|chain| are_of(geteuid().as_raw(), &chain))
@@ -85,7 +88,7 @@ mod tests {
     const US: u32 = 1000;
     const OTHER: u32 = 1001;
 
-    /// Every owner and every mode of a directory, each combination of the bits that matter.
+    /// Every combination of an owner and the mode bits that matter.
     fn all() -> impl Iterator<Item = Owned> {
         [0, US, OTHER].into_iter().flat_map(|by| {
             [0o700, 0o755, 0o770, 0o775, 0o707, 0o777]
@@ -103,7 +106,8 @@ mod tests {
                     let safe = |directory: Owned| {
                         directory.by != OTHER && (!others_write(directory) || directory.mode & STICKY != 0)
                     };
-                    // Into a directory of root's that is not sticky, and that only root can write, we can put nothing.
+                    // A directory of root's that is not sticky, and that only root can write to, is safe, but this user
+                    // can create no file in it.
                     let usable = last.by == US || last.mode & STICKY != 0;
                     let expected = safe(top) && safe(middle) && safe(last) && usable;
                     assert_eq!(keeps_files_of(US, &[top, middle, last]), expected, "{top:?} {middle:?} {last:?}");
@@ -118,11 +122,11 @@ mod tests {
         let root = Owned { by: 0, mode: 0o755 };
         let run_user = Owned { by: US, mode: 0o700 };
         assert!(keeps_files_of(US, &[root, root, run_user]) && !keeps_files_of(0, &[root, root, run_user]));
-        // A directory that root has made in there.
+        // A directory that root created in the user's directory.
         assert!(!keeps_files_of(0, &[root, run_user, Owned { by: 0, mode: 0o700 }]));
         let shm = Owned { by: 0, mode: 0o1777 };
         assert!(keeps_files_of(0, &[root, root, shm]) && keeps_files_of(US, &[root, root, shm]));
-        // In that, one of a user's.
+        // A user's directory in that sticky directory.
         assert!(keeps_files_of(US, &[root, shm, run_user]) && !keeps_files_of(OTHER, &[root, shm, run_user]));
     }
 
@@ -133,7 +137,7 @@ mod tests {
         let volume = Owned { by: 0, mode: 0o777 };
         assert!(are_of(US, &[root, ours]) && are_of(US, &[root, volume]) && are_of(0, &[root, root]));
         assert!(!are_of(US, &[root, other]) && !are_of(0, &[root, ours]) && !are_of(US, &[]));
-        // Root, as a user namespace without root sees it.
+        // Root, as a user namespace without root shows it.
         let nobody = Owned { by: 65534, mode: 0o755 };
         assert!(are_of(US, &[nobody, nobody, ours]) && !are_of(US, &[root, nobody, ours]));
     }
@@ -144,7 +148,7 @@ mod tests {
         let root = root.path().canonicalize().unwrap();
         let (real, link) = (root.join("real"), root.join("link"));
         fs::create_dir(&real).unwrap();
-        // Whatever the mask is with which the tests are started.
+        // The mode is set here, because the umask under which the tests are started may be any.
         fs::set_permissions(&real, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink(&real, &link).unwrap();
         assert_eq!(safe_directory(&link), safe_directory(&real));

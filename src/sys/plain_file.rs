@@ -1,54 +1,58 @@
-//! Reading a file that a command line, a variable or a directory names, without waiting for it and without taking
-//! anything that is meant for terraform.
+//! Reads a file that a command line, a variable or a directory names, without blocking and without consuming input that
+//! is meant for terraform.
 //!
-//! What a shell writes as `<(...)`, a FIFO and a terminal can be read once only, and to open a FIFO waits for its other end.
+//! What a shell passes for `<(...)`, a FIFO and a terminal can be read only once, and opening a FIFO waits for its
+//! other end. None of them is read here.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Whether `path`, links followed, is a regular file, or `/dev/null`, which is an empty one.
+/// Returns whether `path`, after following links, is a regular file, or `/dev/null`, which reads as an empty one.
 pub(crate) fn is_plain(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|file| file.is_file()) && !shares_its_offset(path)
         || fs::canonicalize(path).is_ok_and(|path| path == Path::new("/dev/null"))
 }
 
-/// Opens a plain file for reading. Anything else is not even opened: a FIFO's writer would see a reader come and go.
+/// Opens a plain file for reading. Anything else is not even opened, because the writer of a FIFO would notice
+/// that a reader opens and closes it.
 ///
 /// # Errors
-/// `InvalidInput` for what is there and no plain file.
+/// `InvalidInput` when `path` exists and is not a plain file; otherwise the error of stat(2) or open(2).
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
     fs::metadata(path)?;
     if !is_plain(path) {
         return Err(refused());
     }
-    // Should another file be in its place by now, this waits for nothing, and makes no terminal ours.
+    // Another file may be in its place by now. With these flags open(2) waits for nothing, and a terminal does not
+    // become the controlling terminal of this process.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let kind = file.metadata()?.file_type();
     if std::os::unix::fs::FileTypeExt::is_fifo(&kind) || kind.is_dir() { Err(refused()) } else { Ok(file) }
 }
 
-/// The content of a plain file.
+/// Returns the content of a plain file.
 ///
 /// # Errors
-/// As [`open`].
+/// As for [`open`], and when the file cannot be read.
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     open(path)?.read_to_end(&mut content)?;
     Ok(content)
 }
 
-/// The content of a plain file, as text.
+/// Returns the content of a plain file as text.
 ///
 /// # Errors
-/// As [`open`], and `InvalidData` where it is not UTF-8.
+/// As for [`read`], and `InvalidData` when the content is not UTF-8.
 pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Outside of Linux, to open `/dev/fd/N` copies descriptor N, and what is read through it terraform would not read again.
+/// Returns whether opening `path` copies a descriptor that is already open. On systems other than Linux, opening
+/// `/dev/fd/N` copies descriptor N with its offset, so terraform could not read again what is read through it.
 fn shares_its_offset(path: &Path) -> bool {
     !cfg!(target_os = "linux") && (path.starts_with("/dev/fd") || path == Path::new("/dev/stdin"))
 }

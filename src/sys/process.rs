@@ -1,4 +1,4 @@
-//! Processes: those of ours, those we adopted, and what /proc tells of the rest.
+//! Processes: the children of this process, the orphans that it adopted, and what /proc shows of all others.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,8 +9,9 @@ use nix::unistd::Pid;
 
 use super::wait::Ended;
 
-/// Makes orphans of our descendants our children instead of init's (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
-/// False where the system has no such thing; then the proof of death rests on the other two.
+/// Makes this process, instead of init, the parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
+/// Returns false where the system does not support this. Then the other two signs must show that the tree is dead: the
+/// lifeline and `TFW_RUN` in an environment (`cleanup::process_tree`).
 pub(crate) fn become_subreaper() -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -20,8 +21,8 @@ pub(crate) fn become_subreaper() -> bool {
     false
 }
 
-/// Makes sure that our own death by a signal leaves no core file. A core size limit of 0 would not be enough: it does
-/// not stop a core that is piped to a program (core(5)).
+/// Makes sure that no core file is written when a signal kills this process. On Linux a core size limit of 0 is not
+/// enough, because it does not stop a core that is piped to a program (core(5)).
 pub(crate) fn disable_core_dumps() {
     #[cfg(target_os = "linux")]
     let _ = nix::sys::prctl::set_dumpable(false);
@@ -33,15 +34,16 @@ pub(crate) fn disable_core_dumps() {
     }
 }
 
-/// A descriptor that becomes readable when `pid` has ended (pidfd_open(2), Linux 5.3).
+/// Opens a descriptor that becomes readable when `pid` has exited (pidfd_open(2), Linux 5.3).
 ///
 /// # Errors
-/// ENOSYS where there is none, ESRCH when there is no such process.
+/// ENOSYS before Linux 5.3, `Unsupported` on systems other than Linux, ESRCH when there is no such process.
 pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     #[cfg(target_os = "linux")]
     {
         use std::os::fd::FromRawFd;
-        // SAFETY: the call takes two numbers and gives a new descriptor, which is ours alone and closed on exec.
+        // SAFETY: the call takes two numbers and returns a new descriptor, which nothing else owns and which is closed
+        // on exec.
         unsafe {
             let descriptor = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
             match i32::try_from(descriptor) {
@@ -57,15 +59,16 @@ pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
-/// Sends `signal` to the process group of the process behind a descriptor of [`open_pidfd`]: of that one, and never to another
-/// group that has its number now (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
+/// Sends `signal` to the process group of `process`, a descriptor from [`open_pidfd`]. The signal never reaches another
+/// group that has the same number by now (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
 ///
 /// # Errors
-/// EINVAL where the kernel cannot do that, ESRCH when the group is gone.
+/// EINVAL where the kernel does not support this, `Unsupported` on systems other than Linux, ESRCH when the group no
+/// longer exists.
 pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     {
-        /// linux/pidfd.h
+        /// PIDFD_SIGNAL_PROCESS_GROUP of linux/pidfd.h.
         const PROCESS_GROUP: libc::c_uint = 1 << 2;
         send(process, signal as i32, PROCESS_GROUP)
     }
@@ -76,11 +79,11 @@ pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> 
     }
 }
 
-/// Sends `signal` to the process behind a descriptor of [`open_pidfd`]: to that one, and never to another that has its
-/// number now (pidfd_send_signal(2)).
+/// Sends `signal` to `process`, a descriptor from [`open_pidfd`]. The signal never reaches another process that has the
+/// same pid by now (pidfd_send_signal(2)).
 ///
 /// # Errors
-/// ESRCH when it is gone.
+/// ESRCH when the process no longer exists, `Unsupported` on systems other than Linux.
 pub(crate) fn signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     return signal_number(process, signal as i32);
@@ -100,21 +103,22 @@ fn signal_number(process: &OwnedFd, number: i32) -> io::Result<()> {
 fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let none = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: numbers and a null pointer.
+    // SAFETY: the arguments are numbers and a null pointer.
     let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), number, none, flags) };
     if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// How the process behind a descriptor of [`open_pidfd`] ended, though it was no child of ours. While it is a zombie that
-/// stands in /proc/PID/stat (the last field, for whoever may trace it); once it was taken away the descriptor tells it
-/// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` where nothing does.
+/// Returns how the process `pid` ended, which need not be a child of this process. `process` is its descriptor from
+/// [`open_pidfd`]. While the process is a zombie, its exit status is the last field of /proc/PID/stat, which only a
+/// process that may trace it can read. Once it has been reaped, the descriptor reports the status (PIDFD_GET_INFO with
+/// PIDFD_INFO_EXIT, Linux 6.15). `None` where neither has it.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
     #[cfg(target_os = "linux")]
     {
         let status = status_by_descriptor(process).or_else(|| {
             let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
             let stat = String::from_utf8_lossy(&stat);
-            // Still there to be asked, so it is that one and no other with its number.
+            // The process can still be signalled, so `stat` describes this process and not another one with its pid.
             let zombie = Process::parse(pid, &stat)?.state == 'Z' && signal_number(process, 0).is_ok();
             zombie.then(|| stat.trim_end().rsplit(' ').next()?.parse().ok()).flatten()
         })?;
@@ -134,7 +138,7 @@ pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
 #[cfg(target_os = "linux")]
 fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
     use std::os::fd::AsRawFd;
-    /// struct pidfd_info, as its first version has it (linux/pidfd.h).
+    /// The first version of struct pidfd_info (linux/pidfd.h).
     #[repr(C)]
     #[derive(Default)]
     struct PidfdInfo {
@@ -147,30 +151,30 @@ fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
     const GET_INFO: libc::c_ulong = 0xC040_FF0B;
     let mut info = PidfdInfo { mask: EXIT, ..PidfdInfo::default() };
     debug_assert_eq!(size_of::<PidfdInfo>(), 64);
-    // SAFETY: the call writes at most the 64 bytes that its number names into `info`.
+    // SAFETY: the call writes at most 64 bytes into `info`, the size that its request number contains.
     let asked = unsafe { libc::ioctl(process.as_raw_fd(), GET_INFO, &raw mut info) };
     (asked == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
 }
 
-/// Whether this system lists processes to us.
+/// Whether this process has a usable list of processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ProcessList {
-    /// /proc lists the processes of our own pid namespace.
+    /// /proc lists the processes of the pid namespace of this process.
     Available,
-    /// There is no /proc, or it is another namespace's: its numbers mean other processes than ours.
+    /// There is no /proc, or it is that of another pid namespace, where the same pids belong to other processes.
     Unavailable,
-    /// This system has no such list.
+    /// This operating system has no such list.
     #[cfg_attr(target_os = "linux", expect(dead_code, reason = "Linux has one"))]
     Unsupported,
 }
 
-/// Whether /proc can be used to find processes, and to tell whose they are.
+/// Returns whether /proc can be used to find processes and to tell which run they belong to.
 ///
-/// In a pid namespace whose /proc was not mounted anew (`unshare -pf` without `--mount-proc`, a container with the host's
-/// /proc) each number in /proc belongs to a process of the outer namespace. Signals sent there would hit processes that have
-/// nothing to do with us. `/proc/self` tells the number that we have there, and the `NSpid` line of `status` has one number for
-/// each namespace from that of the mount down to ours (proc_pid_status(5), Linux 4.1): only where both are ours alone is
-/// the list ours.
+/// If /proc was not mounted anew in a pid namespace (`unshare -pf` without `--mount-proc`, a container with the host's
+/// /proc), each pid in it belongs to a process of the outer namespace. A signal to such a pid would hit an unrelated
+/// process. `/proc/self` contains the pid of this process in the namespace of that mount. The `NSpid` line of `status`
+/// has one pid for each namespace, from that of the mount down to that of this process (proc_pid_status(5), Linux 4.1).
+/// The list is usable only if each of the two consists of this process's own pid alone.
 pub(crate) fn list() -> ProcessList {
     #[cfg(target_os = "linux")]
     {
@@ -185,25 +189,27 @@ pub(crate) fn list() -> ProcessList {
     ProcessList::Unsupported
 }
 
-/// Whether the text of /proc/self/status is that of the process `own`, seen from its own pid namespace.
+/// Returns whether `status`, the text of /proc/self/status, is that of the process `own`, read in that process's own
+/// pid namespace.
 #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "there is no /proc"))]
 fn names_one_namespace(status: &str, own: i32) -> bool {
     let mut lines = status.lines();
     let number = |line: &str, name: &str| line.strip_prefix(name).map(|rest| rest.trim().to_owned());
     let own = own.to_string();
     let is_own = lines.clone().find_map(|line| number(line, "Pid:")).is_some_and(|pid| pid == own);
-    // Before Linux 4.1 there is no such line.
+    // There is no such line before Linux 4.1.
     is_own && lines.find_map(|line| number(line, "NSpid:")).is_none_or(|numbers| numbers == own)
 }
 
-/// Whether any process is in the group `group`, one of another user or one that /proc hides (`hidepid`) among them. A zombie
-/// counts (kill(2)).
+/// Returns whether any process is in the group `group`. Processes of other users, processes that /proc hides
+/// (`hidepid`) and zombies count as well (kill(2)). False for a `group` of 1 or less.
 pub(crate) fn group_exists(group: Pid) -> bool {
     group.as_raw() > 1 && nix::sys::signal::killpg(group, None) != Err(nix::errno::Errno::ESRCH)
 }
 
-/// The number of our pid namespace, and whether it is the first one, which sees every process of the machine
-/// (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where there is no such thing.
+/// Returns the number of the pid namespace of this process, and whether it is the first one, which contains every
+/// process of the machine (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where there are no pid
+/// namespaces.
 pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     use std::os::unix::fs::MetadataExt;
     const FIRST: u64 = 0xEFFF_FFFC;
@@ -211,7 +217,8 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     Some((number, number == FIRST || super::plain_host::is_plain()))
 }
 
-/// Whether a SIGKILL is pending, for the process or for the thread that leads it, in the text of /proc/PID/status.
+/// Returns whether a SIGKILL is pending for the process or for its main thread, according to the text of
+/// /proc/PID/status.
 fn has_pending_kill(status: &str) -> bool {
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
     status
@@ -220,50 +227,51 @@ fn has_pending_kill(status: &str) -> bool {
         .any(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
 }
 
-/// A variable of another process.
+/// A variable in the environment of another process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Variable {
-    /// Its value.
+    /// The variable has this value.
     Set(Vec<u8>),
-    /// The environment is there, and the variable is not in it.
+    /// The environment can be read, and the variable is not in it.
     Unset,
-    /// The environment is empty, or it is another user's, which we may not read.
+    /// The environment is empty, or cannot be read because the process belongs to another user.
     Unreadable,
 }
 
-/// What /proc/PID/stat says of a process (proc_pid_stat(5)).
+/// A process, as /proc/PID/stat describes it (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
-    /// Its number.
+    /// Its pid; 0 if unknown.
     pub(crate) pid: Pid,
-    /// Its name: at most 15 bytes, chosen by itself, so not to be trusted and not to be printed raw.
+    /// Its name, at most 15 bytes. The process chooses it, so it is untrusted and must be escaped before it is shown.
     pub(crate) name: String,
-    /// One letter; `T` is stopped, `Z` and `X` are dead.
+    /// One letter: `T` is stopped, `Z` and `X` are dead, `?` is unknown.
     pub(crate) state: char,
-    /// Its parent.
+    /// The pid of its parent; 0 if unknown.
     pub(crate) parent: Pid,
-    /// Its process group.
+    /// Its process group; 0 if unknown.
     pub(crate) group: Pid,
-    /// Its session.
+    /// Its session; 0 if unknown.
     pub(crate) session: Pid,
-    /// When it started, in clock ticks since boot. With its number it names one process for ever: a number comes again.
+    /// When it started, in clock ticks since boot; 0 if unknown. Pids are reused, so only pid and start together
+    /// identify a process.
     pub(crate) start: u64,
 }
 
 impl Process {
-    /// A zombie is dead: it will do nothing any more, whatever kill(pid, 0) says.
+    /// Returns whether the process is dead. A zombie is dead: it does nothing any more, although kill(pid, 0) succeeds.
     pub(crate) fn is_dead(&self) -> bool {
         matches!(self.state, 'Z' | 'X')
     }
 
-    /// A process that is there, and that we may not even signal: another user's, not in the list that /proc shows us. `None` for
-    /// any other number.
+    /// Returns a process that exists and that this process may not even signal: it belongs to another user, and /proc
+    /// does not list it. Only its pid is known. `None` for any other pid.
     pub(crate) fn forbidden(pid: Pid) -> Option<Self> {
         let is_there = nix::sys::signal::kill(pid, None) == Err(nix::errno::Errno::EPERM);
         is_there.then(|| Self { pid, ..Self::unseen_in(Pid::from_raw(0)) })
     }
 
-    /// What is known of a process in the group `group` that /proc does not show. Its own number is not known.
+    /// Describes a process in the group `group` that /proc does not show. Its pid is unknown.
     pub(crate) fn unseen_in(group: Pid) -> Self {
         let unknown = Pid::from_raw(0);
         let name = "a hidden process".to_owned();
@@ -271,7 +279,7 @@ impl Process {
     }
 
     fn parse(pid: Pid, line: &str) -> Option<Self> {
-        // The name stands in brackets and may itself hold brackets and spaces: the last bracket ends it.
+        // The name is in parentheses and may itself contain parentheses and spaces: the last closing one ends it.
         let (before, after) = line.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
         let mut fields = after.split_ascii_whitespace();
@@ -279,12 +287,13 @@ impl Process {
         let parent = Pid::from_raw(fields.next()?.parse().ok()?);
         let group = Pid::from_raw(fields.next()?.parse().ok()?);
         let session = Pid::from_raw(fields.next()?.parse().ok()?);
-        // Field 22; the session is field 6.
+        // `start` is field 22; `session` is field 6.
         let start = fields.nth(15)?.parse().ok()?;
         Some(Self { pid, name: name.to_owned(), state, parent, group, session, start })
     }
 
-    /// A child of `parent` whose files in /proc we may not read (`hidepid`, proc(5)). `None` when it is gone. Its start is 0.
+    /// Describes a child of `parent` whose files in /proc this process may not read (`hidepid`, proc(5)). Its `start`
+    /// is 0. `None` when it no longer exists.
     fn hidden(pid: Pid, parent: Pid) -> Option<Self> {
         use nix::errno::Errno;
         if nix::sys::signal::kill(pid, None) == Err(Errno::ESRCH) {
@@ -295,14 +304,15 @@ impl Process {
         Some(Self { pid, name: "a hidden process".to_owned(), state, parent, group, session, start: 0 })
     }
 
-    /// Whether it is dead, or will be as soon as the kernel comes to it: it is taken apart (PF_EXITING in the flags of
-    /// proc_pid_stat(5), linux/sched.h), or a SIGKILL waits for it (proc_pid_status(5)), which nothing can take back. The
-    /// pid and the files of such a process are still its own, and it does nothing any more.
+    /// Returns whether the process is dead, or will be as soon as the kernel gets to it: it is exiting (PF_EXITING in
+    /// the flags of proc_pid_stat(5), linux/sched.h), or a SIGKILL is pending for it (proc_pid_status(5)), which
+    /// nothing can revoke. Such a process does nothing any more, but still has its pid and its files. Also true when it
+    /// no longer exists.
     pub(crate) fn is_dying(&self) -> bool {
         const EXITING: u64 = 0x4;
         let stat = std::fs::read(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let stat = String::from_utf8_lossy(&stat);
-        // Gone since, or another one has its number now.
+        // The process no longer exists, or another process has its pid now.
         let Some(now) = Self::parse(self.pid, &stat).filter(|now| now.start == self.start) else { return true };
         let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
         let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
@@ -310,14 +320,15 @@ impl Process {
         now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
     }
 
-    /// When it started, on a machine that was started at `boot_time`.
+    /// Returns when the process started, rounded down to 1 s, if the machine booted at `boot_time`. `None` if the
+    /// length of a clock tick is unknown, or if the time is out of range.
     pub(crate) fn started(&self, boot_time: jiff::Timestamp) -> Option<jiff::Timestamp> {
         let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
         let seconds = self.start.checked_div(ticks.try_into().ok()?)?;
         boot_time.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
     }
 
-    /// Looks one process up. `None` when it is gone, and where there is no process list.
+    /// Looks up a process. `None` when it does not exist, and where there is no usable process list.
     pub(crate) fn look_up(pid: Pid) -> Option<Self> {
         if list() == ProcessList::Available { Self::read(pid) } else { None }
     }
@@ -326,7 +337,7 @@ impl Process {
         Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
     }
 
-    /// Every process that /proc shows. Empty where there is no process list.
+    /// Returns every process that /proc lists. Empty where there is no usable process list.
     pub(crate) fn all() -> Vec<Self> {
         if list() != ProcessList::Available {
             return Vec::new();
@@ -339,13 +350,15 @@ impl Process {
             .collect()
     }
 
-    /// The children of `parent`, those that it adopted among them. Empty where there is no process list.
+    /// Returns the children of `parent`, including the orphans that it adopted. Empty where there is no usable process
+    /// list.
     pub(crate) fn children(parent: Pid) -> Vec<Self> {
         if list() == ProcessList::Available { Self::listed_children(parent) } else { Vec::new() }
     }
 
     fn listed_children(parent: Pid) -> Vec<Self> {
-        // A list for each thread (proc_pid_task_tid_children(5)); a kernel may be built without it.
+        // Each thread has its own list of children (proc_pid_task_tid_children(5)). A kernel may be built without these
+        // lists.
         let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
         let mut pids: Vec<i32> = Vec::new();
         for thread in threads.flatten() {
@@ -361,13 +374,13 @@ impl Process {
         pids.filter_map(|pid| Self::read(pid).or_else(|| Self::hidden(pid, parent))).collect()
     }
 
-    /// Everything below `root`, `root` not among it.
+    /// Returns all descendants of `root`, without `root` itself.
     pub(crate) fn below(root: Pid) -> Vec<Self> {
         let mut found: Vec<Self> = Self::children(root);
         let mut next = 0;
         while next < found.len() {
             let children = Self::listed_children(found[next].pid);
-            // A process that forks while we look can be seen twice, once below each of two parents.
+            // A process whose parent changes during this search can be found twice, below each of two parents.
             found.extend(children.into_iter().filter(|child| child.pid != root).collect::<Vec<_>>());
             next += 1;
             if next > 100_000 {
@@ -379,9 +392,9 @@ impl Process {
         found
     }
 
-    /// The value of `name` in the environment that the process started with.
+    /// Returns the value of `name` in the environment that the process started with.
     pub(crate) fn environment(&self, name: &str) -> Variable {
-        // Empty for a process without an environment, for a zombie, and for one that is about to become a program.
+        // Empty for a process without an environment, for a zombie, and for a process that is in the middle of exec.
         let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
         if environment.is_empty() {
             return Variable::Unreadable;
@@ -391,35 +404,39 @@ impl Process {
         value.map_or(Variable::Unset, |value| Variable::Set(value.to_vec()))
     }
 
-    /// Whether it may be in the pid namespace `namespace`, which lies below ours: also where we may not ask (another user's).
+    /// Returns whether the process may be in the pid namespace `namespace`, which is below that of this process. If
+    /// this process may not read the answer (another user's process), any process in a nested namespace counts.
     pub(crate) fn may_be_in(&self, namespace: u64) -> bool {
         use std::os::unix::fs::MetadataExt;
         if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.pid)) {
             return own.ino() == namespace;
         }
-        // Everybody may read how many namespaces it is in (`NSpid`, proc_pid_status(5)).
+        // Every user may read how many namespaces the process is in (`NSpid`, proc_pid_status(5)).
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
 
-    /// Whether it may be a terraform under another name: a large program in a directory that terraform was initialised in.
+    /// Returns whether the process may be a terraform under another name: its program has `large` bytes or more, and
+    /// its working directory is one in which terraform was initialised.
     pub(crate) fn may_be_renamed_terraform(&self, large: u64) -> bool {
         let is_large = std::fs::metadata(format!("/proc/{}/exe", self.pid)).is_ok_and(|program| program.len() >= large);
         is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.pid)).is_ok()
     }
 
-    /// Whether it is the guardian, or the recovery, of some run of `tf`: this program, under a name that it gives itself.
+    /// Returns whether the process is the guardian or the recovery of some run of `tf`: it runs this program, under one
+    /// of the names that these processes give themselves.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
         matches!(self.name.as_str(), "tf-guardian" | "tf-recovery") && self.runs_our_program() == Some(true)
     }
 
-    /// Whether it runs another program than we do: a child that was forked has become one by exec.
+    /// Returns whether the process runs another program than this process does, as a forked child does after exec.
+    /// False where this process may not read that.
     pub(crate) fn runs_another_program(&self) -> bool {
         self.runs_our_program() == Some(false)
     }
 
-    /// Whether it runs the program that we are. `None` for a process that we may not look into.
+    /// Returns whether the process runs the same program as this process. `None` where this process may not read that.
     fn runs_our_program(&self) -> Option<bool> {
         use std::os::unix::fs::MetadataExt;
         let program =
@@ -427,7 +444,8 @@ impl Process {
         program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
-    /// Whether it has that file open (proc(5), `/proc/PID/fd`). False for a process that we may not look into.
+    /// Returns whether the process has the file with this device and inode number open (proc(5), `/proc/PID/fd`). False
+    /// where this process may not read that.
     pub(crate) fn has_open(&self, (device, number): (u64, u64)) -> bool {
         use std::os::unix::fs::MetadataExt;
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
@@ -437,7 +455,7 @@ impl Process {
             .any(|file| (file.dev(), file.ino()) == (device, number))
     }
 
-    /// The program that it runs, without its directory, or else its name.
+    /// Returns the file name of the program that the process runs or, if that cannot be read, the name of the process.
     pub(crate) fn program(&self) -> String {
         std::fs::read_link(format!("/proc/{}/exe", self.pid))
             .ok()
@@ -446,8 +464,8 @@ impl Process {
     }
 }
 
-/// The moment of now in clock ticks since boot, as [`Process::start`] counts them (CLOCK_BOOTTIME, clock_gettime(2)). `None`
-/// where there is no such clock.
+/// Returns the current time in clock ticks since boot, as in [`Process::start`] (CLOCK_BOOTTIME, clock_gettime(2)).
+/// `None` where there is no such clock.
 pub(crate) fn ticks_since_boot() -> Option<u64> {
     #[cfg(target_os = "linux")]
     {
@@ -464,25 +482,28 @@ pub(crate) fn ticks_since_boot() -> Option<u64> {
     None
 }
 
-/// When this machine was started, by its clock of now (`btime` in proc_stat(5)). `None` where nothing tells.
+/// Returns when this machine booted, according to its clock as it is set now (`btime` in proc_stat(5)). `None` where
+/// that cannot be read.
 pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     jiff::Timestamp::from_second(seconds).ok()
 }
 
-/// Whether `pid` manages services, and stops all processes of one together: init, or a user's own systemd (systemd(1)).
+/// Returns whether `pid` is a service manager, which stops all processes of a service together: init, or a user's own
+/// systemd (systemd(1)).
 pub(crate) fn is_service_manager(pid: Pid) -> bool {
     pid == Pid::from_raw(1) || Process::look_up(pid).is_some_and(|process| process.name == "systemd")
 }
 
-/// Whether `pid` is in the control group of this process (cgroups(7)). False where that cannot be read.
+/// Returns whether `pid` is in the control group of this process (cgroups(7)). False where that cannot be read.
 pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
     let group = |process: &str| std::fs::read(format!("/proc/{process}/cgroup")).ok();
     list() == ProcessList::Available && group("self").is_some_and(|own| group(&pid.to_string()) == Some(own))
 }
 
-/// The children of this process, while it has one thread. Empty where a kernel does not tell, and without a process list.
+/// Returns the children of this process, as long as it has one thread. Empty where the kernel does not list them, and
+/// where there is no usable process list.
 pub(crate) fn own_children() -> Vec<Pid> {
     if list() != ProcessList::Available {
         return Vec::new();
@@ -491,8 +512,8 @@ pub(crate) fn own_children() -> Vec<Pid> {
     list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
 }
 
-/// How often the kernel has killed a process of our control group for want of memory, as far as it tells
-/// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` where it does not.
+/// Returns how often the kernel has killed a process in the control group of this process because memory ran out
+/// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` where the kernel does not report it.
 pub(crate) fn out_of_memory_kills() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     let file = groups.lines().find_map(|line| {
@@ -524,7 +545,7 @@ mod tests {
         assert_eq!(process.start, 815);
     }
 
-    /// `unshare -pf` without a /proc of its own, also where both numbers are the same by chance.
+    /// `unshare -pf` without a /proc of its own, including the case that both pids happen to be equal.
     #[test]
     fn a_proc_of_another_namespace_is_not_ours() {
         for (status, ours) in [

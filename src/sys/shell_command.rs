@@ -1,8 +1,8 @@
-//! A command of the user's that is run for what it prints.
+//! Runs a command of the user's for its output.
 //!
-//! It may ask a person for something, as the same command does that terraform runs: so it is in our process group, reads our
-//! terminal when we may, gets the keys that we get, and is stopped and continued with us. Where nobody is to be asked it has
-//! no terminal.
+//! The command may ask a person for something, as it may when terraform runs it. So it is in the process group of this
+//! process, reads the terminal if this process may, gets the same keys, and is stopped and continued together with this
+//! process. When nobody may be asked, it has no terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,28 +21,28 @@ use super::session;
 use super::terminal::{Modes, Terminal};
 use super::wait;
 
-/// What is printed beyond this many bytes is not kept.
+/// The most bytes of output that are kept, 64 KiB.
 const MAX_OUTPUT_BYTES: usize = 1 << 16;
 
-/// Between two looks at whether it has ended.
+/// How often to check whether the command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Whom a command may ask for something.
+/// Whether a command may ask a person for something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Asks {
-    /// Whoever sits at our terminal.
+    /// It may ask the person at the terminal of this process.
     Person,
-    /// Nobody: it is in a session of its own, without a terminal.
+    /// It may ask nobody: it is in a session of its own, without a terminal.
     Nobody,
 }
 
-/// Runs `command` by /bin/sh and gives its exit status and the first 64 KiB that it printed. Its stderr is ours, and its
-/// stdin too where that is a terminal and a person may be asked. Dropping the future kills the command with everything below
-/// it. When this process is killed, the shell's own process is killed as well (Linux only: PR_SET_PDEATHSIG, prctl(2)), and
-/// what that has started is not.
+/// Runs `command` with /bin/sh and returns its exit status and the first 64 KiB of its stdout. Its stderr is that of
+/// this process. So is its stdin if that is a terminal and the command may ask a person; otherwise stdin is /dev/null.
+/// Dropping the future kills the command and all its descendants. When this process is killed, the shell's own process
+/// is killed as well (Linux only: PR_SET_PDEATHSIG, prctl(2)), but not the processes that it has started.
 ///
 /// # Errors
-/// When no process or no pipe can be had.
+/// When no process or no pipe can be created, or when waiting for the command fails.
 pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus, Vec<u8>)> {
     let mut running = Running::start(command, asks)?;
     let stdout = running.child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -53,12 +53,13 @@ pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus,
         tokio::select! {
             read = stdout.read(&mut buffer) => match read {
                 Ok(length @ 1..) => keep(&mut printed, &buffer[..length]),
-                // The end of its output. What remains is its own end.
+                // The command has closed its output. What remains is to wait for its exit.
                 _ => break,
             },
             () = sleep(POLL_INTERVAL) => {
                 if let Some(status) = running.ended()? {
-                    // Something that it has left in the background holds the pipe. What is in it is all that it printed.
+                    // A process that the command left in the background holds the pipe open. The pipe now contains all
+                    // that the command printed.
                     while let Ok(length @ 1..) = stdout.try_read(&mut buffer) {
                         keep(&mut printed, &buffer[..length]);
                     }
@@ -80,14 +81,15 @@ fn keep(printed: &mut Vec<u8>, bytes: &[u8]) {
     printed.extend_from_slice(&bytes[..bytes.len().min(room)]);
 }
 
-/// The command while it runs.
+/// A command that is running.
 struct Running {
     child: Child,
     pid: Pid,
     asks: Asks,
-    /// It has ended and was waited for.
+    /// Whether the command has exited and was waited for.
     is_over: bool,
-    /// The terminal that it may read, and how that was set before.
+    /// The terminal that the command may read, and its modes before the command started. `None` if it may read no
+    /// terminal, and once it has exited successfully.
     terminal: Option<(Terminal, Modes)>,
 }
 
@@ -117,23 +119,25 @@ impl Running {
         Ok(Self { child, pid, asks, is_over: false, terminal })
     }
 
-    /// Its exit status, when it has ended. Where a key has stopped it, or its read of a terminal that is not its turn, we stop
-    /// too: the shell that we are a job of sees the job stopped, and continues both.
+    /// Returns the exit status of the command, once it has exited. If a key has stopped the command, or if it was
+    /// stopped because it read the terminal from the background, this process stops too. The shell that has this
+    /// process as a job then sees that the job is stopped, and continues both processes.
     fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
-        // Any other signal was sent by a process, not by the terminal.
+        // Any other stop signal was sent by a process, not by the terminal.
         if let Some(signal @ (Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) = stopped {
-            // The shell may have made us the foreground group since the command was stopped for not being in it.
+            // The shell may have made this group the foreground group after the command was stopped for being in the
+            // background.
             if signal == Signal::SIGTSTP || !Terminal::is_our_turn() {
                 raise(Signal::SIGSTOP)?;
             }
-            // We may have been continued alone.
+            // The shell may have continued this process alone.
             let _ = kill(self.pid, Signal::SIGCONT);
         }
         let status = self.child.try_wait()?;
         self.is_over |= status.is_some();
         if status.is_some_and(|status| status.success()) {
-            // It has set the terminal back, or has meant what it left.
+            // The command has restored the terminal's modes, or meant to leave them as they are.
             self.terminal = None;
         }
         Ok(status)
@@ -146,15 +150,16 @@ impl Drop for Running {
             kill_with_descendants(self.pid);
             let _ = self.child.wait();
         }
-        // One that was killed, by us or by a key, has not set the terminal back: a person would type without seeing it.
+        // A command that was killed, by this process or by a key, has not restored the terminal's modes: a person would
+        // type without seeing it.
         if let Some((terminal, modes)) = self.terminal.as_ref().filter(|_| Terminal::is_our_turn()) {
             let _ = terminal.set_modes(modes);
         }
     }
 }
 
-/// Kills our child `root`, which was not waited for, with everything below it. They are stopped before: what is stopped starts
-/// nothing, and hands nothing that it has started to somebody else by ending.
+/// Kills the child process `root`, which was not waited for, and all its descendants. They are stopped first: a stopped
+/// process starts no process, and it does not exit, which would give its children another parent.
 fn kill_with_descendants(root: Pid) {
     let _ = kill(root, Signal::SIGSTOP);
     let mut stopped: Vec<(Process, OwnedFd)> = Vec::new();
@@ -167,7 +172,7 @@ fn kill_with_descendants(root: Pid) {
         }
         for process in new {
             let Ok(handle) = process::open_pidfd(process.pid) else { continue };
-            // The number may have gone to another process before it was taken hold of.
+            // The pid may have been given to another process before the descriptor was opened.
             let same = |now: &Process| now.parent == process.parent && now.start == process.start;
             if Process::look_up(process.pid).as_ref().is_some_and(same) {
                 let _ = process::signal(&handle, Signal::SIGSTOP);
@@ -228,7 +233,7 @@ mod tests {
             }
         });
         let begun = std::time::Instant::now();
-        // It is init's child now, and its end takes a moment.
+        // It is a child of init by now, and takes a moment to exit.
         while crate::sys::process::Process::look_up(Pid::from_raw(pid)).is_some_and(|process| !process.is_dead()) {
             assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} below it is still there");
             run(async { sleep(POLL_INTERVAL).await });

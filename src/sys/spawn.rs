@@ -1,8 +1,8 @@
-//! fork(2) and execve(2), for terraform.
+//! fork(2) and execve(2), to start terraform.
 //!
-//! `std::process::Command` cannot do what is needed between the two: join a process group *and* throw away the signals
-//! that were already pending for the child, in that order, with every signal blocked until then. Without that a ^C
-//! that falls between fork and setpgid reaches the child as a member of our group, and once more when it is relayed.
+//! `std::process::Command` cannot do what is needed between the two calls: join a process group, *then* discard the
+//! signals that are already pending for the child, with every signal blocked until then. Without this, a ^C between
+//! fork and setpgid reaches the child twice: as a member of the group of `tf`, and again when `tf` passes it on.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -17,7 +17,8 @@ use super::{descriptor, disposition, entry};
 
 /// A program, its arguments and its environment, in the form that execve(2) takes.
 ///
-/// Everything is allocated here, before a fork: between fork and exec nothing may allocate (signal-safety(7)).
+/// Everything is allocated here, before the fork, because nothing may allocate between fork and exec
+/// (signal-safety(7)).
 pub(crate) struct Image {
     path: CString,
     // The pointers of `argv` and `envp` point into these.
@@ -28,10 +29,11 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// `arguments` begins with the name of the program (argv\[0\]).
+    /// Creates the image of the program at `path`. `arguments` begins with the name of the program (argv\[0\]).
     ///
     /// # Errors
-    /// `InvalidInput` when a string holds a zero byte, which none that came to us from exec can.
+    /// `InvalidInput` when a string contains a zero byte. A string that this process received by exec cannot contain
+    /// one.
     pub(crate) fn new<'a>(
         path: &Path,
         arguments: impl IntoIterator<Item = &'a OsStr>,
@@ -54,7 +56,7 @@ impl Image {
         Ok(Self { path, _arguments: arguments, _environment: environment, argv, envp })
     }
 
-    /// Becomes the program. Comes back only with the reason why it could not (execve(2)).
+    /// Replaces this process with the program. Returns only if that fails, with the error of execve(2).
     pub(crate) fn exec(&self) -> io::Error {
         restore_entry();
         // SAFETY: path, argv and envp are zero-terminated and live as long as `self`.
@@ -67,7 +69,8 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
-/// Undoes what Rust's runtime did before `main`. Async-signal-safe.
+/// Restores what Rust's runtime changed before `main`: the disposition of SIGPIPE, and closed standard descriptors.
+/// Async-signal-safe.
 fn restore_entry() {
     if entry::sigpipe_ignored() {
         disposition::set_ignored(Signal::SIGPIPE);
@@ -75,34 +78,36 @@ fn restore_entry() {
         disposition::set_default(Signal::SIGPIPE);
     }
     for descriptor in entry::closed_standard_descriptors() {
-        // SAFETY: the runtime opened /dev/null there; nothing of ours uses it in a process that is about to exec.
+        // SAFETY: the runtime opened /dev/null there. Nothing uses it in a process that is about to exec.
         unsafe { libc::close(descriptor) };
     }
 }
 
 /// How the child is set up before it becomes the program.
 pub(crate) struct Setup<'a> {
-    /// A process group of its own, instead of ours.
+    /// Whether the child gets a process group of its own. Otherwise it stays in the group of this process.
     pub(crate) own_group: bool,
-    /// What becomes the child's descriptor 1 or 2, where it is not ours.
+    /// What becomes descriptor 1 and descriptor 2 of the child. `None` where it inherits that of this process.
     pub(crate) redirect: [Option<BorrowedFd<'a>>; 2],
-    /// The signal mask that it gets.
+    /// The signal mask that the child gets.
     pub(crate) mask: &'a SigSet,
-    /// The signals that it must ignore, as we did when we started.
+    /// The signals that the child must ignore, because this process ignored them when it started.
     pub(crate) ignored: &'a [Signal],
-    /// Where the child writes these bytes, and behind them its own pid, before it becomes the program: whoever waits
-    /// there knows of it before anything can happen to us.
+    /// A socket, and the bytes that the child writes into it before exec, followed by its own pid in 4 bytes. So the
+    /// process that reads the socket knows of the child before anything can happen to this process. Of the bytes, at
+    /// most 12 are written.
     pub(crate) announce: Option<(BorrowedFd<'a>, &'a [u8])>,
 }
 
-/// Signals that a terminal or a group kill may have sent to our group, the child still in it. Ignoring one discards it.
+/// Signals that a terminal or a group kill may have sent to the group of this process while the child was still in it.
+/// Ignoring a signal discards it.
 const STRAY: [Signal; 6] =
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGCONT];
 
-/// Starts `image` as a child. There must be one thread.
+/// Starts `image` as a child process and returns its pid. There must be one thread.
 ///
 /// # Errors
-/// What fork(2) or execve(2) said: `NotFound`, `PermissionDenied`, ENOEXEC...
+/// When no pipe can be created, or with the error of fork(2) or execve(2): `NotFound`, `PermissionDenied`, ENOEXEC...
 pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     let (report, reporter) = descriptor::pipe()?;
     let blocked = AllBlocked::now()?;
@@ -113,8 +118,10 @@ pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
         pid => {
             drop((reporter, blocked));
             if setup.own_group {
-                // The child does the same: whichever is first, the group exists when either goes on.
-                // SAFETY: setpgid on a child of ours that may already have called exec (EACCES, harmless).
+                // The parent and the child both call setpgid, so that the group exists whichever of them continues
+                // first.
+                // SAFETY: setpgid on a child of this process. If the child has already called exec, this fails with
+                // EACCES, which is harmless.
                 unsafe { libc::setpgid(pid, pid) };
             }
             let pid = Pid::from_raw(pid);
@@ -129,7 +136,8 @@ pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     }
 }
 
-/// Every signal blocked, until this is dropped in the parent. The child replaces the mask.
+/// Keeps every signal blocked until this is dropped in the parent. A forked child inherits that mask, and sets another
+/// one if it needs one.
 pub(super) struct AllBlocked(SigSet);
 
 impl AllBlocked {
@@ -181,7 +189,8 @@ fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
     }
 }
 
-/// Waits until the child has become the program (the pipe closes on exec) or has said why not.
+/// Waits until the child has become the program, which closes the pipe, or has reported why it could not. `None` if it
+/// has reported no error.
 fn exec_error(report: &OwnedFd) -> Option<io::Error> {
     let mut number = [0; size_of::<i32>()];
     match nix::unistd::read(report, &mut number) {

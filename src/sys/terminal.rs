@@ -1,4 +1,4 @@
-//! The controlling terminal: whose turn it is to read, and how it reads.
+//! The controlling terminal: which process group may read it, and in which modes.
 
 use std::fs::File;
 use std::io;
@@ -28,12 +28,12 @@ impl Terminal {
             .map(Self)
     }
 
-    /// Whether this process has a terminal, and it is the turn of its process group to read that.
+    /// Returns whether this process has a terminal, and its process group is the one that may read it.
     pub(crate) fn is_our_turn() -> bool {
         Self::open().is_some_and(|terminal| terminal.foreground().is_ok_and(|group| group == unistd::getpgrp()))
     }
 
-    /// The process group that the terminal's keys go to, and that may read it.
+    /// Returns the foreground process group, which gets the signals of the terminal's keys and may read the terminal.
     ///
     /// # Errors
     /// ENOTTY or EIO when the terminal is gone.
@@ -44,17 +44,18 @@ impl Terminal {
     /// Makes `group` the foreground process group. SIGTTOU must be blocked (tcsetpgrp(3)).
     ///
     /// # Errors
-    /// EPERM when `group` is not of our session, ENOTTY or EIO when the terminal is gone.
+    /// EPERM when `group` is not in the session of this process, ENOTTY or EIO when the terminal is gone.
     pub(crate) fn set_foreground(&self, group: Pid) -> io::Result<()> {
         Ok(unistd::tcsetpgrp(&self.0, group)?)
     }
 
-    /// The terminal's modes now.
+    /// Returns the current modes of the terminal. `None` when the terminal is gone.
     pub(crate) fn modes(&self) -> Option<Modes> {
         termios::tcgetattr(&self.0).ok().map(Modes)
     }
 
-    /// Sets the terminal's modes, at once. It must be our turn: a background process is stopped for this (tcsetattr(3)).
+    /// Sets the modes of the terminal at once. This process must be in the foreground group: a background process is
+    /// stopped for this (tcsetattr(3)).
     ///
     /// # Errors
     /// ENOTTY or EIO when the terminal is gone.

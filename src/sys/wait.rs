@@ -1,9 +1,10 @@
-//! What became of a child: waitid(2).
+//! The state of child processes: waitid(2).
 //!
-//! An end is looked at and left in place (`WNOWAIT`), so that the pid, and the process group of the same number,
-//! cannot become somebody else's while we still send signals there. A stop is consumed, in a call of its own: looked
-//! at with `WNOWAIT` it would be reported again for ever. Never `waitpid(-1)`: it would take the status of processes
-//! that a library of ours started. [`reap_all`] does it, at a time when there are none of these.
+//! An exit status is read and left in place (`WNOWAIT`). So the pid, and the process group of the same number, cannot
+//! be given to another process while this process still sends signals there. A stop is consumed, in a separate call:
+//! read with `WNOWAIT` it would be reported again and again. `waitpid(-1)` is never called: it would take the status of
+//! processes that a library has started. [`reap_all`] does the same, but only at a time when there are no such
+//! processes.
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -17,37 +18,38 @@ pub(crate) enum Ended {
     Killed(Signal),
 }
 
-/// How `child` ended, or `None` while it lives. It stays a zombie.
+/// Returns how `child` ended, or `None` while it is running or if it is no child of this process. It stays a zombie.
 pub(crate) fn ended(child: Pid) -> Option<Ended> {
     match look(child, libc::WEXITED | libc::WNOWAIT | libc::WNOHANG)? {
         (libc::CLD_EXITED, code) => Some(Ended::Exited(code)),
-        // A real-time signal has no name here; nobody sends one, and KILL is what it amounts to.
+        // `Signal` has no value for a real-time signal. None is expected, and its effect is that of SIGKILL.
         (_, signal) => Some(Ended::Killed(Signal::try_from(signal).unwrap_or(Signal::SIGKILL))),
     }
 }
 
-/// The signal that stopped `child` since the last call, if one did.
+/// Returns the signal that stopped `child` since the last call, or `None` if none did.
 pub(crate) fn stopped(child: Pid) -> Option<Signal> {
     let (_, signal) = look(child, libc::WSTOPPED | libc::WNOHANG)?;
     Signal::try_from(signal).ok()
 }
 
-/// Takes a zombie child away. False if it lives, or is no child of ours.
+/// Reaps a child that is a zombie. Returns false if it is running, or is no child of this process.
 pub(crate) fn reap(child: Pid) -> bool {
     look(child, libc::WEXITED | libc::WNOHANG).is_some()
 }
 
-/// What is left of our children.
+/// Whether this process has any child left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Children {
-    /// There are none, alive or dead: whoever is a subreaper has no descendant then (`PR_SET_CHILD_SUBREAPER`).
+    /// There is no child, neither running nor a zombie. A subreaper then has no descendant either
+    /// (`PR_SET_CHILD_SUBREAPER`).
     None,
-    /// Some are alive.
+    /// At least one child is running, or waitid(2) failed with an error other than ECHILD.
     Alive,
 }
 
-/// Takes away every child that has ended, and tells whether any is left. For a process that has nobody's status to lose: see
-/// the head of this file.
+/// Reaps every child that has exited, and returns whether any child is left. Only for a process that needs no child's
+/// status any more: see the module documentation.
 pub(crate) fn reap_all() -> Children {
     loop {
         match wait_for(libc::P_ALL, 0, libc::WEXITED | libc::WNOHANG) {
@@ -58,20 +60,20 @@ pub(crate) fn reap_all() -> Children {
     }
 }
 
-/// Whether `pid` is a child of ours, alive or dead.
+/// Returns whether `pid` is a child of this process, running or a zombie.
 pub(crate) fn is_child(pid: Pid) -> bool {
     let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
     wait_for(libc::P_PID, id, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT).is_ok()
 }
 
-/// Whether we have a child in the process group `group`, a zombie among them: as long as that is there, the number of the
-/// group is nobody else's.
+/// Returns whether a child of this process, running or a zombie, is in the process group `group`. As long as it is, no
+/// other process group can get that number.
 pub(crate) fn has_child_in(group: Pid) -> bool {
     let Ok(id) = libc::id_t::try_from(group.as_raw()) else { return false };
     wait_for(libc::P_PGID, id, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT).is_ok()
 }
 
-/// waitid(2): the child that it tells of, 0 for none, or its errno.
+/// Calls waitid(2). Returns the pid of the child that it reports, 0 if it reports none, or the errno.
 fn wait_for(kind: libc::idtype_t, id: libc::id_t, options: i32) -> Result<i32, i32> {
     // SAFETY: `info` is zeroed, and so valid, before the kernel fills it.
     unsafe {
@@ -84,7 +86,8 @@ fn wait_for(kind: libc::idtype_t, id: libc::id_t, options: i32) -> Result<i32, i
     }
 }
 
-/// `si_code` and `si_status`. nix has no waitid for macOS.
+/// Calls waitid(2) for `child` and returns `si_code` and `si_status`, or `None` if it reports nothing. nix has no
+/// waitid for macOS.
 fn look(child: Pid, options: i32) -> Option<(i32, i32)> {
     let id = libc::id_t::try_from(child.as_raw()).ok()?;
     // SAFETY: `info` is zeroed, and so valid, before the kernel fills it; si_pid and si_status are what waitid fills.

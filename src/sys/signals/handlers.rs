@@ -1,8 +1,8 @@
-//! Handlers that write into a pipe: where there is no signalfd.
+//! Signal handlers that write into a pipe, for systems without signalfd.
 //!
-//! What is weaker than with one: between a fork and the child's exec a handler of ours could still run in the child, so
-//! every signal is blocked around the fork (`sys::spawn`); and where the kernel says nothing of who made a signal, a
-//! sender of 0 stands for the kernel itself.
+//! They are weaker than a signalfd in two ways. Between a fork and the child's exec a handler could still run in the
+//! child, so every signal is blocked around the fork (`sys::spawn`). And where the kernel does not report who sent a
+//! signal, a sender of 0 is taken to be the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use super::{Arrival, SignalOrigin};
 use crate::sys::descriptor;
 
-/// The reading end of the pipe that the handlers write into.
+/// The read end of the pipe that the handlers write into.
 #[derive(Debug)]
 pub(super) struct SignalSource {
     arrivals: OwnedFd,
@@ -21,15 +21,16 @@ pub(super) struct SignalSource {
 }
 
 impl SignalSource {
-    /// Installs a handler for each of `heard`. The mask that was in force goes into `mask`.
+    /// Installs a handler for each signal in `heard`, except SIGTTIN and SIGTTOU. Stores the previous signal mask in
+    /// `mask`.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
         let (arrivals, writer) = descriptor::pipe()?;
         for end in [&arrivals, &writer] {
             fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         let number = writer.as_raw_fd();
-        // Blocked and not handled: with either of these handled, tcsetpgrp(3) from the background would be interrupted
-        // again and again instead of done.
+        // SIGTTIN and SIGTTOU are blocked instead: with a handler, tcsetpgrp(3) from the background would be
+        // interrupted again and again instead of succeeding.
         let (waiting, handled): (Vec<Signal>, Vec<Signal>) =
             heard.iter().partition(|signal| matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU));
         for signal in &handled {
@@ -51,10 +52,10 @@ impl SignalSource {
         Ok(Self { arrivals, _writer: writer })
     }
 
-    /// The next signal, if one has arrived.
+    /// Returns the next signal, or `None` if none has arrived.
     pub(super) fn read(&self) -> Option<Arrival> {
         let mut bytes = [0; 6];
-        // They are written and read in one piece (PIPE_BUF).
+        // Each signal's bytes are written and read in one piece (PIPE_BUF).
         if nix::unistd::read(&self.arrivals, &mut bytes) != Ok(bytes.len()) {
             return None;
         }

@@ -1,9 +1,10 @@
-//! The signals that reach `tf`, one after the other, each with who sent it.
+//! The signals that `tf` receives, in order, each with its sender.
 //!
 //! On Linux all of them are blocked and read from a signalfd. No handler is installed, so every disposition stays as it
-//! was inherited, and the one thing to undo in terraform is the mask. signalfd(2) also reports a signal that was
-//! ignored at entry as long as it is blocked, which is what INT and TERM need (terraform catches both even then, because
-//! Go's `signal.Notify` does) and what HUP must be protected from (`nohup`). Elsewhere handlers write into a pipe.
+//! was inherited, except an ignored SIGCHLD, which becomes the default. What must be undone for terraform is the signal
+//! mask. A signalfd also reports a signal that was ignored at the start of `tf`, as long as that signal is blocked. INT
+//! and TERM need this, because terraform catches both even if they were ignored (Go's `signal.Notify` does). A HUP that
+//! was ignored must stay without effect (`nohup`). On other systems handlers write into a pipe.
 
 #[cfg(any(not(target_os = "linux"), tf_portable))]
 #[path = "handlers.rs"]
@@ -21,51 +22,53 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use super::disposition;
 use source::SignalSource;
 
-/// Who made a signal.
+/// What sent a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SignalOrigin {
-    /// The kernel: a key at the terminal, a hangup, a child's change of state (`si_code` > 0, sigaction(2)).
+    /// The kernel: for a key at the terminal, a hangup, or a child's change of state (`si_code` > 0, sigaction(2)).
     Kernel,
-    /// A process, by kill(2) or a relative of it.
+    /// A process, with kill(2) or a similar call.
     Process,
 }
 
 /// One signal that reached this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Arrival {
-    /// Which signal.
+    /// The signal.
     pub(crate) signal: Signal,
-    /// Who made it.
+    /// What sent it.
     pub(crate) origin: SignalOrigin,
-    /// The process that sent it. None where the kernel made it, and where the sender has no number in our pid namespace.
+    /// The process that sent it. `None` if the kernel sent it, or if the sender has no pid in the pid namespace of this
+    /// process.
     pub(crate) sender: Option<nix::unistd::Pid>,
 }
 
-/// The sender of a signal, by the pid that came with it (`si_pid`, sigaction(2)).
+/// Returns the process that sent a signal, from the pid that came with it (`si_pid`, sigaction(2)).
 fn sender(origin: SignalOrigin, pid: i32) -> Option<nix::unistd::Pid> {
     (origin == SignalOrigin::Process && pid > 0).then(|| nix::unistd::Pid::from_raw(pid))
 }
 
-/// What was inherited and matters to what we do with a signal.
+/// The inherited state that decides how `tf` reacts to a signal.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inherited {
-    /// The signals that were ignored.
+    /// The signals that were ignored when this process started, except SIGPIPE.
     ignored: Vec<Signal>,
 }
 
 impl Inherited {
-    /// Whether `signal` was ignored when we started: HUP under `nohup`, INT behind `&` in a shell without job control.
+    /// Returns whether `signal` was ignored when this process started: HUP under `nohup`, INT behind `&` in a shell
+    /// without job control.
     pub(crate) fn ignores(&self, signal: Signal) -> bool {
         self.ignored.contains(&signal)
     }
 
-    /// All that were ignored, for terraform to ignore them too.
+    /// Returns all signals that were ignored, except SIGPIPE, so that terraform ignores them too.
     pub(crate) fn ignored(&self) -> &[Signal] {
         &self.ignored
     }
 }
 
-/// The signals of this process, blocked and queued.
+/// The signals that this process receives, and a queue of those that were read.
 #[derive(Debug)]
 pub(crate) struct Signals {
     source: SignalSource,
@@ -74,7 +77,7 @@ pub(crate) struct Signals {
     inherited: Inherited,
 }
 
-/// What is listened to.
+/// The signals that `tf` reads.
 const HEARD: [Signal; 15] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -94,46 +97,47 @@ const HEARD: [Signal; 15] = [
 ];
 
 impl Signals {
-    /// Starts to listen. To be called while there is one thread.
+    /// Starts to listen for signals. Must be called while there is one thread.
     ///
     /// # Errors
-    /// When no descriptor can be had.
+    /// When no descriptor can be opened.
     pub(crate) fn listen() -> io::Result<Self> {
         let ignored: Vec<Signal> = HEARD.into_iter().filter(|signal| disposition::is_ignored(*signal)).collect();
         if ignored.contains(&Signal::SIGCHLD) {
-            // It cannot stay so: the kernel would throw a child's status away (waitpid(2)).
+            // SIGCHLD must not stay ignored: the kernel would discard a child's status (waitpid(2)).
             disposition::set_default(Signal::SIGCHLD);
         }
         let mut mask_at_entry = SigSet::empty();
         let source = SignalSource::open(&HEARD, &mut mask_at_entry)?;
-        // Rust's runtime ignores SIGPIPE; what was inherited is known from before it.
+        // Rust's runtime ignores SIGPIPE. What was inherited for SIGPIPE is recorded before the runtime starts
+        // (`sys::entry`).
         let ignored = ignored.into_iter().filter(|signal| *signal != Signal::SIGPIPE).collect();
         Ok(Self { source, queue: VecDeque::new(), mask_at_entry, inherited: Inherited { ignored } })
     }
 
-    /// The mask that terraform must get.
+    /// Returns the signal mask of the start of this process, which terraform must get.
     pub(crate) fn mask_at_entry(&self) -> &SigSet {
         &self.mask_at_entry
     }
 
-    /// Puts the mask back, for a program that we become after all.
+    /// Restores the signal mask, for a program that replaces this process after all.
     pub(crate) fn stop_listening(&self) {
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
     }
 
-    /// The dispositions that matter to us, as they were inherited.
+    /// Returns the inherited state that decides how `tf` reacts to a signal.
     pub(crate) fn inherited(&self) -> &Inherited {
         &self.inherited
     }
 
-    /// The next signal that has arrived, or `None` when there is none now.
+    /// Returns the next signal that has arrived, or `None` if there is none now.
     pub(crate) fn next(&mut self) -> Option<Arrival> {
         self.fetch();
         self.queue.pop_front()
     }
 
-    /// The next signal by which somebody asks for an end: INT, TERM, or HUP where that was not ignored at entry. What else
-    /// has arrived before it is passed over.
+    /// Returns the next signal that asks `tf` to stop: INT, TERM, or HUP unless that was ignored at the start. Any
+    /// other signal that arrived before it is discarded. `None` if there is no such signal now.
     pub(crate) fn next_stop(&mut self) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
             match signal {
@@ -145,12 +149,13 @@ impl Signals {
         None
     }
 
-    /// Signals were fetched that [`Signals::next`] has not yet returned: the descriptor will not tell of them again.
+    /// Returns whether signals were read that [`Signals::next`] has not returned yet. The descriptor does not report
+    /// them again.
     pub(crate) fn is_queued(&self) -> bool {
         !self.queue.is_empty()
     }
 
-    /// Takes one kind of signal out of those that have arrived. True if there was one.
+    /// Discards every signal of one kind that has arrived. Returns whether there was one.
     pub(crate) fn take(&mut self, signal: Signal) -> bool {
         self.fetch();
         let before = self.queue.len();
@@ -164,11 +169,11 @@ impl Signals {
         }
     }
 
-    /// Stops this process, or its whole group, with the default action of `signal` (TSTP, TTIN or TTOU), and comes
-    /// back when it was continued. False if the kernel discarded the stop, as it does in an orphaned process group,
-    /// where nobody could ever continue us (POSIX 2.4.3, "Orphaned process groups").
+    /// Stops this process, or its whole process group, with the default action of `signal` (TSTP, TTIN or TTOU), and
+    /// returns when it has been continued. Returns false if the kernel discarded the stop. It does so in an orphaned
+    /// process group, because nothing could ever continue the process there (POSIX 2.4.3, "Orphaned process groups").
     ///
-    /// SIGSTOP would not be discarded there: that is why it is never used.
+    /// This function does not use SIGSTOP, because the kernel does not discard that in an orphaned process group.
     pub(crate) fn stop(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.take(Signal::SIGCONT);
         self.take(signal);
@@ -177,12 +182,13 @@ impl Signals {
         let _ = nix::sys::signal::kill(to, signal);
         let mut only = SigSet::empty();
         only.add(signal);
-        // Unblocked, the pending stop acts before sigprocmask returns; we go on from here when somebody sends CONT.
+        // Once it is unblocked, the pending stop acts before sigprocmask returns. The process goes on from here when it
+        // gets a SIGCONT.
         let mut mask = SigSet::empty();
         let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&only), Some(&mut mask));
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None);
         disposition::restore(signal, &previous);
-        // CONT is listened to like the rest, so the one that woke us is waiting.
+        // SIGCONT is read like the other signals, so the one that continued this process has arrived by now.
         self.take(Signal::SIGCONT)
     }
 }
@@ -193,7 +199,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Gives `signal` back its default action, to die of it.
+/// Sets `signal` to its default action, so that it can kill this process.
 pub(crate) fn default_action(signal: Signal) {
     disposition::set_default(signal);
 }

@@ -1,4 +1,4 @@
-//! signalfd(2): Linux.
+//! A signalfd(2) that signals are read from, on Linux.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,14 +8,14 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::{Arrival, SignalOrigin};
 
-/// The blocked signals, as a descriptor.
+/// A descriptor that the blocked signals are read from.
 #[derive(Debug)]
 pub(super) struct SignalSource(SignalFd);
 
 impl SignalSource {
-    /// Blocks every signal of this process, but those that a fault of its own makes: blocked or not, the kernel kills
-    /// for these. Opens a descriptor for `heard`; the rest, which terraform's runtime ignores, waits for ever. The mask
-    /// that was in force goes into `mask`.
+    /// Blocks every signal of this process except those that a fault in it raises: for these the kernel kills the
+    /// process, whether they are blocked or not. Opens a descriptor for the signals in `heard`. The others, which
+    /// terraform's runtime ignores, stay pending for ever. Stores the previous signal mask in `mask`.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
         let mut all = SigSet::all();
         for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS]
@@ -33,11 +33,12 @@ impl SignalSource {
         }
     }
 
-    /// The next signal, if one has arrived.
+    /// Returns the next signal, or `None` if none has arrived.
     pub(super) fn read(&self) -> Option<Arrival> {
         let info = self.0.read_signal().ok()??;
         let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok()?;
-        // SI_USER, SI_QUEUE, SI_TKILL are 0 and below; what the kernel makes is above (sigaction(2)).
+        // SI_USER, SI_QUEUE and SI_TKILL are 0 or less; the codes of signals that the kernel generates are greater
+        // (sigaction(2)).
         let origin = if info.ssi_code > 0 { SignalOrigin::Kernel } else { SignalOrigin::Process };
         Some(Arrival { signal, origin, sender: super::sender(origin, info.ssi_pid.cast_signed()) })
     }
