@@ -1,38 +1,42 @@
-//! The backend that `terraform init` wrote down in `.terraform/terraform.tfstate` (internal/command/workdir,
-//! backend_state.go): every attribute of its schema, `null` where it is not set.
+//! The backend that `terraform init` caches in `.terraform/terraform.tfstate` (internal/command/workdir,
+//! backend_state.go). The file has every attribute of the backend's schema; an attribute that is not set is `null`.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// A backend block as it is cached. It may hold credentials, so it has no `Debug` output of its values and is never
-/// written anywhere.
+/// A backend block as `init` caches it. It may hold credentials, so its `Debug` output leaves the values out, and `tf`
+/// never writes it anywhere.
 #[derive(Clone, PartialEq)]
 pub(crate) struct CachedBackend {
-    /// `s3`, `http`, `local`...
+    /// The type of the backend: `s3`, `http`, `local`...
     pub(crate) kind: String,
     config: Map<String, Value>,
     origin: BackendOrigin,
 }
 
-/// Whose block it is, as far as that changes what the block means.
+/// Which program and version wrote a backend block, as far as that changes the meaning of the block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BackendOrigin {
-    /// OpenTofu's, not Terraform's.
+    /// OpenTofu wrote it, not Terraform.
     opentofu: bool,
-    /// From before 1.6, when the backend had another SDK.
+    /// A version before 1.6 wrote it. The S3 backend used another SDK then.
     before_1_6: bool,
 }
 
 impl BackendOrigin {
-    /// Whether it is from before 1.6, where keys of the environment went before a profile of the block.
+    /// Whether a version before 1.6 wrote the block. In such a version, access keys in the environment take precedence
+    /// over a profile in the block.
     pub(crate) fn is_before_1_6(self) -> bool {
         self.before_1_6
     }
 
-    /// The file names the version of either program in the same words. What tells OpenTofu are attributes that only it has,
-    /// set or not: OpenTofu up to 1.9 is taken for Terraform.
+    /// Derives the origin from the `terraform_version` of the file and from the attributes of the block.
+    ///
+    /// Terraform and OpenTofu write their version into the same field, so the version does not tell them apart.
+    /// OpenTofu is recognized by attributes that only its schema has, set or not. OpenTofu up to 1.9 is taken for
+    /// Terraform.
     fn of(version: &str, config: &Map<String, Value>) -> Self {
         let has = |name: &str| config.contains_key(name);
         let numbers: Vec<u32> = version.split('.').map_while(|part| part.parse().ok()).collect();
@@ -44,7 +48,7 @@ impl BackendOrigin {
 }
 
 impl CachedBackend {
-    /// Reads the file. `None` when it is not one, or names no backend.
+    /// Parses the file. `None` if it is not a cached backend, or contains no backend.
     pub(crate) fn parse(json: &[u8]) -> Option<Self> {
         let Value::Object(mut file) = serde_json::from_slice(json).ok()? else { return None };
         let Value::Object(mut backend) = file.remove("backend")? else { return None };
@@ -58,71 +62,73 @@ impl CachedBackend {
         Some(Self { kind, config, origin })
     }
 
-    /// A block out of a plan, or out of the configuration: with what an `init` by `program` would cache.
+    /// Builds a block from a plan or from the configuration, as an `init` of this `version` would cache it. An empty
+    /// `version` counts as 1.6 or later.
     pub(crate) fn of_parts(kind: &str, config: Map<String, Value>, version: &str) -> Self {
         let origin = BackendOrigin::of(version, &config);
         Self { kind: kind.to_owned(), config, origin }
     }
 
-    /// Whether it is a block of OpenTofu's.
+    /// Whether OpenTofu wrote the block.
     pub(crate) fn is_opentofu(&self) -> bool {
         self.origin.opentofu
     }
 
-    /// See [`BackendOrigin`].
+    /// Which program and version wrote the block.
     pub(crate) fn origin(&self) -> BackendOrigin {
         self.origin
     }
 
-    /// A string attribute that is set, also when it is set to nothing.
+    /// The value of a string attribute, which may be empty. `None` if the attribute is not set or is not a string.
     pub(crate) fn text(&self, name: &str) -> Option<&str> {
         self.value(name)?.as_str()
     }
 
-    /// A whole number.
+    /// The value of a number attribute. `None` if it is not set, or is not a non-negative whole number.
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
         self.value(name)?.as_u64()
     }
 
-    /// A string attribute that is set and not empty; `outer.inner` for one inside a nested attribute.
+    /// The value of a string attribute. `None` if it is not set or is empty. `outer.inner` names an attribute inside a
+    /// nested one.
     pub(crate) fn string(&self, name: &str) -> Option<&str> {
         self.value(name)?.as_str().filter(|value| !value.is_empty())
     }
 
-    /// A boolean attribute; false where it is not set.
+    /// The value of a boolean attribute; false if it is not set.
     pub(crate) fn flag(&self, name: &str) -> bool {
         self.value(name).and_then(Value::as_bool).unwrap_or(false)
     }
 
-    /// A list or set of strings; empty where it is not set.
+    /// The values of a list or set of strings; empty if the attribute is not set.
     pub(crate) fn strings(&self, name: &str) -> Vec<&str> {
         let values = self.value(name).and_then(Value::as_array);
         values.into_iter().flatten().filter_map(Value::as_str).collect()
     }
 
-    /// A map of strings; empty where it is not set.
+    /// The entries of a map of strings; empty if the attribute is not set.
     pub(crate) fn pairs(&self, name: &str) -> Vec<(&str, &str)> {
         let map = self.value(name).and_then(Value::as_object);
         map.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?))).collect()
     }
 
-    /// The names of the attributes that are set.
+    /// The names of the attributes that are set; see [`is_unset`].
     pub(crate) fn set_attributes(&self) -> impl Iterator<Item = &str> {
         self.config.iter().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str())
     }
 
-    /// A nested attribute's own set attributes; empty where it is not set.
+    /// The names of the attributes that are set inside the nested attribute `name`; empty if that one is not set.
     pub(crate) fn nested(&self, name: &str) -> Vec<&str> {
         let nested = self.value(name).and_then(Value::as_object);
         nested.into_iter().flatten().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// A block with these values, as one was kept elsewhere.
+    /// Builds a block from values that the caller already has, with a known origin.
     pub(crate) fn from_parts(kind: &str, config: Map<String, Value>, origin: BackendOrigin) -> Self {
         Self { kind: kind.to_owned(), config, origin }
     }
 
-    /// The attributes that are set, if to nothing, with their values: secrets among them.
+    /// The attributes that are not `null`, including empty ones, with their values. The values may contain secrets.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.config.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.as_str(), value))
     }
@@ -136,32 +142,33 @@ impl CachedBackend {
 
     /// Whether the state of some workspace can have this S3 key.
     pub(crate) fn has_state(&self, key: &str) -> bool {
-        /// No name that a workspace can have.
+        /// A name that no workspace can have.
         const NAME: &str = "\u{0}";
         if self.string("key") == Some(key) {
             return true;
         }
         let Some(whole) = self.state_key(NAME) else { return false };
-        // A name stands between what is before it and what is behind it in the key of any workspace; with a `..` in the key
-        // of the block all workspaces may have one key.
+        // The key of a workspace's state is `before`, the name of the workspace, and `behind`. If the block's key
+        // contains `..`, the name can drop out of the path, and then all workspaces but `default` share one key.
         let Some((before, behind)) = whole.split_once(NAME) else { return whole == key };
         let name = key.strip_prefix(before).and_then(|rest| rest.strip_suffix(behind));
         name.is_some_and(|name| !name.is_empty() && !name.contains('/'))
     }
 
-    /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`).
+    /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`). `None` if the block has no
+    /// key.
     pub(crate) fn state_key(&self, workspace: &str) -> Option<String> {
         let key = self.string("key")?;
         if workspace == "default" {
             return Some(key.to_owned());
         }
-        // An empty prefix is a choice, and different from none.
+        // An empty prefix is not the same as an unset one.
         let prefix = self.value("workspace_key_prefix").and_then(Value::as_str).unwrap_or("env:");
         Some(join_path(&[prefix, workspace, key]))
     }
 }
 
-/// Go's `path.Join`: it leaves empty elements out, and makes the path as short as it can be.
+/// Joins path elements as Go's `path.Join` does: it skips empty elements and returns the shortest equivalent path.
 fn join_path(parts: &[&str]) -> String {
     let joined = parts.iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join("/");
     let rooted = joined.starts_with('/');
@@ -181,7 +188,7 @@ fn join_path(parts: &[&str]) -> String {
     }
 }
 
-/// Whether an attribute is not set, or set to nothing.
+/// Whether an attribute is not set: it is `null` or empty, or a map without a value that is set.
 pub(crate) fn is_unset(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -202,7 +209,7 @@ impl fmt::Debug for CachedBackend {
 pub(crate) mod tests {
     use super::*;
 
-    /// An S3 backend with these attributes, as `init` caches it.
+    /// Returns an S3 backend with these attributes, as `init` caches it.
     pub(crate) fn backend(config: &str) -> CachedBackend {
         let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config},"hash":1}}}}"#);
         CachedBackend::parse(json.as_bytes()).unwrap()
@@ -219,7 +226,7 @@ pub(crate) mod tests {
         assert_eq!(without.state_key("green").unwrap(), "green/a");
     }
 
-    /// The answers of Go's path.Join.
+    /// The expected values are the results of Go's `path.Join`.
     #[test]
     fn a_path_is_joined_as_go_joins_it() {
         for (parts, joined) in [
@@ -256,7 +263,7 @@ pub(crate) mod tests {
             ("a", "p", "p/green/b/a", false),
             ("a", "p", "p//a", false),
             ("a", "p", "green/a", false),
-            // The key of every workspace but the default one.
+            // Every workspace except `default` has this key.
             ("../a", "p", "p/a", true),
             ("../a", "p", "p/green/a", false),
             ("../a", "p", "p/green/../a", false),

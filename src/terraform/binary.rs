@@ -1,56 +1,60 @@
-//! Which terraform to run: the next one on PATH that is not us.
+//! Which terraform to run: the next one on PATH that is not this program.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The variable that names the terraform to run.
+/// The environment variable that names the terraform to run.
 pub(crate) const OVERRIDE: &str = "TFW_TERRAFORM";
 
-/// The variable by which a `tf` tells one that it starts which programs it came through.
+/// The environment variable in which a `tf` lists, for a `tf` below it, the programs that are already in the chain.
 ///
-/// `PID:DEPTH:DEVICE.INODE,...`. Wherever a chain of wrappers leads back to a `tf`, that one must neither start one of
-/// those again, nor take the chain for its own when it is not part of it: a `tf` inside a provisioner finds the same
-/// variable in its environment, and the terraform that it looks for in the list.
+/// The format is `PID:DEPTH:DEVICE.INODE,...`. If a chain of wrappers leads back to a `tf`, that `tf` must not start
+/// any of these programs again. A `tf` that is not part of the chain must ignore the list: a `tf` inside a provisioner
+/// finds the same variable in its environment, and the terraform that it looks for is in the list.
 pub(crate) const CHAIN: &str = "TFW_CHAIN";
 
-/// More wrappers in a row than anybody has. A chain that grows longer leads back to itself.
+/// The depth at which [`find`] reports a loop. No real chain has this many wrappers.
 const MAX_CHAIN_DEPTH: u32 = 16;
 
-/// Every terraform and tofu is larger (0.15: 80 MB), and nothing that only leads to one is.
+/// The minimum size of a terraform or tofu executable: 40 MiB, in bytes. Every release is larger (0.15: 80 MB). A
+/// program that only starts terraform is smaller. Other programs are as large (node, vault, kubectl), so a large file
+/// is not necessarily terraform.
 pub(crate) const LARGE: u64 = 40 << 20;
 
-/// A terraform to run.
+/// A terraform to run, and how to run it.
 #[derive(Debug)]
 pub(crate) struct Binary {
-    /// Its path.
+    /// The path of the executable.
     pub(crate) path: PathBuf,
-    /// The value of `TFW_CHAIN` for its environment.
+    /// The value of [`CHAIN`] for the environment of the executable.
     pub(crate) chain: OsString,
-    /// A `tf` is our parent and has us run where it expects terraform: it supervises, we only pass through.
+    /// The parent process is a `tf` that started this one in place of terraform. The parent supervises, so this process
+    /// only execs terraform.
     pub(crate) supervised_already: bool,
-    /// It is run in the place of setup-terraform's wrapper, which would have told the workflow how it came out.
+    /// Terraform is run instead of setup-terraform's wrapper. The wrapper would have reported the result to the
+    /// workflow, so `tf` must do that.
     pub(crate) for_a_step: bool,
 }
 
-/// Why there is none.
+/// Why no terraform was found.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotFound {
-    /// Nothing on PATH has the name, or only we do.
+    /// PATH has no program of that name, or only this program and others that are already in the chain.
     #[error("found no {name} behind {us}; looked in {}", places(.looked_in))]
     OnPath {
-        /// The name that was looked for.
+        /// The name that was searched for.
         name: String,
-        /// Our own path.
+        /// The path of this program.
         us: String,
         /// The directories on PATH.
         looked_in: Vec<PathBuf>,
     },
-    /// TFW_TERRAFORM names nothing that can be run.
+    /// `TFW_TERRAFORM` does not name an executable program.
     #[error("{OVERRIDE} is {0:?}, and there is no such program")]
     Override(OsString),
-    /// Wrappers that start each other for ever.
+    /// The wrappers start each other in a loop.
     #[error("the {0} on PATH leads back to tf again and again; set {OVERRIDE} to the real one")]
     Loop(String),
 }
@@ -62,14 +66,14 @@ fn places(directories: &[PathBuf]) -> String {
     directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// A file, whatever name it goes by.
+/// The device and inode numbers of a file. They identify it under any name.
 type FileIdentity = (u64, u64);
 
 fn identity(path: &Path) -> Option<FileIdentity> {
     fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
-/// The name of the program that we stand in for: `tofu` when called so, else `terraform`.
+/// The name of the program that `tf` stands in for: `tofu` if `tf` was called by that name, otherwise `terraform`.
 pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
     match called_as.and_then(|path| Path::new(path).file_name()) {
         Some(name) if name == "tofu" => "tofu",
@@ -77,11 +81,13 @@ pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
     }
 }
 
-/// Finds the program `name`: the one that TFW_TERRAFORM names, else the first on PATH that is neither this program nor
-/// one that we came through.
+/// Finds the program `name`: the one that `TFW_TERRAFORM` names, otherwise the first on PATH that is neither this
+/// program nor already in the chain.
 ///
 /// # Errors
-/// [`NotFound`], with where it looked.
+/// - [`NotFound::OnPath`] if PATH has no such program.
+/// - [`NotFound::Override`] if `TFW_TERRAFORM` does not name an executable program.
+/// - [`NotFound::Loop`] if the chain is already [`MAX_CHAIN_DEPTH`] long.
 pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     let us = std::env::current_exe().ok();
     let own = std::process::id();
@@ -95,7 +101,8 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     }
     let supervised_already = descent == Descent::Child;
     if !supervised_already {
-        // Where we pass through, the supervisor stays the writer: the next in the chain is its child as well.
+        // A process that only passes through leaves the supervisor as the writer, because the next program in the chain
+        // is a child of the supervisor too.
         chain.writer = own;
     }
     chain.depth += 1;
@@ -105,13 +112,14 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
         let behind = behind_wrapper(&path, std::env::var_os("TERRAFORM_CLI_PATH"));
         let for_a_step = behind.is_some() && !supervised_already;
         let path = behind.filter(|_| for_a_step).unwrap_or(path);
-        // What we start is passed on too: should it be a script that leads back to a tf, that one looks further.
+        // The program to start is added too: if it is a script that leads back to a `tf`, that `tf` skips it and looks
+        // further.
         chain.seen.extend(identity(&path));
         Binary { path, chain: chain.value(), supervised_already, for_a_step }
     };
     if let Some(wanted) = std::env::var_os(OVERRIDE).filter(|wanted| !wanted.is_empty()) {
         let path = which::which(&wanted).map_err(|_| NotFound::Override(wanted))?;
-        // A wrapper behind us inherits the variable that named it: there it says nothing.
+        // A `tf` below the wrapper that the variable names inherits the variable, and must ignore it there.
         if identity(&path).is_none_or(|identity| !seen.contains(&identity)) {
             return Ok(found(path));
         }
@@ -127,8 +135,9 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     }
 }
 
-/// The terraform behind the wrapper that hashicorp/setup-terraform has put into the directory `installed`, if `path` is that
-/// wrapper (wrapper/lib/terraform-bin.js).
+/// The terraform behind the wrapper of hashicorp/setup-terraform (wrapper/lib/terraform-bin.js). `installed` is the
+/// directory in which setup-terraform put the wrapper. `None` if `path` is not that wrapper, or if there is no
+/// terraform behind it.
 fn behind_wrapper(path: &Path, installed: Option<OsString>) -> Option<PathBuf> {
     let installed = installed.filter(|installed| !installed.is_empty())?;
     let behind = Path::new(&installed).join("terraform-bin");
@@ -137,23 +146,23 @@ fn behind_wrapper(path: &Path, installed: Option<OsString>) -> Option<PathBuf> {
     (is_wrapper && behind.is_file()).then_some(behind)
 }
 
-/// What `TFW_CHAIN` tells.
+/// The content of [`CHAIN`].
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Chain {
-    /// The `tf` that wrote it.
+    /// The PID of the `tf` that wrote it.
     writer: u32,
     depth: u32,
     seen: Vec<FileIdentity>,
 }
 
-/// How this process came to be, seen from the `tf` that wrote the chain.
+/// The relation of this process to the `tf` that wrote the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Descent {
-    /// That `tf` supervises, and started us where it meant to start terraform.
+    /// That `tf` supervises, and started this process in place of terraform.
     Child,
-    /// That `tf` became us by exec.
+    /// That `tf` became this process by exec.
     Same,
-    /// Something else lies in between: a script, or a terraform with a provisioner.
+    /// There is another program in between: a script, or a terraform with a provisioner.
     Far,
 }
 

@@ -1,25 +1,27 @@
-//! Terraform's command line, read only as far as we must. It is never changed.
+//! Terraform's command line. It is parsed only as far as `tf` needs, and never changed.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// What a command line says that matters to us.
+/// The parts of a command line that `tf` needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CommandLine {
-    /// The value of `-chdir`, which is understood before the subcommand and only with `=` (main.go, extractChdirOption).
+    /// The value of the last `-chdir`; `None` if there is none. Terraform accepts it only before the subcommand and
+    /// only with `=` (main.go, extractChdirOption).
     pub(crate) directory: Option<PathBuf>,
-    /// The subcommand and, after `state`, `workspace` and `providers`, the word behind it.
+    /// The subcommand and, after `state`, `workspace` and `providers`, the next word unless that is a flag.
     words: Vec<OsString>,
-    /// The words behind the subcommand that are no flags: names of workspaces, of files.
+    /// The words after the subcommand that do not begin with `-`: names of workspaces and files, and also the values of
+    /// flags that are words of their own.
     pub(crate) operands: Vec<OsString>,
-    /// The values of `-backend-config`, in their order: `NAME=VALUE`, or a file.
+    /// The values of `-backend-config`, in their order. Each is `NAME=VALUE` or a file.
     pub(crate) backend_configs: Vec<OsString>,
     asks_for_help_or_version: bool,
 }
 
 impl CommandLine {
-    /// `arguments` without the name of the program.
+    /// Parses `arguments`, which do not include the name of the program.
     pub(crate) fn parse(arguments: &[OsString]) -> Self {
         let mut directory = None;
         let mut rest = arguments;
@@ -49,25 +51,27 @@ impl CommandLine {
                 }
             }
         };
-        // Right behind the subcommand, `-help` cannot be the value of another flag.
+        // Directly after the subcommand, `-help` cannot be the value of another flag.
         asks |= operands.first().is_some_and(|first| is_help(first));
         let backend_configs = backend_configs(operands);
         let operands = operands.iter().filter(|operand| !operand.as_bytes().starts_with(b"-")).cloned().collect();
         Self { directory, words, operands, backend_configs, asks_for_help_or_version: asks }
     }
 
-    /// The subcommand as terraform's help writes it: `apply`, `state mv`; empty for none.
+    /// The subcommand as terraform's help writes it: `apply`, `state mv`. Empty if there is none.
     pub(crate) fn command(&self) -> String {
         let words: Vec<_> = self.words.iter().map(|word| word.to_string_lossy()).collect();
         words.join(" ")
     }
 
-    /// Whether the command can take a state lock, or is unknown to us, so that it might.
+    /// Whether the command can take a state lock. An unknown command is assumed to.
     ///
-    /// Nearly every command can, also those that only read: an S3 backend locks while it creates the state of a
-    /// workspace that does not exist yet, whoever asks for it (backend/remote-state/s3/backend_state.go, StateMgr).
-    /// `more_arguments` tells that `TF_CLI_ARGS` or one of its kind is set: terraform puts those words behind the
-    /// first one that is no flag (main.go, mergeEnvArgs), where they may turn one command into another.
+    /// Nearly every command can, including those that only read: the S3 backend locks while it creates the state of a
+    /// workspace that does not exist yet, whichever command asks for that state
+    /// (backend/remote-state/s3/backend_state.go, StateMgr).
+    ///
+    /// `more_arguments` says that `TF_CLI_ARGS` or a `TF_CLI_ARGS_*` variable is set. Terraform inserts those words
+    /// after the first word that is not a flag (main.go, mergeEnvArgs), where they may turn one command into another.
     pub(crate) fn can_lock(&self, more_arguments: bool) -> bool {
         let words: Vec<_> = self.words.iter().map(|word| word.as_bytes()).collect();
         match words.as_slice() {
@@ -79,8 +83,8 @@ impl CommandLine {
         }
     }
 
-    /// Whether terraform throws every SIGINT and SIGTERM away while this command runs: it catches them for all
-    /// commands (commands.go, makeShutdownCh), and these never look.
+    /// Whether terraform ignores every SIGINT and SIGTERM while this command runs. Terraform catches both for all
+    /// commands (commands.go, makeShutdownCh), but these commands never check whether one arrived.
     pub(crate) fn ignores_interrupts(&self) -> bool {
         let first = self.words.first().map(|word| word.as_bytes());
         matches!(
@@ -99,21 +103,21 @@ impl CommandLine {
         )
     }
 
-    /// Whether its log tells that it was given a lock, for every backend (internal/backend/local/backend_local.go, and its
-    /// callers).
+    /// Whether the log of this command reports, for every backend, that a lock was acquired
+    /// (internal/backend/local/backend_local.go, and its callers).
     pub(crate) fn logs_its_lock(&self) -> bool {
         logs_its_lock(&self.command())
     }
 
-    /// The plan that is to be applied, if any of the words behind `apply` is a file. Which of them is one only terraform knows
-    /// for sure: some are values of flags.
+    /// The plan that `apply` applies: the last word after `apply` that names a file. `None` if there is none, or for
+    /// another command. This is a guess: only terraform knows which words are values of flags.
     pub(crate) fn plan(&self, current: &Path) -> Option<PathBuf> {
         let directory = self.working_directory(current);
         let mut words = self.operands.iter().rev().filter(|_| self.command() == "apply");
         words.find_map(|word| Some(directory.join(word)).filter(|path| path.is_file()))
     }
 
-    /// Where terraform works: the current directory, changed by `-chdir`.
+    /// The directory in which terraform works: `current`, changed by `-chdir`.
     pub(crate) fn working_directory(&self, current: &Path) -> PathBuf {
         match &self.directory {
             Some(directory) => current.join(directory),
@@ -122,12 +126,12 @@ impl CommandLine {
     }
 }
 
-/// See [`CommandLine::logs_its_lock`].
+/// Does the same as [`CommandLine::logs_its_lock`] for `command`, in the form that [`CommandLine::command`] returns.
 pub(crate) fn logs_its_lock(command: &str) -> bool {
     matches!(command, "plan" | "apply" | "destroy" | "refresh" | "import" | "console")
 }
 
-/// The values of `-backend-config` among `arguments`, behind a `=` or as the next word.
+/// Returns the values of `-backend-config` in `arguments`. A value follows a `=`, or is the next word.
 pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     let mut found = Vec::new();
     let mut arguments = arguments.iter();
@@ -143,12 +147,12 @@ pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     found
 }
 
-/// hashicorp/cli, `processArgs`.
+/// Whether the argument asks for help (hashicorp/cli, `processArgs`).
 fn is_help(argument: &OsStr) -> bool {
     ["-h", "-help", "--help"].iter().any(|name| argument == *name)
 }
 
-/// main.go: any of these becomes the `version` command.
+/// Whether terraform turns the argument into the `version` command (main.go).
 fn is_version(argument: &OsStr) -> bool {
     ["-v", "-version", "--version"].iter().any(|name| argument == *name)
 }

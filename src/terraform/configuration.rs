@@ -1,8 +1,9 @@
-//! The backend that the configuration and the arguments of an `init` ask for. A migration locks it as well as the one that is
-//! cached, and killed meanwhile it leaves only the latter in the data directory.
+//! The backend that the configuration and the arguments of an `init` ask for. A migration locks this backend as well as
+//! the cached one. If `init` is killed during a migration, the data directory names only the cached one.
 //!
-//! The block has literals alone (internal/configs/backend.go decodes it without variables). OpenTofu allows variables there:
-//! what depends on one is left out, and a lock that cannot be placed without it is named.
+//! A backend block contains only literals (internal/configs/backend.go decodes it without variables). OpenTofu allows
+//! variables there. An attribute that depends on a variable is left out; if the location of a lock depends on such an
+//! attribute, the lock is reported and not released.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,15 +18,16 @@ use serde_json::{Map, Value};
 use super::backend::CachedBackend;
 use crate::sys::plain_file;
 
-/// No file of a configuration is larger.
+/// The maximum size of a configuration file: 8 MiB, in bytes. Larger files are ignored.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 
-/// The backend that the configuration in `directory` names, changed by `-backend-config`.
+/// Returns the backend that the configuration in `directory` names, with the values of `-backend-config` applied.
+/// `None` if no file has a backend block that can be parsed.
 pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
     let mut found = None;
     let (plain, overriding): (Vec<_>, Vec<_>) = files(directory).into_iter().partition(|path| !overrides(path));
     for path in plain.iter().chain(&overriding) {
-        // A block of an override file takes the whole place of the one before (internal/configs/module.go).
+        // A block in an override file replaces the earlier block as a whole (internal/configs/module.go).
         found = in_file(path).or(found);
     }
     let (kind, mut config) = found?;
@@ -35,12 +37,13 @@ pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<
     Some(CachedBackend::of_parts(&kind, config, ""))
 }
 
-/// Whether `directory` has a configuration at all.
+/// Whether `directory` contains any configuration file.
 pub(crate) fn is_there(directory: &Path) -> bool {
     !files(directory).is_empty()
 }
 
-/// Those that terraform reads (internal/configs/parser_config_dir.go), and OpenTofu.
+/// The sorted paths of the configuration files that Terraform reads (internal/configs/parser_config_dir.go), and of
+/// those that only OpenTofu reads.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let is_read = |path: &PathBuf| {
@@ -82,7 +85,8 @@ fn small(path: &Path) -> Option<String> {
     (length as u64 <= MAX_FILE_BYTES).then_some(text)
 }
 
-/// `{"terraform": {"backend": {"s3": {...}}}}`, where each may be a list of such objects too.
+/// Finds the backend in a JSON file: `{"terraform": {"backend": {"s3": {...}}}}`, where each object may also be a list
+/// of such objects.
 fn in_json(file: &Value) -> Option<(String, Map<String, Value>)> {
     let each = |value: &Value| match value {
         Value::Array(list) => list.clone(),
@@ -99,12 +103,13 @@ fn attributes(body: &Body) -> Map<String, Value> {
     body.attributes().filter_map(|attribute| Some((attribute.key.to_string(), value(&attribute.expr)?))).collect()
 }
 
-/// The value of an expression that depends on nothing.
+/// The value of an expression. `None` if it cannot be evaluated without variables.
 fn value(expression: &Expression) -> Option<Value> {
     serde_json::to_value(expression.evaluate(&Context::new()).ok()?).ok()
 }
 
-/// One `-backend-config`: `NAME=VALUE`, else a file in HCL or JSON (internal/command/init.go, `backendConfigOverrideBody`).
+/// The attributes of one `-backend-config`: `NAME=VALUE`, otherwise a file in HCL or JSON (internal/command/init.go,
+/// `backendConfigOverrideBody`). Empty if the file cannot be read.
 fn of_argument(directory: &Path, given: &OsString) -> Map<String, Value> {
     let text = given.to_string_lossy();
     if let Some((name, value)) = text.split_once('=') {
@@ -118,7 +123,8 @@ fn of_argument(directory: &Path, given: &OsString) -> Map<String, Value> {
     hcl::parse(&text).map(|body| attributes(&body)).unwrap_or_default()
 }
 
-/// A value on the command line: text as it is, but for what the schema has as something else.
+/// Converts a value from the command line. Text in brackets is parsed as HCL, and so is `true` or `false` unless the
+/// attribute is known to be a string: the schema has another type there. Any other value stays text.
 fn of_text(name: &str, text: &str) -> Value {
     let as_expression = || {
         let body = hcl::parse(&format!("value = {text}\n")).ok()?;

@@ -1,4 +1,4 @@
-//! Terraform's data directory, `.terraform`: which backend and which workspace are in use.
+//! Terraform's data directory, `.terraform`. It names the backend and the workspace in use.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,22 @@ use super::backend::CachedBackend;
 use super::command_line::CommandLine;
 use crate::sys::plain_file;
 
-/// What the data directory says at one moment.
+/// The content of the data directory at one moment.
 ///
-/// It is looked at before a run and after it: an `init` or a `workspace select` changes it in between, and a killed one
-/// may leave the old one.
+/// `tf` reads it before and after a run, because an `init` or a `workspace select` changes it in between. If such a
+/// command is killed, it may leave the old content.
 #[derive(Clone, Debug)]
 pub(crate) struct DataDirectory {
-    /// The backend that `init` wrote down, with the values of `-backend-config` in it: secrets among them.
+    /// The backend that `init` cached, with the values of `-backend-config`. It may contain secrets. `None` if no
+    /// backend is cached.
     pub(crate) backend: Option<CachedBackend>,
-    /// The selected workspace, `default` if none was.
+    /// The selected workspace; `default` if none was selected.
     pub(crate) workspace: String,
 }
 
 impl DataDirectory {
-    /// Where it is: TF_DATA_DIR or `.terraform`, below the directory that `-chdir` names
-    /// (internal/command/meta.go, `DataDir`; main.go changes the directory before).
+    /// The path of the data directory: `TF_DATA_DIR` or `.terraform`, in the directory that `-chdir` names
+    /// (internal/command/meta.go, `DataDir`; main.go changes the directory first).
     pub(crate) fn path(current: &Path, command_line: &CommandLine) -> PathBuf {
         let name = std::env::var_os("TF_DATA_DIR")
             .filter(|name| !name.is_empty())
@@ -29,7 +30,7 @@ impl DataDirectory {
         command_line.working_directory(current).join(name)
     }
 
-    /// Reads the directory as it is now.
+    /// Reads the data directory as it is now.
     pub(crate) fn read(path: &Path) -> Self {
         let backend = plain_file::read(&path.join("terraform.tfstate")).ok();
         let workspace = plain_file::read_text(&path.join("environment")).unwrap_or_default();

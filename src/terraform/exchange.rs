@@ -1,85 +1,90 @@
-//! Requests to DynamoDB and S3, and their answers, as a debug log shows them.
+//! Requests to DynamoDB and S3, and their responses, as a debug log shows them.
 //!
-//! Two programs write them in two ways. aws-sdk-go-base v2 (OpenTofu, Terraform since 1.6) has one record for each, in
-//! `backend-s3`: `HTTP Request Sent` before it is sent, `HTTP Response Received`; the fields of HTTP stand in any order, and
-//! those with a body go on below the first line (hc_logger.go, logger.go). The SDK for Go v1 (Terraform up to 1.5) dumps
-//! whole messages behind `[aws-sdk-go] DEBUG: Request dynamodb/PutItem Details:` (aws-sdk-go-base v0.x, logger.go).
+//! There are two formats:
+//! - aws-sdk-go-base v2 (OpenTofu, Terraform since 1.6) writes one record for each, in the module `backend-s3`:
+//!   `HTTP Request Sent` before a request is sent, and `HTTP Response Received`. The HTTP fields have no fixed order. A
+//!   record with a body continues below its first line (hc_logger.go, logger.go).
+//! - The SDK for Go v1 (Terraform up to 1.5) dumps whole messages after
+//!   `[aws-sdk-go] DEBUG: Request dynamodb/PutItem Details:` (aws-sdk-go-base v0.x, logger.go).
 
 use serde_json::Value;
 
 use super::lock_info::LockInfo;
 use super::record::LogRecord;
 
-/// What was seen of one exchange that matters to a lock.
+/// The part of a request or a response that matters to a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Exchange {
-    /// A lock is asked for in DynamoDB.
+    /// A request for a lock in DynamoDB.
     PutItem {
-        /// The lock, and the very text of it.
+        /// The lock as it is parsed from `text`.
         info: LockInfo,
+        /// The exact text of the lock.
         text: String,
     },
-    /// A lock is asked for in S3: bucket, and key of the state; the SHA-256 of what is put, in base 64.
+    /// A request for a lock in S3. `key` is the key of the state. `checksum` is the SHA-256 of the lock's text, in base
+    /// 64; `None` if the log does not show it.
     PutLock { bucket: String, key: String, checksum: Option<String> },
-    /// A state is written.
+    /// A write of a state.
     PutState { bucket: String, key: String },
-    /// An item is to go, by its `LockID`.
+    /// The delete of a DynamoDB item. `path` is its `LockID`.
     DeleteItem { path: String },
-    /// A lock's object is to go.
+    /// The delete of a lock object. `key` is the key of the state.
     DeleteLock { bucket: String, key: String },
-    /// Something else is asked of DynamoDB: it has an answer as well.
+    /// Another request to DynamoDB. It matters because it has a response too.
     Other { method: String },
-    /// One of those was answered.
+    /// The response to one of these requests.
     Answered {
-        /// `PutItem`, `DeleteObject`...
+        /// The operation: `PutItem`, `DeleteObject`...
         method: String,
-        /// What the exchange was about, where the answer tells: bucket and key of an object.
+        /// The bucket and the key of the object that the request was about. `None` if the response does not show them.
         object: Option<(String, String)>,
-        /// The HTTP status.
+        /// The status code of the HTTP response.
         status: u16,
     },
 }
 
 impl Exchange {
-    /// Whether requests are told here. Of a state that is written, Terraform up to 1.5 tells at any level of the SDK's.
+    /// Whether this shows that the log contains requests. An [`Exchange::PutState`] does not: Terraform up to 1.5 logs
+    /// the write of a state itself, at whatever level the SDK logs.
     pub(crate) fn is_of_http(&self) -> bool {
         !matches!(self, Self::PutState { .. })
     }
 }
 
-/// What the lines above have begun.
+/// The message that the lines read so far have begun and not completed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Begun {
     #[default]
     Nothing,
-    /// A request to DynamoDB, whose body is awaited.
+    /// A request to DynamoDB. Its body is still to come.
     Request { method: String },
-    /// An answer, whose status is awaited.
+    /// A response. Its status is still to come.
     Answer { method: String, object: Option<(String, String)> },
-    /// A state that is written: its bucket and key are awaited.
+    /// A write of a state. Its bucket and its key are still to come.
     Upload { bucket: Option<String> },
 }
 
-/// Reads the lines of a log one after the other.
+/// Parses the lines of a log, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Exchanges(Begun);
 
-/// What terraform puts behind the key of a state for the lock's object (backend/remote-state/s3/client.go,
+/// The suffix that terraform appends to the key of a state to name the lock object (backend/remote-state/s3/client.go,
 /// `lockFileSuffix`).
 pub(crate) const LOCK_FILE: &str = ".tflock";
 
 impl Exchanges {
-    /// Whether the lines to come belong to what has been read: whoever begins to read later must begin before it.
+    /// Whether the next lines belong to what has been read. A reader that resumes later must then start before it.
     pub(crate) fn is_within(&self) -> bool {
         self.0 != Begun::Nothing
     }
 
-    /// The same, of a request or an answer.
+    /// The same as [`Exchanges::is_within`], but only for a request or a response.
     pub(crate) fn is_within_http(&self) -> bool {
         matches!(self.0, Begun::Request { .. } | Begun::Answer { .. })
     }
 
-    /// Takes the first line of a record.
+    /// Parses the first line of a record. `None` if no exchange is complete yet.
     pub(crate) fn record(&mut self, record: &LogRecord<'_>) -> Option<Exchange> {
         self.0 = Begun::Nothing;
         if record.module.starts_with("backend-s3") {
@@ -105,7 +110,7 @@ impl Exchanges {
         None
     }
 
-    /// Takes a line that is no record of its own.
+    /// Parses a line that does not begin a record. `None` if no exchange is complete yet.
     pub(crate) fn line(&mut self, line: &str) -> Option<Exchange> {
         match &mut self.0 {
             Begun::Nothing => None,
@@ -171,8 +176,8 @@ impl Exchanges {
     }
 }
 
-/// `PutItem`, whether it is called so, `DynamoDB/PutItem` (since aws-sdk-go-base v2.0.0-beta.72) or by the name that
-/// the first of them had.
+/// Returns the operation, such as `PutItem`. Since aws-sdk-go-base v2.0.0-beta.72 the field has the form
+/// `DynamoDB/PutItem`. The first versions called the field `aws.operation`.
 fn method(record: &LogRecord<'_>) -> Option<String> {
     let method = record.field("rpc.method").or_else(|| record.field("aws.operation"))?;
     Some(method.rsplit('/').next().unwrap_or_default().to_owned())
@@ -185,7 +190,7 @@ fn object(record: &LogRecord<'_>) -> Option<(String, String)> {
 fn of_body(method: &str, body: &Value) -> Option<Exchange> {
     let text = |pointer: &str| body.pointer(pointer).and_then(Value::as_str);
     match method {
-        // The digest of a state is put in the same way, without a condition.
+        // The digest of a state is written by a `PutItem` as well, but without a condition.
         "PutItem" if text("/ConditionExpression") == Some("attribute_not_exists(LockID)") => {
             let text = text("/Item/Info/S")?.to_owned();
             Some(Exchange::PutItem { info: LockInfo::parse(&text)?, text })

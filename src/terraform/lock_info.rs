@@ -1,36 +1,38 @@
-//! Terraform's lock: the JSON that stands in a DynamoDB item or a `.tflock` object.
+//! Terraform's lock: the JSON in a DynamoDB item or a `.tflock` object.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// statemgr.LockInfo (internal/states/statemgr/locker.go). Field names are Go's own; nothing else is promised.
+/// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are those of Go's fields;
+/// terraform promises nothing else about the format.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct LockInfo {
-    /// 8-4-4-4-12 hexadecimal digits, drawn anew for each lock.
+    /// The lock ID: 8-4-4-4-12 hexadecimal digits, generated anew for each lock. In Google Cloud Storage it is the
+    /// generation of the lock object, a number.
     #[serde(rename = "ID")]
     pub(crate) id: String,
-    /// `OperationTypeApply`, `state-mv`, `init`...
+    /// The operation that the lock was taken for: `OperationTypeApply`, `state-mv`, `init`...
     #[serde(default)]
     pub(crate) operation: String,
-    /// `user@host`.
+    /// The user and the host of the holder: `user@host`.
     #[serde(default)]
     pub(crate) who: String,
-    /// Terraform's version.
+    /// Terraform's version, without a suffix such as `-rc1`.
     #[serde(default)]
     pub(crate) version: String,
-    /// When the holder began to ask for the lock, by its own clock, RFC 3339.
+    /// When the holder began to request the lock, in RFC 3339, by the clock of the holder's host.
     #[serde(default)]
     pub(crate) created: String,
-    /// For S3: `bucket/key` of the state.
+    /// The path of the state. For S3 it is `bucket/key`.
     #[serde(default)]
     pub(crate) path: String,
 }
 
 impl LockInfo {
-    /// Reads a lock as terraform does (Go's encoding/json): the case of a name does not matter, the last of two counts, and null
-    /// is nothing. `None` for anything that is not a lock, and for one without an ID: terraform writes none, and nobody can name
-    /// it.
+    /// Parses a lock as terraform does (Go's encoding/json): the case of a name is ignored, the last of two equal names
+    /// counts, and `null` leaves a field empty. `None` if the text is not a lock, or has no ID: terraform writes no
+    /// such lock, and no command could name it.
     pub(crate) fn parse(json: &str) -> Option<Self> {
         let serde_json::Value::Object(fields) = serde_json::from_str(json).ok()? else { return None };
         let mut lock = Self::default();
@@ -54,8 +56,10 @@ impl LockInfo {
         (!lock.id.is_empty()).then_some(lock)
     }
 
-    /// The lock that refused a terraform, out of what it says of it (statemgr.LockError, `Error`): lines of a name, a colon and
-    /// a value. Lines of an API's own text may look like that too; what counts stands behind `Lock Info:`.
+    /// Parses the existing lock from the error message of a terraform that could not acquire it (statemgr.LockError,
+    /// `Error`). Each line has a name, a colon and a value. The text of an API error may contain such lines too, so
+    /// only lines after `Lock Info:` count. `None` if there is no such block, or if it lacks `ID`, `Operation`, `Who`,
+    /// `Version` or `Created`.
     pub(crate) fn of_refusal(said: &str) -> Option<Self> {
         let (_, block) = said.split_once("Lock Info:")?;
         let line = |name: &str| {
@@ -63,7 +67,7 @@ impl LockInfo {
             let value = lines.take(8).find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
             Some(value.trim().to_owned())
         };
-        // As Go prints a time: `2026-11-22 23:26:03.031578055 +0000 UTC`.
+        // Go prints a time as `2026-11-22 23:26:03.031578055 +0000 UTC`.
         let created = line("Created")?;
         let created = created.strip_suffix(" UTC").unwrap_or(&created);
         let created = Timestamp::strptime("%Y-%m-%d %H:%M:%S%.f %z", created).ok();
@@ -77,13 +81,14 @@ impl LockInfo {
         })
     }
 
-    /// `Created` as a point in time.
+    /// `Created` as a point in time. `None` if it cannot be parsed.
     pub(crate) fn created(&self) -> Option<Timestamp> {
         self.created.parse().ok()
     }
 }
 
-/// Whether `text` has the form of a lock ID. A torn or foreign one must never be looked for.
+/// Whether `text` has the form of a lock ID. `tf` must never search for an ID that is truncated, or that terraform did
+/// not generate.
 pub(crate) fn is_lock_id(text: &str) -> bool {
     let lengths = [8, 4, 4, 4, 12];
     let parts: Vec<_> = text.split('-').collect();
@@ -93,7 +98,7 @@ pub(crate) fn is_lock_id(text: &str) -> bool {
         })
 }
 
-/// A new ID, in the form that terraform's have.
+/// Generates a random ID in the form of terraform's lock IDs.
 pub(crate) fn new_id() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     let random = || RandomState::new().build_hasher().finish();
@@ -108,10 +113,11 @@ pub(crate) fn new_id() -> String {
     )
 }
 
-/// `Who` as a terraform that we start writes it: `user@host`.
+/// Returns the `Who` that a terraform started by this process writes: `user@host`.
 ///
-/// Release builds of Terraform have no C library, so Go reads /etc/passwd for the user ID, falls back to `$USER` where
-/// also `$HOME` is set, and the error of both leaves the name empty (os/user/lookup_stubs.go; statemgr.NewLockInfo).
+/// Release builds of Terraform are built without a C library. So Go looks the user ID up in /etc/passwd, and otherwise
+/// uses `$USER` if `$HOME` is set too. If both fail, the name is empty (os/user/lookup_stubs.go; statemgr.NewLockInfo).
+/// On macOS this function asks the system's user database before it uses `$USER`.
 pub(crate) fn who() -> String {
     let uid = nix::unistd::getuid();
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Logs of versions that cannot be had here, made from the formats in their sources.
+//! Logs of versions that are not available to these tests, made from the formats in their sources.
 
 use super::*;
 use crate::terraform::log::tests::ID;
@@ -15,9 +15,9 @@ fn at(millisecond: u32) -> String {
     format!("2026-11-23T01:46:07.{millisecond:03}Z")
 }
 
-/// `[DEBUG] [aws-sdk-go] %s` (aws-sdk-go-base v0.7.1, logger.go:17) around the dumps of the SDK for Go v1 (aws/client/logger.go,
-/// `logReqMsg` and `logRespMsg`), through the standard logger, which leaves the lines below the first as they are
-/// (Terraform v1.5.7, internal/logging/logging.go:57).
+/// The format is `[DEBUG] [aws-sdk-go] %s` (aws-sdk-go-base v0.7.1, logger.go:17) around the dumps of the SDK for Go v1
+/// (aws/client/logger.go, `logReqMsg` and `logRespMsg`). It passes through the standard logger, which does not change
+/// the lines below the first (Terraform v1.5.7, internal/logging/logging.go:57).
 fn v1_request(millisecond: u32, call: &str, body: &str) -> String {
     let target = call.split('/').nth(1).unwrap();
     format!(
@@ -47,7 +47,8 @@ fn v1_put(millisecond: u32) -> String {
 
 const V1_DELETE: &str = r#"{"Key":{"LockID":{"S":"bkt/dir/prod.tfstate"}},"TableName":"locks"}"#;
 
-/// Terraform v1.5.7, main.go:82 and backend/remote-state/s3/client.go:182 (`log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
+/// The log of one lock from request to delete (Terraform v1.5.7, main.go:82 and backend/remote-state/s3/client.go:182:
+/// `log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
 fn v1_life() -> Vec<String> {
     vec![
         format!("{} [INFO]  Terraform version: 1.5.7\n", at(500)),
@@ -116,7 +117,7 @@ fn a_log_of_requests_cut_at_any_byte_or_read_in_pieces_claims_no_other_lock() {
     }
 }
 
-/// Whoever reads on from what was kept of a log begins before a record that was not whole, and comes to the same end.
+/// A reader that resumes from a stored [`Log`] starts before a record that was incomplete, and gets the same result.
 #[test]
 fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
     for text in [v1_life().concat(), tofu_life(true).concat()] {
@@ -134,9 +135,9 @@ fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
     }
 }
 
-/// OpenTofu v1.11.0 and later: attachLoggerToContext in s3Lock and dynamoDBLock (backend/remote-state/s3/client.go:294, 332);
-/// records of aws-sdk-go-base v2.0.0-beta.66 (logger.go:139 and 163, logging/hc_logger.go), and with `newer` those of beta.72,
-/// which call a method by its service too.
+/// A record of OpenTofu v1.11.0 and later: attachLoggerToContext in s3Lock and dynamoDBLock
+/// (backend/remote-state/s3/client.go:294, 332). The format is that of aws-sdk-go-base v2.0.0-beta.66 (logger.go:139
+/// and 163, logging/hc_logger.go), or with `newer` that of beta.72, in which the name of a method includes its service.
 fn tofu_record(millisecond: u32, kind: &str, service: &str, method: &str, newer: bool, fields: &str) -> String {
     let method = if newer {
         format!("rpc.method={service}/{method} rpc.system.name=aws-api")
@@ -148,7 +149,7 @@ fn tofu_record(millisecond: u32, kind: &str, service: &str, method: &str, newer:
 
 const LOCK_OBJECT: &str = "aws.s3.bucket=bkt aws.s3.key=dir/prod.tfstate.tflock";
 
-/// The SHA-256 of the lock as it is in `tofu_life`, as the log quotes it.
+/// The SHA-256 of the lock in `tofu_life`, as the log writes it.
 fn checksum() -> String {
     aws_smithy_types::base64::encode(Sha256::digest(INFO.replace('\\', "")))
 }
@@ -185,7 +186,7 @@ fn tofu_life(newer: bool) -> Vec<String> {
                 "aws.dynamodb.table_names=[\"locks\"] http.method=POST\n  http.request.body=\n  | {{\"ConditionExpression\":\"attribute_not_exists(LockID)\",\"Item\":{{\"LockID\":{{\"S\":\"bkt/dir/prod.tfstate\"}},\"Info\":{{\"S\":\"{INFO}\"}}}},\"TableName\":\"locks\"}}\n   http.request_content_length=402"
             ),
         ),
-        // The status stands behind the body here: the fields have no order.
+        // Here the status follows the body, because the fields have no fixed order.
         record(
             610,
             received,
@@ -213,13 +214,13 @@ fn a_later_opentofu_tells_both_halves_by_its_requests() {
     for newer in [false, true] {
         let life = tofu_life(newer);
         let seen = |steps: usize| log(&life[..steps].concat());
-        // The object alone: known by its text.
+        // Only the object was requested. It is identified by its text.
         let first = seen(3);
         let object = first.standing_unnamed().next().unwrap();
         let expected =
             LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
         assert_eq!((&object.mark, object.granted.is_some()), (&expected, true));
-        // Its ID, and so both halves of one lock.
+        // Now the ID is known, so both parts belong to one lock.
         let second = seen(4);
         assert_eq!(second.standing_unnamed().count(), 0);
         assert_eq!(second.locks[0].parts, LockParts { s3: true, dynamodb: true });
@@ -242,7 +243,8 @@ fn without_a_checksum_an_object_is_known_by_its_place_alone() {
     assert_eq!(*checksum, None);
 }
 
-/// internal/backend/local/backend_local.go:51 and 64 of OpenTofu v1.6.0, 57 and 70 of v1.10.0, 54 and 67 of Terraform v1.15.9.
+/// The records come from internal/backend/local/backend_local.go: lines 51 and 64 in OpenTofu v1.6.0, 57 and 70 in
+/// v1.10.0, 54 and 67 in Terraform v1.15.9.
 #[test]
 fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_would_tell_it() {
     let pair = format!(
@@ -255,15 +257,15 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         ("OpenTofu version: 1.10.9", 1),
         ("Terraform version: 1.11.4", 0),
         ("Terraform version: 1.8.4", 0),
-        // Its requests were not logged: the level was somebody else's choice.
+        // Its requests were not logged: `tf` did not choose the log level.
         ("Terraform version: 1.5.7", 1),
     ] {
         let log = log(&format!("{} [INFO]  {version}\n{pair}", at(500)));
         assert_eq!(log.standing_unnamed().count(), unnamed, "{version}");
         assert_eq!(log.unnamed[0].mark, LockIdentity::Workspace("green".into()));
     }
-    // Nor were they where it has told that it writes its state, which is at another level
-    // (backend/remote-state/s3/client.go:182).
+    // A log that reports a write of the state does not necessarily contain the requests: the write is logged at another
+    // level (backend/remote-state/s3/client.go:182).
     let upload = format!(
         "{} [DEBUG] Uploading remote state to S3: {{\n  Body: buffer(0xc000),\n  Bucket: \"bkt\",\n  Key: \"dir/prod.tfstate\"\n}}\n",
         at(700)
@@ -279,7 +281,8 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
     assert!(log(&told).unnamed.is_empty(), "it was told to take no lock");
 }
 
-/// Killed between the two, it may have its lock, or get it when it is dead.
+/// A terraform that is killed between the two records may hold its lock, or its request may still be granted after its
+/// death.
 #[test]
 fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     let lines = [
@@ -290,22 +293,22 @@ fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     let asked = log(&[version("OpenTofu version: 1.6.2"), lines[0].clone()].concat());
     let lock = asked.standing_unnamed().next().unwrap();
     assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.ends_holding_lock());
-    // What was kept of it, read on, is the same one.
+    // A reader that resumes from the stored log finds the same lock and adds no second one.
     let mut kept: Log = serde_json::from_str(&serde_json::to_string(&asked).unwrap()).unwrap();
     kept.read(lines[1].as_bytes());
     assert_eq!(kept.unnamed.len(), 1);
     assert!(kept.unnamed[0].granted.is_some() && !kept.unnamed[0].is_only_asked_for());
-    // Where the locks themselves are told, two records of the local backend tell of none.
+    // In a log that reports the locks themselves, the two records of the local backend do not show a lock.
     for told in ["Terraform version: 1.11.4", "Terraform version: 1.8.4"] {
         assert!(!log(&[version(told), lines[0].clone()].concat()).may_hold(), "{told}");
     }
-    // It ended well: whatever it asked for is over.
+    // Terraform ended well, so everything that it requested is over.
     let mut well = asked.clone();
     well.ended_well();
     assert!(!well.may_hold());
 }
 
-/// backend/remote-state/s3/client.go:296 and 343 of Terraform v1.9.8.
+/// The messages are those of Terraform v1.9.8, backend/remote-state/s3/client.go:296 and 343.
 #[test]
 fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
     let locked = |at, text: &str| super::tests::lock_line(at, text, ID, "r");
@@ -323,7 +326,7 @@ fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
     assert!(!whole.ends_with_request() && log(&life[..3].concat()).ends_with_request());
     whole.ended_well();
     assert_eq!(whole.unreleased().count(), 0);
-    // One that says what is gone is believed in that alone.
+    // For a version that reports each release (since 1.10), a good end is not taken as a release.
     let mut newer = log(&life
         .concat()
         .replace("1.9.8\n", "1.10.5\n")

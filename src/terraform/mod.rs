@@ -1,6 +1,6 @@
-//! What we know of terraform: its command line, its binary, its data directory, its log and its lock.
+//! What `tf` knows about terraform: its command line, its binary, its data directory, its log and its lock.
 //!
-//! Facts about Terraform name the file of its source where they stand (v1.11.4 unless another version is given).
+//! A comment that states a fact about Terraform cites the source file, in v1.11.4 unless it gives another version.
 
 pub(crate) mod backend;
 pub(crate) mod binary;

@@ -1,37 +1,39 @@
-//! The backends other than S3: what an abrupt end leaves in each, and what `tf` does about it. The one list;
-//! docs/backends.md is made from it.
+//! The backends other than S3: what an abrupt end of terraform leaves in each, and what `tf` does about it. This is the
+//! only list; docs/backends.md is generated from it.
 //!
-//! Read in the sources of Terraform 1.15 and OpenTofu 1.12 (internal/backend/remote-state/KIND/client.go, `Lock` and `Unlock`).
+//! The facts come from the sources of Terraform 1.15 and OpenTofu 1.12 (internal/backend/remote-state/KIND/client.go,
+//! `Lock` and `Unlock`).
 
 use serde_json::Value;
 
 use super::backend::{CachedBackend, is_unset};
 
-/// What is done about a lock that a dead terraform left.
+/// What `tf` does about a lock that a dead terraform left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum UnlockPolicy {
-    /// Nothing: the lock ends with its process, or with its session.
+    /// Nothing: the lock ends with its process or its session.
     Nothing,
-    /// `force-unlock` with the lock's ID, whose delete the service itself makes depend on that ID.
+    /// Run `force-unlock` with the lock's ID. The service itself makes the delete conditional on that ID.
     ForceUnlock,
-    /// It is named: an unlock there may hit whoever holds the lock by then.
+    /// Report the lock and do not release it: an unlock in this backend may release a lock that another holder has
+    /// acquired in the meantime.
     Name,
 }
 
-/// One backend.
+/// One backend, and what `tf` knows about its locks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OtherBackend {
     pub(crate) kind: &'static str,
     pub(crate) unlock_policy: UnlockPolicy,
-    /// What is left when terraform is killed.
+    /// What remains when terraform is killed.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     leaves: &'static str,
-    /// Whether its unlock depends on the ID, and how that was shown.
+    /// Whether the unlock is conditional on the lock's ID, and how that was verified.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     conditional: &'static str,
-    /// How a person sees who holds the lock.
+    /// How to see which run holds the lock.
     pub(crate) look: &'static str,
-    /// The attributes that say where the lock is, and hold no secret.
+    /// The attributes that say where the lock is. They hold no secret.
     place: &'static [&'static str],
 }
 
@@ -46,7 +48,8 @@ const fn backend(
     OtherBackend { kind, unlock_policy, leaves, conditional, look, place }
 }
 
-/// Every one that Terraform has had since 0.15.
+/// The backends of Terraform 1.15 and OpenTofu 1.12, except `s3`. Those that Terraform 1.3 removed (artifactory, etcd,
+/// etcdv3, manta, swift) are not listed.
 pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     backend(
         "local",
@@ -154,17 +157,18 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     ),
 ];
 
-/// Who answers in place of Google Cloud Storage.
+/// The attribute that names a service to use in place of Google Cloud Storage.
 const ENDPOINT: &str = "storage_custom_endpoint";
 
 impl OtherBackend {
-    /// What is known of a backend. `None` for S3, and for one that nobody has heard of.
+    /// Returns what is known of a backend. `None` for `s3`, and for a backend that is not in the list.
     pub(crate) fn of(backend: &CachedBackend) -> Option<&'static Self> {
         OTHER_BACKENDS.iter().find(|other| other.kind == backend.kind)
     }
 
-    /// What is to be done in this very backend. A service that is not Google's own may ignore the condition: the one that
-    /// the tests use does.
+    /// Returns the policy for this particular block; `variable` reads the environment. For `gcs` with an endpoint of
+    /// its own it is [`UnlockPolicy::Name`], because a service other than Google's may ignore the condition of the
+    /// delete. The service that the tests use ignores it.
     pub(crate) fn deed_in(&self, backend: &CachedBackend, variable: impl Fn(&str) -> Option<String>) -> UnlockPolicy {
         const ENDPOINTS: [&str; 3] =
             ["GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", "GOOGLE_STORAGE_CUSTOM_ENDPOINT", "STORAGE_EMULATOR_HOST"];
@@ -173,13 +177,13 @@ impl OtherBackend {
         if self.kind == "gcs" && elsewhere { UnlockPolicy::Name } else { self.unlock_policy }
     }
 
-    /// Whether an attribute of it says where the lock is or who answers there, and is known to hold no secret.
+    /// Whether an attribute says where the lock is or which service has it, and is known to contain no secret.
     pub(crate) fn may_keep(&self, name: &str, value: &Value) -> bool {
         let known = self.place.contains(&name) || name == ENDPOINT;
         known && value.as_str().is_none_or(|text| without_secrets(text) == text)
     }
 
-    /// Where the lock is, for a person: what the block says of it, without a secret.
+    /// Describes the location of the lock for a message: the attributes in the block that name it, without secrets.
     pub(crate) fn place(&self, backend: &CachedBackend) -> String {
         let named = self.place.iter().filter_map(|name| {
             let value = match backend.attributes().find(|(known, value)| known == name && !is_unset(value))?.1 {
@@ -192,7 +196,8 @@ impl OtherBackend {
     }
 }
 
-/// A URL without its user and its query, either of which can be a password.
+/// Removes the query and the fragment from a URL, and replaces a URL that contains a user: each can contain a password.
+/// Other text is returned unchanged.
 fn without_secrets(text: &str) -> &str {
     if !text.contains("://") {
         return text;
@@ -201,7 +206,7 @@ fn without_secrets(text: &str) -> &str {
     if text.contains('@') { "(not shown: it has a user in it)" } else { text }
 }
 
-/// docs/backends.md.
+/// Generates the text of docs/backends.md.
 #[cfg(test)]
 pub(crate) fn document() -> String {
     use std::fmt::Write as _;

@@ -1,9 +1,10 @@
-//! A plan that `terraform plan -out` has written: which backend and which workspace it is for. `terraform apply PLANFILE` takes
-//! both from there, and not from the data directory (internal/command/meta_backend.go, `BackendForLocalPlan`).
+//! A plan that `terraform plan -out` has written, and the backend and the workspace that it names.
+//! `terraform apply PLANFILE` uses those, and not the ones in the data directory (internal/command/meta_backend.go,
+//! `BackendForLocalPlan`).
 //!
-//! It is a ZIP archive (internal/plans/planfile/writer.go) whose entry `tfplan` is a message of Protocol Buffers
-//! (internal/plans/planproto/planfile.proto); the backend's attributes are in it as MessagePack. OpenTofu can encrypt it, and
-//! then nothing can be read.
+//! A plan is a ZIP archive (internal/plans/planfile/writer.go). Its entry `tfplan` is a Protocol Buffers message
+//! (internal/plans/planproto/planfile.proto), which contains the attributes of the backend as MessagePack. OpenTofu can
+//! encrypt a plan; `tf` cannot read such a plan.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,10 +15,11 @@ use serde_json::{Map, Value};
 use super::backend::CachedBackend;
 use super::data_directory::DataDirectory;
 
-/// No plan is larger. A larger one is not read, and its lock is looked for where the data directory says.
+/// The maximum size of the entry `tfplan`: 256 MiB, in bytes. A larger plan is not read, and its lock is searched for
+/// in the backend that the data directory names.
 const MAX_PLAN_BYTES: u64 = 256 << 20;
 
-/// What matters of the message; the rest is skipped.
+/// The fields of the message that `tf` needs. The others are skipped.
 #[derive(Message)]
 struct PlanMessage {
     #[prost(message, optional, tag = "13")]
@@ -42,7 +44,8 @@ struct Dynamic {
     msgpack: Vec<u8>,
 }
 
-/// Reads a plan. `None` for what is none, or none that can be read.
+/// Reads the backend and the workspace from a plan. `None` if the file is not a plan, cannot be read, or names no
+/// backend.
 pub(crate) fn read(file: &File) -> Option<DataDirectory> {
     let mut archive = zip::ZipArchive::new(file).ok()?;
     let entry = archive.by_name("tfplan").ok()?;
@@ -101,7 +104,7 @@ mod tests {
             let _ = read(&plan("tfplan", &message()[..cut]));
         }
         let mut file = tempfile::tempfile().unwrap();
-        // As OpenTofu encrypts one.
+        // An encrypted plan of OpenTofu looks like this.
         file.write_all(b"{\"meta\":{},\"encrypted_data\":\"x\",\"encryption_version\":\"v0\"}").unwrap();
         assert!(read(&file).is_none());
         assert!(read(&tempfile::tempfile().unwrap()).is_none());

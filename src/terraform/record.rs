@@ -5,29 +5,30 @@
 //!   | a value with a newline in it goes on like this
 //! ```
 //!
-//! Everything in it may be a stranger's text: core logs diagnostics raw, and an API error with a newline can put a
-//! perfect record at the beginning of a line. So this only reads; what a record is worth is decided in `lock::proof`.
+//! Any text in a record may come from outside terraform: core logs diagnostics as they are, and an API error with a
+//! newline can put a well-formed record at the beginning of a line. So this module only parses. `lock::proof` decides
+//! whether to trust a record.
 
 use jiff::Timestamp;
 
-/// The key of the state that a record of the S3 backend is about.
+/// The name of the field with the key of the state, in records of the S3 backend.
 pub(crate) const KEY: &str = "tf_backend.s3.path";
 
-/// A record: one line, and the indented lines with the values that have a newline in them.
+/// A record: one line, and the indented lines of any values that contain a newline.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogRecord<'a> {
-    /// When, to the millisecond, by the clock of this host.
+    /// The time of the record, to the millisecond, by the clock of this host.
     pub(crate) time: Timestamp,
-    /// `backend-s3` in the example; empty where there is none.
+    /// The module: `backend-s3` in the example. Empty if there is none.
     pub(crate) module: &'a str,
-    /// `Locked remote state (DynamoDB only)` in the example.
+    /// The message: `Locked remote state (DynamoDB only)` in the example.
     pub(crate) message: &'a str,
     fields: &'a str,
 }
 
 impl<'a> LogRecord<'a> {
-    /// Reads a record: its first line, or that with the lines that go on with it. `None` for what is not one: a
-    /// continuation, a torn line, a foreign line.
+    /// Parses a record: its first line, alone or with the lines that continue it. `None` if the text is not a record,
+    /// such as a continuation, a truncated line or a line in another format.
     pub(crate) fn parse(text: &'a str) -> Option<Self> {
         let (time, rest) = text.split_once(' ')?;
         let time = parse_time(time)?;
@@ -36,7 +37,7 @@ impl<'a> LogRecord<'a> {
             return None;
         }
         let rest = rest.trim_start_matches(' ');
-        // A module has no spaces; a message without a module begins with words.
+        // A module has no spaces, while a message without a module begins with words.
         let (module, rest) = match rest.split_once(": ") {
             Some((module, rest)) if !module.contains(' ') => (module, rest),
             _ => ("", rest),
@@ -47,18 +48,19 @@ impl<'a> LogRecord<'a> {
         Some(Self { time, module, message, fields })
     }
 
-    /// What stands behind the message.
+    /// The text after the message.
     pub(crate) fn rest(&self) -> &'a str {
         self.fields
     }
 
-    /// Whether it is a record of the S3 backend's about a state whose key has a newline in it: further lines belong to it.
-    /// The key is the last field of each such record (backend/remote-state/s3/client.go, `logger`; fields are sorted).
+    /// Whether this is a record of the S3 backend about a state whose key contains a newline, so that further lines
+    /// belong to it. The key is the last field of each such record (backend/remote-state/s3/client.go, `logger`; fields
+    /// are sorted).
     pub(crate) fn goes_on(&self) -> bool {
         self.module == "backend-s3" && self.fields.starts_with("tf_backend.") && self.field(KEY).is_none()
     }
 
-    /// The value of field `name`, if the record has exactly one such field.
+    /// The value of the field `name`. `None` unless the record has exactly one such field.
     pub(crate) fn field(&self, name: &str) -> Option<String> {
         let mut found = None;
         for (key, value) in Fields(self.fields) {
@@ -70,11 +72,12 @@ impl<'a> LogRecord<'a> {
     }
 }
 
-/// The `key=value` pairs of a record (go-hclog, intlogger.go, `logPlain`). A value with anything but the characters from `-`
-/// to `~` is quoted; one with a newline stands on lines of its own, each behind `  | `.
+/// Iterates over the `key=value` pairs of a record (go-hclog, intlogger.go, `logPlain`). A value is quoted if it
+/// contains any character outside the range `-` to `~`. A value with a newline is on lines of its own, each of which
+/// begins with `  | `.
 struct Fields<'a>(&'a str);
 
-/// What each line of a value with a newline begins with.
+/// The prefix of each line of a value that contains a newline.
 const INDENT: &str = "  | ";
 
 impl<'a> Iterator for Fields<'a> {
@@ -103,8 +106,8 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
-/// Reads the lines of a value, and gives what stands behind them. A newline at the very end of the value cannot be seen if
-/// there is another one.
+/// Parses the lines of such a value, and returns it with the text after it. If the value contains another newline, a
+/// newline at its very end is lost, because the log does not show it.
 fn indented(text: &str) -> (String, &str) {
     let mut lines = Vec::new();
     let mut rest = text;
@@ -119,8 +122,9 @@ fn indented(text: &str) -> (String, &str) {
     }
 }
 
-/// Where the quote is that closes a value. A backslash is not escaped, so a value may end with one: then its closing quote
-/// looks like an escaped one, and only what stands behind it tells the two apart.
+/// Finds the quote that closes a value. hclog does not escape backslashes, so a value may end with one. Its closing
+/// quote then looks like an escaped quote, and only the text after it shows the difference. `None` if no quote closes
+/// the value.
 fn end_of_quoted(text: &str) -> Option<usize> {
     let closing: Vec<usize> =
         text.match_indices('"').map(|(at, _)| at).filter(|&at| is_between_fields(&text[at + 1..])).collect();
@@ -128,7 +132,7 @@ fn end_of_quoted(text: &str) -> Option<usize> {
     closing.iter().copied().find(|&at| !escaped(at)).or_else(|| closing.first().copied())
 }
 
-/// Whether a field can end in front of `text`: it is the end of the record, or another field begins.
+/// Whether a field can end directly before `text`: the record ends there, or another field begins.
 fn is_between_fields(text: &str) -> bool {
     let Some(rest) = text.strip_prefix([' ', '\n']) else { return text.is_empty() };
     let name = rest.trim_start_matches(' ');
@@ -136,9 +140,10 @@ fn is_between_fields(text: &str) -> bool {
     end.is_some_and(|end| end > 0 && name[end..].starts_with('='))
 }
 
-/// Undoes hclog's `writeEscapedForOutput`, which escapes what is not printable, and quotes within quotes, but no backslash:
-/// one that begins no such escape is itself. A text with a backslash of its own in front of what looks like an escape is
-/// read as another one than it was; the lock that has it is then found nowhere, and named.
+/// Reverses hclog's `writeEscapedForOutput`, which escapes unprintable characters, and quotes in quoted values, but not
+/// backslashes. A backslash that does not begin such an escape stands for itself. If the original text has a backslash
+/// before something that looks like an escape, the result is wrong: the lock with that text is then not found, and is
+/// reported instead of released.
 fn unescape(text: &str, quoted: bool) -> String {
     let mut value = String::new();
     let mut rest = text;
@@ -152,13 +157,14 @@ fn unescape(text: &str, quoted: bool) -> String {
     value
 }
 
-/// The character that is escaped so, and how many bytes behind the backslash say it.
+/// Decodes one escape, of which `text` is the part after the backslash. Returns the character, and the number of bytes
+/// that the escape has after the backslash. `None` if `text` does not begin with an escape.
 fn escape(text: &str, quoted: bool) -> Option<(char, usize)> {
     let hexadecimal = |digits: usize| {
         let text =
             text.get(1..=digits).filter(|text| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))?;
         let character = char::from_u32(u32::from_str_radix(text, 16).ok()?)?;
-        // What is printable is never escaped.
+        // hclog never escapes a printable character.
         (!character.is_ascii_graphic() && character != ' ').then_some((character, digits + 1))
     };
     Some(match text.bytes().next()? {
@@ -176,7 +182,7 @@ fn escape(text: &str, quoted: bool) -> Option<(char, usize)> {
     })
 }
 
-/// hclog's time: `2006-01-02T15:04:05.000Z0700`, so the offset is `Z` or `+0200`.
+/// Parses hclog's time format, `2006-01-02T15:04:05.000Z0700`. The offset is `Z` or has the form `+0200`.
 fn parse_time(text: &str) -> Option<Timestamp> {
     if text.ends_with('Z') {
         return text.parse().ok();
@@ -232,7 +238,8 @@ mod tests {
         }
     }
 
-    /// What terraform 1.11.4 writes for a state's key, in `tf_backend.s3.path`, with the field before it.
+    /// The text is what terraform 1.11.4 writes for the key of a state in `tf_backend.s3.path`, with the separator
+    /// before it.
     #[test]
     fn a_key_is_read_as_hclog_writes_it() {
         for (written, key) in [
@@ -270,7 +277,8 @@ mod tests {
             let field = |name: &str| record.field(name);
             assert_eq!(field(KEY).as_deref(), Some(key), "{written}");
             assert_eq!(field("tf_backend.lock.id").as_deref(), Some("i"), "{written}");
-            // Where a backslash hides the closing quote the next one closes, and nothing agrees with what is read.
+            // If a value ends with a backslash, its closing quote looks escaped and the next quote ends the value. The
+            // text that is then read matches no lock.
             if !key.ends_with('\\') {
                 assert_eq!(field("tf_backend.lock.path").as_deref(), Some(key), "{written}");
                 assert_eq!(field("tf_backend.lock.who").as_deref(), Some("an na@vm"), "{written}");

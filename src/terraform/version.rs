@@ -1,15 +1,15 @@
-//! Which program terraform is, and what its log tells of its locks.
+//! Which program a terraform is, and how much its log reports about its locks.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The program behind the name.
+/// The program that is run under the name of terraform or tofu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Product {
-    /// HashiCorp's.
+    /// HashiCorp's Terraform.
     Terraform,
-    /// Its fork.
+    /// OpenTofu, the fork of Terraform.
     OpenTofu,
 }
 
@@ -17,27 +17,28 @@ pub(crate) enum Product {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Version {
     product: Product,
-    /// As the program writes it: `1.11.4`, `1.6.0 dev`.
+    /// The version as the program writes it: `1.11.4`, `1.6.0 dev`.
     text: String,
 }
 
-/// How much of a lock of the S3 backend a log tells, and at which level.
+/// How much a log reports about a lock of the S3 backend, and at which level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogDetail {
-    /// Terraform since 1.10: the lock's ID before it is asked for, when it is had, and when it is gone; at INFO.
+    /// Terraform since 1.10: the lock's ID before it is requested, when it is acquired, and when it is released; at
+    /// INFO.
     Full,
-    /// Terraform 1.6 to 1.9: the ID before the lock is asked for and before it is given back, and no answers; at INFO.
+    /// Terraform 1.6 to 1.9: the lock's ID before it is requested and before it is released, but no results; at INFO.
     IdsOnly,
-    /// Terraform 0.15 to 1.5, OpenTofu since 1.11: the requests to the services and their answers, at DEBUG.
+    /// Terraform 0.15 to 1.5, OpenTofu since 1.11: the requests to the services and their responses; at DEBUG.
     HttpTraffic,
-    /// OpenTofu up to 1.10: that a lock was had, and not which; at TRACE.
+    /// OpenTofu up to 1.10: that a lock was acquired, but not which; at TRACE.
     AcquireOnly,
-    /// Anything older.
+    /// Terraform before 0.15: nothing.
     None,
 }
 
 impl LogDetail {
-    /// What terraform's `TF_LOG_CORE` must be for it.
+    /// The value that terraform's `TF_LOG_CORE` needs for this much detail.
     pub(crate) fn level(self) -> &'static str {
         match self {
             Self::Full | Self::IdsOnly | Self::None => "INFO",
@@ -47,11 +48,12 @@ impl LogDetail {
     }
 }
 
-/// No version is longer, in characters.
+/// The maximum length of a version from a log, in characters. The rest is cut off.
 const MAX_TEXT_BYTES: usize = 128;
 
 impl Version {
-    /// Out of a log's first record: its message, `Terraform version`, and what stands behind (main.go of either program).
+    /// Parses the first record of a log: its message, `Terraform version`, and the text after it (main.go of either
+    /// program). `None` if the record does not report a version.
     pub(crate) fn of_record(message: &str, rest: &str) -> Option<Self> {
         let product = match message {
             "Terraform version" => Product::Terraform,
@@ -61,7 +63,7 @@ impl Version {
         Some(Self { product, text: rest.trim().chars().take(MAX_TEXT_BYTES).collect() })
     }
 
-    /// Out of the first line that `terraform version` prints: `Terraform v1.11.4`.
+    /// Parses the first line that `terraform version` prints: `Terraform v1.11.4`. `None` if it has another form.
     pub(crate) fn of_command(output: &str) -> Option<Self> {
         let mut words = output.lines().next()?.split_whitespace();
         let product = match words.next()? {
@@ -73,7 +75,7 @@ impl Version {
         text.starts_with(|first: char| first.is_ascii_digit()).then(|| Self { product, text: text.to_owned() })
     }
 
-    /// The version as it stands in a lock: without what is no release.
+    /// The version as terraform writes it into a lock: without the suffix of a version that is not a release.
     pub(crate) fn in_locks(&self) -> &str {
         self.text.split([' ', '-', '+']).next().unwrap_or_default()
     }
@@ -88,7 +90,7 @@ impl Version {
         (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
     }
 
-    /// What its log tells.
+    /// How much the log of this version reports.
     pub(crate) fn log_detail(&self) -> LogDetail {
         match (self.product, self.numbers()) {
             (Product::Terraform, (1, 10..) | (2.., _)) => LogDetail::Full,
@@ -101,8 +103,8 @@ impl Version {
         }
     }
 
-    /// Whether it runs as two processes, of which the outer one throws an interrupt away: it expects that the terminal
-    /// sends one to both (panicwrap, up to Terraform 1.0).
+    /// Whether this version runs as two processes. The outer process ignores interrupts, because it expects the
+    /// terminal to send them to both (panicwrap, up to Terraform 1.0).
     pub(crate) fn is_two_processes(&self) -> bool {
         self.product == Product::Terraform && self.numbers() < (1, 1)
     }
