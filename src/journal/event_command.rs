@@ -1,8 +1,9 @@
-//! `TFW_ON_EVENT`: a command that is told of each event, and that nobody waits for.
+//! `TFW_ON_EVENT`: a command that gets each event on its stdin, and that `tf` does not wait for.
 //!
-//! It is started by a process of its own, another `tf`: we may have threads, and a fork of a process with threads may do
-//! next to nothing. That one forks what stays behind ([`crate::sys::detached`]: a session of its own, none of anybody's
-//! descriptors, a child of init's) and ends at once, which is all that is waited for.
+//! The command is started by an intermediate process, another `tf`: this process may have threads, and the child of a
+//! process with threads can do next to nothing between fork and exec. The intermediate process forks the one that runs
+//! the command ([`crate::sys::detached`]: a session of its own, no inherited descriptors, a child of init) and exits at
+//! once. Only that exit is waited for.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -18,16 +19,16 @@ use crate::sys::detached;
 use crate::sys::poll;
 use crate::trace::trace;
 
-/// The variable.
+/// The variable with the command, for `/bin/sh -c`.
 const ON_EVENT: &str = "TFW_ON_EVENT";
 
-/// The word behind `tf locks` that makes a `tf` stand between. No command that people know.
+/// The argument of `tf locks` that starts the intermediate process. It is not a documented command.
 pub(crate) const WORD: &str = "tell-event";
 
-/// So long it may take.
+/// How long the command may run before it is killed.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Starts the command, if one is named, with `line` on its stdin.
+/// Starts the command in `TFW_ON_EVENT`, if there is one, with `line` on its stdin. An error is only traced.
 pub(crate) fn start(line: &str) {
     if named().is_none() {
         return;
@@ -37,22 +38,24 @@ pub(crate) fn start(line: &str) {
     }
 }
 
+/// Returns the command in `TFW_ON_EVENT`. `None` if it is not set or empty.
 fn named() -> Option<OsString> {
     std::env::var_os(ON_EVENT).filter(|command| !command.is_empty())
 }
 
+/// Passes `line` to the intermediate process and waits until that has exited.
 fn between(line: &str) -> std::io::Result<()> {
     let mut command = another_tf::locks(&[WORD])?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     #[expect(clippy::disallowed_methods, reason = "it is no terraform, and ends at once")]
     let mut child = command.spawn()?;
-    // Shorter than a pipe is long, so that this does not wait for a reader.
+    // An event normally fits into the buffer of a pipe (64 KiB, pipe(7)), so this does not wait for the reader.
     let told = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(line.as_bytes()));
     child.wait()?;
     told
 }
 
-/// The process in between: reads the event, and leaves behind who runs the command.
+/// The intermediate process: reads the event from stdin, and forks the process that runs the command.
 pub(crate) fn stand_between() {
     let mut line = Vec::new();
     let (Some(command), Ok(_)) = (named(), std::io::stdin().lock().take(1 << 16).read_to_end(&mut line)) else {
@@ -65,7 +68,7 @@ pub(crate) fn stand_between() {
         if let Ok(directory) = directory {
             shell.current_dir(directory);
         }
-        // A terraform that it starts is no part of the run; and it is not told of its own events.
+        // A terraform that the command starts does not belong to the run, and its events do not start the command.
         for name in [ON_EVENT, "TFW_RUN", "TFW_CHAIN"] {
             shell.env_remove(name);
         }
@@ -79,8 +82,10 @@ pub(crate) fn stand_between() {
     }
 }
 
+/// Writes `line` to the stdin of the command and waits for it. Kills its process group if it takes longer than
+/// [`COMMAND_TIMEOUT`].
 fn attend(mut child: Child, line: &[u8]) {
-    // Dropped with this: the command sees the end of its input.
+    // `stdin` is dropped at the end of this block, so that the command reads end of file.
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(line);
     }

@@ -1,7 +1,7 @@
-//! What was done to locks, for people: every release, forced or refused, is one line of JSON in `history.jsonl` in the
-//! state directory, and goes to the command that `TFW_ON_EVENT` names.
+//! The history of locks, for people. Each release, forced release, refused release and replacement of a lock is one
+//! line of JSON in `history.jsonl` in the state directory, and is passed to the command in `TFW_ON_EVENT`.
 //!
-//! It is never in the way: what cannot be written is not, and a lock is given back all the same.
+//! The history never prevents a release: if a line cannot be written, the lock is released all the same.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -20,43 +20,44 @@ use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
 
-/// The file in the state directory.
+/// The name of the history file in the state directory.
 const FILE: &str = "history.jsonl";
 
-/// From this size on a new one is begun.
+/// The maximum size of a history file: 1 MiB. The file becomes an older one before a line would make it longer.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// So many full ones are kept.
+/// The number of older history files that are kept.
 const MAX_FILES: usize = 4;
 
-/// What a stranger has written is kept up to so many characters of it.
+/// The maximum length of a text in an event, in characters. Other users can write the text of a lock.
 const MAX_TEXT_BYTES: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum What {
-    /// It was given back: its holder was dead, or somebody agreed that he was.
+    /// It was released: its holder was dead, or a person agreed that it was.
     Released,
-    /// It was deleted whatever was believed of its holder.
+    /// A person had it deleted although its holder was neither dead nor likely dead, or although it could not be read
+    /// as a lock.
     Forced,
-    /// Somebody wanted it released, and it stands.
+    /// A release was requested and refused. The lock is still held.
     Refused,
-    /// Another run locked the state while its own run worked.
+    /// Another run locked the state while the run that held this lock was working.
     Replaced,
 }
 
-/// Who did it.
+/// What caused an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum By {
-    /// The `tf` whose terraform it was.
+    /// The `tf` that ran the terraform of the lock.
     Tf,
-    /// Its guardian, after that `tf` was killed.
+    /// The guardian of that `tf`, after `tf` was killed.
     Guardian,
     /// A later `tf`, or `tf locks recover`.
     Recovery,
-    /// A person, by `tf locks release`.
+    /// A person, with `tf locks release`.
     Command,
 }
 
@@ -67,29 +68,35 @@ pub(crate) struct LockEvent {
     #[serde(rename = "event")]
     pub(crate) what: What,
     pub(crate) by: By,
-    /// The user and host that did it, and the process.
+    /// `user@host` of the process that did it.
     pub(crate) who: String,
+    /// The pid of the process that did it.
     pub(crate) pid: u32,
-    /// The lock: its ID, `bucket/key`, its operation, and who held it since when by his own clock.
+    /// The ID of the lock.
     pub(crate) id: String,
+    /// `bucket/key` of the state; in another backend than S3, the path in the lock.
     pub(crate) path: String,
+    /// The operation in the lock.
     pub(crate) operation: String,
+    /// `user@host` of the holder.
     pub(crate) holder: String,
+    /// When the lock was created, by the clock of the holder. For a lock from a log: when terraform got it, or `None`
+    /// if the log does not have that.
     pub(crate) created: Option<String>,
-    /// What was known of the holder.
+    /// What was known of the holder; for [`What::Replaced`], who locked the state.
     pub(crate) why: String,
-    /// What a person gave as the reason.
+    /// The reason that a person gave. `None` if no person gave one.
     pub(crate) reason: Option<String>,
 }
 
 impl LockEvent {
-    /// A lock that a log told of.
+    /// Returns the event `what` for a lock that a log recorded.
     pub(crate) fn of_recorded(what: What, by: By, lock: &RecordedLock, why: &str, reason: Option<&str>) -> Self {
         let created = lock.locked.map(|at| at.to_string());
         Self::new(what, by, [&lock.id, &lock.path, &lock.operation, &lock.who], created.as_deref(), [Some(why), reason])
     }
 
-    /// A lock that was read where it stands.
+    /// Returns the event `what` for a lock that was read from its location. `path`: see [`LockEvent::path`].
     pub(crate) fn of_standing(
         what: What,
         by: By,
@@ -126,7 +133,8 @@ impl LockEvent {
     }
 }
 
-/// Writes an event down and tells `TFW_ON_EVENT` of it. Errors are for nobody: the lock matters, and this does not.
+/// Appends an event to the history and starts the command in `TFW_ON_EVENT`. An error is only traced, because the
+/// release matters more.
 pub(crate) fn record(event: &LockEvent) {
     let Ok(mut line) = json::to_string(event) else { return };
     line.push('\n');
@@ -138,7 +146,7 @@ pub(crate) fn record(event: &LockEvent) {
     event_command::start(&line);
 }
 
-/// Every event that is kept, the oldest first, and how many lines are none.
+/// Returns every event in the history, the oldest first, and the number of lines that cannot be parsed.
 pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     let mut events = Vec::new();
     let mut torn = 0;
@@ -147,7 +155,7 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
         for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
             let mut text = Vec::new();
             let file = open_private(OpenOptions::new().read(true), &path);
-            // A file of ours is never longer than this; another's is not read to its end.
+            // A history file that `tf` wrote is never longer than this. Of any other file, the rest is not read.
             if file.and_then(|file| file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text)).is_err() {
                 continue;
             }
@@ -163,13 +171,15 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     (events, torn)
 }
 
-/// Appends a line in one write, so that two that write at once do not mix. A full file becomes an older one first.
+/// Appends a line in one write, so that the lines of two processes do not mix. A file that would exceed
+/// [`MAX_FILE_BYTES`] is renamed first.
 fn append(path: &Path, line: &str) -> io::Result<()> {
     let lock = open_private(
         OpenOptions::new().create(true).truncate(false).write(true).mode(0o600),
         &path.with_extension("lock"),
     )?;
-    // Whoever has it renames some files. If he takes longer, the line goes where it can.
+    // The process with this lock only renames a few files. If it takes longer than 200 ms, the line is appended without
+    // the lock, and no file is renamed.
     let mut alone = false;
     for _ in 0..20 {
         alone = lock_file::try_lock(&lock, 0).unwrap_or(false);
@@ -188,6 +198,7 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
     file.write_all(line.as_bytes())
 }
 
+/// Returns the path of the older file `number`: 1 is the newest of them.
 fn older(path: &Path, number: usize) -> PathBuf {
     path.with_extension(format!("jsonl.{number}"))
 }

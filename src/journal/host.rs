@@ -1,5 +1,5 @@
-//! Which machine, which boot of it and which view of its processes a run belonged to: whether what we see from here can
-//! prove that it is dead.
+//! The machine, the boot and the pid namespace that a run belonged to: they decide whether what this process sees can
+//! prove that the run is dead.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,24 +11,26 @@ use sha2::{Digest, Sha256};
 
 use crate::sys::{filesystem, machine, plain_host, process};
 
-/// Where something ran.
+/// The host that a run was started on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HostIdentity {
-    /// machine-id(5); none in many containers.
+    /// machine-id(5). `None` in many containers.
     machine: Option<String>,
-    /// `/proc/sys/kernel/random/boot_id`: another after each boot, and the same in every container of one.
+    /// `/proc/sys/kernel/random/boot_id`: it changes at each boot, and is the same in every container of one boot.
+    /// `None` if it cannot be read.
     boot: Option<String>,
-    /// The pid namespace, and whether it is the machine's first.
+    /// The number of the pid namespace, and whether it is the first one of the machine. `None` if the system has none.
     processes: Option<(u64, bool)>,
-    /// The file system of the journal.
+    /// The file system of the journal ([`filesystem::identity`]). 0 if it is not known.
     filesystem: u64,
-    /// Hashes of what tells this machine from a copy of its disk, by kind ([`machine::identities`]). Empty in the records
-    /// of older versions.
+    /// Hashes of what distinguishes this machine from a copy of its disk, by kind ([`machine::identities`]). Empty in
+    /// the records of earlier versions.
     #[serde(default)]
     hardware: BTreeMap<String, Vec<String>>,
 }
 
-/// 64 bits of a hash of each: enough to compare, and no serial number in the record.
+/// Returns the first 64 bits of a SHA-256 of each identity: enough to compare them, and the record contains no serial
+/// number.
 fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     let hash = |identity: &String| {
         let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
@@ -40,19 +42,19 @@ fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     identities.iter().map(hash).collect()
 }
 
-/// What can be said about a run on `HostIdentity` from here.
+/// What this process can know about a run on a [`HostIdentity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standpoint {
-    /// It ran since this machine started, and its processes are to be seen from here.
+    /// The run was started in this boot of this machine, and this process can see the processes of the run.
     ThisBoot,
-    /// This machine was started anew since: nothing of it can be alive.
+    /// This machine has been rebooted since, so no process of the run can be alive.
     EarlierBoot,
-    /// Nothing that is seen from here proves anything.
+    /// Nothing that this process sees proves anything about the run. The text says why.
     Foreign(&'static str),
 }
 
 impl HostIdentity {
-    /// The one that we are on; `journal` is a directory on the journal's file system.
+    /// Returns the identity of this host. `journal` is a directory on the file system of the journal.
     pub(crate) fn here(journal: &Path) -> Self {
         let line = |path| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
         let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -68,9 +70,9 @@ impl HostIdentity {
         }
     }
 
-    /// Whether the hardware of `self` and of `here` differ in a kind that is known of both: the two may be one machine and
-    /// a copy of its disk, machine-id and journal included. Of several addresses one that is in both is enough: network
-    /// devices come and go.
+    /// Whether the hardware of `self` and of `here` differs in a kind that is known of both. The two may then be a
+    /// machine and a copy of its disk, with its machine-id and its journal. Of several network addresses, one in common
+    /// is enough to be the same, because network devices come and go.
     fn is_other_hardware(&self, here: &Self) -> bool {
         self.hardware.iter().any(|(kind, then)| {
             here.hardware.get(kind).is_some_and(|now| {
@@ -79,22 +81,25 @@ impl HostIdentity {
         })
     }
 
-    /// Whether a pid of a run on `self` means the same process to us, `here`.
+    /// Whether a pid of a run on `self` means the same process on `here`: both have the same pid namespace.
     pub(crate) fn numbers_processes_as(&self, here: &Self) -> bool {
         self.processes == here.processes
     }
 
-    /// The pid namespace of a run on `self`, where that was not the machine's first. None as well where it is not known.
+    /// Returns the number of the pid namespace of a run on `self`. `None` if it was the first one of the machine, or is
+    /// not known.
     pub(crate) fn container(&self) -> Option<u64> {
         self.processes.filter(|(_, first)| !first).map(|(namespace, _)| namespace)
     }
 
-    /// How a run on `self` looks from `here`.
+    /// Returns what a process on `here` can know about a run on `self`.
     ///
-    /// The same boot: its processes must be in our pid namespace, or below it. The number of a namespace comes again, but
-    /// only when the old one is gone with all its processes. Another boot: only this very machine started anew can be
-    /// meant, and a machine-id is one only outside of containers, whose images carry theirs from host to host; and a copy
-    /// of a disk has the machine-id of the original, which may still be running.
+    /// In the same boot, this process must be in the first pid namespace, or in that of the run. The kernel uses the
+    /// number of a namespace again, but only after the old one is gone with all its processes.
+    ///
+    /// In another boot, the run must have been on this very machine before it was rebooted. A machine-id proves that
+    /// only outside of containers, because container images carry their machine-id from host to host. A copy of a disk
+    /// also has the machine-id of the original, which may still be running.
     pub(crate) fn seen_from(&self, here: &Self) -> Standpoint {
         if self.machine != here.machine {
             return Standpoint::Foreign("it ran on another machine");
@@ -138,7 +143,8 @@ mod tests {
         }
     }
 
-    /// Every combination of two kinds of identity, each unknown or with one or two values, then and now.
+    /// Tests every combination of two kinds of hardware identity, in the record and now. Each kind is unknown or has
+    /// values.
     #[test]
     fn a_copy_of_the_disk_is_told_from_the_machine_where_any_kind_differs() {
         let networks: [&[&str]; 5] = [&[], &["m1"], &["m2"], &["m1", "m2"], &["m3"]];
@@ -158,7 +164,7 @@ mod tests {
                 let copy = differs(network, network_now) || differs(uuid, uuid_now);
                 let seen = then.seen_from(&now);
                 assert_eq!(matches!(seen, Standpoint::Foreign(_)), copy, "{then:?} {now:?}");
-                // Within one boot network devices may be another namespace's.
+                // In the same boot, the network devices may be those of another network namespace.
                 assert_eq!(then.seen_from(&same_boot), Standpoint::ThisBoot);
             }
         }
@@ -180,7 +186,7 @@ mod tests {
     fn only_what_is_seen_whole_proves_anything() {
         type Case = (fn(&mut HostIdentity), fn(&mut HostIdentity), bool, bool);
         let changes: &[Case] = &[
-            // then, now, proves on the same boot, proves on another
+            // then, now, proves in the same boot, proves in another boot
             (|_| {}, |_| {}, true, true),
             (|then| then.machine = Some("f".repeat(32)), |_| {}, false, false),
             (|then| then.machine = None, |_| {}, false, false),
@@ -189,7 +195,7 @@ mod tests {
             (|_| {}, |now| now.boot = None, false, false),
             (|then| then.filesystem = 8, |_| {}, true, false),
             (|then| then.filesystem = 0, |now| now.filesystem = 0, true, false),
-            // A container, seen from the machine, from itself, from another.
+            // A container, seen from the machine, from itself and from another container.
             (|then| then.processes = Some((5, false)), |_| {}, true, false),
             (|then| then.processes = Some((5, false)), |now| now.processes = Some((5, false)), true, false),
             (|then| then.processes = Some((5, false)), |now| now.processes = Some((6, false)), false, false),

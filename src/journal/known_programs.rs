@@ -1,13 +1,13 @@
-//! Which program stands behind terraform's name, so that its log is asked for at the level at which it tells of its locks.
+//! Which program the name `terraform` leads to, so that `tf` can set the level at which that program logs its locks.
 //!
-//! A program is asked once (`terraform version`), and what it says is remembered for as long as the file is the same one.
-//! What only leads to a terraform (a script of tfenv's, tenv, a wrapper of somebody's own) is not asked: it may choose by
-//! directory, download, or do anything else. What it leads to is told by the log of the first run in a directory, which is
-//! therefore asked for everything.
+//! `tf` runs `terraform version` once for each program, and remembers the answer as long as the file does not change.
+//! It does not run a program that only leads to a terraform (a tfenv script, tenv, a wrapper): such a program may
+//! choose a version by directory, download one, or do anything else. The log of the first run in a directory shows
+//! which terraform it leads to; that run therefore logs at TRACE.
 //!
-//! Such a script may also run terraform as another user (sudo, setpriv), and decide that anew each time; and a terraform
-//! itself may be setuid, or confined by AppArmor or SELinux. Then it cannot open a file of this user's. Whether a terraform
-//! can is tried when it is asked for its version.
+//! Such a program may also run terraform as another user (sudo, setpriv), and decide that anew each time. A terraform
+//! itself may be setuid, or confined by AppArmor or SELinux. Such a terraform cannot open a file of this user. `tf`
+//! tests whether a terraform can do so when it runs `terraform version`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,28 +24,31 @@ use crate::terraform::binary::LARGE;
 use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
-/// How long it may take to say its version.
+/// How long `terraform version` may take before it is killed.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// So many programs and directories are remembered.
+/// The number of programs and directories that are remembered. When it is reached, all are forgotten.
 const MAX_PROGRAMS: usize = 256;
 
 /// What is known of the program of one run.
 #[derive(Debug)]
 pub(crate) struct Program {
-    /// Where that is written down.
+    /// The file with the known programs. `None` if there is no state directory, or no file at the path of the program.
     file: Option<PathBuf>,
+    /// The key of the program in `file`: device, inode, size and modification time; for a program that only leads to a
+    /// terraform also the data directory.
     key: String,
-    /// It is a terraform itself, and nothing that only leads to one.
+    /// Whether the program is a terraform itself, and not one that only leads to a terraform.
     pub(crate) itself: bool,
-    /// It can open a file that is this user's alone.
+    /// Whether the program is known to be able to open a file that only this user can open.
     pub(crate) opens: bool,
-    /// None: nobody knows.
+    /// `None` if the version is not known.
     pub(crate) version: Option<Version>,
 }
 
 impl Program {
-    /// What is known of the program at `path`, which is run with this data directory. There must be one thread.
+    /// Returns what is known of the program at `path`, which runs with this data directory. Runs `terraform version` if
+    /// that is not known yet. This process must have only one thread.
     pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
         let file = state.map(|state| state.join("programs.json"));
         let Ok(place) = fs::metadata(path) else {
@@ -64,7 +67,7 @@ impl Program {
             (opens, key) = (false, closed);
         }
         let mut program = Self { file, itself, opens, version: known.get(&key).cloned(), key };
-        // Where nothing can be remembered nobody is asked: it would be asked each time.
+        // If nothing can be remembered, the program is not run: it would be run each time.
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {
                 Some((version, wrote)) => {
@@ -81,8 +84,9 @@ impl Program {
         program
     }
 
-    /// What `TF_LOG_CORE` must be, so that its log tells of locks of a backend of this kind. Of the other backends' locks a
-    /// trace alone tells anything.
+    /// Returns the value of `TF_LOG_CORE` at which the program logs the locks of a backend of this kind. `backend` is
+    /// `None` if the kind is not known. The local, pg and inmem backends leave no lock behind; the locks of other
+    /// backends than S3 appear only at TRACE.
     pub(crate) fn level(&self, backend: Option<&str>) -> &'static str {
         match (&self.version, backend) {
             (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.log_detail().level(),
@@ -91,7 +95,7 @@ impl Program {
         }
     }
 
-    /// Takes what its log has told.
+    /// Remembers the version `told` that the log of the run has, if it is a new one. `None` if the log has none.
     pub(crate) fn learn(&mut self, told: Option<&Version>) {
         if let Some(told) = told.filter(|told| self.version.as_ref() != Some(*told)) {
             self.remember(told);
@@ -119,6 +123,7 @@ impl Program {
     }
 }
 
+/// Returns the known programs in `file`. Empty if it cannot be read.
 fn read(file: &Path) -> BTreeMap<String, Version> {
     let mut text = Vec::new();
     let opened = open_private(File::options().read(true), file);
@@ -126,25 +131,26 @@ fn read(file: &Path) -> BTreeMap<String, Version> {
     read.ok().and_then(|_| serde_json::from_slice(&text).ok()).unwrap_or_default()
 }
 
-/// What the key of a program ends with that cannot open a file of this user's.
+/// The end of the key of a program that cannot open a file of this user.
 const CLOSED: &str = " closed";
 
-/// Whether a program runs as another user than whoever starts it.
+/// Whether the program runs as another user than this process, because it is setuid.
 fn changes_user(place: &fs::Metadata) -> bool {
     /// S_ISUID (inode(7)).
     const SET_USER_ID: u32 = 0o4000;
     place.mode() & SET_USER_ID != 0 && place.uid() != nix::unistd::geteuid().as_raw()
 }
 
-/// Not a script.
+/// Whether the file is an executable in machine code, and not a script.
 fn is_executable_file(path: &Path) -> bool {
     let mut magic = [0; 4];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    // ELF; Mach-O in its 64-bit form, and as a file for several machines.
+    // ELF; 64-bit Mach-O; a universal Mach-O file, for several machines.
     read.is_ok() && matches!(magic, [0x7f, b'E', b'L', b'F'] | [0xcf, 0xfa, 0xed, 0xfe] | [0xca, 0xfe, 0xba, 0xbe])
 }
 
-/// Asks for its version, and whether it could write its log into a file of this user's.
+/// Runs `terraform version`. Returns the version, and whether the program could write its log to a file of this user.
+/// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`].
 #[expect(clippy::disallowed_methods, reason = "it locks nothing, and says its version to us alone")]
 fn ask(path: &Path) -> Option<(Version, bool)> {
     let log = MemoryFile::create(&format!("tf-{}.version", std::process::id())).ok()?;
@@ -153,7 +159,7 @@ fn ask(path: &Path) -> Option<(Version, bool)> {
         .arg("version")
         .env_clear()
         .envs(kept)
-        // It would ask HashiCorp whether there is a newer one.
+        // Without this, terraform asks HashiCorp whether there is a newer version.
         .env("CHECKPOINT_DISABLE", "1")
         .env("TF_LOG_CORE", "INFO")
         .env("TF_LOG_PATH", &log.path)

@@ -1,39 +1,42 @@
-//! Which processes belong to a run, for an observer who is not above them: the guardian, and a later `tf`.
+//! Which processes belong to a run, for an observer that is not their ancestor: the guardian, and a later `tf`.
 //!
-//! Five facts tell, and each is missed by some child:
+//! Five facts show that a process belongs to a run, and each of them misses some processes:
 //!
-//! - The mark, `TFW_RUN` in the environment. A child may clear its environment, and that of another user (`sudo`) cannot be
-//!   read.
-//! - Descent from a member. It ends with the parent.
-//! - Having been seen before. A child may start and lose its parent between two looks.
-//! - Terraform's process group. A child stays in it unless it makes one of its own. The kernel gives the number to nobody
-//!   else while anything is in the group (fork(2), `alloc_pid`).
-//! - Terraform's session. It is that of the caller's shell too, so it says little: only a process of which nothing else can
-//!   be read, and whose parent is gone, may belong to the run for that.
+//! - The mark: `TFW_RUN` in the environment. A child process may clear its environment, and the environment of another
+//!   user's process (`sudo`) cannot be read.
+//! - Descent from a member. It can be seen only as long as the parent is alive.
+//! - Having been seen as a member before. A child process may start and lose its parent between two looks.
+//! - Terraform's process group. A child process stays in it unless it creates a group of its own. The kernel does not
+//!   use the number for another process while any process is in the group (fork(2), `alloc_pid`).
+//! - Terraform's session. It is also that of the caller's shell, so it proves little: it makes a process a possible
+//!   member only if nothing else of it can be read and its parent has exited.
 //!
-//! A process that is not certain to be a member, nor certain to be another's, keeps the lock, and no signal is sent to it.
+//! If it is not certain whether a process belongs to the run, the lock is not released, and the process gets no signal.
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::sys::process::Process;
 
-/// What the processes of a run can be known by, besides the mark.
+/// What identifies the processes of a run, besides the mark.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TreeIdentity {
-    /// When terraform started, in clock ticks since boot. None where nothing told.
+    /// When terraform started, in clock ticks since boot. `None` if that could not be read.
     pub(crate) start: Option<u64>,
-    /// Terraform's process group. None where it is in ours (`TFW_TTY=shared`), which others are in as well.
+    /// Terraform's process group. `None` if terraform is in the group of `tf` (`TFW_TTY=shared`), which other processes
+    /// are in as well.
     pub(crate) group: Option<i32>,
-    /// Terraform's session.
+    /// Terraform's session. `None` if that could not be read.
     pub(crate) session: Option<i32>,
-    /// Processes that were seen to outlive the run: pid, and start in clock ticks since boot.
+    /// Processes that were seen as members: those that left terraform's group, and those that outlived the run. Each
+    /// has its pid, and its start in clock ticks since boot, or 0 if the start could not be read.
     #[serde(default)]
     pub(crate) survivors: Vec<(i32, u64)>,
 }
 
 impl TreeIdentity {
-    /// That of the terraform `pid`, which was just started.
+    /// Returns the identity of the tree of terraform `pid`, which was just started. `own_group`: terraform has a
+    /// process group of its own.
     pub(crate) fn of(pid: Pid, own_group: bool) -> Self {
         Self {
             start: Process::look_up(pid).map(|process| process.start),
@@ -44,33 +47,33 @@ impl TreeIdentity {
     }
 }
 
-/// What the environment of a process says.
+/// Whether the environment of a process has the mark of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ProcessMark {
-    /// It has the run's mark.
+    /// It has the mark.
     Marked,
-    /// It has not.
+    /// It does not have the mark.
     Unmarked,
-    /// It is empty, or cannot be read.
+    /// The environment is empty or cannot be read.
     Unreadable,
 }
 
-/// What a process is to a run.
+/// Whether a process belongs to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Membership {
     /// It belongs to the run.
     Member,
-    /// It does not.
+    /// It does not belong to the run.
     Other,
-    /// It may.
+    /// It may belong to the run.
     Unknown,
 }
 
-/// Judges each process of the list `all`.
+/// Returns the membership of each process in `all`, in the same order.
 ///
-/// `certain_before` is a moment, in clock ticks since boot, at which terraform was still there. A process of the group that
-/// started earlier is certainly a member; a later one may be in another group that has the number now. None: terraform is
-/// there.
+/// `certain_before` is a moment, in clock ticks since boot, at which terraform was still alive. A process in the group
+/// that started before it is certainly a member. A process that started later may be in another group that now has the
+/// number. If it is `None`, every process in the group counts as one that started before.
 pub(crate) fn classify(
     all: &[(Process, ProcessMark)],
     identity: &TreeIdentity,
@@ -78,7 +81,8 @@ pub(crate) fn classify(
 ) -> Vec<Membership> {
     let mut found: Vec<Membership> =
         all.iter().map(|(process, mark)| alone(process, *mark, all, identity, certain_before)).collect();
-    // Downwards, until nothing new is found. The children of a zombie have another parent already.
+    // Each parent passes its membership on to its children, until nothing changes. A zombie passes none on: its
+    // children already have another parent.
     loop {
         let mut more = false;
         for kind in [Membership::Member, Membership::Unknown] {
@@ -101,7 +105,7 @@ pub(crate) fn classify(
     }
 }
 
-/// What one process is, by its own facts.
+/// Judges one process by its own facts, without those of its parent.
 fn alone(
     process: &Process,
     mark: ProcessMark,
@@ -125,7 +129,7 @@ fn alone(
             (false, false) => Membership::Unknown,
         };
     }
-    // Its start was not to be read when it was noted.
+    // Its start could not be read when it was recorded.
     if identity.survivors.iter().any(|(pid, start)| *pid == process.pid.as_raw() && *start == 0) {
         return Membership::Unknown;
     }
@@ -136,7 +140,7 @@ fn alone(
     Membership::Other
 }
 
-/// Whether the parent of `process` is gone. An orphan comes to init, or to a subreaper of another session.
+/// Whether the parent of `process` has exited. The new parent of an orphan is init, or a subreaper in another session.
 fn is_orphan(process: &Process, all: &[(Process, ProcessMark)]) -> bool {
     let parent = all.iter().find(|(other, _)| other.pid == process.parent);
     parent.is_none_or(|(parent, _)| parent.pid == Pid::from_raw(1) || parent.session != process.session)
@@ -165,7 +169,7 @@ mod tests {
         TreeIdentity { start: Some(1000), group: Some(TERRAFORM), session: Some(SHELL), survivors: vec![(300, 1500)] }
     }
 
-    /// Init, the caller's shell, and `process`.
+    /// Returns the membership of `process` beside init and the caller's shell.
     fn judge(process: Process, mark: ProcessMark, certain_before: Option<u64>) -> Membership {
         let all = [
             (self::process(1, 0, 1, 1, 1), ProcessMark::Unreadable),
@@ -211,7 +215,7 @@ mod tests {
             let all = [child.clone(), (process(TERRAFORM, 1, TERRAFORM, SHELL, start), ProcessMark::Unmarked)];
             assert_eq!(classify(&all, &identity(), None)[0], expected);
         }
-        // Without knowing when terraform started, nobody is certain to be its child.
+        // If the start of terraform is not known, no process is certain to be its child.
         let unknown = TreeIdentity { start: None, ..identity() };
         assert_eq!(classify(&[child], &unknown, None), [Membership::Unknown]);
     }

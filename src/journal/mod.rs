@@ -1,4 +1,5 @@
-//! What is on disk after a run: its record, the requests that may still land, terraform's log, the history of releases.
+//! What remains after a run: its record, its pending requests, terraform's log, the known programs, and the history of
+//! releases.
 
 pub(crate) mod event_command;
 pub(crate) mod history;

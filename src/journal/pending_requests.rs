@@ -1,12 +1,16 @@
-//! A lock request that nobody saw answered can land long after its sender died: held by a proxy or an overloaded
-//! service, for as long as its signature is valid (5 minutes for DynamoDB, 15 for S3). No waiting covers that. So the
-//! lock's facts are kept here, and every `tf` that starts on that place, or is refused by that lock, gives it back. They
-//! are kept for all of that time, whether a lock came or not: a client without an answer sends its request again, and a
-//! lock of both kinds has two requests.
+//! Pending requests: lock requests that may still land after their sender has died.
 //!
-//! One file a lock, under the user's state directory, readable for its owner alone. What is in it was read from
-//! terraform's log: no argument, no key, no token. It can make nobody delete another's lock: whatever it says, the lock
-//! that stands must agree with it in everything ([`crate::lock::proof`]).
+//! If nobody saw the answer to a lock request, a proxy or an overloaded service may hold the request and deliver it
+//! long after its sender died, as long as its signature is valid (5 minutes for DynamoDB, 15 minutes for S3). That is
+//! too long to wait for. The facts of the lock are therefore stored here, and every `tf` that starts in the same
+//! location, or is refused by that lock, releases it. They are stored for the whole time, whether a lock has appeared
+//! or not: a client without an answer sends its request again, and a lock with both parts (the DynamoDB item and the S3
+//! object) has two requests.
+//!
+//! Each lock has one file in the user's state directory, which only its owner can read. The file contains facts from
+//! terraform's log and from the record of the run: no value of a variable (`-var`), no access key, no token. It cannot
+//! cause the release of another holder's lock: whatever it says, the stored lock must agree with it in everything
+//! ([`crate::lock::proof`]).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -23,38 +27,39 @@ use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// How long a request can still land: longer than any signature is valid.
+/// How long a request may still land: longer than any signature is valid.
 pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 
-/// How long one is kept of which the service has not said yet whether it is there.
+/// How long a pending request is stored as long as the service has not answered whether its lock exists.
 const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
 
-/// What is kept of a lock that may still come.
+/// A lock request that may still land.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct PendingRequest {
-    /// When its terraform was seen dead.
+    /// When the terraform of the lock was seen to be dead.
     pub(crate) since: Timestamp,
-    /// What the log said of it.
+    /// What the log says about the lock.
     pub(crate) lock: RecordedLock,
     /// What is known of the run.
     pub(crate) run: Run,
-    /// Its request was most likely refused: terraform ended by itself, or there was no table. Only a release of it is reported.
+    /// Whether the request was most likely refused, because terraform exited by itself or there was no table. Then only
+    /// a release of the lock is reported.
     #[serde(default)]
     pub(crate) abandoned: bool,
-    /// The service has not answered yet whether it is there.
+    /// Whether the service has not answered yet whether the lock exists.
     #[serde(default)]
     pub(crate) unseen: bool,
-    /// When somebody looked for it last and got no answer.
+    /// When a `tf` last looked for the lock and got no answer. `None` if that has not happened since the last answer.
     #[serde(default)]
     pub(crate) tried: Option<Timestamp>,
-    /// How it reached its lock, for whoever looks for that from another directory. None where the run had no journal, and in
-    /// a file of an earlier version.
+    /// How the run reached its lock, for a `tf` that looks for the lock from another directory. `None` if the run had
+    /// no journal, and in a file of an earlier version.
     #[serde(default)]
     pub(crate) record: Option<Box<JournalRecord>>,
 }
 
 impl PendingRequest {
-    /// What is kept of `lock`, whose terraform was seen dead just now.
+    /// Returns the pending request of `lock`. Its terraform was seen to be dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
         Self {
             since: Timestamp::now(),
@@ -67,20 +72,20 @@ impl PendingRequest {
         }
     }
 
-    /// Whether nobody has got an answer about it a moment before `now`. Whoever starts a terraform does not wait for it again so
-    /// soon.
+    /// Whether a look for the lock in the 5 minutes before `now` got no answer. A `tf` that starts terraform then does
+    /// not wait for one again.
     pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
         const RETRY_INTERVAL: SignedDuration = SignedDuration::from_mins(5);
         self.tried.is_some_and(|tried| now.duration_since(tried) < RETRY_INTERVAL)
     }
 
-    /// Whether its time is over.
+    /// Whether the time for which the request is stored is over at `now`.
     fn is_over(&self, now: Timestamp) -> bool {
         now.duration_since(self.since) > if self.unseen { UNSEEN_PENDING_WINDOW } else { PENDING_WINDOW }
     }
 }
 
-/// Where tombstones stand.
+/// The pending requests in one state directory.
 #[derive(Debug)]
 pub(crate) struct PendingRequests {
     path: PathBuf,
@@ -88,19 +93,20 @@ pub(crate) struct PendingRequests {
 }
 
 impl PendingRequests {
-    /// The one in `directory`.
+    /// Returns the pending requests in `directory`.
     pub(crate) fn of(directory: &StateDirectory) -> Self {
         Self { path: directory.join("tombstones"), record: None }
     }
 
-    /// The same, for what the run of `record` leaves.
+    /// Returns the same with `record`, which [`Self::put`] adds to each pending request that has none.
     pub(crate) fn of_run(mut self, record: &JournalRecord) -> Self {
-        // What its log told is in the locks themselves.
+        // The facts from its log are in the locks themselves.
         self.record = Some(Box::new(JournalRecord { log: Log::default(), ..record.clone() }));
         self
     }
 
-    /// The tombstones that still stand. Those whose time is over are taken away; what cannot be read is left alone.
+    /// Returns the pending requests that are not over at `now`, and deletes the files of those that are. A file that
+    /// cannot be read is left alone.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {
@@ -119,28 +125,29 @@ impl PendingRequests {
         standing
     }
 
-    /// Notes that the service has said whether the lock is there.
+    /// Records that the service has answered whether the lock exists.
     pub(crate) fn was_seen(&self, pending: &PendingRequest) {
         if pending.unseen || pending.tried.is_some() {
             let _ = self.put(&PendingRequest { unseen: false, tried: None, ..pending.clone() });
         }
     }
 
-    /// Notes that nobody has said at the moment `now` whether the lock is there.
+    /// Records that a look for the lock at `now` got no answer.
     pub(crate) fn was_tried(&self, pending: &PendingRequest, now: Timestamp) {
         let _ = self.put(&PendingRequest { tried: Some(now), ..pending.clone() });
     }
 
-    /// Puts one up.
+    /// Writes `pending` to disk, and replaces an earlier request for the same lock.
     ///
     /// # Errors
-    /// Where the directory is not writable, or not private.
+    /// Fails if the directory cannot be created or written, or if it is not private to this user, or if the lock has an
+    /// invalid ID.
     pub(crate) fn put(&self, pending: &PendingRequest) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
         if !is_private(&self.path) || !is_lock_id(&pending.lock.id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        // Whole or not at all: written beside its place, and moved there.
+        // It is written to a temporary file and then renamed, so that the file is never incomplete.
         let path = self.path(&pending.lock.id);
         let unfinished = path.with_extension(std::process::id().to_string());
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
@@ -232,7 +239,7 @@ mod tests {
             assert!(pending_requests.read(pending().since).is_empty(), "cut at {length}");
         }
         fs::remove_file(pending_requests.path(ID)).unwrap();
-        // Under another name, and through a link.
+        // The file has another name, or is a symbolic link.
         let other = "11111111-d70c-4132-39e0-d2abba1b3077";
         fs::write(pending_requests.path(other), &whole).unwrap();
         fs::write(pending_requests.path.join("elsewhere"), &whole).unwrap();
@@ -250,7 +257,7 @@ mod tests {
         assert!(pending_requests.put(&pending()).is_err());
     }
 
-    /// The fixture has a record of a run in it.
+    /// The fixture contains the record of a run.
     #[test]
     fn files_of_version_0_1_are_read_and_written_unchanged() {
         let text = include_str!("fixtures/pending_request_1.json");

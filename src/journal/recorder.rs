@@ -1,23 +1,26 @@
-//! The recorder: the file into which terraform writes its core log, and what has been read out of it.
+//! The recorder: the file that terraform writes its core log to, and the facts that `tf` has read from it.
 //!
-//! Terraform logs its lock's ID before it asks for the lock. So `tf` gives it `TF_LOG_CORE=INFO` and a private
-//! `TF_LOG_PATH`; or the level at which the program that it is tells of locks ([`crate::journal::known_programs`]). Where the user has set a
-//! variable of that family, all of theirs keep their effect, and the second, undocumented sink is used instead:
-//! `TF_TEMP_LOG_PATH` (internal/logging/logging.go, `RegisterSink`), which is always at TRACE, so it is read as it grows, and
-//! forgotten behind the reader.
+//! Terraform logs the ID of its lock before it requests the lock. `tf` therefore sets `TF_LOG_PATH` to a private file,
+//! and `TF_LOG_CORE` to `INFO` or to the level at which the program logs its locks
+//! ([`crate::journal::known_programs`]). If the user has set any of [`LOG_VARIABLES`], `tf` changes none of them and
+//! uses terraform's second, undocumented sink instead: `TF_TEMP_LOG_PATH` (internal/logging/logging.go,
+//! `RegisterSink`). That sink always logs at TRACE, so `tf` reads the file while it grows and frees the memory of what
+//! it has read.
 //!
-//! A terraform that cannot open `TF_LOG_PATH` writes its whole log, with the values of `-var` in clear, to the user's stderr
-//! (internal/logging/logging.go, `newHCLogger`). Of a `TF_TEMP_LOG_PATH` that it cannot open it tells nobody (main.go). So a
-//! program that may run terraform as another user (a script with sudo, a setuid terraform) gets the second sink, and
-//! /dev/null for the first.
+//! If terraform cannot open `TF_LOG_PATH`, it writes its whole log, including the values of `-var` in plain text, to
+//! the user's stderr (internal/logging/logging.go, `newHCLogger`). If it cannot open `TF_TEMP_LOG_PATH`, it reports
+//! nothing (main.go). A program that may run terraform as another user (a script with sudo, a setuid terraform)
+//! therefore gets the second sink, and `/dev/null` as the first.
 //!
-//! The log holds `-var` and `-backend-config` in clear (`CLI args:`). It lies in memory and goes away with us; and what is kept
-//! of those records is overwritten as soon as they are read ([`redaction`]), some 20 ms after terraform wrote them, so that they
-//! are not in what is left when everything is killed.
+//! The log contains the values of `-var` and `-backend-config` in plain text (`CLI args:`). On Linux the file is in
+//! memory, and it is deleted at the end of the run. The argument values are also overwritten as soon as they are read
+//! ([`redaction`]), about 20 ms after terraform wrote them, so that they are not in the file that remains if every
+//! process is killed.
 //!
-//! It has a name, for two reasons. What terraform starts may close every descriptor that it does not know (sudo, Python's
-//! `subprocess`), and could not open a file without a name then: it would write its log to the user's stderr. And a lock that
-//! was asked for in the last 20 ms of a run of which everything was killed stands nowhere else.
+//! The file has a name, for two reasons. A program in terraform's tree may close every descriptor that it does not know
+//! (sudo, Python's `subprocess`); terraform could then not open a file without a name, and would write its log to the
+//! user's stderr. And if every process of a run is killed, this file is the only record of a lock that was requested in
+//! the last 20 ms; a later `tf` opens it by name ([`Recorder::find`]).
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
@@ -31,35 +34,37 @@ use crate::sys::memory::MemoryFile;
 use crate::terraform::log::Log;
 use crate::terraform::redaction;
 
-/// Every variable by which a user sends terraform's log somewhere (internal/logging/logging.go, v1.15.9).
+/// The variables with which a user configures terraform's log (internal/logging/logging.go, v1.15.9).
 const LOG_VARIABLES: [&str; 6] =
     ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PATH", "TF_LOG_PROVIDER", "TF_LOG_CLOUD", "TF_LOG_STACKS"];
 
-/// What was read is forgotten once there is so much of it: less would cost more than it frees.
+/// The number of bytes that must have been read before their memory is freed: freeing less costs more than it gains.
 const FORGET_FROM_BYTES: u64 = 1 << 16;
 
-/// Where a log goes that nobody reads.
+/// The path that discards a log.
 const NOWHERE: &str = "/dev/null";
 
-/// Names our recorder, so that a `tf` below us does not take our setting for its user's.
+/// The variable with the path of a run's recorder. A nested `tf` uses it to distinguish the settings of the outer `tf`
+/// from those of the user.
 const RECORDER: &str = "TFW_RECORDER";
 
-/// What the environment of terraform gets: a value, or nothing any more.
+/// A change to terraform's environment: the name of a variable and its new value, or `None` to unset it.
 pub(crate) type EnvironmentChange = (&'static str, Option<OsString>);
 
-/// How terraform is made to write.
+/// How terraform's log is redirected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sink {
-    /// `TF_LOG_CORE` at this level, and `TF_LOG_PATH`: a few kilobytes at INFO.
+    /// Sets `TF_LOG_CORE` to this level, and `TF_LOG_PATH` to the recorder. At INFO the log is a few kilobytes.
     Core(&'static str),
-    /// `TF_TEMP_LOG_PATH`, at TRACE: megabytes.
+    /// Sets `TF_TEMP_LOG_PATH` to the recorder. The log is at TRACE: megabytes.
     Temporary,
-    /// The same; and `TF_LOG_CORE` at this level into /dev/null, which anybody can open. Terraform up to 1.5 logs its
-    /// requests only where that level says so, in whichever sink.
+    /// Like [`Sink::Temporary`], and also sets `TF_LOG_CORE` to this level and `TF_LOG_PATH` to `/dev/null`, which
+    /// every user can open. Terraform up to 1.5 logs its requests, in either sink, only if `TF_LOG_CORE` has a level
+    /// that includes them.
     ///
-    /// The price of TRACE is small. A plan of 800 resources takes 5.7 s with either sink or with none; its log is 40 MB, which
-    /// `tf` reads and frees as it grows.
-    GuardianView(&'static str),
+    /// TRACE costs little. A plan of 800 resources takes 5.7 s with either sink or with none; its log is 40 MB, which
+    /// `tf` reads and frees while it grows.
+    Beside(&'static str),
 }
 
 /// The recorder of one run.
@@ -67,30 +72,33 @@ enum Sink {
 pub(crate) struct Recorder {
     file: MemoryFile,
     sink: Sink,
-    /// Terraform is known to be able to write into it.
+    /// Whether terraform is known to be able to open the file.
     opens: bool,
     /// Variables that an outer `tf` has set for its own recorder.
     inherited: Vec<&'static str>,
+    /// The number of bytes read so far.
     offset: u64,
     log: Log,
     arguments: Arguments,
 }
 
-/// The line that is being read, as long as it may be one with arguments.
+/// The line being read, while it may be a record with command-line arguments.
 #[derive(Debug, Default)]
 struct Arguments {
     line: Vec<u8>,
-    /// Where it begins.
+    /// The offset of the line in the file, in bytes.
     at: u64,
-    /// It is another one, and its end is still to come.
+    /// Whether the line is known to be no such record, or is too long, and its end has not been read yet.
     is_other: bool,
 }
 
 impl Arguments {
-    /// No command line is longer (execve(2): a quarter of the stack, 6 MiB at most), and Go's escapes make it longer.
+    /// The longest line that is kept. A command line has at most 6 MiB (execve(2): a quarter of the stack limit, and at
+    /// most 6 MiB), and Go's escapes make it longer.
     const MAX_LOG_BYTES: usize = 32 << 20;
 
-    /// Takes the bytes of `file` that begin at `at`, and overwrites the values of arguments in the lines that end in them.
+    /// Reads `bytes`, which are at offset `at` in `file`, and overwrites in `file` the argument values of every line
+    /// that ends in them.
     fn overwrite(&mut self, file: &std::fs::File, bytes: &[u8], at: u64) {
         let mut at = at;
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
@@ -118,11 +126,11 @@ impl Arguments {
 }
 
 impl Recorder {
-    /// Makes the recorder of run `id`, for a log at `level`. `opens`: the program can open a file of this user's.
-    /// `variable` reads the environment.
+    /// Creates the recorder of run `id`, for a log at `level`. `opens`: the program can open a file that only this user
+    /// can open. `variable` reads the environment.
     ///
     /// # Errors
-    /// Where no file can be had in memory.
+    /// Fails if [`MemoryFile::create`] cannot create the file.
     pub(crate) fn open(
         id: &str,
         level: &'static str,
@@ -135,35 +143,36 @@ impl Recorder {
         Ok(Self { file, sink, opens, inherited, offset: 0, log: Log::default(), arguments: Arguments::default() })
     }
 
-    /// The recorder that run `id` has left behind, to be read on from where `log` ends.
+    /// Opens the recorder that run `id` has left. `log` has the facts that were read from the first `offset` bytes.
+    /// Reading continues there, or begins anew if the file still has the whole log. `None` if there is no such file.
     pub(crate) fn find(id: &str, log: Log, offset: u64) -> Option<Self> {
         let file = MemoryFile::find(&name(id))?;
-        // As long as nothing was forgotten, the file itself says it all, and no second account of it need be believed.
+        // If nothing was freed, the file still has the whole log, and `log` need not be trusted.
         let (log, offset) = if offset > FORGET_FROM_BYTES { (log, offset) } else { (Log::default(), 0) };
         let (sink, inherited, arguments) = (Sink::Core("INFO"), Vec::new(), Arguments::default());
         Some(Self { file, sink, opens: false, inherited, offset, log, arguments })
     }
 
-    /// Takes away what run `id` has left behind.
+    /// Deletes the recorder that run `id` has left, if there is one.
     pub(crate) fn clear_away(id: &str) {
         drop(MemoryFile::find(&name(id)));
     }
 
-    /// What terraform's environment must say.
+    /// Returns the changes to terraform's environment.
     pub(crate) fn changes(&self) -> Vec<EnvironmentChange> {
         let path = || Some(self.path().as_os_str().to_owned());
         let mut changes = vec![(RECORDER, path())];
         match self.sink {
             Sink::Core(level) => changes.extend([("TF_LOG_CORE", Some(level.into())), ("TF_LOG_PATH", path())]),
             Sink::Temporary => changes.push(("TF_TEMP_LOG_PATH", path())),
-            Sink::GuardianView(level) => changes.extend([
+            Sink::Beside(level) => changes.extend([
                 ("TF_LOG_CORE", Some(level.into())),
                 ("TF_LOG_PATH", Some(NOWHERE.into())),
                 ("TF_TEMP_LOG_PATH", path()),
             ]),
         }
-        // What the outer tf has set is not the user's: with it in place, the user's own would not have its whole effect, and
-        // the outer recorder would get this run's locks.
+        // Variables that the outer `tf` has set are not the user's. If they stayed, the user's own variables would not
+        // have their full effect, and the outer recorder would record the locks of this run.
         for name in &self.inherited {
             if !changes.iter().any(|(changed, _)| changed == name) {
                 changes.push((name, None));
@@ -172,54 +181,57 @@ impl Recorder {
         changes
     }
 
-    /// Whether terraform has written nothing into it, and may have been unable to. One that can write and has not has asked
-    /// for no lock: its first record comes before that.
+    /// Whether the file is empty and terraform may have been unable to open it. A terraform that can open the file and
+    /// has written nothing has requested no lock, because its first record comes before that.
     pub(crate) fn is_closed(&self) -> bool {
         !self.opens && self.offset == 0 && self.file.file.metadata().is_ok_and(|file| file.len() == 0)
     }
 
-    /// Where terraform finds it.
+    /// The path at which terraform opens the file.
     pub(crate) fn path(&self) -> &Path {
         &self.file.path
     }
 
-    /// How long after one look the next follows, when terraform has run for `age`: its log is read as it grows, so that the
-    /// journal knows of a lock almost as soon as it is asked for, and so that a TRACE log, or what a nested terraform with
-    /// a `TF_LOG` of its own writes, does not fill the memory. A look is one fstat(2).
+    /// Returns how long to wait between two calls of [`Recorder::read`] when terraform has run for `age`. The log is
+    /// read while it grows, so that the journal records a lock almost as soon as it is requested, and so that a TRACE
+    /// log, or the log of a nested terraform with a `TF_LOG` of its own, does not fill the memory. A call that finds
+    /// nothing new costs one fstat(2).
     ///
-    /// Not inotify(7): closing one waits for the kernel to clear its marks away, up to 15 ms, when terraform has ended and
-    /// everybody waits for us.
+    /// inotify(7) is not used: closing its descriptor waits up to 15 ms until the kernel has removed the marks, at a
+    /// moment when terraform has exited and the caller waits for `tf`.
     pub(crate) fn interval(&self, age: Duration) -> Duration {
-        /// Within that time most runs have asked for their lock.
+        /// Most runs have requested their lock within this time.
         const NEW_LOG_WINDOW: Duration = Duration::from_secs(3);
         match self.sink {
             _ if age < NEW_LOG_WINDOW => Duration::from_millis(20),
             Sink::Core("INFO") => Duration::from_millis(250),
-            Sink::Core(_) | Sink::Temporary | Sink::GuardianView(_) => Duration::from_millis(100),
+            Sink::Core(_) | Sink::Temporary | Sink::Beside(_) => Duration::from_millis(100),
         }
     }
 
-    /// The descriptor that a process forked from this one must keep in order to read on.
+    /// The descriptor that a process forked from this one must keep open to continue reading.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.file.as_fd()
     }
 
-    /// Where whoever goes on with what is kept of the log must begin to read.
+    /// Returns the offset, in bytes, at which a reader that continues with [`Recorder::log`] must begin: the start of
+    /// the first line or record that has not been read to its end.
     pub(crate) fn whole_until(&self) -> u64 {
         self.offset - self.log.unfinished()
     }
 
-    /// What has been read so far.
+    /// The facts that have been read from the log so far.
     pub(crate) fn log(&self) -> &Log {
         &self.log
     }
 
-    /// Goes on from where another reader of the same file has come to.
+    /// Continues with the facts `log` and at the offset `offset`, in bytes, of another reader of the same file.
     pub(crate) fn resume(&mut self, log: Log, offset: u64) {
         (self.log, self.offset) = (log, offset);
     }
 
-    /// Gives back the memory of what was read. Not before somebody else knows what it said, who might have to go on.
+    /// Frees the memory of what was read. Call this only after the facts were passed on to the process that may have to
+    /// continue reading, or were written to the journal.
     pub(crate) fn forget(&self) {
         let until = self.whole_until();
         if until > FORGET_FROM_BYTES {
@@ -227,21 +239,21 @@ impl Recorder {
         }
     }
 
-    /// Goes away without taking the file along.
+    /// Closes the recorder without deleting the file.
     pub(crate) fn leave(self) {
         self.file.leave();
     }
 
-    /// Takes the file away, for a process that ends without dropping anything.
+    /// Deletes the file, for a process that exits without dropping its values.
     pub(crate) fn remove(&self) {
         self.file.remove();
     }
 
-    /// Reads what has come since the last time, and returns everything that is known.
+    /// Reads what was written since the last call, and returns all facts that are known.
     pub(crate) fn read(&mut self) -> &Log {
         match self.file.file.metadata().map(|file| file.len().cmp(&self.offset)) {
             Ok(Ordering::Equal) => return &self.log,
-            // Somebody has cut it: what was written since then is not whole.
+            // The file was truncated, so the log is not complete.
             Ok(Ordering::Less) => self.log.program = None,
             _ => {}
         }
@@ -255,21 +267,23 @@ impl Recorder {
     }
 }
 
-/// The name of the file of run `id`.
+/// Returns the name of the recorder's file of run `id`.
 fn name(id: &str) -> String {
     format!("tf-{id}.log")
 }
 
+/// Chooses the sink. `variable` reads the environment without the variables that an outer `tf` has set.
 fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<OsString>) -> Sink {
     let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
     match (LOG_VARIABLES.iter().any(set), opens) {
         (true, _) => Sink::Temporary,
         (false, true) => Sink::Core(level),
-        (false, false) => Sink::GuardianView(level),
+        (false, false) => Sink::Beside(level),
     }
 }
 
-/// The variables that an outer `tf` has set, by the recorder that they name.
+/// Returns the variables that an outer `tf` has set for its own recorder, which are recognised by the path in
+/// [`RECORDER`].
 fn inherited(variable: &impl Fn(&str) -> Option<OsString>) -> Vec<&'static str> {
     let Some(outer) = variable(RECORDER) else { return Vec::new() };
     let is = |name: &str, value: &OsStr| variable(name).is_some_and(|set| set == value);
@@ -298,7 +312,7 @@ mod tests {
         .unwrap()
     }
 
-    /// What becomes of a variable: nothing, or a change.
+    /// Returns the changes to the variable `name`: at most one.
     fn value(recorder: &Recorder, name: &str) -> Vec<Option<OsString>> {
         recorder.changes().into_iter().filter(|(changed, _)| *changed == name).map(|(_, value)| value).collect()
     }
@@ -339,7 +353,7 @@ mod tests {
         assert_eq!(value(&recorder, "TF_LOG_CORE"), [Some("INFO".into())]);
         assert_eq!(value(&recorder, "TF_LOG_PATH"), [Some("/dev/null".into())]);
         assert_eq!(value(&recorder, "TF_TEMP_LOG_PATH"), [Some(recorder.path().into())]);
-        // The user's own variables keep their effect all the same.
+        // The user's own variables still have their effect.
         let recorder = open_for(false, &[("TF_LOG", "DEBUG")]);
         assert!(recorder.changes().iter().all(|(changed, _)| !LOG_VARIABLES.contains(changed)));
     }
@@ -360,11 +374,11 @@ mod tests {
                 assert_eq!(value(&recorder, name).len(), 1, "{opens} {name}");
             }
         }
-        // The user's own temporary sink is not an outer tf's.
+        // A temporary sink that the user has set is not taken for that of an outer tf.
         assert!(value(&open(&[("TF_TEMP_LOG_PATH", "/var/log/own")]), "TF_TEMP_LOG_PATH").is_empty());
     }
 
-    /// However terraform's writes are cut, and whoever reads on.
+    /// Splits the log into two writes at every possible byte.
     #[test]
     fn what_was_read_of_arguments_is_overwritten() {
         use std::io::Write;

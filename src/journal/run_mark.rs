@@ -1,23 +1,25 @@
-//! The mark of a run in the environment of its processes, and who is alive of those that a run can be known by.
+//! The mark of a run in the environment of its processes, and the search for the living processes of a run.
 
 use crate::journal::membership::{Membership, ProcessMark, TreeIdentity, classify};
 use crate::sys::process::{self, Process, Variable};
 use nix::unistd::{Pid, getpid};
 
-/// The variable that marks every process of a run. A run below another one names both, the outer first: `OUTER/INNER`.
+/// The variable that marks every process of a run. A nested run has its own ID behind those of the runs around it:
+/// `OUTER/INNER`.
 pub(crate) const RUN: &str = "TFW_RUN";
 
-/// The processes of a run, as an observer sees them who is not above them.
+/// The living processes of a run, as seen by an observer that is not their ancestor.
 #[derive(Debug, Default)]
 pub(crate) struct Living {
-    /// These belong to it.
+    /// Processes that belong to the run.
     pub(crate) members: Vec<Process>,
-    /// These may.
+    /// Processes that may belong to the run.
     pub(crate) unknown: Vec<Process>,
 }
 
 impl Living {
-    /// Looks at the living processes of the run that has the mark `run`. `certain_before`: see [`classify`].
+    /// Finds the living processes of the run with the mark `run`, except this process and helpers of `tf`.
+    /// `certain_before`: see [`classify`].
     pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
         let all: Vec<(Process, ProcessMark)> =
             Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
@@ -35,11 +37,12 @@ impl Living {
                 list.push(process);
             }
         }
-        // Another user's, which /proc may hide from us (`hidepid`): to signal it is forbidden only while it is there.
+        // A survivor of another user may be hidden from this process in /proc (`hidepid`). kill(2) reports EPERM only
+        // while it exists.
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
-        // Members of terraform's group whom it hides.
+        // Members of terraform's group may be hidden as well.
         if let Some(group) = identity.group.map(Pid::from_raw)
             && living.is_empty()
             && hides_members(group)
@@ -54,7 +57,7 @@ impl Living {
     }
 }
 
-/// Whether the process carries the mark of `run`.
+/// Whether the process has the mark of `run`.
 pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
     match process.environment(RUN) {
         Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => {
@@ -65,8 +68,8 @@ pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
     }
 }
 
-/// Whether a process is in `group` that /proc does not show us.
+/// Whether `group` has a process that /proc does not show to this process.
 fn hides_members(group: Pid) -> bool {
-    // The list first: a zombie that is taken away between the two is in the list, or is no member any more.
+    // The list is read first: a zombie that is reaped in between is in the list, or no longer in the group.
     !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }

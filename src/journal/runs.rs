@@ -1,18 +1,19 @@
-//! The journal: who releases when everything was killed.
+//! The journal: the records of runs. If every process of a run is killed, a later `tf` releases its locks.
 //!
-//! Each run has a directory below `runs/` in the state directory, with two files. `record.json` says what the next `tf`
-//! must know: the lock facts out of terraform's log, where the lock lives and how it was reached; no argument's value, no
-//! key, no token. `lock` tells who is alive, by two bytes that are locked ([`crate::sys::lock_file`]):
+//! Each run has a directory below `runs/` in the state directory, with two files. `record.json` has what the later `tf`
+//! must know: the facts about locks from terraform's log, where the lock is and how it was reached. It has no value of
+//! a variable (`-var`), no access key and no token. `lock` shows what is alive, by locks on two of its bytes
+//! ([`crate::sys::lock_file`]):
 //!
-//! - [`TREE_LOCK`] is held by terraform and by all that inherited the descriptor from it;
-//! - [`OWNER_LOCK`] is held by whoever takes care of the run: `tf` and its guardian together, later one recoverer. Nothing
-//!   inherits it.
+//! - [`TREE_LOCK`] is held by terraform and by every process that inherited the descriptor from it.
+//! - [`OWNER_LOCK`] is held by the owner of the run: `tf` and its guardian together, and later one recovery process. No
+//!   other process inherits it.
 //!
-//! A run that ends well takes its directory away.
+//! A run that leaves nothing unfinished deletes its directory.
 //!
-//! A directory is made under another name, locked, written, and then moved to its place, and moved away again before it
-//! is emptied: so whatever is found in place is whole, and was locked from its first moment on. A record is replaced by
-//! rename(2), so it is whole at every moment as well.
+//! A directory is created under another name, locked and written, and then renamed to its final name. Before it is
+//! emptied, it is renamed again. A directory with the final name is therefore complete, and was locked from the start.
+//! A record is replaced with rename(2), so it is always complete as well.
 
 use crate::terraform::lock_info::LockInfo;
 use std::cell::OnceCell;
@@ -43,46 +44,47 @@ use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
-/// The byte that the whole tree below terraform holds.
+/// The byte of the lock file that is locked by terraform and by every process that inherits the descriptor.
 const TREE_LOCK: u8 = 0;
 
-/// The byte of whoever takes care of the run.
+/// The byte of the lock file that is locked by the owner of the run.
 const OWNER_LOCK: u8 = 1;
 
-/// No record is longer; what is, is hostile.
+/// The maximum length of a record, in bytes. A longer one was not written by `tf`, and may be hostile.
 const MAX_RECORD_BYTES: u64 = 2 * JSON_LIMIT as u64;
 
-/// So many unreadable records are kept for somebody to look at.
+/// The number of unreadable records that are kept for a person to look at.
 const MAX_SET_ASIDE: usize = 16;
 
-/// What nobody here may judge, or nobody came back for, goes after so long.
+/// How long a record is kept if its run cannot be judged on this host.
 const RECORD_RETENTION_WINDOW: Duration = Duration::from_hours(30 * 24);
 
-/// Why a run is left alone whose lock file cannot be opened for writing.
+/// The reason why a run is left alone if its lock file cannot be opened for writing.
 pub(crate) const READ_ONLY: &str = "its record cannot be locked: the state directory is read-only";
 
-/// What is left of a run that is over: locks that could not be given back.
+/// What is left to do for a run that is over.
 #[derive(Debug, Default)]
 pub(crate) struct Unfinished {
+    /// Locks that were not released.
     pub(crate) locks: Vec<RecordedLock>,
-    /// Those that could not even be looked for.
+    /// Locks without a known ID that are still to be looked for.
     pub(crate) unnamed: Vec<UnnamedLock>,
-    /// One that may stand in another backend than S3.
+    /// Whether a lock in another backend than S3 may be held.
     pub(crate) elsewhere: bool,
-    /// Its terraform died and had written no log: nothing tells whether it held one.
+    /// Whether terraform died without having written a log, so that it is not known whether it held a lock.
     pub(crate) unlogged: bool,
-    /// Those that were replaced while it worked: a person must hear of it.
+    /// Locks that were replaced while the run was working. A person must be told.
     pub(crate) replaced: Vec<Replaced>,
 }
 
 impl Unfinished {
-    /// Leaves what may stand in another backend, and what is known of it.
+    /// Adds a lock in another backend than S3 that may be held, and what is known of it.
     pub(crate) fn add_elsewhere(&mut self, had: impl IntoIterator<Item = UnnamedLock>) {
         self.elsewhere = true;
         self.unnamed.extend(had);
     }
 
-    /// Nothing is.
+    /// Whether nothing is left to do.
     pub(crate) fn is_empty(&self) -> bool {
         self.locks.is_empty()
             && self.unnamed.is_empty()
@@ -92,20 +94,23 @@ impl Unfinished {
     }
 }
 
-/// What is written down of one run.
+/// The record of one run, as it is written to `record.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct JournalRecord {
+    /// The version of the format: 1.
     pub(crate) format: u32,
     /// The run's ID, the last part of its `TFW_RUN` and the name of its directory.
     pub(crate) run: String,
+    /// The host that the run was started on.
     pub(crate) host: HostIdentity,
-    /// The pid of its `tf`, and of its terraform.
+    /// The pid of its `tf`.
     pub(crate) tf: u32,
+    /// The pid of its terraform. `None` until terraform is started.
     pub(crate) terraform: Option<i32>,
-    /// What its processes can be known by.
+    /// What identifies its processes, besides the mark.
     #[serde(default)]
     pub(crate) tree: TreeIdentity,
-    /// The parent of its `tf`, where its end asks for a stop.
+    /// The pid of the parent of its `tf`. `None` if the exit of that parent is not a request to stop.
     #[serde(default)]
     pub(crate) parent: Option<i32>,
     /// `user@host` at its start, as its terraform wrote it. Empty in a record of an earlier version.
@@ -113,30 +118,34 @@ pub(crate) struct JournalRecord {
     pub(crate) who: String,
     /// When terraform was started.
     pub(crate) started: Timestamp,
-    /// `terraform`, or by what name it was run.
+    /// The name that terraform was run by.
     pub(crate) program: String,
-    /// `-chdir`, where it was given.
+    /// The value of `-chdir`. `None` if it was not given.
     pub(crate) chdir: Option<String>,
-    /// The subcommand, and the names of the flags that terraform has.
+    /// The subcommand of terraform.
     pub(crate) command: String,
+    /// The names of terraform's flags that were given ([`flag_names`]).
     pub(crate) flags: Vec<String>,
-    /// Where it ran, and where its data directory is.
+    /// The directory that it was started in.
     pub(crate) directory: String,
+    /// The data directory of terraform.
     pub(crate) data_directory: String,
-    /// The workspaces that it can have used.
+    /// The workspaces that it may have used.
     pub(crate) workspaces: Vec<String>,
-    /// The plan that it applied.
+    /// The path of the plan that it applied. `None` if it applied none.
     #[serde(default)]
     pub(crate) plan: Option<String>,
-    /// The backends that it can have used.
+    /// The backends that it may have used, without their secrets.
     pub(crate) access: Vec<RedactedBackend>,
+    /// The environment that decides how AWS was reached.
     pub(crate) surroundings: AwsEnvironment,
-    /// What its log has told so far, and up to where it was read.
+    /// The facts from its log so far.
     pub(crate) log: Log,
+    /// The offset in the log, in bytes, at which a reader that continues with `log` must begin.
     pub(crate) offset: u64,
-    /// Its operation is over, and what is left of it could not be done then.
+    /// Whether its operation is over, and something that is left could not be done then.
     pub(crate) over: bool,
-    /// Its locks were to be named and not released (`TFW_RELEASE=never`).
+    /// Whether its locks were to be named and not released (`TFW_RELEASE=never`).
     #[serde(default)]
     pub(crate) named_only: bool,
     /// See [`Unfinished::unlogged`].
@@ -148,7 +157,7 @@ pub(crate) struct JournalRecord {
 }
 
 impl JournalRecord {
-    /// The first form of a record; the rest is for the caller to fill in.
+    /// Returns a record with what is known of this process. The caller fills in the rest.
     pub(crate) fn new(run: &str, journal: &Journal) -> Self {
         Self {
             format: 1,
@@ -179,24 +188,24 @@ impl JournalRecord {
         }
     }
 
-    /// Where its terraform worked: the directory that `-chdir` names, or its own.
+    /// Returns the directory in which its terraform worked: the one that `-chdir` names, or its own.
     pub(crate) fn working_directory(&self) -> String {
         let directory = Path::new(&self.directory);
         let working = self.chdir.as_ref().map_or_else(|| directory.to_owned(), |chdir| directory.join(chdir));
         working.to_string_lossy().into_owned()
     }
 
-    /// What its locks are judged by.
+    /// Returns the facts by which its locks are judged.
     pub(crate) fn proof(&self) -> Run {
         Run::recorded(&self.who, self.started, &self.log)
     }
 
-    /// As whom it reached its backends.
+    /// Returns the identity with which it reached its backends.
     pub(crate) fn reached(&self) -> Reached {
         Reached::of(&self.run, &self.access, &self.surroundings)
     }
 
-    /// What is left when a run is over: locks that could not be given back. What is known of its processes stays.
+    /// Marks the run as over, with `left` as what is left to do. What is known of its processes does not change.
     pub(crate) fn leave(&mut self, left: Unfinished) {
         self.log.locks = left.locks;
         self.log.unnamed = left.unnamed;
@@ -205,52 +214,53 @@ impl JournalRecord {
         self.over = true;
     }
 
-    /// A record is obeyed only if all of it makes sense.
+    /// Whether the record is valid and is that of the run `name`. Any other record is not used.
     fn is_sound(&self, name: &str) -> bool {
         self.format == 1 && self.run == name && self.log.locks.iter().all(|lock| is_lock_id(&lock.id))
     }
 }
 
-/// The runs below one state directory.
+/// The journal in one state directory.
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     runs: PathBuf,
-    /// Asked for when there is something to judge or to write down.
+    /// Read when it is first needed.
     host: OnceCell<HostIdentity>,
 }
 
-/// A run's directory, and the hold on it of whoever takes care of the run.
+/// The directory of a run, and the lock file by which this process holds [`OWNER_LOCK`].
 #[derive(Debug)]
 pub(crate) struct JournalEntry {
     path: PathBuf,
     lock_file: File,
 }
 
-/// What is found in the place of a run.
+/// The state of a run in the journal.
 #[derive(Debug)]
 pub(crate) enum FoundRun {
-    /// Somebody of it is alive.
+    /// A process of the run is alive.
     Living(Box<JournalRecord>),
-    /// Terraform's tree seems dead, and somebody takes care of the rest at this moment.
+    /// Terraform's tree seems to be dead, and another process is finishing the run at this moment.
     Settling(Box<JournalRecord>),
-    /// It is dead, and ours to finish.
+    /// The run is dead, and this process is its owner as long as it keeps the [`JournalEntry`].
     Dead(Box<JournalRecord>, JournalEntry, Standpoint),
-    /// Not for us to judge, and why; with what it says, where it can be read. For whoever lists what there is; nothing is
-    /// done about it.
+    /// This process cannot judge the run. The text says why. The record, if it can be read, is for commands that list
+    /// runs: the run is not finished from here.
     Foreign(&'static str, Option<Box<JournalRecord>>),
-    /// Nobody of it is known to be alive, and these processes may be of it: it is left alone as long as they run.
+    /// No process of the run is known to be alive, but these processes may belong to it. The run is left alone as long
+    /// as they are running.
     Doubtful(Box<JournalRecord>, Vec<Process>),
-    /// What lies here is no record, and nobody holds it.
+    /// The record or the lock file at this path is missing or invalid, and no process holds the lock file.
     Broken(PathBuf),
-    /// Nothing, or nothing any more.
+    /// The run is not in the journal, or no longer.
     Gone,
 }
 
 impl Journal {
-    /// The journal in `directory`, which is made.
+    /// Opens the journal in `directory`. It is created if it does not exist.
     ///
     /// # Errors
-    /// Where it cannot be.
+    /// Fails if `runs/` cannot be created, or is not private to this user.
     pub(crate) fn open(directory: &StateDirectory) -> io::Result<Self> {
         let runs = directory.join("runs");
         match DirBuilder::new().mode(0o700).create(&runs) {
@@ -260,20 +270,22 @@ impl Journal {
         Self::there(directory).ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "runs/ is not ours alone"))
     }
 
-    /// The journal in `directory`, if there is one.
+    /// Opens the journal in `directory`. `None` if it does not exist or is not private to this user.
     pub(crate) fn there(directory: &StateDirectory) -> Option<Self> {
         let runs = directory.join("runs");
         is_private(&runs).then(|| Self { runs, host: OnceCell::new() })
     }
 
+    /// Returns the identity of this host.
     pub(crate) fn host(&self) -> &HostIdentity {
         self.host.get_or_init(|| HostIdentity::here(&self.runs))
     }
 
-    /// Makes the directory of a run. Gives the descriptor that terraform must inherit.
+    /// Creates the directory of a run and locks both bytes of its lock file. Returns it with the descriptor that
+    /// terraform must inherit.
     ///
     /// # Errors
-    /// Where it cannot be made, written or locked. Nothing is left then.
+    /// Fails if the directory cannot be created, written or locked. Nothing is left of it then.
     pub(crate) fn begin(&self, record: &JournalRecord) -> io::Result<(JournalEntry, OwnedFd)> {
         let unfinished = self.runs.join(format!(".new-{}", record.run));
         let begun = self.begin_in(&unfinished, record);
@@ -302,7 +314,8 @@ impl Journal {
         Ok((JournalEntry { path, lock_file }, inherited))
     }
 
-    /// The names of the runs that are there. What was begun or taken away and not finished, and is old, is cleared away.
+    /// Returns the names of the runs in the journal. Deletes what is left of directories whose creation was not
+    /// completed within 1 h, or whose deletion was not completed.
     pub(crate) fn names(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(&self.runs) else { return Vec::new() };
         let mut names = Vec::new();
@@ -313,7 +326,7 @@ impl Journal {
             } else if let Some(run) = name.strip_prefix(".new-")
                 && is_older(&entry.path(), Duration::from_hours(1))
             {
-                // It died before terraform was started, so there is nothing of it but this.
+                // Its `tf` died before terraform was started, so nothing else is left of the run.
                 clear_away(&entry.path(), run);
             } else if let Some(run) = name.strip_prefix(".old-") {
                 clear_away(&entry.path(), run);
@@ -322,12 +335,14 @@ impl Journal {
         names
     }
 
-    /// Whether there is a run of that name.
+    /// Whether the journal has a run `name`.
     pub(crate) fn has(&self, name: &str) -> bool {
         fs::symlink_metadata(self.runs.join(name)).is_ok()
     }
 
-    /// Looks at one run. What is dead is ours from then on, as long as the [`JournalEntry`] is held.
+    /// Returns what the journal and the processes of this host show of one run. If the run is dead, this process is its
+    /// owner as long as it keeps the [`JournalEntry`]. Deletes the record of a run that cannot be judged here after
+    /// [`RECORD_RETENTION_WINDOW`].
     pub(crate) fn look(&self, name: &str) -> FoundRun {
         let path = self.runs.join(name);
         let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
@@ -340,7 +355,7 @@ impl Journal {
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
-                // Whoever holds it will write it anew, or take it away.
+                // The owner will replace the record or delete it.
                 return if held { FoundRun::Foreign("it cannot be read", None) } else { FoundRun::Broken(path) };
             }
         };
@@ -356,7 +371,8 @@ impl Journal {
         }
         let lock_file = match open_lock(&path.join("lock")) {
             Ok(lock_file) => lock_file,
-            // A file must be open for writing for its bytes to be locked, so nothing can be finished here.
+            // The bytes of a file can be locked only if it is open for writing, so the run cannot be finished from
+            // here.
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied) =>
             {
@@ -383,7 +399,7 @@ impl Journal {
         if !doubtful.is_empty() {
             return FoundRun::Doubtful(record, doubtful);
         }
-        // Whoever was in charge before us may have taken it away while we looked; and have written in between.
+        // The previous owner may have deleted the directory or replaced the record since it was read.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
         match read(&path, name) {
             Ok(record) if same => FoundRun::Dead(Box::new(record), JournalEntry { path, lock_file }, standpoint),
@@ -391,7 +407,8 @@ impl Journal {
         }
     }
 
-    /// Whether some process holds that run's lock file: one of its own, wherever it is, or whoever takes care of it.
+    /// Whether any process holds a lock on the lock file of the run: one of its own, in whatever container, or its
+    /// owner.
     pub(crate) fn is_held(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
         lock.is_ok_and(|lock| {
@@ -399,31 +416,33 @@ impl Journal {
         })
     }
 
-    /// Drops the record of a run that cannot be judged from here.
+    /// Deletes the record of a run that cannot be judged from here.
     pub(crate) fn drop_record(&self, name: &str) {
         remove(&self.runs.join(name));
     }
 
-    /// Whether somebody takes care of that run at this moment: its `tf`, its guardian, or another recovery.
+    /// Whether the run has an owner at this moment: its `tf`, its guardian, or a recovery process.
     pub(crate) fn has_owner(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
         lock.is_ok_and(|lock| lock_file::is_locked(&lock, OWNER_LOCK).unwrap_or(true))
     }
 
-    /// The living processes of a run of this boot. Numbers of processes count only where they mean the same to us.
+    /// Returns the living processes of a run of this boot. Recorded pids count only if the run had the pid namespace of
+    /// this process.
     fn living(&self, name: &str, record: &JournalRecord) -> Living {
         let same_numbers = record.host.numbers_processes_as(self.host());
         let identity = if same_numbers { record.tree.clone() } else { TreeIdentity::default() };
         let mut living = Living::of(name, &identity, None);
         if let (false, Some(container)) = (same_numbers, record.host.container()) {
-            // Its numbers mean nothing here, so whatever is alive in its container may be of it.
+            // The recorded pids mean nothing here, so every living process in its container may belong to it.
             let inside = Process::all().into_iter().filter(|process| !process.is_dead());
             living.unknown.extend(inside.filter(|process| process.may_be_in(container)));
         }
         living
     }
 
-    /// Whether another run than `own`, with somebody of it alive, says that the lock `id` is its.
+    /// Whether another run than `own` claims the lock `id`: a process of that run is or may be alive, and its record
+    /// has the lock as not released.
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
             FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
@@ -433,8 +452,8 @@ impl Journal {
         })
     }
 
-    /// Puts what is no record out of the way, where a person can look at it, and gives that place. `None` where it cannot be
-    /// moved.
+    /// Moves an invalid record to `set-aside/`, where a person can look at it. Returns the new path, or `None` if it
+    /// cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
         let _ = DirBuilder::new().mode(0o700).create(&directory);
@@ -455,26 +474,28 @@ impl Journal {
 }
 
 impl JournalEntry {
-    /// Replaces the record. With `to_disk` it is there after a loss of power too.
+    /// Replaces the record. With `to_disk`, it is also flushed to disk, so that it survives a loss of power.
     ///
     /// # Errors
-    /// A full disk, or one that is gone.
+    /// Fails if the record is longer than [`MAX_RECORD_BYTES`], or if it cannot be written, for example because the
+    /// disk is full.
     pub(crate) fn write(&self, record: &JournalRecord, to_disk: bool) -> io::Result<()> {
         let unfinished = self.path.join(format!("record.{}", std::process::id()));
         let _ = fs::remove_file(&unfinished);
         let written = (|| {
             let text = serde_json::to_vec(record)?;
             if text.len() as u64 > MAX_RECORD_BYTES {
-                // The older one can still be read.
+                // The previous record stays, and can still be read.
                 return Err(io::ErrorKind::FileTooLarge.into());
             }
             let mut file = create(&unfinished)?;
             file.write_all(&text)?;
             fs::rename(&unfinished, self.path.join("record.json"))?;
             if to_disk {
-                // Once, for the content and the new name: what a journaling file system writes for a file that was just
-                // renamed has both in it. If the power goes in between, the name may stand with nothing behind it, and
-                // the record is none. That is no more than was lost a moment before, when it did not know of the lock.
+                // One sync is enough for the content and the new name: what a journaling file system writes for a file
+                // that was just renamed has both in it. If the power fails before that, the name may exist without the
+                // content, and the record is invalid. That loses no more than a failure a moment earlier, when the
+                // record did not have the lock yet.
                 file.sync_all()?;
             }
             Ok(())
@@ -485,23 +506,23 @@ impl JournalEntry {
         written
     }
 
-    /// Takes the run out of the journal.
+    /// Deletes the run from the journal.
     pub(crate) fn take_away(&self) {
         remove(&self.path);
     }
 
-    /// Whether somebody has written the record in the last while.
+    /// Whether the record was written within the last `time`.
     pub(crate) fn was_written_within(&self, time: Duration) -> bool {
         !is_older(&self.path.join("record.json"), time)
     }
 
-    /// What must stay open in whoever takes care of the run.
+    /// The lock file, which must stay open in every process that owns the run.
     pub(crate) fn lock_file(&self) -> &File {
         &self.lock_file
     }
 }
 
-/// Moved away first: nobody may find it half empty.
+/// Deletes the directory of a run. It is renamed first, so that no process finds it half empty.
 fn remove(path: &Path) {
     let Some(run) = path.file_name().and_then(OsStr::to_str) else { return };
     let old = path.with_file_name(format!(".old-{run}"));
@@ -511,9 +532,10 @@ fn remove(path: &Path) {
     }
 }
 
-/// Deletes what was moved away, and what its run has logged.
+/// Deletes a directory without its final name, and the recorder of its run.
 fn clear_away(old: &Path, run: &str) {
-    // Before the directory: as long as that stands somebody knows that there may be a log.
+    // The recorder is deleted before the directory: as long as that exists, a later `tf` knows that there may be a
+    // recorder.
     Recorder::clear_away(run);
     for file in ["record.json", "lock"] {
         let _ = fs::remove_file(old.join(file));
@@ -523,6 +545,10 @@ fn clear_away(old: &Path, run: &str) {
     }
 }
 
+/// Reads the record of the run `name` in the directory `path`.
+///
+/// # Errors
+/// Fails if the record cannot be read, is longer than [`MAX_RECORD_BYTES`], or is not valid.
 fn read(path: &Path, name: &str) -> io::Result<JournalRecord> {
     let mut text = Vec::new();
     open_private(OpenOptions::new().read(true), &path.join("record.json"))?
@@ -535,21 +561,24 @@ fn read(path: &Path, name: &str) -> io::Result<JournalRecord> {
     Ok(record)
 }
 
+/// Creates a file that only this user can open. Fails if anything exists at `path`.
 fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
-/// A file must be open for writing for its bytes to be locked (fcntl_locking(2)).
+/// Opens a lock file for writing: the bytes of a file that is open only for reading cannot be locked
+/// (fcntl_locking(2)).
 fn open_lock(path: &Path) -> io::Result<File> {
     open_private(OpenOptions::new().read(true).write(true), path)
 }
 
+/// Whether `path` was last modified more than `age` ago. False if that is not known.
 fn is_older(path: &Path, age: Duration) -> bool {
     let modified = fs::symlink_metadata(path).and_then(|place| place.modified());
     modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
 }
 
-/// `PID-RANDOM`, as [`crate::journal::runs::run_id`] makes it.
+/// Whether `name` is `PID-RANDOM`, as [`run_id`] makes it.
 fn is_run_id(name: &str) -> bool {
     name.split_once('-').is_some_and(|(pid, random)| {
         pid.parse::<u32>().is_ok()
@@ -558,7 +587,7 @@ fn is_run_id(name: &str) -> bool {
     })
 }
 
-/// The flags of terraform that say something about a run and whose names can be told from values.
+/// The flags of terraform that say something about a run, and that can be distinguished from values by their names.
 const FLAGS: [&str; 22] = [
     "auto-approve",
     "backend",
@@ -584,7 +613,8 @@ const FLAGS: [&str; 22] = [
     "var-file",
 ];
 
-/// The names of the flags among `arguments`, never a value: a word that is no flag of terraform's is somebody's value.
+/// Returns the names of the flags among `arguments`, and never a value. A word that is not in [`FLAGS`] may be a value,
+/// and is left out.
 pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> Vec<String> {
     let mut names = Vec::new();
     for argument in arguments {
@@ -597,17 +627,17 @@ pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> 
     names
 }
 
-/// Another's lock in the place of a run's own, taken while the run worked: somebody forced the run's lock, or the service
-/// keeps nobody out. Two runs have worked on one state.
+/// A lock of another run that replaced a run's own lock while the run was working. Either a person forced the release
+/// of the run's own lock, or the service does not keep others out. Two runs have worked on one state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replaced {
     /// The run's own lock.
     pub(crate) own: RecordedLock,
-    /// The one that is there.
+    /// The lock that is stored in its place.
     pub(crate) by: LockInfo,
 }
 
-/// A name for this run that no other has.
+/// Returns a name that no other run has: `PID-RANDOM`, with 16 random hexadecimal digits.
 pub(crate) fn run_id() -> String {
     let random = RandomState::new().build_hasher().finish();
     format!("{}-{random:016x}", std::process::id())
@@ -632,7 +662,8 @@ mod tests {
         record
     }
 
-    /// Other tests of this process start processes meanwhile, and between fork(2) and exec(2) those hold every lock of ours.
+    /// Waits until `bytes` are not locked. Other tests in this process start child processes meanwhile, and between
+    /// fork(2) and exec(2) those hold every lock of this process.
     fn wait_until_free(journal: &Journal, bytes: &[u8]) {
         let lock = open_lock(&journal.runs.join(RUN).join("lock")).unwrap();
         let begun = std::time::Instant::now();
@@ -689,7 +720,7 @@ mod tests {
         let path = entry.path.clone();
         drop((entry, life));
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
-        // A link to a whole record, in place of the directory and of the file.
+        // A symbolic link to a valid record, in place of the directory and then of the file.
         let elsewhere = root.path().join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
         symlink(&elsewhere, &path).unwrap();
@@ -700,13 +731,13 @@ mod tests {
         symlink(root.path().join("record"), path.join("record.json")).unwrap();
         assert!(matches!(journal.look(RUN), FoundRun::Broken(_)));
         journal.set_aside(RUN).unwrap();
-        // One that is open to others.
+        // A directory that other users can read.
         let (entry, life) = journal.begin(&record(&journal)).unwrap();
         drop((entry, life));
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(matches!(journal.look(RUN), FoundRun::Foreign(..)));
-        // One that says to be another run.
+        // A record that names another run.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
         let other = "4000000-fedcba9876543210";
         fs::rename(&path, path.with_file_name(other)).unwrap();

@@ -1,10 +1,16 @@
-//! The directory in which `tf` keeps what must outlive it.
+//! The directory in which `tf` stores what must outlive it.
 //!
-//! It must be this user's own, on a disk of this machine, and nobody else may have a hand in its path: under sudo with
-//! another's HOME, root would write into a directory that its owner rearranges as he likes. So from the place that the
-//! environment names downwards every directory must belong to us and be no link, and nobody else may write into the last;
-//! what is above that place must not belong to another user.
-//! What does not fit is passed over for the next; without any, terraform runs unprotected by the journal.
+//! The directory must belong to this user and be on a local file system, and no other user may be able to change its
+//! path: under sudo with the HOME of another user, root would write to a directory that its owner can rearrange at
+//! will. Therefore:
+//!
+//! - Every directory from the base (the one that the environment names) down to the state directory belongs to this
+//!   user.
+//! - Nothing below the base is a symbolic link, and neither is the state directory.
+//! - No other user can write to the state directory.
+//! - No directory above the state directory belongs to another user, root excepted.
+//!
+//! A location that does not meet these conditions is skipped. If no location does, terraform runs without a journal.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -14,26 +20,27 @@ use std::path::{Path, PathBuf};
 
 use crate::sys::{filesystem, ownership};
 
-/// A place where the directory may be.
+/// A location where the state directory may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Candidate {
-    /// What the environment names; it must be ours.
+    /// The directory that the environment names, or a default. It must belong to this user.
     base: PathBuf,
-    /// What of the path below it is ours to make.
+    /// The path of the state directory below `base`. `tf` may create it.
     below: PathBuf,
-    /// Whether the base may be made too.
+    /// Whether `tf` may create `base` too.
     made: bool,
 }
 
-/// A directory that may be used.
+/// A state directory that meets the conditions above.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StateDirectory(PathBuf);
 
 impl StateDirectory {
-    /// The first that can be used, made where it is not there yet.
+    /// Returns the first location that can be used. The directory is created if it does not exist. `variable` reads the
+    /// environment.
     ///
     /// # Errors
-    /// Why none of the places can be used: each with its own reason.
+    /// Fails if no location can be used. The error names each location with its reason.
     pub(crate) fn open(variable: impl Fn(&str) -> Option<OsString>) -> io::Result<Self> {
         Self::first_of(candidates(variable))
     }
@@ -52,14 +59,15 @@ impl StateDirectory {
         Err(io::Error::new(io::ErrorKind::NotFound, reasons.join("; ")))
     }
 
-    /// All that are there and can be used: where earlier runs may have left something, in whatever environment.
+    /// Returns every location that exists and can be used: earlier runs, in whatever environment, may have left
+    /// something in any of them.
     pub(crate) fn all(variable: impl Fn(&str) -> Option<OsString>) -> Vec<Self> {
         let mut all: Vec<Self> = candidates(variable).filter_map(|candidate| candidate.there().ok()).collect();
         all.dedup();
         all
     }
 
-    /// A directory in it, which may not be there.
+    /// The path `name` in the directory. It may not exist.
     pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
@@ -70,8 +78,8 @@ impl StateDirectory {
     }
 }
 
-/// The places, the preferred one first: `TFW_STATE_DIR`, `XDG_STATE_HOME/tf`, `~/.local/state/tf`, `XDG_RUNTIME_DIR/tf`,
-/// `/var/tmp/tf-UID`.
+/// Returns the locations, the preferred one first: `TFW_STATE_DIR`, `XDG_STATE_HOME/tf`, `~/.local/state/tf`,
+/// `XDG_RUNTIME_DIR/tf`, `/var/tmp/tf-UID`. A variable with a relative path is ignored.
 fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item = Candidate> {
     let uid = nix::unistd::geteuid().as_raw();
     let set = |name| variable(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
@@ -88,7 +96,8 @@ fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item
     .flatten()
 }
 
-/// The home that the user database names, where HOME is somebody else's (sudo).
+/// Returns the home directory of `uid` in /etc/passwd, for when HOME is not a directory of this user (sudo). `None` if
+/// the file has no entry for `uid`.
 fn home_in_passwd(uid: u32) -> Option<PathBuf> {
     let passwd = fs::read_to_string("/etc/passwd").ok()?;
     passwd.lines().find_map(|line| {
@@ -97,17 +106,20 @@ fn home_in_passwd(uid: u32) -> Option<PathBuf> {
     })
 }
 
-/// A directory of ours that nobody else can look into, and no link to one.
+/// Whether `path` is a directory of this user on which no other user has any permission, and not a symbolic link to
+/// one.
 pub(crate) fn is_private(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|place| {
         place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
     })
 }
 
-/// Opens a file of ours, for what `options` say, and nothing that somebody else has put or linked there.
+/// Opens a regular file of this user with `options`. It refuses what another user may have put or linked there: a
+/// symbolic link, a file with several hard links, and a file of another user.
 ///
 /// # Errors
-/// `InvalidData` for what is no file of ours alone.
+/// `InvalidData` if the file is not a regular file of this user with one link; otherwise what open(2) reports, such as
+/// `ELOOP` for a symbolic link.
 pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let place = file.metadata()?;
@@ -117,6 +129,7 @@ pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result
     Ok(file)
 }
 
+/// Whether `path` is a directory of this user, or a symbolic link to one.
 fn is_ours(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|place| place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw())
 }
@@ -139,18 +152,19 @@ impl Candidate {
         }
     }
 
-    /// The directory, if it is there and fit for use.
+    /// Returns the directory if it exists and meets the conditions of the module.
     fn there(&self) -> io::Result<StateDirectory> {
         let refused = |path: &Path, why: &str| {
             io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))
         };
-        // Before anything is made there.
+        // This check comes first, before `open` creates anything there.
         if !ownership::lies_in_directories_of_ours(&self.path()) {
             return Err(refused(&self.path(), "lies in a directory of another user"));
         }
         let uid = nix::unistd::geteuid().as_raw();
         let mut path = self.base.clone();
-        // A home may be reached through a link of the administrator's; what is below it may not.
+        // An administrator may have made the home directory a symbolic link, so a link at `base` is followed. Links
+        // below it are refused.
         let mut last = fs::metadata(&path)?;
         for part in &self.below {
             path.push(part);
