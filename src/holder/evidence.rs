@@ -1,4 +1,4 @@
-//! The verdict on a lock's holder: a function of what was seen, and of nothing else.
+//! The verdict on a lock's holder. It is a pure function of what was seen ([`Seen`]) and of the lock.
 
 use crate::console;
 use jiff::{SignedDuration, Timestamp};
@@ -7,25 +7,25 @@ use serde::Serialize;
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
-/// What is believed of a holder.
+/// The verdict on a lock's holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
-    /// Proven: it works.
+    /// It is proven that the holder is running.
     Alive,
-    /// Nothing tells.
+    /// Nothing shows whether the holder is running.
     Unknown,
-    /// Everything that is to be seen says so, and none of it is a proof.
+    /// Everything that can be seen indicates that the holder is dead, but nothing proves it.
     LikelyDead,
-    /// Proven: its operation is over.
+    /// It is proven that the holder's operation is over.
     Dead,
 }
 
 impl Verdict {
-    /// All of them, the most harmless first.
+    /// All verdicts, ordered from alive to dead.
     pub(crate) const ALL: [Self; 4] = [Self::Alive, Self::Unknown, Self::LikelyDead, Self::Dead];
 
-    /// In words.
+    /// Returns the verdict as it is shown to a person.
     pub(crate) fn words(self) -> &'static str {
         match self {
             Self::Alive => "alive",
@@ -35,7 +35,7 @@ impl Verdict {
         }
     }
 
-    /// As it stands in JSON and in metrics.
+    /// Returns the verdict as it is written in JSON and in metrics.
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::LikelyDead => "likely_dead",
@@ -43,13 +43,13 @@ impl Verdict {
         }
     }
 
-    /// Whether somebody should do something about the lock.
+    /// Whether the lock is stale, so that somebody should do something about it.
     pub(crate) fn is_stale(self) -> bool {
         matches!(self, Self::Dead | Self::LikelyDead)
     }
 }
 
-/// One thing that was seen, and what it proves.
+/// One observation, and what it proves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Evidence {
     /// What was seen.
@@ -58,17 +58,21 @@ pub(crate) struct Evidence {
     pub(crate) proves: String,
 }
 
-/// What the journal of this host says of a lock's ID.
+/// What the journal and the pending requests on this host say about a lock's ID.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// A run that somebody of is alive says that it is its.
+    /// A run with at least one running process recorded the ID. `tf` and `terraform` are pids. `terraform` is `None` if
+    /// the run's record has no pid of a terraform.
     Living { run: String, tf: u32, terraform: Option<i32>, command: String },
-    /// A dead one. `settling`: its guardian or another `tf` finishes it at this moment. `disagrees`: what stands is not
-    /// what its log recorded.
+    /// A dead run recorded the ID. `tf` is its pid. `settling` says that its guardian or another `tf` is finishing the
+    /// run at this moment. `disagrees` says how the stored lock differs from what the run's log recorded; it is `None`
+    /// if they agree.
     Dead { run: String, tf: u32, settling: bool, disagrees: Option<&'static str> },
-    /// A dead terraform asked for it and nobody saw an answer, or `had` it and its place was away (a tombstone).
+    /// There is a pending request for the lock. Its terraform is dead and either asked for the lock without an answer
+    /// being seen or, if `had` is set, held the lock while its table or bucket was unavailable. `disagrees` is the same
+    /// as in [`Claim::Dead`].
     Late { disagrees: Option<&'static str>, had: bool },
-    /// A run that nobody may judge from here.
+    /// A run that cannot be judged from here recorded the ID. `why` is the reason.
     Foreign { why: &'static str },
 }
 
@@ -77,36 +81,37 @@ pub(crate) enum Claim {
 pub(crate) struct PossibleHolder {
     pub(crate) pid: i32,
     pub(crate) program: String,
-    /// None: it cannot be told when it started.
+    /// When the process started. `None` if that is not known.
     pub(crate) started: Option<Timestamp>,
 }
 
-/// Everything that this host can say about one lock.
+/// Everything that this host can see about one lock.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Seen {
+    /// `None` if neither the journal nor the pending requests have the lock's ID.
     pub(crate) claim: Option<Claim>,
-    /// This user on this host, as terraform writes it.
+    /// `user@host` of this user on this host, as terraform writes it.
     pub(crate) who: String,
-    /// Every process of the machine is to be seen from here, and not only those of a container.
+    /// Whether this process can see every process of the machine, and not only those of a container.
     pub(crate) sees_all: bool,
-    /// A test says that the host's name tells it from others.
+    /// Whether a test declares that the host's name distinguishes it from other hosts.
     pub(crate) is_plain: bool,
-    /// The terraforms that run here, and what they have started.
+    /// The running processes that may be a terraform, or that a terraform may have started.
     pub(crate) terraforms: Vec<PossibleHolder>,
-    /// When this machine was started.
+    /// When this machine was started. `None` if that is not known.
     pub(crate) boot_time: Option<Timestamp>,
 }
 
-/// How much the times of processes and of the boot, which the kernel keeps in its own way, may be off.
+/// The tolerance for the start times of processes and the boot time, which the kernel computes in its own way.
 const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_secs(5);
 
-/// What is believed, and why.
+/// A verdict with its reason and its evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Judgement {
     pub(crate) verdict: Verdict,
     /// The reason, in a few words.
     pub(crate) reason: String,
-    /// Everything that was looked at.
+    /// Everything that was considered.
     pub(crate) evidence: Vec<Evidence>,
 }
 
@@ -233,13 +238,13 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     (Verdict::Unknown, "held by another user on this host".into())
 }
 
-/// The part behind the last `@`: a user's name may hold one, a host's may not.
+/// Returns the part after the last `@`: a user name may contain an `@`, a host name may not. Empty if there is no `@`.
 fn host_of(who: &str) -> &str {
     who.rsplit_once('@').map_or("", |(_, host)| host)
 }
 
-/// Names that a machine has when nobody has given it one: of the loopback address, of the kernel before a name is set, and
-/// what installers, images and tools propose.
+/// Names that a machine has if nobody has named it: the kernel's name before one is set, and the names that installers,
+/// images and tools propose. [`names_no_machine`] has the names of the loopback address.
 const DEFAULT_NAMES: [&str; 50] = [
     "(none)",
     "alarm",
@@ -293,11 +298,12 @@ const DEFAULT_NAMES: [&str; 50] = [
     "void",
 ];
 
-/// What routers and defaults add to a name, and what makes it no more than it was.
+/// Domains that routers and default settings add to a host name. They do not make the name unique.
 const DEFAULT_DOMAINS: [&str; 8] =
     ["local", "localdomain", "lan", "home", "internal", "intranet", "fritz.box", "home.arpa"];
 
-/// Whether a host name is one that tells no machine from another. Whoever else has it cannot be seen from here.
+/// Whether a host name does not identify a machine because many machines have it. The processes of another machine with
+/// the same name cannot be seen from here.
 fn names_no_machine(host: &str) -> bool {
     let host = host.trim().trim_end_matches('.').to_ascii_lowercase();
     let (name, domain) = host.split_once('.').unwrap_or((&host, ""));
@@ -356,7 +362,7 @@ mod tests {
         }
     }
 
-    /// What the journal has proven needs no name.
+    /// What the journal proves does not depend on the host name.
     #[test]
     fn a_run_of_the_journal_is_judged_whatever_the_host_is_called() {
         for (claim, expected) in claims() {
@@ -400,7 +406,7 @@ mod tests {
         ]
     }
 
-    /// Whatever else is to be seen: what the journal says counts alone.
+    /// If the journal says something about a lock, nothing else counts.
     #[test]
     fn only_the_journal_proves_alive_or_dead() {
         for who in ["anna@vm", "bert@vm", "anna@other", "nobody", ""] {
@@ -434,7 +440,7 @@ mod tests {
         }
     }
 
-    /// Anybody who may write the bucket may write such a lock.
+    /// Anyone with write access to the bucket can write such a lock.
     #[test]
     fn no_time_of_a_lock_panics() {
         for created in [Timestamp::MIN, Timestamp::MAX] {

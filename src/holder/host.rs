@@ -1,7 +1,8 @@
-//! What this host can see of the holders of locks: its journal, its processes, its boot.
+//! What this host can see of the holders of locks: the journal, the pending requests, the running processes and the
+//! boot time.
 //!
-//! It is looked at *after* the locks were read. Read before, a lock that was taken in between would belong to a process
-//! that was not there yet.
+//! The host is looked at *after* the locks are read. In the other order, the holder of a lock that is taken in between
+//! would be a process that did not exist yet when the host was looked at.
 
 use std::collections::HashMap;
 
@@ -18,7 +19,7 @@ use crate::terraform::binary::LARGE;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::RecordedLock;
 
-/// How a run in the journal is.
+/// The state of a run in the journal ([`FoundRun`]).
 #[derive(Clone, Copy)]
 enum RunState {
     Living,
@@ -27,19 +28,20 @@ enum RunState {
     Foreign(&'static str),
 }
 
-/// Why a run is not judged of which only processes are left that may be another's.
+/// Why a run is not judged if all its remaining processes may belong to another run.
 const DOUBTFUL: &str = "processes that may belong to that run are still running";
 
-/// One moment of this host.
+/// What this host showed at one moment.
 pub(crate) struct HostView {
-    /// By lock ID.
+    /// The runs in the journal, by the ID of each lock that they have not released.
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
+    /// The pending requests, by lock ID.
     late: HashMap<String, (Run, RecordedLock)>,
     seen: Seen,
 }
 
 impl HostView {
-    /// Looks around.
+    /// Reads the journals, the pending requests, the list of processes and the boot time.
     pub(crate) fn look() -> Self {
         let mut recorded = HashMap::new();
         let mut late = HashMap::new();
@@ -51,7 +53,7 @@ impl HostView {
                 let (state, record) = match journal.look(&name) {
                     FoundRun::Living(record) => (RunState::Living, record),
                     FoundRun::Settling(record) => (RunState::Settling, record),
-                    // What is held of it is let go again: nothing is finished here.
+                    // Dropping the `JournalEntry` releases the owner lock: a look does not finish the run.
                     FoundRun::Dead(record, ..) => (RunState::Dead, record),
                     FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
                     FoundRun::Doubtful(record, _) => (RunState::Foreign(DOUBTFUL), record),
@@ -73,12 +75,13 @@ impl HostView {
         Self { recorded, late, seen }
     }
 
-    /// Judges the holder of a lock that stood before this was looked at.
+    /// Judges the holder of `lock`, which must have been read before this `HostView` was made.
     pub(crate) fn judge(&self, lock: &LockInfo) -> Judgement {
         judge(lock, &Seen { claim: self.claim(lock), ..self.seen.clone() })
     }
 
-    /// The run in the journal that a dead lock belongs to.
+    /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
+    /// there is no such run.
     pub(crate) fn dead_run(&self, id: &str) -> Option<&str> {
         match self.recorded.get(id) {
             Some((RunState::Dead | RunState::Settling, record)) => Some(&record.run),
@@ -86,7 +89,8 @@ impl HostView {
         }
     }
 
-    /// Whether a dead terraform had this lock while its place was away. A write of it may still be on its way.
+    /// Whether a dead terraform held the lock `id` while its table or bucket was unavailable. A write of that terraform
+    /// may still be in flight.
     pub(crate) fn was_had_late(&self, id: &str) -> bool {
         self.late.get(id).is_some_and(|(_, recorded)| recorded.locked.is_some())
     }
@@ -120,13 +124,14 @@ impl HostView {
     }
 }
 
-/// Everything that runs here and has terraform or tofu in its name: providers among it, which may still be at work when
-/// their terraform is dead; and what may be a terraform under another name. This decides nothing that is not asked of a person.
+/// Returns the running processes that have `terraform` or `tofu` in their name, and those that may be a terraform under
+/// another name. Providers are among them: they may still be working when their terraform is dead. This list decides
+/// nothing that a person is not asked about.
 fn terraforms() -> Vec<PossibleHolder> {
     let boot_time = process::boot_time();
     Process::all()
         .into_iter()
-        // We are one of them, where we are called terraform.
+        // This process is one of them if it is installed under the name `terraform`.
         .filter(|process| !process.is_dead() && process.pid != nix::unistd::getpid())
         .filter_map(|process| {
             let program = process.program();

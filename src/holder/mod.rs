@@ -1,7 +1,7 @@
-//! Whether the holder of a lock is alive: what this host can see of it, and what that proves.
+//! Whether the holder of a lock is alive: what this host can see of the holder, and what that proves.
 //!
-//! Only the journal of this host proves anything. Everything else is a likelihood, for a person to judge: a `Who` is a
-//! user and a host name, and two machines may have both in common.
+//! Only the journal of this host, including its pending requests, proves anything. Everything else only makes a verdict
+//! likely, and a person must decide: a `Who` is a user name and a host name, and two machines may have both in common.
 
 pub(crate) mod evidence;
 pub(crate) mod host;

@@ -1,6 +1,7 @@
-//! The digest of a state: its MD5, which terraform writes into an item beside the lock, after the state itself
-//! (backend/remote-state/s3/client.go, `putMD5`). Killed in between, it leaves one that does not fit, and every later
-//! command fails with a checksum error until somebody mends it.
+//! The digest of a state: its MD5, which terraform writes into an item beside the lock, after it has written the state
+//! itself (backend/remote-state/s3/client.go, `putMD5`). If terraform is killed between the two writes, the digest does
+//! not match the state, and every later terraform command fails with a checksum error until somebody corrects the
+//! digest.
 
 use std::fmt::Write as _;
 
@@ -11,34 +12,35 @@ use super::stores::Stores;
 use super::{dynamodb, s3};
 use crate::aws::failure::Failure;
 
-/// A state, and what is recorded of it.
+/// The recorded digest of a state, and the digest computed from the state itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Comparison {
-    /// The digest in the table; none where nothing was recorded, and then terraform checks nothing.
+    /// The digest in the table. `None` if the table has no digest or an empty one; terraform then checks nothing.
     pub(crate) recorded: Option<String>,
-    /// That of the state as it is; none where there is no state.
+    /// The MD5 of the state as it is now, in hexadecimal. `None` if there is no state.
     pub(crate) computed: Option<String>,
-    /// When the state was written.
+    /// When the state was written. `None` if there is no state, or if the service does not report the time.
     pub(crate) written: Option<Timestamp>,
 }
 
 impl Comparison {
-    /// Whether terraform would be content.
+    /// Whether terraform would accept the state with the recorded digest.
     pub(crate) fn fits(&self) -> bool {
-        // A digest without a state fails as well: terraform takes the state's for none.
+        // A recorded digest without a state does not match either: terraform treats the digest of a missing state as
+        // empty.
         self.recorded.is_none() || self.recorded == self.computed
     }
 }
 
-/// Compares the state `bucket`/`key` with its digest in `table`. While somebody writes them they may not fit: it is for
-/// the caller to hold the lock, or to look twice.
+/// Compares the state `bucket`/`key` with its digest in `table`. The two may differ while a terraform is writing them,
+/// so the caller must hold the lock or compare twice.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the digest or the state cannot be read.
 pub(crate) async fn compare(stores: &Stores, bucket: &str, key: &str, table: &str) -> Result<Comparison, Failure> {
     let path = format!("{bucket}/{key}");
     let mut hash = Md5::new();
-    // At the same time: a slow service is waited for once.
+    // Both are read concurrently, so that a slow service delays the comparison only once.
     let (recorded, written) = tokio::join!(
         dynamodb::digest(&stores.dynamodb, table, &path),
         s3::stream(&stores.s3, bucket, key, |bytes| hash.update(bytes))

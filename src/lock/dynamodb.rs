@@ -1,5 +1,5 @@
-//! The half of a lock in a DynamoDB table: an item whose `LockID` is the lock's path and whose `InfoAttribute` is its JSON
-//! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
+//! The part of a lock in a DynamoDB table: an item whose `LockID` is the lock's path and whose `Info` attribute is the
+//! lock's JSON (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
@@ -16,7 +16,7 @@ use super::deleted::Deleted;
 use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
-/// A client for the table of `backend`.
+/// Returns a client for the table of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_dynamodb::config::Builder::from(config);
     let endpoint = crate::aws::settings::endpoint(
@@ -31,7 +31,8 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
 }
 
 /// Rejects a response with a success status that DynamoDB cannot have sent. The SDK reads an empty body as `{}`, which
-/// means "no such item" for a `GetItem` and "deleted" for a `DeleteItem`; a proxy or a captive portal sends such bodies.
+/// means "no such item" for a `GetItem` and "deleted" for a `DeleteItem`; a proxy or a captive portal sends such
+/// bodies.
 #[derive(Debug)]
 struct AnswersOnly;
 
@@ -57,21 +58,21 @@ impl Intercept for AnswersOnly {
 
 const SERVICE: &str = "DynamoDB";
 
-/// Whether `body` can be the body of a successful response: a JSON object whose members begin with a capital, as all
-/// members of all responses do (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference).
+/// Whether `body` can be the body of a successful response: a JSON object in which the name of every member begins with
+/// a capital letter, as in all responses (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference).
 fn is_an_answer(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body)
         .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
 }
 
-/// The `InfoAttribute` of an item, byte for byte: what a delete of the item depends on.
+/// The `Info` attribute of an item, byte for byte. A delete of the item is conditional on it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum InfoAttribute {
-    /// The text of a lock, most likely.
+    /// A string, most likely the text of a lock.
     Text(String),
-    /// Of another type than a string.
+    /// A value of another type.
     Other(AttributeValue),
-    /// The item has none.
+    /// The item has no `Info` attribute.
     None,
 }
 
@@ -84,7 +85,7 @@ impl InfoAttribute {
         }
     }
 
-    /// The text; empty for anything else.
+    /// Returns the string. Empty if the attribute is not a string or does not exist.
     pub(crate) fn text(&self) -> &str {
         match self {
             Self::Text(text) => text,
@@ -93,24 +94,26 @@ impl InfoAttribute {
     }
 }
 
-/// Reads the `InfoAttribute` of the item as it is now (a consistent read). `None` when there is no such item.
+/// Reads the `Info` attribute of the item as it is now (a consistent read). `None` if there is no such item.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, for example because there is no such table.
 pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<InfoAttribute>, Failure> {
     Ok(attribute(client, table, path, "Info").await?.map(InfoAttribute::of))
 }
 
-/// The MD5 of the state that terraform wrote last, in an item beside the lock (client.go, `putMD5`).
+/// Reads the MD5 of the state that terraform wrote last. Terraform stores it in an item beside the lock (client.go,
+/// `putMD5`). `None` if there is no such item, or if it has no `Digest` that is a string.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, for example because there is no such table.
 pub(crate) async fn digest(client: &Client, table: &str, path: &str) -> Result<Option<String>, Failure> {
     let digest = attribute(client, table, &format!("{path}-md5"), "Digest").await?.flatten();
     Ok(digest.and_then(|value| value.as_s().ok().cloned()))
 }
 
-/// The attribute `name` of an item: the outer `None` for no item, the inner for no such attribute.
+/// Reads the attribute `name` of an item. The outer `Option` is `None` if there is no such item, the inner one if the
+/// item has no such attribute.
 async fn attribute(
     client: &Client,
     table: &str,
@@ -130,33 +133,34 @@ async fn attribute(
     Ok(answer.item.map(|mut item| item.remove(name)))
 }
 
-/// What a table is, as far as it matters to whoever reads all of it.
+/// The properties of a table that matter to a scan of it and to a conditional delete.
 #[derive(Clone, Debug)]
 pub(crate) struct Description {
-    /// Its partition key, and its sort key if it has one.
+    /// The name of the partition key, and of the sort key if there is one.
     pub(crate) keys: Vec<String>,
-    /// The read capacity units that were provisioned; none for a table that is paid for by request.
+    /// The provisioned read capacity, in read capacity units. `None` for a table that is billed per request.
     pub(crate) read_capacity: Option<i64>,
-    /// About so many items are in it, as of some hours ago.
+    /// The approximate number of items, as it was some hours ago. `None` if the response does not have it.
     pub(crate) items: Option<i64>,
-    /// The regions that it is replicated to.
+    /// The regions to which the table is replicated. Empty if it is not a global table.
     pub(crate) replicas: Vec<String>,
-    /// Its replicas agree before a write is answered (a global table with multi-region strong consistency).
+    /// Whether the replicas agree on a write before it is answered (a global table with multi-region strong
+    /// consistency).
     pub(crate) strong: bool,
 }
 
 impl Description {
-    /// Whether a condition holds in the region that is asked, and nowhere else: of two writes in two regions the later
-    /// stays, whatever each of them found.
+    /// Whether the condition of a write is checked only in the region that receives the request. If two regions write
+    /// the same item, the later write then wins, whatever each condition found.
     pub(crate) fn last_writer_wins(&self) -> bool {
         !self.replicas.is_empty() && !self.strong
     }
 }
 
-/// Describes a table.
+/// Reads the description of a table.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, or if the response describes no table.
 pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description, Failure> {
     let answer = client
         .describe_table()
@@ -164,13 +168,13 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
         .send()
         .await
         .map_err(|error| failure("dynamodb:DescribeTable", &error))?;
-    // Every table has a key. A response that describes none is a proxy's.
+    // Every table has a key. A response without one comes from a proxy.
     let table = answer.table.filter(|table| !table.key_schema().is_empty());
     let table = table.ok_or_else(|| Failure::no_answer(SERVICE, "the response describes no table"))?;
     let provisioned = table.provisioned_throughput().and_then(ProvisionedThroughputDescription::read_capacity_units);
     Ok(Description {
         keys: table.key_schema().iter().map(|key| key.attribute_name.clone()).collect(),
-        // By request: 0.
+        // DynamoDB reports 0 for a table that is billed per request.
         read_capacity: provisioned.filter(|units| *units > 0),
         items: table.item_count(),
         replicas: table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect(),
@@ -178,23 +182,25 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
     })
 }
 
-/// One page of a table.
+/// One page of a scan.
 #[derive(Debug, Default)]
 pub(crate) struct TablePage {
-    /// `LockID` and `InfoAttribute` of what is no digest.
+    /// The `LockID` and the `Info` attribute of each item that is not a digest.
     pub(crate) items: Vec<(String, InfoAttribute)>,
-    /// So many items were looked at for it.
+    /// How many items the service examined for this page, digests included.
     pub(crate) scanned: u64,
-    /// And so many read capacity units were used, where the service tells.
+    /// How many read capacity units the page used. `None` if the service does not report it.
     pub(crate) consumed: Option<f64>,
-    /// Where the next begins. None: this was the last.
+    /// The key after which the next page begins. `None` if this is the last page.
     pub(crate) next: Option<std::collections::HashMap<String, AttributeValue>>,
 }
 
-/// Reads the next page of one of `segments` parts of a table, eventually consistent, which costs half.
+/// Reads one page of segment `segment` of a table that is scanned in `segments` segments. The page begins after the key
+/// `from`, and examines at most `limit` items. The read is eventually consistent, which costs half as much as a
+/// consistent one.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails.
 pub(crate) async fn scan(
     client: &Client,
     table: &str,
@@ -210,7 +216,7 @@ pub(crate) async fn scan(
         .set_limit(limit)
         .set_exclusive_start_key(from)
         .projection_expression("LockID, #info")
-        // The digests of states stand in the same table, and are most of it.
+        // The digests of states are in the same table, and most of its items are digests.
         .filter_expression("attribute_exists(#info) OR attribute_not_exists(Digest)")
         .expression_attribute_names("#info", "Info")
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
@@ -233,10 +239,11 @@ pub(crate) async fn scan(
     })
 }
 
-/// Puts a lock there if nothing is there, as terraform does. False when something is.
+/// Puts a lock if there is no item at `path`, as terraform does. False if there is one.
 ///
 /// # Errors
-/// [`Failure`]; the lock may have been put all the same.
+/// Returns a [`Failure`] if the request fails for another reason than its condition. The lock may have been put
+/// nevertheless.
 pub(crate) async fn put_if_absent(client: &Client, table: &str, path: &str, info: &str) -> Result<bool, Failure> {
     let answer = client
         .put_item()
@@ -249,10 +256,11 @@ pub(crate) async fn put_if_absent(client: &Client, table: &str, path: &str, info
     written(answer.map(drop))
 }
 
-/// Writes the digest of the state at `path` on condition that it is `old`. False when it is another one.
+/// Replaces the digest of the state at `path` by `new`, on the condition that it is `old`. False if there is another
+/// digest or none.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails for another reason than its condition.
 pub(crate) async fn replace_digest(
     client: &Client,
     table: &str,
@@ -272,10 +280,11 @@ pub(crate) async fn replace_digest(
     written(answer.map(drop))
 }
 
-/// Deletes the digest of the state at `path` on condition that it is `old`. False when it is another one, or none.
+/// Deletes the digest of the state at `path`, on the condition that it is `old`. False if there is another digest or
+/// none.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails for another reason than its condition.
 pub(crate) async fn delete_digest(client: &Client, table: &str, path: &str, old: &str) -> Result<bool, Failure> {
     let request = client
         .delete_item()
@@ -296,11 +305,11 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
     }
 }
 
-/// Deletes the item on condition that its `InfoAttribute` is, byte for byte, the one that was read. Never `contains`: an empty
-/// or partial ID matches that.
+/// Deletes the item, on the condition that its `Info` attribute is still `info`, byte for byte. The condition never
+/// uses `contains`, because an empty or partial ID would match.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails for another reason than its condition.
 pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &InfoAttribute) -> Result<Deleted, Failure> {
     let request = client.delete_item().table_name(table).key("LockID", AttributeValue::S(path.to_owned()));
     let equals = |value: AttributeValue| {
@@ -327,7 +336,7 @@ fn deleted<T>(answer: Result<T, SdkError<DeleteItemError>>) -> Result<Deleted, F
     }
 }
 
-/// What went wrong with `action`, as a policy names it.
+/// Converts the error of a request. `action` is the name of the request's action in an IAM policy.
 pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,

@@ -1,42 +1,43 @@
-//! Where a lock lives.
+//! Finds the locations where a lock can be.
 //!
-//! The log names a lock's bucket and key, but neither its table nor its region, endpoint or account. Those are in the
-//! backend that `init` cached. So the log's bucket and key choose among the backends that this run can have used. A
-//! record that fits none of them is named to the user, and never looked up in another backend's table: it can come from
-//! a nested terraform, from `terraform_remote_state`, or from somebody who forged it.
+//! The log names a lock's bucket and key, but not its table, region, endpoint or account. Those are in the backend that
+//! `terraform init` cached. So the log's bucket and key select among the backends that the run can have used. A record
+//! that fits none of them is reported to the user, and is never looked up in another backend's table: it can come from
+//! a nested terraform or from `terraform_remote_state`, or it can be forged.
 
 use super::stores::{LOCK_FILE, StoreKey, Stores};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{LockIdentity, LockParts, RecordedLock, UnnamedLock};
 
-/// The place of one lock in an S3 backend.
+/// The location of one lock in an S3 backend.
 #[derive(Clone, Debug)]
 pub(crate) struct LockLocation {
-    /// How to reach it.
+    /// The backend through which it is reached.
     pub(crate) backend: CachedBackend,
     /// The bucket of the state.
     pub(crate) bucket: String,
     /// The key of the state.
     pub(crate) key: String,
-    /// The DynamoDB table, where the lock has a half there.
+    /// The DynamoDB table. `None` if the lock has no part in DynamoDB.
     pub(crate) table: Option<String>,
-    /// Whether the lock has a half in S3.
+    /// Whether the lock has a part in S3.
     pub(crate) lock_file: bool,
 }
 
 impl LockLocation {
-    /// The key of the half in DynamoDB, and the `Path` of the lock (backend/remote-state/s3/client.go, `lockPath`).
+    /// Returns the `LockID` of the part in DynamoDB, which is also the `Path` of the lock
+    /// (backend/remote-state/s3/client.go, `lockPath`).
     pub(crate) fn lock_path(&self) -> String {
         format!("{}/{}", self.bucket, self.key)
     }
 
-    /// The key of the half in S3.
+    /// Returns the key of the part in S3.
     pub(crate) fn lock_key(&self) -> String {
         format!("{}{LOCK_FILE}", self.key)
     }
 
-    /// Where its halves can stand, in the order in which they are given back.
+    /// Returns the locations of the lock's parts, in the order in which the parts are released.
     pub(crate) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
         let item = self.table.as_ref().map(|table| stores.item(table, &self.lock_path()));
         item.into_iter().chain(self.lock_file.then(|| stores.object(&self.bucket, &self.lock_key()))).collect()
@@ -46,14 +47,14 @@ impl LockLocation {
 /// The workspaces that a run can have used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Workspaces<'a> {
-    /// These.
+    /// Only the workspaces with these names.
     These(&'a [String]),
-    /// Each that there is.
+    /// Every workspace.
     Any,
 }
 
 impl Workspaces<'_> {
-    /// Whether the state of one of them has this key in `backend`.
+    /// Whether the state of one of these workspaces has the key `key` in `backend`.
     fn have(self, backend: &CachedBackend, key: &str) -> bool {
         match self {
             Self::These(names) => names.iter().any(|name| backend.state_key(name).as_deref() == Some(key)),
@@ -62,19 +63,20 @@ impl Workspaces<'_> {
     }
 }
 
-/// The places where `lock` can be: in the backends before and after the run, and the workspaces that the run can have
-/// used. More than one where an `init` changed how the same bucket is reached.
+/// Returns the locations where `lock` can be. `backends` are the data directories before and after the run, and
+/// `workspaces` are those that the run can have used. There is more than one location if an `init` changed how the same
+/// bucket is reached.
 pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<LockLocation> {
     let places = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
         let LockParts { s3, dynamodb } = lock.parts;
         let table = place.table.filter(|_| dynamodb);
-        // A half in a table that this backend does not name is another backend's.
+        // If the lock has a part in DynamoDB and this backend names no table, the lock belongs to another backend.
         (!dynamodb || table.is_some()).then_some(LockLocation { table, lock_file: s3, ..place })
     });
     places.collect()
 }
 
-/// The places where a lock can be whose ID is not known.
+/// Returns the locations where `lock`, whose ID is not known, can be.
 pub(crate) fn find_unnamed(
     lock: &UnnamedLock,
     backends: &[&DataDirectory],
@@ -90,7 +92,7 @@ pub(crate) fn find_unnamed(
     }
 }
 
-/// The backends that have this state in one of these workspaces.
+/// Returns a location for each backend in which the state `bucket`/`key` belongs to one of `workspaces`.
 pub(crate) fn of_state(
     bucket: &str,
     key: &str,
@@ -103,7 +105,7 @@ pub(crate) fn of_state(
     fitting.map(|backend| of(backend, bucket, key)).collect()
 }
 
-/// Where a backend has a state.
+/// Returns the location of the lock of the state `bucket`/`key` in `backend`.
 fn of(backend: &CachedBackend, bucket: &str, key: &str) -> LockLocation {
     LockLocation {
         backend: backend.clone(),

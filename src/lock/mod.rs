@@ -1,6 +1,7 @@
-//! Locks: where one lives, whether it is ours, and giving it back.
+//! Locks: where a lock is, whether it belongs to a run of `tf`, and how it is released.
 //!
-//! Nothing here knows of children, signals or terminals, and nothing there knows of AWS.
+//! This module knows nothing about child processes, signals or terminals. The `supervise` module, which does, knows
+//! nothing about AWS.
 
 pub(crate) mod deleted;
 pub(crate) mod digest;

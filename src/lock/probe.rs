@@ -1,5 +1,5 @@
-//! Whether a release would be let through: tried with requests that can change nothing, for a policy does not tell what
-//! an organisation, a boundary, a session or an endpoint says on top of it.
+//! Tests whether a release would be permitted, with requests that change no lock and no state. An IAM policy alone does
+//! not show it, because an organisation, a permissions boundary, a session or an endpoint can restrict the policy.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_s3::error::ProvideErrorMetadata;
@@ -9,30 +9,31 @@ use jiff::Timestamp;
 use super::{dynamodb, s3};
 use crate::aws::failure::Failure;
 
-/// What no lock is: the condition of a delete that must not delete anything.
+/// A text that no lock has. It is the condition of a delete that must not delete anything.
 const NO_LOCK: &str = "tf locks doctor: no lock has this text";
 
-/// What a harmless attempt came to.
+/// The result of a harmless request.
 #[derive(Debug)]
 pub(crate) struct Trial {
-    /// Permitted, or what the service said.
+    /// `Ok` if the action is permitted, otherwise the failure of the request.
     pub(crate) answer: Result<(), Failure>,
-    /// The service's clock, as its answer tells.
+    /// The service's time, from the `Date` header of a refusal. `None` if the request succeeded or the header is
+    /// missing.
     pub(crate) clock: Option<Timestamp>,
 }
 
-/// How a bucket takes the condition of a delete.
+/// How a bucket treats the condition of a delete, `If-Match`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfMatch {
-    /// It is obeyed.
+    /// The bucket obeys the condition.
     Obeyed,
-    /// It is ignored: a delete hits whatever stands there.
+    /// The bucket ignores the condition: a delete deletes any object at the key.
     Ignored,
-    /// It could not be found out: no object could be put there to try.
+    /// It is not known, because the delete failed for another reason or because no object could be put to test it with.
     Unknown,
 }
 
-/// Deletes the item of `path` on a condition that no lock fulfils.
+/// Tests whether a delete of the item `path` is permitted. The delete has a condition that no lock fulfils.
 pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Trial {
     let request = client
         .delete_item()
@@ -59,8 +60,8 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
     }
 }
 
-/// Deletes an object that is not there, and tells how the bucket takes `If-Match`. `key` must be one that nobody uses: a
-/// service that ignores the condition would delete what stands there.
+/// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
+/// `key` must not be in use, because a service that ignores the condition deletes any object there.
 pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Trial, IfMatch) {
     const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
     let delete = || client.delete_object().bucket(bucket).key(key);
@@ -68,13 +69,13 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
         let response = error.raw_response();
         let clock = response.and_then(|response| response.headers().get("date")).and_then(clock);
         let status = response.map(|response| response.status().as_u16());
-        // A bucket that is not there answers 404 too.
+        // The response for a bucket that does not exist is a 404 too.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
         let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
         return (Trial { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
     }
-    // It is content with the absence of what was to be deleted, or it did not look at the condition. An object of our own,
-    // under that key, tells which.
+    // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
+    // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
     let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
     if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
@@ -85,23 +86,23 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     (permitted, taken)
 }
 
-/// How a bucket takes the condition by which terraform locks: that no object is there.
+/// How a bucket treats the condition with which terraform locks, `If-None-Match`: that there is no object at the key.
 #[derive(Clone, Debug)]
 pub(crate) enum IfNoneMatch {
-    /// It is obeyed.
+    /// The bucket obeys the condition.
     Obeyed,
-    /// It is ignored: a lock replaces the one that is there, and both terraforms go on.
+    /// The bucket ignores the condition: a second lock replaces the first one, and both terraforms continue.
     Ignored,
-    /// The service does not know it: terraform cannot lock there.
+    /// The service does not implement the condition (status 501): terraform cannot lock there.
     Unsupported,
-    /// It could not be found out, and why.
+    /// It is not known, because a request failed.
     Unknown(Failure),
-    /// It was not tried.
+    /// It was not tested.
     Untried,
 }
 
-/// Puts an object twice on the condition that none is there, and deletes it. `key` must be one that nobody uses, and one
-/// that may be deleted.
+/// Tests how the bucket treats `If-None-Match`: puts an object twice, on the condition that there is none, and deletes
+/// it. `key` must not be in use, and deleting an object there must be permitted.
 pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfNoneMatch {
     let put = || {
         let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
@@ -123,10 +124,11 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
     taken
 }
 
-/// Whether the bucket keeps old versions. `None` where it does not say.
+/// Whether versioning is enabled, so that the bucket keeps old versions of its objects. False if the bucket reports no
+/// versioning status.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails.
 pub(crate) async fn keeps_versions(client: &aws_sdk_s3::Client, bucket: &str) -> Result<bool, Failure> {
     let answer = client
         .get_bucket_versioning()

@@ -1,8 +1,9 @@
-//! Whether a lock that stands is the one that our dead run took.
+//! Decides whether a stored lock is the one that a dead run took.
 //!
-//! The log proposes, the lock must agree. Anybody can put a line into the log: core logs an API's error text raw, and
-//! every provisioner can append to the file. So every field must be the same, the holder must be who we are, the times
-//! must fit, and nothing in the log may contradict itself. A doubt keeps the lock.
+//! The log alone proves nothing, because others can write lines into it: Terraform's core logs the error text of an API
+//! raw, and every provisioner can append to the file. So the stored lock must agree with the log in every field, its
+//! `Who` must be this user on this host, its time must be consistent with the log, and the log must not contradict
+//! itself. If anything is in doubt, the lock is not released.
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -13,32 +14,32 @@ use crate::terraform::log::{LockIdentity, Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::Version;
 use crate::time::{saturating_add, saturating_sub};
 
-/// What is known about the run that recorded a lock.
+/// What is known about the run whose log recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Run {
-    /// `user@host` at its start, as a terraform of ours writes it.
+    /// `user@host` when the run started, as a terraform that `tf` starts writes it. Empty if it is not known.
     pub(crate) who: String,
-    /// The same when it is judged. A host gets another name by DHCP, a VPN or a restart, and terraform writes the name
-    /// that the host has when it takes the lock.
+    /// `user@host` when the lock is judged. DHCP, a VPN or a restart can change the name of a host, and terraform
+    /// writes the name that the host has when terraform takes the lock.
     #[serde(default)]
     pub(crate) who_now: String,
     /// When terraform was started, by this host's clock.
     pub(crate) started: Timestamp,
-    /// The times in its log run backwards.
+    /// Whether the times in its log go backwards ([`Log::disordered`]).
     pub(crate) disordered: bool,
-    /// It was told to take no lock (`-lock=false`).
+    /// Whether terraform was started with `-lock=false`.
     pub(crate) locking_disabled: bool,
-    /// Its log names more locks than terraform takes.
+    /// Whether its log names more locks than terraform takes ([`Log::excessive`]).
     #[serde(default)]
     pub(crate) excessive: bool,
-    /// The program, as its log names it.
+    /// The program and its version, as the log names them. `None` if the log's first record was not read.
     #[serde(default)]
     pub(crate) program: Option<Version>,
 }
 
 impl Run {
-    /// What `log` tells of a run that this user started on this host at `started`, as `who`. An empty `who` is not known:
-    /// a record of an earlier version has none.
+    /// Returns what `log` says about a run that this user started on this host at `started`. `who` is `user@host` at
+    /// that time. It is empty if it is not known: a record of an earlier version has none.
     pub(crate) fn recorded(who: &str, started: Timestamp, log: &Log) -> Self {
         Self {
             who: who.to_owned(),
@@ -51,37 +52,40 @@ impl Run {
         }
     }
 
-    /// Whether `who` is this user on this host, by the names of the run's start or by those of now.
+    /// Whether `who` is this user on this host, under the names at the start of the run or under the current names.
     pub(crate) fn is_of(&self, who: &str) -> bool {
         !who.is_empty() && (who == self.who || who == self.who_now)
     }
 
-    /// Whether `who` is any user on this host.
+    /// Whether `who` is any user on this host, under the host name at the start of the run or under the current one.
     pub(crate) fn is_on_its_host(&self, who: &str) -> bool {
         host(who).is_some_and(|its| [&self.who, &self.who_now].into_iter().any(|ours| host(ours) == Some(its)))
     }
 }
 
-/// The host of `user@host`. The user's name may have an @ in it.
+/// Returns the host of `user@host`. The user name may contain an `@`. `None` if there is no host.
 fn host(who: &str) -> Option<&str> {
     who.rsplit_once('@').map(|(_, host)| host).filter(|host| !host.is_empty())
 }
 
-/// What a standing lock is to us.
+/// Whether a stored lock belongs to the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Match {
-    /// The very lock that our run took.
+    /// It is the lock that the run took.
     Ours,
-    /// Another ID: somebody else's.
+    /// It belongs to another run: it has another ID or, if the log does not name the run's lock, another text, `Who` or
+    /// version, or a `Created` before the request.
     Anothers,
-    /// Our ID, and something that does not fit: which is said, and the lock is kept.
+    /// It may be the lock that the run took, but something does not agree. The text says what. It is reported, and the
+    /// lock is not released.
     Doubt(&'static str),
 }
 
-/// The log's times are cut to milliseconds, so a lock may seem made up to one after the line that tells of it.
+/// The log's times are truncated to milliseconds, so a lock's `Created` may appear to be up to 1 ms later than the
+/// record that logs the lock.
 const TIMESTAMP_ROUNDING_WINDOW: SignedDuration = SignedDuration::from_millis(1);
 
-/// Judges the lock that stands, `stored`, by what the log recorded.
+/// Decides whether `stored`, the lock that exists now, is the lock that the log of `run` recorded.
 pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Match {
     if stored.id != recorded.id {
         return Match::Anothers;
@@ -114,22 +118,29 @@ pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Ma
     }
 }
 
-/// How long after terraform said that it would ask for a lock the lock was made, or before it was put where the log tells of
-/// the request alone. In between are microseconds, on a busy machine milliseconds. On one that is busier its own lock is a
-/// doubt.
+/// The longest accepted time between a lock's `Created` and the log record of its request. If the record says that
+/// terraform is going to request the lock, `Created` is later than the record. If the record is the put request itself,
+/// `Created` is earlier. The real difference is microseconds, or milliseconds on a busy machine. On a machine that is
+/// slower still, the run's own lock becomes a doubt.
 const CREATION_WINDOW: SignedDuration = SignedDuration::from_millis(10);
 
-/// Whoever has to wait for a lock asks again after a second at the earliest (statemgr.LockWithContext).
+/// A lock that is granted within this time of its request was granted at the first attempt: terraform tries again after
+/// 1 s at the earliest (statemgr.LockWithContext).
 const ANSWER_WINDOW: SignedDuration = SignedDuration::from_millis(900);
 
-/// Judges the lock that stands, `text` and what is in it, by a log that does not name the lock that the run had.
+/// Decides whether the lock that exists now is the one that the run had, when the run's log does not name its lock.
+/// `text` is the stored text and `stored` is the lock in it. `died` says whether terraform ended abnormally.
 ///
-/// By its checksum it is the very text that terraform has put there, on condition that nothing stood there. Without one,
-/// the log says that terraform was given the lock of this state, so that nobody else had it then; and that it did not come
-/// to its end. Who stands there now is our run, unless that had given its lock back before it died and another took it at
-/// once, or a person forced ours away. Such another made its lock later than we made ours, or in the same moment: so that
-/// moment is kept narrow, and a run that had to wait itself, among others, is not judged. What is left is a run of a user
-/// and a host of the same names, of the same version, that began within the same few milliseconds and waited for ours.
+/// If the log has a checksum and it matches, `text` is exactly what terraform put, on the condition that no object
+/// existed there.
+///
+/// Without a checksum, the log shows that terraform was granted the lock of this state, so that no other run held it at
+/// that time, and that terraform did not finish. The stored lock is then this run's lock, with two exceptions: this run
+/// released its lock before it died and another run took it at once, or a person removed this run's lock by force. In
+/// both cases the other run's lock was created later than this run's, or at the same moment. So the accepted time of
+/// creation is narrow ([`CREATION_WINDOW`]), and the lock is a doubt if, among other things, this run had to wait for
+/// its own lock. One case is not detected: a run with the same user name, host name and version that created its lock
+/// within the same few milliseconds and waited for this run's lock.
 pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str, run: &Run, died: bool) -> Match {
     let created = stored.created();
     let Some(program) = &run.program else { return Match::Doubt("the log of the run does not tell its version") };
@@ -145,7 +156,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
     let known = checksum.is_some();
     let before = |length| saturating_sub(unnamed.asked, length);
     let after = |length| saturating_add(unnamed.asked, length);
-    // A run that only asked may have been refused, and what it sees is then the lock of whoever has refused it.
+    // A run that only asked for the lock may have been refused. The stored lock is then the one that caused the
+    // refusal.
     if unnamed.is_only_asked_for()
         && (!run.is_of(&stored.who)
             || stored.version != program.in_locks()
@@ -166,7 +178,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
         (run.is_of(&stored.who), "its Who is not this user on this host"),
         (stored.version == program.in_locks(), "its Version is not the one that the log names"),
         (path.is_none_or(|path| stored.path == path), "its Path is not the one that the log names"),
-        // A generation, in Google Cloud Storage.
+        // In Google Cloud Storage the ID is a generation, which is a number.
         (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "its ID is none of terraform's"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
@@ -221,7 +233,8 @@ mod tests {
         assert_eq!(judge(&recorded(), &stored(), &run()), Match::Ours);
     }
 
-    /// A lock that was had for a workspace, or put as an object whose text `text` is.
+    /// Returns a lock that was granted for a workspace or, if `text` is given, one that was put as an object with that
+    /// text.
     fn unnamed(text: Option<&str>) -> UnnamedLock {
         let at = |time: &str| time.parse().unwrap();
         UnnamedLock {
@@ -253,7 +266,7 @@ mod tests {
         assert!(matches!(judge(&unnamed(None), &in_time, false), Match::Doubt(_)));
     }
 
-    /// Anybody can write a lock, and a provisioner a log.
+    /// The times are untrusted: others can write a lock, and a provisioner can write to the log.
     #[test]
     fn no_time_panics() {
         for time in [Timestamp::MIN, Timestamp::MAX] {
@@ -268,7 +281,7 @@ mod tests {
         }
     }
 
-    /// Terraform makes it behind the local backend's words, and before the request.
+    /// Terraform creates the lock after the local backend logs that it requests one, and before the request is sent.
     #[test]
     fn a_lock_without_a_name_was_made_on_the_side_of_the_record_where_terraform_makes_it() {
         let workspace = unnamed(None);
@@ -323,7 +336,7 @@ mod tests {
         }
     }
 
-    /// With OpenTofu up to 1.10, killed between its request and its next record.
+    /// This happens with OpenTofu up to 1.10 if it is killed between its request and its next log record.
     #[test]
     fn a_lock_without_a_name_that_was_only_asked_for_is_a_doubt_at_most() {
         let asked_for = UnnamedLock { granted: None, ..unnamed(None) };
@@ -331,7 +344,7 @@ mod tests {
             ("2026-11-23T01:46:07.580Z", "root@vm", "1.11.4", false),
             ("2026-11-23T01:46:07.594Z", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.600Z", "root@vm", "1.11.4", true),
-            // On a busy machine it is made later; so is that of whoever took it meanwhile.
+            // On a busy machine the lock is created later. So is the lock of a run that took it in the meantime.
             ("2026-11-23T01:46:09.000Z", "root@vm", "1.11.4", true),
             ("yesterday", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.594Z", "anna@vm", "1.11.4", false),
@@ -346,7 +359,7 @@ mod tests {
         }
     }
 
-    /// By DHCP, a VPN or a restart: terraform writes the name of the moment in which it takes the lock.
+    /// DHCP, a VPN or a restart can change the host name. Terraform writes the name at the moment it takes the lock.
     #[test]
     fn a_lock_under_the_hosts_name_of_the_start_or_of_now_is_ours() {
         for (start, now, ours) in [

@@ -1,13 +1,13 @@
-//! Whether "there is no such lock" was said by the place where the run had its lock.
+//! Decides whether a lock that was not found is gone, or was only looked for in another account.
 //!
-//! Under the credentials of another account a lock that is not seen is not gone: that account has a table of the same name,
-//! and it is empty. [`crate::aws::identity`] knows the account of a run. Where it is not known, or is another one, the place
-//! itself may settle it:
+//! With the credentials of another account, a lock that is not found is not necessarily gone: that account can have a
+//! table of the same name, which is empty. [`crate::aws::identity`] determines the account of a run. If that account is
+//! not known, or is not the current one, the location itself may prove that the lock is gone:
 //!
-//! - A bucket's name is given once in all of AWS. If AWS's own endpoint says that the bucket has no such object, that holds
-//!   for everybody. Other stores keep a namespace for each account.
-//! - A table whose name is an ARN says its account.
-//! - The table that has the digest of the state in that bucket, and of no older state, is the table of that state.
+//! - A bucket name exists only once in AWS. If AWS's own endpoint says that the bucket has no such object, that is true
+//!   for every account. Other object stores have a namespace for each account.
+//! - A table name that is an ARN contains the account.
+//! - A table that has the digest of the current state in that bucket, not of an older one, is the table of that state.
 
 use crate::aws::identity::{AccountIdentity, Relation, relation};
 
@@ -23,14 +23,14 @@ use crate::terraform::backend::CachedBackend;
 use crate::terraform::log::LockParts;
 use crate::trace::trace;
 
-/// What the place tells, whoever looks at it.
+/// What the location itself proves, whatever account is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct PlaceEvidence {
-    /// The bucket is one of AWS's own, where a name is given once.
+    /// The bucket is reached through an endpoint of AWS itself, where a bucket name exists only once.
     bucket: bool,
     /// The table's name is an ARN.
     arn: bool,
-    /// The table has the digest of the state that is in the bucket.
+    /// The table has the digest of the state that is in the bucket. False if it was not compared.
     digest: bool,
 }
 
@@ -39,7 +39,7 @@ impl PlaceEvidence {
         let bucket = is_aws(&address(place, stores).await.unwrap_or_default());
         let Some(table) = &place.table else { return Self { bucket, ..Self::default() } };
         let arn = table.starts_with("arn:");
-        // Without the first it would settle nothing, and takes as long as reading the state.
+        // The digest proves something only if `bucket` is true, and comparing it takes as long as reading the state.
         let digest = bucket
             && !arn
             && digest::compare(stores, &place.bucket, &place.key, table)
@@ -49,39 +49,40 @@ impl PlaceEvidence {
     }
 }
 
-/// Whether a lock with these halves that was not seen is gone. `same`: it was looked for as the run's own account.
+/// Whether a lock with these parts that was not found is gone. `same` says whether it was looked for with the account
+/// of the run.
 fn settles(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
     let object = !parts.s3 || same || evidence.bucket;
     let item = !parts.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
     object && item
 }
 
-/// The URL by which the state is reached.
+/// Returns a URL of the state, from which the endpoint can be seen. `None` if no URL can be made.
 async fn address(place: &LockLocation, stores: &Stores) -> Option<String> {
     let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
     let request = stores.s3.get_object().bucket(&place.bucket).key(&place.key).presigned(signing).await.ok()?;
     Some(request.uri().to_owned())
 }
 
-/// Whether a URL is AWS's own (the endpoints of its partitions).
+/// Whether the host of a URL is an endpoint of AWS itself, in any of its partitions. Only `https` URLs count.
 fn is_aws(url: &str) -> bool {
     let Some(rest) = url.strip_prefix("https://") else { return false };
     let host = rest.split(['/', '?']).next().unwrap_or_default();
     [".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".api.aws"].iter().any(|suffix| host.ends_with(suffix))
 }
 
-/// As whom a run reached its backends.
+/// The identities with which a run reached its backends.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reached {
     run: String,
     known: Vec<(RedactedBackend, AccountIdentity)>,
-    /// Of a backend that says nothing of it.
+    /// The identity for a backend that does not determine one itself.
     environment: AccountIdentity,
     needs: String,
 }
 
 impl Reached {
-    /// What was kept of `run`.
+    /// Combines what was recorded about the run with the ID `run`.
     pub(crate) fn of(run: &str, access: &[RedactedBackend], surroundings: &AwsEnvironment) -> Self {
         Self {
             run: run.to_owned(),
@@ -91,13 +92,14 @@ impl Reached {
         }
     }
 
-    /// What a person must have to see its locks, in words.
+    /// Describes in words what a person needs to see the run's locks ([`AwsEnvironment::needs`]).
     pub(crate) fn needs(&self) -> &str {
         &self.needs
     }
 
-    /// Whether a lock that was seen in none of `places`, just now and in this environment, is gone. The backends that the
-    /// run is known to have had decide, and any other only where there is none of those.
+    /// Whether a lock is gone that was just now found at none of `places`, with the environment of this process. Only
+    /// the backends that the run is known to have used decide. If there are none of those in `places`, all of them
+    /// decide.
     pub(crate) async fn believes(&self, places: &[LockLocation]) -> bool {
         let known =
             |place: &&LockLocation| self.known.iter().any(|(access, _)| *access == RedactedBackend::of(&place.backend));
@@ -111,13 +113,13 @@ impl Reached {
         true
     }
 
-    /// The identity that the run had in `backend`.
+    /// Returns the identity with which the run reached `backend`.
     fn then(&self, backend: &CachedBackend) -> AccountIdentity {
         let access = RedactedBackend::of(backend);
         if let Some((_, identity)) = self.known.iter().find(|(known, _)| *known == access) {
             return identity.clone();
         }
-        // One that was not known before the run: that of a plan.
+        // This backend was not known before the run: it is the backend of a plan.
         let alone = AccountIdentity::new(&self.run, backend, Err("not those of now"), |_| None);
         let says = backend.string("profile").is_some() || alone.account.is_some() || alone.key.is_some();
         if says { alone } else { self.environment.clone() }

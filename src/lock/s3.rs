@@ -1,5 +1,5 @@
-//! The half of a lock in S3: an object beside the state, its key with `.tflock` behind, its body the lock's JSON
-//! (backend/remote-state/s3/client.go, `lockWithFile`).
+//! The part of a lock in S3: an object beside the state. Its key is the key of the state followed by `.tflock`, and its
+//! body is the lock's JSON (backend/remote-state/s3/client.go, `lockWithFile`).
 
 use std::time::Duration;
 
@@ -22,21 +22,22 @@ use super::deleted::Deleted;
 use crate::aws::failure::{Failure, NoAnswer};
 use crate::terraform::backend::CachedBackend;
 
-/// No lock is longer.
+/// The largest object that is read as a lock, in bytes (1 MiB). No lock is larger.
 const MAX_LOCK_BYTES: u64 = 1 << 20;
 
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
-    /// Its body.
+    /// Its body, with every sequence that is not UTF-8 replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`]:
+    /// then the body was not read.
     pub(crate) body: String,
-    /// So many bytes are in it. Of one that is too large for a lock the body was not read, and is empty here.
+    /// The length of the object, in bytes.
     pub(crate) length: u64,
-    /// The tag of exactly that body.
+    /// The ETag of exactly these contents. `None` if the service sent none.
     pub(crate) etag: Option<String>,
 }
 
-/// A client for the bucket of `backend`.
+/// Returns a client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
     let endpoint = crate::aws::settings::endpoint(
@@ -56,13 +57,13 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
     Client::from_conf(builder.build())
 }
 
-/// `sse_customer_key`: S3 keeps no such key, so each request that reads or writes an object must bring it. Terraform sends
-/// it only with `encrypt` (client.go).
+/// The key of `sse_customer_key`, which this interceptor adds to requests. S3 does not store such a key, so each
+/// request that reads or writes an object must contain it. Terraform sends it only if `encrypt` is set (client.go).
 #[derive(Clone)]
 struct CustomerKey {
-    /// In base 64, as the backend has it.
+    /// The key in base64, as it is in the backend.
     key: String,
-    /// The key's own MD5.
+    /// The MD5 of the key, in base64.
     md5: String,
 }
 
@@ -111,16 +112,17 @@ impl Intercept for CustomerKey {
     }
 }
 
-/// Reads the lock object. `None` when there is none, or only a delete marker.
+/// Reads the lock object. `None` if there is no object, or only a delete marker.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, if S3 cannot have sent the response, or if the body does not arrive
+/// within [`body_timeout`].
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
     let Some(answer) = get(client, bucket, key).await? else { return Ok(None) };
     let etag = answer.e_tag.clone();
     let length = length(answer.content_length);
     if let Some(length) = length.filter(|length| *length > MAX_LOCK_BYTES) {
-        // Not a lock, and not read: an object at that key may have any size.
+        // This is not a lock. It is not read, because an object at that key may have any size.
         return Ok(Some(Object { body: String::new(), length, etag }));
     }
     let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
@@ -128,10 +130,12 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
     Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
 }
 
-/// Reads an object piece by piece. `None` when there is none; else when it was written, as far as the service tells.
+/// Reads an object and passes each piece of its body to `take`. The result is the time at which the object was last
+/// written. The outer `Option` is `None` if there is no object, the inner one if the service does not report the time.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, if S3 cannot have sent the response, or if the body does not arrive
+/// within [`body_timeout`].
 pub(crate) async fn stream(
     client: &Client,
     bucket: &str,
@@ -147,17 +151,17 @@ pub(crate) async fn stream(
     Ok(Some(written))
 }
 
-/// How long a body of `length` bytes may take. The SDK ends a body that has stopped, and lets one go on for ever that brings
-/// a byte a second.
+/// Returns how long a body of `length` bytes may take. The SDK aborts a body that has stalled, but accepts one that
+/// delivers a byte per second for ever.
 fn body_timeout(length: Option<u64>) -> Duration {
     const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(8);
-    /// Less than any line on which terraform can be used, in bytes a second.
+    /// Bytes per second. Any connection on which terraform is usable is faster.
     const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
-    // Of an unknown length: as a state of some megabytes.
+    // A body of unknown length may take as long as a state of 4 MiB.
     FIRST_BYTE_TIMEOUT + Duration::from_secs(length.unwrap_or(4 << 20) / MIN_BYTES_PER_SECOND)
 }
 
-/// `Content-Length`. `None` where the response has none, or a negative one.
+/// Converts a `Content-Length`, in bytes. `None` if the response has none, or a negative one.
 fn length(content_length: Option<i64>) -> Option<u64> {
     content_length.and_then(|length| length.try_into().ok())
 }
@@ -176,7 +180,8 @@ async fn get(
             let described = [answer.e_tag(), answer.content_type(), answer.request_id()];
             if is_an_answer(described) { Ok(Some(answer)) } else { Err(no_answer(200)) }
         }
-        // S3 says `NoSuchKey` in a body. A 404 of anybody else is not an absent object.
+        // S3 sends the code `NoSuchKey` in the body. A 404 without that code does not come from S3, and does not mean
+        // that the object is absent.
         Err(error)
             if error
                 .as_service_error()
@@ -188,12 +193,12 @@ async fn get(
     }
 }
 
-/// The keys that begin with `prefix`, in order, page by page.
+/// Lists the keys that begin with `prefix`, in order, page by page.
 pub(crate) fn keys(client: &Client, bucket: &str, prefix: &str) -> KeyPages {
     KeyPages { pages: client.list_objects_v2().bucket(bucket).prefix(prefix).into_paginator().send() }
 }
 
-/// See [`keys`].
+/// The pages of keys that [`keys`] lists.
 pub(crate) struct KeyPages {
     pages: aws_smithy_async::future::pagination_stream::PaginationStream<
         Result<
@@ -204,7 +209,7 @@ pub(crate) struct KeyPages {
 }
 
 impl KeyPages {
-    /// The next page. `None` after the last.
+    /// Returns the next page. `None` after the last page.
     pub(crate) async fn next(&mut self) -> Option<Result<Vec<String>, Failure>> {
         let page = self.pages.next().await?;
         Some(match page {
@@ -214,11 +219,11 @@ impl KeyPages {
     }
 }
 
-/// What tells one content of the state from the next: its tag and the time of its last change. `None` when there is no
-/// such object.
+/// Returns a text that differs between two versions of the state: its ETag and the time of its last change. `None` if
+/// there is no such object.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the request fails, or if S3 cannot have sent the response.
 pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
     let text = |etag: Option<&str>, modified: Option<&aws_smithy_types::DateTime>| format!("{etag:?} {modified:?}");
     match client.head_object().bucket(bucket).key(key).send().await {
@@ -226,7 +231,8 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
             Ok(Some(text(answer.e_tag(), answer.last_modified())))
         }
         Ok(_) => Err(no_answer(200)),
-        // The response to a HEAD has no body that says whose 404 it is, or what is wrong; the one to a GET has.
+        // The response to a HEAD has no body, so it does not say who sent a 404 or what is wrong. The response to a GET
+        // says both.
         Err(error) if error.raw_response().is_some_and(|response| response.status().is_client_error()) => {
             let answer = get(client, bucket, key).await?;
             Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
@@ -235,22 +241,26 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
     }
 }
 
-/// Whether a success with this `ETag`, `Content-Type` and request ID can be S3's: each object has an `ETag`. A web server
-/// gives its pages one too; terraform writes no HTML, and S3 numbers its responses.
+/// Whether a successful response with this `ETag`, `Content-Type` and request ID can come from S3. Every object has an
+/// `ETag`, but so do the pages of a web server. So an HTML page counts only if it has a request ID: terraform writes no
+/// HTML, and S3 gives each response a request ID.
 fn is_an_answer([etag, content_type, request_id]: [Option<&str>; 3]) -> bool {
     let is_a_page = content_type.is_some_and(|kind| kind.to_ascii_lowercase().starts_with("text/html"));
     etag.is_some_and(|etag| !etag.is_empty()) && (!is_a_page || request_id.is_some())
 }
 
-/// A response that S3 has not sent. The next one may be S3's.
+/// Returns the failure for a response that S3 did not send. It is not final, because the next response may come from
+/// S3.
 fn no_answer(status: u16) -> Failure {
     Failure::no_answer("S3", &NoAnswer { service: "S3", status }.to_string())
 }
 
-/// Puts a lock there if nothing is there, encrypted as `backend` says. False when something is.
+/// Puts a lock, encrypted as `backend` says, if there is no object at `key`. False if there is one, or if one is being
+/// written at this moment.
 ///
 /// # Errors
-/// [`Failure`]; the lock may have been put all the same.
+/// Returns a [`Failure`] if the request fails for another reason than its condition. The lock may have been put
+/// nevertheless.
 pub(crate) async fn put_if_absent(
     client: &Client,
     backend: &CachedBackend,
@@ -260,7 +270,7 @@ pub(crate) async fn put_if_absent(
 ) -> Result<bool, Failure> {
     use aws_sdk_s3::types::ServerSideEncryption;
     let mut request = client.put_object().bucket(bucket).key(key).if_none_match("*").content_type("application/json");
-    // With a key of the customer's the client itself says so.
+    // With a customer key, the client's interceptor sets the encryption ([`CustomerKey`]).
     if backend.flag("encrypt") && CustomerKey::of(backend).is_none() {
         request = match backend.string("kms_key_id") {
             Some(id) => request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(id),
@@ -277,18 +287,19 @@ pub(crate) async fn put_if_absent(
     }
 }
 
-/// Deletes the object on condition that it is still the one that was read (`If-Match`).
+/// Deletes the object, on the condition that it is still `object` (`If-Match`).
 ///
-/// A service that ignores `If-Match` deletes whatever stands there. The caller reads immediately before, so that this
-/// is as narrow as such a service allows.
+/// A service that ignores `If-Match` deletes any object at that key. The caller must read the object immediately
+/// before, so that the time in which another object can be deleted is as short as such a service allows.
 ///
 /// # Errors
-/// [`Failure`].
+/// Returns a [`Failure`] if the object has no ETag or a weak one, or if the request fails for another reason than its
+/// condition.
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
     let Some(etag) = &object.etag else {
         return Err(Failure::no_answer("S3", "the service gave the lock object no ETag"));
     };
-    // If-Match compares strongly, and a weak tag is equal to none (RFC 9110, 8.8.3.2 and 13.1.1).
+    // If-Match uses the strong comparison, in which a weak ETag equals no ETag (RFC 9110, 8.8.3.2 and 13.1.1).
     if etag.starts_with("W/") {
         let reason = "the service gives weak ETags alone, on which no delete can be conditional";
         return Err(Failure::refusal("S3", reason));
@@ -298,7 +309,8 @@ pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Ob
         Err(error) => {
             let status = error.raw_response().map(|response| response.status().as_u16());
             match (error.code(), status) {
-                // 412 another object, 404 none, 409 somebody is writing it at this moment.
+                // 412: there is another object. 404: there is no object. 409: an object is being written at this
+                // moment.
                 (Some("PreconditionFailed" | "NoSuchKey" | "ConditionalRequestConflict"), _)
                 | (_, Some(404 | 409 | 412)) => Ok(Deleted::Changed),
                 _ => Err(failure("s3:DeleteObject", &error)),
@@ -307,12 +319,12 @@ pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Ob
     }
 }
 
-/// What went wrong with `action`, as a policy names it.
+/// Converts the error of a request. `action` is the name of the request's action in an IAM policy.
 pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    // The SDK puts this code in where a 404 has no body. It is nobody's word.
+    // The SDK itself sets this code for a 404 without a body. The service did not send it.
     if error.code() == Some("NotFound") {
         return no_answer(404);
     }
@@ -328,10 +340,10 @@ mod tests {
         let (etag, id) = (Some("\"d41d8cd98f00b204e9800998ecf8427e\""), Some("GRZ6BZ468DF52F2E"));
         for (etag, content_type, request_id, answer) in [
             (etag, Some("application/json"), id, true),
-            // Services that are not AWS need not number their responses.
+            // Services other than AWS may send no request ID.
             (etag, Some("application/json"), None, true),
             (etag, None, None, true),
-            // Somebody has put a page under that key.
+            // An HTML page was stored under that key.
             (etag, Some("text/html"), id, true),
             (etag, Some("text/html; charset=utf-8"), None, false),
             (etag, Some("Text/HTML"), None, false),

@@ -1,4 +1,5 @@
-//! The two services that locks stand in, as one backend reaches them; what stands there, read and deleted.
+//! Reads and deletes the parts of a lock in the two services that store them, DynamoDB and S3, with the connection that
+//! one backend uses.
 
 use crate::aws::settings;
 use std::time::Duration;
@@ -13,26 +14,26 @@ use crate::lock::{dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 
-/// Where one half of a lock can stand.
+/// The location of one part of a lock: a DynamoDB item or an S3 object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub(crate) enum StoreKey {
-    /// An item, by its `LockID`.
+    /// A DynamoDB item.
     DynamoDb {
         /// The table.
         table: String,
-        /// The item's `LockID`: for a lock of terraform's, `bucket/key` of the state.
+        /// The item's `LockID`. For a lock that terraform took, it is `bucket/key` of the state.
         key: String,
         /// The table's region.
         region: String,
     },
-    /// An object, beside the state.
+    /// An S3 object beside the state.
     S3 {
         /// The bucket.
         bucket: String,
-        /// The key of the state with `.tflock` behind.
+        /// The key of the state followed by `.tflock`.
         key: String,
-        /// The region by which it is reached.
+        /// The region through which the bucket is reached.
         region: String,
     },
 }
@@ -40,7 +41,7 @@ pub(crate) enum StoreKey {
 pub(crate) use crate::terraform::exchange::LOCK_FILE;
 
 impl StoreKey {
-    /// `bucket/key` of the state that a lock here belongs to.
+    /// Returns `bucket/key` of the state that a lock at this location protects.
     pub(crate) fn path(&self) -> String {
         match self {
             Self::DynamoDb { key, .. } => key.clone(),
@@ -48,7 +49,7 @@ impl StoreKey {
         }
     }
 
-    /// The service's name.
+    /// Returns the name of the service.
     pub(crate) fn service(&self) -> &'static str {
         match self {
             Self::DynamoDb { .. } => "DynamoDB",
@@ -56,7 +57,7 @@ impl StoreKey {
         }
     }
 
-    /// For a person: which service, and what in it.
+    /// Describes the location for a person: the table or bucket, its region, and the item or object in it.
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::DynamoDb { table, key, region } => format!("DynamoDB table {table} ({region}), item {key}"),
@@ -65,17 +66,18 @@ impl StoreKey {
     }
 }
 
-/// What was read, byte for byte: what a delete of it depends on.
+/// What was read at a lock's location. A delete is conditional on it: on the item's `Info` attribute byte for byte, or
+/// on the object's ETag.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum StoredLock {
-    /// An item.
+    /// The `Info` attribute of a DynamoDB item.
     Item(dynamodb::InfoAttribute),
-    /// An object.
+    /// An S3 object.
     Object(s3::Object),
 }
 
 impl StoredLock {
-    /// The text in which a lock is described.
+    /// Returns the text that should be a lock's JSON. It is empty if the item has no text or the object is too large.
     pub(crate) fn text(&self) -> &str {
         match self {
             Self::Item(info) => info.text(),
@@ -83,18 +85,18 @@ impl StoredLock {
         }
     }
 
-    /// The lock. `None` for anything that is not one.
+    /// Parses the lock. `None` for anything that is not a lock.
     pub(crate) fn info(&self) -> Option<LockInfo> {
         LockInfo::parse(self.text())
     }
 
-    /// Whether it is a terraform state, which somebody has put into the place of a lock by mistake.
+    /// Whether it is a terraform state, which somebody has put at a lock's location by mistake.
     pub(crate) fn is_state(&self) -> bool {
         let state = serde_json::from_str::<serde_json::Value>(self.text()).unwrap_or_default();
         ["lineage", "serial"].iter().all(|name| state.get(name).is_some())
     }
 
-    /// What is in a lock's place and is no lock, in words without any of its text.
+    /// Describes something at a lock's location that is not a lock. The description contains none of its text.
     pub(crate) fn describe_no_lock(&self) -> String {
         let text = self.text().trim_start();
         match self {
@@ -112,18 +114,18 @@ impl StoredLock {
     }
 }
 
-/// What became of what was to be removed.
+/// The result of [`Stores::remove`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Removed {
-    /// It stands no more.
+    /// What was read no longer exists. Another lock may be stored at the location by now.
     Gone,
-    /// Something else stands there.
+    /// The location now holds something other than what was read.
     Anothers,
-    /// It stands unchanged, and the service will not delete it.
+    /// What was read still exists unchanged after 5 deletes: the service does not delete it.
     Refused,
 }
 
-/// The services, as a backend block and this environment reach them.
+/// Clients for the two services, configured by a backend block and by this process's environment.
 #[derive(Clone, Debug)]
 pub(crate) struct Stores {
     pub(crate) dynamodb: aws_sdk_dynamodb::Client,
@@ -132,10 +134,11 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Resolves region and credentials. Neither service is asked yet.
+    /// Resolves the region and the credentials. It sends no request to DynamoDB or S3.
     ///
     /// # Errors
-    /// [`settings::Unreachable`].
+    /// Returns [`settings::Unreachable`] if the backend block or the environment cannot be followed, if no credentials
+    /// are available, or if no region is known.
     pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, settings::Unreachable> {
         let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
@@ -143,25 +146,25 @@ impl Stores {
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 
-    /// The region.
+    /// Returns the region.
     pub(crate) fn region(&self) -> &str {
         &self.region
     }
 
-    /// The place of an item.
+    /// Returns the location of the item with the `LockID` `key`.
     pub(crate) fn item(&self, table: &str, key: &str) -> StoreKey {
         StoreKey::DynamoDb { table: table.to_owned(), key: key.to_owned(), region: self.region.clone() }
     }
 
-    /// The place of an object.
+    /// Returns the location of an object.
     pub(crate) fn object(&self, bucket: &str, key: &str) -> StoreKey {
         StoreKey::S3 { bucket: bucket.to_owned(), key: key.to_owned(), region: self.region.clone() }
     }
 
-    /// What stands there now, in a consistent read.
+    /// Reads what is stored at `store_key` now, with a consistent read. `None` if nothing is stored there.
     ///
     /// # Errors
-    /// [`Failure`].
+    /// Returns a [`Failure`] if the request fails, or if the service cannot have sent the response.
     pub(crate) async fn read(&self, store_key: &StoreKey) -> Result<Option<StoredLock>, Failure> {
         Ok(match store_key {
             StoreKey::DynamoDb { table, key, .. } => {
@@ -171,10 +174,10 @@ impl Stores {
         })
     }
 
-    /// Deletes exactly what was read, or nothing.
+    /// Deletes what is stored at `store_key`, on the condition that it is still `stored`.
     ///
     /// # Errors
-    /// [`Failure`].
+    /// Returns a [`Failure`] if the request fails for another reason than its condition.
     pub(crate) async fn delete(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Deleted, Failure> {
         match (store_key, stored) {
             (StoreKey::DynamoDb { table, key, .. }, StoredLock::Item(info)) => {
@@ -183,18 +186,20 @@ impl Stores {
             (StoreKey::S3 { bucket, key, .. }, StoredLock::Object(object)) => {
                 s3::delete(&self.s3, bucket, key, object).await
             }
-            // What was read in one service is not in the other.
+            // What was read in one service cannot be in the other one.
             (StoreKey::DynamoDb { .. }, StoredLock::Object(_)) | (StoreKey::S3 { .. }, StoredLock::Item(_)) => {
                 Ok(Deleted::Changed)
             }
         }
     }
 
-    /// Deletes exactly what was read, and reads the place again. Only that read decides: the SDK may send a delete twice,
-    /// of which the second finds nothing, and a proxy can answer "deleted" for a service that has deleted nothing.
+    /// Deletes what is stored at `store_key`, on the condition that it is still `stored`, and reads the location again.
+    /// Only that read decides the result: the SDK may send a delete twice, and the second one finds nothing, and a
+    /// proxy can answer "deleted" although the service has deleted nothing. It tries up to 5 times.
     ///
     /// # Errors
-    /// [`Failure`]; the delete may have been done all the same.
+    /// Returns a [`Failure`] if a request fails, or if the location holds something that is not a lock after the delete
+    /// of a lock. The delete may have succeeded nevertheless.
     pub(crate) async fn remove(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Removed, Failure> {
         for _ in 0..5 {
             let deleted = self.delete(store_key, stored).await?;
@@ -214,10 +219,12 @@ impl Stores {
     }
 }
 
-/// What became of `read`, when `now` is in its place after a delete. `None` where that is to be looked at again.
+/// Returns the result of a delete of `read`, when `now` is stored at its location after the delete. `None` if the
+/// location must be read again.
 fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
     let Some(now) = now else { return Some(Removed::Gone) };
-    // Neither is an answer to where the lock is: the same object once more, or something that is no lock.
+    // Two findings do not show whether the lock is gone: the same contents again, and contents that are not a lock
+    // where a lock was read.
     if now == read || (now.info().is_none() && read.info().is_some()) {
         return None;
     }
@@ -244,7 +251,7 @@ mod tests {
             (Deleted::Yes, Some(&other), Some(Removed::Gone)),
             (Deleted::Changed, Some(&other), Some(Removed::Anothers)),
             (Deleted::Yes, Some(&rewritten), Some(Removed::Anothers)),
-            // The service, or a proxy in front of it, says that it has deleted it, and it has not.
+            // The service, or a proxy in front of it, reports a delete that did not happen.
             (Deleted::Yes, Some(&ours), None),
             (Deleted::Changed, Some(&ours), None),
             (Deleted::Yes, Some(&page), None),
@@ -252,7 +259,7 @@ mod tests {
         ] {
             assert_eq!(removed(deleted, &ours, now), expected, "{deleted:?} {now:?}");
         }
-        // What was no lock in the first place is deleted by hand.
+        // Contents that were not a lock when they were read are deleted only if a person asks for it.
         assert_eq!(removed(Deleted::Changed, &page, Some(&other)), Some(Removed::Anothers));
     }
 }
