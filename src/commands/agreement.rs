@@ -1,9 +1,10 @@
-//! Asking the person at the terminal.
+//! Asks the user at the terminal for confirmation.
 
 use crate::console;
 use std::io::BufRead;
 
-/// Whether the person at the terminal answers `question` with the word yes. Nothing shorter is taken for one.
+/// Asks `question` and returns whether the user types the whole word `yes`. Any other answer, such as `y`, counts as
+/// no, and so does a read error.
 pub(super) fn is_given(question: &str) -> bool {
     console::say(&format!("{question} Only \"yes\" is taken for one:"));
     let mut answer = String::new();

@@ -1,4 +1,4 @@
-//! `tf locks audit`: for a schedule. It counts, and tells by its exit code whether somebody must look.
+//! `tf locks audit`: counts locks, for scheduled jobs. The exit code says whether a lock needs attention.
 
 use crate::console;
 use std::time::{Duration, Instant};
@@ -27,17 +27,17 @@ too. Exit codes: 0 none is stale, 2 one is, 1 it could not be done.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Audit {
-    /// Only locks older than this count: 90s, 45m, 2h, 3d
+    /// Only count locks older than this as stale: 90s, 45m, 2h, 3d
     #[arg(long, value_name = "TIME", value_parser = age)]
     older_than: Duration,
     #[command(flatten)]
     place: LocationArgs,
     #[command(flatten)]
     speed: Speed,
-    /// One JSON object with the counts
+    /// Print one JSON object with the counts
     #[arg(long)]
     json: bool,
-    /// Metrics in the text format of Prometheus
+    /// Print metrics in the Prometheus text format
     #[arg(long, conflicts_with = "json")]
     prometheus: bool,
 }
@@ -46,21 +46,25 @@ fn age(text: &str) -> Result<Duration, String> {
     settings::duration(text).ok_or_else(|| "it takes a time such as 90s, 45m, 2h or 3d".to_owned())
 }
 
-/// What an audit comes to. Everything but the last two is the same for the same table.
+/// The result of an audit. Two audits of an unchanged table differ only in the last two fields, unless a verdict
+/// changes or a lock becomes stale in between.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Count {
-    /// Everything that stands, by verdict.
+    /// The number of locks by verdict: this field and the next three.
     alive: u64,
     unknown: u64,
     likely_dead: u64,
     dead: u64,
+    /// The number of locks that need attention.
     stale: u64,
+    /// The number of entries in a lock's place that are not locks or could not be read.
     unreadable: u64,
-    /// Those of the unreadable that could not be read: what they are nobody knows.
+    /// How many of `unreadable` could not be read at all: whether they are locks is unknown.
     #[serde(skip)]
     unread: u64,
-    /// Items, objects or states that were looked at.
+    /// The number of items, objects or states that were checked.
     scanned: u64,
+    /// False if an entry could not be read or the workspaces could not be listed.
     complete: bool,
     older_than_seconds: u64,
     oldest_age_seconds: f64,
@@ -96,7 +100,7 @@ impl Count {
         }
     }
 
-    /// The text format of Prometheus, version 0.0.4.
+    /// Formats the counts in the Prometheus text format, version 0.0.4.
     fn metrics(&self) -> String {
         let mut text = String::new();
         let mut metric = |name: &str, help: &str, samples: &[(String, String)]| {
@@ -128,7 +132,7 @@ impl Audit {
             let silent = self.json || self.prometheus;
             let now = Timestamp::now();
             let mut count = Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() };
-            // With numbers asked for, nothing else is shown.
+            // With --json and --prometheus, only the counts are printed.
             let is_shown = |entry: &ListedEntry| !silent && entry.is_stale();
             let mut output = Output::new(false, Widths::USUAL)?;
             if let ScanTarget::Directory(directory) = &target {
@@ -166,7 +170,7 @@ impl Audit {
             } else if self.prometheus {
                 console::print(&count.metrics());
             }
-            // What is no lock keeps every run out, however old it is.
+            // An entry that is not a lock blocks every run, however old it is, so it counts like a stale lock.
             Ok(match (count.stale + count.unreadable - count.unread, count.complete) {
                 (1.., _) => Finding::Stale,
                 (0, false) => Finding::Failed,

@@ -1,4 +1,4 @@
-//! One lock, by its path or its ID.
+//! Selects one lock by its ID, path, key or workspace.
 
 use super::connection::{Connection, ScanTarget, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock, Wanted, pair};
@@ -9,21 +9,23 @@ use crate::holder::host::HostView;
 use crate::lock::stores::{LOCK_FILE, StoreKey};
 use crate::terraform::lock_info::is_lock_id;
 
-/// What is meant.
+/// The result of [`choose`].
 pub(super) enum Choice {
-    /// A lock, and what stands beside it in its other place and is none.
+    /// A lock, and the entries at the same path that are not locks.
     Lock(Box<FoundLock>, Vec<UnreadableLock>),
-    /// What stands in the places of one lock and is none: at least one thing.
+    /// No lock, but at least one entry that is not a lock. All of them are at the same path.
     NoLock(Vec<UnreadableLock>),
 }
 
-/// Finds the lock that is meant by `which`: an ID, a path (`bucket/key`), a key, or the name of a workspace. Without a
-/// word it is the only one that stands.
+/// Finds the lock that `which` names, and judges its holder. In a directory, `which` is an ID, a path (`bucket/key`), a
+/// key or the name of a workspace; if it is `None`, there must be exactly one lock. In a table, `which` is a path, and
+/// in a bucket a path or a key.
 ///
-/// `no_lock`: only what is in a lock's place and is no lock matches.
+/// If `no_lock` is set, only entries that are not locks match.
 ///
 /// # Errors
-/// [`Trouble`]: it matches nothing, or several.
+/// Fails if nothing matches, if several locks match, if a table or bucket is searched and `which` is `None`, if `which`
+/// is an ID or the key of a digest in a table, or if a request fails.
 pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (ScanTarget::Directory(directory), _) => {
@@ -71,6 +73,8 @@ async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry
     Ok(entries)
 }
 
+/// Selects the entry that `which` names. `select` is true if `entries` are those of a whole directory. Otherwise they
+/// were read at the path that `which` names, so all of them match.
 fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &ListedEntry| {
         let Some(word) = which.filter(|_| select) else { return true };
@@ -78,7 +82,7 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
         let in_bucket = |path: &str| path.split_once('/').is_some_and(|(_, key)| key == word);
         match entry {
             ListedEntry::Lock(lock) => {
-                // As it is, or as it is shown.
+                // The word may be the stored text, or that text as `tf` prints it with special characters escaped.
                 is_shown(&lock.info.id)
                     || is_shown(&lock.path())
                     || in_bucket(&lock.path())

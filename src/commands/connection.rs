@@ -1,5 +1,5 @@
-//! Which locks are meant: those of this directory's backend, or of a whole table or bucket; and what to say when that
-//! cannot be told or reached.
+//! Where a command looks for locks: in the backend of a working directory, in a whole table or in a whole bucket; and
+//! the errors for a target that is unknown or cannot be reached.
 
 use crate::console;
 use std::io;
@@ -19,94 +19,97 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::OtherBackend;
 
-/// Where to look. Without any of these: in the backend of the current directory.
+/// The options that say where to look. Without any of them, a command looks in the backend of the current directory.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct LocationArgs {
-    /// The working directory whose backend is meant, as terraform's own -chdir
+    /// Use the backend of this working directory, like terraform's -chdir
     #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket"])]
     pub(super) chdir: Option<PathBuf>,
-    /// Look into this DynamoDB table, outside of any working directory
+    /// Look in this DynamoDB table, whatever the current directory is
     #[arg(long, value_name = "TABLE", group = "outside")]
     pub(super) table: Option<String>,
-    /// Look at the .tflock objects of this bucket, outside of any working directory
+    /// Look at the .tflock objects in this S3 bucket, whatever the current directory is
     #[arg(long, value_name = "BUCKET", group = "outside")]
     pub(super) bucket: Option<String>,
-    /// Only objects whose key begins so
+    /// Only look at objects whose key starts with PREFIX
     #[arg(long, value_name = "PREFIX", requires = "bucket")]
     pub(super) prefix: Option<String>,
-    /// The region of the table or bucket (else as the AWS CLI finds it)
+    /// The region of the table or bucket (default: the region that the AWS CLI would use)
     #[arg(long, value_name = "REGION", requires = "outside")]
     region: Option<String>,
-    /// The profile to use
+    /// The AWS profile to use
     #[arg(long, value_name = "PROFILE", requires = "outside")]
     profile: Option<String>,
-    /// The endpoint, for what is not AWS itself
+    /// The endpoint URL, for a service that is not AWS itself
     #[arg(long, value_name = "URL", requires = "outside")]
     endpoint_url: Option<String>,
 }
 
-/// What is to be looked at.
+/// Where a command looks for locks.
 pub(super) enum ScanTarget {
-    /// A working directory.
+    /// The backend of a working directory.
     Directory(Directory),
-    /// A table.
+    /// A DynamoDB table, by name.
     Table(String),
-    /// A bucket, and how its keys begin.
+    /// An S3 bucket, by name, and the prefix of the keys to look at; an empty prefix selects all keys.
     Bucket(String, String),
 }
 
 /// A working directory with an S3 backend.
 pub(super) struct Directory {
-    /// Where it is.
+    /// The path of the directory.
     pub(super) path: PathBuf,
-    /// Where whoever asks for it is.
+    /// The directory in which this `tf` was started.
     pub(super) asked_from: PathBuf,
-    /// Where terraform keeps its own files.
+    /// Terraform's data directory: `.terraform`, or the one that TF_DATA_DIR names.
     pub(super) own_files: PathBuf,
     pub(super) backend: CachedBackend,
     pub(super) bucket: String,
     /// The key of the default workspace's state.
     pub(super) key: String,
+    /// The DynamoDB table that the backend locks in; `None` if it names none.
     pub(super) table: Option<String>,
+    /// Whether the backend sets `use_lockfile`, so that a lock has an S3 object.
     pub(super) lock_file: bool,
-    /// The workspace that a command there would use.
+    /// The workspace that terraform would use there.
     pub(super) workspace: String,
 }
 
-/// The target, and the services that it is in.
+/// A target, and the clients of the services that store its locks.
 pub(super) struct Connection {
     pub(super) target: ScanTarget,
     pub(super) stores: Stores,
 }
 
-/// Why a command could not do what it was asked for, and what to do about that.
+/// Why a command could not do what was asked, and what the user can do about it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
-    /// What is there does not have what is needed.
+    /// Any other reason. The text is the whole message, with the next step.
     #[error("{0}")]
     Said(String),
-    /// The services cannot be reached as the backend says.
+    /// The services cannot be reached with the backend's settings.
     #[error("{unreachable}\n{next}")]
     Unreachable {
-        /// What is missing.
+        /// The reason.
         unreachable: Unreachable,
-        /// What to do.
+        /// The next step for the user.
         next: &'static str,
     },
-    /// Nobody reads what we write. Nothing is said of it.
+    /// The reader of stdout has exited. Nothing is reported.
     #[error("")]
     ReaderGone,
-    /// A request did not work.
+    /// A request failed.
     #[error("{failure}\n{next}")]
     Failed {
-        /// What the service said.
+        /// Why it failed.
         failure: Failure,
-        /// What to do.
+        /// The next step for the user.
         next: String,
     },
 }
 
-/// What is to be shown cannot be: the reader of stdout is gone, as in `| head`, or there is no place for a temporary file.
+/// Converts an error in writing the result: the reader of stdout has exited, as in `| head`, stdout is closed, or a
+/// temporary file cannot be created or written.
 impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         match error.kind() {
@@ -134,7 +137,8 @@ impl From<Unreachable> for Trouble {
 }
 
 impl Trouble {
-    /// A failed request about `what`, with what to do about it.
+    /// Builds the error for a failed request. `what` is the table, bucket or entry that the request was about, for the
+    /// message.
     pub(super) fn failed(failure: Failure, what: &str, stores: &Stores) -> Self {
         let region = format!("the region is {}", stores.region());
         let next = match failure.cause() {
@@ -164,12 +168,14 @@ impl Trouble {
 }
 
 impl LocationArgs {
-    /// Whether a table or a bucket is meant, and no working directory.
+    /// Returns whether the options name a table or a bucket, and so no working directory.
     pub(super) fn is_outside(&self) -> bool {
         self.table.is_some() || self.bucket.is_some()
     }
 
-    /// A `tf locks` command that looks at the same place, in a workspace that the environment names.
+    /// Returns a `tf locks` command line for the user to type: `words` with the same options, except `--prefix`. If
+    /// TF_WORKSPACE names a workspace other than `default`, and no table or bucket is named, the command line sets
+    /// TF_WORKSPACE too.
     pub(super) fn command(&self, words: &str) -> String {
         let mut command = format!("tf locks {words}");
         let chdir = self.chdir.as_ref().map(|path| path.to_string_lossy().into_owned());
@@ -189,15 +195,17 @@ impl LocationArgs {
         messages::in_workspace(workspace.as_deref(), &command)
     }
 
-    /// A working directory, the current one if none is named.
+    /// Returns options that select the directory `chdir`, or the current directory if `chdir` is `None`.
     pub(super) fn directory_of(chdir: Option<PathBuf>) -> Self {
         Self { chdir, ..Self::default() }
     }
 
-    /// What is meant, and the way there. Nobody is asked for anything yet.
+    /// Determines the target and creates the clients of its services. This resolves the region and the credentials, but
+    /// sends no request to DynamoDB or S3.
     ///
     /// # Errors
-    /// [`Trouble`]: no backend, or not one that is understood; no region.
+    /// Fails if the directory has no backend that `tf` can read (see [`Self::directory`]), if there is no region, or if
+    /// there are no credentials.
     pub(super) async fn reach(&self) -> Result<Connection, Trouble> {
         let (target, stores) = if let Some(table) = &self.table {
             (ScanTarget::Table(table.clone()), Stores::connect(&self.backend(), Purpose::Work).await?)
@@ -212,7 +220,7 @@ impl LocationArgs {
         Ok(Connection { target, stores })
     }
 
-    /// A backend block that says what the options do.
+    /// Returns an s3 backend block with the region, profile and endpoint of the options.
     fn backend(&self) -> CachedBackend {
         let mut config = Map::new();
         for (name, value) in [("region", &self.region), ("profile", &self.profile)] {
@@ -222,16 +230,18 @@ impl LocationArgs {
         }
         if let Some(url) = &self.endpoint_url {
             config.insert("endpoints".into(), json!({ "dynamodb": url, "s3": url }));
-            // What has one URL for everything has no host name for each bucket.
+            // A service that has one URL for everything has no separate host name for each bucket.
             config.insert("use_path_style".into(), Value::Bool(true));
         }
         CachedBackend::from_parts("s3", config, BackendOrigin::default())
     }
 
-    /// The working directory, as terraform sees it.
+    /// Reads the backend and the workspace of the working directory, as terraform would, and makes it the current
+    /// directory of this process.
     ///
     /// # Errors
-    /// [`Trouble`].
+    /// Fails if the current directory cannot be read, if the path is not a directory, if it has no initialised backend,
+    /// or if the backend is not `s3` or lacks a bucket or a key.
     pub(super) fn directory(&self) -> Result<Directory, Trouble> {
         let current = std::env::current_dir()
             .map_err(|error| Trouble::Said(format!("the current directory cannot be read: {error}")))?;
@@ -243,7 +253,7 @@ impl LocationArgs {
             return Err(Trouble::Said(format!("{shown} is no directory\nname one that has terraform's files in it")));
         }
         let data_directory = DataDirectory::path(&current, &command_line);
-        // Paths in the backend mean what they mean to terraform, which is there.
+        // Relative paths in the backend are relative to the directory in which terraform runs.
         let _ = std::env::set_current_dir(&path);
         let read = DataDirectory::read(&data_directory);
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|name| !name.is_empty()).unwrap_or(read.workspace);

@@ -1,4 +1,4 @@
-//! `tf locks doctor`: what would keep a release in this directory from working, tried before it is needed.
+//! `tf locks doctor`: checks everything that a release in this directory needs, before a release is needed.
 
 use crate::console;
 use crate::terraform::errored_state;
@@ -38,33 +38,34 @@ Exit codes: 0 all is well, 2 something is wrong and the line below it mends it, 
 pub(super) struct Doctor {
     #[arg(long, value_name = "DIR", help = "The working directory, as terraform's own -chdir")]
     chdir: Option<std::path::PathBuf>,
-    /// Set the digest of a workspace's state to what the state has, holding its lock
+    /// Make the recorded digest of a workspace's state match the state, while holding its lock
     #[arg(long, value_name = "WORKSPACE", num_args = 0..=1)]
     #[expect(clippy::option_option, reason = "not asked for, asked for, and asked for by name")]
     fix_digest: Option<Option<String>>,
-    /// Answer yes where it would ask
+    /// Do not ask for confirmation
     #[arg(long, short, requires = "fix_digest")]
     yes: bool,
-    /// Only say what would be done
+    /// Only print what would be done
     #[arg(long, requires = "fix_digest")]
     dry_run: bool,
 }
 
-/// How one thing is.
+/// The result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Health {
     Ok,
-    /// Not wrong, and to be known.
+    /// Nothing is wrong, but the user should know this.
     Note,
     Wrong,
 }
 
-/// What was found so far.
+/// Prints the result of each check and remembers whether any of them was [`Health::Wrong`].
 struct Findings {
     wrong: bool,
 }
 
 impl Findings {
+    /// Prints one result: what was checked, the result, and below it `next`, the next step (empty if there is none).
     fn tell(&mut self, health: Health, name: &str, text: &str, next: &str) {
         self.wrong |= health == Health::Wrong;
         let mark = match health {
@@ -172,21 +173,24 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
     }
 }
 
-/// Whether the directory has a configuration that names no backend: its state is a local file then, initialised or not.
+/// Returns whether the directory has a configuration that names no backend or the local one. Its state is then a local
+/// file, whether or not `terraform init` has run.
 fn is_local(place: &LocationArgs) -> bool {
     let directory = place.chdir.clone().unwrap_or_else(|| PathBuf::from("."));
     configuration::is_there(&directory)
         && configuration::backend(&directory, &[]).is_none_or(|there| there.kind == "local")
 }
 
-/// Where terraform keeps its own files, in the directory that is asked about.
+/// Returns terraform's data directory for the working directory `chdir`, or for the current directory if `chdir` is
+/// `None`.
 fn own_files(chdir: Option<PathBuf>) -> PathBuf {
     let mut command_line = CommandLine::parse(&[]);
     command_line.directory = chdir;
     DataDirectory::path(&std::env::current_dir().unwrap_or_default(), &command_line)
 }
 
-/// Without a journal terraform runs all the same, and nobody finishes what a killed `tf` leaves.
+/// Checks that the journal can be opened and that file locks work in its directory. Without a journal, terraform still
+/// runs, but nothing recovers the locks that a killed `tf` leaves.
 fn journal(findings: &mut Findings) {
     let next = "name a directory of your own on a disk of this machine: TFW_STATE_DIR";
     let state = match StateDirectory::open(|name| std::env::var_os(name)) {
@@ -198,7 +202,7 @@ fn journal(findings: &mut Findings) {
         Ok(_) => findings.ok("journal", &shown),
         Err(error) => return findings.wrong("journal", &format!("{shown}: {error}"), next),
     }
-    // Two open files, as two processes have them.
+    // Two separately opened files of one process exclude each other as those of two processes do.
     let works = || -> std::io::Result<bool> {
         let file = tempfile::NamedTempFile::new_in(state.join(""))?;
         let (holder, other) = (file.reopen()?, file.reopen()?);
@@ -232,7 +236,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     }
     match connect::identity(&directory.backend).await {
         Ok(arn) => findings.ok("credentials", &visible(&arn)),
-        // A release does not need that answer; one that needs credentials is tried below.
+        // A release does not need STS. Requests that need credentials are tried below.
         Err(reason) => {
             findings.note("credentials", &format!("STS does not say whose they are: {}", visible(&reason)), "");
         }
@@ -249,7 +253,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         clock = clock.or(told);
     }
     let lock_key = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{key}{LOCK_FILE}"));
-    // As terraform lists them: a policy may permit that alone.
+    // List with the prefix that terraform uses, because a policy may permit only that.
     let (before_workspaces, _) = inventory::around_workspaces(directory).unwrap_or_default();
     match s3::keys(&stores.s3, bucket, &before_workspaces).next().await {
         Some(Err(failure)) => permission(findings, "s3:ListBucket", bucket, &Err(failure), stores),
@@ -262,7 +266,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
         let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
-            // Nobody's lock is tried, and a policy may name the lock's key alone.
+            // The trial uses a key of its own and never a lock's, but a policy may permit only the lock's key.
             Err(failure) if failure.denied().is_some() => findings.wrong(
                 "s3:DeleteObject",
                 &visible(&failure.to_string()),
@@ -276,7 +280,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         }
         clock = clock.or(told);
         conditional_delete(findings, bucket, if_match);
-        // What may not be deleted is not put there.
+        // Do not create an object that could not be deleted again.
         let if_none_match =
             if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };
         conditional_put(findings, bucket, if_none_match);
@@ -287,7 +291,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     errored_state(findings, directory);
 }
 
-/// Something in the place of the lock that is none keeps every run out, and no command of terraform's takes it away.
+/// Reports an entry in the lock's place that is not a lock: it blocks every run, and no terraform command removes it.
 fn lock_place(
     findings: &mut Findings,
     directory: &Directory,
@@ -413,7 +417,8 @@ async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
     }
 }
 
-/// Signed requests are refused at 5 min (S3) and 15 min (DynamoDB).
+/// Compares this host's clock with the service's; `service` is `None` if no answer had a time. A signed request is
+/// refused if the clock is 5 min off (DynamoDB) or 15 min off (S3, RequestTimeTooSkewed).
 fn skew(findings: &mut Findings, service: Option<Timestamp>) {
     let Some(service) = service else { return findings.note("clock", "the service did not tell its time", "") };
     let apart = Timestamp::now().duration_since(service).unsigned_abs();
@@ -446,7 +451,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
         match digest::compare(stores, &state.bucket, &state.key, table).await {
             Ok(compared) if compared.fits() => findings.ok(&name, "it fits the state"),
             Ok(compared) => {
-                // Between a run's two writes it does not fit either.
+                // They also differ while a run has written the state and not yet the digest.
                 let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
                 let text = format!(
                     "{} is recorded, and the state has {}",
@@ -466,7 +471,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
     }
 }
 
-/// The directory, where that is not the current one.
+/// Returns the directory's path for a command line, or `None` if `tf` was started in that directory.
 fn other(directory: &Directory) -> Option<String> {
     (directory.asked_from != directory.path).then(|| directory.path.to_string_lossy().into_owned())
 }

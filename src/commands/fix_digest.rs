@@ -1,11 +1,14 @@
-//! `tf locks doctor --fix-digest`: makes a digest fit its state, as terraform's next write would. Where there is no state, the
-//! digest of one that is gone keeps terraform from starting anew: it is deleted.
+//! `tf locks doctor --fix-digest`: makes the recorded digest of a state match the state, as terraform's next write
+//! would. If there is no state, it deletes the digest: the digest of a deleted state keeps terraform from starting with
+//! an empty state.
 //!
-//! Everything happens under the state's lock, taken as terraform takes it: first the object, then the item, each only
-//! where nothing stands. What a person agreed to is compared once more under that lock, and the digest is written on
-//! condition that it is still the one that was shown. The lock is recorded in the journal before it is asked for, and once
-//! more when we have it, so that whatever kills us, `tf locks recover` or the next `tf` releases it. Where a request for it
-//! had no answer, it may land when we are gone: then it is remembered as that of a dead terraform is.
+//! Everything happens under the state's lock, which is acquired as terraform acquires it: first the S3 object, then the
+//! DynamoDB item, each only if nothing exists there. Under that lock, the state and its digest are compared once more
+//! with what the user agreed to. The digest is written on condition that it is still the one that was shown.
+//!
+//! The lock is recorded in the journal before it is requested, and once more when it is held. So if this process is
+//! killed, `tf locks recover` or the next `tf` releases the lock. A lock request without an answer may be carried out
+//! after this process has exited. It is remembered as a [`PendingRequest`], like a request of a dead terraform.
 
 use crate::console;
 use std::io::IsTerminal;
@@ -33,13 +36,15 @@ use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::{LockParts, RecordedLock};
 
-/// What our lock calls itself.
+/// The `Operation` of the lock.
 const OPERATION: &str = "tf locks doctor --fix-digest";
 
-/// Fixes the digest of `workspace`, or of the selected one.
+/// Fixes the digest of `workspace`, or of the selected workspace if it is `None`.
 ///
 /// # Errors
-/// [`Trouble`].
+/// Fails if the directory's backend has no DynamoDB table, if there is no such workspace, if the user cannot be asked
+/// because stdin is not a terminal, if the state is locked, if the state or the digest changes in between, or if a
+/// request fails.
 pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, yes: bool, dry_run: bool) -> Result<Finding, Trouble> {
     let mut agreed = None;
     let finding = super::block_on(async {
@@ -80,8 +85,8 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, yes: bool, dry_
         Ok(Finding::Failed)
     })?;
     let Some((directory, state, compared)) = agreed else { return Ok(finding) };
-    // From here on there is a lock of ours; it takes as long as the state takes to be read. Whoever asks us to stop
-    // gets that soon enough, and what cannot be ignored is for the journal.
+    // From here on, this process holds a lock, for about as long as it takes to read the state. It ignores requests to
+    // stop for that short time. If a signal that cannot be ignored kills it, the journal has the lock.
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP] {
         disposition::set_ignored(signal);
     }
@@ -114,7 +119,8 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
     Ok((directory, stores, state))
 }
 
-/// The workspace `name`, which has no state, if a digest is recorded for it.
+/// Returns the workspace `name`, which has no state; `None` if no digest is recorded for it either, or if the backend
+/// has no key.
 async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Result<Option<ListedState>, Trouble> {
     let Some(state) = inventory::state(directory, name) else { return Ok(None) };
     let compared = compare(stores, &state).await?;
@@ -127,25 +133,26 @@ async fn compare(stores: &Stores, state: &ListedState) -> Result<Comparison, Tro
     compared.map_err(|failure| Trouble::failed(failure, &visible(&state.path()), stores))
 }
 
-/// The work that is done with a lock in hand.
+/// The fix of one digest, and the lock that it holds meanwhile.
 struct Work<'a> {
     directory: &'a Directory,
     state: ListedState,
-    /// What was agreed to.
+    /// What was shown to the user, who agreed to fix it.
     shown: Comparison,
     info: LockInfo,
-    /// Our lock, as it stands.
+    /// The lock's text as it is stored: `info` in JSON.
     text: String,
-    /// None where there is no journal: then only a signal that cannot be ignored can leave the lock.
+    /// `None` if there is no journal. Then only a signal that cannot be ignored can leave the lock behind.
     journaled: Option<Journaled>,
 }
 
-/// What the journal holds of us.
+/// This run's part of the journal.
 struct Journaled {
     entry: JournalEntry,
     record: JournalRecord,
     pending: PendingRequests,
-    /// Held for as long as we live: whoever looks at the journal sees us by it.
+    /// The tree lock of this run. It is held until this process exits, so that other `tf` processes see in the journal
+    /// that this run is alive.
     _life: OwnedFd,
 }
 
@@ -184,7 +191,7 @@ impl<'a> Work<'a> {
             Ok(false) => Err(self.refused(stores, &taken).await),
             Err(failure) => Err(Trouble::failed(failure, &visible(&self.state.path()), stores)),
         };
-        // A request whose answer was lost may have taken a half.
+        // Unlock in any case: a request whose answer was lost may have stored a part of the lock.
         let gone = self.unlock(stores).await;
         match (&self.journaled, gone) {
             (Some(journaled), Ok(())) => journaled.entry.take_away(),
@@ -199,8 +206,8 @@ impl<'a> Work<'a> {
         done
     }
 
-    /// Records that we have the lock. If that fails, the record says that it was asked for, and whoever finds it looks for
-    /// the lock all the same.
+    /// Records in the journal that this run holds the lock. If the write fails, the record still says that the lock was
+    /// requested, and recovery looks for the lock anyway.
     fn has_locked(&mut self) {
         let Some(Journaled { entry, record, .. }) = &mut self.journaled else { return };
         for lock in &mut record.log.locks {
@@ -209,8 +216,8 @@ impl<'a> Work<'a> {
         let _ = entry.write(record, true);
     }
 
-    /// Remembers a lock request without an answer, or with a refusal that the request itself may have caused: sent twice,
-    /// it may land once more.
+    /// Remembers a lock request that had no answer or was refused, because a copy of it may still be carried out. A
+    /// refusal does not rule that out: if the request was sent twice, it may have caused the refusal itself.
     fn remember_request(&self) {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
         let run = record.proof();
@@ -219,7 +226,8 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Where the halves of our lock stand, in the order in which terraform takes them: the object first.
+    /// Returns the locations of the lock's parts in the order in which terraform acquires them, the S3 object first.
+    /// Without `use_lockfile`, there is no object.
     fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
         let store_keys = self.state.store_keys(stores).into_iter().rev();
         store_keys
@@ -227,7 +235,7 @@ impl<'a> Work<'a> {
             .collect()
     }
 
-    /// Takes both halves. False when one is somebody else's.
+    /// Acquires every part of the lock, and adds each to `taken`. Returns false if another lock holds a part.
     async fn lock(&self, stores: &Stores, taken: &mut Vec<StoreKey>) -> Result<bool, Failure> {
         for store_key in self.store_keys(stores) {
             let took = match &store_key {
@@ -238,7 +246,8 @@ impl<'a> Work<'a> {
                     dynamodb::put_if_absent(&stores.dynamodb, table, key, &self.text).await?
                 }
             };
-            // Refused by our own request, whose answer was lost and which the SDK sent again.
+            // If the stored text is this run's own, the first attempt of the request succeeded, its answer was lost,
+            // and the SDK sent it again.
             if !took && stores.read(&store_key).await?.is_none_or(|stored| stored.text() != self.text) {
                 return Ok(false);
             }
@@ -247,7 +256,7 @@ impl<'a> Work<'a> {
         Ok(true)
     }
 
-    /// Whose lock is in the way.
+    /// Builds the error that names the holder of the lock in the way. `taken` are the parts that this run acquired.
     async fn refused(&self, stores: &Stores, taken: &[StoreKey]) -> Trouble {
         let mut holder = "somebody".to_owned();
         for store_key in self.store_keys(stores).into_iter().filter(|store_key| !taken.contains(store_key)) {
@@ -286,7 +295,7 @@ impl<'a> Work<'a> {
             None => dynamodb::delete_digest(client, table, &path, old).await,
         };
         if !done.map_err(failed)? {
-            // The SDK may have sent it twice.
+            // The SDK may have sent the request twice, so that the second attempt was refused because of the first.
             let now = compare(stores, &self.state).await?;
             if !now.fits() {
                 return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
@@ -299,7 +308,12 @@ impl<'a> Work<'a> {
         Ok(Finding::Nothing)
     }
 
-    /// Gives back what is ours, the item first. Comes back when nothing of ours stands any more.
+    /// Releases every part of this run's lock, the DynamoDB item first. It tries 5 times, with pauses of 200 ms, until
+    /// no part exists any more.
+    ///
+    /// # Errors
+    /// Fails with the last failure if a part may still exist after that. The text is empty if the service answered but
+    /// did not delete.
     async fn unlock(&self, stores: &Stores) -> Result<(), String> {
         let mut why = String::new();
         for _ in 0..5 {
@@ -321,6 +335,7 @@ impl<'a> Work<'a> {
         Err(why)
     }
 
+    /// Releases one part. Returns true if this run's lock no longer exists there.
     async fn unlock_half(&self, stores: &Stores, store_key: &StoreKey) -> Result<bool, Failure> {
         let Some(found) = stores.read(store_key).await? else { return Ok(true) };
         if found.text() != self.text {
@@ -330,7 +345,8 @@ impl<'a> Work<'a> {
     }
 }
 
-/// Records that we are about to ask for `lock`. `None` where there is no journal.
+/// Records in the journal that this process is about to request `lock`. Returns `None` if there is no journal, or if it
+/// cannot be written.
 fn journal(directory: &Directory, state: &ListedState, lock: RecordedLock, begun: Timestamp) -> Option<Journaled> {
     let place = StateDirectory::open(|name| std::env::var_os(name)).ok()?;
     let journal = Journal::open(&place).ok()?;

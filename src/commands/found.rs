@@ -1,4 +1,4 @@
-//! The locks that a command has found, and what is believed of their holders.
+//! The locks that a command has found, with the verdicts on their holders.
 
 use jiff::Timestamp;
 use serde::ser::SerializeStruct;
@@ -11,53 +11,53 @@ use crate::lock::stores::{StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
-/// One lock: the halves of it that stand.
+/// One lock, with those of its parts that exist.
 #[derive(Clone, Debug)]
 pub(super) struct FoundLock {
     pub(super) info: LockInfo,
-    /// DynamoDB before S3.
+    /// The parts that exist, at least one: DynamoDB before S3.
     pub(super) parts: Vec<(StoreKey, StoredLock)>,
-    /// The workspace, where it is known.
+    /// The workspace; `None` if it is not known.
     pub(super) workspace: Option<String>,
-    /// What is odd about it.
+    /// What is unusual about the lock, for example a missing part.
     pub(super) notes: Vec<String>,
-    /// The ID of another lock, which stands in the other half of its place.
+    /// The ID of another lock that holds the other part of the same location; `None` if there is none.
     pub(super) rival: Option<String>,
     pub(super) judgement: Judgement,
-    /// Somebody must look at it.
+    /// Whether the lock needs attention.
     pub(super) stale: bool,
 }
 
-/// Something in the place of a lock that is none.
+/// An entry (an item or an object) in a lock's place that is not a lock, or that could not be read.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct UnreadableLock {
     pub(super) place: StoreKey,
     pub(super) reason: String,
-    /// What stands there. `None`: it could not be read, and what it is nobody knows.
+    /// What is stored there; `None` if it could not be read, so that it is unknown whether it is a lock.
     #[serde(skip)]
     pub(super) stored: Option<StoredLock>,
 }
 
 impl UnreadableLock {
-    /// It could not be read.
+    /// Returns whether the entry could not be read.
     pub(super) fn is_unread(&self) -> bool {
         self.stored.is_none()
     }
 
-    /// What it is and where, in a sentence.
+    /// Returns where the entry is and what is wrong with it, for a message.
     pub(super) fn describe(&self) -> String {
         format!("{}: {}", visible(&self.place.describe()), self.reason)
     }
 }
 
-/// Either.
+/// A lock, or an entry in a lock's place that is not a lock or could not be read.
 #[derive(Clone, Debug)]
 pub(super) enum ListedEntry {
     Lock(Box<FoundLock>),
     UnreadableLock(UnreadableLock),
 }
 
-/// Which halves a lock of a backend must have.
+/// Which parts a lock of the backend must have. Both are false if the backend is not known.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Wanted {
     pub(super) dynamodb: bool,
@@ -65,12 +65,12 @@ pub(super) struct Wanted {
 }
 
 impl ListedEntry {
-    /// Something stands there that could not be read.
+    /// Returns whether this is an entry that could not be read.
     pub(super) fn is_unread(&self) -> bool {
         matches!(self, Self::UnreadableLock(unreadable) if unreadable.is_unread())
     }
 
-    /// Somebody must look at it: a stale lock, or what is no lock and keeps every run out.
+    /// Returns whether this needs attention: a stale lock, or an entry that is not a lock and blocks every run.
     pub(super) fn is_stale(&self) -> bool {
         match self {
             Self::Lock(lock) => lock.stale,
@@ -79,7 +79,7 @@ impl ListedEntry {
     }
 }
 
-/// Some of what was to be looked at could not be.
+/// Returns the message that `unread` lock objects could not be read.
 pub(super) fn not_whole(unread: u64) -> String {
     format!(
         "{unread} lock objects stand that could not be read, and so nobody knows whose they are; `tf locks list` with the \
@@ -92,18 +92,18 @@ impl FoundLock {
         self.judgement.verdict
     }
 
-    /// Where it stands, for the eye: its first half.
+    /// Returns the location of the lock's first part, for messages.
     pub(super) fn place(&self) -> &StoreKey {
         &self.parts[0].0
     }
 
-    /// `bucket/key` of its state.
+    /// Returns `bucket/key` of the lock's state.
     pub(super) fn path(&self) -> String {
         self.place().path()
     }
 
-    /// For how long it has been held, by this host's clock. `None` where Created is no time, or lies ahead of us by more than
-    /// two clocks may differ.
+    /// Returns how long the lock has been held, by this host's clock. `None` if `Created` is not a time, or is ahead of
+    /// this host's clock by more than [`CLOCK_SLACK_WINDOW`] (1 min); if it is ahead by less, the age is zero.
     pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
         let created = self.info.created()?;
         if created > now && created <= saturating_add(now, CLOCK_SLACK_WINDOW) {
@@ -113,7 +113,9 @@ impl FoundLock {
     }
 }
 
-/// What stands at the two places of one lock, as locks: halves are one lock only if their IDs are equal.
+/// Combines what was read at the two locations of one lock into locks: two parts are one lock only if their IDs are
+/// equal. What is not a lock becomes an [`UnreadableLock`]. If `workspace` is `None`, it is derived from the key where
+/// possible. The holders are not judged yet.
 pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace: Option<&str>) -> Vec<ListedEntry> {
     let mut locks: Vec<FoundLock> = Vec::new();
     let mut unreadable: Vec<UnreadableLock> = Vec::new();
@@ -169,7 +171,7 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
     locks.chain(unreadable.into_iter().map(ListedEntry::UnreadableLock)).collect()
 }
 
-/// What keeps something from being a lock.
+/// Returns why `stored` is not a lock.
 fn why_unreadable(stored: &StoredLock) -> String {
     let text = stored.text();
     let it = if matches!(stored, StoredLock::Item(_)) { "its Info" } else { "it" };
@@ -184,7 +186,8 @@ fn why_unreadable(stored: &StoredLock) -> String {
     }
 }
 
-/// Terraform's own prefix for workspaces, `env:`, tells which one it is; a prefix that somebody chose does not.
+/// Returns the workspace in a path that has terraform's default prefix for workspaces, `env:`. `None` for any other
+/// path: a prefix that a user chose cannot be recognised.
 fn guess_workspace(path: &str) -> Option<String> {
     let (_, key) = path.split_once('/')?;
     let (name, _) = key.strip_prefix("env:/")?.split_once('/')?;

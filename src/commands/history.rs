@@ -1,4 +1,5 @@
-//! `tf locks history`: what was released, forced and refused by this user on this host.
+//! `tf locks history`: prints the history of this user on this host: the locks that were released, force-released,
+//! refused or replaced by another run's lock.
 
 use crate::console;
 use clap::Args;
@@ -19,7 +20,7 @@ Exit codes: 0 it was shown, 1 it could not be.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct History {
-    /// One JSON object: its `events` are the lines of the file, the oldest first
+    /// Print one JSON object whose `events` are the lines of the history, oldest first
     #[arg(long)]
     json: bool,
 }
@@ -27,7 +28,7 @@ pub(super) struct History {
 #[derive(Serialize)]
 struct All<'a> {
     events: &'a [LockEvent],
-    /// So many lines could not be read.
+    /// The number of lines that could not be read.
     unreadable: usize,
 }
 
@@ -62,7 +63,7 @@ fn line(event: &LockEvent) -> String {
         By::Recovery => "recovery",
         By::Command => "tf locks release",
     };
-    // Of what was in the place of a lock and was none there is no more to say.
+    // For an entry that was not a lock, only its path is known.
     let lock = if event.id.is_empty() && event.holder.is_empty() {
         visible(&event.path)
     } else {

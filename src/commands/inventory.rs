@@ -1,9 +1,10 @@
-//! The locks of one working directory's backend: of the state and of every workspace.
+//! The locks of one working directory's backend, for the default workspace and every other one.
 //!
-//! Which workspaces there are is told by the bucket, as it is to terraform (backend/remote-state/s3/backend_state.go,
-//! `Workspaces`). DynamoDB is asked for each by its key, with the permission that terraform itself needs; its table may be
-//! shared by a thousand states, and is not scanned. So a lock in DynamoDB of a workspace that is neither selected nor has a
-//! state yet is not seen here: `tf locks list --table` sees it.
+//! The workspaces are those that a listing of the bucket shows, as for terraform
+//! (backend/remote-state/s3/backend_state.go, `Workspaces`). In DynamoDB, each lock is read by its key, with the
+//! permission that terraform itself needs. The table is not scanned, because a thousand states may share it. So a
+//! DynamoDB lock of a workspace that is not selected and has no state yet is not found here; `tf locks list --table`
+//! finds it.
 
 use crate::console;
 use std::cell::Cell;
@@ -18,23 +19,24 @@ use crate::holder::host::HostView;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};
 
-/// So many requests are on their way at once.
+/// The maximum number of requests in flight.
 const AT_ONCE: usize = 8;
 
-/// This backend's own lock is in the table, and was looked at. Another's, of somebody who moves to lock files, was not.
+/// Printed if a backend locks only in a table and the lock objects cannot be read. The locks of this backend are in the
+/// table and were read. A lock object of a run whose backend block already has `use_lockfile` was not.
 const UNSEEN: &str = "lock objects beside the states were not looked at: s3:GetObject is missing on them";
 
-/// What was found.
+/// The locks of a directory's backend.
 pub(super) struct Inventory {
-    /// The default workspace first, then by name.
+    /// The entries found: the default workspace first, then by the workspaces' names.
     pub(super) entries: Vec<ListedEntry>,
-    /// So many states were looked at.
+    /// The number of states whose locks were read.
     pub(super) states: u64,
-    /// What keeps it from being whole, in a sentence.
+    /// Why the workspaces are incomplete, as a message; `None` if they are complete.
     pub(super) incomplete: Option<String>,
 }
 
-/// One state, and where its lock can stand.
+/// One state, and the locations that its lock can have.
 #[derive(Clone, Debug)]
 pub(super) struct ListedState {
     pub(super) workspace: String,
@@ -44,12 +46,13 @@ pub(super) struct ListedState {
 }
 
 impl ListedState {
-    /// `bucket/key`, the lock's `Path`.
+    /// Returns `bucket/key`, which is the `Path` of the state's lock.
     pub(super) fn path(&self) -> String {
         format!("{}/{}", self.bucket, self.key)
     }
 
-    /// Both places, DynamoDB first. A lock object is looked for whether or not this backend makes one: another's may.
+    /// Returns the locations of the lock's parts, DynamoDB first. The lock object is included even if this backend
+    /// creates none, because a run with another backend block may create one.
     pub(super) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
         let item = self.table.as_ref().map(|table| stores.item(table, &self.path()));
         let object = stores.object(&self.bucket, &format!("{}{LOCK_FILE}", self.key));
@@ -57,10 +60,11 @@ impl ListedState {
     }
 }
 
-/// Every state of the backend, as far as the bucket tells. With the reason why it does not tell, if it does not.
+/// Returns every state that a listing of the bucket shows, and always those of the default and the selected workspace.
+/// If the listing is not permitted, it returns only these two, and the message that says so.
 ///
 /// # Errors
-/// [`Trouble`]: no bucket.
+/// Fails if the bucket cannot be listed for another reason than a missing permission.
 pub(super) async fn states(
     directory: &Directory,
     stores: &Stores,
@@ -82,7 +86,7 @@ pub(super) async fn states(
     Ok((names.filter_map(|workspace| state(directory, &workspace)).collect(), incomplete))
 }
 
-/// The state of `workspace`, whether or not there is one. `None` where the backend does not tell its place.
+/// Returns the state of `workspace`, whether or not it exists. `None` if the backend has no key.
 pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedState> {
     Some(ListedState {
         key: directory.backend.state_key(workspace)?,
@@ -92,10 +96,10 @@ pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedStat
     })
 }
 
-/// The locks of those states that stand, judged.
+/// Reads the locks of every state of the backend, and judges their holders.
 ///
 /// # Errors
-/// [`Trouble`].
+/// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.
 pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
     let (states, incomplete) = states(directory, stores).await?;
     let looked = states.len() as u64;
@@ -114,7 +118,8 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     Ok(Inventory { entries, states: looked, incomplete })
 }
 
-/// What stands at the places of one state. Not judged yet.
+/// Reads the parts of one state's lock; the holder is not judged yet. Sets `unseen` if the backend locks only in a
+/// table and reading the lock object is not permitted.
 async fn read(
     state: &ListedState,
     wanted: Wanted,
@@ -129,7 +134,7 @@ async fn read(
         };
         match stores.read(&store_key).await {
             Ok(found) => parts.extend(found.map(|found| (store_key, found))),
-            // Who locks with the table alone needs no permission for an object, and has none of his own there.
+            // A backend that locks only in the table needs no permission on lock objects and creates none.
             Err(failure)
                 if failure.denied().is_some()
                     && matches!(store_key, StoreKey::S3 { .. })
@@ -144,14 +149,15 @@ async fn read(
     Ok(pair(wanted, parts, Some(&state.workspace)))
 }
 
-/// What the keys of all workspaces' states begin with, as terraform lists them; and what stands behind their names.
+/// Returns the parts of a state's key before and after the workspace's name. The first is the prefix with which
+/// terraform lists the workspaces. `None` if the key has no place for the name.
 pub(super) fn around_workspaces(directory: &Directory) -> Option<(String, String)> {
-    // The key of a workspace's state with its name left open.
+    // The key of a state with a NUL character in place of the workspace's name.
     let marked = directory.backend.state_key("\u{0}").unwrap_or_default();
     marked.split_once('\u{0}').map(|(before, behind)| (before.to_owned(), behind.to_owned()))
 }
 
-/// The names of workspaces that the bucket tells of: by a state, or by a lock.
+/// Returns the names of the workspaces, other than `default`, that have a state or a lock object in the bucket.
 async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String>, crate::aws::failure::Failure> {
     let Some((prefix, behind)) = around_workspaces(directory) else { return Ok(Vec::new()) };
     let mut names = Vec::new();

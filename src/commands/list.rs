@@ -1,4 +1,4 @@
-//! `tf locks` and `tf locks list`: what stands, and what is believed of it.
+//! `tf locks` and `tf locks list`: lists locks, with the verdicts on their holders.
 
 use crate::console;
 use clap::Args;
@@ -19,12 +19,12 @@ pub(super) const EXAMPLES: &str = "Examples:
 
 Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or no lock at all), 1 it could not be done.";
 
-/// The arguments of `tf locks list`, and of `tf locks` alone.
+/// The arguments of `tf locks list`, and of `tf locks` without a command.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct List {
     #[command(flatten)]
     place: LocationArgs,
-    /// One JSON object, as docs/locks.schema.json describes it
+    /// Print one JSON object, as described in docs/locks.schema.json
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -32,10 +32,10 @@ pub(super) struct List {
 }
 
 impl List {
-    /// Runs it.
+    /// Lists the locks.
     ///
     /// # Errors
-    /// [`Trouble`].
+    /// Fails if the target cannot be reached, if a request fails, or if the result cannot be written.
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
             let Connection { target, stores } = self.place.reach().await?;

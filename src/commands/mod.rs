@@ -1,7 +1,6 @@
-//! `tf locks ...`: the commands that are ours. Terraform has none of that name, and these never see its arguments.
+//! The `tf locks` commands. Terraform has no command of that name, and this module never sees terraform's arguments.
 //!
-//! They end with 0 when there is nothing to worry about, with 2 when something is left that somebody must look at, and
-//! with 1 when they could not do what they were asked for.
+//! Exit codes: 0 if nothing needs attention, 2 if something does, and 1 if the command could not do what was asked.
 
 mod agreement;
 mod audit;
@@ -37,21 +36,23 @@ use crate::sys::environment;
 use crate::sys::wait::Ended;
 use connection::Trouble;
 
-/// What a command found.
+/// The result of a command, which decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finding {
-    /// All is well.
+    /// Nothing needs attention. The exit code is 0.
     Nothing,
-    /// Something is left.
+    /// Something needs attention, for example a stale lock. The exit code is 2.
     Stale,
-    /// It could not be done.
+    /// The command did not do what was asked. The exit code is 1.
     Failed,
-    /// Somebody ended it.
+    /// A signal stopped the command, or, for SIGPIPE, the reader of stdout has exited. This process then dies of that
+    /// signal.
     Stopped(Signal),
 }
 
 impl Finding {
-    /// The exit code. Does not come back where a signal was the end.
+    /// Returns the exit code. For [`Self::Stopped`], this process kills itself with that signal instead of returning;
+    /// only PID 1 of a namespace survives the signal and returns 128 + N ([`outcome::end_as`]).
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::Nothing => 0,
@@ -62,9 +63,10 @@ impl Finding {
     }
 }
 
-/// See who holds terraform's state locks, whether that holder lives, and release what is proven dead.
+/// Show who holds terraform's state locks, check whether the holder is still running, and release the locks of dead
+/// runs.
 ///
-/// Without a command: the locks of this directory's backend, as `tf locks list`.
+/// Without a command, list the locks of this directory's backend, like `tf locks list`.
 #[derive(Debug, Parser)]
 #[command(version, name = "tf locks", bin_name = "tf locks", args_conflicts_with_subcommands = true)]
 #[command(after_help = list::EXAMPLES)]
@@ -77,45 +79,47 @@ struct Locks {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Every lock of this directory's backend, of a table or of a bucket
+    /// List all locks in this directory's backend, in a DynamoDB table or in an S3 bucket
     #[command(after_help = list::EXAMPLES)]
     List(list::List),
-    /// One lock, and every piece of evidence for and against its holder being alive
+    /// Show one lock and all evidence for and against its holder being alive
     #[command(after_help = show::EXAMPLES)]
     Show(show::Show),
-    /// Release a lock whose holder is proven dead; ask if it is likely dead; refuse if it is alive
+    /// Release a lock if its holder is dead; ask if it is likely dead; refuse if it is alive or unknown
     #[command(after_help = release::EXAMPLES)]
     Release(release::Release),
-    /// For a schedule: count what stands, and end with 2 if something is stale
+    /// Count all locks, for a scheduled job; exit with 2 if any lock is stale
     #[command(after_help = audit::EXAMPLES)]
     Audit(audit::Audit),
-    /// Try everything that a release in this directory needs; mend a digest
+    /// Check everything that a release in this directory needs; fix a state's digest
     #[command(after_help = doctor::EXAMPLES)]
     Doctor(doctor::Doctor),
-    /// What was released, forced and refused
+    /// Show past releases, forced releases, refused releases and replaced locks
     #[command(after_help = history::EXAMPLES)]
     History(history::History),
-    /// Finish what dead runs on this host have left: give their locks back, a line for each
+    /// Release the locks that dead runs on this host left, and print one line for each
     ///
-    /// A run that somebody takes care of at this moment is waited for. Nothing to do is silent. Ends with 0, or with 2
-    /// when a lock could not be given back, which is then named.
+    /// If a run is still ending, or another process is recovering it, the command waits for that run, for at most 30 s
+    /// in total. If there is nothing to do, it prints nothing. It exits with 2 if a lock may still be held; the output
+    /// names that lock.
     #[command(after_help = recover::EXAMPLES)]
     Recover(recover::Recover),
-    /// Print what a shell has to read: the alias `terraform=tf`, and what completes both
+    /// Print shell code that defines the alias `terraform=tf` and Tab completion for both names
     ///
-    /// Nothing is written anywhere. Without an alias and for a script there is `tf locks shim`.
+    /// The command does not write any file. To use no alias, or for scripts, see `tf locks shim`.
     #[command(after_help = shell_init::EXAMPLES)]
     ShellInit(shell_init::ShellInit),
-    /// Put links named terraform and tofu into a directory, for scripts, which see no alias
+    /// Create links named terraform and tofu in a directory, for scripts, which do not see aliases
     ///
-    /// With that directory first on PATH an unchanged script runs terraform under tf. Nothing that stands there is
+    /// With that directory first on PATH, an unchanged script runs terraform under tf. Existing files are never
     /// overwritten.
     #[command(after_help = shim::EXAMPLES)]
     Shim(shim::Shim),
 }
 
-/// What `arguments`, without the program's name, ask `tf locks` for; `None` when they are terraform's. A `-chdir=DIR`
-/// before that word is for us, as it would be for terraform.
+/// Returns the arguments of `tf locks` if `arguments`, which do not include the program's name, call it; `None` if they
+/// are terraform's. A `-chdir=DIR` before the word `locks` is accepted, as terraform accepts it before a command, and
+/// becomes `--chdir DIR`. If there are several, the last one counts.
 pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
     let directories = arguments.iter().take_while(|argument| argument.as_bytes().starts_with(b"-chdir=")).count();
     let (directories, rest) = arguments.split_at(directories);
@@ -130,9 +134,10 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
     Some(words)
 }
 
-/// Runs `tf locks`, with the words behind that. Gives the exit code.
+/// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
-    // For ourselves alone: what clap knows is offered to people by help, completions and did-you-mean.
+    // This word is internal, so clap must not know it: clap would offer it to users in help, completions and
+    // suggestions.
     if words == [event_command::WORD] {
         event_command::stand_between();
         return Finding::Nothing.code();
@@ -167,7 +172,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Finding::Failed
         }
     });
-    // What nobody could read is no answer, whatever it was.
+    // If the output could not be written, the exit code says that, whatever the finding is.
     match console::print_failure() {
         None => finding.code(),
         Some(ErrorKind::BrokenPipe) => Finding::Stopped(Signal::SIGPIPE).code(),
@@ -182,14 +187,17 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     }
 }
 
-/// Runs `work`, which talks to AWS.
+/// Runs `work`, which sends requests to AWS, on a new single-threaded tokio runtime.
+///
+/// # Errors
+/// Fails if the runtime cannot be created, or if `work` fails.
 fn block_on(work: impl Future<Output = Result<Finding, Trouble>>) -> Result<Finding, Trouble> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Trouble::Said(format!("no runtime: {error}")))?;
     let found = runtime.block_on(work);
-    // A name look-up that hangs in its thread must not hold us.
+    // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();
     found
 }
@@ -204,8 +212,8 @@ mod tests {
 
     use super::*;
 
-    /// Everything that is made from the definitions of the commands: what completes `tf locks` in a shell, and its pages
-    /// of the manual.
+    /// Returns every generated file by its path in the repository. The shell completions and the manual pages come from
+    /// the clap definitions of `tf locks`. The documents come from the lists of backends and attributes.
     fn generated() -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
         for (shell, name, by_hand, registration) in [
@@ -218,7 +226,8 @@ mod tests {
             (Shell::Zsh, "_tf", include_str!("../../shell/complete.zsh"), "if [ \"$funcstack[1]\" = \"_tf\" ]"),
             (Shell::Fish, "tf.fish", include_str!("../../shell/complete.fish"), ""),
         ] {
-            // Terraform's own words are terraform's to say: what is written by hand asks it.
+            // Terraform's own commands are not listed here: the completion code that is written by hand asks terraform
+            // for them.
             let locks = Locks::command().name("locks").bin_name("tf locks");
             let mut tf =
                 clap::Command::new("tf").disable_help_flag(true).disable_help_subcommand(true).subcommand(locks);
@@ -243,7 +252,8 @@ mod tests {
         files
     }
 
-    /// `make generated` writes them.
+    /// Compares the generated files with those in the repository. `make generated` sets TF_WRITE_GENERATED, which
+    /// writes them.
     #[test]
     fn what_is_generated_is_what_the_commands_are() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,5 +1,5 @@
-//! How locks are shown: as a table that fits the terminal, as plain lines in a pipe, or as JSON. One by one, so that
-//! a table of a million needs no more memory than one of ten.
+//! Shows locks as a table that fits the terminal, as plain lines for a pipe, or as JSON. Entries are written one by
+//! one, so that a million locks need no more memory than ten.
 
 use crate::console;
 use std::fs::File;
@@ -15,17 +15,17 @@ use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lock::stores::StoreKey;
 
-/// Where locks are shown.
+/// The format in which locks are shown.
 pub(super) enum Output {
-    /// On a terminal.
+    /// A table, on a terminal.
     Table(Table),
-    /// In a pipe or file.
+    /// Plain lines, in a pipe or file.
     Lines(Widths),
-    /// With `--json`.
+    /// One JSON object, with `--json`.
     Json(Json),
 }
 
-/// How wide the columns are.
+/// The widths of the columns, in terminal columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Widths {
     path: usize,
@@ -34,20 +34,20 @@ pub(super) struct Widths {
     who: usize,
 }
 
-/// What a scan came to.
+/// What is reported at the end of the output.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
-    /// Everything was looked at.
+    /// Whether everything was checked.
     pub(super) complete: bool,
-    /// How many items or objects were.
+    /// The number of items, objects or states that were checked.
     pub(super) scanned: u64,
 }
 
 impl Widths {
-    /// For locks that are not known beforehand.
+    /// The widths for locks that are not known beforehand.
     pub(super) const USUAL: Self = Self { path: 48, workspace: 10, operation: 10, who: 20 };
 
-    /// What these locks need.
+    /// Returns the widths that `entries` need, at most 200 for each column.
     pub(super) fn of(entries: &[ListedEntry]) -> Self {
         let mut widths = Self { path: 4, workspace: 9, operation: 9, who: 3 };
         for entry in entries {
@@ -62,17 +62,17 @@ impl Widths {
     }
 }
 
-/// One lock, or what is none, as it will be shown.
+/// The text of one entry, as it will be shown.
 pub(super) struct Shown {
     is_lock: bool,
     text: String,
 }
 
 impl Output {
-    /// As `json` and stdout ask for.
+    /// Selects the format: JSON if `json` is set, a table if stdout is a terminal, otherwise plain lines.
     ///
     /// # Errors
-    /// No place for a temporary file.
+    /// Fails if stdout was closed when this process started, or if the temporary file for JSON cannot be created.
     pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
         console::stdout_is_open()?;
         let terminal = Term::stdout();
@@ -86,10 +86,10 @@ impl Output {
         }
     }
 
-    /// How one will be shown.
+    /// Returns the text of one entry.
     ///
     /// # Errors
-    /// What cannot be JSON.
+    /// Fails if the entry cannot be converted to JSON.
     pub(super) fn render(&self, entry: &ListedEntry) -> io::Result<Shown> {
         let now = Timestamp::now();
         let text = match (self, entry) {
@@ -103,10 +103,10 @@ impl Output {
         Ok(Shown { is_lock: matches!(entry, ListedEntry::Lock(_)), text })
     }
 
-    /// Shows one.
+    /// Writes one entry.
     ///
     /// # Errors
-    /// Whoever reads it is gone.
+    /// Fails if the text cannot be written, for example because the reader of stdout has exited.
     pub(super) fn put(&mut self, shown: &Shown) -> io::Result<()> {
         match self {
             Self::Table(table) => {
@@ -118,10 +118,10 @@ impl Output {
         }
     }
 
-    /// Ends it.
+    /// Writes the end of the output. Only JSON has one.
     ///
     /// # Errors
-    /// Whoever reads it is gone.
+    /// Fails if it cannot be written, for example because the reader of stdout has exited.
     pub(super) fn end(self, end: End) -> io::Result<()> {
         match self {
             Self::Json(json) => json.end(end),
@@ -131,20 +131,20 @@ impl Output {
 }
 
 impl Shown {
-    /// Puts it into a file for later.
+    /// Writes the entry to `file`, for [`Self::fetch`].
     ///
     /// # Errors
-    /// A full disk.
+    /// Fails if the file cannot be written, for example because its disk is full.
     pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
         file.write_all(&[u8::from(self.is_lock)])?;
         file.write_all(&(self.text.len() as u64).to_le_bytes())?;
         file.write_all(self.text.as_bytes())
     }
 
-    /// Takes the next out of such a file. `None` at its end.
+    /// Reads the next entry that [`Self::store`] wrote. `None` at the end of the file.
     ///
     /// # Errors
-    /// A file that is not whole.
+    /// Fails if the file cannot be read, or if it does not have the format that [`Self::store`] writes.
     pub(super) fn fetch(file: &mut impl Read) -> io::Result<Option<Self>> {
         let mut is_lock = [0];
         if file.read(&mut is_lock)? == 0 {
@@ -164,12 +164,12 @@ fn write(text: &str) -> io::Result<()> {
     out.flush()
 }
 
-/// `apply` for `OperationTypeApply`.
+/// Returns the lock's operation without the prefix that terraform gives it: `Apply` for `OperationTypeApply`.
 fn operation(lock: &FoundLock) -> &str {
     lock.info.operation.strip_prefix("OperationType").unwrap_or(&lock.info.operation)
 }
 
-/// For how long, and since when exactly.
+/// Returns how long the lock has been held and since when, or why its age is not known.
 fn since(lock: &FoundLock, now: Timestamp) -> String {
     match (lock.info.created(), lock.age(now)) {
         (Some(created), Some(age)) => format!("{} ago, {created:.0}", length_of_time(age)),
@@ -178,7 +178,7 @@ fn since(lock: &FoundLock, now: Timestamp) -> String {
     }
 }
 
-/// Which halves stand.
+/// Returns which parts of the lock exist: `dynamodb`, `s3` or `dynamodb+s3`.
 pub(super) fn parts(lock: &FoundLock) -> String {
     let names = lock.parts.iter().map(|(store_key, _)| match store_key {
         StoreKey::DynamoDb { .. } => "dynamodb",
@@ -187,7 +187,8 @@ pub(super) fn parts(lock: &FoundLock) -> String {
     names.collect::<Vec<_>>().join("+")
 }
 
-/// One line for `grep` and `awk -F '  +'`: nothing is cut, and a lock has one line.
+/// Returns the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
+/// than 200 characters is truncated ([`visible`]).
 fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
     let age = lock.age(now).map_or_else(|| "-".to_owned(), length_of_time);
     let created = lock.info.created().map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
@@ -214,23 +215,24 @@ fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
     format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
 }
 
-/// A column of a line that is read by its columns: never empty.
+/// Returns the text of a column of a plain line. A blank text becomes `-`, because tools find a column by its position.
 fn column(text: &str) -> String {
     let shown = visible(text);
     if shown.trim().is_empty() { "-".to_owned() } else { shown }
 }
 
-/// Filled up with spaces, and never cut.
+/// Pads `text` with spaces to `width`. Longer text is not truncated.
 fn padded(text: &str, width: usize) -> String {
     format!("{text}{}", " ".repeat(width.saturating_sub(text.width())))
 }
 
-/// In exactly that width: filled up, or cut at its end.
+/// Returns `text` in exactly `width`: padded with spaces, or truncated at its end.
 fn cut(text: &str, width: usize) -> String {
     padded(&::console::truncate_str(text, width, ellipsis()), width)
 }
 
-/// In exactly that width, cut at its beginning: of a path, the end tells more.
+/// Returns `text` in exactly `width`: padded with spaces, or truncated at its beginning, because the end of a path says
+/// more.
 fn cut_front(text: &str, width: usize) -> String {
     let mark = ellipsis();
     let mut kept: &str = text;
@@ -242,18 +244,19 @@ fn cut_front(text: &str, width: usize) -> String {
     padded(&format!("{mark}{kept}"), width)
 }
 
-/// A table on a terminal.
+/// A table that fits the terminal.
 pub(super) struct Table {
     width: usize,
     widths: Widths,
-    /// There is room for the time in the first line.
+    /// Whether a row has room for the SINCE column: the terminal has 130 columns or more.
     wide: bool,
+    /// Whether the header was written.
     headed: bool,
 }
 
 impl Table {
     const VERDICT: usize = 11;
-    /// `30 d 23 h ago, 2026-11-24T10:00:00Z`.
+    /// The width of the SINCE column, whose text is like `30 d 23 h ago, 2026-11-24T10:00:00Z`.
     const SINCE: usize = 38;
 
     fn new(width: usize, wanted: Widths) -> Self {
@@ -269,7 +272,7 @@ impl Table {
             let others = Self::VERDICT + widths.workspace + widths.operation + widths.who + 4 * 2;
             width.saturating_sub(others + if wide { Self::SINCE + 2 } else { 0 })
         };
-        // Where it is narrow, the path matters most.
+        // On a narrow terminal, the other columns shrink first, because the path matters most.
         while rest(&widths) < widths.path.min(30) && (widths.workspace > 4 || widths.who > 4 || widths.operation > 5) {
             widths.workspace = (widths.workspace - 1).max(4);
             widths.who = (widths.who - 1).max(4);
@@ -337,17 +340,17 @@ impl Table {
         row + &self.below(&more)
     }
 
-    /// More about a row, under it and within the width.
+    /// Returns `text` as indented lines below a row, wrapped to the terminal's width.
     fn below(&self, text: &str) -> String {
         let indent = " ".repeat(if self.width > 60 { Self::VERDICT + 2 } else { 2 });
         let room = self.width.saturating_sub(indent.len()).max(10);
-        // An ID stays whole, for whoever copies it, as long as there is room.
+        // Do not break an ID at its hyphens if there is room for it, so that a user can copy it.
         let options = textwrap::Options::new(room).word_splitter(textwrap::WordSplitter::NoHyphenation);
         textwrap::wrap(text, options).iter().fold(String::new(), |all, line| format!("{all}{indent}{line}\n"))
     }
 }
 
-/// The colour of a verdict. NO_COLOR takes it away.
+/// Returns the colour of a verdict. There is none if NO_COLOR is set and not empty.
 fn style(verdict: Verdict) -> Style {
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     match verdict {
@@ -359,7 +362,8 @@ fn style(verdict: Verdict) -> Style {
     }
 }
 
-/// One JSON object. What is no lock comes behind the locks, and waits in a file that has no name for as long as those come.
+/// One JSON object. Entries that are not locks follow the locks, so they are kept in a temporary file without a name
+/// until all locks are written.
 pub(super) struct Json {
     out: BufWriter<io::Stdout>,
     later: File,
@@ -424,7 +428,7 @@ mod tests {
     const STRANGE: [&str; 6] =
         ["root@vm", "\u{1b}]0;x\u{7}\u{1b}[2J", "a\nb\r\tc", "\u{202e}evil\u{2066}", "寿司@東京", "🔒"];
 
-    /// Whatever a stranger has put into a lock, and however narrow the terminal is.
+    /// This holds for any text in a lock and any width of the terminal.
     #[test]
     fn every_line_of_the_table_fits_the_terminal() {
         for width in [20, 40, 60, 80, 100, 132, 200] {

@@ -1,29 +1,29 @@
-//! The path by which this program is to be called: by a link, an alias or a script that outlives this process.
+//! The path of this program for links, aliases and scripts, which must stay valid after this process has exited.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Where this program lies.
+/// The path of this program.
 pub(super) struct OwnPath {
-    /// An absolute path. One on PATH before any other: that one an upgrade leaves in place, while a program is often a
-    /// link there, to a directory that has its version in its name.
+    /// An absolute path: the one on PATH if `tf` there is this program. An upgrade keeps that path. The path on PATH is
+    /// often a link into a directory that has the version in its name, which an upgrade does not keep.
     pub(super) path: PathBuf,
-    /// Whoever types `tf` gets this program.
+    /// Whether the command `tf` runs this program.
     pub(super) on_path: bool,
 }
 
-/// Whether both names lead to one file.
+/// Returns whether both paths lead to the same file. False if one of them leads to no file.
 pub(super) fn same_file(one: &Path, other: &Path) -> bool {
     let identity = |path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     identity(one).is_some() && identity(one) == identity(other)
 }
 
-/// Looks for this program on PATH.
+/// Finds the path of this program, on PATH if possible.
 ///
 /// # Errors
-/// Nobody knows where this program lies.
+/// Fails if the operating system does not report the path of the running program.
 pub(super) fn find() -> io::Result<OwnPath> {
     let running = std::env::current_exe()?;
     let first = which::which("tf").ok().filter(|path| path.is_absolute() && same_file(path, &running));

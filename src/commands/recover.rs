@@ -1,5 +1,5 @@
-//! `tf locks recover`: what the next `tf` would do, without a terraform behind it. For the `if: always()` step of a job, and
-//! for a schedule.
+//! `tf locks recover`: does the recovery that the next `tf` would do, without starting terraform. It is for a step of a
+//! job that always runs (`if: always()`), and for a scheduled job.
 
 use crate::console;
 use clap::Args;
@@ -21,22 +21,22 @@ Exit codes: 0 nothing is left, 2 a lock could not be given back (it is named), 1
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Recover {
-    /// Only say what would be finished
+    /// Only print what would be done
     #[arg(long)]
     dry_run: bool,
-    /// Drop the record of this lock, which is gone; nothing is released
+    /// Drop the record of this lock, which no longer exists; nothing is released
     #[arg(long, value_name = "ID", conflicts_with = "dry_run")]
     forget: Option<String>,
-    /// Only this run of the journal
+    /// Only recover this run of the journal
     #[arg(long, hide = true)]
     run: Option<String>,
-    /// On stderr, as what tf says in front of terraform
+    /// Print to stderr, as tf does before it starts terraform
     #[arg(long, hide = true)]
     say: bool,
-    /// Say nothing of what could not be done: it was said before
+    /// Do not report what could not be done: it was reported before
     #[arg(long, hide = true)]
     again: bool,
-    /// Why, for the history
+    /// The reason, for the history
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
@@ -57,7 +57,7 @@ impl Recover {
         let recovered = recovery::everything(request, say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
-            // For the tf that has started us: it does not try this again so soon.
+            // With this exit code, the `tf` that started this process waits longer before it tries again.
             None if recovered.lacks_credentials && self.say => Finding::Failed,
             None if recovered.left > 0 => Finding::Stale,
             None => Finding::Nothing,
@@ -65,7 +65,11 @@ impl Recover {
     }
 }
 
-/// For a lock that a person knows to be gone, and that cannot be seen to be: its credentials do not exist any more.
+/// Drops the record of a lock that the user knows to be gone and that `tf` cannot check, for example because the
+/// credentials of its run no longer exist. `what` is the lock's ID or the name of the run.
+///
+/// # Errors
+/// Fails if the run is still alive, or if no run has such a record.
 fn forget(what: &str) -> Result<Finding, Trouble> {
     match recovery::forget(what) {
         Forgotten::Yes(pid) => {
@@ -84,16 +88,16 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
     }
 }
 
-/// Finishes one dead run, or everything that is dead. In a process of its own: recovery forks, and whoever has talked to AWS may
-/// have threads.
+/// Recovers the dead run `run`, or all dead runs if it is `None`, in a child process. Recovery forks, and this process
+/// may have threads because it has sent requests to AWS. The exit code of the child process is ignored.
 ///
 /// # Errors
-/// We could not be started once more.
+/// Fails if the child process cannot be started.
 pub(super) fn in_a_process(run: Option<&str>, reason: Option<&str>) -> Result<(), Trouble> {
     let failed = |error: std::io::Error| Trouble::Said(format!("tf could not be started once more: {error}"));
     let mut command = another_tf::locks(&["recover"]).map_err(failed)?;
     command.args(run.into_iter().flat_map(|run| ["--run", run]));
-    // Who types `release` has asked for it.
+    // The user asked for this release with `tf locks release`, so the user's own TFW_RELEASE does not apply.
     command.env("TFW_RELEASE", "auto");
     if let Some(reason) = reason {
         command.arg(format!("--reason={reason}"));

@@ -1,7 +1,8 @@
-//! `tf locks release`: what `force-unlock` does, with a look at the holder first.
+//! `tf locks release`: does what `terraform force-unlock` does, but checks the lock's holder first.
 //!
-//! What is deleted is exactly what was shown, byte for byte. Evidence is judged again after a person's answer, right
-//! before the delete: a lock that was given back and taken anew meanwhile is another one, and is shown instead.
+//! It deletes exactly what it showed, byte for byte. After the user's answer, right before the delete, it judges the
+//! evidence again. A lock that was released and acquired again in the meantime is another lock: it is shown and not
+//! deleted.
 
 use crate::console;
 use std::io::IsTerminal;
@@ -35,48 +36,50 @@ when you say so.
 
 Exit codes: 0 it is gone, 2 it would go (--dry-run), 1 it stands.";
 
-/// The questions.
+/// The question before the release of a lock whose holder is likely dead.
 const LIKELY: &str = "its holder is likely dead, which is no proof. Release it?";
+/// The question before the deletion of an entry that is not a lock.
 const NO_LOCK: &str = "it is no lock of terraform's, and keeps every run out. Release it?";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
-    /// The lock: its ID, its path (bucket/key), or a workspace; without it, the only one that stands
+    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is)
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]
     place: LocationArgs,
-    /// Release the lock with this full ID, whatever is believed of its holder
+    /// Release the lock with this full ID, even if its holder is alive or unknown
     #[arg(long, value_name = "ID")]
     force: Option<String>,
-    /// Release what is in the place of a lock and is none, and no lock
+    /// Only delete an item or object that is in a lock's place and is not a lock
     #[arg(long, conflicts_with = "force")]
     no_lock: bool,
-    /// Answer yes where it would ask
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
-    /// Only say what would be done
+    /// Only print what would be done
     #[arg(long)]
     dry_run: bool,
-    /// Why, for the history
+    /// The reason, for the history
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
 
-/// What is to be done.
+/// What to do with a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Its dead run is finished, as `tf locks recover` does.
+    /// Recover its dead run, as `tf locks recover` does.
     Finish,
-    /// It is deleted.
+    /// Delete it.
     Delete,
-    /// A person is asked first.
+    /// Ask the user, and delete it if the answer is yes.
     Ask,
-    /// It stays.
+    /// Do not release it.
     Refuse,
 }
 
-/// What to do about a lock. `terminal`: there is somebody to ask.
+/// Decides what to do with a lock. `forced` and `yes` say whether the user passed `--force` and `--yes`; `terminal`
+/// says whether stdin is a terminal, so that the user can be asked.
 fn decide(verdict: Verdict, forced: bool, yes: bool, terminal: bool) -> Step {
     match verdict {
         Verdict::Dead => Step::Finish,
@@ -125,7 +128,7 @@ impl Release {
                 }
             };
             match (released, junk.first()) {
-                // Terraform is locked out all the same.
+                // The lock is released, but the entry that is not a lock still blocks every run.
                 (Ok(Finding::Nothing), Some(first)) => {
                     console::say(&messages::barred(
                         &first.place.describe(),
@@ -150,7 +153,11 @@ impl Release {
         })
     }
 
-    /// Removes what is no lock, after a question, on condition that it is what was read.
+    /// Deletes entries that are not locks, after the user has agreed, on condition that they are still what was read.
+    ///
+    /// # Errors
+    /// Fails if an entry could not be read or is a terraform state, if the user cannot be asked, or if the service does
+    /// not delete an entry.
     async fn remove(&self, reach: &Connection, junk: &[UnreadableLock]) -> Result<Finding, Trouble> {
         for junk in junk {
             console::print(&show::description_of_junk(junk));
@@ -208,7 +215,7 @@ impl Release {
         Finding::Stale
     }
 
-    /// For the history.
+    /// Records `what` happened to the lock in the history.
     fn remember(&self, what: What, lock: &FoundLock) {
         let why = format!("its holder is {}: {}", lock.verdict().words(), lock.judgement.reason);
         let path = lock.path();
@@ -228,8 +235,9 @@ impl Release {
         Finding::Failed
     }
 
-    /// Its run is dead: what `tf locks recover` does for all of them is done for this one. That waits for writes that are
-    /// on their way, and knows more about the run than we.
+    /// Releases a lock whose run is dead by recovering that run, as `tf locks recover` does for all dead runs, because
+    /// recovery waits for writes in flight and knows more about the run. If there is only a pending request for a lock
+    /// that the run held, all dead runs are recovered. If there is neither, the lock is deleted here.
     async fn finish(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
         let host = HostView::look();
         let run = host.dead_run(&lock.info.id);
@@ -248,7 +256,7 @@ impl Release {
         self.delete(reach, lock).await
     }
 
-    /// Deletes each half, on condition that it is what was shown.
+    /// Deletes every part of the lock, each on condition that it is still what was shown.
     async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
         for (store_key, shown) in &lock.parts {
             let now = read(reach, store_key).await?;
@@ -256,8 +264,8 @@ impl Release {
                 return self.changed(reach, lock).await;
             }
         }
-        // Whoever was asked took his time, and the holder may have come back to life, or somebody may have begun to
-        // finish it.
+        // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
+        // to recover its run.
         let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
         Staleness::default().judge(&mut again, &HostView::look());
         if let Some(ListedEntry::Lock(again)) = again.first()
@@ -289,7 +297,7 @@ impl Release {
         Ok(Finding::Nothing)
     }
 
-    /// Another lock stands there by now.
+    /// Reports that the lock has changed since it was shown, and shows what is there now.
     async fn changed(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
         console::say("it changed in between, and what stands there now was left alone:");
         let path = lock.path();
@@ -302,7 +310,7 @@ impl Release {
     }
 }
 
-/// The service says that it deletes, and does not.
+/// Builds the error for a service that accepts a delete and does not carry it out.
 fn refuses_to_delete(place: &str) -> Trouble {
     Trouble::Said(format!(
         "{place}: the service does not delete what stands there, though it has not changed\ntry again later; if that does \

@@ -1,12 +1,12 @@
-//! Every lock of a table or a bucket, however large: page by page, in constant memory.
+//! Reads every lock of a table or a bucket of any size, page by page, in constant memory.
 //!
-//! Terraform itself reads and writes that table while we do, and must not starve. A table with provisioned capacity is
-//! read in one segment, a quarter of its read capacity a second; one that is paid for by request in four segments, as
-//! fast as they come. Reads are eventually consistent, which costs half; what is about to be called stale is read again
-//! consistently, so that nobody is sent after a lock that is gone.
+//! Terraform uses the same table at the same time and needs its capacity. So a table with provisioned capacity is read
+//! in one segment, at a quarter of its read capacity. An on-demand table is read in four segments, without a limit.
+//! Reads are eventually consistent, which costs half. A lock that would be reported as stale is read again with a
+//! consistent read, so that no user goes looking for a lock that no longer exists.
 //!
-//! Segments are shown one after the other, whichever is read first, so that an unchanged table is listed the same each
-//! time: what comes before its turn waits in a file without a name.
+//! Segments are shown one after the other, whichever is read first, so that an unchanged table is always listed in the
+//! same order. What arrives before its turn waits in a temporary file without a name.
 
 use crate::console;
 use std::fs::File;
@@ -31,11 +31,10 @@ use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::signals::Signals;
 
-/// How fast a table may be read.
+/// How fast a table is read.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub(super) struct Speed {
-    /// Use at most so many read capacity units a second (else a quarter of a provisioned table's, and no limit for a table
-    /// that is paid for by request)
+    /// Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table's; no limit if on-demand)
     #[arg(long, value_name = "UNITS", requires = "table", value_parser = units)]
     rate: Option<f64>,
 }
@@ -45,25 +44,26 @@ fn units(text: &str) -> Result<f64, String> {
     if number.is_finite() && number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) }
 }
 
-/// Of what a provisioned table can give, so much is ours.
+/// The share of a provisioned table's read capacity that a scan uses.
 const SHARE: f64 = 0.25;
 
-/// Where nobody tells what a table can give: the least that AWS gives a new one by default is 5.
+/// The rate, in read capacity units per second, for a table whose capacity is not known. AWS gives a new table at least
+/// 5 units by default.
 const UNKNOWN_RATE: f64 = 5.0 * SHARE;
 
-/// How many segments a table has that can take it.
+/// The number of segments for a table that is read without a limit.
 const SEGMENTS: i32 = 4;
 
-/// So many pages wait for us at most, in each segment.
+/// The maximum number of pages that wait to be shown, for each segment.
 const WAITING: usize = 1;
 
-/// So many single reads are on their way at once.
+/// The maximum number of reads of single locks in flight, for each segment.
 const AT_ONCE: usize = 8;
 
-/// How often a ^C is looked for.
+/// How long to wait for a page before checking for signals such as ^C.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What is read, and how.
+/// What to scan, and how.
 pub(super) struct Scan {
     pub(super) target: ScanTarget,
     pub(super) stores: Stores,
@@ -71,19 +71,20 @@ pub(super) struct Scan {
     pub(super) staleness: Staleness,
 }
 
-/// What became of it.
+/// The result of a scan.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Scanned {
-    /// So many items or objects were looked at.
+    /// The number of items or objects that were checked.
     pub(super) items: u64,
-    /// A signal ended it before its end.
+    /// The signal that stopped the scan early; `None` if it was completed.
     pub(super) stopped: Option<Signal>,
 }
 
-/// How a table is read.
+/// How a table is divided into segments, and how fast it is read.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct ScanPlan {
     segments: i32,
+    /// The read capacity units that may be used per second; `None` for no limit.
     rate: Option<f64>,
 }
 
@@ -98,28 +99,28 @@ impl ScanPlan {
     }
 }
 
-/// One page, read and judged. A page may be empty and others follow it: what a filter leaves out of a page is counted, and a
-/// segment may have nothing where it begins.
+/// One page, read and judged. Further pages may follow an empty one: a page may have only items that the filter leaves
+/// out, which still count as scanned, and a segment may have no items at its beginning.
 struct ListedPage {
     entries: Vec<ListedEntry>,
     scanned: u64,
-    /// No other page of its segment follows.
+    /// Whether this is the last page of its segment.
     is_last: bool,
 }
 
 impl ListedPage {
-    /// The end of a segment.
+    /// The page that marks the end of a segment.
     const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true };
 }
 
 type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
 
 impl Scan {
-    /// Reads all of it. `each` is asked for every entry, in whatever order they come, whether it is to be shown; what is
-    /// shown is in order.
+    /// Reads the whole target and shows its entries in order. `each` is called for every entry, in the order in which
+    /// the entries arrive, and returns whether to show it.
     ///
     /// # Errors
-    /// [`Trouble`]: nothing could be read, or not all of it.
+    /// Fails if a request fails or if the output cannot be written. Some entries may have been shown by then.
     pub(super) async fn run(
         &self,
         output: &mut Output,
@@ -182,7 +183,11 @@ impl Scan {
         Ok(scanned)
     }
 
-    /// What there is to read, and about how many items it has.
+    /// Returns the segments to read and the approximate number of items; `None` if the number is not known.
+    ///
+    /// # Errors
+    /// Fails if the table does not exist or has another key than terraform's, or if it cannot be described for another
+    /// reason than a missing permission.
     async fn prepare(&self) -> Result<(Vec<Segment>, Option<u64>), Trouble> {
         match &self.target {
             ScanTarget::Table(table) => {
@@ -221,12 +226,13 @@ impl Scan {
     }
 }
 
+/// What one task reads: a segment of a table, by number, or the keys of a bucket with a prefix.
 enum Segment {
     Table(String, ScanPlan, i32),
     Bucket(String, String),
 }
 
-/// A bar on stderr, if that is a terminal.
+/// Returns a progress bar on stderr. It is not drawn if stderr is not a terminal.
 fn progress(total: Option<u64>) -> ProgressBar {
     let target = ProgressDrawTarget::stderr_with_hz(5);
     let (bar, template) = match total {
@@ -242,11 +248,11 @@ fn progress(total: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// Shows segments one after the other.
+/// Shows the segments one after the other.
 struct Order {
-    /// The one whose turn it is.
+    /// The segment that is shown now.
     current: usize,
-    /// For each: what waits, and whether it has ended.
+    /// For each segment, the file with the entries that wait, and whether its last page has arrived.
     waiting: Vec<(File, bool)>,
 }
 
@@ -256,7 +262,7 @@ impl Order {
         Ok(Self { current: 0, waiting })
     }
 
-    /// Takes what came in `segment`; `last`: no more will.
+    /// Shows the entries of `segment` if it is its turn, or keeps them. `last` says whether its last page has arrived.
     fn take(&mut self, segment: usize, shown: &[Shown], last: bool, output: &mut Output) -> io::Result<()> {
         if segment == self.current {
             shown.iter().try_for_each(|shown| output.put(shown))?;
@@ -273,7 +279,7 @@ impl Order {
         Ok(())
     }
 
-    /// Shows everything that still waits.
+    /// Shows all entries that still wait, for example after a signal has stopped the scan.
     fn rest(mut self, output: &mut Output) -> io::Result<()> {
         (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output))
     }
@@ -290,7 +296,8 @@ impl Order {
     }
 }
 
-/// Reads one segment of a table, to its end or until nobody listens any more.
+/// Reads one segment of a table and sends its pages, until the segment ends, a request fails or the receiver is
+/// dropped.
 async fn table_segment(
     table: String,
     plan: ScanPlan,
@@ -328,7 +335,8 @@ async fn table_segment(
             return;
         }
         if let Some(rate) = plan.rate {
-            // Eight kilobytes a unit: no item of a lock table is larger than one unit, as long as it is one of terraform's.
+            // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report the
+            // consumed capacity, one unit per item is enough.
             #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
             let scanned = page.scanned as f64;
             let consumed = page.consumed.unwrap_or(scanned);
@@ -340,12 +348,13 @@ async fn table_segment(
     }
 }
 
-/// Before anything is known of the items: at most one unit each, so a second's worth.
+/// Returns how many items to read first, while their size is not known: each uses at most one unit, so as many as one
+/// second allows.
 fn first_limit(rate: f64) -> i32 {
     clamped(rate)
 }
 
-/// So many items that they use what a second may.
+/// Returns how many items use the capacity of one second, if `scanned` items of the page before used `consumed` units.
 fn next_limit(rate: f64, scanned: f64, consumed: f64) -> i32 {
     clamped(if consumed > 0.0 { scanned * rate / consumed } else { rate })
 }
@@ -355,7 +364,8 @@ fn clamped(items: f64) -> i32 {
     items.clamp(1.0, 10_000.0) as i32
 }
 
-/// Reads the lock objects of a bucket.
+/// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the receiver
+/// is dropped.
 async fn bucket_segment(
     bucket: String,
     prefix: String,
@@ -408,8 +418,9 @@ async fn bucket_segment(
     let _ = pages.send((number, Ok(ListedPage::END))).await;
 }
 
-/// Judges what was read. What would be called stale is read once more, consistently: if it is another lock by now, that
-/// one is judged, and if it is gone, nothing is said. Gives how many were read again.
+/// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
+/// read: if it is another lock by now, that lock is judged instead; if it no longer exists, it is left out. Also
+/// returns how many locks were read again.
 async fn judged(
     mut entries: Vec<ListedEntry>,
     stores: &Stores,
@@ -482,7 +493,7 @@ mod tests {
     fn a_page_takes_what_a_second_may() {
         assert_eq!(first_limit(25.0), 25);
         assert_eq!(first_limit(0.25), 1);
-        // Items of 256 bytes: 32 of them are a unit.
+        // Items of 256 bytes: one unit (8 KB) reads 32 of them.
         assert_eq!(next_limit(25.0, 25.0, 1.0), 625);
         assert_eq!(next_limit(25.0, 10.0, 500.0), 1);
         assert_eq!(next_limit(25.0, 0.0, 0.0), 25);

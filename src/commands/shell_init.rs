@@ -1,7 +1,7 @@
-//! `tf locks shell-init`: what a shell has to read so that a person who types `terraform` there gets `tf`, and Tab completes
-//! both.
+//! `tf locks shell-init`: prints shell code that makes the command `terraform` run `tf`. In an interactive shell, it
+//! also sets up Tab completion for both names.
 //!
-//! The text is printed and never written: nobody's start-up file is ours.
+//! The code is only printed, because `tf` never edits a user's start-up files.
 
 use crate::console;
 use clap::{Args, ValueEnum};
@@ -19,21 +19,21 @@ pub(super) const EXAMPLES: &str = "Examples:
 
 Exit codes: 0 it was printed, 1 it could not be.";
 
-/// A shell that we know.
+/// A shell that `tf` supports.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Shell {
     Bash,
     Zsh,
     Fish,
-    /// Any POSIX shell, for a script: links on PATH, which are gone at its exit
+    /// Any POSIX shell, in a script: puts links on PATH and removes them when the script exits
     Sh,
 }
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct ShellInit {
-    /// The shell that reads it
+    /// The shell that reads the output
     shell: Shell,
-    /// Leave `terraform` what it is: only complete `tf`
+    /// Do not define the alias `terraform`; only complete `tf`
     #[arg(long)]
     no_alias: bool,
 }
@@ -51,21 +51,23 @@ impl ShellInit {
     }
 }
 
-/// What `shell` has to read, where `program` is how `tf` is called.
+/// Returns the code for `shell`. `program` is `tf`, or the path of this program if `tf` on PATH is another one. `alias`
+/// says whether to define the alias `terraform`.
 ///
-/// The alias stands for `command tf` and not for `tf`: many people have an alias of that name, for terraform. Each of the
-/// two would then stand for the other, and whoever types `terraform` would get terraform alone.
+/// The alias is `command tf` and not `tf`, because many users have an alias `tf` for terraform. Each alias would then
+/// expand to the other, and `terraform` would run terraform without `tf`.
 fn text(shell: Shell, program: &str, alias: bool) -> String {
     let word = if let Shell::Fish = shell { quoted_for_fish(program) } else { console::quoted(program) };
     let command = if program == "tf" { "command tf" } else { word.as_str() };
-    // What stands before the program's name in the line that gives it, and what makes the alias.
+    // The shell code, the text before the program's name in the line that sets it, and the lines that define the alias.
     let (text, line, alias_lines) = match shell {
         Shell::Bash => (
             include_str!("../../shell/completions/tf.bash"),
             "_tf_program=",
             format!("alias terraform={}\ncomplete -F _tf_or_terraform terraform\n", console::quoted(command)),
         ),
-        // An alias that is a path with a quote in it is not completed as what it stands for.
+        // Only for `tf` itself: zsh does not complete an alias for a path with a quote in it, so the next arm defines a
+        // function.
         Shell::Zsh if program == "tf" => (
             include_str!("../../shell/completions/_tf"),
             "_tf_program=",
@@ -90,13 +92,15 @@ fn text(shell: Shell, program: &str, alias: bool) -> String {
         text.push_str(&alias_lines);
     }
     if let Shell::Zsh = shell {
-        // Whatever options somebody has set (KSH_ARRAYS, for one) stay out of it. What is defined here is for the shell.
+        // The user's options, for example KSH_ARRAYS, do not apply inside this function. What the code defines is still
+        // defined for the whole shell.
         text = format!("() {{\nemulate -L zsh\n{text}}}\n");
     }
     text
 }
 
-/// A word that fish takes as it is: within its quotes a backslash stands before a quote and before itself (fish(1), Quotes).
+/// Quotes a word for fish. Inside single quotes, fish needs a backslash before a quote and before a backslash (fish(1),
+/// Quotes).
 fn quoted_for_fish(word: &str) -> String {
     if console::quoted(word) == word {
         return word.to_owned();

@@ -1,8 +1,8 @@
-//! `tf locks shim`: links named `terraform` and `tofu` to this program. A script does not see aliases; what is first on
-//! PATH, it does.
+//! `tf locks shim`: creates links named `terraform` and `tofu` to this program. A script does not see aliases, but it
+//! runs what is first on PATH.
 //!
-//! Whatever else stands there stays: a link is made only where nothing is (symlink(2) fails otherwise), and taken away only
-//! when it is one that this program would make.
+//! Other files are never overwritten or removed: a link is created only if nothing exists at its path (symlink(2) fails
+//! otherwise), and removed only if it is one that this program would create.
 
 use crate::console;
 use std::fs;
@@ -41,23 +41,24 @@ impl Name {
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Shim {
-    /// Where the links are to be. Made, if it is not there
+    /// The directory for the links; created if it does not exist
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Take the links away again. Only what is a link to this program goes
+    /// Remove the links again, but only links to this program
     #[arg(long)]
     remove: bool,
-    /// Only this name, where a script would take a tofu on PATH for a reason to use it
+    /// Only this name, for a script that uses tofu whenever it finds tofu on PATH
     #[arg(long, value_name = "NAME")]
     only: Option<Name>,
 }
 
-/// What stands at a link's place.
+/// What exists at the path of a link.
 #[derive(Debug, PartialEq, Eq)]
 enum LinkState {
     Nothing,
+    /// A link to this program.
     Ours,
-    /// Something else: what it is.
+    /// Something else, with a description of it.
     Another(String),
 }
 
@@ -71,7 +72,11 @@ impl Shim {
         Ok(Finding::Nothing)
     }
 
-    /// All of them, or none where something else stands.
+    /// Creates the links that do not exist yet, and the directory.
+    ///
+    /// # Errors
+    /// Fails if something else exists at the path of a link, in which case no link is created, or if the directory or a
+    /// link cannot be created.
     fn make(&self, links: &[PathBuf], own: &Path) -> Result<(), String> {
         fs::create_dir_all(&self.directory).map_err(|error| format!("{}: {error}", self.directory.display()))?;
         let mut missing = Vec::new();
@@ -83,7 +88,7 @@ impl Shim {
             }
         }
         for link in missing {
-            // Whoever put something there meanwhile keeps it.
+            // If something has been created at this path in the meantime, symlink(2) fails and does not overwrite it.
             symlink(own, link).map_err(|error| format!("{}: {error}", link.display()))?;
         }
         for link in links {
@@ -93,7 +98,11 @@ impl Shim {
     }
 }
 
-/// Those that are ours.
+/// Removes the links that lead to this program.
+///
+/// # Errors
+/// Fails, after it has removed the others, if something else exists at the path of a link or if a link cannot be
+/// removed.
 fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
     let mut kept = Vec::new();
     for link in links {
@@ -110,13 +119,18 @@ fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
     if kept.is_empty() { Ok(()) } else { Err(kept.join("\n")) }
 }
 
-/// Takes our link away. Gives what it is, if by now it is something else.
+/// Removes a link to this program. Returns `None` if the link is gone. If the entry is something else by now, moves it
+/// back and returns its description.
 ///
-/// Between a look and an unlink(2) anybody may put a file of theirs at that name. So the entry is moved first, into a new
-/// directory that nobody else can write to: what was moved is looked at there, and nobody can change it any more.
+/// Between a check and unlink(2), another process may put a file at that path. So the entry is first moved into a new
+/// directory that no other user can write to, and is checked there, where it can no longer be replaced.
+///
+/// # Errors
+/// Fails if the entry cannot be moved, checked or removed. If it cannot be moved back, because something exists at the
+/// path again, it stays in the new directory.
 fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
     let directory = link.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Not one that is cleared away by itself: it may have somebody's file in it.
+    // Turn off the automatic removal of the directory, because it may contain another program's file.
     let aside = tempfile::Builder::new().prefix(".tf-shim-").tempdir_in(directory)?.keep();
     let moved = aside.join("link");
     let done = (|| {
@@ -125,8 +139,8 @@ fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
             LinkState::Ours => fs::remove_file(&moved).map(|()| None),
             LinkState::Nothing => Ok(None),
             LinkState::Another(what) => {
-                // Back, unless there is again something at its place: link(2) overwrites nothing, and rename(2) of a
-                // directory nothing that has anything in it.
+                // Move it back unless something exists at the path again: link(2) overwrites nothing, and rename(2) of
+                // a directory overwrites at most an empty directory.
                 if fs::symlink_metadata(&moved)?.is_dir() {
                     fs::rename(&moved, link)?;
                 } else {
@@ -155,7 +169,7 @@ fn link_state(link: &Path, own: &Path) -> io::Result<LinkState> {
         return Ok(LinkState::Another(if file.is_dir() { "a directory" } else { "a file" }.to_owned()));
     }
     let target = fs::read_link(link)?;
-    // By name as well: an upgrade puts another file at the same path.
+    // Compare the paths too, because an upgrade puts another file at the same path.
     if target == own || same_file(link, own) {
         return Ok(LinkState::Ours);
     }
@@ -188,7 +202,7 @@ mod tests {
         ] {
             assert_eq!(link_state(&at(name), &own).unwrap() == LinkState::Ours, ours, "{name}");
         }
-        // The program that an upgrade has just taken away.
+        // An upgrade has just removed the program.
         fs::remove_file(&own).unwrap();
         symlink(&own, at("dangling to us")).unwrap();
         assert_eq!(link_state(&at("dangling to us"), &own).unwrap(), LinkState::Ours);

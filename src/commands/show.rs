@@ -1,4 +1,4 @@
-//! `tf locks show`: one lock, and every piece of evidence for and against its holder being alive.
+//! `tf locks show`: shows one lock and all evidence for and against its holder being alive.
 
 use crate::console;
 use clap::Args;
@@ -24,12 +24,12 @@ Exit codes: 0 it is not stale, 2 it is (dead or likely dead), 1 it could not be 
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Show {
-    /// The lock: its ID, its path (bucket/key), or a workspace; without it, the only one that stands
+    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is)
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]
     place: LocationArgs,
-    /// The same JSON as `tf locks list --json`, with this lock alone
+    /// Print the JSON of `tf locks list --json`, for this lock only
     #[arg(long)]
     json: bool,
 }
@@ -72,14 +72,15 @@ impl Show {
     }
 }
 
-/// Everything about something that stands in the place of a lock and is none.
+/// Describes an entry that is in a lock's place and is not a lock.
 pub(super) fn description_of_junk(junk: &UnreadableLock) -> String {
     format!("no lock    {}\nstands in  {}", junk.reason, visible(&junk.place.describe()))
 }
 
-/// What a person can do about a lock, in a sentence. `place` are the options that have led to it.
+/// Returns what the user can do about a lock. `place` are the options with which the lock was found; the commands
+/// repeat them.
 pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
-    // A table and a bucket are read by path.
+    // In a table or a bucket, a lock is found by its path.
     let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
     let release = place.command("release");
     match lock.verdict() {
@@ -100,10 +101,10 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
     }
 }
 
-/// Everything about a lock: a line for each thing, its name before it.
+/// Describes a lock completely: one line for each fact, with its name first.
 pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     let mut lines: Vec<(String, String)> = Vec::new();
-    // Whatever stands in it, under its own names: what terraform does not write is shown as well, behind the rest.
+    // All fields of the lock's JSON, under their own names: first those that terraform writes, then any others.
     if let Ok(Value::Object(mut fields)) = serde_json::from_str(lock.parts[0].1.text()) {
         const KNOWN: [&str; 7] = ["ID", "Path", "Operation", "Who", "Version", "Created", "Info"];
         let known: Vec<_> = KNOWN.iter().filter_map(|name| fields.remove_entry(*name)).collect();

@@ -1,4 +1,4 @@
-//! Which locks somebody must look at.
+//! Which locks need attention.
 
 use std::time::Duration;
 
@@ -11,14 +11,15 @@ use crate::holder::host::HostView;
 /// When a lock counts as stale.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Staleness {
-    /// Only what is older than this counts, and then also a lock of whose holder nothing is known. Age alone proves
-    /// nothing, so such a lock is not released by anybody; but somebody must look. Without it: what is dead or likely dead.
+    /// With an age, a lock is stale if it is older than this and its holder is not alive, so also if its holder is
+    /// unknown. Age alone proves nothing, so `tf` does not release such a lock, but a person must look at it. With
+    /// `None`, a lock is stale if its holder is dead or likely dead.
     pub(super) older_than: Option<Duration>,
 }
 
 impl Staleness {
-    /// Whether a lock that was judged is stale. One that does not tell its age may have any: its Created is no time, or lies
-    /// in the future.
+    /// Returns whether a judged lock is stale. A lock without a valid age counts as older than any limit: its `Created`
+    /// is not a time, or is in the future.
     fn is_met_by(self, lock: &FoundLock, now: Timestamp) -> bool {
         match self.older_than {
             None => lock.verdict().is_stale(),
@@ -29,7 +30,8 @@ impl Staleness {
         }
     }
 
-    /// Judges every lock, and whether it is stale. To be called with a host that was looked at after they were read.
+    /// Judges the holder of every lock, and whether the lock is stale. `host` must be a view from after the locks were
+    /// read: in an earlier view, the process of a lock that was acquired in between would be missing.
     pub(super) fn judge(self, entries: &mut [ListedEntry], host: &HostView) {
         let now = Timestamp::now();
         for entry in entries {
