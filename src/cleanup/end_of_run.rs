@@ -5,8 +5,8 @@ use crate::sys::wait::Ended;
 /// How a run of terraform ended, as its supervisor saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EndOfRun {
-    /// What waitid(2) tells of the process.
-    pub(crate) ended: Ended,
+    /// What waitid(2) says of the process. `None` where nothing says it: a guardian is not terraform's parent.
+    pub(crate) ended: Option<Ended>,
     /// Why `tf` killed it. `None` if it did not.
     pub(crate) killed: Option<Why>,
     /// It was sent a second interrupt, or was killed.

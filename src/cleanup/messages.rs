@@ -33,12 +33,13 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
     match (end.killed, end.ended) {
         (Some(Why::Forced), _) => "terraform was killed at the third ^C".to_owned(),
         (Some(Why::StopTimeout), _) => "terraform was killed at the end of TFW_STOP_TIMEOUT".to_owned(),
-        (None, Ended::Killed(Signal::SIGKILL)) if end.out_of_memory => {
+        (None, Some(Ended::Killed(Signal::SIGKILL))) if end.out_of_memory => {
             "terraform was killed by SIGKILL, out of memory".to_owned()
         }
-        (None, Ended::Killed(signal)) => format!("terraform was killed by {}", signal.as_str()),
-        (None, Ended::Exited(11)) => "terraform crashed (exit code 11)".to_owned(),
-        (None, Ended::Exited(code)) => format!("terraform ended with exit code {code}"),
+        (None, Some(Ended::Killed(signal))) => format!("terraform was killed by {}", signal.as_str()),
+        (None, Some(Ended::Exited(11))) => "terraform crashed (exit code 11)".to_owned(),
+        (None, Some(Ended::Exited(code))) => format!("terraform ended with exit code {code}"),
+        (None, None) => "terraform was killed with its tf".to_owned(),
     }
 }
 
@@ -667,7 +668,7 @@ mod tests {
     #[test]
     fn an_ending_names_its_signal() {
         let ending = |ended, out_of_memory| {
-            ending(&EndOfRun { ended, killed: None, forced: false, interrupted: false, out_of_memory })
+            ending(&EndOfRun { ended: Some(ended), killed: None, forced: false, interrupted: false, out_of_memory })
         };
         assert_eq!(ending(Ended::Killed(Signal::SIGKILL), false), "terraform was killed by SIGKILL");
         assert_eq!(ending(Ended::Killed(Signal::SIGKILL), true), "terraform was killed by SIGKILL, out of memory");

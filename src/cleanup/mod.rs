@@ -2,6 +2,7 @@
 
 pub(crate) mod after_run;
 pub(crate) mod candidate_backends;
+pub(crate) mod clean_up;
 pub(crate) mod end_of_run;
 pub(crate) mod invocation;
 pub(crate) mod messages;
@@ -12,5 +13,6 @@ pub(crate) mod recovery;
 pub(crate) mod recovery_process;
 pub(crate) mod release_all;
 pub(crate) mod run_context;
+pub(crate) mod terminal_report;
 pub(crate) mod waiter;
 pub(crate) mod working_directory;

@@ -7,7 +7,17 @@
 //! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
 //! a process that never had any; and a person who has had enough can end it.
 
+use crate::cleanup::clean_up::EndedRun;
+use crate::cleanup::clean_up::LogState;
+use crate::cleanup::clean_up::NonS3Cleanup;
+use crate::cleanup::clean_up::Permission;
+use crate::cleanup::clean_up::Reporter;
+use crate::cleanup::clean_up::clean_up;
+use crate::cleanup::other_backend::NonS3Result;
 use crate::console;
+use crate::journal::runs::Replaced;
+use crate::terraform::binary::Binary;
+use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
 use std::ffi::{CStr, OsStr};
 use std::io::{Read, Write};
@@ -25,16 +35,11 @@ use crate::aws::credentials::Purpose;
 use crate::aws::redacted_backend::RedactedBackend;
 use crate::cleanup::candidate_backends::{CandidateBackends, is_for_any_workspace};
 use crate::cleanup::messages;
-use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
 use crate::cleanup::planned_backends::PlannedBackends;
-use crate::cleanup::release_all::{
-    CandidateLocks, ReleaseResult, check_pending, may_land, only_name, record_in_history, release_locks,
-    remember_pending, replaced,
-};
+use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending, may_land};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
-use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::host::Standpoint;
@@ -42,7 +47,6 @@ use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, READ_ONLY, Unfinished};
 use crate::journal::state_directory::StateDirectory;
-use crate::lock::proof::Run;
 use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome, ReleaseContext, SERVICE_TIMEOUT};
 use crate::settings::release_is_asked_for;
 use crate::sys::poll;
@@ -183,8 +187,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.lock_file().as_raw_fd()];
-        let left =
-            in_a_process((keep, true), || finish(dead, Audience::Interactive), console::say, signals, &mut asked);
+        let left = in_a_process((keep, true), || finish(dead, Audience::Person), console::say, signals, &mut asked);
         if journal.has(&name) {
             tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
@@ -260,7 +263,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                         say(message);
                     };
                     let finish = || {
-                        let mut finished = finish(dead, Audience::Interactive);
+                        let mut finished = finish(dead, Audience::Person);
                         if again && finished.left != Left::Nothing {
                             finished.messages.clear();
                         }
@@ -333,7 +336,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
 fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, limit: (Duration, Purpose)) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
-    let (places, _) = places_of(record);
+    let (places, _) = candidates_of(record);
     let visited = check_pending(pending, &places, limit, &mut Waiter::Unattended);
     note_check(state, pending, visited.as_ref());
     match visited {
@@ -547,7 +550,7 @@ fn finish_without_waiting(runs: Vec<Dead>) {
 /// Who reads the messages of a recovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Audience {
-    Interactive,
+    Person,
     /// It works in the background. What a person must read stays in the journal, for a recovery that somebody reads.
     Nobody,
 }
@@ -678,8 +681,8 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         recorder.leave();
     }
     enter(&record);
-    let (finished, unfinished) = settle(&record, &journal, &pending_requests, reason.as_deref(), audience);
-    crash_point::reached("recovery: settled");
+    let (finished, unfinished) = clean_up_after(&record, &journal, &pending_requests, reason.as_deref(), audience);
+    crash_point::reached("recovery: cleaned up");
     if unfinished.is_empty() {
         entry.take_away();
     } else {
@@ -692,7 +695,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     finished
 }
 
-fn settle(
+fn clean_up_after(
     record: &JournalRecord,
     journal: &Journal,
     pending_requests: &PendingRequests,
@@ -700,105 +703,151 @@ fn settle(
     audience: Audience,
 ) -> (Finished, Unfinished) {
     let may_have = record.log.of_workspaces().next().is_some() || !logs_its_lock(&record.command);
-    let elsewhere = may_have && record.access.iter().any(RedactedBackend::is_elsewhere);
-    if !record.log.may_hold() && !elsewhere && !record.unlogged && record.replaced.is_empty() {
+    let non_s3 = may_have && record.access.iter().any(RedactedBackend::is_elsewhere);
+    if !record.log.may_hold() && !non_s3 && !record.unlogged && record.replaced.is_empty() {
         return Default::default();
     }
     let now = Timestamp::now();
-    let (places, missing) = places_of(record);
-    let recent = may_land(record.log.latest, now);
-    let release_context = ReleaseContext {
-        run: record.proof(),
-        // One look is enough: what comes later is found by its tombstone.
-        request_may_land: false,
-        write_may_land: recent,
-        reached: record.reached(),
+    let (candidates, missing) = candidates_of(record);
+    let ending = messages::earlier_run(record);
+    let program = binary::find(binary::name(Some(OsStr::new(&record.program)))).map_err(|error| error.to_string());
+    let run = EndedRun {
+        by: By::Recovery,
+        ending: &ending,
+        history: ("its run on this host is dead", reason),
+        id: &record.run,
+        log: &record.log,
+        log_state: if record.unlogged { LogState::NeverBegun } else { LogState::Complete },
+        candidates: &candidates,
+        // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
+        died: true,
+        ended: None,
+        // It worked at least until it wrote the last record of its log.
+        until: record.log.latest.unwrap_or(record.started),
+        replaced: &record.replaced,
+        release_context: ReleaseContext {
+            run: record.proof(),
+            // One look is enough: what comes later is a pending request.
+            request_may_land: false,
+            write_may_land: may_land(record.log.latest, now),
+            reached: record.reached(),
+        },
+        permission: if is_never(record) { Permission::NameOnly } else { Permission::Release },
+        unknown_backends: (!missing.is_empty()).then(|| messages::missing(&missing.join(", "), &record.data_directory)),
+        journal: Some(journal),
+        pending_requests: Some(pending_requests),
+        non_s3: non_s3.then(|| non_s3_cleanup(record, &candidates, program.as_ref())).flatten(),
     };
-    // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
-    let died = true;
-    let mut waiter = Waiter::Unattended;
-    let locks = CandidateLocks::find(&record.log, &places, &release_context, died, &mut waiter);
-    let nowhere = locks.named.iter().all(|lock| places.of(lock).is_empty());
-    let unreachable = (nowhere && !missing.is_empty())
-        .then(|| Outcome::later(messages::missing(&missing.join(", "), &record.data_directory)));
-    let claimed = |id: &str| journal.is_claimed(id, &record.run);
-    let _there = Within::enter(&places.working_directory);
-    let never = is_never(record);
-    let results = match unreachable {
-        None if never => only_name(&locks.named, &places, &release_context, &mut waiter),
-        keep => release_locks(&locks.named, &places, &release_context, died, keep.as_ref(), claimed, &mut waiter),
-    };
-    remember_pending(&results, &release_context, recent, Some(pending_requests));
-    record_in_history(&results, By::Recovery, "its run on this host is dead", reason);
-    let mut messages = Vec::new();
-    let mut unfinished = Unfinished::default();
-    // It worked at least until it wrote the last record of its log.
-    let until = record.log.latest.unwrap_or(record.started);
-    let mut replaced = replaced(&results, &places, died, until, By::Recovery, &mut waiter);
-    replaced.extend(record.replaced.iter().cloned());
-    messages.extend(replaced.iter().map(|one| messages::replaced_earlier(record, &one.own, &one.by)));
-    if audience == Audience::Nobody {
-        unfinished.replaced = replaced;
-    }
-    let mut left = if locks.suspects.is_empty() { Left::Nothing } else { Left::Lock };
-    messages.extend(locks.suspects.iter().map(|(info, reason)| messages::may_be_its(record, info, reason)));
-    if !locks.suspects.is_empty() && audience == Audience::Nobody {
-        unfinished.unnamed.extend(record.log.standing_unnamed().cloned());
-    } else {
-        unfinished.unnamed.extend(locks.awaited);
-    }
-    for (unnamed, reason) in locks.unread {
-        messages.push(messages::not_looked_for_again(record, &reason));
-        unfinished.unnamed.push(unnamed);
-    }
-    for ReleaseResult { lock, outcome, .. } in results {
-        match outcome {
-            Some(Outcome::Released(released)) => {
-                messages.push(messages::recovered(record, &lock, now));
-                if released.is_partial && recent {
-                    messages.push(messages::other_part_may_land(&lock, true, ""));
-                }
-                let workspace = places.workspace_of_lock(&lock);
-                messages.extend(released.digest_mismatch.map(|digest_mismatch| {
-                    messages::unfit_digest(&digest_mismatch, workspace, Some(&record.working_directory()))
-                }));
-            }
-            Some(Outcome::Kept { reason, because }) => {
-                messages.push(if because == Because::OtherAccount {
-                    messages::not_seen(&messages::earlier_run(record), &lock, release_context.reached.needs())
-                } else {
-                    messages::not_recovered(record, &lock, &reason, because)
-                });
-                let is_for_credentials = because == Because::NoCredentials;
-                left = left.max(if is_for_credentials { Left::ForLackOfCredentials } else { Left::Lock });
-                if because != Because::Doubt || audience == Audience::Nobody {
-                    unfinished.locks.push(lock);
-                }
-            }
-            Some(Outcome::Absent { .. }) | None => {}
-        }
-    }
-    if record.unlogged
-        && let Some((message, is_unread)) = name_unlogged(record, &places, &release_context.run, &mut waiter)
-    {
-        messages.push(message);
-        left = left.max(Left::Lock);
-        unfinished.unlogged = is_unread || audience == Audience::Nobody;
-    }
-    if elsewhere {
-        let end = recover_elsewhere(record, &places, &release_context, never.then_some(messages::NEVER), &mut waiter);
-        if end.leaves_one() {
-            left = left.max(Left::Lock);
-        }
-        if end.later || (end.leaves_one() && audience == Audience::Nobody) {
-            unfinished.add_elsewhere(record.log.of_workspaces().cloned());
-        }
-        messages.extend(end.messages);
-    }
+    let mut reporter = RecoveryReporter { record, audience, now, messages: Vec::new(), left: Left::Nothing };
+    let unfinished = clean_up(&run, &mut reporter, &mut Waiter::Unattended);
+    let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));
     }
     (Finished { messages, left }, unfinished)
+}
+
+/// The lock that a dead run may have left in a backend that is not S3, to be released by the program of the run's name that is
+/// found now. `None` if the backend is S3 after all.
+fn non_s3_cleanup<'a>(
+    record: &'a JournalRecord,
+    candidates: &'a CandidateBackends,
+    program: Result<&'a Binary, &String>,
+) -> Option<NonS3Cleanup<'a>> {
+    let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));
+    let release = match program {
+        Ok(program) => Ok(NonS3Release::of(candidates, &record.log, &program.path, directory, chdir)?),
+        Err(reason) => Err(reason.clone()),
+    };
+    let unlock = messages::unlock_command(&record.program, Some(&record.working_directory()));
+    Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
+}
+
+/// Collects what is to be said of a dead run, for the process that may say it.
+struct RecoveryReporter<'a> {
+    record: &'a JournalRecord,
+    audience: Audience,
+    now: Timestamp,
+    messages: Vec<String>,
+    left: Left,
+}
+
+impl Reporter for RecoveryReporter<'_> {
+    fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool) {
+        let (record, lock) = (self.record, &result.lock);
+        match &result.outcome {
+            Some(Outcome::Released(released)) => {
+                self.messages.push(messages::recovered(record, lock, self.now));
+                if released.is_partial && is_remembered {
+                    self.messages.push(messages::other_part_may_land(lock, true, ""));
+                }
+                if let Some(mismatch) = &released.digest_mismatch {
+                    let workspace = run.candidates.workspace_of_lock(lock);
+                    let directory = record.working_directory();
+                    self.messages.push(messages::unfit_digest(mismatch, workspace, Some(&directory)));
+                }
+            }
+            Some(Outcome::Kept { reason, because }) => {
+                self.messages.push(if *because == Because::OtherAccount {
+                    messages::not_seen(run.ending, lock, run.release_context.reached.needs())
+                } else {
+                    messages::not_recovered(record, lock, reason, *because)
+                });
+                let is_for_credentials = *because == Because::NoCredentials;
+                self.left = self.left.max(if is_for_credentials { Left::ForLackOfCredentials } else { Left::Lock });
+            }
+            Some(Outcome::Absent { .. }) | None => {}
+        }
+    }
+
+    /// Of a dead run it is not known whether it gave up.
+    fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
+
+    fn replaced(&mut self, _: &EndedRun<'_>, replaced: &Replaced) {
+        self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by));
+    }
+
+    /// Its terraform has said itself what refused it.
+    fn refusals(&mut self, _: &EndedRun<'_>, _: &[ReleaseResult], _: &mut Waiter<'_>) {}
+
+    fn unidentified(&mut self, _: &EndedRun<'_>, locks: &CandidateLocks) {
+        for (info, reason) in &locks.suspects {
+            self.messages.push(messages::may_be_its(self.record, info, reason));
+            self.left = self.left.max(Left::Lock);
+        }
+        for (_, reason) in &locks.unread {
+            self.messages.push(messages::not_looked_for_again(self.record, reason));
+        }
+    }
+
+    /// Names the lock that the run may have left.
+    fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
+        let Some(location) = run.candidates.selected() else { return false };
+        let directory = self.record.working_directory();
+        let (message, is_unread) = match waiter.block_on(release::suspect(&location, &run.release_context.run, true)) {
+            Ok(Ok(Some(info))) => (messages::unlogged(run.ending, Some(&info), Some(&directory)), false),
+            Ok(Err(failure)) => (messages::suspect_not_looked_for(run.ending, &failure.to_string()), true),
+            Ok(Ok(None)) | Err(_) => return false,
+        };
+        self.messages.push(message);
+        self.left = self.left.max(Left::Lock);
+        is_unread || !self.is_read()
+    }
+
+    fn non_s3(&mut self, _: &EndedRun<'_>, result: &NonS3Result) {
+        if result.leaves_one() {
+            self.left = self.left.max(Left::Lock);
+        }
+        self.messages.extend(result.messages.iter().cloned());
+    }
+
+    fn unlock_command(&self, _: &CandidateBackends) -> String {
+        messages::unlock_command(&self.record.program, Some(&self.record.working_directory()))
+    }
+
+    fn is_read(&self) -> bool {
+        self.audience == Audience::Person
+    }
 }
 
 /// Whether locks of a dead run are to be named and not released: whoever recovers says so, or the run was told so and whoever
@@ -808,24 +857,9 @@ fn is_never(record: &JournalRecord) -> bool {
         || (record.named_only && !release_is_asked_for())
 }
 
-/// Names the lock that a run may have left of which there is no log, and tells whether its place could not be read. `None`
-/// where there is no such lock.
-fn name_unlogged(
-    record: &JournalRecord,
-    places: &CandidateBackends,
-    run: &Run,
-    waiter: &mut Waiter<'_>,
-) -> Option<(String, bool)> {
-    let (ending, directory) = (messages::earlier_run(record), record.working_directory());
-    match waiter.block_on(release::suspect(&places.selected()?, run, true)).ok()? {
-        Ok(info) => Some((messages::unlogged(&ending, Some(&info?), Some(&directory)), false)),
-        Err(failure) => Some((messages::suspect_not_looked_for(&ending, &failure.to_string()), true)),
-    }
-}
-
 /// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
 /// not known any more.
-fn places_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
+fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     let after = DataDirectory::read(Path::new(&record.data_directory));
     let mut missing = Vec::new();
     let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
@@ -849,34 +883,4 @@ fn places_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
         places = places.with_plan(&PlannedBackends::of_plan(Path::new(plan)));
     }
     (places, missing)
-}
-
-/// The same for a lock in another backend than S3, by the program of that name that is found now.
-fn recover_elsewhere(
-    record: &JournalRecord,
-    places: &CandidateBackends,
-    release_context: &ReleaseContext,
-    keep: Option<&str>,
-    waiter: &mut Waiter<'_>,
-) -> other_backend::NonS3Result {
-    let unlock = messages::unlock_command(&record.program, Some(&record.working_directory()));
-    let told = logs_its_lock(&record.command);
-    let program = binary::find(binary::name(Some(OsStr::new(&record.program))));
-    let (directory, chdir) = (Path::new(&record.directory), record.chdir.as_deref().map(Path::new));
-    let end = match &program {
-        Ok(program) => NonS3Release::of(places, &record.log, &program.path, directory, chdir).map(|elsewhere| {
-            elsewhere.settle(
-                &release_context.run,
-                told,
-                keep,
-                [&messages::earlier_run(record), &unlock],
-                By::Recovery,
-                waiter,
-            )
-        }),
-        Err(reason) => {
-            Some(other_backend::NonS3Result { messages: vec![reason.to_string()], later: true, released: false })
-        }
-    };
-    end.unwrap_or_default()
 }

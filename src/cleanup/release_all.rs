@@ -2,6 +2,7 @@
 //! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
 
 use crate::journal::runs::Replaced;
+use crate::sys::wait::Ended;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -16,7 +17,6 @@ use crate::crash_point;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
-use crate::journal::runs::Unfinished;
 use crate::lock::location::LockLocation;
 use crate::lock::reached::Reached;
 use crate::lock::release::{
@@ -88,29 +88,9 @@ impl CandidateLocks {
         looked
     }
 
-    /// What is left of these for the next `tf`, when `results` is what became of the named ones.
-    pub(crate) fn unfinished(self, results: Vec<ReleaseResult>) -> Unfinished {
-        Unfinished {
-            locks: results.into_iter().filter(ReleaseResult::is_left_over).map(|results| results.lock).collect(),
-            unnamed: self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect(),
-            ..Unfinished::default()
-        }
-    }
-
-    /// The same for whoever has nobody to tell: all of which a person should hear is left for the next `tf`, which judges it
-    /// again, and says it.
-    pub(crate) fn for_next_run(self, results: Vec<ReleaseResult>, log: &Log) -> Unfinished {
-        let kept = |results: &ReleaseResult| results.may_stand && matches!(results.outcome, Some(Outcome::Kept { .. }));
-        let unread: Vec<UnnamedLock> = if self.suspects.is_empty() {
-            self.unread.into_iter().map(|(lock, _)| lock).chain(self.awaited).collect()
-        } else {
-            log.standing_unnamed().cloned().collect()
-        };
-        Unfinished {
-            locks: results.into_iter().filter(kept).map(|results| results.lock).collect(),
-            unnamed: unread,
-            ..Unfinished::default()
-        }
+    /// Whether the run is known, or suspected, to have had none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.named.is_empty() && self.suspects.is_empty() && self.unread.is_empty()
     }
 }
 
@@ -124,13 +104,6 @@ pub(crate) struct ReleaseResult {
     /// Its request was not answered, and may still land: all of it, the part that was not seen, or once more, because the
     /// SDK of a terraform that gets no answer sends it again. Or its table or bucket does not exist now, and may be restored.
     pub(crate) may_still_come: bool,
-}
-
-impl ReleaseResult {
-    /// Whether the next `tf` has something to do about it.
-    pub(crate) fn is_left_over(&self) -> bool {
-        self.may_stand && self.outcome.as_ref().is_some_and(Outcome::is_for_later)
-    }
 }
 
 /// Gives back what of `locks` is ours.
@@ -333,6 +306,30 @@ pub(crate) fn remember_pending(
     .collect()
 }
 
+/// The locks of `results` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
+/// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
+/// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
+/// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
+/// another's lock in the place is taken for one, or a place in which no lock can be.
+pub(crate) fn abandoned_requests(
+    results: &[ReleaseResult],
+    ended: Option<Ended>,
+) -> impl Iterator<Item = &ReleaseResult> {
+    let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
+    let abandoned = move |results: &&ReleaseResult| {
+        let may_come = match &results.outcome {
+            Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
+            // Whether it was refused could not be seen.
+            Some(Outcome::Kept { because, .. }) => {
+                matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
+            }
+            Some(Outcome::Absent { .. }) | None => false,
+        };
+        failed && may_come && results.lock.locked.is_none() && !results.may_still_come
+    };
+    results.iter().filter(abandoned)
+}
+
 /// Keeps the facts of the locks of `results`, whose terraform ended by itself without an answer. Gives the IDs of those for which
 /// that worked.
 pub(crate) fn remember_abandoned<'a>(
@@ -408,6 +405,15 @@ pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn lock_that_was_asked_for() -> RecordedLock {
+        let mut log = Log::default();
+        let id = crate::terraform::log::tests::ID;
+        let line =
+            crate::terraform::log::tests::lock_line(7, "Attempting to lock remote state (DynamoDB only)...", id, "r");
+        log.read(line.as_bytes());
+        log.locks.remove(0)
+    }
     use crate::terraform::log::LockParts;
 
     #[test]
@@ -452,5 +458,40 @@ mod tests {
         }
         own.locked = None;
         assert!(!worked_at_once(&own, &info(at(20)), false, end), "it was refused, and did not work");
+    }
+
+    #[test]
+    fn a_request_of_a_terraform_that_failed_may_still_land_unless_another_holds_the_lock() {
+        let lock = lock_that_was_asked_for();
+        let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
+        let released = || {
+            let nothing = release::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+            Some(Outcome::Released(nothing))
+        };
+        for (outcome, ended, expected) in [
+            (absent(), Some(Ended::Exited(1)), 1),
+            (released(), Some(Ended::Exited(1)), 1),
+            (absent(), Some(Ended::Exited(0)), 0),
+            (absent(), None, 0),
+            (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
+            // A table that does not exist has refused it.
+            (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
+            (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
+            (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
+            (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
+            // What is no lock was there, and has refused it.
+            (kept(Because::NoLock), Some(Ended::Exited(1)), 0),
+            (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
+            (None, Some(Ended::Exited(1)), 0),
+        ] {
+            let results = [ReleaseResult { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
+            assert_eq!(abandoned_requests(&results, ended).count(), expected, "{results:?} {ended:?}");
+        }
+        let mut had = lock.clone();
+        had.locked = Some(lock.asked);
+        let results = [ReleaseResult { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
+        assert_eq!(abandoned_requests(&results, Some(Ended::Exited(1))).count(), 0);
     }
 }

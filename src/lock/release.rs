@@ -124,11 +124,6 @@ impl Outcome {
         Self::Kept { reason: reason.into(), because: Because::Doubt }
     }
 
-    /// Whether it is kept, and a later try may do better.
-    pub(crate) fn is_for_later(&self) -> bool {
-        matches!(self, Self::Kept { because, .. } if *because != Because::Doubt)
-    }
-
     /// Why it is kept.
     pub(crate) fn reason(&self) -> Option<&str> {
         match self {

@@ -21,32 +21,26 @@
 //! - It reads terraform's pipes in the place of `tf`, into nothing: terraform must not die of SIGPIPE with its state
 //!   unsaved.
 
+use crate::cleanup::after_run::AfterRun;
+use crate::cleanup::clean_up::LogState;
+use crate::cleanup::clean_up::SilentReporter;
 use crate::cleanup::run_context::RunContext;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cleanup::after_run::{abandoned_requests, died, reason_to_keep, unlock_is_begun};
-use crate::cleanup::other_backend;
-use crate::cleanup::other_backend::NonS3Release;
 use crate::cleanup::process_tree::Tree;
-use crate::cleanup::release_all::{
-    CandidateLocks, record_in_history, release_locks, remember_abandoned, remember_pending, replaced,
-};
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
-use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{Outcome, ReleaseContext};
 use crate::supervise::pipes::Pipes;
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
@@ -55,11 +49,8 @@ use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::sys::{detached, environment};
-use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
+use crate::terraform::log::{JSON_LIMIT, Log, UnnamedLock};
 use crate::trace::{self, trace};
-
-/// What the history says of a guardian's release.
-const WHY: &str = "its tf was killed, and its terraform is dead";
 
 /// A message's first byte; four bytes with the length of the rest follow.
 const STARTED: u8 = 1;
@@ -564,7 +555,7 @@ impl<'a> Watch<'a> {
         let ended = self.stop_terraform();
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
-        let unfinished = self.settle(ended);
+        let unfinished = self.clean_up(ended);
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             if unfinished.is_empty() {
                 entry.take_away();
@@ -655,75 +646,37 @@ impl<'a> Watch<'a> {
         trace!("guardian: interrupted terraform: {}", sent.is_ok());
     }
 
-    /// Gives back what terraform has left. Returns the locks that could not be given back yet.
-    fn settle(&mut self, ended: Option<Ended>) -> Unfinished {
-        let context = &mut self.context;
-        let mut log = context.recorder.read().clone();
-        if ended == Some(Ended::Exited(0)) {
+    /// Releases what terraform has left. Returns what is left for the next `tf`.
+    fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
+        let GuardianContext { run, tree, recorder, record, stop, .. } = &mut self.context;
+        let mut log = recorder.read().clone();
+        if ended == Some(Ended::Exited(0)) && !stop.was_forced() {
             log.ended_well();
         }
-        // Where nothing tells how it ended, it died: it was killed with `tf`, or hung up.
-        let places = context.run.candidates_after().with_plan(&context.run.planned_backends);
-        let is_ours = |lock: &RecordedLock| !places.of(lock).is_empty();
-        let shim = context.tree.is_behind_a_shim();
-        let died = ended.is_none_or(|ended| died(ended, context.stop.was_forced(), shim, &log, is_ours));
-        let elsewhere = died && other_backend::may_be_left(&places);
-        let began = context.record.as_ref().is_some_and(|record| record.terraform.is_some());
-        let unlogged = began && died && context.recorder.is_closed() && places.selected().is_some();
-        if !(log.may_hold() || elsewhere || unlogged) {
+        let after = AfterRun {
+            context: run,
+            tree,
+            end: stop.end_of_run(ended, false),
+            log: &log,
+            reached: &self.reached,
+            has_no_log: recorder.is_closed() && record.as_ref().is_some_and(|record| record.terraform.is_some()),
+        };
+        let candidates = run.candidates_after().with_plan(&run.planned_backends);
+        let ending = after.judge(&&candidates);
+        if !ending.may_have_left_a_lock(&log) {
             return Unfinished::default();
         }
-        if !context.run.release {
-            // To be named, which is for somebody who has a person to tell.
-            let locks = log.unreleased().cloned().collect();
-            let unnamed = log.standing_unnamed().cloned().collect();
-            return Unfinished { locks, unnamed, elsewhere, unlogged, ..Unfinished::default() };
+        if !run.release {
+            // To be named, which needs somebody who reads it.
+            return Unfinished {
+                locks: log.unreleased().cloned().collect(),
+                unnamed: log.standing_unnamed().cloned().collect(),
+                elsewhere: ending.non_s3,
+                unlogged: ending.log_state == LogState::NeverBegun,
+                replaced: Vec::new(),
+            };
         }
-        let mut waiter = Waiter::Unattended;
-        let unlock_begun = !died && unlock_is_begun(&log, &places, &mut waiter);
-        let keep = reason_to_keep(context.tree, (died, unlock_begun), context.stop.killed().is_some(), &mut waiter);
-        trace!("guardian: a lock may stand; died: {died}; kept: {keep:?}");
-        crash_point::reached("guardian: tree judged");
-        let run = Run::recorded(&context.run.who, context.run.started, &log);
-        let reached = self.reached.clone();
-        let release_context = ReleaseContext { run, request_may_land: died, write_may_land: true, reached };
-        // What is below terraform worked until now.
-        let until = Timestamp::now();
-        let claimed = |id: &str| context.run.journal().is_some_and(|journal| journal.is_claimed(id, &context.run.id));
-        let locks = CandidateLocks::find(&log, &places, &release_context, died, &mut waiter);
-        let results = release_locks(&locks.named, &places, &release_context, died, keep.as_ref(), claimed, &mut waiter);
-        crash_point::reached("guardian: gave back");
-        remember_pending(&results, &release_context, true, context.run.pending_requests.as_ref());
-        remember_abandoned(
-            abandoned_requests(&results, ended),
-            &release_context,
-            context.run.pending_requests.as_ref(),
-        );
-        record_in_history(&results, By::Guardian, WHY, None);
-        let replaced = replaced(&results, &places, died, until, By::Guardian, &mut waiter);
-        let mut unfinished = locks.for_next_run(results, &log);
-        // The recovery looks whether a lock is there, and has somebody to tell.
-        unfinished.unlogged = unlogged;
-        unfinished.replaced = replaced;
-        if elsewhere {
-            let directory = context.run.invocation.command_line.directory.as_deref();
-            let elsewhere = NonS3Release::of(
-                &places,
-                &log,
-                &context.run.invocation.terraform.path,
-                &context.run.current,
-                directory,
-            );
-            if let Some(elsewhere) = elsewhere {
-                let (told, keep) =
-                    (context.run.invocation.command_line.logs_its_lock(), keep.as_ref().and_then(Outcome::reason));
-                let end = elsewhere.settle(&release_context.run, told, keep, [WHY, ""], By::Guardian, &mut waiter);
-                if end.leaves_one() {
-                    unfinished.add_elsewhere(elsewhere.had);
-                }
-            }
-        }
-        unfinished
+        after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended)
     }
 }
 

@@ -27,14 +27,18 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
-use crate::cleanup::after_run::Aftermath;
+use std::cell::LazyCell;
+
+use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
+use crate::cleanup::terminal_report::TerminalReporter;
 use crate::journal::known_programs::Program;
 use crate::journal::pending_requests::PendingRequests;
+use crate::journal::history::By;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
@@ -270,19 +274,33 @@ impl<'a> Prepared<'a> {
         if ended == Ended::Exited(0) && !self.stop.was_forced() {
             log.ended_well();
         }
-        let failed = self.run_record.failed.then(|| "it cannot be written".to_owned());
-        let unfinished = Aftermath {
+        let after = AfterRun {
             context: &self.context,
-            end: self.stop.end_of_run(ended, out_of_memory),
-            reached: &started.reached,
-            log: &log,
-            unlogged: self.recorder.is_closed(),
             tree: &self.tree,
-            unprotected: failed.as_deref().or(self.context.journal.as_ref().err().map(String::as_str)),
+            end: self.stop.end_of_run(Some(ended), out_of_memory),
+            log: &log,
+            reached: &started.reached,
+            has_no_log: self.recorder.is_closed(),
+        };
+        let cannot_write = self.run_record.failed.then_some("it cannot be written");
+        let mut reporter = TerminalReporter {
+            after: &after,
+            ended_at: Timestamp::now(),
+            unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
             tried,
-        }
-        .settle(&mut Waiter::Interactive(signals));
-        crash_point::reached("tf: settled");
+        };
+        // Read once, and only for a run that left something.
+        let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));
+        let ending = after.judge(&candidates);
+        let waiter = &mut Waiter::Interactive(signals);
+        reporter.terraform_ended(ending, &candidates, waiter);
+        let unfinished = if ending.may_have_left_a_lock(&log) {
+            crash_point::reached("tf: locks may be held");
+            after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter)
+        } else {
+            Unfinished::default()
+        };
+        crash_point::reached("tf: cleaned up");
         self.run_record.close(unfinished, &log, self.tree.survivors());
         crash_point::reached("tf: closed");
     }

@@ -100,7 +100,7 @@ impl Stop {
     }
 
     /// How the run ended, given how terraform did and whether the kernel killed something for want of memory.
-    pub(crate) fn end_of_run(&self, ended: Ended, out_of_memory: bool) -> EndOfRun {
+    pub(crate) fn end_of_run(&self, ended: Option<Ended>, out_of_memory: bool) -> EndOfRun {
         EndOfRun {
             ended,
             killed: self.killed(),

@@ -1,0 +1,386 @@
+//! The cleanup after a run whose terraform has ended or died. `tf`, its guardian and a later `tf` all come here: the order of
+//! a release is written once.
+//!
+//! The order, and why it is that one:
+//!
+//! 1. [`CandidateLocks::find`]: which locks can the run have? A lock that the log does not name is identified by reading.
+//! 2. [`release_locks`]: each is released, or it is found why not.
+//! 3. The requests that may still land are remembered before anything is said about them: what is said is "the next `tf`
+//!    releases it", and that must be true when it is read.
+//! 4. What became of each lock is reported. It is known now, and what follows may take time.
+//! 5. The history. It says only what has happened.
+//! 6. Locks that were replaced while the run worked, refusals, and what could not be identified: explanations, which may ask
+//!    the service again.
+//! 7. The lock in a backend that is not S3.
+//! 8. What is left for the next `tf`.
+//!
+//! The three differ in what they know ([`EndedRun`]) and in whom they report to ([`Reporter`]).
+
+use jiff::Timestamp;
+
+use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::messages;
+use crate::cleanup::other_backend::{NonS3Release, NonS3Result};
+use crate::cleanup::release_all::{
+    CandidateLocks, ReleaseResult, abandoned_requests, only_name, record_in_history, release_locks, remember_abandoned,
+    remember_pending, replaced,
+};
+use crate::cleanup::waiter::Waiter;
+use crate::cleanup::working_directory::Within;
+use crate::crash_point;
+use crate::journal::history::By;
+use crate::journal::pending_requests::PendingRequests;
+use crate::journal::runs::{Journal, Replaced, Unfinished};
+use crate::lock::release::{Because, Outcome, ReleaseContext};
+use crate::sys::wait::Ended;
+use crate::terraform::log::{Log, RecordedLock};
+
+/// What may be done about the locks of a run.
+#[derive(Clone, Debug)]
+pub(crate) enum Permission {
+    /// They may be released.
+    Release,
+    /// None may be touched, and this is why.
+    Keep(Outcome),
+    /// None is to be released, and those that are held are to be named (`TFW_RELEASE=never`).
+    NameOnly,
+}
+
+impl Permission {
+    /// Why no lock may be released. `None` if they may.
+    fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Release => None,
+            Self::Keep(outcome) => outcome.reason(),
+            Self::NameOnly => Some(messages::NEVER),
+        }
+    }
+}
+
+/// Whether the run's log says which locks it had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LogState {
+    /// It does.
+    Complete,
+    /// It is torn, or its program logs no locks.
+    Lost,
+    /// Terraform wrote no log at all.
+    NeverBegun,
+}
+
+/// A run whose terraform has ended, as far as its cleanup must know it.
+pub(crate) struct EndedRun<'a> {
+    /// Who cleans up.
+    pub(crate) by: By,
+    /// How it ended, as the beginning of a sentence.
+    pub(crate) ending: &'a str,
+    /// What the history says of a release, and what a person gave as the reason.
+    pub(crate) history: (&'a str, Option<&'a str>),
+    pub(crate) id: &'a str,
+    pub(crate) log: &'a Log,
+    pub(crate) log_state: LogState,
+    /// Where it can have locked.
+    pub(crate) candidates: &'a CandidateBackends,
+    /// Terraform died, or left its operation. A lock whose request was not answered may be its own then.
+    pub(crate) died: bool,
+    /// How terraform ended. `None` where that is not known.
+    pub(crate) ended: Option<Ended>,
+    /// Until when it, or what it started, may have worked.
+    pub(crate) until: Timestamp,
+    /// Locks that were seen to be replaced before this cleanup.
+    pub(crate) replaced: &'a [Replaced],
+    pub(crate) release_context: ReleaseContext,
+    pub(crate) permission: Permission,
+    /// Said of locks that fit none of its backends, where some of its backends cannot be known any more.
+    pub(crate) unknown_backends: Option<String>,
+    pub(crate) journal: Option<&'a Journal>,
+    pub(crate) pending_requests: Option<&'a PendingRequests>,
+    pub(crate) non_s3: Option<NonS3Cleanup<'a>>,
+}
+
+/// The lock that a run may have left in a backend that is not S3.
+pub(crate) struct NonS3Cleanup<'a> {
+    /// How it is released, or why that is not possible.
+    pub(crate) release: Result<NonS3Release<'a>, String>,
+    /// The command's log says whether it was given a lock.
+    pub(crate) is_logged: bool,
+    /// The command that a person types.
+    pub(crate) unlock: String,
+}
+
+/// What a cleanup came to, before it is decided what is left of it.
+struct Cleaned {
+    locks: CandidateLocks,
+    results: Vec<ReleaseResult>,
+    replaced: Vec<Replaced>,
+    non_s3: NonS3Result,
+    /// The run has no log, may have left a lock, and the next `tf` is to look for it.
+    lost_log_is_left: bool,
+}
+
+/// To whom a cleanup reports. What a reporter does with a fact is its own matter: `tf` says it, a recovery collects it, a
+/// guardian has nobody to say it to.
+pub(crate) trait Reporter {
+    /// What became of one lock. `is_remembered`: its request may still land, and the next `tf` looks for it.
+    fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
+
+    /// A lock was asked for by a terraform that gave up, and its request may still land.
+    fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool);
+
+    /// Another run has taken the lock while this one worked.
+    fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced);
+
+    /// Everything is done for the locks that the log names: what refused terraform can be explained.
+    fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>);
+
+    /// Locks that could not be identified.
+    fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks);
+
+    /// Nothing says whether the run had a lock. Returns whether the next `tf` is to look for one.
+    fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool;
+
+    /// What became of the lock in another backend than S3.
+    fn non_s3(&mut self, run: &EndedRun<'_>, result: &NonS3Result);
+
+    /// The command that a person types to remove a lock in another backend than S3.
+    fn unlock_command(&self, candidates: &CandidateBackends) -> String;
+
+    /// Whether a person reads what is reported. What nobody reads is left for the next `tf`, which says it.
+    fn is_read(&self) -> bool;
+}
+
+/// A guardian's reporter: nobody reads what it says.
+pub(crate) struct SilentReporter;
+
+impl Reporter for SilentReporter {
+    fn result(&mut self, _: &EndedRun<'_>, _: &ReleaseResult, _: bool) {}
+
+    fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
+
+    fn replaced(&mut self, _: &EndedRun<'_>, _: &Replaced) {}
+
+    fn refusals(&mut self, _: &EndedRun<'_>, _: &[ReleaseResult], _: &mut Waiter<'_>) {}
+
+    fn unidentified(&mut self, _: &EndedRun<'_>, _: &CandidateLocks) {}
+
+    /// The recovery looks whether there is a lock. Of a log that is torn it would know no more than is known now.
+    fn lost_log(&mut self, run: &EndedRun<'_>, _: &mut Waiter<'_>) -> bool {
+        run.log_state == LogState::NeverBegun
+    }
+
+    fn non_s3(&mut self, _: &EndedRun<'_>, _: &NonS3Result) {}
+
+    fn unlock_command(&self, _: &CandidateBackends) -> String {
+        String::new()
+    }
+
+    fn is_read(&self) -> bool {
+        false
+    }
+}
+
+/// Releases what `run` has left. Returns what is left for the next `tf`.
+pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> Unfinished {
+    let _there = Within::enter(&run.candidates.working_directory);
+    let locks = CandidateLocks::find(run.log, run.candidates, &run.release_context, run.died, waiter);
+    let results = results(run, &locks.named, waiter);
+    match run.by {
+        By::Tf => crash_point::reached("tf: released"),
+        By::Guardian => crash_point::reached("guardian: released"),
+        By::Recovery => crash_point::reached("recovery: released"),
+        By::Command => {}
+    }
+    let is_recent = run.release_context.write_may_land;
+    let mut remembered = remember_pending(&results, &run.release_context, is_recent, run.pending_requests);
+    let abandoned = || abandoned_requests(&results, run.ended);
+    remembered.extend(remember_abandoned(abandoned(), &run.release_context, run.pending_requests));
+    for result in &results {
+        reporter.result(run, result, remembered.contains(&result.lock.id));
+    }
+    // Of one that could not be looked for nothing is known that terraform has not said.
+    for result in abandoned().filter(|result| !matches!(result.outcome, Some(Outcome::Kept { .. }))) {
+        reporter.abandoned(run, &result.lock, remembered.contains(&result.lock.id));
+    }
+    let (why, reason) = run.history;
+    record_in_history(&results, run.by, why, reason);
+    let mut replaced = replaced(&results, run.candidates, run.died, run.until, run.by, waiter);
+    replaced.extend(run.replaced.iter().cloned());
+    for one in &replaced {
+        reporter.replaced(run, one);
+    }
+    reporter.refusals(run, &results, waiter);
+    reporter.unidentified(run, &locks);
+    let lost_log_is_left = run.log_state != LogState::Complete && locks.is_empty() && reporter.lost_log(run, waiter);
+    let non_s3 = run.non_s3.as_ref().map(|non_s3| non_s3.clean_up(run, waiter)).unwrap_or_default();
+    reporter.non_s3(run, &non_s3);
+    let cleaned = Cleaned { locks, results, replaced, non_s3, lost_log_is_left };
+    cleaned.unfinished(run.log, reporter.is_read())
+}
+
+/// Releases `named`, or names them, as the run permits.
+fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) -> Vec<ReleaseResult> {
+    let fits_nowhere = !named.is_empty() && named.iter().all(|lock| run.candidates.of(lock).is_empty());
+    let unknown = run.unknown_backends.as_ref().filter(|_| fits_nowhere).map(Outcome::later);
+    let keep = match &run.permission {
+        Permission::NameOnly if unknown.is_none() => {
+            return only_name(named, run.candidates, &run.release_context, waiter);
+        }
+        Permission::Keep(outcome) => Some(outcome.clone()),
+        Permission::Release | Permission::NameOnly => unknown,
+    };
+    let is_claimed = |id: &str| run.journal.is_some_and(|journal| journal.is_claimed(id, run.id));
+    release_locks(named, run.candidates, &run.release_context, run.died, keep.as_ref(), is_claimed, waiter)
+}
+
+impl NonS3Cleanup<'_> {
+    fn clean_up(&self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> NonS3Result {
+        match &self.release {
+            Ok(release) => release.settle(
+                &run.release_context.run,
+                self.is_logged,
+                run.permission.reason(),
+                [run.ending, &self.unlock],
+                run.by,
+                waiter,
+            ),
+            Err(reason) => NonS3Result { messages: vec![reason.clone()], later: true, released: false },
+        }
+    }
+}
+
+impl Cleaned {
+    /// What is left for the next `tf` of a run whose log is `log`.
+    ///
+    /// Where a person has read the report (`is_read`), that is what a later try may do better: a lock in doubt is that
+    /// person's to release. Where nobody has, everything of which a person should hear is left, and the next `tf` judges it
+    /// again and says it.
+    fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
+        let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
+        let is_left = |result: &ReleaseResult| {
+            let kept = |because: &Because| !is_read || *because != Because::Doubt;
+            result.may_stand && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
+        };
+        let in_doubt = !locks.suspects.is_empty() && !is_read;
+        let mut unfinished = Unfinished {
+            locks: results.into_iter().filter(is_left).map(|result| result.lock).collect(),
+            unnamed: if in_doubt {
+                log.standing_unnamed().cloned().collect()
+            } else {
+                locks.unread.into_iter().map(|(lock, _)| lock).chain(locks.awaited).collect()
+            },
+            elsewhere: false,
+            unlogged: lost_log_is_left,
+            replaced: if is_read { Vec::new() } else { replaced },
+        };
+        if non_s3.later || (!is_read && non_s3.leaves_one()) {
+            unfinished.add_elsewhere(log.of_workspaces().last().cloned());
+        }
+        unfinished
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lock::release::Released;
+    use crate::terraform::log::{LockIdentity, UnnamedLock, tests::ID, tests::lock_line};
+
+    fn unnamed(workspace: &str) -> UnnamedLock {
+        UnnamedLock {
+            mark: LockIdentity::Workspace(workspace.to_owned()),
+            asked: Timestamp::UNIX_EPOCH,
+            granted: None,
+            unlocking: false,
+            uploading: false,
+            unlocked: false,
+        }
+    }
+
+    /// A log with one lock that it names, and one that it does not.
+    fn log() -> Log {
+        let mut log = Log::default();
+        log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        log.unnamed.push(unnamed("w"));
+        log
+    }
+
+    fn cleaned(log: &Log, outcome: Option<Outcome>, may_stand: bool) -> Cleaned {
+        let result = ReleaseResult { lock: log.locks[0].clone(), outcome, may_stand, may_still_come: false };
+        Cleaned {
+            locks: CandidateLocks::default(),
+            results: vec![result],
+            replaced: Vec::new(),
+            non_s3: NonS3Result::default(),
+            lost_log_is_left: false,
+        }
+    }
+
+    /// What nobody has read is left for somebody who reads it; what was read is left only if trying again may help.
+    #[test]
+    fn a_lock_is_left_for_the_next_tf_where_that_can_do_better_or_nobody_has_heard_of_it() {
+        let log = log();
+        let released = Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
+        let outcomes = [
+            (None, false, false),
+            (Some(Outcome::Released(released)), false, false),
+            (Some(Outcome::Absent { anothers: None, excluded: false }), false, false),
+            (kept(Because::Doubt), false, true),
+            (kept(Because::NotYet), true, true),
+            (kept(Because::NoAnswer), true, true),
+            (kept(Because::NoCredentials), true, true),
+            (kept(Because::Denied("dynamodb:DeleteItem")), true, true),
+            (kept(Because::OtherAccount), true, true),
+            (kept(Because::NoLock), true, true),
+            (kept(Because::Never), true, true),
+        ];
+        for (outcome, where_read, where_not) in outcomes {
+            for may_stand in [false, true] {
+                for (is_read, expected) in [(true, where_read), (false, where_not)] {
+                    let unfinished = cleaned(&log, outcome.clone(), may_stand).unfinished(&log, is_read);
+                    assert_eq!(!unfinished.is_empty(), expected && may_stand, "{outcome:?} {may_stand} {is_read}");
+                    assert_eq!(unfinished.locks.len(), usize::from(expected && may_stand));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_doubt_about_an_unnamed_lock_is_left_for_a_reader_and_what_was_not_looked_for_for_anybody() {
+        let log = log();
+        let info = || crate::terraform::lock_info::LockInfo { id: ID.into(), ..Default::default() };
+        for is_read in [false, true] {
+            for (suspects, unread, awaited) in (0..8).map(|bits| (bits & 1, bits >> 1 & 1, bits >> 2 & 1)) {
+                let mut cleaned = cleaned(&log, None, true);
+                cleaned.locks.suspects.extend((0..suspects).map(|_| (info(), "doubt")));
+                cleaned.locks.unread.extend((0..unread).map(|_| (unnamed("unread"), String::new())));
+                cleaned.locks.awaited.extend((0..awaited).map(|_| unnamed("awaited")));
+                let left = cleaned.unfinished(&log, is_read).unnamed;
+                let expected = if suspects > 0 && !is_read { 1 } else { unread + awaited };
+                assert_eq!(left.len(), expected, "{suspects} {unread} {awaited} {is_read}");
+                assert!(suspects == 0 || is_read || left == log.unnamed);
+            }
+        }
+    }
+
+    #[test]
+    fn what_else_is_left_depends_on_who_has_heard_of_it() {
+        let log = log();
+        for is_read in [false, true] {
+            for bits in 0..16_u8 {
+                let bit = |place: u8| bits & (1 << place) != 0;
+                let mut cleaned = cleaned(&log, None, true);
+                let by = crate::terraform::lock_info::LockInfo::default();
+                cleaned.replaced.extend(bit(0).then(|| Replaced { own: log.locks[0].clone(), by }));
+                cleaned.lost_log_is_left = bit(1);
+                cleaned.non_s3.later = bit(2);
+                cleaned.non_s3.messages.extend(bit(3).then(|| "it is still held".to_owned()));
+                let left = cleaned.unfinished(&log, is_read);
+                assert_eq!(!left.replaced.is_empty(), bit(0) && !is_read);
+                assert_eq!(left.unlogged, bit(1));
+                assert_eq!(left.elsewhere, bit(2) || (bit(3) && !is_read));
+                assert_eq!(left.unnamed.len(), usize::from(left.elsewhere));
+            }
+        }
+    }
+}

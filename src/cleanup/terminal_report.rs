@@ -1,0 +1,370 @@
+//! What `tf` says on stderr after terraform has ended.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::aws::credentials::Purpose;
+use std::ops::Deref;
+
+use crate::cleanup::after_run::{AfterRun, Ending};
+use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::clean_up::{EndedRun, LogState, Reporter};
+use crate::cleanup::messages::{self, Removal};
+use crate::cleanup::other_backend::NonS3Result;
+use crate::cleanup::recovery_process;
+use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending};
+use crate::cleanup::waiter::Waiter;
+use crate::cleanup::working_directory::Within;
+use crate::console;
+use crate::holder::evidence::Verdict;
+use crate::holder::host::HostView;
+use crate::journal::runs::Replaced;
+use crate::lock::location::LockLocation;
+use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome};
+use crate::lock::stores::{StoreKey, StoredLock};
+use crate::sys::poll;
+use crate::sys::wait::Ended;
+use crate::terraform::errored_state::errored_state;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::RecordedLock;
+use crate::trace::trace;
+
+/// Says on stderr what became of a run's locks.
+pub(crate) struct TerminalReporter<'a> {
+    pub(crate) after: &'a AfterRun<'a>,
+    /// When terraform had ended.
+    pub(crate) ended_at: Timestamp,
+    /// Why there is no journal of this run. `None` where there is one.
+    pub(crate) unprotected: Option<&'a str>,
+    /// Dead runs that were tried to be finished before, or while, terraform ran.
+    pub(crate) tried: &'a [String],
+}
+
+impl Reporter for TerminalReporter<'_> {
+    fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool) {
+        let (candidates, ending) = (run.candidates, run.ending);
+        let ReleaseResult { lock, outcome, may_stand, may_still_come } = result;
+        let has_journal = self.unprotected.is_none();
+        match outcome {
+            Some(Outcome::Released(released)) => {
+                console::say(&messages::released(ending, lock, released, Timestamp::now()));
+                if released.is_partial && *may_still_come {
+                    let unlock = self.unlock_command_of(lock, candidates);
+                    console::say(&messages::other_part_may_land(lock, is_remembered, &unlock));
+                }
+                if let Some(mismatch) = &released.digest_mismatch {
+                    let workspace = candidates.workspace_of_lock(lock);
+                    console::say(&messages::unfit_digest(mismatch, workspace, self.directory().as_deref()));
+                }
+            }
+            // Terraform was refused, and has said so itself.
+            Some(Outcome::Kept { .. }) if !may_stand => {}
+            Some(Outcome::Kept { because: Because::OtherAccount, .. }) if has_journal => {
+                console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
+            }
+            Some(Outcome::Kept { reason, because }) => {
+                let later = has_journal && !matches!(because, Because::Doubt | Because::Never);
+                let location = candidates.of(lock).into_iter().next();
+                let workspace = location.as_ref().and_then(|location| unselected_workspace(location, candidates));
+                let removal = Removal {
+                    unlock: self.unlock_command_at(location.as_ref(), candidates),
+                    release: self.locks_command(messages::RELEASE_NO_LOCK, workspace),
+                };
+                console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
+            }
+            Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.locked.is_some() => {
+                console::say(&messages::place_is_away(ending, lock, is_remembered));
+            }
+            Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
+                let unlock = self.unlock_command_of(lock, candidates);
+                console::say(&messages::may_still_come(ending, lock, is_remembered, &unlock));
+            }
+            Some(Outcome::Absent { .. }) | None => {}
+        }
+    }
+
+    fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool) {
+        if was_waited_for(lock, self.ended_at) {
+            let unlock = self.unlock_command_of(lock, run.candidates);
+            console::say(&messages::may_still_come(run.ending, lock, is_remembered, &unlock));
+        }
+    }
+
+    fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
+        let Replaced { own, by } = replaced;
+        console::say(&messages::replaced(run.ending, own, by, &self.program(), self.directory().as_deref()));
+    }
+
+    /// Terraform was refused by a lock and has said so. What it cannot know is added: whether the holder is running, and what
+    /// to type. A dead holder's run is finished and its lock released; terraform is not started once more: its stdin may be
+    /// consumed, and its output was read.
+    fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>) {
+        for result in results {
+            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &result.outcome {
+                self.release_late(waiter, id, run.candidates);
+            }
+        }
+        if run.died || run.ended == Some(Ended::Exited(0)) {
+            return;
+        }
+        for ReleaseResult { lock, outcome, .. } in results.iter().filter(|result| result.lock.locked.is_none()) {
+            // Of a service that is silent, and of a location without a lock, there is nothing to say.
+            let is_refused = match outcome {
+                Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
+                Some(Outcome::Kept { because, .. }) => *because == Because::NoLock,
+                Some(Outcome::Released(_)) => false,
+                // It was not looked for: nothing is to be released here.
+                None => true,
+            };
+            if is_refused {
+                for location in run.candidates.of(lock) {
+                    self.explain_refusal(lock, &location, run.candidates, waiter);
+                }
+            }
+        }
+    }
+
+    fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks) {
+        for (info, reason) in &locks.suspects {
+            let unlock = self.unlock_command_at(None, run.candidates);
+            console::say(&messages::suspected(run.ending, info, Some(reason), &unlock));
+        }
+        for unnamed in &locks.awaited {
+            let has_journal = self.unprotected.is_none();
+            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.asked, has_journal));
+        }
+        for (_, reason) in &locks.unread {
+            console::say(&messages::not_looked_for(run.ending, reason));
+        }
+    }
+
+    /// Names a lock that only its own JSON connects with this run.
+    fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
+        let never_begun = run.log_state == LogState::NeverBegun;
+        let Some(location) = run.candidates.selected() else { return false };
+        match waiter.block_on(release::suspect(&location, &run.release_context.run, never_begun)) {
+            Ok(Ok(Some(info))) if run.release_context.run.is_of(&info.who) => {
+                let unlock = self.unlock_command_at(Some(&location), run.candidates);
+                console::say(&messages::suspected(run.ending, &info, None, &unlock));
+            }
+            Ok(Ok(suspect)) if never_begun => {
+                console::say(&messages::unlogged(run.ending, suspect.as_ref(), self.directory().as_deref()));
+            }
+            Ok(Err(failure)) => console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string())),
+            Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason)),
+            Ok(Ok(_)) => {}
+        }
+        false
+    }
+
+    fn non_s3(&mut self, run: &EndedRun<'_>, result: &NonS3Result) {
+        if run.died {
+            self.name_errored_state();
+            if let Some(why) = self.unprotected {
+                console::say(&messages::unprotected(why));
+            }
+        }
+        result.messages.iter().for_each(|message| console::say(message));
+    }
+
+    fn unlock_command(&self, candidates: &CandidateBackends) -> String {
+        self.unlock_command_at(None, candidates)
+    }
+
+    fn is_read(&self) -> bool {
+        true
+    }
+}
+
+impl TerminalReporter<'_> {
+    /// Terraform has ended, and `ending` is how. Says what is not about a lock that the run may have left.
+    pub(crate) fn terraform_ended(
+        &self,
+        ending: Ending,
+        candidates: &impl Deref<Target = CandidateBackends>,
+        waiter: &mut Waiter<'_>,
+    ) {
+        let AfterRun { log, end, .. } = self.after;
+        if log.mismatch.is_some() && !ending.died && end.ended != Some(Ended::Exited(0)) {
+            self.explain_checksum(candidates, waiter);
+        }
+        if ending.may_have_left_a_lock(log) {
+            return;
+        }
+        if if ending.died { log.was_canceled() } else { end.interrupted } {
+            self.name_survivors();
+        }
+        if ending.died {
+            self.name_errored_state();
+        }
+    }
+
+    /// Terraform has failed because a state and its digest do not fit, and has said so. We add what to type.
+    fn explain_checksum(&self, places: &CandidateBackends, waiter: &mut Waiter<'_>) {
+        let Some((bucket, key)) = &self.after.log.mismatch else { return };
+        let _there = Within::enter(&places.working_directory);
+        for place in places.of_state(bucket, key) {
+            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::unfit_state(&place)) {
+                let workspace = places.workspace_of(&place);
+                console::say(&messages::unfit_digest(&digest_mismatch, workspace, self.directory().as_deref()));
+                return;
+            }
+        }
+    }
+
+    /// Names what runs on after an interrupt. Terraform's providers may be dying at this moment: those are no survivors.
+    fn name_survivors(&self) {
+        let mut living = self.after.tree.living();
+        if !living.is_empty() {
+            poll::wait(&[], Some(Duration::from_millis(100)));
+            let later = self.after.tree.living();
+            living.retain(|process| later.iter().any(|other| other.pid == process.pid));
+        }
+        if !living.is_empty() {
+            console::say(&messages::survivors(&living));
+        }
+    }
+
+    /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
+    fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
+        let Some(pending_requests) = &self.after.context.pending_requests else { return };
+        for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
+            if let Some(Outcome::Released(_)) =
+                check_pending(pending, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), waiter)
+            {
+                console::say(&messages::came_late(&pending.lock));
+                console::say(messages::TRY_AGAIN);
+            }
+        }
+    }
+
+    /// The same for one place of the lock that was asked for.
+    fn explain_refusal(
+        &self,
+        asked: &RecordedLock,
+        place: &LockLocation,
+        places: &CandidateBackends,
+        waiter: &mut Waiter<'_>,
+    ) {
+        let found = stored_locks(place, places, waiter);
+        let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
+        for (store_key, stored_locks) in found.iter().filter(|(_, stored_locks)| stored_locks.info().is_none()) {
+            let what = stored_locks.describe_no_lock();
+            console::say(&messages::barred(
+                &store_key.describe(),
+                &what,
+                &command(messages::RELEASE_NO_LOCK),
+                &place.lock_path(),
+            ));
+        }
+        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, stored_locks)| stored_locks.info()).collect();
+        locks.dedup();
+        for info in locks.into_iter().filter(|info| info.id != asked.id) {
+            let host = HostView::look();
+            let judgement = host.judge(&info);
+            trace!("refused by {}: {:?}", info.id, judgement.verdict);
+            let dead =
+                host.dead_run(&info.id).filter(|_| self.after.context.release && judgement.verdict == Verdict::Dead);
+            // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
+            let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
+            console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
+            let Some(run) = dead else { continue };
+            if let Ok(child) = recovery_process::start(run, false) {
+                recovery_process::wait_for(child, waiter);
+                let left = self::stored_locks(place, places, waiter);
+                if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
+                    console::say(messages::TRY_AGAIN);
+                }
+            }
+        }
+    }
+
+    /// By what name terraform was run, without a directory.
+    fn program(&self) -> Cow<'_, str> {
+        Path::new(&self.after.context.invocation.name)
+            .file_name()
+            .unwrap_or(&self.after.context.invocation.name)
+            .to_string_lossy()
+    }
+
+    /// `-chdir`, as it was given.
+    fn directory(&self) -> Option<Cow<'_, str>> {
+        self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
+    }
+
+    /// Names a state that terraform could not write. It says so itself, if it lives to say it and anybody reads it.
+    fn name_errored_state(&self) {
+        let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
+        if let Some(path) = errored_state(&directory, self.after.context.started) {
+            console::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
+        }
+    }
+
+    /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
+    fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
+    }
+
+    /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any
+    /// more, is none for terraform: it refuses to work there, and ours does not.
+    fn unlock_command_at(&self, place: Option<&LockLocation>, places: &CandidateBackends) -> String {
+        let workspace = place.and_then(|place| unselected_workspace(place, places));
+        if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
+            return self.locks_command("release", workspace);
+        }
+        let command = messages::unlock_command(&self.program(), self.directory().as_deref());
+        // Set for this run alone, perhaps, and not where the command will be typed.
+        let variable = std::env::var("TF_WORKSPACE").ok();
+        messages::in_workspace(workspace.or(variable.as_deref()), &command)
+    }
+
+    /// The same for `lock`.
+    fn unlock_command_of(&self, lock: &RecordedLock, places: &CandidateBackends) -> String {
+        self.unlock_command_at(places.of(lock).first(), places)
+    }
+}
+
+/// The workspace whose state is at `place`, if a command without further words would not look there: it is neither the default
+/// one nor the selected one, and it need not have a state yet.
+fn unselected_workspace<'a>(place: &LockLocation, places: &'a CandidateBackends) -> Option<&'a str> {
+    let selected = places.directories.first().map(|directory| directory.workspace.as_str());
+    places.workspace_of(place).filter(|name| Some(*name) != selected)
+}
+
+/// What stands in the places of a lock at `place` now.
+fn stored_locks(
+    place: &LockLocation,
+    places: &CandidateBackends,
+    waiter: &mut Waiter<'_>,
+) -> Vec<(StoreKey, StoredLock)> {
+    let _there = Within::enter(&places.working_directory);
+    waiter.block_on(release::stored(place)).unwrap_or_default()
+}
+
+/// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
+/// it for as long as it does after a second interrupt.
+fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
+    /// Less than five seconds by more than a slow machine is late.
+    const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
+    at.duration_since(lock.asked) >= SECOND_INTERRUPT_WINDOW
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+
+    #[test]
+    fn a_request_was_waited_for_where_terraform_stayed_for_as_long_as_it_does_after_a_second_interrupt() {
+        let mut log = Log::default();
+        log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        let lock = log.locks.remove(0);
+        for (seconds, expected) in [(1, false), (5, true)] {
+            assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);
+        }
+    }
+}
