@@ -4,6 +4,10 @@
 //! terraform: [`crate::supervise::stop`] decides about those that ask for an end, [`crate::supervise::foreground`] keeps the terminal.
 
 use crate::console;
+use crate::supervise::routing::Circumstances;
+use crate::supervise::routing::Route;
+use crate::supervise::routing::TerraformGroup;
+use crate::supervise::routing::route;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -24,7 +28,7 @@ use crate::supervise::waiting::Waiting;
 use crate::sys::group_signal_watcher::GroupSignalWatcher;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
-use crate::sys::signals::{Arrival, SignalOrigin, Signals};
+use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::trace::trace;
 
@@ -46,8 +50,7 @@ pub(crate) struct Supervision<'a> {
     pub(crate) context: &'a RunContext<'a>,
     /// What is done about a lock that terraform waits for, where something may be.
     pub(crate) waiting: Option<&'a mut Waiting>,
-    /// Terraform is in our process group (`TFW_TTY=shared`): the terminal's signals reach both, and nothing is lent.
-    pub(crate) shared: bool,
+    pub(crate) group: TerraformGroup,
     pub(crate) signals: &'a mut Signals,
     pub(crate) stop: &'a mut Stop,
     pub(crate) foreground: ForegroundControl,
@@ -213,27 +216,26 @@ impl Supervision<'_> {
         if signal != Signal::SIGCHLD {
             trace!("got {signal} from {origin:?}");
         }
-        match (signal, origin) {
-            (Signal::SIGCHLD, _) => self.children_changed = true,
-            (Signal::SIGINT, SignalOrigin::Kernel) if self.shared => self.asked(StopEvent::KeyboardAtTerraform),
-            (Signal::SIGINT, SignalOrigin::Kernel) => self.asked(StopEvent::Keyboard),
-            (Signal::SIGHUP, _) if self.signals.inherited().ignores(Signal::SIGHUP) => {}
-            (Signal::SIGTERM, _) if self.may_be_for_all(sender) => {
+        let circumstances = Circumstances {
+            group: self.group,
+            was_ignored: self.signals.inherited().ignores(signal),
+            may_be_for_unit: self.may_be_for_all(sender),
+        };
+        match route(signal, origin, circumstances) {
+            Route::Ask(event) => self.asked(event),
+            Route::AskGuardian => {
                 self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
             }
-            (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => self.asked(StopEvent::Request),
-            (Signal::SIGTSTP, _) if self.signals.inherited().ignores(Signal::SIGTSTP) => {}
-            (Signal::SIGTSTP, _) => self.suspend(),
-            (Signal::SIGTTIN | Signal::SIGTTOU, SignalOrigin::Kernel) => self.foreground.note_stopped_ours(),
-            // From a key, or a window that changed its size, all of terraform's group would have got it.
-            (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !self.shared => {
+            Route::Suspend => self.suspend(),
+            Route::NoteStoppedReader => self.foreground.note_stopped_ours(),
+            Route::PassToGroup => {
                 let _ = killpg(self.terraform, signal);
             }
-            (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) => {}
-            (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
+            Route::PassToTerraform => {
                 let _ = kill(self.terraform, signal);
             }
-            _ => {}
+            Route::LookAtChildren => self.children_changed = true,
+            Route::Ignore => {}
         }
     }
 
@@ -272,7 +274,7 @@ impl Supervision<'_> {
         for effect in effects {
             match effect {
                 // In our own group are others than terraform's.
-                Effect::InterruptGroup if self.shared => self.interrupt_terraform(),
+                Effect::InterruptGroup if self.group == TerraformGroup::Shared => self.interrupt_terraform(),
                 // A key goes to every process of a foreground group.
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
@@ -346,7 +348,7 @@ impl Supervision<'_> {
 
     /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
     fn suspend(&mut self) {
-        if !self.shared {
+        if self.group == TerraformGroup::Own {
             self.foreground.reclaim_foreground();
             let _ = killpg(self.terraform, Signal::SIGTSTP);
             let begun = Instant::now();
@@ -370,7 +372,7 @@ impl Supervision<'_> {
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
         match signal {
-            _ if self.shared => {
+            _ if self.group == TerraformGroup::Shared => {
                 // The terminal stopped our whole group; for us it is blocked, and made good here.
                 self.stop_ourselves(signal_to_stop_with(signal), false);
             }

@@ -7,6 +7,7 @@ pub(crate) mod foreground;
 pub(crate) mod guardian;
 pub(crate) mod outcome;
 pub(crate) mod pipes;
+pub(crate) mod routing;
 pub(crate) mod run_record;
 pub(crate) mod shim;
 pub(crate) mod step_outputs;
@@ -18,6 +19,7 @@ use crate::cleanup::run_context::RunContext;
 use crate::console;
 use crate::journal::run_mark;
 use crate::journal::runs::JournalEntry;
+use crate::supervise::routing::TerraformGroup;
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -33,12 +35,12 @@ use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
+use crate::cleanup::terminal_report::TerminalReporter;
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
-use crate::cleanup::terminal_report::TerminalReporter;
+use crate::journal::history::By;
 use crate::journal::known_programs::Program;
 use crate::journal::pending_requests::PendingRequests;
-use crate::journal::history::By;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
@@ -247,7 +249,7 @@ impl<'a> Prepared<'a> {
             terraform,
             context: &self.context,
             waiting,
-            shared: self.settings.shared_terminal,
+            group: if self.settings.shared_terminal { TerraformGroup::Shared } else { TerraformGroup::Own },
             signals,
             stop: &mut self.stop,
             foreground: ForegroundControl::new(self.terminal.take(), terraform),

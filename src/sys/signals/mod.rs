@@ -78,7 +78,7 @@ pub(crate) struct Signals {
 }
 
 /// The signals that `tf` reads.
-const HEARD: [Signal; 15] = [
+pub(crate) const HEARD: [Signal; 15] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,

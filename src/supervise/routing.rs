@@ -1,0 +1,202 @@
+//! Where a signal that reached `tf` goes: the whole rule, without a process. What is done about a request to stop is
+//! [`crate::supervise::stop`]'s.
+
+use nix::sys::signal::Signal;
+
+use crate::supervise::stop::StopEvent;
+use crate::sys::signals::SignalOrigin;
+
+/// In whose process group terraform is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TerraformGroup {
+    /// In one of its own. It gets only what `tf` passes on.
+    Own,
+    /// In that of `tf` (`TFW_TTY=shared`). A key at the terminal reaches both.
+    Shared,
+}
+
+/// What a signal's route depends on, besides the signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Circumstances {
+    pub(crate) group: TerraformGroup,
+    /// The signal was ignored when `tf` was started (nohup).
+    pub(crate) was_ignored: bool,
+    /// It may have gone to every process of the unit, terraform among them: its sender is a service manager.
+    pub(crate) may_be_for_unit: bool,
+}
+
+/// Where a signal goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// It asks for an end.
+    Ask(StopEvent),
+    /// It asks for an end, and the guardian says in a moment whether terraform has got it too.
+    AskGuardian,
+    /// Terraform stops, and then `tf`.
+    Suspend,
+    /// The terminal has stopped a process of the group of `tf`.
+    NoteStoppedReader,
+    /// All of terraform's process group gets it, as from the terminal.
+    PassToGroup,
+    /// Terraform gets it.
+    PassToTerraform,
+    /// A child of `tf` has stopped or exited.
+    LookAtChildren,
+    /// Nothing is done.
+    Ignore,
+}
+
+/// Where `signal` goes that `origin` has sent.
+pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circumstances) -> Route {
+    let Circumstances { group, was_ignored, may_be_for_unit } = circumstances;
+    let is_shared = group == TerraformGroup::Shared;
+    match (signal, origin) {
+        (Signal::SIGCHLD, _) => Route::LookAtChildren,
+        (Signal::SIGINT, SignalOrigin::Kernel) if is_shared => Route::Ask(StopEvent::KeyboardAtTerraform),
+        (Signal::SIGINT, SignalOrigin::Kernel) => Route::Ask(StopEvent::Keyboard),
+        (Signal::SIGHUP | Signal::SIGTSTP, _) if was_ignored => Route::Ignore,
+        (Signal::SIGTERM, _) if may_be_for_unit => Route::AskGuardian,
+        (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => Route::Ask(StopEvent::Request),
+        (Signal::SIGTSTP, _) => Route::Suspend,
+        (Signal::SIGTTIN | Signal::SIGTTOU, SignalOrigin::Kernel) => Route::NoteStoppedReader,
+        // From a key, or a window that changed its size, all of terraform's group would have got it.
+        (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !is_shared => {
+            Route::PassToGroup
+        }
+        // The terminal has sent it to terraform as well.
+        (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) => Route::Ignore,
+        (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
+            Route::PassToTerraform
+        }
+        _ => Route::Ignore,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use super::*;
+    use crate::sys::signals::HEARD;
+
+    fn all() -> impl Iterator<Item = (Signal, SignalOrigin, Circumstances)> {
+        HEARD.into_iter().flat_map(|signal| {
+            (0..16_u8).map(move |bits| {
+                let bit = |place: u8| bits & (1 << place) != 0;
+                let origin = if bit(0) { SignalOrigin::Kernel } else { SignalOrigin::Process };
+                let group = if bit(1) { TerraformGroup::Shared } else { TerraformGroup::Own };
+                (signal, origin, Circumstances { group, was_ignored: bit(2), may_be_for_unit: bit(3) })
+            })
+        })
+    }
+
+    #[test]
+    fn int_term_and_hup_ask_for_an_end_and_no_other_signal_does() {
+        for (signal, origin, circumstances) in all() {
+            let route = route(signal, origin, circumstances);
+            let asks = matches!(route, Route::Ask(_) | Route::AskGuardian);
+            let is_request = matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP);
+            let is_nohup = signal == Signal::SIGHUP && circumstances.was_ignored;
+            assert_eq!(asks, is_request && !is_nohup, "{signal} {origin:?} {circumstances:?}: {route:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_kernels_int_is_a_key() {
+        for (signal, origin, circumstances) in all() {
+            let is_key = matches!(
+                route(signal, origin, circumstances),
+                Route::Ask(StopEvent::Keyboard | StopEvent::KeyboardAtTerraform)
+            );
+            assert_eq!(is_key, signal == Signal::SIGINT && origin == SignalOrigin::Kernel);
+        }
+    }
+
+    /// INT, TERM and HUP count for terraform as interrupts or end it: they are never passed on as they are.
+    #[test]
+    fn a_request_to_stop_is_never_passed_on_as_it_came() {
+        for (signal, origin, circumstances) in all() {
+            let passed = matches!(route(signal, origin, circumstances), Route::PassToGroup | Route::PassToTerraform);
+            if matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP) {
+                assert!(!passed, "{signal} {origin:?} {circumstances:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_terminal_sends_to_a_shared_group_is_not_sent_twice() {
+        for (signal, origin, circumstances) in all() {
+            if origin == SignalOrigin::Kernel && circumstances.group == TerraformGroup::Shared {
+                let route = route(signal, origin, circumstances);
+                // Terraform is in the foreground group itself. No key makes the others of these.
+                let sent = matches!(signal, Signal::SIGINT | Signal::SIGQUIT | Signal::SIGWINCH);
+                let passes = matches!(route, Route::PassToGroup | Route::PassToTerraform)
+                    || route == Route::Ask(StopEvent::Keyboard);
+                assert!(!(sent && passes), "{signal}: {route:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_term_may_be_a_stop_of_the_whole_unit() {
+        for (signal, origin, circumstances) in all() {
+            let asks_guardian = route(signal, origin, circumstances) == Route::AskGuardian;
+            assert_eq!(asks_guardian, signal == Signal::SIGTERM && circumstances.may_be_for_unit);
+        }
+    }
+
+    fn described(route: Route) -> &'static str {
+        match route {
+            Route::Ask(StopEvent::Keyboard) => "a ^C",
+            Route::Ask(StopEvent::KeyboardAtTerraform) => "a ^C that terraform has got already",
+            Route::Ask(_) => "a request to stop",
+            Route::AskGuardian => "a request to stop; the guardian knows whether terraform has got it",
+            Route::Suspend => "terraform stops, then `tf`",
+            Route::NoteStoppedReader => "a background job that reads the terminal: stopped until `fg`",
+            Route::PassToGroup => "passed on to terraform's group",
+            Route::PassToTerraform => "passed on to terraform",
+            Route::LookAtChildren => "a child has stopped or exited: looked at",
+            Route::Ignore => "nothing",
+        }
+    }
+
+    fn table() -> String {
+        let mut table =
+            "| signal | from the terminal or the kernel | from a process | with `TFW_TTY=shared`, from the terminal \
+                         |\n|---|---|---|---|\n"
+                .to_owned();
+        for signal in HEARD {
+            let cell = |origin, group| {
+                described(route(signal, origin, Circumstances { group, was_ignored: false, may_be_for_unit: false }))
+            };
+            let _ = writeln!(
+                table,
+                "| {} | {} | {} | {} |",
+                signal.as_str().trim_start_matches("SIG"),
+                cell(SignalOrigin::Kernel, TerraformGroup::Own),
+                cell(SignalOrigin::Process, TerraformGroup::Own),
+                cell(SignalOrigin::Kernel, TerraformGroup::Shared),
+            );
+        }
+        table
+    }
+
+    /// `make generated` writes it.
+    #[test]
+    fn what_is_generated_in_docs_signals_is_what_is_done() {
+        const BEGIN: &str = "<!-- generated from src/supervise/routing.rs by `make generated` -->\n";
+        const END: &str = "<!-- end of what is generated -->";
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/signals.md");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let (before, rest) = text.split_once(BEGIN).unwrap();
+        let (_, after) = rest.split_once(END).unwrap();
+        let expected = format!("{before}{BEGIN}\n{}\n{END}{after}", table());
+        if std::env::var_os("TF_WRITE_GENERATED").is_some() {
+            std::fs::write(&path, &expected).unwrap();
+        }
+        assert!(
+            std::fs::read_to_string(&path).unwrap() == expected,
+            "docs/signals.md is not what is done: make generated"
+        );
+    }
+}
