@@ -1,10 +1,10 @@
-//! Giving a lock back: read, judge, delete on condition of exactly what was read; each half by itself.
+//! Giving a lock back: read, judge, delete on condition of exactly what was read; each part by itself.
 //!
 //! DynamoDB first and `.tflock` last, the reverse of taking, so that no contender gets half in. Both are tried even if
 //! the other fails.
 //!
 //! Two things can still be on their way from a terraform that died. A *lock request* that was not answered can land
-//! after we looked: so an absent half is looked for again, for [`LATE_REQUEST_WINDOW`]. A *write*, of the state or of the unlock's own
+//! after we looked: so an absent part is looked for again, for [`LATE_REQUEST_WINDOW`]. A *write*, of the state or of the unlock's own
 //! deletes, carries no condition and would hit whoever comes next: so before the first delete everything that such a
 //! write would change must have been seen unchanged for [`QUIET_WINDOW`].
 //!
@@ -170,7 +170,7 @@ pub(crate) enum Write {
 struct Services<'a> {
     place: &'a LockLocation,
     stores: Stores,
-    /// Where its halves can stand.
+    /// Where its parts can stand.
     parts: Vec<StoreKey>,
 }
 
@@ -180,9 +180,9 @@ impl<'a> Services<'a> {
         Ok(Self { place, parts: place.store_keys(&stores), stores })
     }
 
-    /// What stands at `half` now. Nothing, where no lock can be there at all.
-    async fn read(&self, half: &StoreKey) -> Result<Option<StoredLock>, Failure> {
-        nothing_if_excluded(self.stores.read(half).await)
+    /// What stands at `part` now. Nothing, where no lock can be there at all.
+    async fn read(&self, part: &StoreKey) -> Result<Option<StoredLock>, Failure> {
+        nothing_if_excluded(self.stores.read(part).await)
     }
 
     /// Looks at everything that a write of the terraform that held `recorded` would change.
@@ -195,13 +195,13 @@ impl<'a> Services<'a> {
             None => None,
         };
         let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
-        for half in &self.parts {
-            let Some(stored) = self.read(half).await? else {
+        for part in &self.parts {
+            let Some(stored) = self.read(part).await? else {
                 look.lock.push_str("- ");
                 continue;
             };
             let Some(info) = stored.info() else {
-                return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
+                return Err(Failure::no_answer(part.service(), &no_lock(part, &stored)));
             };
             look.lock.push_str(stored.text());
             look.holds |= judge(recorded, &info, run) != Match::Anothers;
@@ -233,8 +233,8 @@ fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>,
 }
 
 /// Why a lock is kept where something else than a lock was read.
-fn no_lock(half: &StoreKey, stored: &StoredLock) -> String {
-    format!("what was read there is no lock ({}): {}", half.describe(), stored.describe_no_lock())
+fn no_lock(part: &StoreKey, stored: &StoredLock) -> String {
+    format!("what was read there is no lock ({}): {}", part.describe(), stored.describe_no_lock())
 }
 
 /// Work that gives no answer for longer than `limit` has failed: so said with the name of the service.
@@ -333,10 +333,10 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
 pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Explanation).await else { return Vec::new() };
-        let reads = services.parts.iter().map(|half| services.stores.read(half));
+        let reads = services.parts.iter().map(|part| services.stores.read(part));
         let read = futures_util::future::join_all(reads).await;
         let read = services.parts.iter().zip(read);
-        read.filter_map(|(half, stored)| Some((half.clone(), stored.ok()??))).collect()
+        read.filter_map(|(part, stored)| Some((part.clone(), stored.ok()??))).collect()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
@@ -367,8 +367,8 @@ pub(crate) async fn may_stand(place: &LockLocation, id: &str) -> bool {
 async fn may_be_seen(place: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Work).await else { return true };
-        for half in &services.parts {
-            match services.stores.read(half).await {
+        for part in &services.parts {
+            match services.stores.read(part).await {
                 Ok(Some(stored)) if stored.info().is_none_or(|info| info.id == id) => return true,
                 Err(failure) if failure.cause().excludes_locks() => {}
                 Ok(_) => {}
@@ -438,16 +438,16 @@ async fn look_for(
 ) -> Result<IdentifiedLock, Failure> {
     let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     let mut light = IdentifiedLock::None;
-    for half in &services.parts {
-        let Some(stored) = services.read(half).await? else { continue };
+    for part in &services.parts {
+        let Some(stored) = services.read(part).await? else { continue };
         let Some(info) = stored.info() else {
-            return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
+            return Err(Failure::no_answer(part.service(), &no_lock(part, &stored)));
         };
         if !is_lock_id(&info.id) {
             continue;
         }
         let verdict = judge_unnamed(unnamed, &info, stored.text(), run, died);
-        trace!("{half:?} holds {}, which the log does not name: {verdict:?}", info.id);
+        trace!("{part:?} holds {}, which the log does not name: {verdict:?}", info.id);
         match verdict {
             Match::Ours => {
                 let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
@@ -487,10 +487,10 @@ pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> 
 /// One look of [`suspect`].
 async fn look_for_suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
-    for half in &services.parts {
-        let Some(stored) = services.read(half).await? else { continue };
+    for part in &services.parts {
+        let Some(stored) = services.read(part).await? else { continue };
         let Some(info) = stored.info() else {
-            return Err(Failure::no_answer(half.service(), &no_lock(half, &stored)));
+            return Err(Failure::no_answer(part.service(), &no_lock(part, &stored)));
         };
         let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
         if is_possible && info.created().is_some_and(|created| created >= run.started) {
@@ -518,10 +518,10 @@ struct Attempt<'a> {
     begun: Instant,
     /// A service has said that the credentials are over, and new ones were asked for.
     renewed: bool,
-    /// The halves that were ours, and were asked to go.
+    /// The parts that were ours, and were asked to go.
     asked_to_go: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
-    /// A half is known to be gone by us.
+    /// A part is known to be gone by us.
     deleted: bool,
     /// What was seen of a write, when all of [`QUIET_WINDOW`] was waited for.
     write: Option<Write>,
@@ -534,24 +534,8 @@ struct Attempt<'a> {
 /// it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
-    let is_half_had = recorded.locked.is_none() && s3 && dynamodb;
-    write_may_land && (recorded.uploading || recorded.unlocking || is_half_had)
-}
-
-/// What one round over the halves has found.
-#[derive(Default)]
-struct Round {
-    /// A half is ours, and may not be deleted before the quiet window is over.
-    needs_quiet: bool,
-    anothers: Option<String>,
-    kept: Option<Outcome>,
-    failed: Option<Failure>,
-    /// A half is not to be seen, and was not deleted by us.
-    missing: bool,
-    /// So many halves cannot be there at all.
-    excluded: usize,
-    /// What one look does not prove: a half that is absent, or has something that is no lock in its place.
-    unproven: Vec<(StoreKey, Option<String>)>,
+    let may_have_one_part = recorded.locked.is_none() && s3 && dynamodb;
+    write_may_land && (recorded.uploading || recorded.unlocking || may_have_one_part)
 }
 
 impl Attempt<'_> {
@@ -564,125 +548,94 @@ impl Attempt<'_> {
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
         let late = self.release_context.request_may_land && self.recorded.locked.is_none();
         let late_until = late.then(|| self.begun + LATE_REQUEST_WINDOW);
-        let mut unproven = None;
+        let mut before = None;
         let mut windows = 0;
         loop {
-            let round = self.round(&services).await;
-            if let Some(failure) = round.failed {
-                return Err(failure);
-            }
-            if round.needs_quiet {
-                windows += 1;
-                if windows > MAX_QUIET_WINDOWS {
-                    return Ok(Outcome::later(COMES_AND_GOES));
+            let judged = self.look(&services).await;
+            let look = PartsLook {
+                parts: &judged,
+                was_had: self.recorded.locked.is_some(),
+                is_quiet: self.write.is_some(),
+                was_deleted: self.deleted,
+                before: before.as_ref(),
+                request_may_land: late_until.is_some_and(|until| Instant::now() < until),
+                is_time_up: self.begun.elapsed() > self.limit,
+            };
+            match look.combine() {
+                Step::Failed(failure) => return Err(failure),
+                Step::WaitForQuiet => {
+                    windows += 1;
+                    if windows > MAX_QUIET_WINDOWS {
+                        return Ok(Outcome::later(COMES_AND_GOES));
+                    }
+                    self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
+                    // The service answered all that time: its limit begins anew.
+                    self.begun = Instant::now();
+                    before = None;
                 }
-                self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
-                // The service answered all that time: patience begins anew.
-                self.begun = Instant::now();
-                unproven = None;
-                continue;
+                Step::LookAgain(unproven) => {
+                    before = Some(unproven);
+                    sleep(POLL_INTERVAL).await;
+                }
+                Step::Kept(outcome) => return Ok(outcome),
+                Step::Absent { anothers, excluded } => return Ok(Outcome::Absent { anothers, excluded }),
+                Step::Released => return Ok(Outcome::Released(self.released(&services).await)),
             }
-            let is_late = round.missing && late_until.is_some_and(|until| Instant::now() < until);
-            let is_proven = round.unproven.is_empty() || unproven.as_ref() == Some(&round.unproven);
-            if !is_late && (is_proven || self.begun.elapsed() > self.limit) {
-                return Ok(self.outcome(&services, round, is_proven).await);
-            }
-            unproven = Some(round.unproven);
-            sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Reads, judges and deletes one half after the other.
-    async fn round(&mut self, services: &Services<'_>) -> Round {
-        let mut round = Round::default();
+    /// Reads, judges and deletes one part after the other.
+    async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
         // Each has its share, so that a service which is silent does not keep the other from being asked.
         let share = remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1);
-        for half in &services.parts {
-            match self.half(services, half, share).await {
-                Ok(Judged::Excluded) => {
-                    round.excluded += 1;
-                    // It is looked for again while its request may land: a table may be on its way too.
-                    round.missing = true;
-                    // As with every absence of a lock that was had: one response decides nothing.
-                    if self.recorded.locked.is_some() {
-                        round.unproven.push((half.clone(), None));
-                    }
-                }
-                Ok(Judged::Absent) => {
-                    round.missing = true;
-                    // One that was never known to be there may be absent.
-                    if self.recorded.locked.is_some() || self.write.is_some() {
-                        round.unproven.push((half.clone(), None));
-                    }
-                }
-                Ok(Judged::Deleted) => self.deleted = true,
-                Ok(Judged::Anothers(id)) => {
-                    round.missing = true;
-                    round.anothers = Some(id);
-                }
-                Ok(Judged::NoLock(reason)) => round.unproven.push((half.clone(), Some(reason))),
-                Ok(Judged::Doubt(reason)) => round.kept = Some(Outcome::kept(reason)),
-                Ok(Judged::NeedsConsent(reason)) => round.kept = Some(Outcome::later(reason)),
-                Ok(Judged::NeedsQuiet) => round.needs_quiet = true,
-                Err(failure) => round.failed = Some(failure),
-            }
+        let mut judged = Vec::new();
+        for part in &services.parts {
+            judged.push(self.part(services, part, share).await);
         }
-        round
+        self.deleted |= judged.iter().any(|part| matches!(part, Ok(Judged::Deleted)));
+        judged
     }
 
-    /// What the last round comes to.
-    async fn outcome(&self, services: &Services<'_>, round: Round, is_proven: bool) -> Outcome {
-        if let Some(kept) = round.kept {
-            return kept;
-        }
-        if let Some(reason) = round.unproven.into_iter().find_map(|(_, reason)| reason) {
-            return Outcome::Kept { reason, because: Because::NoLock };
-        }
-        if !is_proven {
-            return Outcome::later(COMES_AND_GOES);
-        }
-        if !self.deleted {
-            let excluded = round.excluded > 0 && round.excluded == services.parts.len();
-            return Outcome::Absent { anothers: round.anothers, excluded };
-        }
-        let unseen = services.parts.iter().any(|half| !self.asked_to_go.contains(half));
-        Outcome::Released(Released {
+    /// What is said of the lock when it was released.
+    async fn released(&self, services: &Services<'_>) -> Released {
+        let unseen = services.parts.iter().any(|part| !self.asked_to_go.contains(part));
+        Released {
             created: self.created,
             write: self.write,
             digest_mismatch: unfit_digest(services).await,
             is_partial: self.recorded.locked.is_none() && unseen,
-        })
+        }
     }
 
-    /// Reads one half, judges it and deletes it, until one of the three has settled it. All of that may take as long as
+    /// Reads one part, judges it and deletes it, until one of the three has settled it. All of that may take as long as
     /// `limit`.
-    async fn half(&mut self, services: &Services<'_>, half: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
+    async fn part(&mut self, services: &Services<'_>, part: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let remaining = || remaining(limit, begun);
         loop {
             // At the same time: a slow service is paid for once.
             let agreed = self.agreed;
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
-            let read = within(remaining(), half.service(), services.stores.read(half));
+            let read = within(remaining(), part.service(), services.stores.read(part));
             let (stored, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
             let stored = match stored {
                 Err(failure) if failure.cause().excludes_locks() => {
-                    trace!("no lock can be in {half:?}: {failure}");
+                    trace!("no lock can be in {part:?}: {failure}");
                     return Ok(Judged::Excluded);
                 }
                 stored => stored?,
             };
             let Some(stored) = stored else {
                 // Ours stood here and was asked to go: it went, though the answer to that was lost.
-                return Ok(if self.asked_to_go.contains(half) { Judged::Deleted } else { Judged::Absent });
+                return Ok(if self.asked_to_go.contains(part) { Judged::Deleted } else { Judged::Absent });
             };
             let Some(info) = stored.info() else {
-                trace!("{half:?} holds no lock: {}", stored.describe_no_lock());
-                return Ok(Judged::NoLock(no_lock(half, &stored)));
+                trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
+                return Ok(Judged::NoLock(no_lock(part, &stored)));
             };
             let verdict = judge(self.recorded, &info, &self.release_context.run);
-            trace!("{half:?} holds {}: {verdict:?}", info.id);
+            trace!("{part:?} holds {}: {verdict:?}", info.id);
             match verdict {
                 Match::Anothers => return Ok(Judged::Anothers(info.id)),
                 Match::Doubt(reason) => return Ok(Judged::Doubt(reason)),
@@ -696,18 +649,18 @@ impl Attempt<'_> {
             }
             self.created = info.created();
             crash_point::reached("release: half judged");
-            if !self.asked_to_go.contains(half) {
-                self.asked_to_go.push(half.clone());
+            if !self.asked_to_go.contains(part) {
+                self.asked_to_go.push(part.clone());
             }
-            match within(remaining(), half.service(), services.stores.remove(half, &stored)).await? {
+            match within(remaining(), part.service(), services.stores.remove(part, &stored)).await? {
                 Removed::Gone => {
-                    trace!("deleted {} in {half:?}", info.id);
+                    trace!("deleted {} in {part:?}", info.id);
                     crash_point::reached("release: half deleted");
                     return Ok(Judged::Deleted);
                 }
                 Removed::Refused => {
                     return Err(Failure::no_answer(
-                        half.service(),
+                        part.service(),
                         "the delete was answered, and the lock is still there",
                     ));
                 }
@@ -734,7 +687,8 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
     }
 }
 
-/// What became of a half.
+/// What became of one part of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Judged {
     Absent,
     /// No lock can be there.
@@ -750,6 +704,111 @@ enum Judged {
     NeedsConsent(String),
 }
 
+/// What one look does not prove: the parts that are absent, or have something that is no lock in their place, by their number.
+type Unproven = Vec<(usize, Option<String>)>;
+
+/// One look at the parts of a lock, and what is known besides.
+struct PartsLook<'a> {
+    parts: &'a [Result<Judged, Failure>],
+    /// Terraform had the lock.
+    was_had: bool,
+    /// The quiet window is over.
+    is_quiet: bool,
+    /// A part was deleted in this look or before.
+    was_deleted: bool,
+    /// What the look before did not prove. `None` if there was none.
+    before: Option<&'a Unproven>,
+    /// The lock was asked for, and the request may land at this moment.
+    request_may_land: bool,
+    /// No more looks are to be taken.
+    is_time_up: bool,
+}
+
+/// What follows from a look.
+#[derive(Clone, Debug, PartialEq)]
+enum Step {
+    /// A part could not be read or deleted.
+    Failed(Failure),
+    /// A part is ours, and may not be deleted before the quiet window is over.
+    WaitForQuiet,
+    /// One look does not prove it.
+    LookAgain(Unproven),
+    Kept(Outcome),
+    Absent {
+        anothers: Option<String>,
+        excluded: bool,
+    },
+    Released,
+}
+
+impl PartsLook<'_> {
+    /// What the parts come to together. The order is that of what must not be passed over:
+    ///
+    /// 1. What could not be read may be anything: nothing is said of the lock before it was read.
+    /// 2. A part that is ours and waits for the quiet window keeps the other one from being called the whole.
+    /// 3. An absence decides nothing while a request may land, and of a lock that was had it decides nothing alone: one answer
+    ///    that no service has sent (a proxy's, a cache's) must not make a lock forgotten. Nor does one look make of what is no
+    ///    lock something that bars everybody.
+    /// 4. A doubt about one part keeps the lock, whatever became of the other.
+    fn combine(&self) -> Step {
+        if let Some(failure) = self.parts.iter().rev().find_map(|part| part.as_ref().err()) {
+            return Step::Failed(failure.clone());
+        }
+        let parts: Vec<&Judged> = self.parts.iter().flatten().collect();
+        if parts.contains(&&Judged::NeedsQuiet) {
+            return Step::WaitForQuiet;
+        }
+        let is_missing = |part: &&Judged| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_));
+        let is_late = self.request_may_land && parts.iter().any(is_missing);
+        let unproven = self.unproven(&parts);
+        let is_proven = unproven.is_empty() || self.before == Some(&unproven);
+        if is_late || !(is_proven || self.is_time_up) {
+            return Step::LookAgain(unproven);
+        }
+        if let Some(kept) = parts.iter().rev().find_map(|part| part.keeps()) {
+            return Step::Kept(kept);
+        }
+        if let Some(reason) = unproven.into_iter().find_map(|(_, no_lock)| no_lock) {
+            return Step::Kept(Outcome::Kept { reason, because: Because::NoLock });
+        }
+        if !is_proven {
+            return Step::Kept(Outcome::later(COMES_AND_GOES));
+        }
+        if self.was_deleted {
+            return Step::Released;
+        }
+        let anothers = parts.iter().rev().find_map(|part| match part {
+            Judged::Anothers(id) => Some(id.clone()),
+            _ => None,
+        });
+        let excluded = !parts.is_empty() && parts.iter().all(|part| **part == Judged::Excluded);
+        Step::Absent { anothers, excluded }
+    }
+
+    fn unproven(&self, parts: &[&Judged]) -> Unproven {
+        let unproven = parts.iter().enumerate().filter_map(|(number, part)| match part {
+            // A lock that was never known to be there may be absent.
+            Judged::Absent if self.was_had || self.is_quiet => Some((number, None)),
+            // It is looked for again while its request may land: a table may be on its way too.
+            Judged::Excluded if self.was_had => Some((number, None)),
+            Judged::NoLock(reason) => Some((number, Some(reason.clone()))),
+            _ => None,
+        });
+        unproven.collect()
+    }
+}
+
+impl Judged {
+    /// Why the whole lock is not released. `None` where this part does not keep it.
+    fn keeps(&self) -> Option<Outcome> {
+        match self {
+            Self::Doubt(reason) => Some(Outcome::kept(*reason)),
+            Self::NeedsConsent(reason) => Some(Outcome::later(reason)),
+            _ => None,
+        }
+    }
+}
+
 /// The state and its digest, if they do not fit, and nobody is writing them at this moment. What cannot be read is not
 /// said to be wrong, and the lock is gone in any case.
 async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
@@ -761,8 +820,8 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     };
     let look = async {
         let first = compare().await?;
-        for half in &services.parts {
-            if services.stores.read(half).await.ok()?.is_some() {
+        for part in &services.parts {
+            if services.stores.read(part).await.ok()?.is_some() {
                 return None;
             }
         }
@@ -838,7 +897,7 @@ fn waiting_for_write(quiet: Duration) -> String {
     )
 }
 
-/// The request that undoes half a lock may be on its way.
+/// The request that undoes one part of a lock may be on its way.
 fn waiting_for_undo(quiet: Duration) -> String {
     format!(
         "terraform ended while it took the two parts of its lock; they are kept until nothing has arrived for {} s",
@@ -868,5 +927,145 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Each thing that can be found of a part.
+    fn findings() -> Vec<Result<Judged, Failure>> {
+        vec![
+            Ok(Judged::Absent),
+            Ok(Judged::Excluded),
+            Ok(Judged::Deleted),
+            Ok(Judged::Anothers("other".to_owned())),
+            Ok(Judged::NoLock("an empty object".to_owned())),
+            Ok(Judged::Doubt("it differs")),
+            Ok(Judged::NeedsQuiet),
+            Ok(Judged::NeedsConsent("a global table".to_owned())),
+            Err(Failure::no_answer("S3", "silence")),
+        ]
+    }
+
+    /// All locks of one part and of two.
+    fn all_parts() -> Vec<Vec<Result<Judged, Failure>>> {
+        let one = findings().into_iter().map(|part| vec![part]);
+        let two = findings()
+            .into_iter()
+            .flat_map(|first| findings().into_iter().map(move |second| vec![first.clone(), second]));
+        one.chain(two).collect()
+    }
+
+    /// Calls `promise` for all parts in all circumstances, with what they come to.
+    fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
+        for parts in all_parts() {
+            for bits in 0..32_u8 {
+                let bit = |place: u8| bits & (1 << place) != 0;
+                let deleted_now = parts.contains(&Ok(Judged::Deleted));
+                let mut look = PartsLook {
+                    parts: &parts,
+                    was_had: bit(0),
+                    is_quiet: bit(1),
+                    was_deleted: bit(2) || deleted_now,
+                    before: None,
+                    request_may_land: bit(3),
+                    is_time_up: bit(4),
+                };
+                let unproven = look.unproven(&parts.iter().flatten().collect::<Vec<_>>());
+                let other: Unproven = vec![(9, None)];
+                for before in [None, Some(&unproven), Some(&other)] {
+                    look.before = before;
+                    promise(&look, look.combine());
+                }
+            }
+        }
+    }
+
+    fn has(look: &PartsLook<'_>, is_it: impl Fn(&Judged) -> bool) -> bool {
+        look.parts.iter().flatten().any(is_it)
+    }
+
+    #[test]
+    fn a_part_that_could_not_be_read_decides_before_any_other() {
+        for_all(|look, step| {
+            assert_eq!(matches!(step, Step::Failed(_)), look.parts.iter().any(Result::is_err), "{:?}", look.parts);
+        });
+    }
+
+    #[test]
+    fn a_part_that_waits_for_quiet_keeps_the_lock_from_being_settled() {
+        for_all(|look, step| {
+            let expected = has(look, |part| *part == Judged::NeedsQuiet) && look.parts.iter().all(Result::is_ok);
+            assert_eq!(step == Step::WaitForQuiet, expected, "{:?}", look.parts);
+        });
+    }
+
+    #[test]
+    fn a_lock_is_released_only_if_a_part_was_deleted_and_nothing_is_in_doubt() {
+        for_all(|look, step| {
+            if step == Step::Released {
+                assert!(look.was_deleted);
+                let is_clear = |part: &Judged| {
+                    matches!(part, Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_))
+                };
+                assert!(look.parts.iter().all(|part| part.as_ref().is_ok_and(is_clear)), "{:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn a_doubt_about_one_part_keeps_the_lock() {
+        for_all(|look, step| {
+            if has(look, |part| part.keeps().is_some()) {
+                assert!(
+                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_) | Step::Kept(_)),
+                    "{:?}: {step:?}",
+                    look.parts
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn one_look_does_not_prove_that_a_lock_that_was_had_is_gone() {
+        for_all(|look, step| {
+            let is_absent = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded));
+            let is_gone = matches!(step, Step::Absent { .. } | Step::Released);
+            if look.was_had && is_absent && is_gone {
+                let unproven = look.unproven(&look.parts.iter().flatten().collect::<Vec<_>>());
+                assert_eq!(look.before, Some(&unproven), "{:?}: {step:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn while_a_request_may_land_an_absent_part_settles_nothing() {
+        for_all(|look, step| {
+            let is_missing = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_)));
+            if look.request_may_land && is_missing {
+                assert!(
+                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_)),
+                    "{:?}: {step:?}",
+                    look.parts
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn looking_has_an_end() {
+        for_all(|look, step| {
+            if look.is_time_up && !look.request_may_land {
+                assert!(!matches!(step, Step::LookAgain(_)), "{:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn no_lock_can_be_there_only_if_none_can_be_in_any_part() {
+        for_all(|look, step| {
+            if let Step::Absent { anothers, excluded } = step {
+                assert_eq!(excluded, look.parts.iter().all(|part| *part == Ok(Judged::Excluded)), "{:?}", look.parts);
+                assert_eq!(anothers.is_some(), has(look, |part| matches!(part, Judged::Anothers(_))));
+                assert!(!look.was_deleted);
+            }
+        });
     }
 }
