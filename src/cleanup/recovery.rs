@@ -16,6 +16,7 @@ use crate::cleanup::clean_up::clean_up;
 use crate::cleanup::other_backend::NonS3Result;
 use crate::console;
 use crate::journal::runs::Replaced;
+use crate::journal::state_directory::Durability;
 use crate::terraform::binary::Binary;
 use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
@@ -411,7 +412,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                         entry.take_away();
                     } else {
                         record.leave(left);
-                        let _ = entry.write(&record, true);
+                        let _ = entry.write(&record, Durability::PowerLoss);
                     }
                     return Forgotten::Yes(pid);
                 }
@@ -687,7 +688,7 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         entry.take_away();
     } else {
         record.leave(unfinished);
-        if entry.write(&record, true).is_ok() {
+        if entry.write(&record, Durability::PowerLoss).is_ok() {
             Recorder::clear_away(&record.run);
         }
     }

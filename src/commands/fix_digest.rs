@@ -11,6 +11,7 @@
 //! after this process has exited. It is remembered as a [`PendingRequest`], like a request of a dead terraform.
 
 use crate::console;
+use crate::journal::state_directory::Durability;
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -213,7 +214,7 @@ impl<'a> Work<'a> {
         for lock in &mut record.log.locks {
             lock.locked = Some(Timestamp::now());
         }
-        let _ = entry.write(record, true);
+        let _ = entry.write(record, Durability::PowerLoss);
     }
 
     /// Remembers a lock request that had no answer or was refused, because a copy of it may still be carried out. A

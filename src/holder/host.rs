@@ -46,8 +46,8 @@ impl HostView {
         let mut recorded = HashMap::new();
         let mut late = HashMap::new();
         for directory in StateDirectory::all(|name| std::env::var_os(name)) {
-            let tombstones = PendingRequests::of(&directory).read(Timestamp::now());
-            late.extend(tombstones.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
+            let pending = PendingRequests::of(&directory).read(Timestamp::now());
+            late.extend(pending.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
             let Some(journal) = Journal::there(&directory) else { continue };
             for name in journal.names() {
                 let (state, record) = match journal.look(&name) {

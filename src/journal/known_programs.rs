@@ -11,13 +11,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::journal::state_directory::{StateDirectory, open_private};
+use crate::journal::state_directory::{Durability, StateDirectory, open_private, replace};
 use crate::sys::memory::MemoryFile;
 use crate::sys::poll;
 use crate::terraform::binary::LARGE;
@@ -110,15 +110,11 @@ impl Program {
             known.clear();
         }
         known.insert(self.key.clone(), version.clone());
-        let unfinished = file.with_extension(std::process::id().to_string());
-        let written = (|| {
-            let mut new = File::options().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-            new.write_all(&serde_json::to_vec(&known)?)?;
-            fs::rename(&unfinished, file)
-        })();
+        let written = serde_json::to_vec(&known)
+            .map_err(io::Error::from)
+            .and_then(|text| replace(file, &text, Durability::Processes));
         if let Err(error) = written {
             trace!("{}: {error}", file.display());
-            let _ = fs::remove_file(&unfinished);
         }
     }
 }

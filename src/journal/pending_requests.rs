@@ -13,15 +13,15 @@
 //! ([`crate::lock::proof`]).
 
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::journal::runs::JournalRecord;
-use crate::journal::state_directory::{StateDirectory, is_private, open_private};
+use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock};
@@ -147,15 +147,10 @@ impl PendingRequests {
         if !is_private(&self.path) || !is_lock_id(&pending.lock.id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        // It is written to a temporary file and then renamed, so that the file is never incomplete.
-        let path = self.path(&pending.lock.id);
-        let unfinished = path.with_extension(std::process::id().to_string());
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
         let record = pending.record.clone().or_else(|| self.record.clone());
-        file.write_all(&serde_json::to_vec(&PendingRequest { record, ..pending.clone() })?)?;
-        file.sync_all()?;
-        trace!("tombstone for {}", pending.lock.id);
-        fs::rename(unfinished, path)
+        let text = serde_json::to_vec(&PendingRequest { record, ..pending.clone() })?;
+        trace!("pending request of lock {}", pending.lock.id);
+        replace(&self.path(&pending.lock.id), &text, Durability::PowerLoss)
     }
 
     fn path(&self, id: &str) -> PathBuf {

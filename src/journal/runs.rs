@@ -35,7 +35,7 @@ use crate::journal::host::{HostIdentity, Standpoint};
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::run_mark::Living;
-use crate::journal::state_directory::{StateDirectory, is_private, open_private};
+use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::sys::process::{self, Process, ProcessList};
@@ -474,36 +474,17 @@ impl Journal {
 }
 
 impl JournalEntry {
-    /// Replaces the record. With `to_disk`, it is also flushed to disk, so that it survives a loss of power.
+    /// Replaces the record.
     ///
     /// # Errors
     /// Fails if the record is longer than [`MAX_RECORD_BYTES`], or if it cannot be written, for example because the
-    /// disk is full.
-    pub(crate) fn write(&self, record: &JournalRecord, to_disk: bool) -> io::Result<()> {
-        let unfinished = self.path.join(format!("record.{}", std::process::id()));
-        let _ = fs::remove_file(&unfinished);
-        let written = (|| {
-            let text = serde_json::to_vec(record)?;
-            if text.len() as u64 > MAX_RECORD_BYTES {
-                // The previous record stays, and can still be read.
-                return Err(io::ErrorKind::FileTooLarge.into());
-            }
-            let mut file = create(&unfinished)?;
-            file.write_all(&text)?;
-            fs::rename(&unfinished, self.path.join("record.json"))?;
-            if to_disk {
-                // One sync is enough for the content and the new name: what a journaling file system writes for a file
-                // that was just renamed has both in it. If the power fails before that, the name may exist without the
-                // content, and the record is invalid. That loses no more than a failure a moment earlier, when the
-                // record did not have the lock yet.
-                file.sync_all()?;
-            }
-            Ok(())
-        })();
-        if written.is_err() {
-            let _ = fs::remove_file(&unfinished);
+    /// disk is full. The previous record stays.
+    pub(crate) fn write(&self, record: &JournalRecord, durability: Durability) -> io::Result<()> {
+        let text = serde_json::to_vec(record)?;
+        if text.len() as u64 > MAX_RECORD_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
         }
-        written
+        replace(&self.path.join("record.json"), &text, durability)
     }
 
     /// Deletes the run from the journal.

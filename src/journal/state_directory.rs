@@ -14,7 +14,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -127,6 +127,46 @@ pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of ours alone"));
     }
     Ok(file)
+}
+
+/// What a file that was replaced survives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// The death of every process.
+    Processes,
+    /// A loss of power too. It costs two flushes to the disk.
+    PowerLoss,
+}
+
+/// Replaces the file at `path` by one with `content`, readable by this user alone. At every moment, the old or the new
+/// content is there, and whole.
+///
+/// For [`Durability::PowerLoss`], the content is flushed before the rename, because the new name must not be on the disk
+/// without the content (ext4(5), `auto_da_alloc`, excludes that; other file systems do not). The directory is flushed
+/// after it, because the name is in the directory.
+///
+/// # Errors
+/// Fails if the file cannot be written, for example because the disk is full. The old file is there then.
+pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
+    let unfinished = path.with_extension(std::process::id().to_string());
+    // A process of this pid may have died while it wrote.
+    let _ = fs::remove_file(&unfinished);
+    let written = write_new(&unfinished, content, durability).and_then(|()| fs::rename(&unfinished, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&unfinished);
+        return written;
+    }
+    match (durability, path.parent()) {
+        (Durability::PowerLoss, Some(directory)) => File::open(directory)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+fn write_new(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    file.write_all(content)?;
+    if durability == Durability::PowerLoss { file.sync_all() } else { Ok(()) }
 }
 
 /// Whether `path` is a directory of this user, or a symbolic link to one.
@@ -258,5 +298,25 @@ mod tests {
                 .count(),
             0
         );
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_of_a_write_that_failed() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record.json");
+        // What a process of this pid left when it died.
+        fs::write(path.with_extension(std::process::id().to_string()), "half").unwrap();
+        for (content, durability) in [("one", Durability::Processes), ("two", Durability::PowerLoss)] {
+            replace(&path, content.as_bytes(), durability).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "no unfinished file");
+        }
+        // A directory cannot be replaced by a file.
+        let taken = directory.path().join("taken.json");
+        fs::create_dir_all(taken.join("x")).unwrap();
+        assert!(replace(&taken, b"three", Durability::Processes).is_err());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "no unfinished file");
     }
 }

@@ -25,6 +25,7 @@ use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::SilentReporter;
 use crate::cleanup::run_context::RunContext;
+use crate::journal::state_directory::Durability;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -514,7 +515,7 @@ impl<'a> Watch<'a> {
                 if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
                     record.tree.survivors = processes;
                     // Without a lock nobody will ask for them.
-                    let _ = if record.log.may_hold() { entry.write(record, false) } else { Ok(()) };
+                    let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
                 }
             }
             NEWS => {
@@ -533,10 +534,11 @@ impl<'a> Watch<'a> {
             // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
             let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
             let unknown = |lock: &UnnamedLock| !record.log.unnamed.iter().any(|known| known.is_same(lock));
-            let to_disk = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
+            let is_new = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
+            let durability = if is_new { Durability::PowerLoss } else { Durability::Processes };
             record.log = log.clone();
             record.offset = offset;
-            let written = entry.write(record, to_disk);
+            let written = entry.write(record, durability);
             trace!("guardian: journal written: {}", written.is_ok());
             if written.is_err() {
                 let _ = self.socket.write(&[CANNOT_WRITE]);
@@ -563,7 +565,7 @@ impl<'a> Watch<'a> {
                 record.log = self.context.recorder.log().clone();
                 record.tree.survivors = self.context.tree.survivors();
                 record.leave(unfinished);
-                let _ = entry.write(&record, true);
+                let _ = entry.write(&record, Durability::PowerLoss);
             }
         }
         self.context.recorder.remove();

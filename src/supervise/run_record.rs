@@ -3,6 +3,7 @@
 //! The guardian writes the journal, because waiting for a disk would keep signals waiting here. Where there is no guardian
 //! any more, `tf` writes it itself.
 
+use crate::journal::state_directory::Durability;
 use std::os::fd::BorrowedFd;
 
 use nix::unistd::Pid;
@@ -129,7 +130,7 @@ impl RunRecord {
         if let Some((entry, record)) = &mut self.entry {
             record.log = recorder.log().clone();
             record.offset = recorder.whole_until();
-            self.failed |= entry.write(record, true).is_err();
+            self.failed |= entry.write(record, Durability::PowerLoss).is_err();
             crash_point::reached("tf: has written");
         }
     }
@@ -157,7 +158,7 @@ impl RunRecord {
             record.log = log.clone();
             record.tree.survivors = survivors;
             record.leave(unfinished);
-            let _ = entry.write(&record, true);
+            let _ = entry.write(&record, Durability::PowerLoss);
         }
     }
 }
