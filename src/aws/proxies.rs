@@ -1,6 +1,7 @@
 //! Chooses the proxy for a request as Go's HTTP client does (golang.org/x/net/http/httpproxy), which terraform uses.
 //! The SDK's own client uses no proxy, and other clients read these variables differently.
 
+use ipnet::IpNet;
 use std::net::IpAddr;
 
 /// The proxies that a backend and the environment name.
@@ -17,7 +18,7 @@ pub(crate) struct Proxies {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Exception {
     Everything,
-    Network { address: IpAddr, bits: u8 },
+    Network(IpNet),
     Address { address: IpAddr, port: Option<u16> },
     Domain { suffix: String, itself: bool, port: Option<u16> },
 }
@@ -49,9 +50,7 @@ impl Exception {
         let fits = |wanted: &Option<u16>| wanted.is_none_or(|wanted| wanted == port);
         match self {
             Self::Everything => true,
-            Self::Network { address: network, bits } => {
-                address.is_some_and(|address| in_network(address, *network, *bits))
-            }
+            Self::Network(network) => address.is_some_and(|address| network.contains(&address)),
             Self::Address { address: wanted, port } => address == Some(*wanted) && fits(port),
             Self::Domain { suffix, itself, port } => {
                 (host.ends_with(suffix.as_str()) || (*itself && host == &suffix[1..])) && fits(port)
@@ -72,10 +71,8 @@ fn exception(word: &str) -> Option<Exception> {
     if word == "*" {
         return Some(Exception::Everything);
     }
-    if let Some((address, bits)) = word.split_once('/')
-        && let (Ok(address), Ok(bits)) = (address.parse::<IpAddr>(), bits.parse())
-    {
-        return Some(Exception::Network { address, bits });
+    if let Ok(network) = word.parse::<IpNet>() {
+        return Some(Exception::Network(network));
     }
     let (host, port) = match word.rsplit_once(':') {
         // An IPv6 address without brackets has colons of its own.
@@ -97,19 +94,6 @@ fn exception(word: &str) -> Option<Exception> {
     let itself = !host.starts_with('.');
     let suffix = if itself { format!(".{host}") } else { host.to_owned() };
     Some(Exception::Domain { suffix, itself, port })
-}
-
-fn in_network(address: IpAddr, network: IpAddr, bits: u8) -> bool {
-    let same = |a: &[u8], b: &[u8]| {
-        a.len() == b.len()
-            && usize::from(bits) <= a.len() * 8
-            && (0..usize::from(bits)).all(|bit| (a[bit / 8] ^ b[bit / 8]) & (0x80 >> (bit % 8)) == 0)
-    };
-    match (address, network) {
-        (IpAddr::V4(address), IpAddr::V4(network)) => same(&address.octets(), &network.octets()),
-        (IpAddr::V6(address), IpAddr::V6(network)) => same(&address.octets(), &network.octets()),
-        _ => false,
-    }
 }
 
 #[cfg(test)]

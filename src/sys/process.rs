@@ -41,16 +41,9 @@ pub(crate) fn disable_core_dumps() {
 pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     #[cfg(target_os = "linux")]
     {
-        use std::os::fd::FromRawFd;
-        // SAFETY: the call takes two numbers and returns a new descriptor, which nothing else owns and which is closed
-        // on exec.
-        unsafe {
-            let descriptor = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
-            match i32::try_from(descriptor) {
-                Ok(descriptor) if descriptor >= 0 => Ok(OwnedFd::from_raw_fd(descriptor)),
-                _ => Err(io::Error::last_os_error()),
-            }
-        }
+        use rustix::process::{PidfdFlags, pidfd_open};
+        let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(pidfd_open(pid, PidfdFlags::empty())?)
     }
     #[cfg(not(target_os = "linux"))]
     {
