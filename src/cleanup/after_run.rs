@@ -233,7 +233,7 @@ const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 
 /// Whether a lock stands, or may, that terraform had begun to release.
 pub(crate) fn unlock_is_begun(log: &Log, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
-    let mut begun = log.unreleased().filter(|lock| lock.unlocking);
+    let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
         let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, waiter));
         found.any(|stands| stands)

@@ -264,7 +264,7 @@ impl Cleaned {
         let mut unfinished = Unfinished {
             locks: results.into_iter().filter(is_left).map(|result| result.lock).collect(),
             unnamed: if in_doubt {
-                log.standing_unnamed().cloned().collect()
+                log.unreleased_unnamed().cloned().collect()
             } else {
                 locks.unread.into_iter().map(|(lock, _)| lock).chain(locks.awaited).collect()
             },
@@ -283,29 +283,26 @@ impl Cleaned {
 mod tests {
     use super::*;
     use crate::lock::release::Released;
-    use crate::terraform::log::{LockIdentity, UnnamedLock, tests::ID, tests::lock_line};
+    use crate::terraform::log::{LockIdentity, LoggedLock, UnnamedLock, tests::ID, tests::lock_line};
+    use crate::terraform::logged_lock::Progress;
 
     fn unnamed(workspace: &str) -> UnnamedLock {
-        UnnamedLock {
-            mark: LockIdentity::Workspace(workspace.to_owned()),
-            asked: Timestamp::UNIX_EPOCH,
-            granted: None,
-            unlocking: false,
-            uploading: false,
-            unlocked: false,
-        }
+        let identity = LockIdentity::Workspace(workspace.to_owned());
+        UnnamedLock { identity, progress: Progress::asked(Timestamp::UNIX_EPOCH) }
     }
 
     /// A log with one lock that it names, and one that it does not.
     fn log() -> Log {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
-        log.unnamed.push(unnamed("w"));
+        let named: Vec<LoggedLock> = log.locks().to_vec();
+        log.set_locks(named.into_iter().chain([LoggedLock::Unnamed(unnamed("w"))]));
         log
     }
 
     fn cleaned(log: &Log, outcome: Option<Outcome>, may_stand: bool) -> Cleaned {
-        let result = ReleaseResult { lock: log.locks[0].clone(), outcome, may_stand, may_still_come: false };
+        let result =
+            ReleaseResult { lock: log.named().next().unwrap().clone(), outcome, may_stand, may_still_come: false };
         Cleaned {
             locks: CandidateLocks::default(),
             results: vec![result],
@@ -358,7 +355,7 @@ mod tests {
                 let left = cleaned.unfinished(&log, is_read).unnamed;
                 let expected = if suspects > 0 && !is_read { 1 } else { unread + awaited };
                 assert_eq!(left.len(), expected, "{suspects} {unread} {awaited} {is_read}");
-                assert!(suspects == 0 || is_read || left == log.unnamed);
+                assert!(suspects == 0 || is_read || left == [unnamed("w")]);
             }
         }
     }
@@ -371,7 +368,7 @@ mod tests {
                 let bit = |place: u8| bits & (1 << place) != 0;
                 let mut cleaned = cleaned(&log, None, true);
                 let by = crate::terraform::lock_info::LockInfo::default();
-                cleaned.replaced.extend(bit(0).then(|| Replaced { own: log.locks[0].clone(), by }));
+                cleaned.replaced.extend(bit(0).then(|| Replaced { own: log.named().next().unwrap().clone(), by }));
                 cleaned.lost_log_is_left = bit(1);
                 cleaned.non_s3.later = bit(2);
                 cleaned.non_s3.messages.extend(bit(3).then(|| "it is still held".to_owned()));

@@ -475,7 +475,7 @@ pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -
 
 /// A lock came late, and was given back.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
-    let how = if recorded.locked.is_some() { " left" } else { "'s request took late" };
+    let how = if recorded.progress.held.is_some() { " left" } else { "'s request took late" };
     format!("released a lock that a dead terraform{how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
 }
 

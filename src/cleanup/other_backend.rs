@@ -90,7 +90,7 @@ impl<'a> NonS3Release<'a> {
         let kind = OtherBackend::of(backend)?;
         let moved = backends.any(|other| other.kind != backend.kind || kind.place(other) != kind.place(backend));
         let had = log.of_workspaces().last().cloned();
-        let workspace = match had.as_ref().map(|lock| &lock.mark) {
+        let workspace = match had.as_ref().map(|lock| &lock.identity) {
             Some(LockIdentity::Workspace(name)) => name.clone(),
             _ => places.workspaces.first().cloned().unwrap_or_default(),
         };

@@ -249,8 +249,8 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     for lock in record.log.unreleased() {
                         say(&messages::would_recover(&record, lock));
                     }
-                    for lock in record.log.standing_unnamed() {
-                        say(&messages::would_look_for(&record, lock.asked));
+                    for lock in record.log.unreleased_unnamed() {
+                        say(&messages::would_look_for(&record, lock.progress.asked));
                     }
                 }
                 FoundRun::Dead(record, entry, standpoint) => {
@@ -397,14 +397,14 @@ pub(crate) fn forget(what: &str) -> Forgotten {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names() {
             let is_meant = |record: &JournalRecord| {
-                record.run == what || record.log.locks.iter().any(|lock| lock.id == what && !lock.unlocked)
+                record.run == what || record.log.named().any(|lock| lock.id == what && !lock.progress.is_gone())
             };
             match journal.look(&name) {
                 FoundRun::Dead(mut record, entry, _) if is_meant(&record) => {
-                    let mut left = Unfinished { locks: record.log.locks.clone(), ..Unfinished::default() };
-                    left.locks.retain(|lock| record.run != what && lock.id != what && !lock.unlocked);
+                    let mut left = Unfinished { locks: record.log.named().cloned().collect(), ..Unfinished::default() };
+                    left.locks.retain(|lock| record.run != what && lock.id != what && !lock.progress.is_gone());
                     if record.run != what {
-                        left.unnamed.clone_from(&record.log.unnamed);
+                        left.unnamed.extend(record.log.unnamed().cloned());
                         left.unlogged = record.unlogged;
                     }
                     let pid = record.tf;
@@ -439,7 +439,9 @@ pub(crate) fn forget(what: &str) -> Forgotten {
 fn only_awaits(journal: &Journal, name: &str) -> bool {
     match journal.look(name) {
         FoundRun::Dead(record, ..) => {
-            record.over && record.log.locks.is_empty() && record.log.unnamed.iter().all(|lock| lock.granted.is_none())
+            record.over
+                && record.log.named().next().is_none()
+                && record.log.unnamed().all(|lock| lock.progress.held.is_none())
         }
         _ => false,
     }
@@ -448,7 +450,7 @@ fn only_awaits(journal: &Journal, name: &str) -> bool {
 /// Whether the run of `record` can have locked the place where we are.
 fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
     record.log.unreleased().any(|lock| !here.of(lock).is_empty())
-        || record.log.standing_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
+        || record.log.unreleased_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
         || record.data_directory == here.data_directory
 }
 

@@ -55,7 +55,7 @@ impl CandidateLocks {
         let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
         let _there = Within::enter(&places.working_directory);
         // One that ended by itself had its answer, and has gone on where it was given a lock.
-        for unnamed in log.standing_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
+        for unnamed in log.unreleased_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
             let places = places.of_unnamed(unnamed);
             let mut unseen = true;
             for place in &places {
@@ -65,8 +65,8 @@ impl CandidateLocks {
             if !died || !unseen {
                 continue;
             }
-            if unnamed.granted.is_none() {
-                if !places.is_empty() && may_land(Some(unnamed.asked), Timestamp::now()) {
+            if unnamed.progress.held.is_none() {
+                if !places.is_empty() && may_land(Some(unnamed.progress.asked), Timestamp::now()) {
                     locks.awaited.push(unnamed.clone());
                 }
             } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&places, release_context, waiter) {
@@ -124,7 +124,7 @@ pub(crate) fn release_locks(
     // A migration holds two, and gives back the second first.
     let results = locks.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
-        let may_stand = recorded.locked.is_some() || died;
+        let may_stand = recorded.progress.held.is_some() || died;
         let named = |outcome: Outcome| may_stand.then_some(outcome);
         let purpose = if may_stand { Purpose::Work } else { Purpose::Explanation };
         // A service that was silent for one lock is not waited for as long for the next.
@@ -140,7 +140,8 @@ pub(crate) fn release_locks(
                 // One that was refused is not missed, nor one that was not had where another's is.
                 Some(absent @ Outcome::Absent { .. })
                     if may_stand
-                        && (recorded.locked.is_some() || matches!(absent, Outcome::Absent { anothers: None, .. }))
+                        && (recorded.progress.held.is_some()
+                            || matches!(absent, Outcome::Absent { anothers: None, .. }))
                         && !is_expected_to_be_gone(recorded, died, release_context.run.program.as_ref()) =>
                 {
                     Some(not_believed(&places, release_context, waiter).unwrap_or(absent))
@@ -154,7 +155,7 @@ pub(crate) fn release_locks(
             && match outcome {
                 // Its place may come back, and a lock in it: a table that is restored under its name.
                 Some(Outcome::Absent { excluded: true, .. }) => true,
-                Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.locked.is_none(),
+                Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
                 Some(Outcome::Kept { .. }) | None => false,
             };
         ReleaseResult { lock: recorded.clone(), may_stand, may_still_come, outcome }
@@ -192,7 +193,9 @@ pub(crate) fn only_name(
 /// Whether terraform has most likely released `recorded` itself, and cannot say so: it ended by itself after it had begun to,
 /// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
-    !died && recorded.unlocking && program.is_some_and(|program| program.log_detail() == LogDetail::IdsOnly)
+    !died
+        && recorded.progress.is_unlocking()
+        && program.is_some_and(|program| program.log_detail() == LogDetail::IdsOnly)
 }
 
 /// Which of `results` were replaced while the run worked, which it did `until` then. It is written into the history.
@@ -225,8 +228,8 @@ pub(crate) fn replaced(
 /// Whether the holder of `other` locked the state while the run of `own` had not ended, which it had `until` then. A
 /// terraform whose unlock was refused, because the lock was another's, tells so whatever the clocks of both hosts say.
 fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
-    let refused = !died && own.unlocking && !own.unlocked;
-    own.locked.is_some() && (refused || other.created().is_some_and(|created| created <= until))
+    let refused = !died && own.progress.is_unlocking();
+    own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
 /// Why a lock that was seen in none of `places` does not count as gone. `None` where it does.
@@ -297,7 +300,7 @@ pub(crate) fn remember_pending(
             return None;
         }
         // A table that a request found missing was most likely never there. One in which the lock was had may be back.
-        let abandoned = excluded && lock.locked.is_none();
+        let abandoned = excluded && lock.progress.held.is_none();
         keep(
             pending_requests,
             PendingRequest { abandoned, unseen: excluded, ..PendingRequest::new(lock, &release_context.run) },
@@ -325,7 +328,7 @@ pub(crate) fn abandoned_requests(
             }
             Some(Outcome::Absent { .. }) | None => false,
         };
-        failed && may_come && results.lock.locked.is_none() && !results.may_still_come
+        failed && may_come && results.lock.progress.held.is_none() && !results.may_still_come
     };
     results.iter().filter(abandoned)
 }
@@ -369,7 +372,7 @@ pub(crate) fn check_pending(
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
     // Of a lock that was had a write may be on its way, for as long as a request can be. Only who was asked for it waits for that.
-    let write_may_land = pending.lock.locked.is_some() && may_land(Some(pending.since), Timestamp::now());
+    let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
     if write_may_land && purpose == Purpose::Explanation {
         return None;
     }
@@ -380,7 +383,7 @@ pub(crate) fn check_pending(
         release_where_found(&pending.lock, &places.of(&pending.lock), &release_context, (limit, purpose), waiter);
     trace!("tombstone of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
-        let had = pending.lock.locked.is_some();
+        let had = pending.lock.progress.held.is_some();
         let why =
             if had { "its table or bucket was away when it died" } else { "a dead terraform's request took it late" };
         history::record(&LockEvent::of_recorded(What::Released, By::Recovery, &pending.lock, why, None));
@@ -405,6 +408,7 @@ pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terraform::logged_lock::Phase;
 
     fn lock_that_was_asked_for() -> RecordedLock {
         let mut log = Log::default();
@@ -412,7 +416,7 @@ mod tests {
         let line =
             crate::terraform::log::tests::lock_line(7, "Attempting to lock remote state (DynamoDB only)...", id, "r");
         log.read(line.as_bytes());
-        log.locks.remove(0)
+        log.named().next().unwrap().clone()
     }
     use crate::terraform::log::LockParts;
 
@@ -425,7 +429,7 @@ mod tests {
             for unlocking in [false, true] {
                 for died in [false, true] {
                     let mut lock = RecordedLock::held(&info, "b", "k", LockParts::default(), at);
-                    lock.unlocking = unlocking;
+                    lock.progress.phase = if unlocking { Phase::Unlocking } else { Phase::Open };
                     let expected = unlocking && !died && ["1.6.0", "1.9.8"].contains(&version);
                     assert_eq!(is_expected_to_be_gone(&lock, died, program.as_ref()), expected, "{version}");
                     assert!(!is_expected_to_be_gone(&lock, died, None));
@@ -450,13 +454,13 @@ mod tests {
         for (created, before) in [(at(20), true), (at(30), true), (at(40), false), ("yesterday".into(), false)] {
             for died in [false, true] {
                 for unlocking in [false, true] {
-                    own.unlocking = unlocking;
+                    own.progress.phase = if unlocking { Phase::Unlocking } else { Phase::Open };
                     let expected = before || (!died && unlocking);
                     assert_eq!(worked_at_once(&own, &info(created.clone()), died, end), expected, "{created} {died}");
                 }
             }
         }
-        own.locked = None;
+        own.progress.held = None;
         assert!(!worked_at_once(&own, &info(at(20)), false, end), "it was refused, and did not work");
     }
 
@@ -490,7 +494,7 @@ mod tests {
             assert_eq!(abandoned_requests(&results, ended).count(), expected, "{results:?} {ended:?}");
         }
         let mut had = lock.clone();
-        had.locked = Some(lock.asked);
+        had.progress.held = Some(lock.progress.asked);
         let results = [ReleaseResult { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
         assert_eq!(abandoned_requests(&results, Some(Ended::Exited(1))).count(), 0);
     }

@@ -75,7 +75,7 @@ impl Reporter for TerminalReporter<'_> {
                 };
                 console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
             }
-            Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.locked.is_some() => {
+            Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.progress.held.is_some() => {
                 console::say(&messages::place_is_away(ending, lock, is_remembered));
             }
             Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
@@ -110,7 +110,7 @@ impl Reporter for TerminalReporter<'_> {
         if run.died || run.ended == Some(Ended::Exited(0)) {
             return;
         }
-        for ReleaseResult { lock, outcome, .. } in results.iter().filter(|result| result.lock.locked.is_none()) {
+        for ReleaseResult { lock, outcome, .. } in results.iter().filter(|result| result.lock.progress.held.is_none()) {
             // Of a service that is silent, and of a location without a lock, there is nothing to say.
             let is_refused = match outcome {
                 Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
@@ -134,7 +134,7 @@ impl Reporter for TerminalReporter<'_> {
         }
         for unnamed in &locks.awaited {
             let has_journal = self.unprotected.is_none();
-            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.asked, has_journal));
+            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.progress.asked, has_journal));
         }
         for (_, reason) in &locks.unread {
             console::say(&messages::not_looked_for(run.ending, reason));
@@ -350,7 +350,7 @@ fn stored_locks(
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
     /// Less than five seconds by more than a slow machine is late.
     const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
-    at.duration_since(lock.asked) >= SECOND_INTERRUPT_WINDOW
+    at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
 }
 
 #[cfg(test)]
@@ -362,9 +362,9 @@ mod tests {
     fn a_request_was_waited_for_where_terraform_stayed_for_as_long_as_it_does_after_a_second_interrupt() {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
-        let lock = log.locks.remove(0);
+        let lock = log.named().next().unwrap().clone();
         for (seconds, expected) in [(1, false), (5, true)] {
-            assert_eq!(was_waited_for(&lock, lock.asked + SignedDuration::from_secs(seconds)), expected);
+            assert_eq!(was_waited_for(&lock, lock.progress.asked + SignedDuration::from_secs(seconds)), expected);
         }
     }
 }

@@ -12,6 +12,7 @@
 
 use crate::console;
 use crate::journal::state_directory::Durability;
+use crate::terraform::log::LoggedLock;
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -211,9 +212,7 @@ impl<'a> Work<'a> {
     /// requested, and recovery looks for the lock anyway.
     fn has_locked(&mut self) {
         let Some(Journaled { entry, record, .. }) = &mut self.journaled else { return };
-        for lock in &mut record.log.locks {
-            lock.locked = Some(Timestamp::now());
-        }
+        record.log.grant_all(Timestamp::now());
         let _ = entry.write(record, Durability::PowerLoss);
     }
 
@@ -222,7 +221,7 @@ impl<'a> Work<'a> {
     fn remember_request(&self) {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
         let run = record.proof();
-        for lock in &record.log.locks {
+        for lock in record.log.named() {
             let _ = pending.put(&PendingRequest::new(lock, &run));
         }
     }
@@ -366,7 +365,7 @@ fn journal(directory: &Directory, state: &ListedState, lock: RecordedLock, begun
         access,
         ..JournalRecord::new(&run, &journal)
     };
-    record.log.locks.push(lock);
+    record.log.set_locks([LoggedLock::Named(lock)]);
     let (entry, life) = journal.begin(&record).ok()?;
     let pending = PendingRequests::of(&place).of_run(&record);
     Some(Journaled { entry, record, pending, _life: life })

@@ -92,7 +92,7 @@ impl HostView {
     /// Whether a dead terraform held the lock `id` while its table or bucket was unavailable. A write of that terraform
     /// may still be in flight.
     pub(crate) fn was_had_late(&self, id: &str) -> bool {
-        self.late.get(id).is_some_and(|(_, recorded)| recorded.locked.is_some())
+        self.late.get(id).is_some_and(|(_, recorded)| recorded.progress.held.is_some())
     }
 
     fn claim(&self, lock: &LockInfo) -> Option<Claim> {
@@ -120,7 +120,7 @@ impl HostView {
             });
         }
         let (run, recorded) = self.late.get(&lock.id)?;
-        Some(Claim::Late { disagrees: disagrees(recorded, run), had: recorded.locked.is_some() })
+        Some(Claim::Late { disagrees: disagrees(recorded, run), had: recorded.progress.held.is_some() })
     }
 }
 

@@ -92,7 +92,7 @@ pub(crate) struct LockEvent {
 impl LockEvent {
     /// Returns the event `what` for a lock that a log recorded.
     pub(crate) fn of_recorded(what: What, by: By, lock: &RecordedLock, why: &str, reason: Option<&str>) -> Self {
-        let created = lock.locked.map(|at| at.to_string());
+        let created = lock.progress.held.map(|at| at.to_string());
         Self::new(what, by, [&lock.id, &lock.path, &lock.operation, &lock.who], created.as_deref(), [Some(why), reason])
     }
 

@@ -190,7 +190,7 @@ mod tests {
         let since = "2026-11-23T01:47:00Z".parse().unwrap();
         PendingRequest {
             since,
-            lock: log.locks.remove(0),
+            lock: log.named().next().unwrap().clone(),
             run,
             abandoned: false,
             unseen: false,

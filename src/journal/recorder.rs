@@ -396,7 +396,7 @@ mod tests {
             writer.write_all(&text.as_bytes()[..cut]).unwrap();
             recorder.read();
             writer.write_all(&text.as_bytes()[cut..]).unwrap();
-            assert_eq!(recorder.read().locks.len(), 1, "cut at {cut}");
+            assert_eq!(recorder.read().named().count(), 1, "cut at {cut}");
             let kept = std::fs::read_to_string(recorder.path()).unwrap();
             assert!(
                 !kept.contains("hunter2") && kept.contains(&lock) && kept.len() == text.len(),
@@ -420,7 +420,7 @@ mod tests {
                 "r",
             );
             writer.write_all(&line.repeat(20).into_bytes()).unwrap();
-            assert_eq!(recorder.read().locks.len(), usize::try_from(round).unwrap() + 1);
+            assert_eq!(recorder.read().named().count(), usize::try_from(round).unwrap() + 1);
             recorder.forget();
         }
         let file = std::fs::metadata(recorder.path()).unwrap();

@@ -41,7 +41,7 @@ use crate::lock::reached::Reached;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
-use crate::terraform::log::{JSON_LIMIT, Log, RecordedLock, UnnamedLock};
+use crate::terraform::log::{JSON_LIMIT, Log, LoggedLock, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// The byte of the lock file that is locked by terraform and by every process that inherits the descriptor.
@@ -207,8 +207,8 @@ impl JournalRecord {
 
     /// Marks the run as over, with `left` as what is left to do. What is known of its processes does not change.
     pub(crate) fn leave(&mut self, left: Unfinished) {
-        self.log.locks = left.locks;
-        self.log.unnamed = left.unnamed;
+        let named = left.locks.into_iter().map(LoggedLock::Named);
+        self.log.set_locks(named.chain(left.unnamed.into_iter().map(LoggedLock::Unnamed)));
         self.unlogged = left.unlogged;
         self.replaced = left.replaced;
         self.over = true;
@@ -216,7 +216,7 @@ impl JournalRecord {
 
     /// Whether the record is valid and is that of the run `name`. Any other record is not used.
     fn is_sound(&self, name: &str) -> bool {
-        self.format == 1 && self.run == name && self.log.locks.iter().all(|lock| is_lock_id(&lock.id))
+        self.format == 1 && self.run == name && self.log.named().all(|lock| is_lock_id(&lock.id))
     }
 }
 
@@ -446,7 +446,7 @@ impl Journal {
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
             FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
-                record.log.locks.iter().any(|lock| lock.id == id && !lock.unlocked)
+                record.log.named().any(|lock| lock.id == id && !lock.progress.is_gone())
             }
             _ => false,
         })
@@ -668,7 +668,7 @@ mod tests {
         drop(entry);
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         let FoundRun::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
-        assert_eq!(found.log.locks[0].id, ID);
+        assert_eq!(found.log.named().next().unwrap().id, ID);
         assert!(matches!(journal.look(RUN), FoundRun::Settling(_)), "one recoverer at a time");
         entry.take_away();
         assert!(!kept.exists() && fs::read_dir(&journal.runs).unwrap().next().is_none(), "nothing is left");

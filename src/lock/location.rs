@@ -82,7 +82,7 @@ pub(crate) fn find_unnamed(
     backends: &[&DataDirectory],
     workspaces: Workspaces<'_>,
 ) -> Vec<LockLocation> {
-    match &lock.mark {
+    match &lock.identity {
         LockIdentity::Object { bucket, key, .. } => of_state(bucket, key, backends, workspaces),
         LockIdentity::Workspace(workspace) => {
             let s3 = distinct(backends).into_iter().filter(|backend| backend.kind == "s3");
@@ -139,7 +139,7 @@ mod tests {
     fn lock(kind: &str) -> RecordedLock {
         let mut log = Log::default();
         log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
-        log.locks.remove(0)
+        log.named().next().unwrap().clone()
     }
 
     fn default() -> Vec<String> {

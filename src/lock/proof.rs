@@ -108,7 +108,7 @@ pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Ma
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (
-            created.is_none_or(|created| created <= saturating_add(recorded.asked, TIMESTAMP_ROUNDING_WINDOW)),
+            created.is_none_or(|created| created <= saturating_add(recorded.progress.asked, TIMESTAMP_ROUNDING_WINDOW)),
             "it was created after this run asked for it",
         ),
     ];
@@ -144,7 +144,7 @@ const ANSWER_WINDOW: SignedDuration = SignedDuration::from_millis(900);
 pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str, run: &Run, died: bool) -> Match {
     let created = stored.created();
     let Some(program) = &run.program else { return Match::Doubt("the log of the run does not tell its version") };
-    let (checksum, path) = match &unnamed.mark {
+    let (checksum, path) = match &unnamed.identity {
         LockIdentity::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
         LockIdentity::Workspace(_) => (None, None),
     };
@@ -154,8 +154,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
         return Match::Anothers;
     }
     let known = checksum.is_some();
-    let before = |length| saturating_sub(unnamed.asked, length);
-    let after = |length| saturating_add(unnamed.asked, length);
+    let before = |length| saturating_sub(unnamed.progress.asked, length);
+    let after = |length| saturating_add(unnamed.progress.asked, length);
     // A run that only asked for the lock may have been refused. The stored lock is then the one that caused the
     // refusal.
     if unnamed.is_only_asked_for()
@@ -165,12 +165,12 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
     {
         return Match::Anothers;
     }
-    let (earliest, latest) = match (&unnamed.mark, known) {
+    let (earliest, latest) = match (&unnamed.identity, known) {
         (LockIdentity::Object { .. }, true) => (run.started, after(TIMESTAMP_ROUNDING_WINDOW)),
         (LockIdentity::Object { .. }, false) => (before(CREATION_WINDOW), after(TIMESTAMP_ROUNDING_WINDOW)),
         (LockIdentity::Workspace(_), _) => (before(TIMESTAMP_ROUNDING_WINDOW), after(CREATION_WINDOW)),
     };
-    let waited = unnamed.granted.is_none_or(|granted| granted > after(ANSWER_WINDOW));
+    let waited = unnamed.progress.held.is_none_or(|granted| granted > after(ANSWER_WINDOW));
     let conditions = [
         (!run.excessive, "the log of the run names more locks than terraform takes"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
@@ -183,7 +183,7 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (known || died, "the log does not name it, and the run ended by itself"),
-        (known || unnamed.granted.is_some(), "the log does not say that the run had it"),
+        (known || unnamed.progress.held.is_some(), "the log does not say that the run had it"),
         (known || !waited, "the run had to wait for it, and the log does not name it"),
         (created.is_none_or(|created| created >= earliest), "it was created before this run asked for one"),
         (created.is_none_or(|created| created <= latest), "it was created after this run asked for it"),
@@ -198,11 +198,12 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
 mod tests {
     use super::*;
     use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+    use crate::terraform::logged_lock::{Phase, Progress};
 
     fn recorded() -> RecordedLock {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
-        log.locks.remove(0)
+        log.named().next().unwrap().clone()
     }
 
     fn stored() -> LockInfo {
@@ -237,21 +238,17 @@ mod tests {
     /// text.
     fn unnamed(text: Option<&str>) -> UnnamedLock {
         let at = |time: &str| time.parse().unwrap();
-        UnnamedLock {
-            mark: match text {
-                Some(text) => LockIdentity::Object {
-                    bucket: "bkt".into(),
-                    key: "dir/prod.tfstate".into(),
-                    checksum: Some(aws_smithy_types::base64::encode(Sha256::digest(text))),
-                },
-                None => LockIdentity::Workspace("default".into()),
+        let identity = match text {
+            Some(text) => LockIdentity::Object {
+                bucket: "bkt".into(),
+                key: "dir/prod.tfstate".into(),
+                checksum: Some(aws_smithy_types::base64::encode(Sha256::digest(text))),
             },
-            asked: at("2026-11-23T01:46:07.594Z"),
-            granted: Some(at("2026-11-23T01:46:07.597Z")),
-            unlocking: false,
-            uploading: false,
-            unlocked: false,
-        }
+            None => LockIdentity::Workspace("default".into()),
+        };
+        let mut progress = Progress::asked(at("2026-11-23T01:46:07.594Z"));
+        progress.grant(at("2026-11-23T01:46:07.597Z"));
+        UnnamedLock { identity, progress }
     }
 
     #[test]
@@ -272,10 +269,11 @@ mod tests {
         for time in [Timestamp::MIN, Timestamp::MAX] {
             let lock = LockInfo { created: time.to_string(), ..stored() };
             let mut recorded = recorded();
-            recorded.asked = time;
+            recorded.progress.asked = time;
             let _ = judge(&recorded, &lock, &Run { started: time, ..run() });
             for text in [None, Some("text")] {
-                let unnamed = UnnamedLock { asked: time, granted: Some(time), ..unnamed(text) };
+                let progress = Progress { asked: time, held: Some(time), phase: Phase::Open };
+                let unnamed = UnnamedLock { progress, ..unnamed(text) };
                 let _ = judge_unnamed(&unnamed, &lock, "text", &Run { started: time, ..run() }, true);
             }
         }
@@ -285,8 +283,8 @@ mod tests {
     #[test]
     fn a_lock_without_a_name_was_made_on_the_side_of_the_record_where_terraform_makes_it() {
         let workspace = unnamed(None);
-        let mark = LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: None };
-        let object = UnnamedLock { mark, ..workspace.clone() };
+        let identity = LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: None };
+        let object = UnnamedLock { identity, ..workspace.clone() };
         for (created, by_request, by_words) in [
             ("2026-11-23T01:46:07.580Z", false, false),
             ("2026-11-23T01:46:07.589Z", true, false),
@@ -319,11 +317,11 @@ mod tests {
         let by_moment: &[Case] = &[
             ("created earlier", |_, lock, _| lock.created = "2026-11-23T01:46:07.5Z".into()),
             ("created in the time in which it waited", |unnamed, lock, _| {
-                unnamed.granted = Some("2026-11-23T01:46:08.4Z".parse().unwrap());
+                unnamed.progress.held = Some("2026-11-23T01:46:08.4Z".parse().unwrap());
                 lock.created = "2026-11-23T01:46:07.7Z".into();
             }),
-            ("not granted", |unnamed, _, _| unnamed.granted = None),
-            ("waited", |unnamed, _, _| unnamed.granted = Some("2026-11-23T01:46:09Z".parse().unwrap())),
+            ("not granted", |unnamed, _, _| unnamed.progress.held = None),
+            ("waited", |unnamed, _, _| unnamed.progress.held = Some("2026-11-23T01:46:09Z".parse().unwrap())),
         ];
         for (text, changes) in [(Some("text"), vec![always]), (None, vec![always, by_moment])] {
             for (name, change) in changes.into_iter().flatten() {
@@ -339,7 +337,8 @@ mod tests {
     /// This happens with OpenTofu up to 1.10 if it is killed between its request and its next log record.
     #[test]
     fn a_lock_without_a_name_that_was_only_asked_for_is_a_doubt_at_most() {
-        let asked_for = UnnamedLock { granted: None, ..unnamed(None) };
+        let mut asked_for = unnamed(None);
+        asked_for.progress.held = None;
         for (created, who, version, doubt) in [
             ("2026-11-23T01:46:07.580Z", "root@vm", "1.11.4", false),
             ("2026-11-23T01:46:07.594Z", "root@vm", "1.11.4", true),

@@ -15,6 +15,7 @@
 use crate::aws::settings::Unreachable;
 use crate::console;
 use crate::console::visible;
+use crate::terraform::logged_lock::Phase;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -31,7 +32,7 @@ use crate::crash_point;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
-use crate::terraform::log::{LockIdentity, LockParts, RecordedLock, UnnamedLock};
+use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
 /// For how long a lock that was asked for, and not seen, is looked for.
@@ -405,12 +406,12 @@ pub(crate) async fn identify_unnamed_lock(
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
     let _ = credentials(place, limit, Purpose::Work).await;
     let begun = Instant::now();
-    let late = if release_context.request_may_land && unnamed.granted.is_none() {
+    let late = if release_context.request_may_land && unnamed.progress.held.is_none() {
         LATE_REQUEST_WINDOW
     } else {
         Duration::ZERO
     };
-    let mut absent = unnamed.granted.is_none();
+    let mut absent = unnamed.progress.held.is_none();
     loop {
         match within(remaining(limit, begun), "AWS", look_for(unnamed, place, &release_context.run, died)).await {
             Ok(IdentifiedLock::None) => {
@@ -421,7 +422,7 @@ pub(crate) async fn identify_unnamed_lock(
             }
             Err(failure) if !failure.is_final() && died && begun.elapsed() < limit => {
                 trace!("a lock that the log does not name: {failure}");
-                absent = unnamed.granted.is_none();
+                absent = unnamed.progress.held.is_none();
             }
             results => return results,
         }
@@ -451,13 +452,13 @@ async fn look_for(
         match verdict {
             Match::Ours => {
                 let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
-                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, parts, unnamed.asked);
-                lock.locked = unnamed.granted;
+                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, parts, unnamed.progress.asked);
+                lock.progress.held = unnamed.progress.held;
                 // It was made in the moment in which it was asked for, and the log tells that moment to the millisecond.
-                lock.asked = info.created().map_or(unnamed.asked, |created| created.max(unnamed.asked));
+                lock.progress.asked =
+                    info.created().map_or(unnamed.progress.asked, |created| created.max(unnamed.progress.asked));
                 // Of what its log does not tell anything may be under way.
-                let tells = matches!(unnamed.mark, LockIdentity::Object { .. });
-                (lock.uploading, lock.unlocking) = (unnamed.uploading || !tells, unnamed.unlocking || !tells);
+                lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
                 return Ok(IdentifiedLock::Ours(Box::new(lock)));
             }
             Match::Doubt(reason) if run.is_of(&info.who) => light = IdentifiedLock::Possible(Box::new(info), reason),
@@ -534,8 +535,8 @@ struct Attempt<'a> {
 /// it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
-    let may_have_one_part = recorded.locked.is_none() && s3 && dynamodb;
-    write_may_land && (recorded.uploading || recorded.unlocking || may_have_one_part)
+    let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
+    write_may_land && (recorded.progress.may_be_writing() || may_have_one_part)
 }
 
 impl Attempt<'_> {
@@ -546,7 +547,7 @@ impl Attempt<'_> {
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
         // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
-        let late = self.release_context.request_may_land && self.recorded.locked.is_none();
+        let late = self.release_context.request_may_land && self.recorded.progress.held.is_none();
         let late_until = late.then(|| self.begun + LATE_REQUEST_WINDOW);
         let mut before = None;
         let mut windows = 0;
@@ -554,7 +555,7 @@ impl Attempt<'_> {
             let judged = self.look(&services).await;
             let look = PartsLook {
                 parts: &judged,
-                was_had: self.recorded.locked.is_some(),
+                was_had: self.recorded.progress.held.is_some(),
                 is_quiet: self.write.is_some(),
                 was_deleted: self.deleted,
                 before: before.as_ref(),
@@ -603,7 +604,7 @@ impl Attempt<'_> {
             created: self.created,
             write: self.write,
             digest_mismatch: unfit_digest(services).await,
-            is_partial: self.recorded.locked.is_none() && unseen,
+            is_partial: self.recorded.progress.held.is_none() && unseen,
         }
     }
 
@@ -835,7 +836,7 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
 /// gone meanwhile, so that there is nothing to keep: nothing is known of a write then.
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
-    let is_write = recorded.uploading || recorded.unlocking;
+    let is_write = recorded.progress.may_be_writing();
     console::say(&if is_write { waiting_for_write(QUIET_WINDOW) } else { waiting_for_undo(QUIET_WINDOW) });
     let begun = Instant::now();
     let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
@@ -915,14 +916,14 @@ mod tests {
         use crate::terraform::log::{Log, tests::ID, tests::lock_line};
         for kind in ["S3 Native only", "DynamoDB only", "S3 Native and DynamoDB"] {
             for locked in [false, true] {
-                for (uploading, unlocking) in [(false, false), (true, false), (false, true), (true, true)] {
+                for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {
                     let mut log = Log::default();
                     log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
-                    let mut lock = log.locks.remove(0);
-                    lock.locked = locked.then_some(lock.asked);
-                    (lock.uploading, lock.unlocking) = (uploading, unlocking);
-                    let expected = uploading || unlocking || (kind.contains("and") && !locked);
-                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {uploading} {unlocking}");
+                    let mut lock = log.named().next().unwrap().clone();
+                    lock.progress.held = locked.then_some(lock.progress.asked);
+                    lock.progress.phase = phase;
+                    let expected = phase != Phase::Open || (kind.contains("and") && !locked);
+                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {phase:?}");
                     assert!(!needs_quiet(&lock, false));
                 }
             }

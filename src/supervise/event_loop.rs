@@ -283,7 +283,7 @@ impl Supervision<'_> {
                 Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
-                    let holds = self.recorder.read().unreleased().any(|lock| lock.locked.is_some());
+                    let holds = self.recorder.read().unreleased().any(|lock| lock.progress.held.is_some());
                     console::say(&messages::stopping(since, THIRD_KEY_WINDOW, holds));
                 }
                 Effect::SayForcing => console::say(&messages::forcing()),

@@ -531,10 +531,11 @@ impl<'a> Watch<'a> {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");
         if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
-            // What a loss of power must not take is which lock was asked for. How far it has come whoever looks will see.
-            let known = |id: &str| record.log.locks.iter().any(|lock| lock.id == id);
-            let unknown = |lock: &UnnamedLock| !record.log.unnamed.iter().any(|known| known.is_same(lock));
-            let is_new = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed.iter().any(unknown);
+            // A loss of power must not lose the fact that a lock was requested, so a new lock is flushed to disk. How
+            // far the request has come can be seen from the stored lock itself.
+            let known = |id: &str| record.log.named().any(|lock| lock.id == id);
+            let unknown = |lock: &UnnamedLock| !record.log.unnamed().any(|known| known.is_same(lock));
+            let is_new = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed().any(unknown);
             let durability = if is_new { Durability::PowerLoss } else { Durability::Processes };
             record.log = log.clone();
             record.offset = offset;
@@ -672,7 +673,7 @@ impl<'a> Watch<'a> {
             // To be named, which needs somebody who reads it.
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
-                unnamed: log.standing_unnamed().cloned().collect(),
+                unnamed: log.unreleased_unnamed().cloned().collect(),
                 elsewhere: ending.non_s3,
                 unlogged: ending.log_state == LogState::NeverBegun,
                 replaced: Vec::new(),

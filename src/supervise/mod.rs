@@ -20,6 +20,7 @@ use crate::console;
 use crate::journal::run_mark;
 use crate::journal::runs::JournalEntry;
 use crate::supervise::routing::TerraformGroup;
+use crate::supervise::run_record::Told;
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -171,8 +172,7 @@ impl<'a> Prepared<'a> {
             tree.exclude(pid);
         }
         process::become_subreaper();
-        let told = (0, Vec::new(), Vec::new());
-        let run_record = RunRecord { guardian, entry, told, outside_group: Vec::new(), failed: false };
+        let run_record = RunRecord { guardian, entry, told: Told::default(), outside_group: Vec::new(), failed: false };
         let parent = parent.map(|(_, end)| end);
         Ok(Self {
             context,

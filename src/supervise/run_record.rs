@@ -1,7 +1,7 @@
-//! Who takes care of a run while `tf` lives, and after: its entry in the journal, and its guardian.
+//! What takes care of a run while `tf` is running and afterwards: the run's entry in the journal, and its guardian.
 //!
-//! The guardian writes the journal, because waiting for a disk would keep signals waiting here. Where there is no guardian
-//! any more, `tf` writes it itself.
+//! The guardian writes the journal, because `tf` could handle no signals while it waited for a disk. When there is no
+//! guardian any more, `tf` writes the journal itself.
 
 use crate::journal::state_directory::Durability;
 use std::os::fd::BorrowedFd;
@@ -14,32 +14,42 @@ use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::supervise::guardian::{Guardian, Heard};
 use crate::supervise::stop::StopEvent;
-use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
+use crate::terraform::log::{Log, LoggedLock};
 use crate::trace::trace;
 
-/// So much of a log may be read and not told, and therefore not forgotten.
+/// The number of bytes of a log that may be read before they are passed on to the guardian, if they show no new lock.
+/// Their memory can be freed only after that.
 const NEWS_THRESHOLD_BYTES: u64 = 1 << 16;
 
-/// The hold of `tf` on its run.
+/// The guardian and the journal entry of a run, as `tf` holds them.
 pub(crate) struct RunRecord {
     pub(crate) guardian: Option<Guardian>,
-    /// The entry and what stands in it, where there is a journal.
+    /// The entry, and the record that is written to it. `None` if there is no journal.
     pub(crate) entry: Option<(JournalEntry, JournalRecord)>,
-    /// What was told last.
-    pub(crate) told: (u64, Vec<RecordedLock>, Vec<UnnamedLock>),
-    /// The processes outside terraform's group that were told of last.
+    /// What was last passed on of the log: the offset up to which it was read, in bytes, and the locks that it shows.
+    pub(crate) told: Told,
+    /// The processes outside terraform's group that were last passed on: pid, and start in clock ticks since boot.
     pub(crate) outside_group: Vec<(i32, u64)>,
-    /// The journal could not be written.
+    /// Whether the journal could not be written.
     pub(crate) failed: bool,
 }
 
+/// What the guardian, or the journal, was told of terraform's log.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// How many bytes of the log that covers.
+    until: u64,
+    locks: Vec<LoggedLock>,
+}
+
 impl RunRecord {
-    /// Readable when the guardian has something to say, or is gone.
+    /// Returns the guardian's socket, which is readable when the guardian has reported something, or is gone. `None` if
+    /// there is no guardian.
     pub(crate) fn awaited(&self) -> Option<BorrowedFd<'_>> {
         self.guardian.as_ref().map(Guardian::socket)
     }
 
-    /// Terraform was started, and its processes can be known by `tree`.
+    /// Records that terraform was started, and that `tree` identifies its processes.
     pub(crate) fn started(&mut self, terraform: Pid, tree: TreeIdentity) {
         if let Some((_, record)) = &mut self.entry {
             record.terraform = Some(terraform.as_raw());
@@ -47,8 +57,8 @@ impl RunRecord {
         }
     }
 
-    /// Hears what the guardian says: that the journal cannot be written, or nothing any more. True when it says that a
-    /// service manager has told all processes of our unit to stop.
+    /// Handles what the guardian has reported: that the journal cannot be written, or that the guardian is gone.
+    /// Returns true if it reports that a service manager has stopped all processes of the unit.
     pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
         let Some(guardian) = &self.guardian else { return false };
         match guardian.hear() {
@@ -60,7 +70,7 @@ impl RunRecord {
         false
     }
 
-    /// Something asked for an end.
+    /// Passes on an event that asks terraform to stop.
     pub(crate) fn note(&mut self, event: StopEvent, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.note(event).is_err()
@@ -69,7 +79,8 @@ impl RunRecord {
         }
     }
 
-    /// These processes below terraform have left its group, by pid and start.
+    /// Records the processes below terraform that have left its group, by pid and start in clock ticks since boot, and
+    /// passes them on if they have changed.
     pub(crate) fn note_outside_group(&mut self, processes: Vec<(i32, u64)>, recorder: &Recorder) {
         if processes == self.outside_group {
             return;
@@ -85,7 +96,7 @@ impl RunRecord {
         self.outside_group = processes;
     }
 
-    /// `tf` is about to stop itself, or was continued.
+    /// Reports that `tf` is about to stop itself (`still`), or was continued.
     pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.stands_still(still).is_err()
@@ -94,11 +105,11 @@ impl RunRecord {
         }
     }
 
-    /// Terraform's log was read: what is new in it goes into the journal, and may then be forgotten.
+    /// Passes on, for the journal, what is new in terraform's log since it was last passed on, and then lets the
+    /// recorder free the memory of what was read.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
-        let (told_until, told_locks, told_unnamed) = &self.told;
-        if *told_locks == log.locks && *told_unnamed == log.unnamed && offset - told_until < NEWS_THRESHOLD_BYTES {
+        if self.told.locks == log.locks() && offset - self.told.until < NEWS_THRESHOLD_BYTES {
             return;
         }
         let told = if let Some(guardian) = &mut self.guardian {
@@ -112,7 +123,7 @@ impl RunRecord {
         };
         if told {
             crash_point::reached("tf: told news");
-            self.told = (offset, log.locks.clone(), log.unnamed.clone());
+            self.told = Told { until: offset, locks: log.locks().to_vec() };
             recorder.forget();
         }
     }
@@ -122,7 +133,7 @@ impl RunRecord {
         if let Some(guardian) = self.guardian.take() {
             guardian.wait();
         }
-        // Whether it has written what it was told last, nobody knows.
+        // It is not known whether the guardian has written what was last passed on to it.
         self.write(recorder);
     }
 
@@ -135,16 +146,16 @@ impl RunRecord {
         }
     }
 
-    /// The run is over, except for `unfinished`, which the next `tf` judges by `log`, and for `survivors` of its processes: pid
-    /// and start.
+    /// Closes the record: the run is over, except for `unfinished`, which the next `tf` judges by `log`. `survivors`
+    /// are the run's processes that are still running, by pid and start in clock ticks since boot.
     pub(crate) fn close(&mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
         crash_point::reached("tf: over");
         if unfinished.is_empty() {
-            // The guardian writes nothing any more once it has heard that it is over. If it is writing at this moment,
-            // it does so into a directory that is moved away, and what it has left there is cleared away below.
+            // The guardian writes nothing any more once it has read that everything is over. If it is writing at this
+            // moment, it writes into a directory that was renamed and is deleted with all its files.
             if let Some((entry, _)) = &self.entry {
                 entry.take_away();
             }

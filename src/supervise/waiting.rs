@@ -57,7 +57,7 @@ impl Waiting {
 
     /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
-        let waits = log.unreleased().any(|lock| lock.locked.is_none());
+        let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
         let now = Instant::now();
         match self.look_at {
             _ if !waits => self.look_at = None,

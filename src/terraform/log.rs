@@ -18,140 +18,11 @@ use sha2::{Digest, Sha256};
 
 use super::exchange::{Exchange, Exchanges, LOCK_FILE};
 use super::lock_info::{LockInfo, is_lock_id};
+pub(crate) use super::logged_lock::{LockIdentity, LockParts, LoggedLock, RecordedLock, UnnamedLock};
+use super::logged_lock::{Part, two_lists};
 use super::record::LogRecord;
 use super::version::{LogDetail, Product, Version};
 use crate::time::saturating_sub;
-
-/// Where a lock stands: in a DynamoDB item, in a `.tflock` object, or in both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct LockParts {
-    /// A `.tflock` object.
-    pub(crate) s3: bool,
-    /// A DynamoDB item.
-    pub(crate) dynamodb: bool,
-}
-
-/// What the log says of one lock that terraform asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct RecordedLock {
-    /// The lock ID.
-    pub(crate) id: String,
-    /// `OperationTypeApply`...
-    pub(crate) operation: String,
-    /// `user@host`.
-    pub(crate) who: String,
-    /// Terraform's version.
-    pub(crate) version: String,
-    /// `bucket/key`.
-    pub(crate) path: String,
-    /// The bucket of the state.
-    pub(crate) bucket: String,
-    /// The key of the state.
-    pub(crate) key: String,
-    /// Which halves it asked for.
-    #[serde(rename = "halves")]
-    pub(crate) parts: LockParts,
-    /// When it asked first. With `-lock-timeout` it asks again, with the same ID.
-    pub(crate) asked: Timestamp,
-    requests: Vec<String>,
-    /// When it got the lock.
-    pub(crate) locked: Option<Timestamp>,
-    /// It has begun to give the lock back: its deletes, which carry no condition, may be on their way.
-    pub(crate) unlocking: bool,
-    /// It said that every half is gone.
-    pub(crate) unlocked: bool,
-    /// It has begun to write the state and not yet to unlock: the write may be on its way.
-    pub(crate) uploading: bool,
-    /// Two records of this ID disagree, or an answer came to a request that was never made.
-    pub(crate) contradicted: bool,
-    /// The halves whose deletes were answered.
-    #[serde(default)]
-    gone: LockParts,
-}
-
-impl RecordedLock {
-    /// Whether terraform had it and has not begun to release it: its operation was not over.
-    pub(crate) fn is_in_use(&self) -> bool {
-        self.locked.is_some() && !self.unlocking
-    }
-
-    /// A lock that was asked for, as if a log had said so: one that we take ourselves, or that a request names.
-    pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
-        Self { locked: None, ..Self::held(info, bucket, key, parts, at) }
-    }
-
-    /// A lock that was seen to be what it is, as if a log had told of it: one whose ID came to light only when it was read.
-    pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
-        Self {
-            id: info.id.clone(),
-            operation: info.operation.clone(),
-            who: info.who.clone(),
-            version: info.version.clone(),
-            path: info.path.clone(),
-            bucket: bucket.to_owned(),
-            key: key.to_owned(),
-            parts,
-            asked: at,
-            requests: Vec::new(),
-            locked: Some(at),
-            unlocking: false,
-            unlocked: false,
-            uploading: false,
-            contradicted: false,
-            gone: LockParts::default(),
-        }
-    }
-
-    fn length_of_text(&self) -> usize {
-        let fixed = [&self.id, &self.operation, &self.who, &self.version, &self.path, &self.bucket, &self.key];
-        fixed.into_iter().chain(&self.requests).map(String::len).sum()
-    }
-}
-
-/// A lock that terraform asked for, and whose ID its log does not tell.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct UnnamedLock {
-    /// What it can be known by.
-    pub(crate) mark: LockIdentity,
-    /// When it was asked for.
-    pub(crate) asked: Timestamp,
-    /// When terraform went on with it, or had its answer.
-    pub(crate) granted: Option<Timestamp>,
-    /// As in [`RecordedLock`].
-    pub(crate) unlocking: bool,
-    /// As in [`RecordedLock`].
-    pub(crate) uploading: bool,
-    /// Its delete was answered.
-    pub(crate) unlocked: bool,
-}
-
-impl UnnamedLock {
-    /// Whether nothing is known of it but that it was asked for: not its text, and not that it was had.
-    pub(crate) fn is_only_asked_for(&self) -> bool {
-        self.granted.is_none() && matches!(self.mark, LockIdentity::Workspace(_))
-    }
-
-    /// Whether both tell of one request.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        (&self.mark, self.asked) == (&other.mark, other.asked)
-    }
-}
-
-/// What an [`UnnamedLock`] can be known by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum LockIdentity {
-    /// It was put as this object: bucket, and key of the state; with the SHA-256 of its text, in base 64.
-    Object {
-        /// The bucket.
-        bucket: String,
-        /// The key of the state.
-        key: String,
-        /// None where terraform was told to send none (`skip_s3_checksum`).
-        checksum: Option<String>,
-    },
-    /// It was had between two records, for this workspace.
-    Workspace(String),
-}
 
 /// A request that was not answered yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,10 +71,8 @@ pub(crate) const JSON_LIMIT: usize = 2 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Log {
     /// In the order in which terraform asked for them.
-    pub(crate) locks: Vec<RecordedLock>,
-    /// Locks of which it tells less.
-    #[serde(default)]
-    pub(crate) unnamed: Vec<UnnamedLock>,
+    #[serde(flatten, with = "two_lists")]
+    locks: Vec<LoggedLock>,
     /// The program whose log this is, from its first record. None: that record was not seen, so the log is not whole.
     #[serde(default)]
     pub(crate) program: Option<Version>,
@@ -308,36 +177,65 @@ impl Log {
     /// Terraform has ended well: what it had begun to give back is gone, or it would have said so (`Error releasing the
     /// state lock` is an error like any other, in all versions), and so is what its log tells nothing of.
     pub(crate) fn ended_well(&mut self) {
-        for lock in &mut self.locks {
-            lock.unlocked |=
-                lock.unlocking && self.program.as_ref().is_some_and(|program| program.log_detail() != LogDetail::Full);
-        }
-        self.unnamed
-            .retain(|lock| matches!(lock.mark, LockIdentity::Object { .. }) && !lock.unlocking && !lock.unlocked);
+        let names_no_end = self.log_detail().is_some_and(|detail| detail != LogDetail::Full);
+        self.locks.retain_mut(|lock| match lock {
+            LoggedLock::Named(lock) => {
+                if names_no_end && lock.progress.is_unlocking() {
+                    lock.progress.finish();
+                }
+                true
+            }
+            LoggedLock::Unnamed(lock) => !lock.is_of_workspace() && lock.progress.is_before_unlock(),
+        });
+    }
+
+    /// The locks that the log names, in the order in which they were asked for.
+    pub(crate) fn named(&self) -> impl Iterator<Item = &RecordedLock> {
+        self.locks.iter().filter_map(LoggedLock::named)
+    }
+
+    /// The locks that the log does not name.
+    pub(crate) fn unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
+        self.locks.iter().filter_map(LoggedLock::unnamed)
     }
 
     /// The locks of which only the local backend's own records tell, whichever backend they are in.
-    pub(crate) fn of_workspaces(&self) -> impl Iterator<Item = &UnnamedLock> {
-        self.unnamed.iter().filter(|lock| matches!(lock.mark, LockIdentity::Workspace(_)))
+    pub(crate) fn of_workspaces(&self) -> impl DoubleEndedIterator<Item = &UnnamedLock> {
+        self.locks.iter().filter_map(LoggedLock::unnamed).filter(|lock| lock.is_of_workspace())
+    }
+
+    /// All locks.
+    pub(crate) fn locks(&self) -> &[LoggedLock] {
+        &self.locks
+    }
+
+    /// Every lock was had at `at`, as if the log had said so.
+    pub(crate) fn grant_all(&mut self, at: Timestamp) {
+        self.locks.iter_mut().for_each(|lock| lock.progress_mut().grant(at));
+    }
+
+    /// Keeps `locks` in place of what was read.
+    pub(crate) fn set_locks(&mut self, locks: impl IntoIterator<Item = LoggedLock>) {
+        self.locks = locks.into_iter().collect();
     }
 
     /// Whether a lock of it may stand.
     pub(crate) fn may_hold(&self) -> bool {
-        self.unreleased().next().is_some() || self.standing_unnamed().next().is_some()
+        self.unreleased().next().is_some() || self.unreleased_unnamed().next().is_some()
     }
 
     /// Whether it holds a lock that was not begun to be given back, and would tell so if it was. An end that may be a crash or
     /// not is one then.
     pub(crate) fn ends_with_request(&self) -> bool {
         let answers = self.log_detail() != Some(LogDetail::IdsOnly);
-        let of_an_object = |lock: &UnnamedLock| matches!(lock.mark, LockIdentity::Object { .. });
-        self.unreleased().any(|lock| !lock.unlocking || answers) || self.standing_unnamed().any(of_an_object)
+        self.unreleased().any(|lock| lock.progress.is_before_unlock() || answers)
+            || self.unreleased_unnamed().any(|lock| !lock.is_of_workspace())
     }
 
     /// Whether it broke off with a lock that it had, and not only asked for.
     pub(crate) fn ends_holding_lock(&self) -> bool {
-        let had = self.unreleased().any(|lock| lock.locked.is_some())
-            || self.standing_unnamed().any(|lock| lock.granted.is_some());
+        let had = self.unreleased().any(|lock| lock.progress.held.is_some())
+            || self.unreleased_unnamed().any(|lock| lock.progress.held.is_some());
         had && self.ends_with_request()
     }
 
@@ -348,20 +246,20 @@ impl Log {
 
     /// Whether it had a lock of which it would not tell that it was given back.
     pub(crate) fn held_unlogged(&self) -> bool {
-        self.standing_unnamed().any(|lock| matches!(lock.mark, LockIdentity::Workspace(_)))
+        self.unreleased_unnamed().any(UnnamedLock::is_of_workspace)
     }
 
     /// The locks that it had, did not say to have given back, and does not name.
-    pub(crate) fn standing_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
-        // Where requests are told, a lock that only two records of the local backend tell of was none.
-        let requests_are_told = self.logs_locks();
-        let was_none = move |lock: &UnnamedLock| requests_are_told && matches!(lock.mark, LockIdentity::Workspace(_));
-        self.unnamed.iter().filter(move |lock| !(lock.unlocked || was_none(lock)))
+    pub(crate) fn unreleased_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
+        // Where requests are logged, a lock that only two records of the local backend tell of was none.
+        let requests_are_logged = self.logs_locks();
+        let was_none = move |lock: &UnnamedLock| requests_are_logged && lock.is_of_workspace();
+        self.unnamed().filter(move |lock| !(lock.progress.is_gone() || was_none(lock)))
     }
 
     /// The locks that terraform asked for and did not say to have given back.
     pub(crate) fn unreleased(&self) -> impl Iterator<Item = &RecordedLock> {
-        self.locks.iter().filter(|lock| !lock.unlocked)
+        self.named().filter(|lock| !lock.progress.is_gone())
     }
 
     /// Takes a line. Whether it begins a record.
@@ -434,20 +332,15 @@ impl Log {
 
     /// Forgets the oldest locks that were given back, but for their IDs.
     fn forget_unlocked(&mut self) {
-        let mut surplus = self.locks.iter().filter(|lock| lock.unlocked).count().saturating_sub(UNLOCKED_KEPT);
+        let is_gone = |lock: &LoggedLock| lock.progress().is_gone();
+        let mut surplus = self.locks.iter().filter(|lock| is_gone(lock)).count().saturating_sub(UNLOCKED_KEPT);
         let gone = &mut self.gone;
         self.locks.retain(|lock| {
-            let forgotten = surplus > 0 && lock.unlocked;
+            let forgotten = surplus > 0 && is_gone(lock);
             if forgotten {
                 surplus -= 1;
-                gone.insert(fingerprint(&lock.id));
+                gone.extend(lock.named().map(|lock| fingerprint(&lock.id)));
             }
-            !forgotten
-        });
-        let mut surplus = self.unnamed.iter().filter(|lock| lock.unlocked).count().saturating_sub(UNLOCKED_KEPT);
-        self.unnamed.retain(|lock| {
-            let forgotten = surplus > 0 && lock.unlocked;
-            surplus -= usize::from(forgotten);
             !forgotten
         });
         if self.gone.len() > UNLOCKED_LIMIT {
@@ -457,21 +350,14 @@ impl Log {
     }
 
     /// Adds a lock that was asked for. One whose ID was given back before is somebody's forgery.
-    fn add(&mut self, mut lock: RecordedLock) {
-        lock.contradicted |= self.gone.contains(&fingerprint(&lock.id));
-        self.asked_last = self.asked_last.max(Some(lock.asked));
+    fn add(&mut self, mut lock: LoggedLock) {
+        if let LoggedLock::Named(lock) = &mut lock {
+            lock.contradicted |= self.gone.contains(&fingerprint(&lock.id));
+        }
+        self.asked_last = self.asked_last.max(Some(lock.progress().asked));
         self.locks.push(lock);
         if self.is_excessive() {
             self.locks.pop();
-        }
-    }
-
-    /// The same, of one that the log does not name.
-    fn add_unnamed(&mut self, lock: UnnamedLock) {
-        self.asked_last = self.asked_last.max(Some(lock.asked));
-        self.unnamed.push(lock);
-        if self.is_excessive() {
-            self.unnamed.pop();
         }
     }
 
@@ -487,24 +373,18 @@ impl Log {
 
     /// Whether there is more in it than can be. The log is not believed from then on.
     fn is_excessive(&mut self) -> bool {
-        let standing = self.unreleased().count() + self.unnamed.iter().filter(|lock| !lock.unlocked).count();
-        let excessive = standing > UNRELEASED_LIMIT || self.length_of_text() > TEXT_LIMIT;
+        let unreleased = self.locks.iter().filter(|lock| !lock.progress().is_gone()).count();
+        let excessive = unreleased > UNRELEASED_LIMIT || self.length_of_text() > TEXT_LIMIT;
         self.excessive |= excessive;
         excessive
     }
 
     /// How much text is kept.
     fn length_of_text(&self) -> usize {
-        let locks = self.locks.iter().map(RecordedLock::length_of_text);
-        let unnamed = self.unnamed.iter().map(|lock| match &lock.mark {
-            LockIdentity::Object { bucket, key, checksum } => {
-                bucket.len() + key.len() + checksum.as_ref().map_or(0, String::len)
-            }
-            LockIdentity::Workspace(name) => name.len(),
-        });
+        let locks = self.locks.iter().map(LoggedLock::length_of_text);
         let awaited = self.awaited.iter().map(|one| one.method.len() + one.about.as_ref().map_or(0, String::len));
         let asking = self.asking.iter().map(|(workspace, _)| workspace.len());
-        locks.chain(unnamed).chain(awaited).chain(asking).sum()
+        locks.chain(awaited).chain(asking).sum()
     }
 
     /// The pair of records that every backend's operations have.
@@ -513,30 +393,26 @@ impl Log {
         if let Some(workspace) = workspace("requesting state lock for workspace \"") {
             if !self.locking_disabled {
                 self.asking = Some((workspace.to_owned(), record.time));
-                self.unnamed.push(UnnamedLock {
-                    mark: LockIdentity::Workspace(workspace.to_owned()),
-                    asked: record.time,
-                    granted: None,
-                    unlocking: false,
-                    uploading: false,
-                    unlocked: false,
-                });
+                let identity = LockIdentity::Workspace(workspace.to_owned());
+                self.locks.push(LoggedLock::Unnamed(UnnamedLock::asked_for(identity, record.time)));
                 if self.is_excessive() {
                     self.asking = None;
-                    self.unnamed.pop();
+                    self.locks.pop();
                 }
             }
         } else if workspace("reading remote state for workspace \"").is_some()
             && let Some((workspace, asked)) = self.asking.take()
         {
-            let mark = LockIdentity::Workspace(workspace);
-            let is_it = |lock: &UnnamedLock| lock.mark == mark && lock.asked == asked && lock.granted.is_none();
-            let named = self.asked_last.is_some_and(|last| last >= asked)
-                || self.unnamed.iter().any(|lock| lock.asked >= asked && !is_it(lock));
-            if named || self.locking_disabled {
-                self.unnamed.retain(|lock| !is_it(lock));
-            } else if let Some(lock) = self.unnamed.iter_mut().find(|lock| is_it(lock)) {
-                lock.granted = Some(record.time);
+            let identity = LockIdentity::Workspace(workspace);
+            let is_it = |lock: &UnnamedLock| {
+                lock.identity == identity && lock.progress.asked == asked && lock.progress.held.is_none()
+            };
+            let is_named = self.asked_last.is_some_and(|last| last >= asked)
+                || self.unnamed().any(|lock| lock.progress.asked >= asked && !is_it(lock));
+            if is_named || self.locking_disabled {
+                self.locks.retain(|lock| !lock.unnamed().is_some_and(is_it));
+            } else if let Some(lock) = self.locks.iter_mut().find(|lock| lock.unnamed().is_some_and(is_it)) {
+                lock.progress_mut().held = Some(record.time);
             }
         }
     }
@@ -556,12 +432,11 @@ impl Log {
             || record.message == "Unlocking remote state"
         {
             if let Some(lock) = self.lock_of(record) {
-                lock.unlocking = true;
-                lock.uploading = false;
+                lock.progress.begin_unlock();
             }
         } else if between(record.message, "Unlocked remote state (", ")").is_some() {
             if let Some(lock) = self.lock_of(record) {
-                lock.unlocked = true;
+                lock.progress.finish();
             }
         } else if record.message == "state MD5 mismatch" {
             let of = |name| record.field(name).filter(|text| text.len() < MAX_NAME_BYTES);
@@ -571,24 +446,18 @@ impl Log {
         } else if record.message == "Downloading remote state" && self.log_detail() == Some(LogDetail::IdsOnly) {
             // No answer is told there; but what is read after it was asked for is read under the lock.
             let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
+            let named = self.locks.iter_mut().filter_map(LoggedLock::named_mut);
             let asked =
-                self.locks.iter_mut().filter(|lock| lock.bucket == bucket && lock.key == key && !lock.unlocking);
+                named.filter(|lock| lock.bucket == bucket && lock.key == key && lock.progress.is_before_unlock());
             if let Some(lock) = asked.last() {
-                lock.locked = lock.locked.or(Some(record.time));
+                lock.progress.grant(record.time);
             }
         }
     }
 
     fn uploads(&mut self, bucket: &str, key: &str) {
-        for lock in &mut self.locks {
-            if lock.bucket == bucket && lock.key == key && !lock.unlocking {
-                lock.uploading = true;
-            }
-        }
-        for lock in &mut self.unnamed {
-            let other =
-                matches!(&lock.mark, LockIdentity::Object { bucket: its, key: own, .. } if its != bucket || own != key);
-            lock.uploading |= !other && !lock.unlocking;
+        for lock in self.locks.iter_mut().filter(|lock| lock.may_lock(bucket, key)) {
+            lock.progress_mut().begin_write();
         }
     }
 
@@ -600,18 +469,11 @@ impl Log {
             }
             Exchange::PutLock { bucket, key, checksum } => {
                 self.await_answer("PutObject", Some(format!("{bucket}/{key}")));
-                let mark = LockIdentity::Object { bucket, key, checksum };
+                let identity = LockIdentity::Object { bucket, key, checksum };
                 // With -lock-timeout it is asked for again, and is the same one.
-                if !self.unnamed.iter().any(|lock| lock.mark == mark && !lock.unlocked) {
-                    let lock = UnnamedLock {
-                        mark,
-                        asked: time,
-                        granted: None,
-                        unlocking: false,
-                        uploading: false,
-                        unlocked: false,
-                    };
-                    self.add_unnamed(lock);
+                let is_it = |lock: &UnnamedLock| lock.identity == identity && !lock.progress.is_gone();
+                if !self.unnamed().any(is_it) {
+                    self.add(LoggedLock::Unnamed(UnnamedLock::asked_for(identity, time)));
                 }
             }
             Exchange::PutState { bucket, key } => self.uploads(&bucket, &key),
@@ -630,33 +492,26 @@ impl Log {
     }
 
     fn unlocks(&mut self, path: &str) {
-        for lock in self.locks.iter_mut().filter(|lock| lock.path == path) {
-            lock.unlocking = true;
-            lock.uploading = false;
-        }
-        for lock in &mut self.unnamed {
-            if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if format!("{bucket}/{key}") == path) {
-                lock.unlocking = true;
-                lock.uploading = false;
-            }
+        for lock in self.locks.iter_mut().filter(|lock| lock.is_at(path)) {
+            lock.progress_mut().begin_unlock();
         }
     }
 
     fn put_item(&mut self, info: &LockInfo, text: &str, time: Timestamp) {
         let Some((bucket, key)) = info.path.split_once('/').filter(|_| is_lock_id(&info.id)) else { return };
-        if self.locks.iter().any(|known| known.id == info.id) {
+        if self.named().any(|known| known.id == info.id) {
             return;
         }
         let checksum = aws_smithy_types::base64::encode(Sha256::digest(text));
-        let same = |lock: &UnnamedLock| {
-            let LockIdentity::Object { bucket: its, key: own, checksum: sum } = &lock.mark else { return false };
+        let is_other_part = |lock: &UnnamedLock| {
+            let LockIdentity::Object { bucket: its, key: own, checksum: sum } = &lock.identity else { return false };
             its == bucket && own == key && sum.as_ref().is_none_or(|sum| *sum == checksum)
         };
-        // Its other half was put into S3 a moment before.
-        let before = self.unnamed.len();
-        self.unnamed.retain(|lock| !same(lock));
-        let parts = LockParts { s3: self.unnamed.len() < before, dynamodb: true };
-        self.add(RecordedLock::asked_for(info, bucket, key, parts, time));
+        // Its other part was put into S3 a moment before.
+        let before = self.locks.len();
+        self.locks.retain(|lock| !lock.unnamed().is_some_and(is_other_part));
+        let parts = LockParts { s3: self.locks.len() < before, dynamodb: true };
+        self.add(LoggedLock::Named(RecordedLock::asked_for(info, bucket, key, parts, time)));
     }
 
     fn answered(&mut self, method: &str, object: Option<(String, String)>, status: u16, time: Timestamp) {
@@ -682,42 +537,36 @@ impl Log {
         let Some(about) = self.awaited.remove(*place).about.filter(|_| (200..300).contains(&status)) else { return };
         match method {
             "PutItem" => {
-                for lock in self.locks.iter_mut().filter(|lock| lock.id == about) {
-                    lock.locked = lock.locked.or(Some(time));
+                for lock in self.locks.iter_mut().filter_map(LoggedLock::named_mut).filter(|lock| lock.id == about) {
+                    lock.progress.grant(time);
                 }
             }
             "PutObject" => {
-                for lock in &mut self.unnamed {
-                    if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if format!("{bucket}/{key}") == about)
-                    {
-                        lock.granted = lock.granted.or(Some(time));
-                    }
+                // A lock that is named is held when its item is: the object was put before that.
+                for lock in self.locks.iter_mut().filter(|lock| lock.unnamed().is_some() && lock.is_at(&about)) {
+                    lock.progress_mut().grant(time);
                 }
             }
-            _ => self.is_gone(&about, method == "DeleteObject"),
+            "DeleteObject" => self.is_gone(&about, Part::Object),
+            _ => self.is_gone(&about, Part::Item),
         }
     }
 
-    fn is_gone(&mut self, path: &str, object: bool) {
-        for lock in self.locks.iter_mut().filter(|lock| lock.path == path && lock.unlocking) {
-            if object {
-                lock.gone.s3 = true;
-            } else {
-                lock.gone.dynamodb = true;
-            }
-            lock.unlocked = (lock.gone.s3 || !lock.parts.s3) && (lock.gone.dynamodb || !lock.parts.dynamodb);
-        }
-        for lock in &mut self.unnamed {
-            if matches!(&lock.mark, LockIdentity::Object { bucket, key, .. } if object && format!("{bucket}/{key}") == path)
-            {
-                lock.unlocked = true;
+    fn is_gone(&mut self, path: &str, part: Part) {
+        for lock in self.locks.iter_mut().filter(|lock| lock.is_at(path)) {
+            match lock {
+                LoggedLock::Named(lock) if lock.progress.is_before_unlock() => {}
+                LoggedLock::Named(lock) => lock.part_is_gone(part),
+                // All that is known of it is its object.
+                LoggedLock::Unnamed(lock) if part == Part::Object => lock.progress.finish(),
+                LoggedLock::Unnamed(_) => {}
             }
         }
     }
 
     fn lock_of(&mut self, record: &LogRecord<'_>) -> Option<&mut RecordedLock> {
         let id = record.field("tf_backend.lock.id")?;
-        self.locks.iter_mut().find(|lock| lock.id == id)
+        self.locks.iter_mut().filter_map(LoggedLock::named_mut).find(|lock| lock.id == id)
     }
 
     fn asked(&mut self, record: &LogRecord<'_>, kind: &str) {
@@ -732,26 +581,19 @@ impl Log {
             // Both, and whatever a later version calls it: to look in both places is never wrong.
             _ => LockParts { s3: true, dynamodb: true },
         };
-        let lock = RecordedLock {
+        let info = LockInfo {
             id: id.clone(),
             operation: field("tf_backend.lock.operation"),
             who: field("tf_backend.lock.who"),
             version: field("tf_backend.lock.version"),
+            created: String::new(),
             path: field("tf_backend.lock.path"),
-            bucket: field("tf_backend.s3.bucket"),
-            key: field("tf_backend.s3.path"),
-            parts,
-            asked: record.time,
-            requests: vec![field("tf_backend.req_id")],
-            locked: None,
-            unlocking: false,
-            unlocked: false,
-            uploading: false,
-            contradicted: false,
-            gone: LockParts::default(),
         };
-        match self.locks.iter_mut().find(|known| known.id == lock.id) {
-            None => self.add(lock),
+        let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
+        let mut lock = RecordedLock::asked_for(&info, &bucket, &key, parts, record.time);
+        lock.requests.push(field("tf_backend.req_id"));
+        match self.lock_of(record) {
+            None => self.add(LoggedLock::Named(lock)),
             Some(known) => {
                 let same = known.operation == lock.operation
                     && known.who == lock.who
@@ -761,12 +603,14 @@ impl Log {
                     && known.key == lock.key
                     && known.parts == lock.parts;
                 // An ID is drawn for one lock: asked for again after it was had, it is somebody's forgery.
-                known.contradicted |= !same || known.locked.is_some() || known.unlocking;
+                known.contradicted |= !same || known.progress.held.is_some() || !known.progress.is_before_unlock();
                 known.requests.extend(lock.requests);
                 let surplus = known.requests.len().saturating_sub(REQUESTS_KEPT);
                 known.requests.drain(..surplus);
-                if self.is_excessive() {
-                    self.locks.iter_mut().filter(|known| known.id == id).for_each(|known| known.requests.clear());
+                if self.is_excessive()
+                    && let Some(known) = self.lock_of(record)
+                {
+                    known.requests.clear();
                 }
             }
         }
@@ -778,7 +622,7 @@ impl Log {
         let time = record.time;
         if let Some(lock) = self.lock_of(record) {
             lock.contradicted |= !lock.requests.contains(&request) || lock.path != path;
-            lock.locked = Some(time);
+            lock.progress.held = Some(time);
         }
     }
 }
@@ -855,7 +699,7 @@ pub(crate) mod tests {
     fn a_lock_that_was_given_back_does_not_stand() {
         let log = log(&whole_life());
         assert_eq!(log.unreleased().count(), 0);
-        assert_eq!(log.locks.len(), 1);
+        assert_eq!(log.named().count(), 1);
         assert!(log.logs_locks() && !log.disordered && !log.is_torn());
     }
 
@@ -877,7 +721,7 @@ pub(crate) mod tests {
         let asked = text.find("Locked remote").unwrap();
         for end in 0..text.len() {
             let log = log(&text[..end]);
-            assert!(log.locks.iter().all(|lock| lock.id == ID), "cut at {end}");
+            assert!(log.named().all(|lock| lock.id == ID), "cut at {end}");
             if end >= asked {
                 assert_eq!(log.unreleased().count(), 1, "cut at {end}");
             }
@@ -898,14 +742,12 @@ pub(crate) mod tests {
         let text = life_on_several_lines();
         for end in 0..=text.len() {
             let log = log(&text[..end]);
-            assert!(
-                log.locks.iter().all(|lock| lock.key == "dir\nx" && lock.path == "bkt/dir\nx" && !lock.contradicted)
-            );
+            assert!(log.named().all(|lock| lock.key == "dir\nx" && lock.path == "bkt/dir\nx" && !lock.contradicted));
         }
         let whole = log(&text);
-        assert!(whole.locks.len() == 1 && whole.locks[0].unlocked && whole.unfinished() == 0);
+        assert!(whole.locks.len() == 1 && whole.named().next().unwrap().progress.is_gone() && whole.unfinished() == 0);
         let upload = text[..text.find("Attempting to unlock").unwrap()].rfind("2026").unwrap();
-        assert!(log(&text[..upload]).locks[0].uploading);
+        assert!(log(&text[..upload]).named().next().unwrap().progress.is_writing());
     }
 
     /// Whoever goes on with what is kept begins at the record that is not whole.
@@ -929,7 +771,7 @@ pub(crate) mod tests {
         for junk in ["", "junk\n", "\n"] {
             let other = "11111111-d70c-4132-39e0-d2abba1b3077";
             let log = log(&[begun, junk, &asking(8, other, "r2")].concat());
-            assert!(log.locks.iter().any(|lock| lock.id == other && lock.key == "dir/prod.tfstate"), "{junk:?}");
+            assert!(log.named().any(|lock| lock.id == other && lock.key == "dir/prod.tfstate"), "{junk:?}");
         }
     }
 
@@ -945,7 +787,9 @@ pub(crate) mod tests {
 
     #[test]
     fn an_upload_is_under_way_until_the_unlock_begins() {
-        let until = |text: &str| log(&whole_life()[..whole_life().find(text).unwrap()]).locks[0].uploading;
+        let until = |text: &str| {
+            log(&whole_life()[..whole_life().find(text).unwrap()]).named().next().unwrap().progress.is_writing()
+        };
         assert!(!until("2026-11-23T01:46:10.651Z"));
         assert!(until("2026-11-23T01:46:11"));
         assert!(!until("2026-11-23T01:46:12"));
@@ -954,17 +798,23 @@ pub(crate) mod tests {
     #[test]
     fn asking_again_is_the_same_lock_with_one_more_request() {
         let log = log(&[asking(7, ID, "r1"), asking(8, ID, "r2"), locked(8, ID, "r2")].concat());
-        assert_eq!(log.locks.len(), 1);
-        assert!(!log.locks[0].contradicted);
-        assert!(log.locks[0].locked.is_some());
+        assert_eq!(log.named().count(), 1);
+        assert!(!log.named().next().unwrap().contradicted);
+        assert!(log.named().next().unwrap().progress.held.is_some());
     }
 
     #[test]
     fn an_answer_to_a_request_that_was_never_made_is_a_contradiction() {
-        assert!(log(&[asking(7, ID, "r1"), locked(8, ID, "r9")].concat()).locks[0].contradicted);
+        assert!(log(&[asking(7, ID, "r1"), locked(8, ID, "r9")].concat()).named().next().unwrap().contradicted);
         let other = asking(8, ID, "r2").replace("who=root@vm", "who=anna@vm");
-        assert!(log(&[asking(7, ID, "r1"), other].concat()).locks[0].contradicted);
-        assert!(log(&[asking(7, ID, "r1"), locked(8, ID, "r1"), asking(9, ID, "r2")].concat()).locks[0].contradicted);
+        assert!(log(&[asking(7, ID, "r1"), other].concat()).named().next().unwrap().contradicted);
+        assert!(
+            log(&[asking(7, ID, "r1"), locked(8, ID, "r1"), asking(9, ID, "r2")].concat())
+                .named()
+                .next()
+                .unwrap()
+                .contradicted
+        );
     }
 
     #[test]
@@ -991,7 +841,7 @@ pub(crate) mod tests {
         for time in [Timestamp::MIN, Timestamp::MAX] {
             let first = asking(7, ID, "r1").replace("2026-11-23T01:46:07.593Z", &time.to_string());
             let log = log(&[first.clone(), locked(8, ID, "r1"), first].concat());
-            assert!(log.disordered && log.locks[0].asked == time);
+            assert!(log.disordered && log.named().next().unwrap().progress.asked == time);
         }
     }
 
@@ -1027,7 +877,7 @@ pub(crate) mod tests {
     #[test]
     fn of_thousands_of_locks_that_were_given_back_few_are_kept_and_the_next_is_believed() {
         let mut log = log(&(1..=1000).map(life_of).collect::<String>());
-        assert!(log.locks.len() == UNLOCKED_KEPT && !log.may_hold() && !log.excessive);
+        assert!(log.named().count() == UNLOCKED_KEPT && !log.may_hold() && !log.excessive);
         assert!(json(&log).len() < 1 << 16, "{}", json(&log).len());
         log.read(asking(13, ID, "r1").as_bytes());
         let standing: Vec<_> = log.unreleased().collect();
@@ -1050,7 +900,7 @@ pub(crate) mod tests {
                 assert!(!log.may_hold());
                 log.read(late.as_bytes());
                 assert!(log.unreleased().all(|lock| lock.contradicted), "{number}");
-                assert!(log.locks.iter().filter(|lock| lock.id == id).all(|lock| lock.contradicted), "{number}");
+                assert!(log.named().filter(|lock| lock.id == id).all(|lock| lock.contradicted), "{number}");
             }
         }
     }
@@ -1087,7 +937,7 @@ pub(crate) mod tests {
                     log.read(forge(number).as_bytes());
                 }
                 assert!(json(&log).len() < JSON_LIMIT, "{kind} {program}: {}", json(&log).len());
-                assert!(log.locks.iter().any(|lock| lock.id == ID), "{kind} {program}: the first is kept");
+                assert!(log.named().any(|lock| lock.id == ID), "{kind} {program}: the first is kept");
             }
         }
         let mut all = Log::default();
@@ -1121,7 +971,7 @@ pub(crate) mod tests {
             log.read(asking(7, ID, &format!("r{number}")).as_bytes());
         }
         log.read(locked(8, ID, "r5399").as_bytes());
-        assert!(!log.locks[0].contradicted && !log.excessive && json(&log).len() < 2000);
+        assert!(!log.named().next().unwrap().contradicted && !log.excessive && json(&log).len() < 2000);
     }
 
     #[test]

@@ -83,8 +83,8 @@ fn a_terraform_before_1_6_tells_its_lock_by_its_requests() {
     ] {
         let log = log(&life[..steps].concat());
         assert_eq!(log.unreleased().count(), standing, "{steps}");
-        if let Some(lock) = log.locks.first() {
-            let seen = (lock.locked.is_some(), lock.uploading, lock.unlocking);
+        if let Some(lock) = log.named().next() {
+            let seen = (lock.progress.held.is_some(), lock.progress.is_writing(), !lock.progress.is_before_unlock());
             assert_eq!(seen, (locked, uploading, unlocking), "{steps}");
             assert_eq!((lock.id.as_str(), lock.bucket.as_str(), lock.key.as_str()), (ID, "bkt", "dir/prod.tfstate"));
             assert_eq!(lock.parts, LockParts { s3: false, dynamodb: true });
@@ -99,7 +99,7 @@ fn a_refused_request_of_old_is_no_lock_that_was_had_and_stays_to_be_looked_for()
     let log =
         log(&[v1_life()[0].clone(), v1_put(594), v1_answer(600, "dynamodb/PutItem", "400 Bad Request", refusal)]
             .concat());
-    assert!(log.locks[0].locked.is_none());
+    assert!(log.named().next().unwrap().progress.held.is_none());
     assert_eq!(log.unreleased().count(), 1);
 }
 
@@ -107,7 +107,7 @@ fn a_refused_request_of_old_is_no_lock_that_was_had_and_stays_to_be_looked_for()
 fn a_log_of_requests_cut_at_any_byte_or_read_in_pieces_claims_no_other_lock() {
     for text in [v1_life().concat(), tofu_life(true).concat()] {
         for end in 0..text.len() {
-            assert!(log(&text[..end]).locks.iter().all(|lock| lock.id == ID), "cut at {end}");
+            assert!(log(&text[..end]).named().all(|lock| lock.id == ID), "cut at {end}");
         }
         for size in [1, 2, 7, 64, 1000] {
             let mut pieces = Log::default();
@@ -130,7 +130,7 @@ fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
             second.read(&text.as_bytes()[from..]);
             let whole = log(&text);
             assert_eq!(second.unreleased().count(), whole.unreleased().count(), "kept at {end}");
-            assert_eq!(second.standing_unnamed().count(), whole.standing_unnamed().count(), "kept at {end}");
+            assert_eq!(second.unreleased_unnamed().count(), whole.unreleased_unnamed().count(), "kept at {end}");
         }
     }
 }
@@ -216,18 +216,25 @@ fn a_later_opentofu_tells_both_halves_by_its_requests() {
         let seen = |steps: usize| log(&life[..steps].concat());
         // Only the object was requested. It is identified by its text.
         let first = seen(3);
-        let object = first.standing_unnamed().next().unwrap();
+        let object = first.unreleased_unnamed().next().unwrap();
         let expected =
             LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
-        assert_eq!((&object.mark, object.granted.is_some()), (&expected, true));
+        assert_eq!((&object.identity, object.progress.held.is_some()), (&expected, true));
         // Now the ID is known, so both parts belong to one lock.
         let second = seen(4);
-        assert_eq!(second.standing_unnamed().count(), 0);
-        assert_eq!(second.locks[0].parts, LockParts { s3: true, dynamodb: true });
-        assert!(second.locks[0].locked.is_none());
-        assert!(seen(5).locks[0].locked.is_some());
-        assert!(!seen(5).locks[0].uploading && seen(6).locks[0].uploading && seen(7).locks[0].uploading);
-        assert!(seen(8).locks[0].unlocking && !seen(8).locks[0].uploading);
+        assert_eq!(second.unreleased_unnamed().count(), 0);
+        assert_eq!(second.named().next().unwrap().parts, LockParts { s3: true, dynamodb: true });
+        assert!(second.named().next().unwrap().progress.held.is_none());
+        assert!(seen(5).named().next().unwrap().progress.held.is_some());
+        assert!(
+            !seen(5).named().next().unwrap().progress.is_writing()
+                && seen(6).named().next().unwrap().progress.is_writing()
+                && seen(7).named().next().unwrap().progress.is_writing()
+        );
+        assert!(
+            seen(8).named().next().unwrap().progress.is_unlocking()
+                && !seen(8).named().next().unwrap().progress.is_writing()
+        );
         assert_eq!(seen(9).unreleased().count(), 1, "one half is gone");
         assert_eq!(seen(10).unreleased().count(), 1);
         assert_eq!(seen(11).unreleased().count(), 0);
@@ -239,7 +246,7 @@ fn without_a_checksum_an_object_is_known_by_its_place_alone() {
     let life = tofu_life(false);
     let put = life[1].replace(&format!("http.request.header.x_amz_checksum_sha256=\"{}\"", checksum()), "");
     let log = log(&[life[0].clone(), put].concat());
-    let LockIdentity::Object { checksum, .. } = &log.unnamed[0].mark else { panic!() };
+    let LockIdentity::Object { checksum, .. } = &log.unnamed().next().unwrap().identity else { panic!() };
     assert_eq!(*checksum, None);
 }
 
@@ -261,8 +268,8 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         ("Terraform version: 1.5.7", 1),
     ] {
         let log = log(&format!("{} [INFO]  {version}\n{pair}", at(500)));
-        assert_eq!(log.standing_unnamed().count(), unnamed, "{version}");
-        assert_eq!(log.unnamed[0].mark, LockIdentity::Workspace("green".into()));
+        assert_eq!(log.unreleased_unnamed().count(), unnamed, "{version}");
+        assert_eq!(log.unnamed().next().unwrap().identity, LockIdentity::Workspace("green".into()));
     }
     // A log that reports a write of the state does not necessarily contain the requests: the write is logged at another
     // level (backend/remote-state/s3/client.go:182).
@@ -272,13 +279,13 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
     );
     let written = log(&format!("{} [INFO]  Terraform version: 1.5.7\n{pair}{upload}", at(500)));
     assert!(written.may_hold() && !written.logs_locks());
-    assert!(written.unnamed[0].uploading, "its write may be on its way");
+    assert!(written.unnamed().next().unwrap().progress.is_writing(), "its write may be on its way");
     let told = format!(
         "{} [INFO]  OpenTofu version: 1.6.2\n{} [INFO]  CLI command args: []string{{\"plan\", \"-lock=false\"}}\n{pair}",
         at(500),
         at(501)
     );
-    assert!(log(&told).unnamed.is_empty(), "it was told to take no lock");
+    assert!(log(&told).unnamed().next().is_none(), "it was told to take no lock");
 }
 
 /// A terraform that is killed between the two records may hold its lock, or its request may still be granted after its
@@ -291,13 +298,15 @@ fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     ];
     let version = |version: &str| format!("{} [INFO]  {version}\n", at(500));
     let asked = log(&[version("OpenTofu version: 1.6.2"), lines[0].clone()].concat());
-    let lock = asked.standing_unnamed().next().unwrap();
+    let lock = asked.unreleased_unnamed().next().unwrap();
     assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.ends_holding_lock());
     // A reader that resumes from the stored log finds the same lock and adds no second one.
     let mut kept: Log = serde_json::from_str(&serde_json::to_string(&asked).unwrap()).unwrap();
     kept.read(lines[1].as_bytes());
-    assert_eq!(kept.unnamed.len(), 1);
-    assert!(kept.unnamed[0].granted.is_some() && !kept.unnamed[0].is_only_asked_for());
+    assert_eq!(kept.unnamed().count(), 1);
+    assert!(
+        kept.unnamed().next().unwrap().progress.held.is_some() && !kept.unnamed().next().unwrap().is_only_asked_for()
+    );
     // In a log that reports the locks themselves, the two records of the local backend do not show a lock.
     for told in ["Terraform version: 1.11.4", "Terraform version: 1.8.4"] {
         assert!(!log(&[version(told), lines[0].clone()].concat()).may_hold(), "{told}");
@@ -318,8 +327,8 @@ fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
         "2026-11-23T01:46:08.100Z [INFO]  backend-s3: Downloading remote state: tf_backend.operation=Get tf_backend.s3.bucket=bkt tf_backend.s3.path=dir/prod.tfstate\n".to_owned(),
         locked(9, "Unlocking remote state"),
     ];
-    assert!(log(&life[..2].concat()).locks[0].locked.is_none());
-    assert!(log(&life[..3].concat()).locks[0].locked.is_some());
+    assert!(log(&life[..2].concat()).named().next().unwrap().progress.held.is_none());
+    assert!(log(&life[..3].concat()).named().next().unwrap().progress.held.is_some());
     let mut whole = log(&life.concat());
     assert!(whole.logs_locks());
     assert_eq!(whole.unreleased().count(), 1, "it does not say that it is gone");

@@ -11,6 +11,7 @@ pub(crate) mod errored_state;
 pub(crate) mod exchange;
 pub(crate) mod lock_info;
 pub(crate) mod log;
+pub(crate) mod logged_lock;
 pub(crate) mod other_backends;
 pub(crate) mod plan_file;
 pub(crate) mod record;
