@@ -185,7 +185,7 @@ impl AfterRun<'_> {
         } else {
             Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
         };
-        trace!("a lock may be held; died: {died}; log: {log_state:?}; {permission:?}");
+        trace!("{by:?}: a lock may be held; died: {died}; log: {log_state:?}; {permission:?}");
         match by {
             By::Guardian => crash_point::reached("guardian: tree judged"),
             _ => crash_point::reached("tf: tree judged"),

@@ -113,7 +113,7 @@ fn a_nested_tf_saves_its_state_and_releases_its_lock_when_the_outer_terraform_is
     assert!(crate::support::cloud::cloud().object(&format!("{}/inner.tfstate", env.bucket)).is_some());
     assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
     // The inner terraform ended by itself, after one interrupt, and unlocked.
-    assert_eq!(env.trace().matches("a lock may stand").count(), 1, "{}", env.dump(&end));
+    assert_eq!(env.trace().matches("a lock may be held").count(), 1, "{}", env.dump(&end));
     env.assert_unlocked();
     wait_for("the inner lock to go", || env.locks_at("inner.tfstate").is_empty().then_some(()), || env.trace());
     wait_until_all_is_gone(&env);

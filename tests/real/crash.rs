@@ -134,6 +134,9 @@ impl Ground {
                     let guardian = tree(tf).into_iter().find(|(_, name, ..)| name == "tf-guardian");
                     if let Some((pid, ..)) = guardian {
                         kill_one(pid);
+                        // Its socket is closed then: `tf` hears of this end before that of terraform.
+                        let is_dead = || state(pid).is_none_or(|state| state == 'Z').then_some(());
+                        wait_for("the end of the guardian", is_dead, || self.env.trace());
                     }
                     if let Some(pid) = terraform() {
                         kill_one(pid);

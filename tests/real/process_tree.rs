@@ -146,7 +146,7 @@ fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
                     kill(pid, Signal::SIGKILL).unwrap();
                 }
                 run.wait();
-                env.wait_for_trace("guardian: a lock may stand; died: true; kept: Some");
+                env.wait_for_trace("Guardian: a lock may be held; died: true; log: Complete; Keep");
                 wait_for("the guardian's end", || others_of(&env, sudo).is_empty().then_some(()), || env.trace());
             }
             _ => {
