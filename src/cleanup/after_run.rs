@@ -1,4 +1,4 @@
-//! After terraform has ended: does it leave a lock, is its tree dead, and giving the lock back.
+//! What is done after terraform has exited: whether it has left a lock, whether its tree is dead, and the release.
 
 use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::NonS3Cleanup;
@@ -31,20 +31,21 @@ use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// Whether terraform died, or left its work, rather than ended its operation.
+/// Whether terraform died or abandoned its operation, and did not finish it.
 ///
-/// What tells is the log, and not the exit code: a terraform that got two interrupts ends with 1, as after any error, and
-/// leaves its operation, its provisioners and its requests on their way (internal/command/meta.go, `RunOperation`). One that
-/// ends its operation has begun to unlock whatever it had locked. `is_ours` says whether a lock belongs to a backend and a
-/// workspace of this run: a lock of another place is that of a terraform which a provisioner has started, and says nothing of
-/// ours.
+/// The log decides this, and not the exit code. A terraform that got two interrupts exits with 1, as after any error,
+/// and leaves its operation, its provisioners and its requests unfinished (internal/command/meta.go, `RunOperation`). A
+/// terraform that finishes its operation has begun to unlock everything that it had locked. `is_ours` says whether a
+/// lock belongs to a backend and a workspace of this run. A lock at another location belongs to a terraform that a
+/// provisioner has started, and says nothing about the terraform of this run.
 ///
-/// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). 2 is both "there are changes"
-/// (`plan -detailed-exitcode`) and Go's own crash; only a crash leaves a lock. A shim's exit code is its own (tenv 255, a
-/// shell 137, `terraform | tee` 0): there also a lock whose unlock was begun counts.
+/// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). Exit code 2 means that there are changes
+/// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. A shim has exit
+/// codes of its own (tenv 255, a shell 137, `terraform | tee` 0). Behind a shim, a lock counts even if its unlock was
+/// begun.
 fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&RecordedLock) -> bool) -> bool {
     let left_operation = || log.was_canceled() || log.unreleased().any(|lock| lock.is_in_use() && is_ours(lock));
-    // Where nothing says how it ended, it died: it was killed with `tf`, or hung up.
+    // If it is not known how terraform ended, it died: it was killed together with `tf`, or hung up.
     let Some(ended) = end.ended else { return true };
     end.forced
         || match ended {
@@ -58,22 +59,24 @@ fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&Record
         }
 }
 
-/// How long what an ended terraform has started may take to end as well: its providers do, within some milliseconds.
+/// How long the processes that terraform has started may take to exit after it. Its providers exit within a few
+/// milliseconds.
 const PROVIDER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Makes sure that an operation is over: ends what is left of the tree of a terraform that died, and leaves alone what
-/// one that ended by itself has left on purpose. Gives the reason why no lock may be released, if there is one.
+/// Makes sure that an operation is over: kills what is left of the tree of a terraform that died, and leaves alone what
+/// a terraform that exited by itself has left on purpose. `at_once`: the tree gets no time to exit. Returns the reason
+/// why no lock may be released, or `None` if locks may be released.
 ///
-/// `unlock_begun`: terraform ended by itself, and a lock stands that it had begun to release. Its delete was refused, or is
-/// still on its way; nothing tells whether the operation was over before.
+/// `unlock_begun`: terraform exited by itself, and a lock that it had begun to release still exists. Its delete was
+/// refused, or is still in flight, and nothing shows whether the operation was over before that.
 pub(crate) fn reason_to_keep(
     tree: &Tree,
     (died, unlock_begun): (bool, bool),
     at_once: bool,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
-    // A terraform that a provisioner started without us, or a shim that has ended, writes into our recorder, and may hold
-    // what we see there.
+    // A terraform that a provisioner started without `tf`, or that a shim started which has exited, writes into the
+    // recorder of this run. It may hold the lock that the recorder shows.
     if !died || (tree.is_behind_a_shim() && !at_once) {
         let logging = tree.logging();
         let living = tree.living();
@@ -94,7 +97,8 @@ pub(crate) fn reason_to_keep(
     if unlock_begun { what_lives_on(tree, waiter) } else { None }
 }
 
-/// The reason that a living tree is, when terraform ended by itself.
+/// Returns the reason not to release that follows from running processes, if terraform exited by itself. `None` if no
+/// process of the tree is running.
 fn what_lives_on(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
@@ -114,38 +118,39 @@ fn what_lives_on(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     }
 }
 
-/// A run whose terraform has ended, as its `tf` or its guardian knows it.
+/// A run after the exit of its terraform, as `tf` or its guardian knows it.
 pub(crate) struct AfterRun<'a> {
     pub(crate) context: &'a RunContext<'a>,
     pub(crate) tree: &'a Tree,
     pub(crate) end: EndOfRun,
     pub(crate) log: &'a Log,
-    /// As whom the run reached its backends.
+    /// The identities with which the run reached its backends.
     pub(crate) reached: &'a Reached,
-    /// Terraform was started and has written nothing into the log, and may have been unable to.
+    /// Whether terraform was started and has written nothing into the log, and may have been unable to.
     pub(crate) has_no_log: bool,
 }
 
-/// What is known of an ended run before a service is asked.
+/// What is known of the end of a run before any service is asked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ending {
     /// See [`died`].
     pub(crate) died: bool,
     pub(crate) log_state: LogState,
-    /// It may have left a lock in a backend that is not S3.
+    /// Whether the run may have left a lock in a backend other than S3.
     pub(crate) non_s3: bool,
 }
 
 impl Ending {
-    /// Whether the run whose log is `log` may have left a lock.
+    /// Whether the run with the log `log` may have left a lock.
     pub(crate) fn may_have_left_a_lock(self, log: &Log) -> bool {
         log.may_hold() || self.log_state != LogState::Complete || self.non_s3
     }
 }
 
-/// Whether the log of a run says which locks it had. `has_no_log`: terraform has written none, and could have held a lock.
+/// Returns whether the log of a run says which locks the run had. `has_no_log`: terraform has written no log, and could
+/// have held a lock.
 fn log_state(died: bool, ended: Option<Ended>, log: &Log, has_no_log: bool) -> LogState {
-    // A shim's code tells of a death that the log, being empty, does not.
+    // The exit code of a shim can report a death that an empty log does not show.
     if has_no_log && (died || matches!(ended, Some(Ended::Exited(129..)))) {
         LogState::NeverBegun
     } else if died && (!log.logs_locks() || log.is_torn()) {
@@ -156,7 +161,7 @@ fn log_state(died: bool, ended: Option<Ended>, log: &Log, has_no_log: bool) -> L
 }
 
 impl AfterRun<'_> {
-    /// Judges how the run ended. `candidates` are where it can have locked; they are read only if that matters.
+    /// Judges how the run ended. `candidates` are its candidate backends, which are read only if they matter.
     pub(crate) fn judge(&self, candidates: &impl Deref<Target = CandidateBackends>) -> Ending {
         let is_ours = |lock: &RecordedLock| !candidates.of(lock).is_empty();
         let died = died(&self.end, self.tree.is_behind_a_shim(), self.log, is_ours);
@@ -168,7 +173,8 @@ impl AfterRun<'_> {
         }
     }
 
-    /// Releases what the run has left, and reports it to `reporter`. Returns what is left for the next `tf`.
+    /// Releases the locks that the run has left, and reports that to `reporter`. Returns what is left for the next
+    /// `tf`.
     pub(crate) fn clean_up(
         &self,
         Ending { died, log_state, non_s3 }: Ending,
@@ -209,7 +215,7 @@ impl AfterRun<'_> {
             candidates,
             died,
             ended: self.end.ended,
-            // What is below terraform worked until now.
+            // The processes below terraform may have worked until now.
             until: Timestamp::now(),
             replaced: &[],
             release_context: ReleaseContext {
@@ -228,10 +234,10 @@ impl AfterRun<'_> {
     }
 }
 
-/// What the history says of a guardian's release.
+/// The reason for a guardian's release, as the history has it.
 const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 
-/// Whether a lock stands, or may, that terraform had begun to release.
+/// Whether a lock that terraform had begun to release exists, or may exist.
 pub(crate) fn unlock_is_begun(log: &Log, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
@@ -240,7 +246,7 @@ pub(crate) fn unlock_is_begun(log: &Log, places: &CandidateBackends, waiter: &mu
     })
 }
 
-/// Whether the lock `id` stands at `place`, as far as it can be told.
+/// Whether the lock `id` exists at `place`. True if that cannot be determined.
 fn stands(id: &str, place: &LockLocation, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let _there = Within::enter(&places.working_directory);
     waiter.block_on(release::may_stand(place, id)).unwrap_or(true)
@@ -263,7 +269,7 @@ mod tests {
         EndOfRun { ended, killed: None, forced, interrupted: false, out_of_memory: false }
     }
 
-    /// What a log of Terraform 1.11 tells, up to that many of its records: of a lock that was asked for, had, given back.
+    /// Returns the log of a Terraform 1.11 up to this number of its records: a lock is requested, granted and released.
     fn told(records: usize) -> Log {
         let line = |message| crate::terraform::log::tests::lock_line(7, message, crate::terraform::log::tests::ID, "r");
         let records = [
@@ -304,7 +310,7 @@ mod tests {
         }
     }
 
-    /// Of OpenTofu's locks nothing tells when they are released: there the second interrupt's own record does.
+    /// OpenTofu does not log when its locks are released. There, the record about the second interrupt decides.
     #[test]
     fn a_terraform_that_says_that_it_left_its_operation_died() {
         let mut log = told(4);
@@ -313,7 +319,8 @@ mod tests {
         assert!(!died(&end(Some(Ended::Exited(0)), false), false, &log, |_| false));
     }
 
-    /// Of OpenTofu's locks nothing tells when they are given back; that changes are announced tells the command line.
+    /// OpenTofu does not log when its locks are released. Whether code 2 announces changes is seen from the command
+    /// line.
     #[test]
     fn code_2_is_a_crash_unless_changes_are_announced_by_it() {
         for (arguments, crash) in [("\"plan\"", true), ("\"plan\", \"-detailed-exitcode\"", false)] {

@@ -1,4 +1,4 @@
-//! The places that one run can have locked: its backends, before and after, and its workspaces.
+//! The candidate backends of a run: the backends, before and after it, and the workspaces in which it may have locked.
 
 use std::path::{Path, PathBuf};
 
@@ -12,28 +12,29 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{RecordedLock, UnnamedLock};
 
-/// Whether a command goes through all workspaces: a migration does (internal/command/meta_backend_migrate.go).
+/// Whether a command may use every workspace: a migration does (internal/command/meta_backend_migrate.go).
 pub(crate) fn is_for_any_workspace(command: &str) -> bool {
     command == "init"
 }
 
-/// The backends and workspaces of a run.
+/// The backends and workspaces that a run may have used.
 #[derive(Clone, Debug)]
 pub(crate) struct CandidateBackends {
-    /// The most likely first.
+    /// The data directories that contain the backends, the most likely one first.
     pub(crate) directories: Vec<DataDirectory>,
     pub(crate) workspaces: Vec<String>,
-    /// It can have used every workspace that there is.
+    /// Whether the run may have used every workspace that exists.
     pub(crate) any_workspace: bool,
-    /// Where it read that.
+    /// The path of the run's data directory.
     pub(crate) data_directory: String,
-    /// Where its terraform works.
+    /// The directory in which the run's terraform works.
     pub(crate) working_directory: PathBuf,
 }
 
 impl CandidateBackends {
-    /// Those of a run of `command_line` in the directory `current`, whose data directory said so `before`, and says so
-    /// `after`, and which leads to `planned_backends`.
+    /// Returns the candidate backends of a run of `command_line` in the directory `current`. `before` and `after` are
+    /// the contents of its data directory before and after the run, and `planned_backends` are the backends that its
+    /// command line leads to.
     pub(crate) fn new(
         current: &Path,
         before: &DataDirectory,
@@ -41,7 +42,7 @@ impl CandidateBackends {
         command_line: &CommandLine,
         planned_backends: &PlannedBackends,
     ) -> Self {
-        // TF_WORKSPACE wins over what is selected (internal/command/meta.go, `WorkspaceOverridden`).
+        // TF_WORKSPACE takes precedence over the selected workspace (internal/command/meta.go, `WorkspaceOverridden`).
         let mut workspaces = match std::env::var("TF_WORKSPACE") {
             Ok(name) if !name.is_empty() => vec![name],
             _ => vec![after.workspace.clone(), before.workspace.clone()],
@@ -58,7 +59,7 @@ impl CandidateBackends {
         Self { directories, workspaces, any_workspace, data_directory, working_directory }
     }
 
-    /// The same, with what the plan of the run says.
+    /// Returns the same with the backend and the workspace of the run's plan, if it has a plan.
     pub(crate) fn with_plan(mut self, planned_backends: &PlannedBackends) -> Self {
         if let Some(planned) = planned_backends.planned() {
             self.workspaces.push(planned.workspace.clone());
@@ -67,20 +68,21 @@ impl CandidateBackends {
         self
     }
 
-    /// The backends, and how they are reached.
+    /// Returns the backends without their secrets, and the environment that decides how AWS is reached.
     fn access(&self) -> (Vec<RedactedBackend>, AwsEnvironment) {
         redacted_backend::of_run(self.backends())
     }
 
-    /// The same, and as whom `run` reaches them, whose terraform is about to start: as far as no file has to be read for it. What
-    /// is written down before terraform starts must not wait.
+    /// Returns the backends and the environment, with the identities by which the run with the ID `run` reaches the
+    /// backends, as far as no file must be read for that. The result is written to the journal before terraform starts,
+    /// and that must not wait.
     pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let (access, mut surroundings) = self.access();
         surroundings.identify_without_files(run, &access, &self.backends().collect::<Vec<_>>());
         (access, surroundings)
     }
 
-    /// The same with what the shared files tell: to be asked where nobody waits for it.
+    /// Returns the same with what the shared files say. To be called where nothing waits for it.
     pub(crate) fn identified(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let _there = Within::enter(&self.working_directory);
         let (access, mut surroundings) = self.access();
@@ -92,31 +94,32 @@ impl CandidateBackends {
         self.directories.iter().filter_map(|directory| directory.backend.as_ref())
     }
 
-    /// Where a lock that a log recorded can be.
+    /// Returns the locations where a lock that a log recorded can be.
     pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::find(recorded, &directories, self.usable())
     }
 
-    /// Where a lock can be that a log does not name.
+    /// Returns the locations where a lock that the log does not name can be.
     pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::find_unnamed(unnamed, &directories, self.usable())
     }
 
-    /// Where the state `bucket`/`key` is.
+    /// Returns the locations where a lock of the state `bucket`/`key` can be.
     pub(crate) fn of_state(&self, bucket: &str, key: &str) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::of_state(bucket, key, &directories, self.usable())
     }
 
-    /// The workspace whose state is at `place`. `None` where it is not one of those that this run is known to have used.
+    /// Returns the workspace of the state at `place`. `None` if it is none of the workspaces that this run is known to
+    /// have used.
     pub(crate) fn workspace_of(&self, place: &LockLocation) -> Option<&str> {
         let is_it = |name: &&String| place.backend.state_key(name).as_deref() == Some(&place.key);
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
 
-    /// The same for the state that `recorded` locks.
+    /// Returns the workspace of the state that `recorded` locks. `None` as for [`Self::workspace_of`].
     pub(crate) fn workspace_of_lock(&self, recorded: &RecordedLock) -> Option<&str> {
         self.workspace_of(self.of(recorded).first()?)
     }
@@ -125,7 +128,8 @@ impl CandidateBackends {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }
 
-    /// Where a command without further words would lock.
+    /// Returns the location of the lock that a command without further arguments takes. `None` if the backend is not
+    /// `s3`, or takes no lock.
     pub(crate) fn selected(&self) -> Option<LockLocation> {
         let backend = self.directories.iter().find_map(|directory| directory.backend.as_ref())?;
         let place = LockLocation {

@@ -1,20 +1,21 @@
-//! The cleanup after a run whose terraform has ended or died. `tf`, its guardian and a later `tf` all come here: the order of
-//! a release is written once.
+//! The cleanup after a run whose terraform has exited or died. `tf`, its guardian and a later `tf` all use it, so that
+//! the order of a release is written once.
 //!
-//! The order, and why it is that one:
+//! The order, and the reasons for it:
 //!
-//! 1. [`CandidateLocks::find`]: which locks can the run have? A lock that the log does not name is identified by reading.
-//! 2. [`release_locks`]: each is released, or it is found why not.
-//! 3. The requests that may still land are remembered before anything is said about them: what is said is "the next `tf`
-//!    releases it", and that must be true when it is read.
-//! 4. What became of each lock is reported. It is known now, and what follows may take time.
-//! 5. The history. It says only what has happened.
-//! 6. Locks that were replaced while the run worked, refusals, and what could not be identified: explanations, which may ask
-//!    the service again.
-//! 7. The lock in a backend that is not S3.
-//! 8. What is left for the next `tf`.
+//! 1. [`CandidateLocks::find`] finds the locks that the run may have. A lock that the log does not name is identified
+//!    by reading it.
+//! 2. [`release_locks`] releases each lock, or finds out why it cannot be released.
+//! 3. The requests that may still land are remembered before anything is reported about them: the report says "the next
+//!    `tf` releases it", and that must be true when it is read.
+//! 4. The result for each lock is reported. It is known now, and what follows may take time.
+//! 5. The history is written. It has only what has happened.
+//! 6. Locks that were replaced while the run was working, refusals, and locks that could not be identified are
+//!    reported. These are explanations, and may ask the service again.
+//! 7. The lock in a backend other than S3 is released.
+//! 8. What is left for the next `tf` is returned.
 //!
-//! The three differ in what they know ([`EndedRun`]) and in whom they report to ([`Reporter`]).
+//! The three callers differ in what they know ([`EndedRun`]) and in where they report ([`Reporter`]).
 
 use jiff::Timestamp;
 
@@ -40,14 +41,14 @@ use crate::terraform::log::{Log, RecordedLock};
 pub(crate) enum Permission {
     /// They may be released.
     Release,
-    /// None may be touched, and this is why.
+    /// No lock may be touched, for this reason.
     Keep(Outcome),
-    /// None is to be released, and those that are held are to be named (`TFW_RELEASE=never`).
+    /// No lock is to be released. The locks that are held are to be named (`TFW_RELEASE=never`).
     NameOnly,
 }
 
 impl Permission {
-    /// Why no lock may be released. `None` if they may.
+    /// Returns why no lock may be released. `None` if locks may be released.
     fn reason(&self) -> Option<&str> {
         match self {
             Self::Release => None,
@@ -60,96 +61,99 @@ impl Permission {
 /// Whether the run's log says which locks it had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogState {
-    /// It does.
+    /// The log is complete.
     Complete,
-    /// It is torn, or its program logs no locks.
+    /// The log is torn, or the program logs no locks.
     Lost,
     /// Terraform wrote no log at all.
     NeverBegun,
 }
 
-/// A run whose terraform has ended, as far as its cleanup must know it.
+/// A run after the exit of its terraform, as far as the cleanup must know it.
 pub(crate) struct EndedRun<'a> {
-    /// Who cleans up.
+    /// What cleans up.
     pub(crate) by: By,
-    /// How it ended, as the beginning of a sentence.
+    /// How the run ended, as the beginning of a sentence.
     pub(crate) ending: &'a str,
-    /// What the history says of a release, and what a person gave as the reason.
+    /// The reason for a release, as the history has it, and the reason that a person gave. The second one is `None` if
+    /// no person gave one.
     pub(crate) history: (&'a str, Option<&'a str>),
     pub(crate) id: &'a str,
     pub(crate) log: &'a Log,
     pub(crate) log_state: LogState,
-    /// Where it can have locked.
+    /// The backends and workspaces in which the run may have locked.
     pub(crate) candidates: &'a CandidateBackends,
-    /// Terraform died, or left its operation. A lock whose request was not answered may be its own then.
+    /// Whether terraform died, or abandoned its operation. Then a lock that was requested without an answer may be its
+    /// own.
     pub(crate) died: bool,
-    /// How terraform ended. `None` where that is not known.
+    /// How terraform ended. `None` if that is not known.
     pub(crate) ended: Option<Ended>,
-    /// Until when it, or what it started, may have worked.
+    /// Until when the run, or a process that it started, may have worked.
     pub(crate) until: Timestamp,
-    /// Locks that were seen to be replaced before this cleanup.
+    /// Locks that were found to be replaced before this cleanup.
     pub(crate) replaced: &'a [Replaced],
     pub(crate) release_context: ReleaseContext,
     pub(crate) permission: Permission,
-    /// Said of locks that fit none of its backends, where some of its backends cannot be known any more.
+    /// What is reported of locks that fit none of the known backends, if some of the run's backends are no longer
+    /// known. `None` if all are known.
     pub(crate) unknown_backends: Option<String>,
     pub(crate) journal: Option<&'a Journal>,
     pub(crate) pending_requests: Option<&'a PendingRequests>,
     pub(crate) non_s3: Option<NonS3Cleanup<'a>>,
 }
 
-/// The lock that a run may have left in a backend that is not S3.
+/// The lock that a run may have left in a backend other than S3.
 pub(crate) struct NonS3Cleanup<'a> {
-    /// How it is released, or why that is not possible.
+    /// How the lock is released, or why that is not possible.
     pub(crate) release: Result<NonS3Release<'a>, String>,
-    /// The command's log says whether it was given a lock.
+    /// Whether the run's command logs that it was granted a lock.
     pub(crate) is_logged: bool,
-    /// The command that a person types.
+    /// The command that a person types to remove the lock.
     pub(crate) unlock: String,
 }
 
-/// What a cleanup came to, before it is decided what is left of it.
+/// The results of a cleanup, before it is decided what is left for the next `tf`.
 struct Cleaned {
     locks: CandidateLocks,
     results: Vec<ReleaseResult>,
     replaced: Vec<Replaced>,
     non_s3: NonS3Result,
-    /// The run has no log, may have left a lock, and the next `tf` is to look for it.
+    /// Whether the run's log is lost, no lock was found, and the next `tf` is to look for one.
     lost_log_is_left: bool,
 }
 
-/// To whom a cleanup reports. What a reporter does with a fact is its own matter: `tf` says it, a recovery collects it, a
-/// guardian has nobody to say it to.
+/// What a cleanup reports to. Each reporter decides what it does with a fact: `tf` writes it to stderr, a recovery
+/// collects it, and a guardian discards it because nobody reads its messages.
 pub(crate) trait Reporter {
-    /// What became of one lock. `is_remembered`: its request may still land, and the next `tf` looks for it.
+    /// Reports the result for one lock. `is_remembered`: its request may still land, and the next `tf` looks for it.
     fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
 
-    /// A lock was asked for by a terraform that gave up, and its request may still land.
+    /// Reports a lock that was requested by a terraform that gave up. The request may still land.
     fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool);
 
-    /// Another run has taken the lock while this one worked.
+    /// Reports that another run has taken the lock while this run was working.
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced);
 
-    /// Everything is done for the locks that the log names: what refused terraform can be explained.
+    /// Explains what refused terraform. Everything has been done for the locks that the log names.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>);
 
-    /// Locks that could not be identified.
+    /// Reports the locks that could not be identified.
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks);
 
-    /// Nothing says whether the run had a lock. Returns whether the next `tf` is to look for one.
+    /// Reports that nothing shows whether the run had a lock. Returns whether the next `tf` is to look for one.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool;
 
-    /// What became of the lock in another backend than S3.
+    /// Reports the result for the lock in a backend other than S3.
     fn non_s3(&mut self, run: &EndedRun<'_>, result: &NonS3Result);
 
-    /// The command that a person types to remove a lock in another backend than S3.
+    /// Returns the command that a person types to remove a lock in a backend other than S3.
     fn unlock_command(&self, candidates: &CandidateBackends) -> String;
 
-    /// Whether a person reads what is reported. What nobody reads is left for the next `tf`, which says it.
+    /// Whether a person reads the reports. What nobody reads is left for the next `tf`, which reports it.
     fn is_read(&self) -> bool;
 }
 
-/// A guardian's reporter: nobody reads what it says.
+/// The reporter of a guardian. It discards everything, because nobody reads it.
 pub(crate) struct SilentReporter;
 
 impl Reporter for SilentReporter {
@@ -163,7 +167,8 @@ impl Reporter for SilentReporter {
 
     fn unidentified(&mut self, _: &EndedRun<'_>, _: &CandidateLocks) {}
 
-    /// The recovery looks whether there is a lock. Of a log that is torn it would know no more than is known now.
+    /// The recovery looks for a lock if there is no log. From a log that is torn, it would learn no more than is known
+    /// now.
     fn lost_log(&mut self, run: &EndedRun<'_>, _: &mut Waiter<'_>) -> bool {
         run.log_state == LogState::NeverBegun
     }
@@ -179,7 +184,7 @@ impl Reporter for SilentReporter {
     }
 }
 
-/// Releases what `run` has left. Returns what is left for the next `tf`.
+/// Releases the locks that `run` has left. Returns what is left for the next `tf`.
 pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> Unfinished {
     let _there = Within::enter(&run.candidates.working_directory);
     let locks = CandidateLocks::find(run.log, run.candidates, &run.release_context, run.died, waiter);
@@ -197,7 +202,7 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     for result in &results {
         reporter.result(run, result, remembered.contains(&result.lock.id));
     }
-    // Of one that could not be looked for nothing is known that terraform has not said.
+    // If a lock could not be looked for, nothing is known of it that terraform has not reported itself.
     for result in abandoned().filter(|result| !matches!(result.outcome, Some(Outcome::Kept { .. }))) {
         reporter.abandoned(run, &result.lock, remembered.contains(&result.lock.id));
     }
@@ -217,7 +222,7 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     cleaned.unfinished(run.log, reporter.is_read())
 }
 
-/// Releases `named`, or names them, as the run permits.
+/// Releases `named`, or only names them, as the run permits.
 fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) -> Vec<ReleaseResult> {
     let fits_nowhere = !named.is_empty() && named.iter().all(|lock| run.candidates.of(lock).is_empty());
     let unknown = run.unknown_backends.as_ref().filter(|_| fits_nowhere).map(Outcome::later);
@@ -249,11 +254,11 @@ impl NonS3Cleanup<'_> {
 }
 
 impl Cleaned {
-    /// What is left for the next `tf` of a run whose log is `log`.
+    /// Returns what is left for the next `tf` of a run with the log `log`.
     ///
-    /// Where a person has read the report (`is_read`), that is what a later try may do better: a lock in doubt is that
-    /// person's to release. Where nobody has, everything of which a person should hear is left, and the next `tf` judges it
-    /// again and says it.
+    /// If a person has read the report (`is_read`), this is what a later try may do better. A lock in doubt is for that
+    /// person to release. If nobody has read the report, everything that a person should know is left. The next `tf`
+    /// judges it again and reports it.
     fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
         let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
         let is_left = |result: &ReleaseResult| {
@@ -291,7 +296,7 @@ mod tests {
         UnnamedLock { identity, progress: Progress::asked(Timestamp::UNIX_EPOCH) }
     }
 
-    /// A log with one lock that it names, and one that it does not.
+    /// Returns a log that names one lock, and has another one that it does not name.
     fn log() -> Log {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
@@ -312,7 +317,7 @@ mod tests {
         }
     }
 
-    /// What nobody has read is left for somebody who reads it; what was read is left only if trying again may help.
+    /// What nobody has read is left for a later reader. What was read is left only if another try may help.
     #[test]
     fn a_lock_is_left_for_the_next_tf_where_that_can_do_better_or_nobody_has_heard_of_it() {
         let log = log();

@@ -5,23 +5,23 @@ use crate::sys::wait::Ended;
 /// How a run of terraform ended, as its supervisor saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EndOfRun {
-    /// What waitid(2) says of the process. `None` where nothing says it: a guardian is not terraform's parent.
+    /// How the process ended (waitid(2)). `None` if that is not known: a guardian is not terraform's parent.
     pub(crate) ended: Option<Ended>,
-    /// Why `tf` killed it. `None` if it did not.
+    /// Why `tf` killed terraform. `None` if it did not.
     pub(crate) killed: Option<Why>,
-    /// It was sent a second interrupt, or was killed.
+    /// Whether terraform got a second interrupt, or was killed by `tf`.
     pub(crate) forced: bool,
-    /// It was sent an interrupt.
+    /// Whether terraform got an interrupt.
     pub(crate) interrupted: bool,
-    /// The kernel killed it, or something beside it, for want of memory.
+    /// Whether the kernel killed terraform, or a process beside it, because memory ran out.
     pub(crate) out_of_memory: bool,
 }
 
-/// Why terraform is killed.
+/// Why `tf` kills terraform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Why {
     /// A person pressed ^C three times.
     Forced,
-    /// `TFW_STOP_TIMEOUT` is over.
+    /// The time in `TFW_STOP_TIMEOUT` has passed.
     StopTimeout,
 }

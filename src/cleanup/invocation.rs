@@ -1,4 +1,4 @@
-//! What is run in place of whom, with which arguments.
+//! The terraform that is run in place of `tf`, and its arguments.
 
 use std::ffi::OsString;
 use std::io;
@@ -8,23 +8,23 @@ use crate::sys::spawn::Image;
 use crate::terraform::binary::{self, Binary};
 use crate::terraform::command_line::CommandLine;
 
-/// What is to be run.
+/// The terraform to run, and its command line.
 pub(crate) struct Invocation {
     /// The terraform that was found.
     pub(crate) terraform: Binary,
-    /// argv\[0\] for it.
+    /// argv\[0\] of terraform.
     pub(crate) name: OsString,
-    /// The rest of argv, as we got it.
+    /// The rest of argv, as this process got it.
     pub(crate) arguments: Vec<OsString>,
-    /// What we understand of it.
+    /// The same arguments, parsed.
     pub(crate) command_line: CommandLine,
 }
 
 impl Invocation {
-    /// The program with its arguments and our environment, changed by `changes`.
+    /// Returns the program with its arguments, and the environment of this process with `changes`.
     ///
     /// # Errors
-    /// See [`Image::new`].
+    /// If a string contains a zero byte (see [`Image::new`]).
     pub(crate) fn image(&self, changes: &[EnvironmentChange]) -> io::Result<Image> {
         let chain = (binary::CHAIN, Some(self.terraform.chain.clone()));
         let changes: Vec<&EnvironmentChange> = changes.iter().chain([&chain]).collect();

@@ -1,4 +1,5 @@
-//! What is done when a run has ended or died: is everything dead that it started, and are its locks to be released.
+//! The cleanup after a run has ended or died: it finds out whether all of the run's processes are dead, and releases
+//! the run's locks.
 
 pub(crate) mod after_run;
 pub(crate) mod candidate_backends;

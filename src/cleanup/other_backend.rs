@@ -1,11 +1,12 @@
-//! Giving back the lock of another backend than S3, by terraform's own `force-unlock`: only where the service itself makes
-//! the delete depend on the lock's ID ([`crate::terraform::other_backends`]).
+//! Releases the lock of a backend other than S3 with terraform's own `force-unlock`. This is done only if the service
+//! itself makes the delete conditional on the lock's ID ([`crate::terraform::other_backends`]).
 //!
-//! No log tells the ID there. It is learnt by asking for the lock once more: `terraform taint` of a resource that there is not
-//! is refused with all that stands in the lock; and should nothing stand there, it has the lock for a moment, finds no such
-//! resource and changes nothing. (`force-unlock` with a wrong ID would tell the same, and unlock on a service that does not
-//! compare.) Whether it is our run's lock is then judged by the moment in which it was made, as with an OpenTofu that names
-//! none ([`crate::lock::proof::judge_unnamed`]).
+//! No log has the ID of a lock in these backends. `tf` learns it by requesting the lock once more: `terraform taint` of
+//! a resource that does not exist is refused with a message that contains the whole lock. If no lock is held, that
+//! command gets the lock for a moment, finds no such resource and changes nothing. (`force-unlock` with a wrong ID
+//! would show the same, but would unlock on a service that does not compare the ID.) Whether the lock is that of the
+//! dead run is then judged by the time at which it was created, as for an OpenTofu that does not log the lock's ID
+//! ([`crate::lock::proof::judge_unnamed`]).
 
 use crate::console;
 use std::ffi::OsString;
@@ -28,40 +29,41 @@ use crate::terraform::log::{LockIdentity, Log, UnnamedLock};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::trace::trace;
 
-/// The resource that there is not.
+/// The address of a resource that does not exist.
 const NOTHING: &str = "tf_asks.who_holds_the_lock";
 
-/// For how long a write of the dead terraform may still be on its way. Nobody here can look whether one arrives.
+/// How long a write of the dead terraform may still be in flight. `tf` cannot see in these backends whether one
+/// arrives.
 const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
-/// How long one terraform may take.
+/// How long one terraform command may take.
 const TERRAFORM_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Between two looks at it.
+/// How often `tf` checks whether that command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A run that died, in a backend that is not S3.
+/// A run that died, with a backend other than S3, and what is needed to release its lock.
 pub(crate) struct NonS3Release<'a> {
     backend: &'a CachedBackend,
     kind: &'static OtherBackend,
-    /// The program, and where it was run.
+    /// The program, and the directory in which it was run.
     program: &'a Path,
     current: &'a Path,
     chdir: Option<&'a Path>,
     workspace: String,
-    /// The directory leads to another place than it did.
+    /// Whether the run's directory leads to another location than it did before.
     moved: bool,
-    /// The lock, as far as the log tells of it. None: it tells of none.
+    /// The lock, as far as the log shows it. `None` if the log shows none.
     pub(crate) had: Option<UnnamedLock>,
 }
 
-/// Whether the backend of a run is one in which a lock can be left, and not S3.
+/// Whether the backend of a run is one other than S3 in which a lock can be left.
 pub(crate) fn may_be_left(places: &CandidateBackends) -> bool {
     let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
     backend.and_then(OtherBackend::of).is_some_and(|other| other.unlock_policy != UnlockPolicy::Nothing)
 }
 
-/// How it came out: what is to be said, if anything, and whether a later try may do better.
+/// The result of a release: what is to be reported, if anything, and whether a later try may do better.
 #[derive(Debug, Default)]
 pub(crate) struct NonS3Result {
     pub(crate) messages: Vec<String>,
@@ -70,14 +72,14 @@ pub(crate) struct NonS3Result {
 }
 
 impl NonS3Result {
-    /// Whether a lock may stand of which a person should hear.
+    /// Whether a lock that a person should know of may still be held.
     pub(crate) fn leaves_one(&self) -> bool {
         !self.released && !self.messages.is_empty()
     }
 }
 
 impl<'a> NonS3Release<'a> {
-    /// A run of `program` whose log is `log`, if its backend is another one than S3.
+    /// Creates this for a run of `program` with the log `log`. `None` if its backend is S3, or is not known.
     pub(crate) fn of(
         places: &'a CandidateBackends,
         log: &Log,
@@ -97,8 +99,8 @@ impl<'a> NonS3Release<'a> {
         Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
     }
 
-    /// Gives the lock back, or names it. `brackets`: the command is one whose log tells that it was given a lock, so that
-    /// silence tells that it was not.
+    /// Releases the lock, or names it. `brackets`: the command is one that logs when it is granted a lock, so that a
+    /// log without a lock shows that there was none. `keep` is a reason not to release the lock.
     pub(crate) fn settle(
         &self,
         run: &Run,
@@ -111,7 +113,8 @@ impl<'a> NonS3Release<'a> {
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.deed_in(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
-        // A run that takes no lock has had none; where it had one, it was another terraform in its log that takes none.
+        // A run with `-lock=false` had no lock. If its log shows a lock all the same, the `-lock=false` was that of
+        // another terraform in the log.
         if unlock_policy == UnlockPolicy::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
             return NonS3Result::default();
         }
@@ -168,7 +171,7 @@ impl<'a> NonS3Release<'a> {
             waiter.wait(POLL_INTERVAL);
         }
         let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], waiter);
-        // What it answers proves nothing: what stands there now does.
+        // The response to `force-unlock` proves nothing. What is held afterwards does.
         match self.ask(waiter) {
             Ok(Some(left)) if left.id == info.id => {
                 let said = unlocked.map_or_else(|error| error.to_string(), |(_, said)| first_line(&said));
@@ -183,7 +186,7 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// The lock that stands. `None`: none did.
+    /// Returns the lock that is held now. `None` if none is held. The error says why that could not be determined.
     fn ask(&self, waiter: &mut Waiter<'_>) -> Result<Option<LockInfo>, String> {
         let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], waiter);
         let (_, said) = asked.map_err(|error| error.to_string())?;
@@ -194,10 +197,12 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// Runs terraform as the run did. Gives its exit code, if it had one, and what it said on stderr.
+    /// Runs terraform in the same way as the run did. Returns its exit code, or `None` if a signal killed it, and the
+    /// first 64 KiB of what it wrote to stderr.
     ///
-    /// It may have the lock itself for a moment, so it is never ended, and nothing that ends us ends it: it is in a group of
-    /// its own, of which no key tells, and writes into a file. Whoever does not wait for it lets it come to its end.
+    /// This terraform may hold the lock itself for a moment. So `tf` never kills it, and what kills `tf` does not kill
+    /// it: it is in a process group of its own, which no key signals, and it writes into a file. If `tf` stops waiting
+    /// for it, it still runs to its end.
     fn terraform(&self, arguments: &[&str], waiter: &mut Waiter<'_>) -> io::Result<(Option<i32>, String)> {
         let mut said = tempfile::tempfile()?;
         let mut child = self.start(arguments, said.try_clone()?)?;
@@ -231,7 +236,7 @@ impl<'a> NonS3Release<'a> {
             flag.push(chdir);
             command.arg(flag);
         }
-        // Words and logs of the user's are for his own commands.
+        // The arguments and logs that the user has set in the environment are for the user's own commands.
         let unwanted =
             |name: &str| name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH";
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(unwanted)) {

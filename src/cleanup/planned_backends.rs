@@ -1,5 +1,6 @@
-//! Where a command line leads besides what the data directory says: an `init` to the backend of the configuration, which a
-//! migration locks while the other is still cached; an `apply` to the backend and the workspace that its plan was made for.
+//! The backends that a command line leads to, besides those in the data directory. An `init` leads to the backend of
+//! the configuration, which a migration locks while the other backend is still cached. An `apply` leads to the backend
+//! and the workspace that its plan was made for.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,16 +13,16 @@ use crate::terraform::command_line::{self, CommandLine};
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::{configuration, plan_file};
 
-/// The destinations of one run.
+/// The planned backends of one run.
 #[derive(Debug, Default)]
 pub(crate) struct PlannedBackends {
     configured: Option<CachedBackend>,
-    /// Open from before the run: it may be gone after it.
+    /// The path of the plan, and the plan itself. It is opened before the run, because it may be gone afterwards.
     plan: Option<(PathBuf, File)>,
 }
 
 impl PlannedBackends {
-    /// Those of `command_line`, given in the directory `current`.
+    /// Returns the planned backends of `command_line`, which was given in the directory `current`.
     pub(crate) fn of(command_line: &CommandLine, current: &Path) -> Self {
         let plan = command_line.plan(current).and_then(|path| Some((path.clone(), plain_file::open(&path).ok()?)));
         let configured = (command_line.command() == "init").then(|| {
@@ -32,37 +33,39 @@ impl PlannedBackends {
         Self { configured: configured.flatten(), plan }
     }
 
-    /// The plan that an earlier run applied, if it is still there.
+    /// Opens the plan that an earlier run applied, if it still exists.
     pub(crate) fn of_plan(path: &Path) -> Self {
         Self { configured: None, plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
     }
 
-    /// Where the plan is.
+    /// Returns the path of the plan. `None` if there is none.
     pub(crate) fn plan(&self) -> Option<&Path> {
         self.plan.as_ref().map(|(path, _)| path.as_path())
     }
 
-    /// What a process forked from this one must keep open.
+    /// Returns the descriptor that a process forked from this one must keep open. `None` if there is no plan.
     pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.plan.as_ref().map(|(_, file)| file.as_fd())
     }
 
-    /// The backend that an `init` is to set up.
+    /// Returns the backend that an `init` is to set up. `None` if there is none.
     pub(crate) fn configured(&self, workspace: &str) -> Option<DataDirectory> {
         let backend = self.configured.clone()?;
         Some(DataDirectory { backend: Some(backend), workspace: workspace.to_owned() })
     }
 
-    /// What the plan says: to be asked when it matters, for it may be long.
+    /// Reads the backend and the workspace in the plan. To be called only when that matters, because a plan may be
+    /// long. `None` if there is no plan, or if it cannot be read.
     pub(crate) fn planned(&self) -> Option<DataDirectory> {
         plan_file::read(&self.plan.as_ref()?.1)
     }
 }
 
-/// Words that terraform puts behind the command's own name (main.go, `mergeEnvArgs`).
+/// Returns the `-backend-config` values among the words that terraform inserts behind the command's name (main.go,
+/// `mergeEnvArgs`).
 fn backend_configs_of_environment() -> Vec<OsString> {
     let words = ["TF_CLI_ARGS_init", "TF_CLI_ARGS"].iter().filter_map(|name| std::env::var(name).ok());
-    // The one for the command stands before the one for all.
+    // The words for the command come before the words for all commands.
     let words = words.filter_map(|text| shell_words::split(&text).ok()).flatten().map(OsString::from);
     command_line::backend_configs(&words.collect::<Vec<_>>())
 }

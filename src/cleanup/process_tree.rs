@@ -1,22 +1,24 @@
-//! Terraform's process tree: is it dead, and if not, ending it.
+//! Terraform's process tree: whether it is dead and, if it is not, how it is killed.
 //!
-//! After `kill -9` of terraform a provider lives on for seconds, and a script for as long as it likes, both still
-//! changing infrastructure. No single sign of that can be trusted. A child may close every descriptor (Python's
-//! `subprocess` does), may be orphaned, may clear its environment. So dead means all of:
+//! After a `kill -9` of terraform, a provider is still running for seconds, and a script for as long as it likes. Both
+//! still change infrastructure. No single sign of that can be trusted: a child process may close every descriptor
+//! (Python's `subprocess` does), may become an orphan, and may clear its environment. So the tree is dead only if all
+//! of this is true:
 //!
-//! - the lifeline is closed: a pipe that the whole tree inherited, at a high number;
-//! - nothing is below us: orphans come to us, as their subreaper, and not to init;
-//! - no process of ours anywhere has `TFW_RUN` with this run in its environment.
+//! - The lifeline is closed: a pipe that the whole tree has inherited, at a high descriptor number.
+//! - No process of the tree is below this process. Orphans come to this process, as their subreaper, and not to init.
+//! - No process of this user anywhere has this run in the `TFW_RUN` of its environment.
 //!
-//! The guardian is no ancestor of anybody, and orphans do not come to it. [`crate::journal::membership`] says what it goes by instead.
-//! What escapes it has left terraform's process group, cleared its environment, closed every descriptor and lost its parent
-//! before the guardian ever saw it.
+//! The guardian is not an ancestor of the tree, and gets no orphans. [`crate::journal::membership`] has the facts that
+//! it uses instead. A process escapes the guardian if it has left terraform's process group, cleared its environment,
+//! closed every descriptor and lost its parent before the guardian ever saw it.
 //!
-//! Without a process list ([`process::list`]: no /proc, or another namespace's) nobody can be found. Then `tf`, as the
-//! subreaper, asks the kernel whether it has any child left, which no descendant can escape; what the guardian cannot see
-//! is a doubt.
+//! Without a process list ([`process::list`]: there is no /proc, or it is that of another pid namespace), no process
+//! can be found. `tf`, as the subreaper, then asks the kernel whether it has any child left, and no descendant can
+//! escape that. What the guardian cannot see is a doubt.
 //!
-//! A zombie is dead. A process that we may not signal is a reason for doubt, and doubt keeps the lock.
+//! A zombie is dead. A process that this process may not signal is a reason for doubt, and in doubt the lock is not
+//! released.
 
 use crate::journal::run_mark::Living;
 use crate::journal::run_mark::RUN;
@@ -38,96 +40,100 @@ use crate::sys::process::{self, Process, ProcessList, Variable};
 use crate::sys::wait::{self, Children};
 use crate::trace::trace;
 
-/// How long what is left of a tree may take to end after TERM, before KILL.
+/// How long what is left of a tree may take to exit after SIGTERM, before SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(5);
 
-/// The same for the tree of a `tf` that something in ours has started: its terraform got one interrupt, and saves its state.
+/// The same if another `tf` was started in the tree: its terraform got one interrupt, and saves its state.
 const NESTED_TERM_GRACE: Duration = Duration::from_mins(1);
 
-/// How long it may take after KILL. What is still there then hangs in the kernel, or is not ours to kill.
+/// How long the tree may take to exit after SIGKILL. A process that still exists after that hangs in the kernel, or may
+/// not be killed by this process.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often is looked again.
+/// How often the tree is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The tree below us, and how to recognise it.
+/// The process tree below this process, and what identifies it.
 #[derive(Debug)]
 pub(crate) struct Tree {
     lifeline: OwnedFd,
-    /// The value of `TFW_RUN`, or its last part.
+    /// The run's ID: the value of `TFW_RUN`, or the last part of it.
     run: String,
     terraform: Option<Pid>,
-    /// Children that we started for ourselves.
+    /// Children that this process has started for itself.
     ours: RefCell<Vec<Pid>>,
-    /// Children that we had before terraform: a shell that became us by exec may leave some.
+    /// Children that this process had before terraform. A shell that became this process by exec may leave some.
     preexisting_children: Vec<Pid>,
-    /// Orphans of strangers may come to us too: we had strange children, or are PID 1.
+    /// Whether orphans that do not belong to the tree may come to this process as well: it had children before
+    /// terraform, or is PID 1.
     has_foreign_orphans: bool,
-    /// What we start is no terraform itself, and leads to one: its status is not terraform's, which may outlive it.
+    /// Whether what is started is no terraform itself, and leads to one. Its status is not that of terraform, which may
+    /// outlive it.
     via_shim: bool,
-    /// The recorder: its device and its number there.
+    /// The device and the inode number of the recorder. `None` if they are not known.
     recorder: Option<(u64, u64)>,
-    /// Terraform has a process group of its own.
+    /// Whether terraform has a process group of its own.
     own_group: bool,
-    /// What was seen to live on when [`Tree::end`] gave up: pid and start.
+    /// The processes that were still running when [`Tree::end`] gave up: pid, and start in clock ticks since boot.
     survivors: RefCell<Vec<(i32, u64)>>,
     observer: Observer,
 }
 
-/// From where a tree is seen.
+/// From where the tree is observed.
 #[derive(Debug)]
 enum Observer {
-    /// By its parent, to whom its orphans come.
+    /// From its parent, to which its orphans come.
     Subreaper,
-    /// By the guardian.
+    /// From the guardian.
     Guardian(RefCell<GuardianView>),
 }
 
-/// What the guardian knows of a tree.
+/// What the guardian knows of the tree.
 #[derive(Debug, Default)]
 struct GuardianView {
-    /// Everybody that was ever seen to belong to it is among its survivors.
+    /// What identifies the tree. Every running process that was ever seen to belong to it is among its survivors.
     identity: TreeIdentity,
     /// See [`crate::journal::membership::classify`].
     certain_before: Option<u64>,
 }
 
-/// Whether the process belongs to a run below `run`, which has a `tf` of its own.
+/// Whether the process belongs to a run that is nested in `run`, and so has a `tf` of its own.
 fn is_nested(process: &Process, run: &str) -> bool {
     let Variable::Set(runs) = process.environment(RUN) else { return false };
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
     runs.next().is_some() && runs.next().is_some()
 }
 
-/// What a process found below us is.
+/// Whether a process that was found below this process belongs to the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Membership {
     /// It descends from terraform.
     Member,
-    /// It does not.
+    /// It does not descend from terraform.
     Other,
-    /// Nothing tells.
+    /// It is not known whether it descends from terraform.
     Unknown,
 }
 
-/// How the end of a tree came out.
+/// The result of killing a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
-    /// All of it is dead; so many processes had to be ended.
+    /// All of it is dead. The number is that of the processes that were found running.
     Dead(usize),
-    /// These live, or may.
+    /// These processes are running, or may be.
     Alive(Vec<Process>),
-    /// Nothing is to be seen, but somebody holds the lifeline.
+    /// No process is found, but some process holds the lifeline.
     LifelineHeld,
-    /// There is no process list, and something may live.
+    /// There is no process list, and a process may be running.
     Unseen,
 }
 
 impl Tree {
-    /// The lifeline of a new run: what is watched, and the end that terraform inherits, at a high number.
+    /// Creates the tree of a new run, with its lifeline. Also returns the end of the lifeline that terraform inherits,
+    /// at a high descriptor number.
     ///
     /// # Errors
-    /// When no pipe can be made.
+    /// If the pipe cannot be created.
     pub(crate) fn new(run: &str) -> std::io::Result<(Self, OwnedFd)> {
         let (lifeline, end) = descriptor::pipe()?;
         let inherited = descriptor::inheritable_high(&end)?;
@@ -149,26 +155,27 @@ impl Tree {
         Ok((tree, inherited))
     }
 
-    /// This is not terraform's parent any more, but its guardian.
+    /// Makes this process observe the tree as the guardian: it is not terraform's parent any more.
     pub(crate) fn observe_as_guardian(&mut self) {
         self.observer = Observer::Guardian(RefCell::default());
         self.preexisting_children.clear();
     }
 
-    /// Terraform is given a process group of its own.
+    /// Records that terraform is given a process group of its own.
     pub(crate) fn has_own_group(&mut self) {
         self.own_group = true;
     }
 
-    /// Notes a moment at which terraform was alive, in clock ticks since boot. For the guardian.
+    /// Records a moment at which terraform was alive, in clock ticks since boot. Only the guardian needs it.
     pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
         if let Observer::Guardian(view) = &self.observer {
             view.borrow_mut().certain_before = moment;
         }
     }
 
-    /// The living processes below terraform that have left its group, by pid and start: what only descent tells, and an observer
-    /// who is not above them cannot see any more when their parents are gone. Empty without a process list.
+    /// Returns the running processes below terraform that have left its group: pid, and start in clock ticks since
+    /// boot. Only their descent shows that they belong to the tree, and an observer that is not their ancestor cannot
+    /// see it any more when their parents have exited. Empty without a process list.
     pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
         let below = Process::below(getpid());
         let is_outside = |process: &&Process| {
@@ -180,34 +187,35 @@ impl Tree {
         outside.map(|process| (process.pid.as_raw(), process.start)).collect()
     }
 
-    /// Takes `processes` for members. For the guardian.
+    /// Makes `processes` members. Only the guardian needs it.
     pub(crate) fn add_members(&self, processes: &[(i32, u64)]) {
         if let Observer::Guardian(view) = &self.observer {
             view.borrow_mut().identity.survivors.extend(processes);
         }
     }
 
-    /// What was seen to live on when [`Tree::end`] gave up, or when the tree was left alone: pid and start.
+    /// Returns the processes that were still running when [`Tree::end`] gave up, or when the tree was left alone: pid,
+    /// and start in clock ticks since boot.
     pub(crate) fn survivors(&self) -> Vec<(i32, u64)> {
         self.survivors.borrow().clone()
     }
 
-    /// Keeps `processes` as what lives on.
+    /// Records `processes` as those that are still running.
     pub(crate) fn note_survivors(&self, processes: &[Process]) {
         *self.survivors.borrow_mut() = processes.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
     }
 
-    /// What a process forked from us must keep to see the tree.
+    /// Returns the descriptor that a process forked from this one must keep open to observe the tree.
     pub(crate) fn lifeline(&self) -> BorrowedFd<'_> {
         self.lifeline.as_fd()
     }
 
-    /// `pid`, the guardian or another helper, is a child of ours and none of terraform's.
+    /// Records that `pid`, the guardian or another helper, is a child of this process and does not belong to the tree.
     pub(crate) fn exclude(&self, pid: Pid) {
         self.ours.borrow_mut().push(pid);
     }
 
-    /// Terraform was started as `pid`. Gives what its processes can be known by.
+    /// Records that terraform was started as `pid`. Returns what identifies its processes.
     pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
         self.terraform = Some(pid);
         let identity = TreeIdentity::of(pid, self.own_group);
@@ -217,12 +225,13 @@ impl Tree {
         identity
     }
 
-    /// Terraform's process group, where it has one of its own.
+    /// Returns terraform's process group. `None` if terraform has none of its own, or was not started.
     pub(crate) fn group(&self) -> Option<Pid> {
         self.terraform.filter(|_| self.own_group)
     }
 
-    /// Takes away the zombies that came to us, but not terraform, nor a child that something else of ours started.
+    /// Reaps the zombies that came to this process, but not terraform, a child that this process started for itself, or
+    /// one of `others`.
     pub(crate) fn reap_orphans(&self, others: &[Pid]) {
         if matches!(self.observer, Observer::Guardian(_)) {
             return;
@@ -235,17 +244,17 @@ impl Tree {
         }
     }
 
-    /// The living processes of the tree.
+    /// Returns the running processes of the tree.
     pub(crate) fn living(&self) -> Vec<Process> {
         self.look().0
     }
 
-    /// Nobody holds the end that terraform inherited.
+    /// Whether no process holds the end of the lifeline that terraform inherited.
     pub(crate) fn lifeline_is_closed(&self) -> bool {
         poll::ready_now(self.lifeline.as_fd(), PollFlags::POLLIN)
     }
 
-    /// The living kin, and those of which nothing tells whether they are.
+    /// Returns the running members, and the running processes of which it is not known whether they are members.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
         if let Observer::Guardian(view) = &self.observer {
             return self.look_as_guardian(&mut view.borrow_mut());
@@ -261,7 +270,8 @@ impl Tree {
                 Membership::Other => {}
             }
         }
-        // Where orphans do not come to us, or came to a namespace's own init, the mark is what is left of them.
+        // If orphans do not come to this process, or came to the init of a pid namespace, only the mark is left to find
+        // them by.
         for process in Process::all() {
             let known = below.iter().any(|other| other.pid == process.pid);
             if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
@@ -277,7 +287,7 @@ impl Tree {
         (living.members, living.unknown)
     }
 
-    /// Whether the process carries the mark of this run: it is terraform by now, or something below it.
+    /// Whether the process has the mark of this run. If so, it has become terraform, or is below terraform.
     pub(crate) fn is_marked(&self, process: &Process) -> bool {
         mark_of(process, &self.run) == ProcessMark::Marked
     }
@@ -286,7 +296,7 @@ impl Tree {
         if Some(process.pid) == self.terraform || self.is_marked(process) {
             return Membership::Member;
         }
-        // Up to the child of ours that it hangs from.
+        // Goes up to the child of this process from which the process descends.
         let mut top = process;
         for _ in 0..below.len() {
             match below.iter().find(|other| other.pid == top.parent) {
@@ -295,7 +305,8 @@ impl Tree {
             }
         }
         if process.is_helper_of_ours() {
-            // The guardian of a `tf` in our tree. It works on no resource, and releases the lock of its own run.
+            // It is the guardian of a `tf` in this tree, for example. It works on no resource, and releases the lock of
+            // its own run.
             return Membership::Other;
         }
         if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
@@ -308,13 +319,13 @@ impl Tree {
         }
     }
 
-    /// Tells the file that terraform logs into, and whether what is started is no terraform itself, and leads to one.
+    /// Records which file terraform logs into, and whether what is started is no terraform itself, and leads to one.
     pub(crate) fn set_log_file(&mut self, recorder: BorrowedFd<'_>, via_shim: bool) {
         self.recorder = descriptor::identity(recorder);
         self.via_shim = via_shim;
     }
 
-    /// The file that terraform logs into, by its device and its number there.
+    /// Returns the device and the inode number of the file that terraform logs into. `None` if they are not known.
     pub(crate) fn recorder(&self) -> Option<(u64, u64)> {
         self.recorder
     }
@@ -324,21 +335,23 @@ impl Tree {
         self.via_shim
     }
 
-    /// The living terraforms of which we see the log: whatever they are called, each has the recorder open, and neither a
-    /// provider has it nor what a provisioner started, for Go closes it on exec (os.OpenFile).
+    /// Returns the running terraforms that write the log which `tf` reads, whatever their names are. Each of them has
+    /// the recorder open. A provider does not have it open, nor does a process that a provisioner started, because Go
+    /// closes it on exec (os.OpenFile).
     pub(crate) fn logging(&self) -> Vec<Process> {
         let Some(recorder) = self.recorder else { return Vec::new() };
         let logs = |process: &Process| process.has_open(recorder) && process.runs_another_program();
         self.look().0.into_iter().filter(|process| !process.is_dead() && logs(process)).collect()
     }
 
-    /// The terraforms that what we started has led to, and that outlived it. Each is at work as it always was.
+    /// Returns the terraforms that a shim has led to and that outlive it. Each of them works as before. Empty if
+    /// terraform was started directly.
     pub(crate) fn orphaned_terraforms(&self) -> Vec<Process> {
         if self.via_shim { self.logging() } else { Vec::new() }
     }
 
-    /// Ends what is left of the tree of a dead terraform: TERM, and KILL after a time of grace, or at once when
-    /// `at_once` says that the time for grace is over. A key at the terminal ends the grace too.
+    /// Kills what is left of the tree of a dead terraform: SIGTERM first, and SIGKILL after a grace period, or at once
+    /// if `at_once` says that the time for grace is over. A ^C at the terminal also ends the grace period.
     pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let fate = match (process::list(), &self.observer) {
             (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
@@ -351,11 +364,11 @@ impl Tree {
         fate
     }
 
-    /// The same without a process list. The kernel still tells whether we have any child, and orphans of the tree come to
-    /// us: so without a child there is no tree. Signals go to terraform's process group alone, and only while a child of
-    /// ours is in it, so that its number cannot be another group's.
+    /// Does the same without a process list. The kernel still reports whether this process has any child, and orphans
+    /// of the tree come to this process, so without a child there is no tree. Signals are sent to terraform's process
+    /// group alone, and only while a child of this process is in it, so that no other group can have its number.
     ///
-    /// Terraform's own zombie is taken away here. Its status was read before, and nobody sends it a signal from here on.
+    /// This reaps terraform's own zombie. Its status was read before, and no signal is sent to it from here on.
     fn end_unseen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let begun = Instant::now();
         let kill_from = if at_once { Duration::ZERO } else { TERM_GRACE };
@@ -394,8 +407,8 @@ impl Tree {
             let above = matches!(self.observer, Observer::Subreaper);
             let alive = members.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
             if alive == 0 && unknown.is_empty() && self.lifeline_is_closed() {
-                // Twice: a process whose parent dies while we look comes to us behind our back. If nothing was below
-                // us then, it is below us now.
+                // The tree must be found dead twice. A process whose parent exits during the first search comes to this
+                // process unnoticed; the second search finds it below this process.
                 if clean {
                     trace!("the tree is dead");
                     return Termination::Dead(ended.len());
@@ -421,8 +434,9 @@ impl Tree {
                 if elapsed >= kill_from {
                     send(process.pid, Signal::SIGKILL);
                 } else if first && !is_nested(process, &self.run) {
-                    // A terraform of a nested run gets its one interrupt from its own tf, which is told here: TERM would be a
-                    // second one. A stopped process acts on TERM only when it is continued.
+                    // The terraform of a nested run gets its one interrupt from its own `tf`, which gets a SIGTERM
+                    // here. For that terraform, a SIGTERM would be a second interrupt. A stopped process acts on
+                    // SIGTERM only when it is continued.
                     send(process.pid, Signal::SIGTERM);
                     send(process.pid, Signal::SIGCONT);
                 }
@@ -435,7 +449,7 @@ impl Tree {
         }
     }
 
-    /// SIGKILL to terraform and all that is below it now.
+    /// Sends SIGKILL to terraform and to every process that is below it now.
     pub(crate) fn kill(&self) {
         if let Some(terraform) = self.terraform {
             send(terraform, Signal::SIGKILL);
@@ -444,7 +458,7 @@ impl Tree {
             && process::list() == ProcessList::Unavailable
             && let Some(group) = self.group()
         {
-            // Terraform is not taken away yet, so the number is its group's.
+            // Terraform is not reaped yet, so the number still belongs to its group.
             let _ = killpg(group, Signal::SIGKILL);
         }
         for process in self.look().0 {

@@ -1,11 +1,12 @@
-//! The next `tf`: finishes what dead runs on this host have left.
+//! Recovery: a later `tf` finishes what dead runs on this host have left.
 //!
-//! A run of the same place is finished before terraform starts, which would be refused by its lock. Any other is finished
-//! by a process that goes on by itself, so that nobody waits for another directory's lock service.
+//! A run at the same location is finished before terraform starts, because its lock would refuse terraform. Any other
+//! run is finished by a process that runs independently, so that nothing waits for the lock service of another
+//! directory.
 //!
-//! Both happen in a process of their own. It changes its environment to that of the dead run, because AWS must be
-//! reached as that run did; it talks to the lock service with whatever threads that takes, while terraform is started by
-//! a process that never had any; and a person who has had enough can end it.
+//! Both are finished in a process of their own. It changes its environment to that of the dead run, because AWS must be
+//! reached in the same way as that run did. It talks to the lock service with as many threads as that takes, while
+//! terraform is started by a process that never had more than one. And a person who does not want to wait can kill it.
 
 use crate::cleanup::clean_up::EndedRun;
 use crate::cleanup::clean_up::LogState;
@@ -61,41 +62,42 @@ use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::errored_state::errored_state;
 use crate::trace::{self, trace};
 
-/// The name of the process that does it.
+/// The name of the process that finishes a run.
 const RECOVERY: &CStr = c"tf-recovery";
 
-/// How long somebody who is finishing a run of our place at this moment is waited for.
+/// How long to wait for another process that is finishing a run of the same location at this moment.
 const OTHER_RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a run is waited for that nobody but its guardian takes care of: its terraform may go on for long.
+/// How long to wait, before terraform starts, for a run that is about to end ([`ending`]), and in any case for such a
+/// run without an owner. Its terraform may go on for long.
 const ORPHAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// After how long what could not be finished for another directory is tried again.
+/// How long after a failed try a run of another directory is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_mins(5);
 
-/// From when on a person is told what takes so long.
+/// After what time a person is told what takes so long.
 const QUIET_GRACE: Duration = Duration::from_secs(1);
 
-/// Between two looks at that.
+/// How often a run or a process that is waited for is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A dead run that is ours to finish.
+/// A dead run that this process finishes.
 struct Dead {
     record: Box<JournalRecord>,
     entry: JournalEntry,
     standpoint: Standpoint,
     journal: Journal,
     pending_requests: PendingRequests,
-    /// What a person gave as the reason, for the history.
+    /// The reason that a person gave, for the history. `None` if no person gave one.
     reason: Option<String>,
 }
 
-/// What became of [`before_run`].
+/// The result of [`before_run`].
 #[derive(Debug, Default)]
 pub(crate) struct Before {
-    /// Somebody asked us to stop meanwhile.
+    /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
-    /// The runs that could not be finished. What keeps them was said.
+    /// The runs that could not be finished. The reasons were reported.
     pub(crate) tried: Vec<Tried>,
 }
 
@@ -103,11 +105,11 @@ pub(crate) struct Before {
 #[derive(Debug)]
 pub(crate) struct Tried {
     pub(crate) run: String,
-    /// Nobody gave credentials.
+    /// Whether no credentials were available.
     pub(crate) lacks_credentials: bool,
 }
 
-/// Finishes dead runs before terraform starts in `here`. There must be one thread.
+/// Finishes dead runs before terraform starts with the candidate backends `here`. There must be one thread.
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
     let mut near = Vec::new();
     let mut far = Vec::new();
@@ -119,7 +121,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             if !here.of(&pending.lock).is_empty() {
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
-                // Of another workspace, say.
+                // The location belongs, for example, to another workspace.
                 late_elsewhere.push((state, pending));
             }
         }
@@ -157,7 +159,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
         finish_without_waiting(far);
     }
     let mut asked = None;
-    // However many they are, somebody waits for terraform.
+    // This time is for all of them together, because terraform's start has to wait for it.
     let until = Instant::now() + EXPLANATION_TIMEOUT;
     let remaining = || (until.saturating_duration_since(Instant::now()), Purpose::Explanation);
     if !late.is_empty() {
@@ -196,8 +198,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     Before { asked, tried }
 }
 
-/// The dead runs that can have locked `here` and that nobody is finishing, with the pids of their `tf`. Nothing is done
-/// about them.
+/// Returns the IDs of the dead runs that may have locked `here` and that no process is finishing, with the pids of
+/// their `tf`. Nothing is done about them.
 pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(String, u32)> {
     let Some(journal) = Journal::there(state) else { return Vec::new() };
     let names = journal.names().into_iter();
@@ -208,36 +210,36 @@ pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(Str
     dead.collect()
 }
 
-/// What became of [`everything`].
+/// The result of [`everything`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recovered {
-    /// So many runs left a lock that was not given back, or would have it given back in a real run.
+    /// The number of runs that have left a lock that was not released or, in a dry run, that would be released.
     pub(crate) left: usize,
-    /// One of them because nobody gave credentials.
+    /// Whether one of them was left because no credentials were available.
     pub(crate) lacks_credentials: bool,
-    /// Somebody asked us to stop meanwhile.
+    /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
 }
 
-/// What [`everything`] is asked for.
+/// What [`everything`] is asked to do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request<'a> {
-    /// Only say what is dead.
+    /// Whether to report only what is dead.
     pub(crate) dry_run: bool,
-    /// Only this run.
+    /// The ID of the only run to finish. `None` for all runs.
     pub(crate) only: Option<&'a str>,
-    /// Of what could not be done nothing is to be said: it was said before.
+    /// Whether to report nothing about what could not be done, because it was reported before.
     pub(crate) again: bool,
-    /// For the history.
+    /// The reason that a person gave, for the history. `None` if no person gave one.
     pub(crate) reason: Option<&'a str>,
 }
 
-/// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and has `say` tell
-/// what was done. One that its guardian takes care of is waited for. There must be one thread.
+/// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and reports
+/// with `say` what was done. Waits for a run that its guardian takes care of. There must be one thread.
 pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
     let Request { dry_run, only, again, reason } = request;
     let mut recovered = Recovered::default();
-    // For all of them together: how many runs end at this moment is nothing to whoever waits.
+    // This time is for all of them together: the caller has to wait, however many runs end at this moment.
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -271,7 +273,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                         finished
                     };
                     let left = in_a_process((keep, true), finish, tell, signals, &mut recovered.asked);
-                    // A run that will be tried again is still in the journal; so is one whose recovery was ended.
+                    // A run that will be tried again is still in the journal. So is a run if its recovery was killed.
                     let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
                     recovered.left += usize::from(left != Left::Nothing || is_left);
                     recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
@@ -286,7 +288,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                     say(&messages::cannot_be_finished(&record, READ_ONLY));
                     recovered.left += 1;
                 }
-                // One whose processes cannot be seen from here, and that none of them holds.
+                // The processes of this run cannot be seen from here, and none of them holds the run's lock file.
                 FoundRun::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
                     say(&messages::cannot_be_judged(&record, why));
                     recovered.left += 1;
@@ -298,14 +300,15 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
                         recovered.left += 1;
                     }
                 }
-                // Waited for in vain. It may hold its lock for long, and whoever asked is told that by the exit code too.
+                // The wait was in vain. This run may hold its lock for long, which the exit code reports to the caller
+                // as well.
                 FoundRun::Living(record) if !dry_run && may_hold(&record) => {
                     if let Some(ending) = ending(&record, &journal) {
                         console::say(&messages::still_ending(&record, ending == NearEnd::Left));
                         recovered.left += 1;
                     }
                 }
-                // The same of whoever takes care of it: it may be frozen.
+                // The same for the process that takes care of the run: it may be frozen.
                 FoundRun::Settling(record) if !dry_run && may_hold(&record) => {
                     console::say(&messages::still_settling(&record));
                     recovered.left += 1;
@@ -318,10 +321,10 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
             }
         }
         if only.is_none() && !dry_run {
-            // However many were refused most likely, and could not be looked for.
+            // This time is for all requests together that were most likely refused.
             let until = Instant::now() + EXPLANATION_TIMEOUT;
             for pending in PendingRequests::of(&state).read(Timestamp::now()) {
-                // One that was most likely refused is not worth a long wait.
+                // A request that was most likely refused is not worth a long wait.
                 let limit =
                     if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
                 let look = || check_elsewhere(&state, &pending, (limit, Purpose::Work));
@@ -333,7 +336,8 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
     recovered
 }
 
-/// Looks for a lock whose request may land, in its own place and as its run reached that, in a process that does nothing else.
+/// Looks for a lock whose request may land, at its own location and in the way in which its run reached that location.
+/// For a process that does nothing else.
 fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, limit: (Duration, Purpose)) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
@@ -353,11 +357,12 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, limit: (Dur
     }
 }
 
-/// Notes what a look for a lock whose request may land came to: once the service has answered, its time runs.
+/// Records the result of a look for a lock whose request may land. Once the service has answered, the request is
+/// remembered only for as long as it may land.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
-        // Its table may be back some day.
+        // The table or bucket may come back some day.
         Some(Outcome::Absent { excluded, .. }) => !excluded,
         Some(Outcome::Released(_)) => true,
         None => return,
@@ -370,7 +375,7 @@ fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<
     }
 }
 
-/// Takes on the environment and the directory of the run of `record`.
+/// Changes the environment and the working directory of this process to those of the run of `record`.
 fn enter(record: &JournalRecord) {
     environment::unset_empty("AWS_");
     for (name, value) in record.surroundings.changes() {
@@ -379,19 +384,19 @@ fn enter(record: &JournalRecord) {
     working_directory::go(Path::new(&record.directory));
 }
 
-/// What became of [`forget`].
+/// The result of [`forget`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Forgotten {
-    /// What the journal had of it is gone. It was of the run with this pid.
+    /// What the journal had of it is deleted. The number is the pid of its run's `tf`.
     Yes(u32),
-    /// Somebody of its run is alive, or takes care of it at this moment.
+    /// A process of its run is alive, or is finishing the run at this moment. The number is the pid of its run's `tf`.
     Alive(u32),
     /// No run in the journal has it.
     Unknown,
 }
 
-/// Drops what the journal has of the lock `what`, or of the run of that name, whose locks' IDs are not known. Nothing is
-/// released.
+/// Deletes what the journal has of the lock `what`, or of the run with that ID, if the IDs of its locks are not known.
+/// No lock is released.
 pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -447,31 +452,31 @@ fn only_awaits(journal: &Journal, name: &str) -> bool {
     }
 }
 
-/// Whether the run of `record` can have locked the place where we are.
+/// Whether the run of `record` may have locked one of the locations of `here`, or had the same data directory.
 fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
     record.log.unreleased().any(|lock| !here.of(lock).is_empty())
         || record.log.unreleased_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
         || record.data_directory == here.data_directory
 }
 
-/// Whether a run may hold a lock: its log says so, or nothing of its log was read, because it was killed before that or writes one
-/// that we cannot read.
+/// Whether a run may hold a lock: its log shows one, or nothing of its log was read, because the run was killed before
+/// that or writes a log that `tf` cannot read.
 fn may_hold(record: &JournalRecord) -> bool {
     record.log.may_hold() || record.log.program.is_none()
 }
 
-/// Why a run that lives may be about to end.
+/// Why a run that is alive may be about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NearEnd {
-    /// Its `tf` is dead: its guardian is at work, or its processes are dying.
+    /// Its `tf` is dead. Its guardian is at work, or its processes are dying.
     Orphaned,
-    /// Its parent is dead, which asks it to stop (`supervision::parent_to_watch`). A job that is cancelled goes on to its
-    /// last step when the shell in between is dead, whatever its `tf` still does.
+    /// The parent of its `tf` is dead, which is a request to stop (`supervise::event_loop::parent_to_watch`). A job
+    /// that is cancelled goes on to its last step when the shell in between is dead, whatever that `tf` still does.
     Left,
 }
 
-/// Whether a run that lives is about to end. One whose numbers of processes mean others to us tells nothing. One that a
-/// person has interrupted, or whose job waits for it, is nobody else's business.
+/// Returns why a run that is alive is about to end. `None` if it is not, or if its pids belong to other processes here.
+/// A run that a person has interrupted, or that its job waits for, does not concern other runs.
 fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
     if !record.host.numbers_processes_as(journal.host()) {
@@ -484,8 +489,10 @@ fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     }
 }
 
-/// Looks at a run. One that `is_near` and about to be gone is waited for, or it would refuse terraform a moment before:
-/// one that somebody else is finishing, and one that is [`ending`] by itself; where it holds no lock it refuses nobody.
+/// Looks at a run. If it `is_near` and about to be gone, this waits for it, because it would otherwise refuse terraform
+/// although its lock is released a moment later. That is a run that another process is finishing, or a run that is
+/// [`ending`] by itself and may hold a lock: without a lock it refuses no other run. `waiter` has the maximum times for
+/// the two. A signal ends the wait.
 fn look(
     journal: &Journal,
     name: &str,
@@ -501,7 +508,7 @@ fn look(
         let waiter = match &found {
             FoundRun::Settling(record) if is_near(record) => settling,
             FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
-                // Of a run that nobody takes care of only what is dying ends by itself.
+                // If a run has no owner, only processes that are dying exit by themselves.
                 let is_cared_for = journal.has_owner(name);
                 if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHAN_EXIT_TIMEOUT) }
             }
@@ -517,12 +524,12 @@ fn look(
     }
 }
 
-/// Whether a `tf` is there that will do something. One that was killed a moment ago, and is not even a zombie yet, will
-/// not: its guardian takes over, and is to be waited for.
+/// Whether a `tf` exists that will still do something. A `tf` that was killed a moment ago, and is not even a zombie
+/// yet, will not: its guardian takes over, and is to be waited for.
 ///
-/// Between taking the SIGKILL from its queue and saying that it exits, the kernel shows neither for some instructions:
-/// so it is looked at twice. Should it be held up just there for longer, the lock refuses us, as it would bare terraform,
-/// and whoever is refused looks once more.
+/// For a few instructions, between taking the SIGKILL from the queue of the process and marking the process as exiting,
+/// the kernel shows neither. So the process is checked twice. If it is held up there for longer, its lock refuses this
+/// run, as it would refuse a terraform without `tf`, and a run that is refused checks once more.
 fn is_alive(pid: u32) -> bool {
     let Some(process) = i32::try_from(pid).ok().map(Pid::from_raw).and_then(Process::look_up) else { return false };
     !process.is_dying() && {
@@ -531,7 +538,8 @@ fn is_alive(pid: u32) -> bool {
     }
 }
 
-/// Runs that have nothing to do with this one, one after the other: each in a process, for each changes its environment.
+/// Finishes runs that have nothing to do with this one, one after the other, in the background. Each is finished in a
+/// process of its own, because that process changes its environment.
 fn finish_without_waiting(runs: Vec<Dead>) {
     let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.lock_file().as_raw_fd()).collect();
     keep.extend(trace::descriptor());
@@ -554,7 +562,8 @@ fn finish_without_waiting(runs: Vec<Dead>) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Audience {
     Person,
-    /// It works in the background. What a person must read stays in the journal, for a recovery that somebody reads.
+    /// The recovery works in the background. What a person must read stays in the journal, for a recovery that a person
+    /// reads.
     Nobody,
 }
 
@@ -565,25 +574,26 @@ struct Finished {
     left: Left,
 }
 
-/// Whether a lock was not released. One of the messages names it then.
+/// Whether a lock was not released. If so, one of the messages names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Left {
     #[default]
     Nothing,
     Lock,
-    /// Nobody gave credentials.
+    /// A lock was not released because no credentials were available.
     ForLackOfCredentials,
 }
 
-/// In place of a message: a lock was not released.
+/// Sent in place of a message: a lock was not released.
 const LEFT: &str = "\u{1}";
 
-/// The same, for lack of credentials.
+/// Sent in place of a message: a lock was not released because no credentials were available.
 const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
 
-/// Does `work` in a process of its own, which keeps the descriptors `keep`, and says what it gives. Comes back when it has
-/// ended, or when a person has ended it. `announced`: it does something for an earlier run, and a person is told so if it takes
-/// long. Returns whether a lock was not released.
+/// Does `work` in a process of its own, which keeps the descriptors `keep`, and reports the resulting messages with
+/// `say`. Returns when that process has exited, or when a person has had it killed. `announced`: the work is done for
+/// an earlier run, and a person is told so if it takes long. `asked` gets the first signal that asks `tf` to stop.
+/// Returns whether a lock was not released.
 fn in_a_process(
     (mut keep, announced): (Vec<RawFd>, bool),
     work: impl FnOnce() -> Finished,
@@ -596,7 +606,7 @@ fn in_a_process(
     keep.push(writer.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
-    // Who gives credentials may have to ask for something.
+    // The source of the credentials may have to ask a person for something.
     let asks = announced && Terminal::is_our_turn();
     let parent = if asks { detached::Parent::UsAtOurTerminal } else { detached::Parent::Us };
     let forked = detached::run(RECOVERY, parent, &keep, || {
@@ -622,7 +632,8 @@ fn in_a_process(
     let quiet_until = Instant::now() + QUIET_GRACE;
     loop {
         if asks && wait::stopped(pid).is_some() {
-            // A key that stops a job has stopped what asks: the shell sees the job stopped when we are, and continues both.
+            // A key that stops a job has stopped the process that asks. When this process stops as well, the shell sees
+            // the job stopped, and continues both.
             let _ = raise(Signal::SIGSTOP);
             let _ = kill(pid, Signal::SIGCONT);
         }
@@ -656,7 +667,8 @@ fn in_a_process(
     left
 }
 
-/// The first request to stop is answered and remembered; the second ^C ends the recovery, which loses nothing.
+/// Handles requests to stop. The first one is answered and remembered. After that, a ^C kills the recovery, which loses
+/// nothing.
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     while let Some(signal) = signals.next_stop() {
         if asked.is_none() {
@@ -673,14 +685,15 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    // What it wrote last stands in memory, unless that is gone: with a container, or with another session's directory.
+    // What the run wrote last is in memory, unless that memory is gone: with a container, or with the directory of
+    // another session.
     if standpoint == Standpoint::ThisBoot
         && !record.over
         && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
     {
         record.log = recorder.read().clone();
         record.unlogged = recorder.is_closed();
-        // As long as the record stands, the next one needs it as much as we do.
+        // As long as the record exists, the next recovery needs the recorder as much as this one does.
         recorder.leave();
     }
     enter(&record);
@@ -722,15 +735,16 @@ fn clean_up_after(
         log: &record.log,
         log_state: if record.unlogged { LogState::NeverBegun } else { LogState::Complete },
         candidates: &candidates,
-        // How it ended nobody knows. A lock that its log names, and that agrees in everything, is its own.
+        // It is not known how terraform ended. A lock that its log names, and that agrees with the log in everything,
+        // is its own.
         died: true,
         ended: None,
-        // It worked at least until it wrote the last record of its log.
+        // The run worked at least until it wrote the last record of its log.
         until: record.log.latest.unwrap_or(record.started),
         replaced: &record.replaced,
         release_context: ReleaseContext {
             run: record.proof(),
-            // One look is enough: what comes later is a pending request.
+            // One look is enough: a request that lands later is a pending request.
             request_may_land: false,
             write_may_land: may_land(record.log.latest, now),
             reached: record.reached(),
@@ -750,8 +764,8 @@ fn clean_up_after(
     (Finished { messages, left }, unfinished)
 }
 
-/// The lock that a dead run may have left in a backend that is not S3, to be released by the program of the run's name that is
-/// found now. `None` if the backend is S3 after all.
+/// Returns what is needed to release the lock that a dead run may have left in a backend other than S3. It is released
+/// with the program that is found now under the name that the run used. `None` if the backend is S3 after all.
 fn non_s3_cleanup<'a>(
     record: &'a JournalRecord,
     candidates: &'a CandidateBackends,
@@ -766,7 +780,7 @@ fn non_s3_cleanup<'a>(
     Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
 }
 
-/// Collects what is to be said of a dead run, for the process that may say it.
+/// Collects what is to be reported about a dead run, for the process that may report it.
 struct RecoveryReporter<'a> {
     record: &'a JournalRecord,
     audience: Audience,
@@ -803,14 +817,14 @@ impl Reporter for RecoveryReporter<'_> {
         }
     }
 
-    /// Of a dead run it is not known whether it gave up.
+    /// It is not known whether the terraform of a dead run gave up.
     fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
 
     fn replaced(&mut self, _: &EndedRun<'_>, replaced: &Replaced) {
         self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by));
     }
 
-    /// Its terraform has said itself what refused it.
+    /// The terraform of the dead run has reported itself what refused it.
     fn refusals(&mut self, _: &EndedRun<'_>, _: &[ReleaseResult], _: &mut Waiter<'_>) {}
 
     fn unidentified(&mut self, _: &EndedRun<'_>, locks: &CandidateLocks) {
@@ -853,15 +867,15 @@ impl Reporter for RecoveryReporter<'_> {
     }
 }
 
-/// Whether locks of a dead run are to be named and not released: whoever recovers says so, or the run was told so and whoever
-/// recovers does not ask for a release by name.
+/// Whether the locks of a dead run are to be named and not released: `TFW_RELEASE` is `never` for this recovery, or it
+/// was for the run, and for this recovery it is not `auto`.
 fn is_never(record: &JournalRecord) -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
         || (record.named_only && !release_is_asked_for())
 }
 
-/// The places that a dead run can have locked, and the attributes that some of them cannot be reached without and that are
-/// not known any more.
+/// Returns the candidate backends of a dead run, and the attributes that are no longer known and without which some of
+/// these backends cannot be reached.
 fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     let after = DataDirectory::read(Path::new(&record.data_directory));
     let mut missing = Vec::new();
@@ -879,7 +893,8 @@ fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
         data_directory: record.data_directory.clone(),
         working_directory: record.working_directory().into(),
     };
-    // What an `init` has set up, or a `workspace select` chosen, is known from after the run alone.
+    // The backend that an `init` has set up, and the workspace that a `workspace select` has chosen, are known only
+    // after the run.
     places.workspaces.push(after.workspace.clone());
     places.directories.push(after);
     if let Some(plan) = &record.plan {

@@ -1,4 +1,4 @@
-//! Another `tf` that finishes one dead run.
+//! Another `tf` process that finishes one dead run.
 
 use crate::cleanup::waiter::Waiter;
 use std::process::{Child, Stdio};
@@ -7,10 +7,10 @@ use std::time::Duration;
 use crate::another_tf;
 use crate::sys::session;
 
-/// Between two looks at whether the other `tf` has ended.
+/// How often to check whether the other `tf` has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits for another `tf`. A second ^C ends that: what it had to do is still in the journal.
+/// Waits until another `tf` has exited. A second ^C kills that `tf`; what it had to do is still in the journal.
 pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     while matches!(child.try_wait(), Ok(None)) {
@@ -22,12 +22,12 @@ pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     }
 }
 
-/// Another `tf`, which finishes the run `name` and says on stderr what it did, and, unless it was tried `before`, what it could
-/// not do. It is in a session of its own: a key that interrupts terraform is not for it, and it asks nobody at the terminal
-/// that terraform reads.
+/// Starts another `tf`, which finishes the run `name`. It reports on stderr what it did and, unless the run was tried
+/// `before`, what it could not do. It is in a session of its own: a key that interrupts terraform does not reach it,
+/// and it asks no person at the terminal that terraform reads.
 ///
 /// # Errors
-/// It cannot be started.
+/// If it cannot be started.
 pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
     let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
     if before {

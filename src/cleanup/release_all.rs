@@ -1,5 +1,6 @@
-//! Giving back the locks of a run whose operation is over: by `tf`, else by its guardian, else by the next `tf`. All three
-//! do the same here; what differs is what they know, who can lose patience, and whom they can tell.
+//! Releases the locks of a run whose operation is over. `tf` does this, otherwise its guardian, otherwise the next
+//! `tf`. All three do the same here. They differ in what they know, in whether a person can interrupt them, and in
+//! where they report.
 
 use crate::journal::runs::Replaced;
 use crate::sys::wait::Ended;
@@ -27,24 +28,24 @@ use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
-/// What looking for an unnamed lock came to. The outer error is that of [`Waiter::block_on`].
+/// The result of looking for an unnamed lock. The outer error is that of [`Waiter::block_on`].
 type Looked = Result<Result<IdentifiedLock, Failure>, &'static str>;
 
-/// The locks of a run that may stand.
+/// The locks of a run that may exist.
 #[derive(Debug, Default)]
 pub(crate) struct CandidateLocks {
-    /// Those that its log names, and those that came to light when their places were read.
+    /// The locks that the log names, and those that were identified by reading their locations.
     pub(crate) named: Vec<RecordedLock>,
-    /// Those that may be the run's, and why that is not certain.
+    /// The locks that may be the run's, and why that is not certain.
     pub(crate) suspects: Vec<(LockInfo, &'static str)>,
-    /// Those that could not be looked for, and why.
+    /// The locks that could not be looked for, and why.
     pub(crate) unread: Vec<(UnnamedLock, String)>,
-    /// Those that were asked for and are not to be seen, and whose requests may still land.
+    /// The locks that were requested and not found. Their requests may still land.
     pub(crate) awaited: Vec<UnnamedLock>,
 }
 
 impl CandidateLocks {
-    /// Looks for what the log does not name. `died` as in [`release_locks`].
+    /// Finds the locks of a run, and looks for those that the log does not name. `died` as in [`release_locks`].
     pub(crate) fn find(
         log: &Log,
         places: &CandidateBackends,
@@ -54,7 +55,7 @@ impl CandidateLocks {
     ) -> Self {
         let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
         let _there = Within::enter(&places.working_directory);
-        // One that ended by itself had its answer, and has gone on where it was given a lock.
+        // A terraform that exited by itself had the answer to its request, and went on if it was granted the lock.
         for unnamed in log.unreleased_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
             let places = places.of_unnamed(unnamed);
             let mut unseen = true;
@@ -76,7 +77,7 @@ impl CandidateLocks {
         locks
     }
 
-    /// Takes what looking for `unnamed` in one place came to, and gives it back.
+    /// Adds the result of looking for `unnamed` at one location, and returns it.
     fn add(&mut self, unnamed: &UnnamedLock, looked: Looked) -> Looked {
         match &looked {
             Ok(Ok(IdentifiedLock::None)) => {}
@@ -88,28 +89,30 @@ impl CandidateLocks {
         looked
     }
 
-    /// Whether the run is known, or suspected, to have had none.
+    /// Whether no lock of the run was found or suspected, and none could not be looked for.
     pub(crate) fn is_empty(&self) -> bool {
         self.named.is_empty() && self.suspects.is_empty() && self.unread.is_empty()
     }
 }
 
-/// What became of one recorded lock. None of what it may be: a lock that was refused, and looked for in vain.
+/// The result for one recorded lock. `outcome` is `None` if terraform was refused the lock, and it was not looked for
+/// or has no location.
 #[derive(Debug)]
 pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
     pub(crate) outcome: Option<Outcome>,
-    /// The run had it, or died before it knew. One that was refused is somebody else's.
+    /// Whether the run had the lock, or died before it knew. A lock that refused the run is another run's.
     pub(crate) may_stand: bool,
-    /// Its request was not answered, and may still land: all of it, the part that was not seen, or once more, because the
-    /// SDK of a terraform that gets no answer sends it again. Or its table or bucket does not exist now, and may be restored.
+    /// Whether the lock may still appear. Its request was not answered and may still land: the whole lock, the part
+    /// that was not seen, or once more, because the SDK of a terraform that gets no answer sends the request again. Or
+    /// its table or bucket does not exist now and may be restored.
     pub(crate) may_still_come: bool,
 }
 
-/// Gives back what of `locks` is ours.
+/// Releases those of `locks` that are the run's.
 ///
-/// `died`: terraform died, so that a lock without an answer may be its own too. `keep`: a reason not to touch any of
-/// them. `is_claimed` asks whether another run that is alive says that a lock is its.
+/// `died`: terraform died, so a lock without an answer may be its own too. `keep` is a reason to touch none of the
+/// locks. `is_claimed` says whether another run, which is alive, claims a lock as its own.
 pub(crate) fn release_locks(
     locks: &[RecordedLock],
     places: &CandidateBackends,
@@ -121,23 +124,24 @@ pub(crate) fn release_locks(
 ) -> Vec<ReleaseResult> {
     let _there = Within::enter(&places.working_directory);
     let mut is_silent = false;
-    // A migration holds two, and gives back the second first.
+    // A migration holds two locks, and releases the second one first.
     let results = locks.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
         let may_stand = recorded.progress.held.is_some() || died;
         let named = |outcome: Outcome| may_stand.then_some(outcome);
         let purpose = if may_stand { Purpose::Work } else { Purpose::Explanation };
-        // A service that was silent for one lock is not waited for as long for the next.
+        // If a service was silent for one lock, the wait for the next lock is shorter.
         let limit = if may_stand && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
-            // Whoever put this ID into our log knew it from there.
+            // What wrote this ID into the log of this run knew it from the other run.
             named(Outcome::kept(messages::CLAIMED))
         } else {
             let places = places.of(recorded);
             match release_where_found(recorded, &places, release_context, (limit, purpose), waiter) {
-                // One that was refused is not missed, nor one that was not had where another's is.
+                // A lock that terraform was refused is not missed. Nor is a lock that it did not get, where another
+                // run's lock is.
                 Some(absent @ Outcome::Absent { .. })
                     if may_stand
                         && (recorded.progress.held.is_some()
@@ -153,7 +157,7 @@ pub(crate) fn release_locks(
         is_silent |= matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
         let may_still_come = died
             && match outcome {
-                // Its place may come back, and a lock in it: a table that is restored under its name.
+                // Its location may come back with a lock in it, for example a table that is restored under its name.
                 Some(Outcome::Absent { excluded: true, .. }) => true,
                 Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
                 Some(Outcome::Kept { .. }) | None => false,
@@ -163,7 +167,7 @@ pub(crate) fn release_locks(
     results.collect()
 }
 
-/// What becomes of those of `locks` that may be there, where locks are to be named and not released.
+/// Returns the results for `locks` if locks are to be named and not released: each lock that may exist is named.
 pub(crate) fn only_name(
     locks: &[RecordedLock],
     places: &CandidateBackends,
@@ -190,15 +194,17 @@ pub(crate) fn only_name(
     results.collect()
 }
 
-/// Whether terraform has most likely released `recorded` itself, and cannot say so: it ended by itself after it had begun to,
-/// and its version logs no answers. Every failed command of Terraform 1.6 to 1.9 ends like that.
+/// Whether terraform has most likely released `recorded` itself, but its log cannot show it: terraform exited by itself
+/// after it had begun to release the lock, and its version logs no answers. Every failed command of Terraform 1.6 to
+/// 1.9 ends like that.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
     !died
         && recorded.progress.is_unlocking()
         && program.is_some_and(|program| program.log_detail() == LogDetail::IdsOnly)
 }
 
-/// Which of `results` were replaced while the run worked, which it did `until` then. It is written into the history.
+/// Returns which of `results` were replaced while the run was working, which it did until `until`. This is also written
+/// into the history.
 pub(crate) fn replaced(
     results: &[ReleaseResult],
     places: &CandidateBackends,
@@ -225,14 +231,15 @@ pub(crate) fn replaced(
     all
 }
 
-/// Whether the holder of `other` locked the state while the run of `own` had not ended, which it had `until` then. A
-/// terraform whose unlock was refused, because the lock was another's, tells so whatever the clocks of both hosts say.
+/// Whether the holder of `other` locked the state while the run of `own`, which ended at `until`, was still working. If
+/// terraform's unlock was refused because the lock was another run's, this is certain, whatever the clocks of the two
+/// hosts say.
 fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
     let refused = !died && own.progress.is_unlocking();
     own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
-/// Why a lock that was seen in none of `places` does not count as gone. `None` where it does.
+/// Returns why a lock that was found at none of `places` does not count as gone. `None` if it does.
 fn not_believed(places: &[LockLocation], release_context: &ReleaseContext, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     match waiter
         .block_on(async { tokio::time::timeout(SERVICE_TIMEOUT, release_context.reached.believes(places)).await })
@@ -245,8 +252,8 @@ fn not_believed(places: &[LockLocation], release_context: &ReleaseContext, waite
     }
 }
 
-/// Gives the lock back in the place where it is; a service that is silent is waited for as long as `limit`, and for an
-/// explanation nothing takes longer. `None` where there is no place to look in.
+/// Releases the lock at the location where it is. A silent service is waited for as long as `limit`. For an
+/// explanation, nothing takes longer than that. `None` if there is no location to look at.
 fn release_where_found(
     recorded: &RecordedLock,
     places: &[LockLocation],
@@ -261,7 +268,7 @@ fn release_where_found(
             if purpose == Purpose::Work {
                 return release.await;
             }
-            // Nobody is to wait for long for a lock that is most likely somebody else's.
+            // Nothing is to wait for long for a lock that is most likely another run's.
             let silent = || Outcome::Kept { reason: messages::SILENT.to_owned(), because: Because::NoAnswer };
             tokio::time::timeout(limit, release).await.unwrap_or_else(|_| silent())
         };
@@ -272,7 +279,8 @@ fn release_where_found(
             Outcome::Absent { anothers, excluded } => {
                 worst = match worst {
                     None => Some(Outcome::Absent { anothers, excluded }),
-                    // No lock can be in one place, and none was in the other: it may still come there.
+                    // If no lock can be at one location, and none was at the other, a lock may still appear at the
+                    // other one.
                     Some(Outcome::Absent { anothers: before, excluded: too }) => {
                         Some(Outcome::Absent { anothers: before.or(anothers), excluded: excluded && too })
                     }
@@ -284,9 +292,9 @@ fn release_where_found(
     worst
 }
 
-/// Keeps the facts of locks whose requests may still land. Gives those for which that worked.
+/// Remembers the locks whose requests may still land. Returns the IDs of those for which that succeeded.
 ///
-/// `recent`: a request of the run can still be on its way.
+/// `recent`: a request of the run may still be in flight.
 pub(crate) fn remember_pending(
     results: &[ReleaseResult],
     release_context: &ReleaseContext,
@@ -299,7 +307,8 @@ pub(crate) fn remember_pending(
         if !recent && !excluded {
             return None;
         }
-        // A table that a request found missing was most likely never there. One in which the lock was had may be back.
+        // A table that did not exist for a request most likely never existed. A table in which the lock was held may
+        // come back.
         let abandoned = excluded && lock.progress.held.is_none();
         keep(
             pending_requests,
@@ -309,11 +318,12 @@ pub(crate) fn remember_pending(
     .collect()
 }
 
-/// The locks of `results` that a terraform which failed by itself had asked for and not had, and whose requests may still land.
-/// It may have given up while they were under way: at a second interrupt, after five seconds (internal/command/meta.go,
-/// `RunOperation`); or because a proxy answered in the place of the service, or the connection broke, and the SDK's own tries
-/// were used up. A lock that was released may come again by such a try. The log does not tell a refusal from these, so only
-/// another's lock in the place is taken for one, or a place in which no lock can be.
+/// Returns the locks of `results` that a terraform which failed by itself had requested and did not get, and whose
+/// requests may still land. Terraform may have given up while they were in flight: at a second interrupt, after 5 s
+/// (internal/command/meta.go, `RunOperation`); or because a proxy answered in place of the service, or the connection
+/// broke, and the SDK's own retries were used up. A lock that was released may come back through such a retry. The log
+/// does not distinguish a refusal from these cases. So only another run's lock at the location, or a location where no
+/// lock can be, counts as a refusal.
 pub(crate) fn abandoned_requests(
     results: &[ReleaseResult],
     ended: Option<Ended>,
@@ -322,7 +332,7 @@ pub(crate) fn abandoned_requests(
     let abandoned = move |results: &&ReleaseResult| {
         let may_come = match &results.outcome {
             Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
-            // Whether it was refused could not be seen.
+            // It could not be seen whether the request was refused.
             Some(Outcome::Kept { because, .. }) => {
                 matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
             }
@@ -333,8 +343,8 @@ pub(crate) fn abandoned_requests(
     results.iter().filter(abandoned)
 }
 
-/// Keeps the facts of the locks of `results`, whose terraform ended by itself without an answer. Gives the IDs of those for which
-/// that worked.
+/// Remembers the locks of `results`, which have no answer although their terraform exited by itself. Returns the IDs of
+/// those for which that succeeded.
 pub(crate) fn remember_abandoned<'a>(
     results: impl Iterator<Item = &'a ReleaseResult>,
     release_context: &ReleaseContext,
@@ -344,7 +354,7 @@ pub(crate) fn remember_abandoned<'a>(
         .filter_map(|ReleaseResult { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            // Nobody has to try that again at once.
+            // It was tried just now, and need not be tried again at once.
             let tried = unseen.then(Timestamp::now);
             keep(
                 pending_requests,
@@ -360,10 +370,10 @@ fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> 
     Some(pending.lock.id)
 }
 
-/// Looks once whether a lock has come whose request nobody saw answered, and gives it back. What is kept of it stays for its
-/// time: the request may land once more, or the other part of it. Where a person has asked for that, a service that is silent
-/// is waited for as long as one may be; else a look takes no longer than `limit`. `None` where there is no place to look in, or
-/// it is too early.
+/// Looks once whether a lock has appeared whose request was not seen to be answered, and releases it. What is
+/// remembered of the lock stays for its time, because the request may land once more, or that for its other part may.
+/// If a person has asked for this ([`Purpose::Work`]), a silent service is waited for as long as a service may be.
+/// Otherwise the look takes no longer than `limit`. `None` if there is no location to look at, or if it is too early.
 pub(crate) fn check_pending(
     pending: &PendingRequest,
     places: &CandidateBackends,
@@ -371,12 +381,13 @@ pub(crate) fn check_pending(
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
-    // Of a lock that was had a write may be on its way, for as long as a request can be. Only who was asked for it waits for that.
+    // If the lock was held, a write may be in flight for as long as a request can be. Only a caller that was asked to
+    // waits for that.
     let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
     if write_may_land && purpose == Purpose::Explanation {
         return None;
     }
-    // Its terraform is long dead, and one look is enough: the next `tf` looks again.
+    // Its terraform has been dead for long, and one look is enough, because the next `tf` looks again.
     let reached = Reached::default();
     let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
     let outcome =
@@ -391,16 +402,17 @@ pub(crate) fn check_pending(
     outcome
 }
 
-/// Writes into the history what was released.
+/// Writes the releases among `results` into the history.
 pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, reason: Option<&str>) {
     for ReleaseResult { lock, .. } in results.iter().filter(|one| matches!(one.outcome, Some(Outcome::Released(_)))) {
         history::record(&LockEvent::of_recorded(What::Released, by, lock, why, reason));
     }
 }
 
-/// Whether a request that was signed at `then` can still land: longer than any signature is valid it cannot.
+/// Whether a request that was signed at `then` can still land. It cannot after the longest time for which a signature
+/// is valid. True if `then` is not known.
 pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
-    /// S3's are valid for 15 minutes, DynamoDB's for 5.
+    /// The signatures of S3 are valid for 15 min, those of DynamoDB for 5 min.
     const SIGNATURE_WINDOW: SignedDuration = SignedDuration::from_mins(20);
     then.is_none_or(|then| now.duration_since(then) < SIGNATURE_WINDOW)
 }
@@ -479,13 +491,13 @@ mod tests {
             (absent(), Some(Ended::Exited(0)), 0),
             (absent(), None, 0),
             (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
-            // A table that does not exist has refused it.
+            // A table that does not exist has refused the request.
             (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
             (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
             (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
             (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
             (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
-            // What is no lock was there, and has refused it.
+            // Something that is not a lock was there, and has refused the request.
             (kept(Because::NoLock), Some(Ended::Exited(1)), 0),
             (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
             (None, Some(Ended::Exited(1)), 0),

@@ -18,23 +18,23 @@ use crate::terraform::lock_info;
 pub(crate) struct RunContext<'a> {
     /// The run's ID: the last part of its `TFW_RUN`, and the name of its directory in the journal.
     pub(crate) id: String,
-    /// `user@host` at the start: the host may have another name at the end.
+    /// `user@host` at the start. The host may have another name at the end.
     pub(crate) who: String,
     /// When this `tf` began.
     pub(crate) begun: Instant,
-    /// The latest time before terraform's start.
+    /// A time before terraform's start, as late as possible.
     pub(crate) started: Timestamp,
-    /// What is run.
+    /// The terraform to run, and its command line.
     pub(crate) invocation: &'a Invocation,
-    /// Where `tf` was started.
+    /// The directory in which `tf` was started.
     pub(crate) current: PathBuf,
-    /// Terraform's data directory, `.terraform` in most cases.
+    /// The path of terraform's data directory, in most cases `.terraform`.
     pub(crate) data_directory: PathBuf,
-    /// What the data directory said before the run.
+    /// The contents of the data directory before the run.
     pub(crate) before: DataDirectory,
     /// The backends that the command line leads to.
     pub(crate) planned_backends: PlannedBackends,
-    /// Where the run can lock, as far as that is known before it starts.
+    /// The candidate backends, as far as they are known before the run.
     pub(crate) candidates: CandidateBackends,
     /// The journal, or why there is none.
     pub(crate) journal: Result<Journal, String>,
@@ -45,7 +45,7 @@ pub(crate) struct RunContext<'a> {
 }
 
 impl<'a> RunContext<'a> {
-    /// Reads what the current directory says of a run of `invocation`. There is no journal yet.
+    /// Reads what the current directory says about a run of `invocation`. The journal is not opened yet.
     pub(crate) fn new(invocation: &'a Invocation, release: bool, begun: Instant) -> Self {
         let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
         let data_directory = DataDirectory::path(&current, &invocation.command_line);
@@ -70,19 +70,19 @@ impl<'a> RunContext<'a> {
         }
     }
 
-    /// The journal. `None` if this run has none.
+    /// Returns the journal. `None` if this run has none.
     pub(crate) fn journal(&self) -> Option<&Journal> {
         self.journal.as_ref().ok()
     }
 
-    /// Where the run can have locked, now that it is over: what the data directory says now counts too.
+    /// Returns the candidate backends after the run. What the data directory contains now counts as well.
     pub(crate) fn candidates_after(&self) -> CandidateBackends {
         let after = DataDirectory::read(&self.data_directory);
         let command_line = &self.invocation.command_line;
         CandidateBackends::new(&self.current, &self.before, after, command_line, &self.planned_backends)
     }
 
-    /// The first form of the run's record in `journal`.
+    /// Returns the run's record in `journal` as it is written first.
     pub(crate) fn record(&self, journal: &Journal) -> JournalRecord {
         let (access, surroundings) = self.candidates.identified_without_files(&self.id);
         let Invocation { name, arguments, command_line, .. } = self.invocation;

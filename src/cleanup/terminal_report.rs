@@ -1,4 +1,4 @@
-//! What `tf` says on stderr after terraform has ended.
+//! The reports of `tf` on stderr after terraform has exited.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -32,14 +32,14 @@ use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
 
-/// Says on stderr what became of a run's locks.
+/// Reports on stderr what became of a run's locks.
 pub(crate) struct TerminalReporter<'a> {
     pub(crate) after: &'a AfterRun<'a>,
-    /// When terraform had ended.
+    /// When terraform had exited.
     pub(crate) ended_at: Timestamp,
-    /// Why there is no journal of this run. `None` where there is one.
+    /// Why this run has no journal. `None` if it has one.
     pub(crate) unprotected: Option<&'a str>,
-    /// Dead runs that were tried to be finished before, or while, terraform ran.
+    /// The IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
     pub(crate) tried: &'a [String],
 }
 
@@ -60,7 +60,7 @@ impl Reporter for TerminalReporter<'_> {
                     console::say(&messages::unfit_digest(mismatch, workspace, self.directory().as_deref()));
                 }
             }
-            // Terraform was refused, and has said so itself.
+            // Terraform was refused, and has reported that itself.
             Some(Outcome::Kept { .. }) if !may_stand => {}
             Some(Outcome::Kept { because: Because::OtherAccount, .. }) if has_journal => {
                 console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
@@ -98,9 +98,9 @@ impl Reporter for TerminalReporter<'_> {
         console::say(&messages::replaced(run.ending, own, by, &self.program(), self.directory().as_deref()));
     }
 
-    /// Terraform was refused by a lock and has said so. What it cannot know is added: whether the holder is running, and what
-    /// to type. A dead holder's run is finished and its lock released; terraform is not started once more: its stdin may be
-    /// consumed, and its output was read.
+    /// Terraform was refused by a lock and has reported that. This adds what terraform cannot know: whether the holder
+    /// is running, and which command to type. If the holder is dead, its run is finished and its lock is released.
+    /// Terraform is not started again, because its stdin may be consumed, and its output was read.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>) {
         for result in results {
             if let Some(Outcome::Absent { anothers: Some(id), .. }) = &result.outcome {
@@ -111,12 +111,12 @@ impl Reporter for TerminalReporter<'_> {
             return;
         }
         for ReleaseResult { lock, outcome, .. } in results.iter().filter(|result| result.lock.progress.held.is_none()) {
-            // Of a service that is silent, and of a location without a lock, there is nothing to say.
+            // If a service is silent, or a location has no lock, there is nothing to report.
             let is_refused = match outcome {
                 Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
                 Some(Outcome::Kept { because, .. }) => *because == Because::NoLock,
                 Some(Outcome::Released(_)) => false,
-                // It was not looked for: nothing is to be released here.
+                // The lock was not looked for, because nothing is to be released here.
                 None => true,
             };
             if is_refused {
@@ -180,7 +180,7 @@ impl Reporter for TerminalReporter<'_> {
 }
 
 impl TerminalReporter<'_> {
-    /// Terraform has ended, and `ending` is how. Says what is not about a lock that the run may have left.
+    /// Reports what is not about a lock that the run may have left. Terraform has exited, as `ending` says.
     pub(crate) fn terraform_ended(
         &self,
         ending: Ending,
@@ -202,7 +202,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Terraform has failed because a state and its digest do not fit, and has said so. We add what to type.
+    /// Terraform has failed because a state does not match its digest, and has reported that. This adds what to type.
     fn explain_checksum(&self, places: &CandidateBackends, waiter: &mut Waiter<'_>) {
         let Some((bucket, key)) = &self.after.log.mismatch else { return };
         let _there = Within::enter(&places.working_directory);
@@ -215,7 +215,8 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Names what runs on after an interrupt. Terraform's providers may be dying at this moment: those are no survivors.
+    /// Names the processes that are still running after an interrupt. Terraform's providers may be exiting at this
+    /// moment, and do not count.
     fn name_survivors(&self) {
         let mut living = self.after.tree.living();
         if !living.is_empty() {
@@ -228,7 +229,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// We were refused by the lock `id`: if a dead run's request took it late, it goes.
+    /// This run was refused by the lock `id`. If that lock was taken by a late request of a dead run, it is released.
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
@@ -241,7 +242,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// The same for one place of the lock that was asked for.
+    /// Explains the refusal for one location of the lock that was requested.
     fn explain_refusal(
         &self,
         asked: &RecordedLock,
@@ -268,7 +269,8 @@ impl TerminalReporter<'_> {
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
             let dead =
                 host.dead_run(&info.id).filter(|_| self.after.context.release && judgement.verdict == Verdict::Dead);
-            // One that was tried a moment ago, and could not be finished, is not tried again at once: it was said why.
+            // A run that was tried a moment ago and could not be finished is not tried again at once. The reason was
+            // reported.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
             console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
@@ -282,7 +284,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// By what name terraform was run, without a directory.
+    /// Returns the name by which terraform was run, without a directory.
     fn program(&self) -> Cow<'_, str> {
         Path::new(&self.after.context.invocation.name)
             .file_name()
@@ -290,12 +292,13 @@ impl TerminalReporter<'_> {
             .to_string_lossy()
     }
 
-    /// `-chdir`, as it was given.
+    /// Returns the value of `-chdir`, as it was given. `None` if it was not given.
     fn directory(&self) -> Option<Cow<'_, str>> {
         self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
     }
 
-    /// Names a state that terraform could not write. It says so itself, if it lives to say it and anybody reads it.
+    /// Names a state that terraform could not write. Terraform reports it itself, if it still can and if its output is
+    /// read.
     fn name_errored_state(&self) {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
@@ -303,39 +306,41 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// A `tf locks` command for the directory of this run, in `workspace` or in the one that its environment names.
+    /// Returns a `tf locks` command for the directory of this run, in `workspace` or else in the one that TF_WORKSPACE
+    /// names.
     fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
         let variable = std::env::var("TF_WORKSPACE").ok();
         messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
     }
 
-    /// Terraform's own command that removes a lock at `place`, without its ID. A workspace that has no state yet, or none any
-    /// more, is none for terraform: it refuses to work there, and ours does not.
+    /// Returns terraform's own command that removes a lock at `place`, without the lock's ID. Terraform refuses to work
+    /// in a workspace that has no state yet, or no longer has one. For that case, the command of `tf` is returned,
+    /// which works there.
     fn unlock_command_at(&self, place: Option<&LockLocation>, places: &CandidateBackends) -> String {
         let workspace = place.and_then(|place| unselected_workspace(place, places));
         if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
         }
         let command = messages::unlock_command(&self.program(), self.directory().as_deref());
-        // Set for this run alone, perhaps, and not where the command will be typed.
+        // The variable may be set for this run alone, and not where the command will be typed.
         let variable = std::env::var("TF_WORKSPACE").ok();
         messages::in_workspace(workspace.or(variable.as_deref()), &command)
     }
 
-    /// The same for `lock`.
+    /// Returns the same for `lock`.
     fn unlock_command_of(&self, lock: &RecordedLock, places: &CandidateBackends) -> String {
         self.unlock_command_at(places.of(lock).first(), places)
     }
 }
 
-/// The workspace whose state is at `place`, if a command without further words would not look there: it is neither the default
-/// one nor the selected one, and it need not have a state yet.
+/// Returns the workspace of the state at `place`, if a command without further arguments would not look there because
+/// that workspace is not the selected one. The workspace need not have a state yet.
 fn unselected_workspace<'a>(place: &LockLocation, places: &'a CandidateBackends) -> Option<&'a str> {
     let selected = places.directories.first().map(|directory| directory.workspace.as_str());
     places.workspace_of(place).filter(|name| Some(*name) != selected)
 }
 
-/// What stands in the places of a lock at `place` now.
+/// Returns what is stored now at the locations of the parts of a lock at `place`. Empty if nothing can be read.
 fn stored_locks(
     place: &LockLocation,
     places: &CandidateBackends,
@@ -345,10 +350,10 @@ fn stored_locks(
     waiter.block_on(release::stored(place)).unwrap_or_default()
 }
 
-/// Whether a request for `lock` was left without an answer, as far as that can be told at the end, `at`: terraform waited for
-/// it for as long as it does after a second interrupt.
+/// Whether a request for `lock` was left without an answer, as far as that can be known at `at`, when terraform had
+/// exited: terraform waited for the answer for as long as it does after a second interrupt.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
-    /// Less than five seconds by more than a slow machine is late.
+    /// 1 s less than the 5 s that terraform waits: a slow machine is not late by more than that.
     const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
     at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
 }

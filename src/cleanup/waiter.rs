@@ -1,4 +1,4 @@
-//! Who may end a waiting: a person at the keyboard, or nobody, where no person can be asked any more.
+//! What may end a wait: a person at the keyboard or, where no person can be reached any more, nothing.
 
 use crate::console;
 use std::os::fd::AsFd;
@@ -13,19 +13,19 @@ use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::trace::trace;
 
-/// Between two looks at whether a person has had enough.
+/// How often to check whether a person has interrupted the wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Whose patience it is.
+/// Whether a person may interrupt a wait.
 pub(crate) enum Waiter<'a> {
-    /// Of whoever sits before `tf`, or sends it signals.
+    /// The person at the terminal of `tf`, or one who sends it signals, may interrupt it.
     Interactive(&'a mut Signals),
-    /// The guardian's and the recoverer's, whom nobody reaches.
+    /// No person may interrupt it. For the guardian and the recovery process, which no person can reach.
     Unattended,
 }
 
 impl Waiter<'_> {
-    /// How many interrupts have come since the last call.
+    /// Returns how many interrupts have arrived since the last call.
     pub(crate) fn interrupts(&mut self) -> usize {
         let Self::Interactive(signals) = self else { return 0 };
         let mut interrupts = 0;
@@ -35,7 +35,7 @@ impl Waiter<'_> {
         interrupts
     }
 
-    /// Waits for a while, or until a signal comes.
+    /// Waits for `time`, or until a signal arrives.
     pub(crate) fn wait(&self, time: Duration) {
         match self {
             Self::Interactive(signals) => poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(time)),
@@ -43,11 +43,13 @@ impl Waiter<'_> {
         };
     }
 
-    /// Waits for `work`, which talks to the lock service. A person may end the waiting: the first ^C is answered, the
-    /// second ends it. What a supervisor sends does not: it is bounded anyway, and the lock matters more.
+    /// Waits for `work`, which talks to the lock service. A person may end the wait: the first ^C is answered, and the
+    /// second one ends it. The signals of a supervisor do not end it, because the wait is limited anyway, and the lock
+    /// matters more.
     ///
     /// # Errors
-    /// Why it is not done, in words: a person has ended it, or this system has no descriptor or thread left for it.
+    /// If a person has ended the wait, or if this system has no descriptor or thread left for the work. The text says
+    /// which.
     pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
@@ -64,7 +66,7 @@ impl Waiter<'_> {
                 }
             })
         });
-        // A name look-up that hangs in its thread must not hold us.
+        // A name lookup that hangs in its thread must not block this process.
         runtime.shutdown_background();
         match finished {
             Some(finished) => finished.ok_or(messages::INTERRUPTED),

@@ -1,16 +1,20 @@
-//! Giving a lock back: read, judge, delete on condition of exactly what was read; each part by itself.
+//! The release of a lock. Each part by itself is read, judged, and deleted on the condition that it is still exactly
+//! what was read.
 //!
-//! DynamoDB first and `.tflock` last, the reverse of taking, so that no contender gets half in. Both are tried even if
-//! the other fails.
+//! The DynamoDB part is deleted first and the `.tflock` object last. Terraform takes them in the reverse order, so no
+//! other run can get only one of the parts. Both deletes are tried even if one of them fails.
 //!
-//! Two things can still be on their way from a terraform that died. A *lock request* that was not answered can land
-//! after we looked: so an absent part is looked for again, for [`LATE_REQUEST_WINDOW`]. A *write*, of the state or of the unlock's own
-//! deletes, carries no condition and would hit whoever comes next: so before the first delete everything that such a
-//! write would change must have been seen unchanged for [`QUIET_WINDOW`].
+//! Two things may still be in flight from a terraform that died:
 //!
-//! One response proves nothing, because a proxy or a portal can have sent it. What no service sends is an error
-//! ([`dynamodb`], [`s3`]); that a lock which was had is absent is believed when two looks in a row have found it so; that
-//! a lock is deleted, when its place was read after the delete.
+//! - A *lock request* without an answer can land after `tf` has looked. So a part that is absent is looked for again,
+//!   for [`LATE_REQUEST_WINDOW`].
+//! - A *write*, of the state or by the deletes of the unlock itself, carries no condition and would hit the next
+//!   holder. So before the first delete, everything that such a write would change must have been seen unchanged for
+//!   [`QUIET_WINDOW`].
+//!
+//! One response proves nothing, because a proxy or a portal can have sent it. A response that no service sends is an
+//! error ([`dynamodb`], [`s3`]). The absence of a lock that was held is believed when two looks in a row have found it.
+//! The deletion of a lock is believed when its location was read after the delete.
 
 use crate::aws::settings::Unreachable;
 use crate::console;
@@ -35,97 +39,101 @@ use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
-/// For how long a lock that was asked for, and not seen, is looked for.
+/// How long to look for a lock that was requested and not seen.
 const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
 
-/// For how long nothing may have changed before the lock of a terraform that died while writing is given back.
+/// How long nothing must have changed before the lock of a terraform that died while it was writing is released.
 const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
-/// For how long a service that fails or is silent is asked, for a lock that a run has left: not longer than a person would
-/// wait.
+/// How long to ask a service that fails or is silent, for a lock that a run has left. It is no longer than a person
+/// would wait.
 pub(crate) const SERVICE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The same for what is only an explanation, or a look at what is most likely not there.
+/// The same for an explanation, or for a lock that most likely does not exist.
 pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// For how long the digest of a state is looked at after a release: the lock is gone, and this is said beside that.
+/// How long the digest of a state may be checked after a release. The lock is gone by then, and the result is an
+/// addition to the report.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest time between two tries.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
-/// For how long a write is waited for at most: somebody may go on writing there without a lock.
+/// The maximum time to wait for a write: another process may go on writing there without a lock.
 const MAX_QUIET_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// How many times a write is waited for: each time the lock was there before, gone while we waited, and there again.
+/// The maximum number of waits for a write. A further wait is needed if the lock was gone during the last one, and is
+/// there again.
 const MAX_QUIET_WINDOWS: u32 = 3;
 
-/// Between two looks at the same thing.
+/// How long to wait between two looks at the same thing.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What is known of the run whose lock is to be given back.
+/// What is known of the run whose lock is to be released.
 #[derive(Clone, Debug)]
 pub(crate) struct ReleaseContext {
-    /// For the proof.
+    /// The facts by which the lock is judged.
     pub(crate) run: Run,
-    /// A request for the lock can still be on its way: terraform has died just now. One that ended by itself had its
-    /// answers.
+    /// Whether a request for the lock may still be in flight, because terraform has died just now. A terraform that
+    /// exited by itself had its answers.
     pub(crate) request_may_land: bool,
-    /// A write of it can still be on its way.
+    /// Whether a write of the run may still be in flight.
     pub(crate) write_may_land: bool,
-    /// As whom the run reached its backends: what is not seen as somebody else is not gone.
+    /// The identities with which the run reached its backends. A lock that is not found with another identity is not
+    /// necessarily gone.
     pub(crate) reached: Reached,
 }
 
-/// How giving a lock back came out.
+/// The result of a release.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// No lock of ours stood.
+    /// No lock of the run exists.
     Absent {
-        /// The ID of somebody else's lock at the same place.
+        /// The ID of another run's lock at the same location. `None` if there is none.
         anothers: Option<String>,
-        /// No part of a lock can be there: there is no such table or bucket, or the table has another key.
+        /// Whether no part of a lock can be there: there is no such table or bucket, or the table has another key.
         excluded: bool,
     },
-    /// It stood, and is gone.
+    /// The lock existed, and was released.
     Released(Released),
-    /// It stands, or may, and why.
+    /// The lock exists or may exist, and was not released.
     Kept {
-        /// What is told of it.
+        /// The reason, as it is reported.
         reason: String,
-        /// What it means.
+        /// What the reason means.
         because: Because,
     },
 }
 
-/// Why a lock is kept.
+/// Why a lock was not released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Because {
-    /// It is not certain whose it is, or it is not to be released. A later try finds the same.
+    /// It is not certain that the lock is the run's, or it must not be released. A later try has the same result.
     Doubt,
-    /// Whoever started the run said that its locks are to be named alone. They stay in the journal until they are gone.
+    /// The user has set that locks are to be named only (`TFW_RELEASE=never`). They stay in the journal until they are
+    /// gone.
     Never,
-    /// A later try may do better: somebody still lived, or what was seen contradicted itself.
+    /// A later try may do better: a process was still running, or what was seen contradicted itself.
     NotYet,
     /// The service did not answer, or could not do it.
     NoAnswer,
-    /// Nobody gave credentials. Whoever is asked for them again may have to do something for it each time.
+    /// No credentials were available. If they are requested again, a person may have to do something for it each time.
     NoCredentials,
-    /// These credentials may not do that action.
+    /// The credentials do not permit this action.
     Denied(&'static str),
-    /// Its place holds something that is no lock.
+    /// Its location holds something that is not a lock.
     NoLock,
-    /// It was not seen, and was looked for in what may be another account.
+    /// It was not found, and may have been looked for in another account.
     OtherAccount,
 }
 
 impl Outcome {
-    /// Kept, and nothing that we could do later would change that.
+    /// Returns that the lock is not released, and that no later try would change that.
     pub(crate) fn kept(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), because: Because::Doubt }
     }
 
-    /// Why it is kept.
+    /// Returns why the lock was not released. `None` if it was released, or does not exist.
     pub(crate) fn reason(&self) -> Option<&str> {
         match self {
             Self::Kept { reason, .. } => Some(reason),
@@ -133,45 +141,46 @@ impl Outcome {
         }
     }
 
-    /// Kept for now.
+    /// Returns that the lock is not released now.
     pub(crate) fn later(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), because: Because::NotYet }
     }
 
-    /// Kept because of a failed request.
+    /// Returns that the lock is not released because a request failed. `part` is added to the reason.
     fn failed(failure: &Failure, part: &str) -> Self {
         let because = failure.denied().map_or(Because::NoAnswer, Because::Denied);
         Self::Kept { reason: format!("{failure}{part}"), because }
     }
 }
 
-/// What is told of a lock that was given back.
+/// What is reported about a lock that was released.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Released {
-    /// `Created` of the lock.
+    /// The `Created` of the lock. `None` if it is not a time.
     pub(crate) created: Option<jiff::Timestamp>,
-    /// A write was waited for: what was seen of it.
+    /// What was seen of a write that was waited for. `None` if none was waited for.
     pub(crate) write: Option<Write>,
-    /// The state and its digest, where they do not fit any more.
+    /// The state and its digest, if they do not match any more. `None` if they match, or could not be compared.
     pub(crate) digest_mismatch: Option<Comparison>,
-    /// The request for the lock was not answered, and one of its two parts was never seen: it may still land.
+    /// Whether the lock request was not answered, and one of the lock's two parts was never seen. That part may still
+    /// land.
     pub(crate) is_partial: bool,
 }
 
-/// What became of a write that was on its way when terraform died.
+/// What became of a write that may have been in flight when terraform died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Write {
-    /// The state changed while we waited.
+    /// The state changed during the wait.
     Landed,
-    /// Nothing changed for as long as we waited.
+    /// Nothing changed during the whole wait.
     Quiet,
 }
 
-/// One place, and the services that it is in, as the run reached them.
+/// One location, and the connections to its services as the run reached them.
 struct Services<'a> {
     place: &'a LockLocation,
     stores: Stores,
-    /// Where its parts can stand.
+    /// The locations where the parts of the lock can be.
     parts: Vec<StoreKey>,
 }
 
@@ -181,7 +190,7 @@ impl<'a> Services<'a> {
         Ok(Self { place, parts: place.store_keys(&stores), stores })
     }
 
-    /// What stands at `part` now. Nothing, where no lock can be there at all.
+    /// Reads what is stored at `part` now. `None` if nothing is stored there, or if no lock can be there at all.
     async fn read(&self, part: &StoreKey) -> Result<Option<StoredLock>, Failure> {
         nothing_if_excluded(self.stores.read(part).await)
     }
@@ -211,18 +220,19 @@ impl<'a> Services<'a> {
     }
 }
 
-/// One look at what a write of a dead terraform's would change.
+/// One look at what a write of a dead terraform would change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Look {
-    /// The state and its digest.
+    /// The state and its digest, as a text that changes with them.
     state: String,
-    /// What is in the places of the lock.
+    /// The text at the locations of the lock's parts.
     lock: String,
-    /// One of those may be the dead terraform's.
+    /// Whether one of the parts may be the dead terraform's.
     holds: bool,
 }
 
-/// A table or bucket that does not exist has nothing in it.
+/// Returns `None` for a read that failed because no lock can be there: a table or bucket that does not exist has
+/// nothing in it.
 fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
     match read {
         Err(failure) if failure.cause().excludes_locks() => {
@@ -233,12 +243,12 @@ fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>,
     }
 }
 
-/// Why a lock is kept where something else than a lock was read.
+/// Returns why a lock is not released if something other than a lock was read.
 fn no_lock(part: &StoreKey, stored: &StoredLock) -> String {
     format!("what was read there is no lock ({}): {}", part.describe(), stored.describe_no_lock())
 }
 
-/// Work that gives no answer for longer than `limit` has failed: so said with the name of the service.
+/// Limits `work` to `limit`. If it gives no answer within that time, it has failed, and the failure names `service`.
 fn within<T>(
     limit: Duration,
     service: &'static str,
@@ -251,20 +261,20 @@ fn within<T>(
     }
 }
 
-/// How much of `limit` is left since `begun`: enough for one look in any case.
+/// Returns how much of `limit` is left since `begun`. It is at least [`POLL_INTERVAL`], which is enough for one look.
 fn remaining(limit: Duration, begun: Instant) -> Duration {
     limit.saturating_sub(begun.elapsed()).max(POLL_INTERVAL)
 }
 
-/// Gives back the lock that the log recorded, if it stands and is ours. A service that fails or is silent is asked for
-/// `limit`, not counting the time in which credentials are asked for.
+/// Releases the lock that the log recorded, if it exists and is the run's. A service that fails or is silent is asked
+/// again for `limit`, not counting the time in which credentials are requested.
 pub(crate) async fn release(
     recorded: &RecordedLock,
     place: &LockLocation,
     release_context: &ReleaseContext,
     (limit, purpose): (Duration, Purpose),
 ) -> Outcome {
-    // Asked for now, and remembered: the clock of the release runs from here on.
+    // Credentials are requested now and remembered, because the time limit of the release begins after that.
     if let Err(unreachable) = credentials(place, limit, purpose).await {
         return unreached(&unreachable);
     }
@@ -302,8 +312,9 @@ pub(crate) async fn release(
     }
 }
 
-/// Has the credentials of `place` asked for, before any clock runs: they are remembered, and who gives them may take longer
-/// than a service may. A service that gives them and is silent is asked for `limit`.
+/// Requests the credentials for `place` before any time limit begins. They are remembered, and their source may take
+/// longer than a service may. For [`Purpose::Work`], a service that gives them and is silent is asked again for
+/// `limit`.
 async fn credentials(place: &LockLocation, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
     let begun = Instant::now();
     let mut interval = POLL_INTERVAL;
@@ -319,7 +330,7 @@ async fn credentials(place: &LockLocation, limit: Duration, purpose: Purpose) ->
     }
 }
 
-/// What a lock comes to whose services cannot be reached as the backend says.
+/// Returns the outcome for a lock whose services cannot be reached as the backend says.
 fn unreached(unreachable: &Unreachable) -> Outcome {
     let because = match unreachable {
         Unreachable::Credentials(_) => Because::NoCredentials,
@@ -329,8 +340,8 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
     Outcome::Kept { reason: unreachable.to_string(), because }
 }
 
-/// What stands at `place` now, in the places of a lock: one, or two, of which the second may be somebody else's. Nothing where
-/// nothing can be read within [`EXPLANATION_TIMEOUT`].
+/// Returns what is stored now at the locations of a lock's parts at `place`: one part, or two, of which the second one
+/// may be another run's. Empty if nothing can be read within [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Explanation).await else { return Vec::new() };
@@ -342,8 +353,9 @@ pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> 
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
 
-/// The state at `place` and its digest, where they do not fit: read once, within [`EXPLANATION_TIMEOUT`]. For somebody who has
-/// seen that they do not, and has waited for a while.
+/// Returns the state at `place` and its digest, if they do not match. They are read once, within
+/// [`EXPLANATION_TIMEOUT`]. For a caller that has already seen a mismatch, and has waited for a while since. `None` if
+/// they match, or cannot be read.
 pub(crate) async fn unfit_state(place: &LockLocation) -> Option<Comparison> {
     let table = place.table.as_ref()?;
     let look = async {
@@ -353,8 +365,8 @@ pub(crate) async fn unfit_state(place: &LockLocation) -> Option<Comparison> {
     timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
 }
 
-/// Whether the lock `id` stands at `place`, or may: also where a service did not let it be read within
-/// [`EXPLANATION_TIMEOUT`]. That it does not is believed at the second look: one response proves nothing.
+/// Whether the lock `id` exists at `place`, or may exist. True also if a service did not let it be read within
+/// [`EXPLANATION_TIMEOUT`]. Its absence is believed at the second look, because one response proves nothing.
 pub(crate) async fn may_stand(place: &LockLocation, id: &str) -> bool {
     let _ = credentials(place, EXPLANATION_TIMEOUT, Purpose::Work).await;
     if may_be_seen(place, id).await {
@@ -364,7 +376,7 @@ pub(crate) async fn may_stand(place: &LockLocation, id: &str) -> bool {
     may_be_seen(place, id).await
 }
 
-/// One look of [`may_stand`].
+/// Does one look of [`may_stand`].
 async fn may_be_seen(place: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(place, Purpose::Work).await else { return true };
@@ -381,22 +393,24 @@ async fn may_be_seen(place: &LockLocation, id: &str) -> bool {
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or(true)
 }
 
-/// What stands at `place` of a lock that the log of its run does not name.
+/// What is stored at a location, compared with a lock that the log of its run does not name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum IdentifiedLock {
-    /// Nothing that could be it.
+    /// Nothing that could be that lock.
     None,
-    /// It is it.
+    /// That lock.
     Ours(Box<RecordedLock>),
-    /// It may be it, and why that is not certain.
+    /// A lock that may be that lock, and why that is not certain.
     Possible(Box<LockInfo>, &'static str),
 }
 
-/// Looks at `place` for a lock that the log does not name, again while a request for it may land, or while no service
-/// answers. That one which was had is absent is believed at the second look.
+/// Looks at `place` for a lock that the log does not name. The look is repeated while a request for the lock may land
+/// and, if terraform `died`, while no service answers. The absence of a lock that was held is believed at the second
+/// look.
 ///
 /// # Errors
-/// [`Failure`], when a service did not let it be read.
+/// Returns a [`Failure`] if a service did not let the lock be read, or if its location holds something that is not a
+/// lock.
 pub(crate) async fn identify_unnamed_lock(
     unnamed: &UnnamedLock,
     place: &LockLocation,
@@ -430,7 +444,7 @@ pub(crate) async fn identify_unnamed_lock(
     }
 }
 
-/// One look of [`identify_unnamed_lock`].
+/// Does one look of [`identify_unnamed_lock`].
 async fn look_for(
     unnamed: &UnnamedLock,
     place: &LockLocation,
@@ -454,10 +468,11 @@ async fn look_for(
                 let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
                 let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, parts, unnamed.progress.asked);
                 lock.progress.held = unnamed.progress.held;
-                // It was made in the moment in which it was asked for, and the log tells that moment to the millisecond.
+                // The lock was created at the moment at which it was requested, and the log has that moment only to the
+                // millisecond.
                 lock.progress.asked =
                     info.created().map_or(unnamed.progress.asked, |created| created.max(unnamed.progress.asked));
-                // Of what its log does not tell anything may be under way.
+                // If the log shows nothing of the lock but its request, a write or a delete of it may be in flight.
                 lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
                 return Ok(IdentifiedLock::Ours(Box::new(lock)));
             }
@@ -468,12 +483,14 @@ async fn look_for(
     Ok(light)
 }
 
-/// A lock at `place` that only its own JSON connects with a run whose log is lost: the same user and host, made in the
-/// time of that run. Two machines with one name pass the same test, so it is only ever named. `any_user`: the run may have
-/// worked as another user of this host.
+/// Returns a lock at `place` that nothing but its own JSON connects with a run whose log is lost: it has the same user
+/// and host, and was created after the run began. A machine with the same name passes the same test, so such a lock is
+/// only named, and never released. `any_user`: the run may have worked as another user of this host. `None` if there is
+/// no such lock.
 ///
 /// # Errors
-/// [`Failure`], when a service did not let it be read.
+/// Returns a [`Failure`] if a service did not let the lock be read, or if its location holds something that is not a
+/// lock.
 pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let _ = credentials(place, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
@@ -485,7 +502,7 @@ pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> 
     }
 }
 
-/// One look of [`suspect`].
+/// Does one look of [`suspect`].
 async fn look_for_suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     for part in &services.parts {
@@ -508,31 +525,31 @@ fn unreachable(error: &Unreachable) -> Failure {
     }
 }
 
-/// One release, which may need several goes.
+/// One release, which may need several tries.
 struct Attempt<'a> {
     recorded: &'a RecordedLock,
     place: &'a LockLocation,
     release_context: &'a ReleaseContext,
-    /// For how long a service that fails is asked, from `begun` on.
+    /// How long to ask a service that fails, counted from `begun`.
     limit: Duration,
     purpose: Purpose,
     begun: Instant,
-    /// A service has said that the credentials are over, and new ones were asked for.
+    /// Whether a service has said that the credentials have expired, and new ones were requested.
     renewed: bool,
-    /// The parts that were ours, and were asked to go.
+    /// The parts that were the run's, and for which a delete was sent.
     asked_to_go: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
-    /// A part is known to be gone by us.
+    /// Whether a part was deleted by this release.
     deleted: bool,
-    /// What was seen of a write, when all of [`QUIET_WINDOW`] was waited for.
+    /// What was seen of a write. `None` until the whole [`QUIET_WINDOW`] was waited for.
     write: Option<Write>,
-    /// A delete here holds everywhere, or was asked for by name.
+    /// Whether a delete here takes effect everywhere, or was explicitly requested (`TFW_RELEASE=auto`).
     agreed: bool,
 }
 
-/// Whether a write of the terraform that held `recorded` may be on its way, when `write_may_land` says that one can be: of
-/// the state, or of an unlock. Of one unlock no log tells: where the item is another's, terraform deletes the object that
-/// it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
+/// Whether a write of the terraform that held `recorded` may be in flight: of the state, or by an unlock.
+/// `write_may_land` says whether any write can be. One unlock is in no log: if the item is another run's, terraform
+/// deletes the object that it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
     let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
@@ -540,13 +557,14 @@ fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
 }
 
 impl Attempt<'_> {
-    /// The connection is made anew in each go: what was wrong with it may be mended.
+    /// Does one try. Each try connects anew, because what was wrong with the connection may be corrected by then.
     async fn go(&mut self) -> Result<Outcome, Failure> {
         let services = match Services::connect(self.place, self.purpose).await {
             Ok(services) => services,
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
-        // The answer of a lock request tells that nothing is on its way any more; and so does an end by itself.
+        // An answer to the lock request shows that no request is in flight any more. So does the exit of a terraform by
+        // itself.
         let late = self.release_context.request_may_land && self.recorded.progress.held.is_none();
         let late_until = late.then(|| self.begun + LATE_REQUEST_WINDOW);
         let mut before = None;
@@ -570,7 +588,7 @@ impl Attempt<'_> {
                         return Ok(Outcome::later(COMES_AND_GOES));
                     }
                     self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
-                    // The service answered all that time: its limit begins anew.
+                    // The service answered all that time, so its time limit begins anew.
                     self.begun = Instant::now();
                     before = None;
                 }
@@ -587,7 +605,7 @@ impl Attempt<'_> {
 
     /// Reads, judges and deletes one part after the other.
     async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
-        // Each has its share, so that a service which is silent does not keep the other from being asked.
+        // Each part has its share of the time, so that a silent service does not keep the other one from being asked.
         let share = remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1);
         let mut judged = Vec::new();
         for part in &services.parts {
@@ -597,7 +615,7 @@ impl Attempt<'_> {
         judged
     }
 
-    /// What is said of the lock when it was released.
+    /// Returns what is reported about the lock when it was released.
     async fn released(&self, services: &Services<'_>) -> Released {
         let unseen = services.parts.iter().any(|part| !self.asked_to_go.contains(part));
         Released {
@@ -608,13 +626,13 @@ impl Attempt<'_> {
         }
     }
 
-    /// Reads one part, judges it and deletes it, until one of the three has settled it. All of that may take as long as
-    /// `limit`.
+    /// Reads one part, judges it and deletes it, and repeats this until one of the three gives a result. All of that
+    /// may take as long as `limit`.
     async fn part(&mut self, services: &Services<'_>, part: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let remaining = || remaining(limit, begun);
         loop {
-            // At the same time: a slow service is paid for once.
+            // Both run concurrently, so that a slow service is waited for only once.
             let agreed = self.agreed;
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
             let read = within(remaining(), part.service(), services.stores.read(part));
@@ -628,7 +646,8 @@ impl Attempt<'_> {
                 stored => stored?,
             };
             let Some(stored) = stored else {
-                // Ours stood here and was asked to go: it went, though the answer to that was lost.
+                // The run's part was here, and a delete was sent for it. It was deleted, although the response to the
+                // delete was lost.
                 return Ok(if self.asked_to_go.contains(part) { Judged::Deleted } else { Judged::Absent });
             };
             let Some(info) = stored.info() else {
@@ -676,9 +695,10 @@ impl Attempt<'_> {
     }
 }
 
-/// Why nothing of a lock is deleted unasked: its table is a global one. A delete on condition is right in the region that
-/// we ask, and can still undo the lock that somebody took in another one a moment ago. Who may not ask has a table as
-/// nearly all of them are.
+/// Returns why no part of a lock is deleted unless that is explicitly requested: its table is a global table. A
+/// conditional delete is correct in the region that gets the request, and can still undo a lock that was taken in
+/// another region a moment ago. `None` for any other table. If the credentials do not permit the question, the table
+/// counts as not global, as nearly all tables are.
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
     let Some(table) = &services.place.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
@@ -688,7 +708,7 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
     }
 }
 
-/// What became of one part of a lock.
+/// The result for one part of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Judged {
     Absent,
@@ -696,32 +716,33 @@ enum Judged {
     Excluded,
     Deleted,
     Anothers(String),
-    /// Something that is no lock, and what.
+    /// Something that is not a lock is there. The text says what.
     NoLock(String),
     Doubt(&'static str),
-    /// It is ours, and a write may be on its way that would hit whoever comes next.
+    /// The part is the run's, and a write may be in flight that would hit the next holder.
     NeedsQuiet,
-    /// It is ours, and goes only where that is asked for.
+    /// The part is the run's, and is deleted only if that is explicitly requested. The text says why.
     NeedsConsent(String),
 }
 
-/// What one look does not prove: the parts that are absent, or have something that is no lock in their place, by their number.
+/// What one look does not prove, with the index of the part: that the part is absent (`None`), or that something which
+/// is not a lock is in its place (the text says what).
 type Unproven = Vec<(usize, Option<String>)>;
 
-/// One look at the parts of a lock, and what is known besides.
+/// One look at the parts of a lock, and what else is known.
 struct PartsLook<'a> {
     parts: &'a [Result<Judged, Failure>],
-    /// Terraform had the lock.
+    /// Whether terraform held the lock.
     was_had: bool,
-    /// The quiet window is over.
+    /// Whether the quiet window is over.
     is_quiet: bool,
-    /// A part was deleted in this look or before.
+    /// Whether a part was deleted in this look or in an earlier one.
     was_deleted: bool,
-    /// What the look before did not prove. `None` if there was none.
+    /// What the previous look did not prove. `None` if there was none.
     before: Option<&'a Unproven>,
-    /// The lock was asked for, and the request may land at this moment.
+    /// Whether the lock was requested, and the request may land at this moment.
     request_may_land: bool,
-    /// No more looks are to be taken.
+    /// Whether the time is up, so that no more looks are to be taken.
     is_time_up: bool,
 }
 
@@ -730,9 +751,9 @@ struct PartsLook<'a> {
 enum Step {
     /// A part could not be read or deleted.
     Failed(Failure),
-    /// A part is ours, and may not be deleted before the quiet window is over.
+    /// A part is the run's, and must not be deleted before the quiet window is over.
     WaitForQuiet,
-    /// One look does not prove it.
+    /// One look does not prove the result.
     LookAgain(Unproven),
     Kept(Outcome),
     Absent {
@@ -743,14 +764,16 @@ enum Step {
 }
 
 impl PartsLook<'_> {
-    /// What the parts come to together. The order is that of what must not be passed over:
+    /// Combines the results for the parts. The order of the steps is that of what must not be passed over:
     ///
-    /// 1. What could not be read may be anything: nothing is said of the lock before it was read.
-    /// 2. A part that is ours and waits for the quiet window keeps the other one from being called the whole.
-    /// 3. An absence decides nothing while a request may land, and of a lock that was had it decides nothing alone: one answer
-    ///    that no service has sent (a proxy's, a cache's) must not make a lock forgotten. Nor does one look make of what is no
-    ///    lock something that bars everybody.
-    /// 4. A doubt about one part keeps the lock, whatever became of the other.
+    /// 1. A part that could not be read may hold anything. Nothing is concluded about the lock before that part was
+    ///    read.
+    /// 2. A part that is the run's and waits for the quiet window keeps the other part from deciding for the whole
+    ///    lock.
+    /// 3. An absence decides nothing while a request may land. If the lock was held, one absence alone decides nothing:
+    ///    a lock must not be forgotten because of one response that no service has sent (a proxy's, a cache's). Nor is
+    ///    one look enough to report that something which is not a lock blocks every run.
+    /// 4. A doubt about one part keeps the lock from being released, whatever became of the other part.
     fn combine(&self) -> Step {
         if let Some(failure) = self.parts.iter().rev().find_map(|part| part.as_ref().err()) {
             return Step::Failed(failure.clone());
@@ -788,9 +811,10 @@ impl PartsLook<'_> {
 
     fn unproven(&self, parts: &[&Judged]) -> Unproven {
         let unproven = parts.iter().enumerate().filter_map(|(number, part)| match part {
-            // A lock that was never known to be there may be absent.
+            // A lock that was never known to exist may be absent.
             Judged::Absent if self.was_had || self.is_quiet => Some((number, None)),
-            // It is looked for again while its request may land: a table may be on its way too.
+            // While its request may land, the lock is looked for again in any case: its table may be about to appear as
+            // well.
             Judged::Excluded if self.was_had => Some((number, None)),
             Judged::NoLock(reason) => Some((number, Some(reason.clone()))),
             _ => None,
@@ -800,7 +824,7 @@ impl PartsLook<'_> {
 }
 
 impl Judged {
-    /// Why the whole lock is not released. `None` where this part does not keep it.
+    /// Returns why the whole lock is not released. `None` if this part does not prevent the release.
     fn keeps(&self) -> Option<Outcome> {
         match self {
             Self::Doubt(reason) => Some(Outcome::kept(*reason)),
@@ -810,8 +834,8 @@ impl Judged {
     }
 }
 
-/// The state and its digest, if they do not fit, and nobody is writing them at this moment. What cannot be read is not
-/// said to be wrong, and the lock is gone in any case.
+/// Returns the state and its digest, if they do not match and no run is writing them at this moment. If they cannot be
+/// read, no mismatch is reported, and the lock is gone in any case.
 async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     let LockLocation { bucket, key, table, .. } = services.place;
     let table = table.as_ref()?;
@@ -826,14 +850,16 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
                 return None;
             }
         }
-        // The same again, and nobody held the lock in between: so nobody was between the state and its digest.
+        // The comparison has the same result again, and no run held the lock in between. So no run was between its
+        // write of the state and its write of the digest.
         (compare().await.as_ref() == Some(&first)).then_some(first)
     };
     timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. `None` when its lock is
-/// gone meanwhile, so that there is nothing to keep: nothing is known of a write then.
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. Returns what
+/// was seen of the write. `None` if the lock is gone meanwhile: there is no lock to hold back then, and nothing is
+/// known of a write.
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.progress.may_be_writing();
@@ -852,7 +878,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
         sleep(POLL_INTERVAL).await;
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
-            // What happens meanwhile is seen in the next look.
+            // The next look sees what happens meanwhile.
             Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {
                 trace!("not seen: {failure}");
                 continue;
@@ -877,7 +903,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
     }
 }
 
-/// Why a lock in a global table stands.
+/// Returns why a lock in a global table is not released.
 fn describe_global_table(table: &str, replicas: &[String]) -> String {
     format!(
         "DynamoDB table {} is a global table ({}), where a delete can undo what another region has just locked; set \
@@ -887,10 +913,10 @@ fn describe_global_table(table: &str, replicas: &[String]) -> String {
     )
 }
 
-/// Why a lock was kept: it was there at one look and not at the next.
+/// Why a lock was not released: one look found it, and the next one did not.
 const COMES_AND_GOES: &str = "it is there at one look and gone at the next";
 
-/// A write may be on its way.
+/// Reports that a write may be in flight.
 fn waiting_for_write(quiet: Duration) -> String {
     format!(
         "a write of terraform's may still be under way; its lock is kept until nothing has arrived for {} s",
@@ -898,7 +924,7 @@ fn waiting_for_write(quiet: Duration) -> String {
     )
 }
 
-/// The request that undoes one part of a lock may be on its way.
+/// Reports that the request which undoes one part of a lock may be in flight.
 fn waiting_for_undo(quiet: Duration) -> String {
     format!(
         "terraform ended while it took the two parts of its lock; they are kept until nothing has arrived for {} s",
@@ -910,7 +936,7 @@ fn waiting_for_undo(quiet: Duration) -> String {
 mod tests {
     use super::*;
 
-    /// All that a log can tell of a lock, and whether a write can be on its way at all.
+    /// Tests everything that a log can say of a lock, and whether a write can be in flight at all.
     #[test]
     fn a_write_is_waited_for_where_one_can_be_on_its_way() {
         use crate::terraform::log::{Log, tests::ID, tests::lock_line};
@@ -930,7 +956,7 @@ mod tests {
         }
     }
 
-    /// Each thing that can be found of a part.
+    /// Returns every result that a part can have.
     fn findings() -> Vec<Result<Judged, Failure>> {
         vec![
             Ok(Judged::Absent),
@@ -945,7 +971,7 @@ mod tests {
         ]
     }
 
-    /// All locks of one part and of two.
+    /// Returns the parts of all locks with one part and with two.
     fn all_parts() -> Vec<Vec<Result<Judged, Failure>>> {
         let one = findings().into_iter().map(|part| vec![part]);
         let two = findings()
@@ -954,7 +980,7 @@ mod tests {
         one.chain(two).collect()
     }
 
-    /// Calls `promise` for all parts in all circumstances, with what they come to.
+    /// Calls `promise` for all parts in all circumstances, with the step that follows.
     fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
         for parts in all_parts() {
             for bits in 0..32_u8 {

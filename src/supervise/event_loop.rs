@@ -1,7 +1,8 @@
-//! Watching one terraform from its start to its end.
+//! Watches one terraform from its start until it has exited.
 //!
-//! One loop, one thread, one poll(2). Signals come through a descriptor, and each becomes at most one effect on
-//! terraform: [`crate::supervise::stop`] decides about those that ask for an end, [`crate::supervise::foreground`] keeps the terminal.
+//! One loop in one thread waits with one poll(2). Signals are read from a descriptor, and each has at most one effect
+//! on terraform. [`crate::supervise::routing`] decides where a signal goes, [`crate::supervise::stop`] decides what a
+//! request to stop does, and [`crate::supervise::foreground`] controls which process group has the terminal.
 
 use crate::console;
 use crate::supervise::routing::Circumstances;
@@ -32,23 +33,25 @@ use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::trace::trace;
 
-/// How long terraform may take to act on a SIGTSTP before we stop without it: a program may ignore that signal.
+/// How long terraform may take to act on a SIGTSTP before `tf` stops without it: a program may ignore that signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often a terraform that stops again and again, for a terminal that nobody can give it, is continued.
+/// How long to wait before terraform is continued again, if it stops again and again for a terminal that no process can
+/// give it.
 const CONTINUE_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Between two looks at who below terraform has left its process group: some ten files a process.
+/// How often to check which processes below terraform have left its process group. A check reads about ten files for
+/// each process.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a service manager may take from the first process of a unit to the last, when it stops all of them.
+/// How long a service manager that stops a unit may take to signal all of its processes, from the first to the last.
 const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 
-/// Everything that one supervised run needs.
+/// Everything that is needed to watch one run.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
     pub(crate) context: &'a RunContext<'a>,
-    /// What is done about a lock that terraform waits for, where something may be.
+    /// Finishes the dead runs whose locks terraform is waiting for. `None` if no lock is to be released.
     pub(crate) waiting: Option<&'a mut Waiting>,
     pub(crate) group: TerraformGroup,
     pub(crate) signals: &'a mut Signals,
@@ -58,22 +61,26 @@ pub(crate) struct Supervision<'a> {
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
     pub(crate) run_record: &'a mut RunRecord,
-    /// Readable when our parent has ended, where that means that nobody is left to tell us.
+    /// Readable when the parent of `tf` has exited. `None` if that is not a request to stop, or has been handled.
     pub(crate) parent: Option<OwnedFd>,
-    /// SIGCHLD came: something below us stopped or ended, and may be an orphan to take away.
+    /// Whether a SIGCHLD has arrived: a child has stopped or exited, and may be an orphan that must be reaped.
     pub(crate) children_changed: bool,
-    /// What we started has ended, and a terraform that it led to works on.
+    /// Whether what `tf` started has exited while a terraform that it led to is still running.
     pub(crate) outlived: bool,
-    /// Until when the guardian may tell that the stop which a service manager has asked for went to all of its unit.
+    /// Until when the guardian may report that the SIGTERM of a service manager went to all processes of the unit.
+    /// `None` if no such SIGTERM is waiting for that report.
     pub(crate) unit_stop: Option<Instant>,
-    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have had theirs.
+    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have had
+    /// theirs. `None` if no terraform behind a shim was interrupted.
     pub(crate) interrupted: Option<(u64, Vec<Pid>)>,
 }
 
-/// Our parent and a descriptor for its end, where that is to be taken for a request to stop: in CI, unless we were
-/// meant to outlive it (`&`, nohup, setsid).
+/// Returns the pid of the parent, and a descriptor that becomes readable when the parent has exited. `None` if that
+/// exit is not a request to stop. It is one only in CI, and only if this process was not meant to outlive its parent
+/// (`&`, nohup, setsid). Also `None` if the parent cannot be watched.
 ///
-/// Never PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and runners start from thread pools.
+/// PR_SET_PDEATHSIG is not used: its signal comes when the *thread* that started this process exits, and runners start
+/// processes from thread pools.
 pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<(Pid, OwnedFd)> {
     let inherited = signals.inherited();
     let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
@@ -83,12 +90,12 @@ pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -
     }
     let parent = getppid();
     let watched = process::open_pidfd(parent).ok()?;
-    // Had it ended before it was opened, the number could already be another's.
+    // If the parent had exited before the descriptor was opened, another process could have its pid by now.
     (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
 }
 
 impl Supervision<'_> {
-    /// Watches until terraform has ended. It stays a zombie.
+    /// Watches terraform until it has exited, and returns how it ended. Terraform stays a zombie.
     pub(crate) fn watch(&mut self) -> Ended {
         let mut continue_at: Option<Instant> = None;
         let started = Instant::now();
@@ -136,7 +143,8 @@ impl Supervision<'_> {
                 self.foreground.look();
             }
             if self.unit_stop.is_some_and(|until| until <= now) {
-                // The guardian got none: it was meant for us alone (KillMode=mixed or process, systemd.kill(5)).
+                // The guardian got no SIGTERM, so it was meant for `tf` alone (KillMode=mixed or process,
+                // systemd.kill(5)).
                 self.unit_stop = None;
                 self.asked(StopEvent::Request);
             }
@@ -157,9 +165,11 @@ impl Supervision<'_> {
         }
     }
 
-    /// What we started has ended, and the terraform that it led to lives and works: that is waited for as if it were what we
-    /// started, and told to stop if its shim died. A shim that ended by itself may have left it on purpose, or not: where
-    /// it holds a lock, what we would do after it must not be done before.
+    /// Whether what `tf` started has exited, as `ended` says, while the terraform that it led to is still running. `tf`
+    /// then waits for that terraform as if it had started it. If the shim was killed, that terraform is asked to stop.
+    /// A shim that exited by itself may have left its terraform running on purpose, or not. `tf` waits for that
+    /// terraform if the run was interrupted or its log shows a lock, because the cleanup must not begin before
+    /// terraform has exited.
     fn is_outlived(&mut self, ended: Ended) -> bool {
         if !self.tree.is_behind_a_shim() {
             return false;
@@ -239,11 +249,12 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether a TERM from `sender` may have gone to every process of our unit, terraform among them. A service manager's does
-    /// (KillMode=control-group, systemd.kill(5)), and so does its kill(-1) at shutdown. Terraform would take ours for a
-    /// second interrupt and leave with its lock held.
+    /// Whether a SIGTERM from `sender` may have gone to every process of the unit, terraform among them. A service
+    /// manager sends it to all of them (KillMode=control-group, systemd.kill(5)), and so does its kill(-1) at shutdown.
+    /// Terraform would count an interrupt from `tf` as its second one, and would exit with its lock held.
     ///
-    /// What terraform got cannot be seen. But the guardian is in the same control group, so it got the same: it tells.
+    /// `tf` cannot see which signals terraform got. But the guardian is in the same control group, so it got the same
+    /// signal, and it reports that to `tf`.
     fn may_be_for_all(&self, sender: Option<Pid>) -> bool {
         !self.stop.was_interrupted()
             && self.run_record.awaited().is_some()
@@ -256,13 +267,14 @@ impl Supervision<'_> {
             trace!("the terminal sent {signal} to terraform");
             if signal == Signal::SIGINT {
                 self.asked(StopEvent::KeyboardAtTerraform);
-                // A second key is for us to count, whatever modes the first has left behind.
+                // A second key must reach `tf`, and not terraform, whatever modes the first key has left the terminal
+                // in.
                 self.foreground.reclaim_foreground();
             }
         }
     }
 
-    /// Puts `event` to [`Stop`] and does what it says.
+    /// Passes `event` to [`Stop`] and carries out the effects that it returns.
     fn asked(&mut self, event: StopEvent) {
         let effects = self.stop.decide(event, self.context.begun.elapsed());
         if event != StopEvent::Time {
@@ -273,9 +285,9 @@ impl Supervision<'_> {
         }
         for effect in effects {
             match effect {
-                // In our own group are others than terraform's.
+                // The process group of `tf` contains other processes than those of terraform.
                 Effect::InterruptGroup if self.group == TerraformGroup::Shared => self.interrupt_terraform(),
-                // A key goes to every process of a foreground group.
+                // A key at the terminal goes to every process of the foreground group as well.
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
@@ -302,7 +314,8 @@ impl Supervision<'_> {
         }
     }
 
-    /// `is_key`: as a key of the terminal does it, to the shims as well.
+    /// Sends the one interrupt of a first stop to a terraform behind a shim. `is_key`: the cause is a key at the
+    /// terminal, so the shims get it as well, as they would from the terminal.
     fn interrupt_behind_shim(&mut self, is_key: bool) {
         let recorder = self.tree.recorder();
         let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
@@ -317,15 +330,16 @@ impl Supervision<'_> {
             self.interrupted = Some((moment, terraform.into_iter().collect()));
             return;
         }
-        // It is a zombie of ours, so the number is its group's. No shim is left there to pass the interrupt on.
+        // What `tf` started is a zombie child of this process, so the number is still that of its group. No shim is
+        // left in the group that could pass the interrupt on.
         let _ = killpg(self.terraform, Signal::SIGINT);
         for process in self.tree.orphaned_terraforms().iter().filter(|process| process.group != self.terraform) {
             let _ = kill(process.pid, Signal::SIGINT);
         }
     }
 
-    /// A shim may start one terraform after the other (`init`, then `apply`), or its first one after the stop was asked for. Each
-    /// gets its one interrupt.
+    /// Interrupts a terraform that a shim has started since the stop was requested. A shim may start one terraform
+    /// after the other (`init`, then `apply`), or its first one after the request. Each of them gets one interrupt.
     fn interrupt_next_terraform(&mut self) {
         let Some((moment, had)) = &mut self.interrupted else { return };
         let recorder = self.tree.recorder();
@@ -337,8 +351,8 @@ impl Supervision<'_> {
         }
     }
 
-    /// Stops `tf` as [`Signals::stop`] says. The guardian knows of it: should terraform be killed meanwhile, nobody else
-    /// would continue us.
+    /// Stops this process as [`Signals::stop`] says. The guardian knows of the stop, because if terraform is killed
+    /// meanwhile, no other process would continue this one. Returns false if the kernel discarded the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
@@ -346,7 +360,7 @@ impl Supervision<'_> {
         stopped
     }
 
-    /// ^Z, or a SIGTSTP from somewhere: terraform stops, and then we.
+    /// Handles a ^Z, or a SIGTSTP from a process: stops terraform, and then this process.
     fn suspend(&mut self) {
         if self.group == TerraformGroup::Own {
             self.foreground.reclaim_foreground();
@@ -356,30 +370,32 @@ impl Supervision<'_> {
                 && wait::ended(self.terraform).is_none()
                 && begun.elapsed() < STOP_TIMEOUT
             {
-                // The signalfd is readable as soon as SIGCHLD tells of the stop, but also as long as anything else is
-                // queued in it: a short sleep in poll keeps that from spinning.
+                // The signalfd becomes readable when SIGCHLD reports the stop, but it also stays readable as long as
+                // any other signal is queued in it. A short sleep in poll(2) prevents a busy loop.
                 poll::wait(&[], Some(Duration::from_millis(1)));
             }
         }
-        // In an orphaned group, and as leader of a session, the kernel discards our stop: nobody could continue us.
-        // Bare terraform goes on there as well.
+        // In an orphaned process group, and for the leader of a session, the kernel discards the stop of this process,
+        // because no process could continue it. A terraform without `tf` goes on there as well.
         let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
         trace!("stopped: {stopped}");
         let _ = killpg(self.terraform, Signal::SIGCONT);
     }
 
-    /// Terraform was stopped by `signal`.
+    /// Handles a stop of terraform by `signal`.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
         match signal {
             _ if self.group == TerraformGroup::Shared => {
-                // The terminal stopped our whole group; for us it is blocked, and made good here.
+                // The terminal stopped the whole group. The signal is blocked in this process, which therefore stops
+                // itself here.
                 self.stop_ourselves(signal_to_stop_with(signal), false);
             }
             Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
             _ => {
-                // ^Z while the terminal was lent is for the whole job; a `kill -STOP terraform` is for terraform, and
-                // its stop is passed up so that a shell can tell its user and `fg` can mend it.
+                // A ^Z while terraform's group is the foreground group is meant for the whole job. A `kill -STOP` of
+                // terraform is meant for terraform, and `tf` stops too, so that a shell can report the stop to its user
+                // and `fg` can continue both.
                 let key = signal == Signal::SIGTSTP && self.foreground.is_lent();
                 self.foreground.reclaim_foreground();
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
@@ -399,13 +415,15 @@ impl Supervision<'_> {
             }
             Foreground::Ours if self.foreground.give_foreground() => return Stopped::Handled,
             Foreground::Others if self.stop_ourselves(signal, true) => {
-                // `fg` has made us the foreground, or `bg` has not: then terraform will stop again, and so shall we.
+                // The shell has continued `tf`: with `fg`, the group of `tf` is the foreground group now. With `bg` it
+                // is not, so terraform stops again, and `tf` stops again too.
                 if self.foreground.foreground() != Foreground::Ours || !self.foreground.give_foreground() {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
                 }
                 return Stopped::Handled;
             }
-            // Background, and the kernel would not stop us: an orphaned group. Or no terminal any more.
+            // `tf` is in the background and the kernel did not stop it, because its group is orphaned. Or the terminal
+            // is gone.
             Foreground::Ours | Foreground::Others | Foreground::Gone => {}
         }
         self.asked(StopEvent::NobodyCanAnswer);
@@ -413,14 +431,15 @@ impl Supervision<'_> {
     }
 }
 
-/// What is still to be done about a stop.
+/// What remains to be done after a stop of terraform.
 enum Stopped {
     Handled,
-    /// Continue terraform in a moment, as often as it stops.
+    /// Terraform is to be continued after [`CONTINUE_INTERVAL`], each time it stops.
     ContinueSoon,
 }
 
-/// Never SIGSTOP for ourselves: nothing discards that where nobody can continue us.
+/// Returns the signal with which this process stops itself after terraform was stopped by `signal`. It is never
+/// SIGSTOP, because the kernel does not discard a SIGSTOP where no process can continue this one.
 fn signal_to_stop_with(signal: Signal) -> Signal {
     if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
 }

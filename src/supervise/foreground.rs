@@ -1,16 +1,18 @@
-//! Lending the terminal to terraform, and taking it back.
+//! Gives terraform's process group the terminal when it needs it, and reclaims it.
 //!
-//! Terraform runs in a background process group, so that the terminal's keys signal us alone. Output from there is
-//! allowed. When somebody in that group reads the terminal, or changes its modes, the kernel stops the whole group
-//! (SIGTTIN, SIGTTOU), and we hear of it as terraform's parent. Then its group becomes the foreground group and is
-//! continued. The terminal comes back to us when 20 ms have passed *and* its modes are those that it had when it was
-//! lent:
+//! Terraform runs in a background process group, so that the terminal's keys signal `tf` alone. A background group may
+//! write to the terminal. If a process of that group reads the terminal or changes its modes, the kernel stops the
+//! whole group (SIGTTIN, SIGTTOU), and `tf` is notified as terraform's parent. `tf` then makes that group the
+//! foreground group and continues it. `tf` reclaims the foreground when 20 ms have passed *and* the terminal's modes
+//! are those that it had before:
 //!
-//! - Terraform's own prompt is one read(2) of a line, and that survives being in the background once it has begun.
-//! - A no-echo or raw prompt (ssh, sudo, `terraform console`) reads byte by byte. Each further read from the
-//!   background would stop it, and the flush at its restart would throw away what was typed. Its modes tell it apart.
+//! - Terraform's own prompt is one read(2) of a line. Once that read has begun, it also works in the background.
+//! - A prompt without echo or in raw mode (ssh, sudo, `terraform console`) reads byte by byte. In the background, each
+//!   further read would stop it, and the flush at its restart would discard what was typed. Such a prompt is recognised
+//!   by the terminal's modes.
 //!
-//! While the terminal is lent its keys signal terraform's group. A witness in that group tells us of them.
+//! While terraform's group is the foreground group, the terminal's keys signal that group. A [`GroupSignalWatcher`] in
+//! that group reports those signals to `tf`.
 
 use std::time::{Duration, Instant};
 
@@ -22,48 +24,51 @@ use crate::sys::process::Process;
 use crate::sys::terminal::{Modes, Terminal};
 use crate::trace::trace;
 
-/// The shortest time for which the terminal is lent: a line read has begun by then.
+/// The minimum time for which terraform's group is the foreground group. The read of a line has begun by then.
 const MIN_FOREGROUND_WINDOW: Duration = Duration::from_millis(20);
 
-/// How long after a lending the group is searched for members that stopped by themselves. Programs that ask for a
-/// password catch TTIN and TTOU and stop only themselves, later, by kill(2), and of that nobody is told but by looking.
+/// How long after terraform's group became the foreground group it is searched for members that stopped themselves.
+/// Programs that ask for a password catch SIGTTIN and SIGTTOU and later stop only themselves, with kill(2). `tf` is not
+/// notified of that, so it must search.
 const STOPPED_MEMBERS_WINDOW: Duration = Duration::from_secs(2);
 
-/// How often the modes are looked at, and the group is searched.
+/// How often the terminal's modes are checked, and the group is searched.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Who may read the terminal now.
+/// Which process group is the foreground group of the terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Foreground {
-    /// We, and so it can be lent.
+    /// That of this process, which can therefore make another group the foreground group.
     Ours,
-    /// Terraform's group already.
+    /// That of terraform.
     Terraforms,
-    /// Another job of the shell.
+    /// That of another job of the shell.
     Others,
-    /// There is no terminal, or it was hung up.
+    /// None: there is no terminal, or it was hung up.
     Gone,
 }
 
-/// The terminal, and to whom it is lent.
+/// Controls whether terraform's process group is the foreground group of the terminal.
 #[derive(Debug)]
 pub(crate) struct ForegroundControl {
     terminal: Option<Terminal>,
     terraform: Pid,
     own: Pid,
-    /// Since when it is lent.
+    /// When `tf` made terraform's group the foreground group. `None` if it has not, or has reclaimed the foreground.
     since: Option<Instant>,
-    /// The modes that it must have again before it comes back.
+    /// The modes that the terminal must have again before `tf` reclaims the foreground. `None` until the foreground is
+    /// given, and again when it was reclaimed with these modes.
     normal: Option<Modes>,
     group_signal_watcher: Option<GroupSignalWatcher>,
-    /// The kernel stopped members of our own group, which the terminal did not belong to for a while.
+    /// Whether the kernel stopped members of this process's group while terraform's group was the foreground group.
     stopped_ours: bool,
     search_until: Option<Instant>,
     next_look: Option<Instant>,
 }
 
 impl ForegroundControl {
-    /// For the process group `terraform`, at the terminal that this process has.
+    /// Creates the control for terraform's process group `terraform`. `terminal` is `None` if this process has no
+    /// terminal, or is not to give it to terraform.
     pub(crate) fn new(terminal: Option<Terminal>, terraform: Pid) -> Self {
         Self {
             terminal,
@@ -78,17 +83,18 @@ impl ForegroundControl {
         }
     }
 
-    /// Whether the terminal is lent now.
+    /// Whether `tf` has made terraform's group the foreground group and has not reclaimed the foreground.
     pub(crate) fn is_lent(&self) -> bool {
         self.since.is_some()
     }
 
-    /// Our witness in terraform's group, once it was needed.
+    /// Returns the watcher in terraform's group. `None` if the foreground was never given, or the watcher could not be
+    /// started.
     pub(crate) fn group_signal_watcher(&self) -> Option<&GroupSignalWatcher> {
         self.group_signal_watcher.as_ref()
     }
 
-    /// Whose turn it is.
+    /// Returns which process group is the foreground group now.
     pub(crate) fn foreground(&self) -> Foreground {
         match self.terminal.as_ref().map(Terminal::foreground) {
             Some(Ok(group)) if group == self.own => Foreground::Ours,
@@ -98,14 +104,14 @@ impl ForegroundControl {
         }
     }
 
-    /// Gives terraform's group the terminal and lets it go on. False if the terminal is gone.
+    /// Makes terraform's group the foreground group and continues it. Returns false if there is no terminal any more.
     pub(crate) fn give_foreground(&mut self) -> bool {
         let Some(terminal) = &self.terminal else { return false };
         if self.normal.is_none() {
             self.normal = terminal.modes();
         }
         if self.group_signal_watcher.is_none() {
-            // Without one, a key at the prompt is not counted; the prompt itself must not fail for that.
+            // Without a watcher, a key at the prompt is not counted. The prompt itself must not fail for that reason.
             self.group_signal_watcher = GroupSignalWatcher::place(self.terraform).ok();
         }
         if terminal.set_foreground(self.terraform).is_err() {
@@ -120,8 +126,9 @@ impl ForegroundControl {
         true
     }
 
-    /// Takes the terminal back, if it still belongs to terraform's group. A program in there that took it for a group
-    /// of its own, an interactive shell, keeps it, and gives it back to terraform's group when it ends.
+    /// Makes this process's group the foreground group again, if terraform's group still is. If a program below
+    /// terraform has made a group of its own the foreground group, as an interactive shell does, that group keeps the
+    /// foreground. The program returns it to terraform's group when it exits.
     pub(crate) fn reclaim_foreground(&mut self) {
         if self.since.take().is_none() {
             return;
@@ -136,28 +143,29 @@ impl ForegroundControl {
             }
         }
         if std::mem::take(&mut self.stopped_ours) {
-            // A pager or an editor in our pipeline wanted the terminal meanwhile, and was stopped for it. The one CONT
-            // that reaches ourselves is relayed to terraform, where it does nothing.
+            // A pager or an editor in the same pipeline as `tf` needed the terminal meanwhile, and was stopped for
+            // that. This process gets the SIGCONT as well, and passes it on to terraform, where it has no effect.
             let _ = kill(Pid::from_raw(0), Signal::SIGCONT);
         }
     }
 
-    /// Notes that the kernel stopped our own group for wanting the terminal.
+    /// Records that the kernel stopped a member of this process's group because it needed the terminal.
     pub(crate) fn note_stopped_ours(&mut self) {
         self.stopped_ours |= self.is_lent();
     }
 
-    /// When [`ForegroundControl::look`] is due.
+    /// When [`ForegroundControl::look`] is due. `None` if nothing is to be done.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.next_look
     }
 
-    /// Takes the terminal back if it is time, and wakes members of terraform's group that stopped by themselves.
+    /// Reclaims the foreground if it is time, and continues members of terraform's group that stopped themselves.
     pub(crate) fn look(&mut self) {
         if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
             match self.foreground() {
                 Foreground::Terraforms if self.modes_are_normal() => self.reclaim_foreground(),
-                // A shell gave it to us, in the belief that it was ours: so it is.
+                // A shell has made this process's group the foreground group, because it took that group to be the one
+                // that had the terminal before. The foreground counts as reclaimed.
                 Foreground::Ours => self.reclaim_foreground(),
                 _ => {}
             }
@@ -186,7 +194,8 @@ impl ForegroundControl {
 }
 
 impl Drop for ForegroundControl {
-    /// The next reader of this terminal is whoever runs after us: a script that prompts.
+    /// Reclaims the foreground, because the next reader of this terminal is a process that runs after `tf`, such as a
+    /// script that prompts.
     fn drop(&mut self) {
         self.reclaim_foreground();
     }

@@ -1,25 +1,29 @@
-//! The guardian: who asks terraform to stop, and gives its lock back, when `tf` is killed.
+//! The guardian: it asks terraform to stop and releases its lock if `tf` is killed.
 //!
-//! It is forked before terraform starts, and waits for one thing: the end of the socket that it shares with `tf`. If `tf`
-//! said before that everything is over, it ends. If not, `tf` was killed, and the guardian does the rest of its work, with
-//! the same code, on what it has in its memory since the fork and what `tf` has told it since.
+//! `tf` forks the guardian before terraform starts. The guardian waits for the end of the socket that it shares with
+//! `tf`. If `tf` has reported before that everything is over, the guardian exits. Otherwise `tf` was killed, and the
+//! guardian does the rest of its work with the same code. It uses what it has in its memory since the fork, and what
+//! `tf` has sent it since.
 //!
-//! It stands beside the run and not above it. The other shape, a supervisor that the caller does not know, with a thin
-//! `tf` in front of it, would keep the subreaper's proof when `tf` is killed; but the front is what the shell stops and
-//! continues, so every stop, every lending of the terminal and every signal would go through two processes, each of which
-//! can die alone; and against what kills a session, a control group or all descendants it is no safer.
+//! The guardian runs beside terraform and is not its ancestor. The alternative is a supervisor that the caller does not
+//! know, with a thin `tf` in front of it. As a subreaper, it could still prove that the tree is dead after `tf` was
+//! killed. But the thin `tf` is the process that the shell stops and continues. Every stop, every change of the
+//! foreground group and every signal would go through two processes, and each of them can die alone. And it would be no
+//! safer against what kills a session, a control group or all descendants.
 //!
-//! - It leads a session of its own, with its descriptors 0, 1 and 2 on /dev/null and every other one closed that it does
-//!   not need ([`crate::sys::detached`]): neither the caller's pipe nor an outer run's lifeline stays open for it.
-//! - CI runners find what they kill by a variable in its environment: those are gone from it. Jenkins also kills what
-//!   descends from what it finds, so there the guardian is a child of init's. Elsewhere it is a child of `tf`, which takes
-//!   its end away: a container whose first process reaps nobody would collect a zombie with each run.
-//! - It knows terraform by a descriptor for that process, which never means another one with the same number. The child
-//!   itself sends its number before it becomes terraform.
-//! - It mirrors what `tf` decided about signals ([`Stop`] is fed the same events), so that terraform gets one interrupt
-//!   whoever sends it.
-//! - It reads terraform's pipes in the place of `tf`, into nothing: terraform must not die of SIGPIPE with its state
-//!   unsaved.
+//! - It leads a session of its own. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor that it does
+//!   not need is closed ([`crate::sys::detached`]). So it keeps neither the caller's pipe nor an outer run's lifeline
+//!   open.
+//! - CI runners find the processes that they kill by a variable in the environment of those processes. The guardian
+//!   removes these variables from its environment. Jenkins also kills the descendants of what it finds, so there the
+//!   guardian is a child of init. Elsewhere it is a child of `tf`, which reaps it: in a container in which the first
+//!   process reaps no orphans, each run would otherwise leave a zombie.
+//! - It refers to terraform by a descriptor of that process, which never refers to another process with the same pid.
+//!   The child itself sends its pid before it becomes terraform.
+//! - Its [`Stop`] gets the same events as that of `tf`, so it knows what `tf` decided about signals, and terraform gets
+//!   one interrupt, whichever of the two sends it.
+//! - It reads terraform's pipes in place of `tf` and discards the output: terraform must not die of SIGPIPE with its
+//!   state unsaved.
 
 use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::clean_up::LogState;
@@ -53,7 +57,8 @@ use crate::sys::{detached, environment};
 use crate::terraform::log::{JSON_LIMIT, Log, UnnamedLock};
 use crate::trace::{self, trace};
 
-/// A message's first byte; four bytes with the length of the rest follow.
+/// The kinds of messages from `tf`. A message is its kind in 1 byte, the length of its payload in 4 bytes
+/// (little-endian), and the payload.
 const STARTED: u8 = 1;
 const EVENT: u8 = 2;
 const NEWS: u8 = 3;
@@ -61,56 +66,56 @@ const STILL: u8 = 4;
 const OVER: u8 = 5;
 const OUTSIDE_GROUP: u8 = 6;
 
-/// What the guardian says, in one byte.
+/// The messages from the guardian, 1 byte each.
 const CANNOT_WRITE: u8 = 1;
 const UNIT_IS_STOPPED: u8 = 2;
 
-/// What the child writes before its pid.
+/// What the child writes before its pid: the head of a [`STARTED`] message with a payload of 4 bytes.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
 
-/// No message is longer: what is kept of a log, and how far it was read.
+/// The maximum length of a payload, in bytes: what is kept of a log, and the offset up to which the log was read.
 const MAX_MESSAGE_BYTES: usize = JSON_LIMIT + 64;
 
-/// How long a guardian may take to end once it was told that all is over.
+/// How long the guardian may take to exit once it was told that everything is over.
 const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long its end may take once it has closed its socket, or was killed.
+/// How long the exit of the guardian may take once it has closed its socket or was killed.
 const GUARDIAN_KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Between two looks at a terraform that was interrupted and may be stopped.
+/// How often the guardian checks a terraform that was interrupted and may have been stopped.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Between two looks at everybody who is below it.
+/// How often the guardian looks for all processes below terraform.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long init may take to bury a terraform before its status is taken for unknown.
+/// How long init may take to reap a terraform before its status counts as unknown.
 const INIT_REAP_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// The guardian, as `tf` sees it.
+/// The guardian, as seen by `tf`.
 #[derive(Debug)]
 pub(crate) struct Guardian {
-    /// Where it is a child of ours.
+    /// The guardian's pid. `None` if it is not a child of this process.
     pid: Option<Pid>,
     socket: UnixStream,
-    /// What did not fit into the socket yet.
+    /// The bytes that did not fit into the socket yet.
     unsent: Vec<u8>,
 }
 
-/// What the guardian says.
+/// What the guardian has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Heard {
     Nothing,
-    /// The journal cannot be written: a full disk.
+    /// The journal cannot be written, for example because the disk is full.
     CannotWrite,
-    /// A service manager has told every process of our unit to stop, terraform among them.
+    /// A service manager has told every process of the unit to stop, terraform among them.
     UnitIsStopped,
     Gone,
 }
 
-/// What the guardian is to know and to keep.
+/// What the guardian gets from `tf` when it is forked.
 pub(crate) struct GuardianContext<'a> {
     pub(crate) run: &'a RunContext<'a>,
-    /// The process of `tf`.
+    /// The pid of `tf`.
     pub(crate) tf: Pid,
     pub(crate) tree: &'a mut Tree,
     pub(crate) pipes: &'a mut Pipes,
@@ -121,10 +126,10 @@ pub(crate) struct GuardianContext<'a> {
 }
 
 impl Guardian {
-    /// Forks it. There must be one thread, and terraform must not have been started.
+    /// Forks the guardian. There must be one thread, and terraform must not have been started.
     ///
     /// # Errors
-    /// When there can be no socket or no process: then the run goes on without.
+    /// If the socket cannot be created, or fork(2) fails. The run then goes on without a guardian.
     pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
         let (socket, its_end) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
@@ -136,7 +141,8 @@ impl Guardian {
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
         keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
-        // Without a process list `tf` must see by its children alone whether anything of terraform's is left.
+        // Without a process list, `tf` can see only by its own children whether a process of terraform is left. So the
+        // guardian must not be one of them.
         let is_listed = process::list() != ProcessList::Unavailable;
         let parent =
             if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
@@ -144,17 +150,18 @@ impl Guardian {
         Ok(Self { pid, socket, unsent: Vec::new() })
     }
 
-    /// Its process, where it is a child of ours.
+    /// Returns the pid of the guardian. `None` if it is not a child of this process.
     pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
 
-    /// What the child of a fork writes its pid into.
+    /// Returns the socket. The child that becomes terraform writes its pid into it. It is readable when the guardian
+    /// has reported something, or is gone.
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// What it has said.
+    /// Returns the next thing that the guardian has reported, without waiting.
     pub(crate) fn hear(&self) -> Heard {
         let mut said = [0];
         match (&self.socket).read(&mut said) {
@@ -165,26 +172,27 @@ impl Guardian {
         }
     }
 
-    /// Tells of something that asked for an end.
+    /// Passes on an event that asks terraform to stop.
     ///
     /// # Errors
-    /// When the guardian is gone.
+    /// If the guardian is gone.
     pub(crate) fn note(&mut self, event: StopEvent) -> io::Result<()> {
         self.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
-    /// Tells that `tf` stands still from now on, or does not any more.
+    /// Reports that `tf` is about to stop itself (`still`), or was continued.
     ///
     /// # Errors
-    /// When the guardian is gone.
+    /// If the guardian is gone.
     pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
         self.send(STILL, &[u8::from(still)])
     }
 
-    /// Tells what terraform's log has told. False when there is no room for that now.
+    /// Passes on what terraform's log has shown up to `offset`, in bytes. Returns false if that was not sent: there is
+    /// no room in the socket now, or the message would be too long.
     ///
     /// # Errors
-    /// When the guardian is gone.
+    /// If the guardian is gone.
     pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
         self.flush()?;
         if !self.unsent.is_empty() {
@@ -192,33 +200,37 @@ impl Guardian {
         }
         let news = serde_json::to_vec(&(offset, log))?;
         if news.len() > MAX_MESSAGE_BYTES {
-            // It would not be read. The guardian reads the log itself, as long as nothing of it is forgotten.
+            // The guardian would skip the message. It reads the log itself, as long as no part of the log has been
+            // freed.
             return Ok(false);
         }
         self.send(NEWS, &news)?;
         Ok(true)
     }
 
-    /// Tells which processes below terraform have left its group, by pid and start.
+    /// Passes on which processes below terraform have left its group: the pid of each, and its start in clock ticks
+    /// since boot.
     ///
     /// # Errors
-    /// When the guardian is gone.
+    /// If the guardian is gone.
     pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
         self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
 
-    /// Tells that everything is over. It will do nothing more, and [`Guardian::wait`] sees it end.
+    /// Reports that everything is over. The guardian does nothing more after that, and [`Guardian::wait`] waits for its
+    /// exit.
     pub(crate) fn over(&mut self) {
         let _ = self.send(OVER, &[]);
     }
 
-    /// Waits until it has ended.
+    /// Waits until the guardian has exited. A guardian that is a child of this process is killed after
+    /// [`GUARDIAN_EXIT_TIMEOUT`].
     pub(crate) fn wait(self) {
         let begun = Instant::now();
         let mut guardian = self;
         while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
             let _ = guardian.flush();
-            // Its end alone: what it may have said before counts no more.
+            // Only the end of the socket counts. What the guardian has reported before does not matter any more.
             if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(GUARDIAN_EXIT_TIMEOUT)) == [true] {
                 break;
             }
@@ -228,9 +240,10 @@ impl Guardian {
                 trace!("the guardian does not end");
                 let _ = kill(pid, Signal::SIGKILL);
             }
-            // One that is frozen, or hangs in the kernel, does not even die. Init takes it away after us.
+            // A guardian that is frozen, or hangs in the kernel, does not exit even when it is killed. Init reaps it
+            // after `tf`.
             let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
-            // It is waited for by a descriptor: a run must not end later than its guardian.
+            // The wait uses a descriptor, so that the run does not end later than its guardian.
             if let Ok(end) = process::open_pidfd(pid) {
                 poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(GUARDIAN_KILL_TIMEOUT));
             }
@@ -259,8 +272,9 @@ impl Guardian {
     }
 }
 
-/// Sends SIGINT to `group`, which the process behind the descriptor `terraform` leads: never to another group that has its
-/// number now. Before Linux 6.9 each member is found, held by a descriptor of its own, and looked at once more.
+/// Sends SIGINT to `group`, which is led by the process behind the descriptor `terraform`. The signal never reaches
+/// another group that has the same number by now. Before Linux 6.9, each member is found, held by a descriptor of its
+/// own, and checked again. Returns an error if terraform itself cannot be signalled.
 fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     if process::signal_group(terraform, Signal::SIGINT).is_ok() {
         return Ok(());
@@ -268,7 +282,7 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
         let Ok(held) = process::open_pidfd(member.pid) else { continue };
         let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
-        // As long as terraform has not ended, the number is its group's.
+        // As long as terraform has not exited, the number belongs to its group.
         if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
             let _ = process::signal(&held, Signal::SIGINT);
         }
@@ -276,8 +290,9 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     process::signal(terraform, Signal::SIGINT)
 }
 
-/// Whether a runner would kill what descends from us, whatever its environment says (Jenkins, ProcessTree.java,
-/// `killRecursively`). As the first process of a namespace we are init ourselves, and whoever ends us ends all.
+/// Whether a runner would kill the descendants of this process whatever is in their environment (Jenkins,
+/// ProcessTree.java, `killRecursively`). False for the first process of a pid namespace: it is init itself, and its end
+/// ends all processes of the namespace.
 fn runner_kills_descendants() -> bool {
     std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
 }
@@ -286,22 +301,23 @@ fn is_jenkins_cookie(name: &str) -> bool {
     (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
 }
 
-/// The variables by which a runner finds what it started, and the mark of the run that we may be nested in.
+/// Whether `name` is a variable by which a runner finds what it has started, or the mark of the run that this run may
+/// be nested in.
 fn marks_us(name: &str) -> bool {
     is_jenkins_cookie(name)
         || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::journal::run_mark::RUN)
 }
 
-/// What came through the socket and was not heard yet.
+/// What came through the socket and was not processed yet.
 #[derive(Debug, Default)]
 struct Received {
     bytes: Vec<u8>,
-    /// So much of a message that is too long is still to come: none of it is kept, and the next message is heard.
+    /// The number of bytes to come of a message that is too long. They are discarded, and the next message is read.
     skipped: usize,
 }
 
 impl Received {
-    /// The next whole message: its kind, and what it says.
+    /// Returns the kind and the payload of the next complete message. `None` if there is none yet.
     fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
             let skipped = self.skipped.min(self.bytes.len());
@@ -323,40 +339,44 @@ impl Received {
     }
 }
 
-/// The guardian's own story.
+/// The state of the guardian process.
 struct Watch<'a> {
     socket: UnixStream,
     context: GuardianContext<'a>,
     terraform: Option<Terraform>,
     received: Received,
-    /// `tf` has stopped itself.
+    /// Whether `tf` has stopped itself.
     still: bool,
-    /// What the log has told, and was not written down yet.
+    /// What the log has shown and was not written to the journal yet, with the offset up to which it was read. `None`
+    /// if everything is written.
     news: Option<(u64, Log)>,
-    /// What reaches the guardian itself. Nothing of it ends the guardian.
+    /// The signals that were sent to the guardian. They do not end it. `None` if they cannot be read.
     signals: Option<Signals>,
-    /// A service manager has told the guardian to stop, and `tf` was not told yet.
+    /// Whether a service manager has sent SIGTERM to the guardian, and this was not reported to `tf` yet.
     unit_is_stopped: bool,
     reached: Reached,
 }
 
-/// Terraform, as its guardian knows it.
+/// Terraform, as the guardian knows it.
 struct Terraform {
     pid: Pid,
-    /// It, and never another with its number. None before Linux 5.3 and on other systems; there the number is used, in the
-    /// moment after the death of `tf`, which until then kept it from being used again.
+    /// A descriptor of the process, which never refers to another process with the same pid. `None` before Linux 5.3
+    /// and on other systems. There the pid is used, in the moment after the death of `tf`, which until then kept the
+    /// pid from being used again.
     process: Option<OwnedFd>,
-    /// The number meant the child of `tf` when the descriptor was opened.
+    /// Whether the pid belonged to the child of `tf` for certain when the descriptor was opened.
     certain: bool,
 }
 
 impl Terraform {
-    /// Whether the child has become a program, and is the one that it was. Its mark says so; a wrapper may have cleared its
-    /// environment, and is another program than ours then.
+    /// Whether the child has become a program, and the pid still belongs to it. The mark in its environment shows both.
+    /// A wrapper may have cleared its environment. Then both are shown by a pid that is certain and a program other
+    /// than `tf`.
     fn has_begun(&self, tree: &Tree) -> bool {
         match Process::look_up(self.pid) {
             Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
-            // Without a process list nothing tells. Interrupted before it is terraform, it dies, and has locked nothing.
+            // Without a process list this is not known. A child that is interrupted before it is terraform dies, and
+            // has locked nothing.
             None => process::list() != ProcessList::Available,
         }
     }
@@ -376,7 +396,7 @@ impl Terraform {
     }
 }
 
-/// How the time with `tf` ended.
+/// How the connection to `tf` ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ParentExit {
     Clean,
@@ -389,13 +409,13 @@ impl<'a> Watch<'a> {
         environment::unset_empty("AWS_");
         context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
-        // Here nobody waits for it: terraform starts meanwhile.
+        // Nothing waits for this in the guardian: terraform is started at the same time.
         let (access, surroundings) = context.run.candidates.identified(&context.run.id);
         let reached = Reached::of(&context.run.id, &access, &surroundings);
         if let Some(record) = &mut context.record {
             record.surroundings = surroundings;
         }
-        // A descriptor of `tf` would do as well, but it was closed.
+        // The signal descriptor of `tf` would do as well, but it is closed in this process.
         let signals = Signals::listen().ok();
         let mut watch = Self {
             socket,
@@ -414,15 +434,16 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Listens to `tf`, for as long as there is one.
+    /// Listens to `tf` until it reports that everything is over, or is killed.
     fn until_parting(&mut self) -> ParentExit {
         let mut bytes = [0; 1 << 14];
         loop {
-            // The clock of a stop timeout runs here as well, in case it is for us to act on. While `tf` lives it is not.
+            // The clock of a stop timeout runs here as well, because the guardian may have to act on it. As long as
+            // `tf` is running, only `tf` acts on it.
             let _ = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
             let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.run.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
-            // Of terraform's end `tf` hears itself, but when it stands still.
+            // `tf` itself notices the exit of terraform, except while it is stopped.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
             let ended = terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN));
             let end_at = ended.is_some().then_some(1);
@@ -432,7 +453,7 @@ impl<'a> Watch<'a> {
             self.hear_signals();
             if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
-                // It may have been about to stop when it said so.
+                // `tf` reports a stop before it stops, so it may not have been stopped yet.
                 poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
             }
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
@@ -460,8 +481,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// A `tf` that stopped with its terraform, which was then killed, has a lock to give back and nobody who continues it:
-    /// a shell would, if its user asked, and a CI runner has none.
+    /// Continues a stopped `tf`, if its terraform was killed after both had stopped. `tf` has a lock to release then,
+    /// and no other process would continue it: a shell would only if its user asked for that, and a CI runner has no
+    /// such shell.
     fn continue_tf(&self) {
         if Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T') {
             trace!("guardian: continues tf, whose terraform has ended");
@@ -469,14 +491,15 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Hears what somebody has sent to the guardian. What a service manager sends to all of our unit has reached terraform
-    /// too, where that is in the same control group: `tf` must not send it an interrupt of its own then.
+    /// Reads the signals that were sent to the guardian. A signal that a service manager sends to the whole unit has
+    /// reached terraform too, if terraform is in the same control group. `tf` must then not send terraform an interrupt
+    /// of its own, so the guardian reports it.
     fn hear_signals(&mut self) {
         let Some(signals) = &mut self.signals else { return };
         while let Some(Arrival { signal, sender, .. }) = signals.next() {
             self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
         }
-        // What was sent before there was a terraform did not reach it.
+        // It is reported only once terraform is known.
         let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
@@ -492,7 +515,7 @@ impl<'a> Watch<'a> {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
                 let process = process::open_pidfd(pid).ok();
-                // `tf` keeps a dead terraform's number from being used again, for as long as it lives itself.
+                // As long as `tf` is running, it keeps the pid of a dead terraform from being used again.
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
                 let identity = self.context.tree.started(pid);
@@ -504,7 +527,7 @@ impl<'a> Watch<'a> {
             }
             EVENT => {
                 if let Ok(event) = serde_json::from_slice::<StopEvent>(payload) {
-                    // What follows from it `tf` does itself.
+                    // `tf` itself carries out the effects of the event.
                     let _ = self.context.stop.decide(event, self.context.run.begun.elapsed());
                 }
             }
@@ -514,7 +537,7 @@ impl<'a> Watch<'a> {
                 self.context.tree.add_members(&processes);
                 if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
                     record.tree.survivors = processes;
-                    // Without a lock nobody will ask for them.
+                    // Without a lock, no later `tf` will look for these processes.
                     let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
                 }
             }
@@ -549,7 +572,7 @@ impl<'a> Watch<'a> {
         self.context.recorder.resume(log, offset);
     }
 
-    /// `tf` is gone: everything that it would have done.
+    /// Does everything that `tf` would have done. Called when `tf` was killed.
     fn finish(mut self) {
         trace!("guardian: tf is gone");
         self.write_news();
@@ -573,7 +596,8 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: done");
     }
 
-    /// Gives terraform its one graceful stop, and waits until it has ended. `None` when nothing tells how it did.
+    /// Gives terraform its one graceful stop, and waits until it has exited. Returns how it ended. `None` if that is
+    /// not known, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
         let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
@@ -587,7 +611,8 @@ impl<'a> Watch<'a> {
                     Effect::SayStopping(_) | Effect::SayForcing => {}
                 }
             }
-            // Not before it is terraform: what comes earlier is thrown away between fork and exec.
+            // The child must have become terraform before it is interrupted: it discards a signal that comes between
+            // fork and exec.
             let moment = process::ticks_since_boot();
             if !terraform.has_ended(self.context.tree) {
                 self.context.tree.was_alive_at(moment);
@@ -597,8 +622,8 @@ impl<'a> Watch<'a> {
                 self.interrupt(&terraform);
                 crash_point::reached("guardian: interrupted");
             }
-            // One that was stopped when its parent died was hung up by the kernel. Where that did not happen, as in a
-            // session without a terminal, it acts on nothing until it is continued.
+            // If terraform was stopped when its parent died, the kernel has hung it up. Where that did not happen, as
+            // in a session without a terminal, terraform acts on no signal until it is continued.
             if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
                 let _ = terraform.signal(Signal::SIGCONT);
             }
@@ -611,7 +636,8 @@ impl<'a> Watch<'a> {
             if terraform.has_ended(self.context.tree) && self.context.tree.orphaned_terraforms().is_empty() {
                 break;
             }
-            // Everybody who is below it now, so that they are known when they are not below it any more.
+            // Records the processes that are below terraform now, so that they are known when they are no longer below
+            // it.
             if looked.is_none_or(|at| at.elapsed() > DESCENDANTS_INTERVAL) {
                 self.context.tree.living();
                 looked = Some(Instant::now());
@@ -628,7 +654,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// The one interrupt of a first stop, to all that `tf` would have sent it to.
+    /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.
     fn interrupt(&self, terraform: &Terraform) {
         let orphaned_terraforms = self.context.tree.orphaned_terraforms();
         let has_ended = terraform.has_ended(self.context.tree);
@@ -649,7 +675,7 @@ impl<'a> Watch<'a> {
         trace!("guardian: interrupted terraform: {}", sent.is_ok());
     }
 
-    /// Releases what terraform has left. Returns what is left for the next `tf`.
+    /// Releases the locks that terraform has left. Returns what is left for the next `tf`.
     fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
         let GuardianContext { run, tree, recorder, record, stop, .. } = &mut self.context;
         let mut log = recorder.read().clone();
@@ -670,7 +696,7 @@ impl<'a> Watch<'a> {
             return Unfinished::default();
         }
         if !run.release {
-            // To be named, which needs somebody who reads it.
+            // The locks are only to be named, and nobody reads the messages of the guardian. The next `tf` names them.
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
                 unnamed: log.unreleased_unnamed().cloned().collect(),

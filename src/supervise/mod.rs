@@ -1,6 +1,6 @@
-//! One supervised run of terraform: from its start to the moment when its lock is known to be gone.
+//! One supervised run of terraform: it is started, watched until it has exited, and cleaned up after.
 //!
-//! Nothing here knows of DynamoDB or S3: [`crate::lock`] does.
+//! Nothing here sends a request to DynamoDB or S3; [`crate::lock`] does that.
 
 pub(crate) mod event_loop;
 pub(crate) mod foreground;
@@ -64,19 +64,23 @@ use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
 
-/// Why there was no supervised run.
+/// Why terraform was not supervised.
 #[derive(Debug)]
 pub(crate) enum NotSupervised {
-    /// What it needs cannot be had: no descriptors, no process. Nothing was started.
+    /// A resource that the supervision needs is not available, such as a descriptor or a process. Terraform was not
+    /// started.
     Unprepared(io::Error),
     /// Terraform could not be started.
     NotStarted(io::Error),
 }
 
-/// Runs terraform, releases its lock if it did not, and returns how it ended.
+/// Runs terraform, releases its lock if terraform did not, and returns how terraform ended. If a signal asks `tf` to
+/// stop while it recovers earlier runs, terraform is not started, and the result is that it was killed by that signal.
 ///
 /// # Errors
-/// [`NotSupervised`].
+/// - [`NotSupervised::Unprepared`] if something that must exist before terraform starts cannot be created, or if there
+///   are not enough descriptors, processes or memory to start terraform.
+/// - [`NotSupervised::NotStarted`] if terraform cannot be started for another reason.
 pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<Ended, NotSupervised> {
     use NotSupervised::Unprepared;
     let mut signals = Signals::listen().map_err(Unprepared)?;
@@ -100,30 +104,33 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     }
 }
 
-/// Everything that exists before terraform does.
+/// Everything that is set up before terraform is started.
 struct Prepared<'a> {
     context: RunContext<'a>,
     settings: &'a Settings,
     program: Program,
     recorder: Recorder,
     tree: Tree,
-    /// What terraform must inherit: the lifeline, and the file of the journal.
+    /// The descriptors that terraform must inherit: the write end of the lifeline, and the lock file of the run's entry
+    /// in the journal.
     inherited: Vec<OwnedFd>,
     pipes: Pipes,
     terminal: Option<Terminal>,
-    /// Readable when the parent of `tf` has ended. `None` where that is no request to stop.
+    /// Readable when the parent of `tf` has exited. `None` if that is not a request to stop
+    /// ([`event_loop::parent_to_watch`]).
     parent: Option<OwnedFd>,
     stop: Stop,
     run_record: RunRecord,
     image: Image,
 }
 
-/// A terraform that was started.
+/// A terraform that has been started.
 struct Started {
     terraform: Pid,
-    /// How many processes the kernel had killed for want of memory by then. `None` where nothing says so.
+    /// The number of processes that the kernel had killed because memory ran out, read right after terraform was
+    /// started. `None` if the kernel does not report it.
     memory_kills: Option<u64>,
-    /// As whom the run reaches its backends.
+    /// The identities with which the run reaches its backends.
     reached: Reached,
 }
 
@@ -149,8 +156,8 @@ impl<'a> Prepared<'a> {
         let mut changes = recorder.changes();
         changes.push((run_mark::RUN, Some(nested(variable(run_mark::RUN), &context.id))));
         if program.version.as_ref().map_or(!program.itself, Version::is_two_processes) {
-            // In one process it hears our one interrupt, and keeps our TF_TEMP_LOG_PATH (panicwrap, main.go). Later versions
-            // do not know the variable.
+            // With `TF_FORK=0` terraform runs in one process, which gets the one interrupt of `tf` and keeps the
+            // TF_TEMP_LOG_PATH that `tf` sets (panicwrap, main.go). Later versions do not know the variable.
             changes.push(("TF_FORK", Some("0".into())));
         }
         let image = context.invocation.image(&changes)?;
@@ -217,7 +224,8 @@ impl<'a> Prepared<'a> {
             Ok(terraform) => terraform,
             Err(error) => {
                 self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
-                // No process, or no descriptor for what must be watched about it: it may still run in our place.
+                // There is no process, or no descriptor to watch it with. Terraform may still run in place of this
+                // process.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
                     signals.stop_listening();
@@ -231,7 +239,7 @@ impl<'a> Prepared<'a> {
         let identity = self.tree.started(terraform);
         self.run_record.started(terraform, identity);
         crash_point::reached("tf: started");
-        // What terraform need not wait for comes after its start.
+        // Terraform does not need the following, so it need not wait for it.
         let memory_kills = process::out_of_memory_kills();
         environment::unset_empty("AWS_");
         let (access, surroundings) = self.context.candidates.identified(&self.context.id);
@@ -243,7 +251,7 @@ impl<'a> Prepared<'a> {
         Ok(Started { terraform, memory_kills, reached })
     }
 
-    /// Watches terraform until it has ended.
+    /// Watches terraform until it has exited, and returns how it ended.
     fn watch(&mut self, terraform: Pid, waiting: Option<&mut Waiting>, signals: &mut Signals) -> Ended {
         Supervision {
             terraform,
@@ -266,8 +274,8 @@ impl<'a> Prepared<'a> {
         .watch()
     }
 
-    /// Releases what terraform has left, and closes the run's record. `tried`: the dead runs that were tried to be finished
-    /// before, or while, terraform ran.
+    /// Releases the locks that terraform has left, and closes the run's record. `tried` are the IDs of the dead runs
+    /// that `tf` tried to finish before terraform started, or while it was running.
     fn clean_up(&mut self, ended: Ended, started: &Started, tried: &[String], signals: &mut Signals) {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
@@ -291,7 +299,7 @@ impl<'a> Prepared<'a> {
             unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
             tried,
         };
-        // Read once, and only for a run that left something.
+        // Read at most once, and only if the run may have left something.
         let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));
         let ending = after.judge(&candidates);
         let waiter = &mut Waiter::Interactive(signals);
@@ -318,9 +326,9 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Opens the journal of `context` in `state` and makes the run's entry there. What terraform must inherit of it goes to
-/// `inherited`. `None` where there is no journal: terraform runs all the same, and nothing is said of it unless it would
-/// have mattered.
+/// Opens the journal in `state` for `context`, and creates the run's entry in it. Adds the lock file that terraform
+/// must inherit to `inherited`. `None` if there is no journal. Terraform is run all the same, and the missing journal
+/// is reported only if terraform dies and may have left a lock.
 fn enter_in_journal(
     context: &mut RunContext<'_>,
     state: io::Result<StateDirectory>,
@@ -350,7 +358,7 @@ fn enter_in_journal(
     }
 }
 
-/// Waits for a slow reader of terraform's last words. Whoever asks us to stop meanwhile need not wait for that reader.
+/// Waits until a slow reader has taken the rest of terraform's output. A request to stop ends the wait.
 fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
     use nix::poll::PollFlags;
     while !all_written && !pipes.flush() {
@@ -363,11 +371,11 @@ fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
     }
 }
 
-/// How long a reader of what `tf` has to say is waited for: a pager that was left alone must not hold us for ever.
+/// How long to wait for a slow reader of the messages of `tf`: a pager that nobody uses must not block `tf` for ever.
 const READER_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Waits for a slow reader of what `tf` has to say: it may be the only word about a lock that stays. Whoever asks us to stop
-/// meanwhile need not wait.
+/// Waits until a slow reader has taken the rest of the messages of `tf`, for at most [`READER_TIMEOUT`]: they may be
+/// the only report of a lock that was not released. A request to stop ends the wait.
 fn say_the_rest(signals: &mut Signals) {
     use nix::poll::PollFlags;
     let stderr = std::io::stderr();
@@ -381,7 +389,8 @@ fn say_the_rest(signals: &mut Signals) {
     }
 }
 
-/// The value of `TFW_RUN` for a run below the one that `outer` names, if any.
+/// Returns the value of `TFW_RUN` for the run `id`: the value `outer` of the surrounding run, if there is one, followed
+/// by `/` and `id`.
 fn nested(outer: Option<OsString>, id: &str) -> OsString {
     match outer {
         Some(mut outer) if outer.as_os_str() != OsStr::new("") => {

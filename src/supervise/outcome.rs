@@ -1,4 +1,4 @@
-//! Ending as terraform ended.
+//! Ends this process in the same way as terraform ended.
 
 use nix::sys::signal::{SigSet, SigmaskHow, kill, sigprocmask};
 use nix::unistd::getpid;
@@ -7,11 +7,12 @@ use crate::sys::process;
 use crate::sys::signals;
 use crate::sys::wait::Ended;
 
-/// The exit code for `ended`, for `main` to leave with.
+/// Returns the exit code for `ended`, with which `main` exits.
 ///
-/// Where a signal ended terraform the same signal ends us, with its default action and without a core file, so that
-/// our parent sees what it would have seen: a shell aborts its script on a child that died of SIGINT, and not on exit
-/// code 130. Only PID 1 of a namespace survives that (pid_namespaces(7)), and says 128 + N as a shell would.
+/// If a signal killed terraform, the same signal kills this process here, with its default action and without a core
+/// file. The parent of `tf` then sees what it would have seen of terraform: a shell aborts its script if a child died
+/// of SIGINT, and not if it exited with code 130. Only PID 1 of a pid namespace survives the signal
+/// (pid_namespaces(7)). It exits with 128 + N, as a shell would.
 pub(crate) fn end_as(ended: Ended) -> u8 {
     match ended {
         Ended::Exited(code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),

@@ -1,12 +1,13 @@
-//! Terraform's output, where it is a pipe or a socket: drained through us.
+//! Passes terraform's output on to the caller, if it is a pipe or a socket.
 //!
-//! When the reader of a pipe goes away (`| head`), the next write kills terraform with SIGPIPE, its lock held and its
-//! state unsaved. So terraform gets a pipe of ours, and we pass on what comes. When that fails for the first time,
-//! where bare terraform would have died, it is told to stop, and the rest of its output goes nowhere.
+//! If the reader of a pipe goes away (`| head`), the next write kills terraform with SIGPIPE, with its lock held and
+//! its state unsaved. So terraform gets a pipe of `tf`, and `tf` passes on what comes through it. The first failure to
+//! do so is the moment at which a terraform without `tf` would have died. Terraform is then asked to stop, and the rest
+//! of its output is discarded.
 //!
-//! Files and terminals are handed over as they are. Nothing here waits: each pipe is asked, by poll(2), first whether
-//! there is something to read, then whether there is room, so that a reader who does not read (`| less`) keeps nobody
-//! from being heard.
+//! Terraform gets files and terminals as they are, unless a copy of the output is kept. Nothing here waits. For each
+//! pipe, poll(2) is asked first whether there is something to read, and then whether there is room to write it. So a
+//! reader that does not read (`| less`) keeps `tf` from nothing else.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,56 +18,57 @@ use nix::sys::stat::{SFlag, fstat};
 
 use crate::sys::descriptor::{self, Moved};
 
-/// Where drained bytes go.
+/// Where the output of one pipe goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DrainTarget {
     Pipe,
     Socket,
-    /// A file or a terminal, which terraform is not handed because a copy is kept.
+    /// A file or a terminal. Terraform does not get it directly, because a copy of the output is kept.
     Other,
-    /// Its reader is gone.
+    /// Nowhere: the reader is gone, and the output is discarded.
     Nowhere,
 }
 
-/// One pipe of ours between terraform and the caller.
+/// One pipe of `tf` between terraform and the caller.
 #[derive(Debug)]
 struct Drain {
     source: OwnedFd,
-    /// 1 or 2: the caller's descriptor.
+    /// The caller's descriptor: 1 or 2.
     standard: i32,
     target: DrainTarget,
-    /// Something is there to read: now there must be room. Only one of the two is ever asked for.
+    /// Whether there is something to read, so that room to write it is waited for. Only one of the two is waited for at
+    /// a time.
     full: bool,
     finished: bool,
-    /// What was read and not yet sent, where the two cannot be spliced.
+    /// The bytes that were read and not sent yet. Empty unless the target is a socket.
     buffer: VecDeque<u8>,
-    /// Everything that came, where it is to be kept.
+    /// Everything that was read. `None` if no copy is kept.
     copy: Option<Vec<u8>>,
 }
 
-/// What became of one step.
+/// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// Go on.
+    /// No reader has gone away in this step.
     Going,
-    /// The reader went away just now.
+    /// A reader has gone away in this step.
     ReaderGone,
 }
 
-/// The pipes of one run: none, one that both streams share, or two.
+/// The pipes of one run: none, one for both streams, or one for each stream.
 #[derive(Debug, Default)]
 pub(crate) struct Pipes {
     drains: Vec<Drain>,
-    /// Terraform's ends, for descriptors 1 and 2; dropped once it has them.
+    /// The ends for terraform's descriptors 1 and 2. They are closed in this process once terraform has them.
     writers: [Option<OwnedFd>; 2],
 }
 
 impl Pipes {
-    /// Puts a pipe wherever descriptor 1 or 2 is a pipe or a socket. With `keeps_copies` wherever it is anything, one for
-    /// each stream, and what comes is kept.
+    /// Creates a pipe for each of descriptors 1 and 2 that is a pipe or a socket. With `keeps_copies`, it creates a
+    /// pipe for each stream, whatever the descriptor is, and a copy of the output is kept.
     ///
     /// # Errors
-    /// When no pipe can be made.
+    /// If no pipe can be created.
     pub(crate) fn create_pipes(keeps_copies: bool) -> io::Result<Self> {
         let mut pipes = Self::default();
         let mut identities = Vec::new();
@@ -80,7 +82,7 @@ impl Pipes {
             };
             let identity = (stat.st_dev, stat.st_ino);
             if place == 1 && identities.contains(&identity) && !keeps_copies {
-                // `2>&1`: with one pipe for both, the order of what is written stays.
+                // `2>&1`: a common pipe preserves the order in which terraform writes to the two.
                 pipes.writers[1] = pipes.writers[0].as_ref().map(OwnedFd::try_clone).transpose()?;
                 continue;
             }
@@ -100,7 +102,7 @@ impl Pipes {
         Ok(pipes)
     }
 
-    /// What came on descriptors 1 and 2, where copies are kept.
+    /// Returns the copies of what came on descriptors 1 and 2. Empty if no copies are kept.
     pub(crate) fn copies(&self) -> [&[u8]; 2] {
         [1, 2].map(|standard| {
             let drain = self.drains.iter().find(|drain| drain.standard == standard);
@@ -108,22 +110,23 @@ impl Pipes {
         })
     }
 
-    /// What becomes terraform's descriptors 1 and 2.
+    /// Returns what becomes terraform's descriptors 1 and 2. `None` where terraform inherits the descriptor of this
+    /// process.
     pub(crate) fn writers(&self) -> [Option<BorrowedFd<'_>>; 2] {
         self.writers.each_ref().map(|writer| writer.as_ref().map(AsFd::as_fd))
     }
 
-    /// To be called when terraform has its ends.
+    /// Closes terraform's ends in this process. To be called when terraform has them.
     pub(crate) fn close_writers(&mut self) {
         self.writers = [None, None];
     }
 
-    /// The ends that a process must keep to drain them in our place.
+    /// Returns the ends that a process must keep open to read the output in place of this one.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.drains.iter().map(|drain| drain.source.as_fd())
     }
 
-    /// From now on nobody reads what comes.
+    /// Discards all output from now on.
     pub(crate) fn discard_output(&mut self) {
         for drain in &mut self.drains {
             drain.target = DrainTarget::Nowhere;
@@ -131,7 +134,7 @@ impl Pipes {
         }
     }
 
-    /// What to wait for, for each pipe that is still open.
+    /// Returns what to wait for, for each pipe that is still open.
     pub(crate) fn awaited(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
         self.drains
             .iter()
@@ -145,7 +148,7 @@ impl Pipes {
             .collect()
     }
 
-    /// Goes on with the pipes whose turn has come: `ready` says so for each that [`Pipes::awaited`] named.
+    /// Goes on with the pipes that are ready. `ready` has one value for each element of [`Pipes::awaited`].
     pub(crate) fn step(&mut self, ready: &[bool]) -> Progress {
         let mut progress = Progress::Going;
         let open = self.drains.iter_mut().filter(|drain| !drain.finished);
@@ -157,10 +160,11 @@ impl Pipes {
         progress
     }
 
-    /// Passes on what terraform left in its pipes when it ended, as far as there is room. Somebody below terraform may
-    /// hold a writing end for as long as it likes, so this is the end, and not the end of file.
+    /// Passes on what terraform left in its pipes when it exited, as far as there is room. A pipe is finished when it
+    /// is empty, and not only at the end of file: a process below terraform may keep a write end open for as long as it
+    /// likes.
     ///
-    /// True when nothing is left.
+    /// Returns true if nothing is left.
     pub(crate) fn flush(&mut self) -> bool {
         self.drains.iter_mut().for_each(Drain::flush);
         self.drains.iter().all(|drain| drain.finished)
@@ -227,8 +231,8 @@ impl Drain {
                 descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
             }
             DrainTarget::Pipe | DrainTarget::Other => {
-                // No splice: what poll(2) called writable takes PIPE_BUF bytes, which POSIX has at 512 at least, without
-                // waiting.
+                // Without splice(2), at most 512 bytes are moved: a descriptor that poll(2) reports as writable takes
+                // PIPE_BUF bytes without waiting, and POSIX requires PIPE_BUF to be 512 or more.
                 let mut bytes = [0; 512];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),

@@ -1,52 +1,53 @@
-//! Where a signal that reached `tf` goes: the whole rule, without a process. What is done about a request to stop is
-//! [`crate::supervise::stop`]'s.
+//! Decides where a signal that reached `tf` goes. This is the whole rule, and it touches no process.
+//! [`crate::supervise::stop`] decides what is done about a request to stop.
 
 use nix::sys::signal::Signal;
 
 use crate::supervise::stop::StopEvent;
 use crate::sys::signals::SignalOrigin;
 
-/// In whose process group terraform is.
+/// Which process group terraform is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TerraformGroup {
-    /// In one of its own. It gets only what `tf` passes on.
+    /// A group of its own. It gets only the signals that `tf` passes on.
     Own,
-    /// In that of `tf` (`TFW_TTY=shared`). A key at the terminal reaches both.
+    /// The group of `tf` (`TFW_TTY=shared`). A key at the terminal reaches both.
     Shared,
 }
 
-/// What a signal's route depends on, besides the signal.
+/// What the route of a signal depends on, besides the signal and its origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Circumstances {
     pub(crate) group: TerraformGroup,
-    /// The signal was ignored when `tf` was started (nohup).
+    /// Whether the signal was ignored when `tf` was started (nohup).
     pub(crate) was_ignored: bool,
-    /// It may have gone to every process of the unit, terraform among them: its sender is a service manager.
+    /// Whether the sender is a service manager, so that the signal may have gone to every process of the unit,
+    /// terraform among them.
     pub(crate) may_be_for_unit: bool,
 }
 
 /// Where a signal goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// It asks for an end.
+    /// It is a request to stop.
     Ask(StopEvent),
-    /// It asks for an end, and the guardian says in a moment whether terraform has got it too.
+    /// It is a request to stop, and the guardian soon reports whether terraform has got the signal too.
     AskGuardian,
-    /// Terraform stops, and then `tf`.
+    /// Terraform is stopped, and then `tf`.
     Suspend,
     /// The terminal has stopped a process of the group of `tf`.
     NoteStoppedReader,
-    /// All of terraform's process group gets it, as from the terminal.
+    /// It is sent to terraform's whole process group, as the terminal would send it.
     PassToGroup,
-    /// Terraform gets it.
+    /// It is sent to terraform.
     PassToTerraform,
     /// A child of `tf` has stopped or exited.
     LookAtChildren,
-    /// Nothing is done.
+    /// It has no effect.
     Ignore,
 }
 
-/// Where `signal` goes that `origin` has sent.
+/// Decides where a `signal` from `origin` goes.
 pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circumstances) -> Route {
     let Circumstances { group, was_ignored, may_be_for_unit } = circumstances;
     let is_shared = group == TerraformGroup::Shared;
@@ -59,7 +60,8 @@ pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circums
         (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => Route::Ask(StopEvent::Request),
         (Signal::SIGTSTP, _) => Route::Suspend,
         (Signal::SIGTTIN | Signal::SIGTTOU, SignalOrigin::Kernel) => Route::NoteStoppedReader,
-        // From a key, or a window that changed its size, all of terraform's group would have got it.
+        // If a key or a change of the window size causes one of these, the terminal would have sent it to terraform's
+        // whole group.
         (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !is_shared => {
             Route::PassToGroup
         }
@@ -112,7 +114,7 @@ mod tests {
         }
     }
 
-    /// INT, TERM and HUP count for terraform as interrupts or end it: they are never passed on as they are.
+    /// Terraform counts INT, TERM and HUP as interrupts, or they end it, so they are never passed on as they are.
     #[test]
     fn a_request_to_stop_is_never_passed_on_as_it_came() {
         for (signal, origin, circumstances) in all() {
@@ -128,7 +130,7 @@ mod tests {
         for (signal, origin, circumstances) in all() {
             if origin == SignalOrigin::Kernel && circumstances.group == TerraformGroup::Shared {
                 let route = route(signal, origin, circumstances);
-                // Terraform is in the foreground group itself. No key makes the others of these.
+                // Terraform itself is in the foreground group. No key causes any other signal that `tf` passes on.
                 let sent = matches!(signal, Signal::SIGINT | Signal::SIGQUIT | Signal::SIGWINCH);
                 let passes = matches!(route, Route::PassToGroup | Route::PassToTerraform)
                     || route == Route::Ask(StopEvent::Keyboard);
@@ -181,7 +183,7 @@ mod tests {
         table
     }
 
-    /// `make generated` writes it.
+    /// `make generated` writes the table.
     #[test]
     fn what_is_generated_in_docs_signals_is_what_is_done() {
         const BEGIN: &str = "<!-- generated from src/supervise/routing.rs by `make generated` -->\n";

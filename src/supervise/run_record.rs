@@ -26,7 +26,7 @@ pub(crate) struct RunRecord {
     pub(crate) guardian: Option<Guardian>,
     /// The entry, and the record that is written to it. `None` if there is no journal.
     pub(crate) entry: Option<(JournalEntry, JournalRecord)>,
-    /// What was last passed on of the log: the offset up to which it was read, in bytes, and the locks that it shows.
+    /// What was last passed on of the log.
     pub(crate) told: Told,
     /// The processes outside terraform's group that were last passed on: pid, and start in clock ticks since boot.
     pub(crate) outside_group: Vec<(i32, u64)>,
@@ -34,10 +34,10 @@ pub(crate) struct RunRecord {
     pub(crate) failed: bool,
 }
 
-/// What the guardian, or the journal, was told of terraform's log.
+/// What was passed on of terraform's log: to the guardian or, without a guardian, into the journal.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
-    /// How many bytes of the log that covers.
+    /// The offset up to which the log was passed on, in bytes.
     until: u64,
     locks: Vec<LoggedLock>,
 }
@@ -58,7 +58,7 @@ impl RunRecord {
     }
 
     /// Handles what the guardian has reported: that the journal cannot be written, or that the guardian is gone.
-    /// Returns true if it reports that a service manager has stopped all processes of the unit.
+    /// Returns true if it reports that a service manager has told all processes of the unit to stop.
     pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
         let Some(guardian) = &self.guardian else { return false };
         match guardian.hear() {

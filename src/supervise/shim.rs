@@ -1,6 +1,8 @@
-//! The terraform behind a program that only leads to one: tenv, a script of somebody's own. Such a program hears our one
-//! interrupt in terraform's place, and what becomes of it there is its own affair: tenv throws it away, for it expects that
-//! the terminal has sent one to terraform as well; others pass it on, or die of it. So it goes to terraform itself.
+//! Finds the terraform behind a shim: a program that only leads to a terraform, such as tenv or a script.
+//!
+//! A shim that gets the one interrupt in place of terraform does with it what it likes. tenv discards it, because it
+//! expects the terminal to have sent one to terraform as well. Others pass it on, or die of it. So the interrupt is
+//! sent to terraform itself.
 
 use std::os::fd::OwnedFd;
 
@@ -11,13 +13,13 @@ use crate::sys::process::{self, Process};
 use crate::terraform::binary::LARGE;
 use crate::trace::trace;
 
-/// No chain of shims is longer.
+/// The maximum length of a chain of shims.
 const MAX_SHIM_DEPTH: usize = 8;
 
-/// The file that terraform logs into, by its device and its number there. `None` where it has none.
+/// The device and the inode number of the file that terraform logs into. `None` if they are not known.
 pub(crate) type LogFile = Option<(u64, u64)>;
 
-/// Sends `signal` to the terraform that `child` is or leads to.
+/// Sends `signal` to the terraform that `child` is or leads to. If none can be identified, `child` gets the signal.
 pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     match behind(child, log) {
         Some((pid, terraform)) => {
@@ -30,10 +32,12 @@ pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     }
 }
 
-/// Sends the one interrupt of a first stop to the group of `child`, and to that of the terraform behind it, which a shim may
-/// have put into another one (timeout, `set -m`); but not to the shims that lead to terraform: what one of them passes on would
-/// be terraform's second. Gives the terraform that was interrupted. `None`: what was started is terraform itself, or has not
-/// started one.
+/// Sends the one interrupt of a first stop to the process group of `child`, and to that of the terraform behind it,
+/// which a shim may have put into another group (timeout, `set -m`). The shims that lead to terraform do not get it:
+/// what one of them passes on would be terraform's second interrupt.
+///
+/// Returns the terraform that was interrupted. `None` if no terraform behind `child` can be identified, because `child`
+/// is a terraform itself, or has not started one. Then the whole group of `child` gets the interrupt.
 pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
     let found = behind(child, log).map(|(terraform, _)| terraform);
     let Some((terraform, chain)) = found.and_then(|terraform| Some((terraform, chain(child, terraform)?))) else {
@@ -50,7 +54,8 @@ pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
     Some(terraform)
 }
 
-/// The shims from `child` down to the one that started `terraform`. `None` when one of them is gone.
+/// Returns the pids of the shims from the one that started `terraform` up to `child`. `None` if one of them no longer
+/// exists, or if there are too many.
 fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     let mut chain = Vec::new();
     let mut current = terraform;
@@ -64,8 +69,8 @@ fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     None
 }
 
-/// The terraform behind `child`, and its number. `None` where `child` is one itself, or where nothing tells for sure which one
-/// is meant.
+/// Returns the pid of the terraform behind `child`, and a descriptor of that process. `None` if `child` is a terraform
+/// itself, or if it is not certain which process is the terraform.
 pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     let mut current = child;
     let is_terraform = |process: &Process| is_terraform(process, log);
@@ -78,7 +83,7 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
         match (terraforms.as_slice(), children.as_slice()) {
             ([terraform], _) => {
                 let descriptor = process::open_pidfd(*terraform).ok()?;
-                // Still the one that was seen, and not another with its number.
+                // It must still be the process that was found, and not another one with the same pid.
                 let same = |process: &Process| process.parent == current && is_terraform(process);
                 return Process::look_up(*terraform).filter(same).map(|_| (*terraform, descriptor));
             }
@@ -89,8 +94,8 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     None
 }
 
-/// Whether a process runs a terraform, and nothing that only leads to one. Its size alone does not tell: node, vault and kubectl
-/// are as large. A terraform has its name, or logs into our file.
+/// Whether the process runs a terraform, and not a program that only leads to one. The size of its program is not
+/// enough: node, vault and kubectl are as large. A terraform also has its name, or has this run's log file open.
 fn is_terraform(process: &Process, log: LogFile) -> bool {
     let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid)).is_ok_and(|program| program.len() >= LARGE);
     let is_named = || ["terraform", "tofu"].iter().any(|name| process.program().contains(name));

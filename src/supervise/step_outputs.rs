@@ -1,7 +1,7 @@
-//! In the place of the wrapper that hashicorp/setup-terraform installs: that one is not run, because it dies of the first
-//! interrupt and leaves terraform alone; what it tells the steps of a workflow is told all the same (wrapper/terraform.js):
-//! `stdout`, `stderr` and `exitcode` in the file that `GITHUB_OUTPUT` names, and success for exit code 2, by which `plan
-//! -detailed-exitcode` says that there are changes.
+//! Writes the outputs of a workflow step, in place of the wrapper that hashicorp/setup-terraform installs. `tf` does
+//! not run that wrapper, because its first interrupt kills it and leaves terraform running alone. `tf` reports to the
+//! workflow what the wrapper would report (wrapper/terraform.js): `stdout`, `stderr` and `exitcode` in the file that
+//! `GITHUB_OUTPUT` names, and success for exit code 2, with which `plan -detailed-exitcode` reports changes.
 
 use crate::journal::runs::run_id;
 use std::ffi::OsStr;
@@ -16,24 +16,24 @@ use nix::poll::PollFlags;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 
-/// How long a FIFO or a terminal in the place of the file may take nothing.
+/// How long to wait for a FIFO or a terminal in place of the file, if it accepts nothing.
 const READER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Appends the outputs of a step to the file at `path`.
 ///
 /// # Errors
-/// When it cannot be written.
+/// If the file cannot be opened or written, or if it accepts nothing for [`READER_TIMEOUT`].
 pub(crate) fn write(path: &OsStr, [stdout, stderr]: [&[u8]; 2], ended: Ended) -> io::Result<()> {
     let code = exit_code(ended).to_string();
     let mut text = Vec::new();
     for (name, value) in [("stdout", stdout), ("stderr", stderr), ("exitcode", code.as_bytes())] {
-        // A line that stands nowhere in the value ends it (the runner's FileCommandManager).
+        // A line that is nowhere in the value marks its end (the runner's FileCommandManager).
         let end = format!("ghadelimiter_{}", run_id());
         text.extend_from_slice(format!("{name}<<{end}\n").as_bytes());
         text.extend_from_slice(value);
         text.extend_from_slice(format!("\n{end}\n").as_bytes());
     }
-    // A FIFO that nobody reads must not keep us from ending.
+    // A FIFO without a reader must not keep this process from exiting.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let mut file = OpenOptions::new().append(true).create(true).custom_flags(flags).open(path)?;
     let mut rest = text.as_slice();
@@ -52,7 +52,7 @@ pub(crate) fn write(path: &OsStr, [stdout, stderr]: [&[u8]; 2], ended: Ended) ->
     Ok(())
 }
 
-/// How the wrapper ends when terraform ended so.
+/// Returns how the wrapper would end if terraform ended as `ended` says.
 pub(crate) fn end_of_step(ended: Ended) -> Ended {
     match ended {
         Ended::Exited(0 | 2) => Ended::Exited(0),

@@ -1,9 +1,9 @@
-//! What to do when somebody wants terraform to stop: the whole rule, without a process.
+//! Decides what is done about a request to stop. This is the whole rule, and it touches no process.
 //!
-//! Terraform counts interrupts, INT and TERM alike: the first is a graceful stop, the second makes it leave within five
-//! seconds, with its lock held if it was planning an apply (internal/command/meta.go, `RunOperation`;
-//! internal/backend/local/backend_apply.go). So it gets one, whoever asks and however often, and a second only when a
-//! person insists.
+//! Terraform counts interrupts, INT and TERM alike. The first one is a graceful stop. The second one makes terraform
+//! exit within 5 s, with its lock held if it was planning an apply (internal/command/meta.go, `RunOperation`;
+//! internal/backend/local/backend_apply.go). So terraform gets one interrupt, whatever requests a stop and however
+//! often. It gets a second one only if a person insists.
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::sys::wait::Ended;
@@ -11,54 +11,58 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// How long after the second ^C a third one forces.
+/// How long after the second ^C a third one forces the stop.
 pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);
 
-/// How long terraform may take after its second interrupt: it leaves after five seconds itself.
+/// How long terraform may take to exit after its second interrupt before it is killed. By itself it exits after 5 s.
 const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// Something that asks for an end, or a moment that was waited for.
+/// A request to stop, or a deadline that may have passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum StopEvent {
-    /// ^C, and the terminal gave it to us.
+    /// A ^C that the terminal sent to `tf`.
     Keyboard,
-    /// ^C, and the terminal gave it to terraform: it was lent. It counts, and is not sent again.
+    /// A ^C that the terminal sent to terraform, because terraform is in the foreground group. It counts as an
+    /// interrupt, and is not sent again.
     KeyboardAtTerraform,
-    /// INT, TERM or HUP that somebody sent, or a hangup.
+    /// An INT, TERM or HUP that a process sent, or a hangup.
     Request,
-    /// TERM that a service manager sent to every process of our unit: terraform has it, and counts it as an interrupt.
+    /// A TERM that a service manager sent to every process of the unit. Terraform has got it, and counts it as an
+    /// interrupt.
     RequestToAll,
-    /// Our parent died in a CI job, and with it whoever would have told us.
+    /// The parent of `tf` has exited in a CI job, and no process is left that could ask `tf` to stop. Also that a shim
+    /// was killed and, in the guardian, that `tf` was killed.
     ParentGone,
-    /// Nobody reads what terraform writes.
+    /// The reader of terraform's output is gone.
     ReaderGone,
-    /// Terraform asks at the terminal, and nobody can ever answer.
+    /// Terraform wants to use the terminal, and no person can ever answer there.
     NobodyCanAnswer,
-    /// Time passed.
+    /// Time has passed.
     Time,
 }
 
-/// What is then done.
+/// What is done about an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// One SIGINT to terraform's process group, as the terminal sends it for ^C. Providers ignore it. A provisioner's
-    /// commands must get it whoever asks for the stop: terraform kills only the shell of a `local-exec`, unlocks and ends,
-    /// and what the shell has started would go on working after the lock is gone. TERM and HUP would end the providers.
+    /// Sends one SIGINT to terraform's process group, as the terminal does for a ^C. Providers ignore it. The commands
+    /// of a provisioner must get it, whatever requests the stop: terraform kills only the shell of a `local-exec`,
+    /// unlocks and exits, and what the shell has started would go on working after the lock is released. TERM and HUP
+    /// would kill the providers.
     InterruptGroup,
-    /// The second SIGINT, to terraform alone.
+    /// Sends the second SIGINT, to terraform alone.
     InterruptTerraform,
-    /// SIGKILL to terraform and everything below it.
+    /// Sends SIGKILL to terraform and to every process below it.
     Kill(Why),
-    /// Say that terraform is stopping, since when, and what a third ^C does.
+    /// Reports that terraform is stopping, for how long it has been, and what a third ^C does.
     SayStopping(Duration),
-    /// Say that terraform got its second interrupt.
+    /// Reports that terraform got its second interrupt.
     SayForcing,
 }
 
-/// What has been asked and done so far. Times are counted from the start of the run.
+/// What has been requested and done so far. Times are counted from the start of the run.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
-    /// The command throws interrupts away: a second one would be for nothing.
+    /// Whether terraform's command discards interrupts, so that a second one would have no effect.
     ignores_interrupts: bool,
     timeout: Option<Duration>,
     interrupts: u32,
@@ -70,7 +74,7 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// `timeout` is `TFW_STOP_TIMEOUT`.
+    /// Creates the state before any request. `timeout` is `TFW_STOP_TIMEOUT`, or `None` if that is not set.
     pub(crate) fn new(ignores_interrupts: bool, timeout: Option<Duration>) -> Self {
         Self {
             ignores_interrupts,
@@ -84,22 +88,23 @@ impl Stop {
         }
     }
 
-    /// Terraform was interrupted at least once.
+    /// Whether terraform was interrupted at least once.
     pub(crate) fn was_interrupted(&self) -> bool {
         self.interrupts > 0
     }
 
-    /// Terraform got more than the one graceful stop: it may have left with its work undone.
+    /// Whether terraform got more than the one graceful stop. It may then have exited with its work unfinished.
     pub(crate) fn was_forced(&self) -> bool {
         self.forced || self.killed.is_some()
     }
 
-    /// Terraform and its tree were to be killed, and why.
+    /// Returns why `tf` has decided to kill terraform and its tree. `None` if it has not.
     pub(crate) fn killed(&self) -> Option<Why> {
         self.killed
     }
 
-    /// How the run ended, given how terraform did and whether the kernel killed something for want of memory.
+    /// Returns how the run ended. `ended` is how terraform ended, and `out_of_memory` whether the kernel killed a
+    /// process because memory ran out.
     pub(crate) fn end_of_run(&self, ended: Option<Ended>, out_of_memory: bool) -> EndOfRun {
         EndOfRun {
             ended,
@@ -110,12 +115,12 @@ impl Stop {
         }
     }
 
-    /// When [`StopEvent::Time`] is due.
+    /// When [`StopEvent::Time`] is due, counted from the start of the run. `None` if it is not.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.kill.map(|(at, _)| at)
     }
 
-    /// What to do about `event` at time `now`.
+    /// Returns what to do about `event` at `now`, which is counted from the start of the run.
     pub(crate) fn decide(&mut self, event: StopEvent, now: Duration) -> Vec<Effect> {
         match event {
             StopEvent::Keyboard => self.keyboard(now),
@@ -228,7 +233,7 @@ mod tests {
         assert!(ALL.into_iter().map(number).eq(0..ALL.len()));
     }
 
-    /// To the guardian, which must not take one for another.
+    /// The guardian must read each event as the one that was sent.
     #[test]
     fn an_event_is_read_as_it_was_sent() {
         for event in ALL {
@@ -247,7 +252,7 @@ mod tests {
         effects.iter().filter(|effect| matches!(effect, Effect::InterruptGroup | Effect::InterruptTerraform)).count()
     }
 
-    /// Feeds `events`, `apart` from each other, and returns all effects.
+    /// Passes `events` to `stop`, `apart` from each other, and returns all effects.
     fn play(stop: &mut Stop, events: &[StopEvent], apart: Duration) -> Vec<Effect> {
         (1..).zip(events).flat_map(|(step, &event)| stop.decide(event, apart * step)).collect()
     }
@@ -336,7 +341,7 @@ mod tests {
         }
     }
 
-    /// 584 years and more are "never", and no sum with them panics.
+    /// A timeout of 584 years or more means "never", and no sum with it panics.
     #[test]
     fn a_stop_timeout_may_be_as_long_as_a_number_can_say() {
         for timeout in

@@ -1,8 +1,10 @@
-//! While terraform waits for a lock that it was refused (`-lock-timeout`): one whose holder is dead is given back, so that
-//! terraform's own next try succeeds. What died before our start was finished then; what dies meanwhile is seen here.
+//! Releases the lock of a dead run while terraform waits for that lock (`-lock-timeout`), so that terraform's own next
+//! try succeeds. A run that died before this one started was finished at the start. A run that dies later is noticed
+//! here.
 //!
-//! It is finished by a process of its own, as everything that talks to AWS before terraform has ended: another `tf`, which
-//! is asked for that one run. We are its parent and keep it apart from terraform's tree.
+//! Another `tf` process finishes the dead run, because no process that supervises a terraform talks to AWS before that
+//! terraform has exited. This process starts it for that one run, is its parent, and keeps it apart from terraform's
+//! tree.
 
 use crate::cleanup::recovery_process;
 use crate::console;
@@ -22,31 +24,31 @@ use crate::journal::state_directory::StateDirectory;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
-/// From when on a lock that is not answered counts as refused, and how often is looked then.
+/// How long a lock request must be without an answer to count as refused, and how often the journal is searched then.
 const JOURNAL_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// After how long a dead run that could not be finished is tried again: the lock service may be back.
+/// How long to wait before a dead run that could not be finished is tried again: the lock service may work by then.
 const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The same where nobody gave credentials: each try asks for them, and a few that fail may lock an account.
+/// The same if no credentials were available. Each try asks for them, and a few failed tries may lock an account.
 const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
-/// The exit code of `tf locks recover --say` that says so.
+/// The exit code of `tf locks recover --say` if no credentials were available.
 const LACKS_CREDENTIALS: i32 = 1;
 
-/// What is done while terraform waits.
+/// Finishes dead runs while terraform waits for a lock.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
-    /// When the journal is looked at next. None: terraform does not wait.
+    /// When the journal is searched next. `None` if terraform does not wait for a lock.
     look_at: Option<Instant>,
-    /// The dead runs that were tried, and when each may be tried again.
+    /// The IDs of the dead runs that were tried, and when each may be tried again.
     tried: HashMap<String, Instant>,
-    /// What finishes a run, and which one.
+    /// The processes that are finishing a run, each with the ID of that run.
     at_work: Vec<(Child, String)>,
 }
 
 impl Waiting {
-    /// `tried` are the dead runs that could not be finished before terraform was started, a moment ago.
+    /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished just before.
     pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
         let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
@@ -55,7 +57,8 @@ impl Waiting {
         Self { tried: tried.collect(), ..Self::default() }
     }
 
-    /// Looks at what terraform's log says, and starts what is to be done about it. To be called as often as that is read.
+    /// Checks whether terraform waits for a lock, as its log says, and if so finishes dead runs. To be called each time
+    /// the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
         let now = Instant::now();
@@ -107,8 +110,8 @@ impl Waiting {
         }
     }
 
-    /// Waits for what was started: terraform has ended, and whoever reads our stderr waits for it too. Gives the runs that were
-    /// tried.
+    /// Waits for the processes that were started. Terraform has exited, and a caller that reads stderr to its end waits
+    /// for them too. Returns the IDs of the runs that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
         for (child, _) in self.at_work {
             recovery_process::wait_for(child, waiter);
