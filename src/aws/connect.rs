@@ -5,6 +5,7 @@
 //! another location, may still exist.
 
 use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
+use crate::aws::credentials::Question;
 use crate::aws::settings::Unreachable;
 use std::ffi::OsString;
 use std::path::Path;
@@ -161,7 +162,14 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         known?
     } else {
         let sections = profile.as_ref().map_err(String::as_str);
-        let result = credentials::resolve((backend, purpose), sections, &for_providers, &for_credentials).await;
+        let result = credentials::resolve(Question {
+            backend,
+            purpose,
+            sections,
+            for_providers: &for_providers,
+            config: &for_credentials,
+        })
+        .await;
         forget_credentials(backend);
         resolved().push(Resolved { backend: backend.clone(), purpose, at: Instant::now(), result: result.clone() });
         result?

@@ -66,8 +66,29 @@ impl Purpose {
     }
 }
 
-/// Asks for credentials as `backend` and the environment say: once, for at most [`Purpose::limit`]. `sections` are the
-/// shared files, or the reason why they cannot be read. `for_providers` and `config` have all other settings.
+/// What credentials are asked for, and with which settings.
+#[derive(Clone, Copy)]
+pub(crate) struct Question<'a> {
+    pub(crate) backend: &'a CachedBackend,
+    pub(crate) purpose: Purpose,
+    /// The shared files, or the reason why they cannot be read.
+    pub(crate) sections: Result<&'a EnvConfigSections, &'a str>,
+    /// All other settings, for the SDK's own sources of credentials.
+    pub(crate) for_providers: &'a ProviderConfig,
+    /// All other settings, for STS.
+    pub(crate) config: &'a SdkConfig,
+}
+
+/// How far a question has come.
+#[derive(Default)]
+struct Asked {
+    /// The source that is being asked, for the message about a timeout.
+    source: Cell<String>,
+    /// A `credential_process` was started.
+    has_run_a_command: Cell<bool>,
+}
+
+/// Asks for credentials: once, for at most [`Purpose::limit`].
 ///
 /// The SDK would ask for credentials within each attempt of each request. A source that is slower than an attempt would
 /// never finish, and would be asked again and again: each time a person may have to log in or to touch a hardware key,
@@ -76,45 +97,31 @@ impl Purpose {
 /// # Errors
 /// [`Unreachable`] if a part of the block is incomplete or invalid, if the shared files or the profile cannot be used,
 /// or if the source gives no credentials within the limit.
-pub(crate) async fn resolve(
-    (backend, purpose): (&CachedBackend, Purpose),
-    sections: Result<&EnvConfigSections, &str>,
-    for_providers: &ProviderConfig,
-    config: &SdkConfig,
-) -> Result<Credentials, Unreachable> {
-    // The source that is being asked, for the message about a timeout.
-    let asking = Cell::new(String::new());
-    let has_run_a_command = Cell::new(false);
-    let resolved = base((backend, purpose), sections, for_providers, config, (&asking, &has_run_a_command));
+pub(crate) async fn resolve(question: Question<'_>) -> Result<Credentials, Unreachable> {
+    let Question { backend, purpose, config, .. } = question;
+    let asked = Asked::default();
     let resolved = async {
-        let base = resolved.await?;
+        let base = base(question, &asked).await?;
         let Some(role) = Role::of(backend)? else { return Ok(base) };
-        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        asked.source.set(format!("STS, for the role {}", role.assumed.arn));
         let config = config.to_builder().credentials_provider(SharedCredentialsProvider::new(base)).build();
         role.with(sts(backend, &config)).ask().await.map_err(|error| no_credentials(&error))
     };
     let limit = purpose.limit();
     let resolved = tokio::time::timeout(limit, resolved).await.unwrap_or_else(|_| {
-        let (asked, limit) = (asking.take(), limit.as_secs_f32());
-        Err(Unreachable::Credentials(format!("{asked} gave no credentials within {limit} s")))
+        let (source, limit) = (asked.source.take(), limit.as_secs_f32());
+        Err(Unreachable::Credentials(format!("{source} gave no credentials within {limit} s")))
     });
     match resolved {
         // The caller asks again after `Silent`, which would start the command again.
-        Err(Unreachable::Silent(why)) if has_run_a_command.get() => Err(Unreachable::Credentials(why)),
+        Err(Unreachable::Silent(why)) if asked.has_run_a_command.get() => Err(Unreachable::Credentials(why)),
         resolved => resolved,
     }
 }
 
 /// Asks for credentials as [`resolve`] does, without a time limit and without assuming the role of `assume_role`.
-/// `asking` is set to the source that is being asked, and `has_run_a_command` to true if a `credential_process` is
-/// started.
-async fn base(
-    (backend, purpose): (&CachedBackend, Purpose),
-    sections: Result<&EnvConfigSections, &str>,
-    for_providers: &ProviderConfig,
-    config: &SdkConfig,
-    (asking, has_run_a_command): (&Cell<String>, &Cell<bool>),
-) -> Result<Credentials, Unreachable> {
+async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unreachable> {
+    let Question { backend, purpose, sections, for_providers, config } = question;
     let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
     if let [Some(key), Some(secret), token] = fixed {
         return Ok(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"));
@@ -123,13 +130,13 @@ async fn base(
         return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
     }
     if let Some(role) = WebRole::of(backend)? {
-        asking.set(format!("STS, for the role {}", role.assumed.arn));
+        asked.source.set(format!("STS, for the role {}", role.assumed.arn));
         return role.with(sts(backend, config)).ask().await.map_err(|error| no_credentials(&error));
     }
     let source = match source(backend, sections, set)? {
         CredentialSource::Process { profile, command, used_by } => {
-            asking.set(format!("the credential_process of the profile {profile}"));
-            has_run_a_command.set(true);
+            asked.source.set(format!("the credential_process of the profile {profile}"));
+            asked.has_run_a_command.set(true);
             let keys = of_process(&profile, &command, purpose).await?;
             match used_by {
                 None => return Ok(keys.credentials("credential_process")),
@@ -138,7 +145,7 @@ async fn base(
         }
         source => source,
     };
-    asking.set(source.describe());
+    asked.source.set(source.describe());
     let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
     let provider = from(source, selected, backend, for_providers)?;
     provider.provide_credentials().await.map_err(|error| {
@@ -146,7 +153,7 @@ async fn base(
         let why = if role_error(&error).is_some() {
             causes(&error)
         } else {
-            format!("{}: {}", asking.take(), causes(&error))
+            format!("{}: {}", asked.source.take(), causes(&error))
         };
         kind(&error)(why)
     })

@@ -110,6 +110,17 @@ pub(crate) struct NoAnswer {
     pub(crate) status: u16,
 }
 
+/// What a service answers to a request that it does not carry out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ServiceAnswer<'a> {
+    /// The service's own name for the error. `None` if the answer has none.
+    pub(crate) code: Option<&'a str>,
+    /// The service's own description. `None` if the answer has none.
+    pub(crate) message: Option<&'a str>,
+    /// The HTTP status. `None` if there was no answer.
+    pub(crate) status: Option<u16>,
+}
+
 impl Failure {
     /// Returns a failure with [`Cause::NoAnswer`], for a response that says nothing about the lock. The next one may.
     pub(crate) fn no_answer(service: &'static str, reason: &str) -> Self {
@@ -134,15 +145,15 @@ impl Failure {
             cause = error.source();
         }
         let status = error.raw_response().map(|response| response.status().as_u16());
-        Self::of_answer(service, action, (error.code(), error.message(), status), &causes(error))
+        let answer = ServiceAnswer { code: error.code(), message: error.message(), status };
+        Self::of_answer(service, action, answer, &causes(error))
     }
 
-    /// Returns the failure of a request to `service` for `action`. `code` and `message` are the service's own, `status`
-    /// is the HTTP status, and `otherwise` is the reason if there is none of these.
+    /// Returns the failure of a request to `service` for `action`. `otherwise` is the reason if `answer` has none.
     pub(crate) fn of_answer(
         service: &'static str,
         action: &'static str,
-        (code, message, status): (Option<&str>, Option<&str>, Option<u16>),
+        ServiceAnswer { code, message, status }: ServiceAnswer<'_>,
         otherwise: &str,
     ) -> Self {
         let cause = Cause::of(action, code, message, status);
@@ -219,7 +230,8 @@ mod tests {
             (None, None, Some(400), Cause::NoAnswer),
             (None, None, None, Cause::NoAnswer),
         ] {
-            let failure = Failure::of_answer("S3", "s3:GetObject", (code, message, status), "unhandled error");
+            let failure =
+                Failure::of_answer("S3", "s3:GetObject", ServiceAnswer { code, message, status }, "unhandled error");
             assert_eq!(failure.cause(), expected, "{code:?} {message:?} {status:?}");
             let may_pass = matches!(expected, Cause::NoAnswer | Cause::Passing | Cause::ExpiredCredentials);
             assert_eq!(failure.is_final(), !may_pass, "{code:?} {message:?} {status:?}");
@@ -245,7 +257,7 @@ mod tests {
     #[test]
     fn a_failure_says_what_the_service_said() {
         let said = |code, message, status, otherwise: &str| {
-            Failure::of_answer("S3", "s3:GetObject", (code, message, status), otherwise).to_string()
+            Failure::of_answer("S3", "s3:GetObject", ServiceAnswer { code, message, status }, otherwise).to_string()
         };
         assert_eq!(said(Some("AccessDenied"), Some("no"), Some(403), "x"), "S3: AccessDenied: no");
         assert_eq!(said(None, None, None, "timed out"), "S3: timed out");

@@ -17,6 +17,7 @@ use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
+use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
 use crate::sys::lock_file;
@@ -448,7 +449,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
     for state in states {
         let Some(table) = &state.table else { continue };
         let name = format!("digest of {}", visible(&state.workspace));
-        match digest::compare(stores, &state.bucket, &state.key, table).await {
+        match digest::compare(stores, ObjectKey { bucket: &state.bucket, key: &state.key }, table).await {
             Ok(compared) if compared.fits() => findings.ok(&name, "it fits the state"),
             Ok(compared) => {
                 // They also differ while a run has written the state and not yet the digest.

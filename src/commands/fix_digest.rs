@@ -12,6 +12,8 @@
 
 use crate::console;
 use crate::journal::state_directory::Durability;
+use crate::lock::dynamodb::ItemKey;
+use crate::lock::s3::ObjectKey;
 use crate::terraform::log::LoggedLock;
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
@@ -131,7 +133,7 @@ async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Re
 
 async fn compare(stores: &Stores, state: &ListedState) -> Result<Comparison, Trouble> {
     let table = state.table.as_deref().unwrap_or_default();
-    let compared = digest::compare(stores, &state.bucket, &state.key, table).await;
+    let compared = digest::compare(stores, ObjectKey { bucket: &state.bucket, key: &state.key }, table).await;
     compared.map_err(|failure| Trouble::failed(failure, &visible(&state.path()), stores))
 }
 
@@ -240,10 +242,11 @@ impl<'a> Work<'a> {
         for store_key in self.store_keys(stores) {
             let took = match &store_key {
                 StoreKey::S3 { bucket, key, .. } => {
-                    s3::put_if_absent(&stores.s3, &self.directory.backend, bucket, key, &self.text).await?
+                    s3::put_if_absent(&stores.s3, &self.directory.backend, ObjectKey { bucket, key }, &self.text)
+                        .await?
                 }
                 StoreKey::DynamoDb { table, key, .. } => {
-                    dynamodb::put_if_absent(&stores.dynamodb, table, key, &self.text).await?
+                    dynamodb::put_if_absent(&stores.dynamodb, ItemKey { table, path: key }, &self.text).await?
                 }
             };
             // If the stored text is this run's own, the first attempt of the request succeeded, its answer was lost,
@@ -289,10 +292,11 @@ impl<'a> Work<'a> {
         let table = self.state.table.as_deref().unwrap_or_default();
         let failed = |failure| Trouble::failed(failure, &visible(&self.state.path()), stores);
         let (client, path) = (&stores.dynamodb, self.state.path());
+        let item = ItemKey { table, path: &path };
         let old = now.recorded.as_deref().unwrap_or_default();
         let done = match &now.computed {
-            Some(new) => dynamodb::replace_digest(client, table, &path, old, new).await,
-            None => dynamodb::delete_digest(client, table, &path, old).await,
+            Some(new) => dynamodb::replace_digest(client, item, old, new).await,
+            None => dynamodb::delete_digest(client, item, old).await,
         };
         if !done.map_err(failed)? {
             // The SDK may have sent the request twice, so that the second attempt was refused because of the first.

@@ -78,19 +78,42 @@ enum Step {
     Refuse,
 }
 
-/// Decides what to do with a lock. `forced` and `yes` say whether the user passed `--force` and `--yes`; `terminal`
-/// says whether stdin is a terminal, so that the user can be asked.
-fn decide(verdict: Verdict, forced: bool, yes: bool, terminal: bool) -> Step {
-    match verdict {
-        Verdict::Dead => Step::Finish,
-        _ if forced => Step::Delete,
-        Verdict::LikelyDead if yes => Step::Delete,
-        Verdict::LikelyDead if terminal => Step::Ask,
-        Verdict::LikelyDead | Verdict::Unknown | Verdict::Alive => Step::Refuse,
+/// How far the user agrees to a release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consent {
+    /// `--force` with the full ID: whatever is known of the holder.
+    Forced,
+    /// `--yes`, or the user was asked: if the holder is likely dead.
+    Given,
+    /// The user can be asked, because stdin is a terminal.
+    CanBeAsked,
+    /// Nobody can be asked.
+    None,
+}
+
+/// Decides what to do with a lock.
+fn decide(verdict: Verdict, consent: Consent) -> Step {
+    match (verdict, consent) {
+        (Verdict::Dead, _) => Step::Finish,
+        (_, Consent::Forced) | (Verdict::LikelyDead, Consent::Given) => Step::Delete,
+        (Verdict::LikelyDead, Consent::CanBeAsked) => Step::Ask,
+        (Verdict::LikelyDead | Verdict::Unknown | Verdict::Alive, _) => Step::Refuse,
     }
 }
 
 impl Release {
+    fn consent(&self) -> Consent {
+        if self.force.is_some() {
+            Consent::Forced
+        } else if self.yes {
+            Consent::Given
+        } else if std::io::stdin().is_terminal() {
+            Consent::CanBeAsked
+        } else {
+            Consent::None
+        }
+    }
+
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
             let reach = self.place.reach().await?;
@@ -108,8 +131,7 @@ impl Release {
                     visible(&lock.info.id)
                 )));
             }
-            let terminal = std::io::stdin().is_terminal();
-            let step = decide(lock.verdict(), self.force.is_some(), self.yes, terminal);
+            let step = decide(lock.verdict(), self.consent());
             console::print(&show::description(&lock, Timestamp::now()));
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
@@ -269,7 +291,8 @@ impl Release {
         let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
         Staleness::default().judge(&mut again, &HostView::look());
         if let Some(ListedEntry::Lock(again)) = again.first()
-            && decide(again.verdict(), self.force.is_some(), true, true) == Step::Refuse
+            && decide(again.verdict(), if self.force.is_some() { Consent::Forced } else { Consent::Given })
+                == Step::Refuse
         {
             self.remember(What::Refused, again);
             return Ok(self.refuse(again));
@@ -329,21 +352,17 @@ mod tests {
 
     #[test]
     fn only_the_dead_go_unasked_and_the_living_only_by_force() {
-        for forced in [false, true] {
-            for yes in [false, true] {
-                for terminal in [false, true] {
-                    let step = |verdict| decide(verdict, forced, yes, terminal);
-                    assert_eq!(step(Verdict::Dead), Step::Finish);
-                    for verdict in [Verdict::Alive, Verdict::Unknown] {
-                        assert_eq!(step(verdict), if forced { Step::Delete } else { Step::Refuse });
-                    }
-                    let expected = match (forced || yes, terminal) {
-                        (true, _) => Step::Delete,
-                        (false, true) => Step::Ask,
-                        (false, false) => Step::Refuse,
-                    };
-                    assert_eq!(step(Verdict::LikelyDead), expected);
-                }
+        for (consent, likely_dead) in [
+            (Consent::Forced, Step::Delete),
+            (Consent::Given, Step::Delete),
+            (Consent::CanBeAsked, Step::Ask),
+            (Consent::None, Step::Refuse),
+        ] {
+            assert_eq!(decide(Verdict::Dead, consent), Step::Finish);
+            assert_eq!(decide(Verdict::LikelyDead, consent), likely_dead);
+            for verdict in [Verdict::Alive, Verdict::Unknown] {
+                let expected = if consent == Consent::Forced { Step::Delete } else { Step::Refuse };
+                assert_eq!(decide(verdict, consent), expected, "{verdict:?} {consent:?}");
             }
         }
     }

@@ -133,12 +133,13 @@ impl Scan {
         let (sender, mut pages) = mpsc::channel(WAITING * count);
         for (number, segment) in segments.into_iter().enumerate() {
             let (pages, stores, staleness) = (sender.clone(), self.stores.clone(), self.staleness);
+            let reader = SegmentReader { number, stores, staleness, pages };
             match segment {
                 Segment::Table(table, plan, part) => {
-                    tokio::spawn(table_segment(table, plan, part, number, stores, staleness, pages));
+                    tokio::spawn(reader.read_table(table, plan, part));
                 }
                 Segment::Bucket(bucket, prefix) => {
-                    tokio::spawn(bucket_segment(bucket, prefix, number, stores, staleness, pages));
+                    tokio::spawn(reader.read_bucket(bucket, prefix));
                 }
             }
         }
@@ -296,55 +297,120 @@ impl Order {
     }
 }
 
-/// Reads one segment of a table and sends its pages, until the segment ends, a request fails or the receiver is
-/// dropped.
-async fn table_segment(
-    table: String,
-    plan: ScanPlan,
-    part: i32,
+/// What one segment is read with.
+struct SegmentReader {
+    /// The segment's place in the listing.
     number: usize,
     stores: Stores,
     staleness: Staleness,
     pages: Pages,
-) {
-    let mut from = None;
-    let mut limit = plan.rate.map(first_limit);
-    loop {
-        let begun = Instant::now();
-        let page = match dynamodb::scan(&stores.dynamodb, &table, (part, plan.segments), limit, from).await {
-            Ok(page) => page,
-            Err(failure) => {
-                let _ = pages.send((number, Err(Trouble::failed(failure, &format!("table {table}"), &stores)))).await;
+}
+
+impl SegmentReader {
+    /// Reads one segment of a table and sends its pages, until the segment ends, a request fails or the receiver is
+    /// dropped.
+    async fn read_table(self, table: String, plan: ScanPlan, part: i32) {
+        let Self { number, stores, staleness, pages } = self;
+        let mut from = None;
+        let mut limit = plan.rate.map(first_limit);
+        loop {
+            let begun = Instant::now();
+            let page = match dynamodb::scan(
+                &stores.dynamodb,
+                &table,
+                dynamodb::Segment { number: part, of: plan.segments },
+                limit,
+                from,
+            )
+            .await
+            {
+                Ok(page) => page,
+                Err(failure) => {
+                    let _ =
+                        pages.send((number, Err(Trouble::failed(failure, &format!("table {table}"), &stores)))).await;
+                    return;
+                }
+            };
+            from = page.next.clone();
+            let found = page.items.into_iter().flat_map(|(key, info)| {
+                pair(Wanted::default(), vec![(stores.item(&table, &key), StoredLock::Item(info))], None)
+            });
+            let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
+            if pages
+                .send((number, entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false })))
+                .await
+                .is_err()
+            {
                 return;
             }
-        };
-        from = page.next.clone();
-        let found = page.items.into_iter().flat_map(|(key, info)| {
-            pair(Wanted::default(), vec![(stores.item(&table, &key), StoredLock::Item(info))], None)
-        });
-        let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
-        if pages
-            .send((number, entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false })))
-            .await
-            .is_err()
-        {
-            return;
+            if from.is_none() {
+                let _ = pages.send((number, Ok(ListedPage::END))).await;
+                return;
+            }
+            if let Some(rate) = plan.rate {
+                // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report the
+                // consumed capacity, one unit per item is enough.
+                #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
+                let scanned = page.scanned as f64;
+                let consumed = page.consumed.unwrap_or(scanned);
+                limit = Some(next_limit(rate, Cost { scanned, consumed }));
+                #[expect(clippy::cast_precision_loss, reason = "as above")]
+                let used = consumed + read_again as f64;
+                sleep_until(begun + Duration::from_secs_f64((used / rate).min(3600.0))).await;
+            }
         }
-        if from.is_none() {
-            let _ = pages.send((number, Ok(ListedPage::END))).await;
-            return;
+    }
+
+    /// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the receiver
+    /// is dropped.
+    async fn read_bucket(self, bucket: String, prefix: String) {
+        let Self { number, stores, staleness, pages } = self;
+        let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
+        let mut keys = s3::keys(&stores.s3, &bucket, &prefix);
+        while let Some(page) = keys.next().await {
+            let page = match page {
+                Ok(page) => page,
+                Err(failure) => {
+                    let _ = pages.send((number, Err(failed(failure, &stores)))).await;
+                    return;
+                }
+            };
+            let scanned = page.len() as u64;
+            let store_keys: Vec<StoreKey> =
+                page.iter().filter(|key| key.ends_with(LOCK_FILE)).map(|key| stores.object(&bucket, key)).collect();
+            let (stores_here, failed) = (&stores, &failed);
+            let found: Vec<Result<Vec<ListedEntry>, Trouble>> = stream::iter(store_keys)
+                .map(|store_key| async move {
+                    match stores_here.read(&store_key).await {
+                        Ok(None) => Ok(Vec::new()),
+                        Ok(Some(found)) => Ok(pair(Wanted::default(), vec![(store_key, found)], None)),
+                        Err(failure) if failure.is_final() => {
+                            let reason = visible(&failure.to_string());
+                            Ok(vec![ListedEntry::UnreadableLock(UnreadableLock {
+                                place: store_key,
+                                reason,
+                                stored: None,
+                            })])
+                        }
+                        Err(failure) => Err(failed(failure, stores_here)),
+                    }
+                })
+                .buffered(AT_ONCE)
+                .collect()
+                .await;
+            let found: Result<Vec<Vec<ListedEntry>>, Trouble> = found.into_iter().collect();
+            let page = match found {
+                Ok(found) => {
+                    let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
+                    entries.map(|entries| ListedPage { entries, scanned, is_last: false })
+                }
+                Err(trouble) => Err(trouble),
+            };
+            if pages.send((number, page)).await.is_err() {
+                return;
+            }
         }
-        if let Some(rate) = plan.rate {
-            // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report the
-            // consumed capacity, one unit per item is enough.
-            #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
-            let scanned = page.scanned as f64;
-            let consumed = page.consumed.unwrap_or(scanned);
-            limit = Some(next_limit(rate, scanned, consumed));
-            #[expect(clippy::cast_precision_loss, reason = "as above")]
-            let used = consumed + read_again as f64;
-            sleep_until(begun + Duration::from_secs_f64((used / rate).min(3600.0))).await;
-        }
+        let _ = pages.send((number, Ok(ListedPage::END))).await;
     }
 }
 
@@ -354,68 +420,23 @@ fn first_limit(rate: f64) -> i32 {
     clamped(rate)
 }
 
-/// Returns how many items use the capacity of one second, if `scanned` items of the page before used `consumed` units.
-fn next_limit(rate: f64, scanned: f64, consumed: f64) -> i32 {
+/// What a page has cost.
+#[derive(Clone, Copy)]
+struct Cost {
+    /// How many items were examined.
+    scanned: f64,
+    /// How many read capacity units that used.
+    consumed: f64,
+}
+
+/// Returns how many items use the capacity of one second, as the page before has cost.
+fn next_limit(rate: f64, Cost { scanned, consumed }: Cost) -> i32 {
     clamped(if consumed > 0.0 { scanned * rate / consumed } else { rate })
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "it is clamped")]
 fn clamped(items: f64) -> i32 {
     items.clamp(1.0, 10_000.0) as i32
-}
-
-/// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the receiver
-/// is dropped.
-async fn bucket_segment(
-    bucket: String,
-    prefix: String,
-    number: usize,
-    stores: Stores,
-    staleness: Staleness,
-    pages: Pages,
-) {
-    let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
-    let mut keys = s3::keys(&stores.s3, &bucket, &prefix);
-    while let Some(page) = keys.next().await {
-        let page = match page {
-            Ok(page) => page,
-            Err(failure) => {
-                let _ = pages.send((number, Err(failed(failure, &stores)))).await;
-                return;
-            }
-        };
-        let scanned = page.len() as u64;
-        let store_keys: Vec<StoreKey> =
-            page.iter().filter(|key| key.ends_with(LOCK_FILE)).map(|key| stores.object(&bucket, key)).collect();
-        let (stores_here, failed) = (&stores, &failed);
-        let found: Vec<Result<Vec<ListedEntry>, Trouble>> = stream::iter(store_keys)
-            .map(|store_key| async move {
-                match stores_here.read(&store_key).await {
-                    Ok(None) => Ok(Vec::new()),
-                    Ok(Some(found)) => Ok(pair(Wanted::default(), vec![(store_key, found)], None)),
-                    Err(failure) if failure.is_final() => {
-                        let reason = visible(&failure.to_string());
-                        Ok(vec![ListedEntry::UnreadableLock(UnreadableLock { place: store_key, reason, stored: None })])
-                    }
-                    Err(failure) => Err(failed(failure, stores_here)),
-                }
-            })
-            .buffered(AT_ONCE)
-            .collect()
-            .await;
-        let found: Result<Vec<Vec<ListedEntry>>, Trouble> = found.into_iter().collect();
-        let page = match found {
-            Ok(found) => {
-                let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
-                entries.map(|entries| ListedPage { entries, scanned, is_last: false })
-            }
-            Err(trouble) => Err(trouble),
-        };
-        if pages.send((number, page)).await.is_err() {
-            return;
-        }
-    }
-    let _ = pages.send((number, Ok(ListedPage::END))).await;
 }
 
 /// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
@@ -494,9 +515,9 @@ mod tests {
         assert_eq!(first_limit(25.0), 25);
         assert_eq!(first_limit(0.25), 1);
         // Items of 256 bytes: one unit (8 KB) reads 32 of them.
-        assert_eq!(next_limit(25.0, 25.0, 1.0), 625);
-        assert_eq!(next_limit(25.0, 10.0, 500.0), 1);
-        assert_eq!(next_limit(25.0, 0.0, 0.0), 25);
+        assert_eq!(next_limit(25.0, Cost { scanned: 25.0, consumed: 1.0 }), 625);
+        assert_eq!(next_limit(25.0, Cost { scanned: 10.0, consumed: 500.0 }), 1);
+        assert_eq!(next_limit(25.0, Cost { scanned: 0.0, consumed: 0.0 }), 25);
     }
 
     #[test]

@@ -92,8 +92,16 @@ pub(crate) struct LockEvent {
 impl LockEvent {
     /// Returns the event `what` for a lock that a log recorded.
     pub(crate) fn of_recorded(what: What, by: By, lock: &RecordedLock, why: &str, reason: Option<&str>) -> Self {
-        let created = lock.progress.held.map(|at| at.to_string());
-        Self::new(what, by, [&lock.id, &lock.path, &lock.operation, &lock.who], created.as_deref(), [Some(why), reason])
+        Self {
+            id: cut(&lock.id),
+            path: cut(&lock.path),
+            operation: cut(&lock.operation),
+            holder: cut(&lock.who),
+            created: lock.progress.held.map(|at| at.to_string()),
+            why: cut(why),
+            reason: reason.map(cut),
+            ..Self::now(what, by)
+        }
     }
 
     /// Returns the event `what` for a lock that was read from its location. `path`: see [`LockEvent::path`].
@@ -105,32 +113,40 @@ impl LockEvent {
         why: &str,
         reason: Option<&str>,
     ) -> Self {
-        Self::new(what, by, [&lock.id, path, &lock.operation, &lock.who], Some(&lock.created), [Some(why), reason])
+        Self {
+            id: cut(&lock.id),
+            path: cut(path),
+            operation: cut(&lock.operation),
+            holder: cut(&lock.who),
+            created: Some(cut(&lock.created)),
+            why: cut(why),
+            reason: reason.map(cut),
+            ..Self::now(what, by)
+        }
     }
 
-    fn new(
-        what: What,
-        by: By,
-        [id, path, operation, holder]: [&str; 4],
-        created: Option<&str>,
-        [why, reason]: [Option<&str>; 2],
-    ) -> Self {
-        let cut = |text: &str| text.chars().take(MAX_TEXT_BYTES).collect::<String>();
+    /// An event of this moment, about a lock that is yet to be filled in.
+    fn now(what: What, by: By) -> Self {
         Self {
             time: Timestamp::now(),
             what,
             by,
             who: crate::terraform::lock_info::who(),
             pid: std::process::id(),
-            id: cut(id),
-            path: cut(path),
-            operation: cut(operation),
-            holder: cut(holder),
-            created: created.map(cut),
-            why: cut(why.unwrap_or_default()),
-            reason: reason.map(cut),
+            id: String::new(),
+            path: String::new(),
+            operation: String::new(),
+            holder: String::new(),
+            created: None,
+            why: String::new(),
+            reason: None,
         }
     }
+}
+
+/// Cuts a text so that no event is longer than a line may be.
+fn cut(text: &str) -> String {
+    text.chars().take(MAX_TEXT_BYTES).collect()
 }
 
 /// Appends an event to the history and starts the command in `TFW_ON_EVENT`. An error is only traced, because the

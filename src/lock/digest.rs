@@ -3,6 +3,7 @@
 //! not match the state, and every later terraform command fails with a checksum error until somebody corrects the
 //! digest.
 
+use crate::lock::dynamodb::ItemKey;
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
@@ -11,6 +12,7 @@ use md5::{Digest as _, Md5};
 use super::stores::Stores;
 use super::{dynamodb, s3};
 use crate::aws::failure::Failure;
+use crate::lock::s3::ObjectKey;
 
 /// The recorded digest of a state, and the digest computed from the state itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,17 +34,18 @@ impl Comparison {
     }
 }
 
-/// Compares the state `bucket`/`key` with its digest in `table`. The two may differ while a terraform is writing them,
+/// Compares `state` with its digest in `table`. The two may differ while a terraform is writing them,
 /// so the caller must hold the lock or compare twice.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the digest or the state cannot be read.
-pub(crate) async fn compare(stores: &Stores, bucket: &str, key: &str, table: &str) -> Result<Comparison, Failure> {
+pub(crate) async fn compare(stores: &Stores, state: ObjectKey<'_>, table: &str) -> Result<Comparison, Failure> {
+    let ObjectKey { bucket, key } = state;
     let path = format!("{bucket}/{key}");
     let mut hash = Md5::new();
     // Both are read concurrently, so that a slow service delays the comparison only once.
     let (recorded, written) = tokio::join!(
-        dynamodb::digest(&stores.dynamodb, table, &path),
+        dynamodb::digest(&stores.dynamodb, ItemKey { table, path: &path }),
         s3::stream(&stores.s3, bucket, key, |bytes| hash.update(bytes))
     );
     let (recorded, written) = (recorded?.filter(|digest| !digest.is_empty()), written?);

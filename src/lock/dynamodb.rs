@@ -94,12 +94,39 @@ impl InfoAttribute {
     }
 }
 
+/// The item of a lock: its table, and its `LockID`, which is `bucket/key` of the state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ItemKey<'a> {
+    pub(crate) table: &'a str,
+    pub(crate) path: &'a str,
+}
+
+impl ItemKey<'_> {
+    fn lock_id(self) -> AttributeValue {
+        AttributeValue::S(self.path.to_owned())
+    }
+
+    /// The `LockID` of the item with the state's digest (client.go, `lockPath` and `stateIDSuffix`).
+    fn digest_id(self) -> AttributeValue {
+        AttributeValue::S(format!("{}-md5", self.path))
+    }
+}
+
+/// One of the segments in which a table is scanned.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    /// Its number, from 0.
+    pub(crate) number: i32,
+    /// How many there are.
+    pub(crate) of: i32,
+}
+
 /// Reads the `Info` attribute of the item as it is now (a consistent read). `None` if there is no such item.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, for example because there is no such table.
-pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Option<InfoAttribute>, Failure> {
-    Ok(attribute(client, table, path, "Info").await?.map(InfoAttribute::of))
+pub(crate) async fn read(client: &Client, item: ItemKey<'_>) -> Result<Option<InfoAttribute>, Failure> {
+    Ok(attribute(client, item, item.lock_id(), "Info").await?.map(InfoAttribute::of))
 }
 
 /// Reads the MD5 of the state that terraform wrote last. Terraform stores it in an item beside the lock (client.go,
@@ -107,8 +134,8 @@ pub(crate) async fn read(client: &Client, table: &str, path: &str) -> Result<Opt
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, for example because there is no such table.
-pub(crate) async fn digest(client: &Client, table: &str, path: &str) -> Result<Option<String>, Failure> {
-    let digest = attribute(client, table, &format!("{path}-md5"), "Digest").await?.flatten();
+pub(crate) async fn digest(client: &Client, item: ItemKey<'_>) -> Result<Option<String>, Failure> {
+    let digest = attribute(client, item, item.digest_id(), "Digest").await?.flatten();
     Ok(digest.and_then(|value| value.as_s().ok().cloned()))
 }
 
@@ -116,14 +143,14 @@ pub(crate) async fn digest(client: &Client, table: &str, path: &str) -> Result<O
 /// item has no such attribute.
 async fn attribute(
     client: &Client,
-    table: &str,
-    path: &str,
+    ItemKey { table, .. }: ItemKey<'_>,
+    id: AttributeValue,
     name: &str,
 ) -> Result<Option<Option<AttributeValue>>, Failure> {
     let answer = client
         .get_item()
         .table_name(table)
-        .key("LockID", AttributeValue::S(path.to_owned()))
+        .key("LockID", id)
         .projection_expression("LockID, #name")
         .expression_attribute_names("#name", name)
         .consistent_read(true)
@@ -195,7 +222,7 @@ pub(crate) struct TablePage {
     pub(crate) next: Option<std::collections::HashMap<String, AttributeValue>>,
 }
 
-/// Reads one page of segment `segment` of a table that is scanned in `segments` segments. The page begins after the key
+/// Reads one page of a segment of a table. The page begins after the key
 /// `from`, and examines at most `limit` items. The read is eventually consistent, which costs half as much as a
 /// consistent one.
 ///
@@ -204,15 +231,15 @@ pub(crate) struct TablePage {
 pub(crate) async fn scan(
     client: &Client,
     table: &str,
-    (segment, segments): (i32, i32),
+    segment: Segment,
     limit: Option<i32>,
     from: Option<std::collections::HashMap<String, AttributeValue>>,
 ) -> Result<TablePage, Failure> {
     let answer = client
         .scan()
         .table_name(table)
-        .segment(segment)
-        .total_segments(segments)
+        .segment(segment.number)
+        .total_segments(segment.of)
         .set_limit(limit)
         .set_exclusive_start_key(from)
         .projection_expression("LockID, #info")
@@ -239,16 +266,16 @@ pub(crate) async fn scan(
     })
 }
 
-/// Puts a lock if there is no item at `path`, as terraform does. False if there is one.
+/// Puts a lock if there is no item in its place, as terraform does. False if there is one.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for another reason than its condition. The lock may have been put
 /// nevertheless.
-pub(crate) async fn put_if_absent(client: &Client, table: &str, path: &str, info: &str) -> Result<bool, Failure> {
+pub(crate) async fn put_if_absent(client: &Client, item: ItemKey<'_>, info: &str) -> Result<bool, Failure> {
     let answer = client
         .put_item()
-        .table_name(table)
-        .item("LockID", AttributeValue::S(path.to_owned()))
+        .table_name(item.table)
+        .item("LockID", item.lock_id())
         .item("Info", AttributeValue::S(info.to_owned()))
         .condition_expression("attribute_not_exists(LockID)")
         .send()
@@ -256,22 +283,16 @@ pub(crate) async fn put_if_absent(client: &Client, table: &str, path: &str, info
     written(answer.map(drop))
 }
 
-/// Replaces the digest of the state at `path` by `new`, on the condition that it is `old`. False if there is another
+/// Replaces the digest of the state by `new`, on the condition that it is `old`. False if there is another
 /// digest or none.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for another reason than its condition.
-pub(crate) async fn replace_digest(
-    client: &Client,
-    table: &str,
-    path: &str,
-    old: &str,
-    new: &str,
-) -> Result<bool, Failure> {
+pub(crate) async fn replace_digest(client: &Client, item: ItemKey<'_>, old: &str, new: &str) -> Result<bool, Failure> {
     let answer = client
         .put_item()
-        .table_name(table)
-        .item("LockID", AttributeValue::S(format!("{path}-md5")))
+        .table_name(item.table)
+        .item("LockID", item.digest_id())
         .item("Digest", AttributeValue::S(new.to_owned()))
         .condition_expression("Digest = :old")
         .expression_attribute_values(":old", AttributeValue::S(old.to_owned()))
@@ -280,16 +301,16 @@ pub(crate) async fn replace_digest(
     written(answer.map(drop))
 }
 
-/// Deletes the digest of the state at `path`, on the condition that it is `old`. False if there is another digest or
+/// Deletes the digest of the state, on the condition that it is `old`. False if there is another digest or
 /// none.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for another reason than its condition.
-pub(crate) async fn delete_digest(client: &Client, table: &str, path: &str, old: &str) -> Result<bool, Failure> {
+pub(crate) async fn delete_digest(client: &Client, item: ItemKey<'_>, old: &str) -> Result<bool, Failure> {
     let request = client
         .delete_item()
-        .table_name(table)
-        .key("LockID", AttributeValue::S(format!("{path}-md5")))
+        .table_name(item.table)
+        .key("LockID", item.digest_id())
         .condition_expression("Digest = :old")
         .expression_attribute_values(":old", AttributeValue::S(old.to_owned()));
     deleted(request.send().await).map(|deleted| deleted == Deleted::Yes)
@@ -310,8 +331,8 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for another reason than its condition.
-pub(crate) async fn delete(client: &Client, table: &str, path: &str, info: &InfoAttribute) -> Result<Deleted, Failure> {
-    let request = client.delete_item().table_name(table).key("LockID", AttributeValue::S(path.to_owned()));
+pub(crate) async fn delete(client: &Client, item: ItemKey<'_>, info: &InfoAttribute) -> Result<Deleted, Failure> {
+    let request = client.delete_item().table_name(item.table).key("LockID", item.lock_id());
     let equals = |value: AttributeValue| {
         request.clone().condition_expression("Info = :info").expression_attribute_values(":info", value)
     };

@@ -10,6 +10,7 @@
 //! - A table that has the digest of the current state in that bucket, not of an older one, is the table of that state.
 
 use crate::aws::identity::{AccountIdentity, Relation, relation};
+use crate::lock::s3::ObjectKey;
 
 use aws_sdk_s3::presigning::PresigningConfig;
 
@@ -42,7 +43,7 @@ impl PlaceEvidence {
         // The digest proves something only if `bucket` is true, and comparing it takes as long as reading the state.
         let digest = bucket
             && !arn
-            && digest::compare(stores, &place.bucket, &place.key, table)
+            && digest::compare(stores, ObjectKey { bucket: &place.bucket, key: &place.key }, table)
                 .await
                 .is_ok_and(|compared| compared.recorded.is_some() && compared.fits());
         Self { bucket, arn, digest }

@@ -19,6 +19,8 @@
 use crate::aws::settings::Unreachable;
 use crate::console;
 use crate::console::visible;
+use crate::lock::dynamodb::ItemKey;
+use crate::lock::s3::ObjectKey;
 use crate::terraform::logged_lock::Phase;
 use std::time::Duration;
 
@@ -199,9 +201,9 @@ impl<'a> Services<'a> {
     async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
         let state = s3::fingerprint(&self.stores.s3, &self.place.bucket, &self.place.key).await?;
         let digest = match &self.place.table {
-            Some(table) => {
-                nothing_if_excluded(dynamodb::digest(&self.stores.dynamodb, table, &self.place.lock_path()).await)?
-            }
+            Some(table) => nothing_if_excluded(
+                dynamodb::digest(&self.stores.dynamodb, ItemKey { table, path: &self.place.lock_path() }).await,
+            )?,
             None => None,
         };
         let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
@@ -360,7 +362,7 @@ pub(crate) async fn unfit_state(place: &LockLocation) -> Option<Comparison> {
     let table = place.table.as_ref()?;
     let look = async {
         let services = Services::connect(place, Purpose::Explanation).await.ok()?;
-        digest::compare(&services.stores, &place.bucket, &place.key, table).await.ok()
+        digest::compare(&services.stores, ObjectKey { bucket: &place.bucket, key: &place.key }, table).await.ok()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
 }
@@ -840,7 +842,7 @@ async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
     let LockLocation { bucket, key, table, .. } = services.place;
     let table = table.as_ref()?;
     let compare = || async {
-        let compared = digest::compare(&services.stores, bucket, key, table).await.ok()?;
+        let compared = digest::compare(&services.stores, ObjectKey { bucket, key }, table).await.ok()?;
         (!compared.fits()).then_some(compared)
     };
     let look = async {

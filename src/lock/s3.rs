@@ -177,8 +177,9 @@ async fn get(
 ) -> Result<Option<aws_sdk_s3::operation::get_object::GetObjectOutput>, Failure> {
     match client.get_object().bucket(bucket).key(key).send().await {
         Ok(answer) => {
-            let described = [answer.e_tag(), answer.content_type(), answer.request_id()];
-            if is_an_answer(described) { Ok(Some(answer)) } else { Err(no_answer(200)) }
+            let headers =
+                Headers { etag: answer.e_tag(), content_type: answer.content_type(), request_id: answer.request_id() };
+            if headers.is_an_answer() { Ok(Some(answer)) } else { Err(no_answer(200)) }
         }
         // S3 sends the code `NoSuchKey` in the body. A 404 without that code does not come from S3, and does not mean
         // that the object is absent.
@@ -227,7 +228,14 @@ impl KeyPages {
 pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
     let text = |etag: Option<&str>, modified: Option<&aws_smithy_types::DateTime>| format!("{etag:?} {modified:?}");
     match client.head_object().bucket(bucket).key(key).send().await {
-        Ok(answer) if is_an_answer([answer.e_tag(), answer.content_type(), answer.request_id()]) => {
+        Ok(answer)
+            if (Headers {
+                etag: answer.e_tag(),
+                content_type: answer.content_type(),
+                request_id: answer.request_id(),
+            })
+            .is_an_answer() =>
+        {
             Ok(Some(text(answer.e_tag(), answer.last_modified())))
         }
         Ok(_) => Err(no_answer(200)),
@@ -241,18 +249,33 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
     }
 }
 
-/// Whether a successful response with this `ETag`, `Content-Type` and request ID can come from S3. Every object has an
-/// `ETag`, but so do the pages of a web server. So an HTML page counts only if it has a request ID: terraform writes no
-/// HTML, and S3 gives each response a request ID.
-fn is_an_answer([etag, content_type, request_id]: [Option<&str>; 3]) -> bool {
-    let is_a_page = content_type.is_some_and(|kind| kind.to_ascii_lowercase().starts_with("text/html"));
-    etag.is_some_and(|etag| !etag.is_empty()) && (!is_a_page || request_id.is_some())
+/// The headers of a successful response that show who sent it.
+struct Headers<'a> {
+    etag: Option<&'a str>,
+    content_type: Option<&'a str>,
+    request_id: Option<&'a str>,
+}
+
+impl Headers<'_> {
+    /// Whether the response can come from S3. Every object has an `ETag`, but so do the pages of a web server. So an HTML
+    /// page counts only if it has a request ID: terraform writes no HTML, and S3 gives each response a request ID.
+    fn is_an_answer(&self) -> bool {
+        let is_a_page = self.content_type.is_some_and(|kind| kind.to_ascii_lowercase().starts_with("text/html"));
+        self.etag.is_some_and(|etag| !etag.is_empty()) && (!is_a_page || self.request_id.is_some())
+    }
 }
 
 /// Returns the failure for a response that S3 did not send. It is not final, because the next response may come from
 /// S3.
 fn no_answer(status: u16) -> Failure {
     Failure::no_answer("S3", &NoAnswer { service: "S3", status }.to_string())
+}
+
+/// Where an object is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ObjectKey<'a> {
+    pub(crate) bucket: &'a str,
+    pub(crate) key: &'a str,
 }
 
 /// Puts a lock, encrypted as `backend` says, if there is no object at `key`. False if there is one, or if one is being
@@ -264,8 +287,7 @@ fn no_answer(status: u16) -> Failure {
 pub(crate) async fn put_if_absent(
     client: &Client,
     backend: &CachedBackend,
-    bucket: &str,
-    key: &str,
+    ObjectKey { bucket, key }: ObjectKey<'_>,
     body: &str,
 ) -> Result<bool, Failure> {
     use aws_sdk_s3::types::ServerSideEncryption;
@@ -278,7 +300,9 @@ pub(crate) async fn put_if_absent(
         };
     }
     match request.body(body.as_bytes().to_vec().into()).send().await {
-        Ok(answer) if is_an_answer([answer.e_tag(), None, None]) => Ok(true),
+        Ok(answer) if (Headers { etag: answer.e_tag(), content_type: None, request_id: None }).is_an_answer() => {
+            Ok(true)
+        }
         Ok(_) => Err(no_answer(200)),
         Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
             Some(409 | 412) => Ok(false),
@@ -352,7 +376,7 @@ mod tests {
             (None, None, None, false),
         ] {
             assert_eq!(
-                is_an_answer([etag, content_type, request_id]),
+                (Headers { etag, content_type, request_id }).is_an_answer(),
                 answer,
                 "{etag:?} {content_type:?} {request_id:?}"
             );

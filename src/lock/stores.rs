@@ -2,6 +2,7 @@
 //! one backend uses.
 
 use crate::aws::settings;
+use crate::lock::dynamodb::ItemKey;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -168,7 +169,7 @@ impl Stores {
     pub(crate) async fn read(&self, store_key: &StoreKey) -> Result<Option<StoredLock>, Failure> {
         Ok(match store_key {
             StoreKey::DynamoDb { table, key, .. } => {
-                dynamodb::read(&self.dynamodb, table, key).await?.map(StoredLock::Item)
+                dynamodb::read(&self.dynamodb, ItemKey { table, path: key }).await?.map(StoredLock::Item)
             }
             StoreKey::S3 { bucket, key, .. } => s3::read(&self.s3, bucket, key).await?.map(StoredLock::Object),
         })
@@ -181,7 +182,7 @@ impl Stores {
     pub(crate) async fn delete(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Deleted, Failure> {
         match (store_key, stored) {
             (StoreKey::DynamoDb { table, key, .. }, StoredLock::Item(info)) => {
-                dynamodb::delete(&self.dynamodb, table, key, info).await
+                dynamodb::delete(&self.dynamodb, ItemKey { table, path: key }, info).await
             }
             (StoreKey::S3 { bucket, key, .. }, StoredLock::Object(object)) => {
                 s3::delete(&self.s3, bucket, key, object).await
