@@ -457,6 +457,7 @@ impl<'a> Watch<'a> {
                 poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
             }
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
+                self.forget_early_stop();
                 continue;
             }
             let length = match self.socket.read(&mut bytes) {
@@ -472,6 +473,7 @@ impl<'a> Watch<'a> {
                 self.heard(kind, &payload);
             }
             self.hear_signals();
+            self.forget_early_stop();
             if length == 0 {
                 return ParentExit::Killed;
             }
@@ -499,7 +501,7 @@ impl<'a> Watch<'a> {
         while let Some(Arrival { signal, sender, .. }) = signals.next() {
             self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
         }
-        // It is reported only once terraform is known.
+        // Terraform may have been started without the guardian knowing it yet: that is in the socket then.
         let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
@@ -507,6 +509,14 @@ impl<'a> Watch<'a> {
             let _ = self.context.stop.decide(StopEvent::RequestToAll, self.context.run.begun.elapsed());
             let _ = self.socket.write(&[UNIT_IS_STOPPED]);
         }
+    }
+
+    /// A stop of the unit that came when there was no terraform has not reached it: `tf`, which got it too, sends an interrupt
+    /// when the guardian reports nothing. To be called when everything was read that was in the socket, where the message
+    /// is that terraform was started. The child of `tf` throws away what is pending before it sends that message, so a signal
+    /// that the guardian read before the message had come is one of those, or ends the child before it is terraform.
+    fn forget_early_stop(&mut self) {
+        self.unit_is_stopped &= self.terraform.is_some();
     }
 
     fn heard(&mut self, kind: u8, payload: &[u8]) {
