@@ -63,18 +63,24 @@ fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&Record
 /// milliseconds.
 const PROVIDER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How terraform's operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    /// It came to its end.
+    Over,
+    /// Terraform exited by itself, and a lock that it had begun to release still exists. Its delete was refused, or is
+    /// still in flight, and nothing shows whether the operation was over before that.
+    Unlocking,
+    /// Terraform died, or left it.
+    Died,
+}
+
 /// Makes sure that an operation is over: kills what is left of the tree of a terraform that died, and leaves alone what
 /// a terraform that exited by itself has left on purpose. `at_once`: the tree gets no time to exit. Returns the reason
 /// why no lock may be released, or `None` if locks may be released.
 ///
-/// `unlock_begun`: terraform exited by itself, and a lock that it had begun to release still exists. Its delete was
-/// refused, or is still in flight, and nothing shows whether the operation was over before that.
-pub(crate) fn reason_to_keep(
-    tree: &Tree,
-    (died, unlock_begun): (bool, bool),
-    at_once: bool,
-    waiter: &mut Waiter<'_>,
-) -> Option<Outcome> {
+fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut Waiter<'_>) -> Option<Outcome> {
+    let died = operation == Operation::Died;
     // A terraform that a provisioner started without `tf`, or that a shim started which has exited, writes into the
     // recorder of this run. It may hold the lock that the recorder shows.
     if !died || (tree.is_behind_a_shim() && !at_once) {
@@ -94,7 +100,7 @@ pub(crate) fn reason_to_keep(
             Termination::Unseen => Some(Outcome::later(messages::UNSEEN)),
         };
     }
-    if unlock_begun { what_lives_on(tree, waiter) } else { None }
+    if operation == Operation::Unlocking { what_lives_on(tree, waiter) } else { None }
 }
 
 /// Returns the reason not to release that follows from running processes, if terraform exited by itself. `None` if no
@@ -147,11 +153,19 @@ impl Ending {
     }
 }
 
-/// Returns whether the log of a run says which locks the run had. `has_no_log`: terraform has written no log, and could
-/// have held a lock.
-fn log_state(died: bool, ended: Option<Ended>, log: &Log, has_no_log: bool) -> LogState {
+/// What is in the file that terraform logs into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LogFile {
+    /// A log, or nothing where nothing could have been locked.
+    Written,
+    /// Nothing, although terraform could have held a lock: it could not write there, or died before it did.
+    Empty,
+}
+
+/// Returns whether the log of a run says which locks the run had.
+fn log_state(died: bool, ended: Option<Ended>, log: &Log, file: LogFile) -> LogState {
     // The exit code of a shim can report a death that an empty log does not show.
-    if has_no_log && (died || matches!(ended, Some(Ended::Exited(129..)))) {
+    if file == LogFile::Empty && (died || matches!(ended, Some(Ended::Exited(129..)))) {
         LogState::NeverBegun
     } else if died && (!log.logs_locks() || log.is_torn()) {
         LogState::Lost
@@ -165,10 +179,10 @@ impl AfterRun<'_> {
     pub(crate) fn judge(&self, candidates: &impl Deref<Target = CandidateBackends>) -> Ending {
         let is_ours = |lock: &RecordedLock| !candidates.of(lock).is_empty();
         let died = died(&self.end, self.tree.is_behind_a_shim(), self.log, is_ours);
-        let has_no_log = self.has_no_log && candidates.selected().is_some();
+        let file = if self.has_no_log && candidates.selected().is_some() { LogFile::Empty } else { LogFile::Written };
         Ending {
             died,
-            log_state: log_state(died, self.end.ended, self.log, has_no_log),
+            log_state: log_state(died, self.end.ended, self.log, file),
             non_s3: died && other_backend::may_be_left(candidates),
         }
     }
@@ -185,8 +199,12 @@ impl AfterRun<'_> {
     ) -> Unfinished {
         let context = self.context;
         let permission = if context.release {
-            let unlock_begun = !died && unlock_is_begun(self.log, candidates, waiter);
-            reason_to_keep(self.tree, (died, unlock_begun), self.end.killed.is_some(), waiter)
+            let operation = match died {
+                true => Operation::Died,
+                false if unlock_is_begun(self.log, candidates, waiter) => Operation::Unlocking,
+                false => Operation::Over,
+            };
+            reason_to_keep(self.tree, operation, self.end.killed.is_some(), waiter)
                 .map_or(Permission::Release, Permission::Keep)
         } else {
             Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
@@ -360,14 +378,15 @@ mod tests {
                 for ended in
                     [None, Some(Ended::Exited(0)), Some(Ended::Exited(137)), Some(Ended::Killed(Signal::SIGKILL))]
                 {
-                    for has_no_log in [false, true] {
+                    for file in [LogFile::Written, LogFile::Empty] {
+                        let has_no_log = file == LogFile::Empty;
                         let expected = match ended {
                             _ if has_no_log && died => LogState::NeverBegun,
                             Some(Ended::Exited(137)) if has_no_log => LogState::NeverBegun,
                             _ if died && !is_whole => LogState::Lost,
                             _ => LogState::Complete,
                         };
-                        assert_eq!(log_state(died, ended, log, has_no_log), expected, "{died} {ended:?} {has_no_log}");
+                        assert_eq!(log_state(died, ended, log, file), expected, "{died} {ended:?} {file:?}");
                     }
                 }
             }

@@ -17,6 +17,8 @@
 //!
 //! The three callers differ in what they know ([`EndedRun`]) and in where they report ([`Reporter`]).
 
+use crate::cleanup::other_backend::Wording;
+use crate::cleanup::release_all::ReleaseRequest;
 use jiff::Timestamp;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
@@ -234,7 +236,14 @@ fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) 
         Permission::Release | Permission::NameOnly => unknown,
     };
     let is_claimed = |id: &str| run.journal.is_some_and(|journal| journal.is_claimed(id, run.id));
-    release_locks(named, run.candidates, &run.release_context, run.died, keep.as_ref(), is_claimed, waiter)
+    let request = ReleaseRequest {
+        locks: named,
+        candidates: run.candidates,
+        release_context: &run.release_context,
+        died: run.died,
+        keep,
+    };
+    release_locks(&request, is_claimed, waiter)
 }
 
 impl NonS3Cleanup<'_> {
@@ -244,8 +253,7 @@ impl NonS3Cleanup<'_> {
                 &run.release_context.run,
                 self.is_logged,
                 run.permission.reason(),
-                [run.ending, &self.unlock],
-                run.by,
+                Wording { ending: run.ending, unlock: &self.unlock, by: run.by },
                 waiter,
             ),
             Err(reason) => NonS3Result { messages: vec![reason.clone()], later: true, released: false },

@@ -11,6 +11,7 @@ pub(crate) mod other_backend;
 pub(crate) mod planned_backends;
 pub(crate) mod process_tree;
 pub(crate) mod recovery;
+pub(crate) mod recovery_plan;
 pub(crate) mod recovery_process;
 pub(crate) mod release_all;
 pub(crate) mod run_context;

@@ -78,6 +78,17 @@ impl NonS3Result {
     }
 }
 
+/// How a release in another backend is reported.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wording<'a> {
+    /// How the run ended, as the beginning of a sentence.
+    pub(crate) ending: &'a str,
+    /// The command that a person types to remove the lock.
+    pub(crate) unlock: &'a str,
+    /// Who releases it.
+    pub(crate) by: By,
+}
+
 impl<'a> NonS3Release<'a> {
     /// Creates this for a run of `program` with the log `log`. `None` if its backend is S3, or is not known.
     pub(crate) fn of(
@@ -106,10 +117,10 @@ impl<'a> NonS3Release<'a> {
         run: &Run,
         brackets: bool,
         keep: Option<&str>,
-        [ending, unlock]: [&str; 2],
-        by: By,
+        wording: Wording<'_>,
         waiter: &mut Waiter<'_>,
     ) -> NonS3Result {
+        let Wording { ending, unlock, .. } = wording;
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.deed_in(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
@@ -147,18 +158,14 @@ impl<'a> NonS3Release<'a> {
             Match::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
             Match::Doubt(_) | Match::Anothers => return NonS3Result::default(),
         }
-        self.release_locks(&info, (ending, &place, unlock), by, waiter)
+        self.release(&info, wording, waiter)
     }
 
-    fn release_locks(
-        &self,
-        info: &LockInfo,
-        (ending, place, unlock): (&str, &str, &str),
-        by: By,
-        waiter: &mut Waiter<'_>,
-    ) -> NonS3Result {
+    fn release(&self, info: &LockInfo, wording: Wording<'_>, waiter: &mut Waiter<'_>) -> NonS3Result {
+        let Wording { ending, unlock, by } = wording;
+        let place = self.kind.place(self.backend);
         let named = |why: &str| NonS3Result {
-            messages: vec![messages::left_elsewhere(ending, self.kind, place, why, Some(info), unlock)],
+            messages: vec![messages::left_elsewhere(ending, self.kind, &place, why, Some(info), unlock)],
             later: true,
             released: false,
         };

@@ -15,9 +15,18 @@ use crate::cleanup::clean_up::Permission;
 use crate::cleanup::clean_up::Reporter;
 use crate::cleanup::clean_up::clean_up;
 use crate::cleanup::other_backend::NonS3Result;
+use crate::cleanup::recovery_plan;
+use crate::cleanup::recovery_plan::DeadRun;
+use crate::cleanup::recovery_plan::Facts;
+use crate::cleanup::recovery_plan::Mode;
+use crate::cleanup::recovery_plan::Sight;
+use crate::cleanup::recovery_plan::Treatment;
+use crate::cleanup::recovery_plan::Turn;
+use crate::cleanup::recovery_plan::treatment;
 use crate::console;
 use crate::journal::runs::Replaced;
 use crate::journal::state_directory::Durability;
+use crate::lock::release::Effort;
 use crate::terraform::binary::Binary;
 use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
@@ -33,7 +42,6 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
-use crate::aws::credentials::Purpose;
 use crate::aws::redacted_backend::RedactedBackend;
 use crate::cleanup::candidate_backends::{CandidateBackends, is_for_any_workspace};
 use crate::cleanup::messages;
@@ -131,18 +139,23 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
                 &journal,
                 &name,
                 |record| is_of(record, here),
-                [OTHER_RECOVERY_TIMEOUT, ORPHAN_EXIT_TIMEOUT],
+                WaitLimits { settling: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT },
                 signals,
             ) {
                 FoundRun::Dead(record, entry, standpoint) => {
-                    let is_near = is_of(&record, here);
-                    if !is_near && record.over && entry.was_written_within(RETRY_INTERVAL) {
-                        continue;
-                    }
+                    let turn = recovery_plan::turn(DeadRun {
+                        is_near: is_of(&record, here),
+                        was_tried: record.over,
+                        is_recent: entry.was_written_within(RETRY_INTERVAL),
+                    });
                     let pending_requests = PendingRequests::of(state).of_run(&record);
                     let dead =
                         Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason: None };
-                    if is_near { near.push(dead) } else { far.push(dead) }
+                    match turn {
+                        Turn::BeforeTerraform => near.push(dead),
+                        Turn::InBackground => far.push(dead),
+                        Turn::Later => {}
+                    }
                 }
                 FoundRun::Broken(_) => {
                     if let Some(path) = journal.set_aside(&name) {
@@ -161,7 +174,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     let mut asked = None;
     // This time is for all of them together, because terraform's start has to wait for it.
     let until = Instant::now() + EXPLANATION_TIMEOUT;
-    let remaining = || (until.saturating_duration_since(Instant::now()), Purpose::Explanation);
+    let remaining = || Effort { limit: until.saturating_duration_since(Instant::now()), ..Effort::EXPLANATION };
     if !late.is_empty() {
         let visit_all = || {
             let has_come = |(state, pending): &&(&StateDirectory, PendingRequest)| {
@@ -176,12 +189,12 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             }
         };
         let announced = late.iter().any(|(_, pending)| !pending.abandoned);
-        in_a_process((Vec::new(), announced), visit_all, console::say, signals, &mut asked);
+        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, visit_all, console::say, signals, &mut asked);
     }
     for (state, pending) in late_elsewhere {
         let announced = !pending.abandoned;
         let look = || check_elsewhere(state, &pending, remaining());
-        in_a_process((Vec::new(), announced), look, console::say, signals, &mut asked);
+        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, look, console::say, signals, &mut asked);
     }
     let mut tried = Vec::new();
     for dead in near {
@@ -190,7 +203,13 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
         }
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.lock_file().as_raw_fd()];
-        let left = in_a_process((keep, true), || finish(dead, Audience::Person), console::say, signals, &mut asked);
+        let left = in_a_process(
+            RecoveryProcess { keep, announced: true },
+            || finish(dead, Audience::Person),
+            console::say,
+            signals,
+            &mut asked,
+        );
         if journal.has(&name) {
             tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
@@ -237,112 +256,166 @@ pub(crate) struct Request<'a> {
 /// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and reports
 /// with `say` what was done. Waits for a run that its guardian takes care of. There must be one thread.
 pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
-    let Request { dry_run, only, again, reason } = request;
-    let mut recovered = Recovered::default();
+    let Request { dry_run, only, .. } = request;
+    let mut everything = Everything { request, say, recovered: Recovered::default() };
     // This time is for all of them together: the caller has to wait, however many runs end at this moment.
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
-            let waiter = until.saturating_duration_since(Instant::now());
-            match look(&journal, &name, |_| true, [waiter; 2], signals) {
-                FoundRun::Dead(record, _, _) if dry_run => {
-                    recovered.left += usize::from(record.log.may_hold());
-                    for lock in record.log.unreleased() {
-                        say(&messages::would_recover(&record, lock));
-                    }
-                    for lock in record.log.unreleased_unnamed() {
-                        say(&messages::would_look_for(&record, lock.progress.asked));
-                    }
-                }
-                FoundRun::Dead(record, entry, standpoint) => {
-                    let pending_requests = PendingRequests::of(&state).of_run(&record);
-                    let reason = reason.map(ToOwned::to_owned);
-                    let dead = Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason };
-                    let keep = vec![dead.entry.lock_file().as_raw_fd()];
-                    let said = Cell::new(false);
-                    let tell = |message: &str| {
-                        said.set(true);
-                        say(message);
-                    };
-                    let finish = || {
-                        let mut finished = finish(dead, Audience::Person);
-                        if again && finished.left != Left::Nothing {
-                            finished.messages.clear();
-                        }
-                        finished
-                    };
-                    let left = in_a_process((keep, true), finish, tell, signals, &mut recovered.asked);
-                    // A run that will be tried again is still in the journal. So is a run if its recovery was killed.
-                    let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
-                    recovered.left += usize::from(left != Left::Nothing || is_left);
-                    recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
-                }
-                FoundRun::Broken(path) => {
-                    let moved = if dry_run { None } else { journal.set_aside(&name) };
-                    let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
-                    console::say(&text);
-                    recovered.left += 1;
-                }
-                FoundRun::Foreign(READ_ONLY, Some(record)) if record.log.may_hold() => {
-                    say(&messages::cannot_be_finished(&record, READ_ONLY));
-                    recovered.left += 1;
-                }
-                // The processes of this run cannot be seen from here, and none of them holds the run's lock file.
-                FoundRun::Foreign(why, Some(record)) if record.log.may_hold() && !journal.is_held(&name) => {
-                    say(&messages::cannot_be_judged(&record, why));
-                    recovered.left += 1;
-                }
-                FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
-                FoundRun::Doubtful(record, processes) => {
-                    if may_hold(&record) {
-                        say(&messages::may_be_alive(&record, &processes));
-                        recovered.left += 1;
-                    }
-                }
-                // The wait was in vain. This run may hold its lock for long, which the exit code reports to the caller
-                // as well.
-                FoundRun::Living(record) if !dry_run && may_hold(&record) => {
-                    if let Some(ending) = ending(&record, &journal) {
-                        console::say(&messages::still_ending(&record, ending == NearEnd::Left));
-                        recovered.left += 1;
-                    }
-                }
-                // The same for the process that takes care of the run: it may be frozen.
-                FoundRun::Settling(record) if !dry_run && may_hold(&record) => {
-                    console::say(&messages::still_settling(&record));
-                    recovered.left += 1;
-                }
-                FoundRun::Living(_) | FoundRun::Settling(_) | FoundRun::Gone => {}
-            }
-            recovered.asked = recovered.asked.or_else(|| signals.next_stop());
-            if recovered.asked.is_some() {
-                return recovered;
+            let rest = until.saturating_duration_since(Instant::now());
+            let limits = WaitLimits { settling: rest, ending: rest };
+            let found = look(&journal, &name, |_| true, limits, signals);
+            everything.recover(&state, &journal, found, signals);
+            let asked = &mut everything.recovered.asked;
+            *asked = asked.or_else(|| signals.next_stop());
+            if asked.is_some() {
+                return everything.recovered;
             }
         }
         if only.is_none() && !dry_run {
-            // This time is for all requests together that were most likely refused.
-            let until = Instant::now() + EXPLANATION_TIMEOUT;
-            for pending in PendingRequests::of(&state).read(Timestamp::now()) {
-                // A request that was most likely refused is not worth a long wait.
-                let limit =
-                    if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
-                let look = || check_elsewhere(&state, &pending, (limit, Purpose::Work));
-                let left = in_a_process((Vec::new(), !pending.abandoned), look, say, signals, &mut recovered.asked);
-                recovered.left += usize::from(left != Left::Nothing);
-            }
+            everything.check_pending_requests(&state, signals);
         }
     }
-    recovered
+    everything.recovered
+}
+
+/// A recovery of all runs.
+struct Everything<'a> {
+    request: Request<'a>,
+    say: fn(&str),
+    recovered: Recovered,
+}
+
+impl Everything<'_> {
+    /// Does what is to be done about a run that was found in `journal`.
+    fn recover(&mut self, state: &StateDirectory, journal: &Journal, found: FoundRun, signals: &mut Signals) {
+        let mode = if self.request.dry_run { Mode::DryRun } else { Mode::Finish };
+        let facts = facts(&found, journal);
+        match (treatment(sight(&found), facts, mode), found) {
+            (Treatment::Finish, FoundRun::Dead(record, entry, standpoint)) => {
+                let pending_requests = PendingRequests::of(state).of_run(&record);
+                let reason = self.request.reason.map(ToOwned::to_owned);
+                self.finish(
+                    Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason },
+                    signals,
+                );
+            }
+            (Treatment::Announce, FoundRun::Dead(record, ..)) => {
+                self.recovered.left += usize::from(record.log.may_hold());
+                for lock in record.log.unreleased() {
+                    (self.say)(&messages::would_recover(&record, lock));
+                }
+                for lock in record.log.unreleased_unnamed() {
+                    (self.say)(&messages::would_look_for(&record, lock.progress.asked));
+                }
+            }
+            (Treatment::SetAside, FoundRun::Broken(path)) => {
+                let moved = path.file_name().and_then(OsStr::to_str).and_then(|name| journal.set_aside(name));
+                let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
+                console::say(&text);
+                self.recovered.left += 1;
+            }
+            (Treatment::Report, found) => {
+                self.report(&found, journal);
+                self.recovered.left += 1;
+            }
+            (_, FoundRun::Foreign(why, _)) => trace!("a run is left alone: {why}"),
+            _ => {}
+        }
+    }
+
+    fn finish(&mut self, dead: Dead, signals: &mut Signals) {
+        let (name, journal, again) = (dead.record.run.clone(), dead.journal.clone(), self.request.again);
+        let keep = vec![dead.entry.lock_file().as_raw_fd()];
+        let said = Cell::new(false);
+        let tell = |message: &str| {
+            said.set(true);
+            (self.say)(message);
+        };
+        let finish = || {
+            let mut finished = finish(dead, Audience::Person);
+            if again && finished.left != Left::Nothing {
+                finished.messages.clear();
+            }
+            finished
+        };
+        let process = RecoveryProcess { keep, announced: true };
+        let left = in_a_process(process, finish, tell, signals, &mut self.recovered.asked);
+        // A run that will be tried again is still in the journal. So is a run if its recovery was killed.
+        let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
+        self.recovered.left += usize::from(left != Left::Nothing || is_left);
+        self.recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
+    }
+
+    /// Says why a run is left.
+    fn report(&self, found: &FoundRun, journal: &Journal) {
+        match found {
+            FoundRun::Broken(path) => console::say(&messages::broken(path)),
+            FoundRun::Foreign(READ_ONLY, Some(record)) => (self.say)(&messages::cannot_be_finished(record, READ_ONLY)),
+            FoundRun::Foreign(why, Some(record)) => (self.say)(&messages::cannot_be_judged(record, why)),
+            FoundRun::Doubtful(record, processes) => (self.say)(&messages::may_be_alive(record, processes)),
+            FoundRun::Living(record) => {
+                let is_left = ending(record, journal) == Some(NearEnd::Left);
+                console::say(&messages::still_ending(record, is_left));
+            }
+            FoundRun::Settling(record) => console::say(&messages::still_settling(record)),
+            FoundRun::Foreign(_, None) | FoundRun::Dead(..) | FoundRun::Gone => {}
+        }
+    }
+
+    /// Looks for the locks whose requests may still land.
+    fn check_pending_requests(&mut self, state: &StateDirectory, signals: &mut Signals) {
+        // This time is for all requests together that were most likely refused.
+        let until = Instant::now() + EXPLANATION_TIMEOUT;
+        for pending in PendingRequests::of(state).read(Timestamp::now()) {
+            // A request that was most likely refused is not worth a long wait.
+            let limit =
+                if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
+            let look = || check_elsewhere(state, &pending, Effort { limit, ..Effort::WORK });
+            let process = RecoveryProcess { keep: Vec::new(), announced: !pending.abandoned };
+            let left = in_a_process(process, look, self.say, signals, &mut self.recovered.asked);
+            self.recovered.left += usize::from(left != Left::Nothing);
+        }
+    }
+}
+
+fn sight(found: &FoundRun) -> Sight {
+    match found {
+        FoundRun::Living(_) => Sight::Living,
+        FoundRun::Settling(_) => Sight::Settling,
+        FoundRun::Dead(..) => Sight::Dead,
+        FoundRun::Foreign(READ_ONLY, _) => Sight::ReadOnly,
+        FoundRun::Foreign(..) => Sight::Foreign,
+        FoundRun::Doubtful(..) => Sight::Doubtful,
+        FoundRun::Broken(_) => Sight::Broken,
+        FoundRun::Gone => Sight::Gone,
+    }
+}
+
+/// What decides about a run, as far as it matters for how it was found.
+fn facts(found: &FoundRun, journal: &Journal) -> Facts {
+    match found {
+        FoundRun::Foreign(_, Some(record)) => {
+            Facts { may_hold: record.log.may_hold(), is_held: journal.is_held(&record.run), ..Facts::default() }
+        }
+        FoundRun::Doubtful(record, _) | FoundRun::Settling(record) => {
+            Facts { may_hold: may_hold(record), ..Facts::default() }
+        }
+        FoundRun::Living(record) => {
+            Facts { may_hold: may_hold(record), is_about_to_end: ending(record, journal).is_some(), ..Facts::default() }
+        }
+        FoundRun::Dead(..) | FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => Facts::default(),
+    }
 }
 
 /// Looks for a lock whose request may land, at its own location and in the way in which its run reached that location.
 /// For a process that does nothing else.
-fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, limit: (Duration, Purpose)) -> Finished {
+fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Effort) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
     let (places, _) = candidates_of(record);
-    let visited = check_pending(pending, &places, limit, &mut Waiter::Unattended);
+    let visited = check_pending(pending, &places, effort, &mut Waiter::Unattended);
     note_check(state, pending, visited.as_ref());
     match visited {
         Some(Outcome::Released(_)) => {
@@ -489,32 +562,40 @@ fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     }
 }
 
+/// How long a run is waited for.
+#[derive(Clone, Copy, Debug)]
+struct WaitLimits {
+    /// One that another process is finishing.
+    settling: Duration,
+    /// One that is [`ending`] by itself.
+    ending: Duration,
+}
+
 /// Looks at a run. If it `is_near` and about to be gone, this waits for it, because it would otherwise refuse terraform
 /// although its lock is released a moment later. That is a run that another process is finishing, or a run that is
-/// [`ending`] by itself and may hold a lock: without a lock it refuses no other run. `waiter` has the maximum times for
-/// the two. A signal ends the wait.
+/// [`ending`] by itself and may hold a lock: without a lock it refuses no other run. A signal ends
+/// the wait.
 fn look(
     journal: &Journal,
     name: &str,
     is_near: impl Fn(&JournalRecord) -> bool,
-    waiter: [Duration; 2],
+    limits: WaitLimits,
     signals: &mut Signals,
 ) -> FoundRun {
     let begun = Instant::now();
-    let [settling, ending_by_itself] = waiter;
     let mut waits = false;
     loop {
         let found = journal.look(name);
-        let waiter = match &found {
-            FoundRun::Settling(record) if is_near(record) => settling,
+        let limit = match &found {
+            FoundRun::Settling(record) if is_near(record) => limits.settling,
             FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
                 // If a run has no owner, only processes that are dying exit by themselves.
                 let is_cared_for = journal.has_owner(name);
-                if is_cared_for { ending_by_itself } else { ending_by_itself.min(ORPHAN_EXIT_TIMEOUT) }
+                if is_cared_for { limits.ending } else { limits.ending.min(ORPHAN_EXIT_TIMEOUT) }
             }
             _ => return found,
         };
-        if begun.elapsed() > waiter || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
+        if begun.elapsed() > limit || poll::ready_now(signals.as_fd(), PollFlags::POLLIN) {
             return found;
         }
         if !std::mem::replace(&mut waits, true) {
@@ -590,12 +671,19 @@ const LEFT: &str = "\u{1}";
 /// Sent in place of a message: a lock was not released because no credentials were available.
 const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
 
-/// Does `work` in a process of its own, which keeps the descriptors `keep`, and reports the resulting messages with
-/// `say`. Returns when that process has exited, or when a person has had it killed. `announced`: the work is done for
-/// an earlier run, and a person is told so if it takes long. `asked` gets the first signal that asks `tf` to stop.
-/// Returns whether a lock was not released.
+/// A process that does the work of a recovery.
+struct RecoveryProcess {
+    /// The descriptors that it keeps.
+    keep: Vec<RawFd>,
+    /// The work is done for an earlier run, and a person is told so if it takes long.
+    announced: bool,
+}
+
+/// Does `work` in a process of its own, and reports the resulting messages with `say`. Returns when that process has
+/// exited, or when a person has had it killed. `asked` gets the first signal that asks `tf` to stop. Returns whether a
+/// lock was not released.
 fn in_a_process(
-    (mut keep, announced): (Vec<RawFd>, bool),
+    RecoveryProcess { mut keep, announced }: RecoveryProcess,
     work: impl FnOnce() -> Finished,
     say: impl Fn(&str),
     signals: &mut Signals,

@@ -3,8 +3,8 @@
 //! where they report.
 
 use crate::journal::runs::Replaced;
+use crate::lock::release::Effort;
 use crate::sys::wait::Ended;
-use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -109,19 +109,26 @@ pub(crate) struct ReleaseResult {
     pub(crate) may_still_come: bool,
 }
 
-/// Releases those of `locks` that are the run's.
-///
-/// `died`: terraform died, so a lock without an answer may be its own too. `keep` is a reason to touch none of the
-/// locks. `is_claimed` says whether another run, which is alive, claims a lock as its own.
+/// Whose locks are to be released, and what speaks against it.
+pub(crate) struct ReleaseRequest<'a> {
+    pub(crate) locks: &'a [RecordedLock],
+    pub(crate) candidates: &'a CandidateBackends,
+    pub(crate) release_context: &'a ReleaseContext,
+    /// Terraform died, so a lock without an answer may be its own too.
+    pub(crate) died: bool,
+    /// A reason to touch none of the locks. `None` if there is none.
+    pub(crate) keep: Option<Outcome>,
+}
+
+/// Releases those of the requested locks that are the run's. `is_claimed` says whether another run, which is alive,
+/// claims a lock as its own.
 pub(crate) fn release_locks(
-    locks: &[RecordedLock],
-    places: &CandidateBackends,
-    release_context: &ReleaseContext,
-    died: bool,
-    keep: Option<&Outcome>,
+    request: &ReleaseRequest<'_>,
     is_claimed: impl Fn(&str) -> bool,
     waiter: &mut Waiter<'_>,
 ) -> Vec<ReleaseResult> {
+    let ReleaseRequest { locks, candidates: places, release_context, died, keep } = request;
+    let died = *died;
     let _there = Within::enter(&places.working_directory);
     let mut is_silent = false;
     // A migration holds two locks, and releases the second one first.
@@ -139,7 +146,7 @@ pub(crate) fn release_locks(
             named(Outcome::kept(messages::CLAIMED))
         } else {
             let places = places.of(recorded);
-            match release_where_found(recorded, &places, release_context, (limit, purpose), waiter) {
+            match release_where_found(recorded, &places, release_context, Effort { limit, purpose }, waiter) {
                 // A lock that terraform was refused is not missed. Nor is a lock that it did not get, where another
                 // run's lock is.
                 Some(absent @ Outcome::Absent { .. })
@@ -258,19 +265,19 @@ fn release_where_found(
     recorded: &RecordedLock,
     places: &[LockLocation],
     release_context: &ReleaseContext,
-    (limit, purpose): (Duration, Purpose),
+    effort: Effort,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let mut worst = None;
     for place in places {
         let release = async {
-            let release = release::release(recorded, place, release_context, (limit, purpose));
-            if purpose == Purpose::Work {
+            let release = release::release(recorded, place, release_context, effort);
+            if effort.purpose == Purpose::Work {
                 return release.await;
             }
             // Nothing is to wait for long for a lock that is most likely another run's.
             let silent = || Outcome::Kept { reason: messages::SILENT.to_owned(), because: Because::NoAnswer };
-            tokio::time::timeout(limit, release).await.unwrap_or_else(|_| silent())
+            tokio::time::timeout(effort.limit, release).await.unwrap_or_else(|_| silent())
         };
         let outcome = waiter.block_on(release).unwrap_or_else(Outcome::later);
         match outcome {
@@ -377,21 +384,20 @@ fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> 
 pub(crate) fn check_pending(
     pending: &PendingRequest,
     places: &CandidateBackends,
-    (limit, purpose): (Duration, Purpose),
+    effort: Effort,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&places.working_directory);
     // If the lock was held, a write may be in flight for as long as a request can be. Only a caller that was asked to
     // waits for that.
     let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
-    if write_may_land && purpose == Purpose::Explanation {
+    if write_may_land && effort.purpose == Purpose::Explanation {
         return None;
     }
     // Its terraform has been dead for long, and one look is enough, because the next `tf` looks again.
     let reached = Reached::default();
     let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
-    let outcome =
-        release_where_found(&pending.lock, &places.of(&pending.lock), &release_context, (limit, purpose), waiter);
+    let outcome = release_where_found(&pending.lock, &places.of(&pending.lock), &release_context, effort, waiter);
     trace!("tombstone of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
         let had = pending.lock.progress.held.is_some();

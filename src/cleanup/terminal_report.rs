@@ -1,12 +1,12 @@
 //! The reports of `tf` on stderr after terraform has exited.
 
+use crate::lock::release::Effort;
 use std::borrow::Cow;
 use std::path::Path;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::aws::credentials::Purpose;
 use std::ops::Deref;
 
 use crate::cleanup::after_run::{AfterRun, Ending};
@@ -23,7 +23,7 @@ use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::journal::runs::Replaced;
 use crate::lock::location::LockLocation;
-use crate::lock::release::{self, Because, EXPLANATION_TIMEOUT, Outcome};
+use crate::lock::release::{self, Because, Outcome};
 use crate::lock::stores::{StoreKey, StoredLock};
 use crate::sys::poll;
 use crate::sys::wait::Ended;
@@ -233,9 +233,7 @@ impl TerminalReporter<'_> {
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
-            if let Some(Outcome::Released(_)) =
-                check_pending(pending, places, (EXPLANATION_TIMEOUT, Purpose::Explanation), waiter)
-            {
+            if let Some(Outcome::Released(_)) = check_pending(pending, places, Effort::EXPLANATION, waiter) {
                 console::say(&messages::came_late(&pending.lock));
                 console::say(messages::TRY_AGAIN);
             }

@@ -12,6 +12,7 @@ use super::{Finding, fix_digest, inventory};
 use crate::aws::connect;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
+use crate::commands::fix_digest::Change;
 use crate::console::{length_of_time, quoted, visible};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
@@ -98,7 +99,12 @@ impl Doctor {
         let own_files = own_files(self.chdir.clone());
         let place = LocationArgs::directory_of(self.chdir);
         if let Some(workspace) = self.fix_digest {
-            return fix_digest::run(&place, workspace.as_deref(), self.yes, self.dry_run);
+            let change = match (self.dry_run, self.yes) {
+                (true, _) => Change::None,
+                (false, true) => Change::Unasked,
+                (false, false) => Change::IfAgreed,
+            };
+            return fix_digest::run(&place, workspace.as_deref(), change);
         }
         let mut findings = Findings { wrong: false };
         terraform(&mut findings, &own_files);

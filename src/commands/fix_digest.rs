@@ -43,13 +43,24 @@ use crate::terraform::log::{LockParts, RecordedLock};
 /// The `Operation` of the lock.
 const OPERATION: &str = "tf locks doctor --fix-digest";
 
+/// Whether the digest may be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// `--dry-run`: it is only said what would be changed.
+    None,
+    /// The user is asked.
+    IfAgreed,
+    /// `--yes`.
+    Unasked,
+}
+
 /// Fixes the digest of `workspace`, or of the selected workspace if it is `None`.
 ///
 /// # Errors
 /// Fails if the directory's backend has no DynamoDB table, if there is no such workspace, if the user cannot be asked
 /// because stdin is not a terminal, if the state is locked, if the state or the digest changes in between, or if a
 /// request fails.
-pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, yes: bool, dry_run: bool) -> Result<Finding, Trouble> {
+pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change) -> Result<Finding, Trouble> {
     let mut agreed = None;
     let finding = super::block_on(async {
         let (directory, stores, state) = find(place, workspace).await?;
@@ -74,14 +85,14 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, yes: bool, dry_
             Some(_) => ("record what it has", "Record what the state has?"),
             None => ("delete the digest", "Delete the digest, so that terraform begins with an empty state?"),
         };
-        if dry_run {
+        if change == Change::None {
             console::print(&format!("would {what}"));
             return Ok(Finding::Stale);
         }
-        if !yes && !std::io::stdin().is_terminal() {
+        if change == Change::IfAgreed && !std::io::stdin().is_terminal() {
             return Err(Trouble::Said(format!("nobody is there to ask: add --yes to {what}")));
         }
-        if !yes && !agreement::is_given(question) {
+        if change == Change::IfAgreed && !agreement::is_given(question) {
             console::say("it was left alone");
             return Ok(Finding::Failed);
         }

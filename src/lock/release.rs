@@ -268,13 +268,30 @@ fn remaining(limit: Duration, begun: Instant) -> Duration {
     limit.saturating_sub(begun.elapsed()).max(POLL_INTERVAL)
 }
 
+/// How much a release may cost.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    /// How long a service that fails or is silent is asked.
+    pub(crate) limit: Duration,
+    /// What the credentials are for.
+    pub(crate) purpose: Purpose,
+}
+
+impl Effort {
+    /// For a lock of the run itself, or one that a person has asked for.
+    pub(crate) const WORK: Self = Self { limit: SERVICE_TIMEOUT, purpose: Purpose::Work };
+
+    /// For what is only explained, or looked for although it is most likely not there.
+    pub(crate) const EXPLANATION: Self = Self { limit: EXPLANATION_TIMEOUT, purpose: Purpose::Explanation };
+}
+
 /// Releases the lock that the log recorded, if it exists and is the run's. A service that fails or is silent is asked
 /// again for `limit`, not counting the time in which credentials are requested.
 pub(crate) async fn release(
     recorded: &RecordedLock,
     place: &LockLocation,
     release_context: &ReleaseContext,
-    (limit, purpose): (Duration, Purpose),
+    Effort { limit, purpose }: Effort,
 ) -> Outcome {
     // Credentials are requested now and remembered, because the time limit of the release begins after that.
     if let Err(unreachable) = credentials(place, limit, purpose).await {

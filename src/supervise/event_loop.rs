@@ -9,6 +9,7 @@ use crate::supervise::routing::Circumstances;
 use crate::supervise::routing::Route;
 use crate::supervise::routing::TerraformGroup;
 use crate::supervise::routing::route;
+use crate::sys::terminal::Terminal;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -81,10 +82,13 @@ pub(crate) struct Supervision<'a> {
 ///
 /// PR_SET_PDEATHSIG is not used: its signal comes when the *thread* that started this process exits, and runners start
 /// processes from thread pools.
-pub(crate) fn parent_to_watch(ci: bool, signals: &Signals, has_terminal: bool) -> Option<(Pid, OwnedFd)> {
+pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&Terminal>) -> Option<(Pid, OwnedFd)> {
     let inherited = signals.inherited();
     let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
-    if !ci || inherited.ignores(Signal::SIGINT) || inherited.ignores(Signal::SIGHUP) || (leads_session && !has_terminal)
+    if !is_ci
+        || inherited.ignores(Signal::SIGINT)
+        || inherited.ignores(Signal::SIGHUP)
+        || (leads_session && terminal.is_none())
     {
         return None;
     }

@@ -150,7 +150,7 @@ impl<'a> Prepared<'a> {
         let mut inherited = vec![lifeline];
         let mut pipes = Pipes::create_pipes(terraform.for_a_step)?;
         let terminal = if settings.shared_terminal { None } else { Terminal::open() };
-        let parent = event_loop::parent_to_watch(settings.ci, signals, terminal.is_some());
+        let parent = event_loop::parent_to_watch(settings.ci, signals, terminal.as_ref());
         let stop = Stop::new(command_line.ignores_interrupts(), settings.stop_timeout);
 
         let mut changes = recorder.changes();

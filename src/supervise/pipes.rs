@@ -63,6 +63,13 @@ pub(crate) struct Pipes {
     writers: [Option<OwnedFd>; 2],
 }
 
+/// What terraform has written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Copies<'a> {
+    pub(crate) stdout: &'a [u8],
+    pub(crate) stderr: &'a [u8],
+}
+
 impl Pipes {
     /// Creates a pipe for each of descriptors 1 and 2 that is a pipe or a socket. With `keeps_copies`, it creates a
     /// pipe for each stream, whatever the descriptor is, and a copy of the output is kept.
@@ -103,11 +110,12 @@ impl Pipes {
     }
 
     /// Returns the copies of what came on descriptors 1 and 2. Empty if no copies are kept.
-    pub(crate) fn copies(&self) -> [&[u8]; 2] {
-        [1, 2].map(|standard| {
+    pub(crate) fn copies(&self) -> Copies<'_> {
+        let copy = |standard| {
             let drain = self.drains.iter().find(|drain| drain.standard == standard);
             drain.and_then(|drain| drain.copy.as_deref()).unwrap_or_default()
-        })
+        };
+        Copies { stdout: copy(1), stderr: copy(2) }
     }
 
     /// Returns what becomes terraform's descriptors 1 and 2. `None` where terraform inherits the descriptor of this

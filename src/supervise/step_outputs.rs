@@ -4,6 +4,7 @@
 //! `GITHUB_OUTPUT` names, and success for exit code 2, with which `plan -detailed-exitcode` reports changes.
 
 use crate::journal::runs::run_id;
+use crate::supervise::pipes::Copies;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -23,7 +24,7 @@ const READER_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If the file cannot be opened or written, or if it accepts nothing for [`READER_TIMEOUT`].
-pub(crate) fn write(path: &OsStr, [stdout, stderr]: [&[u8]; 2], ended: Ended) -> io::Result<()> {
+pub(crate) fn write(path: &OsStr, Copies { stdout, stderr }: Copies<'_>, ended: Ended) -> io::Result<()> {
     let code = exit_code(ended).to_string();
     let mut text = Vec::new();
     for (name, value) in [("stdout", stdout), ("stderr", stderr), ("exitcode", code.as_bytes())] {
@@ -92,13 +93,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("fifo");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert!(write(path.as_os_str(), [b"a", b""], Ended::Exited(0)).is_err());
+        assert!(write(path.as_os_str(), Copies { stdout: b"a", stderr: b"" }, Ended::Exited(0)).is_err());
     }
 
     #[test]
     fn what_is_in_an_output_cannot_end_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        write(file.path().as_os_str(), [b"a\nghadelimiter_1\nexitcode=9\n", b""], Ended::Exited(2)).unwrap();
+        write(
+            file.path().as_os_str(),
+            Copies { stdout: b"a\nghadelimiter_1\nexitcode=9\n", stderr: b"" },
+            Ended::Exited(2),
+        )
+        .unwrap();
         let text = std::fs::read_to_string(file.path()).unwrap();
         let mut lines = text.lines();
         let end = lines.next().unwrap().strip_prefix("stdout<<").unwrap();

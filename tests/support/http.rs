@@ -3,6 +3,17 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 
+/// What is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A request. A client that waits for `100 Continue` is told to go on.
+    Request,
+    /// An answer.
+    Answer,
+    /// An answer to a HEAD, which has no body whatever its length says.
+    AnswerToHead,
+}
+
 /// A request or a response: its first line, its headers, its body.
 #[derive(Clone, Debug)]
 pub struct Message {
@@ -67,9 +78,8 @@ impl Message {
         bytes
     }
 
-    /// Reads a message. `to_head` tells that it answers a HEAD, and so has no body whatever its length says.
-    /// With `continues`, a sender that waits for `100 Continue` is told to go on.
-    pub fn read(stream: &mut BufReader<impl Read + Write>, continues: bool, to_head: bool) -> Option<Self> {
+    /// Reads a message.
+    pub fn read(stream: &mut BufReader<impl Read + Write>, kind: Kind) -> Option<Self> {
         let mut line = String::new();
         stream.read_line(&mut line).ok().filter(|length| *length > 0)?;
         let start = line.trim_end().to_owned();
@@ -83,14 +93,14 @@ impl Message {
             }
         }
         let mut message = Self { start, headers, body: Vec::new() };
-        if continues && message.header("expect").is_some() {
+        if kind == Kind::Request && message.header("expect").is_some() {
             stream.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
             message.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("expect"));
         }
         if message.start.contains(" 100 ") {
-            return Self::read(stream, continues, to_head);
+            return Self::read(stream, kind);
         }
-        if to_head || message.status() == 204 || message.status() == 304 {
+        if kind == Kind::AnswerToHead || message.status() == 204 || message.status() == 304 {
             return Some(message);
         }
         if message.header("transfer-encoding").is_some_and(|value| value.contains("chunked")) {
@@ -125,5 +135,5 @@ pub fn ask(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: 
     let request = Message { start: format!("{method} {path} HTTP/1.1"), headers, body: body.to_vec() };
     let mut stream = BufReader::new(stream);
     stream.get_mut().write_all(&request.bytes()).ok()?;
-    Message::read(&mut stream, false, method == "HEAD")
+    Message::read(&mut stream, if method == "HEAD" { Kind::AnswerToHead } else { Kind::Answer })
 }

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::authority::Authority;
-use super::http::Message;
+use super::http::{Kind, Message};
 use super::wait_for;
 
 /// What is done with a request.
@@ -128,7 +128,7 @@ fn by_tls(stream: Box<dyn Duplex>, config: &Arc<rustls::ServerConfig>) -> Box<dy
 
 fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
     let mut client = BufReader::new(stream);
-    while let Some(mut request) = Message::read(&mut client, true, false) {
+    while let Some(mut request) = Message::read(&mut client, Kind::Request) {
         let action = (shared.rule)(&request);
         if let ProxyAction::Tunnel(authority) = action {
             let host = request.start.split([' ', ':']).nth(1).unwrap_or_default().to_owned();
@@ -164,7 +164,10 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
         if upstream.get_mut().write_all(&request.bytes()).is_err() {
             return;
         }
-        let Some(mut answer) = Message::read(&mut upstream, false, to_head) else { return };
+        let Some(mut answer) = Message::read(&mut upstream, if to_head { Kind::AnswerToHead } else { Kind::Answer })
+        else {
+            return;
+        };
         if held {
             shared.delivered.lock().unwrap().push(answer.start.clone());
         }
