@@ -1,5 +1,5 @@
-//! "No single response decides about a lock": what no service has sent is no answer, an absence is looked at twice, and
-//! after a delete the place is read.
+//! "No single response decides about a lock": a response that does not come from the service is ignored, an absence is
+//! checked twice, and the location is read after a delete.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,7 +18,7 @@ use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{WAITS, lock_json, who};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-/// What a proxy or a captive portal answers in place of a service.
+/// Returns a response that a proxy or a captive portal sends in place of a service.
 fn not_the_service(status: &str, kind: &str, etag: Option<&str>, body: &str) -> Message {
     let mut answer = Message::answer(status, body);
     answer.headers.retain(|(name, _)| name != "Content-Type");
@@ -32,7 +32,7 @@ fn not_the_service(status: &str, kind: &str, etag: Option<&str>, body: &str) -> 
 
 const PAGE: &str = "<html><head><title>Sign in</title></head><body>Sign in first.</body></html>";
 
-/// Every response of the kind, by a name.
+/// Returns every kind of such a response, with a name.
 fn no_answers() -> Vec<(&'static str, Message)> {
     vec![
         ("empty 200", not_the_service("200 OK", "text/plain", None, "")),
@@ -45,13 +45,13 @@ fn no_answers() -> Vec<(&'static str, Message)> {
     ]
 }
 
-/// A read of either half of the lock.
+/// Whether this is a read of either part of the lock.
 fn reads_lock(request: &Message) -> bool {
     let item = is_dynamodb(request, ".GetItem") && !request.text().contains("-md5");
     item || (request.start.starts_with("GET ") && request.start.contains(".tflock"))
 }
 
-/// Our own delete of either half: it carries a condition, and terraform's does not.
+/// Whether this is a delete of either part by `tf`. It has a condition, and terraform's has none.
 fn deletes_lock(request: &Message) -> bool {
     let item = is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression");
     item || (request.start.starts_with("DELETE ") && request.header("if-match").is_some())
@@ -61,13 +61,13 @@ fn writes_state(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
 }
 
-/// A proxy's switch: off until the test turns it on.
+/// Returns the two ends of a switch in a proxy's rule. It is off until the test turns it on.
 fn switch() -> (Arc<AtomicBool>, Arc<AtomicBool>) {
     let on = Arc::new(AtomicBool::new(false));
     (Arc::clone(&on), on)
 }
 
-/// Waits until the journal holds `text`.
+/// Waits until a record in the journal contains `text`.
 #[track_caller]
 fn wait_for_record(env: &TestEnv, text: &str) {
     let all = || -> Vec<String> {
@@ -86,11 +86,11 @@ fn start_recovery(env: &TestEnv) -> Run {
     Run::start(command)
 }
 
-/// A write of the state that is held on its way. Once its terraform is dead, the first read of the lock gets one bad answer.
+/// A write of the state that is held. Once its terraform is dead, the first read of the lock gets one bad response.
 struct HeldWrite {
     proxy: Proxy,
     is_terraform_dead: Arc<AtomicBool>,
-    /// Looks at the state since then.
+    /// How often the state was looked at since then.
     looks: Arc<AtomicUsize>,
 }
 
@@ -117,7 +117,7 @@ impl HeldWrite {
         Self { proxy, is_terraform_dead, looks }
     }
 
-    /// Lets it land between two looks at the state. The lock stands before and after.
+    /// Delivers the write between two looks at the state. The lock is held before and after.
     #[track_caller]
     fn lands_after_a_look(&self, env: &TestEnv) {
         env.wait_for_trace("waiting for a write");
@@ -131,11 +131,12 @@ impl HeldWrite {
     }
 }
 
-/// The lock's reads are answered by somebody else once, while the write of the state is still on its way.
+/// A read of the lock gets one response that does not come from the service, while the write of the state is still in
+/// flight.
 #[test]
 fn one_bad_answer_does_not_end_the_wait_for_a_write() {
     for lock in Lock::ALL {
-        // A window of 10 s each: the other kinds are told apart in the units.
+        // Each case takes a window of 10 s. The other kinds of response are covered by unit tests.
         for (name, answer) in no_answers() {
             let is_tried = match lock {
                 Lock::DynamoDb => ["empty 200", "page"].contains(&name),
@@ -159,7 +160,7 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
     }
 }
 
-/// The same in a recovery, whose first look finds nothing.
+/// The same in a recovery whose first look finds nothing.
 #[test]
 fn one_absence_does_not_end_the_wait_of_a_recovery() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -177,7 +178,8 @@ fn one_absence_does_not_end_the_wait_of_a_recovery() {
     env.assert_unlocked();
 }
 
-/// The bucket itself answers "no such key" for a lock that is there, and the table "no such item": once.
+/// The bucket itself responds once that there is no such key, although the lock exists. The table does the same for an
+/// item.
 #[test]
 fn an_absence_is_looked_at_twice() {
     for lock in [Lock::DynamoDb, Lock::File] {
@@ -205,7 +207,8 @@ fn an_absence_is_looked_at_twice() {
     }
 }
 
-/// Nothing but such responses, for longer than anybody waits: the lock is named, and the next `tf` releases it.
+/// No other responses than these arrive for longer than `tf` waits. The lock is reported, and the next `tf` releases
+/// it.
 #[test]
 fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
     for (lock, name) in [
@@ -230,7 +233,7 @@ fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
         let end = run.wait();
         assert!(end.err.contains("was not released"), "{lock:?} {name}: {}", env.dump(&end));
         env.assert_locked();
-        // A recovery behind the same portal knows no better.
+        // A recovery behind the same portal cannot do better.
         let end = recover(&env);
         assert_eq!(end.code(), Some(2), "{lock:?} {name}: {}", env.dump(&end));
         assert!(end.out.contains("was not released"), "{lock:?} {name}: {}", env.dump(&end));
@@ -242,7 +245,7 @@ fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
     }
 }
 
-/// Somebody else answers our delete with a success, and nothing was deleted.
+/// A delete by `tf` is answered with a success that does not come from the service, and nothing is deleted.
 #[test]
 fn a_delete_that_deleted_nothing_is_not_called_a_release() {
     for (lock, name) in
@@ -277,7 +280,7 @@ fn a_delete_that_deleted_nothing_is_not_called_a_release() {
     }
 }
 
-/// What is in the lock's place and is no lock says nothing about ours.
+/// An object or item in the lock's place that is not a lock says nothing about the run's own lock.
 #[test]
 fn what_is_no_lock_is_named_and_left_alone() {
     for (lock, what, words) in [
@@ -296,7 +299,8 @@ fn what_is_no_lock_is_named_and_left_alone() {
     }
 }
 
-/// Terraform puts `.tflock`, is refused by the item, and deletes `.tflock` without a condition and without a word.
+/// Terraform puts `.tflock`, the item is refused, and terraform deletes `.tflock` without a condition and without a log
+/// record.
 #[test]
 fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
     let mut env = TestEnv::new(Lock::Both, "true");
@@ -314,14 +318,14 @@ fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
     assert_eq!(env.locks().len(), 2);
     proxy.let_go();
     proxy.wait_until_delivered();
-    // What it deletes is still its own.
+    // The delete hits the object of its own terraform.
     assert_eq!(env.locks(), std::slice::from_ref(&theirs));
     let end = run.wait();
     assert_eq!(env.locks(), [theirs], "{}", env.dump(&end));
     assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
 }
 
-/// Killed between the two requests of taking; the second lands when everybody has looked.
+/// Terraform is killed between the two requests that acquire the lock. The second one lands after every look for it.
 #[test]
 fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
     for recovered in [false, true] {
@@ -357,7 +361,7 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
     }
 }
 
-/// A program that says what OpenTofu 1.6 says until it asks for its lock, and then waits.
+/// A program that logs what OpenTofu 1.6 logs up to its request for a lock, and then waits.
 const ASKS: &str = r#"#!/bin/bash
 [ "$1" = version ] && { echo 'OpenTofu v1.6.2'; exit; }
 now() { date -u +%Y-%m-%dT%H:%M:%S.%3NZ; }
@@ -367,13 +371,13 @@ touch began
 exec -a asks sleep 600
 "#;
 
-/// OpenTofu up to 1.10 logs that it asks for a lock, and not which one.
+/// OpenTofu up to 1.10 logs that it requests a lock, but not which one.
 #[test]
 fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
     for guarded in [false, true] {
         let mut env = TestEnv::new(Lock::DynamoDb, "true");
         env.stand_in("asks", ASKS);
-        // Once for the program's version, which decides what it is told to log.
+        // `tf` learns the program's version, which determines what the program is told to log.
         env.run(Subject::Tf, &["version"]);
         let run = env.start_apply(Subject::Tf);
         let asks = terraform_named(&run, "sleep");
@@ -388,7 +392,7 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
             assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
         }
         assert_eq!(records(&env).len(), 1, "{}", env.trace());
-        // Nothing is there yet: there is nothing to say, and the record stays.
+        // The lock does not exist yet: nothing is reported, and the record is kept.
         let end = recover(&env);
         assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
         assert_eq!(records(&env).len(), 1, "{}", env.trace());
@@ -397,12 +401,12 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
         let said = ["may be an earlier run's", "33333333-4444-5555-6666-777777777777", "force-unlock"];
         assert!(said.iter().all(|part| end.out.contains(part)), "{}", env.dump(&end));
         assert_eq!(env.locks(), std::slice::from_ref(&info));
-        // It was said, and is a person's.
+        // It was reported, and a person has to decide.
         assert!(records(&env).is_empty());
     }
 }
 
-/// A program that says what OpenTofu 1.11 says until it puts its lock object, whose text it leaves in the file `info`.
+/// A program that logs what OpenTofu 1.11 logs up to the put of its lock object. It writes the object's text to `info`.
 const PUTS: &str = r#"
 import base64, datetime, hashlib, json, os, sys, time
 if sys.argv[1:2] == ["version"]:
@@ -424,7 +428,7 @@ open("began", "w").close()
 time.sleep(600)
 "#;
 
-/// OpenTofu since 1.11 logs the text's checksum: that is proof enough.
+/// OpenTofu since 1.11 logs the checksum of the lock's text, which is sufficient proof.
 #[test]
 fn a_lock_object_whose_id_is_not_logged_and_that_lands_late_is_gone_in_the_end() {
     for guarded in [false, true] {
@@ -462,7 +466,7 @@ fn terraform_named(run: &Run, name: &str) -> Pid {
     )
 }
 
-/// The doctor's own lock request is held, the doctor is killed or gives up, and the request lands when it is gone.
+/// The lock request of `tf locks doctor` is held, the doctor is killed or gives up, and then the request lands.
 #[test]
 fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
     for killed in [false, true] {
@@ -472,7 +476,7 @@ fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
         let proxy = through(&mut env, move |request| match () {
             () if !takes_item(request) => ProxyAction::Pass,
             () if asked.fetch_add(1, Ordering::SeqCst) == 0 => ProxyAction::Hold,
-            // The SDK asks again after 8 s, and somebody else answers.
+            // The SDK retries after 8 s. The response to that does not come from the service.
             () => ProxyAction::Answer(not_the_service("200 OK", "text/html", None, PAGE)),
         });
         let mut command = env.command(env.bin().join("tf"));

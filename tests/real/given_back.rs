@@ -11,40 +11,36 @@ use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-#[test]
-fn bare_terraform_leaves_its_lock_when_it_is_killed() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, WAITS);
-        let run = env.start_apply(Subject::Bare);
-        run.send(Signal::SIGKILL);
-        env.unblock();
-        run.wait();
-        env.assert_locked();
-    }
+fn bare_terraform_leaves_its_lock_when_it_is_killed(lock: Lock) {
+    let env = TestEnv::new(lock, WAITS);
+    let run = env.start_apply(Subject::Bare);
+    run.send(Signal::SIGKILL);
+    env.unblock();
+    run.wait();
+    env.assert_locked();
 }
+for_each_lock!(bare_terraform_leaves_its_lock_when_it_is_killed);
 
-#[test]
-fn a_killed_terraform_leaves_no_lock_of_any_kind() {
-    for lock in Lock::ALL {
-        for signal in [Signal::SIGKILL, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGSEGV, Signal::SIGABRT] {
-            let env = TestEnv::new(lock, WAITS);
-            let run = env.start_apply(Subject::Tf);
-            env.assert_locked();
-            kill(terraform_below(run.pid()), signal).unwrap();
-            let end = run.wait();
-            env.assert_unlocked();
-            assert!(end.err.contains("released the lock"), "{signal}: {}", end.err);
-            match signal {
-                // Go's runtime catches these, writes its goroutines down and exits with 2.
-                Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => {
-                    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-                }
-                _ => assert_eq!(end.signal(), Some(signal as i32), "{}", env.dump(&end)),
+fn a_killed_terraform_leaves_no_lock_of_any_kind(lock: Lock) {
+    for signal in [Signal::SIGKILL, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGSEGV, Signal::SIGABRT] {
+        let env = TestEnv::new(lock, WAITS);
+        let run = env.start_apply(Subject::Tf);
+        env.assert_locked();
+        kill(terraform_below(run.pid()), signal).unwrap();
+        let end = run.wait();
+        env.assert_unlocked();
+        assert!(end.err.contains("released the lock"), "{signal}: {}", end.err);
+        match signal {
+            // Go's runtime catches these signals, dumps its goroutines and exits with 2.
+            Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGSEGV => {
+                assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
             }
-            assert!(!end.core_dumped());
+            _ => assert_eq!(end.signal(), Some(signal as i32), "{}", env.dump(&end)),
         }
+        assert!(!end.core_dumped());
     }
 }
+for_each_lock!(a_killed_terraform_leaves_no_lock_of_any_kind);
 
 #[test]
 fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
@@ -57,11 +53,11 @@ fn a_quit_is_passed_on_and_the_lock_goes_after_the_crash() {
     env.assert_unlocked();
 }
 
-/// A terraform that takes a real lock, by the real terraform, and then ends as the test says.
+/// A stand-in whose child, the real terraform, takes a real lock.
 #[test]
 fn a_panic_leaves_no_lock() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
-    // Terraform's own panic handler exits with 11; here a shell stands in front of it to say so.
+    // Terraform's own panic handler exits with 11. Here a shell around terraform exits with that code.
     env.stand_in(
         "panics",
         "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n",
@@ -75,7 +71,7 @@ fn a_panic_leaves_no_lock() {
 #[test]
 fn out_of_memory_is_named_and_the_lock_goes() {
     if !nix::unistd::geteuid().is_root() {
-        // Only root can make a control group. tests/left-out names this.
+        // Only root can create a control group. This test is listed in tests/left-out.
         return;
     }
     let group = memory_group().expect("no memory control group can be made: /sys/fs/cgroup is not writable");
@@ -85,7 +81,7 @@ fn out_of_memory_is_named_and_the_lock_goes() {
     let run = Run::start(command);
     env.wait_for_began(&run);
     let terraform = terraform_below(run.pid());
-    // Terraform is the largest in the group, and would be the one even without this.
+    // Terraform is the largest process in the group, and would probably be chosen anyway.
     std::fs::write(format!("/proc/{terraform}/oom_score_adj"), "1000").unwrap();
     let hog = "x=x; while :; do x=$x$x; done";
     let _ = std::process::Command::new("sh")
@@ -99,7 +95,8 @@ fn out_of_memory_is_named_and_the_lock_goes() {
     let _ = std::fs::remove_dir(&group);
 }
 
-/// A control group with little memory: version 2, or the memory controller of version 1.
+/// Creates a control group with little memory, with version 2 or with the memory controller of version 1. `None` if
+/// that is not possible.
 fn memory_group() -> Option<String> {
     let name = format!("tf-test-{}", std::process::id());
     let (group, limit) = if std::path::Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
@@ -126,11 +123,11 @@ fn killed_at_any_moment_it_leaves_no_lock() {
         };
         let mut whole = measured();
         let (mut held, mut released, mut round) = (0, 0, 0);
-        // On a machine whose speed changes all the time the moments may miss the lock: then there are more of them.
+        // If the speed of the machine varies, the moments may miss the lock. Then more moments are tried.
         while round < rounds / 3 || (round < rounds && (held == 0 || released == 0)) {
             // A kill between the write of the state and that of its digest makes every later command fail.
             env.forget_state();
-            // Spread evenly over a whole run, as long as one takes at this moment on this machine.
+            // The moments are spread evenly over a run, whose duration on this machine is measured again and again.
             let moment = whole * (round % (rounds / 3) + 1) / (rounds / 3);
             let begun = Instant::now();
             let run = env.start(Subject::Tf, &arguments);
@@ -171,7 +168,7 @@ pub fn takes_item(request: &Message) -> bool {
     is_dynamodb(request, ".PutItem") && !request.text().contains("-md5")
 }
 
-/// Terraform's own delete: it carries no condition, and ours does.
+/// Whether this is terraform's own delete, which has no condition. The delete of `tf` has one.
 fn unlocks_item(request: &Message) -> bool {
     is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression")
 }
@@ -194,7 +191,7 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
         let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
         proxy.wait_until_held();
         run.kill_terraform();
-        // It lands when its sender is dead, and tf has looked and seen nothing.
+        // The request lands when its sender is dead, and after `tf` has looked and found nothing.
         env.wait_for_trace("the tree is dead");
         std::thread::sleep(Duration::from_millis(1500));
         assert!(env.locks().is_empty());
@@ -219,7 +216,7 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
         run.kill_terraform();
         let end = run.wait();
         assert!(end.err.contains("the next tf here gives it back"), "{}", env.dump(&end));
-        // It lands only now.
+        // The request lands only now.
         proxy.let_go();
         proxy.wait_until_delivered();
         env.assert_locked();
@@ -229,7 +226,7 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         assert!(end.err.contains("took late"), "{}", env.dump(&end));
         env.assert_unlocked();
-        // It may land once more: terraform's SDK may have sent it twice.
+        // The request may land once more, because terraform's SDK may have sent it twice.
         let left = std::fs::read_dir(env.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
         assert_eq!(left, 1);
     }
@@ -243,7 +240,7 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     first.wait_until_held();
     run.kill_terraform();
     run.wait();
-    // The next run begins before the request lands, and asks for its lock after.
+    // The next run begins before the request lands, and requests its lock afterwards.
     let second =
         through(
             &mut env,
@@ -287,7 +284,7 @@ fn a_failing_unlock_leaves_no_lock() {
     for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
         for lock in Lock::ALL {
             let mut env = TestEnv::new(lock, "true");
-            // Every unlock of terraform's own fails; it tells itself by carrying no condition.
+            // Every unlock of terraform fails. It is recognized by its lack of a condition.
             through(&mut env, move |request| {
                 let item = unlocks_item(request);
                 let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
@@ -302,7 +299,7 @@ fn a_failing_unlock_leaves_no_lock() {
 
 #[test]
 fn half_a_lock_is_given_back() {
-    // Killed between the two requests of taking: the file is there, the item is not.
+    // Terraform is killed between the two requests that acquire the lock: the object exists, the item does not.
     let mut env = TestEnv::new(Lock::Both, "true");
     let proxy = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
     let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
@@ -313,7 +310,7 @@ fn half_a_lock_is_given_back() {
     assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
     env.assert_unlocked();
 
-    // Killed between the two of giving back: the file is gone, the item is not.
+    // Terraform is killed between the two requests that release the lock: the object is deleted, the item is not.
     let mut env = TestEnv::new(Lock::Both, "true");
     let proxy = through(&mut env, |request| if unlocks_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
     let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
@@ -327,7 +324,7 @@ fn half_a_lock_is_given_back() {
 
 #[test]
 fn an_unlock_in_flight_never_hits_the_next_holder() {
-    // Terraform's own delete carries no condition. It is held back, terraform is killed, and somebody waits.
+    // Terraform's own delete has no condition. It is held, terraform is killed, and `tf` waits for the delete to land.
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let proxy = through(&mut env, |request| {
         let unlock = unlocks_item(request);
@@ -340,7 +337,7 @@ fn an_unlock_in_flight_never_hits_the_next_holder() {
     env.assert_locked();
     proxy.let_go();
     proxy.wait_until_delivered();
-    // What it deletes is still our own lock.
+    // The delete hits the lock that its own terraform left.
     env.assert_unlocked();
     let end = run.wait();
     assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
@@ -355,7 +352,7 @@ fn wherever_the_working_directory_says_the_state_is() {
         assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
         end
     };
-    // A workspace, selected.
+    // A selected workspace.
     let env = TestEnv::new(Lock::Both, WAITS);
     assert_eq!(env.run(Subject::Tf, &["workspace", "new", "green"]).code(), Some(0));
     let run = env.start_apply(Subject::Tf);
@@ -363,7 +360,7 @@ fn wherever_the_working_directory_says_the_state_is() {
     kill_it(&env, run);
     assert!(env.locks_at("env:/green/dir/prod.tfstate").is_empty());
 
-    // A workspace by TF_WORKSPACE.
+    // A workspace from TF_WORKSPACE.
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("TF_WORKSPACE", "blue");
     let run = env.start_apply(Subject::Tf);
@@ -371,7 +368,7 @@ fn wherever_the_working_directory_says_the_state_is() {
     kill_it(&env, run);
     assert!(env.locks_at("env:/blue/dir/prod.tfstate").is_empty());
 
-    // -chdir, the command run from above.
+    // -chdir, run from the directory above.
     let env = TestEnv::empty(Lock::Both);
     std::fs::create_dir(env.directory.join("sub")).unwrap();
     env.write_main("", "touch ../began; while test -e ../began && ! test -e ../go; do sleep 0.02; done");
@@ -394,7 +391,7 @@ fn wherever_the_working_directory_says_the_state_is() {
         env.assert_unlocked();
     }
 
-    // The user's own logging, whose variables keep their effect.
+    // The user's own logging. Its variables keep their effect.
     let mut env = TestEnv::new(Lock::Both, WAITS);
     let log = env.directory.join("own.log");
     env.set("TF_LOG", "DEBUG").set("TF_LOG_PATH", log);
@@ -404,7 +401,7 @@ fn wherever_the_working_directory_says_the_state_is() {
     assert!(env.read("own.log").contains("[DEBUG]"), "the user's own log is there");
 }
 
-/// An apply whose provisioner starts `worker`, which appends to `work` again and again, and then waits.
+/// Starts an apply whose provisioner starts `worker`, which appends to `work` again and again, and then waits.
 pub fn apply_with_worker(subject: Subject, starts: &str, python: bool) -> (TestEnv, Run) {
     let env = TestEnv::empty(Lock::Both);
     let python3 = crate::support::cloud::tool("python3");
@@ -450,8 +447,8 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
         );
         let end = run.wait();
         let work = env.read("work").len();
-        // What was written when the lock stood for the last time is all that was ever written, but for the write that
-        // fell between our two looks, before the release.
+        // The work that was written when the lock was last seen is all the work there is, apart from a write that fell
+        // between the two looks and before the release.
         assert!(work - last_held < 200, "{name}: {work} after {last_held}");
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(env.read("work").len(), work, "{name}: it works on. {}", env.dump(&end));
@@ -461,7 +458,7 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
 
 #[test]
 fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
-    // Its unlock fails, so that there is a lock to release, and nothing to end.
+    // The unlock fails, so that there is a lock to release and no process to kill.
     let mut env = TestEnv::new(
         Lock::DynamoDb,
         "nohup sh -c 'touch began; while test -e began && ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
@@ -475,7 +472,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     });
     let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    // Nothing tells whether that still changes something, so the lock stands as long as it works.
+    // It is not known whether that process still changes something, so the lock is held as long as it runs.
     assert!(end.err.contains("still alive") && end.err.contains("was not released"), "{}", env.dump(&end));
     env.assert_locked();
     env.wait_for_file("began");
@@ -523,11 +520,11 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     proxy.wait_until_held();
     run.kill_terraform();
     env.wait_for_trace("waiting for a write");
-    // The contender reaches the cloud directly, and waits for the lock.
+    // The other terraform reaches the cloud directly, and waits for the lock.
     let cloud = format!("http://127.0.0.1:{}", cloud().port);
     env.set("AWS_ENDPOINT_URL", cloud);
     let contender = env.start(Subject::Bare, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
-    // The write lands 6 s after its sender died.
+    // The write lands 6 s after the death of its sender.
     std::thread::sleep(Duration::from_secs(6));
     proxy.let_go();
     proxy.wait_until_delivered();
@@ -536,7 +533,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     let theirs = contender.wait();
     assert_eq!(theirs.code(), Some(0), "{}{}", theirs.out, theirs.err);
     env.assert_unlocked();
-    // The contender saw the write, and built on it.
+    // The other terraform has seen the write, and its state builds on it.
     let state: serde_json::Value = serde_json::from_str(&env.state().unwrap()).unwrap();
     assert!(state["serial"].as_u64().unwrap() >= 1, "{state}");
     assert_eq!(state["resources"].as_array().unwrap().len(), 1);
@@ -544,7 +541,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
 
 #[test]
 fn the_sdk_follows_a_plain_block_and_the_environment() {
-    // No path style, no endpoint in the block: as most people have it.
+    // The usual configuration: neither path style nor an endpoint in the block.
     let env = TestEnv::empty(Lock::Both);
     env.write_main("", WAITS);
     let text = env.read("main.tf").replace("use_path_style = true\n", "");
@@ -580,7 +577,8 @@ fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
     }
 }
 
-/// A command that takes a lock, what has to be done before it, whose state it locks, and what it does then.
+/// A command that takes a lock, the commands that must run before it, the key of the state that it locks, and the
+/// request that it makes under the lock.
 struct Locking {
     before: &'static [&'static [&'static str]],
     command: &'static [&'static str],
@@ -614,12 +612,12 @@ const LOCKING: &[Locking] = &[
         before: &[&["workspace", "new", "green"], &["workspace", "select", "default"]],
         command: &["workspace", "delete", "green"],
         key: GREEN,
-        // It gives its lock back before it deletes.
+        // It releases its lock before it deletes the state.
         does: "GET ",
     },
 ];
 
-/// Killed while that request is on its way, and its lock stands.
+/// Kills terraform while that request is in flight, and the lock is held.
 fn kill_while_locked(case: &Locking, subject: Subject) -> (TestEnv, Ended) {
     let mut env = TestEnv::new(Lock::Both, "true");
     env.write(

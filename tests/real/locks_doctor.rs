@@ -35,37 +35,29 @@ fn digest(env: &TestEnv) -> String {
     answer["Item"]["Digest"]["S"].as_str().unwrap_or_default().to_owned()
 }
 
-#[test]
-fn a_directory_in_which_all_is_well_is_told_so() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, "true");
-        assert_eq!(env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]).code(), Some(0));
-        let end = locks(&env, &["doctor"]);
-        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        let lock_object = if lock == Lock::DynamoDb { "dynamodb:GetItem:" } else { "s3:GetObject:" };
-        for checked in ["terraform:", "backend:", "credentials:", lock_object, "clock:", "journal:", "file locks:"] {
-            assert!(
-                end.out.lines().any(|line| line.starts_with(&format!("ok     {checked}"))),
-                "{checked}: {}",
-                end.out
-            );
-        }
-        // It has left nothing of what it tried.
-        assert!(env.locks().is_empty());
-        let listed = locks(&env, &["list"]);
-        assert_eq!((listed.code(), listed.out.as_str()), (Some(0), ""), "{}", env.dump(&listed));
+fn a_directory_in_which_all_is_well_is_told_so(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    assert_eq!(env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]).code(), Some(0));
+    let end = locks(&env, &["doctor"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let lock_object = if lock == Lock::DynamoDb { "dynamodb:GetItem:" } else { "s3:GetObject:" };
+    for checked in ["terraform:", "backend:", "credentials:", lock_object, "clock:", "journal:", "file locks:"] {
+        assert!(end.out.lines().any(|line| line.starts_with(&format!("ok     {checked}"))), "{checked}: {}", end.out);
     }
+    // It has left nothing of what it tried.
+    assert!(env.locks().is_empty());
+    let listed = locks(&env, &["list"]);
+    assert_eq!((listed.code(), listed.out.as_str()), (Some(0), ""), "{}", env.dump(&listed));
 }
+for_each_lock!(a_directory_in_which_all_is_well_is_told_so);
 
-#[test]
-fn what_it_tries_leaves_a_standing_lock_alone() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, "true");
-        let theirs = env.lock_of_another();
-        let _ = locks(&env, &["doctor"]);
-        assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
-    }
+fn what_it_tries_leaves_a_standing_lock_alone(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    let theirs = env.lock_of_another();
+    let _ = locks(&env, &["doctor"]);
+    assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
 }
+for_each_lock!(what_it_tries_leaves_a_standing_lock_alone);
 
 #[test]
 fn each_permission_that_is_missing_is_named() {

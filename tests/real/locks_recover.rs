@@ -19,20 +19,18 @@ pub fn recover(env: &TestEnv, more: &[&str]) -> Ended {
     Run::start(command).wait()
 }
 
-#[test]
-fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do() {
-    for lock in Lock::ALL {
-        let env = killed_whole(lock);
-        let end = recover(&env, &[]);
-        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
-        assert_eq!(end.out.lines().count(), 1, "{}", end.out);
-        assert!(end.out.starts_with("released the lock that an earlier run left"), "{}", end.out);
-        env.assert_unlocked();
-        assert_nothing_left(&env);
-        let end = recover(&env, &[]);
-        assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""));
-    }
+fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do(lock: Lock) {
+    let env = killed_whole(lock);
+    let end = recover(&env, &[]);
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    assert_eq!(end.out.lines().count(), 1, "{}", end.out);
+    assert!(end.out.starts_with("released the lock that an earlier run left"), "{}", end.out);
+    env.assert_unlocked();
+    assert_nothing_left(&env);
+    let end = recover(&env, &[]);
+    assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""));
 }
+for_each_lock!(it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do);
 
 /// There a condition holds in one region, and a delete can undo what another region has locked a moment ago.
 #[test]

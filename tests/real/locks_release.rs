@@ -38,23 +38,21 @@ fn booted() -> jiff::Timestamp {
     jiff::Timestamp::from_second(seconds).unwrap()
 }
 
-#[test]
-fn what_is_proven_dead_goes_without_a_question() {
-    for lock in Lock::ALL {
-        let env = killed_whole(lock);
-        let end = locks(&env, &["show"]);
-        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-        assert!(end.out.contains("holder is  dead") && end.out.contains("agrees with it in everything"), "{}", end.out);
-        let end = locks(&env, &["release", "--dry-run"]);
-        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-        env.assert_locked();
-        let end = locks(&env, &["release"]);
-        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.out.contains("released the lock"), "{}", end.out);
-        env.assert_unlocked();
-        assert_nothing_left(&env);
-    }
+fn what_is_proven_dead_goes_without_a_question(lock: Lock) {
+    let env = killed_whole(lock);
+    let end = locks(&env, &["show"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.contains("holder is  dead") && end.out.contains("agrees with it in everything"), "{}", end.out);
+    let end = locks(&env, &["release", "--dry-run"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    env.assert_locked();
+    let end = locks(&env, &["release"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.out.contains("released the lock"), "{}", end.out);
+    env.assert_unlocked();
+    assert_nothing_left(&env);
 }
+for_each_lock!(what_is_proven_dead_goes_without_a_question);
 
 #[test]
 fn what_is_alive_stays_and_its_process_is_named() {
@@ -289,29 +287,27 @@ fn a_refused_terraform_is_told_that_the_holder_lives() {
 }
 
 /// With -lock-timeout terraform asks again and again: what dies meanwhile is given back, and its next try succeeds.
-#[test]
-fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, WAITS);
-        let holder = env.start_apply(Subject::Tf);
-        let waiting = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=60s"]);
-        wait_for(
-            "the second terraform to be refused",
-            || (env.trace().matches("started terraform as").count() == 2).then_some(()),
-            || env.trace(),
-        );
-        kill_with_guardian(&env, &holder);
-        let end = waiting.wait();
-        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(
-            end.err.contains("the lock that terraform waits for") && end.err.contains("released the lock"),
-            "{}",
-            end.err
-        );
-        env.assert_unlocked();
-        drop(holder);
-    }
+fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits(lock: Lock) {
+    let env = TestEnv::new(lock, WAITS);
+    let holder = env.start_apply(Subject::Tf);
+    let waiting = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=60s"]);
+    wait_for(
+        "the second terraform to be refused",
+        || (env.trace().matches("started terraform as").count() == 2).then_some(()),
+        || env.trace(),
+    );
+    kill_with_guardian(&env, &holder);
+    let end = waiting.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(
+        end.err.contains("the lock that terraform waits for") && end.err.contains("released the lock"),
+        "{}",
+        end.err
+    );
+    env.assert_unlocked();
+    drop(holder);
 }
+for_each_lock!(a_lock_whose_holder_dies_is_given_back_while_terraform_waits);
 
 /// It died after the refused run had looked for what is dead.
 #[test]

@@ -13,6 +13,7 @@
     reason = "a test fails by panicking, starts processes, and changes them between fork and exec"
 )]
 
+#[macro_use]
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -10,59 +10,53 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const OTHER: &str = "22222222-3333-4444-5555-666666666666";
 
-#[test]
-fn the_lock_that_we_waited_for_stands_when_we_are_killed() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, "true");
-        // The same user on the same host, and taken after we began: only the ID tells them apart.
-        let first = env.lock_of_another();
-        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
-        run.wait_for_out("Acquiring state lock");
-        let _ = first;
-        let second = lock_json(OTHER, &env.path());
-        env.put_lock(&second);
-        run.kill_terraform();
-        let end = run.wait();
-        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
-        assert!(env.locks().iter().all(|standing| *standing == second), "{:?}", env.locks());
-        env.assert_locked();
-        assert!(!end.err.contains("released"), "{}", end.err);
-    }
+fn the_lock_that_we_waited_for_stands_when_we_are_killed(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    // The same user on the same host, and taken after we began: only the ID tells them apart.
+    let first = env.lock_of_another();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
+    run.wait_for_out("Acquiring state lock");
+    let _ = first;
+    let second = lock_json(OTHER, &env.path());
+    env.put_lock(&second);
+    run.kill_terraform();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    assert!(env.locks().iter().all(|standing| *standing == second), "{:?}", env.locks());
+    env.assert_locked();
+    assert!(!end.err.contains("released"), "{}", end.err);
 }
+for_each_lock!(the_lock_that_we_waited_for_stands_when_we_are_killed);
 
-#[test]
-fn a_refused_run_touches_nothing() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, "true");
-        let theirs = env.lock_of_another();
-        let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-        assert_eq!(end.code(), Some(1));
-        // What it says of the holder is for left_behind.rs.
-        assert!(!end.err.contains("released"), "{}", env.dump(&end));
-        assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
-        env.assert_locked();
-    }
+fn a_refused_run_touches_nothing(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    let theirs = env.lock_of_another();
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(1));
+    // What it says of the holder is for left_behind.rs.
+    assert!(!end.err.contains("released"), "{}", env.dump(&end));
+    assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
+    env.assert_locked();
 }
+for_each_lock!(a_refused_run_touches_nothing);
 
-#[test]
-fn a_lock_that_replaced_ours_before_the_release_stands() {
-    for lock in Lock::ALL {
-        let env =
-            TestEnv::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
-        let run = env.start_apply(Subject::Tf);
-        run.kill_terraform();
-        // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
-        env.wait_for_trace("ending ");
-        env.delete_lock();
-        let theirs = lock_json(OTHER, &env.path());
-        env.put_lock(&theirs);
-        env.unblock();
-        let end = run.wait();
-        assert!(env.locks().iter().all(|standing| *standing == theirs), "{:?}", env.locks());
-        env.assert_locked();
-        assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
-    }
+fn a_lock_that_replaced_ours_before_the_release_stands(lock: Lock) {
+    let env =
+        TestEnv::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
+    let run = env.start_apply(Subject::Tf);
+    run.kill_terraform();
+    // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
+    env.wait_for_trace("ending ");
+    env.delete_lock();
+    let theirs = lock_json(OTHER, &env.path());
+    env.put_lock(&theirs);
+    env.unblock();
+    let end = run.wait();
+    assert!(env.locks().iter().all(|standing| *standing == theirs), "{:?}", env.locks());
+    env.assert_locked();
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
 }
+for_each_lock!(a_lock_that_replaced_ours_before_the_release_stands);
 
 #[test]
 fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {

@@ -308,31 +308,29 @@ fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
 }
 
 /// What is refused is the workspace that is to be made, which nothing selects yet.
-#[test]
-fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, "true");
-        let key = "env:/foo/dir/prod.tfstate";
-        let path = format!("{}/{key}", env.bucket);
-        let mut info: Value = serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &path)).unwrap();
-        info["Who"] = "anna@elsewhere".into();
-        if lock != Lock::File {
-            cloud().put_item(&env.table, &path, &info.to_string());
-        }
-        if lock != Lock::DynamoDb {
-            cloud().s3("PUT", &format!("{path}.tflock"), info.to_string().as_bytes());
-        }
-        let end = env.run(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
-        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-        assert!(end.err.contains("TF_WORKSPACE=foo tf locks show"), "{}", env.dump(&end));
-        let shown = type_what_is_said(&env, &end.err);
-        assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, env.dump(&shown));
-        assert!(shown.out.contains("TF_WORKSPACE=foo tf locks release"), "{}", shown.out);
-        let released = type_what_is_said(&env, &shown.out);
-        assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, env.dump(&released));
-        assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
+fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    let key = "env:/foo/dir/prod.tfstate";
+    let path = format!("{}/{key}", env.bucket);
+    let mut info: Value = serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &path)).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    if lock != Lock::File {
+        cloud().put_item(&env.table, &path, &info.to_string());
     }
+    if lock != Lock::DynamoDb {
+        cloud().s3("PUT", &format!("{path}.tflock"), info.to_string().as_bytes());
+    }
+    let end = env.run(Subject::Tf, &["workspace", "new", "-no-color", "foo"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("TF_WORKSPACE=foo tf locks show"), "{}", env.dump(&end));
+    let shown = type_what_is_said(&env, &end.err);
+    assert_eq!(shown.code(), Some(0), "{}\n{}", end.err, env.dump(&shown));
+    assert!(shown.out.contains("TF_WORKSPACE=foo tf locks release"), "{}", shown.out);
+    let released = type_what_is_said(&env, &shown.out);
+    assert_eq!(released.code(), Some(0), "{}\n{}", shown.out, env.dump(&released));
+    assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
 }
+for_each_lock!(the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state);
 
 /// From another directory, too, with a name that a shell would take apart.
 #[test]

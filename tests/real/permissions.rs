@@ -287,22 +287,20 @@ fn files(lock: Lock) -> &'static [&'static str] {
     }
 }
 
-#[test]
-fn the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release() {
-    for lock in Lock::ALL {
-        let place = Place::empty(lock);
-        place.env.write_main("", "true");
-        place.allow(&place.policies(files(lock)));
-        place.env.init();
-        let ended = place.terraform();
-        assert!(ended.is_ok(), "{lock:?}: {ended:?}");
-        place.env.write_main("", WAITS);
-        let end = place.killed(None);
-        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
-        assert!(!end.err.contains("Denied"), "{lock:?}: {}", end.err);
-        assert_eq!(place.standing(), [""; 0]);
-    }
+fn the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release(lock: Lock) {
+    let place = Place::empty(lock);
+    place.env.write_main("", "true");
+    place.allow(&place.policies(files(lock)));
+    place.env.init();
+    let ended = place.terraform();
+    assert!(ended.is_ok(), "{lock:?}: {ended:?}");
+    place.env.write_main("", WAITS);
+    let end = place.killed(None);
+    assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
+    assert!(!end.err.contains("Denied"), "{lock:?}: {}", end.err);
+    assert_eq!(place.standing(), [""; 0]);
 }
+for_each_lock!(the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release);
 
 /// Takes each grant of a file away, and terraform fails.
 fn assert_terraform_needs_all_of(lock: Lock) {
@@ -331,26 +329,24 @@ fn nothing_is_superfluous_in_the_policy_for_a_lockfile() {
     assert_terraform_needs_all_of(Lock::File);
 }
 
-#[test]
-fn a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing() {
-    for lock in Lock::ALL {
-        let place = Place::new(lock, WAITS);
-        let all = place.policies(files(lock));
-        let mut needed = grants(&all);
-        needed.retain(Grant::is_for_a_release);
-        assert_eq!(needed.len(), if lock == Lock::Both { 4 } else { 2 }, "{needed:?}");
-        let end = place.killed(Some(&[without(None, &needed)]));
-        assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
-        assert_eq!(place.standing(), [""; 0]);
-        for missing in needed.iter().filter(|_| lock != Lock::Both) {
-            place.allow(&all);
-            let end = place.killed(Some(&[without(Some(missing), &needed)]));
-            let told = end.err.contains("was not released") && end.err.contains(&missing.action);
-            assert!(told, "{missing:?}: {}", place.env.dump(&end));
-            assert_eq!(place.standing().len(), 1, "{missing:?}");
-        }
+fn a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing(lock: Lock) {
+    let place = Place::new(lock, WAITS);
+    let all = place.policies(files(lock));
+    let mut needed = grants(&all);
+    needed.retain(Grant::is_for_a_release);
+    assert_eq!(needed.len(), if lock == Lock::Both { 4 } else { 2 }, "{needed:?}");
+    let end = place.killed(Some(&[without(None, &needed)]));
+    assert!(end.err.contains("released the lock"), "{lock:?}: {}", place.env.dump(&end));
+    assert_eq!(place.standing(), [""; 0]);
+    for missing in needed.iter().filter(|_| lock != Lock::Both) {
+        place.allow(&all);
+        let end = place.killed(Some(&[without(Some(missing), &needed)]));
+        let told = end.err.contains("was not released") && end.err.contains(&missing.action);
+        assert!(told, "{missing:?}: {}", place.env.dump(&end));
+        assert_eq!(place.standing().len(), 1, "{missing:?}");
     }
 }
+for_each_lock!(a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing);
 
 /// Everything that an auditor does: what is typed, and what it ends with where an old lock stands.
 const AUDIT: [&str; 7] = [

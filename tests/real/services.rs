@@ -1,5 +1,5 @@
-//! Other services than one that believes everything: one that checks signatures and permissions, one that ignores
-//! conditions, one that throttles and refuses in AWS's own words.
+//! Services that are stricter or weaker than MiniStack's defaults: one checks signatures and permissions, one ignores
+//! conditions, one throttles and refuses in AWS's own words.
 
 use std::process::Stdio;
 
@@ -9,7 +9,7 @@ use crate::support::cloud::{Cloud, cloud, free_port, keep, tool};
 use crate::support::test_env::{WAITS, lock_json};
 use crate::support::{Lock, Subject, TestEnv, http, wait_for};
 
-/// Uses a cloud of its own, in which the bucket and the table of `env` are made by signed calls.
+/// Makes `env` use `cloud`. Creates its bucket and its table there with signed calls.
 fn move_to(env: &mut TestEnv, cloud: &Cloud) {
     cloud.signed(&format!("s3.create_bucket(Bucket='{}')", env.bucket));
     cloud.signed(&format!(
@@ -21,7 +21,7 @@ fn move_to(env: &mut TestEnv, cloud: &Cloud) {
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud.port));
 }
 
-/// How many halves stand in a cloud that checks signatures.
+/// Returns how many parts of locks exist in a cloud that checks signatures.
 fn halves(cloud: &Cloud, env: &TestEnv) -> usize {
     let items = cloud.signed(&format!("[i for i in dynamodb.scan(TableName='{}')['Items'] if 'Info' in i]", env.table));
     let objects = cloud.signed(&format!(
@@ -31,7 +31,7 @@ fn halves(cloud: &Cloud, env: &TestEnv) -> usize {
     items.as_array().unwrap().len() + objects.as_array().unwrap().len()
 }
 
-/// Kills a terraform that holds both halves, and finds both gone.
+/// Kills a terraform that holds both parts, and checks that both are released.
 #[track_caller]
 fn assert_killed_and_released(cloud: &Cloud, env: &TestEnv) {
     let run = env.start_apply(Subject::Tf);
@@ -51,7 +51,7 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     env.init();
     assert_killed_and_released(&cloud, &env);
 
-    // A user who may lock and not unlock: everything but the two deletes.
+    // This user may lock but not unlock: everything except the two deletes is allowed.
     let policy = json!({"Version": "2012-10-17", "Statement": [
         {"Effect": "Allow", "Action": "*", "Resource": "*"},
         {"Effect": "Deny", "Action": ["dynamodb:DeleteItem", "s3:DeleteObject"], "Resource": "*"},
@@ -67,13 +67,13 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     let end = run.wait();
     assert!(end.err.contains("AccessDenied") && end.err.contains("force-unlock"), "{}", env.dump(&end));
     assert_eq!(halves(&cloud, &env), 2);
-    // No credential in what was said.
+    // The messages contain no credentials.
     assert!(!end.err.contains(key["SecretAccessKey"].as_str().unwrap()));
 }
 
 #[test]
 fn on_a_service_that_ignores_conditions_ours_goes_and_anothers_stands() {
-    // It honours If-None-Match, so that terraform can lock there, and deletes whatever stands.
+    // It honors If-None-Match, so terraform can lock there, but it ignores the condition of a delete.
     let port = free_port();
     let data = tempfile::tempdir().unwrap();
     let _server =
@@ -154,7 +154,7 @@ fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
 
 #[test]
 fn a_lock_is_looked_for_where_the_run_took_it() {
-    // MiniStack keeps tables apart by region, as AWS does. Somebody rewrites the backend during the run.
+    // MiniStack separates tables by region, as AWS does. The backend is rewritten during the run.
     let env = TestEnv::new(Lock::DynamoDb, WAITS);
     let run = env.start_apply(Subject::Tf);
     let cached = env.read(".terraform/terraform.tfstate");
@@ -163,7 +163,7 @@ fn a_lock_is_looked_for_where_the_run_took_it() {
     env.write(".terraform/terraform.tfstate", &moved);
     run.kill_terraform();
     let end = run.wait();
-    // The backend of before the run is tried as well, and there it is.
+    // The backend as it was before the run is tried as well, and the lock is there.
     assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
     env.assert_unlocked();
 }

@@ -28,21 +28,19 @@ fn through(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sy
 }
 
 /// Bare terraform is back at once. What we would add is only an explanation.
-#[test]
-fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf() {
-    for lock in Lock::ALL {
-        let mut env = TestEnv::new(lock, "true");
-        env.lock_of_another();
-        let _proxy = through(&mut env, |request| if request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass });
-        let begun = Instant::now();
-        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
-        assert_eq!(end.code(), Some(1), "{lock:?}: {}", env.dump(&end));
-        assert!(begun.elapsed() < Duration::from_secs(9), "{lock:?} {:?}: {}", begun.elapsed(), env.dump(&end));
-        assert!(!end.err.contains("tf:"), "{lock:?}: {}", env.dump(&end));
-        let recovered = locks(&env, &["recover"]);
-        assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
-    }
+fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf(lock: Lock) {
+    let mut env = TestEnv::new(lock, "true");
+    env.lock_of_another();
+    let _proxy = through(&mut env, |request| if request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass });
+    let begun = Instant::now();
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{lock:?}: {}", env.dump(&end));
+    assert!(begun.elapsed() < Duration::from_secs(9), "{lock:?} {:?}: {}", begun.elapsed(), env.dump(&end));
+    assert!(!end.err.contains("tf:"), "{lock:?}: {}", env.dump(&end));
+    let recovered = locks(&env, &["recover"]);
+    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
 }
+for_each_lock!(a_refused_run_is_back_in_seconds_where_nobody_answers_tf);
 
 /// Twenty seconds for a lock that a killed run has left, whatever is silent.
 #[test]
@@ -411,30 +409,28 @@ fn a_dry_run_leaves_a_broken_record_where_it_is() {
 }
 
 /// However many workspaces the backend has.
-#[test]
-fn a_refused_run_looks_at_the_one_lock_that_refused_it() {
-    for lock in Lock::ALL {
-        let mut env = TestEnv::new(lock, "true");
-        for number in 0..30 {
-            cloud().s3("PUT", &format!("{}/env:/w{number}/dir/prod.tfstate", env.bucket), b"{}");
-        }
-        env.lock_of_another();
-        let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
-        let seen = Arc::clone(&asked);
-        let _proxy = through(&mut env, move |request| {
-            if request.is_ours() {
-                let target = request.header("x-amz-target").unwrap_or_default();
-                seen.lock().unwrap().push(format!("{} {target}", request.start));
-            }
-            ProxyAction::Pass
-        });
-        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
-        assert!(end.err.contains("tf: the lock is held by"), "{lock:?}: {}", env.dump(&end));
-        let asked = asked.lock().unwrap();
-        assert!(asked.len() <= 8, "{lock:?}: {asked:#?}");
-        assert!(!asked.iter().any(|request| request.contains("list-type") || request.contains("Scan")), "{asked:#?}");
+fn a_refused_run_looks_at_the_one_lock_that_refused_it(lock: Lock) {
+    let mut env = TestEnv::new(lock, "true");
+    for number in 0..30 {
+        cloud().s3("PUT", &format!("{}/env:/w{number}/dir/prod.tfstate", env.bucket), b"{}");
     }
+    env.lock_of_another();
+    let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = Arc::clone(&asked);
+    let _proxy = through(&mut env, move |request| {
+        if request.is_ours() {
+            let target = request.header("x-amz-target").unwrap_or_default();
+            seen.lock().unwrap().push(format!("{} {target}", request.start));
+        }
+        ProxyAction::Pass
+    });
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert!(end.err.contains("tf: the lock is held by"), "{lock:?}: {}", env.dump(&end));
+    let asked = asked.lock().unwrap();
+    assert!(asked.len() <= 8, "{lock:?}: {asked:#?}");
+    assert!(!asked.iter().any(|request| request.contains("list-type") || request.contains("Scan")), "{asked:#?}");
 }
+for_each_lock!(a_refused_run_looks_at_the_one_lock_that_refused_it);
 
 /// Makes it half an hour later for what is kept of the lock `id`: no request can land any more, and nobody has just tried.
 fn age_tombstone(env: &TestEnv, id: &str) {

@@ -126,27 +126,25 @@ fn assert_next_gives_back(env: &TestEnv) {
 
 // ---- the guardian
 
-#[test]
-fn a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock() {
-    for lock in Lock::ALL {
-        // To a pipe that tf drained: what terraform still writes must not kill it.
-        let env = TestEnv::new(lock, WAITS);
-        let run = env.start_apply(Subject::Tf);
-        let tf = tf_of(&env);
-        kill(tf, Signal::SIGKILL).unwrap();
-        assert_eq!(run.wait().signal(), Some(9));
-        wait_until_unlocked(&env);
-        wait_until_all_is_gone(&env);
-        assert!(env.trace().contains("terraform ended: Some(Exited(1))") || !kernel_tells_ends(), "{}", env.trace());
-        let state = env.state().expect("its state was saved");
-        assert!(state.contains("tainted"), "{state}");
-        assert_nothing_left(&env);
-        // Unlocked by terraform itself, and every part of the state fits: the next run works.
-        assert!(!env.trace().contains("deleted "), "{}", env.trace());
-        let end = env.run(Subject::Tf, &PLAN);
-        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-    }
+fn a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock(lock: Lock) {
+    // To a pipe that tf drained: what terraform still writes must not kill it.
+    let env = TestEnv::new(lock, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let tf = tf_of(&env);
+    kill(tf, Signal::SIGKILL).unwrap();
+    assert_eq!(run.wait().signal(), Some(9));
+    wait_until_unlocked(&env);
+    wait_until_all_is_gone(&env);
+    assert!(env.trace().contains("terraform ended: Some(Exited(1))") || !kernel_tells_ends(), "{}", env.trace());
+    let state = env.state().expect("its state was saved");
+    assert!(state.contains("tainted"), "{state}");
+    assert_nothing_left(&env);
+    // Unlocked by terraform itself, and every part of the state fits: the next run works.
+    assert!(!env.trace().contains("deleted "), "{}", env.trace());
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
+for_each_lock!(a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock);
 
 /// PIDFD_INFO_EXIT is there since Linux 6.15.
 fn kernel_tells_ends() -> bool {
@@ -175,23 +173,21 @@ fn a_killed_tf_gives_terraform_one_interrupt_in_all() {
     }
 }
 
-#[test]
-fn a_killed_tf_and_terraform_leave_no_lock() {
-    for lock in Lock::ALL {
-        for terraform_first in [false, true] {
-            let env = TestEnv::new(lock, WAITS);
-            let run = env.start_apply(Subject::Tf);
-            let (tf, terraform) = (run.pid(), terraform_below(run.pid()));
-            for pid in if terraform_first { [terraform, tf] } else { [tf, terraform] } {
-                kill(pid, Signal::SIGKILL).unwrap();
-            }
-            run.wait();
-            wait_until_unlocked(&env);
-            wait_until_all_is_gone(&env);
-            assert_nothing_left(&env);
+fn a_killed_tf_and_terraform_leave_no_lock(lock: Lock) {
+    for terraform_first in [false, true] {
+        let env = TestEnv::new(lock, WAITS);
+        let run = env.start_apply(Subject::Tf);
+        let (tf, terraform) = (run.pid(), terraform_below(run.pid()));
+        for pid in if terraform_first { [terraform, tf] } else { [tf, terraform] } {
+            kill(pid, Signal::SIGKILL).unwrap();
         }
+        run.wait();
+        wait_until_unlocked(&env);
+        wait_until_all_is_gone(&env);
+        assert_nothing_left(&env);
     }
 }
+for_each_lock!(a_killed_tf_and_terraform_leave_no_lock);
 
 #[test]
 fn both_groups_killed_leave_no_lock_and_bare_leaves_one() {
@@ -342,26 +338,22 @@ fn a_lock_request_in_flight_when_tf_and_terraform_are_killed_is_gone_in_the_end(
 
 // ---- the next run
 
-#[test]
-fn the_next_run_in_that_place_gives_it_back_first_and_says_so() {
-    for lock in Lock::ALL {
-        let env = killed_whole(lock);
-        let bare = env.run(Subject::Bare, &PLAN);
-        assert_eq!(bare.code(), Some(1), "bare is refused: {}", bare.err);
-        assert_next_gives_back(&env);
-    }
+fn the_next_run_in_that_place_gives_it_back_first_and_says_so(lock: Lock) {
+    let env = killed_whole(lock);
+    let bare = env.run(Subject::Bare, &PLAN);
+    assert_eq!(bare.code(), Some(1), "bare is refused: {}", bare.err);
+    assert_next_gives_back(&env);
 }
+for_each_lock!(the_next_run_in_that_place_gives_it_back_first_and_says_so);
 
-#[test]
-fn after_a_restart_the_next_run_gives_it_back() {
-    for lock in Lock::ALL {
-        let env = killed_whole(lock);
-        // Another boot, and what lay in memory is gone.
-        edit(&env, |record| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into());
-        forget_recorder(&env);
-        assert_next_gives_back(&env);
-    }
+fn after_a_restart_the_next_run_gives_it_back(lock: Lock) {
+    let env = killed_whole(lock);
+    // Another boot, and what lay in memory is gone.
+    edit(&env, |record| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into());
+    forget_recorder(&env);
+    assert_next_gives_back(&env);
 }
+for_each_lock!(after_a_restart_the_next_run_gives_it_back);
 
 fn forget_recorder(env: &TestEnv) {
     let [path] = records(env).try_into().expect("one record");
@@ -461,24 +453,22 @@ fn two_runs_that_start_at_once_recover_once() {
     }
 }
 
-#[test]
-fn a_run_that_starts_while_the_guardian_works_waits_for_it() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, WAITS);
-        let run = env.start_apply(Subject::Tf);
-        let terraform = terraform_below(run.pid());
-        for pid in [terraform, run.pid()] {
-            kill(pid, Signal::SIGKILL).unwrap();
-        }
-        // At once, while everything of it still dies.
-        let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=20s"]);
-        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        drop(run);
-        wait_until_ours_are_gone(&env);
-        env.assert_unlocked();
-        assert_eq!(env.trace().matches("deleted ").count(), if lock == Lock::Both { 2 } else { 1 }, "{}", env.trace());
+fn a_run_that_starts_while_the_guardian_works_waits_for_it(lock: Lock) {
+    let env = TestEnv::new(lock, WAITS);
+    let run = env.start_apply(Subject::Tf);
+    let terraform = terraform_below(run.pid());
+    for pid in [terraform, run.pid()] {
+        kill(pid, Signal::SIGKILL).unwrap();
     }
+    // At once, while everything of it still dies.
+    let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=20s"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    drop(run);
+    wait_until_ours_are_gone(&env);
+    env.assert_unlocked();
+    assert_eq!(env.trace().matches("deleted ").count(), if lock == Lock::Both { 2 } else { 1 }, "{}", env.trace());
 }
+for_each_lock!(a_run_that_starts_while_the_guardian_works_waits_for_it);
 
 #[test]
 fn a_run_whose_provisioner_lives_on_is_not_recovered() {

@@ -48,21 +48,19 @@ fn assert_said(env: &TestEnv, end: &Ended, said: &str, own: &str, other: &str) {
     env.assert_locked();
 }
 
-#[test]
-fn a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked() {
-    for lock in Lock::ALL {
-        let env = TestEnv::new(lock, WAITS);
-        let (run, own) = apply(&env);
-        let other = taken_over(&env, &now());
-        run.kill_terraform();
-        let end = run.wait();
-        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
-        assert_said(&env, &end, &end.err, &own, &other);
-        assert_nothing_left(&env);
-        let history = fs::read_to_string(env.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl"));
-        assert!(history.unwrap().contains(r#""event":"replaced""#), "{}", env.dump(&end));
-    }
+fn a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked(lock: Lock) {
+    let env = TestEnv::new(lock, WAITS);
+    let (run, own) = apply(&env);
+    let other = taken_over(&env, &now());
+    run.kill_terraform();
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    assert_said(&env, &end, &end.err, &own, &other);
+    assert_nothing_left(&env);
+    let history = fs::read_to_string(env.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl"));
+    assert!(history.unwrap().contains(r#""event":"replaced""#), "{}", env.dump(&end));
 }
+for_each_lock!(a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked);
 
 /// Its unlock is refused, which tells it whatever the clock of the other host says.
 #[test]

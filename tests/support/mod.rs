@@ -1,4 +1,4 @@
-//! What the tests stand on: a cloud on loopback, a working directory, a process, a terminal, a proxy.
+//! What the tests use: a cloud on loopback, a working directory, a process, a terminal, a proxy.
 
 pub mod authority;
 pub mod clean;
@@ -15,10 +15,32 @@ use std::time::{Duration, Instant};
 pub use process::{Ended, Run};
 pub use test_env::{Lock, Subject, TestEnv};
 
-/// The longest that anything here takes. It is not how long a test waits: a test waits for a state.
-pub const LONGEST: Duration = Duration::from_secs(30);
+/// Defines a test of `$name(lock)` for each kind of lock: `name::item`, `name::object` and `name::both`.
+macro_rules! for_each_lock {
+    ($name:ident) => {
+        mod $name {
+            #[test]
+            fn item() {
+                super::$name($crate::support::Lock::DynamoDb);
+            }
 
-/// Waits until `state` gives a value, and fails with the last thing that `seen` tells.
+            #[test]
+            fn object() {
+                super::$name($crate::support::Lock::File);
+            }
+
+            #[test]
+            fn both() {
+                super::$name($crate::support::Lock::Both);
+            }
+        }
+    };
+}
+
+/// The maximum time for any step of a test. Tests do not wait this long: they wait for a state.
+pub const LONGEST: Duration = Duration::from_secs(60);
+
+/// Waits until `state` returns a value. Panics after [`LONGEST`], with the result of `seen`.
 #[track_caller]
 pub fn wait_for<T>(what: &str, mut state: impl FnMut() -> Option<T>, seen: impl Fn() -> String) -> T {
     let begun = Instant::now();
