@@ -1,5 +1,5 @@
-//! The layers of the program: each file imports only from its own layer and those below, and no files import each other in a
-//! circle. The list of layers is the table in ARCHITECTURE.md.
+//! Checks the layers of the program: each file imports only from its own layer and the layers below, and no files
+//! import each other in a circle. The list of layers is the first table in ARCHITECTURE.md.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -13,7 +13,8 @@ use syn::visit::Visit;
 /// The path of a module below `crate`, for example `["lock", "proof"]`. Empty for `main`.
 type Module = Vec<String>;
 
-/// The rows of ARCHITECTURE.md's first table, from the top. A row has one layer, or several modules at the same height.
+/// Returns the rows of ARCHITECTURE.md's first table, from the top. A row contains one layer, or several modules at the
+/// same height.
 fn layers() -> Vec<Vec<String>> {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
     let table = text.lines().skip_while(|line| !line.starts_with("| layer |")).skip(2);
@@ -28,7 +29,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Each module with its file.
+/// Returns each module with its file.
 fn files() -> BTreeMap<Module, PathBuf> {
     let mut files = BTreeMap::new();
     let mut directories = vec![root().join("src")];
@@ -53,7 +54,7 @@ fn files() -> BTreeMap<Module, PathBuf> {
     files
 }
 
-/// The paths of this crate that a file names outside its tests, as they are written.
+/// The paths within this crate that a file names outside its tests, in the form in which they are written.
 #[derive(Default)]
 struct Named {
     paths: Vec<Vec<String>>,
@@ -61,7 +62,7 @@ struct Named {
 
 impl Named {
     fn note(&mut self, path: Vec<String>) {
-        // `crate` alone is a visibility.
+        // `crate` alone is a visibility, as in `pub(crate)`.
         if path.len() > 1 && matches!(path[0].as_str(), "crate" | "super" | "self") {
             self.paths.push(path);
         }
@@ -78,7 +79,7 @@ impl Named {
         }
     }
 
-    /// A macro's arguments are tokens: the paths among them.
+    /// Notes the paths among the tokens of a macro's arguments.
     fn note_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<String> = Vec::new();
         let mut colons = 0;
@@ -139,7 +140,7 @@ impl<'ast> Visit<'ast> for Named {
     }
 }
 
-/// The file that `path`, written in `module`, leads into. `None` where it stays in the same file.
+/// Returns the module to which `path`, written in `module`, leads. `None` if it leads to the same file.
 fn target(module: &Module, path: &[String], files: &BTreeMap<Module, PathBuf>) -> Option<Module> {
     let mut absolute = match path[0].as_str() {
         "crate" => Vec::new(),
@@ -158,7 +159,7 @@ fn target(module: &Module, path: &[String], files: &BTreeMap<Module, PathBuf>) -
     (absolute != *module).then_some(absolute)
 }
 
-/// Which files each file imports from.
+/// Returns the files that each file imports from.
 fn imports() -> BTreeMap<Module, BTreeSet<Module>> {
     let files = files();
     let mut imports = BTreeMap::new();
@@ -202,7 +203,7 @@ fn each_layer_that_is_listed_exists() {
 #[test]
 fn no_files_import_each_other_in_a_circle() {
     let mut left = imports();
-    // A file that imports from none of those that are left is in no circle.
+    // A file that imports from none of the remaining files is in no circle.
     while let Some(free) = left.iter().find(|(_, imported)| imported.is_empty()).map(|(module, _)| module.clone()) {
         left.remove(&free);
         for imported in left.values_mut() {

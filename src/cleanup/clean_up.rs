@@ -73,7 +73,7 @@ pub(crate) enum LogState {
 
 /// A run after the exit of its terraform, as far as the cleanup must know it.
 pub(crate) struct EndedRun<'a> {
-    /// What cleans up.
+    /// Which process cleans up.
     pub(crate) by: By,
     /// How the run ended, as the beginning of a sentence.
     pub(crate) ending: &'a str,

@@ -1,4 +1,5 @@
-//! What a recovery does about the runs that it finds in the journal: the whole rule, without a process.
+//! Decides what a recovery does about the runs that it finds in the journal. This is the whole rule, and it touches no
+//! process.
 
 /// How a run was found ([`crate::journal::runs::FoundRun`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,45 +18,45 @@ pub(crate) enum Sight {
     Doubtful,
     /// Its record is missing or invalid.
     Broken,
-    /// It is not in the journal any more.
+    /// It is no longer in the journal.
     Gone,
 }
 
-/// What is known of a run besides.
+/// What else is known of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// It may hold a lock, as far as its record says.
+    /// Whether it may hold a lock, according to its record.
     pub(crate) may_hold: bool,
-    /// A process holds its lock file.
+    /// Whether a process holds its lock file.
     pub(crate) is_held: bool,
-    /// It is alive, and something asks it to stop.
+    /// Whether it is alive and about to end, because its `tf` or that `tf`'s parent process has exited.
     pub(crate) is_about_to_end: bool,
 }
 
-/// What `tf locks recover` was asked for.
+/// What `tf locks recover` was told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Finish,
-    /// `--dry-run`: say what would be done, and change nothing.
+    /// `--dry-run`: report what would be done, and change nothing.
     DryRun,
 }
 
 /// What is done about a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Treatment {
-    /// It is finished: its locks are released, or it is said why not.
+    /// It is finished: its locks are released, or it is reported why they are not.
     Finish,
-    /// It is said what would be done.
+    /// It is reported what would be done.
     Announce,
-    /// Its record is moved where a person can look at it.
+    /// Its record is moved to a place where a person can examine it.
     SetAside,
-    /// A person hears why it is left.
+    /// It is reported why the run is left alone.
     Report,
-    /// Nothing is done, and nothing is said.
+    /// Nothing is done or reported.
     LeaveAlone,
 }
 
-/// What is done about a run by a recovery that a person reads.
+/// Decides what a recovery does about a run. A person reads the reports of this recovery.
 pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
     let Facts { may_hold, is_held, is_about_to_end } = facts;
     let report_if = |is_worth_it: bool| if is_worth_it { Treatment::Report } else { Treatment::LeaveAlone };
@@ -64,13 +65,14 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
         (Sight::Dead, Mode::DryRun) => Treatment::Announce,
         (Sight::Broken, Mode::Finish) => Treatment::SetAside,
         (Sight::Broken, Mode::DryRun) => Treatment::Report,
-        // A run that is being finished has been waited for in vain: the process that takes care of it may be frozen.
+        // The wait for a run that another process is finishing was in vain. That process may be frozen.
         (Sight::ReadOnly | Sight::Doubtful, _) | (Sight::Settling, Mode::Finish) => report_if(may_hold),
-        // A run whose lock file is held is alive somewhere: on another machine, or in another container.
+        // If its lock file is held, the run is alive somewhere: on another machine, or in another container.
         (Sight::Foreign, _) => report_if(may_hold && !is_held),
-        // The wait was in vain. The run may hold its lock for long, which the caller hears by the exit code as well.
+        // The wait was in vain. The run may hold its lock for a long time. The exit code reports this to the caller as
+        // well.
         (Sight::Living, Mode::Finish) => report_if(may_hold && is_about_to_end),
-        // Nobody has waited for these.
+        // The recovery has not waited for these.
         (Sight::Living | Sight::Settling, Mode::DryRun) | (Sight::Gone, _) => Treatment::LeaveAlone,
     }
 }
@@ -78,30 +80,30 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
 /// A dead run, as a `tf` that is about to start terraform sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DeadRun {
-    /// It can have locked what this run is about to lock.
+    /// Whether it can have locked what this run is about to lock.
     pub(crate) is_near: bool,
-    /// It was cleaned up once, and something was left.
+    /// Whether it was cleaned up before, and something was left.
     pub(crate) was_tried: bool,
-    /// Its record was written a moment ago.
+    /// Whether its record was written a moment ago.
     pub(crate) is_recent: bool,
 }
 
-/// When a dead run is finished.
+/// When a dead run is finished, and by which process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// Before terraform starts: its lock would refuse terraform.
+    /// Before terraform starts, because its lock would refuse terraform.
     BeforeTerraform,
-    /// By a process that nobody waits for.
+    /// By a process in the background, for which nothing waits.
     InBackground,
     /// Not by this `tf`.
     Later,
 }
 
-/// When a dead run is finished by a `tf` that is about to start terraform.
+/// Decides when a `tf` that is about to start terraform finishes a dead run.
 pub(crate) fn turn(run: DeadRun) -> Turn {
     match run {
         DeadRun { is_near: true, .. } => Turn::BeforeTerraform,
-        // What could not be finished a moment ago would fail again.
+        // A cleanup that failed a moment ago would fail again.
         DeadRun { was_tried: true, is_recent: true, .. } => Turn::Later,
         DeadRun { .. } => Turn::InBackground,
     }

@@ -114,7 +114,7 @@ mod tests {
         }
     }
 
-    /// Terraform counts INT, TERM and HUP as interrupts, or they end it, so they are never passed on as they are.
+    /// Terraform counts INT, TERM and HUP as interrupts, or is killed by them, so they are never passed on as they are.
     #[test]
     fn a_request_to_stop_is_never_passed_on_as_it_came() {
         for (signal, origin, circumstances) in all() {

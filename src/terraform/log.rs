@@ -1,14 +1,16 @@
-//! The locks that a core log tells of.
+//! The locks that a core log reports.
 //!
-//! Since Terraform 1.10 the S3 backend writes at INFO, each with the lock's ID (backend/remote-state/s3/client.go):
-//! `Attempting to lock remote state (KIND)...` before it asks, `Locked remote state (KIND)` when it has it,
-//! `Attempting to unlock remote state (KIND)...` before it gives it back, and `Unlocked remote state (KIND)` when every
-//! half is gone. KIND is `S3 Native only`, `DynamoDB only` or `S3 Native and DynamoDB`.
-//! `Uploading remote state` comes before a write of the state and of its digest; nothing comes after one.
+//! Since Terraform 1.10, the S3 backend logs four messages at INFO, each with the lock's ID
+//! (backend/remote-state/s3/client.go): `Attempting to lock remote state (KIND)...` before it requests the lock,
+//! `Locked remote state (KIND)` when it has acquired it, `Attempting to unlock remote state (KIND)...` before it
+//! releases it, and `Unlocked remote state (KIND)` when every part is deleted. KIND is `S3 Native only`, `DynamoDB
+//! only` or `S3 Native and DynamoDB`. `Uploading remote state` is logged before a write of the state and of its digest.
+//! Nothing is logged after such a write.
 //!
-//! Other versions tell less, or otherwise ([`LogDetail`]): requests and their answers ([`super::exchange`]), or only that the
-//! local backend asked for a lock and went on (internal/backend/local/backend_local.go): `requesting state lock for workspace
-//! "x"`, then `reading remote state for workspace "x"`. That last pair stands in every program's trace, for every backend.
+//! Other versions log less, or in another form ([`LogDetail`]): requests and their responses ([`super::exchange`]), or
+//! only that the local backend requested a lock and then continued (internal/backend/local/backend_local.go):
+//! `requesting state lock for workspace "x"`, then `reading remote state for workspace "x"`. This last pair is in the
+//! trace of every program, for every backend.
 
 use std::collections::BTreeSet;
 
@@ -24,110 +26,120 @@ use super::record::LogRecord;
 use super::version::{LogDetail, Product, Version};
 use crate::time::saturating_sub;
 
-/// A request that was not answered yet.
+/// A request that the log has not answered yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Awaited {
     method: String,
-    /// The lock's ID, its path, or nothing of ours.
+    /// The lock's ID or its path. `None` if the request is not about a lock.
     about: Option<String>,
 }
 
-/// How far a record's time may lie before the one above it: records of two goroutines are timed before they queue for
-/// the writer (go-hclog, intlogger.go, `log`), so neighbours may be swapped by as long as one was kept waiting.
+/// How far the time of a record may lie before that of the record above it. Records of two goroutines get their times
+/// before they queue for the writer (go-hclog, intlogger.go, `log`), so two neighbors may be swapped by as long as one
+/// of them waited.
 const DISORDER_WINDOW: SignedDuration = SignedDuration::from_secs(1);
 
-/// No record that matters is longer; what is, is skipped.
+/// The maximum length of a line, in bytes. No record that matters is longer; a longer line is skipped.
 const MAX_LINE_BYTES: usize = 1 << 16;
 
-/// The name of a bucket has 63 bytes at most, and the key of an object 1024 (Amazon S3 User Guide).
+/// A name with fewer bytes than this is valid. The name of a bucket has at most 63 bytes, and the key of an object at
+/// most 1024 (Amazon S3 User Guide).
 const MAX_NAME_BYTES: usize = 1025;
 
-/// So many locks that were given back are kept: a late record of one finds it there.
+/// How many released locks are kept. A late record about one of them then finds its lock.
 const UNLOCKED_KEPT: usize = 16;
 
-/// So many locks can stand in a log that is believed. Terraform has two at once, while it migrates; those of nested ones are
-/// in the log as well.
+/// The maximum number of unreleased locks in a log that is believed. Terraform has two at once while it migrates a
+/// state. The locks of nested terraforms are in the same log.
 const UNRELEASED_LIMIT: usize = 256;
 
-/// So many locks can have been given back in a log that is believed: a migration of 8,000 workspaces takes that many.
+/// The maximum number of released locks in a log that is believed. A migration of 8,000 workspaces needs that many.
 const UNLOCKED_LIMIT: usize = 16_384;
 
-/// So many requests can wait for their answers. Of more, the oldest are forgotten, as if they were never answered.
+/// The maximum number of requests that await a response. If there are more, the oldest are forgotten, as if they were
+/// never answered.
 const AWAITED_LIMIT: usize = 64;
 
-/// With `-lock-timeout` a lock is asked for again and again; only the last request can be answered.
+/// The maximum number of request IDs that are kept for a lock. With `-lock-timeout`, terraform requests a lock again
+/// and again, and only the last request can succeed.
 const REQUESTS_KEPT: usize = 16;
 
-/// What is kept of a log has no more text than this, in bytes. In JSON, where a byte can become six, it is shorter than
-/// [`JSON_LIMIT`] with all the rest.
+/// The maximum length of the text that is kept of a log, in bytes. In JSON, one byte can become six. The limit is such
+/// that the JSON of the whole [`Log`] is still shorter than [`JSON_LIMIT`].
 const TEXT_LIMIT: usize = 192 << 10;
 
-/// What is kept of a log is never longer, in JSON: the guardian reads no more, and the journal little more.
+/// The maximum length of a [`Log`] in JSON, in bytes. The guardian reads no more than this, and the journal little
+/// more.
 pub(crate) const JSON_LIMIT: usize = 2 << 20;
 
-/// Everything that matters in a core log, read piece by piece.
+/// Everything that matters in a core log. The log is read in pieces.
 ///
-/// Serialised, it is what may be kept of a log: no text of it but what is said of its locks.
+/// In its serialized form, this is what may be kept of a log: no text of the log except the fields of its locks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Log {
-    /// In the order in which terraform asked for them.
+    /// The locks, in the order in which terraform requested them.
     #[serde(flatten, with = "two_lists")]
     locks: Vec<LoggedLock>,
-    /// The program whose log this is, from its first record. None: that record was not seen, so the log is not whole.
+    /// The program that wrote the log, from its first record. `None` if that record was not seen. Then the log is not
+    /// complete.
     #[serde(default)]
     pub(crate) program: Option<Version>,
-    /// Terraform was told to take no lock. It still takes one while it creates a workspace's state, and no other.
+    /// Whether terraform was told to take no lock. It still takes one while it creates the state of a workspace.
     pub(crate) locking_disabled: bool,
-    /// Terraform says that it left its operation at a second interrupt, without waiting for the operation's end.
+    /// Whether terraform logged that it left its operation at a second interrupt, without waiting for the operation to
+    /// end.
     #[serde(default)]
     canceled: bool,
-    /// Terraform was told to end with code 2 where there are changes.
+    /// Whether terraform was told to exit with code 2 if there are changes (`-detailed-exitcode`).
     #[serde(default)]
     pub(crate) announces_changes: bool,
-    /// The bucket and key of a state that did not fit its digest, the last time that terraform compared them
-    /// (backend/remote-state/s3/client.go, `Get`).
+    /// The bucket and key of a state that did not match its digest when terraform last found such a mismatch
+    /// (backend/remote-state/s3/client.go, `Get`). `None` if the log reports no mismatch.
     #[serde(default)]
     pub(crate) mismatch: Option<(String, String)>,
-    /// The times of the records run backwards: a clock was set, or somebody wrote who was not terraform.
+    /// Whether the times of the records run backwards: a clock was set, or another program wrote to the log.
     pub(crate) disordered: bool,
-    /// The time of the last record, as far as they run forwards.
+    /// The latest time of all records. `None` if there was no record.
     pub(crate) latest: Option<Timestamp>,
-    /// Terraform has asked for the lock of that workspace, at that time, and has not gone on yet. It is among `unnamed`.
+    /// The workspace whose lock terraform has requested, and the time of the request, until terraform continues. This
+    /// lock is one of [`Log::unnamed`]. `None` if there is no such request.
     #[serde(default)]
     asking: Option<(String, Timestamp)>,
     #[serde(default)]
     awaited: Vec<Awaited>,
-    /// The log names more than terraform does, or than can be kept: whoever wrote that, no lock of it is believed.
+    /// Whether the log names more locks than terraform takes, or more than can be kept. Then none of its locks is
+    /// believed.
     #[serde(default)]
     pub(crate) excessive: bool,
-    /// 32 bits of the ID of each lock that was given back and is not kept.
+    /// The first 32 bits of the ID of each released lock that is not kept.
     #[serde(default)]
     gone: BTreeSet<u32>,
-    /// When a lock was asked for last, kept or not.
+    /// When a lock was last requested, even if that lock is not kept. `None` if none was.
     #[serde(default)]
     asked_last: Option<Timestamp>,
-    /// It tells of requests at all.
+    /// Whether the log contains requests to the services.
     #[serde(default)]
     has_exchanges: bool,
     #[serde(skip)]
     exchanges: Exchanges,
-    /// A record of the S3 backend that is not whole: the lines of its last value are awaited.
+    /// A record of the S3 backend that is not complete: the lines of its last value are still to come.
     #[serde(skip)]
     begun: Option<String>,
-    /// The time of the record that the lines below it belong to.
+    /// The time of the record that the next lines may continue.
     #[serde(skip)]
     within: Option<Timestamp>,
     #[serde(skip)]
     partial: Vec<u8>,
-    /// How many bytes were read since the last whole line, and since the beginning of the last record.
+    /// How many bytes were read since the last complete line.
     #[serde(skip)]
     unfinished: u64,
+    /// How many bytes of complete lines were read since the beginning of the last record.
     #[serde(skip)]
     since_record: u64,
 }
 
 impl Log {
-    /// Takes the next bytes of the log.
+    /// Reads the next bytes of the log.
     pub(crate) fn read(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             if self.partial.len() < MAX_LINE_BYTES {
@@ -138,8 +150,8 @@ impl Log {
                 let length = std::mem::take(&mut self.unfinished);
                 let line = std::mem::take(&mut self.partial);
                 self.since_record += length;
-                // What is cut off at its end, by a full disk or by our limit, is no record: half an ID would be
-                // another lock's.
+                // A line that a full disk or the limit has truncated is not a record. Half an ID would be the ID of
+                // another lock.
                 if line.ends_with(b"\n") && self.line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r'])) {
                     self.since_record = length;
                 }
@@ -147,35 +159,37 @@ impl Log {
         }
     }
 
-    /// How many of the bytes that were read belong to a line that is not whole yet. They are not part of what is kept, so
-    /// whoever goes on with that must read them again.
+    /// Returns how many of the bytes that were read belong to a line or a record that is not complete yet. They are not
+    /// part of what is serialized, so a reader that resumes from there must read them again.
     pub(crate) fn unfinished(&self) -> u64 {
         let within = self.exchanges.is_within() || self.begun.is_some();
         self.unfinished + if within { self.since_record } else { 0 }
     }
 
-    /// The log ends within a line: the disk was full, or terraform died while it wrote.
+    /// Whether the log ends within a line: the disk was full, or terraform died while it wrote.
     pub(crate) fn is_torn(&self) -> bool {
         !self.partial.is_empty()
     }
 
-    /// What this log tells of locks of the S3 backend. None: it is not whole.
+    /// How much this log reports about locks of the S3 backend. `None` if the log's first record was not seen.
     pub(crate) fn log_detail(&self) -> Option<LogDetail> {
         self.program.as_ref().map(Version::log_detail)
     }
 
-    /// Whether a lock of the S3 backend would stand in this log.
+    /// Whether a lock of the S3 backend would be in this log.
     pub(crate) fn logs_locks(&self) -> bool {
         match self.log_detail() {
             Some(LogDetail::Full | LogDetail::IdsOnly) => true,
-            // Terraform up to 1.5 tells them only where its own log has that level, and not the one that we have put beside.
+            // Terraform up to 1.5 logs requests only if its own log has that level. The log that `tf` adds does not
+            // have them.
             Some(LogDetail::HttpTraffic) => self.has_exchanges,
             Some(LogDetail::AcquireOnly | LogDetail::None) | None => false,
         }
     }
 
-    /// Terraform has ended well: what it had begun to give back is gone, or it would have said so (`Error releasing the
-    /// state lock` is an error like any other, in all versions), and so is what its log tells nothing of.
+    /// Takes into account that terraform has exited successfully. Then each lock that it had begun to release is
+    /// released; otherwise it would have reported an error, as all versions do (`Error releasing the state lock`). The
+    /// same is true of the locks whose release the log does not report.
     pub(crate) fn ended_well(&mut self) {
         let names_no_end = self.log_detail().is_some_and(|detail| detail != LogDetail::Full);
         self.locks.retain_mut(|lock| match lock {
@@ -189,80 +203,81 @@ impl Log {
         });
     }
 
-    /// The locks that the log names, in the order in which they were asked for.
+    /// Returns the locks that the log names, in the order in which they were requested.
     pub(crate) fn named(&self) -> impl Iterator<Item = &RecordedLock> {
         self.locks.iter().filter_map(LoggedLock::named)
     }
 
-    /// The locks that the log does not name.
+    /// Returns the locks that the log does not name.
     pub(crate) fn unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
         self.locks.iter().filter_map(LoggedLock::unnamed)
     }
 
-    /// The locks of which only the local backend's own records tell, whichever backend they are in.
+    /// Returns the locks that only the local backend's own records mention, whichever backend they are in.
     pub(crate) fn of_workspaces(&self) -> impl DoubleEndedIterator<Item = &UnnamedLock> {
         self.locks.iter().filter_map(LoggedLock::unnamed).filter(|lock| lock.is_of_workspace())
     }
 
-    /// All locks.
+    /// Returns all locks.
     pub(crate) fn locks(&self) -> &[LoggedLock] {
         &self.locks
     }
 
-    /// Every lock was had at `at`, as if the log had said so.
+    /// Marks every lock as acquired at `at`, as if the log had reported it.
     pub(crate) fn grant_all(&mut self, at: Timestamp) {
         self.locks.iter_mut().for_each(|lock| lock.progress_mut().grant(at));
     }
 
-    /// Keeps `locks` in place of what was read.
+    /// Replaces the locks that were read with `locks`.
     pub(crate) fn set_locks(&mut self, locks: impl IntoIterator<Item = LoggedLock>) {
         self.locks = locks.into_iter().collect();
     }
 
-    /// Whether a lock of it may stand.
+    /// Whether a lock may still be held.
     pub(crate) fn may_hold(&self) -> bool {
         self.unreleased().next().is_some() || self.unreleased_unnamed().next().is_some()
     }
 
-    /// Whether it holds a lock that was not begun to be given back, and would tell so if it was. An end that may be a crash or
-    /// not is one then.
+    /// Whether the log has a lock whose release it would report, and does not. If the exit code does not show whether
+    /// terraform has crashed, this shows it. A log of [`LogDetail::IdsOnly`] reports only that a release begins.
     pub(crate) fn ends_with_request(&self) -> bool {
         let answers = self.log_detail() != Some(LogDetail::IdsOnly);
         self.unreleased().any(|lock| lock.progress.is_before_unlock() || answers)
             || self.unreleased_unnamed().any(|lock| !lock.is_of_workspace())
     }
 
-    /// Whether it broke off with a lock that it had, and not only asked for.
+    /// Like [`Log::ends_with_request`], but true only if terraform had acquired a lock, and not only requested it.
     pub(crate) fn ends_holding_lock(&self) -> bool {
         let had = self.unreleased().any(|lock| lock.progress.held.is_some())
             || self.unreleased_unnamed().any(|lock| lock.progress.held.is_some());
         had && self.ends_with_request()
     }
 
-    /// Whether terraform says that it left its operation at a second interrupt (internal/backend/local/backend.go, `opWait`).
+    /// Whether terraform logged that it left its operation at a second interrupt (internal/backend/local/backend.go,
+    /// `opWait`).
     pub(crate) fn was_canceled(&self) -> bool {
         self.canceled
     }
 
-    /// Whether it had a lock of which it would not tell that it was given back.
+    /// Whether there is a lock that only the local backend's records mention. The log would not report its release.
     pub(crate) fn held_unlogged(&self) -> bool {
         self.unreleased_unnamed().any(UnnamedLock::is_of_workspace)
     }
 
-    /// The locks that it had, did not say to have given back, and does not name.
+    /// Returns the locks that the log does not name, and does not report as released.
     pub(crate) fn unreleased_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
-        // Where requests are logged, a lock that only two records of the local backend tell of was none.
+        // If the log has requests, a lock that only the local backend's two records mention does not exist.
         let requests_are_logged = self.logs_locks();
         let was_none = move |lock: &UnnamedLock| requests_are_logged && lock.is_of_workspace();
         self.unnamed().filter(move |lock| !(lock.progress.is_gone() || was_none(lock)))
     }
 
-    /// The locks that terraform asked for and did not say to have given back.
+    /// Returns the locks that the log names, and does not report as released.
     pub(crate) fn unreleased(&self) -> impl Iterator<Item = &RecordedLock> {
         self.named().filter(|lock| !lock.progress.is_gone())
     }
 
-    /// Takes a line. Whether it begins a record.
+    /// Reads a line. Returns whether it begins a record.
     fn line(&mut self, line: &str) -> bool {
         if self.goes_on(line) {
             return false;
@@ -291,7 +306,7 @@ impl Log {
         if record.module == "backend/local" {
             self.local_backend(&record);
         }
-        // A Terraform that names its locks says all that its exchanges would.
+        // If a Terraform names its locks, its requests would add nothing.
         let names_locks = self.program.as_ref().is_none_or(|program| {
             program.product() == Product::Terraform
                 && matches!(program.log_detail(), LogDetail::Full | LogDetail::IdsOnly)
@@ -313,7 +328,8 @@ impl Log {
         true
     }
 
-    /// Takes a line that goes on with a record that has begun. The last one has no more than the indentation.
+    /// Reads a line that continues a record. Returns `false` if the line does not. The last line of a record consists
+    /// of the indentation alone.
     fn goes_on(&mut self, line: &str) -> bool {
         let Some(mut record) = self.begun.take() else { return false };
         let belongs = line.starts_with("  ") && record.len() + line.len() < MAX_LINE_BYTES;
@@ -330,7 +346,7 @@ impl Log {
         belongs
     }
 
-    /// Forgets the oldest locks that were given back, but for their IDs.
+    /// Forgets the oldest released locks, except for their IDs.
     fn forget_unlocked(&mut self) {
         let is_gone = |lock: &LoggedLock| lock.progress().is_gone();
         let mut surplus = self.locks.iter().filter(|lock| is_gone(lock)).count().saturating_sub(UNLOCKED_KEPT);
@@ -349,7 +365,7 @@ impl Log {
         }
     }
 
-    /// Adds a lock that was asked for. One whose ID was given back before is somebody's forgery.
+    /// Adds a lock that was requested. If a lock with its ID was released before, the record is a forgery.
     fn add(&mut self, mut lock: LoggedLock) {
         if let LoggedLock::Named(lock) = &mut lock {
             lock.contradicted |= self.gone.contains(&fingerprint(&lock.id));
@@ -371,7 +387,7 @@ impl Log {
         }
     }
 
-    /// Whether there is more in it than can be. The log is not believed from then on.
+    /// Whether there are more locks or more text than there can be. If so, the log is not believed from then on.
     fn is_excessive(&mut self) -> bool {
         let unreleased = self.locks.iter().filter(|lock| !lock.progress().is_gone()).count();
         let excessive = unreleased > UNRELEASED_LIMIT || self.length_of_text() > TEXT_LIMIT;
@@ -379,7 +395,7 @@ impl Log {
         excessive
     }
 
-    /// How much text is kept.
+    /// Returns the length of all text that is kept, in bytes.
     fn length_of_text(&self) -> usize {
         let locks = self.locks.iter().map(LoggedLock::length_of_text);
         let awaited = self.awaited.iter().map(|one| one.method.len() + one.about.as_ref().map_or(0, String::len));
@@ -387,7 +403,7 @@ impl Log {
         locks.chain(awaited).chain(asking).sum()
     }
 
-    /// The pair of records that every backend's operations have.
+    /// Reads the pair of records that the operations of every backend have.
     fn local_backend(&mut self, record: &LogRecord<'_>) {
         let workspace = |before| between(record.message, before, "\"");
         if let Some(workspace) = workspace("requesting state lock for workspace \"") {
@@ -444,7 +460,8 @@ impl Log {
         } else if record.message == "Uploading remote state" {
             self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
         } else if record.message == "Downloading remote state" && self.log_detail() == Some(LogDetail::IdsOnly) {
-            // No answer is told there; but what is read after it was asked for is read under the lock.
+            // This version does not log whether the request succeeded. But terraform reads the state only after it has
+            // acquired the lock.
             let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
             let named = self.locks.iter_mut().filter_map(LoggedLock::named_mut);
             let asked =
@@ -470,7 +487,7 @@ impl Log {
             Exchange::PutLock { bucket, key, checksum } => {
                 self.await_answer("PutObject", Some(format!("{bucket}/{key}")));
                 let identity = LockIdentity::Object { bucket, key, checksum };
-                // With -lock-timeout it is asked for again, and is the same one.
+                // With -lock-timeout, terraform requests the same lock again.
                 let is_it = |lock: &UnnamedLock| lock.identity == identity && !lock.progress.is_gone();
                 if !self.unnamed().any(is_it) {
                     self.add(LoggedLock::Unnamed(UnnamedLock::asked_for(identity, time)));
@@ -507,7 +524,7 @@ impl Log {
             let LockIdentity::Object { bucket: its, key: own, checksum: sum } = &lock.identity else { return false };
             its == bucket && own == key && sum.as_ref().is_none_or(|sum| *sum == checksum)
         };
-        // Its other part was put into S3 a moment before.
+        // Terraform has put the other part into S3 just before.
         let before = self.locks.len();
         self.locks.retain(|lock| !lock.unnamed().is_some_and(is_other_part));
         let parts = LockParts { s3: self.locks.len() < before, dynamodb: true };
@@ -518,7 +535,7 @@ impl Log {
         let path = match object {
             Some((bucket, key)) => match key.strip_suffix(LOCK_FILE) {
                 Some(state) => Some(format!("{bucket}/{state}")),
-                // A state's own object.
+                // The object is the state itself.
                 None => return,
             },
             None => None,
@@ -530,7 +547,8 @@ impl Log {
             }
         }
         let [place] = fits.as_slice() else {
-            // To which of several it belongs nothing tells. What is not known to be answered is looked after.
+            // The log does not show which of these requests it answers. A lock that may still be held is looked for, so
+            // it is safe to count all of them as unanswered.
             fits.iter().rev().for_each(|place| drop(self.awaited.remove(*place)));
             return;
         };
@@ -542,7 +560,7 @@ impl Log {
                 }
             }
             "PutObject" => {
-                // A lock that is named is held when its item is: the object was put before that.
+                // A named lock is acquired when its item is written. Its object is put before that.
                 for lock in self.locks.iter_mut().filter(|lock| lock.unnamed().is_some() && lock.is_at(&about)) {
                     lock.progress_mut().grant(time);
                 }
@@ -557,7 +575,7 @@ impl Log {
             match lock {
                 LoggedLock::Named(lock) if lock.progress.is_before_unlock() => {}
                 LoggedLock::Named(lock) => lock.part_is_gone(part),
-                // All that is known of it is its object.
+                // Nothing but its object is known of the lock.
                 LoggedLock::Unnamed(lock) if part == Part::Object => lock.progress.finish(),
                 LoggedLock::Unnamed(_) => {}
             }
@@ -578,7 +596,7 @@ impl Log {
         let parts = match kind {
             "S3 Native only" => LockParts { s3: true, dynamodb: false },
             "DynamoDB only" => LockParts { s3: false, dynamodb: true },
-            // Both, and whatever a later version calls it: to look in both places is never wrong.
+            // Both, or a kind that a later version adds. It is never wrong to look in both places.
             _ => LockParts { s3: true, dynamodb: true },
         };
         let info = LockInfo {
@@ -602,7 +620,7 @@ impl Log {
                     && known.bucket == lock.bucket
                     && known.key == lock.key
                     && known.parts == lock.parts;
-                // An ID is drawn for one lock: asked for again after it was had, it is somebody's forgery.
+                // Each ID is drawn for one lock. A request for it after the lock was acquired is a forgery.
                 known.contradicted |= !same || known.progress.held.is_some() || !known.progress.is_before_unlock();
                 known.requests.extend(lock.requests);
                 let surplus = known.requests.len().saturating_sub(REQUESTS_KEPT);
@@ -627,13 +645,13 @@ impl Log {
     }
 }
 
-/// 32 bits of a lock's ID, which is drawn at random.
+/// Returns the first 32 bits of a lock's ID. IDs are drawn at random.
 fn fingerprint(id: &str) -> u32 {
     u32::from_str_radix(id.get(..8).unwrap_or_default(), 16).unwrap_or_default()
 }
 
-/// Whether terraform's arguments, as Go prints a list of strings, hold `-lock=false` in any of Go's spellings
-/// (strconv.ParseBool). The words of `TF_CLI_ARGS` are among them.
+/// Whether terraform's arguments contain `-lock=false` in any of Go's spellings (strconv.ParseBool). `arguments` is a
+/// list of strings as Go prints it. It includes the words of `TF_CLI_ARGS`.
 fn disables_locking(arguments: &str) -> bool {
     ["0", "f", "F", "false", "FALSE", "False"].iter().any(|no| arguments.contains(&format!("-lock={no}\"")))
 }
@@ -728,7 +746,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A whole life, of a state whose key is `dir\nx`.
+    /// Returns the records of a lock from its request to its release. The key of the state is `dir\nx`.
     fn life_on_several_lines() -> String {
         let value = |name: &str, first: &str| format!("\n  {name}=\n  | {first}\n  | x\n  ");
         let text = whole_life();
@@ -750,7 +768,7 @@ pub(crate) mod tests {
         assert!(log(&text[..upload]).named().next().unwrap().progress.is_writing());
     }
 
-    /// Whoever goes on with what is kept begins at the record that is not whole.
+    /// A reader that resumes begins at the record that is not complete.
     #[test]
     fn a_reader_that_goes_on_reads_an_unfinished_record_again() {
         let text = life_on_several_lines();
@@ -763,7 +781,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Whatever a provisioner writes between the lines of a record, the next record is read.
+    /// A provisioner may write anything between the lines of a record. The next record is still read.
     #[test]
     fn a_record_that_is_not_whole_swallows_nothing() {
         let text = life_on_several_lines();
@@ -835,7 +853,7 @@ pub(crate) mod tests {
         assert!(!log(&[asking(9, ID, "r1"), locked(8, ID, "r1")].concat()).disordered);
     }
 
-    /// A provisioner can append any time to the log.
+    /// A provisioner can append a record with any time to the log.
     #[test]
     fn no_time_in_a_log_panics() {
         for time in [Timestamp::MIN, Timestamp::MAX] {
@@ -893,7 +911,7 @@ pub(crate) mod tests {
             for again in [false, true] {
                 let mut log = log(&whole);
                 if again {
-                    // As another process goes on with it.
+                    // Another process resumes from the serialized log.
                     log = serde_json::from_str(&json(&log)).unwrap();
                 }
                 log.read(locked(13, &id, "r1").as_bytes());
@@ -905,7 +923,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Whatever somebody writes into the log: what is kept of it can be read by the guardian, and by whoever recovers.
+    /// Anything may be written to the log. What is kept of it must still fit into what the guardian and a recovery
+    /// read.
     #[test]
     fn what_is_kept_of_a_log_is_never_longer_than_can_be_read() {
         let control = "\u{1}".repeat(4_000);
@@ -963,7 +982,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// With -lock-timeout terraform asks every 16 s at most.
+    /// With -lock-timeout, terraform requests the lock every 16 s at most.
     #[test]
     fn a_lock_that_was_asked_for_all_day_is_believed() {
         let mut log = Log::default();

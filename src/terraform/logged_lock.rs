@@ -1,4 +1,4 @@
-//! One lock of a terraform's log: what it is identified by, and how far it has come.
+//! A lock in terraform's log: what identifies it, and how far it has progressed.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -14,80 +14,80 @@ pub(crate) struct LockParts {
     pub(crate) dynamodb: bool,
 }
 
-/// How far terraform has come with a lock, beyond having asked for it and having it.
+/// How far terraform has progressed with a lock, apart from the request for it and its acquisition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// Nothing more is known.
     #[default]
     Open,
-    /// It has begun to write the state: the write may be on its way.
+    /// Terraform has begun to write the state. The write may still land.
     Writing,
-    /// It has begun to release the lock: its deletes, which carry no condition, may be on their way.
+    /// Terraform has begun to release the lock. Its deletes, which have no condition, may still land.
     Unlocking,
-    /// It said that every part is gone, or the deletes were answered.
+    /// Terraform logged that every part is deleted, or the deletes were answered.
     Gone,
 }
 
 /// What terraform has done about a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Progress {
-    /// When it asked first. With `-lock-timeout` it asks again, with the same ID.
+    /// When terraform first requested it. With `-lock-timeout` it requests it again, with the same ID.
     pub(crate) asked: Timestamp,
-    /// When it got the lock, or went on as if it had it. `None` if the log does not say so.
+    /// When terraform acquired the lock, or continued as if it had. `None` if the log does not show it.
     pub(crate) held: Option<Timestamp>,
     pub(crate) phase: Phase,
 }
 
 impl Progress {
-    /// The lock was asked for at `at`.
+    /// Returns the progress of a lock that was requested at `at`.
     pub(crate) fn asked(at: Timestamp) -> Self {
         Self { asked: at, held: None, phase: Phase::Open }
     }
 
-    /// The first answer counts.
+    /// Notes that the lock was acquired at `at`. Only the first such time counts.
     pub(crate) fn grant(&mut self, at: Timestamp) {
         self.held = self.held.or(Some(at));
     }
 
-    /// A write of the state began. One that begins after the unlock is not this lock's.
+    /// Notes that a write of the state has begun. A write that begins after the unlock is not made under this lock.
     pub(crate) fn begin_write(&mut self) {
         if self.phase < Phase::Unlocking {
             self.phase = Phase::Writing;
         }
     }
 
-    /// The unlock began. What was written before has been answered: terraform unlocks after it.
+    /// Notes that the unlock has begun. All writes are answered by then, because terraform unlocks after them.
     pub(crate) fn begin_unlock(&mut self) {
         self.phase = self.phase.max(Phase::Unlocking);
     }
 
-    /// Nothing of the lock is left.
+    /// Notes that every part of the lock is deleted.
     pub(crate) fn finish(&mut self) {
         self.phase = Phase::Gone;
     }
 
-    /// Whether terraform has not begun to release the lock.
+    /// Whether terraform has not yet begun to release the lock.
     pub(crate) fn is_before_unlock(self) -> bool {
         self.phase < Phase::Unlocking
     }
 
-    /// Whether terraform has begun to release the lock, and the log does not say that it is gone.
+    /// Whether terraform has begun to release the lock, and the log does not show that it is released.
     pub(crate) fn is_unlocking(self) -> bool {
         self.phase == Phase::Unlocking
     }
 
-    /// Whether terraform has begun to write the state, and not yet to release the lock.
+    /// Whether terraform has begun to write the state, and has not yet begun to release the lock.
     #[cfg(test)]
     pub(crate) fn is_writing(self) -> bool {
         self.phase == Phase::Writing
     }
 
-    /// Whether nothing of the lock is left.
+    /// Whether every part of the lock is deleted.
     pub(crate) fn is_gone(self) -> bool {
         self.phase == Phase::Gone
     }
 
-    /// Whether a write or a delete may be on its way.
+    /// Whether a write or a delete may still land.
     pub(crate) fn may_be_writing(self) -> bool {
         matches!(self.phase, Phase::Writing | Phase::Unlocking)
     }
@@ -98,26 +98,26 @@ impl Progress {
 pub(crate) struct RecordedLock {
     /// The lock ID.
     pub(crate) id: String,
-    /// `OperationTypeApply`...
+    /// The operation: `OperationTypeApply`...
     pub(crate) operation: String,
-    /// `user@host`.
+    /// The holder: `user@host`.
     pub(crate) who: String,
     /// Terraform's version.
     pub(crate) version: String,
-    /// `bucket/key`.
+    /// The path of the state: `bucket/key`.
     pub(crate) path: String,
     /// The bucket of the state.
     pub(crate) bucket: String,
     /// The key of the state.
     pub(crate) key: String,
-    /// Which parts it asked for.
+    /// The parts that terraform requested.
     #[serde(rename = "halves")]
     pub(crate) parts: LockParts,
     #[serde(flatten, with = "progress_of_named")]
     pub(crate) progress: Progress,
-    /// The IDs of the requests for it.
+    /// The IDs of the requests for the lock.
     pub(super) requests: Vec<String>,
-    /// Two records of this ID disagree, or an answer came to a request that was never made.
+    /// Whether two records about this ID disagree, or a response belongs to a request that was never made.
     pub(crate) contradicted: bool,
     /// The parts whose deletes were answered.
     #[serde(default)]
@@ -125,12 +125,13 @@ pub(crate) struct RecordedLock {
 }
 
 impl RecordedLock {
-    /// Whether terraform had it and has not begun to release it: its operation was not over.
+    /// Whether terraform had acquired the lock and has not begun to release it, so that its operation is not over.
     pub(crate) fn is_in_use(&self) -> bool {
         self.progress.held.is_some() && self.progress.is_before_unlock()
     }
 
-    /// A lock that was asked for, as if a log had said so: one that `tf` takes itself, or that a request names.
+    /// Returns a lock that is only requested, as if a log had said so. `tf` requests the lock itself, or a logged
+    /// request names it.
     pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
         Self {
             id: info.id.clone(),
@@ -148,14 +149,14 @@ impl RecordedLock {
         }
     }
 
-    /// A lock whose ID was found by reading it, as if a log had named it.
+    /// Returns a lock whose ID was found by reading the lock, as if a log had named it.
     pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
         let mut lock = Self::asked_for(info, bucket, key, parts, at);
         lock.progress.grant(at);
         lock
     }
 
-    /// The delete of one part was answered.
+    /// Notes that the delete of one part was answered.
     pub(super) fn part_is_gone(&mut self, part: Part) {
         match part {
             Part::Object => self.gone.s3 = true,
@@ -181,10 +182,10 @@ pub(super) enum Part {
     Item,
 }
 
-/// A lock that terraform asked for, and whose ID its log does not name.
+/// A lock that terraform requested. The log does not name its ID.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct UnnamedLock {
-    /// What it can be identified by.
+    /// What the lock can be identified by.
     #[serde(rename = "mark")]
     pub(crate) identity: LockIdentity,
     #[serde(flatten, with = "progress_of_unnamed")]
@@ -192,12 +193,12 @@ pub(crate) struct UnnamedLock {
 }
 
 impl UnnamedLock {
-    /// A lock that was asked for at `at`.
+    /// Returns a lock that was requested at `at`.
     pub(super) fn asked_for(identity: LockIdentity, at: Timestamp) -> Self {
         Self { identity, progress: Progress::asked(at) }
     }
 
-    /// Whether nothing is known of it but that it was asked for: not its text, and not that it was had.
+    /// Whether it is only known that the lock was requested: not its text, and not whether it was acquired.
     pub(crate) fn is_only_asked_for(&self) -> bool {
         self.progress.held.is_none() && self.is_of_workspace()
     }
@@ -207,7 +208,7 @@ impl UnnamedLock {
         matches!(self.identity, LockIdentity::Workspace(_))
     }
 
-    /// Whether both are of one request.
+    /// Whether both are about the same request.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         (&self.identity, self.progress.asked) == (&other.identity, other.progress.asked)
     }
@@ -225,30 +226,30 @@ impl UnnamedLock {
 /// What an [`UnnamedLock`] can be identified by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum LockIdentity {
-    /// It was put as this object: bucket, and key of the state; with the SHA-256 of its text, in base 64.
+    /// The lock was put into S3 as an object.
     Object {
         /// The bucket.
         bucket: String,
         /// The key of the state.
         key: String,
-        /// `None` where terraform was told to send none (`skip_s3_checksum`).
+        /// The SHA-256 of the lock's text, in base 64. `None` if terraform was told to send none (`skip_s3_checksum`).
         checksum: Option<String>,
     },
-    /// It was had between two records, for this workspace.
+    /// The local backend's two records name this workspace. Nothing else is known of the lock.
     Workspace(String),
 }
 
-/// A lock of a log.
+/// A lock in a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LoggedLock {
     /// The log names its ID.
     Named(RecordedLock),
-    /// It does not.
+    /// The log does not name its ID.
     Unnamed(UnnamedLock),
 }
 
 impl LoggedLock {
-    /// The lock, if the log names its ID.
+    /// Returns the lock if the log names its ID.
     pub(crate) fn named(&self) -> Option<&RecordedLock> {
         match self {
             Self::Named(lock) => Some(lock),
@@ -256,7 +257,7 @@ impl LoggedLock {
         }
     }
 
-    /// The same, to be changed.
+    /// Like [`LoggedLock::named`], but mutable.
     pub(super) fn named_mut(&mut self) -> Option<&mut RecordedLock> {
         match self {
             Self::Named(lock) => Some(lock),
@@ -264,7 +265,7 @@ impl LoggedLock {
         }
     }
 
-    /// The lock, if the log does not name its ID.
+    /// Returns the lock if the log does not name its ID.
     pub(crate) fn unnamed(&self) -> Option<&UnnamedLock> {
         match self {
             Self::Named(_) => None,
@@ -286,7 +287,8 @@ impl LoggedLock {
         }
     }
 
-    /// Whether it locks the state `key` in `bucket`. A lock of which only the workspace is known may lock any.
+    /// Whether this may be the lock of the state `key` in `bucket`. If only its workspace is known, it may lock any
+    /// state.
     pub(super) fn may_lock(&self, bucket: &str, key: &str) -> bool {
         match self {
             Self::Named(lock) => lock.bucket == bucket && lock.key == key,
@@ -297,7 +299,7 @@ impl LoggedLock {
         }
     }
 
-    /// Whether its parts are at `path`, which is `bucket/key` of the state.
+    /// Whether the lock's parts are at `path`, which is `bucket/key` of the state.
     pub(super) fn is_at(&self, path: &str) -> bool {
         match self {
             Self::Named(lock) => lock.path == path,
@@ -308,7 +310,7 @@ impl LoggedLock {
         }
     }
 
-    /// How many bytes of text are kept of it.
+    /// Returns the length of the text that is kept of the lock, in bytes.
     pub(super) fn length_of_text(&self) -> usize {
         match self {
             Self::Named(lock) => lock.length_of_text(),
@@ -317,7 +319,7 @@ impl LoggedLock {
     }
 }
 
-/// How far a lock has come, as version 0.1 wrote it to disk: a flag for each phase.
+/// How far a lock has progressed, as version 0.1 wrote it to disk: a flag for each phase.
 #[derive(Serialize, Deserialize)]
 struct Flags {
     unlocking: bool,
@@ -392,7 +394,7 @@ mod progress_of_unnamed {
     }
 }
 
-/// The locks of a log on disk: version 0.1 had a list of those that the log names, and one of the others.
+/// The locks of a log on disk. Version 0.1 had a list of the locks that the log names, and a list of the others.
 pub(super) mod two_lists {
     use super::{Deserialize, LoggedLock, RecordedLock, Serialize, UnnamedLock};
 

@@ -1,4 +1,5 @@
-//! Other backends than S3, each with a real terraform that is killed: what is given back, what is named, what needs neither.
+//! Backends other than S3, each with a real terraform that is killed: which locks are released, which are only
+//! reported, and which end on their own.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,7 +20,7 @@ use crate::support::test_env::{WAITS, who};
 use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 use crate::versions::program;
 
-/// A directory with another backend, whose provisioner is `command`.
+/// Writes a configuration with another backend, and with a provisioner that runs `command`.
 fn write_main(env: &TestEnv, backend: &str, command: &str) {
     let command = serde_json::to_string(command).unwrap();
     env.write(
@@ -51,13 +52,13 @@ fn start_bare(env: &TestEnv) -> Run {
     run
 }
 
-/// Google Cloud Storage: a real implementation of its protocol behind Google's own host name. That implementation takes any
-/// delete, whatever generation it names; the front compares, as Google does.
+/// Google Cloud Storage: a real implementation of its protocol behind Google's own host name. The implementation
+/// deletes an object whatever generation the request names. The proxy in front compares the generation, as Google does.
 struct Storage {
     port: u16,
-    /// Requests that deleted a lock, as they came.
+    /// The requests that deleted a lock, by their first lines.
     deletes: Arc<Mutex<Vec<String>>>,
-    /// Which of them is held back.
+    /// Which of them is held: 1 is the first. 0 holds none.
     held: Arc<AtomicUsize>,
     front: Proxy,
     authority: Arc<Authority>,
@@ -121,7 +122,7 @@ impl Storage {
         Self { port, deletes, held, front, authority, _server: server }
     }
 
-    /// A directory that is at home there, initialised.
+    /// Returns an initialized directory with this backend.
     fn test_env(&self, command: &str) -> TestEnv {
         let mut env = TestEnv::empty(Lock::File);
         let above = env.directory.parent().unwrap().to_owned();
@@ -137,7 +138,7 @@ impl Storage {
         generation(self.port).is_some()
     }
 
-    /// Puts another's lock in the place of whatever stands there.
+    /// Replaces the lock by another run's lock. Returns its generation.
     fn put_lock(&self, created: &str) -> String {
         http::ask(self.port, "DELETE", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"");
         let info = json!({"ID": "22222222-3333-4444-5555-666666666666", "Operation": "OperationTypeApply", "Info": "", "Who": who(),
@@ -149,7 +150,7 @@ impl Storage {
     }
 }
 
-/// The generation of the lock's object.
+/// Returns the generation of the lock's object. `None` if there is none.
 fn generation(port: u16) -> Option<String> {
     let answer = http::ask(port, "GET", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"")?;
     let object: Value = serde_json::from_slice(&answer.body).ok()?;
@@ -191,7 +192,7 @@ fn gcs_a_killed_terraform_leaves_its_lock_and_under_tf_none() {
 fn gcs_anothers_lock_stands_whenever_it_came() {
     let storage = Storage::start();
     let env = storage.test_env("(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
-    // Before we look: made a moment later than ours.
+    // The lock is replaced before `tf` looks for it. The new lock is created a moment later than the run's own.
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     env.wait_for_trace("ending ");
@@ -202,7 +203,7 @@ fn gcs_anothers_lock_stands_whenever_it_came() {
     assert!(end.err.contains(&theirs) && !end.err.contains("released the lock"), "{}", env.dump(&end));
     http::ask(storage.port, "DELETE", &format!("/storage/v1/b/tfb/o/{LOCK}"), &[], b"");
 
-    // Between our look and our delete.
+    // The lock is replaced after `tf` has looked at it and before it deletes it.
     let _ = std::fs::remove_file(env.directory.join("began"));
     let _ = std::fs::remove_file(env.directory.join("go"));
     let run = env.start_apply(Subject::Tf);
@@ -245,15 +246,15 @@ fn gcs_when_tf_is_killed_the_guardian_or_the_next_tf_gives_it_back() {
     }
 }
 
-/// The question is asked by a terraform that has the lock itself for a moment. Whoever does not wait for it, or goes, must
-/// not leave that one.
+/// A terraform reads the lock for `tf`, and holds the lock itself for a moment. If `tf` does not wait for it, or exits,
+/// that lock must not be left.
 #[test]
 fn gcs_a_question_that_nobody_waits_for_leaves_no_lock_of_its_own() {
     for closed in [false, true] {
         let storage = Storage::start();
         let env = storage.test_env(WAITS);
         let run = env.start_apply(Subject::Tf);
-        // The first delete is the release's, the second the question's own.
+        // The first delete belongs to the release, the second to the reading terraform.
         storage.held.store(2, Ordering::SeqCst);
         run.kill_terraform();
         storage.front.wait_until_held();
@@ -261,7 +262,7 @@ fn gcs_a_question_that_nobody_waits_for_leaves_no_lock_of_its_own() {
         if closed {
             run.send_to_group(Signal::SIGKILL);
         } else {
-            // Two at once would be one to the kernel.
+            // Two pending signals at once count as one for the kernel.
             run.send(Signal::SIGINT);
             env.wait_for_trace("an interrupt while terraform is asked");
             run.send(Signal::SIGINT);
@@ -298,7 +299,7 @@ fn gcs_a_run_that_ends_by_itself_is_left_alone_and_so_is_a_service_that_is_not_g
     assert!(storage.is_locked());
 }
 
-/// Azure Blob Storage: Microsoft's own emulator behind its true host name.
+/// Azure Blob Storage: Microsoft's own emulator behind Azure's host name.
 struct Blobs {
     port: u16,
     signature: String,
@@ -325,7 +326,7 @@ impl Blobs {
         ];
         let server = keep(&command, &[]);
         wait_for("the blobs", || http::ask(port, "GET", "/", &[], b""), || format!("port {port}"));
-        // A signature for the emulator's one account, whose key is in its manual.
+        // A signature for the emulator's only account, whose key is in its manual.
         let script = "import base64, hashlib, hmac, urllib.parse\n\
             key = base64.b64decode('Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==')\n\
             p = dict(sv='2021-06-08', ss='b', srt='sco', sp='rwdlacupx', st='2020-01-01T00:00:00Z', se='2099-01-01T00:00:00Z', spr='https,http')\n\
@@ -403,7 +404,7 @@ fn azurerm_anothers_lease_stands() {
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     env.wait_for_trace("ending ");
-    // A person breaks it, and another's terraform takes it.
+    // A person breaks the lease, and another terraform acquires it.
     let broken = blobs.ask(
         "PUT",
         "tfc/prod.tfstate?comp=lease&",
@@ -420,7 +421,7 @@ fn azurerm_anothers_lease_stands() {
     assert_eq!(blobs.ask("PUT", "tfc/prod.tfstate?comp=lease&", &still).status(), 200, "{}", env.dump(&end));
 }
 
-/// A server of the `http` backend's protocol that unlocks whoever asks, as the protocol allows.
+/// A server for the `http` backend. It unlocks for any request, whatever its ID, as the protocol allows.
 struct States {
     proxy: Proxy,
     held: Arc<Mutex<Option<String>>>,
@@ -484,11 +485,11 @@ fn http_its_lock_is_named_and_never_unlocked_for_its_unlock_hits_anybody() {
     assert!(end.err.contains("backend http") && end.err.contains("was not released"), "{}", env.dump(&end));
     assert!(end.err.contains(&format!("http://127.0.0.1:{}/state", states.proxy.port)), "{}", env.dump(&end));
     assert!(!end.err.contains("hunter2"), "{}", end.err);
-    // Why: with any ID at all terraform's own unlock takes it from whoever holds it.
+    // The reason: terraform's own unlock takes the lock from any holder, with any ID.
     let end = env.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert_eq!(*states.held.lock().unwrap(), None);
-    // And a run that ends well leaves nothing and says nothing.
+    // A run that exits successfully leaves no lock and reports nothing.
     assert!(apply_again(&env).err.is_empty());
 }
 
@@ -525,7 +526,7 @@ fn local_a_lock_ends_with_its_process_and_nothing_is_said() {
     assert!(apply_again(&env).err.is_empty());
 }
 
-/// PostgreSQL, which does not run as root.
+/// PostgreSQL. It refuses to run as root.
 struct Postgres {
     port: u16,
     directory: tempfile::TempDir,
@@ -571,7 +572,7 @@ impl Postgres {
             shell.args(["-c", &command]);
             shell
         };
-        // Its server must not hold a pipe of ours.
+        // The server must not inherit a pipe of the tests.
         let log = tempfile::NamedTempFile::new().unwrap();
         let out = || Stdio::from(log.reopen().unwrap());
         let status = shell.current_dir("/").stdin(Stdio::null()).stdout(out()).stderr(out()).status().unwrap();
@@ -582,7 +583,7 @@ impl Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         self.run("BIN/pg_ctl -D DIR/data -m immediate stop");
-        // Files of another user: emptied by that user.
+        // The files belong to another user, so that user deletes them.
         self.run("rm -rf DIR/data");
     }
 }
@@ -599,7 +600,7 @@ fn pg_a_lock_ends_with_its_connection_and_nothing_is_said() {
     let end = run.wait();
     assert!(!end.err.contains("lock") && !end.err.contains("hunter2"), "{}", env.dump(&end));
     assert!(apply_again(&env).err.is_empty());
-    // Why nothing is done: its force-unlock answers success to anything.
+    // The reason why nothing is done: its force-unlock reports success for any ID.
     let end = env.run(Subject::Bare, &["force-unlock", "-force", "00000000-0000-0000-0000-000000000000"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }

@@ -1,6 +1,6 @@
-//! `tf` around every other terraform and OpenTofu that can be had, and on other backends than S3.
+//! `tf` with all other versions of terraform and OpenTofu that can be installed, and with backends other than S3.
 //!
-//! `make elsewhere` installs them and runs this.
+//! `make elsewhere` installs them and runs these tests.
 
 #![expect(
     unsafe_code,

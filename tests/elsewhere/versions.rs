@@ -1,4 +1,4 @@
-//! The same promises with every other terraform, and with OpenTofu.
+//! The same guarantees with the other versions of terraform, and with OpenTofu.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::support::processes::{
 use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
-/// Terraforms that name their locks in their log, and how they can lock.
+/// The terraforms that log the IDs of their locks, and the kinds of lock that they support.
 const TERRAFORMS: [(&str, &[Lock]); 7] = [
     ("terraform-1.6.6", &[Lock::DynamoDb]),
     ("terraform-1.8.4", &[Lock::DynamoDb]),
@@ -23,7 +23,7 @@ const TERRAFORMS: [(&str, &[Lock]); 7] = [
     ("terraform-1.15.5", &Lock::ALL),
 ];
 
-/// One that does not.
+/// A program that does not log the IDs of its locks.
 const TOFU: &str = "tofu-1.6.2";
 
 fn everything() -> impl Iterator<Item = (&'static str, Lock)> {
@@ -37,7 +37,7 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// A directory that this program has initialised, whose provisioner waits.
+/// Returns a directory that this program has initialized.
 fn test_env(name: &str, lock: Lock, provisioner: &str) -> TestEnv {
     let mut env = TestEnv::empty(lock);
     env.set("TFW_TERRAFORM", program(name));
@@ -48,7 +48,7 @@ fn test_env(name: &str, lock: Lock, provisioner: &str) -> TestEnv {
     env
 }
 
-/// The terraform below a `tf`.
+/// Returns the terraform below a `tf`.
 #[track_caller]
 pub fn terraform_of(run: &Run) -> Pid {
     let is_it = |name: &str| name.starts_with("terraform") || name.starts_with("tofu");
@@ -102,7 +102,7 @@ fn interrupted_each_ends_by_itself_and_nothing_is_said() {
         let env = test_env(name, lock, WAITS);
         let run = env.start_apply(Subject::Tf);
         run.send(Signal::SIGINT);
-        // Terraform ends its provisioner itself.
+        // Terraform stops its provisioner itself.
         let end = run.wait();
         assert_eq!(end.code(), Some(1), "{name}: {}", env.dump(&end));
         assert!(!end.out.contains("Two interrupts") && !end.err.contains("tf: "), "{name}: {}", env.dump(&end));
@@ -166,7 +166,7 @@ fn when_everything_is_killed_the_next_tf_gives_the_lock_back() {
         let env = test_env(name, lock, WAITS);
         let _kill_on_drop = KillOnDrop(home(&env));
         let run = env.start_apply(Subject::Tf);
-        // The journal has it within some 20 ms of the log.
+        // The lock is in the journal about 20 ms after it is in the log.
         wait_for(
             "the journal",
             || {
@@ -205,7 +205,7 @@ fn anothers_lock_is_left_to_him() {
 #[test]
 fn a_lock_that_replaced_ours_stands() {
     for (name, lock) in everything() {
-        // What outlives terraform gives the time to replace its lock.
+        // The provisioner outlives terraform, which gives the test time to replace the lock.
         let env = test_env(
             name,
             lock,
@@ -214,7 +214,8 @@ fn a_lock_that_replaced_ours_stands() {
         let run = env.start_apply(Subject::Tf);
         kill(terraform_of(&run), Signal::SIGKILL).unwrap();
         env.wait_for_trace("ending ");
-        // Of the same user on the same host, made a moment later: as a clone of this machine would have it.
+        // The new lock is of the same user on the same host and was created a moment later, as on a clone of this
+        // machine.
         let theirs = lock_json("22222222-3333-4444-5555-666666666666", &env.path());
         let version = name.rsplit('-').next().unwrap();
         let theirs = theirs.replace("\"1.11.4\"", &format!("\"{version}\""));
@@ -251,7 +252,8 @@ fn doctor_says_what_a_programs_log_tells() {
     let said = |env: &TestEnv| env.run(Subject::Tf, &["locks", "doctor"]).out;
     let tofu = test_env(TOFU, Lock::DynamoDb, "true");
     assert!(said(&tofu).contains("OpenTofu 1.6.2: its log tells that it had a lock, and not which"), "{}", said(&tofu));
-    // A small program leads to a library here, as a script would: known once it ran.
+    // Here, this terraform is a small program that loads a library. It could as well be a script that starts another
+    // program, so its version is known only after its first run.
     let mut old = TestEnv::empty(Lock::DynamoDb);
     old.set("TFW_TERRAFORM", program("terraform-1.8.4"));
     old.write_main("", "true");
@@ -261,13 +263,14 @@ fn doctor_says_what_a_programs_log_tells() {
     assert!(said(&old).contains("Terraform 1.8.4: its log tells of its locks"), "{}", said(&old));
 }
 
-/// OpenTofu up to 1.10 tells of no lock but by what it does next. A command that does not even that is not believed.
+/// OpenTofu up to 1.10 logs that it has a lock only by what it does next. If a command does not log even that, the lock
+/// is not proved to be its own.
 #[test]
 fn what_opentofu_does_not_tell_is_named_and_kept() {
     let env = test_env(TOFU, Lock::DynamoDb, "true");
     let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-    // Held back by a second lock it never gets to the state: so it is killed with its lock in the table.
+    // The proxy holds the read of the state, so that the program is killed while its lock is in the table.
     let proxy = crate::support::proxy::Proxy::start(crate::support::cloud::cloud().port, move |request| {
         let gets_state = request.start.starts_with("GET ") && request.start.contains("dir/prod.tfstate");
         if gets_state { crate::support::proxy::ProxyAction::Hold } else { crate::support::proxy::ProxyAction::Pass }
@@ -290,7 +293,8 @@ fn what_opentofu_does_not_tell_is_named_and_kept() {
     env.delete_lock();
 }
 
-/// Killed between its request and its next word, and the request lands when it is dead: at once, or after everybody looked.
+/// The program is killed between its request and its next record. The request lands when the program is dead:
+/// immediately, or after every look for it.
 #[test]
 fn a_lock_that_opentofu_only_asked_for_is_named_in_the_end() {
     for (at_once, guarded) in [(true, false), (false, false), (false, true)] {
@@ -349,7 +353,8 @@ fn a_lock_that_opentofu_only_asked_for_is_named_in_the_end() {
     }
 }
 
-/// Killed at moments spread over its run, the one that does not name its locks leaves none that its log could tell of.
+/// OpenTofu, which does not log the IDs of its locks, is killed at moments spread over its run. Each lock that it
+/// leaves is released or reported.
 #[test]
 fn killed_at_any_moment_opentofu_leaves_no_lock_unnamed() {
     let kills: u32 = std::env::var("TF_TEST_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(40);
@@ -362,14 +367,14 @@ fn killed_at_any_moment_opentofu_leaves_no_lock_unnamed() {
     for number in 0..kills {
         let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-replace=terraform_data.a"]);
         let terraform = terraform_of(&run);
-        // The moment is what is tried here.
+        // This sleep is what is tested: the moment of the kill.
         std::thread::sleep(whole * number / kills);
         let _ = kill(terraform, Signal::SIGKILL);
         let end = run.wait();
         released += usize::from(end.err.contains("released the lock"));
         let left = env.locks();
         if let Some(lock) = left.first() {
-            // Killed between the answer and its next word: the log does not say that it had it.
+            // It was killed between the response and its next record, so its log does not show that it had the lock.
             assert!(end.err.contains(&id_of(lock)), "{number}: {}", env.dump(&end));
             named += 1;
             env.delete_lock();

@@ -1,5 +1,5 @@
-//! A lock that is not seen counts as gone only in the account of its run: whoever looks may be logged in elsewhere by then. And
-//! where it is gone, nobody is bothered.
+//! A lock that is not seen counts as released only in the account of its run, because a later `tf` may have credentials
+//! of another account. If the lock is gone there, nothing is reported.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,16 +18,16 @@ use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-/// Accounts, which are their own keys in MiniStack.
+/// Account IDs, which are also access keys in MiniStack.
 const A: &str = "111111111111";
 const B: &str = "222222222222";
 
-/// A key that does not have its account in it.
+/// An access key that does not contain its account.
 const OLD: &str = "test";
 
 const SEEN_BY_OTHERS: &str = "cannot be seen with the current credentials";
 
-/// Makes `profile` the default one.
+/// Makes `profile` the default profile.
 fn log_in(env: &TestEnv, profile: &str) {
     let directory = env.directory.parent().unwrap().join("home/.aws");
     fs::create_dir_all(&directory).unwrap();
@@ -38,7 +38,7 @@ fn key(key: &str) -> String {
     format!("aws_access_key_id = {key}\naws_secret_access_key = s")
 }
 
-/// A profile that tells nothing of its account.
+/// Returns a profile that does not show its account.
 fn process(env: &TestEnv) -> String {
     let gives = env.directory.join("gives");
     let credentials = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"s"}"#;
@@ -47,8 +47,8 @@ fn process(env: &TestEnv) -> String {
     format!("credential_process = {}", gives.display())
 }
 
-/// A store in which each account has its buckets for itself, as many have that are not AWS: B has one of the same name, which is
-/// empty. MiniStack, as AWS, gives each name once.
+/// A store in which each account has its own buckets, as in many that are not from AWS. B has an empty bucket with the
+/// same name. In MiniStack and in AWS, a name exists only once.
 fn a_store_that_keeps_accounts_apart(env: &mut TestEnv) -> Proxy {
     const ABSENT: &str = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
     let proxy = Proxy::start(cloud().port, |request: &Message| {
@@ -60,7 +60,7 @@ fn a_store_that_keeps_accounts_apart(env: &mut TestEnv) -> Proxy {
     proxy
 }
 
-/// A world whose credentials are those of the default profile, `profile`, of `owner`.
+/// Returns a [`TestEnv`] whose credentials come from the default profile, `profile`, of the account `owner`.
 fn test_env(lock: Lock, owner: &str, profile: &str) -> TestEnv {
     let mut env = TestEnv::empty(lock);
     for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
@@ -79,7 +79,7 @@ fn test_env(lock: Lock, owner: &str, profile: &str) -> TestEnv {
     env
 }
 
-/// The halves of the lock that exist in `account`.
+/// Returns the parts of the lock that exist in `account`.
 fn locks(env: &TestEnv, account: &str) -> Vec<String> {
     let item = (env.lock != Lock::File).then(|| cloud().item_as(account, &env.table, &env.path())).flatten();
     let object = cloud().s3_as(account, "GET", &format!("{}.tflock", env.path()), b"");
@@ -87,7 +87,7 @@ fn locks(env: &TestEnv, account: &str) -> Vec<String> {
     item.into_iter().chain(object).collect()
 }
 
-/// Somebody unlocks it by force, as `account`.
+/// Removes the lock by force, as `account`.
 fn force_unlock(env: &TestEnv, account: &str) {
     let key = serde_json::json!({"TableName": env.table, "Key": {"LockID": {"S": env.path()}}});
     cloud().dynamodb_as(account, "DeleteItem", &key);
@@ -95,7 +95,7 @@ fn force_unlock(env: &TestEnv, account: &str) {
     assert!(locks(env, account).is_empty());
 }
 
-/// An apply at work, whose lock is written down. Gives its ID.
+/// Starts an apply, and waits until its lock is in the journal. Returns the lock's ID too.
 fn apply(env: &TestEnv, account: &str) -> (Run, String) {
     let run = env.start_apply(Subject::Tf);
     let held = locks(env, account);
@@ -108,7 +108,7 @@ fn apply(env: &TestEnv, account: &str) -> (Run, String) {
     (run, id)
 }
 
-/// Ends it by force: terraform alone, with `tf`, or with everybody. Gives what `tf` said, if it lived to say it.
+/// Kills terraform alone, with `tf`, or with every other process. Returns the output of `tf`; `None` if it was killed.
 fn end(env: &TestEnv, run: Run, who: Who) -> Option<Ended> {
     let end = match who {
         Who::Terraform => {
@@ -133,7 +133,7 @@ fn end(env: &TestEnv, run: Run, who: Who) -> Option<Ended> {
     end
 }
 
-/// From anywhere. The SDK finds the shell of a `credential_process` on PATH.
+/// Runs in another directory. The SDK finds the shell for a `credential_process` on PATH.
 fn recover(env: &TestEnv, more: &[&str]) -> Ended {
     let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]).args(more).current_dir("/");
@@ -183,7 +183,7 @@ fn a_lock_that_another_accounts_profile_does_not_see_is_not_gone() {
     }
 }
 
-/// Somebody has forced it in between: that is known, and nobody is told of it.
+/// The lock was removed by force in between. That is known, and nothing is reported.
 #[test]
 fn a_lock_that_is_gone_in_its_own_account_is_gone_without_a_word() {
     for (account, profile) in [(A, key(A)), (OLD, key(OLD))] {
@@ -201,7 +201,7 @@ fn a_lock_that_is_gone_in_its_own_account_is_gone_without_a_word() {
     }
 }
 
-/// By the hash of its key alone.
+/// Only the hash of its key distinguishes it.
 #[test]
 fn a_key_that_does_not_tell_its_account_is_told_from_another() {
     let env = test_env(Lock::DynamoDb, OLD, &key(OLD));
@@ -215,7 +215,7 @@ fn a_key_that_does_not_tell_its_account_is_told_from_another() {
     assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
 }
 
-/// Nothing tells the account, and nothing tells that the place is the right one.
+/// Nothing shows the account, and nothing shows that the location is the right one.
 #[test]
 fn where_nothing_tells_the_account_a_person_settles_it() {
     for who in Who::ALL {
@@ -230,7 +230,7 @@ fn where_nothing_tells_the_account_a_person_settles_it() {
         let end = recover(&env, &[]);
         assert_eq!(end.code(), Some(2), "{who:?}: {}", env.dump(&end));
         assert!(end.out.contains(&format!("tf locks recover --forget {id}")), "{who:?}: {}", env.dump(&end));
-        // It is nobody else's business.
+        // Other runs report nothing about it.
         let mut other = TestEnv::new(Lock::File, "true");
         other.set("HOME", env.directory.parent().unwrap().join("home"));
         let plan = other.run(Subject::Tf, &["plan", "-no-color"]);
@@ -258,7 +258,7 @@ fn a_run_that_is_alive_is_not_forgotten() {
     assert_eq!(run.wait().code(), Some(0));
 }
 
-/// AWS's own hosts, played by a proxy whose authority is trusted. There a bucket's name is given once.
+/// AWS's own hosts, simulated by a proxy with a trusted authority. In AWS, a bucket name exists only once.
 #[test]
 fn where_aws_itself_says_that_it_is_gone_no_account_must_be_known() {
     for (lock, has_state, settled) in [

@@ -1,5 +1,6 @@
-//! A terraform that runs as another user than `tf`: by sudo, su or setpriv in a wrapper, or because it is setuid. It cannot open
-//! a log that is this user's alone, and would write it to stderr, with the values of `-var` in clear.
+//! A terraform that runs as another user than `tf`: through sudo, su or setpriv in a wrapper, or because it is setuid.
+//! It cannot open a log that only this user can write, and would write it to stderr instead, with the values of `-var`
+//! in clear text.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -17,15 +18,15 @@ use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const PLAN: [&str; 4] = ["plan", "-no-color", "-var", "a=hunter2"];
 
-/// Nobody.
+/// The user ID of nobody.
 const OTHER: u32 = 65534;
 
 fn is_root() -> bool {
-    // tests/left-out names these tests.
+    // These tests are listed in tests/left-out.
     nix::unistd::geteuid().is_root()
 }
 
-/// Lets every user work there.
+/// Gives every user access to a path and everything below it.
 fn open_to_all(path: &Path) {
     let place = fs::symlink_metadata(path).unwrap();
     if place.is_symlink() {
@@ -46,7 +47,7 @@ fn test_env() -> TestEnv {
     env
 }
 
-/// A script that runs terraform as another user while there is a file `other`.
+/// Returns a [`TestEnv`] with a script that runs terraform as another user if the file `other` exists.
 fn with_wrapper() -> TestEnv {
     let mut env = test_env();
     let script = format!(
@@ -58,7 +59,7 @@ fn with_wrapper() -> TestEnv {
     env
 }
 
-/// Stdout and stderr are those of the bare `program`, byte for byte.
+/// Checks that stdout and stderr are those of the bare `program`, byte for byte.
 #[track_caller]
 fn assert_as_bare(env: &TestEnv, program: &Path) {
     let mut command = env.command(program);
@@ -77,7 +78,8 @@ fn a_terraform_that_cannot_open_the_log_writes_none_of_it_to_stderr() {
     let env = with_wrapper();
     let wrapper = env.directory.join("wrapper");
     assert_as_bare(&env, &wrapper);
-    // A wrapper decides anew each time: its log has told which terraform it is, and then that cannot open it any more.
+    // A wrapper may decide otherwise each time: from an earlier log `tf` knows which terraform it is, and now it cannot
+    // open the log.
     fs::remove_file(env.directory.join("other")).unwrap();
     for _ in 0..2 {
         assert_as_bare(&env, &wrapper);
@@ -99,7 +101,7 @@ fn a_setuid_terraform_writes_none_of_it_to_stderr_either() {
     chown(&program, Some(Uid::from_raw(OTHER)), None).unwrap();
     env.set("TFW_TERRAFORM", &program);
     for mode in [0o755, 0o4755] {
-        // The mode alone changes: what is remembered of the program is of before.
+        // Only the mode changes. What is remembered of the program is older.
         fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
         assert_as_bare(&env, &program);
         open_to_all(&env.directory.join(".terraform"));
@@ -129,7 +131,7 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
     assert!(!end.err.contains("hunter2"), "{}", env.dump(&end));
     env.assert_locked();
 
-    // One that did not lock: nothing is named, and that there was no log is said all the same.
+    // The run did not lock: no lock is reported, but it is reported that there was no log.
     env.delete_lock();
     fs::remove_file(env.directory.join("began")).unwrap();
     let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock=false"]);
@@ -140,7 +142,7 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
     assert!(end.err.lines().any(|line| line.ends_with("type: tf locks")), "{}", env.dump(&end));
 }
 
-/// The guardian has nobody to tell, and whoever was killed with it cannot.
+/// No person reads the messages of the guardian, and if it was killed as well it cannot report anything.
 #[test]
 fn killed_with_tf_the_next_one_names_the_lock() {
     if !is_root() {
@@ -167,7 +169,7 @@ fn killed_with_tf_the_next_one_names_the_lock() {
         assert!(end.out.contains("wrote no log that tf can read"), "{guarded}: {}", env.dump(&end));
         assert!(end.out.contains(&format!("tf locks show {id}")), "{guarded}: {}", env.dump(&end));
         env.assert_locked();
-        // It is said once.
+        // It is reported once.
         assert_nothing_left(&env);
     }
 }

@@ -1,4 +1,4 @@
-//! A lock is found and released whatever key its state has, as long as terraform itself takes it.
+//! A lock is found and released whatever key its state has, as long as terraform accepts the key.
 
 use serde_json::Value;
 
@@ -7,13 +7,14 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// Kills the terraform that runs it.
+/// A provisioner's command that kills its terraform.
 const DIES: &str = "kill -9 $PPID; sleep 60";
 
-/// A directory whose state has the key `key`, in the workspace `workspace`, with this prefix for workspaces.
+/// Returns a directory whose state has the key `key`, in the workspace `workspace`, with `prefix` as the prefix of
+/// workspaces.
 fn test_env(key: &str, prefix: &str, workspace: &str) -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
-    // HCL has the escapes of JSON.
+    // HCL has the same escapes as JSON.
     let quoted = serde_json::to_string(key).unwrap();
     let backend = env.backend("KEY").replace("\"KEY\"", &quoted) + &format!("workspace_key_prefix = {prefix:?}\n");
     let main = format!(
@@ -41,7 +42,7 @@ fn is_released(key: &str, prefix: &str, workspace: &str) {
     assert!(end.err.contains("tf: released the lock"), "{key:?}: {}", env.dump(&end));
     assert_bare_can_lock(&env, key);
 
-    // Only named, it is seen by `tf locks`, and released there.
+    // If the lock is only reported, `tf locks` lists it and can release it.
     env.set("TFW_RELEASE", "never");
     let end = env.run(Subject::Tf, &APPLY);
     assert!(!end.err.contains("released the lock"), "{key:?}: {}", env.dump(&end));

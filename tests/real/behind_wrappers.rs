@@ -1,4 +1,5 @@
-//! "Each terraform behind a wrapper gets one interrupt", whatever the wrapper does with groups, and whatever else it starts.
+//! "Each terraform behind a wrapper gets one interrupt", whatever the wrapper does with process groups, and whatever
+//! else it starts.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -56,13 +57,13 @@ fn a_terraform_that_a_wrapper_starts_after_the_stop_is_interrupted_as_well() {
     run.wait_for_out("Interrupt received");
     proxy.let_go();
     let end = run.wait();
-    // The second one gets it at once, and may die of it before it can say so.
+    // The second one gets it immediately, and may die of it before it can print anything.
     assert!(env.trace().matches("SIGINT goes to").count() == 2, "{}", env.dump(&end));
     assert!(!end.err.contains("Two interrupts") && !end.out.contains("Apply complete"), "{}", env.dump(&end));
     env.assert_unlocked();
 }
 
-/// As node, vault or kubectl are.
+/// Such programs are node, vault and kubectl.
 #[test]
 fn a_large_program_of_a_wrapper_is_not_taken_for_terraform() {
     let mut env = TestEnv::new(Lock::Both, "true");
@@ -79,7 +80,7 @@ fn a_large_program_of_a_wrapper_is_not_taken_for_terraform() {
     env.wait_for_file("asked");
     run.send(Signal::SIGTERM);
     let end = run.wait();
-    // The wrapper was interrupted with it, as by ^C, and starts nothing.
+    // The wrapper was interrupted as well, as by ^C, and starts nothing more.
     assert!(!end.out.contains("Apply complete"), "{}", env.dump(&end));
     assert!(env.state().is_none(), "{}", env.dump(&end));
     env.assert_unlocked();
@@ -106,13 +107,13 @@ fn a_nested_tf_saves_its_state_and_releases_its_lock_when_the_outer_terraform_is
     proxy.wait_until_held();
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     env.wait_for_trace("Request: [InterruptGroup]");
-    // Longer than the time after which what is no tf is killed.
+    // Longer than the time after which a process that is not a tf is killed.
     std::thread::sleep(std::time::Duration::from_secs(7));
     proxy.let_go();
     let end = run.wait();
     assert!(crate::support::cloud::cloud().object(&format!("{}/inner.tfstate", env.bucket)).is_some());
     assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
-    // The inner terraform ended by itself, after one interrupt, and unlocked.
+    // The inner terraform exited by itself after one interrupt, and has unlocked.
     assert_eq!(env.trace().matches("a lock may be held").count(), 1, "{}", env.dump(&end));
     env.assert_unlocked();
     wait_for("the inner lock to go", || env.locks_at("inner.tfstate").is_empty().then_some(()), || env.trace());

@@ -1,8 +1,8 @@
-//! Crash points: `tf`, its guardian or a recovery is stopped dead at every step of its way, alone and then once more in the
-//! recovery after it. In the end no lock of the dead stands, and every lock of the living does.
+//! Crash points: `tf`, its guardian or a recovery is killed at every step, alone, and then once more in the recovery
+//! after it. In the end, every lock of a dead run is released, and every lock of a living run is still held.
 //!
-//! Only in a build with the feature `crash-points`. The points are those that the program itself says it has come to, and
-//! they must be all that its source names.
+//! This needs a build with the feature `crash-points`. The points are those that the program reports to have reached,
+//! and they must be all the points in its source.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,23 +20,23 @@ use crate::support::{Ended, Lock, TestEnv, wait_for};
 
 const APPLY: [&str; 4] = ["apply", "-auto-approve", "-no-color", "-var=a=hunter-var"];
 
-/// What must never be written down, wherever a run is stopped.
+/// What must never be written to disk, wherever a run is killed.
 const SECRETS: [&str; 3] = ["hunter-var", "hunter-backend", "hunter-env"];
 
-/// What happens to a run, so that it comes to different points.
+/// What happens to a run. Different outcomes reach different points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum CrashOutcome {
-    /// It ends well.
+    /// It exits successfully.
     Ends,
     /// Terraform is killed.
     TerraformKilled,
     /// `tf` is killed.
     TfKilled,
-    /// Both are.
+    /// Both are killed.
     BothKilled,
-    /// Its guardian is killed, and then terraform.
+    /// The guardian is killed, and then terraform.
     GuardianKilled,
-    /// Everything is killed, and the next run recovers.
+    /// Every process is killed, and the next run recovers.
     AllKilled,
 }
 
@@ -49,10 +49,10 @@ const FATES: [CrashOutcome; 6] = [
     CrashOutcome::AllKilled,
 ];
 
-/// A world that serves many cases, one after the other.
+/// A [`TestEnv`] that serves many cases, one after the other.
 struct Ground {
     env: TestEnv,
-    /// A living lock beside ours, in the same table and bucket.
+    /// The lock of another, living run in the same table and bucket.
     neighbour: String,
     _kill_on_drop: KillOnDrop,
 }
@@ -84,19 +84,19 @@ impl Ground {
         self.env.forget_state();
     }
 
-    /// Starts `tf`, which dies at `point`.
+    /// Starts `tf`, which is killed at `point`.
     fn start(&self, arguments: &[&str], point: &str) -> Run {
         let mut command = self.env.command(self.env.bin().join("tf"));
         command.args(arguments).env("TFW_CRASH", point).env("TFW_CRASH_LIST", self.env.directory.join("points"));
         Run::start(command)
     }
 
-    /// Plays a run to its end. Whoever is left of it afterwards, nothing of it runs any more.
+    /// Runs `tf` with this outcome. When this returns, no process of the run is left.
     fn play(&self, fate: CrashOutcome, point: &str) {
         let run = self.start(&APPLY, point);
         let tf = run.pid();
         let is_over = || !matches!(state(tf), Some(state) if state != 'Z');
-        // Until the provisioner works, or the run is dead before it.
+        // Wait until the provisioner works, or until the run is dead.
         let works = wait_for(
             "the provisioner, or the end",
             || {
@@ -134,7 +134,7 @@ impl Ground {
                     let guardian = tree(tf).into_iter().find(|(_, name, ..)| name == "tf-guardian");
                     if let Some((pid, ..)) = guardian {
                         kill_one(pid);
-                        // Its socket is closed then: `tf` hears of this end before that of terraform.
+                        // Its socket is closed by then, so `tf` notices this death before that of terraform.
                         let is_dead = || state(pid).is_none_or(|state| state == 'Z').then_some(());
                         wait_for("the end of the guardian", is_dead, || self.env.trace());
                     }
@@ -145,7 +145,7 @@ impl Ground {
                 CrashOutcome::AllKilled => kill_all(&self.env),
             }
         }
-        // One that nobody looks after any more goes on until it is done.
+        // Without `tf` and the guardian, terraform continues until it is done.
         drop_when_over(run, self);
         self.assert_no_secret(point);
     }
@@ -172,7 +172,7 @@ impl Ground {
         }
     }
 
-    /// The next run, which may die at `point` while it recovers.
+    /// Starts the next run, which may be killed at `point` while it recovers.
     fn next(&self, point: &str) -> Ended {
         for name in ["began", "go"] {
             let _ = fs::remove_file(self.env.directory.join(name));
@@ -182,11 +182,12 @@ impl Ground {
         end
     }
 
-    /// Nothing of the dead is left, and everything of the living.
+    /// Checks that nothing of a dead run is left, and that the lock of the living run is still held.
     fn assert_well(&self, case: &str) {
         let mut end = self.next("none");
         if end.err.contains("does not have the expected content") {
-            // Terraform died between its state and the digest of it. That is no lock's affair, and is mended when asked.
+            // Terraform died between the write of its state and that of the digest. That has nothing to do with locks,
+            // and is repaired on request.
             let mended = self.start(&["locks", "doctor", "--fix-digest", "--yes"], "none").wait();
             assert_eq!(mended.code(), Some(0), "{case}\n{}", self.env.dump(&mended));
             end = self.next("none");
@@ -197,17 +198,17 @@ impl Ground {
         let path = format!("{}/other", self.env.bucket);
         assert_eq!(cloud().item(&self.env.table, &path).as_ref(), Some(&self.neighbour), "{}", dump());
         assert_eq!(cloud().object(&format!("{path}.tflock")).as_ref(), Some(&self.neighbour), "{}", dump());
-        // A second one finds nothing more to do, and no record of anybody.
+        // A second run finds nothing to do, and no records.
         let end = self.next("none");
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{case}\n{}", self.env.dump(&end));
         let runs = self.state_directory().join("runs");
         let left: Vec<_> = fs::read_dir(runs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-        // What died while it was being made is cleared away when it is an hour old.
+        // A record directory whose creation was interrupted is deleted when it is an hour old.
         assert!(left.iter().all(|path| path.to_string_lossy().contains(".new-")), "{left:?}\n{case}");
         for path in left {
             fs::remove_dir_all(path).unwrap();
         }
-        // Nor what terraform has logged, which lies in memory for as long as it has a name.
+        // Terraform's log is gone as well. It stays in memory as long as it has a name.
         let trace = self.env.trace();
         for run in trace.lines().filter_map(|line| line.split(", run ").nth(1)) {
             assert!(!Path::new(&format!("/dev/shm/tf-{run}.log")).exists(), "{run}\n{case}\n{trace}");
@@ -220,7 +221,7 @@ impl Ground {
 }
 
 fn drop_when_over(run: Run, ground: &Ground) {
-    // A terraform without `tf` and guardian waits for the test to say go.
+    // A terraform without `tf` and guardian waits until the test creates `go`.
     wait_for(
         "the end of all",
         || {
@@ -235,7 +236,7 @@ fn drop_when_over(run: Run, ground: &Ground) {
     drop(run);
 }
 
-/// The points that each fate comes to, in the run and in what the next run does about it.
+/// Returns the points that each outcome reaches, in the run and in the next run.
 fn reached() -> Vec<(CrashOutcome, BTreeSet<String>, BTreeSet<String>)> {
     let ground = Ground::new();
     FATES
@@ -253,7 +254,7 @@ fn reached() -> Vec<(CrashOutcome, BTreeSet<String>, BTreeSet<String>)> {
         .collect()
 }
 
-/// Every name that the source gives to a point.
+/// Returns every name of a point in the source.
 fn in_source() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
@@ -272,7 +273,7 @@ fn in_source() -> BTreeSet<String> {
     names
 }
 
-/// Runs `cases` on a few grounds at the same time.
+/// Runs `cases` in several [`Ground`]s at the same time.
 fn on_grounds<T: Sync>(cases: &[T], play: impl Fn(&Ground, &T) + Sync) {
     let next = Mutex::new(cases.iter());
     std::thread::scope(|scope| {
@@ -289,7 +290,7 @@ fn on_grounds<T: Sync>(cases: &[T], play: impl Fn(&Ground, &T) + Sync) {
     });
 }
 
-/// For whoever asked for the output of the tests.
+/// Prints a line that is visible if the output of the tests is requested.
 fn tell(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
@@ -307,7 +308,7 @@ fn whoever_dies_wherever_no_lock_of_the_dead_stands_and_every_one_of_the_living(
     });
     tell(&format!("{} points, {} deaths", known.len(), cases.len()));
 
-    // Once more dead in the recovery: after each point at which everything that was left was killed too.
+    // Killed once more in the recovery: after each point at which every other process was killed too.
     let (_, of_all_killed, after) = reached.iter().find(|(fate, ..)| *fate == CrashOutcome::AllKilled).unwrap();
     let pairs: Vec<(&String, &String)> =
         of_all_killed.iter().flat_map(|first| after.iter().map(move |second| (first, second))).collect();

@@ -1,9 +1,10 @@
-//! Every command that README.md and docs/ tell somebody to type works as it stands there.
+//! Every command that README.md and docs/ tell the reader to type works as it is written there.
 //!
-//! Above each block of commands a comment says in what directory it is tried, and how its lines end if not with 0:
-//! `<!-- try: stuck, ends: 2 -->`. What cannot be tried so says which file of this repository does:
-//! `<!-- tried in: Makefile -->`, and its lines must stand there. In a block of a `console`, lines with a `$ ` are typed,
-//! and what stands below them must be answered, but for numbers and IDs.
+//! Above each block of commands, a comment says in which directory it is tried, and the exit code of its lines if that
+//! is not 0: `<!-- try: stuck, ends: 2 -->`. If a block cannot be tried like this, the comment names the file of this
+//! repository in which it is tried: `<!-- tried in: Makefile -->`. The file must contain the block's lines. In a
+//! `console` block, the lines with a `$ ` are typed, and the lines below them must be the output, except for numbers
+//! and IDs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,14 +20,14 @@ use crate::support::{Lock, Subject, TestEnv};
 /// A block of a document, with the comment above it.
 #[derive(Debug)]
 struct Block {
-    /// File and line.
+    /// Its file and line.
     at: String,
     language: String,
     comment: String,
     lines: Vec<String>,
 }
 
-/// What somebody types: in bash, if no other shell is named.
+/// The languages of blocks that a reader types. The shell is bash unless the language is another shell.
 const TYPED: [&str; 4] = ["sh", "console", "zsh", "fish"];
 
 fn root() -> &'static Path {
@@ -44,7 +45,7 @@ fn documents() -> Vec<PathBuf> {
     all
 }
 
-/// The fenced blocks of a document, wherever they are indented.
+/// Returns the fenced blocks of a document, however they are indented.
 fn blocks(path: &Path) -> Vec<Block> {
     let text = fs::read_to_string(path).unwrap();
     let mut blocks = Vec::new();
@@ -69,12 +70,12 @@ fn blocks(path: &Path) -> Vec<Block> {
     blocks
 }
 
-/// The directory that a block is tried in.
+/// Returns the directory in which a block is tried.
 fn situation(name: &str) -> TestEnv {
     let mut env = match name {
         "directory" | "both" => TestEnv::new(Lock::Both, "true"),
         "lockfile" => TestEnv::new(Lock::File, "true"),
-        // A lock of this user on this host, whose terraform is gone. The machine of the tests runs others.
+        // A lock of this user on this host whose terraform is dead.
         "stuck" | "stuck-table" => {
             let env = TestEnv::new(if name == "stuck" { Lock::File } else { Lock::DynamoDb }, "true");
             old_lock(&env);
@@ -94,12 +95,12 @@ fn situation(name: &str) -> TestEnv {
     env
 }
 
-/// The names that documents use are those of an example.
+/// Replaces the example names in the documents by the real ones.
 fn with_real_names(line: &str, env: &TestEnv) -> String {
     line.replace("terraform-locks", &env.table).replace("example-terraform-state", &env.bucket)
 }
 
-/// What an answer says, but for what differs from run to run.
+/// Returns the output without everything that differs between runs.
 fn gist(text: &str) -> String {
     let words = text.split_whitespace().map(|word| {
         let hexadecimal = |character: char| character.is_ascii_hexdigit() || character == '-';
@@ -196,7 +197,7 @@ fn every_command_of_the_documents_works_as_it_stands_there() {
             let failed = &failed;
             scope.spawn(move || {
                 for block in half {
-                    // Each says by itself what went wrong with it.
+                    // Each panic prints its own message.
                     if std::panic::catch_unwind(|| try_out(block)).is_err() {
                         failed.lock().unwrap().push(&block.at);
                     }
@@ -208,7 +209,7 @@ fn every_command_of_the_documents_works_as_it_stands_there() {
     assert!(failed.is_empty(), "not as the document says: {failed:?}");
 }
 
-/// A link within the repository leads somewhere, to a heading as well.
+/// The target of each link within the repository exists, and so does the heading.
 #[test]
 fn every_link_of_the_documents_leads_somewhere() {
     let anchor = |heading: &str| {
@@ -238,7 +239,7 @@ fn every_link_of_the_documents_leads_somewhere() {
     assert!(seen > 10, "the documents are read: {seen}");
 }
 
-/// Each test that docs/promises.md names for a promise is there, and each document that has promises is in it.
+/// Each test that docs/promises.md names exists, and each document with promises is in its table.
 #[test]
 fn every_promise_has_a_test_that_is_there() {
     let text = fs::read_to_string(root().join("docs/promises.md")).unwrap();

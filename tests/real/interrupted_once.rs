@@ -1,5 +1,5 @@
 //! "Terraform sees exactly one interrupt, immediately", without a terminal: kill, kill of a group, timeout, scripts,
-//! pipes whose reader goes away. Terminals are in `terminal.rs`.
+//! and pipes whose reader exits. Terminals are in `terminal.rs`.
 
 use std::io::Read;
 use std::process::Stdio;
@@ -13,7 +13,8 @@ use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-/// A world in which terraform, once interrupted, is busy stopping until the proxy lets its state go.
+/// Returns a [`TestEnv`] in which an interrupted terraform is busy stopping until the proxy delivers its write of the
+/// state.
 pub fn slow_to_stop() -> (TestEnv, Proxy) {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     let proxy = Proxy::start(cloud().port, |request| {
@@ -132,7 +133,7 @@ fn the_other_signals_are_passed_on_as_they_are() {
     assert_eq!(env.received_signals().len(), signals.len(), "{:?}", env.received_signals());
 }
 
-/// In our own group are others than terraform's.
+/// There are other processes than terraform in the group of `tf`.
 #[test]
 fn with_a_shared_terminal_a_request_interrupts_terraform_alone() {
     for shared in [false, true] {
@@ -156,7 +157,7 @@ fn with_a_shared_terminal_a_request_interrupts_terraform_alone() {
     }
 }
 
-/// Nobody can pass it on.
+/// A SIGSTOP cannot be caught, so it cannot be forwarded.
 #[test]
 fn a_stop_that_cannot_be_caught_stops_tf_alone() {
     let env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -179,7 +180,7 @@ fn timeout_stops_terraform_once() {
     command.args(["1", "tf", "apply", "-auto-approve", "-no-color"]);
     let run = Run::start(command);
     run.wait_for_out("Interrupt received");
-    // timeout(1) signals the child, and then its whole group: both have come by now.
+    // timeout(1) signals its child, and then its whole group. Both signals have arrived by now.
     env.wait_for_trace("got SIGTERM");
     proxy.let_go();
     let end = run.wait();
@@ -197,7 +198,7 @@ fn a_script_killed_by_its_group_stops_terraform_once() {
         command.args(["-c", "tf apply -auto-approve -no-color; echo script got $?"]);
         let run = Run::start(command);
         env.wait_for_began(&run);
-        // ^C as a script sees it: everybody in its group, tf among them.
+        // A ^C as a script gets it: every process in its group, including tf.
         run.send_to_group(Signal::SIGINT);
         run.wait_for_out("Interrupt received");
         proxy.let_go();
@@ -208,7 +209,7 @@ fn a_script_killed_by_its_group_stops_terraform_once() {
     }
 }
 
-/// A world in which a plan waits until the proxy lets the state that it reads go.
+/// Returns a [`TestEnv`] in which a plan waits until the proxy delivers the state that it reads.
 pub fn slow_to_plan() -> (TestEnv, Proxy) {
     let mut env = TestEnv::empty(Lock::Both);
     env.write_main(
@@ -259,7 +260,7 @@ fn a_second_interrupt_while_planning_leaves_no_lock() {
 fn after_the_stop_timeout_terraform_is_killed_and_its_lock_released() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("TFW_STOP_TIMEOUT", "300ms");
-    // console throws every interrupt away, and holds its lock for as long as its input is open.
+    // console ignores every interrupt, and holds its lock as long as its input is open.
     let run = env.start(Subject::Tf, &["console", "-no-color"]);
     env.wait_for_locked();
     run.send(Signal::SIGTERM);
@@ -286,7 +287,7 @@ fn nohup_survives_a_hangup() {
     env.assert_unlocked();
 }
 
-/// Prints a line again and again until it is stopped or told to go on.
+/// Prints a line again and again until it is stopped, or until `go` exists.
 const TALKS: &str = "touch began; while test -e began && ! test -e go; do echo talking; sleep 0.02; done";
 
 fn apply_whose_reader_leaves(subject: Subject) -> (TestEnv, Ended) {
@@ -405,7 +406,7 @@ fn in_ci_the_death_of_our_parent_stops_terraform_once() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("CI", "true");
     let mut command = env.command("bash");
-    // As a job runner's entry process: bash waits, gets TERM, dies of it, and tells nobody.
+    // As the entry process of a job runner: bash waits, gets TERM, dies of it, and signals no other process.
     command.args(["-c", "tf apply -auto-approve -no-color > out 2> err; true"]);
     let run = Run::start(command);
     env.wait_for_began(&run);
@@ -438,7 +439,7 @@ fn what_was_meant_to_outlive_its_parent_does_so_in_ci_too() {
         let mut command = env.command("sh");
         command.args(["-c", line]);
         let run = Run::start_as_is(command);
-        // The shell is gone when this returns.
+        // The shell has exited when this returns.
         run.wait();
         env.wait_for_file("began");
         env.unblock();

@@ -22,12 +22,12 @@ fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
     assert_eq!(bare.err, tf.err, "{what}: stderr");
 }
 
-/// Writes a program in place of terraform.
+/// Writes a program that replaces terraform.
 fn stub(env: &mut TestEnv, text: &str) {
     env.stand_in("stub", text);
 }
 
-/// The same stub, started by its own name and through `tf`.
+/// Runs the same stub by its own name and through `tf`.
 fn both(env: &TestEnv, prepare: impl Fn(&mut Command)) -> [Ended; 2] {
     ["stub", "tf"].map(|name| {
         let program = if name == "tf" { env.bin().join("tf") } else { env.directory.join("stub") };
@@ -140,7 +140,7 @@ fn stdin_is_what_it_was() {
         env.write("input", "from a file\n");
         let [bare, tf] = both(&env, |command| {
             command.arg("apply");
-            // Run::start gives a pipe; the child puts what is to be tried in its place.
+            // Run::start uses a pipe. The child replaces it by the input that is tested.
             let input = match kind {
                 "null" => Some(OwnedFd::from(File::open("/dev/null").unwrap())),
                 "file" => Some(OwnedFd::from(File::open(env.directory.join("input")).unwrap())),
@@ -292,7 +292,7 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
                     symlink(env!("CARGO_BIN_EXE_tf"), &link).unwrap();
                 }
             }
-            // A script of a user's own that leads back to us.
+            // A user's script that leads back to `tf`.
             let script = env.directory.join("script");
             let _ = std::fs::create_dir(&script);
             std::fs::write(script.join("terraform"), "#!/bin/sh\nexec tf \"$@\"\n").unwrap();
@@ -391,7 +391,7 @@ fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
 #[test]
 fn the_users_logging_keeps_its_whole_effect() {
     let plain = |text: &str| -> Vec<String> {
-        // Times, addresses and IDs differ from run to run; what is logged, and where, does not.
+        // Times, addresses and IDs differ between runs. What is logged, and where, does not.
         let mut lines: Vec<String> = text
             .lines()
             .filter_map(|line| {
@@ -444,7 +444,7 @@ fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
 
 #[test]
 fn no_secret_is_on_disk_at_any_moment() {
-    // Made up now, so that only what we start can write them anywhere.
+    // The secrets are new, so only processes of this test can write them anywhere.
     let secret =
         |name: &str| format!("hunter2-{name}-{}-{}", std::process::id(), jiff::Timestamp::now().as_nanosecond());
     let secrets = ["variable", "backend", "environment", "key"].map(secret);
@@ -454,14 +454,14 @@ fn no_secret_is_on_disk_at_any_moment() {
         env.set("TF_VAR_from_environment", secrets[2]).set("AWS_SECRET_ACCESS_KEY", secrets[3]).set(name, value);
         let key = format!("-backend-config=secret_key={}", secrets[1]);
         env.write_main("variable \"secret\" {}\nvariable \"from_environment\" {\nsensitive = true\n}\n", WAITS);
-        // Terraform itself writes what -backend-config says into .terraform: that one is looked for everywhere else.
+        // Terraform itself writes the value of -backend-config into .terraform. That secret must be nowhere else.
         let end = env.run(Subject::Tf, &["init", "-no-color", "-backend-config=access_key=test", &key]);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         let mut command = env.command(env.bin().join("tf"));
         command.args(["apply", "-auto-approve", "-no-color", &format!("-var=secret={}", secrets[0])]);
         let run = Run::start(command);
         env.wait_for_began(&run);
-        // While it runs, when it was killed, and after.
+        // While it runs, after it was killed, and afterwards.
         assert_no_secret(&env, &secrets);
         run.kill_terraform();
         let end = run.wait();
@@ -473,7 +473,7 @@ fn no_secret_is_on_disk_at_any_moment() {
     }
 }
 
-/// Looks everywhere where we or terraform may write, but into what the user wrote.
+/// Searches every directory to which `tf` or terraform may write, except for the files that the user wrote.
 #[track_caller]
 fn assert_no_secret(env: &TestEnv, secrets: &[&str]) {
     let places = [env.directory.parent().unwrap().to_owned(), "/tmp".into(), "/var/tmp".into()];
@@ -489,7 +489,7 @@ fn assert_no_secret(env: &TestEnv, secrets: &[&str]) {
             .arg(&places[0])
             .output()
             .unwrap();
-        // 1: it has looked, and found nothing.
+        // Exit code 1: grep has searched, and has found nothing.
         let shown = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(shown.is_empty() && output.status.code() == Some(1), "{secret}: {} {shown}", output.status);
     }

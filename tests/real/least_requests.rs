@@ -1,4 +1,4 @@
-//! What `tf` asks the services for: nothing in a run that ends well, and else what docs/iam.md says.
+//! The requests of `tf` to the services: none in a run that exits successfully, and otherwise those in docs/iam.md.
 
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +20,7 @@ fn target(request: &Message) -> &str {
 
 type Asked = Arc<Mutex<Vec<Message>>>;
 
-/// Keeps each request of ours, and answers as `rule` says.
+/// Records each request of `tf`, and responds as `rule` says.
 fn record(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> (Proxy, Asked) {
     let asked = Asked::default();
     let seen = Arc::clone(&asked);
@@ -51,7 +51,7 @@ fn a_run_that_ends_well_sends_no_request_of_ours(lock: Lock) {
 }
 for_each_lock!(a_run_that_ends_well_sends_no_request_of_ours);
 
-/// A policy may be narrowed to these keys (docs/iam.md).
+/// An IAM policy may be limited to these keys (docs/iam.md).
 #[test]
 fn each_request_is_about_a_lock_a_digest_or_a_state_of_the_backend() {
     let mut killed = TestEnv::new(Lock::Both, WAITS);
@@ -128,7 +128,7 @@ fn without_permission_to_list_the_bucket_the_default_and_the_selected_workspace_
     assert_eq!(all["complete"], false, "{all}");
 }
 
-/// Nearly every table is none, and a release must not need what terraform does not.
+/// Nearly every table is in one region only, and a release must not need a permission that terraform does not need.
 #[test]
 fn without_permission_to_describe_the_table_a_release_takes_it_for_one_of_one_region() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -142,7 +142,7 @@ fn without_permission_to_describe_the_table_a_release_takes_it_for_one_of_one_re
     env.assert_unlocked();
 }
 
-/// Whether the state still changes cannot be seen then.
+/// Without that permission, `tf` cannot see whether the state still changes.
 #[test]
 fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stays_and_is_named() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -166,7 +166,7 @@ fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stay
     proxy.let_go();
 }
 
-/// The reverse of how terraform takes them, so that nobody gets half in.
+/// This is the reverse of the order in which terraform acquires them, so that no other run can acquire one of the two.
 #[test]
 fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
     let deletes = |asked: &Asked| -> Vec<&'static str> {

@@ -1,4 +1,5 @@
-//! What else an abrupt end leaves: a digest that no longer fits the state, a state that could not be written. `tf` says so.
+//! What else an abrupt end leaves: a digest that no longer matches the state, a state that could not be written. `tf`
+//! reports both.
 
 use crate::support::http::Message;
 use crate::support::proxy::ProxyAction;
@@ -13,7 +14,7 @@ pub fn writes_digest(request: &Message) -> bool {
         && String::from_utf8_lossy(&request.body).contains("-md5")
 }
 
-/// Terraform writes the state, and then its digest: killed in between, it leaves every later command failing.
+/// Terraform writes the state, and then its digest. If it is killed between the two, every later command fails.
 #[test]
 fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
     for lock in [Lock::DynamoDb, Lock::Both] {
@@ -29,7 +30,7 @@ fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
         env.assert_unlocked();
         assert!(end.err.contains("released the lock") && end.err.contains("digest does not fit"), "{}", end.err);
         assert!(end.err.contains("tf locks doctor --fix-digest"), "{}", end.err);
-        // It says the truth: the next command is refused by terraform itself.
+        // The message is true: terraform itself refuses the next command.
         let next = env.run(Subject::Bare, &["plan", "-no-color"]);
         assert_eq!(next.code(), Some(1), "{}", env.dump(&next));
         assert!(next.err.contains("does not have the expected content"), "{}", next.err);
@@ -56,7 +57,7 @@ fn a_state_that_terraform_could_not_write_is_named_after_an_abrupt_end() {
     let end = run.wait();
     assert!(end.err.contains("errored.tfstate lies there"), "{}", end.err);
     assert!(end.err.contains("terraform state push errored.tfstate"), "{}", end.err);
-    // A run that ends well does not speak of it.
+    // A run that exits successfully does not mention it.
     std::fs::remove_file(env.directory.join("began")).unwrap();
     let run = env.start(Subject::Tf, &["plan", "-no-color"]);
     let end = run.wait();

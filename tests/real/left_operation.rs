@@ -1,5 +1,5 @@
-//! "A terraform that leaves its operation has died, whatever its exit code": two interrupts end it with code 1, and its
-//! provisioners and requests go on.
+//! "A terraform that leaves its operation has died, whatever its exit code": at two interrupts it exits with code 1,
+//! while its provisioners and its requests continue.
 
 use nix::sys::signal::{Signal, kill};
 
@@ -16,13 +16,13 @@ fn writes_state(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
 }
 
-/// Terraform's own deletes: they carry no condition, and those of `tf` do.
+/// Whether this is terraform's own delete, which has no condition. A delete of `tf` has one.
 fn unlocks(request: &Message) -> bool {
     let item = is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression");
     item || (request.start.starts_with("DELETE ") && request.header("if-match").is_none())
 }
 
-/// Tries every kind of lock at the same time: what terraform and `tf` wait for adds up.
+/// Tests several kinds of lock at the same time, because the delays add up.
 fn for_each(kinds: &[Lock], promise: impl Fn(Lock) + Sync) {
     std::thread::scope(|scope| {
         for lock in kinds {
@@ -32,7 +32,7 @@ fn for_each(kinds: &[Lock], promise: impl Fn(Lock) + Sync) {
     });
 }
 
-/// Two interrupts that do not come through `tf`, as from `killall terraform` typed twice.
+/// Sends two interrupts that do not come through `tf`, as if `killall terraform` was typed twice.
 fn interrupt_twice(run: &Run) {
     let terraform = terraform_below(run.pid());
     kill(terraform, Signal::SIGTERM).unwrap();
@@ -90,7 +90,7 @@ fn its_lock_stands_until_its_own_unlock_has_landed() {
         env.wait_for_trace("waiting for a write that may be on its way");
         env.assert_locked();
         assert_colleague_is_refused(&env);
-        // It lands before anybody else can have taken the lock.
+        // It lands before any other run can have taken the lock.
         proxy.let_go();
         proxy.wait_until_delivered();
         let end = run.wait();
@@ -126,7 +126,7 @@ fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
         proxy.let_go();
         proxy.wait_until_delivered();
         env.wait_for_locked();
-        // From any directory: its own place is in what is remembered.
+        // This works in any directory, because the pending request contains its location.
         let mut recover = env.command(env.bin().join("tf"));
         recover.args(["locks", "recover"]).current_dir("/");
         let end = Run::start(recover).wait();
@@ -136,7 +136,7 @@ fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
     });
 }
 
-/// A proxy's 504 is no answer of the service, and the request behind it may still land.
+/// A 504 from a proxy is not a response of the service, and the request may still land.
 #[test]
 fn a_lock_request_that_it_gave_up_is_released_when_it_lands() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -174,7 +174,7 @@ fn bare_terraform_leaves_its_lock_in_the_same_places() {
     env.assert_locked();
 }
 
-/// An unlock that the service refuses is not begun again by terraform: it ends by itself, with code 1.
+/// Terraform does not retry an unlock that the service refuses: it exits by itself, with code 1.
 #[test]
 fn a_lock_whose_unlock_was_refused_is_kept_as_long_as_something_of_the_run_lives() {
     let mut env = TestEnv::empty(Lock::DynamoDb);
@@ -192,7 +192,7 @@ fn a_lock_whose_unlock_was_refused_is_kept_as_long_as_something_of_the_run_lives
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("was not released") && end.err.contains("still alive"), "{}", env.dump(&end));
     env.assert_locked();
-    // The next one finds the same: what was left on purpose still works.
+    // The next run finds the same: the process that was left running on purpose is still running.
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     env.assert_locked();

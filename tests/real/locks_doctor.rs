@@ -1,4 +1,4 @@
-//! `tf locks doctor`: what would stop a release is found before it is needed, and a digest is mended under the lock.
+//! `tf locks doctor` finds what would prevent a release before it is needed, and repairs a digest under the lock.
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
@@ -15,7 +15,7 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const WRONG: &str = "00000000000000000000000000000000";
 
-/// A state whose recorded digest is not its own.
+/// Returns a directory with a state whose recorded digest is wrong.
 pub fn unfit(lock: Lock) -> TestEnv {
     let env = TestEnv::new(lock, "true");
     let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
@@ -44,7 +44,7 @@ fn a_directory_in_which_all_is_well_is_told_so(lock: Lock) {
     for checked in ["terraform:", "backend:", "credentials:", lock_object, "clock:", "journal:", "file locks:"] {
         assert!(end.out.lines().any(|line| line.starts_with(&format!("ok     {checked}"))), "{checked}: {}", end.out);
     }
-    // It has left nothing of what it tried.
+    // Its trials have left nothing.
     assert!(env.locks().is_empty());
     let listed = locks(&env, &["list"]);
     assert_eq!((listed.code(), listed.out.as_str()), (Some(0), ""), "{}", env.dump(&listed));
@@ -83,7 +83,7 @@ fn each_permission_that_is_missing_is_named() {
     }
 }
 
-/// How either service says it.
+/// Refuses a request in the form of the respective service.
 pub fn denied(request: &Message) -> ProxyAction {
     let said = "User: arn:aws:iam::000000000000:user/anna is not authorized";
     if request.header("x-amz-target").is_none() {
@@ -121,7 +121,7 @@ fn a_clock_that_is_off_is_named() {
 fn a_service_that_ignores_if_match_is_named_as_that() {
     let mut env = TestEnv::new(Lock::File, "true");
     let _proxy = through(&mut env, |request| {
-        // What such a service answers, whatever stands there.
+        // Such a service always responds like this, whatever is stored there.
         if request.start.starts_with("DELETE ") {
             ProxyAction::Answer(Message::answer("204 No Content", ""))
         } else {
@@ -229,7 +229,7 @@ fn a_fix_that_is_killed_keeps_terraform_out_and_is_recovered() {
         assert!(refused.err.contains("Error acquiring the state lock"), "{}", env.dump(&refused));
         let listed = locks(&env, &["list"]);
         assert!(listed.out.contains("alive"), "{}", env.dump(&listed));
-        // What asks it to stop is not answered while it has the lock; what cannot be ignored kills it.
+        // A fix that has the lock does not react to SIGTERM, but SIGKILL kills it.
         kill(fix.pid(), Signal::SIGTERM).unwrap();
         kill(fix.pid(), Signal::SIGKILL).unwrap();
         assert_eq!(fix.wait().signal(), Some(9));
@@ -250,7 +250,7 @@ fn without_a_backend_the_rest_is_looked_at_all_the_same() {
     assert!(end.out.contains("ok     terraform: ") && end.out.contains("WRONG  backend: "), "{}", end.out);
 }
 
-/// Of which the loopback services have none.
+/// The loopback services have no global tables.
 pub fn as_a_global_table(env: &mut TestEnv, consistency: &str) -> Proxy {
     let described = json!({ "Table": {
         "TableName": env.table, "KeySchema": [{ "AttributeName": "LockID", "KeyType": "HASH" }],

@@ -1,4 +1,4 @@
-//! What was done to locks is written down, and told to a command that nobody waits for.
+//! What was done to locks is recorded, and reported to a command for which `tf` does not wait.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -22,14 +22,14 @@ fn history(env: &TestEnv) -> Vec<Value> {
     all["events"].as_array().unwrap().clone()
 }
 
-/// A run whose terraform is killed.
+/// Runs an apply whose terraform is killed.
 fn killed(env: &TestEnv) -> Ended {
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     run.wait()
 }
 
-/// A program of the world, to be told of events.
+/// Sets a program to which events are reported.
 fn told_by(env: &mut TestEnv, script: &str) {
     env.write("told", &format!("#!/bin/sh\n{script}\n"));
     let path = env.directory.join("told");
@@ -53,7 +53,7 @@ fn a_release_is_written_down_and_told() {
     let environment = env.read("environment");
     assert!(!environment.contains("TFW_ON_EVENT=") && !environment.contains("TFW_RUN="), "{environment}");
     let descriptors = env.read("fds");
-    // 0, 1 (its own file), 2, and the directory that ls reads; pipes of ours would hold up whoever reads them.
+    // 0, 1 (its own file), 2, and the directory that ls reads. An inherited pipe of `tf` would delay the pipe's reader.
     assert_eq!(descriptors.lines().filter(|line| line.contains("->")).count(), 4, "{descriptors}");
 }
 
@@ -81,7 +81,8 @@ fn what_a_person_releases_forces_and_is_refused_is_written_down_with_the_reason(
     );
 }
 
-/// The example, and a chat in its place; the holder has a name that would call everybody.
+/// The example script, with a stand-in for the chat service. The holder has a name that would notify everyone in the
+/// chat.
 #[test]
 fn the_example_tells_a_chat() {
     if which("jq").is_none() || which("curl").is_none() {
@@ -125,7 +126,8 @@ fn a_dry_run_is_no_event() {
     env.assert_locked();
 }
 
-/// A command that hangs, fails or is not there: the run ends as it would without it, and its reader is not held up.
+/// A command that hangs, fails or does not exist: the run ends as without it, and the reader of its output is not
+/// delayed.
 #[test]
 fn a_command_that_hangs_delays_nothing_and_one_that_fails_is_nobodys_business() {
     let mut env = TestEnv::new(Lock::File, WAITS);
@@ -133,7 +135,7 @@ fn a_command_that_hangs_delays_nothing_and_one_that_fails_is_nobodys_business() 
         &mut env,
         "touch told.began; trap '' TERM INT HUP; while ! test -e told.go; do sleep 0.05; done; touch told.ended",
     );
-    // Run::wait reads stdout and stderr to their ends: a command that held them would be waited for.
+    // Run::wait reads stdout and stderr to their ends, so a command that had inherited them would delay it.
     let end = killed(&env);
     assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
     env.wait_for_file("told.began");
@@ -170,7 +172,7 @@ fn the_file_is_for_its_owner_alone_and_bare_terraform_writes_none() {
     assert!(history(&bare).is_empty());
 }
 
-/// Nobody waits for it, and it does not stay for ever: all of its group goes.
+/// `tf` does not wait for the command, and the command does not run forever: its whole group is killed.
 #[test]
 fn a_command_that_is_told_and_does_not_end_is_killed_after_its_time() {
     let mut env = TestEnv::new(Lock::File, WAITS);
@@ -181,7 +183,7 @@ fn a_command_that_is_told_and_does_not_end_is_killed_after_its_time() {
     let pids: Vec<i32> = env.read("pids").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
     let are_gone =
         || pids.iter().all(|pid| crate::support::processes::is_gone(nix::unistd::Pid::from_raw(*pid))).then_some(());
-    // Half of the time of one wait is not enough for it, and the second half is.
+    // 20 s are less than the command's time limit. The wait below is long enough for the rest.
     while begun.elapsed() < std::time::Duration::from_secs(20) {
         assert!(are_gone().is_none(), "after {:?}", begun.elapsed());
         std::thread::sleep(std::time::Duration::from_millis(500));

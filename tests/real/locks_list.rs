@@ -1,4 +1,4 @@
-//! `tf locks list`: what stands is shown as what it is, to people, to scripts and to programs.
+//! `tf locks list` shows each lock as what it is, to people, to scripts and to programs.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -43,7 +43,7 @@ fn assert_fits_the_schema(env: &TestEnv, text: &str) {
     assert_fits(env, "locks", text);
 }
 
-/// The same against another schema, by its name.
+/// The same with another schema, by its name.
 pub fn assert_fits(env: &TestEnv, name: &str, text: &str) {
     let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/{name}.schema.json"));
     env.write("shown.json", text);
@@ -69,7 +69,7 @@ fn every_workspace_of_the_backend_is_listed_from_both_services() {
     let seen: Vec<_> = all["locks"].as_array().unwrap().iter().map(|lock| (&lock["id"], &lock["workspace"])).collect();
     assert_eq!(seen, [(&json!(A), &json!("default")), (&json!(B), &json!("green"))], "{all}");
     assert_eq!(all["locks"][0]["halves"].as_array().unwrap().len(), 2);
-    // A half alone is said as that.
+    // A single part is reported as such.
     assert!(!all["locks"][1]["notes"].as_array().unwrap().is_empty(), "{all}");
     assert_eq!(all["locks"][0]["verdict"], "unknown");
 }
@@ -86,8 +86,8 @@ fn two_ids_at_one_path_are_two_locks() {
     assert!(all["locks"].as_array().unwrap().iter().all(|lock| !lock["notes"].as_array().unwrap().is_empty()), "{all}");
 }
 
-/// Escape sequences, line ends, overrides of direction, and a Who of 300 kB, on a terminal of any width, in a pipe and as
-/// JSON.
+/// Untrusted text with escape sequences, line ends, direction overrides and a Who of 300 kB, on a terminal of any
+/// width, in a pipe and as JSON.
 #[test]
 fn a_strangers_text_cannot_do_anything() {
     let env = TestEnv::new(Lock::File, "true");
@@ -108,7 +108,7 @@ fn a_strangers_text_cannot_do_anything() {
     }
     let all = parsed(&env, &locks(&env, &["list", "--json"]));
     assert_eq!(all["locks"][0]["who"], info["Who"]);
-    // One lock is one line, and another one of our own is not counterfeited.
+    // One lock is one line, and the text cannot forge a line of `tf`.
     assert_eq!(locks(&env, &["list"]).out.lines().count(), 1);
     for width in [40, 80, 132] {
         let mut sized = env.command("sh");
@@ -127,7 +127,7 @@ fn a_strangers_text_cannot_do_anything() {
     }
 }
 
-/// How wide a line is without its colours.
+/// Returns the width of a line without its colors.
 fn console_width(line: &str) -> usize {
     let mut width = 0;
     let mut rest = line.trim_end_matches('\r').chars();
@@ -167,7 +167,7 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
     junk.sort_unstable();
     assert_eq!(junk, ["broken", "foreign", "number", "without"]);
     assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(6)));
-    // The same twice, and whoever stops reading is no error of ours.
+    // The same again. If the reader of the pipe stops reading, that is not an error.
     let first = locks(&env, &table(&env, &[])).out;
     assert_eq!(first.lines().count(), 5, "{first}");
     let mut head = env.command("bash");
@@ -217,7 +217,7 @@ fn url() -> String {
     format!("http://127.0.0.1:{}", cloud().port)
 }
 
-/// Each is a sentence and what to do, and ends with 1.
+/// Each error is a sentence with a next step, and the exit code is 1.
 #[test]
 fn bad_input_is_a_sentence_and_a_next_step() {
     let env = TestEnv::new(Lock::DynamoDb, "true");
@@ -273,10 +273,11 @@ fn what_is_asked_of_a_service_that_says_no_is_a_sentence_too() {
     }
 }
 
-/// The scans that came, and when.
+/// The scans that arrived, each with its time.
 type Asked = Arc<Mutex<Vec<(Instant, Value)>>>;
 
-/// A table that has a lock on its first page, and on its second what `rest` says. No real service is slow on demand.
+/// A table with a lock on its first page. `rest` says how the later pages are answered. No real service is slow on
+/// demand.
 fn table_of_pages(env: &mut TestEnv, capacity: i64, rest: fn() -> ProxyAction) -> (Proxy, Asked) {
     let name = env.table.clone();
     let asked = Asked::default();
@@ -302,7 +303,7 @@ fn table_of_pages(env: &mut TestEnv, capacity: i64, rest: fn() -> ProxyAction) -
         }
         let mut page = json!({
             "Count": 3, "ScannedCount": 3, "ConsumedCapacity": { "TableName": name, "CapacityUnits": CONSUMED },
-            // The others are digests, which the filter leaves out.
+            // The other items are digests, which the filter leaves out.
             "Items": [{ "LockID": { "S": "a" }, "Info": { "S": of_anna(A, "a") } }],
         });
         if scans.len() < PAGES {
@@ -313,11 +314,11 @@ fn table_of_pages(env: &mut TestEnv, capacity: i64, rest: fn() -> ProxyAction) -
     (proxy, asked)
 }
 
-/// What a page costs there, in read capacity units.
+/// What each page consumes, in read capacity units.
 const CONSUMED: f64 = 2.0;
 const PAGES: usize = 4;
 
-/// What it took before is behind it for as long as it may take before it takes more.
+/// A scan requests a page only after enough time has passed for the capacity that it has consumed so far.
 #[test]
 fn a_scan_takes_a_quarter_of_a_provisioned_table_or_what_it_is_told() {
     for (capacity, told, rate) in [(80, None, 20.0), (80, Some("40"), 40.0), (0, Some("10"), 10.0)] {
@@ -333,8 +334,8 @@ fn a_scan_takes_a_quarter_of_a_provisioned_table_or_what_it_is_told() {
         #[expect(clippy::cast_possible_truncation, reason = "a rate of this test")]
         let first = rate as i64;
         assert_eq!(asked[0].1["Limit"], first, "{asked:?}");
-        // Each is seen here some time after it was sent, and one of them later than the next: how far they are apart says
-        // nothing on a busy machine. But none can be sent before those before it have paid for what they used.
+        // A request is seen here some time after it was sent, one later than the other, so on a busy machine the time
+        // between two requests shows nothing. But none can be sent before the time for all earlier ones has passed.
         let mut paid = 0.0;
         for (at, _) in asked.iter() {
             let after = at.duration_since(begun).as_secs_f64();
@@ -352,7 +353,7 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     command.arg("locks").args(table(&env, &["--rate", "1000"]));
     let mut terminal = Terminal::start(command);
     proxy.wait_until_held();
-    // The bar, with its counts.
+    // The progress bar, with its counts.
     terminal.wait_for("3 of about 1000 items, 1 locks, 0 stale");
     terminal.type_in("\x03");
     let status = terminal.wait();
@@ -360,7 +361,7 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     assert_eq!(status.signal(), Some(2), "{screen}");
     assert!(screen.contains("stopped after 3 of about 1000 items: this is not all"), "{screen}");
     assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");
-    // The same in a script: what there is of it is whole JSON, and tells.
+    // The same in a script: the output is complete JSON, and says that it is not all.
     let mut command = env.command(env.bin().join("tf"));
     command.arg("locks").args(table(&env, &["--rate", "1000", "--json"]));
     let run = Run::start(command);
@@ -393,7 +394,7 @@ fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
             table_of_it["ProvisionedThroughput"] = json!({ "ReadCapacityUnits": 40, "WriteCapacityUnits": 5 });
         }
         cloud().dynamodb("CreateTable", &table_of_it);
-        // Of this user on this host, and older than its boot.
+        // A lock of this user on this host that is older than the host's boot.
         let mut info: Value = serde_json::from_str(&lock_json(A, "a")).unwrap();
         info["Created"] = "2020-01-01T00:00:00Z".into();
         cloud().put_item(&env.table, "a", &info.to_string());
@@ -419,7 +420,8 @@ fn a_scan_asks_what_the_table_can_bear_and_reads_again_what_it_calls_stale() {
     }
 }
 
-/// DynamoDB is asked for each workspace that the bucket tells of; one that is locked and has no state yet is not among them.
+/// DynamoDB is asked about each workspace that the bucket lists. A workspace that is locked and has no state yet is not
+/// among them.
 #[test]
 fn a_lock_of_a_workspace_without_a_state_is_seen_in_the_table_and_where_it_is_selected() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -432,7 +434,7 @@ fn a_lock_of_a_workspace_without_a_state_is_seen_in_the_table_and_where_it_is_se
     assert_eq!(parsed(&env, &locks(&env, &["list", "--json"]))["locks"][0]["id"], json!(A));
 }
 
-/// A hundred times the table takes no more memory.
+/// A table that is a hundred times larger takes no more memory.
 #[test]
 fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
     let peak = |pages: usize| {
@@ -470,7 +472,7 @@ fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
         let end = Run::start(python).wait();
         end.out.trim().parse::<u64>().unwrap_or_else(|_| panic!("{}", env.dump(&end)))
     };
-    // 12 MB of locks against 1.2: kibibytes.
+    // 12 MB of locks against 1.2 MB. The peaks are in KiB.
     let (small, large) = (peak(10), peak(200));
     assert!(large < small + 10_000, "{small} KiB, {large} KiB");
 }

@@ -1,4 +1,5 @@
-//! `tf locks recover`: finishes the dead runs of this host, a line each; silent when there is nothing to do.
+//! `tf locks recover` finishes the dead runs of this host, with a line for each. It prints nothing if there is nothing
+//! to do.
 
 use nix::sys::signal::{Signal, kill};
 
@@ -14,7 +15,7 @@ use crate::support::{Ended, Lock, Subject, TestEnv};
 pub fn recover(env: &TestEnv, more: &[&str]) -> Ended {
     let mut command = env.command(env.bin().join("tf"));
     command.args(["locks", "recover"]).args(more);
-    // From anywhere, and without a terraform.
+    // It works in any directory, and without a terraform.
     command.current_dir("/").env("PATH", "/nowhere");
     Run::start(command).wait()
 }
@@ -32,7 +33,8 @@ fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do(lock: Lock)
 }
 for_each_lock!(it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do);
 
-/// There a condition holds in one region, and a delete can undo what another region has locked a moment ago.
+/// In such a table a condition holds in one region only, and a delete can undo a lock that another region has just
+/// taken.
 #[test]
 fn a_lock_in_a_global_table_goes_only_where_that_is_asked_for() {
     for lock in [Lock::DynamoDb, Lock::Both] {
@@ -61,7 +63,7 @@ fn whoever_types_release_has_asked_for_it_in_a_global_table_too() {
     env.assert_unlocked();
 }
 
-/// Its regions agree before they answer, and a condition holds in all of them.
+/// Its regions agree before they respond, so a condition holds in all of them.
 #[test]
 fn a_global_table_whose_regions_agree_is_one_as_any_other() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -85,7 +87,7 @@ fn a_dry_run_deletes_nothing_and_names_the_lock() {
 #[test]
 fn what_cannot_be_finished_is_named_and_ends_with_2() {
     let env = killed_whole(Lock::DynamoDb);
-    // Nobody listens there.
+    // Nothing listens there.
     edit(&env, |record| record["surroundings"]["variables"]["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9".into());
     let end = recover(&env, &[]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
@@ -110,7 +112,7 @@ fn a_guardian_at_work_is_waited_for() {
     let env = TestEnv::new(Lock::Both, WAITS);
     let run = env.start_apply(Subject::Tf);
     kill(run.pid(), Signal::SIGKILL).unwrap();
-    // At once: tf may still be dying, and its guardian need not have noticed.
+    // Immediately: tf may still be dying, and its guardian may not have noticed yet.
     let end = recover(&env, &[]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     env.assert_unlocked();
@@ -119,7 +121,7 @@ fn a_guardian_at_work_is_waited_for() {
     assert_nothing_left(&env);
 }
 
-/// A job's last step runs while terraform still stops: the shell in between is dead, and its `tf` is not.
+/// A job's last step runs while terraform is still stopping. The shell in between is dead, and its `tf` is not.
 #[test]
 fn a_run_that_is_stopping_is_waited_for() {
     let (mut env, proxy) = slow_to_plan();
@@ -152,7 +154,8 @@ fn a_word_that_it_does_not_know_is_refused_and_help_is_given() {
     assert!(end.out.contains("--dry-run"), "{}", end.out);
 }
 
-/// Whoever takes care of a dead run is waited for; one that is frozen is not taken for one that has done it.
+/// The recovery waits for the process that finishes a dead run. If that process is frozen, the run does not count as
+/// finished.
 #[test]
 fn a_guardian_that_does_not_end_is_waited_for_as_long_as_is_promised_and_its_lock_is_named() {
     let env = TestEnv::new(Lock::DynamoDb, WAITS);

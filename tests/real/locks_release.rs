@@ -1,4 +1,5 @@
-//! `tf locks show`, `release` and `audit`: what is proven dead goes, what is likely dead asks, what lives stays.
+//! `tf locks show`, `release` and `audit`: the lock of a proven dead holder is released, that of a likely dead one
+//! needs a confirmation, and that of a living one is not released.
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
@@ -10,19 +11,20 @@ use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, id_of, lock_json, who};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-/// `tf locks` with these words, in the world's directory.
+/// Runs `tf locks` with these words, in the directory of the [`TestEnv`].
 pub fn locks(env: &TestEnv, words: &[&str]) -> Ended {
     let mut command = env.command(env.bin().join("tf"));
     command.arg("locks").args(words);
     Run::start(command).wait()
 }
 
-/// A lock of this user on this host, older than any boot of it: its holder is likely dead however long this machine is up.
+/// Creates a lock of this user on this host that is older than any boot. Its holder is likely dead, however long this
+/// machine is up.
 pub fn old_lock(env: &TestEnv) -> String {
     put_lock_of("2020-01-01T00:00:00Z".parse().unwrap(), env)
 }
 
-/// A lock of this user on this host, created at `created`.
+/// Creates a lock of this user on this host, created at `created`.
 fn put_lock_of(created: jiff::Timestamp, env: &TestEnv) -> String {
     let mut info: Value =
         serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &env.path())).unwrap();
@@ -69,7 +71,7 @@ fn what_is_alive_stays_and_its_process_is_named() {
     let end = locks(&env, &["release", "--force", "11111111-2222-3333-4444-555555555555"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     env.assert_locked();
-    // By its full ID, and only so.
+    // Only its full ID releases it.
     let end = locks(&env, &["release", "--force", &id]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     env.assert_unlocked();
@@ -79,7 +81,8 @@ fn what_is_alive_stays_and_its_process_is_named() {
 
 #[test]
 fn what_is_likely_dead_needs_a_yes() {
-    // Older than this boot; and of its first seconds, when no terraform of today ran: any other test's started later.
+    // One lock is older than this boot. The other is from the first seconds after the boot: no terraform that runs now
+    // is as old.
     let ages = ["2020-01-01T00:00:00Z".parse().unwrap(), booted() + jiff::SignedDuration::from_secs(10)];
     for (lock, created) in Lock::ALL.into_iter().flat_map(|lock| ages.map(|created| (lock, created))) {
         let env = TestEnv::new(lock, "true");
@@ -149,7 +152,7 @@ fn a_path_must_match_exactly_one_lock() {
     let end = locks(&env, &["release"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", end.err);
     assert!(end.err.contains("no lock stands here"), "{}", end.err);
-    // Another ID in each half.
+    // Each part has another ID.
     cloud().put_item(&env.table, &env.path(), &lock_json("aaaaaaaa-3333-4444-5555-666666666666", &env.path()));
     let other = lock_json("bbbbbbbb-3333-4444-5555-666666666666", &env.path());
     cloud().s3("PUT", &format!("{}.tflock", env.path()), other.as_bytes());
@@ -228,7 +231,7 @@ fn an_audit_is_the_same_twice_and_a_real_parser_reads_it() {
         assert_eq!(parsed[name].as_f64(), Some(value), "{parsed}");
     }
     assert!(parsed["tf_locks_oldest_age_seconds"].as_f64().unwrap() > 60.0);
-    // Nothing is that old; but what is no lock keeps a run out whatever its age.
+    // No lock is that old. But an item that is not a lock prevents a run, however old it is.
     let audit = ["audit", "--older-than", "9999d", "--table", &env.table, "--region", "us-east-1"];
     let end = locks(&env, &audit);
     assert_eq!((end.code(), end.out.lines().count()), (Some(2), 1), "{}", env.dump(&end));
@@ -254,7 +257,7 @@ fn an_old_lock_of_nobody_known_is_stale_for_an_audit_and_for_nothing_else() {
     assert!(end.code() == Some(1) && end.err.contains("--older-than"), "{}", end.err);
 }
 
-/// What terraform cannot know: whether the holder lives.
+/// Terraform cannot know whether the holder is alive.
 #[test]
 fn a_refused_terraform_is_told_whose_lock_it_is() {
     for (release, subject) in [("auto", Subject::Tf), ("never", Subject::Tf), ("auto", Subject::Bare)] {
@@ -286,7 +289,8 @@ fn a_refused_terraform_is_told_that_the_holder_lives() {
     assert_eq!(run.wait().code(), Some(0));
 }
 
-/// With -lock-timeout terraform asks again and again: what dies meanwhile is given back, and its next try succeeds.
+/// With -lock-timeout, terraform requests the lock again and again. If the holder dies meanwhile, its lock is released,
+/// and terraform's next attempt succeeds.
 fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits(lock: Lock) {
     let env = TestEnv::new(lock, WAITS);
     let holder = env.start_apply(Subject::Tf);
@@ -309,7 +313,7 @@ fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits(lock: Lock) {
 }
 for_each_lock!(a_lock_whose_holder_dies_is_given_back_while_terraform_waits);
 
-/// It died after the refused run had looked for what is dead.
+/// The holder died after the refused run had looked for dead runs.
 #[test]
 fn a_run_that_a_dead_holder_refuses_releases_its_lock_and_says_so() {
     use crate::support::proxy::{Proxy, ProxyAction};
@@ -331,7 +335,7 @@ fn a_run_that_a_dead_holder_refuses_releases_its_lock_and_says_so() {
     drop(holder);
 }
 
-/// The same with nobody to give it back.
+/// The same without a release.
 #[test]
 fn with_release_never_a_dead_holders_lock_stays_and_is_named() {
     let mut env = killed_whole(Lock::DynamoDb);
@@ -342,7 +346,7 @@ fn with_release_never_a_dead_holders_lock_stays_and_is_named() {
     env.assert_locked();
 }
 
-/// Kills a run with all that belongs to it, and nothing of another run in the same world.
+/// Kills a run with all its processes, and no process of another run in the same [`TestEnv`].
 fn kill_with_guardian(env: &TestEnv, run: &Run) {
     use crate::support::process::tree;
     use crate::support::processes::{is_gone, ours};

@@ -1,7 +1,7 @@
-//! `tf` around real Terraform, against a real protocol server, with real processes, signals and terminals.
+//! `tf` with a real terraform, a server that implements the real protocols, and real processes, signals and terminals.
 //!
-//! Every test is named for the promise that it holds. What bare terraform does in the same place is tried beside it
-//! wherever the promise is about a difference.
+//! The name of each test states what it checks. If that is a difference from bare terraform, the test checks bare
+//! terraform in the same situation too.
 
 #![expect(
     unsafe_code,

@@ -1,4 +1,4 @@
-//! However many locks a log names, the guardian hears what `tf` says, and releases the run's own lock.
+//! However many locks a log names, the guardian receives the messages of `tf`, and releases the run's own lock.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// Writes 3,000 locks that were taken and given back into terraform's log, as a migration of so many workspaces does.
+/// Writes 3,000 locks that were acquired and released to terraform's log, as a migration of so many workspaces does.
 const MIGRATES: &str = r#"
 import datetime, os
 now = lambda: datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
@@ -44,7 +44,7 @@ fn thousands_of_locks_in_one_log_do_not_silence_the_guardian() {
         let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
         record["offset"].as_u64()
     };
-    // As much as tf tells at once may be untold.
+    // The last part, as much as tf sends at once, may not have been sent yet.
     let whole = || written().filter(|offset| offset + (1 << 16) > length);
     wait_for("the whole log in the journal", whole, || format!("{:?} of {length}\n{}", written(), env.trace()));
     run.send(Signal::SIGKILL);

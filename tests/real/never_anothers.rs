@@ -12,7 +12,7 @@ const OTHER: &str = "22222222-3333-4444-5555-666666666666";
 
 fn the_lock_that_we_waited_for_stands_when_we_are_killed(lock: Lock) {
     let env = TestEnv::new(lock, "true");
-    // The same user on the same host, and taken after we began: only the ID tells them apart.
+    // The lock has the same user and host, and is taken after the start of the run. Only the ID differs.
     let first = env.lock_of_another();
     let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=60s"]);
     run.wait_for_out("Acquiring state lock");
@@ -33,7 +33,7 @@ fn a_refused_run_touches_nothing(lock: Lock) {
     let theirs = env.lock_of_another();
     let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(1));
-    // What it says of the holder is for left_behind.rs.
+    // locks_release.rs checks what is reported about the holder.
     assert!(!end.err.contains("released"), "{}", env.dump(&end));
     assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
     env.assert_locked();
@@ -45,7 +45,8 @@ fn a_lock_that_replaced_ours_before_the_release_stands(lock: Lock) {
         TestEnv::new(lock, "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
-    // The script that ignores TERM holds the release back; meanwhile somebody forces our lock and takes their own.
+    // The script that ignores TERM delays the release. Meanwhile the lock is removed by force, and another run takes
+    // it.
     env.wait_for_trace("ending ");
     env.delete_lock();
     let theirs = lock_json(OTHER, &env.path());
@@ -81,7 +82,7 @@ fn a_lock_that_replaces_ours_between_our_read_and_our_delete_stands() {
     }
 }
 
-/// The three lines by which terraform tells that it took a lock, in the hand of somebody else.
+/// Returns the lines with which terraform logs that it took a lock, forged by another process.
 fn forged(id: &str, path: &str) -> String {
     let now = jiff::Timestamp::now();
     let (bucket, key) = path.split_once('/').unwrap();
@@ -103,7 +104,8 @@ fn forged(id: &str, path: &str) -> String {
 
 #[test]
 fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
-    // A living lock of another state, in the same bucket and table; and one of the same path that is older than we.
+    // A living lock of another state in the same bucket and table, and then one with the same path that is older than
+    // the run.
     let env = TestEnv::new(Lock::Both, "true");
     let other_path = format!("{}/other.tfstate", env.bucket);
     let living = lock_json(OTHER, &other_path);
@@ -117,7 +119,7 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     run.kill_terraform();
     let end = run.wait();
     assert_eq!(cloud().item(&env.table, &other_path), Some(living), "{}", env.dump(&end));
-    // Our own went, and the other is named as what it is.
+    // The run's own lock is released, and the other one is reported as what it is.
     env.assert_unlocked();
     assert!(end.err.contains("no backend of this directory has it"), "{}", env.dump(&end));
 
@@ -129,7 +131,7 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
         "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
     );
     let run = env.start_apply(Subject::Tf);
-    // Somebody forced ours and holds it now, since before our run by their clock.
+    // The run's lock was removed by force. Another run holds it, and by that run's clock since before this run.
     env.delete_lock();
     let older = living.replace(&jiff::Timestamp::now().strftime("%Y").to_string(), "2020");
     env.put_lock(&older);
@@ -159,7 +161,7 @@ fn a_torn_or_empty_id_in_the_recorder_deletes_nothing() {
 
 #[test]
 fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
-    // Something between us and terraform throws the recorder away: nothing tells which lock was ours.
+    // A program between tf and terraform removes the log: nothing shows which lock belongs to the run.
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.stand_in("forgets", "#!/bin/sh\nexec env -u TF_TEMP_LOG_PATH -u TF_LOG_PATH -u TF_LOG_CORE terraform \"$@\"\n");
     let run = env.start_apply(Subject::Tf);
@@ -169,7 +171,7 @@ fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     env.assert_locked();
     assert!(end.err.contains(&format!("force-unlock {id}")), "{}", env.dump(&end));
     assert!(end.err.contains("was not released"), "{}", env.dump(&end));
-    // And the command that it named mends it.
+    // The command that is reported works.
     let mended = env.run(Subject::Bare, &["force-unlock", "-force", &id]);
     assert_eq!(mended.code(), Some(0), "{}{}", mended.out, mended.err);
     env.assert_unlocked();
@@ -192,7 +194,8 @@ fn a_provisioner_that_wipes_the_recorder_hides_no_lock_that_was_read_before() {
     env.assert_unlocked();
 }
 
-/// An inner directory with a state of its own, locked by a terraform that a provisioner of the outer one starts.
+/// Returns a directory with an inner directory that has its own state. A provisioner of the outer terraform starts a
+/// terraform in it, which locks that state.
 fn nested(inner: &str) -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     std::fs::create_dir(env.directory.join("inner")).unwrap();
@@ -218,7 +221,8 @@ fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
         env.assert_unlocked();
         let inner_locks = env.locks_at("inner.tfstate");
         if left {
-            // The nested terraform was ended with TERM, which it takes for an interrupt: it may have unlocked itself.
+            // The nested terraform was told to exit with TERM, which counts as an interrupt: it may have unlocked
+            // itself.
             let named = inner_locks.iter().all(|lock| end.err.contains(&id_of(lock)));
             assert!(named, "{}", env.dump(&end));
         } else {
@@ -229,7 +233,7 @@ fn a_nested_terraforms_lock_is_named_and_left_and_a_nested_tfs_is_given_back() {
 
 #[test]
 fn a_nested_terraform_that_goes_on_keeps_its_lock() {
-    // It shares our recorder, and outlives an outer terraform that ended well.
+    // It writes to the same log as the outer terraform, and keeps running after that has exited successfully.
     let env = nested("nohup terraform");
     let text = env
         .read("main.tf")
@@ -248,11 +252,12 @@ fn a_nested_terraform_that_goes_on_keeps_its_lock() {
 
 #[test]
 fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
-    // The real AWS provider asks an SQS of our own for a queue; the answer is an error whose text goes on, after a
-    // newline, with perfect lines of terraform's log. Core logs it raw.
+    // The real AWS provider asks a stand-in for SQS about a queue. The response is an error whose text continues, after
+    // a newline, with perfect lines of terraform's log. Core logs the text without escapes.
     let mut env = TestEnv::empty(Lock::DynamoDb);
     let other_path = env.path();
-    // Made at the moment of the request: the living lock is there, and everything about the lines is right.
+    // The lock and the lines are created at the moment of the request, so the living lock exists and the lines are
+    // right.
     let table = env.table.clone();
     let path = other_path.clone();
     let sqs = Proxy::start(cloud().port, move |_| {
@@ -297,7 +302,8 @@ fn an_api_error_that_forges_the_log_deletes_no_living_lock() {
     }
 }
 
-/// `init` by the way that the caller has to the registry, for as long as that takes: the provider has hundreds of megabytes.
+/// Runs `init` with the caller's network settings for the registry, and without a time limit: the provider has hundreds
+/// of megabytes.
 fn fetch_providers(env: &TestEnv) {
     let mut init = env.command(env.bin().join("terraform"));
     init.args(["init", "-no-color"]);
@@ -316,8 +322,8 @@ fn fetch_providers(env: &TestEnv) {
     );
 }
 
-/// A filesystem mirror with the AWS provider: the one that TF_TEST_PLUGINS names, one where terraform looks itself, or
-/// one below /opt. Without any, `init` fetches the provider.
+/// Returns a filesystem mirror with the AWS provider: the one in TF_TEST_PLUGINS, one in a directory in which terraform
+/// looks, or one below /opt. `None` if there is none; then `init` downloads the provider.
 fn plugin_mirror() -> Option<PathBuf> {
     let named = std::env::var_os("TF_TEST_PLUGINS").map(PathBuf::from);
     let usual = ["/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins"].map(PathBuf::from);

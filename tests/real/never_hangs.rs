@@ -1,4 +1,4 @@
-//! No setting and no file that the environment names can hang `tf`, or make it panic.
+//! No setting, and no file that an environment variable names, can make `tf` hang or panic.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -16,7 +16,7 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// A number of seconds may be any that fits into 64 bits.
+/// A number of seconds can be any number of 64 bits.
 const FOR_EVER: [&str; 3] = ["9223372036854775807", "18446744073709551615", "18446744073709551615ms"];
 
 #[test]
@@ -27,7 +27,7 @@ fn a_stop_timeout_of_any_length_neither_ends_tf_nor_kills_terraform() {
         let run = env.start_apply(Subject::Tf);
         run.send(Signal::SIGTERM);
         env.wait_for_trace("Request: [Interrupt");
-        // Terraform kills its provisioner, which was not told to go.
+        // Terraform kills its provisioner, because the test does not create `go`.
         let end = run.wait();
         assert_eq!(end.code(), Some(1), "{timeout}: {}", env.dump(&end));
         assert!(!end.err.contains("tf:") && !end.err.contains("panicked"), "{timeout}: {}", end.err);
@@ -42,9 +42,10 @@ fn a_guardian_with_a_stop_timeout_of_any_length_releases_the_lock() {
         env.set("TFW_STOP_TIMEOUT", timeout);
         let _kill_on_drop = KillOnDrop(home(&env));
         let run = env.start_apply(Subject::Tf);
-        // The guardian's clock runs from the request as well.
+        // The guardian measures the stop timeout from the request too.
         run.send(Signal::SIGTERM);
-        // Terraform ends its provisioner itself. It is still there because its state waits in the proxy.
+        // Terraform stops its provisioner itself. It is still running because its write of the state is held by the
+        // proxy.
         proxy.wait_until_held();
         run.send(Signal::SIGKILL);
         assert_eq!(run.wait().signal(), Some(9));

@@ -1,5 +1,5 @@
-//! Where there never was a lock, and where something that is no lock keeps everybody out: what is said of it is true, and the
-//! command that is named works.
+//! Locations without a lock, and locations where something that is not a lock makes terraform fail: the messages about
+//! them are true, and the command in the message works.
 
 use std::fs;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// Runs in a shell what a message says to type, last.
+/// Runs in a shell the last command that a message says to type.
 #[track_caller]
 fn type_what_is_said(env: &TestEnv, said: &str) -> Ended {
     let command = said.rsplit_once("type: ").unwrap_or_else(|| panic!("nothing to type: {said}")).1;
@@ -26,13 +26,13 @@ fn type_what_is_said(env: &TestEnv, said: &str) -> Ended {
     env.run_in_shell(command)
 }
 
-/// Every line of ours in what a run has said.
+/// Returns every line of `tf` in the messages of a run.
 fn ours(end: &Ended) -> Vec<&str> {
     end.err.lines().filter(|line| line.starts_with("tf:")).collect()
 }
 
-/// A table that is misspelt, one with another key, and one that refuses: terraform says so, and there is nothing to add, to
-/// keep, or to try again.
+/// A misspelt table, a table with another key, and a table that refuses: terraform reports the error, and there is
+/// nothing to add, to keep or to retry.
 #[test]
 fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
     for (name, both) in
@@ -70,7 +70,7 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
             env.dump(&recovered)
         );
         assert!(recovered.out.is_empty(), "{name} {both}: {}", recovered.out);
-        // And nothing of it is said once the mistake is mended.
+        // Nothing is reported about it after the mistake is corrected.
         env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
         if name != "denied" {
             cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }));
@@ -83,7 +83,7 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
     }
 }
 
-/// The run itself destroys the table: its lock goes with that.
+/// The run itself destroys the table, and its lock with it.
 #[test]
 fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
     let env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -97,7 +97,7 @@ fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
     assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{}", env.dump(&recovered));
 }
 
-/// Somebody has locked everybody out by hand.
+/// A lock that a person has put there by hand.
 #[test]
 fn a_lock_with_any_id_is_named_without_holes_and_released_by_what_is_shown() {
     let long = "x".repeat(300);
@@ -132,7 +132,7 @@ fn junk() -> [(Lock, Option<Value>, &'static str); 7] {
     ]
 }
 
-/// Puts an item with those attributes in the place of the lock, or an empty object.
+/// Puts an item with these attributes in the place of the lock, or an empty object.
 fn put(env: &TestEnv, item: Option<&Value>) {
     match item {
         Some(item) => {
@@ -172,7 +172,7 @@ fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a
         }
         let doctor = locks(&env, &["doctor"]);
         assert!(doctor.out.contains("WRONG  lock: what stands in its place is no lock"), "{what}: {}", doctor.out);
-        // Nobody is there to ask.
+        // There is no terminal on which to ask.
         let refused = type_what_is_said(&env, &end.err);
         assert_eq!(refused.code(), Some(1), "{what}: {}", env.dump(&refused));
         assert!(is_there(&env, item.as_ref()), "{what}: {}", env.dump(&refused));
@@ -211,7 +211,7 @@ fn what_changed_while_a_person_thought_is_left_alone_though_it_was_no_lock() {
     }
 }
 
-/// Beside a good lock: the lock goes, terraform stays locked out, and that is said.
+/// There is a valid lock too: it is released, terraform still cannot lock, and that is reported.
 #[test]
 fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
     for item in [Some(json!({})), None] {
@@ -235,7 +235,7 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
     }
 }
 
-/// The lock is somebody's, and stays.
+/// The lock belongs to another run, and is not released.
 #[test]
 fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
     let words = [&["plan", "-no-color"][..], &["locks", "show"]];
@@ -254,7 +254,7 @@ fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
     }
 }
 
-/// A state is worth more than any lock, and a digest is none.
+/// A state matters more than any lock, and a digest is not a lock.
 #[test]
 fn neither_a_state_nor_a_digest_is_removed_as_what_is_no_lock() {
     let env = TestEnv::new(Lock::Both, "true");
@@ -272,7 +272,7 @@ fn neither_a_state_nor_a_digest_is_removed_as_what_is_no_lock() {
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("that is a terraform state"), "{}", env.dump(&end));
     assert!(cloud().object(&object).is_some());
-    // What is too large for a lock is not called empty.
+    // An object that is too large for a lock is not called empty.
     cloud().s3("PUT", &object, &vec![b'x'; (1 << 20) + 1]);
     let end = locks(&env, &["list"]);
     assert!(end.out.contains("an object of 1048577 bytes, too large for a lock"), "{}", env.dump(&end));
@@ -307,7 +307,7 @@ fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
     assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
 }
 
-/// What is refused is the workspace that is to be made, which nothing selects yet.
+/// The workspace is still to be created, and nothing selects it yet.
 fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state(lock: Lock) {
     let env = TestEnv::new(lock, "true");
     let key = "env:/foo/dir/prod.tfstate";
@@ -332,7 +332,7 @@ fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state(loc
 }
 for_each_lock!(the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state);
 
-/// From another directory, too, with a name that a shell would take apart.
+/// The command also works from another directory, even if its name must be quoted in a shell.
 #[test]
 fn the_command_that_is_named_works_from_where_terraform_was_called() {
     let env = TestEnv::new(Lock::File, "true");
@@ -369,7 +369,7 @@ fn a_lock_from_the_future_is_said_to_be_that_and_is_stale_for_an_audit() {
     }
 }
 
-/// Whoever may not delete it cannot do so by another command either.
+/// A user who may not delete the lock cannot delete it with another command either.
 #[test]
 fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -392,7 +392,7 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     let recovered = locks(&env, &["recover"]);
     assert_eq!(recovered.code(), Some(2), "{}", env.dump(&recovered));
     assert!(recovered.out.contains("with credentials that may do dynamodb:DeleteItem"), "{}", env.dump(&recovered));
-    // And by those who may.
+    // With the permission, it works.
     env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
     let command = end.err.rsplit_once("type: ").unwrap().1.trim().replace("force-unlock", "force-unlock -force");
     let unlocked = env.run_in_shell(&command);
@@ -421,7 +421,7 @@ fn a_digest_without_a_state_is_explained_and_mended_by_what_is_named() {
     assert!(ours(&end).is_empty(), "{}", env.dump(&end));
 }
 
-/// Terraform waits for ten seconds, and says what is wrong; what to type it does not know.
+/// Terraform waits for ten seconds and reports what is wrong, but not which command helps.
 #[test]
 fn a_checksum_error_of_terraforms_is_followed_by_what_mends_it() {
     let env = TestEnv::new(Lock::Both, "true");
@@ -454,7 +454,7 @@ fn a_directory_with_a_local_state_is_well() {
         assert_eq!(end.code(), Some(0), "{initialised}: {}", env.dump(&end));
         assert!(end.out.contains("ok     backend: none: the state is a local file"), "{initialised}: {}", end.out);
     }
-    // One that is not initialised yet is not.
+    // An uninitialized directory is reported.
     env.write_main("", "true");
     let end = locks(&env, &["doctor"]);
     assert!(end.code() == Some(2) && end.out.contains("terraform init"), "{}", env.dump(&end));

@@ -1,5 +1,5 @@
-//! What `tf` writes lies only where no other user can put something else in its place: the log, which holds `-var` in clear,
-//! and the journal.
+//! `tf` writes its files only where no other user can replace them: the log, which contains `-var` in clear text, and
+//! the journal.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -13,13 +13,13 @@ use crate::support::{Lock, Subject, TestEnv};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// A directory in memory, for one test.
+/// Returns a directory in memory, for one test.
 fn in_memory() -> tempfile::TempDir {
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
     tempfile::Builder::new().prefix("tf-test-").permissions(private).tempdir_in("/dev/shm").unwrap()
 }
 
-/// Where terraform writes its log, when XDG_RUNTIME_DIR is `directory`.
+/// Returns where terraform writes its log if XDG_RUNTIME_DIR is `directory`.
 fn log_of_a_run(directory: &Path) -> PathBuf {
     let mut env = TestEnv::new(Lock::File, WAITS);
     env.set("XDG_RUNTIME_DIR", directory);
@@ -44,7 +44,7 @@ fn the_log_lies_only_where_nobody_else_can_replace_it() {
     };
     let private = at("private", 0o700);
     assert!(log_of_a_run(&private).starts_with(&private));
-    // The link could be made to lead elsewhere; where it leads now cannot.
+    // The link can be changed, but the directory to which it leads now cannot.
     let link = root.path().join("link");
     symlink(&private, &link).unwrap();
     assert!(log_of_a_run(&link).starts_with(&private));
@@ -55,10 +55,10 @@ fn the_log_lies_only_where_nobody_else_can_replace_it() {
         assert!(!log.starts_with(&open), "{}: {}", directory.display(), log.display());
     }
     if !geteuid().is_root() {
-        // tests/left-out names this.
+        // This test is listed in tests/left-out.
         return;
     }
-    // As su(1) leaves it to root; and with a directory of root's in it.
+    // XDG_RUNTIME_DIR as su(1) leaves it to root, and a directory of root in it.
     let theirs = at("theirs", 0o700);
     let below = at("theirs/below", 0o700);
     chown(&theirs, Some(Uid::from_raw(4711)), None).unwrap();
@@ -71,7 +71,7 @@ fn the_log_lies_only_where_nobody_else_can_replace_it() {
 #[test]
 fn the_journal_does_not_lie_in_another_users_directory() {
     if !geteuid().is_root() {
-        // tests/left-out names this.
+        // This test is listed in tests/left-out.
         return;
     }
     let root = tempfile::tempdir().unwrap();

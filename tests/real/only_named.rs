@@ -1,4 +1,5 @@
-//! What is named and not released: because somebody said so, or because nobody here can tell whether its run is alive.
+//! Locks that are reported and not released, because the user has said so, or because it is not known whether the run
+//! is alive.
 
 use std::fs;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// Runs in a shell what a message says to type, from the `number`th place in it on.
+/// Runs in a shell the command that a message says to type after its `number`th "type".
 #[track_caller]
 fn type_what_is_said(env: &TestEnv, said: &str, number: usize) -> Ended {
     let command = said.split(" type").nth(number).unwrap_or_else(|| panic!("nothing to type: {said}"));
@@ -26,7 +27,7 @@ fn type_what_is_said(env: &TestEnv, said: &str, number: usize) -> Ended {
 
 const SECRET: &str = "x-hunter2-not-to-be-found";
 
-/// An apply at work that was given a secret by an argument.
+/// Starts an apply that gets a secret as an argument, and waits until it works.
 fn with_a_secret() -> (TestEnv, Run) {
     let env = TestEnv::empty(Lock::DynamoDb);
     env.write_main("variable \"x\" {}", WAITS);
@@ -36,7 +37,7 @@ fn with_a_secret() -> (TestEnv, Run) {
     (env, run)
 }
 
-/// The run was told so, and its guardian is left alone with the lock.
+/// The run was told not to release. Its guardian does not touch the lock either.
 #[test]
 fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten() {
     for lock in [Lock::DynamoDb, Lock::Both] {
@@ -53,7 +54,7 @@ fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten(
             assert!(end.out.contains("TFW_RELEASE is never") && end.out.contains(&id), "{}", env.dump(&end));
             env.assert_locked();
         }
-        // Said by name, it goes.
+        // When the release is allowed again, the lock is released.
         env.set("TFW_RELEASE", "auto");
         let end = locks(&env, &["recover"]);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
@@ -62,7 +63,7 @@ fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten(
     }
 }
 
-/// One response proves nothing: a proxy can have sent it.
+/// One response proves nothing, because a proxy can have sent it.
 #[test]
 fn one_empty_answer_does_not_make_a_recovery_forget_what_it_is_to_name() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -84,7 +85,7 @@ fn one_empty_answer_does_not_make_a_recovery_forget_what_it_is_to_name() {
     assert_eq!(records(&env).len(), 1);
 }
 
-/// A tf that lives to say so says it, and its lock is not forgotten either.
+/// If tf is alive, it reports the lock, and the lock is not forgotten either.
 #[test]
 fn with_release_never_a_killed_terraforms_lock_is_named_again_until_it_is_gone() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -93,7 +94,7 @@ fn with_release_never_a_killed_terraforms_lock_is_named_again_until_it_is_gone()
     run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("TFW_RELEASE is never") && !end.err.contains("tries again"), "{}", env.dump(&end));
-    // What the run has started was left alone.
+    // The processes that the run has started were left running.
     kill_all(&env);
     let end = locks(&env, &["recover"]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
@@ -120,7 +121,7 @@ fn with_release_never_a_recovery_names_and_once_the_lock_is_gone_forgets() {
     assert!(records(&env).is_empty());
 }
 
-/// A copy of a disk, or a container's volume: the run may go on where it was.
+/// The state directory may be a copy of a disk, or in a container's volume: the run may continue elsewhere.
 #[test]
 fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands_work() {
     for release in [true, false] {
@@ -149,7 +150,8 @@ fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands
     }
 }
 
-/// In another container, with this directory in a volume: its processes cannot be seen from here, but they hold its file.
+/// The run is in another container, with this directory in a volume. Its processes cannot be seen from here, but they
+/// hold its lock file.
 #[test]
 fn a_run_that_somebody_holds_is_not_called_dead_by_a_recovery_that_cannot_see_it() {
     let env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -170,7 +172,7 @@ fn a_run_that_somebody_holds_is_not_called_dead_by_a_recovery_that_cannot_see_it
     assert_eq!(run.wait().code(), Some(0));
 }
 
-/// The log of a run is in memory, and stays there when everything is killed, until the next `tf`.
+/// The log of a run is in memory. If every process is killed, it stays there until the next `tf`.
 #[test]
 fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
     let (env, run) = with_a_secret();
@@ -189,7 +191,7 @@ fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
     assert!(!log.exists(), "the recovery takes it away");
 }
 
-/// What the guardian has by its fork are the arguments of terraform.
+/// The guardian is a fork, so it inherits the arguments of terraform.
 #[test]
 fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
     let (env, run) = with_a_secret();
@@ -206,7 +208,7 @@ fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
     assert_eq!(run.wait().code(), Some(0));
 }
 
-/// The records of a second run beside a first one that was killed whole are its own.
+/// A run was killed whole, and then a second one. Each has its own record.
 #[test]
 fn two_killed_runs_are_named_each_by_its_own_lock() {
     let mut env = killed_whole(Lock::DynamoDb);

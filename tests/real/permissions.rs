@@ -1,5 +1,5 @@
-//! docs/iam: each policy is enough for what docs/iam.md says it is for, and nothing in it is superfluous. Tried in a
-//! cloud that checks signatures and policies.
+//! docs/iam: each policy is sufficient for its purpose in docs/iam.md, and nothing in it is superfluous. The tests run
+//! in a cloud that checks signatures and policies.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -18,15 +18,15 @@ use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const KEY: &str = "dir/prod.tfstate";
 
-/// A cloud in which nobody may do anything without a policy, and its root.
+/// A cloud in which every action needs a policy, and its root user.
 struct Account {
     cloud: Cloud,
     root: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
-    /// Ends with our end of its stdin.
+    /// Exits when this process closes its stdin.
     _python: Child,
 }
 
-/// The root's side: AWS's own client takes a second to start, so it is started once.
+/// A process for the root user. AWS's own client takes a second to start, so it is started once.
 const ROOT: &str = r#"
 import json, sys, botocore.session
 session = botocore.session.get_session()
@@ -99,14 +99,14 @@ fn account() -> &'static Account {
 }
 
 impl Account {
-    /// Has the root do something: the name of a function of its side, and what it is given.
+    /// Calls a function of the root's process: its name, and its arguments.
     #[track_caller]
     fn root(&self, call: &Value) -> Value {
         let mut root = self.root.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         writeln!(root.0, "{call}").unwrap();
         let mut answer = String::new();
         root.1.read_line(&mut answer).unwrap();
-        // What went wrong, it says itself.
+        // The process writes its errors to stderr itself.
         assert!(!answer.is_empty(), "{call}");
         serde_json::from_str(&answer).unwrap()
     }
@@ -124,21 +124,21 @@ impl Grant {
         self.action.split_once(':').unwrap().1
     }
 
-    /// Whether it lets the lock of the default workspace be read, or deleted.
+    /// Whether it is needed to read or to delete the lock of the default workspace.
     fn is_for_a_release(&self) -> bool {
         let of_lock = self.resource.contains(":table/") || self.resource.ends_with(".tflock");
         of_lock && !self.resource.contains("env:") && !self.name().starts_with("Put")
     }
 }
 
-/// A policy of these, but for one.
+/// Returns a policy with all of `grants` except `missing`.
 fn without(missing: Option<&Grant>, grants: &[Grant]) -> Value {
     let others = grants.iter().filter(|grant| Some(*grant) != missing);
     let statements = others.map(|grant| json!({"Effect": "Allow", "Action": grant.action, "Resource": grant.resource}));
     json!({"Version": "2012-10-17", "Statement": statements.collect::<Vec<_>>()})
 }
 
-/// What policies grant, piece by piece.
+/// Returns the single grants of some policies.
 fn grants(policies: &[Value]) -> Vec<Grant> {
     let list = |value: &Value| match value {
         Value::Array(all) => all.iter().map(|one| one.as_str().unwrap().to_owned()).collect(),
@@ -156,14 +156,14 @@ fn grants(policies: &[Value]) -> Vec<Grant> {
     all
 }
 
-/// A world in that account, with a user of its own.
+/// A [`TestEnv`] in that account, with its own user.
 struct Place {
     env: TestEnv,
     user: String,
 }
 
 impl Place {
-    /// Initialised; the user may do everything.
+    /// Returns an initialized one, whose user may do everything.
     fn new(lock: Lock, command: &str) -> Self {
         let place = Self::empty(lock);
         place.env.write_main("", command);
@@ -187,7 +187,7 @@ impl Place {
         place
     }
 
-    /// The policies of the docs, with the names of this place.
+    /// Returns policies from the docs, with the names of this [`TestEnv`].
     fn policies(&self, names: &[&str]) -> Vec<Value> {
         let read = |name: &&str| {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/iam/{name}.json"));
@@ -203,7 +203,7 @@ impl Place {
         format!("role-{}", self.env.bucket)
     }
 
-    /// From now on the user may do what these say, and nothing else.
+    /// From now on, the user may do what these policies allow, and nothing else.
     fn allow(&self, policies: &[Value]) {
         account().root(&json!(["allow", self.user, policies]));
     }
@@ -213,7 +213,7 @@ impl Place {
         serde_json::from_value(all).unwrap()
     }
 
-    /// Nothing was ever done here.
+    /// Deletes everything that runs have left.
     fn forget(&self) {
         account().root(&json!(["forget", self.env.bucket, self.env.table]));
         for name in ["began", "go", "trace", ".terraform/environment"] {
@@ -222,7 +222,7 @@ impl Place {
         let _ = fs::remove_dir_all(self.env.directory.parent().unwrap().join("home/.local"));
     }
 
-    /// A lock of this user on this host, from before the machine was started, in both services.
+    /// Puts a lock of this user on this host into both services. It is older than the boot of the machine.
     fn put_old_lock(&self) {
         let mut info: Value =
             serde_json::from_str(&lock_json("22222222-3333-4444-5555-666666666666", &self.env.path())).unwrap();
@@ -235,7 +235,7 @@ impl Place {
         account().root(&json!(["digest", self.env.bucket, self.env.table, KEY, wrong]));
     }
 
-    /// `tf locks` with these words, of which TABLE, BUCKET and PATH are this place's.
+    /// Runs `tf locks` with these words. TABLE, BUCKET and PATH are replaced by the names of this [`TestEnv`].
     fn locks(&self, words: &str) -> Ended {
         let real = |word| match word {
             "TABLE" => self.env.table.clone(),
@@ -247,8 +247,10 @@ impl Place {
         locks(&self.env, &words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    /// Everything that terraform asks its backend for, in a place where nothing was ever done. The first command that
-    /// fails.
+    /// Makes every kind of request that terraform makes to its backend, beginning with a backend without a state.
+    ///
+    /// # Errors
+    /// Fails with the first command that fails.
     fn terraform(&self) -> Result<(), Ended> {
         self.forget();
         for words in [
@@ -266,7 +268,8 @@ impl Place {
         Ok(())
     }
 
-    /// A terraform below `tf` that is killed while it applies. From shortly before on, `then` is what the user may do.
+    /// Kills a terraform below `tf` while it applies. Shortly before that, the user's policies become `then`, if there
+    /// are any.
     fn killed(&self, then: Option<&[Value]>) -> Ended {
         self.forget();
         let run = self.env.start_apply(Subject::Tf);
@@ -278,7 +281,7 @@ impl Place {
     }
 }
 
-/// Which files a way to lock needs.
+/// Returns the names of the policies that a kind of lock needs.
 fn files(lock: Lock) -> &'static [&'static str] {
     match lock {
         Lock::DynamoDb => &["terraform-dynamodb"],
@@ -302,14 +305,15 @@ fn the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release(lock: Lock) 
 }
 for_each_lock!(the_policy_of_the_docs_is_enough_for_terraform_and_for_a_release);
 
-/// Takes each grant of a file away, and terraform fails.
+/// Checks that terraform fails if any grant of the policies is missing.
 fn assert_terraform_needs_all_of(lock: Lock) {
     let place = Place::new(lock, "true");
     let all = grants(&place.policies(files(lock)));
     for missing in &all {
         place.allow(&[without(Some(missing), &all)]);
         let end = place.terraform().expect_err(&format!("terraform does not need {missing:?}"));
-        // A state is asked for by HEAD, whose refusal has no words; a bucket that cannot be listed has no workspaces.
+        // Terraform reads a state with HEAD, whose refusal has no text. If it cannot list a bucket, it sees no
+        // workspaces.
         let named = match (missing.name(), missing.resource.ends_with(".tfstate")) {
             ("GetObject", true) => "HeadObject",
             ("ListBucket", _) => "\"green\" doesn't exist",
@@ -348,7 +352,7 @@ fn a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing(l
 }
 for_each_lock!(a_release_needs_to_read_its_lock_and_to_delete_it_and_names_what_is_missing);
 
-/// Everything that an auditor does: what is typed, and what it ends with where an old lock stands.
+/// Everything that an auditor does, on a location with an old lock.
 const AUDIT: [&str; 7] = [
     "list",
     "show",
@@ -389,13 +393,13 @@ fn nothing_is_superfluous_in_the_policy_for_an_audit() {
         let end = place.locks(words);
         let named = end.out.contains(&missing.action) || end.err.contains(&missing.action);
         assert!(named, "{missing:?}: {}", place.env.dump(&end));
-        // Without the description of a table it is read slowly, and to its end.
+        // If a table cannot be described, it is read slowly, but completely.
         let shown = end.out.contains("likely_dead");
         assert_eq!(shown, missing.name() == "DescribeTable", "{missing:?}: {}", place.env.dump(&end));
     }
 }
 
-/// What nobody can read is no proof that nothing stands there.
+/// A lock that cannot be read is no proof that there is none.
 #[test]
 fn an_audit_that_may_not_read_a_lock_does_not_end_well() {
     let place = Place::new(Lock::File, "true");
@@ -418,7 +422,7 @@ fn an_audit_that_may_not_read_a_lock_does_not_end_well() {
     }
 }
 
-/// Who locks with a table alone has no permission for objects beside his states, and needs none.
+/// With a table alone, the user has no permission for objects other than states, and needs none.
 #[test]
 fn with_a_table_alone_terraforms_own_policy_is_enough_for_tf_locks() {
     let place = Place::new(Lock::DynamoDb, "true");
@@ -433,12 +437,12 @@ fn with_a_table_alone_terraforms_own_policy_is_enough_for_tf_locks() {
     }
     let end = place.locks("release --yes");
     assert_eq!(end.code(), Some(0), "{}", place.env.dump(&end));
-    // The object is another backend's.
+    // The object belongs to another backend.
     let left = place.standing();
     assert!(left.len() == 1 && left[0].ends_with(".tflock"), "{left:?}");
 }
 
-/// A half is gone by then, and the other one keeps everybody out.
+/// One part is deleted by then, and the other still keeps terraform from locking.
 #[test]
 fn a_release_that_stops_half_way_says_so() {
     let place = Place::new(Lock::Both, "true");
@@ -494,7 +498,7 @@ fn nothing_is_superfluous_in_the_policy_for_an_operator() {
         place.put_old_lock();
         let release = place.locks("release --yes");
         place.break_digest();
-        // It wants the lock.
+        // It needs the lock.
         let fix = place.locks("doctor --fix-digest --yes");
         let told = [&doctor, &release, &fix].map(|end| format!("{}{}", end.out, end.err)).concat();
         let named = match missing.name() {
@@ -502,7 +506,7 @@ fn nothing_is_superfluous_in_the_policy_for_an_operator() {
             _ => &missing.action,
         };
         assert!(told.contains(named), "{missing:?}: {told}");
-        // Two of them are asked for what a release does not need.
+        // Two of the permissions are for requests that a release does not need.
         let ends = [doctor.code(), release.code(), fix.code()];
         let well = ends == [Some(0); 3];
         let optional = ["DescribeTable", "GetBucketVersioning"].contains(&missing.name());
@@ -521,7 +525,7 @@ fn a_role_with_the_policies_of_the_docs_is_enough_for_a_release() {
     env.write_main("", WAITS);
     let role = format!("assume_role = {{ role_arn = \"arn:aws:iam::000000000000:role/{}\" }}\nregion = ", place.role());
     env.write("main.tf", &env.read("main.tf").replacen("region = ", &role, 1));
-    // The user may do nothing but become that role, and not even that.
+    // The user has no permission at all, and then only that to assume the role.
     for (policies, ends) in [(place.policies(&[]), Some(1)), (place.policies(&["assume-role"]), Some(0))] {
         place.allow(&policies);
         let mut init = env.command(env.bin().join("terraform"));

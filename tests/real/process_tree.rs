@@ -1,5 +1,5 @@
-//! "Everything that terraform started is dead before its lock goes", also what `tf` cannot read, cannot kill or cannot see:
-//! children of another user, without an environment, without a /proc.
+//! "Everything that terraform started is dead before its lock goes". This includes processes that `tf` cannot read,
+//! kill or see: children of another user, children without an environment, and children where there is no /proc.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -16,15 +16,16 @@ use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// A user without a name, who is not root.
+/// A user that is not root and has no name.
 const USER: u32 = 54_321;
 
-/// What becomes root as sudo does (all its user IDs, no inherited descriptor above 2), and works until `sudo-go`. A group that
-/// loses its last parent while a member is stopped is hung up (POSIX, `_exit`), which it must outlive here.
+/// A program that becomes root as sudo does (with all its user IDs, and no inherited descriptor above 2), and works
+/// until `sudo-go` exists. It ignores HUP, because a group that loses its last parent while a member is stopped is hung
+/// up (POSIX, `_exit`).
 const SUDO: &str = "import os, signal, time\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nos.setgid(0)\nos.setuid(0)\nos.closerange(3, 65536)\n\
                     while not os.path.exists('sudo-go'):\n    open('work', 'a').write('work\\n')\n    time.sleep(0.02)\n";
 
-/// A child of the same user, with nothing by which it could be told, which ignores what asks it to end.
+/// A child of the same user without any mark, which ignores the signals that ask it to exit.
 const BARE_CHILD: &str = "import os, signal, sys, time\nif len(sys.argv) < 2:\n    os.closerange(3, 65536)\n\
                           \u{20}   os.execve(sys.executable, [sys.executable, '-S', 'child.py', 'x'], {})\n\
                           for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n    signal.signal(s, signal.SIG_IGN)\n\
@@ -34,7 +35,7 @@ fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// A world whose provisioner starts a stand-in for sudo, all of it for an ordinary user.
+/// Returns a directory whose provisioner starts a stand-in for sudo. Everything in it belongs to an ordinary user.
 fn world_of_user() -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     let python = fs::canonicalize(tool("python3")).unwrap();
@@ -52,7 +53,7 @@ fn world_of_user() -> TestEnv {
     );
     env.init();
     let root = env.directory.parent().unwrap();
-    // The program itself may lie where only root can look.
+    // The `tf` under test may be in a directory that only root can read.
     fs::copy(env!("CARGO_BIN_EXE_tf"), root.join("bin/tf-of-user")).unwrap();
     let owned = Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(root).status().unwrap();
     assert!(owned.success());
@@ -61,7 +62,7 @@ fn world_of_user() -> TestEnv {
     env
 }
 
-/// `tf` as the ordinary user. `before` is put in front, as root.
+/// Starts `tf` as the ordinary user. `before` is a command in front of it, which runs as root.
 fn as_user(env: &TestEnv, before: &[&str], arguments: &[&str]) -> Run {
     let ids = [format!("--reuid={USER}"), format!("--regid={USER}")];
     let mut words: Vec<&str> = before.to_vec();
@@ -75,7 +76,7 @@ fn run_as_user(env: &TestEnv, arguments: &[&str]) -> Ended {
     as_user(env, &[], arguments).wait()
 }
 
-/// The stand-in for sudo: root's, by its program.
+/// Returns the stand-in for sudo. Its process belongs to root, so it is recognized by its program.
 fn sudo_of(env: &TestEnv) -> Pid {
     let program = env.directory.join("sudo");
     wait_for(
@@ -88,13 +89,13 @@ fn sudo_of(env: &TestEnv) -> Pid {
     )
 }
 
-/// Every process of the world that is not the stand-in.
+/// Returns every process of the [`TestEnv`] except the stand-in.
 fn others_of(env: &TestEnv, sudo: Pid) -> Vec<Pid> {
     let entry = home(env);
     crate::support::processes::marked(&entry).into_iter().filter(|pid| *pid != sudo).collect()
 }
 
-/// Kills `pids` so that none of them notices the end of another.
+/// Kills `pids` so that none of them can notice the death of another.
 fn kill_at_once(pids: &[Pid]) {
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
         for pid in pids {
@@ -103,7 +104,8 @@ fn kill_at_once(pids: &[Pid]) {
     }
 }
 
-/// The stand-in works on, the lock stands, the next `tf` leaves it, and once the stand-in has ended it is released.
+/// Checks that the stand-in keeps working, that the lock is held, that the next `tf` does not release it, and that it
+/// is released after the stand-in has exited.
 #[track_caller]
 fn assert_kept_until_it_ends(env: &TestEnv, sudo: Pid) {
     assert!(!is_gone(sudo), "{sudo} is gone\n{}", env.trace());
@@ -174,13 +176,13 @@ fn a_child_that_proc_hides_keeps_the_lock() {
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
     let end = run.wait();
     assert!(end.err.contains("was not released"), "{}", env.dump(&end));
-    // Where it is hidden from the next one as well.
+    // It is hidden from the recovery as well.
     let end = as_user(&env, &["unshare", "-m", "sh", "-c", hides, "sh"], &["locks", "recover"]).wait();
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert_kept_until_it_ends(&env, sudo);
 }
 
-/// A world whose provisioner starts a child without environment and descriptors.
+/// Returns a directory whose provisioner starts a child without environment and descriptors.
 fn with_bare_child() -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     let python = tool("python3");
@@ -212,7 +214,7 @@ fn bare_child_of(env: &TestEnv, above: Pid) -> Pid {
     )
 }
 
-/// All that was ever written was written before the lock went.
+/// Checks that everything was written before the lock was released.
 #[track_caller]
 fn assert_works_no_more(env: &TestEnv) {
     let work = env.read("work").len();
@@ -255,7 +257,7 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     env.assert_unlocked();
 }
 
-/// As `sudo` with a terminal of its own does: in another session, below a process that waits for it.
+/// The child is in another session, below a process that waits for it, as with a `sudo` that has its own terminal.
 #[test]
 fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keeps_the_lock() {
     let env = TestEnv::empty(Lock::Both);
@@ -293,7 +295,7 @@ fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keep
     env.assert_unlocked();
 }
 
-/// A command in which /proc is not what it should be, and behind it `tf`.
+/// Starts `tf` in a namespace. `script` runs before it, and can change /proc.
 fn in_namespace(env: &TestEnv, unshare: &[&str], script: &str) -> Run {
     let mut command = env.command("unshare");
     command.args(unshare).args(["sh", "-c", script]);
@@ -325,7 +327,8 @@ fn in_a_namespace_whose_proc_is_anothers_nobody_else_is_killed_and_a_doubt_keeps
     }
     let env = TestEnv::new(Lock::Both, crate::support::test_env::WAITS);
     let _kill_on_drop = KillOnDrop(home(&env));
-    // As PID 1 with children of its own: the numbers of many of them mean others in the /proc that is seen here.
+    // `tf` is PID 1 and has many children. The pids of many of them belong to other processes in the /proc that it
+    // sees.
     let siblings = "for n in $(seq 300); do sleep 1000 < /dev/null > /dev/null 2>&1 & done; exec \"$0\" \"$@\"";
     let run = in_namespace(&env, &["-pf", "--kill-child"], siblings);
     env.wait_for_began(&run);

@@ -1,5 +1,6 @@
-//! The release goes where terraform went, and as whom: for each setting of a backend, terraform and `tf` are run on the same
-//! directory, and what arrives at the services is compared. Nothing here says what is right; terraform does.
+//! The release reaches the same services as terraform, with the same identity. For each setting of a backend, terraform
+//! and `tf` run in the same directory, and the requests that arrive at the services are compared. Terraform defines
+//! what is right.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -15,26 +16,26 @@ use crate::support::{Lock, Subject, TestEnv};
 /// What arrived: `SERVICE HOST REGION KEY PLACE`.
 type Seen = Arc<Mutex<BTreeSet<String>>>;
 
-/// A backend, and what stands around it. `{port}` is the services' port, which serves as a proxy too, `{tls}` that of TLS,
-/// `{above}` the directory above the working directory.
+/// A backend and its environment. `{port}` stands for the port of the services, which also acts as a proxy, `{tls}` for
+/// that with TLS, and `{above}` for the directory above the working directory.
 struct Case {
     name: &'static str,
-    /// More lines of the block.
+    /// Additional lines of the block.
     block: &'static str,
-    /// Variables; an empty one is as good as none.
+    /// Environment variables. An empty one counts as not set.
     environment: &'static [(&'static str, &'static str)],
-    /// Files, by their path below the directory of the world.
+    /// Files, by their path below the directory of the [`TestEnv`].
     files: &'static [(&'static str, &'static str)],
-    /// What must have been seen of both, so that the comparison is about something.
+    /// What both must have sent, so that the comparison is not about nothing.
     seen: &'static str,
 }
 
 const PLAIN: Case = Case { name: "", block: "", environment: &[], files: &[], seen: "" };
 
-/// The access keys that stand in cases. Any other was handed out by STS or by a stand-in.
+/// The access keys that are used in cases. Any other key comes from STS or from a stand-in.
 const KEYS: [&str; 6] = ["test", "BLOCK", "PROFILE", "PROCESS", "ENV2", "CONTAINER"];
 
-/// What is told of one request, where it is of a lock or of a role.
+/// Returns what is compared of a request. `None` unless the request is about a lock or a role.
 fn sighting(request: &Message, bucket: &str, table: &str) -> Option<String> {
     let host = request.header("host").unwrap_or_default().split(':').next().unwrap_or_default();
     let scope = request.header("authorization").and_then(|text| text.split("Credential=").nth(1));
@@ -46,7 +47,7 @@ fn sighting(request: &Message, bucket: &str, table: &str) -> Option<String> {
         let mut parameters: Vec<&str> = body
             .split('&')
             .filter(|pair| !pair.starts_with("RoleSessionName=aws-go-sdk") && !pair.starts_with("RoleSessionName=tf-"))
-            // Of a profile's role Go's SDK asks for this time, and Rust's for what the role has.
+            // For a profile's role, Go's SDK requests this duration, and Rust's requests the role's own.
             .filter(|pair| *pair != "DurationSeconds=900")
             .filter(|pair| {
                 !pair.starts_with("RoleSessionName=1") && !pair.starts_with("RoleSessionName=assume-role-from")
@@ -69,7 +70,7 @@ fn sighting(request: &Message, bucket: &str, table: &str) -> Option<String> {
         .then(|| format!("s3 {host} {region} {key} {}{encrypted}", path.trim_start_matches(host)))
 }
 
-/// The services, and what stands in for the rest: an instance's metadata, a container's credentials, SSO.
+/// The services, and stand-ins for the others: an instance's metadata, a container's credentials, SSO.
 fn answer(request: &Message, authority: &Arc<Authority>) -> ProxyAction {
     const CREDENTIALS: &str = r#"{"Code":"Success","Type":"AWS-HMAC","AccessKeyId":"CONTAINER","SecretAccessKey":"s","Token":"t","RoleArn":"r","LastUpdated":"2026-01-01T00:00:00Z","Expiration":"2099-01-01T00:00:00Z"}"#;
     let target = request.start.split(' ').nth(1).unwrap_or_default();
@@ -93,8 +94,8 @@ fn answer(request: &Message, authority: &Arc<Authority>) -> ProxyAction {
     }
 }
 
-/// A request to a proxy names its whole URL, and a bucket may stand in the host: the services want neither. All their
-/// buckets and tables are in one region.
+/// Changes a request into the form that the services want: a request to a proxy has a complete URL, and the host may
+/// contain the bucket. All buckets and tables of the services are in one region.
 pub fn to_services(request: &mut Message) {
     for (name, value) in &mut request.headers {
         if name.eq_ignore_ascii_case("authorization") {
@@ -158,7 +159,7 @@ impl Stage {
             .replace("{table}", &self.env.table)
     }
 
-    /// What is seen of one command, and how it ended.
+    /// Returns the requests that one command sends, and how it ended.
     fn see(&self, subject: Subject, arguments: &[&str]) -> (BTreeSet<String>, String) {
         self.seen.lock().unwrap().clear();
         let end = self.env.run(subject, arguments);
@@ -166,7 +167,7 @@ impl Stage {
     }
 }
 
-/// Runs terraform and then `tf` on the case, and compares.
+/// Runs terraform and then `tf` with the case, and compares their requests.
 #[track_caller]
 fn assert_alike(case: &Case) {
     let mut stage = Stage::new();
@@ -262,7 +263,7 @@ fn bucket_key_table_region_and_endpoint_are_terraforms() {
         },
         Case {
             name: "endpoints of the shared files",
-            // Go's SDK asks whether the variable is there, not whether it says anything.
+            // Go's SDK checks whether the variable exists, even if it is empty.
             environment: &[("AWS_ENDPOINT_URL", UNSET)],
             files: &[(
                 "home/.aws/config",
@@ -315,7 +316,7 @@ fn a_workspaces_state_is_locked_where_terraform_locks_it() {
         let (terraform, plan) = stage.see(Subject::Bare, &["plan", "-no-color"]);
         let (tf, show) = stage.see(Subject::Tf, &["locks", "list"]);
         assert!(terraform.iter().any(|line| line.contains(case.seen)), "{terraform:#?}\n{plan}");
-        // `list` looks at every workspace, terraform at the one that is selected.
+        // `list` reads every workspace, and terraform only the selected one.
         let selected: BTreeSet<_> =
             tf.iter().filter(|line| line.contains("/green/dir/prod.tfstate")).cloned().collect();
         assert_eq!(selected, terraform, "{show}");
@@ -507,7 +508,8 @@ fn credentials_are_terraforms() {
     }
 }
 
-/// It would be another identity, for whom a lock may not be there: and what is not there needs no release any more.
+/// Other credentials would be another identity, which may not see the lock, and a lock that is not there needs no
+/// release.
 #[test]
 fn where_a_profile_is_gone_nobody_else_is_asked() {
     let mut stage = Stage::new();
@@ -556,7 +558,7 @@ fn roles_are_assumed_as_terraform_assumes_them() {
         Case {
             name: "on top of a profile that assumes one itself",
             block: "profile = \"chained\"\nassume_role = { role_arn = \"arn:aws:iam::000000000000:role/second\" }",
-            // What a profile needs of STS, terraform asks at that service's own endpoint alone.
+            // For a profile, terraform calls STS only at the endpoint of that service.
             environment: &[("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:{port}")],
             files: &[(
                 "home/.aws/config",
@@ -751,7 +753,7 @@ fn a_customers_key_goes_with_each_read() {
     });
 }
 
-/// AWS's own hosts, played by a proxy whose authority is trusted.
+/// AWS's own hosts, simulated by a proxy with a trusted authority.
 #[test]
 fn the_host_names_of_aws_are_terraforms() {
     for (name, block, environment, seen) in [
@@ -783,7 +785,7 @@ fn the_host_names_of_aws_are_terraforms() {
     }
 }
 
-/// Everything that a schema has is in the list, so that nothing new is taken for harmless.
+/// Every attribute of the schema is in the list, so that no new one is overlooked.
 #[test]
 fn every_attribute_that_this_terraform_caches_is_in_the_list() {
     let env = TestEnv::new(Lock::Both, "true");
@@ -797,7 +799,7 @@ fn every_attribute_that_this_terraform_caches_is_in_the_list() {
     }
 }
 
-/// The digest of a name, as the SSO cache has it.
+/// The SSO cache names its files by a SHA-1. A case above contains one.
 #[test]
 fn the_name_of_the_sso_cache_in_these_tests_is_right() {
     let output = Command::new(tool("python3"))

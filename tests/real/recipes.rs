@@ -1,5 +1,6 @@
-//! The files of shell/ci, run: each installs a release, runs its job on real terraform, is cancelled as its system cancels,
-//! and ends with its last step. What the systems send is in their comments, and in `runners`, beside bare terraform.
+//! Runs the files of shell/ci: each one installs a release, runs its job with real terraform, is canceled in the way of
+//! its CI system, and finishes with its last step. Their comments say what the systems send; so does `runners`, which
+//! also runs bare terraform.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -21,7 +22,7 @@ fn recipe(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/ci").join(name)
 }
 
-/// A file of YAML, as its system reads it.
+/// Parses a YAML file.
 fn yaml(name: &str) -> Value {
     let program = "import json, sys, yaml\nprint(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
     let mut python = Command::new(tool("python3"));
@@ -40,7 +41,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// A release, as its recipes get it: its archive, and the sum of that.
+/// Creates a release as the recipes download it: returns its archive and the checksum.
 fn release(env: &TestEnv) -> (String, String) {
     let version = env!("CARGO_PKG_VERSION");
     let name = format!("tf-{version}-x86_64-linux");
@@ -57,10 +58,10 @@ fn release(env: &TestEnv) -> (String, String) {
     (format!("file://{}", archive.display()), sum)
 }
 
-/// A system, and the scripts of its recipe.
+/// A CI system, and the scripts of its recipe.
 struct System {
     name: &'static str,
-    /// What runs a script of it, before the script's file.
+    /// The command that runs a script; the script's file is appended.
     shell: &'static [&'static str],
     install: String,
     job: String,
@@ -75,14 +76,14 @@ fn stop_timeout(value: &Value) -> Vec<(&'static str, String)> {
 
 const GITHUB: &[&str] = &["bash", "-e"];
 
-/// The steps of a job of GitHub's workflow that are scripts.
+/// Returns the script steps of a job in GitHub's workflow.
 fn github(job: &str) -> System {
     let workflow = yaml("github/workflow.yml");
     let steps: Vec<Value> = workflow["jobs"][job]["steps"].as_array().unwrap().clone();
     let scripts: Vec<&Value> = steps.iter().filter(|step| step["run"].is_string()).collect();
     let [init, apply, last] = scripts[..] else { panic!("{scripts:?}") };
     assert_eq!(last["if"], "always()");
-    // A step of its own each: what follows an exec is never reached within one.
+    // Each one is a separate step. Within one step, nothing after an exec would run.
     let init = init["run"].as_str().unwrap().trim_start_matches("exec ");
     System {
         name: if job == "staging" { "GitHub, steps unchanged" } else { "GitHub, exec" },
@@ -133,7 +134,7 @@ fn azure() -> System {
     }
 }
 
-/// The scripts of a declarative pipeline, by the order in which they stand there.
+/// Returns the scripts of a declarative pipeline, in the order of the file.
 fn jenkins() -> System {
     let file = fs::read_to_string(recipe("jenkins/Jenkinsfile")).unwrap();
     let mut scripts = Vec::new();
@@ -159,7 +160,7 @@ fn systems() -> [System; 6] {
     [github("staging"), github("production"), gitlab(), buildkite(), azure(), jenkins()]
 }
 
-/// A directory with a job in it, as its system lays it.
+/// A directory with a job in it, as its CI system prepares it.
 struct Job {
     env: TestEnv,
     system: System,
@@ -173,7 +174,7 @@ impl Job {
         let outside = env.directory.parent().unwrap().to_owned();
         let runner = outside.join("runner");
         fs::create_dir(&runner).unwrap();
-        // Only what the recipe puts on PATH leads to tf.
+        // Only the directory that the recipe adds to PATH contains tf.
         let terraform = outside.join("only-terraform");
         fs::create_dir(&terraform).unwrap();
         symlink(which("terraform").unwrap(), terraform.join("terraform")).unwrap();
@@ -205,9 +206,9 @@ impl Job {
         command
     }
 
-    /// Installs `tf`, and takes over what the system takes over for the steps that follow.
+    /// Installs `tf`, and applies what the system takes over for the next steps.
     fn install(&mut self) -> Ended {
-        // What stands in GitLab's and Buildkite's shell stays there: told by the shell itself.
+        // GitLab and Buildkite keep one shell, so its PATH stays in effect. The shell prints it.
         let end = Run::start(self.command(&format!("{}\necho \"PATH=$PATH\"", self.system.install))).wait();
         if end.code() != Some(0) {
             return end;
@@ -230,12 +231,12 @@ impl Job {
         end
     }
 
-    /// Cancels it, up to the end of everything that the system waits for.
+    /// Cancels the job, and waits for everything that the system waits for.
     fn cancel(&self, run: Run) {
         let tf = tf_of(&self.env);
         match self.system.name {
-            // The first process, and no other. Bash waits, and dies of the second: 7.5 s later, when it is the last of its
-            // kind; here at once.
+            // Only the first process gets a signal. Bash waits, and dies of the second one, which comes after 7.5 s if
+            // the step is still running; here it comes immediately.
             "GitHub, steps unchanged" => {
                 assert_ne!(tf, run.pid());
                 run.send(Signal::SIGINT);
@@ -246,7 +247,7 @@ impl Job {
                 run.send(Signal::SIGINT);
             }
             "GitLab" | "Buildkite" => run.send_to_group(Signal::SIGTERM),
-            // Everything that has the cookie, children first.
+            // Every process with the cookie, children first.
             _ => {
                 for pid in marked(&home(&self.env)).into_iter().rev() {
                     let _ = kill(pid, Signal::SIGTERM);
@@ -301,7 +302,7 @@ fn a_cancelled_job_of_each_recipe_leaves_no_lock() {
     });
 }
 
-/// Everything but the machine: what a system does at its hardest, and what a kernel does that is out of memory.
+/// Everything is killed except the machine: the hardest case of a CI system, or of a kernel that is out of memory.
 #[test]
 fn the_last_step_of_each_recipe_finishes_what_was_killed() {
     std::thread::scope(|scope| {
@@ -329,7 +330,7 @@ fn the_last_step_of_each_recipe_finishes_what_was_killed() {
     });
 }
 
-/// In Kubernetes it is the first process of its container, without a shell: `runners` has that in a namespace of its own.
+/// In Kubernetes it is the first process of its container, without a shell. `runners` tests that in a PID namespace.
 #[test]
 fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     let documents = yaml("kubernetes/job.yaml");
@@ -341,7 +342,7 @@ fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     let entry = container["env"].as_array().unwrap().iter().find(|entry| entry["name"] == "TFW_STOP_TIMEOUT").unwrap();
     let timeout: u64 = entry["value"].as_str().unwrap().trim_end_matches('s').parse().unwrap();
     let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
-    // 10 s for a write on its way, 20 s for a lock service that does not answer.
+    // 10 s for a write in flight, 20 s for a lock service that does not respond.
     assert!(timeout + 30 <= grace, "{timeout} {grace}");
 
     let mut env = TestEnv::new(Lock::File, WAITS);
@@ -356,7 +357,7 @@ fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     env.assert_unlocked();
 }
 
-/// The workflow of Atlantis, step by step, with the variables that it gives.
+/// Runs the workflow of Atlantis, step by step, with the variables that Atlantis sets.
 #[test]
 fn the_steps_of_the_atlantis_workflow_plan_and_apply() {
     let steps = yaml("atlantis/repos.yaml");

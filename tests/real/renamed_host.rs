@@ -1,5 +1,5 @@
-//! A host that gets another name while a run works, or before its recovery: DHCP, a VPN, hostnamectl, a restart. The lock has
-//! the name of the moment in which terraform took it.
+//! A host that gets another name while a run works, or before its recovery: through DHCP, a VPN, hostnamectl or a
+//! restart. The lock contains the name of the moment in which terraform took it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,10 +14,11 @@ use crate::support::processes::{kill_all, wait_until_all_is_gone, wait_until_unl
 use crate::support::test_env::{WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// An apply at work, on a host whose name has changed since it took its lock. `None` without root, which alone can rename.
+/// Starts an apply on a host whose name changes after the apply has taken its lock. `None` without root, because only
+/// root can rename a host.
 fn renamed_while_it_works(lock: Lock) -> Option<(TestEnv, Run)> {
     if !nix::unistd::geteuid().is_root() {
-        // tests/left-out names this.
+        // These tests are listed in tests/left-out.
         return None;
     }
     let env = TestEnv::new(lock, WAITS);
@@ -36,7 +37,8 @@ fn renamed_while_it_works(lock: Lock) -> Option<(TestEnv, Run)> {
     Some((env, run))
 }
 
-/// As [`renamed_while_it_works`], and then everything is killed: the recovery runs under this host's own, third name.
+/// The same as [`renamed_while_it_works`], and then every process is killed. The recovery runs under this host's own
+/// name, which is a third one.
 fn killed_under_another_name(lock: Lock) -> Option<TestEnv> {
     let (env, run) = renamed_while_it_works(lock)?;
     let id = id_of(&env.locks()[0]);
@@ -85,7 +87,7 @@ fn a_host_that_is_renamed_before_the_recovery_has_the_runs_lock_released() {
     assert_nothing_left(&env);
 }
 
-/// A record of an earlier version, which has no name in it.
+/// A record of an earlier version, which does not contain the name.
 #[test]
 fn a_lock_that_disagrees_with_its_record_is_named_and_recover_ends_with_2() {
     let Some(env) = killed_under_another_name(Lock::DynamoDb) else { return };
@@ -98,7 +100,7 @@ fn a_lock_that_disagrees_with_its_record_is_named_and_recover_ends_with_2() {
     env.assert_locked();
 }
 
-/// A `tf` that runs elsewhere finishes it in the background, where nobody reads what it finds.
+/// A `tf` that runs elsewhere finishes the run in the background, where no person reads its messages.
 #[test]
 fn a_doubt_that_nobody_has_read_stays_in_the_journal() {
     let Some(env) = killed_under_another_name(Lock::DynamoDb) else { return };

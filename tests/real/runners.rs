@@ -1,8 +1,8 @@
-//! How CI systems and supervisors stop a job: the signals that they send, to the processes that they send them to, in
-//! the time that they leave. Whatever they do, no lock stands in the end, and nothing of ours runs on.
+//! How CI systems and supervisors stop a job: the signals that they send, the processes that get them, and the time in
+//! between. In each case no lock is held in the end, and no process of `tf` is left.
 //!
-//! The spans are the runners' own, and then a delay *is* the case. One that is merely long is shortened, and the test
-//! says so.
+//! The times are those of the runners, so here a delay *is* what is tested. A delay that is only long is shortened, and
+//! the test then says so.
 
 use std::fs;
 use std::io::Write;
@@ -32,10 +32,10 @@ fn apply(subject: Subject) -> String {
     format!("{} {}", subject.name(), APPLY.join(" "))
 }
 
-/// Neither an interrupt nor a TERM ends it.
+/// A provisioner that survives an interrupt and a TERM.
 const STUBBORN: &str = "trap '' INT TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
-/// Tries the same with bare terraform and with `tf`, at the same time: what runners wait for adds up.
+/// Runs the same with bare terraform and with `tf`, at the same time, because the delays of runners add up.
 fn with_both(job: impl Fn(Subject) + Sync) {
     std::thread::scope(|scope| {
         for subject in [Subject::Bare, Subject::Tf] {
@@ -45,8 +45,9 @@ fn with_both(job: impl Fn(Subject) + Sync) {
     });
 }
 
-/// A terraform that holds its lock and does not stop, however it is asked, until the proxy lets go what it reads. (One
-/// whose provisioner ignores signals would not do: terraform kills a provisioner's shell as soon as it is interrupted.)
+/// Returns a directory in which terraform holds its lock and does not stop, whatever it gets, until the proxy delivers
+/// what terraform reads. (A provisioner that ignores signals would not be enough: terraform kills a provisioner's shell
+/// as soon as it is interrupted.)
 fn unstoppable(environment: &[(&str, &str)]) -> (TestEnv, Proxy, KillOnDrop) {
     let (mut env, proxy) = slow_to_plan();
     for (name, value) in environment {
@@ -56,7 +57,7 @@ fn unstoppable(environment: &[(&str, &str)]) -> (TestEnv, Proxy, KillOnDrop) {
     (env, proxy, kill_on_drop)
 }
 
-/// Whether a process ends within the time that a runner gives it.
+/// Whether a process exits within the time that a runner allows.
 fn ends_within(pid: Pid, time: Duration) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < time {
@@ -68,7 +69,7 @@ fn ends_within(pid: Pid, time: Duration) -> bool {
     false
 }
 
-/// The promise, and what bare terraform does instead: all of it is dead, and its lock stands.
+/// With `tf`: no process and no lock is left. With bare terraform: every process is dead, and the lock is still held.
 #[track_caller]
 fn assert_outcome(env: &TestEnv, subject: Subject) {
     match subject {
@@ -83,7 +84,7 @@ fn assert_outcome(env: &TestEnv, subject: Subject) {
     }
 }
 
-/// Everything was killed, the guardian too: the next `tf` in the same directory gives the lock back, and then works.
+/// Every process was killed, even the guardian. The next `tf` in the same directory releases the lock, and then works.
 #[track_caller]
 fn assert_next_gives_back(env: &TestEnv, proxy: &Proxy) {
     wait_until_all_is_gone(env);
@@ -101,8 +102,8 @@ fn assert_interrupted_once(env: &TestEnv, end: &Ended) {
 
 // ---- GitHub Actions
 
-/// How the runner cancels a step: signals to the entry process alone, each only if the one before was not enough
-/// (actions/runner, ProcessInvoker.cs).
+/// Cancels a step as the runner does: it sends signals to the entry process alone, each only if the one before had no
+/// effect (actions/runner, ProcessInvoker.cs).
 fn cancel_step(entry: Pid) {
     for (signal, time) in [(Signal::SIGINT, 7500), (Signal::SIGTERM, 2500), (Signal::SIGKILL, 0)] {
         kill(entry, signal).unwrap();
@@ -112,8 +113,8 @@ fn cancel_step(entry: Pid) {
     }
 }
 
-/// How it cleans up at the end of the job (JobExtension.cs): whoever still has the job's mark is killed. It does so no
-/// earlier than here: between the two are the job's last steps.
+/// Cleans up as the runner does at the end of the job (JobExtension.cs): it kills every process that still has the
+/// job's mark. The real cleanup comes later than here, because the last steps of the job run before it.
 fn clean_up_orphans(env: &TestEnv) {
     for pid in marked(&format!("RUNNER_TRACKING_ID=github_{}", env.bucket)) {
         let _ = kill(pid, Signal::SIGKILL);
@@ -125,7 +126,7 @@ fn github(env: &mut TestEnv) {
     env.set("CI", "true").set("GITHUB_ACTIONS", "true").set("RUNNER_TRACKING_ID", id);
 }
 
-/// A step's `run:`, as the runner starts it without a `shell:`.
+/// Starts a step's `run:` as the runner does if the step has no `shell:`.
 fn step(env: &TestEnv, script: &str) -> Run {
     env.write("step.sh", script);
     let mut command = env.command("bash");
@@ -135,7 +136,7 @@ fn step(env: &TestEnv, script: &str) -> Run {
 
 #[test]
 fn github_actions_cancels_a_step() {
-    // bash waits at INT for its child and dies of TERM, and neither terraform nor tf is told anything by anybody.
+    // At INT, bash waits for its child, and at TERM it dies. Neither terraform nor tf gets a signal.
     with_both(|subject| {
         let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
         github(&mut env);
@@ -150,7 +151,7 @@ fn github_actions_cancels_a_step() {
 
 #[test]
 fn github_actions_cancels_a_step_whose_provisioner_still_works() {
-    // At the end of the step, terraform has just been told to stop, and may be killed wherever it is in that.
+    // At the end of the step, terraform has just been told to stop, and may be killed at any point of that.
     let mut env = TestEnv::new(Lock::Both, STUBBORN);
     let _kill_on_drop = KillOnDrop(home(&env));
     github(&mut env);
@@ -163,7 +164,7 @@ fn github_actions_cancels_a_step_whose_provisioner_still_works() {
 
 #[test]
 fn github_actions_cancels_a_step_that_is_tf_itself() {
-    // With exec there is no bash in between: tf gets INT, TERM and KILL, and terraform lives until the job's end.
+    // With exec there is no bash in between: tf gets INT, TERM and KILL, and terraform runs until the end of the job.
     let (mut env, proxy, _kill_on_drop) = unstoppable(&[]);
     github(&mut env);
     let entry = step(&env, &format!("exec {}\n", apply(Subject::Tf)));
@@ -186,7 +187,7 @@ fn github_actions_two_signals_to_a_step_that_is_tf_itself_are_one_interrupt() {
         std::thread::sleep(Duration::from_millis(7500));
         entry.send(Signal::SIGTERM);
         match subject {
-            // The second ends it at once, while it plans, with its lock held.
+            // With the second signal, it exits immediately, while it plans and holds its lock.
             Subject::Bare => entry.wait_for_err("Two interrupts received"),
             Subject::Tf => {
                 env.wait_for_trace("got SIGTERM");
@@ -202,7 +203,8 @@ fn github_actions_two_signals_to_a_step_that_is_tf_itself_are_one_interrupt() {
 
 // ---- GitLab
 
-/// A job's script, as the runner gives it to bash: on its standard input, the commands in an eval that must not read it.
+/// Starts a job's script as the runner does: bash reads it on stdin, and runs the commands in an eval that must not
+/// read stdin.
 fn gitlab_job(mut command: Command, script: &str) -> Run {
     command.env("CI", "true").env("GITLAB_CI", "true");
     let mut run = Run::start(command);
@@ -213,7 +215,7 @@ fn gitlab_job(mut command: Command, script: &str) -> Run {
 
 #[test]
 fn gitlabs_shell_executor_stops_a_group() {
-    // The time between the two is ten minutes, unless it is configured: a second here.
+    // The time between the two signals is ten minutes by default, and one second here.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[]);
         let job = gitlab_job(env.command("bash"), &apply(subject));
@@ -222,7 +224,7 @@ fn gitlabs_shell_executor_stops_a_group() {
         std::thread::sleep(Duration::from_secs(1));
         job.send_to_group(Signal::SIGKILL);
         if subject == Subject::Tf {
-            // Terraform, in a group of its own, is not hit. It was told to stop, and can now.
+            // Terraform is not hit, because it is in its own group. It was told to stop, and is now able to.
             proxy.let_go();
         }
         assert_outcome(&env, subject);
@@ -240,13 +242,13 @@ fn gitlabs_shell_executor_stops_a_group_and_terraform_never_does() {
     job.send_to_group(Signal::SIGTERM);
     env.wait_for_trace("got SIGTERM");
     job.send_to_group(Signal::SIGKILL);
-    // What is left of TFW_STOP_TIMEOUT is kept by whoever outlives tf.
+    // The guardian outlives tf, and waits for the rest of TFW_STOP_TIMEOUT.
     assert_outcome(&env, Subject::Tf);
 }
 
 // ---- containers
 
-/// The process 1 of the process namespace that `unshare`, started as `run`, has made.
+/// Returns process 1 of the PID namespace that `unshare`, started as `run`, has created.
 #[track_caller]
 fn init_of(run: &Run) -> Pid {
     let is_init = |pid: &Pid| {
@@ -260,14 +262,14 @@ fn init_of(run: &Run) -> Pid {
     )
 }
 
-/// A command as process 1 of a container: a process namespace, and its own /proc.
+/// Returns a command that runs `program` as process 1 of a container, with a PID namespace and its own /proc.
 fn contained(env: &TestEnv, program: &str) -> Command {
     let mut command = env.command("unshare");
     command.args(["--fork", "--pid", "--mount-proc", program]);
     command
 }
 
-/// Only root can make namespaces and control groups. tests/left-out names these tests.
+/// Only root can create namespaces and control groups. These tests are listed in tests/left-out.
 fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
@@ -277,8 +279,9 @@ fn gitlabs_docker_executor_stops_a_container() {
     if !is_root() {
         return;
     }
-    // A script in the container sends TERM to every process but 1, the highest number first, and waits for each up to
-    // 6 s; after 10 s it is left to `docker stop`: TERM to process 1, 10 s, KILL. All of that shortened by six.
+    // A script in the container sends TERM to every process except process 1, in descending order of the pids, and
+    // waits up to 6 s for each. After 10 s, `docker stop` takes over: TERM to process 1, 10 s, KILL. All times are
+    // divided by six here.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[]);
         let job = gitlab_job(contained(&env, "bash"), &apply(subject));
@@ -290,14 +293,14 @@ fn gitlabs_docker_executor_stops_a_container() {
         for (pid, ..) in inside.into_iter().filter(|process| process.0 != init) {
             let left = Duration::from_millis(1700).saturating_sub(begun.elapsed());
             if !left.is_zero() && kill(pid, Signal::SIGTERM).is_ok() {
-                // Unlike other runners it waits for a zombie too.
+                // Unlike other runners, it also waits for a zombie.
                 let until = Instant::now() + left.min(Duration::from_secs(1));
                 while state(pid).is_some() && Instant::now() < until {
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
         }
-        // bash may have ended by then: it is process 1, so TERM does nothing to it, but its pipeline has failed.
+        // bash may have exited by then. It is process 1, so TERM has no effect on it, but its pipeline has failed.
         if kill(init, Signal::SIGTERM).is_ok() && !ends_within(init, Duration::from_millis(1700)) {
             kill(init, Signal::SIGKILL).unwrap();
         }
@@ -323,7 +326,7 @@ fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
         }
         let run = Run::start(command);
         proxy.wait_until_held();
-        // The kernel kills all others with it, the guardian among them.
+        // The kernel kills all other processes with it, even the guardian.
         kill(init_of(&run), Signal::SIGKILL).unwrap();
         run.wait();
         env.assert_locked();
@@ -336,7 +339,7 @@ fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
     if !is_root() {
         return;
     }
-    // The pod has 30 s, of which TFW_STOP_TIMEOUT leaves 25 to terraform: 5 s and 2 s here.
+    // The pod has 30 s, of which TFW_STOP_TIMEOUT leaves 25 s to terraform. Here they are 5 s and 2 s.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[("TFW_STOP_TIMEOUT", "2s")]);
         let mut command = contained(&env, subject.name());
@@ -366,7 +369,8 @@ fn as_process_1_it_hears_every_signal() {
     if !is_root() {
         return;
     }
-    // The kernel keeps from a process 1 what it has no handler for. Runtimes send from outside, `kubectl exec` inside.
+    // The kernel does not deliver a signal to process 1 unless it has a handler. Runtimes send from outside, `kubectl
+    // exec` from inside.
     for (signal, becomes) in [
         (Signal::SIGINT, "SIGINT"),
         (Signal::SIGTERM, "SIGINT"),
@@ -399,7 +403,7 @@ fn as_process_1_it_hears_every_signal() {
     }
 }
 
-/// A shell's line in the namespace of `init`, as `kubectl exec` starts it.
+/// Returns a command that runs a shell line in the namespace of `init`, as `kubectl exec` does.
 fn entering(env: &TestEnv, init: Pid, line: &str) -> Command {
     let mut command = env.command("nsenter");
     command.args(["--target", &init.to_string(), "--pid", "--mount", "sh", "-c", line]);
@@ -418,7 +422,7 @@ fn as_process_1_it_takes_strange_zombies_away() {
     let run = Run::start(command);
     env.wait_for_began(&run);
     let init = init_of(&run);
-    // Its parent ends at once, so it comes to process 1; a name of its own tells it from terraform's shells.
+    // Its parent exits immediately, so process 1 adopts it. Its name distinguishes it from terraform's shells.
     env.write("orphan", "while ! test -e orphan-goes; do sleep 0.02; done\n");
     symlink("/bin/sh", env.directory.join("stranger")).unwrap();
     let line = format!("cd {}; ./stranger orphan >/dev/null 2>&1 &", env.directory.display());
@@ -434,7 +438,7 @@ fn as_process_1_it_takes_strange_zombies_away() {
         || state(orphan).is_none().then_some(()),
         || format!("{:?}\n{}", tree(init), env.trace()),
     );
-    // Terraform, and what it started, are still there and end well.
+    // Terraform and the processes that it started are still there and exit successfully.
     assert!(!is_gone(terraform_below(init)));
     env.unblock();
     let end = run.wait();
@@ -444,9 +448,9 @@ fn as_process_1_it_takes_strange_zombies_away() {
 
 // ---- Jenkins
 
-/// How Jenkins kills: everybody with the mark, each with all below it, children first. TERM, then KILL for whoever is
-/// still there when 5 s are over: one deadline for a whole tree, so that the last to be told have no time at all. It
-/// looks at the processes once, before the first signal (hudson.util.ProcessTree).
+/// Kills as Jenkins does: every process with the mark, each with its descendants, children first. It sends TERM, and
+/// then KILL to each process that is still there after 5 s. This deadline is for a whole tree, so the last processes
+/// may have no time at all. It lists the processes once, before the first signal (hudson.util.ProcessTree).
 fn kill_all(mark: &str) {
     let parent = |pid: &Pid| -> Option<Pid> {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -468,7 +472,7 @@ fn kill_recursively(pid: Pid, all: &[(Pid, Pid)], deadline: Instant) {
         return;
     }
     let mut pause = Duration::from_millis(10);
-    // A zombie is there as well: tf leaves one, until it ends itself.
+    // A zombie counts as well: tf leaves its terraform as one until tf itself exits.
     while state(pid).is_some() {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
@@ -479,14 +483,14 @@ fn kill_recursively(pid: Pid, all: &[(Pid, Pid)], deadline: Instant) {
     }
 }
 
-/// Its marks, but for the one that tells a script from what started it.
+/// Sets the marks of Jenkins, except the one that distinguishes a script from the process that started it.
 fn jenkins(env: &mut TestEnv) {
     let node = format!("node-{}", env.bucket);
     env.set("BUILD_ID", "7").set("JENKINS_NODE_COOKIE", node).set("JENKINS_SERVER_COOKIE", "dontkill");
     env.set("HUDSON_COOKIE", "a").set("HUDSON_SERVER_COOKIE", "b").set("CI", "true");
 }
 
-/// A script, as a pipeline's `sh` step starts it: nobody's child any more, INT and HUP ignored (durable-task).
+/// Starts a script as a pipeline's `sh` step does: without a parent, with INT and HUP ignored (durable-task).
 fn sh_step(env: &TestEnv, script: &str) {
     env.write("script.sh", script);
     let line = format!(
@@ -498,7 +502,7 @@ fn sh_step(env: &TestEnv, script: &str) {
     Run::start(command).wait();
 }
 
-/// The end of the step, and then that of the node.
+/// Ends the step, and then the node.
 fn abort(env: &TestEnv) {
     kill_all(&format!("JENKINS_SERVER_COOKIE=durable-{}", env.bucket));
     kill_all(&format!("JENKINS_NODE_COOKIE=node-{}", env.bucket));
@@ -523,7 +527,7 @@ fn jenkins_aborts_a_build_whose_provisioner_ignores_term() {
     jenkins(&mut env);
     sh_step(&env, &apply(Subject::Tf));
     env.wait_for_file("began");
-    // The provisioner has used up the five seconds: terraform, and then tf, are killed 10 ms after their TERM.
+    // The provisioner has used up the five seconds: terraform and then tf are killed 10 ms after their TERM.
     abort(&env);
     assert_outcome(&env, Subject::Tf);
 }
@@ -552,12 +556,12 @@ fn no_runner_can_tell_the_guardian() {
             let found = environment.split('\0').find(|entry| entry.starts_with(&format!("{name}=")));
             assert_eq!(found, None);
         }
-        // Terraform's own environment is untouched.
+        // Terraform's own environment is unchanged.
         let terraforms = std::fs::read_to_string(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
         assert!(terraforms.contains("RUNNER_TRACKING_ID="), "{terraforms}");
         assert_eq!(terraforms.contains("JENKINS_NODE_COOKIE="), in_jenkins);
         assert_eq!(getsid(Some(guardian)), Ok(guardian));
-        // Jenkins kills the descendants of what it knows, whatever is in their environment.
+        // Jenkins kills the descendants of the processes that it knows, whatever is in their environment.
         assert_eq!(tree(run.pid()).iter().any(|process| process.0 == guardian), !in_jenkins);
         for number in 0..3 {
             let path = std::fs::read_link(format!("/proc/{guardian}/fd/{number}")).unwrap();
@@ -576,7 +580,8 @@ fn no_runner_can_tell_the_guardian() {
 
 #[test]
 fn buildkite_cancels_a_job() {
-    // The job is on a pseudo-terminal that its shell leads: when the shell dies, that is hung up as well.
+    // The job is on a pseudoterminal whose session leader is its shell. When the shell dies, the terminal is hung up as
+    // well.
     with_both(|subject| {
         for script in [apply(subject), format!("{}; echo done", apply(subject))] {
             let (env, proxy, _kill_on_drop) = unstoppable(&[("CI", "true"), ("BUILDKITE", "true")]);
@@ -588,7 +593,7 @@ fn buildkite_cancels_a_job() {
             std::thread::sleep(Duration::from_secs(9));
             let _ = killpg(job.pid(), Signal::SIGKILL);
             if subject == Subject::Tf {
-                // Terraform is in a group of its own, and is not hit. It was told to stop, and can now.
+                // Terraform is in its own group, and is not hit. It was told to stop, and is now able to.
                 proxy.let_go();
             }
             assert_outcome(&env, subject);
@@ -613,7 +618,7 @@ fn timeout_kills_what_does_not_stop() {
             command.args(["-k", "1", "2", subject.name()]).args(APPLY);
             let run = Run::start(command);
             proxy.wait_until_held();
-            // It kills its whole group, and so itself.
+            // timeout kills its whole group, and so itself.
             let end = run.wait();
             assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
             if stop_timeout.is_none() && subject == Subject::Tf {
@@ -627,7 +632,7 @@ fn timeout_kills_what_does_not_stop() {
 
 // ---- systemd
 
-/// A control group, as a unit has one.
+/// A control group, such as a unit has.
 struct ControlGroup(PathBuf);
 
 impl ControlGroup {
@@ -639,7 +644,7 @@ impl ControlGroup {
         Self(path)
     }
 
-    /// Starts a unit's main process in it.
+    /// Starts a unit's main process in the control group.
     fn start(&self, env: &TestEnv, subject: Subject) -> Run {
         let mut command = env.command("sh");
         command.args(["-c", &format!("echo $$ > {}/cgroup.procs; exec {}", self.0.display(), apply(subject))]);
@@ -651,7 +656,7 @@ impl ControlGroup {
         list.lines().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
     }
 
-    /// KillMode=control-group: to each, in the order of the list.
+    /// Sends a signal to each process in the order of the list, as KillMode=control-group does.
     fn send(&self, signal: Signal) {
         for pid in self.members() {
             let _ = kill(pid, signal);
@@ -669,14 +674,15 @@ impl Drop for ControlGroup {
     }
 }
 
-/// A service manager itself is in stopped_together.rs: its signals tell that it sent them.
+/// Stops by a service manager itself are in stopped_together.rs, because the origin of its signals is known.
 #[test]
 fn somebody_else_stops_every_process_of_a_unit() {
     if !is_root() {
         return;
     }
-    // Terraform gets two interrupts then, that one and ours, and leaves within 5 s with its lock held. It has written
-    // nothing, so tf releases the lock as soon as all is dead. 8 s stand for TimeoutStopSec, which is 90 s.
+    // Terraform then gets two interrupts, this one and the one from tf, and exits within 5 s with its lock held. It has
+    // written nothing, so tf releases the lock as soon as all processes are dead. TimeoutStopSec, which is 90 s, is 8 s
+    // here.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[]);
         let unit = ControlGroup::new(&env);
@@ -704,7 +710,7 @@ fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
             unit.send(Signal::SIGTERM);
             run.wait_for_err("Two interrupts received");
         }
-        // The guardian is a member, and is killed with the others.
+        // The guardian is in the control group, and is killed with the others.
         unit.send(Signal::SIGKILL);
         run.wait();
         env.assert_locked();
@@ -714,7 +720,7 @@ fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
 
 #[test]
 fn a_killed_session_leaves_no_lock_and_no_worker() {
-    // As `pkill -s`, or a login manager without control groups. The worker is in a session of its own.
+    // As `pkill -s` does, or a login manager without control groups. The worker is in its own session.
     let env = TestEnv::empty(Lock::Both);
     let _kill_on_drop = KillOnDrop(home(&env));
     env.write("worker", "trap '' TERM INT HUP\nwhile :; do echo work >> work; sleep 0.02; done\n");
@@ -737,8 +743,8 @@ fn a_killed_session_leaves_no_lock_and_no_worker() {
 
 // ---- parents that are programs
 
-/// A parent that starts terraform as terraform-exec does: a group of its own, pipes, and SIGKILL when the parent dies.
-/// It passes a cancelled context on as SIGINT, and dies when it is told to.
+/// A parent that starts terraform as terraform-exec does: in its own group, with pipes, and with SIGKILL when the
+/// parent dies. When its context is canceled, it sends SIGINT. It dies when it is told to.
 const TERRAFORM_EXEC: &str = r#"
 import ctypes, os, signal, subprocess, sys, time
 def before():
@@ -812,7 +818,7 @@ fn terraform_execs_program_dies_and_terraform_gets_one_interrupt() {
         parent.wait();
         wait_until_gone(&env, tf);
         wait_for("an interrupt", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
-        // That no second one comes can only be seen by giving it time.
+        // Only time can show that there is no second interrupt.
         std::thread::sleep(Duration::from_millis(300));
         env.unblock();
         wait_for("the end of all that is ours", || ours(&env).is_empty().then_some(()), || env.trace());
@@ -820,8 +826,9 @@ fn terraform_execs_program_dies_and_terraform_gets_one_interrupt() {
     }
 }
 
-/// A parent that starts terraform as terragrunt does: in its own group, its version asked first. It passes a signal on
-/// late, since it cannot know whether terraform got it too, and kills in the end. Its delays are its first arguments.
+/// A parent that starts terraform as terragrunt does: in its own group, after asking for its version. It forwards a
+/// signal late, because it cannot know whether terraform got it too, and finally kills terraform. The delays are its
+/// first arguments.
 const TERRAGRUNT: &str = r#"
 import os, signal, subprocess, sys, time
 delay, patience, terraform = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
@@ -848,7 +855,7 @@ fn terragrunt(env: &TestEnv, subject: Subject, delay: &str, patience: &str) -> R
 
 #[test]
 fn terragrunt_is_told_to_stop_and_kills() {
-    // It passes TERM on after 15 s, and kills after 30 s: 1 s and 2 s here.
+    // It forwards TERM after 15 s, and kills after 30 s. Here they are 1 s and 2 s.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[("CI", "true")]);
         let run = terragrunt(&env, subject, "1", "2");
@@ -865,7 +872,7 @@ fn terragrunt_is_told_to_stop_and_kills() {
 
 #[test]
 fn terragrunts_late_second_interrupt_is_none() {
-    // A group gets INT, and 15 s later, here 1 s, terragrunt sends it once more.
+    // The group gets INT. 15 s later (here 1 s), terragrunt sends it once more.
     with_both(|subject| {
         let (env, proxy, _kill_on_drop) = unstoppable(&[]);
         let run = terragrunt(&env, subject, "1", "30");
@@ -888,8 +895,9 @@ fn terragrunts_late_second_interrupt_is_none() {
     });
 }
 
-/// A directory as hashicorp/setup-terraform leaves it: its wrapper under terraform's name, the real one beside it. Whoever
-/// runs this wrapper has lost: the real one dies of the first interrupt and leaves terraform alone.
+/// Sets up a directory as hashicorp/setup-terraform does: its wrapper has terraform's name, and the real terraform is
+/// beside it. The wrapper must not run: the real one dies at the first interrupt, and leaves terraform without a
+/// parent.
 fn set_up_as_the_action_does(env: &mut TestEnv) {
     let installed = env.directory.parent().unwrap().join("installed");
     fs::create_dir(&installed).unwrap();
@@ -897,7 +905,7 @@ fn set_up_as_the_action_does(env: &mut TestEnv) {
     fs::write(&wrapper, "#!/bin/sh\necho the wrapper ran\nexit 99\n").unwrap();
     fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     std::os::unix::fs::symlink(crate::support::test_env::terraform(), installed.join("terraform-bin")).unwrap();
-    // `tf` stands before both under terraform's name.
+    // `tf` comes before both in PATH, under terraform's name.
     let bin = env.bin();
     fs::remove_file(bin.join("terraform")).unwrap();
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), bin.join("terraform")).unwrap();
@@ -907,7 +915,7 @@ fn set_up_as_the_action_does(env: &mut TestEnv) {
     env.set("GITHUB_OUTPUT", output).set("CI", "true").set("GITHUB_ACTIONS", "true");
 }
 
-/// The outputs of a step, as the runner reads them.
+/// Returns the outputs of a step, as the runner parses them.
 fn outputs(env: &TestEnv) -> std::collections::BTreeMap<String, String> {
     let text = env.read("github-output");
     let mut found = std::collections::BTreeMap::new();

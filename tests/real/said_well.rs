@@ -1,4 +1,4 @@
-//! "One or two lines on stderr after a release", and what to type where there was none.
+//! "One or two lines on stderr after a release", and the command to type if there was no release.
 
 use nix::sys::signal::{Signal, kill};
 
@@ -77,7 +77,8 @@ fn what_cannot_be_followed_is_named_and_the_lock_kept() {
     });
     let mut env = TestEnv::empty(Lock::DynamoDb);
     env.write_main("", WAITS);
-    // This terraform's SDK does not know the key, and asks the container; ours knows it, and cannot follow it.
+    // This terraform's SDK does not know the key, and asks the container. The SDK of `tf` knows it, but does not
+    // support it.
     env.write("config", "[profile login]\nlogin_session = x\n");
     env.set("AWS_CONFIG_FILE", env.directory.join("config")).set("AWS_PROFILE", "login");
     env.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "");
@@ -149,7 +150,7 @@ fn a_dead_stderr_never_stops_a_release() {
         assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
         env.assert_unlocked();
     }
-    // A window that was closed: every write there fails with EIO.
+    // A terminal that was closed: every write to it fails with EIO.
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut command = env.command(env.bin().join("tf"));
     command.args(["apply", "-auto-approve", "-no-color"]);
@@ -176,14 +177,14 @@ fn what_a_full_stderr_did_not_take_is_said_once_its_reader_goes_on() {
     let mut child = command.spawn().unwrap();
     drop(command);
     env.wait_for_file("began");
-    // Nobody reads, and there is room for nothing more.
+    // The reader does not read, and the pipe is full.
     nix::fcntl::fcntl(&filler, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
     while std::io::Write::write(&mut filler, &[b'.'; 512]).is_ok() {}
     drop(filler);
     let tf = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
     nix::sys::signal::kill(crate::support::process::terraform_below(tf), nix::sys::signal::Signal::SIGKILL).unwrap();
     env.wait_for_trace("terraform ended");
-    // Longer than one sentence is waited for.
+    // Longer than `tf` waits to write one message.
     std::thread::sleep(std::time::Duration::from_millis(2500));
     let mut said = String::new();
     reader.read_to_string(&mut said).unwrap();

@@ -1,4 +1,4 @@
-//! `tf locks shim` and shell/tf.sh: a script that calls terraform, and knows nothing of us, is safe with one line more.
+//! `tf locks shim` and shell/tf.sh: a script that calls terraform needs only one more line to be protected by `tf`.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,7 +13,7 @@ use crate::support::processes::{KillOnDrop, home, marked, wait_until_all_is_gone
 use crate::support::test_env::{WAITS, which};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-/// What a script may be run by: those that are there.
+/// The shells that may run a script. Only the installed ones are used.
 const SHELLS: [&[&str]; 8] = [
     &["dash"],
     &["bash"],
@@ -29,12 +29,12 @@ fn shells() -> impl Iterator<Item = &'static [&'static str]> {
     SHELLS.into_iter().filter(|shell| which(shell[0]).is_some())
 }
 
-/// What `code $?` is behind a command that was killed. ksh93 counts from 256.
+/// Returns what `code $?` prints after a command that was killed. ksh93 counts from 256.
 fn killed(shell: &[&str]) -> &'static str {
     if shell[0] == "ksh93" { "code 265" } else { "code 137" }
 }
 
-/// Whether a script that says `set -e` ended with that.
+/// Whether a script with `set -e` ended because of the kill.
 fn ended_by_a_kill(shell: &[&str], end: &Ended) -> bool {
     end.code() == Some(137) || (shell[0] == "ksh93" && (end.code() == Some(9) || end.signal() == Some(9)))
 }
@@ -43,7 +43,7 @@ fn tf_sh() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/tf.sh")
 }
 
-/// A script of the world's, with `body` below the line that makes it safe.
+/// Returns a command that runs a script with `body` after the line that reads tf.sh.
 fn script(env: &TestEnv, shell: &[&str], options: &str, body: &str) -> Command {
     env.write("deploy", &format!("{options}\n. '{}'\n{body}\n", tf_sh().display()));
     let mut command = env.command(shell[0]);
@@ -51,7 +51,7 @@ fn script(env: &TestEnv, shell: &[&str], options: &str, body: &str) -> Command {
     command
 }
 
-/// What is left in the directory for temporary files.
+/// Returns what is left in the directory for temporary files.
 fn left_behind(env: &TestEnv) -> Vec<PathBuf> {
     fs::read_dir(temporary(env)).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
@@ -68,7 +68,7 @@ fn test_env(provisioner: &str) -> TestEnv {
     env
 }
 
-/// Kills terraform itself, and not the `tf` above it, which was called by that name as well.
+/// Kills terraform itself, and not the `tf` above it, whose process has the same name.
 fn kill_terraform(run: &Run) {
     let ours = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
     let is_terraform = |pid: &Pid| {
@@ -97,7 +97,7 @@ fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);
     }
     assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
-    // An unchanged script.
+    // A script that is unchanged.
     let mut command = env.command("sh");
     command.args(["-c", "PATH=\"$0:$PATH\"; terraform apply -auto-approve -no-color", name]);
     let run = Run::start(command);
@@ -106,7 +106,7 @@ fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
     let end = run.wait();
     assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
     env.assert_unlocked();
-    // Called as tofu it looks for that.
+    // Called as tofu, it looks for tofu.
     let mut called = env.command(directory.join("tofu"));
     called.env("PATH", without(&env, "tofu"));
     let end = Run::start(called).wait();
@@ -150,7 +150,7 @@ fn a_shim_overwrites_and_removes_nothing_that_is_not_its_own_link() {
         }
         fs::rename(&terraform, env.directory.join(format!("was {}", what.replace('/', "-")))).unwrap();
     }
-    // A file in the directory's place.
+    // A file in the place of the directory.
     let end = shim(&env, &[env.directory.join("main.tf").to_str().unwrap()]);
     assert_eq!(end.code(), Some(1));
     assert!(end.err.contains("main.tf"), "{}", end.err);
@@ -168,7 +168,7 @@ fn a_script_that_reads_tf_sh_is_safe_and_leaves_nothing_behind() {
             kill_terraform(&run);
             let end = run.wait();
             assert!(end.err.contains("released the lock"), "{shell:?} {options}: {}", env.dump(&end));
-            // 137 ends a script that says `set -e`, with its own status.
+            // Exit code 137 ends a script with `set -e`, with the same code.
             if options.is_empty() {
                 assert!(end.out.contains(killed(shell)), "{shell:?}: {}", env.dump(&end));
                 assert_eq!(end.code(), Some(0), "{shell:?}");
@@ -193,8 +193,8 @@ fn bare_the_same_script_leaves_the_lock() {
     env.assert_locked();
 }
 
-/// Whatever a script starts finds the links: what stands in a pipeline, in a subshell, in a substitution, behind another
-/// program, in another script.
+/// Every command that a script starts finds the links: in a pipeline, a subshell or a substitution, started by another
+/// program, or in another script.
 #[test]
 fn everything_that_a_script_starts_runs_tf() {
     let body = r#"
@@ -211,14 +211,14 @@ echo all of them
     for shell in shells() {
         let env = test_env("true");
         let end = Run::start(script(&env, shell, "set -eu", body)).wait();
-        // Bare terraform would say of each that it has no such command, and end the script.
+        // Bare terraform would report for each line that there is no such command, and end the script.
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{shell:?} {}", end.out);
         assert_eq!(end.out.trim(), "all of them", "{shell:?}");
         assert!(left_behind(&env).is_empty(), "{shell:?}: {:?}", left_behind(&env));
     }
 }
 
-/// The script's own status, its arguments, its options and what it does at its own exit.
+/// The script keeps its exit code, its arguments, its options and its own exit trap.
 #[test]
 fn a_script_stays_what_it_is() {
     for shell in shells() {
@@ -235,24 +235,24 @@ fn a_script_stays_what_it_is() {
                 0,
             ),
             ("trap 'echo mine' EXIT; trap : INT; trap : TERM", "exit 5", "mine", 5),
-            // A subshell that ends takes nothing away from the rest.
+            // A subshell that exits does not remove anything that the script still needs.
             (
                 "",
                 "(exit 3); x=$(exit 1); { exit 1; } | cat; terraform locks shell-init sh >/dev/null && echo safe",
                 "safe",
                 0,
             ),
-            // Nor does a script that goes elsewhere, or sets its PATH anew.
+            // The links also work if the script changes its directory, and the exit trap works if it sets a new PATH.
             ("TMPDIR=.", "cd /; terraform locks shell-init sh >/dev/null && echo safe", "safe", 0),
             ("", "PATH=/usr/bin:/bin", "", 0),
-            // What was handed down by a script that has ended.
+            // The variable was inherited from a script that has exited.
             ("_tf_shim=/tmp/gone", "terraform locks shell-init sh >/dev/null && echo safe", "safe", 0),
-            // A tofu that there is not does not begin to exist.
+            // If there is no tofu, the links do not add one.
             ("", "command -v tofu || echo none", "none", 0),
-            // Later ones are the script's own affair.
+            // If the script sets a trap later, calling the exit function is up to the script.
             ("", "trap '_tf_exit; echo later' EXIT", "later", 0),
             ("set -- one 'two three'", "echo \"$2\"", "two three", 0),
-            // Read once more, in the same shell: nothing is done twice.
+            // tf.sh is read again in the same shell. Nothing is done twice.
             ("", ". \"$TF_SH\"; echo \"$PATH\" | tr : '\\n' | grep -c tf-shim", "1", 0),
             ("", "(exit 4); echo $?; (trap 'echo inner' EXIT); echo outer", "4\ninner\nouter", 0),
         ] {
@@ -267,7 +267,7 @@ fn a_script_stays_what_it_is() {
     }
 }
 
-/// Where the links cannot be found it says so, and does not call itself done.
+/// If the links cannot be found, tf.sh reports it and fails.
 #[test]
 fn it_does_not_succeed_where_terraform_would_run_bare() {
     for shell in shells() {
@@ -282,7 +282,7 @@ fn it_does_not_succeed_where_terraform_would_run_bare() {
     }
 }
 
-/// ksh93 quotes what it finds there.
+/// ksh93 quotes the name that it finds there.
 #[test]
 fn a_temporary_directory_and_a_tf_may_have_any_name() {
     for shell in shells() {
@@ -303,7 +303,8 @@ fn a_temporary_directory_and_a_tf_may_have_any_name() {
     }
 }
 
-/// The PATH of a world without a program of that name: of each directory that has one, all others by links.
+/// Returns PATH without a program of that name. A directory that contains it is replaced by links to its other
+/// programs.
 fn without(env: &TestEnv, name: &str) -> std::ffi::OsString {
     let environment = env.environment();
     let path = environment.iter().find(|(variable, _)| variable == "PATH").unwrap().1.clone();
@@ -324,7 +325,7 @@ fn without(env: &TestEnv, name: &str) -> std::ffi::OsString {
     std::env::join_paths(directories.collect::<Vec<_>>()).unwrap()
 }
 
-/// In zsh a trap on EXIT that is set in a function is that function's.
+/// In zsh, a trap on EXIT that is set in a function belongs to that function.
 #[test]
 fn it_may_be_read_in_a_function() {
     for shell in shells() {
@@ -342,7 +343,7 @@ fn it_may_be_read_in_a_function() {
     }
 }
 
-/// When a `tf` was killed with its terraform, its script goes on; at the script's end the lock is given back.
+/// If a `tf` was killed together with its terraform, the script continues. The lock is released when the script exits.
 #[test]
 fn at_its_exit_a_script_finishes_what_was_killed() {
     for shell in shells() {
@@ -350,7 +351,8 @@ fn at_its_exit_a_script_finishes_what_was_killed() {
         let _kill_on_drop = KillOnDrop(home(&env));
         let run = Run::start(script(&env, shell, "", "terraform apply -auto-approve -no-color\necho \"code $?\""));
         env.wait_for_began(&run);
-        // Everything at once but the script, as the kernel does with what takes too much memory.
+        // Every process except the script is killed at once, as the kernel does with processes that take too much
+        // memory.
         let others: Vec<_> = marked(&home(&env)).into_iter().filter(|pid| *pid != run.pid()).collect();
         for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
             for pid in &others {
@@ -366,7 +368,7 @@ fn at_its_exit_a_script_finishes_what_was_killed() {
     }
 }
 
-/// Cron gives PATH, HOME, SHELL and LOGNAME at most, and a directory that is not the script's.
+/// Cron sets PATH, HOME, SHELL and LOGNAME at most, and starts in another directory.
 #[test]
 fn with_almost_nothing_set_it_works_all_the_same() {
     for shell in shells() {
@@ -396,7 +398,7 @@ fn with_almost_nothing_set_it_works_all_the_same() {
     }
 }
 
-/// It would run terraform without us, and nobody would know.
+/// Otherwise the script would run bare terraform unnoticed.
 #[test]
 fn without_a_tf_it_says_so_and_ends_what_ends_at_an_error() {
     for shell in shells() {
@@ -413,7 +415,7 @@ fn without_a_tf_it_says_so_and_ends_what_ends_at_an_error() {
     }
 }
 
-/// Where nobody knows in which directory tf.sh lies.
+/// For scripts that cannot know where tf.sh is installed.
 #[test]
 fn what_shell_init_prints_for_a_script_does_the_same() {
     for shell in shells() {
@@ -424,7 +426,7 @@ fn what_shell_init_prints_for_a_script_does_the_same() {
         command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(&tf);
         let end = Run::start(command).wait();
         assert_eq!((end.code(), end.out.trim(), end.err.as_str()), (Some(0), "safe", ""), "{shell:?}");
-        // Not on PATH either.
+        // tf is not on PATH either.
         let mut command = env.command(shell[0]);
         command.args(&shell[1..]).args(["-euc", line, "deploy"]).arg(env!("CARGO_BIN_EXE_tf"));
         command.env("PATH", std::env::var_os("PATH").unwrap());
@@ -434,7 +436,7 @@ fn what_shell_init_prints_for_a_script_does_the_same() {
     }
 }
 
-/// An interrupt ends the script as it would without us, and a killed shell leaves two links and no lock.
+/// An interrupt ends the script as it would without tf. A shell that is killed leaves two links and no lock.
 #[test]
 fn a_script_that_is_interrupted_ends_as_it_would_and_no_lock_stays() {
     for shell in shells() {

@@ -1,4 +1,4 @@
-//! `tf locks shell-init`, in the shells that it is for, with a person at the keyboard: Tab is pressed, and lines are typed.
+//! `tf locks shell-init` in each supported shell, at a terminal: Tab is pressed, and lines are typed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,24 +12,24 @@ fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/completions").join(name)
 }
 
-/// What is typed with a Tab behind it, and what must stand there then.
+/// What is typed, with a Tab in it, and what the line must contain then.
 type Typed = [(&'static str, &'static str)];
 
 const TF: &Typed = &[
-    // Terraform's own.
+    // Terraform's own completion.
     ("tf ap\t", "tf apply"),
     ("tf workspace sel\t", "tf workspace select"),
     ("tf -chdir=. ap\t", "tf -chdir=. apply"),
-    // What terraform knows of this backend only.
+    // This needs terraform to read the backend.
     ("tf workspace select oth\t", "tf workspace select other"),
-    // Ours beside them.
+    // The commands of `tf`.
     ("tf loc\t", "tf locks"),
     ("tf locks rel\t", "tf locks release"),
     ("tf locks audit --older\t", "tf locks audit --older-than"),
     ("tf locks doctor --fix\t", "tf locks doctor --fix-digest"),
     ("tf -chdir=. loc\t", "tf -chdir=. locks"),
     ("tf -chdir=. locks rel\t", "tf -chdir=. locks release"),
-    // Where neither has anything, nothing is offered.
+    // Where neither has a completion, none is offered.
     ("tf locks tell\t-nothing", "tf locks tell-nothing"),
     ("tf nosuch\t-word", "tf nosuch-word"),
 ];
@@ -42,13 +42,14 @@ const TERRAFORM: &Typed = &[
     ("terraform workspace select oth\t", "terraform workspace select other"),
 ];
 
-/// Types each beginning with a Tab behind it, in a shell that has answered a line, until the whole word stands there.
+/// Types each beginning with its Tab, in a shell that has answered a line, and waits for the completed line.
 #[track_caller]
 fn press_tab(terminal: &mut Terminal, typed: &Typed) {
     for (begun, completed) in typed {
         let before = terminal.screen().len();
         terminal.type_in(begun);
-        // A shell draws what changes and moves the cursor in between: a line is put together from what is printable.
+        // A shell draws only what changes, and moves the cursor in between. The line is put together from the printable
+        // text.
         let line = |terminal: &Terminal| {
             console::strip_ansi_codes(&terminal.screen()[before..]).replace(['\r', '\u{8}', '\u{7}'], "")
         };
@@ -57,12 +58,12 @@ fn press_tab(terminal: &mut Terminal, typed: &Typed) {
             || line(terminal).contains(completed).then_some(()),
             || format!("{begun:?}: {:?}", &terminal.screen()[before..]),
         );
-        // ^U: the line is thrown away.
+        // ^U discards the line.
         terminal.type_in("\x15");
     }
 }
 
-/// Types a line, and waits for what it answers. What is typed is drawn as well: the answer must not stand in it.
+/// Types a line, and waits for the answer. The terminal shows the typed line too, so the answer must not be part of it.
 #[track_caller]
 fn ask(terminal: &mut Terminal, line: &str, answer: &str) {
     assert!(!line.contains(answer));
@@ -75,19 +76,19 @@ fn ask(terminal: &mut Terminal, line: &str, answer: &str) {
     );
 }
 
-/// A directory whose backend has a second workspace, and nothing on PATH but this `tf` and terraform.
+/// Returns a directory whose backend has a second workspace, with a home in which fish and zsh keep what they remember.
 fn with_another_workspace() -> TestEnv {
     let mut env = TestEnv::new(Lock::File, "true");
     let end = env.run(Subject::Bare, &["workspace", "new", "other"]);
     assert_eq!(end.code(), Some(0), "{}{}", end.out, end.err);
-    // What fish and zsh remember is of this test alone.
+    // fish and zsh remember nothing from other tests.
     let home = env.directory.parent().unwrap().join("shells-home");
     fs::create_dir_all(home.join(".config/fish")).unwrap();
     env.set("HOME", home.clone()).set("ZDOTDIR", home);
     env
 }
 
-/// A shell that reads `rc` when it starts.
+/// Starts a shell that reads `rc` when it starts.
 fn shell(env: &TestEnv, shell: &str, rc: &str) -> Terminal {
     let home = PathBuf::from(env.environment().into_iter().find(|(name, _)| name == "HOME").unwrap().1);
     let mut command = env.command(shell);
@@ -101,7 +102,7 @@ fn shell(env: &TestEnv, shell: &str, rc: &str) -> Terminal {
             command.args(["-d", "-i"]);
         }
         _ => {
-            // It draws a guess behind what was typed, in grey, which this would take for a completion.
+            // fish draws a suggestion after the typed text in gray, which this test would take for a completion.
             let config = format!(
                 "function fish_prompt\necho -n 'ready> '\nend\nset -g fish_greeting\nset -g fish_autosuggestion_enabled 0\n{rc}\n"
             );
@@ -116,7 +117,7 @@ fn shell(env: &TestEnv, shell: &str, rc: &str) -> Terminal {
 
 const BASH: &str = r#"eval "$(tf locks shell-init bash)""#;
 const ZSH: &str = "autoload -Uz compinit && compinit -u -D\neval \"$(tf locks shell-init zsh)\"";
-/// Fish reads it from a pipe, which is not the same as a word.
+/// Fish reads it from a pipe, which is not the same as reading it as an argument.
 const FISH: &str = "tf locks shell-init fish | source";
 
 #[test]
@@ -138,7 +139,7 @@ fn in_zsh_tab_completes_tf_and_the_alias() {
     press_tab(&mut terminal, TERRAFORM);
 }
 
-/// An rc file may ask for completion before or after it asks us.
+/// An rc file may initialize completion before or after it runs shell-init.
 #[test]
 fn in_zsh_the_order_of_the_lines_in_an_rc_file_does_not_matter() {
     if which("zsh").is_none() {
@@ -149,7 +150,7 @@ fn in_zsh_the_order_of_the_lines_in_an_rc_file_does_not_matter() {
     let mut terminal = shell(&env, "zsh", rc);
     press_tab(&mut terminal, &TF[..6]);
     press_tab(&mut terminal, &TERRAFORM[..3]);
-    // One that completes aliases as words of their own.
+    // A shell that completes an alias as a separate command.
     let rc = format!("setopt complete_aliases\n{ZSH}");
     let mut terminal = shell(&env, "zsh", &rc);
     press_tab(&mut terminal, TERRAFORM);
@@ -166,7 +167,7 @@ fn in_fish_tab_completes_tf_and_the_alias() {
     press_tab(&mut terminal, TERRAFORM);
 }
 
-/// The files as a package installs them, read by each shell when Tab is first pressed behind `tf`.
+/// The files as a package installs them. Each shell reads them when Tab is first pressed after `tf`.
 #[test]
 fn as_a_package_installs_them_the_completions_work() {
     let env = with_another_workspace();
@@ -184,7 +185,7 @@ fn as_a_package_installs_them_the_completions_work() {
     }
 }
 
-/// Bare terraform has no command of that name, and says so.
+/// Bare terraform has no such command, and prints this.
 const NOT_OURS: &str = "no command named";
 
 #[test]
@@ -200,13 +201,13 @@ fn terraform_is_tf_where_it_was_asked_for_and_else_stays_what_it_is() {
         let mut terminal = shell(&env, name, &without);
         press_tab(&mut terminal, &TF[..2]);
         ask(&mut terminal, "terraform locks history", NOT_OURS);
-        // Into a shell that had it before it is not brought back by anything: what was printed is all there is.
+        // shell-init writes no rc file. Its only effect is what it prints.
         let home = env.directory.parent().unwrap().join("home");
         assert!(!home.join(".bashrc").exists() && !home.join(".zshrc").exists());
     }
 }
 
-/// Many people have it, and each alias alone would stand for the other.
+/// Many users have this alias. With both aliases, each one would expand to the other.
 #[test]
 fn an_alias_of_the_same_name_for_terraform_does_not_undo_it() {
     for (name, rc) in [("bash", BASH), ("zsh", ZSH), ("fish", FISH)] {
@@ -214,7 +215,7 @@ fn an_alias_of_the_same_name_for_terraform_does_not_undo_it() {
             continue;
         }
         let env = with_another_workspace();
-        // Above the line it hides tf from it, as from everything else.
+        // If the alias is defined first, it hides tf from the line, as from all other commands.
         let above = format!("alias tf=terraform\n{}", rc.replace("tf locks", "command tf locks"));
         for rc in [above, format!("{rc}\nalias tf=terraform")] {
             let mut terminal = shell(&env, name, &rc);
@@ -226,7 +227,7 @@ fn an_alias_of_the_same_name_for_terraform_does_not_undo_it() {
     }
 }
 
-/// A program that is not on PATH, in a directory with a quote and a blank in its name.
+/// A program that is not on PATH, in a directory with a quote and a space in its name.
 #[test]
 fn a_tf_that_is_not_on_path_is_named_by_its_path() {
     for (name, rc) in [("bash", BASH), ("zsh", ZSH), ("fish", FISH)] {
@@ -246,7 +247,7 @@ fn a_tf_that_is_not_on_path_is_named_by_its_path() {
     }
 }
 
-/// A shell that does nothing else with it reads it without a word, with every check on that it has.
+/// A shell evaluates the code without any output, even with all its checks enabled.
 #[test]
 fn what_is_printed_is_read_without_a_word() {
     let env = TestEnv::empty(Lock::File);

@@ -1,4 +1,4 @@
-//! Programs that stand between `tf` and terraform, or between the caller and `tf`.
+//! Programs between `tf` and terraform, or between the caller and `tf`.
 
 use std::fs;
 
@@ -11,8 +11,8 @@ use crate::support::process::tree;
 use crate::support::test_env::{WAITS, terraform};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
-/// A program in terraform's place that stays above it, and throws an interrupt away as tenv does (pkg/cmdproxy,
-/// transmit_others.go): the terminal has sent one to terraform as well, it thinks.
+/// Replaces terraform by a program that starts it and waits for it. It ignores an interrupt as tenv does (pkg/cmdproxy,
+/// transmit_others.go), on the assumption that the terminal has sent one to terraform as well.
 fn stays_above(env: &mut TestEnv) {
     let script = format!(
         "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGINT, lambda *_: None)\n\
@@ -50,7 +50,7 @@ fn a_shim_that_throws_interrupts_away_keeps_none_from_terraform() {
         real_terraform_below(&run);
         run.send(signal);
         run.wait_for_out("Interrupt received");
-        // What a runner sends next is none. Terraform ends its provisioner itself.
+        // The next signal of a runner is not forwarded. Terraform stops its provisioner itself.
         run.send(Signal::SIGTERM);
         let end = run.wait();
         assert_eq!(end.code(), Some(1), "{signal}: {}", env.dump(&end));
@@ -86,7 +86,8 @@ fn a_shim_that_dies_takes_no_working_terraform_with_it() {
     let terraform = real_terraform_below(&run);
     kill(shim_of(&run), Signal::SIGKILL).unwrap();
     run.wait_for_out("Interrupt received");
-    // An interrupted terraform ends its provisioner itself. It is still there because its state waits in the proxy.
+    // An interrupted terraform stops its provisioner itself. It is still running because its write of the state is held
+    // by the proxy.
     proxy.wait_until_held();
     assert!(!crate::support::processes::is_gone(terraform), "{}", env.trace());
     env.assert_locked();
@@ -101,7 +102,7 @@ fn a_shim_that_dies_takes_no_working_terraform_with_it() {
     env.assert_unlocked();
 }
 
-/// Whatever the shim makes of it: minus nine, or nothing at all.
+/// The exit code of the shim does not matter: it may be minus nine, or zero.
 #[test]
 fn a_terraform_that_dies_behind_its_shim_is_a_dead_one() {
     for (code, hides) in [(247, false), (0, true)] {
@@ -164,7 +165,7 @@ fn a_tf_that_is_killed_above_a_shim_has_terraform_stop_once() {
     assert!(!env.trace().contains("ending "), "nobody was ended: {}", env.trace());
 }
 
-/// As tfenv: a script that becomes the terraform of this directory's choice.
+/// As with tfenv: a script that becomes the terraform that this directory wants.
 #[test]
 fn behind_a_script_the_first_run_tells_which_terraform_it_is() {
     let levels = "echo $TF_LOG_CORE >> levels; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
@@ -181,7 +182,7 @@ fn behind_a_script_the_first_run_tells_which_terraform_it_is() {
         env.forget_state();
     }
     assert_eq!(env.read("levels").lines().collect::<Vec<_>>(), ["TRACE", "INFO"]);
-    // It is started as often as it was asked to, and for nothing else.
+    // It is started only as often as the user has started it.
     assert_eq!(env.read("asked").lines().count(), 2);
 }
 
@@ -191,7 +192,7 @@ fn run_pid_of_terraform(run: &Run) -> Pid {
     wait_for("terraform", || below().map(|(pid, ..)| pid), || format!("{:?}", tree(run.pid())))
 }
 
-/// Terraform up to 1.0 wraps itself into a second process, which throws interrupts away.
+/// Terraform up to 1.0 runs itself in a second process. The first one ignores interrupts.
 #[test]
 fn a_terraform_of_two_processes_is_made_one() {
     let mut env = TestEnv::empty(Lock::DynamoDb);
@@ -205,7 +206,7 @@ fn a_terraform_of_two_processes_is_made_one() {
     assert_eq!(env.read("seen").lines().collect::<Vec<_>>(), ["0,TRACE", "0,DEBUG"]);
 }
 
-/// Both installed: a link called tofu runs OpenTofu's name, and one called terraform Terraform's.
+/// If both are installed, a link called tofu runs OpenTofu, and one called terraform runs Terraform.
 #[test]
 fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
     let mut env = TestEnv::empty(Lock::DynamoDb);
@@ -231,7 +232,7 @@ fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
     }
 }
 
-/// Atlantis has a binary for each version, and applies the plan that it has made.
+/// Atlantis has a binary for each version, and applies the plan that it has created.
 #[test]
 fn as_atlantis_runs_a_plan_its_lock_is_given_back() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
@@ -256,7 +257,7 @@ fn as_atlantis_runs_a_plan_its_lock_is_given_back() {
     env.assert_unlocked();
 }
 
-/// Every test that docs/wrappers.md names is there.
+/// Every test that docs/wrappers.md names exists.
 #[test]
 fn the_tests_that_the_recipes_name_are_there() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,5 +1,5 @@
-//! A service that does not answer `tf`, that answers slowly, or with what is no answer: nothing waits for longer than it is
-//! worth, nothing is asked hundreds of times, and what is said is about what happened.
+//! A service that does not respond to `tf`, responds slowly, or responds with something else: every wait is short,
+//! nothing is requested hundreds of times, and the messages are about what happened.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -20,14 +20,14 @@ fn is_dynamodb(request: &Message) -> bool {
     request.header("x-amz-target").is_some()
 }
 
-/// Puts a proxy between a world and the services.
+/// Puts a proxy between a [`TestEnv`] and the services.
 fn through(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> Proxy {
     let proxy = Proxy::start(cloud().port, rule);
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
     proxy
 }
 
-/// Bare terraform is back at once. What we would add is only an explanation.
+/// Bare terraform returns immediately. `tf` has only an explanation to add.
 fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf(lock: Lock) {
     let mut env = TestEnv::new(lock, "true");
     env.lock_of_another();
@@ -42,7 +42,7 @@ fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf(lock: Lock) {
 }
 for_each_lock!(a_refused_run_is_back_in_seconds_where_nobody_answers_tf);
 
-/// Twenty seconds for a lock that a killed run has left, whatever is silent.
+/// The limit is 20 s for a lock that a killed run has left, whatever does not respond.
 #[test]
 fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() {
     for lock in [Lock::DynamoDb, Lock::Both] {
@@ -68,7 +68,8 @@ fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() 
     }
 }
 
-/// Whether its table is a global one, in which nothing is deleted unasked, is not known then.
+/// Without a response, it is not known whether the table is a global table, in which nothing is deleted without
+/// consent.
 #[test]
 fn a_lock_of_two_parts_stays_whole_while_the_table_is_silent() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
@@ -117,7 +118,8 @@ fn a_lock_object_that_trickles_in_keeps_nobody_waiting_for_its_end() {
     assert!(end.err.contains("was not read within the time"), "{}", env.dump(&end));
 }
 
-/// Terraform waits for a lock whose holder is dead; the service lets `tf` do nothing for a while, and then does.
+/// Terraform waits for a lock whose holder is dead. For a while the service does not let `tf` delete the lock, and then
+/// it does.
 #[test]
 fn a_run_that_waits_tries_a_dead_holder_again() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -140,7 +142,7 @@ fn a_run_that_waits_tries_a_dead_holder_again() {
         || env.trace(),
     );
     away.store(false, Ordering::SeqCst);
-    // By the next try, 15 s after the first; terraform's own comes up to 16 s later.
+    // The next attempt comes 15 s after the first. Terraform's own next attempt comes up to 16 s later.
     run.wait_for_err("released the lock that an earlier run left");
     let end = run.wait();
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
@@ -169,7 +171,7 @@ fn what_keeps_a_dead_run_is_said_once_in_a_run_that_it_refuses() {
     env.assert_locked();
 }
 
-/// A conditional delete never succeeds there.
+/// In such a store a conditional delete never succeeds.
 #[test]
 fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
     let mut env = TestEnv::new(Lock::File, WAITS);
@@ -198,7 +200,8 @@ fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
     env.assert_locked();
 }
 
-/// Neither a delete that is answered and does nothing, nor a service that says that it is busy, is asked all the time.
+/// `tf` does not keep sending requests to a service that confirms a delete and does nothing, or that says that it is
+/// busy.
 #[test]
 fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
     for busy in [true, false] {
@@ -232,7 +235,8 @@ fn a_service_that_does_not_do_it_is_asked_ever_more_rarely() {
     }
 }
 
-/// A portal's page: neither the debugger's account of a parser nor its text is shown, and nothing is taken for an answer.
+/// A portal's page is not taken for a response of the service. Neither its text nor the details of a parser error are
+/// shown.
 #[test]
 fn a_portals_page_is_said_to_be_no_answer() {
     const PAGE: &str = "<!DOCTYPE html><html><body><h1>Sign in to the hotel's network</h1></body></html>";
@@ -273,7 +277,7 @@ fn an_empty_answer_describes_no_table() {
     assert!(end.err.contains("the response describes no table") && !end.err.contains("its key is"), "{}", end.err);
 }
 
-/// What a service has decided will be the same at the next try.
+/// A decision of the service will be the same at the next attempt.
 #[test]
 fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
     let no_key = Message::answer(
@@ -299,7 +303,7 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
         assert!(end.err.contains(expected) && !end.err.contains("network"), "{}", env.dump(&end));
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
-    // And a table that has another key.
+    // A table that has another key.
     let env = TestEnv::new(Lock::DynamoDb, "true");
     cloud().give_another_key(&env.table);
     let end = locks(&env, &["show"]);
@@ -307,7 +311,7 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
     assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", env.dump(&end));
 }
 
-/// DynamoDB may give an empty page in the middle of a segment.
+/// DynamoDB may return an empty page in the middle of a segment.
 #[test]
 fn an_empty_page_is_not_the_end_of_a_table() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -338,7 +342,7 @@ fn an_empty_page_is_not_the_end_of_a_table() {
     assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(1)), "{}", env.dump(&end));
 }
 
-/// A result that nobody can read is an error.
+/// If the result cannot be written, that is an error.
 #[test]
 fn a_result_that_cannot_be_written_is_an_error() {
     let env = TestEnv::new(Lock::File, WAITS);
@@ -367,7 +371,7 @@ fn a_result_that_cannot_be_written_is_an_error() {
             assert!(end.err.contains("written"), "{words} {to}: {}", env.dump(&end));
         }
     }
-    // What has nothing to say needs nobody to read it.
+    // If there is nothing to print, no reader is needed.
     let mut shell = env.command("sh");
     shell.args(["-c", "tf locks recover >&-"]);
     assert_eq!(Run::start(shell).wait().code(), Some(0));
@@ -408,7 +412,7 @@ fn a_dry_run_leaves_a_broken_record_where_it_is() {
     }
 }
 
-/// However many workspaces the backend has.
+/// The number of workspaces in the backend does not matter.
 fn a_refused_run_looks_at_the_one_lock_that_refused_it(lock: Lock) {
     let mut env = TestEnv::new(lock, "true");
     for number in 0..30 {
@@ -432,7 +436,8 @@ fn a_refused_run_looks_at_the_one_lock_that_refused_it(lock: Lock) {
 }
 for_each_lock!(a_refused_run_looks_at_the_one_lock_that_refused_it);
 
-/// Makes it half an hour later for what is kept of the lock `id`: no request can land any more, and nobody has just tried.
+/// Makes the pending request for the lock `id` half an hour older: it can no longer land, and no attempt was made just
+/// now.
 fn age_tombstone(env: &TestEnv, id: &str) {
     let tombstone = super::survived::journal(env).join(format!("tombstones/{id}.json"));
     let mut kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&tombstone).unwrap()).unwrap();
@@ -441,7 +446,8 @@ fn age_tombstone(env: &TestEnv, id: &str) {
     std::fs::write(&tombstone, kept.to_string()).unwrap();
 }
 
-/// Terraform took its lock and did not hear of it; nor could `tf` ask. It is looked for until the service has answered.
+/// Terraform took its lock without getting the response, and `tf` could not ask either. The lock is looked for until
+/// the service has responded.
 #[test]
 fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back() {
     let mut env = TestEnv::empty(Lock::DynamoDb);
@@ -480,7 +486,7 @@ fn no_table() -> ProxyAction {
     ProxyAction::Answer(Message::answer("400 Bad Request", body))
 }
 
-/// A proxy can have sent it, or a table is on its way too.
+/// A proxy can have sent it, or the table may still be about to appear.
 #[test]
 fn one_answer_that_there_is_no_table_says_nothing_of_a_request_that_was_not_answered() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -504,7 +510,7 @@ fn one_answer_that_there_is_no_table_says_nothing_of_a_request_that_was_not_answ
     env.assert_unlocked();
 }
 
-/// It may be restored under its name.
+/// The table may be restored under its name.
 #[test]
 fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
     for how in ["recover", "release", "the next run"] {
@@ -524,7 +530,7 @@ fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
         let end = locks(&env, &["recover"]);
         assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
         away.store(false, Ordering::SeqCst);
-        // Whoever is refused by it is told that its holder is dead, and what to type.
+        // A run that this lock refuses reports that the holder is dead, and which command to type.
         let end = env.run(Subject::Tf, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains("its holder is dead: its terraform died here\n"), "{}", env.dump(&end));
@@ -547,7 +553,7 @@ fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
     }
 }
 
-/// Whoever starts a terraform does not wait for all that was ever left unanswered.
+/// A new run does not wait for all requests that were ever left unanswered.
 #[test]
 fn what_nobody_can_look_for_is_waited_for_once_in_a_while_however_much_it_is() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");

@@ -1,5 +1,5 @@
-//! Credentials that take long, or that nobody gives: they are asked for once in a release, before its clock runs, and
-//! whoever gave none is named.
+//! Credentials that arrive late or never: a release asks for them once, before its time limit begins, and a failed
+//! source is named.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,13 +18,13 @@ use crate::support::terminal::Terminal;
 use crate::support::test_env::{UNSET, WAITS};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// Longer than any attempt of a request of ours may take.
+/// Longer than any attempt of a request by `tf` may take.
 const SLOW: Duration = Duration::from_secs(10);
 
 const KEYS: &str = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"test"}"#;
 
-/// A world whose credentials are printed by a command. For terraform it does so at once; when there is a file `then`, it
-/// counts its start in `asked` and does that.
+/// Returns a [`TestEnv`] whose credentials are printed by a command. The command does so immediately, unless the file
+/// `then` exists. Then it first adds a line to `asked` and runs the shell command `then`.
 fn by_a_command(lock: Lock, then: &str) -> TestEnv {
     let mut env = TestEnv::empty(lock);
     env.write_main("", WAITS);
@@ -40,7 +40,7 @@ fn by_a_command(lock: Lock, then: &str) -> TestEnv {
     env
 }
 
-/// How often the command was started since terraform had what it needed.
+/// Returns how often the command was started since `then` exists.
 fn asked(env: &TestEnv) -> usize {
     env.read("asked").lines().count()
 }
@@ -57,7 +57,7 @@ fn a_command_that_is_slower_than_a_request_is_asked_once_and_the_lock_is_release
     assert_eq!(asked(&env), 1, "{}", env.dump(&end));
 }
 
-/// A login that fails three times may lock an account, and each may be a message on somebody's telephone.
+/// A login that fails three times may lock an account, and each one may send a message to a person's phone.
 #[test]
 fn a_command_that_fails_is_asked_once_and_named() {
     for (then, what) in [
@@ -74,7 +74,7 @@ fn a_command_that_fails_is_asked_once_and_named() {
         assert!(end.err.contains(&named), "{then}: {}", env.dump(&end));
         assert_eq!(asked(&env), 1, "{then}: {}", env.dump(&end));
         env.assert_locked();
-        // By the next tf, when it works again.
+        // The next tf releases the lock, when the command works again.
         fs::remove_file(env.directory.join("then")).unwrap();
         let end = env.run(Subject::Tf, &["locks", "recover"]);
         assert_eq!(end.code(), Some(0), "{then}: {}", env.dump(&end));
@@ -98,14 +98,15 @@ fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started()
     env.assert_locked();
 }
 
-/// Kills the terraform of an apply at work in a terminal. From then on the command does what it was made for.
+/// Kills the terraform of an apply in a terminal, while the apply works. From then on the command runs what it was
+/// given as `then`.
 fn kill_the_terraform_of(env: &TestEnv, terminal: &Terminal) {
     env.wait_for_file("began");
     env.write("then", "");
     kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
 }
 
-/// As bare terraform's SDK lets it: a code, a password.
+/// It may ask for a code or a password, as it may with the SDK of bare terraform.
 #[test]
 fn a_command_may_ask_the_person_at_the_terminal() {
     let env = by_a_command(Lock::File, ASKS);
@@ -120,11 +121,11 @@ fn a_command_may_ask_the_person_at_the_terminal() {
     env.assert_unlocked();
 }
 
-/// A command that asks for a code at the terminal, and fails where there is none.
+/// A command that asks for a code on the terminal, and fails if there is none.
 const ASKS: &str =
     "printf 'code: ' > /dev/tty || exit 7; read code < /dev/tty || exit 8; test \"$code\" = 4711 || exit 1";
 
-/// An interactive shell.
+/// Starts an interactive shell.
 fn interactive(env: &TestEnv) -> Terminal {
     let mut shell = env.command("bash");
     shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "prompt> ");
@@ -133,7 +134,7 @@ fn interactive(env: &TestEnv) -> Terminal {
     terminal
 }
 
-/// An apply at work in an interactive shell, which was told `line`. Its terraform is killed.
+/// Types `line`, which starts an apply, in an interactive shell, and kills the apply's terraform while it works.
 fn in_a_shell(env: &TestEnv, line: &str) -> Terminal {
     let mut terminal = interactive(env);
     terminal.type_in(&format!("{line}\r"));
@@ -141,7 +142,7 @@ fn in_a_shell(env: &TestEnv, line: &str) -> Terminal {
     terminal
 }
 
-/// Moves the stopped job to the foreground, types the code, and ends the shell: the job releases its lock only then.
+/// Moves the stopped job to the foreground, types the code, and ends the shell. The job releases its lock only then.
 fn answer_in_the_foreground(env: &TestEnv, terminal: &mut Terminal) {
     env.assert_locked();
     let shell = terminal.pid();
@@ -157,7 +158,7 @@ fn answer_in_the_foreground(env: &TestEnv, terminal: &mut Terminal) {
 
 const APPLY: &str = "tf apply -auto-approve -no-color";
 
-/// As with bare terraform, whose commands are in its group: the job stops, and goes on in the foreground.
+/// This is as with bare terraform, whose commands are in its group: the job stops, and continues in the foreground.
 #[test]
 fn a_key_that_stops_a_command_stops_the_job_and_it_goes_on_in_the_foreground() {
     let env = by_a_command(Lock::File, ASKS);
@@ -168,7 +169,7 @@ fn a_key_that_stops_a_command_stops_the_job_and_it_goes_on_in_the_foreground() {
     answer_in_the_foreground(&env, &mut terminal);
 }
 
-/// Nothing of `tf` takes the terminal that the shell reads.
+/// No process of `tf` takes the terminal from the shell that reads it.
 #[test]
 fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
     let env = by_a_command(Lock::File, ASKS);
@@ -183,7 +184,7 @@ fn a_command_of_a_background_job_waits_for_its_turn_at_the_terminal() {
     answer_in_the_foreground(&env, &mut terminal);
 }
 
-/// Without a terminal it fails: only who sits there can give back the lock that it has kept.
+/// Without a terminal the command fails, so only a person at a terminal can have the lock released.
 #[test]
 fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
     for words in [&["locks", "recover"][..], &["locks", "release"], &["plan", "-no-color"]] {
@@ -193,7 +194,7 @@ fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
         let mut command = env.command(env.bin().join("tf"));
         command.args(words);
         let mut terminal = Terminal::start(command);
-        // `release` looks at the lock first.
+        // `release` reads the lock first.
         let times = if words == ["locks", "release"] { 2 } else { 1 };
         for time in 1..=times {
             terminal.wait_for_times("code: ", time);
@@ -205,7 +206,7 @@ fn what_gives_a_dead_runs_lock_back_may_ask_the_person_at_the_terminal() {
     }
 }
 
-/// The shell sees the job stop, though it is a process below it that asks.
+/// The shell sees that the job has stopped, although a process below it asks for the code.
 #[test]
 fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() {
     let env = by_a_command(Lock::DynamoDb, &unless_terraform(ASKS));
@@ -219,7 +220,7 @@ fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() 
     answer_in_the_foreground(&env, &mut terminal);
 }
 
-/// A command that nobody waits for any more had switched the echo off, and cannot switch it on again.
+/// The command has switched the echo off. When `tf` kills it, it cannot switch it on again.
 #[test]
 fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
     for (traps, keys) in [("trap '' INT; ", 2), ("", 1)] {
@@ -244,7 +245,8 @@ fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
     }
 }
 
-/// What terraform itself starts gives credentials at once; what `tf` starts counts itself in `ours`, and does `what`.
+/// Returns a command that gives credentials immediately if terraform has started it. If `tf` has started it, it adds a
+/// line to `ours` and does `what`.
 fn unless_terraform(what: &str) -> String {
     format!(
         "above=$(ps -o ppid= -p $PPID); case $(ps -o comm= -p $PPID)$(ps -o comm= -p $above) in *terraform*) ;; *) \
@@ -252,8 +254,8 @@ fn unless_terraform(what: &str) -> String {
     )
 }
 
-/// Of a refused run there is only something to explain: nobody is asked for a code for that, nobody waits for the command, and
-/// the next runs do not wait for all that was not explained before.
+/// After a refused run there is only something to explain. For that, no person is asked for a code, `tf` does not wait
+/// for the command, and the next runs do not wait for all that was not explained before.
 #[test]
 fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
     let env = by_a_command(Lock::DynamoDb, &unless_terraform("printf 'code: ' > /dev/tty; sleep 1000"));
@@ -274,20 +276,21 @@ fn an_explanation_asks_nobody_for_anything_and_runs_do_not_add_up() {
     }
 }
 
-/// Each try of them may be a message on somebody's telephone.
+/// Each attempt may send a message to a person's phone.
 #[test]
 fn a_run_that_waits_does_not_ask_again_and_again_for_credentials_that_nobody_gives() {
     let env = by_a_command(Lock::DynamoDb, &unless_terraform("exit 3"));
     super::survived::kill_whole(&env);
     env.write("then", "");
-    // Longer than the time after which a dead run is tried again.
+    // This is longer than the time after which a dead run is tried again.
     let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=18s"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("failed (exit status: 3)"), "{}", env.dump(&end));
     assert_eq!(env.read("ours").lines().count(), 2, "the recovery, and an explanation: {}", env.dump(&end));
 }
 
-/// A world whose credentials are those of a role, and what STS does each time that it is asked for that.
+/// Returns a [`TestEnv`] whose credentials are those of a role. `rule` says what STS does with each request for the
+/// role.
 fn by_a_role(rule: impl Fn() -> ProxyAction + Send + Sync + 'static) -> (TestEnv, Proxy) {
     let mut env = TestEnv::empty(Lock::DynamoDb);
     let sts = Proxy::start(cloud().port, move |request| {
@@ -301,7 +304,7 @@ fn by_a_role(rule: impl Fn() -> ProxyAction + Send + Sync + 'static) -> (TestEnv
     (env, sts)
 }
 
-/// STS, or an instance's metadata, may be away for a moment as any service may.
+/// STS, or an instance's metadata service, may be unavailable for a moment, as any service may.
 #[test]
 fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
     let away = Arc::new(AtomicUsize::new(0));
@@ -311,7 +314,7 @@ fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
         if fails { ProxyAction::Answer(Message::answer("503 Service Unavailable", "")) } else { ProxyAction::Pass }
     });
     let run = env.start_apply(Subject::Tf);
-    // More than the tries of one question.
+    // More failures than one request has attempts.
     away.store(7, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
@@ -320,7 +323,7 @@ fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
     env.assert_unlocked();
 }
 
-/// A role, whose giver takes its time.
+/// STS takes long to return the role's credentials.
 #[test]
 fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_released() {
     let slow = Arc::new(AtomicUsize::new(usize::MAX));
@@ -341,7 +344,7 @@ fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_releas
     env.assert_unlocked();
 }
 
-/// A refused role is no missing permission of the table.
+/// A refused role is not reported as a missing permission for the table.
 #[test]
 fn the_doctor_names_a_role_that_is_refused() {
     let mut env = TestEnv::new(Lock::Both, "true");

@@ -1,5 +1,5 @@
-//! "What a provisioner has started ends with the first stop, whoever asks for it", and a stop that reaches all processes of
-//! a unit reaches terraform once.
+//! "What a provisioner has started ends with the first stop, whoever asks for it", and a stop that reaches all
+//! processes of a unit reaches terraform once.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,14 @@ use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
-/// Not a script of bash: that goes on after an INT during which its child happened to end by itself.
+/// This is not a bash script, because bash continues after an INT if its child happens to exit by itself at that
+/// moment.
 const WORKER: &str = "import time\nopen('began', 'w').close()\nwhile True:\n    open('work', 'a').write('work\\n')\n    pass\n\
                       \u{20}   time.sleep(0.02)\n";
 
-/// A world whose provisioner's shell runs a worker that ends at an interrupt, as what people write does. Not with `&`: what a
-/// script puts into the background ignores INT (POSIX 2.11), and ^C would not end it either.
+/// Returns a [`TestEnv`] whose provisioner's shell runs a worker that ends at an interrupt, as most programs do. It is
+/// not started with `&`, because a background process of a script ignores INT (POSIX 2.11), and ^C would not end it
+/// either.
 fn with_worker() -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     env.write("worker", WORKER);
@@ -30,7 +32,7 @@ fn with_worker() -> TestEnv {
     env
 }
 
-/// No work was done after the lock was free.
+/// Checks that the worker does nothing after the lock is released.
 #[track_caller]
 fn assert_works_no_more(env: &TestEnv, how: &str) {
     wait_until_unlocked(env);
@@ -84,7 +86,7 @@ fn what_a_provisioners_shell_has_started_ends_with_a_closed_window_and_with_a_re
 
     let env = with_worker();
     let _kill_on_drop = KillOnDrop(home(&env));
-    // The reader leaves once there is a worker, and terraform passes on what that says.
+    // The reader exits once there is a worker. Terraform forwards the output of the worker.
     env.write("worker", &WORKER.replace("pass", "print('says', flush=True)"));
     let mut command = env.command("bash");
     command.args(["-c", &format!("tf {} | while ! test -e work; do sleep 0.02; done", APPLY.join(" "))]);
@@ -94,7 +96,8 @@ fn what_a_provisioners_shell_has_started_ends_with_a_closed_window_and_with_a_re
     assert_works_no_more(&env, "a reader that left");
 }
 
-/// In every way but a kill of its pid bare terraform's worker ends too: the signal's own group contains it.
+/// Under bare terraform, the worker ends too unless only terraform's pid is signaled: the signaled group contains the
+/// worker.
 #[test]
 fn under_bare_terraform_a_group_signal_ends_the_worker_and_a_kill_of_its_pid_does_not() {
     for (to_group, works_on) in [(true, false), (false, true)] {
@@ -116,7 +119,8 @@ fn under_bare_terraform_a_group_signal_ends_the_worker_and_a_kill_of_its_pid_doe
     }
 }
 
-/// A provider must not get more than INT: go-plugin's ignore that, and die of TERM and HUP with a resource half made.
+/// A provider must get nothing but INT: providers with go-plugin ignore it, but die of TERM and HUP, with a resource
+/// half created.
 #[test]
 fn terraforms_group_gets_interrupts_and_nothing_else() {
     for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
@@ -126,7 +130,7 @@ fn terraforms_group_gets_interrupts_and_nothing_else() {
             "for s in INT TERM HUP; do trap \"echo $s >> got\" $s; done\ntouch began\n\
              while ! test -e go; do sleep 0.02; done\n",
         );
-        // In terraform's group, and not the shell that terraform kills.
+        // The script is in terraform's group, but it is not the shell that terraform kills.
         env.write_main("", "bash counts > /dev/null 2>&1; true");
         env.init();
         let _kill_on_drop = KillOnDrop(home(&env));
@@ -142,8 +146,9 @@ fn terraforms_group_gets_interrupts_and_nothing_else() {
 
 // ---- service managers
 
-/// PID 1 of a namespace, as systemd is, with a unit: a control group whose main process is `tf`. At `stop` it sends what
-/// systemd sends (KillMode in argv: to all of the group, or to the main process), and waits for the end of all.
+/// PID 1 of a namespace, as systemd is, with a unit: a control group whose main process is `tf`. When the file `stop`
+/// exists, it sends what systemd sends (argv contains the KillMode: to the whole group, or to the main process), and
+/// waits until all processes have exited.
 const MANAGER: &str = r#"
 import os, signal, sys, time
 group, mode, program = sys.argv[1], sys.argv[2], sys.argv[3:]
@@ -232,7 +237,7 @@ fn tf_that_is_killed_after_its_unit_was_told_to_stop_sends_no_second_interrupt()
     let (_unit, run) = start_unit(&env, "control-group");
     proxy.wait_until_held();
     let tf = tf_of(&env);
-    // It cannot act on what the manager sends.
+    // The stopped tf cannot react to the manager's signal.
     kill(tf, Signal::SIGSTOP).unwrap();
     env.write("stop", "");
     env.wait_for_trace("guardian: our unit is stopped");

@@ -1,5 +1,5 @@
-//! "After terraform's whole process tree is dead, a lock that it held is gone: released by `tf`, else by the guardian that
-//! outlives it, else by the next `tf` on that host", and never a living one's.
+//! "After terraform's whole process tree is dead, a lock that it held is gone: released by `tf`, else by the guardian
+//! that outlives it, else by the next `tf` on that host." The lock of a living run is never released.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -30,18 +30,18 @@ use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
-/// Where the journal of a world lies.
+/// Returns the path of the journal of a [`TestEnv`].
 pub fn journal(env: &TestEnv) -> PathBuf {
     env.directory.parent().unwrap().join("home/.local/state/tf")
 }
 
-/// The records that are there, by their paths.
+/// Returns the paths of the records that exist.
 pub fn records(env: &TestEnv) -> Vec<PathBuf> {
     let entries = fs::read_dir(journal(env).join("runs")).into_iter().flatten().flatten();
     entries.map(|entry| entry.path().join("record.json")).filter(|path| path.exists()).collect()
 }
 
-/// Every file below the state directory, with its content.
+/// Returns every file below the state directory, with its contents.
 fn everything_written(env: &TestEnv) -> Vec<(PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     let mut directories = vec![journal(env)];
@@ -59,7 +59,7 @@ fn everything_written(env: &TestEnv) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[track_caller]
 pub fn assert_nothing_left(env: &TestEnv) {
-    // The history stays: it is for people. So does what is known of the programs: it is about no run.
+    // The history is kept, because it is for people. So is what is known of programs, because it is not about a run.
     let left = || -> Vec<PathBuf> {
         let paths = everything_written(env).into_iter().map(|(path, _)| path);
         paths
@@ -72,7 +72,7 @@ pub fn assert_nothing_left(env: &TestEnv) {
     wait_for("an empty journal", || left().is_empty().then_some(()), || format!("{:?}\n{}", left(), env.trace()));
 }
 
-/// Changes the one record of a world.
+/// Changes the only record of a [`TestEnv`].
 pub fn edit(env: &TestEnv, change: impl Fn(&mut Value)) {
     let [path] = records(env).try_into().expect("one record");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -80,7 +80,7 @@ pub fn edit(env: &TestEnv, change: impl Fn(&mut Value)) {
     fs::write(path, record.to_string()).unwrap();
 }
 
-/// A world in which a run was killed, with everything that was to look after it; its lock stands.
+/// Returns a [`TestEnv`] in which a run was killed together with its `tf` and its guardian. Its lock is held.
 pub fn killed_whole(lock: Lock) -> TestEnv {
     let env = TestEnv::new(lock, WAITS);
     kill_whole(&env);
@@ -91,11 +91,11 @@ pub fn kill_whole(env: &TestEnv) {
     let run = env.start_apply(Subject::Tf);
     env.assert_locked();
     let id = id_of(&env.locks()[0]);
-    // What the guardian has written down is on its way to the disk for a moment after the lock stands.
+    // When the lock is held, the guardian's record may still be on its way to the disk.
     wait_for(
         "the journal",
         || {
-            // Of a lock that it only knows to be asked for, a request may still land.
+            // A lock that is only recorded as requested does not count, because its request may still land.
             let has_it = |record: &Value| {
                 let locks = record["log"]["locks"].as_array().into_iter().flatten();
                 locks.into_iter().any(|lock| lock["id"] == id.as_str() && lock["locked"].is_string())
@@ -114,7 +114,7 @@ pub fn kill_whole(env: &TestEnv) {
     }
 }
 
-/// The next command gives the lock back, says so in one line, and goes on.
+/// Checks that the next command releases the lock, reports it in one line, and continues.
 #[track_caller]
 fn assert_next_gives_back(env: &TestEnv) {
     let end = env.run(Subject::Tf, &PLAN);
@@ -127,7 +127,7 @@ fn assert_next_gives_back(env: &TestEnv) {
 // ---- the guardian
 
 fn a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock(lock: Lock) {
-    // To a pipe that tf drained: what terraform still writes must not kill it.
+    // The output goes to a pipe that tf has drained. What terraform still writes must not kill it.
     let env = TestEnv::new(lock, WAITS);
     let run = env.start_apply(Subject::Tf);
     let tf = tf_of(&env);
@@ -139,14 +139,14 @@ fn a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock(lock: Lock) {
     let state = env.state().expect("its state was saved");
     assert!(state.contains("tainted"), "{state}");
     assert_nothing_left(&env);
-    // Unlocked by terraform itself, and every part of the state fits: the next run works.
+    // Terraform itself has unlocked, and every part of the state is consistent: the next run works.
     assert!(!env.trace().contains("deleted "), "{}", env.trace());
     let end = env.run(Subject::Tf, &PLAN);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
 for_each_lock!(a_killed_tf_lets_terraform_stop_once_save_its_state_and_unlock);
 
-/// PIDFD_INFO_EXIT is there since Linux 6.15.
+/// PIDFD_INFO_EXIT exists since Linux 6.15.
 fn kernel_tells_ends() -> bool {
     let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
     let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
@@ -208,7 +208,7 @@ fn both_groups_killed_leave_no_lock_and_bare_leaves_one() {
     assert_nothing_left(&env);
 }
 
-/// An apply in an interactive shell with job control, its provisioner at work.
+/// Starts an apply in an interactive shell with job control, and waits until its provisioner works.
 fn apply_in_a_shell(env: &TestEnv) -> (Terminal, Pid) {
     let mut shell = env.command("bash");
     shell.args(["--norc", "-i"]);
@@ -220,7 +220,7 @@ fn apply_in_a_shell(env: &TestEnv) -> (Terminal, Pid) {
 
 #[test]
 fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
-    // In a terminal with job control, where the kernel hangs it up.
+    // In a terminal with job control, the kernel hangs the job up.
     let env = TestEnv::new(Lock::Both, WAITS);
     let _kill_on_drop = KillOnDrop(home(&env));
     let (mut terminal, tf) = apply_in_a_shell(&env);
@@ -230,7 +230,7 @@ fn a_terraform_that_was_stopped_when_tf_was_killed_leaves_no_lock() {
     wait_until_unlocked(&env);
     wait_until_ours_are_gone(&env);
 
-    // And without one, where nobody continues it but the guardian.
+    // Without one, only the guardian can continue it.
     let env = TestEnv::new(Lock::Both, WAITS);
     let run = env.start_apply(Subject::Tf);
     let terraform = terraform_below(run.pid());
@@ -287,7 +287,7 @@ fn the_guardian_sees_to_the_stop_timeout() {
     env.wait_for_locked();
     kill(run.pid(), Signal::SIGKILL).unwrap();
     run.wait();
-    // Terraform waits for an answer that never comes, and does not stop.
+    // Terraform waits for a response that never comes, and does not stop.
     wait_until_unlocked(&env);
     wait_until_ours_are_gone(&env);
     proxy.let_go();
@@ -322,7 +322,7 @@ fn a_lock_request_in_flight_when_tf_and_terraform_are_killed_is_gone_in_the_end(
             kill(pid, Signal::SIGKILL).unwrap();
         }
         run.wait();
-        // The guardian looks for as long as `tf` would, and remembers it.
+        // The guardian looks for the lock as long as `tf` would, and remembers the request.
         wait_until_ours_are_gone(&env);
         proxy.let_go();
         proxy.wait_until_delivered();
@@ -348,7 +348,7 @@ for_each_lock!(the_next_run_in_that_place_gives_it_back_first_and_says_so);
 
 fn after_a_restart_the_next_run_gives_it_back(lock: Lock) {
     let env = killed_whole(lock);
-    // Another boot, and what lay in memory is gone.
+    // The host has booted again, and the log in memory is lost.
     edit(&env, |record| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into());
     forget_recorder(&env);
     assert_next_gives_back(&env);
@@ -363,7 +363,8 @@ fn forget_recorder(env: &TestEnv) {
 
 #[test]
 fn several_dead_runs_are_finished_each_in_its_own_surroundings() {
-    // One had its keys from the environment, and one from a profile, which a key of now would go before.
+    // One run had its keys from the environment, and one from a profile. A key in the environment of today would take
+    // precedence over the profile.
     let first = killed_whole(Lock::Both);
     let home = first.directory.parent().unwrap().join("home");
     let mut second = TestEnv::new(Lock::DynamoDb, WAITS);
@@ -371,7 +372,7 @@ fn several_dead_runs_are_finished_each_in_its_own_surroundings() {
     fs::write(&config, "[other]\naws_access_key_id = test\naws_secret_access_key = s\n").unwrap();
     second.set("AWS_SHARED_CREDENTIALS_FILE", config).set("AWS_PROFILE", "other").set("AWS_ACCESS_KEY_ID", "");
     kill_whole(&second);
-    // Into one journal, as one user's.
+    // Both runs are in one journal, as those of one user are.
     let [record] = records(&second).try_into().unwrap();
     let directory = record.parent().unwrap();
     fs::rename(directory, home.join(".local/state/tf/runs").join(directory.file_name().unwrap())).unwrap();
@@ -386,7 +387,7 @@ fn several_dead_runs_are_finished_each_in_its_own_surroundings() {
 
 #[test]
 fn what_an_init_locked_in_a_new_directory_is_given_back_too() {
-    // An init of a workspace that does not exist yet locks while it makes its state.
+    // An init in a workspace that does not exist yet takes a lock while it creates the state.
     let mut env = TestEnv::empty(Lock::DynamoDb);
     env.write_main("", "true");
     env.set("TF_WORKSPACE", "green");
@@ -418,7 +419,7 @@ fn what_an_init_locked_in_a_new_directory_is_given_back_too() {
 #[test]
 fn a_run_elsewhere_gives_it_back_without_waiting_for_it() {
     let dead = killed_whole(Lock::Both);
-    // The lock service of the dead run is slow; the command elsewhere does not know.
+    // The lock service of the dead run is slow. The command elsewhere does not know that.
     let slow = Proxy::start(cloud().port, |_| ProxyAction::Hold);
     edit(&dead, |record| {
         record["surroundings"]["variables"]["AWS_ENDPOINT_URL"] = format!("http://127.0.0.1:{}", slow.port).into();
@@ -439,7 +440,7 @@ fn a_run_elsewhere_gives_it_back_without_waiting_for_it() {
 fn two_runs_that_start_at_once_recover_once() {
     for _ in 0..5 {
         let env = killed_whole(Lock::Both);
-        // Without locks of their own: terraform's contenders fail each other now and then, with or without us.
+        // The runs take no locks, because contending terraforms make each other fail now and then, with or without tf.
         let plan = ["plan", "-no-color", "-lock=false"];
         let runs: Vec<Run> = (0..3).map(|_| env.start(Subject::Tf, &plan)).collect();
         let ends: Vec<Ended> = runs.into_iter().map(Run::wait).collect();
@@ -460,7 +461,7 @@ fn a_run_that_starts_while_the_guardian_works_waits_for_it(lock: Lock) {
     for pid in [terraform, run.pid()] {
         kill(pid, Signal::SIGKILL).unwrap();
     }
-    // At once, while everything of it still dies.
+    // Immediately, while the processes of the first run are still dying.
     let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=20s"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     drop(run);
@@ -529,7 +530,7 @@ fn a_stop_asked_for_during_the_recovery_starts_no_terraform() {
 
 // ---- the lock service
 
-/// Answers in the place of the lock service for as long as it is told to.
+/// Lets `action` respond in place of the lock service while the returned flag is set.
 fn ailing(env: &mut TestEnv, action: impl Fn() -> ProxyAction + Send + Sync + 'static) -> (Proxy, Arc<AtomicBool>) {
     let ails = Arc::new(AtomicBool::new(false));
     let now = Arc::clone(&ails);
@@ -560,7 +561,7 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                 ails.store(true, Ordering::Relaxed);
                 run.kill_terraform();
                 if name == "does not answer" {
-                    // Nobody waits longer than he likes: the second ^C ends it.
+                    // A person need not wait: the second ^C ends the wait.
                     proxy.wait_until_held();
                     run.send(Signal::SIGINT);
                     run.wait_for_err("another ^C leaves it");
@@ -571,7 +572,8 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                 ails.store(false, Ordering::Relaxed);
                 proxy.let_go();
                 if name == "cuts every reply" && env.locks().is_empty() {
-                    // Its deletes had their effect; that their answers were cut is told, and nothing is left to do.
+                    // The deletes had their effect. It is reported that their responses were cut off, and nothing is
+                    // left to do.
                     return;
                 }
                 assert!(end.err.contains(&id) && end.err.contains(&env.path()), "{name}: {}", env.dump(&end));
@@ -590,7 +592,7 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
 
 #[test]
 fn a_slow_lock_service_is_waited_for() {
-    // 6 s for each request, as an overloaded one takes.
+    // Each request takes 6 s, as with an overloaded service.
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
@@ -630,7 +632,7 @@ fn a_service_that_is_away_leaves_the_run_to_the_next_one_even_for_the_guardian()
 #[test]
 fn credentials_that_expired_meanwhile_are_fetched_anew() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
-    // Each call gives another key; the service takes only the newest.
+    // Each call gives another key, and the service accepts only the newest.
     env.write(
         "gives",
         "#!/bin/sh\necho call >> calls\nprintf '{\"Version\":1,\"AccessKeyId\":\"KEY%s\",\"SecretAccessKey\":\"s\"}' $(wc -l < calls)\n",
@@ -665,12 +667,12 @@ fn credentials_that_expired_meanwhile_are_fetched_anew() {
     env.assert_unlocked();
 }
 
-// ---- whose it is
+// ---- the account and the holder
 
 #[test]
 fn another_accounts_credentials_never_take_unseen_for_gone() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
-    // By keys that name their account, as AWS's own do. Each account has a table of that name.
+    // The keys name their account, as those of AWS do. Each account has a table of that name.
     let table = env.table.clone();
     let (a, b) = ("111111111111", "222222222222");
     for account in [a, b] {
@@ -695,7 +697,8 @@ fn another_accounts_credentials_never_take_unseen_for_gone() {
     assert!(end.err.contains("account 111111111111") && end.err.contains("was not released"), "{}", env.dump(&end));
     assert!(of_a().is_some());
     assert_eq!(records(&env).len(), 1, "the record stays");
-    // Another region and another endpoint in the environment are not the run's: it is looked for where it was.
+    // Another region and another endpoint in the environment do not belong to the run: its lock is looked for where it
+    // was taken.
     let end = with(a, &[("AWS_REGION", "eu-west-3"), ("AWS_ENDPOINT_URL_DYNAMODB", "http://127.0.0.1:9")]);
     assert!(end.err.contains("an earlier run left"), "{}", env.dump(&end));
     assert!(of_a().is_none());
@@ -737,7 +740,7 @@ fn what_another_machine_or_another_user_wrote_is_never_obeyed() {
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         env.assert_locked();
     }
-    // A link in the place of a record's directory.
+    // A symbolic link in the place of a record's directory.
     let env = killed_whole(Lock::Both);
     let [path] = records(&env).try_into().unwrap();
     let directory = path.parent().unwrap().to_owned();
@@ -752,7 +755,7 @@ fn what_another_machine_or_another_user_wrote_is_never_obeyed() {
 #[test]
 fn under_sudo_with_anothers_home_roots_own_place_is_used() {
     if !nix::unistd::geteuid().is_root() {
-        // tests/left-out names this.
+        // Only root can give a directory to another user.
         return;
     }
     let env = TestEnv::new(Lock::Both, "true");
@@ -781,7 +784,7 @@ fn a_torn_or_hostile_record_is_set_aside_and_said_once() {
 
 #[test]
 fn a_changed_record_takes_no_lock_that_its_run_did_not_take() {
-    // The ID of a living bare terraform at the same place, under the same user and host.
+    // The ID of a running bare terraform at the same location, with the same user and host.
     let env = killed_whole(Lock::DynamoDb);
     env.delete_lock();
     let living = env.start_apply(Subject::Bare);
@@ -794,7 +797,7 @@ fn a_changed_record_takes_no_lock_that_its_run_did_not_take() {
     env.unblock();
     assert_eq!(living.wait().code(), Some(0));
 
-    // The same, and the recorder gone: the times do not fit, and neither does anything else that is changed alone.
+    // The same without the run's log: the times do not match, and neither does any other field that is changed alone.
     for field in ["id", "who", "operation", "version", "path", "bucket", "key", "asked"] {
         let env = killed_whole(Lock::DynamoDb);
         forget_recorder(&env);
@@ -817,7 +820,7 @@ fn a_changed_record_takes_no_lock_that_its_run_did_not_take() {
 
 #[test]
 fn a_lock_that_a_living_run_claims_is_not_taken_for_a_dead_ones() {
-    // A dead run whose record says, in everything, what a living one's says.
+    // A dead run whose record has the same contents as that of a living run.
     let env = killed_whole(Lock::DynamoDb);
     env.delete_lock();
     forget_recorder(&env);
@@ -855,10 +858,10 @@ fn a_lock_that_a_living_run_claims_is_not_taken_for_a_dead_ones() {
 #[test]
 fn without_a_place_for_the_journal_terraform_runs_silently_and_an_abnormal_end_says_so() {
     if !nix::unistd::geteuid().is_root() {
-        // Only root can mount. tests/left-out names this.
+        // Only root can mount.
         return;
     }
-    // Each in a mount namespace of its own: nothing below is left to write to.
+    // Each case has its own mount namespace, in which no directory is left that can be written to.
     let everywhere =
         "mount -t tmpfs -o ro none /var/tmp && mount --bind $0/home $0/home && mount -o remount,ro,bind $0/home";
     for (name, prepare) in [
@@ -894,7 +897,7 @@ fn without_a_descriptor_to_spare_terraform_runs_all_the_same() {
         let mut command = env.command("sh");
         command.args(["-c", &format!("ulimit -n {limit}; exec tf apply")]);
         let end = Run::start(command).wait();
-        // Below that not even the program's own libraries can be opened, with `tf` or without.
+        // Below that limit, not even the program's own libraries can be opened, with `tf` or without it.
         let mut bare = env.command("sh");
         bare.args(["-c", &format!("ulimit -n {limit}; exec ./says")]);
         let bare = Run::start(bare).wait();
@@ -940,7 +943,7 @@ fn no_secret_is_written_down_and_finished_runs_leave_nothing() {
     kill_all(&env);
     found(&env);
     drop(run);
-    // Its keys stand in the cached backend of its directory, and nowhere else: from there they are taken again.
+    // The keys of the run are only in the cached backend of its directory. The next `tf` reads them from there.
     let _ = fs::remove_file(env.directory.join("began"));
     let mut next = env.command(env.bin().join("tf"));
     next.args(PLAN).args(["-var", "a=x"]);
@@ -963,7 +966,7 @@ fn a_secret_that_is_kept_nowhere_is_missed_by_name() {
     ]);
     assert_eq!(Run::start(init).wait().code(), Some(0));
     kill_whole(&env);
-    // Somebody has set up the directory anew since, for another state.
+    // The directory was initialized again for another state.
     env.write("main.tf", &fs::read_to_string(env.directory.join("main.tf")).unwrap().replace("prod", "other"));
     let mut init = env.command(env.bin().join("terraform"));
     init.args(["init", "-no-color", "-reconfigure"]);
@@ -975,11 +978,11 @@ fn a_secret_that_is_kept_nowhere_is_missed_by_name() {
     assert_eq!(records(&env).len(), 1);
 }
 
-/// A pid that is used again: the mark and the descriptor tell, and not the number.
+/// A pid that is in use again. The mark and the lock file show that the process is another one; the pid does not.
 #[test]
 fn a_number_that_is_somebody_elses_now_is_not_taken_for_terraform() {
     let env = killed_whole(Lock::DynamoDb);
-    // Somebody alive, who has the numbers of the dead.
+    // A running process that has the pids of the dead run.
     let stranger = Command::new("sleep").arg("60").spawn().unwrap();
     let pid = stranger.id();
     let mut stranger = stranger;
@@ -996,8 +999,8 @@ fn a_number_that_is_somebody_elses_now_is_not_taken_for_terraform() {
 
 #[test]
 fn a_log_that_was_forgotten_behind_the_reader_is_known_to_whoever_comes_after() {
-    // The user's own TRACE log, and a resource for each of many lines of it: much is written after the lock was taken, and
-    // given back to the system once it was told.
+    // The user's own TRACE log, and many resources that each write lines to it: much is written after the lock was
+    // taken. The part of the log that `tf` has read is removed from memory.
     let env = || {
         let mut env = TestEnv::empty(Lock::Both);
         let many = "resource \"terraform_data\" \"many\" {\ncount = 300\n}\n";

@@ -1,5 +1,5 @@
-//! At a real terminal: keys, prompts, job control, a closed window. In shells, as session leader, under make and
-//! script(1).
+//! At a real terminal: keys, prompts, job control, a closed terminal. In shells, as session leader, under make and
+//! under script(1).
 
 use std::process::Command;
 
@@ -10,11 +10,11 @@ use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, which};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// What the line editing of `terraform console` writes when it has the terminal: it clears what is below its prompt.
+/// What the line editor of `terraform console` writes when it has the terminal: it clears what is below its prompt.
 const CONSOLE: &str = "\u{1b}[J";
 
-/// Waits until the console has printed `result` and has the terminal for its next line. A key that is pressed before is one
-/// for a terminal that edits lines itself: there ^D is no byte, and nobody reads it.
+/// Waits until the console has printed `result` and has the terminal for its next line. Before that, the terminal
+/// driver edits the line: it does not pass ^D on as a byte, so the console would not get it.
 #[track_caller]
 fn wait_for_result(terminal: &Terminal, result: &str) {
     wait_for(
@@ -26,7 +26,7 @@ fn wait_for_result(terminal: &Terminal, result: &str) {
 
 const APPLY: &str = "apply -auto-approve -no-color";
 
-/// An interactive shell that says `ready>` when it waits for a line.
+/// Starts an interactive shell that prints `ready>` when it waits for a line.
 fn shell(env: &TestEnv) -> Terminal {
     let mut command = env.command("bash");
     command.args(["--norc", "--noprofile", "-i"]).env("PS1", "ready> ");
@@ -35,7 +35,7 @@ fn shell(env: &TestEnv) -> Terminal {
     terminal
 }
 
-/// The program itself as leader of the session.
+/// Starts the program itself as the session leader.
 fn alone(env: &TestEnv, subject: Subject, arguments: &str) -> Terminal {
     let mut command = env.command(env.bin().join(subject.name()));
     command.args(arguments.split(' '));
@@ -52,8 +52,8 @@ fn reads(terminal: &Terminal, name: &str) -> bool {
     })
 }
 
-/// An apply whose provisioner asks for the passphrase of a key: "open sesame". `None` for a user without a name, for whom OpenSSH
-/// does nothing; tests/left-out names that.
+/// Starts an apply whose provisioner asks for the passphrase of a key: "open sesame". `None` for a user without a name,
+/// for whom OpenSSH does nothing. Such tests are listed in tests/left-out.
 fn asks_for_a_passphrase() -> Option<(TestEnv, Terminal)> {
     nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap()?;
     let env = TestEnv::empty(Lock::Both);
@@ -96,7 +96,7 @@ fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform
         );
         terminal.type_in("\x03");
         terminal.wait_for("status=1");
-        // Terraform may end for the provisioner's death before it tells of the interrupt.
+        // Terraform may exit because of the provisioner's death before it reports the interrupt.
         assert!(terminal.screen().matches("Interrupt received.").count() <= 1, "{}", terminal.screen());
         assert!(!terminal.screen().contains("Two interrupts"), "{}", terminal.screen());
         env.assert_unlocked();
@@ -113,7 +113,7 @@ fn two_keys_20_ms_apart_are_one_interrupt() {
     env.wait_for_file("began");
     terminal.type_in("\x03");
     std::thread::sleep(std::time::Duration::from_millis(20));
-    // Not yet taken from the kernel, the two are one; that the second is answered is tried below.
+    // The kernel merges two pending signals into one. A test below checks that a second one is handled.
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
     proxy.let_go();
@@ -157,12 +157,12 @@ fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
 fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
     let env = TestEnv::new(Lock::Both, "true");
     let mut terminal = shell(&env);
-    // Its input is a pipe that stays open, so the terminal is never its to read.
+    // Its input is a pipe that stays open, so it never reads the terminal.
     terminal.type_in("sleep 60 | tf console; echo status=${PIPESTATUS[1]}\n");
     env.wait_for_locked();
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x03");
-    // The shell's own half of the pipeline dies of the key; console reads the end of its input, and leaves.
+    // The other process of the pipeline dies of the key. console reads the end of its input, and exits.
     wait_for(
         "console to end",
         || state(terraform).is_none_or(|state| state == 'Z').then_some(()),
@@ -235,7 +235,7 @@ fn a_key_at_the_approval_prompt_is_one_interrupt() {
         let mut terminal = shell(&env);
         terminal.type_in(&line_of("tf", "apply -no-color"));
         terminal.wait_for("Enter a value:");
-        // While it is lent, and after it was taken back.
+        // While terraform is in the foreground, and after the foreground was reclaimed.
         std::thread::sleep(std::time::Duration::from_millis(delay));
         terminal.type_in("\x03");
         terminal.wait_for("status=1");
@@ -313,8 +313,8 @@ fn suspended_and_continued_terraform_is_really_stopped_in_between_and_keeps_its_
     terminal.wait_for("Stopped");
     wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
     env.assert_locked();
-    // A shell that just forked waits, in state D, for a child that is stopped; a command that just ended is a zombie
-    // until its stopped shell can take it away. Whoever runs, or sleeps and could, is not stopped.
+    // A shell that has just forked waits in state D for a child that is stopped. A command that has just exited is a
+    // zombie until its stopped shell can wait for it. A process that runs, or sleeps and could run, is not stopped.
     wait_for(
         "a stopped provisioner",
         || tree(terraform).iter().all(|process| matches!(process.2, 'T' | 'D' | 'Z')).then_some(()),
@@ -354,7 +354,7 @@ fn suspended_twice_and_then_in_the_background_it_goes_on() {
 
 #[test]
 fn a_session_leader_that_is_suspended_goes_on() {
-    // Nobody could continue it: the kernel discards the stop of bare terraform there, and so must we.
+    // No shell could continue it. The kernel discards the stop of bare terraform in this case, so tf must do the same.
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut terminal = alone(&env, Subject::Tf, APPLY);
     env.wait_for_file("began");
@@ -428,7 +428,7 @@ fn a_script_that_prompts_after_us_can_read() {
 #[test]
 fn a_passphrase_is_typed_into_a_provisioner() {
     let Some((env, mut terminal)) = asks_for_a_passphrase() else { return };
-    // A person is slower than 20 ms, and types byte by byte.
+    // A person types byte by byte, and more slowly than this.
     for byte in "open sesame\n".chars() {
         terminal.type_in(&byte.to_string());
         std::thread::sleep(std::time::Duration::from_millis(15));
@@ -444,8 +444,8 @@ fn a_passphrase_is_typed_into_a_provisioner() {
 fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
     let Some((env, mut terminal)) = asks_for_a_passphrase() else { return };
     env.wait_for_trace("lent the terminal");
-    // OpenSSH's prompt misses a signal that comes just before its read(2), and takes the next byte first: so under bare
-    // terraform too. A person's key comes when it reads.
+    // OpenSSH's prompt misses a signal that comes just before its read(2), and reads the next byte first. This is the
+    // same under bare terraform. A person presses the key while it reads.
     wait_for("ssh-keygen to read", || reads(&terminal, "ssh-keygen").then_some(()), || terminal.screen());
     terminal.type_in("\x03");
     terminal.wait_for("status=1");
@@ -459,7 +459,7 @@ fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
 
 #[test]
 fn a_window_closed_at_a_no_echo_or_raw_prompt_leaves_no_lock() {
-    // The terminal is lent at that moment, so the kernel hangs terraform up itself, as it does bare.
+    // Terraform is in the foreground at that moment, so the kernel hangs it up itself, as it does with bare terraform.
     let console = {
         let env = TestEnv::new(Lock::Both, "true");
         let mut terminal = shell(&env);
@@ -496,7 +496,7 @@ fn console_edits_its_line_and_leaves_at_end_of_input() {
 
 #[test]
 fn a_key_in_the_console_does_what_it_does_bare() {
-    // Line editing switches the terminal's signals off: there the key is a byte, and nobody is interrupted.
+    // The line editor switches the terminal's signals off. The key is then a byte, and no process is interrupted.
     for subject in [Subject::Bare, Subject::Tf] {
         let env = TestEnv::new(Lock::Both, "true");
         let mut terminal = shell(&env);
@@ -504,7 +504,7 @@ fn a_key_in_the_console_does_what_it_does_bare() {
         terminal.wait_for(CONSOLE);
         terminal.type_in("1 + 1");
         terminal.wait_for("1 + 1");
-        // It throws the line away and asks for the next.
+        // It discards the line and asks for the next one.
         terminal.type_in("\x03");
         terminal.wait_for("^C");
         terminal.type_in("20 + 22\r");
@@ -564,7 +564,7 @@ fn in_interactive_zsh_and_fish_keys_and_job_control_work() {
         let mut command = env.command(name);
         command.args(arguments);
         let mut terminal = Terminal::start(command);
-        // fish asks the terminal who it is before it shows a prompt.
+        // fish asks the terminal for its type before it shows a prompt.
         terminal.type_in("echo shell$(math 1+1 2>/dev/null || echo 2)\n");
         terminal.wait_for("shell2");
         terminal.type_in("tf apply -auto-approve -no-color\n");
@@ -641,7 +641,7 @@ fn with_a_shared_terminal_it_is_as_bare() {
     assert_eq!(terminal.screen().matches("Interrupt received.").count(), 1, "{}", terminal.screen());
 }
 
-/// It makes a process group of its own, and takes the terminal for that; at its end it gives it back.
+/// The shell creates its own process group, and takes the foreground for it. When it exits, it restores the foreground.
 #[test]
 fn an_interactive_shell_in_a_provisioner_gets_the_terminal() {
     let env = TestEnv::new(Lock::File, "PS1='inner> ' bash --norc -i </dev/tty >/dev/tty 2>&1; touch ended");

@@ -1,5 +1,5 @@
-//! A run whose lock became another's while it worked: the other lock is left alone, and a person is told that two have worked on
-//! one state.
+//! A run whose lock was taken by another run while it worked. The other run's lock is not released, and it is reported
+//! that two runs have worked on one state.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ const OTHER: &str = "11111111-2222-3333-4444-555555555555";
 
 const SAID: &str = "another run locked its state while it worked";
 
-/// Somebody removes the lock of `env` by force, and somebody else takes it, `created` then.
+/// Removes the lock of `env` by force, and puts another run's lock in its place, with `created` as its creation time.
 fn taken_over(env: &TestEnv, created: &str) -> String {
     env.delete_lock();
     let mut info: serde_json::Value = serde_json::from_str(&lock_json(OTHER, &env.path())).unwrap();
@@ -29,7 +29,7 @@ fn now() -> String {
     jiff::Timestamp::now().to_string()
 }
 
-/// An apply at work, and the ID of its lock.
+/// Starts an apply, and returns it with the ID of its lock.
 fn apply(env: &TestEnv) -> (Run, String) {
     let run = env.start_apply(Subject::Tf);
     env.assert_locked();
@@ -62,7 +62,7 @@ fn a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked(
 }
 for_each_lock!(a_run_that_is_killed_after_its_lock_was_taken_over_says_that_two_have_worked);
 
-/// Its unlock is refused, which tells it whatever the clock of the other host says.
+/// Its unlock is refused. That shows the other lock, whatever the clock of the other host says.
 #[test]
 fn a_run_that_ends_by_itself_after_its_lock_was_taken_over_says_it_too() {
     for (lock, created) in [
@@ -102,7 +102,7 @@ fn after_a_killed_tf_the_next_one_says_it_once() {
     }
 }
 
-/// A dead run's lock that somebody removed, and somebody took: nobody worked at once.
+/// A dead run's lock was removed, and another run took the lock later: they did not work at the same time.
 #[test]
 fn a_lock_that_was_taken_after_the_run_had_ended_is_no_alarm() {
     let env = killed_whole(Lock::Both);

@@ -1,4 +1,5 @@
-//! Where the run's backend is: not always where the working directory says so, and not for all of the run.
+//! The location of the run's backend. It is not always the one in the working directory, and it may change during the
+//! run.
 
 use std::fs;
 
@@ -42,7 +43,7 @@ impl Destination {
         )
     }
 
-    /// The halves that stand for the default workspace.
+    /// Returns the parts of the default workspace's lock that exist.
     fn locks(&self) -> Vec<String> {
         self.locks_of("new/prod.tfstate")
     }
@@ -54,7 +55,7 @@ impl Destination {
     }
 }
 
-/// A state in the first backend, and a configuration that asks for the second.
+/// Returns a directory with a state in the first backend, and with a configuration for the second one.
 fn about_to_move() -> (TestEnv, Destination) {
     let env = TestEnv::new(Lock::Both, "true");
     let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
@@ -65,7 +66,7 @@ fn about_to_move() -> (TestEnv, Destination) {
     (env, destination)
 }
 
-/// Holds back every write of a state whose place contains `what`. Buckets are asked for in their own region.
+/// Holds every write of a state whose path contains `what`. Requests to S3 are changed to the region of the buckets.
 fn hold(env: &mut TestEnv, what: &str) -> Proxy {
     let what = what.to_owned();
     let holds = move |request: &Message| {
@@ -87,7 +88,7 @@ fn hold(env: &mut TestEnv, what: &str) -> Proxy {
     proxy
 }
 
-/// A migration that stands still with both of its locks.
+/// Starts a migration, which is held when it has both of its locks.
 fn start_migration(env: &TestEnv, proxy: &Proxy, destination: &Destination, subject: Subject, more: &[&str]) -> Run {
     let arguments = [&["init", "-migrate-state", "-force-copy", "-no-color"], more].concat();
     let run = env.start(subject, &arguments);
@@ -119,7 +120,7 @@ fn a_killed_migration_gives_both_locks_back_across_regions_and_tables() {
     assert!(env.locks().is_empty() && destination.locks().is_empty(), "{}", env.dump(&end));
 }
 
-/// The destination stands in arguments alone, in a file and on the command line.
+/// The destination is only in arguments: in a file and on the command line.
 #[test]
 fn a_migration_whose_destination_is_on_the_command_line_gives_both_back() {
     let (mut env, destination) = about_to_move();
@@ -202,7 +203,8 @@ fn a_plan_is_locked_where_it_was_made_for_whatever_the_directory_says_by_then() 
         let _kill_on_drop = KillOnDrop(home(&env));
         let end = env.run(Subject::Bare, &["plan", "-out=plan.out", "-no-color"]);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        // Another backend is set up since. Terraform applies the plan to the one that it was made for.
+        // Another backend was initialized since then. Terraform applies the plan to the backend for which the plan was
+        // made.
         let other = env.read(".terraform/terraform.tfstate").replace("dir/prod.tfstate", "other/prod.tfstate");
         env.write(".terraform/terraform.tfstate", &other);
         let run = env.start(Subject::Tf, &["apply", "-no-color", "plan.out"]);
@@ -214,7 +216,7 @@ fn a_plan_is_locked_where_it_was_made_for_whatever_the_directory_says_by_then() 
             let end = env.run(Subject::Tf, &["locks", "recover"]);
             assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
         } else {
-            // It is read before, so that it may be gone by now.
+            // The plan was read before, so it may be gone now.
             fs::remove_file(env.directory.join("plan.out")).unwrap();
             run.kill_terraform();
             let end = run.wait();
@@ -251,8 +253,8 @@ fn a_backend_that_is_set_up_anew_during_the_run_hides_no_lock() {
     env.assert_unlocked();
 }
 
-/// `terraform_remote_state` of a workspace that does not exist locks where no block points: its region and its table stand in
-/// an expression, and the log does not tell them.
+/// `terraform_remote_state` of a workspace that does not exist takes a lock in a location that no block contains: its
+/// region and its table are in an expression, and not in the log.
 #[test]
 fn a_lock_that_no_block_points_to_is_named_and_left_and_ours_is_given_back() {
     let mut env = TestEnv::empty(Lock::Both);
@@ -278,7 +280,7 @@ fn a_lock_that_no_block_points_to_is_named_and_left_and_ours_is_given_back() {
     assert_eq!(other.locks_of(path).len(), 2, "{}", env.dump(&end));
 }
 
-/// A world in whose directory `sub` the backend has its credentials in a file that is named relative to it.
+/// Returns a [`TestEnv`] with a directory `sub`, whose backend has its credentials in a file with a relative path.
 fn with_keys_in_sub() -> TestEnv {
     let mut env = TestEnv::empty(Lock::Both);
     env.set("AWS_ACCESS_KEY_ID", "").set("AWS_SECRET_ACCESS_KEY", "").set("AWS_PROFILE", "there");
@@ -307,7 +309,7 @@ fn files_that_are_named_relative_to_chdir_are_found_there() {
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
 }
 
-/// Whoever recovers is somewhere else, and may have a file of the same name there, with somebody else's keys.
+/// The recovery runs in another directory, which may have a file of the same name with other keys.
 #[test]
 fn files_that_are_gone_with_their_directory_are_not_sought_elsewhere() {
     let env = with_keys_in_sub();
@@ -322,7 +324,7 @@ fn files_that_are_gone_with_their_directory_are_not_sought_elsewhere() {
     let end = env.run(Subject::Tf, &["locks", "recover"]);
     assert!(end.out.contains("keys is not there"), "{}", env.dump(&end));
     env.assert_locked();
-    // Its record stands as well.
+    // The record was kept as well.
     fs::rename(&away, &sub).unwrap();
     let end = env.run(Subject::Tf, &["locks", "recover"]);
     assert!(end.out.contains("released the lock"), "{}", env.dump(&end));

@@ -1,4 +1,4 @@
-//! What is concluded from a host's name and from a machine's identity is never about another machine.
+//! What is concluded from a host's name and from a machine's identity never applies to another machine.
 
 use std::fs;
 
@@ -15,15 +15,15 @@ const PLAN: [&str; 2] = ["plan", "-no-color"];
 #[test]
 fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
     if !nix::unistd::geteuid().is_root() {
-        // tests/left-out names this.
+        // This test is listed in tests/left-out.
         return;
     }
     for host in ["localhost", "localhost.localdomain", "debian", "vm-of-a-test"] {
         let mut env = TestEnv::new(Lock::Both, "true");
-        // What this host is called is what is tried. Whether it is a container is not.
+        // The name of this host matters here, and not whether it is a container.
         env.set(TEST_HOST, UNSET);
         if !sees_all() {
-            // In a container nothing is likely dead. tests/left-out names this.
+            // In a container no holder is likely dead. This test is listed in tests/left-out.
             return;
         }
         let mut info: Value =
@@ -50,7 +50,7 @@ fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
     }
 }
 
-/// Whether this is the machine's first pid namespace.
+/// Whether this is the initial PID namespace of the machine.
 fn sees_all() -> bool {
     use std::os::unix::fs::MetadataExt;
     fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == 0xEFFF_FFFC)
@@ -60,8 +60,8 @@ fn user() -> String {
     crate::support::test_env::who().split_once('@').unwrap().0.to_owned()
 }
 
-/// A snapshot of its disk that was started somewhere else has the machine-id and the journal of the original, which may
-/// still be running.
+/// If a snapshot of a machine's disk was started elsewhere, it has the machine-id and the journal of the original,
+/// which may still be running.
 #[test]
 fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
     let boot = |record: &mut Value| record["host"]["boot"] = "00000000-0000-0000-0000-000000000000".into();
@@ -74,7 +74,7 @@ fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
         boot(record);
         record["host"]["hardware"] = json!({ "network": ["0123456789abcdef"], "product_uuid": ["0123456789abcdef"] });
     });
-    // Where nothing tells machines apart, as in some containers, there is nothing to try.
+    // If nothing distinguishes machines, as in some containers, there is nothing to test.
     if known {
         let end = env.run(Subject::Tf, &PLAN);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
@@ -84,7 +84,7 @@ fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
         assert_eq!(locks(&env, &["release", "--yes"]).code(), Some(1));
         env.assert_locked();
     }
-    // A record of an older version does not say.
+    // A record of an older version does not contain the hardware.
     edit(&env, |record| drop(record["host"].as_object_mut().unwrap().remove("hardware")));
     let end = env.run(Subject::Tf, &PLAN);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));

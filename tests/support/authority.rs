@@ -1,4 +1,4 @@
-//! A certificate authority of the tests' own, which vouches for any host.
+//! A certificate authority for the tests. It can issue a certificate for any host.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use rustls::pki_types::PrivateKeyDer;
 
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// What must be trusted to believe it.
+    /// The authority's own certificate, for a client to trust.
     pub pem: String,
 }
 
@@ -21,7 +21,7 @@ impl Authority {
         Arc::new(Self { issuer: Issuer::new(params, key), pem })
     }
 
-    /// What a server needs to be taken for `host`.
+    /// Returns the TLS configuration of a server with a certificate for `host`.
     pub fn server(&self, host: &str) -> Arc<ServerConfig> {
         let key = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(vec![host.to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();

@@ -1,4 +1,5 @@
-//! An environment that is nobody's: what the caller of the tests has set, ignored or masked must not decide what they find.
+//! A clean environment for the processes that the tests start. The variables, ignored signals and file mode creation
+//! mask of the tests' caller have no influence on the results.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -8,13 +9,14 @@ use std::sync::OnceLock;
 use nix::sys::signal::{self, SigHandler, Signal};
 use nix::sys::stat::{Mode, umask};
 
-/// Takes everything of the caller's from a command but PATH: variables, ignored signals, the file mode creation mask.
+/// Removes from a command everything that the tests' caller has set, except PATH: variables, ignored signals, and the
+/// file mode creation mask.
 pub fn clean(command: &mut Command) -> &mut Command {
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", home()).env("LANG", "C.UTF-8");
     with_defaults(command)
 }
 
-/// The same without the variables.
+/// Like [`clean`], but keeps the variables.
 pub fn with_defaults(command: &mut Command) -> &mut Command {
     // SAFETY: sigaction and umask are async-signal-safe, and SIG_DFL is no handler.
     unsafe {
@@ -28,14 +30,14 @@ pub fn with_defaults(command: &mut Command) -> &mut Command {
     }
 }
 
-/// An empty home.
+/// Returns an empty home directory.
 fn home() -> &'static Path {
     static HOME: OnceLock<tempfile::TempDir> = OnceLock::new();
     HOME.get_or_init(|| tempfile::Builder::new().prefix("tf-test-home-").tempdir_in(place()).unwrap()).path()
 }
 
-/// Where the tests put what they make: the first directory in which programs can be started, as another user by root, and
-/// whose name no shell takes apart.
+/// Returns the directory in which the tests create their files: the first one in which programs can be started (by
+/// root: also as another user), and whose path a shell does not need to quote.
 pub fn place() -> &'static Path {
     static PLACE: OnceLock<PathBuf> = OnceLock::new();
     PLACE.get_or_init(|| {
@@ -48,7 +50,7 @@ pub fn place() -> &'static Path {
     })
 }
 
-/// Why a directory cannot be used. None if it can.
+/// Returns why a directory cannot be used. `None` if it can.
 fn why_not(path: &Path) -> Option<&'static str> {
     use nix::sys::statvfs::{FsFlags, statvfs};
     use std::os::unix::fs::MetadataExt;

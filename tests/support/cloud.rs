@@ -1,4 +1,4 @@
-//! S3, DynamoDB and STS on loopback: MiniStack, started once, ended with the tests.
+//! S3, DynamoDB and STS on loopback. They are simulated by MiniStack, which is started once and exits with the tests.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -12,19 +12,20 @@ use super::http::{self, Message};
 use super::proxy::{Proxy, ProxyAction};
 use super::wait_for;
 
-/// A port that nobody listens on.
+/// Returns a port on which nothing listens.
 pub fn free_port() -> u16 {
     TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// A program of the tests' own virtual environment, which `make test` sets up.
+/// Returns the path of a program in the tests' own virtual environment, which `make test` sets up.
 pub fn tool(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin").join(name);
     assert!(path.exists(), "{} is missing: run `make tools` first, or `make test`, which does", path.display());
     path
 }
 
-/// Starts a server that ends when the tests end, however they do: its keeper waits for the end of a pipe that we hold.
+/// Starts a server that is killed when the tests end, even if they crash: its keeper process reads a pipe that this
+/// process holds, and kills the server at the end of the pipe.
 pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Server {
     let keeper = r#"
 import os, signal, subprocess, sys
@@ -33,7 +34,7 @@ child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=log, std
 sys.stdin.read()
 child.send_signal(signal.SIGKILL)
 "#;
-    // Another user may have run the tests before.
+    // Another user may have run the tests before, and then owns the other log.
     let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("servers-{}.log", nix::unistd::geteuid()));
     clean(&mut Command::new(tool("python3")))
         .args(["-c", keeper])
@@ -46,7 +47,7 @@ child.send_signal(signal.SIGKILL)
         .unwrap()
 }
 
-/// A server and its keeper, which end when this is dropped.
+/// A server and its keeper. Both end when this is dropped.
 pub struct Server(Child);
 
 impl Drop for Server {
@@ -65,14 +66,14 @@ pub struct Cloud {
 
 static CLOUD: OnceLock<Cloud> = OnceLock::new();
 
-/// The one that all tests share; each has buckets and tables of its own.
+/// Returns the cloud that all tests share. Each test has its own buckets and tables.
 pub fn cloud() -> &'static Cloud {
     CLOUD.get_or_init(|| Cloud::start(&[]))
 }
 
 impl Cloud {
-    /// With more environment for MiniStack. With `AUTH=true` it checks signatures and permissions, so what the tests ask
-    /// of it themselves must be signed.
+    /// Starts a cloud. `environment` is added to MiniStack's environment. With `AUTH=true`, MiniStack checks signatures
+    /// and permissions, so the requests of the tests themselves must be signed.
     pub fn start(environment: &[(&str, &str)]) -> Self {
         let port = free_port();
         let text = port.to_string();
@@ -84,10 +85,10 @@ impl Cloud {
             || http::ask(port, "GET", "/_ministack/health", &[], b"").filter(|answer| answer.status() == 200),
             || format!("nothing on port {port}"),
         );
-        // MiniStack's HTTP server loses the answer to about one request in a thousand that reuses a connection (a
-        // PutItem that had its effect, and terraform's SDK then retries into its own lock). A proxy in front asks it
-        // on a connection of its own for each request. What is lost in these tests is lost on purpose.
-        // In the conformance run DynamoDB is AWS's own DynamoDB Local, on a port that the caller names.
+        // MiniStack's HTTP server loses the response to about one in a thousand requests that reuse a connection: a
+        // PutItem takes effect, and terraform's SDK then retries and meets its own lock. The proxy uses a new
+        // connection for each request, so that a response is lost only if a test wants it. In the conformance run,
+        // DynamoDB is AWS's own DynamoDB Local, on the port in TF_TEST_DYNAMODB_PORT.
         let dynamodb: Option<u16> = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok());
         let front = Proxy::start(port, move |request| match dynamodb {
             Some(port) if request.header("x-amz-target").is_some_and(|target| target.starts_with("DynamoDB")) => {
@@ -99,7 +100,7 @@ impl Cloud {
         Self { port, _server: server, _front: front }
     }
 
-    /// A call by AWS's own client, signed. `call` is Python: `s3`, `dynamodb` and `iam` are clients.
+    /// Makes a signed call with AWS's own client. `call` is Python; `s3`, `dynamodb` and `iam` are clients.
     #[track_caller]
     pub fn signed(&self, call: &str) -> Value {
         let script = format!(
@@ -116,17 +117,18 @@ impl Cloud {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// A DynamoDB call.
+    /// Makes a DynamoDB call.
     pub fn dynamodb(&self, operation: &str, body: &Value) -> Value {
         self.dynamodb_as("test", operation, body)
     }
 
-    /// The same with another key. One that is an account's number reaches that account's tables.
+    /// Like [`Cloud::dynamodb`], with another access key. If the key is an account ID, the call reaches the tables of
+    /// that account.
     pub fn dynamodb_as(&self, key: &str, operation: &str, body: &Value) -> Value {
         self.dynamodb_with(&authorization(key, "dynamodb"), operation, body)
     }
 
-    /// The same in another region, which has tables of its own.
+    /// Like [`Cloud::dynamodb`], in another region, which has its own tables.
     pub fn dynamodb_in(&self, region: &str, operation: &str, body: &Value) -> Value {
         self.dynamodb_with(&authorization("test", "dynamodb").replace("us-east-1", region), operation, body)
     }
@@ -143,7 +145,7 @@ impl Cloud {
         serde_json::from_slice(&answer.body).unwrap_or(Value::Null)
     }
 
-    /// An S3 call; `path` begins with the bucket.
+    /// Makes an S3 call. `path` begins with the bucket.
     pub fn s3(&self, method: &str, path: &str, body: &[u8]) -> Message {
         self.s3_as("test", method, path, body)
     }
@@ -158,7 +160,7 @@ impl Cloud {
         self.create_table_as("test", table);
     }
 
-    /// Makes a table anew whose key is not LockID.
+    /// Recreates a table with a key that is not LockID.
     pub fn give_another_key(&self, table: &str) {
         self.dynamodb("DeleteTable", &json!({ "TableName": table }));
         let answer = self.dynamodb(
@@ -185,7 +187,7 @@ impl Cloud {
         assert!(answer["TableDescription"].is_object(), "{answer}");
     }
 
-    /// The `Info` of a lock item.
+    /// Returns the `Info` of a lock item. `None` if there is no item.
     pub fn item(&self, table: &str, path: &str) -> Option<String> {
         self.item_as("test", table, path)
     }
@@ -207,7 +209,7 @@ impl Cloud {
         self.dynamodb("DeleteItem", &json!({"TableName": table, "Key": {"LockID": {"S": path}}}));
     }
 
-    /// The body of an object.
+    /// Returns the body of an object. `None` if there is no object.
     pub fn object(&self, path: &str) -> Option<String> {
         let answer = self.s3("GET", path, b"");
         (answer.status() == 200).then(|| answer.text())

@@ -1,20 +1,20 @@
-//! HTTP/1.1 as far as the tests need it: whole messages over a socket.
+//! HTTP/1.1, as far as the tests need it: complete messages over a socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 
-/// What is read.
+/// The kind of message that is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A request. A client that waits for `100 Continue` is told to go on.
+    /// A request. If the client waits for `100 Continue`, it is sent.
     Request,
-    /// An answer.
+    /// A response.
     Answer,
-    /// An answer to a HEAD, which has no body whatever its length says.
+    /// A response to a HEAD. It has no body, even if it has a length.
     AnswerToHead,
 }
 
-/// A request or a response: its first line, its headers, its body.
+/// A request or a response: its first line, its headers and its body.
 #[derive(Clone, Debug)]
 pub struct Message {
     pub start: String,
@@ -23,24 +23,24 @@ pub struct Message {
 }
 
 impl Message {
-    /// The value of a header, its name in any case.
+    /// Returns the value of a header. The case of the name does not matter. `None` if there is no such header.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
-    /// Whether a request is one of `tf`, and not terraform's or a test's.
+    /// Whether a request comes from `tf`, and not from terraform or from a test.
     pub fn is_ours(&self) -> bool {
         self.header("user-agent").is_some_and(|agent| agent.contains("aws-sdk-rust"))
     }
 
-    /// Whether a request asks DynamoDB for `operation`.
+    /// Whether a request is for DynamoDB's `operation`.
     pub fn asks_for(&self, operation: &str) -> bool {
         self.header("x-amz-target")
             .and_then(|target| target.rsplit_once('.'))
             .is_some_and(|(_, asked)| asked == operation)
     }
 
-    /// DynamoDB's answer to somebody who may not do that.
+    /// Returns DynamoDB's response to a caller that lacks the permission.
     pub fn denied() -> Self {
         Self::answer(
             "400 Bad Request",
@@ -48,7 +48,7 @@ impl Message {
         )
     }
 
-    /// An answer with a JSON body.
+    /// Returns a response with a JSON body.
     pub fn answer(status: &str, body: &str) -> Self {
         let headers =
             [("Content-Type", "application/x-amz-json-1.0".to_owned()), ("Content-Length", body.len().to_string())];
@@ -67,7 +67,7 @@ impl Message {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The message as it goes over the wire, its body whole.
+    /// Returns the message as it is sent, with a body that is not chunked.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = format!("{}\r\n", self.start).into_bytes();
         for (name, value) in &self.headers {
@@ -78,7 +78,7 @@ impl Message {
         bytes
     }
 
-    /// Reads a message.
+    /// Reads a message. `None` if the connection ends before the message is complete.
     pub fn read(stream: &mut BufReader<impl Read + Write>, kind: Kind) -> Option<Self> {
         let mut line = String::new();
         stream.read_line(&mut line).ok().filter(|length| *length > 0)?;
@@ -125,7 +125,7 @@ impl Message {
     }
 }
 
-/// Sends one request to a port of this machine and reads the answer.
+/// Sends one request to a port of this machine, and reads the response. `None` if there is none.
 pub fn ask(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Message> {
     let stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     let mut headers: Vec<_> = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();

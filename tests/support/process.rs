@@ -1,4 +1,4 @@
-//! A process under test: started with pipes in a session of its own, watched, signalled, waited for.
+//! A process under test. It is started with pipes in its own session.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::wait_for;
 
-/// What a process left behind.
+/// The exit status and the output of a process.
 #[derive(Debug)]
 pub struct Ended {
     pub status: ExitStatus,
@@ -69,7 +69,7 @@ impl Run {
         Self::start_as_is(command)
     }
 
-    /// Without a session of its own.
+    /// Like [`Run::start`], but in the session of the tests.
     pub fn start_as_is(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (out, err) = (Captured::default(), Captured::default());
@@ -104,7 +104,7 @@ impl Run {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// kill -9 to the terraform below.
+    /// Sends SIGKILL to the terraform below this process.
     #[track_caller]
     pub fn kill_terraform(&self) {
         kill(terraform_below(self.pid()), Signal::SIGKILL).unwrap();
@@ -114,7 +114,7 @@ impl Run {
         killpg(self.pid(), signal).unwrap();
     }
 
-    /// Waits for the end of the process and of its output.
+    /// Waits until the process has exited and its output is complete.
     #[track_caller]
     pub fn wait(mut self) -> Ended {
         drop(self.stdin.take());
@@ -146,7 +146,7 @@ fn all_processes() -> String {
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
-/// The processes below `root`, itself among them, as /proc shows them: (pid, name, state, group).
+/// Returns `root` and all processes below it, from /proc: (pid, name, state, process group).
 pub fn tree(root: Pid) -> Vec<(Pid, String, char, Pid)> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
@@ -183,7 +183,7 @@ fn kill_tree(root: Pid) {
     }
 }
 
-/// The terraform below `root`.
+/// Returns the terraform below `root`.
 #[track_caller]
 pub fn terraform_below(root: Pid) -> Pid {
     wait_for(
@@ -193,7 +193,7 @@ pub fn terraform_below(root: Pid) -> Pid {
     )
 }
 
-/// The state of a process: `S`, `T`, `Z`...; `None` when it is gone.
+/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists.
 pub fn state(pid: Pid) -> Option<char> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat).into_owned();

@@ -1,4 +1,4 @@
-//! The processes of a world: which they are, which of them are ours, and when they are gone.
+//! The processes of a [`TestEnv`]: which ones there are, which of them belong to `tf`, and when they are gone.
 
 use std::path::Path;
 
@@ -8,7 +8,8 @@ use nix::unistd::{Pid, getsid};
 use super::process::state;
 use super::{TestEnv, wait_for};
 
-/// Ends everything of a world when the test ends, however it does: a job that was torn apart has no root to begin at.
+/// Kills every process of a [`TestEnv`] when the test ends, even if it panics. The processes may no longer have a
+/// common ancestor, so they are found by their environment.
 pub struct KillOnDrop(pub String);
 
 impl Drop for KillOnDrop {
@@ -19,7 +20,7 @@ impl Drop for KillOnDrop {
     }
 }
 
-/// What every process of a world has in its environment.
+/// Returns the environment entry that every process of a [`TestEnv`] has.
 pub fn home(env: &TestEnv) -> String {
     format!("HOME={}", env.directory.parent().unwrap().join("home").display())
 }
@@ -31,7 +32,8 @@ pub fn everybody() -> Vec<Pid> {
     pids.into_iter().map(Pid::from_raw).collect()
 }
 
-/// The processes that began with `entry`, a `NAME=value`, in their environment, as a runner looks them up.
+/// Returns the processes that were started with `entry` (`NAME=value`) in their environment. A CI runner finds its
+/// processes in the same way.
 pub fn marked(entry: &str) -> Vec<Pid> {
     let has = |pid: &Pid| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -40,21 +42,22 @@ pub fn marked(entry: &str) -> Vec<Pid> {
     everybody().into_iter().filter(has).collect()
 }
 
-/// The processes of a world that are ours: `tf` itself, and its guardian.
+/// Returns the processes of a [`TestEnv`] that run the `tf` binary: `tf` itself, and its guardian.
 pub fn ours(env: &TestEnv) -> Vec<Pid> {
     let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
     let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
     marked(&home(env)).into_iter().filter(is_ours).collect()
 }
 
-/// The `tf` of a world, and not its guardian, whose number may be the lower one: they come round.
+/// Returns the `tf` of a [`TestEnv`]. The lower pid is not always that of `tf`, because pids wrap around, so the
+/// guardian is recognized by its name.
 pub fn tf_of(env: &TestEnv) -> Pid {
     let is_guardian =
         |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("tf-"));
     wait_for("tf", || ours(env).into_iter().find(|pid| !is_guardian(pid)), || env.trace())
 }
 
-/// The guardian of `tf`.
+/// Returns the guardian of `tf`.
 #[track_caller]
 pub fn guardian_of(env: &TestEnv, tf: Pid) -> Pid {
     wait_for(
@@ -82,15 +85,15 @@ pub fn wait_until_unlocked(env: &TestEnv) {
     );
 }
 
-/// Waits until nothing of a world runs any more, whoever started it.
+/// Waits until no process of a [`TestEnv`] is running.
 #[track_caller]
 pub fn wait_until_all_is_gone(env: &TestEnv) {
     wait_for("the end of all", || marked(&home(env)).is_empty().then_some(()), || format!("{:?}", marked(&home(env))));
 }
 
-/// Kills everything that is ours in a world, and everything that runs in it: as when its container is stopped.
+/// Kills every process of a [`TestEnv`], as when its container is stopped.
 pub fn kill_all(env: &TestEnv) {
-    // Those first that would notice the others' end.
+    // The processes of `tf` are stopped first, because they would notice the end of the others.
     let ours = ours(env);
     let others: Vec<Pid> = marked(&home(env)).into_iter().filter(|pid| !ours.contains(pid)).collect();
     for pid in ours.iter().chain(&others) {
@@ -99,12 +102,12 @@ pub fn kill_all(env: &TestEnv) {
     for pid in ours.iter().chain(&others) {
         let _ = kill(*pid, Signal::SIGKILL);
     }
-    // One that dies has no environment any more while it still holds its locks of files.
+    // A process that is exiting no longer has an environment, but may still hold its file locks.
     ours.iter().chain(&others).for_each(|pid| wait_until_gone(env, *pid));
     wait_until_all_is_gone(env);
 }
 
-/// Waits until nothing of ours runs in a world.
+/// Waits until no `tf` and no guardian of a [`TestEnv`] is running.
 #[track_caller]
 pub fn wait_until_ours_are_gone(env: &TestEnv) {
     wait_for(
@@ -114,14 +117,14 @@ pub fn wait_until_ours_are_gone(env: &TestEnv) {
     );
 }
 
-/// Starts an apply, and kills its `tf` and its terraform while it works: the guardian is left, and does what it has to do.
+/// Starts an apply, and kills its `tf` and its terraform while it works. The guardian survives, and does its work.
 pub fn kill_without_guardian(env: &TestEnv) {
     let run = env.start_apply(super::Subject::Tf);
     let terraform = super::process::terraform_below(run.pid());
     run.send(Signal::SIGSTOP);
     kill(terraform, Signal::SIGKILL).unwrap();
     run.send(Signal::SIGKILL);
-    // To its end: its guardian is a child of it until then.
+    // The guardian is a child of `tf` until `tf` has exited.
     run.wait();
     wait_until_ours_are_gone(env);
 }

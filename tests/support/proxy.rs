@@ -1,5 +1,5 @@
-//! A proxy in front of the loopback cloud, for what no real server does on demand: holding a request back and still
-//! delivering it when its sender is long dead; answering and losing the answer; answering something else.
+//! A proxy in front of the loopback cloud, for what a real server does not do on demand: hold a request and deliver it
+//! after the death of its sender, lose a response, or send another response.
 
 use std::io::{BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -9,21 +9,21 @@ use super::authority::Authority;
 use super::http::{Kind, Message};
 use super::wait_for;
 
-/// What is done with a request.
+/// What the proxy does with a request.
 pub enum ProxyAction {
-    /// Passed on.
+    /// Forwards it.
     Pass,
-    /// Passed on to another port.
+    /// Forwards it to another port.
     PassTo(u16),
-    /// Kept until [`Proxy::let_go`], then passed on.
+    /// Holds it until [`Proxy::let_go`], then forwards it.
     Hold,
-    /// Passed on, its answer thrown away and the connection closed.
+    /// Forwards it, discards the response, and closes the connection.
     LoseAnswer,
-    /// Answered by us.
+    /// Sends this response, and does not forward the request.
     Answer(Message),
-    /// Passed on, and the body of its answer given back a byte a second.
+    /// Forwards it, and sends the body of the response at one byte per second.
     Trickle,
-    /// A CONNECT: we are the host that is asked for.
+    /// Accepts a CONNECT, and acts as the requested host, with a certificate from this authority.
     Tunnel(Arc<Authority>),
 }
 
@@ -47,7 +47,7 @@ impl Proxy {
         Self::listen(upstream, rule, |stream, shared| serve(Box::new(stream), shared, |_| {}))
     }
 
-    /// The same, with every request changed before it is passed on.
+    /// Like [`Proxy::start`], but changes each request before it is forwarded.
     pub fn start_changing(
         upstream: u16,
         change: fn(&mut Message),
@@ -80,7 +80,7 @@ impl Proxy {
         Self { port, shared }
     }
 
-    /// The same, spoken to by TLS as the host 127.0.0.1.
+    /// Like [`Proxy::start_changing`], but its clients use TLS, for the host 127.0.0.1.
     pub fn start_tls(
         upstream: u16,
         authority: &Authority,
@@ -97,20 +97,20 @@ impl Proxy {
         self.wait_until_held_times(1);
     }
 
-    /// Waits until so many have been held.
+    /// Waits until `times` requests were held.
     #[track_caller]
     pub fn wait_until_held_times(&self, times: usize) {
         let held = || self.shared.held.lock().unwrap().0;
         wait_for("a held request", || (held() >= times).then_some(()), || format!("{} of {times}", held()));
     }
 
-    /// Delivers what is held, and holds nothing any more.
+    /// Delivers the held requests, and holds no more requests from then on.
     pub fn let_go(&self) {
         self.shared.held.lock().unwrap().1 = true;
         self.shared.changed.notify_all();
     }
 
-    /// Waits until a held request was delivered and answered; gives the first line of its answer.
+    /// Waits until a held request was delivered and answered. Returns the first line of the response.
     #[track_caller]
     pub fn wait_until_delivered(&self) -> String {
         wait_for("a delivery", || self.shared.delivered.lock().unwrap().first().cloned(), || "none".to_owned())

@@ -1,4 +1,4 @@
-//! A real pseudo-terminal with a session behind it: a shell, or the program under test itself.
+//! A real pseudoterminal with its own session, in which a shell or the program under test runs.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -21,9 +21,10 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Starts `command` as leader of a new session whose terminal this is.
+    /// Starts `command` as the leader of a new session, with this terminal as its controlling terminal.
     pub fn start(mut command: Command) -> Self {
-        // Closed on exec from the beginning: another test's child that held the master would keep the window open.
+        // The master is close-on-exec from the start. Otherwise a child of another test could inherit it, and keep the
+        // terminal open.
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -53,7 +54,7 @@ impl Terminal {
         let master = File::from(OwnedFd::from(master));
         let screen = Arc::<Mutex<Vec<u8>>>::default();
         let (mut source, into) = (master.try_clone().unwrap(), Arc::clone(&screen));
-        // The reader ends when the last slave is closed, or the master is hung up.
+        // The reader ends when the last slave is closed, or when the master is closed.
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             loop {
@@ -77,20 +78,20 @@ impl Terminal {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 
-    /// Everything that was ever written on it.
+    /// Returns everything that was written to the terminal.
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
     }
 
-    /// Everything that a session that has ended has written, once its reader is done: the end of a process says nothing of
-    /// that.
+    /// Returns everything that was written to the terminal, after its session has ended and its reader has read the
+    /// rest. The exit of a process does not mean that its output was read.
     #[track_caller]
     pub fn whole_screen(&self) -> String {
         wait_for("the reader of the screen", || (Arc::strong_count(&self.screen) == 1).then_some(()), || self.screen());
         self.screen()
     }
 
-    /// The same without what is no text.
+    /// Like [`Terminal::whole_screen`], without escape sequences and carriage returns.
     #[track_caller]
     pub fn screen_at_its_end(&self) -> String {
         console::strip_ansi_codes(&self.whole_screen()).replace('\r', "")
@@ -114,14 +115,14 @@ impl Terminal {
         );
     }
 
-    /// The process group that the keys go to.
+    /// Returns the foreground process group, which gets the signals of the keys.
     pub fn foreground(&self) -> Option<Pid> {
         nix::unistd::tcgetpgrp(self.master.as_ref()?).ok()
     }
 
-    /// Closes the window: the kernel hangs the terminal up.
+    /// Closes the terminal, as a closed window does. The kernel then hangs it up.
     pub fn close(&mut self) {
-        // Its reader holds a copy of the master, and lets go when it is told that it is alone.
+        // The reader has a copy of the master. It closes the copy when nothing else refers to its screen.
         let screen = std::mem::take(&mut *self.screen.lock().unwrap());
         self.screen = Arc::new(Mutex::new(screen));
         self.master = None;

@@ -1,4 +1,4 @@
-//! A working directory with a backend of its own in the loopback cloud, and commands run in it.
+//! A working directory with its own backend in the loopback cloud, and commands that run in it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -25,7 +25,7 @@ impl Lock {
     pub const ALL: [Self; 3] = [Self::DynamoDb, Self::File, Self::Both];
 }
 
-/// Who is tried.
+/// The program under test: terraform alone, or `tf`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
     Bare,
@@ -46,13 +46,13 @@ pub struct TestEnv {
     pub bucket: String,
     pub table: String,
     pub lock: Lock,
-    /// More environment for everything that is started here.
+    /// Additional environment variables for every process that is started here.
     pub environment: Vec<(OsString, OsString)>,
     _temporary: tempfile::TempDir,
 }
 
-/// The real terraform: the first on PATH that is a program itself, and not one that leads to another, as a version manager's or
-/// `tf` under that name; or the one that `TF_TEST_TERRAFORM` names.
+/// Returns the path of the real terraform: the program that `TF_TEST_TERRAFORM` names, or else the first one on PATH. A
+/// terraform that is only a wrapper, such as a script of a version manager or `tf` under that name, is skipped.
 pub fn terraform() -> PathBuf {
     static TERRAFORM: OnceLock<PathBuf> = OnceLock::new();
     let find = || {
@@ -67,7 +67,7 @@ pub fn terraform() -> PathBuf {
     TERRAFORM.get_or_init(find).clone()
 }
 
-/// Whether a file is a program of this machine's own, and not ours.
+/// Whether a file is an executable for this kind of machine, and not `tf`.
 fn is_itself(path: &Path) -> bool {
     use std::io::Read;
     use std::os::unix::fs::MetadataExt;
@@ -83,18 +83,19 @@ pub fn which(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?).map(|directory| directory.join(name)).find(|path| path.is_file())
 }
 
-/// A command for a provisioner: says that it began, and waits until the test says `go`. It does not die of an interrupt
-/// that its group gets: else terraform may end for that before it has said a word of its own.
+/// A command for a provisioner. It creates the file `began`, and waits until the test creates `go`. It ignores an
+/// interrupt that its process group gets. Otherwise terraform might exit because of its death, before it logs the
+/// interrupt.
 pub const WAITS: &str = "trap '' INT; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
-/// What makes this host one that proves something, in a debug build of `tf`.
+/// The variable that makes a debug build of `tf` count this host as one on which a dead process can be proved dead.
 pub const TEST_HOST: &str = "TFW_TEST_HOST";
 
-/// The value of a variable that is not to be there at all.
+/// The value of a variable that is removed from the environment.
 pub const UNSET: &str = "(unset)";
 
 impl TestEnv {
-    /// A directory whose one resource runs `command` when it is made, initialised.
+    /// Returns an initialized directory with one resource, whose provisioner runs `command`.
     pub fn new(lock: Lock, command: &str) -> Self {
         let env = Self::empty(lock);
         env.write_main("", command);
@@ -102,7 +103,7 @@ impl TestEnv {
         env
     }
 
-    /// The same, not initialised.
+    /// Returns an empty directory that is not initialized.
     pub fn empty(lock: Lock) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -134,7 +135,7 @@ impl TestEnv {
         env
     }
 
-    /// The lines of the backend block.
+    /// Returns the lines of the backend block.
     pub fn backend(&self, key: &str) -> String {
         let mut lines =
             format!("bucket = \"{}\"\nkey = \"{key}\"\nregion = \"us-east-1\"\nuse_path_style = true\n", self.bucket);
@@ -174,7 +175,7 @@ impl TestEnv {
         wait_for(name, || self.exists(name).then_some(()), || self.trace());
     }
 
-    /// Lets a provisioner that [`WAITS`] go on.
+    /// Lets a provisioner that runs [`WAITS`] continue.
     pub fn unblock(&self) {
         self.write("go", "");
     }
@@ -189,7 +190,7 @@ impl TestEnv {
         self.directory.parent().unwrap().join("bin")
     }
 
-    /// The environment of everything here: nothing of the caller's but PATH.
+    /// Returns the environment of every process here. It has only PATH from the tests' caller.
     pub fn environment(&self) -> Vec<(OsString, OsString)> {
         let cloud = cloud();
         let mut path = self.bin().into_os_string();
@@ -206,7 +207,8 @@ impl TestEnv {
             ("AWS_ACCESS_KEY_ID".into(), "test".into()),
             ("AWS_SECRET_ACCESS_KEY".into(), "test".into()),
             ("AWS_EC2_METADATA_DISABLED".into(), "true".into()),
-            // Whatever this machine is called, and whether or not it is a container (src/sys/plain_host.rs).
+            // The result must not depend on this machine's name, or on whether it is a container
+            // (src/sys/plain_host.rs).
             (TEST_HOST.into(), "0123456789abcdef0123456789abcdef".into()),
             ("AWS_ENDPOINT_URL".into(), format!("http://127.0.0.1:{}", cloud.port).into()),
         ];
@@ -224,8 +226,8 @@ impl TestEnv {
         self
     }
 
-    /// A command in this directory and environment. What the caller of the tests ignores, it does not: in the background
-    /// of a script, or under nohup, that would be signals that the tests send.
+    /// Returns a command in this directory and environment. It ignores no signals: a background job of a script, or a
+    /// process under nohup, would ignore signals that the tests send.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         command.current_dir(&self.directory).env_clear().envs(self.environment());
@@ -233,26 +235,26 @@ impl TestEnv {
         command
     }
 
-    /// Starts terraform or `tf` with pipes, in a session of its own.
+    /// Starts terraform or `tf` with pipes, in its own session.
     pub fn start(&self, subject: Subject, arguments: &[&str]) -> Run {
         let mut command = self.command(self.bin().join(subject.name()));
         command.args(arguments);
         Run::start(command)
     }
 
-    /// Runs it to its end.
+    /// Runs terraform or `tf` until it exits.
     pub fn run(&self, subject: Subject, arguments: &[&str]) -> super::Ended {
         self.start(subject, arguments).wait()
     }
 
-    /// Runs a command line in a shell, as somebody types it.
+    /// Runs a command line in a shell.
     pub fn run_in_shell(&self, line: &str) -> super::Ended {
         let mut shell = self.command("sh");
         shell.args(["-c", line]);
         Run::start(shell).wait()
     }
 
-    /// Starts an apply whose provisioner [`WAITS`], and waits until it does.
+    /// Starts an apply whose provisioner runs [`WAITS`], and waits until the provisioner has begun.
     #[track_caller]
     pub fn start_apply(&self, subject: Subject) -> Run {
         let run = self.start(subject, &["apply", "-auto-approve", "-no-color"]);
@@ -278,13 +280,13 @@ impl TestEnv {
         wait_for(text, || self.trace().contains(text).then_some(()), || self.trace());
     }
 
-    /// Everything about a run that a failed assertion should show.
+    /// Returns everything about a run that a failed assertion should show.
     pub fn dump(&self, end: &super::Ended) -> String {
         format!("{:?}\n-- stdout\n{}\n-- stderr\n{}\n-- trace\n{}", end.status, end.out, end.err, self.trace())
     }
 
-    /// A program in place of terraform that writes down each signal that it gets, and ends when the test says `go`.
-    /// For counting: terraform itself tells of its first two interrupts only.
+    /// Replaces terraform by a program that records each signal that it gets, and exits when the test creates `go`. The
+    /// test can count the signals with it; terraform itself reports only its first two interrupts.
     pub fn count_signals(&mut self) -> &mut Self {
         let script = format!(
             r#"#!{}
@@ -305,7 +307,7 @@ while not os.path.exists("go"):
         self.stand_in("counts-signals", &script)
     }
 
-    /// Puts a program, in this directory under `name`, in terraform's place.
+    /// Replaces terraform by `program`, which is written to this directory under `name`.
     pub fn stand_in(&mut self, name: &str, program: &str) -> &mut Self {
         self.write(name, program);
         let path = self.directory.join(name);
@@ -313,7 +315,7 @@ while not os.path.exists("go"):
         self.set("TFW_TERRAFORM", path)
     }
 
-    /// The signals that it got, in order.
+    /// Returns the signals that the program of [`TestEnv::count_signals`] got, in order.
     pub fn received_signals(&self) -> Vec<String> {
         self.read("seen").lines().map(ToOwned::to_owned).collect()
     }
@@ -322,7 +324,7 @@ while not os.path.exists("go"):
         format!("{}/dir/prod.tfstate", self.bucket)
     }
 
-    /// The halves of the lock that stand, as their JSON.
+    /// Returns the parts of the lock that exist, as JSON.
     pub fn locks(&self) -> Vec<String> {
         self.locks_at("dir/prod.tfstate")
     }
@@ -351,7 +353,7 @@ while not os.path.exists("go"):
         assert!(self.locks().is_empty(), "left: {:?}\n{}", self.locks(), self.trace());
     }
 
-    /// A living lock of somebody else, at our place.
+    /// Creates another run's lock at the location of this directory's lock.
     pub fn lock_of_another(&self) -> String {
         let info = lock_json("11111111-2222-3333-4444-555555555555", &self.path());
         self.put_lock(&info);
@@ -374,7 +376,7 @@ while not os.path.exists("go"):
         cloud().s3("DELETE", &format!("{}.tflock", self.path()), b"");
     }
 
-    /// Takes the state away, and its digest.
+    /// Deletes the state and its digest.
     pub fn forget_state(&self) {
         cloud().s3("DELETE", &self.path(), b"");
         if self.lock != Lock::File {
@@ -382,14 +384,14 @@ while not os.path.exists("go"):
         }
     }
 
-    /// The state, as text.
+    /// Returns the state as text. `None` if there is none.
     pub fn state(&self) -> Option<String> {
         cloud().object(&self.path())
     }
 }
 
-/// `user@host` of this machine, as terraform writes it. A number that is nobody's in /etc/passwd has no name: nothing here sets
-/// USER.
+/// Returns `user@host` of this machine, as terraform writes it. A user ID that is not in /etc/passwd has no name,
+/// because nothing here sets USER.
 pub fn who() -> String {
     let uid = nix::unistd::getuid().to_string();
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -400,7 +402,7 @@ pub fn who() -> String {
     format!("{}@{}", user.unwrap_or_default(), nix::unistd::gethostname().unwrap().to_string_lossy())
 }
 
-/// A lock of this user on this host, made now.
+/// Returns a lock of this user on this host, created now.
 pub fn lock_json(id: &str, path: &str) -> String {
     serde_json::json!({
         "ID": id, "Operation": "OperationTypeApply", "Info": "", "Who": who(), "Version": "1.11.4",
@@ -409,7 +411,7 @@ pub fn lock_json(id: &str, path: &str) -> String {
     .to_string()
 }
 
-/// The ID inside a lock's JSON.
+/// Returns the ID in a lock's JSON.
 pub fn id_of(json: &str) -> String {
     serde_json::from_str::<serde_json::Value>(json).unwrap()["ID"].as_str().unwrap().to_owned()
 }
