@@ -38,7 +38,7 @@ macro_rules! for_each_lock {
 }
 
 /// The maximum time for any step of a test. Tests do not wait this long: they wait for a state.
-pub const LONGEST: Duration = Duration::from_secs(60);
+pub const LONGEST: Duration = Duration::from_mins(1);
 
 /// Waits until `state` returns a value. Panics after [`LONGEST`], with the result of `seen`.
 #[track_caller]
