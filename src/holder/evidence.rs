@@ -129,52 +129,67 @@ pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
 
 fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Option<(Verdict, String)> {
     let disagreement = |why: &str| {
-        let reason = format!("a dead run here recorded this ID, but {why}");
+        let reason = format!("a dead run on this host recorded this ID, but {why}");
         (Verdict::Unknown, reason)
     };
     Some(match claim {
         None => {
-            note("no run of tf on this host recorded this ID".into(), "nothing: it may be bare terraform's");
+            note(
+                "no run of tf on this host recorded this ID".into(),
+                "nothing: it may belong to a terraform that was started without tf",
+            );
             return None;
         }
         Some(Claim::Living { run, tf, terraform, command }) => {
             let terraform = terraform.map_or_else(String::new, |pid| format!(", terraform pid {pid}"));
-            let reason = format!("held by {} here (tf pid {tf}{terraform})", console::visible(command));
-            note(format!("the journal of this host has it, run {run}, and somebody of that run lives"), "it is alive");
+            let reason = format!("held by {} on this host (tf pid {tf}{terraform})", console::visible(command));
+            note(
+                format!("the journal of this host records it for run {run}, and a process of that run is alive"),
+                "that the holder is alive",
+            );
             (Verdict::Alive, reason)
         }
         Some(Claim::Dead { run, disagrees: Some(why), .. }) => {
-            note(format!("the journal of this host has its ID, run {run}, which is dead, but {why}"), "nothing");
+            note(format!("the journal of this host records its ID for run {run}, which is dead, but {why}"), "nothing");
             disagreement(why)
         }
         Some(Claim::Dead { run, tf, settling, disagrees: None }) => {
             note(
-                format!("the journal of this host has it, run {run}, and agrees with it in everything"),
-                "whose lock it is",
+                format!("the journal of this host records it for run {run}, and every detail matches"),
+                "that it belongs to that run",
             );
-            note("every process of that run is gone, and nobody holds its lock file".into(), "it is dead");
-            let mut reason = format!("its run here (tf pid {tf}) is dead");
+            note(
+                "every process of that run has ended, and no process holds its lock file".into(),
+                "that the holder is dead",
+            );
+            let mut reason = format!("its run on this host (tf pid {tf}) is dead");
             if *settling {
-                note("somebody else has the run in charge".into(), "its lock is being given back at this moment");
-                reason.push_str(", and is being finished now");
+                note("another process is cleaning up after that run".into(), "that the lock is being released now");
+                reason.push_str(", and its lock is being released now");
             }
             (Verdict::Dead, reason)
         }
         Some(Claim::Late { disagrees: Some(why), .. }) => {
-            note(format!("a terraform that died here asked for this ID, but {why}"), "nothing");
+            note(format!("a terraform that died on this host requested this ID, but {why}"), "nothing");
             disagreement(why)
         }
         Some(Claim::Late { disagrees: None, had: true }) => {
-            note("a terraform that died here had it, and its table or bucket was away then".into(), "it is dead");
-            (Verdict::Dead, "its terraform died here".into())
+            note(
+                "a terraform that died on this host held it, and its table or bucket was not available then".into(),
+                "that the holder is dead",
+            );
+            (Verdict::Dead, "its terraform died on this host".into())
         }
         Some(Claim::Late { disagrees: None, had: false }) => {
-            note("a terraform that died here had asked for it, and was not answered".into(), "it is dead");
-            (Verdict::Dead, "its terraform died here before the lock came".into())
+            note(
+                "a terraform that died on this host had requested it and got no answer".into(),
+                "that the holder is dead",
+            );
+            (Verdict::Dead, "its terraform died on this host before it got the lock".into())
         }
         Some(Claim::Foreign { why }) => {
-            note(format!("a record of it is in this journal, but {why}"), "nothing");
-            (Verdict::Unknown, format!("recorded here, but {why}"))
+            note(format!("the journal of this host has a record of it, but {why}"), "nothing");
+            (Verdict::Unknown, format!("recorded on this host, but {why}"))
         }
     })
 }
@@ -184,28 +199,28 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     let theirs = host_of(&lock.who);
     let shown = console::visible(theirs);
     if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
-        note(format!("its Who names the host {shown:?}, as many machines are called"), "nothing");
-        return (Verdict::Unknown, format!("its Who names no machine: many are called {shown:?}"));
+        note(format!("its Who names the host {shown:?}, a name that many machines have"), "nothing");
+        return (Verdict::Unknown, format!("its Who does not identify a machine: many are named {shown:?}"));
     }
     if theirs.is_empty() || ours.is_empty() || theirs != ours {
         let named =
             if theirs.is_empty() { "its Who names no host" } else { &format!("its Who names the host {shown:?}") };
-        note(format!("{named}, and this is {ours:?}"), "nothing: only that host can tell");
+        let proves = if theirs.is_empty() { "nothing" } else { "nothing: it can be checked only on that host" };
+        note(format!("{named}, and this host is {ours:?}"), proves);
         return (
             Verdict::Unknown,
-            if theirs.is_empty() {
-                "its Who names no host".into()
-            } else {
-                format!("held from host {shown}: look there")
-            },
+            if theirs.is_empty() { "its Who names no host".into() } else { format!("it is on another host ({shown})") },
         );
     }
-    note(format!("its Who names this host, {shown}"), "little: two machines may have one name");
+    note(format!("its Who names this host, {shown}"), "little: two machines may have the same name");
     if !seen.sees_all {
-        note("tf runs in a container".into(), "nothing: the holder may be outside, or in another one of this name");
+        note(
+            "tf is running in a container".into(),
+            "nothing: the holder may be outside it, or in another container with this name",
+        );
         return (
             Verdict::Unknown,
-            "its host has this one's name, but from a container not all of it is to be seen".into(),
+            "its Who names this host, but tf is in a container and cannot see all processes".into(),
         );
     }
     let Some(created) = lock.created() else {
@@ -215,10 +230,10 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     if let Some(boot_time) = seen.boot_time.filter(|boot_time| saturating_add(created, CLOCK_SLACK_WINDOW) < *boot_time)
     {
         note(
-            format!("it was made before this host was started ({boot_time:.0})"),
-            "that it is likely dead, if this is the host that its Who means",
+            format!("it was created before this host was started ({boot_time:.0})"),
+            "that the holder is likely dead, if its Who means this host",
         );
-        return (Verdict::LikelyDead, "older than the start of its host, this one".into());
+        return (Verdict::LikelyDead, "it was created before this host was started".into());
     }
     let mut older = seen
         .terraforms
@@ -226,15 +241,24 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, CLOCK_SLACK_WINDOW)));
     if let Some(process) = older.next() {
         let name = console::visible(&process.program);
-        note(format!("{name} (pid {}) runs here since before the lock was made", process.pid), "that it may be alive");
-        return (Verdict::Unknown, format!("may be held by {name}, pid {}, here", process.pid));
+        note(
+            format!("{name} (pid {}) has been running here since before the lock was created", process.pid),
+            "that the holder may be alive",
+        );
+        return (Verdict::Unknown, format!("may be held by {name} (pid {}) on this host", process.pid));
     }
-    note("no terraform runs here since before the lock was made".into(), "that it is likely dead");
+    note(
+        "no terraform has been running here since before the lock was created".into(),
+        "that the holder is likely dead",
+    );
     if lock.who == seen.who {
-        note("its Who is this user on this host".into(), "little more");
-        return (Verdict::LikelyDead, "held by this user on this host, where no terraform of its time runs".into());
+        note("its Who is this user on this host".into(), "little");
+        return (
+            Verdict::LikelyDead,
+            "held by this user on this host, where no terraform from that time is running".into(),
+        );
     }
-    note("its Who is another user on this host".into(), "nothing against it");
+    note("its Who is another user on this host".into(), "nothing");
     (Verdict::Unknown, "held by another user on this host".into())
 }
 

@@ -99,7 +99,7 @@ impl HostView {
         let disagrees = |recorded: &RecordedLock, run: &Run| match proof::judge(recorded, lock, run) {
             proof::Match::Ours => None,
             proof::Match::Doubt(why) => Some(why),
-            proof::Match::Anothers => Some("its ID is another"),
+            proof::Match::Anothers => Some("its ID is different"),
         };
         if let Some((state, record)) = self.recorded.get(&lock.id) {
             let run = record.run.clone();

@@ -105,24 +105,24 @@ impl HostIdentity {
             return Standpoint::Foreign("it ran on another machine");
         }
         let (Some(then), Some(now)) = (&self.boot, &here.boot) else {
-            return Standpoint::Foreign("this system does not tell one boot from the next");
+            return Standpoint::Foreign("this system has no boot ID");
         };
         if then == now {
             return match (self.processes, here.processes) {
                 (_, Some((_, true))) => Standpoint::ThisBoot,
                 (Some((then, _)), Some((now, _))) if then == now => Standpoint::ThisBoot,
-                _ => Standpoint::Foreign("it ran in another container, whose processes are not to be seen from here"),
+                _ => Standpoint::Foreign("it ran in another container, whose processes cannot be seen from here"),
             };
         }
         let first = |host: &Self| host.processes.is_some_and(|(_, first)| first);
         if self.machine.is_none() {
             Standpoint::Foreign("it ran before a restart, on a machine without a machine-id")
         } else if !first(self) || !first(here) {
-            Standpoint::Foreign("it ran before a restart, in a container that may live on elsewhere")
+            Standpoint::Foreign("it ran before a restart, in a container that may still be running elsewhere")
         } else if self.filesystem == 0 || self.filesystem != here.filesystem {
             Standpoint::Foreign("it ran before a restart, with its journal on another file system")
         } else if self.is_other_hardware(here) {
-            Standpoint::Foreign("it may have run on the machine that this one is a copy of")
+            Standpoint::Foreign("it may have run on another machine, of which this one is a copy")
         } else {
             Standpoint::EarlierBoot
         }

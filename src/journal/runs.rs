@@ -267,7 +267,8 @@ impl Journal {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        Self::there(directory).ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "runs/ is not ours alone"))
+        Self::there(directory)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "runs/ is not private to this user"))
     }
 
     /// Opens the journal in `directory`. `None` if it does not exist or is not private to this user.
@@ -347,7 +348,7 @@ impl Journal {
         let path = self.runs.join(name);
         let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
         if !is_private(&path) {
-            return FoundRun::Foreign("it is not a directory of ours alone", None);
+            return FoundRun::Foreign("its record is not private to this user", None);
         }
         let record = match read(&path, name) {
             Ok(record) => record,
@@ -356,12 +357,16 @@ impl Journal {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
                 // The owner will replace the record or delete it.
-                return if held { FoundRun::Foreign("it cannot be read", None) } else { FoundRun::Broken(path) };
+                return if held {
+                    FoundRun::Foreign("its record cannot be read", None)
+                } else {
+                    FoundRun::Broken(path)
+                };
             }
         };
         let mut standpoint = record.host.seen_from(self.host());
         if standpoint == Standpoint::ThisBoot && process::list() == ProcessList::Unavailable {
-            standpoint = Standpoint::Foreign("there is no /proc here that lists our own processes");
+            standpoint = Standpoint::Foreign("/proc here does not list this process");
         }
         if let Standpoint::Foreign(why) = standpoint {
             if is_older(&path, RECORD_RETENTION_WINDOW) {

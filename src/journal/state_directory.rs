@@ -124,7 +124,7 @@ pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result
     let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let place = file.metadata()?;
     if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || place.nlink() != 1 {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of ours alone"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not private to this user"));
     }
     Ok(file)
 }
@@ -181,7 +181,10 @@ impl Candidate {
 
     fn open(&self) -> io::Result<StateDirectory> {
         if !self.made && !is_ours(&self.base) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is not ours", self.base.display())));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("{} does not belong to this user", self.base.display()),
+            ));
         }
         match self.there() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -199,7 +202,7 @@ impl Candidate {
         };
         // This check comes first, before `open` creates anything there.
         if !ownership::lies_in_directories_of_ours(&self.path()) {
-            return Err(refused(&self.path(), "lies in a directory of another user"));
+            return Err(refused(&self.path(), "is in a directory of another user"));
         }
         let uid = nix::unistd::geteuid().as_raw();
         let mut path = self.base.clone();
@@ -213,20 +216,20 @@ impl Candidate {
             }
             last = fs::symlink_metadata(&path)?;
             if last.is_symlink() {
-                return Err(refused(&path, "is a link"));
+                return Err(refused(&path, "is a symbolic link"));
             }
         }
         if !last.is_dir() || last.uid() != uid {
-            return Err(refused(&path, "is not ours"));
+            return Err(refused(&path, "is not a directory of this user"));
         }
         if last.mode() & 0o022 != 0 {
-            return Err(refused(&path, "can be written by others"));
+            return Err(refused(&path, "is writable by other users"));
         }
         if fs::symlink_metadata(&path)?.is_symlink() {
-            return Err(refused(&path, "is a link"));
+            return Err(refused(&path, "is a symbolic link"));
         }
         if !filesystem::is_local(&path) {
-            return Err(refused(&path, "lies on a file system whose locks may mean nothing"));
+            return Err(refused(&path, "is on a file system whose locks may not work"));
         }
         Ok(StateDirectory(path))
     }

@@ -187,7 +187,7 @@ impl Description {
 /// Reads the description of a table.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails, or if the response describes no table.
+/// Returns a [`Failure`] if the request fails, or if the response does not describe a table.
 pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description, Failure> {
     let answer = client
         .describe_table()
@@ -197,7 +197,7 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
         .map_err(|error| failure("dynamodb:DescribeTable", &error))?;
     // Every table has a key. A response without one comes from a proxy.
     let table = answer.table.filter(|table| !table.key_schema().is_empty());
-    let table = table.ok_or_else(|| Failure::no_answer(SERVICE, "the response describes no table"))?;
+    let table = table.ok_or_else(|| Failure::no_answer(SERVICE, "the response does not describe a table"))?;
     let provisioned = table.provisioned_throughput().and_then(ProvisionedThroughputDescription::read_capacity_units);
     Ok(Description {
         keys: table.key_schema().iter().map(|key| key.attribute_name.clone()).collect(),

@@ -97,19 +97,19 @@ pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Ma
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
         (
             !run.locking_disabled || recorded.operation == "init",
-            "the run was told to take no lock (-lock=false), and its log names one",
+            "the run was started with -lock=false, but its log names a lock",
         ),
-        (stored.operation == recorded.operation, "its Operation is not the one that the log names"),
-        (stored.who == recorded.who, "its Who is not the one that the log names"),
-        (stored.version == recorded.version, "its Version is not the one that the log names"),
-        (stored.path == recorded.path, "its Path is not the one that the log names"),
-        (stored.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not the place where it stands"),
+        (stored.operation == recorded.operation, "its Operation is not the one in the log"),
+        (stored.who == recorded.who, "its Who is not the one in the log"),
+        (stored.version == recorded.version, "its Version is not the one in the log"),
+        (stored.path == recorded.path, "its Path is not the one in the log"),
+        (stored.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not where it is stored"),
         (run.is_of(&stored.who), "its Who is not this user on this host"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (
             created.is_none_or(|created| created <= saturating_add(recorded.progress.asked, TIMESTAMP_ROUNDING_WINDOW)),
-            "it was created after this run asked for it",
+            "it was created after this run requested it",
         ),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
@@ -143,7 +143,7 @@ const ANSWER_WINDOW: SignedDuration = SignedDuration::from_millis(900);
 /// within the same few milliseconds and waited for this run's lock.
 pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str, run: &Run, died: bool) -> Match {
     let created = stored.created();
-    let Some(program) = &run.program else { return Match::Doubt("the log of the run does not tell its version") };
+    let Some(program) = &run.program else { return Match::Doubt("the log of the run does not name its version") };
     let (checksum, path) = match &unnamed.identity {
         LockIdentity::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
         LockIdentity::Workspace(_) => (None, None),
@@ -174,19 +174,19 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
     let conditions = [
         (!run.excessive, "the log of the run names more locks than terraform takes"),
         (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
-        (!run.locking_disabled, "the run was told to take no lock (-lock=false)"),
+        (!run.locking_disabled, "the run was started with -lock=false"),
         (run.is_of(&stored.who), "its Who is not this user on this host"),
-        (stored.version == program.in_locks(), "its Version is not the one that the log names"),
-        (path.is_none_or(|path| stored.path == path), "its Path is not the one that the log names"),
+        (stored.version == program.in_locks(), "its Version is not the one in the log"),
+        (path.is_none_or(|path| stored.path == path), "its Path is not the one in the log"),
         // In Google Cloud Storage the ID is a generation, which is a number.
-        (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "its ID is none of terraform's"),
+        (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "its ID is not a terraform lock ID"),
         (created.is_some(), "its Created is not a time"),
         (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
         (known || died, "the log does not name it, and the run ended by itself"),
-        (known || unnamed.progress.held.is_some(), "the log does not say that the run had it"),
-        (known || !waited, "the run had to wait for it, and the log does not name it"),
-        (created.is_none_or(|created| created >= earliest), "it was created before this run asked for one"),
-        (created.is_none_or(|created| created <= latest), "it was created after this run asked for it"),
+        (known || unnamed.progress.held.is_some(), "the log does not say that the run got it"),
+        (known || !waited, "the run had to wait for its lock, and the log does not name it"),
+        (created.is_none_or(|created| created >= earliest), "it was created before this run requested a lock"),
+        (created.is_none_or(|created| created <= latest), "it was created after this run requested it"),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
         Some((_, reason)) => Match::Doubt(reason),

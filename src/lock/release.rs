@@ -247,7 +247,7 @@ fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>,
 
 /// Returns why a lock is not released if something other than a lock was read.
 fn no_lock(part: &StoreKey, stored: &StoredLock) -> String {
-    format!("what was read there is no lock ({}): {}", part.describe(), stored.describe_no_lock())
+    format!("what is stored there is not a lock ({}): {}", part.describe(), stored.describe_no_lock())
 }
 
 /// Limits `work` to `limit`. If it gives no answer within that time, it has failed, and the failure names `service`.
@@ -700,13 +700,13 @@ impl Attempt<'_> {
                 Removed::Refused => {
                     return Err(Failure::no_answer(
                         part.service(),
-                        "the delete was answered, and the lock is still there",
+                        "the service confirmed the delete, but the lock is still there",
                     ));
                 }
                 Removed::Anothers => {
                     sleep(Duration::from_millis(20)).await;
                     if self.begun.elapsed() > self.limit {
-                        return Ok(Judged::Doubt("it changes while it is deleted"));
+                        return Ok(Judged::Doubt("it changed while it was being deleted"));
                     }
                 }
             }
@@ -889,10 +889,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
     let (mut since, mut seen) = (Instant::now(), Instant::now());
     loop {
         if begun.elapsed() > MAX_QUIET_TIMEOUT {
-            return Err(Failure::refusal(
-                "S3",
-                "the state is written again and again, by somebody who does not lock it",
-            ));
+            return Err(Failure::refusal("S3", "the state keeps changing: something writes it without locking it"));
         }
         sleep(POLL_INTERVAL).await;
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
@@ -925,20 +922,20 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
 /// Returns why a lock in a global table is not released.
 fn describe_global_table(table: &str, replicas: &[String]) -> String {
     format!(
-        "DynamoDB table {} is a global table ({}), where a delete can undo what another region has just locked; set \
-         TFW_RELEASE=auto if every run uses the same region",
+        "DynamoDB table {} is a global table ({}): a delete can remove a lock that another region has just taken; if \
+         every run uses the same region, set TFW_RELEASE=auto",
         visible(table),
         visible(&replicas.join(", "))
     )
 }
 
 /// Why a lock was not released: one look found it, and the next one did not.
-const COMES_AND_GOES: &str = "it is there at one look and gone at the next";
+const COMES_AND_GOES: &str = "one read finds it, and the next does not";
 
 /// Reports that a write may be in flight.
 fn waiting_for_write(quiet: Duration) -> String {
     format!(
-        "a write of terraform's may still be under way; its lock is kept until nothing has arrived for {} s",
+        "terraform's last write may still arrive; waiting until nothing has arrived for {} s before releasing the lock",
         quiet.as_secs()
     )
 }
@@ -946,7 +943,8 @@ fn waiting_for_write(quiet: Duration) -> String {
 /// Reports that the request which undoes one part of a lock may be in flight.
 fn waiting_for_undo(quiet: Duration) -> String {
     format!(
-        "terraform ended while it took the two parts of its lock; they are kept until nothing has arrived for {} s",
+        "terraform ended while it took the two parts of its lock; waiting until nothing has arrived for {} s before \
+         releasing them",
         quiet.as_secs()
     )
 }

@@ -167,7 +167,7 @@ fn length(content_length: Option<i64>) -> Option<u64> {
 }
 
 fn slow_body() -> Failure {
-    Failure::no_answer("S3", "the object was not read within the time that one of its size may take")
+    Failure::no_answer("S3", "timed out while reading the object")
 }
 
 async fn get(
@@ -321,11 +321,11 @@ pub(crate) async fn put_if_absent(
 /// condition.
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
     let Some(etag) = &object.etag else {
-        return Err(Failure::no_answer("S3", "the service gave the lock object no ETag"));
+        return Err(Failure::no_answer("S3", "the service returned no ETag for the lock object"));
     };
     // If-Match uses the strong comparison, in which a weak ETag equals no ETag (RFC 9110, 8.8.3.2 and 13.1.1).
     if etag.starts_with("W/") {
-        let reason = "the service gives weak ETags alone, on which no delete can be conditional";
+        let reason = "the service returns only weak ETags, which a conditional delete cannot use";
         return Err(Failure::refusal("S3", reason));
     }
     match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {

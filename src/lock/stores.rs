@@ -102,15 +102,15 @@ impl StoredLock {
         let text = self.text().trim_start();
         match self {
             Self::Item(dynamodb::InfoAttribute::None) => "an item without Info".to_owned(),
-            Self::Item(dynamodb::InfoAttribute::Other(_)) => "an item whose Info is no text".to_owned(),
+            Self::Item(dynamodb::InfoAttribute::Other(_)) => "an item whose Info is not text".to_owned(),
             Self::Item(_) if text.is_empty() => "an item with an empty Info".to_owned(),
             Self::Object(object) if object.body.is_empty() && object.length > 0 => {
                 format!("an object of {} bytes, too large for a lock", object.length)
             }
             Self::Object(_) if text.is_empty() => "an empty object".to_owned(),
-            _ if text.starts_with('<') => "a page of HTML or XML".to_owned(),
-            Self::Object(object) => format!("{} bytes that are no lock", object.length),
-            Self::Item(_) => format!("{} bytes that are no lock", self.text().len()),
+            _ if text.starts_with('<') => "an HTML or XML page".to_owned(),
+            Self::Object(object) => format!("{} bytes that are not a lock", object.length),
+            Self::Item(_) => format!("{} bytes that are not a lock", self.text().len()),
         }
     }
 }
@@ -210,7 +210,7 @@ impl Stores {
                 None if stored.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
                     return Err(Failure::no_answer(
                         store_key.service(),
-                        "what its place holds after the delete is no lock",
+                        "after the delete, its place holds something that is not a lock",
                     ));
                 }
                 None => tokio::time::sleep(Duration::from_millis(50)).await,

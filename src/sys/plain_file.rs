@@ -21,7 +21,7 @@ pub(crate) fn is_plain(path: &Path) -> bool {
 /// # Errors
 /// `InvalidInput` when `path` exists and is not a plain file; otherwise the error of stat(2) or open(2).
 pub(crate) fn open(path: &Path) -> io::Result<File> {
-    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
     fs::metadata(path)?;
     if !is_plain(path) {
         return Err(refused());

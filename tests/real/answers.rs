@@ -285,9 +285,9 @@ fn a_delete_that_deleted_nothing_is_not_called_a_release() {
 fn what_is_no_lock_is_named_and_left_alone() {
     for (lock, what, words) in [
         (Lock::DynamoDb, "", "an item with an empty Info"),
-        (Lock::DynamoDb, PAGE, "a page of HTML or XML"),
+        (Lock::DynamoDb, PAGE, "an HTML or XML page"),
         (Lock::File, "", "an empty object"),
-        (Lock::File, "{}", "2 bytes that are no lock"),
+        (Lock::File, "{}", "2 bytes that are not a lock"),
     ] {
         let env = TestEnv::new(lock, WAITS);
         let run = env.start_apply(Subject::Tf);

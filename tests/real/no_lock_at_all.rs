@@ -124,8 +124,8 @@ fn junk() -> [(Lock, Option<Value>, &'static str); 7] {
     [
         (Lock::DynamoDb, Some(json!({})), "an item without Info"),
         (Lock::DynamoDb, Some(json!({ "Info": { "S": "" } })), "an item with an empty Info"),
-        (Lock::DynamoDb, Some(json!({ "Info": { "N": "7" } })), "an item whose Info is no text"),
-        (Lock::DynamoDb, Some(json!({ "Info": { "S": "by hand, until Monday" } })), "bytes that are no lock"),
+        (Lock::DynamoDb, Some(json!({ "Info": { "N": "7" } })), "an item whose Info is not text"),
+        (Lock::DynamoDb, Some(json!({ "Info": { "S": "by hand, until Monday" } })), "bytes that are not a lock"),
         (Lock::File, None, "an empty object"),
         (Lock::Both, Some(json!({})), "an item without Info"),
         (Lock::Both, None, "an empty object"),

@@ -115,7 +115,7 @@ fn a_lock_object_that_trickles_in_keeps_nobody_waiting_for_its_end() {
     let end = locks(&env, &["show"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(begun.elapsed() < Duration::from_secs(26), "{:?}: {}", begun.elapsed(), env.dump(&end));
-    assert!(end.err.contains("was not read within the time"), "{}", env.dump(&end));
+    assert!(end.err.contains("timed out while reading the object"), "{}", env.dump(&end));
 }
 
 /// Terraform waits for a lock whose holder is dead. For a while the service does not let `tf` delete the lock, and then
@@ -195,7 +195,7 @@ fn on_a_store_with_weak_etags_the_lock_is_named_after_few_requests() {
     weak.store(true, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("weak ETags alone"), "{}", env.dump(&end));
+    assert!(end.err.contains("only weak ETags"), "{}", env.dump(&end));
     assert!(asked.load(Ordering::SeqCst) < 10, "{} requests: {}", asked.load(Ordering::SeqCst), env.dump(&end));
     env.assert_locked();
 }
@@ -274,7 +274,11 @@ fn an_empty_answer_describes_no_table() {
     let table = env.table.clone();
     let end = locks(&env, &["list", "--table", &table, "--region", "us-east-1"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("the response describes no table") && !end.err.contains("its key is"), "{}", end.err);
+    assert!(
+        end.err.contains("the response does not describe a table") && !end.err.contains("its key is"),
+        "{}",
+        end.err
+    );
 }
 
 /// A decision of the service will be the same at the next attempt.

@@ -80,7 +80,7 @@ fn a_copy_of_a_machine_does_not_release_the_originals_lock() {
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         env.assert_locked();
         let end = locks(&env, &["show"]);
-        assert!(end.out.contains("the machine that this one is a copy of"), "{}", end.out);
+        assert!(end.out.contains("of which this one is a copy"), "{}", end.out);
         assert_eq!(locks(&env, &["release", "--yes"]).code(), Some(1));
         env.assert_locked();
     }
