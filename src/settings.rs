@@ -21,7 +21,7 @@ pub(crate) struct Settings {
 
 /// A variable with a value that is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{name} is {value:?}; it takes {takes}")]
+#[error("{name} is {value:?}, but must be {takes}")]
 pub(crate) struct UnreadableSetting {
     name: &'static str,
     value: OsString,

@@ -350,9 +350,9 @@ pub(crate) fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
         "# What of an S3 backend `tf` follows\n\n\
-         A lock is given back in the place where terraform took it, as the identity that terraform had. This is every\n\
-         attribute, variable and profile key that decides either, and what `tf` makes of it. `tf locks doctor` says which of\n\
-         yours it cannot follow; a lock is then only named. Made from src/aws/attributes.rs by `make generated`.\n",
+         `tf` releases a lock where terraform took it, with the identity that terraform had. This page lists every attribute,\n\
+         variable and profile key that decides either, and whether `tf` follows it. `tf locks doctor` names those of yours\n\
+         that `tf` does not support; a lock is then only named. Made from src/aws/attributes.rs by `make generated`.\n",
     );
     for (title, settings) in [
         ("Attributes of the `backend \"s3\"` block", ATTRIBUTES),

@@ -199,7 +199,7 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
     let sections = sections.map_err(|error| causes(&error))?;
     match shared.absent() {
         Some(path) if sections.get_profile(sections.selected_profile()).is_none() => {
-            Err(format!("{} is not there, or is no regular file", path.display()))
+            Err(format!("{} does not exist or is not a regular file", path.display()))
         }
         _ => Ok(sections),
     }
@@ -240,7 +240,7 @@ fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> 
     let path = path.or_else(|| profile.and_then(|profile| profile.get("ca_bundle")).map(OsString::from));
     let Some(path) = path else { return Ok(None) };
     let pem = plain_file::read(Path::new(&path)).map_err(|error| error.to_string());
-    match pem.and_then(|pem| usable(&pem).ok_or_else(|| "there is none in it".to_owned())) {
+    match pem.and_then(|pem| usable(&pem).ok_or_else(|| "the file contains none".to_owned())) {
         Ok(pem) => Ok(Some(pem)),
         Err(reason) => Err(Unreachable::Certificates { path: path.to_string_lossy().into_owned(), reason }),
     }

@@ -110,7 +110,7 @@ pub(crate) async fn resolve(question: Question<'_>) -> Result<Credentials, Unrea
     let limit = purpose.limit();
     let resolved = tokio::time::timeout(limit, resolved).await.unwrap_or_else(|_| {
         let (source, limit) = (asked.source.take(), limit.as_secs_f32());
-        Err(Unreachable::Credentials(format!("{source} gave no credentials within {limit} s")))
+        Err(Unreachable::Credentials(format!("{source} returned no credentials within {limit} s")))
     });
     match resolved {
         // The caller asks again after `Silent`, which would start the command again.
@@ -127,7 +127,7 @@ async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unre
         return Ok(Credentials::new(key, secret, token.map(ToOwned::to_owned), None, "backend"));
     }
     if fixed.iter().any(Option::is_some) {
-        return Err(Unreachable::Incomplete("access_key and secret_key, of which it sets one"));
+        return Err(Unreachable::Incomplete("only one of access_key and secret_key"));
     }
     if let Some(role) = WebRole::of(backend)? {
         asked.source.set(format!("STS, for the role {}", role.assumed.arn));
@@ -212,7 +212,7 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ac
     }
     let printed: Printed = serde_json::from_slice(&printed).map_err(|_| said("printed no credentials"))?;
     if printed.version != 1 {
-        return Err(said(&format!("printed version {} of its output, and only version 1 is defined", printed.version)));
+        return Err(said(&format!("printed version {} of its output, but only version 1 is defined", printed.version)));
     }
     Ok(AccessKeys {
         id: printed.access_key_id,
@@ -267,7 +267,7 @@ impl CredentialSource {
             }
             Self::KeysOfProfile(_) => "the profile".to_owned(),
             Self::Container => "the container".to_owned(),
-            Self::Instance => "the metadata of the instance".to_owned(),
+            Self::Instance => "the instance metadata service".to_owned(),
         }
     }
 }
@@ -533,7 +533,8 @@ impl ProvideCredentials for NoCredentials {
         Self: 'a,
     {
         future::ProvideCredentials::ready(Err(CredentialsError::not_loaded(
-            "there are none in the backend, the environment or a profile, and the backend says not to ask the instance",
+            "there are no credentials in the backend, the environment or a profile, and the backend disables the instance \
+             metadata service",
         )))
     }
 }
@@ -801,7 +802,7 @@ struct NoRole {
 }
 
 fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
-    let Some(given) = given else { return Err(CredentialsError::unhandled("STS gave no credentials")) };
+    let Some(given) = given else { return Err(CredentialsError::unhandled("STS returned no credentials")) };
     let until = std::time::SystemTime::try_from(given.expiration).ok();
     Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
 }
@@ -908,7 +909,12 @@ mod tests {
             ),
             (P, "[profile p]\nsource_profile = q\n[profile q]\nsource_profile = p\n", &[], "profile p"),
             (P, "[profile p]\nsso_start_url = u\ncredential_process = c\n", &[], "profile p"),
-            (P, "[profile p]\nlogin_session = l\n", &[TASK], "the profile sets login_session, which tf cannot follow"),
+            (
+                P,
+                "[profile p]\nlogin_session = l\n",
+                &[TASK],
+                "the profile sets login_session, which tf does not support",
+            ),
         ] {
             assert_eq!(source_of(block, file, variables), expected, "{block} {file} {variables:?}");
         }

@@ -104,7 +104,7 @@ const REFUSALS: [&str; 14] = [
 
 /// A response that the service cannot have sent. The response to the next request may come from the service.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("status {status}, and the response is not {service}'s: a proxy or a portal may have sent it")]
+#[error("status {status}, but the response is not from {service}: a proxy or a login page may have sent it")]
 pub(crate) struct NoAnswer {
     pub(crate) service: &'static str,
     pub(crate) status: u16,
@@ -160,7 +160,7 @@ impl Failure {
         let reason = match (code, message, status) {
             (Some(code), Some(message), _) => format!("{code}: {message}"),
             (Some(code), None, _) => code.to_owned(),
-            (None, None, Some(403)) => format!("status 403, without a reason: {action} may be missing"),
+            (None, None, Some(403)) => format!("status 403 without a reason: the permission {action} may be missing"),
             // The message would be an XML parser's error about an HTML page, which helps no reader.
             (None, _, Some(status)) => NoAnswer { service, status }.to_string(),
             (None, Some(message), None) => message.to_owned(),
@@ -261,9 +261,12 @@ mod tests {
         };
         assert_eq!(said(Some("AccessDenied"), Some("no"), Some(403), "x"), "S3: AccessDenied: no");
         assert_eq!(said(None, None, None, "timed out"), "S3: timed out");
-        assert_eq!(said(None, None, Some(403), "x"), "S3: status 403, without a reason: s3:GetObject may be missing");
+        assert_eq!(
+            said(None, None, Some(403), "x"),
+            "S3: status 403 without a reason: the permission s3:GetObject may be missing"
+        );
         // The parser's error about a page that is not XML from S3 is not shown.
         let page = said(None, None, Some(511), "unhandled error: XmlDecodeError { kind: InvalidXml }");
-        assert_eq!(page, "S3: status 511, and the response is not S3's: a proxy or a portal may have sent it");
+        assert_eq!(page, "S3: status 511, but the response is not from S3: a proxy or a login page may have sent it");
     }
 }

@@ -129,7 +129,7 @@ impl HttpConnector for Route {
         // Go's client also supports SOCKS proxies; the SDK and `tf` do not. This is checked here, so that only the
         // requests that would use such a proxy fail.
         if proxy.is_some_and(|proxy| ProxyConfig::all(proxy).is_err()) {
-            let why = "tf cannot use the proxy, whose URL is none of http or https";
+            let why = "tf cannot use the proxy: its URL is neither http nor https";
             return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
         }
         let connector = connectors

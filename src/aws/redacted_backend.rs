@@ -235,8 +235,8 @@ impl AwsEnvironment {
             Some(account) => {
                 let _ = write!(text, "credentials of account {account}");
             }
-            None if self.had_keys => text.push_str("the credentials that its environment had"),
-            None => text.push_str("its credentials"),
+            None if self.had_keys => text.push_str("the credentials in its environment"),
+            None => text.push_str("credentials of an unknown account"),
         }
         let named = [
             ("AWS_PROFILE", "profile"),

@@ -12,10 +12,10 @@ use crate::terraform::backend::CachedBackend;
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
     /// The backend block sets this attribute, which `tf` cannot follow.
-    #[error("the backend sets {0}, which tf cannot follow")]
+    #[error("the backend sets {0}, which tf does not support")]
     Attribute(String),
     /// The selected profile sets this key, which `tf` cannot follow.
-    #[error("the profile sets {0}, which tf cannot follow")]
+    #[error("the profile sets {0}, which tf does not support")]
     ProfileKey(&'static str),
     /// One of the shared files is broken or missing. The text says why.
     #[error("the shared files cannot be used: {0}")]
@@ -35,7 +35,7 @@ pub(crate) enum Unreachable {
         reason: String,
     },
     /// The endpoint of the instance's metadata, where its credentials come from, is invalid.
-    #[error("the endpoint of the instance's metadata cannot be used: {0}")]
+    #[error("the endpoint of the instance metadata service cannot be used: {0}")]
     Metadata(String),
     /// The source of credentials gave none. The text says why.
     #[error("{0}")]
@@ -45,7 +45,7 @@ pub(crate) enum Unreachable {
     #[error("{0}")]
     Silent(String),
     /// None of the backend, the environment and the profile names a region.
-    #[error("no region is known")]
+    #[error("no region is set")]
     Region,
     /// The `duration` of a role is not a Go duration.
     #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]

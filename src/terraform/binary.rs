@@ -42,7 +42,7 @@ pub(crate) struct Binary {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotFound {
     /// PATH has no program of that name, or only this program and others that are already in the chain.
-    #[error("found no {name} behind {us}; looked in {}", places(.looked_in))]
+    #[error("could not find {name} on PATH after {us}; looked in {}", places(.looked_in))]
     OnPath {
         /// The name that was searched for.
         name: String,
@@ -52,16 +52,16 @@ pub(crate) enum NotFound {
         looked_in: Vec<PathBuf>,
     },
     /// `TFW_TERRAFORM` does not name an executable program.
-    #[error("{OVERRIDE} is {0:?}, and there is no such program")]
+    #[error("{OVERRIDE} is {0:?}, but there is no such program")]
     Override(OsString),
     /// The wrappers start each other in a loop.
-    #[error("the {0} on PATH leads back to tf again and again; set {OVERRIDE} to the real one")]
+    #[error("the {0} on PATH starts tf again, in a loop; set {OVERRIDE} to the real one")]
     Loop(String),
 }
 
 fn places(directories: &[PathBuf]) -> String {
     if directories.is_empty() {
-        return "no directory: PATH is empty or not set".to_owned();
+        return "no directory, because PATH is empty or not set".to_owned();
     }
     directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(", ")
 }

@@ -257,7 +257,7 @@ fn what_is_asked_of_a_service_that_says_no_is_a_sentence_too() {
     let mut env = TestEnv::new(Lock::File, "true");
     let unknown = locks(&env, &["list", "--table", "t"]);
     assert_eq!(unknown.code(), Some(1), "{}", env.dump(&unknown));
-    assert!(unknown.err.contains("no region is known") && unknown.err.contains("--region"), "{}", unknown.err);
+    assert!(unknown.err.contains("no region is set") && unknown.err.contains("--region"), "{}", unknown.err);
     let _proxy = through(&mut env, denied);
     for words in [
         &["list", "--table", "t", "--region", "us-east-1"][..],

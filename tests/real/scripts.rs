@@ -111,7 +111,7 @@ fn a_shim_is_two_links_that_a_script_finds_and_remove_takes_them_away() {
     called.env("PATH", without(&env, "tofu"));
     let end = Run::start(called).wait();
     assert_eq!(end.code(), Some(127));
-    assert!(end.err.contains("found no tofu behind"), "{}", end.err);
+    assert!(end.err.contains("could not find tofu on PATH"), "{}", end.err);
     for _ in 0..2 {
         let end = shim(&env, &["--remove", name]);
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", end.out);

@@ -259,7 +259,11 @@ fn a_portals_page_is_said_to_be_no_answer() {
             let end = locks(&env, words);
             let said = format!("{}{}", end.out, end.err);
             assert!(!matches!(end.code(), Some(0)), "{status} {words:?}: {}", env.dump(&end));
-            assert!(said.contains("a proxy or a portal may have sent it"), "{status} {words:?}: {}", env.dump(&end));
+            assert!(
+                said.contains("a proxy or a login page may have sent it"),
+                "{status} {words:?}: {}",
+                env.dump(&end)
+            );
             for dump in ["Decode", "Error {", "unhandled", "hotel", "<h1>", "its key is"] {
                 assert!(!said.contains(dump), "{status} {words:?} {dump}: {}", env.dump(&end));
             }

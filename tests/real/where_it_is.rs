@@ -322,7 +322,7 @@ fn files_that_are_gone_with_their_directory_are_not_sought_elsewhere() {
     fs::rename(&sub, &away).unwrap();
     fs::copy(away.join("keys"), env.directory.join("keys")).unwrap();
     let end = env.run(Subject::Tf, &["locks", "recover"]);
-    assert!(end.out.contains("keys is not there"), "{}", env.dump(&end));
+    assert!(end.out.contains("keys does not exist"), "{}", env.dump(&end));
     env.assert_locked();
     // The record was kept as well.
     fs::rename(&away, &sub).unwrap();
