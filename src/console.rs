@@ -88,7 +88,7 @@ pub(crate) fn stdout_is_open() -> std::io::Result<()> {
 }
 
 /// The message about a result that was not written because stdout is closed.
-pub(crate) const STDOUT_CLOSED: &str = "stdout is closed: the result was not written";
+pub(crate) const STDOUT_CLOSED: &str = "could not write the result: stdout is closed";
 
 /// Why the first failed write to stdout failed.
 static UNPRINTED: Mutex<Option<std::io::ErrorKind>> = Mutex::new(None);

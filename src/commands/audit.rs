@@ -22,8 +22,8 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h --table terraform-locks --json
   tf locks audit --older-than 2h --table terraform-locks --prometheus > /var/lib/node_exporter/tf_locks.prom
 
-A lock is stale if it is older than that and not known to be alive. What stands in the place of a lock and is none counts
-too. Exit codes: 0 none is stale, 2 one is, 1 it could not be done.";
+A lock is stale if it is older than that and its holder is not known to be alive. Anything in the place of a lock that is
+not a lock counts too. Exit codes: 0 none is stale, 2 one is, 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Audit {
@@ -43,7 +43,7 @@ pub(super) struct Audit {
 }
 
 fn age(text: &str) -> Result<Duration, String> {
-    settings::duration(text).ok_or_else(|| "it takes a time such as 90s, 45m, 2h or 3d".to_owned())
+    settings::duration(text).ok_or_else(|| "it must be a time such as 90s, 45m, 2h or 3d".to_owned())
 }
 
 /// The result of an audit. Two audits of an unchanged table differ only in the last two fields, unless a verdict
@@ -112,13 +112,13 @@ impl Count {
         let by_verdict =
             Verdict::ALL.map(|verdict| (format!("{{verdict=\"{}\"}}", verdict.word()), self.of(verdict).to_string()));
         let one = |value: String| [(String::new(), value)];
-        metric("", "Locks that stand, by what is believed of their holders.", &by_verdict);
-        metric("_stale", "Locks that somebody must look at.", &one(self.stale.to_string()));
-        metric("_unreadable", "Things in the place of a lock that are none.", &one(self.unreadable.to_string()));
+        metric("", "Locks that are held, by the verdict on their holders.", &by_verdict);
+        metric("_stale", "Locks that need attention.", &one(self.stale.to_string()));
+        metric("_unreadable", "Entries in the place of a lock that are not locks.", &one(self.unreadable.to_string()));
         metric("_oldest_age_seconds", "Age of the oldest lock.", &one(self.oldest_age_seconds.to_string()));
-        metric("_scanned", "Items, objects or states that were looked at.", &one(self.scanned.to_string()));
-        metric("_scan_seconds", "How long that took.", &one(self.scan_seconds.to_string()));
-        metric("_scan_complete", "1 if everything was looked at.", &one(u8::from(self.complete).to_string()));
+        metric("_scanned", "Items, objects or states that were read.", &one(self.scanned.to_string()));
+        metric("_scan_seconds", "Duration of the scan.", &one(self.scan_seconds.to_string()));
+        metric("_scan_complete", "1 if everything was read.", &one(u8::from(self.complete).to_string()));
         text
     }
 }

@@ -33,13 +33,13 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
         }
         (ScanTarget::Table(_), Some(word)) if is_lock_id(word) => {
             return Err(Trouble::Said(format!(
-                "a table is read by path, not by ID\nname the lock's path; `tf locks list --table` shows it beside {word}"
+                "a lock in a table is found by its path, not by its ID\nname its path; `tf locks list --table` shows it beside {word}"
             )));
         }
         (ScanTarget::Table(_), Some(path)) if path.ends_with("-md5") => {
             return Err(Trouble::Said(format!(
-                "{}: that is the digest of a state, and no lock\nto mend one that does not fit its state, type in that \
-                 state's directory: tf locks doctor --fix-digest",
+                "{} is the digest of a state, not a lock\nto fix a digest that does not match its state, type in the \
+                 directory of that state: tf locks doctor --fix-digest",
                 visible(path)
             )));
         }
@@ -99,7 +99,7 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
         entries.iter().fold(String::new(), |all, entry| match entry {
             ListedEntry::Lock(lock) => format!("{all}\n  {}  {}", visible(&lock.info.id), visible(&lock.path())),
             ListedEntry::UnreadableLock(unreadable) => {
-                format!("{all}\n  {} (no lock: {})", visible(&unreadable.place.describe()), unreadable.reason)
+                format!("{all}\n  {} (not a lock: {})", visible(&unreadable.place.describe()), unreadable.reason)
             }
         })
     };
@@ -117,12 +117,16 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
             }
         }
         (0, Some(word)) if stored > 0 && select => {
-            return Err(Trouble::Said(format!("no lock matches {:?}; these stand:{}", visible(word), named(&others))));
+            return Err(Trouble::Said(format!(
+                "no lock matches {:?}; these are held:{}",
+                visible(word),
+                named(&others)
+            )));
         }
         (0, Some(word)) => {
-            return Err(Trouble::Said(format!("no lock stands at {:?}: there is nothing to release", visible(word))));
+            return Err(Trouble::Said(format!("there is no lock at {:?}: nothing to release", visible(word))));
         }
-        (0, None) => return Err(Trouble::Said("no lock stands here: there is nothing to release".into())),
+        (0, None) => return Err(Trouble::Said("there is no lock here: nothing to release".into())),
         _ => {
             return Err(Trouble::Said(format!("several locks match; name one by its ID:{}", named(&locks))));
         }

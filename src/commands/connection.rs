@@ -115,7 +115,7 @@ impl From<io::Error> for Trouble {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Self::ReaderGone,
             io::ErrorKind::NotConnected => Self::Said(console::STDOUT_CLOSED.to_owned()),
-            _ => Self::Said(format!("the result could not be written: {error}")),
+            _ => Self::Said(format!("could not write the result: {error}")),
         }
     }
 }
@@ -124,13 +124,13 @@ impl From<Unreachable> for Trouble {
     fn from(unreachable: Unreachable) -> Self {
         let next = match unreachable {
             Unreachable::Region => {
-                "name it: AWS_REGION, a profile that has one, or --region beside --table or --bucket"
+                "set AWS_REGION, choose a profile that has one, or add --region to --table or --bucket"
             }
             Unreachable::Credentials(_) => {
-                "terraform would get none there either: log in, choose another profile (AWS_PROFILE), or mend that one"
+                "terraform would get none there either: log in, choose another profile (AWS_PROFILE), or fix that one"
             }
-            Unreachable::Silent(_) => "if the network is well, try again",
-            _ => "type `tf locks doctor` in that directory: it tries everything that a release needs",
+            Unreachable::Silent(_) => "check the network, and try again",
+            _ => "to check everything that a release needs, type in that directory: tf locks doctor",
         };
         Self::Unreachable { unreachable, next }
     }
@@ -144,24 +144,24 @@ impl Trouble {
         let next = match failure.cause() {
             Cause::NoTable | Cause::NoBucket => {
                 format!(
-                    "there is no {what} for these credentials: {region}; are name, region and profile the right ones?"
+                    "there is no {what} for these credentials; {region}: check the name, the region and the profile"
                 )
             }
             Cause::OtherKey => {
-                format!("terraform needs a table whose only key is LockID, a string: is {what} the right one?")
+                format!("terraform needs a table with LockID (a string) as its only key: is {what} the right one?")
             }
             Cause::Denied(action) => format!(
-                "these credentials may not do {action} on {what}: `aws sts get-caller-identity` tells whose they are"
+                "these credentials lack {action} on {what}; to see who they belong to, type: aws sts get-caller-identity"
             ),
             Cause::RejectedCredentials | Cause::ExpiredCredentials => {
-                "the service does not take these credentials: log in again, or choose another profile".to_owned()
+                "the service rejects these credentials: log in again, or choose another profile".to_owned()
             }
             Cause::NotImplemented => {
-                "this store cannot do that, and trying again does not help: see `tf locks doctor`".to_owned()
+                "this store does not support that, and trying again does not help: see `tf locks doctor`".to_owned()
             }
-            Cause::Refused => "trying again does not help before that is mended".to_owned(),
-            Cause::Passing => format!("{region}; the service cannot do it now: try again in a minute"),
-            Cause::NoAnswer => format!("{region}; if the network is well, try again"),
+            Cause::Refused => "fix that before you try again".to_owned(),
+            Cause::Passing => format!("{region}; the service cannot do that now: try again in a minute"),
+            Cause::NoAnswer => format!("{region}; check the network, and try again"),
         };
         Self::Failed { failure, next }
     }
@@ -244,13 +244,15 @@ impl LocationArgs {
     /// or if the backend is not `s3` or lacks a bucket or a key.
     pub(super) fn directory(&self) -> Result<Directory, Trouble> {
         let current = std::env::current_dir()
-            .map_err(|error| Trouble::Said(format!("the current directory cannot be read: {error}")))?;
+            .map_err(|error| Trouble::Said(format!("could not read the current directory: {error}")))?;
         let mut command_line = CommandLine::parse(&[]);
         command_line.directory.clone_from(&self.chdir);
         let path = command_line.working_directory(&current);
         let shown = visible(&path.display().to_string());
         if !path.is_dir() {
-            return Err(Trouble::Said(format!("{shown} is no directory\nname one that has terraform's files in it")));
+            return Err(Trouble::Said(format!(
+                "{shown} is not a directory\nname a directory that has terraform's files in it"
+            )));
         }
         let data_directory = DataDirectory::path(&current, &command_line);
         // Relative paths in the backend are relative to the directory in which terraform runs.
@@ -262,7 +264,7 @@ impl LocationArgs {
                 "there is no initialised backend in {shown}\n\
                  if it is a terraform directory, type `terraform init` first; a state in a local file has no lock to \
                  list: its lock ends with the process that holds it\n\
-                 elsewhere, name a table or a bucket: `tf locks list --table TABLE`"
+                 in any other directory, name a table or a bucket: `tf locks list --table TABLE`"
             )));
         };
         match backend.kind.as_str() {
@@ -276,7 +278,7 @@ impl LocationArgs {
             "remote" | "cloud" => {
                 return Err(Trouble::Said(format!(
                     "the state of {shown} is in HCP Terraform, which keeps the locks itself\n\
-                     look at the workspace there; it has a button that unlocks, and says who holds the lock"
+                     open the workspace there: it shows who holds the lock, and has a button to unlock it"
                 )));
             }
             kind => {
@@ -284,7 +286,7 @@ impl LocationArgs {
                     format!("\nit is {}; to see who holds the lock: {}", visible(&other.place(&backend)), other.look)
                 });
                 return Err(Trouble::Said(format!(
-                    "the backend of {shown} is {:?}; tf reads the locks of the s3 backend alone{see}\n\
+                    "the backend of {shown} is {:?}; tf reads only the locks of the s3 backend{see}\n\
                      terraform prints the lock's ID when it is refused, and `terraform force-unlock ID` removes it",
                     visible(kind)
                 )));

@@ -34,7 +34,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor --fix-digest             the selected workspace's digest, after a question
   tf locks doctor --fix-digest green --yes
 
-Exit codes: 0 all is well, 2 something is wrong and the line below it mends it, 1 it could not be done.";
+Exit codes: 0 all is well, 2 something is wrong (the line below says what to do), 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Doctor {
@@ -118,13 +118,13 @@ impl Doctor {
                 UnlockPolicy::ForceUnlock => {
                     findings.ok(
                         "backend",
-                        &format!("{said}: a lock there is given back by terraform force-unlock, after 10 s"),
+                        &format!("{said}: tf releases a lock there with terraform force-unlock, after 10 s"),
                     );
                 }
                 UnlockPolicy::Name => findings.note(
                     "backend",
                     &format!(
-                        "{said}: a lock there is named, and not given back: an unlock may hit whoever holds it by then"
+                        "{said}: tf names a lock there but does not release it: an unlock could remove another lock"
                     ),
                     &format!("to see who holds it: {}", other.look),
                 ),
@@ -132,7 +132,7 @@ impl Doctor {
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }
         if backend_there.is_none() && is_local(&place) {
-            findings.ok("backend", "none: the state is a local file, and a lock of it ends with its process");
+            findings.ok("backend", "none: the state is a local file; its lock ends with its process");
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }
         super::block_on(async {
@@ -157,25 +157,25 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
             match &program.version {
                 Some(version) if version.log_detail() == LogDetail::None => findings.note(
                     "terraform",
-                    &format!("{shown}, {version}: its log does not tell of its locks"),
-                    "a lock that it leaves is named at best; Terraform since 0.15 and OpenTofu are understood",
+                    &format!("{shown}, {version}: its log does not report its locks"),
+                    "a lock that it leaves is not released; tf can read the logs of Terraform since 0.15 and of OpenTofu",
                 ),
                 Some(version) if version.log_detail() == LogDetail::AcquireOnly => findings.note(
                     "terraform",
-                    &format!("{shown}, {version}: its log tells that it had a lock, and not which"),
-                    "what it leaves is given back after 10 s, but for the locks of state and workspace commands, which are \
-                     named; OpenTofu since 1.11 tells more",
+                    &format!("{shown}, {version}: its log reports that it held a lock, but not which one"),
+                    "a lock that it leaves is released after 10 s, except that locks of state and workspace commands are only \
+                     named; OpenTofu since 1.11 logs more",
                 ),
-                Some(version) => findings.ok("terraform", &format!("{shown}, {version}: its log tells of its locks")),
+                Some(version) => findings.ok("terraform", &format!("{shown}, {version}: its log reports its locks")),
                 None => findings.note(
                     "terraform",
-                    &format!("{shown}: it only leads to a terraform, and nobody knows yet to which"),
-                    "the first run in this directory tells",
+                    &format!("{shown}: it only starts a terraform, and it is not known yet which one"),
+                    "the first run in this directory will show it",
                 ),
             }
         }
         Err(reason) => {
-            findings.wrong("terraform", &reason.to_string(), "put it on the PATH, or name it: TFW_TERRAFORM");
+            findings.wrong("terraform", &reason.to_string(), "put it on PATH, or set TFW_TERRAFORM to its path");
         }
     }
 }
@@ -199,7 +199,7 @@ fn own_files(chdir: Option<PathBuf>) -> PathBuf {
 /// Checks that the journal can be opened and that file locks work in its directory. Without a journal, terraform still
 /// runs, but nothing recovers the locks that a killed `tf` leaves.
 fn journal(findings: &mut Findings) {
-    let next = "name a directory of your own on a disk of this machine: TFW_STATE_DIR";
+    let next = "set TFW_STATE_DIR to a directory of your own on a local disk";
     let state = match StateDirectory::open(|name| std::env::var_os(name)) {
         Ok(state) => state,
         Err(error) => return findings.wrong("journal", &error.to_string(), next),
@@ -216,8 +216,8 @@ fn journal(findings: &mut Findings) {
         Ok(lock_file::try_lock(&holder, 0)? && !lock_file::try_lock(&other, 0)?)
     };
     match works() {
-        Ok(true) => findings.ok("file locks", "a lock there keeps others out"),
-        Ok(false) => findings.wrong("file locks", "a lock there keeps nobody out", next),
+        Ok(true) => findings.ok("file locks", "they work there"),
+        Ok(false) => findings.wrong("file locks", "they do not work there: two processes can hold the same lock", next),
         Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), next),
     }
 }
@@ -235,8 +235,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     if locks.is_empty() {
         findings.note(
             "backend",
-            &format!("{state}, which takes no lock"),
-            "two runs at once can write one state; set use_lockfile = true in the backend block",
+            &format!("{state}, without a lock"),
+            "two runs can write the state at the same time; set use_lockfile = true in the backend block",
         );
     } else {
         findings.ok("backend", &format!("{state}, workspace {}; lock: {locks}", visible(workspace)));
@@ -245,7 +245,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         Ok(arn) => findings.ok("credentials", &visible(&arn)),
         // A release does not need STS. Requests that need credentials are tried below.
         Err(reason) => {
-            findings.note("credentials", &format!("STS does not say whose they are: {}", visible(&reason)), "");
+            findings.note("credentials", &format!("STS does not say who they belong to: {}", visible(&reason)), "");
         }
     }
     let mut clock = None;
@@ -278,8 +278,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
                 "s3:DeleteObject",
                 &visible(&failure.to_string()),
                 &format!(
-                    "let these credentials do s3:DeleteObject on {}\nif they may do it on that key and on no other, all is \
-                     well: this trial has a key of its own, so as to touch nobody's lock",
+                    "allow these credentials s3:DeleteObject on {}\nif they are allowed it on that key and on no other, all is \
+                     well: this test uses a key of its own, so that it touches no lock",
                     visible(&format!("{bucket}/{lock_key}"))
                 ),
             ),
@@ -311,7 +311,7 @@ fn lock_place(
         findings.wrong(
             "lock",
             &format!(
-                "what stands in its place is no lock, and keeps every run out: {}, in {}",
+                "its place holds something that is not a lock, so every run is refused: {}, in {}",
                 stored.describe_no_lock(),
                 visible(&place.describe())
             ),
@@ -330,17 +330,17 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
         Ok(described) if described.keys != ["LockID"] => findings.wrong(
             &name,
             &format!("its key is {}", visible(&described.keys.join(", "))),
-            "terraform needs a table whose only key is LockID, a string: make another one, and name it in the backend block",
+            "terraform needs a table with LockID (a string) as its only key: create one and name it in the backend block",
         ),
         Ok(described) if described.last_writer_wins() => findings.note(
             &name,
-            &format!("a global table ({}): its last writer wins, in each region", described.replicas.join(", ")),
-            "a condition holds in one region alone, and so tf only names locks here; if every run uses the same region, \
-             set TFW_RELEASE=auto",
+            &format!("a global table ({}): writes of several regions overwrite each other", described.replicas.join(", ")),
+            "a condition is checked in one region only, so tf names locks here but does not release them; if every run \
+             uses the same region, set TFW_RELEASE=auto",
         ),
         Ok(_) => findings.ok(&name, "its key is LockID"),
         Err(failure) if failure.denied().is_some() => {
-            findings.note(&name, "these credentials may not describe it, which a release does not need", "");
+            findings.note(&name, "permission denied to describe it; a release does not need that", "");
         }
         Err(failure) => {
             findings.wrong(&name, &Trouble::failed(failure, &format!("table {table}"), stores).to_string(), "");
@@ -354,7 +354,7 @@ fn permission(findings: &mut Findings, action: &str, what: &str, answer: &Result
         Err(failure) if failure.denied().is_some() => findings.wrong(
             action,
             &visible(&failure.to_string()),
-            &format!("let these credentials do {action} on {}", visible(what)),
+            &format!("allow these credentials {action} on {}", visible(what)),
         ),
         Err(failure) => {
             findings.wrong(action, &Trouble::failed(failure.clone(), &visible(what), stores).to_string(), "");
@@ -364,14 +364,14 @@ fn permission(findings: &mut Findings, action: &str, what: &str, answer: &Result
 
 fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) {
     match if_match {
-        IfMatch::Obeyed => findings.ok("If-Match", "a delete on a condition is obeyed"),
+        IfMatch::Obeyed => findings.ok("If-Match", "conditional deletes are obeyed"),
         IfMatch::Ignored => findings.wrong(
             "If-Match",
-            &format!("the service of {} ignores it: a delete hits whatever lock stands there", visible(bucket)),
-            "lock with a DynamoDB table as well, or let tf only name locks: TFW_RELEASE=never",
+            &format!("the service of {} ignores it: a delete removes any lock that is there", visible(bucket)),
+            "also lock with a DynamoDB table, or set TFW_RELEASE=never so that tf only names locks",
         ),
         IfMatch::Unknown => {
-            findings.note("If-Match", "whether a delete on a condition is obeyed could not be found out", "");
+            findings.note("If-Match", "could not find out whether conditional deletes are obeyed", "");
         }
     }
 }
@@ -382,24 +382,24 @@ fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneM
         IfNoneMatch::Ignored => findings.wrong(
             "If-None-Match",
             &format!(
-                "the service of {} ignores it: use_lockfile does not lock there, and two runs can write one state at once",
+                "the service of {} ignores it: use_lockfile does not lock there, and two runs can write the state at the same time",
                 visible(bucket)
             ),
             "lock with a DynamoDB table: set dynamodb_table in the backend block",
         ),
         IfNoneMatch::Unsupported => findings.wrong(
             "If-None-Match",
-            &format!("the service of {} does not know it: use_lockfile cannot lock there", visible(bucket)),
+            &format!("the service of {} does not support it: use_lockfile cannot lock there", visible(bucket)),
             "lock with a DynamoDB table: set dynamodb_table in the backend block",
         ),
         IfNoneMatch::Unknown(failure) => findings.note(
             "If-None-Match",
-            &format!("whether a second lock is refused could not be tried: {}", visible(&failure.to_string())),
+            &format!("could not test whether a second lock is refused: {}", visible(&failure.to_string())),
             "",
         ),
         IfNoneMatch::Untried => findings.note(
             "If-None-Match",
-            "whether a second lock is refused was not tried: what would be put beside the lock could not be deleted",
+            "did not test whether a second lock is refused: the test object could not be deleted again",
             "",
         ),
     }
@@ -409,32 +409,32 @@ async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
     match probe::keeps_versions(&stores.s3, bucket).await {
         Ok(true) => findings.note(
             "versioning",
-            "on: each lock leaves an old version and a delete marker, which nobody sees and everybody pays for",
-            "a lifecycle rule that ends old versions takes them away; the state's own history needs them for some time",
+            "on: each lock leaves an old version and a delete marker, which are billed",
+            "a lifecycle rule that expires old versions removes them; keep old versions of the state itself for some time",
         ),
         Ok(false) => findings.note(
             "versioning",
-            "off: a lost state cannot be brought back",
+            "off: a lost state cannot be restored",
             &format!(
                 "type: aws s3api put-bucket-versioning --bucket {} --versioning-configuration Status=Enabled",
                 quoted(bucket)
             ),
         ),
-        Err(failure) => findings.note("versioning", &format!("not to be seen: {}", visible(&failure.to_string())), ""),
+        Err(failure) => findings.note("versioning", &format!("could not read it: {}", visible(&failure.to_string())), ""),
     }
 }
 
 /// Compares this host's clock with the service's; `service` is `None` if no answer had a time. A signed request is
 /// refused if the clock is 5 min off (DynamoDB) or 15 min off (S3, RequestTimeTooSkewed).
 fn skew(findings: &mut Findings, service: Option<Timestamp>) {
-    let Some(service) = service else { return findings.note("clock", "the service did not tell its time", "") };
+    let Some(service) = service else { return findings.note("clock", "the service did not send its time", "") };
     let apart = Timestamp::now().duration_since(service).unsigned_abs();
-    let text = format!("{} from the service's", length_of_time(apart));
+    let text = format!("{} off the service's", length_of_time(apart));
     if apart.as_secs() > 60 {
         findings.wrong(
             "clock",
             &text,
-            "set it: requests are refused when it is 5 min off, and ages of locks are wrong",
+            "set this host's clock: requests are refused when it is 5 min off, and ages of locks are wrong",
         );
     } else {
         findings.ok("clock", &text);
@@ -456,17 +456,17 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
         let Some(table) = &state.table else { continue };
         let name = format!("digest of {}", visible(&state.workspace));
         match digest::compare(stores, ObjectKey { bucket: &state.bucket, key: &state.key }, table).await {
-            Ok(compared) if compared.fits() => findings.ok(&name, "it fits the state"),
+            Ok(compared) if compared.fits() => findings.ok(&name, "it matches the state"),
             Ok(compared) => {
                 // They also differ while a run has written the state and not yet the digest.
                 let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
                 let text = format!(
-                    "{} is recorded, and the state has {}",
+                    "{} is recorded, but the state has {}",
                     visible(compared.recorded.as_deref().unwrap_or("none")),
-                    compared.computed.as_deref().unwrap_or("none, for there is no state")
+                    compared.computed.as_deref().unwrap_or("none, because there is no state")
                 );
                 if locked {
-                    findings.note(&name, &format!("{text}; its lock is held, so somebody may be writing"), "");
+                    findings.note(&name, &format!("{text}; it is locked, so a run may be writing it"), "");
                 } else {
                     let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
                     let command = messages::locks_command(&words, other(directory).as_deref(), None);
@@ -489,7 +489,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     }
     findings.wrong(
         "errored.tfstate",
-        &format!("it lies there: {}", errored_state::ERRORED_STATE),
+        &format!("it exists: {}", errored_state::ERRORED_STATE),
         &errored_state::push_errored_state("terraform", other(directory).as_deref()),
     );
 }

@@ -67,7 +67,7 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
         let compared = compare(&stores, &state).await?;
         let name = visible(&state.path());
         if compared.fits() {
-            console::print(&format!("the digest of {name} fits its state: there is nothing to fix"));
+            console::print(&format!("the digest of {name} matches its state: there is nothing to fix"));
             return Ok(Finding::Nothing);
         }
         let now = Timestamp::now();
@@ -75,25 +75,25 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
             format!(", written at {at:.0} ({} ago)", length_of_time(now.duration_since(at).unsigned_abs()))
         });
         let has = compared.computed.as_deref().unwrap_or(
-            "none, for there is no state: if there should be one, bring it back first (its bucket may keep old versions)",
+            "none, because there is no state: if there should be one, restore it first (its bucket may keep old versions)",
         );
         console::print(&format!(
             "state     {name}{written}\nrecorded  {}\nit has    {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
         let (what, question) = match compared.computed {
-            Some(_) => ("record what it has", "Record what the state has?"),
-            None => ("delete the digest", "Delete the digest, so that terraform begins with an empty state?"),
+            Some(_) => ("record the digest of the state", "Record the digest of the state?"),
+            None => ("delete the digest", "Delete the digest, so that terraform starts with an empty state?"),
         };
         if change == Change::None {
             console::print(&format!("would {what}"));
             return Ok(Finding::Stale);
         }
         if change == Change::IfAgreed && !std::io::stdin().is_terminal() {
-            return Err(Trouble::Said(format!("nobody is there to ask: add --yes to {what}")));
+            return Err(Trouble::Said(format!("nothing was changed: stdin is not a terminal, so tf cannot ask\nto {what}, add --yes")));
         }
         if change == Change::IfAgreed && !agreement::is_given(question) {
-            console::say("it was left alone");
+            console::say("nothing was changed");
             return Ok(Finding::Failed);
         }
         agreed = Some((directory, state, compared));
@@ -114,11 +114,11 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
 
 async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Directory, Stores, ListedState), Trouble> {
     let Connection { target: ScanTarget::Directory(directory), stores } = place.reach().await? else {
-        return Err(Trouble::Said("a digest is fixed from the directory of its state".into()));
+        return Err(Trouble::Said("a digest can be fixed only from the directory of its state".into()));
     };
     if directory.table.is_none() {
         return Err(Trouble::Said(
-            "this backend has no DynamoDB table, and so no digest: there is nothing to fix".into(),
+            "this backend has no DynamoDB table, so it has no digest: there is nothing to fix".into(),
         ));
     }
     let wanted = workspace.unwrap_or(&directory.workspace);
@@ -214,7 +214,7 @@ impl<'a> Work<'a> {
             (kept, Err(why)) => {
                 let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
                 let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
-                console::say(&format!("the lock {} was not given back: {}\n{next}{more}", self.info.id, visible(&why)));
+                console::say(&format!("the lock {} was not released: {}\n{next}{more}", self.info.id, visible(&why)));
                 return done.map(|_| Finding::Failed);
             }
         }
@@ -272,7 +272,7 @@ impl<'a> Work<'a> {
 
     /// Builds the error that names the holder of the lock in the way. `taken` are the parts that this run acquired.
     async fn refused(&self, stores: &Stores, taken: &[StoreKey]) -> Trouble {
-        let mut holder = "somebody".to_owned();
+        let mut holder = "an unknown holder".to_owned();
         for store_key in self.store_keys(stores).into_iter().filter(|store_key| !taken.contains(store_key)) {
             if let Ok(Some(stored)) = stores.read(&store_key).await
                 && let Some(info) = stored.info()
@@ -281,20 +281,20 @@ impl<'a> Work<'a> {
             }
         }
         Trouble::Said(format!(
-            "the state is locked by {holder}: nothing was changed\ntype: tf locks, and once it is free, try again"
+            "nothing was changed: the state is locked by {holder}\nto see whether it is still locked, type: tf locks"
         ))
     }
 
     async fn write(&self, stores: &Stores) -> Result<Finding, Trouble> {
         let now = compare(stores, &self.state).await?;
         if now.fits() {
-            console::print("it fits by now: somebody has mended it, or it was being written");
+            console::print("the digest matches now: it was fixed in the meantime, or a run was just writing it");
             return Ok(Finding::Nothing);
         }
         if now != self.shown {
             return Err(Trouble::Said(format!(
-                "it changed in between: {} is recorded, and the state has {}: nothing was changed\nlook once more: tf locks \
-                 doctor --fix-digest {}",
+                "nothing was changed, because it changed in the meantime: {} is recorded, but the state has {}\nto look \
+                 again, type: tf locks doctor --fix-digest {}",
                 visible(now.recorded.as_deref().unwrap_or("none")),
                 now.computed.as_deref().unwrap_or("none"),
                 quoted(&visible(&self.state.workspace))
@@ -313,7 +313,7 @@ impl<'a> Work<'a> {
             // The SDK may have sent the request twice, so that the second attempt was refused because of the first.
             let now = compare(stores, &self.state).await?;
             if !now.fits() {
-                return Err(Trouble::Said("the digest changed in between: nothing was changed".into()));
+                return Err(Trouble::Said("nothing was changed: the digest changed in the meantime".into()));
             }
         }
         console::print(&match now.computed {

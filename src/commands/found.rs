@@ -82,8 +82,8 @@ impl ListedEntry {
 /// Returns the message that `unread` lock objects could not be read.
 pub(super) fn not_whole(unread: u64) -> String {
     format!(
-        "{unread} lock objects stand that could not be read, and so nobody knows whose they are; `tf locks list` with the \
-         same options says why of each (AccessDenied: s3:GetObject is missing)"
+        "{unread} lock objects could not be read, so their holders are not known; `tf locks list` with the same options \
+         shows the reason for each (AccessDenied: s3:GetObject is missing)"
     )
 }
 
@@ -149,22 +149,21 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
         let junk =
             |dynamodb: bool| unreadable.iter().find(|junk| matches!(junk.place, StoreKey::DynamoDb { .. }) == dynamodb);
         if let Some(junk) = junk(!item).filter(|_| item != object) {
-            lock.notes.push(format!(
-                "what stands in its other place is no lock, and keeps every run out: {}",
-                junk.describe()
-            ));
+            lock.notes.push(format!("its other part is not a lock, so every run is refused: {}", junk.describe()));
         } else if lock.rival.is_some() {
-            lock.notes.push("another lock, with another ID, stands in the other half of this place".to_owned());
+            lock.notes.push("its other part is another lock, with another ID".to_owned());
         } else if item && !object && wanted.s3 {
-            lock.notes.push("half a lock: the backend locks in S3 too, and no .tflock object stands there".to_owned());
-        } else if object && !item && wanted.dynamodb && wanted.s3 {
-            lock.notes.push("half a lock: the backend locks in DynamoDB too, and no item stands there".to_owned());
-        } else if object && !item && wanted.dynamodb {
             lock.notes
-                .push("the backend here has no use_lockfile: it was taken by somebody whose backend has".to_owned());
+                .push("only part of a lock: the backend locks in S3 too, but there is no .tflock object".to_owned());
+        } else if object && !item && wanted.dynamodb && wanted.s3 {
+            lock.notes.push("only part of a lock: the backend locks in DynamoDB too, but there is no item".to_owned());
+        } else if object && !item && wanted.dynamodb {
+            lock.notes.push(
+                "the backend here does not set use_lockfile: it was taken by a run with a backend that does".to_owned(),
+            );
         }
         if lock.info.path != lock.path() {
-            lock.notes.push("its Path is not the place where it stands".to_owned());
+            lock.notes.push("its Path is not where it is stored".to_owned());
         }
     }
     let locks = locks.into_iter().map(|lock| ListedEntry::Lock(Box::new(lock)));
@@ -176,13 +175,13 @@ fn why_unreadable(stored: &StoredLock) -> String {
     let text = stored.text();
     let it = if matches!(stored, StoredLock::Item(_)) { "its Info" } else { "it" };
     match serde_json::from_str::<serde_json::Value>(text) {
-        _ if text.is_empty() => format!("it is no lock, but {}", stored.describe_no_lock()),
+        _ if text.is_empty() => format!("it is not a lock, but {}", stored.describe_no_lock()),
         Err(_) => format!("{it} is not JSON"),
         Ok(value) if !value.is_object() => format!("{it} is not a JSON object"),
         Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
             format!("{it} has no ID")
         }
-        Ok(_) => format!("{it} is not a lock of terraform's"),
+        Ok(_) => format!("{it} is not a terraform lock"),
     }
 }
 
@@ -262,9 +261,9 @@ mod tests {
     #[test]
     fn a_half_alone_is_said_to_be_one() {
         for (wanted, half, expected) in [
-            (BOTH, item(&info("a")), "half a lock"),
-            (BOTH, object(&info("a")), "half a lock"),
-            (Wanted { dynamodb: true, s3: false }, object(&info("a")), "no use_lockfile"),
+            (BOTH, item(&info("a")), "only part of a lock"),
+            (BOTH, object(&info("a")), "only part of a lock"),
+            (Wanted { dynamodb: true, s3: false }, object(&info("a")), "does not set use_lockfile"),
         ] {
             let found = pair(wanted, vec![half], None);
             assert!(locks(&found)[0].notes[0].contains(expected), "{:?}", locks(&found)[0].notes);
@@ -281,7 +280,7 @@ mod tests {
         for parts in [[item(""), object(&info("a"))], [item(&info("a")), object("")]] {
             let found = pair(BOTH, parts.to_vec(), None);
             let [lock] = locks(&found)[..] else { panic!("{found:?}") };
-            assert!(lock.notes[0].contains("is no lock, and keeps every run out"), "{:?}", lock.notes);
+            assert!(lock.notes[0].contains("is not a lock, so every run is refused"), "{:?}", lock.notes);
             assert_eq!(lock.notes.len(), 1, "{:?}", lock.notes);
             assert!(found.iter().filter(|entry| entry.is_stale()).count() == 1, "{found:?}");
         }
@@ -296,7 +295,7 @@ mod tests {
             ("{}", "no ID"),
             (r#"{"ID":""}"#, "no ID"),
             (r#"{"ID":7}"#, "no ID"),
-            (r#"{"ID":"a","Who":7}"#, "not a lock"),
+            (r#"{"ID":"a","Who":7}"#, "not a terraform lock"),
         ] {
             match &pair(BOTH, vec![item(text)], None)[..] {
                 [ListedEntry::UnreadableLock(unreadable)] => assert!(unreadable.reason.contains(expected), "{text}"),

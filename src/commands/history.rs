@@ -16,7 +16,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks history
   tf locks history --json | jq '.events[] | select(.event == \"forced\")'
 
-Exit codes: 0 it was shown, 1 it could not be.";
+Exit codes: 0 it was shown, 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct History {
@@ -44,7 +44,7 @@ impl History {
             console::print(&line(event));
         }
         if unreadable > 0 {
-            console::say(&format!("{unreadable} lines of the history cannot be read, and are not shown"));
+            console::say(&format!("{unreadable} lines of the history could not be read and are not shown"));
         }
         Ok(Finding::Nothing)
     }

@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks list --table terraform-locks --region eu-west-1
   tf locks list --bucket my-states --prefix prod/
 
-Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or no lock at all), 1 it could not be done.";
+Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or not a lock), 1 the command failed.";
 
 /// The arguments of `tf locks list`, and of `tf locks` without a command.
 #[derive(Args, Clone, Debug, Default)]
@@ -53,7 +53,7 @@ impl List {
             }
             if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
                 let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
-                console::print(&format!("no lock stands for {}/{}{workspaces}", directory.bucket, directory.key));
+                console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
             }
             let end = End { complete: inventory.incomplete.is_none(), scanned: inventory.states };
             output.end(end)?;

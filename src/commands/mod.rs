@@ -181,7 +181,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Finding::Failed.code()
         }
         Some(kind) => {
-            console::say(&format!("the result could not be written: {kind}"));
+            console::say(&format!("could not write the result: {kind}"));
             Finding::Failed.code()
         }
     }

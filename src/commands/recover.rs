@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks recover --dry-run
   tf locks recover --forget 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
-Exit codes: 0 nothing is left, 2 a lock could not be given back (it is named), 1 it could not be done.";
+Exit codes: 0 nothing is left, 2 a lock was not released (it is named), 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Recover {
@@ -74,7 +74,7 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
     match recovery::forget(what) {
         Forgotten::Yes(pid) => {
             console::print(&format!(
-                "dropped the record of {what}, which a run here (pid {pid}) left; nothing was released"
+                "dropped the record of {what}, left by a run on this host (pid {pid}); nothing was released"
             ));
             Ok(Finding::Nothing)
         }
@@ -82,7 +82,7 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
             Err(Trouble::Said(format!("the run of {what} (pid {pid}) is still alive: nothing was dropped")))
         }
         Forgotten::Unknown => Err(Trouble::Said(format!(
-            "no run here has a record of {}\nto see what dead runs have left, type: tf locks recover --dry-run",
+            "no run on this host has a record of {}\nto see what dead runs have left, type: tf locks recover --dry-run",
             visible(what)
         ))),
     }
@@ -94,7 +94,7 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
 /// # Errors
 /// Fails if the child process cannot be started.
 pub(super) fn in_a_process(run: Option<&str>, reason: Option<&str>) -> Result<(), Trouble> {
-    let failed = |error: std::io::Error| Trouble::Said(format!("tf could not be started once more: {error}"));
+    let failed = |error: std::io::Error| Trouble::Said(format!("could not start tf for the recovery: {error}"));
     let mut command = another_tf::locks(&["recover"]).map_err(failed)?;
     command.args(run.into_iter().flat_map(|run| ["--run", run]));
     // The user asked for this release with `tf locks release`, so the user's own TFW_RELEASE does not apply.

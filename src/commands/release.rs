@@ -25,21 +25,21 @@ use crate::lock::stores::{Removed, StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
-  tf locks release                         the only lock that stands for this directory
+  tf locks release                         the only lock of this directory
   tf locks release --dry-run
   tf locks release green --yes --reason 'runner 7 was reclaimed'
   tf locks release --force 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
-A lock whose holder is proven dead goes. One whose holder is likely dead goes when you say so. One whose holder is alive,
-or of which nothing is known, stays, unless you force it by its full ID. What stands in the place of a lock and is none goes
-when you say so.
+If the holder is proven dead, the lock is released. If the holder is likely dead, you are asked first. If the holder is
+alive or its state is unknown, the lock is not released, unless you pass --force with its full ID. For anything in the
+place of a lock that is not a lock, you are asked first.
 
-Exit codes: 0 it is gone, 2 it would go (--dry-run), 1 it stands.";
+Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released.";
 
 /// The question before the release of a lock whose holder is likely dead.
-const LIKELY: &str = "its holder is likely dead, which is no proof. Release it?";
+const LIKELY: &str = "the holder is likely dead, but that is not proven. Release it?";
 /// The question before the deletion of an entry that is not a lock.
-const NO_LOCK: &str = "it is no lock of terraform's, and keeps every run out. Release it?";
+const NO_LOCK: &str = "it is not a terraform lock, and every run is refused because of it. Release it?";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
@@ -125,8 +125,7 @@ impl Release {
             let is_it = |id: &str| id == lock.info.id || id == visible_whole(&lock.info.id);
             if let Some(id) = self.force.as_deref().filter(|id| !is_it(id)) {
                 return Err(Trouble::Said(format!(
-                    "--force takes the full ID of a lock, and the one that stands there is not {}, but {}: nothing was \
-                     released",
+                    "not released: --force takes the full ID of the lock, and that is not {}, but {}",
                     visible(id),
                     visible(&lock.info.id)
                 )));
@@ -145,7 +144,7 @@ impl Release {
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
                 Step::Ask => {
-                    console::say("it was left alone");
+                    console::say("not released");
                     Ok(Finding::Failed)
                 }
             };
@@ -162,8 +161,8 @@ impl Release {
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
                     console::say(&format!(
-                        "another lock stood in its other place, and keeps every run out as long as it stands: ID {}\nfor \
-                         everything that is known of it, type: {} {}",
+                        "its other part is another lock, and every run is refused until that is released: ID {}\nfor \
+                         details, type: {} {}",
                         visible(rival),
                         self.place.command("show"),
                         console::argument(rival)
@@ -185,23 +184,25 @@ impl Release {
             console::print(&show::description_of_junk(junk));
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
-            return Err(Trouble::Said(format!("it could not be read, and so it is left alone: {}", unread.describe())));
+            return Err(Trouble::Said(format!("not released, because it could not be read: {}", unread.describe())));
         }
         if let Some(state) = junk.iter().find(|junk| junk.stored.as_ref().is_some_and(StoredLock::is_state)) {
             return Err(Trouble::Said(format!(
-                "{}: that is a terraform state, and nothing is worth more: it is left alone\nmove it to where it belongs",
+                "not released: {} is a terraform state\nmove it to where it belongs",
                 visible(&state.place.describe())
             )));
         }
         if self.dry_run {
-            console::print("it would be released once you agree");
+            console::print("it would be released after you confirm");
             return Ok(Finding::Stale);
         }
         if !self.yes && !std::io::stdin().is_terminal() {
-            return Err(Trouble::Said("not released: nobody is there to ask: add --yes to release it".into()));
+            return Err(Trouble::Said(
+                "not released: stdin is not a terminal, so tf cannot ask\nto release it, add --yes".into(),
+            ));
         }
         if !self.yes && !agreement::is_given(NO_LOCK) {
-            console::say("it was left alone");
+            console::say("not released");
             return Ok(Finding::Failed);
         }
         for UnreadableLock { place, reason, stored } in junk {
@@ -211,14 +212,14 @@ impl Release {
                 Ok(Removed::Gone) => {
                     let event = LockInfo::default();
                     let reason_given = self.reason.as_deref();
-                    let why = format!("what stood there was no lock: {reason}");
+                    let why = format!("it was not a lock: {reason}");
                     let event =
                         LockEvent::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
                     console::print(&format!("released {shown}"));
                 }
                 Ok(Removed::Anothers) => {
-                    console::say(&format!("it changed in between, and what stands there now was left alone: {shown}"));
+                    console::say(&format!("not released, because it changed in the meantime: {shown}"));
                     return Ok(Finding::Failed);
                 }
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&shown)),
@@ -231,7 +232,7 @@ impl Release {
     fn dry(&self, lock: &FoundLock, step: Step) -> Finding {
         match step {
             Step::Finish | Step::Delete => console::print("it would be released"),
-            Step::Ask => console::print("it would be released once you agree"),
+            Step::Ask => console::print("it would be released after you confirm"),
             Step::Refuse => return self.refuse(lock),
         }
         Finding::Stale
@@ -239,7 +240,7 @@ impl Release {
 
     /// Records `what` happened to the lock in the history.
     fn remember(&self, what: What, lock: &FoundLock) {
-        let why = format!("its holder is {}: {}", lock.verdict().words(), lock.judgement.reason);
+        let why = format!("{}: {}", lock.verdict().of_the_holder(), lock.judgement.reason);
         let path = lock.path();
         history::record(&LockEvent::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
@@ -247,10 +248,10 @@ impl Release {
     fn refuse(&self, lock: &FoundLock) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
-            Verdict::Alive => format!("not released: its holder is alive, {reason}"),
-            Verdict::LikelyDead => format!("not released: its holder is likely dead ({reason})"),
+            Verdict::Alive => format!("not released: the holder is alive ({reason})"),
+            Verdict::LikelyDead => format!("not released: the holder is likely dead ({reason})"),
             Verdict::Unknown | Verdict::Dead => {
-                format!("not released: nothing proves that its holder is dead ({reason})")
+                format!("not released: nothing proves that the holder is dead ({reason})")
             }
         };
         console::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
@@ -270,7 +271,7 @@ impl Release {
                 still |= read(reach, store_key).await?.as_ref() == Some(stored);
             }
             if still {
-                console::say("its run was not finished; what was said above tells why");
+                console::say("not released; the messages above say why");
                 return Ok(Finding::Failed);
             }
             return Ok(Finding::Nothing);
@@ -302,7 +303,7 @@ impl Release {
         for (store_key, shown) in &lock.parts {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
-                Ok(Removed::Gone) => half = "\nits other half is deleted: the lock keeps others out all the same",
+                Ok(Removed::Gone) => half = "\nits other part was deleted, but this part still refuses every run",
                 Ok(Removed::Anothers) => gone = false,
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&place)),
                 Err(failure) => {
@@ -322,7 +323,7 @@ impl Release {
 
     /// Reports that the lock has changed since it was shown, and shows what is there now.
     async fn changed(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
-        console::say("it changed in between, and what stands there now was left alone:");
+        console::say("not released, because it changed in the meantime; this is there now:");
         let path = lock.path();
         match choose(reach, Some(&path), false).await {
             Ok(Choice::Lock(now, _)) => console::print(&show::description(&now, Timestamp::now())),
@@ -336,8 +337,8 @@ impl Release {
 /// Builds the error for a service that accepts a delete and does not carry it out.
 fn refuses_to_delete(place: &str) -> Trouble {
     Trouble::Said(format!(
-        "{place}: the service does not delete what stands there, though it has not changed\ntry again later; if that does \
-         not help, whoever runs that service can tell why"
+        "{place}: not released: the service does not delete it, although it has not changed\ntry again later; if that does \
+         not help, ask the operator of that service"
     ))
 }
 

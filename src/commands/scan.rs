@@ -179,7 +179,7 @@ impl Scan {
         order.rest(output)?;
         if scanned.stopped.is_some() {
             let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
-            console::say(&format!("stopped after {}{of} items: this is not all", scanned.items));
+            console::say(&format!("stopped after {}{of} items: the list is incomplete", scanned.items));
         }
         Ok(scanned)
     }
@@ -198,8 +198,8 @@ impl Scan {
                     Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
                         console::say(&format!(
-                            "what {} can give is not known (dynamodb:DescribeTable is missing): it is read slowly, {rate} \
-                             units a second; --rate changes that",
+                            "the capacity of {} is not known (dynamodb:DescribeTable is missing), so it is read slowly: {rate} \
+                             units a second; to change that, use --rate",
                             visible(table)
                         ));
                         None
@@ -210,7 +210,7 @@ impl Scan {
                     && description.keys != ["LockID"]
                 {
                     return Err(Trouble::Said(format!(
-                        "{} is no lock table: its key is {}, and terraform's is LockID alone\nis it the right table?",
+                        "{} is not a lock table: its key is {}, but terraform's is LockID alone\nis it the right table?",
                         visible(table),
                         visible(&description.keys.join(" and "))
                     )));

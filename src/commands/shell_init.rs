@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   begin=$(tf locks shell-init sh) && eval \"$begin\"
                                               in a script: see also `tf locks shim`
 
-Exit codes: 0 it was printed, 1 it could not be.";
+Exit codes: 0 it was printed, 1 the command failed.";
 
 /// A shell that `tf` supports.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -40,7 +40,7 @@ pub(super) struct ShellInit {
 
 impl ShellInit {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
-        let own = own_path::find().map_err(|error| Trouble::Said(format!("where tf lies is not known: {error}")))?;
+        let own = own_path::find().map_err(|error| Trouble::Said(format!("could not find the path of tf: {error}")))?;
         let program = if own.on_path {
             "tf"
         } else {

@@ -21,7 +21,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   PATH=\"$HOME/.local/share/tf/shim:$PATH\" ./deploy.sh
   tf locks shim --remove ~/.local/share/tf/shim
 
-Exit codes: 0 they are there (or, with --remove, are not), 1 something else stands there, or it could not be done.";
+Exit codes: 0 the links exist (with --remove: they do not), 1 something else is in their place, or the command failed.";
 
 /// A name that a script calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -64,7 +64,8 @@ enum LinkState {
 
 impl Shim {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
-        let own = own_path::find().map_err(|error| Trouble::Said(format!("where tf lies is not known: {error}")))?.path;
+        let own =
+            own_path::find().map_err(|error| Trouble::Said(format!("could not find the path of tf: {error}")))?.path;
         let names = [Name::Terraform, Name::Tofu].into_iter().filter(|name| self.only.is_none_or(|only| only == *name));
         let links: Vec<PathBuf> = names.map(|name| self.directory.join(name.as_str())).collect();
         let done = if self.remove { remove(&links, &own) } else { self.make(&links, &own) };
@@ -112,7 +113,7 @@ fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
             LinkState::Another(what) => Ok(Some(what)),
         }) {
             Ok(None) => {}
-            Ok(Some(what)) => kept.push(not_ours(link, &what, own, "it was left")),
+            Ok(Some(what)) => kept.push(not_ours(link, &what, own, "it was not removed")),
             Err(error) => kept.push(format!("{}: {error}", link.display())),
         }
     }
@@ -156,7 +157,7 @@ fn take_away(link: &Path, own: &Path) -> io::Result<Option<String>> {
 }
 
 fn not_ours(link: &Path, what: &str, own: &Path, done: &str) -> String {
-    format!("{} is {what}, and no link to {}: {done}", link.display(), own.display())
+    format!("{} is {what}, not a link to {}: {done}", link.display(), own.display())
 }
 
 fn link_state(link: &Path, own: &Path) -> io::Result<LinkState> {

@@ -15,7 +15,7 @@ use crate::console::{argument, length_of_time, visible, visible_whole};
 use crate::holder::evidence::Verdict;
 
 pub(super) const EXAMPLES: &str = "Examples:
-  tf locks show                            the only lock that stands for this directory
+  tf locks show                            the only lock of this directory
   tf locks show green                      the one of workspace green
   tf locks show 5e75cb05-d70c-4132-39e0-d2abba1b3077
   tf locks show my-states/prod.tfstate --table terraform-locks
@@ -62,7 +62,7 @@ impl Show {
                     }
                     let path = argument(&first.place.path());
                     console::print(&format!(
-                        "it keeps every run out; once you know that nobody needs it, type: {} {path}",
+                        "every run is refused because of it; once you know that nobody needs it, type: {} {path}",
                         self.place.command(messages::RELEASE_NO_LOCK)
                     ));
                 }
@@ -74,7 +74,7 @@ impl Show {
 
 /// Describes an entry that is in a lock's place and is not a lock.
 pub(super) fn description_of_junk(junk: &UnreadableLock) -> String {
-    format!("no lock    {}\nstands in  {}", junk.reason, visible(&junk.place.describe()))
+    format!("not a lock  {}\nstored in   {}", junk.reason, visible(&junk.place.describe()))
 }
 
 /// Returns what the user can do about a lock. `place` are the options with which the lock was found; the commands
@@ -84,10 +84,10 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
     let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
     let release = place.command("release");
     match lock.verdict() {
-        Verdict::Alive => "interrupt that run with ^C and let it end: it gives its lock back itself".to_owned(),
+        Verdict::Alive => "interrupt that run with ^C and let it end: it releases its lock itself".to_owned(),
         Verdict::Dead => format!("type: {release} {}", word()),
         Verdict::LikelyDead => {
-            format!("that is no proof; if you know that nobody works there, type: {release} --yes {}", word())
+            format!("that is not proven; if you know that nobody is working there, type: {release} --yes {}", word())
         }
         Verdict::Unknown => {
             let ask = match visible(&lock.info.who) {
@@ -96,7 +96,7 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
             };
             let force = console::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
-            format!("{ask}; once you know that nobody works there, type: {release}{force}{path}")
+            format!("{ask}; once you know that nobody is working there, type: {release}{force}{path}")
         }
     }
 }
@@ -122,7 +122,7 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     if let Some(workspace) = &lock.workspace {
         lines.push(("workspace".into(), visible(workspace)));
     }
-    let mut name = "stands in";
+    let mut name = "stored in";
     for (store_key, _) in &lock.parts {
         lines.push((name.into(), visible(&store_key.describe())));
         name = "";

@@ -35,6 +35,16 @@ impl Verdict {
         }
     }
 
+    /// Returns the verdict as the beginning of a sentence, to which the reason is added.
+    pub(crate) fn of_the_holder(self) -> &'static str {
+        match self {
+            Self::Alive => "the holder is alive",
+            Self::Unknown => "the holder's state is unknown",
+            Self::LikelyDead => "the holder is likely dead",
+            Self::Dead => "the holder is dead",
+        }
+    }
+
     /// Returns the verdict as it is written in JSON and in metrics.
     pub(crate) fn word(self) -> &'static str {
         match self {

@@ -44,7 +44,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "local",
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "nothing that locks: the kernel's lock ends with the process; `.terraform.tfstate.lock.info` stays, and is ignored",
-        conditional: "no lock to give back (test: killed, and the next run locks)",
+        conditional: "no lock to release (test: killed, and the next run locks)",
         look: "cat .terraform.tfstate.lock.info",
         place: &["path", "workspace_dir"],
     },
@@ -60,7 +60,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "consul",
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "a lock for 20 to 35 s: its session ends by itself; `.lockinfo` stays, and is ignored",
-        conditional: "no: force-unlock destroys the session and then deletes whatever lock stands (read in the source)",
+        conditional: "no: force-unlock destroys the session and then deletes any lock that is held (read in the source)",
         look: "consul kv get PATH/.lockinfo",
         place: &["path", "address", "datacenter"],
     },
@@ -68,15 +68,15 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "inmem",
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "nothing: it is in the memory of the process",
-        conditional: "no lock to give back",
-        look: "no place to look in",
+        conditional: "no lock to release",
+        look: "there is no place to look",
         place: &[],
     },
     OtherBackend {
         kind: "gcs",
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "the object PREFIX/WORKSPACE.tflock",
-        conditional: "yes: the delete names the object's generation, which is the lock's ID (test: another's lock stands)",
+        conditional: "yes: the delete names the object's generation, which is the lock's ID (test: the lock of another run remains)",
         look: "gcloud storage cat gs://BUCKET/PREFIX/WORKSPACE.tflock",
         place: &["bucket", "prefix"],
     },
@@ -84,7 +84,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "azurerm",
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "an infinite lease of the state's blob",
-        conditional: "yes: the release names the lease, which is the lock's ID (test: another's lease stands)",
+        conditional: "yes: the release names the lease, which is the lock's ID (test: the lease of another run remains)",
         look: "az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease",
         place: &["storage_account_name", "container_name", "key"],
     },
@@ -108,15 +108,15 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "http",
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock in the server",
-        conditional: "no: force-unlock sends no ID, and the server unlocks whoever holds it (test: a stranger's lock went)",
-        look: "ask the server of the state, which shows it (in GitLab: Operate, Terraform states)",
+        conditional: "no: force-unlock sends no ID, and the server releases any lock (test: the lock of another run was removed)",
+        look: "ask the server of the state (in GitLab: Operate, Terraform states)",
         place: &["address", "lock_address", "unlock_address"],
     },
     OtherBackend {
         kind: "cos",
         unlock_policy: UnlockPolicy::Name,
         leaves: "the object KEY.tflock, and for a moment a tag",
-        conditional: "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
+        conditional: "no: the lock is compared, and then deleted even if it has changed (read in the source)",
         look: "read the object KEY.tflock in the bucket",
         place: &["bucket", "prefix", "key", "region"],
     },
@@ -124,7 +124,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "oss",
         unlock_policy: UnlockPolicy::Name,
         leaves: "the row of the state in Tablestore",
-        conditional: "no: the lock is compared, and then deleted whatever it is by then (read in the source)",
+        conditional: "no: the lock is compared, and then deleted even if it has changed (read in the source)",
         look: "read the row LockID = BUCKET/PREFIX/KEY of the table",
         place: &["bucket", "prefix", "key", "region", "tablestore_endpoint", "tablestore_table"],
     },
@@ -132,16 +132,16 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         kind: "remote",
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock of the workspace in HCP Terraform, where the run was here",
-        conditional: "no: force-unlock there removes whoever's lock it is (read in the source)",
-        look: "look at the workspace, which says who holds it",
+        conditional: "no: force-unlock there removes any lock (read in the source)",
+        look: "open the workspace, which shows who holds it",
         place: &["hostname", "organization", "workspaces"],
     },
     OtherBackend {
         kind: "cloud",
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock of the workspace in HCP Terraform, where the run was here",
-        conditional: "no: force-unlock there removes whoever's lock it is (read in the source)",
-        look: "look at the workspace, which says who holds it",
+        conditional: "no: force-unlock there removes any lock (read in the source)",
+        look: "open the workspace, which shows who holds it",
         place: &["hostname", "organization", "workspaces"],
     },
 ];
@@ -201,19 +201,19 @@ pub(crate) fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
         "# Other backends than S3\n\n\
-         What a terraform that was killed leaves in each backend, and what `tf` does about it. Where `tf` gives the lock back,\n\
-         it learns of it by asking for the lock itself (`terraform taint` of a resource that there is not, which changes\n\
-         nothing), takes it for its run's by the moment in which it was made, waits for 10 s, and runs `terraform force-unlock`\n\
-         with its ID: same program, directory and environment. Then it looks once more. Where it does not, it names the lock\n\
-         and how to see who holds it. Made from src/terraform/other_backends.rs by `make generated`.\n\n\
-         | backend | is left | is its unlock conditional on the ID? | `tf` | to see who holds it |\n|---|---|---|---|---|\n",
+         What a killed terraform leaves in each backend, and what `tf` does about it. Where `tf` releases the lock, it first\n\
+         requests the lock itself (`terraform taint` of a resource that does not exist, which changes nothing): the refusal\n\
+         names the lock. If the creation time shows that the lock belongs to its run, `tf` waits 10 s and runs\n\
+         `terraform force-unlock` with its ID, with the same program, directory and environment. Then it checks again. In the\n\
+         other backends, `tf` names the lock and prints how to see who holds it. Made from src/terraform/other_backends.rs by `make generated`.\n\n\
+         | backend | what is left | is its unlock conditional on the ID? | `tf` | to see who holds it |\n|---|---|---|---|---|\n",
     );
     for OtherBackend { kind, unlock_policy, leaves, conditional, look, .. } in OTHER_BACKENDS {
         let does = match unlock_policy {
             UnlockPolicy::Nothing => "nothing: there is nothing to do",
-            UnlockPolicy::ForceUnlock if *kind == "gcs" => "gives it back; names it where the endpoint is not Google's",
-            UnlockPolicy::ForceUnlock => "gives it back",
-            UnlockPolicy::Name => "names it",
+            UnlockPolicy::ForceUnlock if *kind == "gcs" => "releases it; only names it if the endpoint is not Google's",
+            UnlockPolicy::ForceUnlock => "releases it",
+            UnlockPolicy::Name => "only names it",
         };
         let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | `{}` |", look.replace('|', "\\|"));
     }

@@ -251,16 +251,16 @@ fn a_user_who_logs_keeps_his_log_and_loses_no_lock() {
 fn doctor_says_what_a_programs_log_tells() {
     let said = |env: &TestEnv| env.run(Subject::Tf, &["locks", "doctor"]).out;
     let tofu = test_env(TOFU, Lock::DynamoDb, "true");
-    assert!(said(&tofu).contains("OpenTofu 1.6.2: its log tells that it had a lock, and not which"), "{}", said(&tofu));
+    assert!(said(&tofu).contains("OpenTofu 1.6.2: its log reports that it held a lock, but not which one"), "{}", said(&tofu));
     // Here, this terraform is a small program that loads a library. It could as well be a script that starts another
     // program, so its version is known only after its first run.
     let mut old = TestEnv::empty(Lock::DynamoDb);
     old.set("TFW_TERRAFORM", program("terraform-1.8.4"));
     old.write_main("", "true");
-    assert!(said(&old).contains("nobody knows yet to which"), "{}", said(&old));
+    assert!(said(&old).contains("it is not known yet which one"), "{}", said(&old));
     let end = old.run(Subject::Tf, &["init", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", old.dump(&end));
-    assert!(said(&old).contains("Terraform 1.8.4: its log tells of its locks"), "{}", said(&old));
+    assert!(said(&old).contains("Terraform 1.8.4: its log reports its locks"), "{}", said(&old));
 }
 
 /// OpenTofu up to 1.10 logs that it has a lock only by what it does next. If a command does not log even that, the lock

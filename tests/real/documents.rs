@@ -164,7 +164,7 @@ fn try_out(block: &Block) {
             typed.args(["-c", &format!("stty cols 110\n{command}")]);
             let mut terminal = Terminal::start(typed);
             if let Some(answer) = value(&block.comment, "answers:") {
-                terminal.wait_for("is taken for one");
+                terminal.wait_for("To confirm, type");
                 terminal.type_in(&format!("{answer}\r"));
             }
             let code = terminal.wait().code();

@@ -76,7 +76,7 @@ fn each_permission_that_is_missing_is_named() {
         assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
         let wrong: Vec<&str> = end.out.lines().filter(|line| line.starts_with("WRONG  ")).collect();
         assert!(wrong.iter().any(|line| line.starts_with(&format!("WRONG  {name}: "))), "{}", end.out);
-        assert!(end.out.contains(&format!("let these credentials do {name} on ")), "{}", end.out);
+        assert!(end.out.contains(&format!("allow these credentials {name} on ")), "{}", end.out);
         for (other, _) in cases.into_iter().filter(|(other, _)| *other != name) {
             assert!(end.out.contains(&format!("ok     {other}: permitted")), "{}", end.out);
         }

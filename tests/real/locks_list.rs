@@ -233,13 +233,16 @@ fn bad_input_is_a_sentence_and_a_next_step() {
     }
     let no_table = ["list", "--table", "no-such-table", "--region", "us-east-1"];
     let mut cases: Vec<(Vec<&str>, &str)> = vec![
-        (no_table.to_vec(), "the right ones?"),
-        (vec!["list", "--table", "t", "--region", "us-east-1", "--endpoint-url", nobody], "if the network is well"),
-        (vec!["list", "--bucket", "no-such-bucket", "--region", "us-east-1", "--endpoint-url"], "the right ones?"),
+        (no_table.to_vec(), "check the name, the region and the profile"),
+        (vec!["list", "--table", "t", "--region", "us-east-1", "--endpoint-url", nobody], "check the network"),
+        (
+            vec!["list", "--bucket", "no-such-bucket", "--region", "us-east-1", "--endpoint-url"],
+            "check the name, the region and the profile",
+        ),
         (vec!["--chdir", "empty"], "terraform init"),
         (vec!["show", "nothing-like-it"], "nothing to release"),
         (vec!["lits"], "list"),
-        (vec!["release", "--force", "5e75"], "no lock stands at"),
+        (vec!["release", "--force", "5e75"], "there is no lock at"),
     ];
     let here = url();
     cases[2].0.push(&here);
@@ -359,7 +362,7 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     let status = terminal.wait();
     let screen = terminal.whole_screen();
     assert_eq!(status.signal(), Some(2), "{screen}");
-    assert!(screen.contains("stopped after 3 of about 1000 items: this is not all"), "{screen}");
+    assert!(screen.contains("stopped after 3 of about 1000 items: the list is incomplete"), "{screen}");
     assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");
     // The same in a script: the output is complete JSON, and says that it is not all.
     let mut command = env.command(env.bin().join("tf"));

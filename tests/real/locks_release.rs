@@ -125,7 +125,7 @@ fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     terminal.type_in("yes\r");
     let (status, shown) = (terminal.wait(), terminal.whole_screen());
     assert_eq!(status.code(), Some(1), "{shown}");
-    assert!(shown.contains("it changed in between") && shown.contains(&id_of(&other)), "{shown}");
+    assert!(shown.contains("it changed in the meantime") && shown.contains(&id_of(&other)), "{shown}");
     assert_eq!(env.locks(), [other.clone(), other]);
 }
 
@@ -151,7 +151,7 @@ fn a_path_must_match_exactly_one_lock() {
     let env = TestEnv::new(Lock::Both, "true");
     let end = locks(&env, &["release"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", end.err);
-    assert!(end.err.contains("no lock stands here"), "{}", end.err);
+    assert!(end.err.contains("there is no lock here"), "{}", end.err);
     // Each part has another ID.
     cloud().put_item(&env.table, &env.path(), &lock_json("aaaaaaaa-3333-4444-5555-666666666666", &env.path()));
     let other = lock_json("bbbbbbbb-3333-4444-5555-666666666666", &env.path());

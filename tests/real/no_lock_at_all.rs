@@ -171,7 +171,7 @@ fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a
             assert_eq!(end.code(), Some(2), "{what} {words:?}: {}", env.dump(&end));
         }
         let doctor = locks(&env, &["doctor"]);
-        assert!(doctor.out.contains("WRONG  lock: what stands in its place is no lock"), "{what}: {}", doctor.out);
+        assert!(doctor.out.contains("WRONG  lock: its place holds something that is not a lock"), "{what}: {}", doctor.out);
         // There is no terminal on which to ask.
         let refused = type_what_is_said(&env, &end.err);
         assert_eq!(refused.code(), Some(1), "{what}: {}", env.dump(&refused));
@@ -223,8 +223,8 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
         put(&env, item.as_ref());
         let listed = locks(&env, &[]);
         assert_eq!(listed.code(), Some(2), "{}", env.dump(&listed));
-        assert!(!listed.out.contains("no item stands there") && !listed.out.contains("no .tflock"), "{}", listed.out);
-        assert!(listed.out.contains("is no lock, and keeps every run out"), "{}", listed.out);
+        assert!(!listed.out.contains("there is no item") && !listed.out.contains("no .tflock"), "{}", listed.out);
+        assert!(listed.out.contains("is not a lock, so every run is refused"), "{}", listed.out);
         let released = locks(&env, &["release", "--force", "22222222-3333-4444-5555-666666666666"]);
         assert_eq!(released.code(), Some(1), "{}", env.dump(&released));
         assert!(released.err.contains("what refuses every run is no lock"), "{}", env.dump(&released));
@@ -270,7 +270,7 @@ fn neither_a_state_nor_a_digest_is_removed_as_what_is_no_lock() {
     cloud().s3("PUT", &object, state.as_bytes());
     let end = locks(&env, &["release", "--yes"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("that is a terraform state"), "{}", env.dump(&end));
+    assert!(end.err.contains("is a terraform state"), "{}", env.dump(&end));
     assert!(cloud().object(&object).is_some());
     // An object that is too large for a lock is not called empty.
     cloud().s3("PUT", &object, &vec![b'x'; (1 << 20) + 1]);

@@ -298,7 +298,8 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
         "<?xml version=\"1.0\"?><Error><Code>NotImplemented</Code><Message>A header you provided implies functionality \
          that is not implemented</Message></Error>",
     );
-    for (answer, expected) in [(no_key, "trying again does not help"), (unknown, "this store cannot do that")] {
+    for (answer, expected) in [(no_key, "fix that before you try again"), (unknown, "this store does not support that")]
+    {
         let mut env = TestEnv::new(Lock::File, "true");
         env.lock_of_another();
         let _proxy = through(&mut env, move |request| {
@@ -316,7 +317,7 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
     cloud().give_another_key(&env.table);
     let end = locks(&env, &["show"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("only key is LockID") && !end.err.contains("network"), "{}", env.dump(&end));
+    assert!(end.err.contains("as its only key") && !end.err.contains("network"), "{}", env.dump(&end));
 }
 
 /// DynamoDB may return an empty page in the middle of a segment.
@@ -376,7 +377,7 @@ fn a_result_that_cannot_be_written_is_an_error() {
             shell.args(["-c", &format!("tf locks {words} {to}")]);
             let end = Run::start(shell).wait();
             assert_eq!(end.code(), Some(code), "{words} {to}: {}", env.dump(&end));
-            assert!(end.err.contains("written"), "{words} {to}: {}", env.dump(&end));
+            assert!(end.err.contains("could not write"), "{words} {to}: {}", env.dump(&end));
         }
     }
     // If there is nothing to print, no reader is needed.

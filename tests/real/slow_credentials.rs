@@ -365,7 +365,7 @@ fn the_doctor_names_a_role_that_is_refused() {
     let end = env.run(Subject::Tf, &["locks", "doctor"]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(end.out.contains("not you") && end.out.contains("profile role"), "{}", env.dump(&end));
-    assert!(!end.out.contains("let these credentials do"), "{}", env.dump(&end));
+    assert!(!end.out.contains("allow these credentials"), "{}", env.dump(&end));
     let end = env.run(Subject::Tf, &["locks"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     assert!(end.err.contains("not you"), "{}", env.dump(&end));
