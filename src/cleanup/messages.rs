@@ -1,7 +1,7 @@
-//! Every sentence that `tf` says to a person, and the only way to say one: on stderr, never on stdout.
+//! The messages that `tf` writes for people: on stderr, never on stdout.
 //!
-//! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here can fail
-//! or wait for long, and `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
+//! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here fails or
+//! blocks for long. `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
 
 use crate::console::length_of_time;
 use crate::console::option;
@@ -28,18 +28,18 @@ use crate::terraform::log::RecordedLock;
 use crate::terraform::other_backends::OtherBackend;
 use crate::time::saturating_add;
 
-/// How terraform ended, as the beginning of a sentence.
+/// How terraform ended. Messages begin with this.
 pub(crate) fn ending(end: &EndOfRun) -> String {
     match (end.killed, end.ended) {
-        (Some(Why::Forced), _) => "terraform was killed at the third ^C".to_owned(),
-        (Some(Why::StopTimeout), _) => "terraform was killed at the end of TFW_STOP_TIMEOUT".to_owned(),
+        (Some(Why::Forced), _) => "terraform was killed (third ^C)".to_owned(),
+        (Some(Why::StopTimeout), _) => "terraform was killed (TFW_STOP_TIMEOUT expired)".to_owned(),
         (None, Some(Ended::Killed(Signal::SIGKILL))) if end.out_of_memory => {
-            "terraform was killed by SIGKILL, out of memory".to_owned()
+            "terraform was killed by SIGKILL (out of memory)".to_owned()
         }
         (None, Some(Ended::Killed(signal))) => format!("terraform was killed by {}", signal.as_str()),
         (None, Some(Ended::Exited(11))) => "terraform crashed (exit code 11)".to_owned(),
-        (None, Some(Ended::Exited(code))) => format!("terraform ended with exit code {code}"),
-        (None, None) => "terraform was killed with its tf".to_owned(),
+        (None, Some(Ended::Exited(code))) => format!("terraform exited with code {code}"),
+        (None, None) => "terraform was killed together with its tf".to_owned(),
     }
 }
 
@@ -47,12 +47,12 @@ fn lock(operation: &str, path: &str, id: &str) -> String {
     format!("{} on {}, ID {}", visible(operation), visible(path), visible(id))
 }
 
-/// A lock was given back.
+/// A lock was released.
 pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Released, now: Timestamp) -> String {
-    let mut text = format!("{ending} without giving its state lock back");
+    let mut text = format!("{ending} without releasing its state lock");
     match released.write {
-        Some(Write::Landed) => text.push_str("; a write of it still arrived"),
-        Some(Write::Quiet) => text.push_str("; no write of it arrived any more"),
+        Some(Write::Landed) => text.push_str("; its pending write arrived"),
+        Some(Write::Quiet) => text.push_str("; no pending write arrived"),
         None => {}
     }
     let held = released.created.map_or_else(String::new, |created| {
@@ -62,38 +62,36 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     text
 }
 
-/// A digest that does not fit its state, in `workspace` if that is known.
+/// The recorded digest does not match the state. The command names `workspace` if that is known.
 pub(crate) fn unfit_digest(digest_mismatch: &Comparison, workspace: Option<&str>, directory: Option<&str>) -> String {
     let recorded = visible(digest_mismatch.recorded.as_deref().unwrap_or("none"));
     let written = digest_mismatch.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
     let (state, advice) = match &digest_mismatch.computed {
-        Some(digest) => {
-            (format!("the state{written} has {digest}"), "look at the state; if it is the right one, type:")
-        }
+        Some(digest) => (format!("the state{written} has {digest}"), "check the state; if it is the right one, type:"),
         None => (
             "there is no state".to_owned(),
-            "if there should be one, bring it back (its bucket may keep old versions); if not, type:",
+            "if there should be one, restore it (its bucket may keep old versions); if not, type:",
         ),
     };
     let name = |name: &str| option("--fix-digest", &visible_whole(name));
     let workspace = workspace.map_or_else(|| " --fix-digest".to_owned(), name);
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     format!(
-        "the state's digest does not fit: {state}, and {recorded} is recorded; every command will fail with a checksum \
+        "the state's digest does not match: {state}, but {recorded} is recorded; every command will fail with a checksum \
          error\n{advice} tf locks doctor{directory}{workspace}"
     )
 }
 
-/// A state that terraform could not write, and put beside the configuration.
+/// Terraform could not write its state to the backend and saved it in the working directory.
 pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Option<&str>) -> String {
     format!(
-        "{} lies there: {ERRORED_STATE}\n{}",
+        "{} exists: {ERRORED_STATE}\n{}",
         visible(&path.display().to_string()),
         push_errored_state(program, directory)
     )
 }
 
-/// A lock stands, or may, and what to type. `later`: the next `tf` knows of it, and tries again.
+/// A lock was not released, or may not have been, and what to type. `later`: the next `tf` in the directory tries again.
 pub(crate) fn kept(
     ending: &str,
     recorded: &RecordedLock,
@@ -102,9 +100,9 @@ pub(crate) fn kept(
     later: bool,
     removal: &Removal,
 ) -> String {
-    let again = if later { "the next tf here tries again; or, " } else { "" };
+    let again = if later { "the next tf in this directory tries again; or, " } else { "" };
     format!(
-        "{ending}; its state lock was not released: {}\n{}\n{again}{}once nobody works there, type: {}",
+        "{ending}; its state lock was not released: {}\n{}\n{again}{}once nobody is working there, type: {}",
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
         with_what(because),
@@ -112,11 +110,11 @@ pub(crate) fn kept(
     )
 }
 
-/// The commands that remove what is in the place of a lock, without its ID or path.
+/// The commands that remove a lock, or what is in its place, without the ID or path.
 pub(crate) struct Removal {
-    /// Terraform's own, for a lock.
+    /// `terraform force-unlock`, for a lock.
     pub(crate) unlock: String,
-    /// `tf locks release`, for what is no lock: terraform's own cannot read it.
+    /// `tf locks release`, for anything that is not a lock: `terraform force-unlock` cannot read it.
     pub(crate) release: String,
 }
 
@@ -129,35 +127,35 @@ impl Removal {
     }
 }
 
-/// What a person needs for the command that is named next, where that is not what the run had.
+/// The permission that the next command needs and the run did not have; empty if none was missing.
 fn with_what(because: Because) -> String {
     match because {
-        Because::Denied(action) => format!("with credentials that may do {action}, and "),
+        Because::Denied(action) => format!("with credentials that allow {action}, and "),
         _ => String::new(),
     }
 }
 
-/// The words of the `tf locks` command that removes what is in the place of a lock and is none, without its path. Without the
-/// option the command releases a lock that is beside it.
+/// The arguments of `tf locks` that remove something that is in the place of a lock but is not one, without the path. Without
+/// the option the command releases a lock beside it.
 pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
 
-/// Something that is no lock is in the place of one, and has refused terraform. `release` is the command that removes it,
-/// without the path.
+/// Something that is not a lock is in the place of one, and terraform was refused because of it. `release` is the command
+/// that removes it, without the path.
 pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
     format!(
-        "what refuses every run is no lock: {what}, in {}\nonce you know that nobody needs it, type: {release} {}",
+        "every run is refused by something that is not a lock: {what}, in {}\nonce you know that nobody needs it, type: {release} {}",
         visible(place),
         argument(path)
     )
 }
 
-/// A `tf locks` command for `directory`, where that is not the current one, and for `workspace`.
+/// A `tf locks` command for `directory`, if that is not the current one, and for `workspace`.
 pub(crate) fn locks_command(words: &str, directory: Option<&str>, workspace: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     in_workspace(workspace, &format!("tf locks {words}{directory}"))
 }
 
-/// The command that removes a lock, without its ID.
+/// The `force-unlock` command, without the lock's ID.
 pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
     match directory {
         None => format!("{program} force-unlock"),
@@ -165,14 +163,14 @@ pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
     }
 }
 
-/// The same for a lock of an earlier run, to be typed anywhere: with its directory, and with its workspace where that need not
-/// be the one that is selected now.
+/// The same for a lock of an earlier run. It works in any directory: it names the directory, and the workspace, which need
+/// not be the selected one.
 fn unlock_command_of(record: &JournalRecord) -> String {
     let command = unlock_command(&visible(&record.program), Some(&visible(&record.working_directory())));
     in_workspace(record.workspaces.first().map(String::as_str), &command)
 }
 
-/// `command` for a workspace that is chosen by the environment.
+/// `command` with the workspace set by `TF_WORKSPACE`.
 pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
     match workspace.filter(|name| !name.is_empty() && *name != "default") {
         Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible(name))),
@@ -180,44 +178,46 @@ pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
     }
 }
 
-/// Terraform waits for the lock of a run that died.
+/// Terraform is waiting for the lock of a dead run.
 pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
-    format!("the lock that terraform waits for may be that of a dead run here (pid {tf}), which is being finished")
+    format!(
+        "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf}); tf is cleaning up after it"
+    )
 }
 
-/// A run that was waited for goes on. `stops`: its `tf` lives, and has terraform stop.
+/// An earlier run did not end within the wait. `stops`: its `tf` is alive and is stopping terraform.
 pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
     let next = if stops {
-        "it is stopping, and gives its lock back when it has"
+        "it is stopping, and will release its lock"
     } else {
-        "its tf is dead, and something that it started still works; when that has ended, type: tf locks recover"
+        "its tf is dead, but a process that it started is still running; when that has ended, type: tf locks recover"
     };
-    format!("a run here (pid {}) has not ended yet, and may hold a state lock\n{next}", record.tf)
+    format!("a run on this host (pid {}) has not ended yet and may hold a state lock\n{next}", record.tf)
 }
 
-/// A dead run that another process takes care of, and has not finished in the time in which it was waited for.
+/// Another process is cleaning up after a dead run, and did not finish within the wait.
 pub(crate) fn still_settling(record: &JournalRecord) -> String {
     format!(
-        "a dead run here (pid {}) may hold a state lock, and another process has begun to release it and has not ended yet\n\
-         in a while, type again: tf locks recover",
+        "a dead run on this host (pid {}) may hold a state lock; another process is still cleaning up after it\n\
+         to check again in a while, type: tf locks recover",
         record.tf
     )
 }
 
-/// A run of which nobody is known to be alive, and these processes may be.
+/// No process of a run is known to be alive, but `processes` may belong to it.
 pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> String {
     format!(
-        "an earlier run (pid {}) may hold a state lock, and was left alone: these may belong to it: {}\n\
+        "an earlier run (pid {}) may hold a state lock, which was not released: these processes may belong to that run: {}\n\
          when they have ended, type: tf locks recover",
         record.tf,
         list(processes)
     )
 }
 
-/// A run of which nobody here can tell whether it is alive. What it may hold is named.
+/// Whether an earlier run is alive cannot be told from here. Names the locks that it may hold.
 pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     let mut text = format!(
-        "an earlier run (pid {}) may hold a state lock, and whether it is alive cannot be seen from here: {why}",
+        "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether it is alive: {why}",
         record.tf
     );
     for recorded in record.log.unreleased() {
@@ -233,67 +233,67 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     text
 }
 
-/// A dead run whose record cannot be worked with.
+/// The record of a dead run cannot be used.
 pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
     format!(
-        "an earlier run (pid {}) may hold a state lock, and cannot be finished: {why}\n\
-         once that is mended, type: tf locks recover",
+        "an earlier run (pid {}) may hold a state lock, but tf cannot clean up after it: {why}\n\
+         once that is fixed, type: tf locks recover",
         record.tf
     )
 }
 
-/// Why a lock was kept: there is no process list.
+/// Why a lock was not released: there is no process list.
 pub(crate) const UNSEEN: &str =
-    "/proc does not list this system's processes here, so what terraform started may still be running";
+    "/proc does not list this system's processes here, so processes that terraform started may still be running";
 
-/// The recovery takes its time.
+/// The recovery is taking some time.
 pub(crate) fn recovering() -> String {
-    "finishing what an earlier run left here; ^C twice leaves it".to_owned()
+    "cleaning up after an earlier run; press ^C twice to skip this".to_owned()
 }
 
-/// A lock of an earlier run is gone.
+/// A lock of an earlier run was released.
 pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Timestamp) -> String {
     format!(
-        "released the lock that an earlier run left, started {} ago by pid {}: {}",
+        "released the lock that an earlier run left (started {} ago, pid {}): {}",
         length_of_time(now.duration_since(record.started).unsigned_abs()),
         record.tf,
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
 }
 
-/// A lock of a dead run, which may stand.
+/// What a recovery would do about a lock of a dead run.
 pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> String {
     format!(
-        "would give back, if it stands, the lock of a dead run (pid {}): {}",
+        "would release, if it is still held, the lock of a dead run (pid {}): {}",
         record.tf,
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
 }
 
-/// What would be done about a lock whose ID its run's log does not tell.
+/// What a recovery would do about a lock whose ID the log of its run does not name.
 pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String {
     format!(
-        "would look for the lock that a dead run (pid {}) asked for at {asked}, and whose ID its log does not tell",
+        "would look for the lock that a dead run (pid {}) requested at {asked}; its log does not name the ID",
         record.tf
     )
 }
 
-/// A lock that an earlier run may have left.
+/// A lock that an earlier run may have left was not released.
 pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
     let command = unlock_command_of(record);
-    let id = if is_lock_id(&info.id) { format!("\nif it is, type: {command} {}", info.id) } else { String::new() };
+    let id = if is_lock_id(&info.id) { format!("\nif it does, type: {command} {}", info.id) } else { String::new() };
     format!(
-        "this lock may be an earlier run's (pid {}), and was not released ({why}):\n{}, Who {}{id}",
+        "this lock may belong to an earlier run (pid {}) and was not released: {why}\n{}, Who {}{id}",
         record.tf,
         lock(&info.operation, &info.path, &info.id),
         visible(&info.who)
     )
 }
 
-/// A lock of an earlier run, whose ID its log does not tell, could not be looked for.
+/// A lock of an earlier run, whose ID the log does not name, could not be looked for.
 pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String {
     format!(
-        "an earlier run (pid {}) may have left a state lock, which could not be looked for: {}\nit was reached with {}\nif it \
+        "an earlier run (pid {}) may have left a state lock, but tf could not look for it: {}\nthat run used {}\nif the lock \
          is gone, type: tf locks recover --forget {}",
         record.tf,
         visible(why),
@@ -304,29 +304,29 @@ pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String 
 
 /// The outputs of a step could not be written.
 pub(crate) fn no_outputs(path: &std::ffi::OsStr, error: &std::io::Error) -> String {
-    format!("the outputs of this step are missing: {}: {error}", visible(&path.to_string_lossy()))
+    format!("could not write the outputs of this step: {}: {error}", visible(&path.to_string_lossy()))
 }
 
-/// A dead run, as the beginning of a sentence about its lock.
+/// A dead run. Messages about its lock begin with this.
 pub(crate) fn earlier_run(record: &JournalRecord) -> String {
     format!("an earlier run (pid {}) was killed", record.tf)
 }
 
-/// A write may still be on its way to a backend that nobody here can look into.
+/// A write may still be in flight to a backend whose state `tf` cannot read.
 pub(crate) fn waiting_blindly(time: Duration) -> String {
-    format!("what terraform wrote last may still be on its way; its lock is kept for {} s", time.as_secs())
+    format!("terraform's last write may still arrive; waiting {} s before releasing the lock", time.as_secs())
 }
 
-/// A lock in another backend than S3 was given back.
+/// A lock in another backend than S3 was released.
 pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockInfo) -> String {
     format!(
-        "{ending} without giving its state lock back\nreleased the lock: {}, backend {}",
+        "{ending} without releasing its state lock\nreleased the lock: {}, backend {}",
         lock(&info.operation, &info.path, &info.id),
         kind.kind
     )
 }
 
-/// A lock in another backend than S3 stands, or may.
+/// A lock in another backend than S3 was not released, if there is one.
 pub(crate) fn left_elsewhere(
     ending: &str,
     kind: &OtherBackend,
@@ -341,22 +341,22 @@ pub(crate) fn left_elsewhere(
     };
     let id = info.map_or("ID", |info| &info.id);
     format!(
-        "{ending}, and may have left its state lock, which was not released ({}): {what}\nto see who holds it: {}\n\
-         once nobody works there, type: {unlock} {}",
+        "{ending} and may have left its state lock, which was not released: {}\n{what}\nto see who holds it: {}\n\
+         once nobody is working there, type: {unlock} {}",
         visible(why),
         kind.look,
         visible(id)
     )
 }
 
-/// A lock of an earlier run could not be given back.
+/// A lock of an earlier run was not released.
 pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
     let workspace = record.workspaces.first().map(String::as_str);
     let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
     let removal = Removal { unlock: unlock_command_of(record), release };
     format!(
-        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; it was reached with {}\n\
-         {}once nobody works there, type: {}",
+        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; that run used {}\n\
+         {}once nobody is working there, type: {}",
         record.tf,
         visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
@@ -366,11 +366,11 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
     )
 }
 
-/// Why a lock that is not seen does not count as gone.
+/// Why a lock that was not found does not count as gone.
 pub(crate) const ANOTHER_ACCOUNT: &str =
-    "it cannot be seen with the current credentials, which are not known to belong to its account";
+    "it was not found with the current credentials, which may belong to another account";
 
-/// Another run locked the state while this one worked.
+/// Another run locked the state while this one was running.
 pub(crate) fn replaced(
     ending: &str,
     own: &RecordedLock,
@@ -380,9 +380,9 @@ pub(crate) fn replaced(
 ) -> String {
     let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
     format!(
-        "{ending}, and another run locked its state while it worked: both may have changed it\nits own lock was {}\n\
-         the other lock is held by {} for {} since {}, ID {}\nwhen that run has ended, compare the state with what \
-         exists: {program}{directory} plan",
+        "{ending}; while it ran, another run locked the same state: both may have changed it\nits own lock was {}\n\
+         the other lock is held by {} for {} since {}, ID {}\nonce that run has ended, to compare the state with \
+         what exists, type: {program}{directory} plan",
         lock(&own.operation, &own.path, &own.id),
         visible(&by.who),
         visible(&by.operation),
@@ -397,11 +397,11 @@ pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &
     replaced(&earlier_run(record), own, by, &visible(&record.program), Some(&directory))
 }
 
-/// A lock cannot be seen, and may exist in another account. The journal has a record of it.
+/// A lock was not found, and may exist in another account. The journal has a record of it.
 pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> String {
     format!(
-        "{ending}; its state lock was not released: {ANOTHER_ACCOUNT}\n{}; it was taken with {}\n\
-         with those, type: tf locks recover; if the lock is gone, type: tf locks recover --forget {}",
+        "{ending}; its state lock was not released: {ANOTHER_ACCOUNT}\n{}; that run used {}\n\
+         with those credentials, type: tf locks recover\nif the lock is gone, type: tf locks recover --forget {}",
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible(needs),
         recorded.id
@@ -410,79 +410,82 @@ pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> St
 
 /// Why a lock of an earlier run cannot be looked for.
 pub(crate) fn missing(attributes: &str, directory: &str) -> String {
-    format!("{attributes} of its backend are kept nowhere but in {directory}, which names another backend now")
+    format!("{attributes} of its backend are stored only in {directory}, which is set up for another backend now")
 }
 
-/// A record that cannot be read, and that was left where it is.
+/// A record cannot be read, and was left where it is.
 pub(crate) fn broken(path: &std::path::Path) -> String {
-    format!("a record of an earlier run cannot be read: {}", visible(&path.display().to_string()))
+    format!("could not read the record of an earlier run: {}", visible(&path.display().to_string()))
 }
 
-/// A record that is none.
+/// A record is invalid, and was moved to `path`.
 pub(crate) fn set_aside(path: &std::path::Path) -> String {
-    format!("a record of an earlier run cannot be read; it lies in {} now", visible(&path.display().to_string()))
+    format!("could not read the record of an earlier run; it was moved to {}", visible(&path.display().to_string()))
 }
 
-/// What was missing, after an abnormal end.
+/// After an abnormal end: the run had no journal.
 pub(crate) fn unprotected(why: &str) -> String {
-    format!("this run had no journal ({}): had tf been killed as well, its lock would have stayed", visible(why))
+    format!(
+        "this run had no journal ({}): if tf had been killed too, the lock would not have been released",
+        visible(why)
+    )
 }
 
-/// Why a lock was kept: another run says that it is its.
-pub(crate) const CLAIMED: &str = "another run of tf on this host, which is alive, holds a lock with this ID";
+/// Why a lock was not released: another run has recorded it.
+pub(crate) const CLAIMED: &str = "another run of tf on this host is alive and holds a lock with this ID";
 
-/// A lock was asked for, was not seen, and may still come. `kept`: the next `tf` knows of it.
+/// A lock was requested and not found, and the request may still land. `kept`: the next `tf` looks for it.
 pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
-        "should it come within 20 min, the next tf here gives it back".to_owned()
+        "if the lock appears within 20 min, the next tf in this directory releases it".to_owned()
     } else {
-        format!("should it come, type: {unlock} {}", recorded.id)
+        format!("if the lock appears later, type: {unlock} {}", recorded.id)
     };
     format!(
-        "{ending} while it asked for a state lock, which did not come: {}\n{then}",
+        "{ending} while it requested a state lock, which it did not get: {}\n{then}",
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
 }
 
-/// One part of a lock was released, and the other was never seen. `kept`: the next `tf` knows of it.
+/// One part of a lock was released, and the other was never found. `kept`: the next `tf` looks for it.
 pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
-        "if it does so within 20 min, the next tf here releases it".to_owned()
+        "if it appears within 20 min, the next tf in this directory releases it".to_owned()
     } else {
-        format!("if it does, type: {unlock} {}", recorded.id)
+        format!("if it appears, type: {unlock} {}", recorded.id)
     };
-    format!("the request for the other part of this lock may still land\n{then}")
+    format!("the other part of this lock may still appear\n{then}")
 }
 
-/// A lock was asked for whose ID is not known, and was not seen. `kept`: the next `tf` knows of it.
+/// A lock with an unknown ID was requested and not found. `kept`: the next `tf` looks for it.
 pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
     let then = if kept {
-        "if it does so within 20 min, the next tf here finds it, or type: tf locks recover"
+        "if it appears within 20 min, the next tf in this directory finds it; or type: tf locks recover"
     } else {
         "to look for it later, type: tf locks"
     };
-    format!("{ending} while it asked for a state lock, at {asked:.0}; that request may still land\n{then}")
+    format!("{ending} while it requested a state lock, at {asked:.0}; the lock may still appear\n{then}")
 }
 
-/// The place of a lock that was had is not there. `kept`: the next `tf` knows of it.
+/// The table or bucket of a lock that the run held does not exist. `kept`: the next `tf` looks for it.
 pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -> String {
-    let then = if kept { "\nif that comes back within a day, type: tf locks recover" } else { "" };
+    let then = if kept { "\nif that exists again within a day, type: tf locks recover" } else { "" };
     format!(
-        "{ending}; its state lock is gone with its table or bucket, which is not there: {}{then}",
+        "{ending}; its state lock is gone, because its table or bucket does not exist: {}{then}",
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
 }
 
-/// A lock came late, and was given back.
+/// A lock that appeared after the cleanup was released.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
-    let how = if recorded.progress.held.is_some() { " left" } else { "'s request took late" };
-    format!("released a lock that a dead terraform{how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
+    let how = if recorded.progress.held.is_some() { "a dead terraform left" } else { "appeared after its terraform had died" };
+    format!("released a lock that {how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
 }
 
-/// The lock that refused this run is gone.
-pub(crate) const TRY_AGAIN: &str = "it was what refused this run: run it again";
+/// The lock that refused this run was released.
+pub(crate) const TRY_AGAIN: &str = "that lock refused this run: run the command again";
 
-/// Who holds a lock, for what and since when, as far as the lock says so.
+/// The holder of a lock, its operation and the time since when it holds it, as far as the lock says so.
 pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
     let text =
         |name: &str, value: &str| if value.is_empty() { String::new() } else { format!("{name}{}", visible(value)) };
@@ -490,27 +493,27 @@ pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
     format!("{who}{}{}, ID {}", text(" for ", &info.operation), since(info, now), visible(&info.id))
 }
 
-/// Since when a lock is held, by this host's clock; nothing where it does not say.
+/// Since when a lock is held, by this host's clock; empty if the lock does not say.
 fn since(info: &LockInfo, now: Timestamp) -> String {
     match info.created() {
         Some(created) if created > saturating_add(now, CLOCK_SLACK_WINDOW) => {
             format!(", since {created:.0}, which is {} ahead of this host's clock", apart(created, now))
         }
-        // Little ahead is now.
+        // A time slightly ahead counts as now.
         Some(created) => format!(", since {created:.0} ({})", apart(created.min(now), now)),
         None => String::new(),
     }
 }
 
-/// How much the clocks of two hosts may differ without anybody minding.
+/// The difference between the clocks of two hosts that is tolerated.
 pub(crate) const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_mins(1);
 
 fn apart(one: Timestamp, other: Timestamp) -> String {
     length_of_time(other.duration_since(one).unsigned_abs())
 }
 
-/// Terraform was refused by a lock: whose it is, whether the holder lives, and what to type. `command` makes a `tf locks`
-/// command for that place out of its words. `finishing`: its dead run is about to be finished, so there is nothing to type.
+/// Terraform was refused by a lock: who holds it, whether the holder is alive, and what to type. `command` builds a `tf locks`
+/// command for that place. `finishing`: `tf` is about to clean up after the dead run, so there is nothing to type.
 pub(crate) fn refused(
     info: &LockInfo,
     judgement: &Judgement,
@@ -518,46 +521,42 @@ pub(crate) fn refused(
     command: impl Fn(&str) -> String,
     finishing: bool,
 ) -> String {
-    let said = format!(
-        "the lock is held by {}\nits holder is {}: {}",
-        held(info, now),
-        judgement.verdict.words(),
-        judgement.reason
-    );
+    let said =
+        format!("the lock is held by {}\n{}: {}", held(info, now), judgement.verdict.of_the_holder(), judgement.reason);
     let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,
         Verdict::Alive => "wait for it, or let terraform wait: -lock-timeout=10m".to_owned(),
-        Verdict::Dead => format!("to give it back, type: {} {id}", command("release")),
-        Verdict::LikelyDead => format!("if you know that nobody works there, type: {} {id}", command("release")),
-        Verdict::Unknown => format!("for everything that is known of it, type: {} {id}", command("show")),
+        Verdict::Dead => format!("to release it, type: {} {id}", command("release")),
+        Verdict::LikelyDead => format!("if you know that nobody is working there, type: {} {id}", command("release")),
+        Verdict::Unknown => format!("for details, type: {} {id}", command("show")),
     };
     format!("{said}\n{next}")
 }
 
-/// A lock whose log was lost may be this run's.
+/// The log was lost, and a lock may belong to this run.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlock: &str) -> String {
     let id = visible(&info.id);
     let command = if is_lock_id(&info.id) { format!("\nif it is, type: {unlock} {id}") } else { String::new() };
     format!(
-        "{ending}, and its log does not tell whether it held a state lock; this one may be it, and was not released{}:\n{}, Who {}{command}",
-        doubt.map_or_else(String::new, |doubt| format!(" ({doubt})")),
+        "{ending}; its log does not say whether it held a state lock\nthis lock may be its own and was not released{}\n{}, Who {}{command}",
+        doubt.map_or_else(String::new, |doubt| format!(": {doubt}")),
         lock(&info.operation, &info.path, &info.id),
         visible(&info.who)
     )
 }
 
-/// Nothing is known of a lock of this run, and the lock service could not be asked.
+/// It is not known whether this run held a lock, and the lock service did not answer.
 pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
     format!(
-        "{ending}, and its log does not tell whether it held a state lock; it could not be looked for: {}\n\
+        "{ending}; its log does not say whether it held a state lock, and tf could not look for one: {}\n\
          to see whether one is held, type: tf locks",
         visible(reason)
     )
 }
 
-/// Terraform died, and its log is empty: it could not open it, or it died before it wrote. `suspect` is a lock that it may
-/// have held.
+/// Terraform died, and its log is empty: it could not open it, or it died before it wrote to it. `suspect` is a lock that it
+/// may have held.
 pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     let log = "it wrote no log that tf can read; does it run as another user?";
@@ -569,54 +568,54 @@ pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Opti
     };
     let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
     format!(
-        "{ending}; a state lock that may be its own was not released: {log}\n{}, held by {}\nto see whether its holder \
+        "{ending}; a state lock that may be its own was not released: {log}\n{}, held by {}\nto see whether the holder \
          is alive, type: tf locks show{id}{directory}",
         lock(&info.operation, &info.path, &info.id),
         visible(&info.who)
     )
 }
 
-/// Terraform held a lock whose ID is not known, and the lock service could not be asked.
+/// Terraform held a lock with an unknown ID, and the lock service did not answer.
 pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     format!(
-        "{ending}, and held a state lock whose ID its log does not tell; it could not be looked for: {reason}\nthe next tf \
-         in this directory tries again, or type: tf locks recover"
+        "{ending}; it held a state lock, but its log does not name the ID, and tf could not look for it: {reason}\nthe next \
+         tf in this directory tries again; or type: tf locks recover"
     )
 }
 
-/// Why a lock was kept whose holder's tree did not die.
+/// Why a lock was not released: processes that terraform started are alive.
 pub(crate) fn still_alive(processes: &[Process]) -> String {
-    format!("what terraform started is still alive: {}", list(processes))
+    format!("processes that terraform started are still running: {}", list(processes))
 }
 
-/// Why a lock was kept whose tree is not to be seen, but not gone either.
+/// Why a lock was not released: a process that cannot be seen still has the lifeline open.
 pub(crate) const LIFELINE_HELD: &str =
-    "somebody who cannot be seen from here still holds a file that only terraform's children inherited";
+    "a process that tf cannot see still has a file open that only terraform's children inherit";
 
-/// Why a lock was kept while a terraform of the run goes on.
+/// Why a lock was not released: another terraform of the run is still running.
 pub(crate) fn another_terraform(process: &Process) -> String {
-    format!("a terraform that this run started still works: {}", list(std::slice::from_ref(process)))
+    format!("a terraform that this run started is still running: {}", list(std::slice::from_ref(process)))
 }
 
-/// Why a lock was kept that fits no backend.
-pub(crate) const NO_PLACE: &str = "no backend of this directory has it, so tf does not know where it stands";
+/// Why a lock was not released: it matches no backend.
+pub(crate) const NO_PLACE: &str = "it matches no backend of this directory, so tf does not know where it is stored";
 
-/// Why a lock was kept: nobody has answered.
+/// Why a lock was not released: the lock service timed out.
 pub(crate) const SILENT: &str = "the lock service did not answer in time";
 
-/// Why a lock was kept: it was not to be released.
-pub(crate) const NEVER: &str = "TFW_RELEASE is never";
+/// Why a lock was not released: it was disabled by a setting.
+pub(crate) const NEVER: &str = "TFW_RELEASE is set to never";
 
-/// Why a lock was kept: what the lock service is asked with could not be set up.
+/// Why a lock was not released: no client for the lock service could be set up.
 pub(crate) const NO_RESOURCES: &str =
-    "no thread or no file descriptor is left on this system to ask the lock service with";
+    "could not ask the lock service: this system has no free thread or file descriptor";
 
-/// Why a lock was kept: somebody ended the waiting.
-pub(crate) const INTERRUPTED: &str = "^C ended the waiting for the lock service";
+/// Why a lock was not released: the wait was interrupted.
+pub(crate) const INTERRUPTED: &str = "^C ended the wait for the lock service";
 
-/// After an interrupt, what terraform's provisioners left running.
+/// After an interrupt: processes that terraform's provisioners left running.
 pub(crate) fn survivors(processes: &[Process]) -> String {
-    format!("terraform ended after the interrupt, and these that it started run on: {}", list(processes))
+    format!("terraform ended after the interrupt, but processes that it started are still running: {}", list(processes))
 }
 
 fn list(processes: &[Process]) -> String {
@@ -631,11 +630,11 @@ fn list(processes: &[Process]) -> String {
     names.join(", ")
 }
 
-/// Another ^C while terraform stops.
+/// Another ^C while terraform is stopping.
 pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> String {
     let releases = if holds_lock { " and will release its lock" } else { "" };
     format!(
-        "terraform is stopping{releases}, for {} now; another ^C within {} s forces it",
+        "terraform has been stopping for {}{releases}; press ^C again within {} s to force it",
         length_of_time(since),
         offer.as_secs()
     )
@@ -643,22 +642,22 @@ pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> St
 
 /// The third ^C.
 pub(crate) fn forcing() -> String {
-    "terraform gets its second interrupt, and is killed if it does not end in 6 s".to_owned()
+    "sent terraform its second interrupt; it will be killed if it does not end within 6 s".to_owned()
 }
 
-/// A ^C while a lock is being given back.
+/// A ^C while a lock is being released.
 pub(crate) fn still_releasing() -> String {
-    "giving the state lock back; another ^C leaves it".to_owned()
+    "releasing the state lock; press ^C again to leave it held".to_owned()
 }
 
-/// No terraform to run, or a setting that cannot be read.
+/// There is no terraform to run, or a setting is invalid.
 pub(crate) fn cannot_start(reason: &dyn std::fmt::Display) -> String {
     format!("{reason}")
 }
 
-/// Terraform was found and could not be run.
+/// Terraform was found but could not be run.
 pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> String {
-    format!("cannot run {}: {error}", path.display())
+    format!("could not run {}: {error}", path.display())
 }
 
 #[cfg(test)]
@@ -671,8 +670,8 @@ mod tests {
             ending(&EndOfRun { ended: Some(ended), killed: None, forced: false, interrupted: false, out_of_memory })
         };
         assert_eq!(ending(Ended::Killed(Signal::SIGKILL), false), "terraform was killed by SIGKILL");
-        assert_eq!(ending(Ended::Killed(Signal::SIGKILL), true), "terraform was killed by SIGKILL, out of memory");
+        assert_eq!(ending(Ended::Killed(Signal::SIGKILL), true), "terraform was killed by SIGKILL (out of memory)");
         assert_eq!(ending(Ended::Killed(Signal::SIGHUP), true), "terraform was killed by SIGHUP");
-        assert_eq!(ending(Ended::Exited(1), false), "terraform ended with exit code 1");
+        assert_eq!(ending(Ended::Exited(1), false), "terraform exited with code 1");
     }
 }

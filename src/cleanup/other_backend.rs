@@ -135,10 +135,13 @@ impl<'a> NonS3Release<'a> {
             ..NonS3Result::default()
         };
         if unlock_policy == UnlockPolicy::Name {
-            return named("its unlock would hit whoever holds the lock by then", None);
+            return named("its unlock could remove the lock of another run", None);
         }
         if self.moved {
-            return NonS3Result { later: true, ..named("another backend is set up in its directory since", None) };
+            return NonS3Result {
+                later: true,
+                ..named("its directory has been set up for another backend since", None)
+            };
         }
         if let Some(why) = keep {
             return NonS3Result { later: true, ..named(why, None) };
@@ -150,7 +153,7 @@ impl<'a> NonS3Release<'a> {
         let Some(info) = standing else { return NonS3Result::default() };
         let verdict = match &self.had {
             Some(had) => judge_unnamed(had, &info, "", run, true),
-            None => Match::Doubt("its log does not tell whether it had one"),
+            None => Match::Doubt("its log does not say whether it held a lock"),
         };
         trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
         match verdict {
@@ -200,7 +203,7 @@ impl<'a> NonS3Release<'a> {
         match LockInfo::of_refusal(&said) {
             Some(info) => Ok(Some(info)),
             None if said.contains("No such resource instance") || said.contains("state is empty") => Ok(None),
-            None => Err(format!("terraform could not ask for it: {}", first_line(&said))),
+            None => Err(format!("terraform could not read the lock: {}", first_line(&said))),
         }
     }
 

@@ -230,7 +230,7 @@ pub(crate) fn replaced(
         }
         let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == *id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
-            let why = format!("while its run worked, {} locked the same state, ID {}", info.who, info.id);
+            let why = format!("while its run was running, {} locked the same state, ID {}", info.who, info.id);
             history::record(&LockEvent::of_recorded(What::Replaced, by, lock, &why, None));
             all.push(Replaced { own: lock.clone(), by: info });
         }
@@ -402,7 +402,7 @@ pub(crate) fn check_pending(
     if let Some(Outcome::Released(_)) = outcome {
         let had = pending.lock.progress.held.is_some();
         let why =
-            if had { "its table or bucket was away when it died" } else { "a dead terraform's request took it late" };
+            if had { "its table or bucket was not available when it died" } else { "it appeared after its terraform had died" };
         history::record(&LockEvent::of_recorded(What::Released, By::Recovery, &pending.lock, why, None));
     }
     outcome

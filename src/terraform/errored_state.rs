@@ -19,10 +19,10 @@ pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBu
 
 /// What an `errored.tfstate` is, as messages say it. Terraform's local backend writes the file; see [`errored_state`].
 pub(crate) const ERRORED_STATE: &str =
-    "terraform could not write its state, which is newer than the one in the backend";
+    "terraform could not write its state to the backend; the file is newer than the state there";
 
 /// The part of a message that says how to upload `errored.tfstate` to the backend.
 pub(crate) fn push_errored_state(program: &str, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
-    format!("before anybody works there again, type: {program}{directory} state push errored.tfstate")
+    format!("before anyone runs terraform there again, type: {program}{directory} state push errored.tfstate")
 }

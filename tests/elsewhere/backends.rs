@@ -209,7 +209,7 @@ fn gcs_anothers_lock_stands_whenever_it_came() {
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     env.unblock();
-    run.wait_for_err("its lock is kept for 10 s");
+    run.wait_for_err("waiting 10 s before releasing the lock");
     let theirs = storage.put_lock(&jiff::Timestamp::now().to_string());
     let end = run.wait();
     assert_eq!(generation(storage.port).as_ref(), Some(&theirs), "{}", env.dump(&end));

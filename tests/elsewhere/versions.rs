@@ -285,7 +285,7 @@ fn what_opentofu_does_not_tell_is_named_and_kept() {
     proxy.let_go();
     let end = run.wait();
     assert!(
-        end.err.contains("may be it, and was not released") && end.err.contains(&id_of(&standing[0])),
+        end.err.contains("may be its own and was not released") && end.err.contains(&id_of(&standing[0])),
         "{}",
         env.dump(&end)
     );
@@ -333,20 +333,20 @@ fn a_lock_that_opentofu_only_asked_for_is_named_in_the_end() {
                 env.wait_for_trace("the tree is dead");
                 let id = land();
                 let end = run.wait();
-                assert!(end.err.contains("may be it, and was not released"), "{}", env.dump(&end));
+                assert!(end.err.contains("may be its own and was not released"), "{}", env.dump(&end));
                 assert!(end.err.contains(&id), "{}", env.dump(&end));
                 env.delete_lock();
                 continue;
             }
             let end = run.wait();
-            assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
+            assert!(end.err.contains("the lock may still appear"), "{}", env.dump(&end));
             land();
         }
         let standing = env.locks();
         let mut next = env.command(env.bin().join("tf"));
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
-        assert!(end.err.contains("may be an earlier run's"), "{}", env.dump(&end));
+        assert!(end.err.contains("may belong to an earlier run"), "{}", env.dump(&end));
         assert!(end.err.contains(&id_of(&standing[0])), "{}", env.dump(&end));
         assert_eq!(env.locks(), standing);
         env.delete_lock();

@@ -25,7 +25,7 @@ const B: &str = "222222222222";
 /// An access key that does not contain its account.
 const OLD: &str = "test";
 
-const SEEN_BY_OTHERS: &str = "cannot be seen with the current credentials";
+const SEEN_BY_OTHERS: &str = "not found with the current credentials";
 
 /// Makes `profile` the default profile.
 fn log_in(env: &TestEnv, profile: &str) {

@@ -154,7 +154,7 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
             run.kill_terraform();
             write.lands_after_a_look(&env);
             let end = run.wait();
-            assert!(end.err.contains("a write of it still arrived"), "{lock:?} {name}: {}", env.dump(&end));
+            assert!(end.err.contains("its pending write arrived"), "{lock:?} {name}: {}", env.dump(&end));
             env.assert_unlocked();
         }
     }
@@ -341,12 +341,16 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
             kill_all(&env);
             drop(run);
             let end = recover(&env);
-            assert!(end.out.contains("released the lock") && end.out.contains("may still land"), "{}", env.dump(&end));
+            assert!(
+                end.out.contains("released the lock") && end.out.contains("may still appear"),
+                "{}",
+                env.dump(&end)
+            );
         } else {
             run.kill_terraform();
             let end = run.wait();
             assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
-            assert!(end.err.contains("may still land"), "{}", env.dump(&end));
+            assert!(end.err.contains("may still appear"), "{}", env.dump(&end));
         }
         env.assert_unlocked();
         proxy.let_go();
@@ -356,7 +360,7 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
         env.assert_unlocked();
     }
 }
@@ -389,7 +393,7 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
         } else {
             kill(asks, Signal::SIGKILL).unwrap();
             let end = run.wait();
-            assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
+            assert!(end.err.contains("the lock may still appear"), "{}", env.dump(&end));
         }
         assert_eq!(records(&env).len(), 1, "{}", env.trace());
         // The lock does not exist yet: nothing is reported, and the record is kept.
@@ -398,7 +402,7 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
         assert_eq!(records(&env).len(), 1, "{}", env.trace());
         env.put_lock(&info);
         let end = recover(&env);
-        let said = ["may be an earlier run's", "33333333-4444-5555-6666-777777777777", "force-unlock"];
+        let said = ["may belong to an earlier run", "33333333-4444-5555-6666-777777777777", "force-unlock"];
         assert!(said.iter().all(|part| end.out.contains(part)), "{}", env.dump(&end));
         assert_eq!(env.locks(), std::slice::from_ref(&info));
         // It was reported, and a person has to decide.
@@ -445,7 +449,7 @@ fn a_lock_object_whose_id_is_not_logged_and_that_lands_late_is_gone_in_the_end()
         } else {
             kill(terraform_named(&run, "puts"), Signal::SIGKILL).unwrap();
             let end = run.wait();
-            assert!(end.err.contains("that request may still land"), "{}", env.dump(&end));
+            assert!(end.err.contains("the lock may still appear"), "{}", env.dump(&end));
         }
         let end = recover(&env);
         assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
@@ -500,7 +504,7 @@ fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
         let mut next = env.command(env.bin().join("tf"));
         next.args(["workspace", "list"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
-        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
         env.assert_unlocked();
     }
 }

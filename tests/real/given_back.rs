@@ -90,7 +90,7 @@ fn out_of_memory_is_named_and_the_lock_goes() {
         .status();
     let end = run.wait();
     assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
-    assert!(end.err.contains("killed by SIGKILL, out of memory"), "{}", end.err);
+    assert!(end.err.contains("killed by SIGKILL (out of memory)"), "{}", end.err);
     env.assert_unlocked();
     let _ = std::fs::remove_dir(&group);
 }
@@ -215,7 +215,7 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
         proxy.wait_until_held();
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("the next tf here gives it back"), "{}", env.dump(&end));
+        assert!(end.err.contains("the next tf in this directory releases it"), "{}", env.dump(&end));
         // The request lands only now.
         proxy.let_go();
         proxy.wait_until_delivered();
@@ -224,7 +224,7 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
         next.args(["plan", "-no-color"]).env_clear().envs(direct);
         let end = Run::start(next).wait();
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
         env.assert_unlocked();
         // The request may land once more, because terraform's SDK may have sent it twice.
         let left = std::fs::read_dir(env.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
@@ -253,7 +253,11 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     second.let_go();
     let end = run.wait();
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("took late") && end.err.contains("run it again"), "{}", env.dump(&end));
+    assert!(
+        end.err.contains("appeared after its terraform had died") && end.err.contains("run the command again"),
+        "{}",
+        env.dump(&end)
+    );
     env.assert_unlocked();
 }
 
@@ -473,7 +477,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     // It is not known whether that process still changes something, so the lock is held as long as it runs.
-    assert!(end.err.contains("still alive") && end.err.contains("was not released"), "{}", env.dump(&end));
+    assert!(end.err.contains("are still running") && end.err.contains("was not released"), "{}", env.dump(&end));
     env.assert_locked();
     env.wait_for_file("began");
     assert!(!env.exists("ended"));
@@ -529,7 +533,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     proxy.let_go();
     proxy.wait_until_delivered();
     let end = run.wait();
-    assert!(end.err.contains("a write of it still arrived"), "{}", env.dump(&end));
+    assert!(end.err.contains("its pending write arrived"), "{}", env.dump(&end));
     let theirs = contender.wait();
     assert_eq!(theirs.code(), Some(0), "{}{}", theirs.out, theirs.err);
     env.assert_unlocked();

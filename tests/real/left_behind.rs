@@ -28,7 +28,7 @@ fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
         run.kill_terraform();
         let end = run.wait();
         env.assert_unlocked();
-        assert!(end.err.contains("released the lock") && end.err.contains("digest does not fit"), "{}", end.err);
+        assert!(end.err.contains("released the lock") && end.err.contains("digest does not match"), "{}", end.err);
         assert!(end.err.contains("tf locks doctor --fix-digest"), "{}", end.err);
         // The message is true: terraform itself refuses the next command.
         let next = env.run(Subject::Bare, &["plan", "-no-color"]);
@@ -55,7 +55,7 @@ fn a_state_that_terraform_could_not_write_is_named_after_an_abrupt_end() {
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("errored.tfstate lies there"), "{}", end.err);
+    assert!(end.err.contains("errored.tfstate exists"), "{}", end.err);
     assert!(end.err.contains("terraform state push errored.tfstate"), "{}", end.err);
     // A run that exits successfully does not mention it.
     std::fs::remove_file(env.directory.join("began")).unwrap();
@@ -72,6 +72,6 @@ fn the_next_tf_names_them_too() {
         "LockID": {"S": format!("{}-md5", env.path())}, "Digest": {"S": "00000000000000000000000000000000"}}});
     crate::support::cloud::cloud().dynamodb("PutItem", &digest);
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
-    assert!(end.err.contains("digest does not fit") && end.err.contains("errored.tfstate lies there"), "{}", end.err);
+    assert!(end.err.contains("digest does not match") && end.err.contains("errored.tfstate exists"), "{}", end.err);
     env.assert_unlocked();
 }

@@ -131,7 +131,7 @@ fn a_lock_request_that_it_left_unanswered_is_released_when_it_lands() {
         recover.args(["locks", "recover"]).current_dir("/");
         let end = Run::start(recover).wait();
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.out.contains("a dead terraform's request took late"), "{}", env.dump(&end));
+        assert!(end.out.contains("appeared after its terraform had died"), "{}", env.dump(&end));
         env.assert_unlocked();
     });
 }
@@ -158,7 +158,7 @@ fn a_lock_request_that_it_gave_up_is_released_when_it_lands() {
     let request: serde_json::Value = serde_json::from_str(asked.lock().unwrap().as_ref().unwrap()).unwrap();
     env.put_lock(request["Item"]["Info"]["S"].as_str().unwrap());
     let end = env.run(Subject::Tf, &["locks", "recover"]);
-    assert!(end.out.contains("a dead terraform's request took late"), "{}", env.dump(&end));
+    assert!(end.out.contains("appeared after its terraform had died"), "{}", env.dump(&end));
     env.assert_unlocked();
 }
 
@@ -190,7 +190,7 @@ fn a_lock_whose_unlock_was_refused_is_kept_as_long_as_something_of_the_run_lives
     let run = env.start(Subject::Tf, &APPLY);
     let end = run.wait();
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("was not released") && end.err.contains("still alive"), "{}", env.dump(&end));
+    assert!(end.err.contains("was not released") && end.err.contains("are still running"), "{}", env.dump(&end));
     env.assert_locked();
     // The next run finds the same: the process that was left running on purpose is still running.
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);

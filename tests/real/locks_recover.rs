@@ -79,7 +79,7 @@ fn a_dry_run_deletes_nothing_and_names_the_lock() {
     let env = killed_whole(Lock::Both);
     let end = recover(&env, &["--dry-run"]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-    assert!(end.out.contains("would give back") && end.out.contains(&env.path()), "{}", end.out);
+    assert!(end.out.contains("would release") && end.out.contains(&env.path()), "{}", end.out);
     env.assert_locked();
     assert_eq!(records(&env).len(), 1);
 }

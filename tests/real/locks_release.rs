@@ -267,7 +267,7 @@ fn a_refused_terraform_is_told_whose_lock_it_is() {
         let end = env.run(subject, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(!end.out.contains("tf:"), "{}", end.out);
-        assert_eq!(end.err.contains("its holder is likely dead"), subject == Subject::Tf, "{}", end.err);
+        assert_eq!(end.err.contains("the holder is likely dead"), subject == Subject::Tf, "{}", end.err);
         if subject == Subject::Tf {
             let (terraforms, ours) = end.err.rsplit_once("tf: the lock is held by").unwrap();
             assert!(terraforms.contains("Error acquiring the state lock"), "{terraforms}");
@@ -283,7 +283,7 @@ fn a_refused_terraform_is_told_that_the_holder_lives() {
     let run = env.start_apply(Subject::Tf);
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("its holder is alive: held by terraform apply here"), "{}", end.err);
+    assert!(end.err.contains("the holder is alive: held by terraform apply on this host"), "{}", end.err);
     env.assert_locked();
     env.unblock();
     assert_eq!(run.wait().code(), Some(0));
@@ -304,7 +304,7 @@ fn a_lock_whose_holder_dies_is_given_back_while_terraform_waits(lock: Lock) {
     let end = waiting.wait();
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert!(
-        end.err.contains("the lock that terraform waits for") && end.err.contains("released the lock"),
+        end.err.contains("terraform is waiting for a lock") && end.err.contains("released the lock"),
         "{}",
         end.err
     );
@@ -330,7 +330,7 @@ fn a_run_that_a_dead_holder_refuses_releases_its_lock_and_says_so() {
     proxy.let_go();
     let end = refused.wait();
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("its holder is dead") && end.err.contains("run it again"), "{}", env.dump(&end));
+    assert!(end.err.contains("the holder is dead") && end.err.contains("run the command again"), "{}", env.dump(&end));
     env.assert_unlocked();
     drop(holder);
 }
@@ -342,7 +342,7 @@ fn with_release_never_a_dead_holders_lock_stays_and_is_named() {
     env.set("TFW_RELEASE", "never");
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("its holder is dead") && end.err.contains("tf locks release"), "{}", end.err);
+    assert!(end.err.contains("the holder is dead") && end.err.contains("tf locks release"), "{}", end.err);
     env.assert_locked();
 }
 

@@ -162,7 +162,7 @@ fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a
         let end = env.run(Subject::Tf, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{what}: {}", env.dump(&end));
         assert!(
-            end.err.contains("what refuses every run is no lock") && end.err.contains(what),
+            end.err.contains("every run is refused by something that is not a lock") && end.err.contains(what),
             "{what}: {}",
             env.dump(&end)
         );
@@ -227,7 +227,11 @@ fn what_is_no_lock_beside_a_lock_is_not_called_nothing() {
         assert!(listed.out.contains("is not a lock, so every run is refused"), "{}", listed.out);
         let released = locks(&env, &["release", "--force", "22222222-3333-4444-5555-666666666666"]);
         assert_eq!(released.code(), Some(1), "{}", env.dump(&released));
-        assert!(released.err.contains("what refuses every run is no lock"), "{}", env.dump(&released));
+        assert!(
+            released.err.contains("every run is refused by something that is not a lock"),
+            "{}",
+            env.dump(&released)
+        );
         let again = locks(&env, &["release", "--yes"]);
         assert_eq!(again.code(), Some(0), "{}", env.dump(&again));
         env.assert_unlocked();
@@ -245,7 +249,8 @@ fn the_command_that_removes_what_is_no_lock_leaves_a_lock_beside_it_alone() {
         put(&env, item.as_ref());
         let end = env.run(Subject::Tf, words);
         let said = end.out.clone() + &end.err;
-        let said = ["what refuses every run", "it keeps every run out"].iter().find_map(|text| said.split_once(text));
+        let said =
+            ["every run is refused by", "every run is refused because"].iter().find_map(|text| said.split_once(text));
         let said = said.unwrap_or_else(|| panic!("{words:?}: it is not named: {}", env.dump(&end))).1;
         let command = said.split_once("type: ").unwrap().1.lines().next().unwrap();
         let removed = env.run_in_shell(&format!("{command} --yes"));
@@ -384,14 +389,14 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     run.kill_terraform();
     let end = run.wait();
     assert!(
-        end.err.contains("with credentials that may do dynamodb:DeleteItem, and once nobody works there"),
+        end.err.contains("with credentials that allow dynamodb:DeleteItem, and once nobody is working there"),
         "{}",
         env.dump(&end)
     );
     env.assert_locked();
     let recovered = locks(&env, &["recover"]);
     assert_eq!(recovered.code(), Some(2), "{}", env.dump(&recovered));
-    assert!(recovered.out.contains("with credentials that may do dynamodb:DeleteItem"), "{}", env.dump(&recovered));
+    assert!(recovered.out.contains("with credentials that allow dynamodb:DeleteItem"), "{}", env.dump(&recovered));
     // With the permission, it works.
     env.set("AWS_ENDPOINT_URL_DYNAMODB", format!("http://127.0.0.1:{}", cloud().port));
     let command = end.err.rsplit_once("type: ").unwrap().1.trim().replace("force-unlock", "force-unlock -force");
@@ -407,7 +412,7 @@ fn a_digest_without_a_state_is_explained_and_mended_by_what_is_named() {
     cloud().s3("DELETE", &env.path(), b"");
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("tf: the state's digest does not fit: there is no state"), "{}", env.dump(&end));
+    assert!(end.err.contains("tf: the state's digest does not match: there is no state"), "{}", env.dump(&end));
     let doctor = locks(&env, &["doctor"]);
     assert_eq!(doctor.code(), Some(2), "{}", env.dump(&doctor));
     assert!(doctor.out.contains("--fix-digest"), "{}", doctor.out);
@@ -432,7 +437,7 @@ fn a_checksum_error_of_terraforms_is_followed_by_what_mends_it() {
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     let said = ours(&end).join("\n");
     assert!(
-        said.contains("the state's digest does not fit") && said.contains("--fix-digest default"),
+        said.contains("the state's digest does not match") && said.contains("--fix-digest default"),
         "{}",
         env.dump(&end)
     );

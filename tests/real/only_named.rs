@@ -51,7 +51,7 @@ fn with_release_never_a_killed_tf_leaves_its_lock_to_be_named_and_not_forgotten(
         for _ in 0..2 {
             let end = locks(&env, &["recover"]);
             assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-            assert!(end.out.contains("TFW_RELEASE is never") && end.out.contains(&id), "{}", env.dump(&end));
+            assert!(end.out.contains("TFW_RELEASE is set to never") && end.out.contains(&id), "{}", env.dump(&end));
             env.assert_locked();
         }
         // When the release is allowed again, the lock is released.
@@ -93,7 +93,7 @@ fn with_release_never_a_killed_terraforms_lock_is_named_again_until_it_is_gone()
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("TFW_RELEASE is never") && !end.err.contains("tries again"), "{}", env.dump(&end));
+    assert!(end.err.contains("TFW_RELEASE is set to never") && !end.err.contains("tries again"), "{}", env.dump(&end));
     // The processes that the run has started were left running.
     kill_all(&env);
     let end = locks(&env, &["recover"]);
@@ -111,7 +111,7 @@ fn with_release_never_a_recovery_names_and_once_the_lock_is_gone_forgets() {
     env.set("TFW_RELEASE", "never");
     let end = locks(&env, &["recover"]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-    assert!(end.out.contains("TFW_RELEASE is never"), "{}", env.dump(&end));
+    assert!(end.out.contains("TFW_RELEASE is set to never"), "{}", env.dump(&end));
     env.assert_locked();
     let unlocked = type_what_is_said(&env, &end.out.replace("force-unlock", "force-unlock -force"), 1);
     assert_eq!(unlocked.code(), Some(0), "{}\n{}", end.out, env.dump(&unlocked));
@@ -133,7 +133,7 @@ fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands
         for words in [&["recover", "--dry-run"][..], &["recover"]] {
             let end = locks(&env, words);
             assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-            assert!(end.out.contains("cannot be seen from here"), "{}", env.dump(&end));
+            assert!(end.out.contains("tf cannot tell whether it is alive"), "{}", env.dump(&end));
             assert!(end.out.contains(&id_of(&env.locks()[0])), "{}", env.dump(&end));
         }
         let said = locks(&env, &["recover"]).out;

@@ -17,7 +17,7 @@ fn a_release_is_told_in_two_lines() {
     let end = run.wait();
     let lines: Vec<&str> = end.err.lines().collect();
     assert_eq!(lines.len(), 2, "{}", end.err);
-    assert_eq!(lines[0], "tf: terraform was killed by SIGKILL without giving its state lock back");
+    assert_eq!(lines[0], "tf: terraform was killed by SIGKILL without releasing its state lock");
     let told = format!("tf: released the lock: OperationTypeApply on {}, ID {id}, held for ", env.path());
     assert!(lines[1].starts_with(&told), "{}", end.err);
     assert!(!end.out.contains("tf:"), "stdout carries not one byte of ours");
@@ -32,7 +32,7 @@ fn what_could_not_be_released_is_told_with_the_command_that_mends_it() {
     run.kill_terraform();
     let end = run.wait();
     env.assert_locked();
-    assert!(end.err.contains("TFW_RELEASE is never"), "{}", end.err);
+    assert!(end.err.contains("TFW_RELEASE is set to never"), "{}", end.err);
     let command = end.err.split("type: ").nth(1).unwrap().lines().next().unwrap().trim();
     assert_eq!(command, format!("terraform force-unlock {id}"));
     let end = env.run_in_shell(&format!("{} -force {id}", command.rsplit_once(' ').unwrap().0));
@@ -108,7 +108,7 @@ fn a_lock_service_that_does_not_answer_is_not_waited_for_when_a_person_says_so()
     run.kill_terraform();
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
-    run.wait_for_err("another ^C leaves it");
+    run.wait_for_err("press ^C again to leave it");
     run.send(Signal::SIGINT);
     let end = run.wait();
     assert!(end.err.contains("force-unlock"), "{}", env.dump(&end));
@@ -131,7 +131,7 @@ fn colour_is_for_a_terminal_that_wants_it() {
         terminal.wait_for("released the lock");
         terminal.wait();
         let escapes =
-            terminal.screen().split("without giving").next().unwrap().lines().last().unwrap().contains('\u{1b}');
+            terminal.screen().split("without releasing").next().unwrap().lines().last().unwrap().contains('\u{1b}');
         assert_eq!(escapes, coloured, "{}", terminal.screen());
     }
 }

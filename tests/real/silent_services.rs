@@ -416,7 +416,7 @@ fn a_dry_run_leaves_a_broken_record_where_it_is() {
         assert_eq!(record.exists(), stays, "{words:?}: {}", env.dump(&end));
         if words[0] == "recover" {
             assert_eq!(end.code(), Some(2), "{words:?}: {}", env.dump(&end));
-            assert!(end.err.contains("a record of an earlier run cannot be read"), "{words:?}: {}", env.dump(&end));
+            assert!(end.err.contains("could not read the record of an earlier run"), "{words:?}: {}", env.dump(&end));
         }
     }
 }
@@ -485,7 +485,7 @@ fn a_request_that_nobody_could_ask_about_is_looked_for_when_the_service_is_back(
     proxy.let_go();
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
     let end = env.run(Subject::Tf, &["plan", "-no-color"]);
-    assert!(end.err.contains("took late") && end.err.contains(&id), "{}", env.dump(&end));
+    assert!(end.err.contains("appeared after its terraform had died") && end.err.contains(&id), "{}", env.dump(&end));
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     env.assert_unlocked();
 }
@@ -535,14 +535,14 @@ fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
         away.store(true, Ordering::SeqCst);
         run.kill_terraform();
         let end = run.wait();
-        assert!(end.err.contains("which is not there") && end.err.contains(&id), "{}", env.dump(&end));
+        assert!(end.err.contains("does not exist") && end.err.contains(&id), "{}", env.dump(&end));
         let end = locks(&env, &["recover"]);
         assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
         away.store(false, Ordering::SeqCst);
         // A run that this lock refuses reports that the holder is dead, and which command to type.
         let end = env.run(Subject::Tf, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-        assert!(end.err.contains("its holder is dead: its terraform died here\n"), "{}", env.dump(&end));
+        assert!(end.err.contains("the holder is dead: its terraform died on this host\n"), "{}", env.dump(&end));
         env.assert_locked();
         match how {
             "the next run" => {

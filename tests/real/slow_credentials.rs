@@ -90,10 +90,10 @@ fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started()
     run.kill_terraform();
     env.wait_for_file("waits");
     run.send(Signal::SIGINT);
-    run.wait_for_err("another ^C leaves it");
+    run.wait_for_err("press ^C again to leave it");
     run.send(Signal::SIGINT);
     let end = run.wait();
-    assert!(end.err.contains("^C ended the waiting"), "{}", env.dump(&end));
+    assert!(end.err.contains("^C ended the wait"), "{}", env.dump(&end));
     wait_until_all_is_gone(&env);
     env.assert_locked();
 }
@@ -234,7 +234,7 @@ fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
         env.wait_for_file("waits");
         terminal.type_in("\u{3}");
         if keys == 2 {
-            terminal.wait_for("another ^C leaves it");
+            terminal.wait_for("press ^C again to leave it");
             terminal.type_in("\u{3}");
         }
         terminal.wait_for("over");

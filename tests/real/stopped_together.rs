@@ -56,7 +56,7 @@ fn what_a_provisioners_shell_has_started_ends_before_the_lock_is_free_whoever_st
             }
             let end = run.wait();
             assert_works_no_more(&env, &format!("{signal} {to_group}"));
-            assert!(!end.err.contains("run on"), "{}", env.dump(&end));
+            assert!(!end.err.contains("are still running"), "{}", env.dump(&end));
         }
     }
 }

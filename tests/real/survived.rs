@@ -331,7 +331,7 @@ fn a_lock_request_in_flight_when_tf_and_terraform_are_killed_is_gone_in_the_end(
         next.args(PLAN).env_clear().envs(direct);
         let end = Run::start(next).wait();
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.err.contains("took late"), "{}", env.dump(&end));
+        assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
         env.assert_unlocked();
     }
 }
@@ -518,7 +518,7 @@ fn a_stop_asked_for_during_the_recovery_starts_no_terraform() {
     let run = env.start(Subject::Tf, &PLAN);
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
-    run.wait_for_err("another ^C leaves it");
+    run.wait_for_err("press ^C again to leave it");
     run.send(Signal::SIGINT);
     let end = run.wait();
     assert_eq!(end.signal(), Some(2), "{}", env.dump(&end));
@@ -564,7 +564,7 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                     // A person need not wait: the second ^C ends the wait.
                     proxy.wait_until_held();
                     run.send(Signal::SIGINT);
-                    run.wait_for_err("another ^C leaves it");
+                    run.wait_for_err("press ^C again to leave it");
                     run.send(Signal::SIGINT);
                 }
                 let end = run.wait();
@@ -578,7 +578,7 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                 }
                 assert!(end.err.contains(&id) && end.err.contains(&env.path()), "{name}: {}", env.dump(&end));
                 assert!(
-                    end.err.contains("force-unlock") && end.err.contains("the next tf here tries again"),
+                    end.err.contains("force-unlock") && end.err.contains("the next tf in this directory tries again"),
                     "{name}: {}",
                     end.err
                 );
@@ -773,7 +773,7 @@ fn a_torn_or_hostile_record_is_set_aside_and_said_once() {
         let [path] = records(&env).try_into().unwrap();
         fs::write(&path, text).unwrap();
         let end = env.run(Subject::Tf, &PLAN);
-        assert!(end.err.contains("cannot be read; it lies in"), "{text:?}: {}", env.dump(&end));
+        assert!(end.err.contains("of an earlier run; it was moved to"), "{text:?}: {}", env.dump(&end));
         assert_eq!(end.code(), Some(1), "{text:?}: {}", env.dump(&end));
         env.assert_locked();
         env.delete_lock();

@@ -144,8 +144,8 @@ fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
     terminal.type_in("\x03");
-    terminal.wait_for("terraform is stopping and will release its lock");
-    terminal.wait_for("another ^C within 3 s forces it");
+    terminal.wait_for("and will release its lock");
+    terminal.wait_for("press ^C again within 3 s to force it");
     terminal.type_in("\x03");
     terminal.wait_for("Two interrupts received");
     proxy.let_go();
@@ -180,7 +180,7 @@ fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
     terminal.type_in("\x03");
     env.wait_for_trace("InterruptGroup");
     terminal.type_in("\x03");
-    terminal.wait_for("forces it");
+    terminal.wait_for("to force it");
     terminal.type_in("\x03");
     terminal.wait_for("status=137");
     assert!(env.locks().iter().all(|standing| *standing == lock), "{:?}", env.locks());
@@ -451,7 +451,7 @@ fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
     terminal.wait_for("status=1");
     assert_interrupted_once(&env, &terminal.screen());
     assert!(env.trace().contains("the terminal sent SIGINT"), "{}", env.trace());
-    assert!(!terminal.screen().contains("run on"), "{}\n{}", terminal.screen(), env.trace());
+    assert!(!terminal.screen().contains("are still running"), "{}\n{}", terminal.screen(), env.trace());
     assert!(tree(terminal.pid()).iter().all(|process| process.1 != "ssh-keygen"), "{:?}", tree(terminal.pid()));
     terminal.type_in("echo still$((1+1))\n");
     terminal.wait_for("still2");

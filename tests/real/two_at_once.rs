@@ -14,7 +14,7 @@ use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const OTHER: &str = "11111111-2222-3333-4444-555555555555";
 
-const SAID: &str = "another run locked its state while it worked";
+const SAID: &str = "while it ran, another run locked the same state";
 
 /// Removes the lock of `env` by force, and puts another run's lock in its place, with `created` as its creation time.
 fn taken_over(env: &TestEnv, created: &str) -> String {
