@@ -478,7 +478,11 @@ pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -
 
 /// A lock that appeared after the cleanup was released.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
-    let how = if recorded.progress.held.is_some() { "a dead terraform left" } else { "appeared after its terraform had died" };
+    let how = if recorded.progress.held.is_some() {
+        "a dead terraform left"
+    } else {
+        "appeared after its terraform had died"
+    };
     format!("released a lock that {how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
 }
 

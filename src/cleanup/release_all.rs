@@ -401,8 +401,11 @@ pub(crate) fn check_pending(
     trace!("tombstone of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
         let had = pending.lock.progress.held.is_some();
-        let why =
-            if had { "its table or bucket was not available when it died" } else { "it appeared after its terraform had died" };
+        let why = if had {
+            "its table or bucket was not available when it died"
+        } else {
+            "it appeared after its terraform had died"
+        };
         history::record(&LockEvent::of_recorded(What::Released, By::Recovery, &pending.lock, why, None));
     }
     outcome

@@ -90,7 +90,9 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
             return Ok(Finding::Stale);
         }
         if change == Change::IfAgreed && !std::io::stdin().is_terminal() {
-            return Err(Trouble::Said(format!("nothing was changed: stdin is not a terminal, so tf cannot ask\nto {what}, add --yes")));
+            return Err(Trouble::Said(format!(
+                "nothing was changed: stdin is not a terminal, so tf cannot ask\nto {what}, add --yes"
+            )));
         }
         if change == Change::IfAgreed && !agreement::is_given(question) {
             console::say("nothing was changed");

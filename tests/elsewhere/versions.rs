@@ -251,7 +251,11 @@ fn a_user_who_logs_keeps_his_log_and_loses_no_lock() {
 fn doctor_says_what_a_programs_log_tells() {
     let said = |env: &TestEnv| env.run(Subject::Tf, &["locks", "doctor"]).out;
     let tofu = test_env(TOFU, Lock::DynamoDb, "true");
-    assert!(said(&tofu).contains("OpenTofu 1.6.2: its log reports that it held a lock, but not which one"), "{}", said(&tofu));
+    assert!(
+        said(&tofu).contains("OpenTofu 1.6.2: its log reports that it held a lock, but not which one"),
+        "{}",
+        said(&tofu)
+    );
     // Here, this terraform is a small program that loads a library. It could as well be a script that starts another
     // program, so its version is known only after its first run.
     let mut old = TestEnv::empty(Lock::DynamoDb);

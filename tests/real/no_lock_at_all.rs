@@ -171,7 +171,11 @@ fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a
             assert_eq!(end.code(), Some(2), "{what} {words:?}: {}", env.dump(&end));
         }
         let doctor = locks(&env, &["doctor"]);
-        assert!(doctor.out.contains("WRONG  lock: its place holds something that is not a lock"), "{what}: {}", doctor.out);
+        assert!(
+            doctor.out.contains("WRONG  lock: its place holds something that is not a lock"),
+            "{what}: {}",
+            doctor.out
+        );
         // There is no terminal on which to ask.
         let refused = type_what_is_said(&env, &end.err);
         assert_eq!(refused.code(), Some(1), "{what}: {}", env.dump(&refused));
