@@ -256,18 +256,18 @@ impl AfterRun<'_> {
 const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 
 /// Whether a lock that terraform had begun to release exists, or may exist.
-pub(crate) fn unlock_is_begun(log: &Log, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
+pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
-        let mut found = places.of(lock).into_iter().map(|place| stands(&lock.id, &place, places, waiter));
+        let mut found = candidates.of(lock).into_iter().map(|location| stands(&lock.id, &location, candidates, waiter));
         found.any(|stands| stands)
     })
 }
 
-/// Whether the lock `id` exists at `place`. True if that cannot be determined.
-fn stands(id: &str, place: &LockLocation, places: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
-    let _there = Within::enter(&places.working_directory);
-    waiter.block_on(release::may_stand(place, id)).unwrap_or(true)
+/// Whether the lock `id` exists at `location`. True if that cannot be determined.
+fn stands(id: &str, location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
+    let _there = Within::enter(&candidates.working_directory);
+    waiter.block_on(release::may_stand(location, id)).unwrap_or(true)
 }
 
 fn is_terraform(process: &Process) -> bool {

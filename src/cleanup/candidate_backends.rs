@@ -112,10 +112,10 @@ impl CandidateBackends {
         location::of_state(bucket, key, &directories, self.usable())
     }
 
-    /// Returns the workspace of the state at `place`. `None` if it is none of the workspaces that this run is known to
+    /// Returns the workspace of the state at `location`. `None` if it is none of the workspaces that this run is known to
     /// have used.
-    pub(crate) fn workspace_of(&self, place: &LockLocation) -> Option<&str> {
-        let is_it = |name: &&String| place.backend.state_key(name).as_deref() == Some(&place.key);
+    pub(crate) fn workspace_of(&self, location: &LockLocation) -> Option<&str> {
+        let is_it = |name: &&String| location.backend.state_key(name).as_deref() == Some(&location.key);
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
 
@@ -132,13 +132,13 @@ impl CandidateBackends {
     /// `s3`, or takes no lock.
     pub(crate) fn selected(&self) -> Option<LockLocation> {
         let backend = self.directories.iter().find_map(|directory| directory.backend.as_ref())?;
-        let place = LockLocation {
+        let location = LockLocation {
             bucket: backend.string("bucket")?.to_owned(),
             key: backend.state_key(self.workspaces.first()?)?,
             table: backend.string("dynamodb_table").map(ToOwned::to_owned),
             lock_file: backend.flag("use_lockfile"),
             backend: backend.clone(),
         };
-        (backend.kind == "s3" && (place.table.is_some() || place.lock_file)).then_some(place)
+        (backend.kind == "s3" && (location.table.is_some() || location.lock_file)).then_some(location)
     }
 }

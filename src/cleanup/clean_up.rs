@@ -378,7 +378,7 @@ mod tests {
         let log = log();
         for is_read in [false, true] {
             for bits in 0..16_u8 {
-                let bit = |place: u8| bits & (1 << place) != 0;
+                let bit = |location: u8| bits & (1 << location) != 0;
                 let mut cleaned = cleaned(&log, None, true);
                 let by = crate::terraform::lock_info::LockInfo::default();
                 cleaned.replaced.extend(bit(0).then(|| Replaced { own: log.named().next().unwrap().clone(), by }));

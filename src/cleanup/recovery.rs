@@ -414,8 +414,8 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
 fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Effort) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
-    let (places, _) = candidates_of(record);
-    let visited = check_pending(pending, &places, effort, &mut Waiter::Unattended);
+    let (candidates, _) = candidates_of(record);
+    let visited = check_pending(pending, &candidates, effort, &mut Waiter::Unattended);
     note_check(state, pending, visited.as_ref());
     match visited {
         Some(Outcome::Released(_)) => {
@@ -974,7 +974,7 @@ fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
             None
         }
     });
-    let mut places = CandidateBackends {
+    let mut candidates = CandidateBackends {
         directories: directories.collect(),
         workspaces: record.workspaces.clone(),
         any_workspace: is_for_any_workspace(&record.command),
@@ -983,10 +983,10 @@ fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     };
     // The backend that an `init` has set up, and the workspace that a `workspace select` has chosen, are known only
     // after the run.
-    places.workspaces.push(after.workspace.clone());
-    places.directories.push(after);
+    candidates.workspaces.push(after.workspace.clone());
+    candidates.directories.push(after);
     if let Some(plan) = &record.plan {
-        places = places.with_plan(&PlannedBackends::of_plan(Path::new(plan)));
+        candidates = candidates.with_plan(&PlannedBackends::of_plan(Path::new(plan)));
     }
-    (places, missing)
+    (candidates, missing)
 }

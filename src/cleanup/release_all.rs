@@ -48,29 +48,29 @@ impl CandidateLocks {
     /// Finds the locks of a run, and looks for those that the log does not name. `died` as in [`release_locks`].
     pub(crate) fn find(
         log: &Log,
-        places: &CandidateBackends,
+        candidates: &CandidateBackends,
         release_context: &ReleaseContext,
         died: bool,
         waiter: &mut Waiter<'_>,
     ) -> Self {
         let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
-        let _there = Within::enter(&places.working_directory);
+        let _there = Within::enter(&candidates.working_directory);
         // A terraform that exited by itself had the answer to its request, and went on if it was granted the lock.
         for unnamed in log.unreleased_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
-            let places = places.of_unnamed(unnamed);
+            let candidates = candidates.of_unnamed(unnamed);
             let mut unseen = true;
-            for place in &places {
-                let looked = release::identify_unnamed_lock(unnamed, place, release_context, died);
+            for location in &candidates {
+                let looked = release::identify_unnamed_lock(unnamed, location, release_context, died);
                 unseen &= matches!(locks.add(unnamed, waiter.block_on(looked)), Ok(Ok(IdentifiedLock::None)));
             }
             if !died || !unseen {
                 continue;
             }
             if unnamed.progress.held.is_none() {
-                if !places.is_empty() && may_land(Some(unnamed.progress.asked), Timestamp::now()) {
+                if !candidates.is_empty() && may_land(Some(unnamed.progress.asked), Timestamp::now()) {
                     locks.awaited.push(unnamed.clone());
                 }
-            } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&places, release_context, waiter) {
+            } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&candidates, release_context, waiter) {
                 locks.unread.push((unnamed.clone(), reason));
             }
         }
@@ -127,9 +127,9 @@ pub(crate) fn release_locks(
     is_claimed: impl Fn(&str) -> bool,
     waiter: &mut Waiter<'_>,
 ) -> Vec<ReleaseResult> {
-    let ReleaseRequest { locks, candidates: places, release_context, died, keep } = request;
+    let ReleaseRequest { locks, candidates, release_context, died, keep } = request;
     let died = *died;
-    let _there = Within::enter(&places.working_directory);
+    let _there = Within::enter(&candidates.working_directory);
     let mut is_silent = false;
     // A migration holds two locks, and releases the second one first.
     let results = locks.iter().rev().map(|recorded| {
@@ -145,8 +145,8 @@ pub(crate) fn release_locks(
             // What wrote this ID into the log of this run knew it from the other run.
             named(Outcome::kept(messages::CLAIMED))
         } else {
-            let places = places.of(recorded);
-            match release_where_found(recorded, &places, release_context, Effort { limit, purpose }, waiter) {
+            let candidates = candidates.of(recorded);
+            match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {
                 // A lock that terraform was refused is not missed. Nor is a lock that it did not get, where another
                 // run's lock is.
                 Some(absent @ Outcome::Absent { .. })
@@ -155,7 +155,7 @@ pub(crate) fn release_locks(
                             || matches!(absent, Outcome::Absent { anothers: None, .. }))
                         && !is_expected_to_be_gone(recorded, died, release_context.run.program.as_ref()) =>
                 {
-                    Some(not_believed(&places, release_context, waiter).unwrap_or(absent))
+                    Some(not_believed(&candidates, release_context, waiter).unwrap_or(absent))
                 }
                 outcome => outcome.or_else(|| named(Outcome::kept(messages::NO_PLACE))),
             }
@@ -177,23 +177,23 @@ pub(crate) fn release_locks(
 /// Returns the results for `locks` if locks are to be named and not released: each lock that may exist is named.
 pub(crate) fn only_name(
     locks: &[RecordedLock],
-    places: &CandidateBackends,
+    candidates: &CandidateBackends,
     release_context: &ReleaseContext,
     waiter: &mut Waiter<'_>,
 ) -> Vec<ReleaseResult> {
-    let _there = Within::enter(&places.working_directory);
+    let _there = Within::enter(&candidates.working_directory);
     let results = locks.iter().rev().map(|recorded| {
-        let places = places.of(recorded);
-        let may_stand = |place: &LockLocation, waiter: &mut Waiter<'_>| {
-            waiter.block_on(release::may_stand(place, &recorded.id)).unwrap_or(true)
+        let candidates = candidates.of(recorded);
+        let may_stand = |location: &LockLocation, waiter: &mut Waiter<'_>| {
+            waiter.block_on(release::may_stand(location, &recorded.id)).unwrap_or(true)
         };
-        let outcome = if places.is_empty() {
+        let outcome = if candidates.is_empty() {
             Outcome::kept(messages::NO_PLACE)
-        } else if places.iter().any(|place| may_stand(place, waiter)) {
+        } else if candidates.iter().any(|location| may_stand(location, waiter)) {
             Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never }
         } else {
             let absent = Outcome::Absent { anothers: None, excluded: false };
-            not_believed(&places, release_context, waiter).unwrap_or(absent)
+            not_believed(&candidates, release_context, waiter).unwrap_or(absent)
         };
         trace!("lock {}, which is to be named: {outcome:?}", recorded.id);
         ReleaseResult { lock: recorded.clone(), outcome: Some(outcome), may_stand: true, may_still_come: false }
@@ -214,19 +214,19 @@ fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&
 /// into the history.
 pub(crate) fn replaced(
     results: &[ReleaseResult],
-    places: &CandidateBackends,
+    candidates: &CandidateBackends,
     died: bool,
     until: Timestamp,
     by: By,
     waiter: &mut Waiter<'_>,
 ) -> Vec<Replaced> {
     let mut all = Vec::new();
-    let _there = Within::enter(&places.working_directory);
+    let _there = Within::enter(&candidates.working_directory);
     for ReleaseResult { lock, outcome, .. } in results {
         let Some(Outcome::Absent { anothers: Some(id), .. }) = outcome else { continue };
         let mut locks = Vec::new();
-        for place in places.of(lock) {
-            locks.extend(waiter.block_on(release::stored(&place)).unwrap_or_default());
+        for location in candidates.of(lock) {
+            locks.extend(waiter.block_on(release::stored(&location)).unwrap_or_default());
         }
         let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == *id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
@@ -246,10 +246,14 @@ fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Times
     own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
-/// Returns why a lock that was found at none of `places` does not count as gone. `None` if it does.
-fn not_believed(places: &[LockLocation], release_context: &ReleaseContext, waiter: &mut Waiter<'_>) -> Option<Outcome> {
+/// Returns why a lock that was found at none of `candidates` does not count as gone. `None` if it does.
+fn not_believed(
+    candidates: &[LockLocation],
+    release_context: &ReleaseContext,
+    waiter: &mut Waiter<'_>,
+) -> Option<Outcome> {
     match waiter
-        .block_on(async { tokio::time::timeout(SERVICE_TIMEOUT, release_context.reached.believes(places)).await })
+        .block_on(async { tokio::time::timeout(SERVICE_TIMEOUT, release_context.reached.believes(candidates)).await })
     {
         Ok(Ok(true)) => None,
         Ok(Ok(false) | Err(_)) => {
@@ -263,15 +267,15 @@ fn not_believed(places: &[LockLocation], release_context: &ReleaseContext, waite
 /// explanation, nothing takes longer than that. `None` if there is no location to look at.
 fn release_where_found(
     recorded: &RecordedLock,
-    places: &[LockLocation],
+    candidates: &[LockLocation],
     release_context: &ReleaseContext,
     effort: Effort,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let mut worst = None;
-    for place in places {
+    for location in candidates {
         let release = async {
-            let release = release::release(recorded, place, release_context, effort);
+            let release = release::release(recorded, location, release_context, effort);
             if effort.purpose == Purpose::Work {
                 return release.await;
             }
@@ -383,11 +387,11 @@ fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> 
 /// Otherwise the look takes no longer than `limit`. `None` if there is no location to look at, or if it is too early.
 pub(crate) fn check_pending(
     pending: &PendingRequest,
-    places: &CandidateBackends,
+    candidates: &CandidateBackends,
     effort: Effort,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
-    let _there = Within::enter(&places.working_directory);
+    let _there = Within::enter(&candidates.working_directory);
     // If the lock was held, a write may be in flight for as long as a request can be. Only a caller that was asked to
     // waits for that.
     let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
@@ -397,8 +401,8 @@ pub(crate) fn check_pending(
     // Its terraform has been dead for long, and one look is enough, because the next `tf` looks again.
     let reached = Reached::default();
     let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
-    let outcome = release_where_found(&pending.lock, &places.of(&pending.lock), &release_context, effort, waiter);
-    trace!("tombstone of {}: {outcome:?}", pending.lock.id);
+    let outcome = release_where_found(&pending.lock, &candidates.of(&pending.lock), &release_context, effort, waiter);
+    trace!("pending request of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {
         let had = pending.lock.progress.held.is_some();
         let why = if had {

@@ -203,12 +203,12 @@ impl TerminalReporter<'_> {
     }
 
     /// Terraform has failed because a state does not match its digest, and has reported that. This adds what to type.
-    fn explain_checksum(&self, places: &CandidateBackends, waiter: &mut Waiter<'_>) {
+    fn explain_checksum(&self, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) {
         let Some((bucket, key)) = &self.after.log.mismatch else { return };
-        let _there = Within::enter(&places.working_directory);
-        for place in places.of_state(bucket, key) {
-            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::unfit_state(&place)) {
-                let workspace = places.workspace_of(&place);
+        let _there = Within::enter(&candidates.working_directory);
+        for location in candidates.of_state(bucket, key) {
+            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::unfit_state(&location)) {
+                let workspace = candidates.workspace_of(&location);
                 console::say(&messages::unfit_digest(&digest_mismatch, workspace, self.directory().as_deref()));
                 return;
             }
@@ -230,10 +230,10 @@ impl TerminalReporter<'_> {
     }
 
     /// This run was refused by the lock `id`. If that lock was taken by a late request of a dead run, it is released.
-    fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, places: &CandidateBackends) {
+    fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, candidates: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
-            if let Some(Outcome::Released(_)) = check_pending(pending, places, Effort::EXPLANATION, waiter) {
+            if let Some(Outcome::Released(_)) = check_pending(pending, candidates, Effort::EXPLANATION, waiter) {
                 console::say(&messages::came_late(&pending.lock));
                 console::say(messages::TRY_AGAIN);
             }
@@ -244,19 +244,19 @@ impl TerminalReporter<'_> {
     fn explain_refusal(
         &self,
         asked: &RecordedLock,
-        place: &LockLocation,
-        places: &CandidateBackends,
+        location: &LockLocation,
+        candidates: &CandidateBackends,
         waiter: &mut Waiter<'_>,
     ) {
-        let found = stored_locks(place, places, waiter);
-        let command = |words: &str| self.locks_command(words, unselected_workspace(place, places));
+        let found = stored_locks(location, candidates, waiter);
+        let command = |words: &str| self.locks_command(words, unselected_workspace(location, candidates));
         for (store_key, stored_locks) in found.iter().filter(|(_, stored_locks)| stored_locks.info().is_none()) {
             let what = stored_locks.describe_no_lock();
             console::say(&messages::barred(
                 &store_key.describe(),
                 &what,
                 &command(messages::RELEASE_NO_LOCK),
-                &place.lock_path(),
+                &location.lock_path(),
             ));
         }
         let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, stored_locks)| stored_locks.info()).collect();
@@ -274,7 +274,7 @@ impl TerminalReporter<'_> {
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {
                 recovery_process::wait_for(child, waiter);
-                let left = self::stored_locks(place, places, waiter);
+                let left = self::stored_locks(location, candidates, waiter);
                 if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
                     console::say(messages::TRY_AGAIN);
                 }
@@ -311,11 +311,11 @@ impl TerminalReporter<'_> {
         messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
     }
 
-    /// Returns terraform's own command that removes a lock at `place`, without the lock's ID. Terraform refuses to work
+    /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. Terraform refuses to work
     /// in a workspace that has no state yet, or no longer has one. For that case, the command of `tf` is returned,
     /// which works there.
-    fn unlock_command_at(&self, place: Option<&LockLocation>, places: &CandidateBackends) -> String {
-        let workspace = place.and_then(|place| unselected_workspace(place, places));
+    fn unlock_command_at(&self, location: Option<&LockLocation>, candidates: &CandidateBackends) -> String {
+        let workspace = location.and_then(|location| unselected_workspace(location, candidates));
         if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
         }
@@ -326,26 +326,26 @@ impl TerminalReporter<'_> {
     }
 
     /// Returns the same for `lock`.
-    fn unlock_command_of(&self, lock: &RecordedLock, places: &CandidateBackends) -> String {
-        self.unlock_command_at(places.of(lock).first(), places)
+    fn unlock_command_of(&self, lock: &RecordedLock, candidates: &CandidateBackends) -> String {
+        self.unlock_command_at(candidates.of(lock).first(), candidates)
     }
 }
 
-/// Returns the workspace of the state at `place`, if a command without further arguments would not look there because
+/// Returns the workspace of the state at `location`, if a command without further arguments would not look there because
 /// that workspace is not the selected one. The workspace need not have a state yet.
-fn unselected_workspace<'a>(place: &LockLocation, places: &'a CandidateBackends) -> Option<&'a str> {
-    let selected = places.directories.first().map(|directory| directory.workspace.as_str());
-    places.workspace_of(place).filter(|name| Some(*name) != selected)
+fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBackends) -> Option<&'a str> {
+    let selected = candidates.directories.first().map(|directory| directory.workspace.as_str());
+    candidates.workspace_of(location).filter(|name| Some(*name) != selected)
 }
 
-/// Returns what is stored now at the locations of the parts of a lock at `place`. Empty if nothing can be read.
+/// Returns what is stored now at the locations of the parts of a lock at `location`. Empty if nothing can be read.
 fn stored_locks(
-    place: &LockLocation,
-    places: &CandidateBackends,
+    location: &LockLocation,
+    candidates: &CandidateBackends,
     waiter: &mut Waiter<'_>,
 ) -> Vec<(StoreKey, StoredLock)> {
-    let _there = Within::enter(&places.working_directory);
-    waiter.block_on(release::stored(place)).unwrap_or_default()
+    let _there = Within::enter(&candidates.working_directory);
+    waiter.block_on(release::stored(location)).unwrap_or_default()
 }
 
 /// Whether a request for `lock` was left without an answer, as far as that can be known at `at`, when terraform had

@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tombstone_stands_for_its_time() {
+    fn a_pending_request_is_remembered_for_its_time() {
         let (_directory, pending_requests) = pending_requests();
         pending_requests.put(&pending()).unwrap();
         let at = |minutes: i64| pending_requests.read(pending().since + SignedDuration::from_mins(minutes)).len();

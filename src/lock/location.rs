@@ -67,13 +67,13 @@ impl Workspaces<'_> {
 /// `workspaces` are those that the run can have used. There is more than one location if an `init` changed how the same
 /// bucket is reached.
 pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<LockLocation> {
-    let places = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|place| {
+    let locations = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|location| {
         let LockParts { s3, dynamodb } = lock.parts;
-        let table = place.table.filter(|_| dynamodb);
+        let table = location.table.filter(|_| dynamodb);
         // If the lock has a part in DynamoDB and this backend names no table, the lock belongs to another backend.
-        (!dynamodb || table.is_some()).then_some(LockLocation { table, lock_file: s3, ..place })
+        (!dynamodb || table.is_some()).then_some(LockLocation { table, lock_file: s3, ..location })
     });
-    places.collect()
+    locations.collect()
 }
 
 /// Returns the locations where `lock`, whose ID is not known, can be.
@@ -149,11 +149,11 @@ mod tests {
     #[test]
     fn the_backend_with_the_bucket_and_the_key_is_the_place() {
         let fits = directory(r#"{"bucket":"bkt","key":"dir/prod.tfstate","dynamodb_table":"locks","region":"r"}"#);
-        let place = find(&lock("S3 Native and DynamoDB"), &[&fits, &fits], Workspaces::These(&default()));
-        let [place] = place.as_slice() else { panic!("{place:?}") };
-        assert_eq!(place.lock_path(), "bkt/dir/prod.tfstate");
-        assert_eq!(place.lock_key(), "dir/prod.tfstate.tflock");
-        assert_eq!((place.table.as_deref(), place.lock_file), (Some("locks"), true));
+        let location = find(&lock("S3 Native and DynamoDB"), &[&fits, &fits], Workspaces::These(&default()));
+        let [location] = location.as_slice() else { panic!("{location:?}") };
+        assert_eq!(location.lock_path(), "bkt/dir/prod.tfstate");
+        assert_eq!(location.lock_key(), "dir/prod.tfstate.tflock");
+        assert_eq!((location.table.as_deref(), location.lock_file), (Some("locks"), true));
     }
 
     #[test]

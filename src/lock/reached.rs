@@ -36,14 +36,14 @@ struct PlaceEvidence {
 }
 
 impl PlaceEvidence {
-    async fn gather(place: &LockLocation, stores: &Stores) -> Self {
-        let bucket = is_aws(&address(place, stores).await.unwrap_or_default());
-        let Some(table) = &place.table else { return Self { bucket, ..Self::default() } };
+    async fn gather(location: &LockLocation, stores: &Stores) -> Self {
+        let bucket = is_aws(&address(location, stores).await.unwrap_or_default());
+        let Some(table) = &location.table else { return Self { bucket, ..Self::default() } };
         let arn = table.starts_with("arn:");
         // The digest proves something only if `bucket` is true, and comparing it takes as long as reading the state.
         let digest = bucket
             && !arn
-            && digest::compare(stores, ObjectKey { bucket: &place.bucket, key: &place.key }, table)
+            && digest::compare(stores, ObjectKey { bucket: &location.bucket, key: &location.key }, table)
                 .await
                 .is_ok_and(|compared| compared.recorded.is_some() && compared.fits());
         Self { bucket, arn, digest }
@@ -59,9 +59,9 @@ fn settles(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
 }
 
 /// Returns a URL of the state, from which the endpoint can be seen. `None` if no URL can be made.
-async fn address(place: &LockLocation, stores: &Stores) -> Option<String> {
+async fn address(location: &LockLocation, stores: &Stores) -> Option<String> {
     let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
-    let request = stores.s3.get_object().bucket(&place.bucket).key(&place.key).presigned(signing).await.ok()?;
+    let request = stores.s3.get_object().bucket(&location.bucket).key(&location.key).presigned(signing).await.ok()?;
     Some(request.uri().to_owned())
 }
 
@@ -98,16 +98,17 @@ impl Reached {
         &self.needs
     }
 
-    /// Whether a lock is gone that was just now found at none of `places`, with the environment of this process. Only
-    /// the backends that the run is known to have used decide. If there are none of those in `places`, all of them
+    /// Whether a lock is gone that was just now found at none of `locations`, with the environment of this process. Only
+    /// the backends that the run is known to have used decide. If there are none of those in `locations`, all of them
     /// decide.
-    pub(crate) async fn believes(&self, places: &[LockLocation]) -> bool {
-        let known =
-            |place: &&LockLocation| self.known.iter().any(|(access, _)| *access == RedactedBackend::of(&place.backend));
-        let of_the_run: Vec<&LockLocation> = places.iter().filter(known).collect();
-        let deciding = if of_the_run.is_empty() { places.iter().collect() } else { of_the_run };
-        for place in deciding {
-            if !self.saw(place).await {
+    pub(crate) async fn believes(&self, locations: &[LockLocation]) -> bool {
+        let known = |location: &&LockLocation| {
+            self.known.iter().any(|(access, _)| *access == RedactedBackend::of(&location.backend))
+        };
+        let of_the_run: Vec<&LockLocation> = locations.iter().filter(known).collect();
+        let deciding = if of_the_run.is_empty() { locations.iter().collect() } else { of_the_run };
+        for location in deciding {
+            if !self.saw(location).await {
                 return false;
             }
         }
@@ -126,19 +127,19 @@ impl Reached {
         if says { alone } else { self.environment.clone() }
     }
 
-    async fn saw(&self, place: &LockLocation) -> bool {
-        let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
-        let relation = relation(&self.then(&place.backend), &AccountIdentity::now(&self.run, &place.backend));
+    async fn saw(&self, location: &LockLocation) -> bool {
+        let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
+        let relation = relation(&self.then(&location.backend), &AccountIdentity::now(&self.run, &location.backend));
         let same = match &relation {
             Relation::Same => true,
-            Relation::Ask(account) => connect::account(&place.backend).await.as_ref() == Some(account),
+            Relation::Ask(account) => connect::account(&location.backend).await.as_ref() == Some(account),
             Relation::Another | Relation::Unknown => false,
         };
         if settles(same, parts, PlaceEvidence::default()) {
             return true;
         }
-        let Ok(stores) = Stores::connect(&place.backend, Purpose::Work).await else { return false };
-        let evidence = PlaceEvidence::gather(place, &stores).await;
+        let Ok(stores) = Stores::connect(&location.backend, Purpose::Work).await else { return false };
+        let evidence = PlaceEvidence::gather(location, &stores).await;
         trace!("not seen by {relation:?} ({same}), {evidence:?}");
         settles(same, parts, evidence)
     }
@@ -153,7 +154,7 @@ mod tests {
     fn each_half_must_be_settled() {
         for same in [false, true] {
             for bits in 0..32_u8 {
-                let bit = |place: u8| bits & (1 << place) != 0;
+                let bit = |location: u8| bits & (1 << location) != 0;
                 let parts = LockParts { s3: bit(0), dynamodb: bit(1) };
                 let evidence = PlaceEvidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
                 let item = same || bit(3) || (bit(2) && bit(4));

@@ -180,16 +180,16 @@ pub(crate) enum Write {
 
 /// One location, and the connections to its services as the run reached them.
 struct Services<'a> {
-    place: &'a LockLocation,
+    location: &'a LockLocation,
     stores: Stores,
     /// The locations where the parts of the lock can be.
     parts: Vec<StoreKey>,
 }
 
 impl<'a> Services<'a> {
-    async fn connect(place: &'a LockLocation, purpose: Purpose) -> Result<Self, Unreachable> {
-        let stores = Stores::connect(&place.backend, purpose).await?;
-        Ok(Self { place, parts: place.store_keys(&stores), stores })
+    async fn connect(location: &'a LockLocation, purpose: Purpose) -> Result<Self, Unreachable> {
+        let stores = Stores::connect(&location.backend, purpose).await?;
+        Ok(Self { location, parts: location.store_keys(&stores), stores })
     }
 
     /// Reads what is stored at `part` now. `None` if nothing is stored there, or if no lock can be there at all.
@@ -199,10 +199,10 @@ impl<'a> Services<'a> {
 
     /// Looks at everything that a write of the terraform that held `recorded` would change.
     async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
-        let state = s3::fingerprint(&self.stores.s3, &self.place.bucket, &self.place.key).await?;
-        let digest = match &self.place.table {
+        let state = s3::fingerprint(&self.stores.s3, &self.location.bucket, &self.location.key).await?;
+        let digest = match &self.location.table {
             Some(table) => nothing_if_excluded(
-                dynamodb::digest(&self.stores.dynamodb, ItemKey { table, path: &self.place.lock_path() }).await,
+                dynamodb::digest(&self.stores.dynamodb, ItemKey { table, path: &self.location.lock_path() }).await,
             )?,
             None => None,
         };
@@ -289,17 +289,17 @@ impl Effort {
 /// again for `limit`, not counting the time in which credentials are requested.
 pub(crate) async fn release(
     recorded: &RecordedLock,
-    place: &LockLocation,
+    location: &LockLocation,
     release_context: &ReleaseContext,
     Effort { limit, purpose }: Effort,
 ) -> Outcome {
     // Credentials are requested now and remembered, because the time limit of the release begins after that.
-    if let Err(unreachable) = credentials(place, limit, purpose).await {
+    if let Err(unreachable) = credentials(location, limit, purpose).await {
         return unreached(&unreachable);
     }
     let mut attempt = Attempt {
         recorded,
-        place,
+        location,
         release_context,
         limit,
         purpose,
@@ -322,7 +322,7 @@ pub(crate) async fn release(
                     return Outcome::failed(&failure, part);
                 }
                 if failure.cause() == Cause::ExpiredCredentials && !std::mem::replace(&mut attempt.renewed, true) {
-                    connect::forget_credentials(&place.backend);
+                    connect::forget_credentials(&location.backend);
                 }
                 sleep(interval).await;
                 interval = (interval * 2).min(MAX_RETRY_INTERVAL);
@@ -331,14 +331,14 @@ pub(crate) async fn release(
     }
 }
 
-/// Requests the credentials for `place` before any time limit begins. They are remembered, and their source may take
+/// Requests the credentials for `location` before any time limit begins. They are remembered, and their source may take
 /// longer than a service may. For [`Purpose::Work`], a service that gives them and is silent is asked again for
 /// `limit`.
-async fn credentials(place: &LockLocation, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
+async fn credentials(location: &LockLocation, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
     let begun = Instant::now();
     let mut interval = POLL_INTERVAL;
     loop {
-        match Services::connect(place, purpose).await {
+        match Services::connect(location, purpose).await {
             Err(Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
                 trace!("no credentials: {why}");
                 sleep(interval).await;
@@ -359,11 +359,11 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
     Outcome::Kept { reason: unreachable.to_string(), because }
 }
 
-/// Returns what is stored now at the locations of a lock's parts at `place`: one part, or two, of which the second one
+/// Returns what is stored now at the locations of a lock's parts at `location`: one part, or two, of which the second one
 /// may be another run's. Empty if nothing can be read within [`EXPLANATION_TIMEOUT`].
-pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
+pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
     let look = async {
-        let Ok(services) = Services::connect(place, Purpose::Explanation).await else { return Vec::new() };
+        let Ok(services) = Services::connect(location, Purpose::Explanation).await else { return Vec::new() };
         let reads = services.parts.iter().map(|part| services.stores.read(part));
         let read = futures_util::future::join_all(reads).await;
         let read = services.parts.iter().zip(read);
@@ -372,33 +372,33 @@ pub(crate) async fn stored(place: &LockLocation) -> Vec<(StoreKey, StoredLock)> 
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
 
-/// Returns the state at `place` and its digest, if they do not match. They are read once, within
+/// Returns the state at `location` and its digest, if they do not match. They are read once, within
 /// [`EXPLANATION_TIMEOUT`]. For a caller that has already seen a mismatch, and has waited for a while since. `None` if
 /// they match, or cannot be read.
-pub(crate) async fn unfit_state(place: &LockLocation) -> Option<Comparison> {
-    let table = place.table.as_ref()?;
+pub(crate) async fn unfit_state(location: &LockLocation) -> Option<Comparison> {
+    let table = location.table.as_ref()?;
     let look = async {
-        let services = Services::connect(place, Purpose::Explanation).await.ok()?;
-        digest::compare(&services.stores, ObjectKey { bucket: &place.bucket, key: &place.key }, table).await.ok()
+        let services = Services::connect(location, Purpose::Explanation).await.ok()?;
+        digest::compare(&services.stores, ObjectKey { bucket: &location.bucket, key: &location.key }, table).await.ok()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
 }
 
-/// Whether the lock `id` exists at `place`, or may exist. True also if a service did not let it be read within
+/// Whether the lock `id` exists at `location`, or may exist. True also if a service did not let it be read within
 /// [`EXPLANATION_TIMEOUT`]. Its absence is believed at the second look, because one response proves nothing.
-pub(crate) async fn may_stand(place: &LockLocation, id: &str) -> bool {
-    let _ = credentials(place, EXPLANATION_TIMEOUT, Purpose::Work).await;
-    if may_be_seen(place, id).await {
+pub(crate) async fn may_stand(location: &LockLocation, id: &str) -> bool {
+    let _ = credentials(location, EXPLANATION_TIMEOUT, Purpose::Work).await;
+    if may_be_seen(location, id).await {
         return true;
     }
     sleep(POLL_INTERVAL).await;
-    may_be_seen(place, id).await
+    may_be_seen(location, id).await
 }
 
 /// Does one look of [`may_stand`].
-async fn may_be_seen(place: &LockLocation, id: &str) -> bool {
+async fn may_be_seen(location: &LockLocation, id: &str) -> bool {
     let look = async {
-        let Ok(services) = Services::connect(place, Purpose::Work).await else { return true };
+        let Ok(services) = Services::connect(location, Purpose::Work).await else { return true };
         for part in &services.parts {
             match services.stores.read(part).await {
                 Ok(Some(stored)) if stored.info().is_none_or(|info| info.id == id) => return true,
@@ -423,7 +423,7 @@ pub(crate) enum IdentifiedLock {
     Possible(Box<LockInfo>, &'static str),
 }
 
-/// Looks at `place` for a lock that the log does not name. The look is repeated while a request for the lock may land
+/// Looks at `location` for a lock that the log does not name. The look is repeated while a request for the lock may land
 /// and, if terraform `died`, while no service answers. The absence of a lock that was held is believed at the second
 /// look.
 ///
@@ -432,12 +432,12 @@ pub(crate) enum IdentifiedLock {
 /// lock.
 pub(crate) async fn identify_unnamed_lock(
     unnamed: &UnnamedLock,
-    place: &LockLocation,
+    location: &LockLocation,
     release_context: &ReleaseContext,
     died: bool,
 ) -> Result<IdentifiedLock, Failure> {
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
-    let _ = credentials(place, limit, Purpose::Work).await;
+    let _ = credentials(location, limit, Purpose::Work).await;
     let begun = Instant::now();
     let late = if release_context.request_may_land && unnamed.progress.held.is_none() {
         LATE_REQUEST_WINDOW
@@ -446,7 +446,7 @@ pub(crate) async fn identify_unnamed_lock(
     };
     let mut absent = unnamed.progress.held.is_none();
     loop {
-        match within(remaining(limit, begun), "AWS", look_for(unnamed, place, &release_context.run, died)).await {
+        match within(remaining(limit, begun), "AWS", look_for(unnamed, location, &release_context.run, died)).await {
             Ok(IdentifiedLock::None) => {
                 if absent && begun.elapsed() >= late {
                     return Ok(IdentifiedLock::None);
@@ -466,11 +466,11 @@ pub(crate) async fn identify_unnamed_lock(
 /// Does one look of [`identify_unnamed_lock`].
 async fn look_for(
     unnamed: &UnnamedLock,
-    place: &LockLocation,
+    location: &LockLocation,
     run: &Run,
     died: bool,
 ) -> Result<IdentifiedLock, Failure> {
-    let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
+    let services = Services::connect(location, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     let mut light = IdentifiedLock::None;
     for part in &services.parts {
         let Some(stored) = services.read(part).await? else { continue };
@@ -484,8 +484,9 @@ async fn look_for(
         trace!("{part:?} holds {}, which the log does not name: {verdict:?}", info.id);
         match verdict {
             Match::Ours => {
-                let parts = LockParts { s3: place.lock_file, dynamodb: place.table.is_some() };
-                let mut lock = RecordedLock::held(&info, &place.bucket, &place.key, parts, unnamed.progress.asked);
+                let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
+                let mut lock =
+                    RecordedLock::held(&info, &location.bucket, &location.key, parts, unnamed.progress.asked);
                 lock.progress.held = unnamed.progress.held;
                 // The lock was created at the moment at which it was requested, and the log has that moment only to the
                 // millisecond.
@@ -502,7 +503,7 @@ async fn look_for(
     Ok(light)
 }
 
-/// Returns a lock at `place` that nothing but its own JSON connects with a run whose log is lost: it has the same user
+/// Returns a lock at `location` that nothing but its own JSON connects with a run whose log is lost: it has the same user
 /// and host, and was created after the run began. A machine with the same name passes the same test, so such a lock is
 /// only named, and never released. `any_user`: the run may have worked as another user of this host. `None` if there is
 /// no such lock.
@@ -510,11 +511,11 @@ async fn look_for(
 /// # Errors
 /// Returns a [`Failure`] if a service did not let the lock be read, or if its location holds something that is not a
 /// lock.
-pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
-    let _ = credentials(place, SERVICE_TIMEOUT, Purpose::Work).await;
+pub(crate) async fn suspect(location: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
+    let _ = credentials(location, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
     loop {
-        match within(remaining(SERVICE_TIMEOUT, begun), "AWS", look_for_suspect(place, run, any_user)).await {
+        match within(remaining(SERVICE_TIMEOUT, begun), "AWS", look_for_suspect(location, run, any_user)).await {
             Err(failure) if !failure.is_final() && begun.elapsed() < SERVICE_TIMEOUT => sleep(POLL_INTERVAL).await,
             results => return results,
         }
@@ -522,8 +523,8 @@ pub(crate) async fn suspect(place: &LockLocation, run: &Run, any_user: bool) -> 
 }
 
 /// Does one look of [`suspect`].
-async fn look_for_suspect(place: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
-    let services = Services::connect(place, Purpose::Work).await.map_err(|error| unreachable(&error))?;
+async fn look_for_suspect(location: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
+    let services = Services::connect(location, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     for part in &services.parts {
         let Some(stored) = services.read(part).await? else { continue };
         let Some(info) = stored.info() else {
@@ -547,7 +548,7 @@ fn unreachable(error: &Unreachable) -> Failure {
 /// One release, which may need several tries.
 struct Attempt<'a> {
     recorded: &'a RecordedLock,
-    place: &'a LockLocation,
+    location: &'a LockLocation,
     release_context: &'a ReleaseContext,
     /// How long to ask a service that fails, counted from `begun`.
     limit: Duration,
@@ -578,7 +579,7 @@ fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
 impl Attempt<'_> {
     /// Does one try. Each try connects anew, because what was wrong with the connection may be corrected by then.
     async fn go(&mut self) -> Result<Outcome, Failure> {
-        let services = match Services::connect(self.place, self.purpose).await {
+        let services = match Services::connect(self.location, self.purpose).await {
             Ok(services) => services,
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
@@ -719,7 +720,7 @@ impl Attempt<'_> {
 /// another region a moment ago. `None` for any other table. If the credentials do not permit the question, the table
 /// counts as not global, as nearly all tables are.
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
-    let Some(table) = &services.place.table else { return Ok(None) };
+    let Some(table) = &services.location.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
         Ok(described) if described.last_writer_wins() => Ok(Some(describe_global_table(table, &described.replicas))),
         Err(failure) if !failure.is_final() => Err(failure),
@@ -856,7 +857,7 @@ impl Judged {
 /// Returns the state and its digest, if they do not match and no run is writing them at this moment. If they cannot be
 /// read, no mismatch is reported, and the lock is gone in any case.
 async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
-    let LockLocation { bucket, key, table, .. } = services.place;
+    let LockLocation { bucket, key, table, .. } = services.location;
     let table = table.as_ref()?;
     let compare = || async {
         let compared = digest::compare(&services.stores, ObjectKey { bucket, key }, table).await.ok()?;
@@ -1001,7 +1002,7 @@ mod tests {
     fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
         for parts in all_parts() {
             for bits in 0..32_u8 {
-                let bit = |place: u8| bits & (1 << place) != 0;
+                let bit = |location: u8| bits & (1 << location) != 0;
                 let deleted_now = parts.contains(&Ok(Judged::Deleted));
                 let mut look = PartsLook {
                     parts: &parts,

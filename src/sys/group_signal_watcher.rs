@@ -52,7 +52,7 @@ impl GroupSignalWatcher {
                 fcntl(&group_signal_watcher.received, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
                 Ok(group_signal_watcher)
             }
-            _ => Err(io::Error::other("the witness could not join terraform's process group")),
+            _ => Err(io::Error::other("the watcher could not join terraform's process group")),
         }
     }
 
