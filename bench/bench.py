@@ -1,7 +1,7 @@
 """What tf costs, as paired differences against bare terraform in one run.
 
-Every pair runs the two one after the other, and the next pair the other way round, so that what the machine does
-meanwhile meets both alike. Reported are medians of the differences, and quartiles.
+In each round, every command runs once, one after the other, and the next round begins with another one. So what the
+machine does meanwhile meets all of them alike. What is reported is the median of the differences, and the quartiles.
 """
 
 import argparse
@@ -29,27 +29,39 @@ def once(work, command, environment=None):
     return (time.perf_counter() - begun) * 1000, process.returncode
 
 
-def pairs(work, bare, wrapped, count, environment=None):
-    bares, differences, round = [], [], 0
-    while len(differences) < count:
-        round += 1
-        order = [bare, wrapped] if round % 2 == 0 else [wrapped, bare]
-        times = {}
-        for command in order:
-            times[command is wrapped], code = once(work, command, environment)
-            # The loopback cloud loses an answer now and then; such a pair measures something else.
+def rounds(work, commands, count, environment=None):
+    """Runs every command once a round, in an order that turns by one from round to round.
+
+    Returns, for each command, its milliseconds in each round in which every command ended with 0.
+    """
+    times = {name: [] for name in commands}
+    names = list(commands)
+    for attempt in range(2 * count + 20):
+        if len(times[names[0]]) == count:
+            return times
+        turn = attempt % len(names)
+        seen = {}
+        for name in names[turn:] + names[:turn]:
+            seen[name], code = once(work, commands[name], environment)
             if code != 0:
-                work.cloud.unlock(work.key)
-                times = None
                 break
-        if times is None:
-            if round > 2 * count + 20:
-                sys.exit(f"{wrapped} or {bare} fails again and again")
+        # The servers on the loopback interface lose an answer now and then; such a round measures something else.
+        if code != 0:
+            work.cloud.unlock(work.key)
             continue
-        bares.append(times[False])
-        differences.append(times[True] - times[False])
-    quartiles = statistics.quantiles(differences, n=4)
-    return statistics.median(bares), quartiles
+        for name in names:
+            times[name].append(seen[name])
+    sys.exit(f"{commands} fail again and again")
+
+
+def more(times, name):
+    """The quartiles of what `name` took more than bare in the same round."""
+    return statistics.quantiles([wrapped - bare for wrapped, bare in zip(times[name], times["bare"])], n=4)
+
+
+def pairs(work, bare, wrapped, count, environment=None):
+    times = rounds(work, {"bare": bare, "wrapped": wrapped}, count, environment)
+    return statistics.median(times["bare"]), more(times, "wrapped")
 
 
 def line(name, bare, quartiles, aim=""):
@@ -97,13 +109,27 @@ def measure(cloud, tf, few):
     environment = dict(work.environment, TFW_TERRAFORM=str(stub))
     program = str(work.root / "bin/tf")
     count = 600 // few
-    line("a command that cannot lock (exec)", *pairs(work, [str(stub), "version"], [program, "version"], count, environment), "aim: +1")
-    line("a command that can (supervised)", *pairs(work, [str(stub), "plan"], [program, "plan"], count, environment), "aim: +2")
-    for other in ("tini", "dumb-init", "timeout"):
+    nothing = [str(stub), "plan"]
+    commands = {
+        "bare": nothing,
+        "a command that cannot lock (exec)": [program, "version"],
+        "a command that can (supervised)": [program, "plan"],
+    }
+    for other, options in {"tini": ["-s", "--"], "dumb-init": ["--"], "timeout": ["60"]}.items():
         path = shutil.which(other)
         if path:
-            arguments = {"tini": ["-s", "--"], "dumb-init": ["--"], "timeout": ["60"]}[other]
-            line(f"  beside it: {other}", *pairs(work, [str(stub)], [path, *arguments, str(stub)], count // 2, environment))
+            commands[f"  beside it: {other}"] = [path, *options, *nothing]
+        else:
+            print(f"  {other} is not installed, so it is not measured")
+    times = rounds(work, commands, count, environment)
+    bare = statistics.median(times["bare"])
+    aims = {"a command that cannot lock (exec)": "aim: +1", "a command that can (supervised)": "aim: +2"}
+    for name in list(commands)[1:]:
+        line(name, bare, more(times, name), aims.get(name, ""))
+    if "  beside it: tini" in commands:
+        tini = more(times, "  beside it: tini")[1]
+        ratios = [more(times, name)[1] / tini for name in aims]
+        print(f"what tini costs, times: exec {ratios[0]:.2f}, supervised {ratios[1]:.2f}   aim: 1 and 2", flush=True)
     bare, quartiles = pairs(work, ["terraform", "plan"], [program, "plan"], 60 // few)
     line("a real plan", bare, quartiles, f"ratio {1 + quartiles[1] / bare:.3f}, aim 1.02")
     work.remove()
