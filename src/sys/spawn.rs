@@ -1,8 +1,11 @@
-//! fork(2) and execve(2), to start terraform.
+//! clone(2) or fork(2), and execve(2), to start terraform.
 //!
 //! `std::process::Command` cannot do what is needed between the two calls: join a process group, *then* discard the
 //! signals that are already pending for the child, with every signal blocked until then. Without this, a ^C between
 //! fork and setpgid reaches the child twice: as a member of the group of `tf`, and again when `tf` passes it on.
+//!
+//! On Linux the child uses the memory of this process until execve(2), as posix_spawn(3) does it. A copy of the address
+//! space would cost more than everything else that starts terraform.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -111,28 +114,79 @@ const STRAY: [Signal; 6] =
 pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     let (report, reporter) = descriptor::pipe()?;
     let blocked = AllBlocked::now()?;
+    let pid = start_child(&Child { image, setup, reporter: reporter.as_raw_fd() })?;
+    drop((reporter, blocked));
+    if setup.own_group {
+        // The parent and the child both call setpgid, so that the group exists whichever of them continues first.
+        // SAFETY: setpgid on a child of this process. If the child has already called exec, this fails with EACCES,
+        // which is harmless.
+        unsafe { libc::setpgid(pid.as_raw(), pid.as_raw()) };
+    }
+    match exec_error(&report) {
+        None => Ok(pid),
+        Some(error) => {
+            let _ = nix::sys::wait::waitpid(pid, None);
+            Err(error)
+        }
+    }
+}
+
+/// What the child needs to become the program.
+struct Child<'a> {
+    image: &'a Image,
+    setup: &'a Setup<'a>,
+    /// Where the child writes the error of execve(2).
+    reporter: RawFd,
+}
+
+/// Starts the child, which shares the memory of this process, and waits until it has called execve(2) or has exited
+/// (`CLONE_VM` and `CLONE_VFORK`, clone(2)). It has descriptors, signal dispositions and a signal mask of its own.
+///
+/// Three things could go wrong in shared memory, and none of them does:
+///
+/// - The child writes only to its own stack and to `errno`, and this process reads neither while it waits.
+/// - No signal handler of `tf` can run in the child: every signal is blocked until right before execve(2), and `tf`
+///   handles none but SIGSEGV and SIGBUS, which end a process that has a fault.
+/// - If this process is killed meanwhile, its memory exists until the child no longer uses it. So the child still
+///   becomes terraform, and the guardian learns its pid.
+///
+/// While this process waits, it cannot be stopped, and SIGKILL alone ends it. It waits for some system calls of the
+/// child, and for as long as the child is stopped, if somebody sends SIGSTOP to it.
+///
+/// # Errors
+/// The error of clone(2): `EAGAIN` when there may be no more processes.
+#[cfg(target_os = "linux")]
+fn start_child(child: &Child<'_>) -> io::Result<Pid> {
+    /// The size of the child's stack, in units of 16 bytes, which is also its alignment. The child needs less than 1
+    /// KiB of these 64 KiB, and a debug build not much more.
+    const STACK: usize = 4096;
+
+    extern "C" fn run(child: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: this is the `child` of `start_child`, which waits.
+        become_program(unsafe { &*child.cast::<Child<'_>>() })
+    }
+
+    let mut stack: Vec<u128> = Vec::with_capacity(STACK);
+    let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the stack grows down from `top`, and it lives until the child no longer uses it, because this process
+    // waits for that. There is one thread (asserted by the caller), so no lock of the C library is held. What the child
+    // does is described above.
+    let pid = unsafe { libc::clone(run, top.cast(), flags, std::ptr::from_ref(child).cast_mut().cast()) };
+    if pid == -1 { Err(io::Error::last_os_error()) } else { Ok(Pid::from_raw(pid)) }
+}
+
+/// Starts the child as a copy of this process.
+///
+/// # Errors
+/// The error of fork(2): `EAGAIN` when there may be no more processes.
+#[cfg(not(target_os = "linux"))]
+fn start_child(child: &Child<'_>) -> io::Result<Pid> {
     // SAFETY: there is one thread (asserted by the caller), and the child calls only async-signal-safe functions.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
-        0 => become_program(image, setup, reporter.as_raw_fd()),
-        pid => {
-            drop((reporter, blocked));
-            if setup.own_group {
-                // The parent and the child both call setpgid, so that the group exists whichever of them continues
-                // first.
-                // SAFETY: setpgid on a child of this process. If the child has already called exec, this fails with
-                // EACCES, which is harmless.
-                unsafe { libc::setpgid(pid, pid) };
-            }
-            let pid = Pid::from_raw(pid);
-            match exec_error(&report) {
-                None => Ok(pid),
-                Some(error) => {
-                    let _ = nix::sys::wait::waitpid(pid, None);
-                    Err(error)
-                }
-            }
-        }
+        0 => become_program(child),
+        pid => Ok(Pid::from_raw(pid)),
     }
 }
 
@@ -154,7 +208,7 @@ impl Drop for AllBlocked {
     }
 }
 
-fn become_program(image: &Image, setup: &Setup<'_>, reporter: RawFd) -> ! {
+fn become_program(&Child { image, setup, reporter }: &Child<'_>) -> ! {
     // SAFETY: only async-signal-safe calls on memory that was prepared before the fork (signal-safety(7)).
     unsafe {
         if setup.own_group {
