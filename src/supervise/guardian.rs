@@ -466,10 +466,13 @@ impl<'a> Watch<'a> {
                 Err(_) => 0,
             };
             self.received.bytes.extend(&bytes[..length]);
-            while let Some((kind, payload)) = self.received.next() {
-                if kind == OVER {
-                    return ParentExit::Clean;
-                }
+            let messages: Vec<(u8, Vec<u8>)> = std::iter::from_fn(|| self.received.next()).collect();
+            // When everything is over, what came before it does not matter any more. A run may be over before its
+            // guardian has read the first message, and `tf` waits for the guardian's exit.
+            if messages.iter().any(|(kind, _)| *kind == OVER) {
+                return ParentExit::Clean;
+            }
+            for (kind, payload) in messages {
                 self.heard(kind, &payload);
             }
             self.hear_signals();
