@@ -118,7 +118,7 @@ def measure(cloud, tf, few):
     for other, options in {"tini": ["-s", "--"], "dumb-init": ["--"], "timeout": ["60"]}.items():
         path = shutil.which(other)
         if path:
-            commands[f"  beside it: {other}"] = [path, *options, *nothing]
+            commands[f"  for comparison: {other}"] = [path, *options, *nothing]
         else:
             print(f"  {other} is not installed, so it is not measured")
     times = rounds(work, commands, count, environment)
@@ -126,8 +126,8 @@ def measure(cloud, tf, few):
     aims = {"a command that cannot lock (exec)": "aim: +1", "a command that can (supervised)": "aim: +2"}
     for name in list(commands)[1:]:
         line(name, bare, more(times, name), aims.get(name, ""))
-    if "  beside it: tini" in commands:
-        tini = more(times, "  beside it: tini")[1]
+    if "  for comparison: tini" in commands:
+        tini = more(times, "  for comparison: tini")[1]
         ratios = [more(times, name)[1] / tini for name in aims]
         print(f"what tini costs, times: exec {ratios[0]:.2f}, supervised {ratios[1]:.2f}   aim: 1 and 2", flush=True)
     bare, quartiles = pairs(work, ["terraform", "plan"], [program, "plan"], 60 // few)
@@ -160,7 +160,7 @@ def measure(cloud, tf, few):
         released.append((stamps["deleted"] - stamps["the tree is dead"]) * 1000)
     work.remove()
     print()
-    print(f"from the death of the tree to both halves gone: median {statistics.median(released):.0f} ms, "
+    print(f"from the death of terraform's processes until both parts of the lock are deleted: median {statistics.median(released):.0f} ms, "
           f"worst {max(released):.0f} ms   aim: 100")
     print(f"locks left after {len(gone)} kills: {sum(gone)}")
     print(f"memory of tf and its guardian while terraform runs (PSS): {statistics.median(memory) / 1024:.1f} MiB   aim: 8")

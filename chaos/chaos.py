@@ -740,7 +740,7 @@ class Tally:
 
     ROWS = [
         ("stale", "stale locks after the next command"),
-        ("taken", "locks taken from the living"),
+        ("taken", "locks released while their holder was alive"),
         ("overlap", "overlapping critical sections"),
         ("hung", "hung runs"),
         ("refused", "contenders refused by a dead lock"),
@@ -781,12 +781,12 @@ class Tally:
             print(f"{who:18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>10}")
         counts = [sum(self.deaths[who, how] for who in whos) for how in SIGNALS]
         print(f"{'together':18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>10}")
-        print(f"{'came too late':18}" + " " * 10 * len(SIGNALS) + f"{self.missed or '-':>10}\n")
+        print(f"{'after the exit':18}" + " " * 10 * len(SIGNALS) + f"{self.missed or '-':>10}\n")
         for what, name in self.ROWS:
             print(f"{name:50}{self.failures[what]:6}")
         print("for information")
         for name, count in [
-            (f"locks standing {DEAD_FOR:.0f} s after the tree's death", self.standing),
+            (f"locks still held {DEAD_FOR:.0f} s after the processes died", self.standing),
             ("  the same, where everything was killed", self.standing_all),
             (f"runs that stood still for {STOPPED_FOR} s and were continued", self.continued),
             ("digest mismatches", self.digests),
