@@ -27,7 +27,7 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("above")]
-    struct Subreaper(#[source] Below);
+    struct Outer(#[source] Below);
 
     #[derive(Debug, thiserror::Error)]
     #[error("below")]
@@ -35,7 +35,7 @@ mod tests {
 
     #[test]
     fn what_only_the_debugger_shows_is_not_told() {
-        let error = Subreaper(Below("hunter2"));
+        let error = Outer(Below("hunter2"));
         assert!(format!("{error:?}").contains("hunter2"));
         assert_eq!(causes(&error), "above: below");
     }

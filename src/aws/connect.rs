@@ -178,7 +178,7 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
 }
 
 fn not_followed(backend: &CachedBackend) -> Option<String> {
-    let is_unknown = |name: &str| attributes::of_attribute(name) == Treatment::NotFollowed;
+    let is_unknown = |name: &str| attributes::of_attribute(name) == Treatment::NotSupported;
     backend.set_attributes().find_map(|outer| match outer {
         "endpoints" | "assume_role" | "assume_role_with_web_identity" => {
             let mut names = backend.nested(outer).into_iter().map(|inner| format!("{outer}.{inner}"));

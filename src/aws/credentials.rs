@@ -340,7 +340,7 @@ fn source(
             None => CredentialSource::KeysOfProfile(keys),
         });
     }
-    let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotFollowed);
+    let not_followed = attributes::PROFILE_KEYS.iter().filter(|key| key.treatment == Treatment::NotSupported);
     if let Some(key) = not_followed.map(|key| key.name).find(|name| get(name).is_some()) {
         return Err(Unreachable::ProfileKey(key));
     }

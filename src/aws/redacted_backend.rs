@@ -78,11 +78,11 @@ fn kept<'a>(
         let whole = format!("{outer}{name}");
         match (attributes::of_attribute(&whole), value) {
             (Treatment::NoEffect, _) => {}
-            (Treatment::Followed, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
+            (Treatment::Supported, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
                 config.insert(name.to_owned(), value.clone());
             }
             // The attributes inside a nested attribute are in the list under their own names.
-            (Treatment::NotFollowed, Value::Object(inner)) if outer.is_empty() => {
+            (Treatment::NotSupported, Value::Object(inner)) if outer.is_empty() => {
                 let inner = inner.iter().filter(|(_, value)| !value.is_null());
                 let mut inner = inner.map(|(name, value)| (name.as_str(), value));
                 config.insert(name.to_owned(), Value::Object(kept(&format!("{name}."), &mut inner, withheld)));
@@ -324,12 +324,12 @@ mod tests {
         {
             let treatment = attributes::of_attribute(name);
             let withheld = access.withheld.iter().any(|withheld| withheld == name);
-            assert_eq!(withheld, matches!(treatment, Treatment::Secret | Treatment::NotFollowed), "{name}");
+            assert_eq!(withheld, matches!(treatment, Treatment::Secret | Treatment::NotSupported), "{name}");
             let value = match name.split_once('.') {
                 None => access.config.get(name),
                 Some((outer, inner)) => access.config.get(outer).and_then(|outer| outer.get(inner)),
             };
-            assert_eq!(value.is_some(), treatment == Treatment::Followed, "{name}");
+            assert_eq!(value.is_some(), treatment == Treatment::Supported, "{name}");
         }
         let without_effect: Vec<&str> =
             all.iter().copied().filter(|name| attributes::of_attribute(name) == Treatment::NoEffect).collect();
@@ -354,7 +354,7 @@ mod tests {
             let here = surroundings(&[(variable.name, "http://anna:hunter2@x/aws")]);
             let kept = here.variables.contains_key(variable.name);
             let withheld = here.withheld.iter().any(|name| name == variable.name);
-            let followed = variable.treatment == Treatment::Followed;
+            let followed = variable.treatment == Treatment::Supported;
             assert_eq!(kept || withheld, followed, "{}", variable.name);
             assert!(!serde_json::to_string(&here).unwrap().contains("hunter2"), "{}", variable.name);
         }

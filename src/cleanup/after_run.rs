@@ -100,12 +100,12 @@ fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut
             Termination::Unseen => Some(Outcome::later(messages::UNSEEN)),
         };
     }
-    if operation == Operation::Unlocking { what_lives_on(tree, waiter) } else { None }
+    if operation == Operation::Unlocking { wait_for_tree(tree, waiter) } else { None }
 }
 
 /// Returns the reason not to release that follows from running processes, if terraform exited by itself. `None` if no
 /// process of the tree is running.
-fn what_lives_on(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
+fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
         tree.reap_orphans(&[]);
@@ -259,15 +259,15 @@ const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
-        let mut found = candidates.of(lock).into_iter().map(|location| stands(&lock.id, &location, candidates, waiter));
-        found.any(|stands| stands)
+        let mut found = candidates.of(lock).into_iter().map(|location| exists(&lock.id, &location, candidates, waiter));
+        found.any(|exists| exists)
     })
 }
 
 /// Whether the lock `id` exists at `location`. True if that cannot be determined.
-fn stands(id: &str, location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
+fn exists(id: &str, location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let _there = Within::enter(&candidates.working_directory);
-    waiter.block_on(release::may_stand(location, id)).unwrap_or(true)
+    waiter.block_on(release::may_exist(location, id)).unwrap_or(true)
 }
 
 fn is_terraform(process: &Process) -> bool {

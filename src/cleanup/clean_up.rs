@@ -271,7 +271,7 @@ impl Cleaned {
         let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
         let is_left = |result: &ReleaseResult| {
             let kept = |because: &Because| !is_read || *because != Because::Doubt;
-            result.may_stand && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
+            result.may_exist && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
         };
         let in_doubt = !locks.suspects.is_empty() && !is_read;
         let mut unfinished = Unfinished {
@@ -313,9 +313,9 @@ mod tests {
         log
     }
 
-    fn cleaned(log: &Log, outcome: Option<Outcome>, may_stand: bool) -> Cleaned {
+    fn cleaned(log: &Log, outcome: Option<Outcome>, may_exist: bool) -> Cleaned {
         let result =
-            ReleaseResult { lock: log.named().next().unwrap().clone(), outcome, may_stand, may_still_come: false };
+            ReleaseResult { lock: log.named().next().unwrap().clone(), outcome, may_exist, may_still_come: false };
         Cleaned {
             locks: CandidateLocks::default(),
             results: vec![result],
@@ -345,11 +345,11 @@ mod tests {
             (kept(Because::Never), true, true),
         ];
         for (outcome, where_read, where_not) in outcomes {
-            for may_stand in [false, true] {
+            for may_exist in [false, true] {
                 for (is_read, expected) in [(true, where_read), (false, where_not)] {
-                    let unfinished = cleaned(&log, outcome.clone(), may_stand).unfinished(&log, is_read);
-                    assert_eq!(!unfinished.is_empty(), expected && may_stand, "{outcome:?} {may_stand} {is_read}");
-                    assert_eq!(unfinished.locks.len(), usize::from(expected && may_stand));
+                    let unfinished = cleaned(&log, outcome.clone(), may_exist).unfinished(&log, is_read);
+                    assert_eq!(!unfinished.is_empty(), expected && may_exist, "{outcome:?} {may_exist} {is_read}");
+                    assert_eq!(unfinished.locks.len(), usize::from(expected && may_exist));
                 }
             }
         }

@@ -63,7 +63,11 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
 }
 
 /// The recorded digest does not match the state. The command names `workspace` if that is known.
-pub(crate) fn unfit_digest(digest_mismatch: &Comparison, workspace: Option<&str>, directory: Option<&str>) -> String {
+pub(crate) fn digest_mismatch(
+    digest_mismatch: &Comparison,
+    workspace: Option<&str>,
+    directory: Option<&str>,
+) -> String {
     let recorded = visible(digest_mismatch.recorded.as_deref().unwrap_or("none"));
     let written = digest_mismatch.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
     let (state, advice) = match &digest_mismatch.computed {
@@ -196,7 +200,7 @@ pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
 }
 
 /// Another process is cleaning up after a dead run, and did not finish within the wait.
-pub(crate) fn still_settling(record: &JournalRecord) -> String {
+pub(crate) fn still_recovering(record: &JournalRecord) -> String {
     format!(
         "a dead run on this host (pid {}) may hold a state lock; another process is still cleaning up after it\n\
          to check again in a while, type: tf locks recover",

@@ -122,7 +122,7 @@ impl<'a> NonS3Release<'a> {
     ) -> NonS3Result {
         let Wording { ending, unlock, .. } = wording;
         let variable = |name: &str| std::env::var(name).ok();
-        let unlock_policy = self.kind.deed_in(self.backend, variable);
+        let unlock_policy = self.kind.unlock_policy(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
         // A run with `-lock=false` had no lock. If its log shows a lock all the same, the `-lock=false` was that of
         // another terraform in the log.
@@ -146,11 +146,11 @@ impl<'a> NonS3Release<'a> {
         if let Some(why) = keep {
             return NonS3Result { later: true, ..named(why, None) };
         }
-        let standing = match self.ask(waiter) {
-            Ok(standing) => standing,
+        let held = match self.ask(waiter) {
+            Ok(held) => held,
             Err(why) => return NonS3Result { later: true, ..named(&why, None) },
         };
-        let Some(info) = standing else { return NonS3Result::default() };
+        let Some(info) = held else { return NonS3Result::default() };
         let verdict = match &self.had {
             Some(had) => judge_unnamed(had, &info, "", run, true),
             None => Match::Doubt("its log does not say whether it held a lock"),
@@ -189,7 +189,7 @@ impl<'a> NonS3Release<'a> {
             }
             Err(why) => named(&why),
             Ok(_) => {
-                history::record(&LockEvent::of_standing(What::Released, by, info, &info.path, ending, None));
+                history::record(&LockEvent::of_lock(What::Released, by, info, &info.path, ending, None));
                 let message = messages::released_elsewhere(ending, self.kind, info);
                 NonS3Result { messages: vec![message], later: false, released: true }
             }

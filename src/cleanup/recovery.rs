@@ -122,7 +122,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     let mut near = Vec::new();
     let mut far = Vec::new();
     let mut late = Vec::new();
-    let mut late_elsewhere = Vec::new();
+    let mut others_late = Vec::new();
     for state in states {
         let now = Timestamp::now();
         for pending in PendingRequests::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
@@ -130,7 +130,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
                 // The location belongs, for example, to another workspace.
-                late_elsewhere.push((state, pending));
+                others_late.push((state, pending));
             }
         }
         let Some(journal) = Journal::there(state) else { continue };
@@ -139,7 +139,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
                 &journal,
                 &name,
                 |record| is_of(record, here),
-                WaitLimits { settling: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT },
+                WaitLimits { recovering: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT },
                 signals,
             ) {
                 FoundRun::Dead(record, entry, standpoint) => {
@@ -164,7 +164,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
                 }
                 FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
                 FoundRun::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
-                FoundRun::Living(_) | FoundRun::Settling(_) | FoundRun::Gone => {}
+                FoundRun::Living(_) | FoundRun::Recovering(_) | FoundRun::Gone => {}
             }
         }
     }
@@ -176,22 +176,22 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     let until = Instant::now() + EXPLANATION_TIMEOUT;
     let remaining = || Effort { limit: until.saturating_duration_since(Instant::now()), ..Effort::EXPLANATION };
     if !late.is_empty() {
-        let visit_all = || {
-            let has_come = |(state, pending): &&(&StateDirectory, PendingRequest)| {
+        let check_all = || {
+            let has_arrived = |(state, pending): &&(&StateDirectory, PendingRequest)| {
                 let visited = check_pending(pending, here, remaining(), &mut Waiter::Unattended);
                 note_check(state, pending, visited.as_ref());
                 matches!(visited, Some(Outcome::Released(_)))
             };
-            let come = late.iter().filter(has_come);
+            let come = late.iter().filter(has_arrived);
             Finished {
                 messages: come.map(|(_, pending)| messages::came_late(&pending.lock)).collect(),
                 left: Left::Nothing,
             }
         };
         let announced = late.iter().any(|(_, pending)| !pending.abandoned);
-        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, visit_all, console::say, signals, &mut asked);
+        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, check_all, console::say, signals, &mut asked);
     }
-    for (state, pending) in late_elsewhere {
+    for (state, pending) in others_late {
         let announced = !pending.abandoned;
         let look = || check_elsewhere(state, &pending, remaining());
         in_a_process(RecoveryProcess { keep: Vec::new(), announced }, look, console::say, signals, &mut asked);
@@ -264,7 +264,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             let rest = until.saturating_duration_since(Instant::now());
-            let limits = WaitLimits { settling: rest, ending: rest };
+            let limits = WaitLimits { recovering: rest, ending: rest };
             let found = look(&journal, &name, |_| true, limits, signals);
             everything.recover(&state, &journal, found, signals);
             let asked = &mut everything.recovered.asked;
@@ -359,7 +359,7 @@ impl Everything<'_> {
                 let is_left = ending(record, journal) == Some(NearEnd::Left);
                 console::say(&messages::still_ending(record, is_left));
             }
-            FoundRun::Settling(record) => console::say(&messages::still_settling(record)),
+            FoundRun::Recovering(record) => console::say(&messages::still_recovering(record)),
             FoundRun::Foreign(_, None) | FoundRun::Dead(..) | FoundRun::Gone => {}
         }
     }
@@ -383,7 +383,7 @@ impl Everything<'_> {
 fn sight(found: &FoundRun) -> Sight {
     match found {
         FoundRun::Living(_) => Sight::Living,
-        FoundRun::Settling(_) => Sight::Settling,
+        FoundRun::Recovering(_) => Sight::Recovering,
         FoundRun::Dead(..) => Sight::Dead,
         FoundRun::Foreign(READ_ONLY, _) => Sight::ReadOnly,
         FoundRun::Foreign(..) => Sight::Foreign,
@@ -399,7 +399,7 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
         FoundRun::Foreign(_, Some(record)) => {
             Facts { may_hold: record.log.may_hold(), is_held: journal.is_held(&record.run), ..Facts::default() }
         }
-        FoundRun::Doubtful(record, _) | FoundRun::Settling(record) => {
+        FoundRun::Doubtful(record, _) | FoundRun::Recovering(record) => {
             Facts { may_hold: may_hold(record), ..Facts::default() }
         }
         FoundRun::Living(record) => {
@@ -494,7 +494,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                     }
                     return Forgotten::Yes(pid);
                 }
-                FoundRun::Living(record) | FoundRun::Settling(record) | FoundRun::Doubtful(record, _)
+                FoundRun::Living(record) | FoundRun::Recovering(record) | FoundRun::Doubtful(record, _)
                     if is_meant(&record) =>
                 {
                     return Forgotten::Alive(record.tf);
@@ -566,7 +566,7 @@ fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
 #[derive(Clone, Copy, Debug)]
 struct WaitLimits {
     /// One that another process is finishing.
-    settling: Duration,
+    recovering: Duration,
     /// One that is [`ending`] by itself.
     ending: Duration,
 }
@@ -587,7 +587,7 @@ fn look(
     loop {
         let found = journal.look(name);
         let limit = match &found {
-            FoundRun::Settling(record) if is_near(record) => limits.settling,
+            FoundRun::Recovering(record) if is_near(record) => limits.recovering,
             FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
                 // If a run has no owner, only processes that are dying exit by themselves.
                 let is_cared_for = journal.has_owner(name);
@@ -889,7 +889,7 @@ impl Reporter for RecoveryReporter<'_> {
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = run.candidates.workspace_of_lock(lock);
                     let directory = record.working_directory();
-                    self.messages.push(messages::unfit_digest(mismatch, workspace, Some(&directory)));
+                    self.messages.push(messages::digest_mismatch(mismatch, workspace, Some(&directory)));
                 }
             }
             Some(Outcome::Kept { reason, because }) => {

@@ -7,7 +7,7 @@ pub(crate) enum Sight {
     /// A process of the run is alive.
     Living,
     /// Its tree seems to be dead, and another process is finishing it.
-    Settling,
+    Recovering,
     /// It is dead, and this process may finish it.
     Dead,
     /// It is dead, and its journal cannot be written.
@@ -66,14 +66,14 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
         (Sight::Broken, Mode::Finish) => Treatment::SetAside,
         (Sight::Broken, Mode::DryRun) => Treatment::Report,
         // The wait for a run that another process is finishing was in vain. That process may be frozen.
-        (Sight::ReadOnly | Sight::Doubtful, _) | (Sight::Settling, Mode::Finish) => report_if(may_hold),
+        (Sight::ReadOnly | Sight::Doubtful, _) | (Sight::Recovering, Mode::Finish) => report_if(may_hold),
         // If its lock file is held, the run is alive somewhere: on another machine, or in another container.
         (Sight::Foreign, _) => report_if(may_hold && !is_held),
         // The wait was in vain. The run may hold its lock for a long time. The exit code reports this to the caller as
         // well.
         (Sight::Living, Mode::Finish) => report_if(may_hold && is_about_to_end),
         // The recovery has not waited for these.
-        (Sight::Living | Sight::Settling, Mode::DryRun) | (Sight::Gone, _) => Treatment::LeaveAlone,
+        (Sight::Living | Sight::Recovering, Mode::DryRun) | (Sight::Gone, _) => Treatment::LeaveAlone,
     }
 }
 
@@ -115,7 +115,7 @@ mod tests {
 
     const SIGHTS: [Sight; 8] = [
         Sight::Living,
-        Sight::Settling,
+        Sight::Recovering,
         Sight::Dead,
         Sight::ReadOnly,
         Sight::Foreign,

@@ -102,7 +102,7 @@ pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
     pub(crate) outcome: Option<Outcome>,
     /// Whether the run had the lock, or died before it knew. A lock that refused the run is another run's.
-    pub(crate) may_stand: bool,
+    pub(crate) may_exist: bool,
     /// Whether the lock may still appear. Its request was not answered and may still land: the whole lock, the part
     /// that was not seen, or once more, because the SDK of a terraform that gets no answer sends the request again. Or
     /// its table or bucket does not exist now and may be restored.
@@ -134,11 +134,11 @@ pub(crate) fn release_locks(
     // A migration holds two locks, and releases the second one first.
     let results = locks.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
-        let may_stand = recorded.progress.held.is_some() || died;
-        let named = |outcome: Outcome| may_stand.then_some(outcome);
-        let purpose = if may_stand { Purpose::Work } else { Purpose::Explanation };
+        let may_exist = recorded.progress.held.is_some() || died;
+        let named = |outcome: Outcome| may_exist.then_some(outcome);
+        let purpose = if may_exist { Purpose::Work } else { Purpose::Explanation };
         // If a service was silent for one lock, the wait for the next lock is shorter.
-        let limit = if may_stand && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
+        let limit = if may_exist && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
@@ -150,7 +150,7 @@ pub(crate) fn release_locks(
                 // A lock that terraform was refused is not missed. Nor is a lock that it did not get, where another
                 // run's lock is.
                 Some(absent @ Outcome::Absent { .. })
-                    if may_stand
+                    if may_exist
                         && (recorded.progress.held.is_some()
                             || matches!(absent, Outcome::Absent { anothers: None, .. }))
                         && !is_expected_to_be_gone(recorded, died, release_context.run.program.as_ref()) =>
@@ -169,7 +169,7 @@ pub(crate) fn release_locks(
                 Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
                 Some(Outcome::Kept { .. }) | None => false,
             };
-        ReleaseResult { lock: recorded.clone(), may_stand, may_still_come, outcome }
+        ReleaseResult { lock: recorded.clone(), may_exist, may_still_come, outcome }
     });
     results.collect()
 }
@@ -184,19 +184,19 @@ pub(crate) fn only_name(
     let _there = Within::enter(&candidates.working_directory);
     let results = locks.iter().rev().map(|recorded| {
         let candidates = candidates.of(recorded);
-        let may_stand = |location: &LockLocation, waiter: &mut Waiter<'_>| {
-            waiter.block_on(release::may_stand(location, &recorded.id)).unwrap_or(true)
+        let may_exist = |location: &LockLocation, waiter: &mut Waiter<'_>| {
+            waiter.block_on(release::may_exist(location, &recorded.id)).unwrap_or(true)
         };
         let outcome = if candidates.is_empty() {
             Outcome::kept(messages::NO_PLACE)
-        } else if candidates.iter().any(|location| may_stand(location, waiter)) {
+        } else if candidates.iter().any(|location| may_exist(location, waiter)) {
             Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never }
         } else {
             let absent = Outcome::Absent { anothers: None, excluded: false };
             not_believed(&candidates, release_context, waiter).unwrap_or(absent)
         };
         trace!("lock {}, which is to be named: {outcome:?}", recorded.id);
-        ReleaseResult { lock: recorded.clone(), outcome: Some(outcome), may_stand: true, may_still_come: false }
+        ReleaseResult { lock: recorded.clone(), outcome: Some(outcome), may_exist: true, may_still_come: false }
     });
     results.collect()
 }
@@ -515,12 +515,12 @@ mod tests {
             (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
             (None, Some(Ended::Exited(1)), 0),
         ] {
-            let results = [ReleaseResult { lock: lock.clone(), outcome, may_stand: false, may_still_come: false }];
+            let results = [ReleaseResult { lock: lock.clone(), outcome, may_exist: false, may_still_come: false }];
             assert_eq!(abandoned_requests(&results, ended).count(), expected, "{results:?} {ended:?}");
         }
         let mut had = lock.clone();
         had.progress.held = Some(lock.progress.asked);
-        let results = [ReleaseResult { lock: had, outcome: absent(), may_stand: true, may_still_come: false }];
+        let results = [ReleaseResult { lock: had, outcome: absent(), may_exist: true, may_still_come: false }];
         assert_eq!(abandoned_requests(&results, Some(Ended::Exited(1))).count(), 0);
     }
 }

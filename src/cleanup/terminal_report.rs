@@ -46,7 +46,7 @@ pub(crate) struct TerminalReporter<'a> {
 impl Reporter for TerminalReporter<'_> {
     fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool) {
         let (candidates, ending) = (run.candidates, run.ending);
-        let ReleaseResult { lock, outcome, may_stand, may_still_come } = result;
+        let ReleaseResult { lock, outcome, may_exist, may_still_come } = result;
         let has_journal = self.unprotected.is_none();
         match outcome {
             Some(Outcome::Released(released)) => {
@@ -57,11 +57,11 @@ impl Reporter for TerminalReporter<'_> {
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = candidates.workspace_of_lock(lock);
-                    console::say(&messages::unfit_digest(mismatch, workspace, self.directory().as_deref()));
+                    console::say(&messages::digest_mismatch(mismatch, workspace, self.directory().as_deref()));
                 }
             }
             // Terraform was refused, and has reported that itself.
-            Some(Outcome::Kept { .. }) if !may_stand => {}
+            Some(Outcome::Kept { .. }) if !may_exist => {}
             Some(Outcome::Kept { because: Because::OtherAccount, .. }) if has_journal => {
                 console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
             }
@@ -207,9 +207,9 @@ impl TerminalReporter<'_> {
         let Some((bucket, key)) = &self.after.log.mismatch else { return };
         let _there = Within::enter(&candidates.working_directory);
         for location in candidates.of_state(bucket, key) {
-            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::unfit_state(&location)) {
+            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::state_mismatch(&location)) {
                 let workspace = candidates.workspace_of(&location);
-                console::say(&messages::unfit_digest(&digest_mismatch, workspace, self.directory().as_deref()));
+                console::say(&messages::digest_mismatch(&digest_mismatch, workspace, self.directory().as_deref()));
                 return;
             }
         }

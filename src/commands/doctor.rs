@@ -113,7 +113,7 @@ impl Doctor {
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
             let said = format!("{}, {}", other.kind, visible(&other.place(backend)));
-            match other.deed_in(backend, |name| std::env::var(name).ok()) {
+            match other.unlock_policy(backend, |name| std::env::var(name).ok()) {
                 UnlockPolicy::Nothing => findings.ok("backend", &format!("{said}: a lock there ends with its process")),
                 UnlockPolicy::ForceUnlock => {
                     findings.ok(

@@ -170,7 +170,7 @@ struct Journaled {
     pending: PendingRequests,
     /// The tree lock of this run. It is held until this process exits, so that other `tf` processes see in the journal
     /// that this run is alive.
-    _life: OwnedFd,
+    _tree_lock: OwnedFd,
 }
 
 impl<'a> Work<'a> {
@@ -383,7 +383,7 @@ fn journal(directory: &Directory, state: &ListedState, lock: RecordedLock, begun
         ..JournalRecord::new(&run, &journal)
     };
     record.log.set_locks([LoggedLock::Named(lock)]);
-    let (entry, life) = journal.begin(&record).ok()?;
+    let (entry, tree_lock) = journal.begin(&record).ok()?;
     let pending = PendingRequests::of(&place).of_run(&record);
-    Some(Journaled { entry, record, pending, _life: life })
+    Some(Journaled { entry, record, pending, _tree_lock: tree_lock })
 }

@@ -214,7 +214,7 @@ impl Release {
                     let reason_given = self.reason.as_deref();
                     let why = format!("it was not a lock: {reason}");
                     let event =
-                        LockEvent::of_standing(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
+                        LockEvent::of_lock(What::Forced, By::Command, &event, &place.path(), &why, reason_given);
                     history::record(&event);
                     console::print(&format!("released {shown}"));
                 }
@@ -242,7 +242,7 @@ impl Release {
     fn remember(&self, what: What, lock: &FoundLock) {
         let why = format!("{}: {}", lock.verdict().of_the_holder(), lock.judgement.reason);
         let path = lock.path();
-        history::record(&LockEvent::of_standing(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
+        history::record(&LockEvent::of_lock(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
     fn refuse(&self, lock: &FoundLock) -> Finding {

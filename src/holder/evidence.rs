@@ -74,10 +74,10 @@ pub(crate) enum Claim {
     /// A run with at least one running process recorded the ID. `tf` and `terraform` are pids. `terraform` is `None` if
     /// the run's record has no pid of a terraform.
     Living { run: String, tf: u32, terraform: Option<i32>, command: String },
-    /// A dead run recorded the ID. `tf` is its pid. `settling` says that its guardian or another `tf` is finishing the
+    /// A dead run recorded the ID. `tf` is its pid. `recovering` says that its guardian or another `tf` is finishing the
     /// run at this moment. `disagrees` says how the stored lock differs from what the run's log recorded; it is `None`
     /// if they agree.
-    Dead { run: String, tf: u32, settling: bool, disagrees: Option<&'static str> },
+    Dead { run: String, tf: u32, recovering: bool, disagrees: Option<&'static str> },
     /// There is a pending request for the lock. Its terraform is dead and either asked for the lock without an answer
     /// being seen or, if `had` is set, held the lock while its table or bucket was unavailable. `disagrees` is the same
     /// as in [`Claim::Dead`].
@@ -163,7 +163,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
             note(format!("the journal of this host records its ID for run {run}, which is dead, but {why}"), "nothing");
             disagreement(why)
         }
-        Some(Claim::Dead { run, tf, settling, disagrees: None }) => {
+        Some(Claim::Dead { run, tf, recovering, disagrees: None }) => {
             note(
                 format!("the journal of this host records it for run {run}, and every detail matches"),
                 "that it belongs to that run",
@@ -173,7 +173,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
                 "that the holder is dead",
             );
             let mut reason = format!("its run on this host (tf pid {tf}) is dead");
-            if *settling {
+            if *recovering {
                 note("another process is cleaning up after that run".into(), "that the lock is being released now");
                 reason.push_str(", and its lock is being released now");
             }
@@ -430,9 +430,12 @@ mod tests {
         let run = || "7-x".to_owned();
         vec![
             (Claim::Living { run: run(), tf: 7, terraform: Some(8), command: "apply".into() }, Verdict::Alive),
-            (Claim::Dead { run: run(), tf: 7, settling: true, disagrees: None }, Verdict::Dead),
-            (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: None }, Verdict::Dead),
-            (Claim::Dead { run: run(), tf: 7, settling: false, disagrees: Some("its Who differs") }, Verdict::Unknown),
+            (Claim::Dead { run: run(), tf: 7, recovering: true, disagrees: None }, Verdict::Dead),
+            (Claim::Dead { run: run(), tf: 7, recovering: false, disagrees: None }, Verdict::Dead),
+            (
+                Claim::Dead { run: run(), tf: 7, recovering: false, disagrees: Some("its Who differs") },
+                Verdict::Unknown,
+            ),
             (Claim::Late { disagrees: None, had: false }, Verdict::Dead),
             (Claim::Late { disagrees: None, had: true }, Verdict::Dead),
             (Claim::Late { disagrees: Some("its Who differs"), had: false }, Verdict::Unknown),

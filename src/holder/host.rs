@@ -15,7 +15,7 @@ use crate::journal::state_directory::StateDirectory;
 use crate::lock::proof::{self, Run};
 use crate::sys::plain_host;
 use crate::sys::process::{self, Process};
-use crate::terraform::binary::LARGE;
+use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::terraform::lock_info::{self, LockInfo};
 use crate::terraform::log::RecordedLock;
 
@@ -23,7 +23,7 @@ use crate::terraform::log::RecordedLock;
 #[derive(Clone, Copy)]
 enum RunState {
     Living,
-    Settling,
+    Recovering,
     Dead,
     Foreign(&'static str),
 }
@@ -52,7 +52,7 @@ impl HostView {
             for name in journal.names() {
                 let (state, record) = match journal.look(&name) {
                     FoundRun::Living(record) => (RunState::Living, record),
-                    FoundRun::Settling(record) => (RunState::Settling, record),
+                    FoundRun::Recovering(record) => (RunState::Recovering, record),
                     // Dropping the `JournalEntry` releases the owner lock: a look does not finish the run.
                     FoundRun::Dead(record, ..) => (RunState::Dead, record),
                     FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
@@ -84,7 +84,7 @@ impl HostView {
     /// there is no such run.
     pub(crate) fn dead_run(&self, id: &str) -> Option<&str> {
         match self.recorded.get(id) {
-            Some((RunState::Dead | RunState::Settling, record)) => Some(&record.run),
+            Some((RunState::Dead | RunState::Recovering, record)) => Some(&record.run),
             _ => None,
         }
     }
@@ -111,11 +111,11 @@ impl HostView {
                     command: format!("{} {}", record.program, record.command),
                 },
                 RunState::Foreign(why) => Claim::Foreign { why },
-                RunState::Settling | RunState::Dead => {
+                RunState::Recovering | RunState::Dead => {
                     let of_run = record.proof();
                     let recorded = record.log.unreleased().find(|recorded| recorded.id == lock.id)?;
-                    let settling = matches!(state, RunState::Settling);
-                    Claim::Dead { run, tf: record.tf, settling, disagrees: disagrees(recorded, &of_run) }
+                    let recovering = matches!(state, RunState::Recovering);
+                    Claim::Dead { run, tf: record.tf, recovering, disagrees: disagrees(recorded, &of_run) }
                 }
             });
         }
@@ -137,7 +137,7 @@ fn terraforms() -> Vec<PossibleHolder> {
             let program = process.program();
             let named =
                 [&program, &process.name].iter().any(|name| name.contains("terraform") || name.contains("tofu"));
-            (named || process.may_be_renamed_terraform(LARGE)).then(|| PossibleHolder {
+            (named || process.may_be_renamed_terraform(MIN_TERRAFORM_BYTES)).then(|| PossibleHolder {
                 pid: process.pid.as_raw(),
                 started: boot_time.and_then(|boot_time| process.started(boot_time)),
                 program,

@@ -30,7 +30,7 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 const MAX_FILES: usize = 4;
 
 /// The maximum length of a text in an event, in characters. Other users can write the text of a lock.
-const MAX_TEXT_BYTES: usize = 1024;
+const MAX_TEXT_CHARACTERS: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,14 +105,7 @@ impl LockEvent {
     }
 
     /// Returns the event `what` for a lock that was read from its location. `path`: see [`LockEvent::path`].
-    pub(crate) fn of_standing(
-        what: What,
-        by: By,
-        lock: &LockInfo,
-        path: &str,
-        why: &str,
-        reason: Option<&str>,
-    ) -> Self {
+    pub(crate) fn of_lock(what: What, by: By, lock: &LockInfo, path: &str, why: &str, reason: Option<&str>) -> Self {
         Self {
             id: cut(&lock.id),
             path: cut(path),
@@ -146,7 +139,7 @@ impl LockEvent {
 
 /// Cuts a text so that no event is longer than a line may be.
 fn cut(text: &str) -> String {
-    text.chars().take(MAX_TEXT_BYTES).collect()
+    text.chars().take(MAX_TEXT_CHARACTERS).collect()
 }
 
 /// Appends an event to the history and starts the command in `TFW_ON_EVENT`. An error is only traced, because the
@@ -254,7 +247,7 @@ mod tests {
             created: "now".into(),
             path: "p".into(),
         };
-        let event = LockEvent::of_standing(What::Refused, By::Command, &lock, "p", "because", None);
+        let event = LockEvent::of_lock(What::Refused, By::Command, &lock, "p", "because", None);
         let line = json::to_string(&event).unwrap();
         assert!(line.len() < 3000 && line.is_ascii() && !line.contains('\n'), "{line}");
         assert_eq!(serde_json::from_str::<LockEvent>(&line).unwrap(), event);

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use crate::journal::state_directory::{Durability, StateDirectory, open_private, replace};
 use crate::sys::memory::MemoryFile;
 use crate::sys::poll;
-use crate::terraform::binary::LARGE;
+use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
@@ -56,7 +56,7 @@ impl Program {
         };
         let mut key =
             format!("{}.{} {} {}.{:09}", place.dev(), place.ino(), place.size(), place.mtime(), place.mtime_nsec());
-        let itself = place.size() >= LARGE && is_executable_file(path);
+        let itself = place.size() >= MIN_TERRAFORM_BYTES && is_executable_file(path);
         if !itself {
             key = format!("{key} {}", data_directory.display());
         }

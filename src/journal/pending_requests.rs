@@ -112,17 +112,17 @@ impl PendingRequests {
         if !is_private(&self.path) {
             return Vec::new();
         }
-        let mut standing = Vec::new();
+        let mut awaited = Vec::new();
         for entry in entries.flatten() {
             let path = entry.path();
             let Some(pending) = read_one(&path) else { continue };
             if pending.is_over(now) {
                 let _ = fs::remove_file(path);
             } else {
-                standing.push(pending);
+                awaited.push(pending);
             }
         }
-        standing
+        awaited
     }
 
     /// Records that the service has answered whether the lock exists.

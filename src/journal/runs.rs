@@ -241,7 +241,7 @@ pub(crate) enum FoundRun {
     /// A process of the run is alive.
     Living(Box<JournalRecord>),
     /// Terraform's tree seems to be dead, and another process is finishing the run at this moment.
-    Settling(Box<JournalRecord>),
+    Recovering(Box<JournalRecord>),
     /// The run is dead, and this process is its owner as long as it keeps the [`JournalEntry`].
     Dead(Box<JournalRecord>, JournalEntry, Standpoint),
     /// This process cannot judge the run. The text says why. The record, if it can be read, is for commands that list
@@ -300,12 +300,12 @@ impl Journal {
         DirBuilder::new().mode(0o700).create(unfinished)?;
         crash_point::reached("journal: made");
         let path = unfinished.join("lock");
-        let life = create(&path)?;
+        let tree_lock = create(&path)?;
         let lock_file = open_lock(&path)?;
-        if !lock_file::try_lock(&life, TREE_LOCK)? || !lock_file::try_lock(&lock_file, OWNER_LOCK)? {
+        if !lock_file::try_lock(&tree_lock, TREE_LOCK)? || !lock_file::try_lock(&lock_file, OWNER_LOCK)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let inherited = descriptor::inheritable_high(&life)?;
+        let inherited = descriptor::inheritable_high(&tree_lock)?;
         crash_point::reached("journal: locked");
         create(&unfinished.join("record.json"))?.write_all(&serde_json::to_vec(record)?)?;
         crash_point::reached("journal: written");
@@ -399,7 +399,7 @@ impl Journal {
             doubtful = living.unknown;
         }
         if !is_owner {
-            return FoundRun::Settling(record);
+            return FoundRun::Recovering(record);
         }
         if !doubtful.is_empty() {
             return FoundRun::Doubtful(record, doubtful);
@@ -662,19 +662,19 @@ mod tests {
     #[test]
     fn a_run_is_living_then_settling_then_dead_then_gone() {
         let (_root, journal) = journal();
-        let (entry, life) = journal.begin(&record(&journal)).unwrap();
+        let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
         assert_eq!(journal.names(), [RUN]);
         assert!(matches!(journal.look(RUN), FoundRun::Living(_)));
         assert!(journal.is_claimed(ID, "other") && !journal.is_claimed(ID, RUN));
-        drop(life);
+        drop(tree_lock);
         wait_until_free(&journal, &[TREE_LOCK]);
-        assert!(matches!(journal.look(RUN), FoundRun::Settling(_)));
+        assert!(matches!(journal.look(RUN), FoundRun::Recovering(_)));
         let kept = entry.path.clone();
         drop(entry);
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         let FoundRun::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
         assert_eq!(found.log.named().next().unwrap().id, ID);
-        assert!(matches!(journal.look(RUN), FoundRun::Settling(_)), "one recoverer at a time");
+        assert!(matches!(journal.look(RUN), FoundRun::Recovering(_)), "one recoverer at a time");
         entry.take_away();
         assert!(!kept.exists() && fs::read_dir(&journal.runs).unwrap().next().is_none(), "nothing is left");
         assert!(matches!(journal.look(RUN), FoundRun::Gone));
@@ -685,9 +685,9 @@ mod tests {
         let (root, journal) = journal();
         let whole = serde_json::to_vec(&record(&journal)).unwrap();
         for length in 0..whole.len() {
-            let (entry, life) = journal.begin(&record(&journal)).unwrap();
+            let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
             fs::write(entry.path.join("record.json"), &whole[..length]).unwrap();
-            drop((entry, life));
+            drop((entry, tree_lock));
             wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
             let found = journal.look(RUN);
             assert!(matches!(found, FoundRun::Broken(_)), "cut at {length}: {found:?}");
@@ -702,9 +702,9 @@ mod tests {
     fn what_others_put_there_is_never_obeyed() {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let (root, journal) = journal();
-        let (entry, life) = journal.begin(&record(&journal)).unwrap();
+        let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
         let path = entry.path.clone();
-        drop((entry, life));
+        drop((entry, tree_lock));
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         // A symbolic link to a valid record, in place of the directory and then of the file.
         let elsewhere = root.path().join("elsewhere");
@@ -718,8 +718,8 @@ mod tests {
         assert!(matches!(journal.look(RUN), FoundRun::Broken(_)));
         journal.set_aside(RUN).unwrap();
         // A directory that other users can read.
-        let (entry, life) = journal.begin(&record(&journal)).unwrap();
-        drop((entry, life));
+        let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
+        drop((entry, tree_lock));
         wait_until_free(&journal, &[TREE_LOCK, OWNER_LOCK]);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(matches!(journal.look(RUN), FoundRun::Foreign(..)));

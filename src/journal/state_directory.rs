@@ -201,7 +201,7 @@ impl Candidate {
             io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))
         };
         // This check comes first, before `open` creates anything there.
-        if !ownership::lies_in_directories_of_ours(&self.path()) {
+        if !ownership::is_in_own_directories(&self.path()) {
             return Err(refused(&self.path(), "is in a directory of another user"));
         }
         let uid = nix::unistd::geteuid().as_raw();

@@ -52,7 +52,7 @@ impl PlaceEvidence {
 
 /// Whether a lock with these parts that was not found is gone. `same` says whether it was looked for with the account
 /// of the run.
-fn settles(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
+fn is_proven_gone(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
     let object = !parts.s3 || same || evidence.bucket;
     let item = !parts.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
     object && item
@@ -135,13 +135,13 @@ impl Reached {
             Relation::Ask(account) => connect::account(&location.backend).await.as_ref() == Some(account),
             Relation::Another | Relation::Unknown => false,
         };
-        if settles(same, parts, PlaceEvidence::default()) {
+        if is_proven_gone(same, parts, PlaceEvidence::default()) {
             return true;
         }
         let Ok(stores) = Stores::connect(&location.backend, Purpose::Work).await else { return false };
         let evidence = PlaceEvidence::gather(location, &stores).await;
         trace!("not seen by {relation:?} ({same}), {evidence:?}");
-        settles(same, parts, evidence)
+        is_proven_gone(same, parts, evidence)
     }
 }
 
@@ -159,7 +159,7 @@ mod tests {
                 let evidence = PlaceEvidence { bucket: bit(2), arn: bit(3), digest: bit(4) };
                 let item = same || bit(3) || (bit(2) && bit(4));
                 let expected = (!bit(0) || same || bit(2)) && (!bit(1) || item);
-                assert_eq!(settles(same, parts, evidence), expected, "{same} {parts:?} {evidence:?}");
+                assert_eq!(is_proven_gone(same, parts, evidence), expected, "{same} {parts:?} {evidence:?}");
             }
         }
     }

@@ -375,7 +375,7 @@ pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock
 /// Returns the state at `location` and its digest, if they do not match. They are read once, within
 /// [`EXPLANATION_TIMEOUT`]. For a caller that has already seen a mismatch, and has waited for a while since. `None` if
 /// they match, or cannot be read.
-pub(crate) async fn unfit_state(location: &LockLocation) -> Option<Comparison> {
+pub(crate) async fn state_mismatch(location: &LockLocation) -> Option<Comparison> {
     let table = location.table.as_ref()?;
     let look = async {
         let services = Services::connect(location, Purpose::Explanation).await.ok()?;
@@ -386,17 +386,17 @@ pub(crate) async fn unfit_state(location: &LockLocation) -> Option<Comparison> {
 
 /// Whether the lock `id` exists at `location`, or may exist. True also if a service did not let it be read within
 /// [`EXPLANATION_TIMEOUT`]. Its absence is believed at the second look, because one response proves nothing.
-pub(crate) async fn may_stand(location: &LockLocation, id: &str) -> bool {
+pub(crate) async fn may_exist(location: &LockLocation, id: &str) -> bool {
     let _ = credentials(location, EXPLANATION_TIMEOUT, Purpose::Work).await;
-    if may_be_seen(location, id).await {
+    if may_exist_once(location, id).await {
         return true;
     }
     sleep(POLL_INTERVAL).await;
-    may_be_seen(location, id).await
+    may_exist_once(location, id).await
 }
 
-/// Does one look of [`may_stand`].
-async fn may_be_seen(location: &LockLocation, id: &str) -> bool {
+/// Does one look of [`may_exist`].
+async fn may_exist_once(location: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Work).await else { return true };
         for part in &services.parts {
@@ -471,7 +471,7 @@ async fn look_for(
     died: bool,
 ) -> Result<IdentifiedLock, Failure> {
     let services = Services::connect(location, Purpose::Work).await.map_err(|error| unreachable(&error))?;
-    let mut light = IdentifiedLock::None;
+    let mut found = IdentifiedLock::None;
     for part in &services.parts {
         let Some(stored) = services.read(part).await? else { continue };
         let Some(info) = stored.info() else {
@@ -496,11 +496,11 @@ async fn look_for(
                 lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
                 return Ok(IdentifiedLock::Ours(Box::new(lock)));
             }
-            Match::Doubt(reason) if run.is_of(&info.who) => light = IdentifiedLock::Possible(Box::new(info), reason),
+            Match::Doubt(reason) if run.is_of(&info.who) => found = IdentifiedLock::Possible(Box::new(info), reason),
             Match::Doubt(_) | Match::Anothers => {}
         }
     }
-    Ok(light)
+    Ok(found)
 }
 
 /// Returns a lock at `location` that nothing but its own JSON connects with a run whose log is lost: it has the same user
@@ -641,7 +641,7 @@ impl Attempt<'_> {
         Released {
             created: self.created,
             write: self.write,
-            digest_mismatch: unfit_digest(services).await,
+            digest_mismatch: digest_mismatch_now(services).await,
             is_partial: self.recorded.progress.held.is_none() && unseen,
         }
     }
@@ -856,7 +856,7 @@ impl Judged {
 
 /// Returns the state and its digest, if they do not match and no run is writing them at this moment. If they cannot be
 /// read, no mismatch is reported, and the lock is gone in any case.
-async fn unfit_digest(services: &Services<'_>) -> Option<Comparison> {
+async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
     let LockLocation { bucket, key, table, .. } = services.location;
     let table = table.as_ref()?;
     let compare = || async {

@@ -109,7 +109,7 @@ impl Supervision<'_> {
             while let Some(arrival) = self.signals.next() {
                 self.arrived(arrival);
             }
-            self.hear_witness();
+            self.handle_group_signals();
             if let Some(ended) = wait::ended(self.terraform)
                 && !self.is_outlived(ended)
             {
@@ -206,11 +206,11 @@ impl Supervision<'_> {
                 .group_signal_watcher()
                 .map(|group_signal_watcher| (group_signal_watcher.as_fd(), PollFlags::POLLIN)),
         );
-        let charge_at = awaited.len();
+        let guardian_at = awaited.len();
         let run_record = self.run_record.awaited();
         awaited.extend(run_record.map(|guardian| (guardian, PollFlags::POLLIN)));
         let ready = poll::wait(&awaited, timeout);
-        let guardian_speaks = ready.get(charge_at) == Some(&true);
+        let has_guardian_message = ready.get(guardian_at) == Some(&true);
         if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
             trace!("the reader of our output is gone");
             self.asked(StopEvent::ReaderGone);
@@ -219,7 +219,7 @@ impl Supervision<'_> {
             self.parent = None;
             self.asked(StopEvent::ParentGone);
         }
-        if guardian_speaks && self.run_record.hear(self.recorder) {
+        if has_guardian_message && self.run_record.hear(self.recorder) {
             self.unit_stop = None;
             self.asked(StopEvent::RequestToAll);
         }
@@ -265,7 +265,7 @@ impl Supervision<'_> {
             && sender.is_some_and(process::is_service_manager)
     }
 
-    fn hear_witness(&mut self) {
+    fn handle_group_signals(&mut self) {
         let Some(group_signal_watcher) = self.foreground.group_signal_watcher() else { return };
         for signal in group_signal_watcher.received() {
             trace!("the terminal sent {signal} to terraform");
@@ -400,7 +400,7 @@ impl Supervision<'_> {
                 // A ^Z while terraform's group is the foreground group is meant for the whole job. A `kill -STOP` of
                 // terraform is meant for terraform, and `tf` stops too, so that a shell can report the stop to its user
                 // and `fg` can continue both.
-                let key = signal == Signal::SIGTSTP && self.foreground.is_lent();
+                let key = signal == Signal::SIGTSTP && self.foreground.terraform_has_foreground();
                 self.foreground.reclaim_foreground();
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
                 if stopped || key {

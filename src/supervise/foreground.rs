@@ -84,7 +84,7 @@ impl ForegroundControl {
     }
 
     /// Whether `tf` has made terraform's group the foreground group and has not reclaimed the foreground.
-    pub(crate) fn is_lent(&self) -> bool {
+    pub(crate) fn terraform_has_foreground(&self) -> bool {
         self.since.is_some()
     }
 
@@ -151,7 +151,7 @@ impl ForegroundControl {
 
     /// Records that the kernel stopped a member of this process's group because it needed the terminal.
     pub(crate) fn note_stopped_ours(&mut self) {
-        self.stopped_ours |= self.is_lent();
+        self.stopped_ours |= self.terraform_has_foreground();
     }
 
     /// When [`ForegroundControl::look`] is due. `None` if nothing is to be done.
@@ -174,13 +174,13 @@ impl ForegroundControl {
             self.search_until = None;
         }
         if self.search_until.is_some() && self.somebody_stopped() {
-            if self.is_lent() {
+            if self.terraform_has_foreground() {
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             } else if self.foreground() == Foreground::Ours {
                 self.give_foreground();
             }
         }
-        let again = self.is_lent() || self.search_until.is_some();
+        let again = self.terraform_has_foreground() || self.search_until.is_some();
         self.next_look = again.then(|| Instant::now() + POLL_INTERVAL);
     }
 

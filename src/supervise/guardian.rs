@@ -428,14 +428,14 @@ impl<'a> Watch<'a> {
             unit_is_stopped: false,
             reached,
         };
-        if watch.until_parting() == ParentExit::Killed {
+        if watch.wait_for_end() == ParentExit::Killed {
             crash_point::reached("guardian: alone");
             watch.finish();
         }
     }
 
     /// Listens to `tf` until it reports that everything is over, or is killed.
-    fn until_parting(&mut self) -> ParentExit {
+    fn wait_for_end(&mut self) -> ParentExit {
         let mut bytes = [0; 1 << 14];
         loop {
             // The clock of a stop timeout runs here as well, because the guardian may have to act on it. As long as

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::sys::process::{self, Process};
-use crate::terraform::binary::LARGE;
+use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::trace::trace;
 
 /// The maximum length of a chain of shims.
@@ -97,7 +97,8 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
 /// Whether the process runs a terraform, and not a program that only leads to one. The size of its program is not
 /// enough: node, vault and kubectl are as large. A terraform also has its name, or has this run's log file open.
 fn is_terraform(process: &Process, log: LogFile) -> bool {
-    let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid)).is_ok_and(|program| program.len() >= LARGE);
+    let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid))
+        .is_ok_and(|program| program.len() >= MIN_TERRAFORM_BYTES);
     let is_named = || ["terraform", "tofu"].iter().any(|name| process.program().contains(name));
     is_large && (is_named() || log.is_some_and(|log| process.has_open(log)))
 }

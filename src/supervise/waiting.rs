@@ -68,12 +68,12 @@ impl Waiting {
             Some(at) if at > now => {}
             Some(_) => {
                 self.look_at = Some(now + JOURNAL_POLL_INTERVAL);
-                self.finish_the_dead(here, tree);
+                self.recover_dead_runs(here, tree);
             }
         }
     }
 
-    fn finish_the_dead(&mut self, here: &CandidateBackends, tree: &Tree) {
+    fn recover_dead_runs(&mut self, here: &CandidateBackends, tree: &Tree) {
         let tried = &mut self.tried;
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,

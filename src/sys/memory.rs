@@ -113,7 +113,7 @@ fn directories() -> impl Iterator<Item = PathBuf> {
     let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let named = named.filter(|directory| directory.is_absolute()).into_iter();
     let all = named.chain([PathBuf::from("/dev/shm")]);
-    all.filter_map(|directory| ownership::safe_directory(&directory)).filter(|directory| lies_in_memory(directory))
+    all.filter_map(|directory| ownership::safe_directory(&directory)).filter(|directory| is_in_memory(directory))
 }
 
 fn create_private(path: &Path) -> io::Result<File> {
@@ -127,12 +127,12 @@ fn create_private(path: &Path) -> io::Result<File> {
 }
 
 #[cfg(target_os = "linux")]
-fn lies_in_memory(directory: &Path) -> bool {
+fn is_in_memory(directory: &Path) -> bool {
     use nix::sys::statfs::{TMPFS_MAGIC, statfs};
     statfs(directory).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC)
 }
 
 #[cfg(not(target_os = "linux"))]
-fn lies_in_memory(_directory: &Path) -> bool {
+fn is_in_memory(_directory: &Path) -> bool {
     false
 }

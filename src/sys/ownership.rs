@@ -76,7 +76,7 @@ fn are_of(user: u32, chain: &[Owned]) -> bool {
 /// Returns whether no other user owns a directory above `path`. Directories that do not exist are skipped. Who can
 /// write to the directories is not checked: a home directory is often writable by the user's own group, and the volume
 /// of a container by every user.
-pub(crate) fn lies_in_directories_of_ours(path: &Path) -> bool {
+pub(crate) fn is_in_own_directories(path: &Path) -> bool {
     let there = path.ancestors().skip(1).find_map(|above| fs::canonicalize(above).ok());
     there.and_then(|there| chain(&there).ok()).is_some_and(|chain| are_of(geteuid().as_raw(), &chain))
 }

@@ -21,7 +21,7 @@ const MAX_CHAIN_DEPTH: u32 = 16;
 /// The minimum size of a terraform or tofu executable: 40 MiB, in bytes. Every release is larger (0.15: 80 MB). A
 /// program that only starts terraform is smaller. Other programs are as large (node, vault, kubectl), so a large file
 /// is not necessarily terraform.
-pub(crate) const LARGE: u64 = 40 << 20;
+pub(crate) const MIN_TERRAFORM_BYTES: u64 = 40 << 20;
 
 /// A terraform to run, and how to run it.
 #[derive(Debug)]

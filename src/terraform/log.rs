@@ -898,8 +898,8 @@ pub(crate) mod tests {
         assert!(log.named().count() == UNLOCKED_KEPT && !log.may_hold() && !log.excessive);
         assert!(json(&log).len() < 1 << 16, "{}", json(&log).len());
         log.read(asking(13, ID, "r1").as_bytes());
-        let standing: Vec<_> = log.unreleased().collect();
-        assert!(standing.len() == 1 && standing[0].id == ID && !standing[0].contradicted);
+        let unreleased: Vec<_> = log.unreleased().collect();
+        assert!(unreleased.len() == 1 && unreleased[0].id == ID && !unreleased[0].contradicted);
     }
 
     #[test]

@@ -72,7 +72,7 @@ fn v1_life() -> Vec<String> {
 #[test]
 fn a_terraform_before_1_6_tells_its_lock_by_its_requests() {
     let life = v1_life();
-    for (steps, standing, locked, uploading, unlocking) in [
+    for (steps, unreleased, locked, uploading, unlocking) in [
         (1, 0, false, false, false),
         (2, 1, false, false, false),
         (3, 1, true, false, false),
@@ -82,7 +82,7 @@ fn a_terraform_before_1_6_tells_its_lock_by_its_requests() {
         (8, 0, true, false, true),
     ] {
         let log = log(&life[..steps].concat());
-        assert_eq!(log.unreleased().count(), standing, "{steps}");
+        assert_eq!(log.unreleased().count(), unreleased, "{steps}");
         if let Some(lock) = log.named().next() {
             let seen = (lock.progress.held.is_some(), lock.progress.is_writing(), !lock.progress.is_before_unlock());
             assert_eq!(seen, (locked, uploading, unlocking), "{steps}");

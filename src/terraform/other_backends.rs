@@ -158,7 +158,11 @@ impl OtherBackend {
     /// Returns the policy for this particular block; `variable` reads the environment. For `gcs` with an endpoint of
     /// its own it is [`UnlockPolicy::Name`], because a service other than Google's may ignore the condition of the
     /// delete. The service that the tests use ignores it.
-    pub(crate) fn deed_in(&self, backend: &CachedBackend, variable: impl Fn(&str) -> Option<String>) -> UnlockPolicy {
+    pub(crate) fn unlock_policy(
+        &self,
+        backend: &CachedBackend,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> UnlockPolicy {
         const ENDPOINTS: [&str; 3] =
             ["GOOGLE_BACKEND_STORAGE_CUSTOM_ENDPOINT", "GOOGLE_STORAGE_CUSTOM_ENDPOINT", "STORAGE_EMULATOR_HOST"];
         let elsewhere = backend.string(ENDPOINT).is_some()
@@ -248,7 +252,8 @@ mod tests {
     fn only_where_the_service_itself_looks_at_the_id_is_force_unlock_used() {
         let unlock_policy = |kind: &str, config: &str, set: &str| {
             let block = backend(kind, config);
-            OtherBackend::of(&block).map(|other| other.deed_in(&block, |name| (name == set).then(|| "http://x".into())))
+            OtherBackend::of(&block)
+                .map(|other| other.unlock_policy(&block, |name| (name == set).then(|| "http://x".into())))
         };
         assert_eq!(unlock_policy("gcs", r#"{"bucket":"b"}"#, ""), Some(UnlockPolicy::ForceUnlock));
         assert_eq!(unlock_policy("gcs", r#"{"storage_custom_endpoint":"http://x"}"#, ""), Some(UnlockPolicy::Name));

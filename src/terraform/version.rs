@@ -49,7 +49,7 @@ impl LogDetail {
 }
 
 /// The maximum length of a version from a log, in characters. The rest is cut off.
-const MAX_TEXT_BYTES: usize = 128;
+const MAX_TEXT_CHARACTERS: usize = 128;
 
 impl Version {
     /// Parses the first record of a log: its message, `Terraform version`, and the text after it (main.go of either
@@ -60,7 +60,7 @@ impl Version {
             "OpenTofu version" => Product::OpenTofu,
             _ => return None,
         };
-        Some(Self { product, text: rest.trim().chars().take(MAX_TEXT_BYTES).collect() })
+        Some(Self { product, text: rest.trim().chars().take(MAX_TEXT_CHARACTERS).collect() })
     }
 
     /// Parses the first line that `terraform version` prints: `Terraform v1.11.4`. `None` if it has another form.
