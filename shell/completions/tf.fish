@@ -94,7 +94,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l reason -d 'The reason, for the history' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l dry-run -d 'Only print what would be done'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l say -d 'Print to stderr, as tf does before it starts terraform'
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l again -d 'Do not report what could not be done: it was reported before'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l again -d 'Do not report locks that could not be released, because they were reported before'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shell-init" -l no-alias -d 'Do not define the alias `terraform`; only complete `tf`'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shim" -l only -d 'Only this name, for a script that uses tofu whenever it finds tofu on PATH' -r -f -a "terraform\t''
 tofu\t''"

@@ -1,4 +1,4 @@
-//! The messages that `tf` writes for people: on stderr, never on stdout.
+//! The messages that `tf` writes for people: on stderr in a run. `tf locks recover` prints some of them on stdout.
 //!
 //! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here fails or
 //! blocks for long. `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
@@ -47,6 +47,11 @@ fn lock(operation: &str, path: &str, id: &str) -> String {
     format!("{} on {}, ID {}", visible(operation), visible(path), visible(id))
 }
 
+/// Returns `why` with each of its lines escaped for a terminal.
+fn visible_lines(why: &str) -> String {
+    why.lines().map(visible).collect::<Vec<_>>().join("\n")
+}
+
 /// A lock was released.
 pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Released, now: Timestamp) -> String {
     let mut text = format!("{ending} without releasing its state lock");
@@ -69,20 +74,22 @@ pub(crate) fn digest_mismatch(
     directory: Option<&str>,
 ) -> String {
     let recorded = visible(digest_mismatch.recorded.as_deref().unwrap_or("none"));
-    let written = digest_mismatch.written.map_or_else(String::new, |at| format!(", written at {at:.0}"));
+    let written = digest_mismatch.written.map_or_else(String::new, |at| format!(" (written at {at:.0})"));
     let (state, advice) = match &digest_mismatch.computed {
-        Some(digest) => (format!("the state{written} has {digest}"), "check the state; if it is the right one, type:"),
+        Some(digest) => {
+            (format!("the digest of the state{written} is {digest}"), "check the state; if it is the right one, type:")
+        }
         None => (
             "there is no state".to_owned(),
-            "if there should be one, restore it (its bucket may keep old versions); if not, type:",
+            "if there should be a state, restore it (the bucket may have old versions)\nif not, type:",
         ),
     };
     let name = |name: &str| option("--fix-digest", &visible_whole(name));
     let workspace = workspace.map_or_else(|| " --fix-digest".to_owned(), name);
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     format!(
-        "the state's digest does not match: {state}, but {recorded} is recorded; every command will fail with a checksum \
-         error\n{advice} tf locks doctor{directory}{workspace}"
+        "the state's digest does not match, so every command will fail with a checksum error\n\
+         the recorded digest is {recorded}, but {state}\n{advice} tf locks doctor{directory}{workspace}"
     )
 }
 
@@ -104,11 +111,11 @@ pub(crate) fn kept(
     later: bool,
     removal: &Removal,
 ) -> String {
-    let again = if later { "the next tf in this directory tries again; or, " } else { "" };
+    let again = if later { "the next tf in this directory tries again\n" } else { "" };
     format!(
         "{ending}; its state lock was not released: {}\n{}\n{again}{}once nobody is working there, type: {}",
-        visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
+        visible_lines(why),
         with_what(because),
         removal.of(because, recorded)
     )
@@ -147,7 +154,8 @@ pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
 /// that removes it, without the path.
 pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
     format!(
-        "every run is refused by something that is not a lock: {what}, in {}\nonce you know that nobody needs it, type: {release} {}",
+        "every run is refused by something that is not a lock, in {}: {what}\n\
+         once you know that nobody needs it, type: {release} {}",
         visible(place),
         argument(path)
     )
@@ -185,25 +193,26 @@ pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
 /// Terraform is waiting for the lock of a dead run.
 pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!(
-        "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf}); tf is cleaning up after it"
+        "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf})\ntf is cleaning up after that run"
     )
 }
 
 /// An earlier run did not end within the wait. `stops`: its `tf` is alive and is stopping terraform.
 pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
     let next = if stops {
-        "it is stopping, and will release its lock"
+        "that run releases its lock when it exits\nto check again, type: tf locks recover"
     } else {
-        "its tf is dead, but a process that it started is still running; when that has ended, type: tf locks recover"
+        "the tf of that run is dead, but another process of the run is still running\n\
+         when that process has exited, type: tf locks recover"
     };
-    format!("a run on this host (pid {}) has not ended yet and may hold a state lock\n{next}", record.tf)
+    format!("a run on this host (pid {}) is still stopping and may hold a state lock\n{next}", record.tf)
 }
 
 /// Another process is cleaning up after a dead run, and did not finish within the wait.
 pub(crate) fn still_recovering(record: &JournalRecord) -> String {
     format!(
-        "a dead run on this host (pid {}) may hold a state lock; another process is still cleaning up after it\n\
-         to check again in a while, type: tf locks recover",
+        "a dead run on this host (pid {}) may hold a state lock\nanother process is still cleaning up after that run\n\
+         to check again, type: tf locks recover",
         record.tf
     )
 }
@@ -211,8 +220,8 @@ pub(crate) fn still_recovering(record: &JournalRecord) -> String {
 /// No process of a run is known to be alive, but `processes` may belong to it.
 pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> String {
     format!(
-        "an earlier run (pid {}) may hold a state lock, which was not released: these processes may belong to that run: {}\n\
-         when they have ended, type: tf locks recover",
+        "an earlier run (pid {}) may hold a state lock, which was not released\n\
+         these processes may belong to that run: {}\nwhen they have exited, type: tf locks recover",
         record.tf,
         list(processes)
     )
@@ -221,13 +230,13 @@ pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> Str
 /// Whether an earlier run is alive cannot be told from here. Names the locks that it may hold.
 pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     let mut text = format!(
-        "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether it is alive: {why}",
+        "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether that run is still running\n{why}",
         record.tf
     );
     for recorded in record.log.unreleased() {
         let _ = write!(
             text,
-            "\n{}\nonce you know that it is dead, type in its directory: {} {}",
+            "\nit may hold the lock {}\nonce you know that the run is dead, type in its directory: {} {}",
             lock(&recorded.operation, &recorded.path, &recorded.id),
             in_workspace(record.workspaces.first().map(String::as_str), "tf locks release --force"),
             recorded.id
@@ -240,7 +249,7 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
 /// The record of a dead run cannot be used.
 pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
     format!(
-        "an earlier run (pid {}) may hold a state lock, but tf cannot clean up after it: {why}\n\
+        "an earlier run (pid {}) may hold a state lock, but tf cannot clean up after that run\n{why}\n\
          once that is fixed, type: tf locks recover",
         record.tf
     )
@@ -277,7 +286,7 @@ pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> 
 /// What a recovery would do about a lock whose ID the log of its run does not name.
 pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String {
     format!(
-        "would look for the lock that a dead run (pid {}) requested at {asked}; its log does not name the ID",
+        "would look for the lock that a dead run (pid {}) requested at {asked}; the log of that run does not contain the lock's ID",
         record.tf
     )
 }
@@ -285,22 +294,27 @@ pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String
 /// A lock that an earlier run may have left was not released.
 pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
     let command = unlock_command_of(record);
-    let id = if is_lock_id(&info.id) { format!("\nif it does, type: {command} {}", info.id) } else { String::new() };
+    let id = if is_lock_id(&info.id) {
+        format!("\nif it belongs to that run, type: {command} {}", info.id)
+    } else {
+        String::new()
+    };
     format!(
-        "this lock may belong to an earlier run (pid {}) and was not released: {why}\n{}, Who {}{id}",
+        "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}{id}",
         record.tf,
         lock(&info.operation, &info.path, &info.id),
-        visible(&info.who)
+        visible(&info.who),
+        visible_lines(why)
     )
 }
 
 /// A lock of an earlier run, whose ID the log does not name, could not be looked for.
 pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String {
     format!(
-        "an earlier run (pid {}) may have left a state lock, but tf could not look for it: {}\nthat run used {}\nif the lock \
-         is gone, type: tf locks recover --forget {}",
+        "an earlier run (pid {}) may have left a state lock, but tf could not look for that lock\n{}\nthat run used: {}\n\
+         if the lock is gone, type: tf locks recover --forget {}",
         record.tf,
-        visible(why),
+        visible_lines(why),
         visible(&record.surroundings.needs()),
         visible(&record.run)
     )
@@ -308,7 +322,7 @@ pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String 
 
 /// The outputs of a step could not be written.
 pub(crate) fn no_outputs(path: &std::ffi::OsStr, error: &std::io::Error) -> String {
-    format!("could not write the outputs of this step: {}: {error}", visible(&path.to_string_lossy()))
+    format!("could not write the outputs of this step to {}: {error}", visible(&path.to_string_lossy()))
 }
 
 /// A dead run. Messages about its lock begin with this.
@@ -345,9 +359,9 @@ pub(crate) fn left_elsewhere(
     };
     let id = info.map_or("ID", |info| &info.id);
     format!(
-        "{ending} and may have left its state lock, which was not released: {}\n{what}\nto see who holds it: {}\n\
-         once nobody is working there, type: {unlock} {}",
-        visible(why),
+        "{ending} and may have left its state lock, which was not released: {what}\n{}\n\
+         to see who holds the lock: {}\nonce nobody is working there, type: {unlock} {}",
+        visible_lines(why),
         kind.look,
         visible(id)
     )
@@ -359,11 +373,11 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
     let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
     let removal = Removal { unlock: unlock_command_of(record), release };
     format!(
-        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}; that run used {}\n\
+        "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}\nthat run used: {}\n\
          {}once nobody is working there, type: {}",
         record.tf,
-        visible(why),
         lock(&recorded.operation, &recorded.path, &recorded.id),
+        visible_lines(why),
         visible(&record.surroundings.needs()),
         with_what(because),
         removal.of(because, recorded)
@@ -372,7 +386,7 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
 
 /// Why a lock that was not found does not count as gone.
 pub(crate) const ANOTHER_ACCOUNT: &str =
-    "it was not found with the current credentials, which may belong to another account";
+    "the lock was not found with the current credentials, which may belong to another account";
 
 /// Another run locked the state while this one was running.
 pub(crate) fn replaced(
@@ -384,9 +398,9 @@ pub(crate) fn replaced(
 ) -> String {
     let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
     format!(
-        "{ending}; while it ran, another run locked the same state: both may have changed it\nits own lock was {}\n\
-         the other lock is held by {} for {} since {}, ID {}\nonce that run has ended, to compare the state with \
-         what exists, type: {program}{directory} plan",
+        "{ending}; while it ran, another run locked the same state, and both may have changed it\nits own lock was {}\n\
+         the other lock is held by {} for {} since {}, ID {}\nonce that run is over, to compare the state with \
+         the real resources, type: {program}{directory} plan",
         lock(&own.operation, &own.path, &own.id),
         visible(&by.who),
         visible(&by.operation),
@@ -404,7 +418,7 @@ pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &
 /// A lock was not found, and may exist in another account. The journal has a record of it.
 pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> String {
     format!(
-        "{ending}; its state lock was not released: {ANOTHER_ACCOUNT}\n{}; that run used {}\n\
+        "{ending}; its state lock was not released: {}\n{ANOTHER_ACCOUNT}\nthat run used: {}\n\
          with those credentials, type: tf locks recover\nif the lock is gone, type: tf locks recover --forget {}",
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible(needs),
@@ -414,7 +428,10 @@ pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> St
 
 /// Why a lock of an earlier run cannot be looked for.
 pub(crate) fn missing(attributes: &str, directory: &str) -> String {
-    format!("{attributes} of its backend are stored only in {directory}, which is set up for another backend now")
+    format!(
+        "some settings of the run's backend ({attributes}) are stored only in {directory}, which is now set up for another \
+         backend"
+    )
 }
 
 /// A record cannot be read, and was left where it is.
@@ -430,7 +447,7 @@ pub(crate) fn set_aside(path: &std::path::Path) -> String {
 /// After an abnormal end: the run had no journal.
 pub(crate) fn unprotected(why: &str) -> String {
     format!(
-        "this run had no journal ({}): if tf had been killed too, the lock would not have been released",
+        "this run had no journal: {}\nif tf had been killed too, no later run would have released the lock",
         visible(why)
     )
 }
@@ -454,9 +471,9 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
 /// One part of a lock was released, and the other was never found. `kept`: the next `tf` looks for it.
 pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
-        "if it appears within 20 min, the next tf in this directory releases it".to_owned()
+        "if that part appears within 20 min, the next tf in this directory releases it".to_owned()
     } else {
-        format!("if it appears, type: {unlock} {}", recorded.id)
+        format!("if that part appears, type: {unlock} {}", recorded.id)
     };
     format!("the other part of this lock may still appear\n{then}")
 }
@@ -464,18 +481,18 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
 /// A lock with an unknown ID was requested and not found. `kept`: the next `tf` looks for it.
 pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
     let then = if kept {
-        "if it appears within 20 min, the next tf in this directory finds it; or type: tf locks recover"
+        "if the lock appears within 20 min, the next tf in this directory finds it\nto look for it now, type: tf locks recover"
     } else {
         "to look for it later, type: tf locks"
     };
-    format!("{ending} while it requested a state lock, at {asked:.0}; the lock may still appear\n{then}")
+    format!("{ending} while it requested a state lock (at {asked:.0}); the lock may still appear\n{then}")
 }
 
 /// The table or bucket of a lock that the run held does not exist. `kept`: the next `tf` looks for it.
 pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -> String {
-    let then = if kept { "\nif that exists again within a day, type: tf locks recover" } else { "" };
+    let then = if kept { "\nif the table or bucket exists again within 24 h, type: tf locks recover" } else { "" };
     format!(
-        "{ending}; its state lock is gone, because its table or bucket does not exist: {}{then}",
+        "{ending}; its state lock is gone, because the lock's table or bucket does not exist: {}{then}",
         lock(&recorded.operation, &recorded.path, &recorded.id)
     )
 }
@@ -534,7 +551,7 @@ pub(crate) fn refused(
     let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,
-        Verdict::Alive => "wait for it, or let terraform wait: -lock-timeout=10m".to_owned(),
+        Verdict::Alive => "wait until that run is over, or let terraform wait with -lock-timeout=10m".to_owned(),
         Verdict::Dead => format!("to release it, type: {} {id}", command("release")),
         Verdict::LikelyDead => format!("if you know that nobody is working there, type: {} {id}", command("release")),
         Verdict::Unknown => format!("for details, type: {} {id}", command("show")),
@@ -545,21 +562,23 @@ pub(crate) fn refused(
 /// The log was lost, and a lock may belong to this run.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlock: &str) -> String {
     let id = visible(&info.id);
-    let command = if is_lock_id(&info.id) { format!("\nif it is, type: {unlock} {id}") } else { String::new() };
+    let command =
+        if is_lock_id(&info.id) { format!("\nif it belongs to that run, type: {unlock} {id}") } else { String::new() };
     format!(
-        "{ending}; its log does not say whether it held a state lock\nthis lock may be its own and was not released{}\n{}, Who {}{command}",
-        doubt.map_or_else(String::new, |doubt| format!(": {doubt}")),
+        "{ending}; its log does not say whether it held a state lock\n\
+         this lock may belong to that run and was not released: {}, Who {}{}{command}",
         lock(&info.operation, &info.path, &info.id),
-        visible(&info.who)
+        visible(&info.who),
+        doubt.map_or_else(String::new, |doubt| format!("\n{doubt}")),
     )
 }
 
 /// It is not known whether this run held a lock, and the lock service did not answer.
 pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
     format!(
-        "{ending}; its log does not say whether it held a state lock, and tf could not look for one: {}\n\
-         to see whether one is held, type: tf locks",
-        visible(reason)
+        "{ending}; its log does not say whether it held a state lock, and tf could not look for one\n{}\n\
+         to see whether a lock is held, type: tf locks",
+        visible_lines(reason)
     )
 }
 
@@ -567,17 +586,17 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
 /// may have held.
 pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
-    let log = "it wrote no log that tf can read; does it run as another user?";
+    let log = "terraform wrote no log that tf can read; check whether it runs as another user";
     let Some(info) = suspect else {
         return format!(
-            "{ending}; its state lock, if it held one, was not released: {log}\nto see what is locked, type: tf \
-             locks{directory}"
+            "{ending}; its state lock, if it held one, was not released\n{log}\n\
+             to see which locks are held, type: tf locks{directory}"
         );
     };
     let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
     format!(
-        "{ending}; a state lock that may be its own was not released: {log}\n{}, held by {}\nto see whether the holder \
-         is alive, type: tf locks show{id}{directory}",
+        "{ending}; this state lock may belong to that run and was not released: {}, held by {}\n{log}\n\
+         to see whether the holder is alive, type: tf locks show{id}{directory}",
         lock(&info.operation, &info.path, &info.id),
         visible(&info.who)
     )
@@ -586,8 +605,9 @@ pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Opti
 /// Terraform held a lock with an unknown ID, and the lock service did not answer.
 pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     format!(
-        "{ending}; it held a state lock, but its log does not name the ID, and tf could not look for it: {reason}\nthe next \
-         tf in this directory tries again; or type: tf locks recover"
+        "{ending}; it held a state lock, but its log does not contain the lock's ID, and tf could not look for the lock\n\
+         {}\nthe next tf in this directory tries again\nto try now, type: tf locks recover",
+        visible_lines(reason)
     )
 }
 
@@ -606,7 +626,8 @@ pub(crate) fn another_terraform(process: &Process) -> String {
 }
 
 /// Why a lock was not released: it matches no backend.
-pub(crate) const NO_PLACE: &str = "it matches no backend of this directory, so tf does not know where it is stored";
+pub(crate) const NO_PLACE: &str =
+    "the lock matches no backend of this directory, so tf does not know where it is stored";
 
 /// Why a lock was not released: the lock service timed out.
 pub(crate) const SILENT: &str = "the lock service did not answer in time";
@@ -623,7 +644,10 @@ pub(crate) const INTERRUPTED: &str = "^C ended the wait for the lock service";
 
 /// After an interrupt: processes that terraform's provisioners left running.
 pub(crate) fn survivors(processes: &[Process]) -> String {
-    format!("terraform ended after the interrupt, but processes that it started are still running: {}", list(processes))
+    format!(
+        "terraform exited after the interrupt, but processes that it started are still running: {}",
+        list(processes)
+    )
 }
 
 fn list(processes: &[Process]) -> String {
@@ -642,7 +666,7 @@ fn list(processes: &[Process]) -> String {
 pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> String {
     let releases = if holds_lock { " and will release its lock" } else { "" };
     format!(
-        "terraform has been stopping for {}{releases}; press ^C again within {} s to force it",
+        "terraform has been stopping for {}{releases}; press ^C again within {} s to force it to stop",
         length_of_time(since),
         offer.as_secs()
     )
@@ -650,7 +674,7 @@ pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> St
 
 /// The third ^C.
 pub(crate) fn forcing() -> String {
-    "sent terraform its second interrupt; it will be killed if it does not end within 6 s".to_owned()
+    "sent terraform its second interrupt; it will be killed if it does not exit within 6 s".to_owned()
 }
 
 /// A ^C while a lock is being released.

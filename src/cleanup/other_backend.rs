@@ -1,11 +1,11 @@
-//! Releases the lock of a backend other than S3 with terraform's own `force-unlock`. This is done only if the service
+//! Releases the lock of a backend other than S3 with terraform's own `force-unlock`. It does so only if the service
 //! itself makes the delete conditional on the lock's ID ([`crate::terraform::other_backends`]).
 //!
-//! No log has the ID of a lock in these backends. `tf` learns it by requesting the lock once more: `terraform taint` of
+//! No log contains the ID of a lock in these backends. `tf` gets it by requesting the lock again: `terraform taint` of
 //! a resource that does not exist is refused with a message that contains the whole lock. If no lock is held, that
 //! command gets the lock for a moment, finds no such resource and changes nothing. (`force-unlock` with a wrong ID
-//! would show the same, but would unlock on a service that does not compare the ID.) Whether the lock is that of the
-//! dead run is then judged by the time at which it was created, as for an OpenTofu that does not log the lock's ID
+//! would also show the lock, but on a service that does not compare the ID it would unlock.) The creation time of the
+//! lock then shows whether it belongs to the dead run, as for an OpenTofu that does not log the lock's ID
 //! ([`crate::lock::proof::judge_unnamed`]).
 
 use crate::console;
@@ -32,8 +32,8 @@ use crate::trace::trace;
 /// The address of a resource that does not exist.
 const NOTHING: &str = "tf_asks.who_holds_the_lock";
 
-/// How long a write of the dead terraform may still be in flight. `tf` cannot see in these backends whether one
-/// arrives.
+/// How long to wait before the release, because a write of the dead terraform may still be in flight. In these
+/// backends, `tf` cannot check whether a write arrives.
 const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long one terraform command may take.
@@ -42,55 +42,60 @@ const TERRAFORM_TIMEOUT: Duration = Duration::from_mins(1);
 /// How often `tf` checks whether that command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A run that died, with a backend other than S3, and what is needed to release its lock.
+/// The data that are needed to release the lock of a dead run in a backend other than S3.
 pub(crate) struct NonS3Release<'a> {
     backend: &'a CachedBackend,
     kind: &'static OtherBackend,
-    /// The program, and the directory in which it was run.
+    /// The terraform program.
     program: &'a Path,
     current: &'a Path,
     chdir: Option<&'a Path>,
     workspace: String,
-    /// Whether the run's directory leads to another location than it did before.
+    /// Whether the backend of the run's directory was changed during or after the run, so that its locks are at another
+    /// location.
     moved: bool,
-    /// The lock, as far as the log shows it. `None` if the log shows none.
+    /// The lock in the run's log. `None` if the log shows no lock.
     pub(crate) had: Option<UnnamedLock>,
 }
 
-/// Whether the backend of a run is one other than S3 in which a lock can be left.
+/// Whether the run uses a backend other than S3 in which a dead terraform can leave a lock.
 pub(crate) fn may_be_left(places: &CandidateBackends) -> bool {
     let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
     backend.and_then(OtherBackend::of).is_some_and(|other| other.unlock_policy != UnlockPolicy::Nothing)
 }
 
-/// The result of a release: what is to be reported, if anything, and whether a later try may do better.
+/// The result of a release in a backend other than S3.
 #[derive(Debug, Default)]
 pub(crate) struct NonS3Result {
+    /// The messages to report. Empty if there is nothing to report.
     pub(crate) messages: Vec<String>,
+    /// Whether a later attempt may release the lock.
     pub(crate) later: bool,
+    /// Whether the lock was released.
     pub(crate) released: bool,
 }
 
 impl NonS3Result {
-    /// Whether a lock that a person should know of may still be held.
+    /// Whether a lock that was reported may still be held.
     pub(crate) fn leaves_one(&self) -> bool {
         !self.released && !self.messages.is_empty()
     }
 }
 
-/// How a release in another backend is reported.
+/// The parts of the messages about a release in a backend other than S3.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wording<'a> {
-    /// How the run ended, as the beginning of a sentence.
+    /// How the run ended, as the beginning of a message.
     pub(crate) ending: &'a str,
     /// The command that a person types to remove the lock.
     pub(crate) unlock: &'a str,
-    /// Who releases it.
+    /// Which process releases the lock.
     pub(crate) by: By,
 }
 
 impl<'a> NonS3Release<'a> {
-    /// Creates this for a run of `program` with the log `log`. `None` if its backend is S3, or is not known.
+    /// Returns the data for a run of `program` with the log `log`, started in `current`. `None` if its backend is S3 or
+    /// is unknown.
     pub(crate) fn of(
         places: &'a CandidateBackends,
         log: &Log,
@@ -110,8 +115,9 @@ impl<'a> NonS3Release<'a> {
         Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
     }
 
-    /// Releases the lock, or names it. `brackets`: the command is one that logs when it is granted a lock, so that a
-    /// log without a lock shows that there was none. `keep` is a reason not to release the lock.
+    /// Releases the lock, or reports why it was not released. `brackets` is true if the command logs that it got a
+    /// lock, so that a log without a lock shows that the run had none. `keep` is the reason not to release the lock. If
+    /// it is `None`, the lock may be released.
     pub(crate) fn settle(
         &self,
         run: &Run,
@@ -124,8 +130,8 @@ impl<'a> NonS3Release<'a> {
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.unlock_policy(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
-        // A run with `-lock=false` had no lock. If its log shows a lock all the same, the `-lock=false` was that of
-        // another terraform in the log.
+        // A run with `-lock=false` had no lock. If its log shows a lock all the same, the `-lock=false` is from another
+        // terraform that wrote into the same log.
         if unlock_policy == UnlockPolicy::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
             return NonS3Result::default();
         }
@@ -135,12 +141,12 @@ impl<'a> NonS3Release<'a> {
             ..NonS3Result::default()
         };
         if unlock_policy == UnlockPolicy::Name {
-            return named("its unlock could remove the lock of another run", None);
+            return named("an unlock could remove the lock of another run", None);
         }
         if self.moved {
             return NonS3Result {
                 later: true,
-                ..named("its directory has been set up for another backend since", None)
+                ..named("the run's directory has been set up for another backend since", None)
             };
         }
         if let Some(why) = keep {
@@ -153,7 +159,7 @@ impl<'a> NonS3Release<'a> {
         let Some(info) = held else { return NonS3Result::default() };
         let verdict = match &self.had {
             Some(had) => judge_unnamed(had, &info, "", run, true),
-            None => Match::Doubt("its log does not say whether it held a lock"),
+            None => Match::Doubt("the log of the run does not say whether it held a lock"),
         };
         trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
         match verdict {
@@ -181,11 +187,11 @@ impl<'a> NonS3Release<'a> {
             waiter.wait(POLL_INTERVAL);
         }
         let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], waiter);
-        // The response to `force-unlock` proves nothing. What is held afterwards does.
+        // The result of `force-unlock` does not prove that the lock is gone, so the lock is requested again.
         match self.ask(waiter) {
             Ok(Some(left)) if left.id == info.id => {
                 let said = unlocked.map_or_else(|error| error.to_string(), |(_, said)| first_line(&said));
-                named(&format!("force-unlock did not remove it: {said}"))
+                named(&format!("force-unlock did not remove the lock: {said}"))
             }
             Err(why) => named(&why),
             Ok(_) => {
@@ -196,7 +202,8 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// Returns the lock that is held now. `None` if none is held. The error says why that could not be determined.
+    /// Returns the lock that is held now. `None` if no lock is held. `Err` is the reason why that could not be
+    /// determined.
     fn ask(&self, waiter: &mut Waiter<'_>) -> Result<Option<LockInfo>, String> {
         let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], waiter);
         let (_, said) = asked.map_err(|error| error.to_string())?;
@@ -207,12 +214,13 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// Runs terraform in the same way as the run did. Returns its exit code, or `None` if a signal killed it, and the
-    /// first 64 KiB of what it wrote to stderr.
+    /// Runs terraform in the same directory as the run. Returns its exit code, or `None` if a signal killed it, and the
+    /// first 64 KiB of its stderr. Returns an error if terraform cannot be started, takes longer than
+    /// [`TERRAFORM_TIMEOUT`], or a person interrupts the wait twice.
     ///
-    /// This terraform may hold the lock itself for a moment. So `tf` never kills it, and what kills `tf` does not kill
-    /// it: it is in a process group of its own, which no key signals, and it writes into a file. If `tf` stops waiting
-    /// for it, it still runs to its end.
+    /// This terraform may hold the lock itself for a moment, so it must not be killed. `tf` never kills it. It is in a
+    /// process group of its own, so the terminal's keys do not signal it. It writes into a file, so it gets no SIGPIPE
+    /// if `tf` dies. If `tf` stops waiting for it, it continues until it exits by itself.
     fn terraform(&self, arguments: &[&str], waiter: &mut Waiter<'_>) -> io::Result<(Option<i32>, String)> {
         let mut said = tempfile::tempfile()?;
         let mut child = self.start(arguments, said.try_clone()?)?;
@@ -246,7 +254,7 @@ impl<'a> NonS3Release<'a> {
             flag.push(chdir);
             command.arg(flag);
         }
-        // The arguments and logs that the user has set in the environment are for the user's own commands.
+        // The user has set these variables for the user's own commands, so they must not change this one.
         let unwanted =
             |name: &str| name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH";
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(unwanted)) {
@@ -266,6 +274,7 @@ impl<'a> NonS3Release<'a> {
     }
 }
 
+/// Returns the first two lines of terraform's output that are not empty, without the frame around them.
 fn first_line(said: &str) -> String {
     let lines = said.lines().map(|line| line.trim_matches(['\u{2502}', '\u{2577}', '\u{2575}', ' ']));
     lines.filter(|line| !line.is_empty()).take(2).collect::<Vec<_>>().join(" ")

@@ -22,8 +22,10 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h --table terraform-locks --json
   tf locks audit --older-than 2h --table terraform-locks --prometheus > /var/lib/node_exporter/tf_locks.prom
 
-A lock is stale if it is older than that and its holder is not known to be alive. Anything in the place of a lock that is
-not a lock counts too. Exit codes: 0 none is stale, 2 one is, 1 the command failed.";
+A lock is stale if it is older than the given time and its holder is not known to be alive. Anything in the place of a
+lock that is not a lock counts too.
+
+Exit codes: 0 no lock is stale, 2 at least one lock is stale, 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Audit {

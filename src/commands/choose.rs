@@ -33,7 +33,8 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
         }
         (ScanTarget::Table(_), Some(word)) if is_lock_id(word) => {
             return Err(Trouble::Said(format!(
-                "a lock in a table is found by its path, not by its ID\nname its path; `tf locks list --table` shows it beside {word}"
+                "in a table, a lock is selected by its path, not by its ID\nto see the path of {word}, type `tf locks list` \
+                 with the same options"
             )));
         }
         (ScanTarget::Table(_), Some(path)) if path.ends_with("-md5") => {
@@ -51,7 +52,8 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
         }
         (ScanTarget::Table(_) | ScanTarget::Bucket(..), None) => {
             return Err(Trouble::Said(
-                "which lock?\nname its path; `tf locks list` with the same options shows it".into(),
+                "no lock is selected\nadd the lock's path; `tf locks list` with the same options shows the paths"
+                    .into(),
             ));
         }
     };
@@ -113,7 +115,10 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
                 ListedEntry::Lock(lock) => lock.path(),
             };
             if junk.iter().any(|entry| path(entry) != path(&junk[0])) {
-                return Err(Trouble::Said(format!("several match; name one by its path:{}", named(&junk))));
+                return Err(Trouble::Said(format!(
+                    "several entries match; give the path of one of them:{}",
+                    named(&junk)
+                )));
             }
         }
         (0, Some(word)) if stored > 0 && select => {
@@ -124,11 +129,11 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
             )));
         }
         (0, Some(word)) => {
-            return Err(Trouble::Said(format!("there is no lock at {:?}: nothing to release", visible(word))));
+            return Err(Trouble::Said(format!("there is no lock at {:?}", visible(word))));
         }
-        (0, None) => return Err(Trouble::Said("there is no lock here: nothing to release".into())),
+        (0, None) => return Err(Trouble::Said("there is no lock here".into())),
         _ => {
-            return Err(Trouble::Said(format!("several locks match; name one by its ID:{}", named(&locks))));
+            return Err(Trouble::Said(format!("several locks match; give the ID of one of them:{}", named(&locks))));
         }
     }
     let junk = junk.into_iter().chain(others).filter_map(|entry| match entry {

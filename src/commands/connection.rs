@@ -124,10 +124,10 @@ impl From<Unreachable> for Trouble {
     fn from(unreachable: Unreachable) -> Self {
         let next = match unreachable {
             Unreachable::Region => {
-                "set AWS_REGION, choose a profile that has one, or add --region to --table or --bucket"
+                "set AWS_REGION, choose a profile that sets a region, or add --region to --table or --bucket"
             }
             Unreachable::Credentials(_) => {
-                "terraform would get none there either: log in, choose another profile (AWS_PROFILE), or fix that one"
+                "terraform would get no credentials either\nlog in, choose another profile (AWS_PROFILE), or fix the current profile"
             }
             Unreachable::Silent(_) => "check the network, and try again",
             _ => "to check everything that a release needs, type in that directory: tf locks doctor",
@@ -140,28 +140,28 @@ impl Trouble {
     /// Builds the error for a failed request. `what` is the table, bucket or entry that the request was about, for the
     /// message.
     pub(super) fn failed(failure: Failure, what: &str, stores: &Stores) -> Self {
-        let region = format!("the region is {}", stores.region());
+        let region = stores.region();
         let next = match failure.cause() {
             Cause::NoTable | Cause::NoBucket => {
                 format!(
-                    "there is no {what} for these credentials; {region}: check the name, the region and the profile"
+                    "there is no {what} in {region} for these credentials\ncheck the name, the region and the profile"
                 )
             }
             Cause::OtherKey => {
-                format!("terraform needs a table with LockID (a string) as its only key: is {what} the right one?")
+                format!("terraform needs a table with LockID (a string) as its only key\ncheck that {what} is the right one")
             }
             Cause::Denied(action) => format!(
-                "these credentials lack {action} on {what}; to see who they belong to, type: aws sts get-caller-identity"
+                "these credentials lack {action} on {what}\nto see who they belong to, type: aws sts get-caller-identity"
             ),
             Cause::RejectedCredentials | Cause::ExpiredCredentials => {
-                "the service rejects these credentials: log in again, or choose another profile".to_owned()
+                "the service rejects these credentials\nlog in again, or choose another profile".to_owned()
             }
             Cause::NotImplemented => {
-                "this store does not support that, and trying again does not help: see `tf locks doctor`".to_owned()
+                "this service does not support that request, so do not try again\nto check the backend, type in its directory: tf locks doctor".to_owned()
             }
             Cause::Refused => "fix that before you try again".to_owned(),
-            Cause::Passing => format!("{region}; the service cannot do that now: try again in a minute"),
-            Cause::NoAnswer => format!("{region}; check the network, and try again"),
+            Cause::Passing => format!("the service in {region} cannot do that now\ntry again in a minute"),
+            Cause::NoAnswer => format!("check the network and the region ({region}), and try again"),
         };
         Self::Failed { failure, next }
     }
@@ -251,7 +251,7 @@ impl LocationArgs {
         let shown = visible(&path.display().to_string());
         if !path.is_dir() {
             return Err(Trouble::Said(format!(
-                "{shown} is not a directory\nname a directory that has terraform's files in it"
+                "{shown} is not a directory\ngive a directory that contains terraform's files"
             )));
         }
         let data_directory = DataDirectory::path(&current, &command_line);
@@ -262,37 +262,47 @@ impl LocationArgs {
         let Some(backend) = read.backend else {
             return Err(Trouble::Said(format!(
                 "there is no initialised backend in {shown}\n\
-                 if it is a terraform directory, type `terraform init` first; a state in a local file has no lock to \
-                 list: its lock ends with the process that holds it\n\
-                 in any other directory, name a table or a bucket: `tf locks list --table TABLE`"
+                 a state in a local file has a file lock, which the kernel releases when the process exits; tf does \
+                 not list such a lock\n\
+                 in any other terraform directory, type `terraform init` first\n\
+                 to look in a table or a bucket instead, add --table TABLE or --bucket BUCKET"
             )));
         };
         match backend.kind.as_str() {
             "s3" => {}
             "local" => {
                 return Err(Trouble::Said(format!(
-                    "the state of {shown} is a local file: its lock is a lock of the operating system, which ends with \
-                     the process that holds it\nthere is nothing to list and nothing to release"
+                    "the state of {shown} is a local file: its lock is a file lock, which the kernel releases when the \
+                     process exits\nthere is nothing to list and nothing to release"
                 )));
             }
             "remote" | "cloud" => {
                 return Err(Trouble::Said(format!(
-                    "the state of {shown} is in HCP Terraform, which keeps the locks itself\n\
-                     open the workspace there: it shows who holds the lock, and has a button to unlock it"
+                    "the state of {shown} is in HCP Terraform, which stores its own locks\n\
+                     open the workspace there: the page shows who holds the lock, and has a button to unlock it"
                 )));
             }
             kind => {
                 let see = OtherBackend::of(&backend).map_or_else(String::new, |other| {
-                    format!("\nit is {}; to see who holds the lock: {}", visible(&other.place(&backend)), other.look)
+                    format!(
+                        "\nlocation: {}\nto see who holds the lock: {}",
+                        visible(&other.place(&backend)),
+                        other.look
+                    )
                 });
                 return Err(Trouble::Said(format!(
                     "the backend of {shown} is {:?}; tf reads only the locks of the s3 backend{see}\n\
-                     terraform prints the lock's ID when it is refused, and `terraform force-unlock ID` removes it",
+                     when a lock refuses terraform, terraform prints the ID of that lock, and `terraform force-unlock ID` \
+                     removes the lock",
                     visible(kind)
                 )));
             }
         }
-        let said = |what: &str| Trouble::Said(format!("the backend of {shown} names no {what}: type `terraform init`"));
+        let said = |what: &str| {
+            Trouble::Said(format!(
+                "the backend of {shown} sets no {what}\nto set up the backend again, type: terraform init"
+            ))
+        };
         Ok(Directory {
             bucket: backend.string("bucket").ok_or_else(|| said("bucket"))?.to_owned(),
             key: backend.string("key").ok_or_else(|| said("key"))?.to_owned(),

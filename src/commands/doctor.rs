@@ -31,10 +31,10 @@ use crate::terraform::{binary, configuration, lock_info};
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor
   tf locks doctor --chdir envs/prod
-  tf locks doctor --fix-digest             the selected workspace's digest, after a question
+  tf locks doctor --fix-digest             fix the digest of the selected workspace, after confirmation
   tf locks doctor --fix-digest green --yes
 
-Exit codes: 0 all is well, 2 something is wrong (the line below says what to do), 1 the command failed.";
+Exit codes: 0 no check failed, 2 a check failed (the line below each failed check says what to do), 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Doctor {
@@ -114,7 +114,9 @@ impl Doctor {
         {
             let said = format!("{}, {}", other.kind, visible(&other.place(backend)));
             match other.unlock_policy(backend, |name| std::env::var(name).ok()) {
-                UnlockPolicy::Nothing => findings.ok("backend", &format!("{said}: a lock there ends with its process")),
+                UnlockPolicy::Nothing => {
+                    findings.ok("backend", &format!("{said}: a lock there is released when its process exits"));
+                }
                 UnlockPolicy::ForceUnlock => {
                     findings.ok(
                         "backend",
@@ -124,15 +126,18 @@ impl Doctor {
                 UnlockPolicy::Name => findings.note(
                     "backend",
                     &format!(
-                        "{said}: tf names a lock there but does not release it: an unlock could remove another lock"
+                        "{said}: tf only reports a lock there, because an unlock could remove the lock of another run"
                     ),
-                    &format!("to see who holds it: {}", other.look),
+                    &format!("to see who holds the lock: {}", other.look),
                 ),
             }
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }
         if backend_there.is_none() && is_local(&place) {
-            findings.ok("backend", "none: the state is a local file; its lock ends with its process");
+            findings.ok(
+                "backend",
+                "none: the state is a local file, whose lock the kernel releases when the process exits",
+            );
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }
         super::block_on(async {
@@ -158,24 +163,24 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
                 Some(version) if version.log_detail() == LogDetail::None => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log does not report its locks"),
-                    "a lock that it leaves is not released; tf can read the logs of Terraform since 0.15 and of OpenTofu",
+                    "tf cannot release a lock that this version leaves; tf can read the logs of Terraform since 0.15 and of OpenTofu",
                 ),
                 Some(version) if version.log_detail() == LogDetail::AcquireOnly => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log reports that it held a lock, but not which one"),
-                    "a lock that it leaves is released after 10 s, except that locks of state and workspace commands are only \
-                     named; OpenTofu since 1.11 logs more",
+                    "tf releases a lock that this version leaves after 10 s, but only reports the locks of state and workspace \
+                     commands\nOpenTofu since 1.11 logs more",
                 ),
                 Some(version) => findings.ok("terraform", &format!("{shown}, {version}: its log reports its locks")),
                 None => findings.note(
                     "terraform",
-                    &format!("{shown}: it only starts a terraform, and it is not known yet which one"),
-                    "the first run in this directory will show it",
+                    &format!("{shown}: a program that starts a terraform; tf does not know yet which one"),
+                    "tf will know after the first run in this directory",
                 ),
             }
         }
         Err(reason) => {
-            findings.wrong("terraform", &reason.to_string(), "put it on PATH, or set TFW_TERRAFORM to its path");
+            findings.wrong("terraform", &reason.to_string(), "put terraform on PATH, or set TFW_TERRAFORM to its path");
         }
     }
 }
@@ -216,8 +221,12 @@ fn journal(findings: &mut Findings) {
         Ok(lock_file::try_lock(&holder, 0)? && !lock_file::try_lock(&other, 0)?)
     };
     match works() {
-        Ok(true) => findings.ok("file locks", "they work there"),
-        Ok(false) => findings.wrong("file locks", "they do not work there: two processes can hold the same lock", next),
+        Ok(true) => findings.ok("file locks", "they work in that directory"),
+        Ok(false) => findings.wrong(
+            "file locks",
+            "they do not work in that directory, so two processes can hold the same lock",
+            next,
+        ),
         Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), next),
     }
 }
@@ -226,8 +235,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     let Directory { bucket, key, workspace, .. } = directory;
     let table = directory.table.as_deref();
     let locks = match (directory.lock_file, table) {
-        (true, Some(table)) => format!("{LOCK_FILE} beside it, and DynamoDB table {}", visible(table)),
-        (true, None) => format!("{LOCK_FILE} beside it"),
+        (true, Some(table)) => format!("the state's {LOCK_FILE} object and DynamoDB table {}", visible(table)),
+        (true, None) => format!("the state's {LOCK_FILE} object"),
         (false, Some(table)) => format!("DynamoDB table {}", visible(table)),
         (false, None) => String::new(),
     };
@@ -239,13 +248,13 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
             "two runs can write the state at the same time; set use_lockfile = true in the backend block",
         );
     } else {
-        findings.ok("backend", &format!("{state}, workspace {}; lock: {locks}", visible(workspace)));
+        findings.ok("backend", &format!("{state}, workspace {}; locked with {locks}", visible(workspace)));
     }
     match connect::identity(&directory.backend).await {
         Ok(arn) => findings.ok("credentials", &visible(&arn)),
         // A release does not need STS. Requests that need credentials are tried below.
         Err(reason) => {
-            findings.note("credentials", &format!("STS does not say who they belong to: {}", visible(&reason)), "");
+            findings.note("credentials", &format!("could not ask STS who they belong to: {}", visible(&reason)), "");
         }
     }
     let mut clock = None;
@@ -278,8 +287,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
                 "s3:DeleteObject",
                 &visible(&failure.to_string()),
                 &format!(
-                    "allow these credentials s3:DeleteObject on {}\nif they are allowed it on that key and on no other, all is \
-                     well: this test uses a key of its own, so that it touches no lock",
+                    "allow these credentials s3:DeleteObject on {}\nif they already have this permission on exactly that \
+                     key, ignore this: the test uses another key, so that it touches no lock",
                     visible(&format!("{bucket}/{lock_key}"))
                 ),
             ),
@@ -311,7 +320,7 @@ fn lock_place(
         findings.wrong(
             "lock",
             &format!(
-                "its place holds something that is not a lock, so every run is refused: {}, in {}",
+                "its place holds something that is not a lock, so every run is refused\n{}, in {}",
                 stored.describe_no_lock(),
                 visible(&place.describe())
             ),
@@ -330,17 +339,17 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
         Ok(described) if described.keys != ["LockID"] => findings.wrong(
             &name,
             &format!("its key is {}", visible(&described.keys.join(", "))),
-            "terraform needs a table with LockID (a string) as its only key: create one and name it in the backend block",
+            "terraform needs a table with LockID (a string) as its only key\ncreate one, and set dynamodb_table in the backend block to it",
         ),
         Ok(described) if described.last_writer_wins() => findings.note(
             &name,
             &format!("a global table ({}): writes of several regions overwrite each other", described.replicas.join(", ")),
-            "a condition is checked in one region only, so tf names locks here but does not release them; if every run \
-             uses the same region, set TFW_RELEASE=auto",
+            "tf only reports a lock in this table, because a delete can remove the lock of a run in another region\nif \
+             every run uses the same region, set TFW_RELEASE=auto",
         ),
         Ok(_) => findings.ok(&name, "its key is LockID"),
         Err(failure) if failure.denied().is_some() => {
-            findings.note(&name, "permission denied to describe it; a release does not need that", "");
+            findings.note(&name, "permission denied: dynamodb:DescribeTable; a release does not need this permission", "");
         }
         Err(failure) => {
             findings.wrong(&name, &Trouble::failed(failure, &format!("table {table}"), stores).to_string(), "");
@@ -367,8 +376,8 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
         IfMatch::Obeyed => findings.ok("If-Match", "conditional deletes are obeyed"),
         IfMatch::Ignored => findings.wrong(
             "If-Match",
-            &format!("the service of {} ignores it: a delete removes any lock that is there", visible(bucket)),
-            "also lock with a DynamoDB table, or set TFW_RELEASE=never so that tf only names locks",
+            &format!("the service of {} ignores it, so a delete removes any lock that is there", visible(bucket)),
+            "also lock with a DynamoDB table, or set TFW_RELEASE=never so that tf only reports locks",
         ),
         IfMatch::Unknown => {
             findings.note("If-Match", "could not find out whether conditional deletes are obeyed", "");
@@ -382,14 +391,14 @@ fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneM
         IfNoneMatch::Ignored => findings.wrong(
             "If-None-Match",
             &format!(
-                "the service of {} ignores it: use_lockfile does not lock there, and two runs can write the state at the same time",
+                "the service of {} ignores it, so use_lockfile does not lock there, and two runs can write the state at the same time",
                 visible(bucket)
             ),
             "lock with a DynamoDB table: set dynamodb_table in the backend block",
         ),
         IfNoneMatch::Unsupported => findings.wrong(
             "If-None-Match",
-            &format!("the service of {} does not support it: use_lockfile cannot lock there", visible(bucket)),
+            &format!("the service of {} does not support it, so use_lockfile cannot lock there", visible(bucket)),
             "lock with a DynamoDB table: set dynamodb_table in the backend block",
         ),
         IfNoneMatch::Unknown(failure) => findings.note(
@@ -399,7 +408,7 @@ fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneM
         ),
         IfNoneMatch::Untried => findings.note(
             "If-None-Match",
-            "did not test whether a second lock is refused: the test object could not be deleted again",
+            "did not test whether a second lock is refused, because the test object could not be deleted again",
             "",
         ),
     }
@@ -414,13 +423,13 @@ async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
         ),
         Ok(false) => findings.note(
             "versioning",
-            "off: a lost state cannot be restored",
+            "off, so a lost state cannot be restored",
             &format!(
-                "type: aws s3api put-bucket-versioning --bucket {} --versioning-configuration Status=Enabled",
+                "to turn it on, type: aws s3api put-bucket-versioning --bucket {} --versioning-configuration Status=Enabled",
                 quoted(bucket)
             ),
         ),
-        Err(failure) => findings.note("versioning", &format!("could not read it: {}", visible(&failure.to_string())), ""),
+        Err(failure) => findings.note("versioning", &format!("could not read the setting: {}", visible(&failure.to_string())), ""),
     }
 }
 
@@ -429,12 +438,12 @@ async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
 fn skew(findings: &mut Findings, service: Option<Timestamp>) {
     let Some(service) = service else { return findings.note("clock", "the service did not send its time", "") };
     let apart = Timestamp::now().duration_since(service).unsigned_abs();
-    let text = format!("{} off the service's", length_of_time(apart));
+    let text = format!("it differs from the service's clock by {}", length_of_time(apart));
     if apart.as_secs() > 60 {
         findings.wrong(
             "clock",
             &text,
-            "set this host's clock: requests are refused when it is 5 min off, and ages of locks are wrong",
+            "set this host's clock; if it is wrong by 5 min, requests are refused, and the ages of locks are wrong",
         );
     } else {
         findings.ok("clock", &text);
@@ -461,16 +470,16 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                 // They also differ while a run has written the state and not yet the digest.
                 let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
                 let text = format!(
-                    "{} is recorded, but the state has {}",
+                    "the recorded digest is {}, but the digest of the state is {}",
                     visible(compared.recorded.as_deref().unwrap_or("none")),
                     compared.computed.as_deref().unwrap_or("none, because there is no state")
                 );
                 if locked {
-                    findings.note(&name, &format!("{text}; it is locked, so a run may be writing it"), "");
+                    findings.note(&name, &format!("{text}; the state is locked, so a run may be writing it"), "");
                 } else {
                     let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
                     let command = messages::locks_command(&words, other(directory).as_deref(), None);
-                    findings.wrong(&name, &text, &format!("type: {command}"));
+                    findings.wrong(&name, &text, &format!("to fix it, type: {command}"));
                 }
             }
             Err(failure) => findings.wrong(&name, &visible(&failure.to_string()), ""),

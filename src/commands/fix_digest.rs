@@ -46,7 +46,7 @@ const OPERATION: &str = "tf locks doctor --fix-digest";
 /// Whether the digest may be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// `--dry-run`: it is only said what would be changed.
+    /// `--dry-run`: only print what would be changed.
     None,
     /// The user is asked.
     IfAgreed,
@@ -67,7 +67,7 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
         let compared = compare(&stores, &state).await?;
         let name = visible(&state.path());
         if compared.fits() {
-            console::print(&format!("the digest of {name} matches its state: there is nothing to fix"));
+            console::print(&format!("the digest of {name} matches its state, so there is nothing to fix"));
             return Ok(Finding::Nothing);
         }
         let now = Timestamp::now();
@@ -75,10 +75,10 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
             format!(", written at {at:.0} ({} ago)", length_of_time(now.duration_since(at).unsigned_abs()))
         });
         let has = compared.computed.as_deref().unwrap_or(
-            "none, because there is no state: if there should be one, restore it first (its bucket may keep old versions)",
+            "none, because there is no state\nif there should be a state, restore it first (the bucket may have old versions)",
         );
         console::print(&format!(
-            "state     {name}{written}\nrecorded  {}\nit has    {has}",
+            "state            {name}{written}\nrecorded digest  {}\nits own digest   {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
         let (what, question) = match compared.computed {
@@ -119,9 +119,7 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
         return Err(Trouble::Said("a digest can be fixed only from the directory of its state".into()));
     };
     if directory.table.is_none() {
-        return Err(Trouble::Said(
-            "this backend has no DynamoDB table, so it has no digest: there is nothing to fix".into(),
-        ));
+        return Err(Trouble::Said("this backend has no DynamoDB table, so there is no digest to fix".into()));
     }
     let wanted = workspace.unwrap_or(&directory.workspace);
     let (states, _) = inventory::states(&directory, &stores).await?;
@@ -131,7 +129,7 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
     };
     let state = found.ok_or_else(|| {
         let names: Vec<String> = states.iter().map(|state| visible(&state.workspace)).collect();
-        Trouble::Said(format!("there is no workspace {:?}; there are: {}", visible(wanted), names.join(", ")))
+        Trouble::Said(format!("there is no workspace {:?}; the workspaces are {}", visible(wanted), names.join(", ")))
     })?;
     Ok((directory, stores, state))
 }
@@ -214,9 +212,13 @@ impl<'a> Work<'a> {
             (Some(journaled), Ok(())) => journaled.entry.take_away(),
             (_, Ok(())) => {}
             (kept, Err(why)) => {
-                let next = if kept.is_some() { "type: tf locks recover" } else { "type: tf locks release --force" };
+                let command = if kept.is_some() { "tf locks recover" } else { "tf locks release --force" };
                 let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
-                console::say(&format!("the lock {} was not released: {}\n{next}{more}", self.info.id, visible(&why)));
+                let why = if why.is_empty() { "the service does not delete it".to_owned() } else { visible(&why) };
+                console::say(&format!(
+                    "the lock {} was not released\n{why}\nto release it, type: {command}{more}",
+                    self.info.id
+                ));
                 return done.map(|_| Finding::Failed);
             }
         }
@@ -295,8 +297,8 @@ impl<'a> Work<'a> {
         }
         if now != self.shown {
             return Err(Trouble::Said(format!(
-                "nothing was changed, because it changed in the meantime: {} is recorded, but the state has {}\nto look \
-                 again, type: tf locks doctor --fix-digest {}",
+                "nothing was changed, because the digest or the state changed in the meantime\nthe recorded digest is \
+                 now {}, and the digest of the state is {}\nto try again, type: tf locks doctor --fix-digest {}",
                 visible(now.recorded.as_deref().unwrap_or("none")),
                 now.computed.as_deref().unwrap_or("none"),
                 quoted(&visible(&self.state.workspace))
@@ -319,7 +321,7 @@ impl<'a> Work<'a> {
             }
         }
         console::print(&match now.computed {
-            Some(new) => format!("recorded {new}"),
+            Some(new) => format!("recorded the digest {new}"),
             None => "deleted the digest".to_owned(),
         });
         Ok(Finding::Nothing)

@@ -46,7 +46,7 @@ impl UnreadableLock {
 
     /// Returns where the entry is and what is wrong with it, for a message.
     pub(super) fn describe(&self) -> String {
-        format!("{}: {}", visible(&self.place.describe()), self.reason)
+        format!("{} ({})", visible(&self.place.describe()), self.reason)
     }
 }
 
@@ -82,8 +82,8 @@ impl ListedEntry {
 /// Returns the message that `unread` lock objects could not be read.
 pub(super) fn not_whole(unread: u64) -> String {
     format!(
-        "{unread} lock objects could not be read, so their holders are not known; `tf locks list` with the same options \
-         shows the reason for each (AccessDenied: s3:GetObject is missing)"
+        "{unread} lock objects could not be read, so their holders are not known\n`tf locks list` with the same options \
+         shows the reason for each (AccessDenied means that the permission s3:GetObject is missing)"
     )
 }
 
@@ -159,11 +159,11 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
             lock.notes.push("only part of a lock: the backend locks in DynamoDB too, but there is no item".to_owned());
         } else if object && !item && wanted.dynamodb {
             lock.notes.push(
-                "the backend here does not set use_lockfile: it was taken by a run with a backend that does".to_owned(),
+                "the backend of this directory does not set use_lockfile; the lock was taken by a run whose backend sets it".to_owned(),
             );
         }
         if lock.info.path != lock.path() {
-            lock.notes.push("its Path is not where it is stored".to_owned());
+            lock.notes.push("the lock's Path is not the place where it is stored".to_owned());
         }
     }
     let locks = locks.into_iter().map(|lock| ListedEntry::Lock(Box::new(lock)));
@@ -173,15 +173,15 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
 /// Returns why `stored` is not a lock.
 fn why_unreadable(stored: &StoredLock) -> String {
     let text = stored.text();
-    let it = if matches!(stored, StoredLock::Item(_)) { "its Info" } else { "it" };
+    let it = if matches!(stored, StoredLock::Item(_)) { "its Info" } else { "its content" };
     match serde_json::from_str::<serde_json::Value>(text) {
-        _ if text.is_empty() => format!("it is not a lock, but {}", stored.describe_no_lock()),
+        _ if text.is_empty() => stored.describe_no_lock(),
         Err(_) => format!("{it} is not JSON"),
         Ok(value) if !value.is_object() => format!("{it} is not a JSON object"),
         Ok(value) if value.get("ID").is_none_or(|id| id.as_str().is_none_or(str::is_empty)) => {
             format!("{it} has no ID")
         }
-        Ok(_) => format!("{it} is not a terraform lock"),
+        Ok(_) => format!("a field of {it} is not text"),
     }
 }
 
@@ -295,7 +295,7 @@ mod tests {
             ("{}", "no ID"),
             (r#"{"ID":""}"#, "no ID"),
             (r#"{"ID":7}"#, "no ID"),
-            (r#"{"ID":"a","Who":7}"#, "not a terraform lock"),
+            (r#"{"ID":"a","Who":7}"#, "is not text"),
         ] {
             match &pair(BOTH, vec![item(text)], None)[..] {
                 [ListedEntry::UnreadableLock(unreadable)] => assert!(unreadable.reason.contains(expected), "{text}"),

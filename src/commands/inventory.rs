@@ -24,7 +24,7 @@ const AT_ONCE: usize = 8;
 
 /// Printed if a backend locks only in a table and the lock objects cannot be read. The locks of this backend are in the
 /// table and were read. A lock object of a run whose backend block already has `use_lockfile` was not.
-const UNSEEN: &str = "lock objects beside the states were not checked: s3:GetObject is missing on them";
+const UNSEEN: &str = "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
 
 /// The locks of a directory's backend.
 pub(super) struct Inventory {
@@ -76,8 +76,8 @@ pub(super) async fn states(
             None
         }
         Err(failure) if failure.denied().is_some() => Some(format!(
-            "{failure}\nthe bucket cannot be listed, so only the default workspace and the selected one were checked: \
-             s3:ListBucket is missing"
+            "the bucket cannot be listed, so only the default workspace and the selected one were checked\n\
+             permission denied: s3:ListBucket\n{failure}"
         )),
         Err(failure) => return Err(Trouble::failed(failure, &format!("bucket {}", directory.bucket), stores)),
     };

@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks list --table terraform-locks --region eu-west-1
   tf locks list --bucket my-states --prefix prod/
 
-Exit codes: 0 nothing is stale, 2 something is (dead, likely dead, or not a lock), 1 the command failed.";
+Exit codes: 0 no lock is stale, 2 a lock is stale (dead or likely dead) or is not a lock, 1 the command failed.";
 
 /// The arguments of `tf locks list`, and of `tf locks` without a command.
 #[derive(Args, Clone, Debug, Default)]

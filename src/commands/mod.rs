@@ -99,9 +99,9 @@ enum Command {
     History(history::History),
     /// Release the locks that dead runs on this host left, and print one line for each
     ///
-    /// If a run is still ending, or another process is recovering it, the command waits for that run, for at most 30 s
+    /// If a run is still stopping, or another process is recovering it, the command waits for that run, for at most 30 s
     /// in total. If there is nothing to do, it prints nothing. It exits with 2 if a lock may still be held; the output
-    /// names that lock.
+    /// shows that lock.
     #[command(after_help = recover::EXAMPLES)]
     Recover(recover::Recover),
     /// Print shell code that defines the alias `terraform=tf` and Tab completion for both names
@@ -195,7 +195,7 @@ fn block_on(work: impl Future<Output = Result<Finding, Trouble>>) -> Result<Find
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Trouble::Said(format!("no runtime: {error}")))?;
+        .map_err(|error| Trouble::Said(format!("could not start the AWS client: {error}")))?;
     let found = runtime.block_on(work);
     // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();

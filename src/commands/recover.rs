@@ -17,7 +17,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks recover --dry-run
   tf locks recover --forget 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
-Exit codes: 0 nothing is left, 2 a lock was not released (it is named), 1 the command failed.";
+Exit codes: 0 nothing is left, 2 a lock was not released (the output shows which), 1 the command failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Recover {
@@ -33,7 +33,7 @@ pub(super) struct Recover {
     /// Print to stderr, as tf does before it starts terraform
     #[arg(long, hide = true)]
     say: bool,
-    /// Do not report what could not be done: it was reported before
+    /// Do not report locks that could not be released, because they were reported before
     #[arg(long, hide = true)]
     again: bool,
     /// The reason, for the history
@@ -79,7 +79,7 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
             Ok(Finding::Nothing)
         }
         Forgotten::Alive(pid) => {
-            Err(Trouble::Said(format!("the run of {what} (pid {pid}) is still alive: nothing was dropped")))
+            Err(Trouble::Said(format!("nothing was dropped: the run of {what} (pid {pid}) is still running")))
         }
         Forgotten::Unknown => Err(Trouble::Said(format!(
             "no run on this host has a record of {}\nto see what dead runs have left, type: tf locks recover --dry-run",

@@ -125,7 +125,7 @@ impl Release {
             let is_it = |id: &str| id == lock.info.id || id == visible_whole(&lock.info.id);
             if let Some(id) = self.force.as_deref().filter(|id| !is_it(id)) {
                 return Err(Trouble::Said(format!(
-                    "not released: --force takes the full ID of the lock, and that is not {}, but {}",
+                    "not released: {} is not the full ID of the lock\n--force takes the full ID, which is {}",
                     visible(id),
                     visible(&lock.info.id)
                 )));
@@ -161,7 +161,7 @@ impl Release {
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
                     console::say(&format!(
-                        "its other part is another lock, and every run is refused until that is released: ID {}\nfor \
+                        "every run is still refused, because the other part of this lock is another lock, ID {}\nfor \
                          details, type: {} {}",
                         visible(rival),
                         self.place.command("show"),
@@ -184,11 +184,11 @@ impl Release {
             console::print(&show::description_of_junk(junk));
         }
         if let Some(unread) = junk.iter().find(|junk| junk.is_unread()) {
-            return Err(Trouble::Said(format!("not released, because it could not be read: {}", unread.describe())));
+            return Err(Trouble::Said(format!("not released, because this could not be read: {}", unread.describe())));
         }
         if let Some(state) = junk.iter().find(|junk| junk.stored.as_ref().is_some_and(StoredLock::is_state)) {
             return Err(Trouble::Said(format!(
-                "not released: {} is a terraform state\nmove it to where it belongs",
+                "not released: {} is a terraform state\nmove the state to the place where it belongs",
                 visible(&state.place.describe())
             )));
         }
@@ -248,10 +248,14 @@ impl Release {
     fn refuse(&self, lock: &FoundLock) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
-            Verdict::Alive => format!("not released: the holder is alive ({reason})"),
-            Verdict::LikelyDead => format!("not released: the holder is likely dead ({reason})"),
+            Verdict::Alive => format!("not released: the holder is alive\n{reason}"),
+            // Only a release that cannot ask is refused here.
+            Verdict::LikelyDead => format!(
+                "not released: stdin is not a terminal, so tf cannot ask\n\
+                 the holder is likely dead, but that is not proven: {reason}"
+            ),
             Verdict::Unknown | Verdict::Dead => {
-                format!("not released: nothing proves that the holder is dead ({reason})")
+                format!("not released: nothing proves that the holder is dead\n{reason}")
             }
         };
         console::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
@@ -303,7 +307,9 @@ impl Release {
         for (store_key, shown) in &lock.parts {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
-                Ok(Removed::Gone) => half = "\nits other part was deleted, but this part still refuses every run",
+                Ok(Removed::Gone) => {
+                    half = "\nthe other part of the lock was deleted, but this part still refuses every run";
+                }
                 Ok(Removed::Anothers) => gone = false,
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&place)),
                 Err(failure) => {
@@ -337,7 +343,7 @@ impl Release {
 /// Builds the error for a service that accepts a delete and does not carry it out.
 fn refuses_to_delete(place: &str) -> Trouble {
     Trouble::Said(format!(
-        "{place}: not released: the service does not delete it, although it has not changed\ntry again later; if that does \
+        "not released: {place}\nthe service does not delete it, although it has not changed\ntry again later; if that does \
          not help, ask the operator of that service"
     ))
 }

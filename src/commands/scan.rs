@@ -40,7 +40,7 @@ pub(super) struct Speed {
 }
 
 fn units(text: &str) -> Result<f64, String> {
-    let number: f64 = text.parse().map_err(|_| "it takes a number".to_owned())?;
+    let number: f64 = text.parse().map_err(|_| "it must be a number".to_owned())?;
     if number.is_finite() && number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) }
 }
 
@@ -179,7 +179,7 @@ impl Scan {
         order.rest(output)?;
         if scanned.stopped.is_some() {
             let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
-            console::say(&format!("stopped after {}{of} items: the list is incomplete", scanned.items));
+            console::say(&format!("stopped after {}{of} items, so the list is incomplete", scanned.items));
         }
         Ok(scanned)
     }
@@ -198,8 +198,8 @@ impl Scan {
                     Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
                         console::say(&format!(
-                            "the capacity of {} is not known (dynamodb:DescribeTable is missing), so it is read slowly: {rate} \
-                             units a second; to change that, use --rate",
+                            "table {} is read slowly, at {rate} units per second, because its capacity is not known\n\
+                             permission denied: dynamodb:DescribeTable\nto read the table faster, add --rate UNITS",
                             visible(table)
                         ));
                         None
@@ -210,7 +210,8 @@ impl Scan {
                     && description.keys != ["LockID"]
                 {
                     return Err(Trouble::Said(format!(
-                        "{} is not a lock table: its key is {}, but terraform's is LockID alone\nis it the right table?",
+                        "{} is not a lock table: its key is {}; terraform needs LockID as the only key\ncheck the name of \
+                         the table",
                         visible(table),
                         visible(&description.keys.join(" and "))
                     )));
@@ -477,7 +478,7 @@ async fn judged(
     let entries: Result<Vec<Vec<ListedEntry>>, Failure> = checked.into_iter().collect();
     let entries = entries
         .map(|entries| entries.into_iter().flatten().collect())
-        .map_err(|failure| Trouble::failed(failure, "what a scan has just seen", stores));
+        .map_err(|failure| Trouble::failed(failure, "a lock that the scan found", stores));
     (entries, again)
 }
 

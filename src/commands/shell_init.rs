@@ -44,7 +44,9 @@ impl ShellInit {
         let program = if own.on_path {
             "tf"
         } else {
-            own.path.to_str().ok_or_else(|| Trouble::Said(format!("{} is not UTF-8", own.path.display())))?
+            own.path
+                .to_str()
+                .ok_or_else(|| Trouble::Said(format!("the path of tf is not UTF-8: {}", own.path.display())))?
         };
         console::print(&text(self.shell, program, !self.no_alias));
         Ok(Finding::Nothing)

@@ -16,11 +16,11 @@ use crate::holder::evidence::Verdict;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock of this directory
-  tf locks show green                      the one of workspace green
+  tf locks show green                      the lock of workspace green
   tf locks show 5e75cb05-d70c-4132-39e0-d2abba1b3077
   tf locks show my-states/prod.tfstate --table terraform-locks
 
-Exit codes: 0 it is not stale, 2 it is (dead or likely dead), 1 it could not be found.";
+Exit codes: 0 the lock is not stale, 2 it is stale (dead or likely dead), 1 it could not be found.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Show {
@@ -62,7 +62,7 @@ impl Show {
                     }
                     let path = argument(&first.place.path());
                     console::print(&format!(
-                        "every run is refused because of it; once you know that nobody needs it, type: {} {path}",
+                        "every run is refused because of it\nonce you know that nobody needs it, type: {} {path}",
                         self.place.command(messages::RELEASE_NO_LOCK)
                     ));
                 }
@@ -84,19 +84,19 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
     let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
     let release = place.command("release");
     match lock.verdict() {
-        Verdict::Alive => "interrupt that run with ^C and let it end: it releases its lock itself".to_owned(),
-        Verdict::Dead => format!("type: {release} {}", word()),
+        Verdict::Alive => "interrupt that run with ^C and wait until it exits: it releases its lock itself".to_owned(),
+        Verdict::Dead => format!("to release the lock, type: {release} {}", word()),
         Verdict::LikelyDead => {
-            format!("that is not proven; if you know that nobody is working there, type: {release} --yes {}", word())
+            format!("if you know that nobody is working there, type: {release} --yes {}", word())
         }
         Verdict::Unknown => {
             let ask = match visible(&lock.info.who) {
-                who if who.is_empty() => "its Who is empty".to_owned(),
+                who if who.is_empty() => "the lock's Who is empty, so nothing shows whom to ask".to_owned(),
                 who => format!("ask {who}"),
             };
             let force = console::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
-            format!("{ask}; once you know that nobody is working there, type: {release}{force}{path}")
+            format!("{ask}\nonce you know that nobody is working there, type: {release}{force}{path}")
         }
     }
 }

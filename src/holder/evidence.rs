@@ -1,4 +1,4 @@
-//! The verdict on a lock's holder. It is a pure function of what was seen ([`Seen`]) and of the lock.
+//! Computes the verdict on a lock's holder. The verdict depends only on the observations ([`Seen`]) and on the lock.
 
 use crate::console;
 use jiff::{SignedDuration, Timestamp};
@@ -53,7 +53,7 @@ impl Verdict {
         }
     }
 
-    /// Whether the lock is stale, so that somebody should do something about it.
+    /// Whether the lock is stale, so that it should be released.
     pub(crate) fn is_stale(self) -> bool {
         matches!(self, Self::Dead | Self::LikelyDead)
     }
@@ -62,9 +62,9 @@ impl Verdict {
 /// One observation, and what it proves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Evidence {
-    /// What was seen.
+    /// The observation.
     pub(crate) seen: String,
-    /// What follows from it alone.
+    /// What this observation alone proves.
     pub(crate) proves: String,
 }
 
@@ -78,11 +78,11 @@ pub(crate) enum Claim {
     /// run at this moment. `disagrees` says how the stored lock differs from what the run's log recorded; it is `None`
     /// if they agree.
     Dead { run: String, tf: u32, recovering: bool, disagrees: Option<&'static str> },
-    /// There is a pending request for the lock. Its terraform is dead and either asked for the lock without an answer
-    /// being seen or, if `had` is set, held the lock while its table or bucket was unavailable. `disagrees` is the same
-    /// as in [`Claim::Dead`].
+    /// There is a pending request for the lock. The terraform that sent it is dead. If `had` is true, that terraform
+    /// held the lock while the lock's table or bucket was unavailable. Otherwise, no response to its request was seen.
+    /// `disagrees` is the same as in [`Claim::Dead`].
     Late { disagrees: Option<&'static str>, had: bool },
-    /// A run that cannot be judged from here recorded the ID. `why` is the reason.
+    /// A run recorded the ID, but this process cannot determine whether that run is alive. `why` is the reason.
     Foreign { why: &'static str },
 }
 
@@ -112,7 +112,8 @@ pub(crate) struct Seen {
     pub(crate) boot_time: Option<Timestamp>,
 }
 
-/// The tolerance for the start times of processes and the boot time, which the kernel computes in its own way.
+/// The tolerance for comparing a lock's `Created` with the boot time or the start time of a process. The kernel
+/// computes those times in another way, so they may differ slightly.
 const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_secs(5);
 
 /// A verdict with its reason and its evidence.
@@ -121,7 +122,7 @@ pub(crate) struct Judgement {
     pub(crate) verdict: Verdict,
     /// The reason, in a few words.
     pub(crate) reason: String,
-    /// Everything that was considered.
+    /// All observations that were considered.
     pub(crate) evidence: Vec<Evidence>,
 }
 
@@ -146,7 +147,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
         None => {
             note(
                 "no run of tf on this host recorded this ID".into(),
-                "nothing: it may belong to a terraform that was started without tf",
+                "nothing: the lock may belong to a terraform that was started without tf",
             );
             return None;
         }
@@ -154,28 +155,31 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
             let terraform = terraform.map_or_else(String::new, |pid| format!(", terraform pid {pid}"));
             let reason = format!("held by {} on this host (tf pid {tf}{terraform})", console::visible(command));
             note(
-                format!("the journal of this host records it for run {run}, and a process of that run is alive"),
+                format!("the journal of this host records this lock for run {run}, and a process of that run is alive"),
                 "that the holder is alive",
             );
             (Verdict::Alive, reason)
         }
         Some(Claim::Dead { run, disagrees: Some(why), .. }) => {
-            note(format!("the journal of this host records its ID for run {run}, which is dead, but {why}"), "nothing");
+            note(
+                format!("the journal of this host records this ID for run {run}, which is dead, but {why}"),
+                "nothing",
+            );
             disagreement(why)
         }
         Some(Claim::Dead { run, tf, recovering, disagrees: None }) => {
             note(
-                format!("the journal of this host records it for run {run}, and every detail matches"),
-                "that it belongs to that run",
+                format!("the journal of this host records this lock for run {run}, and every detail matches"),
+                "that the lock belongs to that run",
             );
             note(
-                "every process of that run has ended, and no process holds its lock file".into(),
+                "every process of that run has exited, and no process holds the lock file of the run".into(),
                 "that the holder is dead",
             );
-            let mut reason = format!("its run on this host (tf pid {tf}) is dead");
+            let mut reason = format!("the run on this host that took the lock (tf pid {tf}) is dead");
             if *recovering {
                 note("another process is cleaning up after that run".into(), "that the lock is being released now");
-                reason.push_str(", and its lock is being released now");
+                reason.push_str(", and another process is releasing the lock now");
             }
             (Verdict::Dead, reason)
         }
@@ -185,21 +189,22 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
         }
         Some(Claim::Late { disagrees: None, had: true }) => {
             note(
-                "a terraform that died on this host held it, and its table or bucket was not available then".into(),
+                "a terraform that died on this host held this lock, whose table or bucket was not available then"
+                    .into(),
                 "that the holder is dead",
             );
-            (Verdict::Dead, "its terraform died on this host".into())
+            (Verdict::Dead, "the terraform that held the lock died on this host".into())
         }
         Some(Claim::Late { disagrees: None, had: false }) => {
             note(
-                "a terraform that died on this host had requested it and got no answer".into(),
+                "a terraform that died on this host had requested this lock and got no answer".into(),
                 "that the holder is dead",
             );
-            (Verdict::Dead, "its terraform died on this host before it got the lock".into())
+            (Verdict::Dead, "the terraform that requested the lock died on this host before it got an answer".into())
         }
         Some(Claim::Foreign { why }) => {
-            note(format!("the journal of this host has a record of it, but {why}"), "nothing");
-            (Verdict::Unknown, format!("recorded on this host, but {why}"))
+            note(format!("the journal of this host has a record of this lock, but {why}"), "nothing");
+            (Verdict::Unknown, format!("a run on this host recorded the lock, but {why}"))
         }
     })
 }
@@ -209,41 +214,44 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     let theirs = host_of(&lock.who);
     let shown = console::visible(theirs);
     if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
-        note(format!("its Who names the host {shown:?}, a name that many machines have"), "nothing");
-        return (Verdict::Unknown, format!("its Who does not identify a machine: many are named {shown:?}"));
+        note(format!("the lock's Who has the host name {shown:?}, which many machines have"), "nothing");
+        return (
+            Verdict::Unknown,
+            format!("the lock's Who does not identify a machine, because many machines have the name {shown:?}"),
+        );
     }
     if theirs.is_empty() || ours.is_empty() || theirs != ours {
-        let named =
-            if theirs.is_empty() { "its Who names no host" } else { &format!("its Who names the host {shown:?}") };
-        let proves = if theirs.is_empty() { "nothing" } else { "nothing: it can be checked only on that host" };
+        let no_host = "the lock's Who has no host name";
+        let named = if theirs.is_empty() { no_host } else { &format!("the lock's Who has the host name {shown:?}") };
+        let proves = if theirs.is_empty() { "nothing" } else { "nothing: the holder can be checked only on that host" };
         note(format!("{named}, and this host is {ours:?}"), proves);
         return (
             Verdict::Unknown,
-            if theirs.is_empty() { "its Who names no host".into() } else { format!("it is on another host ({shown})") },
+            if theirs.is_empty() { no_host.into() } else { format!("the lock was taken on another host ({shown})") },
         );
     }
-    note(format!("its Who names this host, {shown}"), "little: two machines may have the same name");
+    note(format!("the lock's Who has the name of this host, {shown}"), "little: two machines may have the same name");
     if !seen.sees_all {
         note(
             "tf is running in a container".into(),
-            "nothing: the holder may be outside it, or in another container with this name",
+            "nothing: the holder may be outside that container, or in another container with this host name",
         );
         return (
             Verdict::Unknown,
-            "its Who names this host, but tf is in a container and cannot see all processes".into(),
+            "the lock's Who has the name of this host, but tf is in a container and cannot see all processes".into(),
         );
     }
     let Some(created) = lock.created() else {
-        note("its Created is not a time".into(), "nothing");
-        return (Verdict::Unknown, "its Created is not a time".into());
+        note("the lock's Created is not a time".into(), "nothing");
+        return (Verdict::Unknown, "the lock's Created is not a time".into());
     };
     if let Some(boot_time) = seen.boot_time.filter(|boot_time| saturating_add(created, CLOCK_SLACK_WINDOW) < *boot_time)
     {
         note(
-            format!("it was created before this host was started ({boot_time:.0})"),
-            "that the holder is likely dead, if its Who means this host",
+            format!("the lock was created before this host was started ({boot_time:.0})"),
+            "that the holder is likely dead, if the lock's Who means this host",
         );
-        return (Verdict::LikelyDead, "it was created before this host was started".into());
+        return (Verdict::LikelyDead, "the lock was created before this host was started".into());
     }
     let mut older = seen
         .terraforms
@@ -252,33 +260,34 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     if let Some(process) = older.next() {
         let name = console::visible(&process.program);
         note(
-            format!("{name} (pid {}) has been running here since before the lock was created", process.pid),
+            format!("{name} (pid {}) is running on this host and started before the lock was created", process.pid),
             "that the holder may be alive",
         );
-        return (Verdict::Unknown, format!("may be held by {name} (pid {}) on this host", process.pid));
+        return (Verdict::Unknown, format!("the holder may be {name} (pid {}) on this host", process.pid));
     }
     note(
-        "no terraform has been running here since before the lock was created".into(),
+        "no terraform that started before the lock was created is running on this host".into(),
         "that the holder is likely dead",
     );
     if lock.who == seen.who {
-        note("its Who is this user on this host".into(), "little");
+        note("the lock's Who is this user on this host".into(), "little");
         return (
             Verdict::LikelyDead,
-            "held by this user on this host, where no terraform from that time is running".into(),
+            "the lock's Who is this user on this host, where no terraform from that time is running".into(),
         );
     }
-    note("its Who is another user on this host".into(), "nothing");
-    (Verdict::Unknown, "held by another user on this host".into())
+    note("the lock's Who is another user on this host".into(), "nothing");
+    (Verdict::Unknown, "the lock's Who is another user on this host".into())
 }
 
-/// Returns the part after the last `@`: a user name may contain an `@`, a host name may not. Empty if there is no `@`.
+/// Returns the host name: the part after the last `@`. A user name may contain an `@`, a host name may not. Empty if
+/// there is no `@`.
 fn host_of(who: &str) -> &str {
     who.rsplit_once('@').map_or("", |(_, host)| host)
 }
 
-/// Names that a machine has if nobody has named it: the kernel's name before one is set, and the names that installers,
-/// images and tools propose. [`names_no_machine`] has the names of the loopback address.
+/// Host names of machines that were never given a name: the kernel's name before one is set, and the names that
+/// installers, images and tools propose. The names of the loopback address are in [`names_no_machine`].
 const DEFAULT_NAMES: [&str; 50] = [
     "(none)",
     "alarm",
@@ -336,8 +345,8 @@ const DEFAULT_NAMES: [&str; 50] = [
 const DEFAULT_DOMAINS: [&str; 8] =
     ["local", "localdomain", "lan", "home", "internal", "intranet", "fritz.box", "home.arpa"];
 
-/// Whether a host name does not identify a machine because many machines have it. The processes of another machine with
-/// the same name cannot be seen from here.
+/// Whether a host name does not identify a machine because many machines have it. The holder may then be on another
+/// machine with the same name, whose processes cannot be seen from here.
 fn names_no_machine(host: &str) -> bool {
     let host = host.trim().trim_end_matches('.').to_ascii_lowercase();
     let (name, domain) = host.split_once('.').unwrap_or((&host, ""));
@@ -443,7 +452,7 @@ mod tests {
         ]
     }
 
-    /// If the journal says something about a lock, nothing else counts.
+    /// If the journal or a pending request has the lock's ID, no other observation counts.
     #[test]
     fn only_the_journal_proves_alive_or_dead() {
         for who in ["anna@vm", "bert@vm", "anna@other", "nobody", ""] {

@@ -1,8 +1,8 @@
-//! What this host can see of the holders of locks: the journal, the pending requests, the running processes and the
-//! boot time.
+//! Collects what this host can show about the holders of locks: the journal, the pending requests, the running
+//! processes and the boot time.
 //!
-//! The host is looked at *after* the locks are read. In the other order, the holder of a lock that is taken in between
-//! would be a process that did not exist yet when the host was looked at.
+//! Collect these facts *after* the locks are read. In the other order, a new process could take a lock in between, and
+//! the facts would not contain that process.
 
 use std::collections::HashMap;
 
@@ -28,10 +28,10 @@ enum RunState {
     Foreign(&'static str),
 }
 
-/// Why a run is not judged if all its remaining processes may belong to another run.
+/// The reason for not judging a run whose remaining processes may belong to another run.
 const DOUBTFUL: &str = "processes that may belong to that run are still running";
 
-/// What this host showed at one moment.
+/// The facts that this host showed at one moment.
 pub(crate) struct HostView {
     /// The runs in the journal, by the ID of each lock that they have not released.
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
@@ -53,7 +53,8 @@ impl HostView {
                 let (state, record) = match journal.look(&name) {
                     FoundRun::Living(record) => (RunState::Living, record),
                     FoundRun::Recovering(record) => (RunState::Recovering, record),
-                    // Dropping the `JournalEntry` releases the owner lock: a look does not finish the run.
+                    // Dropping the `JournalEntry` releases the owner lock, because this process only reads and does not
+                    // finish the run.
                     FoundRun::Dead(record, ..) => (RunState::Dead, record),
                     FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
                     FoundRun::Doubtful(record, _) => (RunState::Foreign(DOUBTFUL), record),
@@ -99,7 +100,7 @@ impl HostView {
         let disagrees = |recorded: &RecordedLock, run: &Run| match proof::judge(recorded, lock, run) {
             proof::Match::Ours => None,
             proof::Match::Doubt(why) => Some(why),
-            proof::Match::Anothers => Some("its ID is different"),
+            proof::Match::Anothers => Some("the lock's ID is different"),
         };
         if let Some((state, record)) = self.recorded.get(&lock.id) {
             let run = record.run.clone();
@@ -125,13 +126,13 @@ impl HostView {
 }
 
 /// Returns the running processes that have `terraform` or `tofu` in their name, and those that may be a terraform under
-/// another name. Providers are among them: they may still be working when their terraform is dead. This list decides
-/// nothing that a person is not asked about.
+/// another name. Providers are among them: they may still be working when their terraform is dead. Whatever this list
+/// shows, a person must decide about the lock.
 fn terraforms() -> Vec<PossibleHolder> {
     let boot_time = process::boot_time();
     Process::all()
         .into_iter()
-        // This process is one of them if it is installed under the name `terraform`.
+        // This process is left out: its name contains `terraform` if it is installed under that name.
         .filter(|process| !process.is_dead() && process.pid != nix::unistd::getpid())
         .filter_map(|process| {
             let program = process.program();

@@ -1,9 +1,9 @@
-//! `TFW_ON_EVENT`: a command that gets each event on its stdin, and that `tf` does not wait for.
+//! `TFW_ON_EVENT`: a command that receives each event on its stdin. `tf` does not wait for the command.
 //!
-//! The command is started by an intermediate process, another `tf`: this process may have threads, and the child of a
-//! process with threads can do next to nothing between fork and exec. The intermediate process forks the one that runs
-//! the command ([`crate::sys::detached`]: a session of its own, no inherited descriptors, a child of init) and exits at
-//! once. Only that exit is waited for.
+//! The command is started by an intermediate process, another `tf`. The reason is that this process may have threads,
+//! and the child of a process with threads may do almost nothing between fork and exec. The intermediate process forks
+//! the one that runs the command ([`crate::sys::detached`]: a session of its own, no inherited descriptors, a child of
+//! init) and exits at once. `tf` waits only for that exit.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use crate::sys::detached;
 use crate::sys::poll;
 use crate::trace::trace;
 
-/// The variable with the command, for `/bin/sh -c`.
+/// The variable with the command, which is passed to `/bin/sh -c`.
 const ON_EVENT: &str = "TFW_ON_EVENT";
 
 /// The argument of `tf locks` that starts the intermediate process. It is not a documented command.
@@ -43,7 +43,7 @@ fn named() -> Option<OsString> {
     std::env::var_os(ON_EVENT).filter(|command| !command.is_empty())
 }
 
-/// Passes `line` to the intermediate process and waits until that has exited.
+/// Passes `line` to the intermediate process and waits until that process has exited.
 fn between(line: &str) -> std::io::Result<()> {
     let mut command = another_tf::locks(&[WORD])?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);

@@ -1,7 +1,7 @@
 //! The history of locks, for people. Each release, forced release, refused release and replacement of a lock is one
 //! line of JSON in `history.jsonl` in the state directory, and is passed to the command in `TFW_ON_EVENT`.
 //!
-//! The history never prevents a release: if a line cannot be written, the lock is released all the same.
+//! The history never prevents a release: if a line cannot be written, the lock is released nevertheless.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,23 +23,24 @@ use crate::trace::trace;
 /// The name of the history file in the state directory.
 const FILE: &str = "history.jsonl";
 
-/// The maximum size of a history file: 1 MiB. The file becomes an older one before a line would make it longer.
+/// The maximum size of a history file: 1 MiB. Before a line would exceed it, the file is renamed to an older file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The number of older history files that are kept.
 const MAX_FILES: usize = 4;
 
-/// The maximum length of a text in an event, in characters. Other users can write the text of a lock.
+/// The maximum length of a text in an event, in characters. The limit is necessary because other users can write a lock
+/// with texts of any length.
 const MAX_TEXT_CHARACTERS: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum What {
-    /// It was released: its holder was dead, or a person agreed that it was.
+    /// The lock was released, because its holder was dead or because a person confirmed that.
     Released,
-    /// A person had it deleted although its holder was neither dead nor likely dead, or although it could not be read
-    /// as a lock.
+    /// A person forced the delete of the lock, although its holder was alive or unknown, or although it could not be
+    /// parsed as a lock.
     Forced,
     /// A release was requested and refused. The lock is still held.
     Refused,
@@ -47,11 +48,11 @@ pub(crate) enum What {
     Replaced,
 }
 
-/// What caused an event.
+/// The process that caused an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum By {
-    /// The `tf` that ran the terraform of the lock.
+    /// The `tf` that started the terraform with the lock.
     Tf,
     /// The guardian of that `tf`, after `tf` was killed.
     Guardian,
@@ -68,9 +69,9 @@ pub(crate) struct LockEvent {
     #[serde(rename = "event")]
     pub(crate) what: What,
     pub(crate) by: By,
-    /// `user@host` of the process that did it.
+    /// `user@host` of the process that caused the event.
     pub(crate) who: String,
-    /// The pid of the process that did it.
+    /// The pid of the process that caused the event.
     pub(crate) pid: u32,
     /// The ID of the lock.
     pub(crate) id: String,
@@ -80,10 +81,10 @@ pub(crate) struct LockEvent {
     pub(crate) operation: String,
     /// `user@host` of the holder.
     pub(crate) holder: String,
-    /// When the lock was created, by the clock of the holder. For a lock from a log: when terraform got it, or `None`
-    /// if the log does not have that.
+    /// When the lock was created, by the clock of the holder. For a lock from a log: when terraform acquired the lock,
+    /// or `None` if the log does not have that time.
     pub(crate) created: Option<String>,
-    /// What was known of the holder; for [`What::Replaced`], who locked the state.
+    /// What was known about the holder. For [`What::Replaced`]: who locked the state instead.
     pub(crate) why: String,
     /// The reason that a person gave. `None` if no person gave one.
     pub(crate) reason: Option<String>,
@@ -104,7 +105,7 @@ impl LockEvent {
         }
     }
 
-    /// Returns the event `what` for a lock that was read from its location. `path`: see [`LockEvent::path`].
+    /// Returns the event `what` for a lock that was read from its location. For `path`, see [`LockEvent::path`].
     pub(crate) fn of_lock(what: What, by: By, lock: &LockInfo, path: &str, why: &str, reason: Option<&str>) -> Self {
         Self {
             id: cut(&lock.id),
@@ -118,7 +119,7 @@ impl LockEvent {
         }
     }
 
-    /// An event of this moment, about a lock that is yet to be filled in.
+    /// Returns an event with the current time. The caller fills in the lock.
     fn now(what: What, by: By) -> Self {
         Self {
             time: Timestamp::now(),
@@ -137,7 +138,7 @@ impl LockEvent {
     }
 }
 
-/// Cuts a text so that no event is longer than a line may be.
+/// Truncates a text to [`MAX_TEXT_CHARACTERS`] characters, to limit the length of a line of the history.
 fn cut(text: &str) -> String {
     text.chars().take(MAX_TEXT_CHARACTERS).collect()
 }
@@ -164,7 +165,8 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
         for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
             let mut text = Vec::new();
             let file = open_private(OpenOptions::new().read(true), &path);
-            // A history file that `tf` wrote is never longer than this. Of any other file, the rest is not read.
+            // A history file that `tf` wrote is never longer than this. If the file is longer, `tf` did not write it,
+            // and the rest is not read.
             if file.and_then(|file| file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text)).is_err() {
                 continue;
             }
@@ -207,7 +209,7 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
     file.write_all(line.as_bytes())
 }
 
-/// Returns the path of the older file `number`: 1 is the newest of them.
+/// Returns the path of the older history file `number`. Number 1 is the newest of these files.
 fn older(path: &Path, number: usize) -> PathBuf {
     path.with_extension(format!("jsonl.{number}"))
 }

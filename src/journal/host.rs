@@ -1,5 +1,5 @@
-//! The machine, the boot and the pid namespace that a run belonged to: they decide whether what this process sees can
-//! prove that the run is dead.
+//! The machine, the boot and the pid namespace of a run. They decide whether this process can prove that the run is
+//! dead.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,26 +11,26 @@ use sha2::{Digest, Sha256};
 
 use crate::sys::{filesystem, machine, plain_host, process};
 
-/// The host that a run was started on.
+/// The host on which a run was started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HostIdentity {
     /// machine-id(5). `None` in many containers.
     machine: Option<String>,
-    /// `/proc/sys/kernel/random/boot_id`: it changes at each boot, and is the same in every container of one boot.
-    /// `None` if it cannot be read.
+    /// `/proc/sys/kernel/random/boot_id`: an ID that changes at each boot, and that is the same in every container of
+    /// one boot. `None` if it cannot be read.
     boot: Option<String>,
     /// The number of the pid namespace, and whether it is the first one of the machine. `None` if the system has none.
     processes: Option<(u64, bool)>,
     /// The file system of the journal ([`filesystem::identity`]). 0 if it is not known.
     filesystem: u64,
-    /// Hashes of what distinguishes this machine from a copy of its disk, by kind ([`machine::identities`]). Empty in
-    /// the records of earlier versions.
+    /// Hashes of the hardware identities, by kind ([`machine::identities`]). They distinguish this machine from a
+    /// machine with a copy of its disk. Empty in the records of earlier versions.
     #[serde(default)]
     hardware: BTreeMap<String, Vec<String>>,
 }
 
-/// Returns the first 64 bits of a SHA-256 of each identity: enough to compare them, and the record contains no serial
-/// number.
+/// Returns the first 64 bits of a SHA-256 of each identity. They are enough for a comparison, and keep serial numbers
+/// out of the record.
 fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     let hash = |identity: &String| {
         let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
@@ -42,14 +42,14 @@ fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     identities.iter().map(hash).collect()
 }
 
-/// What this process can know about a run on a [`HostIdentity`].
+/// What this process can prove about a run that was started on a [`HostIdentity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standpoint {
     /// The run was started in this boot of this machine, and this process can see the processes of the run.
     ThisBoot,
-    /// This machine has been rebooted since, so no process of the run can be alive.
+    /// This machine has been rebooted since the start of the run, so no process of the run can be alive.
     EarlierBoot,
-    /// Nothing that this process sees proves anything about the run. The text says why.
+    /// This process cannot prove anything about the run. The text says why.
     Foreign(&'static str),
 }
 
@@ -70,9 +70,10 @@ impl HostIdentity {
         }
     }
 
-    /// Whether the hardware of `self` and of `here` differs in a kind that is known of both. The two may then be a
-    /// machine and a copy of its disk, with its machine-id and its journal. Of several network addresses, one in common
-    /// is enough to be the same, because network devices come and go.
+    /// Whether the hardware of `self` and of `here` differs in a kind of identity that is known for both. Then one of
+    /// them may be a copy of the other one's disk, with its machine-id and its journal. A kind may have several values,
+    /// such as network addresses. One value in common is enough to count as the same hardware, because network devices
+    /// are added and removed.
     fn is_other_hardware(&self, here: &Self) -> bool {
         self.hardware.iter().any(|(kind, then)| {
             here.hardware.get(kind).is_some_and(|now| {
@@ -81,7 +82,7 @@ impl HostIdentity {
         })
     }
 
-    /// Whether a pid of a run on `self` means the same process on `here`: both have the same pid namespace.
+    /// Whether a pid of a run on `self` means the same process on `here`, because both have the same pid namespace.
     pub(crate) fn numbers_processes_as(&self, here: &Self) -> bool {
         self.processes == here.processes
     }
@@ -92,17 +93,17 @@ impl HostIdentity {
         self.processes.filter(|(_, first)| !first).map(|(namespace, _)| namespace)
     }
 
-    /// Returns what a process on `here` can know about a run on `self`.
+    /// Returns what a process on `here` can prove about a run on `self`.
     ///
-    /// In the same boot, this process must be in the first pid namespace, or in that of the run. The kernel uses the
-    /// number of a namespace again, but only after the old one is gone with all its processes.
+    /// In the same boot, this process must be in the first pid namespace, or in that of the run. The same number means
+    /// the same namespace: the kernel reuses a number only after the old namespace and all its processes are gone.
     ///
     /// In another boot, the run must have been on this very machine before it was rebooted. A machine-id proves that
     /// only outside of containers, because container images carry their machine-id from host to host. A copy of a disk
     /// also has the machine-id of the original, which may still be running.
     pub(crate) fn seen_from(&self, here: &Self) -> Standpoint {
         if self.machine != here.machine {
-            return Standpoint::Foreign("it ran on another machine");
+            return Standpoint::Foreign("that run was on another machine");
         }
         let (Some(then), Some(now)) = (&self.boot, &here.boot) else {
             return Standpoint::Foreign("this system has no boot ID");
@@ -111,18 +112,18 @@ impl HostIdentity {
             return match (self.processes, here.processes) {
                 (_, Some((_, true))) => Standpoint::ThisBoot,
                 (Some((then, _)), Some((now, _))) if then == now => Standpoint::ThisBoot,
-                _ => Standpoint::Foreign("it ran in another container, whose processes cannot be seen from here"),
+                _ => Standpoint::Foreign("that run was in another container, whose processes cannot be seen from here"),
             };
         }
         let first = |host: &Self| host.processes.is_some_and(|(_, first)| first);
         if self.machine.is_none() {
-            Standpoint::Foreign("it ran before a restart, on a machine without a machine-id")
+            Standpoint::Foreign("that run was before a restart, on a machine without a machine-id")
         } else if !first(self) || !first(here) {
-            Standpoint::Foreign("it ran before a restart, in a container that may still be running elsewhere")
+            Standpoint::Foreign("that run was before a restart, in a container that may still be running elsewhere")
         } else if self.filesystem == 0 || self.filesystem != here.filesystem {
-            Standpoint::Foreign("it ran before a restart, with its journal on another file system")
+            Standpoint::Foreign("that run was before a restart, with its journal on another file system")
         } else if self.is_other_hardware(here) {
-            Standpoint::Foreign("it may have run on another machine, of which this one is a copy")
+            Standpoint::Foreign("that run may have been on another machine, of which this one is a copy")
         } else {
             Standpoint::EarlierBoot
         }

@@ -1,13 +1,14 @@
-//! Which program the name `terraform` leads to, so that `tf` can set the level at which that program logs its locks.
+//! Determines which program the name `terraform` leads to, so that `tf` can set the level at which that program logs
+//! its locks.
 //!
-//! `tf` runs `terraform version` once for each program, and remembers the answer as long as the file does not change.
+//! `tf` runs `terraform version` once for each program, and remembers the result as long as the file does not change.
 //! It does not run a program that only leads to a terraform (a tfenv script, tenv, a wrapper): such a program may
 //! choose a version by directory, download one, or do anything else. The log of the first run in a directory shows
-//! which terraform it leads to; that run therefore logs at TRACE.
+//! which terraform such a program leads to. That first run therefore logs at TRACE.
 //!
-//! Such a program may also run terraform as another user (sudo, setpriv), and decide that anew each time. A terraform
-//! itself may be setuid, or confined by AppArmor or SELinux. Such a terraform cannot open a file of this user. `tf`
-//! tests whether a terraform can do so when it runs `terraform version`.
+//! Such a program may also run terraform as another user (sudo, setpriv), and decide that again for each run. A
+//! terraform itself may be setuid, or confined by AppArmor or SELinux. In these cases, terraform cannot open a file of
+//! this user. When `tf` runs `terraform version`, it also tests whether that terraform can open such a file.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -27,10 +28,10 @@ use crate::trace::trace;
 /// How long `terraform version` may take before it is killed.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The number of programs and directories that are remembered. When it is reached, all are forgotten.
+/// The maximum number of programs and directories that are remembered. When it is reached, all of them are forgotten.
 const MAX_PROGRAMS: usize = 256;
 
-/// What is known of the program of one run.
+/// The facts that are known about the program of one run.
 #[derive(Debug)]
 pub(crate) struct Program {
     /// The file with the known programs. `None` if there is no state directory, or no file at the path of the program.
@@ -42,13 +43,13 @@ pub(crate) struct Program {
     pub(crate) itself: bool,
     /// Whether the program is known to be able to open a file that only this user can open.
     pub(crate) opens: bool,
-    /// `None` if the version is not known.
+    /// The version of the program. `None` if it is not known.
     pub(crate) version: Option<Version>,
 }
 
 impl Program {
-    /// Returns what is known of the program at `path`, which runs with this data directory. Runs `terraform version` if
-    /// that is not known yet. This process must have only one thread.
+    /// Returns the known facts about the program at `path`, which runs with this data directory. Runs `terraform
+    /// version` if that is not known yet. This process must have only one thread.
     pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
         let file = state.map(|state| state.join("programs.json"));
         let Ok(place) = fs::metadata(path) else {
@@ -67,7 +68,8 @@ impl Program {
             (opens, key) = (false, closed);
         }
         let mut program = Self { file, itself, opens, version: known.get(&key).cloned(), key };
-        // If nothing can be remembered, the program is not run: it would be run each time.
+        // Without a file, the version cannot be remembered, and `terraform version` would run each time. So it is not
+        // run then.
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {
                 Some((version, wrote)) => {
@@ -95,7 +97,8 @@ impl Program {
         }
     }
 
-    /// Remembers the version `told` that the log of the run has, if it is a new one. `None` if the log has none.
+    /// Remembers `told`, the version in the log of the run, if it differs from the known version. `told` is `None` if
+    /// the log has no version.
     pub(crate) fn learn(&mut self, told: Option<&Version>) {
         if let Some(told) = told.filter(|told| self.version.as_ref() != Some(*told)) {
             self.remember(told);
@@ -127,7 +130,7 @@ fn read(file: &Path) -> BTreeMap<String, Version> {
     read.ok().and_then(|_| serde_json::from_slice(&text).ok()).unwrap_or_default()
 }
 
-/// The end of the key of a program that cannot open a file of this user.
+/// The suffix of the key of a program that cannot open a file of this user.
 const CLOSED: &str = " closed";
 
 /// Whether the program runs as another user than this process, because it is setuid.
@@ -155,7 +158,7 @@ fn ask(path: &Path) -> Option<(Version, bool)> {
         .arg("version")
         .env_clear()
         .envs(kept)
-        // Without this, terraform asks HashiCorp whether there is a newer version.
+        // Without this variable, terraform sends a request to HashiCorp to check for a newer version.
         .env("CHECKPOINT_DISABLE", "1")
         .env("TF_LOG_CORE", "INFO")
         .env("TF_LOG_PATH", &log.path)

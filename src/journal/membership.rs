@@ -1,15 +1,17 @@
-//! Which processes belong to a run, for an observer that is not their ancestor: the guardian, and a later `tf`.
+//! Decides which processes belong to a run. It is for observers that are not ancestors of these processes: the
+//! guardian, and a later `tf`.
 //!
 //! Five facts show that a process belongs to a run, and each of them misses some processes:
 //!
 //! - The mark: `TFW_RUN` in the environment. A child process may clear its environment, and the environment of another
 //!   user's process (`sudo`) cannot be read.
 //! - Descent from a member. It can be seen only as long as the parent is alive.
-//! - Having been seen as a member before. A child process may start and lose its parent between two looks.
+//! - An earlier observation that showed the process as a member. A child process may start and lose its parent between
+//!   two observations.
 //! - Terraform's process group. A child process stays in it unless it creates a group of its own. The kernel does not
-//!   use the number for another process while any process is in the group (fork(2), `alloc_pid`).
-//! - Terraform's session. It is also that of the caller's shell, so it proves little: it makes a process a possible
-//!   member only if nothing else of it can be read and its parent has exited.
+//!   reuse the number of the group as a pid while any process is in the group (fork(2), `alloc_pid`).
+//! - Terraform's session. The caller's shell is in the same session, so this fact proves little. It makes a process a
+//!   possible member only if its environment cannot be read and its parent has exited.
 //!
 //! If it is not certain whether a process belongs to the run, the lock is not released, and the process gets no signal.
 
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::sys::process::Process;
 
-/// What identifies the processes of a run, besides the mark.
+/// The facts that identify the processes of a run, in addition to the mark.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TreeIdentity {
     /// When terraform started, in clock ticks since boot. `None` if that could not be read.
@@ -35,8 +37,8 @@ pub(crate) struct TreeIdentity {
 }
 
 impl TreeIdentity {
-    /// Returns the identity of the tree of terraform `pid`, which was just started. `own_group`: terraform has a
-    /// process group of its own.
+    /// Returns the identity of the tree of terraform `pid`, which was just started. `own_group` is true if terraform
+    /// has a process group of its own.
     pub(crate) fn of(pid: Pid, own_group: bool) -> Self {
         Self {
             start: Process::look_up(pid).map(|process| process.start),
@@ -71,9 +73,10 @@ pub(crate) enum Membership {
 
 /// Returns the membership of each process in `all`, in the same order.
 ///
-/// `certain_before` is a moment, in clock ticks since boot, at which terraform was still alive. A process in the group
-/// that started before it is certainly a member. A process that started later may be in another group that now has the
-/// number. If it is `None`, every process in the group counts as one that started before.
+/// `certain_before` is a moment, in clock ticks since boot, at which terraform was still alive. A process in
+/// terraform's group that started before this moment is certainly a member. A process that started later may be in
+/// another group that has the same number now. If `certain_before` is `None`, every process in the group counts as
+/// started before this moment.
 pub(crate) fn classify(
     all: &[(Process, ProcessMark)],
     identity: &TreeIdentity,
@@ -81,8 +84,8 @@ pub(crate) fn classify(
 ) -> Vec<Membership> {
     let mut found: Vec<Membership> =
         all.iter().map(|(process, mark)| alone(process, *mark, all, identity, certain_before)).collect();
-    // Each parent passes its membership on to its children, until nothing changes. A zombie passes none on: its
-    // children already have another parent.
+    // Each parent passes its membership on to its children, until nothing changes. A zombie passes on nothing, because
+    // its children already have another parent.
     loop {
         let mut more = false;
         for kind in [Membership::Member, Membership::Unknown] {
@@ -129,7 +132,7 @@ fn alone(
             (false, false) => Membership::Unknown,
         };
     }
-    // Its start could not be read when it was recorded.
+    // The start of this survivor could not be read when it was recorded, so its pid may have been reused.
     if identity.survivors.iter().any(|(pid, start)| *pid == process.pid.as_raw() && *start == 0) {
         return Membership::Unknown;
     }

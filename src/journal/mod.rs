@@ -1,5 +1,5 @@
-//! What remains after a run: its record, its pending requests, terraform's log, the known programs, and the history of
-//! releases.
+//! The files that `tf` stores: the records of runs, their pending requests, terraform's log, the known programs, and
+//! the history of releases.
 
 pub(crate) mod event_command;
 pub(crate) mod history;

@@ -1,16 +1,16 @@
 //! Pending requests: lock requests that may still land after their sender has died.
 //!
-//! If nobody saw the answer to a lock request, a proxy or an overloaded service may hold the request and deliver it
-//! long after its sender died, as long as its signature is valid (5 minutes for DynamoDB, 15 minutes for S3). That is
-//! too long to wait for. The facts of the lock are therefore stored here, and every `tf` that starts in the same
-//! location, or is refused by that lock, releases it. They are stored for the whole time, whether a lock has appeared
-//! or not: a client without an answer sends its request again, and a lock with both parts (the DynamoDB item and the S3
-//! object) has two requests.
+//! If there was no response to a lock request, a proxy or an overloaded service may still hold the request. It may
+//! deliver the request long after the sender died, as long as the request's signature is valid (5 minutes for DynamoDB,
+//! 15 minutes for S3). That is too long to wait for. The facts about the lock are therefore stored here, and every `tf`
+//! that starts in the same location, or is refused by that lock, releases the lock. The facts are stored for the whole
+//! time, even if a lock has appeared already: a client without a response sends its request again, and a lock with both
+//! parts (the DynamoDB item and the S3 object) has two requests.
 //!
 //! Each lock has one file in the user's state directory, which only its owner can read. The file contains facts from
-//! terraform's log and from the record of the run: no value of a variable (`-var`), no access key, no token. It cannot
-//! cause the release of another holder's lock: whatever it says, the stored lock must agree with it in everything
-//! ([`crate::lock::proof`]).
+//! terraform's log and from the record of the run: no value of a variable (`-var`), no access key, no token. A wrong
+//! file cannot cause the release of another holder's lock, because the stored lock must agree with the file in every
+//! field ([`crate::lock::proof`]).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -30,36 +30,37 @@ use crate::trace::trace;
 /// How long a request may still land: longer than any signature is valid.
 pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 
-/// How long a pending request is stored as long as the service has not answered whether its lock exists.
+/// How long a pending request is stored if no service has yet responded whether its lock exists.
 const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
 
 /// A lock request that may still land.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct PendingRequest {
-    /// When the terraform of the lock was seen to be dead.
+    /// When `tf` found that the terraform with the lock was dead.
     pub(crate) since: Timestamp,
-    /// What the log says about the lock.
+    /// The facts about the lock from the log.
     pub(crate) lock: RecordedLock,
-    /// What is known of the run.
+    /// The facts about the run.
     pub(crate) run: Run,
-    /// Whether the request was most likely refused, because terraform exited by itself or there was no table. Then only
-    /// a release of the lock is reported.
+    /// Whether the request was most likely refused, because terraform exited by itself or there was no table. Then `tf`
+    /// reports the lock only if it releases it.
     #[serde(default)]
     pub(crate) abandoned: bool,
-    /// Whether the service has not answered yet whether the lock exists.
+    /// Whether the service has never responded to a read of the lock, so that it is not known whether the lock exists.
     #[serde(default)]
     pub(crate) unseen: bool,
-    /// When a `tf` last looked for the lock and got no answer. `None` if that has not happened since the last answer.
+    /// When a `tf` last searched for the lock and got no response. `None` if no search since the last response has
+    /// failed.
     #[serde(default)]
     pub(crate) tried: Option<Timestamp>,
-    /// How the run reached its lock, for a `tf` that looks for the lock from another directory. `None` if the run had
-    /// no journal, and in a file of an earlier version.
+    /// The record of the run, which shows a `tf` in another directory how to reach the lock. `None` if the run had no
+    /// journal, and in a file of an earlier version.
     #[serde(default)]
     pub(crate) record: Option<Box<JournalRecord>>,
 }
 
 impl PendingRequest {
-    /// Returns the pending request of `lock`. Its terraform was seen to be dead just now.
+    /// Returns the pending request of `lock`, whose terraform was found dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
         Self {
             since: Timestamp::now(),
@@ -72,8 +73,8 @@ impl PendingRequest {
         }
     }
 
-    /// Whether a look for the lock in the 5 minutes before `now` got no answer. A `tf` that starts terraform then does
-    /// not wait for one again.
+    /// Whether a search for the lock in the 5 minutes before `now` got no response. Then a `tf` that starts terraform
+    /// does not wait for a response again.
     pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
         const RETRY_INTERVAL: SignedDuration = SignedDuration::from_mins(5);
         self.tried.is_some_and(|tried| now.duration_since(tried) < RETRY_INTERVAL)
@@ -98,15 +99,15 @@ impl PendingRequests {
         Self { path: directory.join("tombstones"), record: None }
     }
 
-    /// Returns the same with `record`, which [`Self::put`] adds to each pending request that has none.
+    /// Sets `record`, which [`Self::put`] adds to each pending request that has no record.
     pub(crate) fn of_run(mut self, record: &JournalRecord) -> Self {
-        // The facts from its log are in the locks themselves.
+        // The log is left out, because each pending request already contains the facts about its lock.
         self.record = Some(Box::new(JournalRecord { log: Log::default(), ..record.clone() }));
         self
     }
 
-    /// Returns the pending requests that are not over at `now`, and deletes the files of those that are. A file that
-    /// cannot be read is left alone.
+    /// Returns the pending requests that are not over at `now`, and deletes the files of the others. A file that cannot
+    /// be read is skipped and not deleted.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {
@@ -125,14 +126,14 @@ impl PendingRequests {
         awaited
     }
 
-    /// Records that the service has answered whether the lock exists.
+    /// Records that the service has responded whether the lock exists.
     pub(crate) fn was_seen(&self, pending: &PendingRequest) {
         if pending.unseen || pending.tried.is_some() {
             let _ = self.put(&PendingRequest { unseen: false, tried: None, ..pending.clone() });
         }
     }
 
-    /// Records that a look for the lock at `now` got no answer.
+    /// Records that a search for the lock at `now` got no response.
     pub(crate) fn was_tried(&self, pending: &PendingRequest, now: Timestamp) {
         let _ = self.put(&PendingRequest { tried: Some(now), ..pending.clone() });
     }

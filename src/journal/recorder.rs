@@ -41,7 +41,7 @@ const LOG_VARIABLES: [&str; 6] =
 /// The number of bytes that must have been read before their memory is freed: freeing less costs more than it gains.
 const FORGET_FROM_BYTES: u64 = 1 << 16;
 
-/// The path that discards a log.
+/// The path of a device that discards the log.
 const NOWHERE: &str = "/dev/null";
 
 /// The variable with the path of a run's recorder. A nested `tf` uses it to distinguish the settings of the outer `tf`
@@ -58,12 +58,12 @@ enum Sink {
     Core(&'static str),
     /// Sets `TF_TEMP_LOG_PATH` to the recorder. The log is at TRACE: megabytes.
     Temporary,
-    /// Like [`Sink::Temporary`], and also sets `TF_LOG_CORE` to this level and `TF_LOG_PATH` to `/dev/null`, which
-    /// every user can open. Terraform up to 1.5 logs its requests, in either sink, only if `TF_LOG_CORE` has a level
-    /// that includes them.
+    /// Does the same as [`Sink::Temporary`], and also sets `TF_LOG_CORE` to this level and `TF_LOG_PATH` to
+    /// `/dev/null`, which every user can open. Terraform up to 1.5 logs its requests, in either sink, only if
+    /// `TF_LOG_CORE` has a level that includes them.
     ///
-    /// TRACE costs little. A plan of 800 resources takes 5.7 s with either sink or with none; its log is 40 MB, which
-    /// `tf` reads and frees while it grows.
+    /// TRACE costs little time. A plan of 800 resources takes 5.7 s with either sink, and also without a log. Its TRACE
+    /// log is 40 MB long. `tf` reads the log and frees its memory while it grows.
     Beside(&'static str),
 }
 
@@ -74,7 +74,7 @@ pub(crate) struct Recorder {
     sink: Sink,
     /// Whether terraform is known to be able to open the file.
     opens: bool,
-    /// Variables that an outer `tf` has set for its own recorder.
+    /// The variables that an outer `tf` has set for its own recorder.
     inherited: Vec<&'static str>,
     /// The number of bytes read so far.
     offset: u64,
@@ -82,23 +82,24 @@ pub(crate) struct Recorder {
     arguments: Arguments,
 }
 
-/// The line being read, while it may be a record with command-line arguments.
+/// The line being read. The line is kept as long as it may be a record with command-line arguments, whose values must
+/// be overwritten.
 #[derive(Debug, Default)]
 struct Arguments {
     line: Vec<u8>,
     /// The offset of the line in the file, in bytes.
     at: u64,
-    /// Whether the line is known to be no such record, or is too long, and its end has not been read yet.
+    /// Whether the rest of the line is skipped, because the line is not such a record or is too long.
     is_other: bool,
 }
 
 impl Arguments {
-    /// The longest line that is kept. A command line has at most 6 MiB (execve(2): a quarter of the stack limit, and at
-    /// most 6 MiB), and Go's escapes make it longer.
+    /// The maximum length of a line that is kept, in bytes. A command line has at most 6 MiB (execve(2): a quarter of
+    /// the stack limit, and at most 6 MiB), and Go's escapes make it longer.
     const MAX_LOG_BYTES: usize = 32 << 20;
 
-    /// Reads `bytes`, which are at offset `at` in `file`, and overwrites in `file` the argument values of every line
-    /// that ends in them.
+    /// Parses `bytes`, which were read from `file` at the offset `at`. Overwrites in `file` the argument values of
+    /// every line that ends within `bytes`.
     fn overwrite(&mut self, file: &std::fs::File, bytes: &[u8], at: u64) {
         let mut at = at;
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
@@ -126,8 +127,8 @@ impl Arguments {
 }
 
 impl Recorder {
-    /// Creates the recorder of run `id`, for a log at `level`. `opens`: the program can open a file that only this user
-    /// can open. `variable` reads the environment.
+    /// Creates the recorder of run `id`, for a log at `level`. `opens` is true if the program is known to be able to
+    /// open a file that only this user can open. `variable` returns the value of an environment variable.
     ///
     /// # Errors
     /// Fails if [`MemoryFile::create`] cannot create the file.
@@ -144,7 +145,8 @@ impl Recorder {
     }
 
     /// Opens the recorder that run `id` has left. `log` has the facts that were read from the first `offset` bytes.
-    /// Reading continues there, or begins anew if the file still has the whole log. `None` if there is no such file.
+    /// Reading continues at `offset`, or starts from the beginning if the file still has the whole log. `None` if there
+    /// is no such file.
     pub(crate) fn find(id: &str, log: Log, offset: u64) -> Option<Self> {
         let file = MemoryFile::find(&name(id))?;
         // If nothing was freed, the file still has the whole log, and `log` need not be trusted.
@@ -171,8 +173,8 @@ impl Recorder {
                 ("TF_TEMP_LOG_PATH", path()),
             ]),
         }
-        // Variables that the outer `tf` has set are not the user's. If they stayed, the user's own variables would not
-        // have their full effect, and the outer recorder would record the locks of this run.
+        // Unset the variables that an outer `tf` has set. Otherwise the user's own variables would not have their full
+        // effect, and the outer recorder would record the locks of this run.
         for name in &self.inherited {
             if !changes.iter().any(|(changed, _)| changed == name) {
                 changes.push((name, None));
@@ -181,8 +183,9 @@ impl Recorder {
         changes
     }
 
-    /// Whether the file is empty and terraform may have been unable to open it. A terraform that can open the file and
-    /// has written nothing has requested no lock, because its first record comes before that.
+    /// Whether the file is empty and terraform may have been unable to open it. Only then does an empty file leave open
+    /// whether terraform requested a lock: a terraform that can open the file writes its first record before it
+    /// requests a lock.
     pub(crate) fn is_closed(&self) -> bool {
         !self.opens && self.offset == 0 && self.file.file.metadata().is_ok_and(|file| file.len() == 0)
     }
@@ -225,13 +228,14 @@ impl Recorder {
         &self.log
     }
 
-    /// Continues with the facts `log` and at the offset `offset`, in bytes, of another reader of the same file.
+    /// Continues where another reader of the same file stopped. `log` has the facts that the other reader has read, and
+    /// `offset` is its position in the file, in bytes.
     pub(crate) fn resume(&mut self, log: Log, offset: u64) {
         (self.log, self.offset) = (log, offset);
     }
 
-    /// Frees the memory of what was read. Call this only after the facts were passed on to the process that may have to
-    /// continue reading, or were written to the journal.
+    /// Frees the memory of the part of the log that was read. Call this only after its facts were written to the
+    /// journal, or were passed on to the process that may have to continue reading.
     pub(crate) fn forget(&self) {
         let until = self.whole_until();
         if until > FORGET_FROM_BYTES {
@@ -249,11 +253,11 @@ impl Recorder {
         self.file.remove();
     }
 
-    /// Reads what was written since the last call, and returns all facts that are known.
+    /// Reads the part of the log that was written since the last call. Returns all facts that have been read so far.
     pub(crate) fn read(&mut self) -> &Log {
         match self.file.file.metadata().map(|file| file.len().cmp(&self.offset)) {
             Ok(Ordering::Equal) => return &self.log,
-            // The file was truncated, so the log is not complete.
+            // The file was truncated, so the log is incomplete. A log without a program counts as incomplete.
             Ok(Ordering::Less) => self.log.program = None,
             _ => {}
         }
@@ -272,7 +276,8 @@ fn name(id: &str) -> String {
     format!("tf-{id}.log")
 }
 
-/// Chooses the sink. `variable` reads the environment without the variables that an outer `tf` has set.
+/// Chooses the sink. `variable` returns the value of an environment variable, and `None` for one that an outer `tf` has
+/// set.
 fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<OsString>) -> Sink {
     let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
     match (LOG_VARIABLES.iter().any(set), opens) {
@@ -374,7 +379,7 @@ mod tests {
                 assert_eq!(value(&recorder, name).len(), 1, "{opens} {name}");
             }
         }
-        // A temporary sink that the user has set is not taken for that of an outer tf.
+        // A `TF_TEMP_LOG_PATH` that the user has set does not count as the sink of an outer `tf`.
         assert!(value(&open(&[("TF_TEMP_LOG_PATH", "/var/log/own")]), "TF_TEMP_LOG_PATH").is_empty());
     }
 

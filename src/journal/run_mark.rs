@@ -4,7 +4,7 @@ use crate::journal::membership::{Membership, ProcessMark, TreeIdentity, classify
 use crate::sys::process::{self, Process, Variable};
 use nix::unistd::{Pid, getpid};
 
-/// The variable that marks every process of a run. A nested run has its own ID behind those of the runs around it:
+/// The variable that marks every process of a run. A nested run appends its own ID to the IDs of its outer runs:
 /// `OUTER/INNER`.
 pub(crate) const RUN: &str = "TFW_RUN";
 
@@ -18,8 +18,8 @@ pub(crate) struct Living {
 }
 
 impl Living {
-    /// Finds the living processes of the run with the mark `run`, except this process and helpers of `tf`.
-    /// `certain_before`: see [`classify`].
+    /// Finds the living processes of the run with the mark `run`, except this process and helpers of `tf`. For
+    /// `certain_before`, see [`classify`].
     pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
         let all: Vec<(Process, ProcessMark)> =
             Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
@@ -37,8 +37,8 @@ impl Living {
                 list.push(process);
             }
         }
-        // A survivor of another user may be hidden from this process in /proc (`hidepid`). kill(2) reports EPERM only
-        // while it exists.
+        // A survivor of another user may be hidden from this process in /proc (`hidepid`). kill(2) fails with EPERM
+        // only while the process exists.
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
@@ -57,7 +57,7 @@ impl Living {
     }
 }
 
-/// Whether the process has the mark of `run`.
+/// Returns whether the environment of `process` has the mark of `run`.
 pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
     match process.environment(RUN) {
         Variable::Set(runs) if runs.split(|&byte| byte == b'/').any(|marked| marked == run.as_bytes()) => {
@@ -70,6 +70,7 @@ pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
 
 /// Whether `group` has a process that /proc does not show to this process.
 fn hides_members(group: Pid) -> bool {
-    // The list is read first: a zombie that is reaped in between is in the list, or no longer in the group.
+    // Read the list first. A zombie that is reaped between the two checks is then in the list, and does not count as
+    // hidden.
     !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }

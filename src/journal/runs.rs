@@ -1,9 +1,10 @@
-//! The journal: the records of runs. If every process of a run is killed, a later `tf` releases its locks.
+//! The journal: the records of runs. If every process of a run is killed, a later `tf` uses the run's record to release
+//! the run's locks.
 //!
-//! Each run has a directory below `runs/` in the state directory, with two files. `record.json` has what the later `tf`
-//! must know: the facts about locks from terraform's log, where the lock is and how it was reached. It has no value of
-//! a variable (`-var`), no access key and no token. `lock` shows what is alive, by locks on two of its bytes
-//! ([`crate::sys::lock_file`]):
+//! Each run has a directory below `runs/` in the state directory, with two files. `record.json` has the facts that the
+//! later `tf` needs: the facts about locks from terraform's log, where each lock is, and how the run reached it. It
+//! contains no value of a variable (`-var`), no access key and no token. `lock` shows which processes are alive: they
+//! hold file locks on two of its bytes ([`crate::sys::lock_file`]):
 //!
 //! - [`TREE_LOCK`] is held by terraform and by every process that inherited the descriptor from it.
 //! - [`OWNER_LOCK`] is held by the owner of the run: `tf` and its guardian together, and later one recovery process. No
@@ -53,32 +54,33 @@ const OWNER_LOCK: u8 = 1;
 /// The maximum length of a record, in bytes. A longer one was not written by `tf`, and may be hostile.
 const MAX_RECORD_BYTES: u64 = 2 * JSON_LIMIT as u64;
 
-/// The number of unreadable records that are kept for a person to look at.
+/// The maximum number of invalid records in `set-aside/`. They are kept for a person to inspect; the oldest ones are
+/// deleted.
 const MAX_SET_ASIDE: usize = 16;
 
 /// How long a record is kept if its run cannot be judged on this host.
 const RECORD_RETENTION_WINDOW: Duration = Duration::from_hours(30 * 24);
 
-/// The reason why a run is left alone if its lock file cannot be opened for writing.
-pub(crate) const READ_ONLY: &str = "its record cannot be locked: the state directory is read-only";
+/// The reason for not finishing a run whose lock file cannot be opened for writing.
+pub(crate) const READ_ONLY: &str = "the record of the run cannot be locked, because the state directory is read-only";
 
-/// What is left to do for a run that is over.
+/// The work that is left after a run has ended.
 #[derive(Debug, Default)]
 pub(crate) struct Unfinished {
     /// Locks that were not released.
     pub(crate) locks: Vec<RecordedLock>,
-    /// Locks without a known ID that are still to be looked for.
+    /// Locks without a known ID that `tf` must still search for.
     pub(crate) unnamed: Vec<UnnamedLock>,
-    /// Whether a lock in another backend than S3 may be held.
+    /// Whether a lock in a backend other than S3 may be held.
     pub(crate) elsewhere: bool,
     /// Whether terraform died without having written a log, so that it is not known whether it held a lock.
     pub(crate) unlogged: bool,
-    /// Locks that were replaced while the run was working. A person must be told.
+    /// Locks that were replaced while the run was working. These locks must be reported to a person.
     pub(crate) replaced: Vec<Replaced>,
 }
 
 impl Unfinished {
-    /// Adds a lock in another backend than S3 that may be held, and what is known of it.
+    /// Records that a lock in a backend other than S3 may be held. `had` contains what is known about such locks.
     pub(crate) fn add_elsewhere(&mut self, had: impl IntoIterator<Item = UnnamedLock>) {
         self.elsewhere = true;
         self.unnamed.extend(had);
@@ -101,24 +103,25 @@ pub(crate) struct JournalRecord {
     pub(crate) format: u32,
     /// The run's ID, the last part of its `TFW_RUN` and the name of its directory.
     pub(crate) run: String,
-    /// The host that the run was started on.
+    /// The host on which the run was started.
     pub(crate) host: HostIdentity,
-    /// The pid of its `tf`.
+    /// The pid of the run's `tf`.
     pub(crate) tf: u32,
-    /// The pid of its terraform. `None` until terraform is started.
+    /// The pid of the run's terraform. `None` until terraform is started.
     pub(crate) terraform: Option<i32>,
-    /// What identifies its processes, besides the mark.
+    /// The facts that identify the run's processes, in addition to the mark (`TFW_RUN`).
     #[serde(default)]
     pub(crate) tree: TreeIdentity,
-    /// The pid of the parent of its `tf`. `None` if the exit of that parent is not a request to stop.
+    /// The pid of the parent of the run's `tf`. `None` if the exit of that parent is not a request to stop.
     #[serde(default)]
     pub(crate) parent: Option<i32>,
-    /// `user@host` at its start, as its terraform wrote it. Empty in a record of an earlier version.
+    /// `user@host` at the start of the run, as terraform writes it into a lock. Empty in a record of an earlier
+    /// version.
     #[serde(default)]
     pub(crate) who: String,
     /// When terraform was started.
     pub(crate) started: Timestamp,
-    /// The name that terraform was run by.
+    /// The name by which terraform was started.
     pub(crate) program: String,
     /// The value of `-chdir`. `None` if it was not given.
     pub(crate) chdir: Option<String>,
@@ -126,26 +129,26 @@ pub(crate) struct JournalRecord {
     pub(crate) command: String,
     /// The names of terraform's flags that were given ([`flag_names`]).
     pub(crate) flags: Vec<String>,
-    /// The directory that it was started in.
+    /// The directory in which the run was started.
     pub(crate) directory: String,
     /// The data directory of terraform.
     pub(crate) data_directory: String,
-    /// The workspaces that it may have used.
+    /// The workspaces that the run may have used.
     pub(crate) workspaces: Vec<String>,
-    /// The path of the plan that it applied. `None` if it applied none.
+    /// The path of the plan file that the run applied. `None` if it applied none.
     #[serde(default)]
     pub(crate) plan: Option<String>,
-    /// The backends that it may have used, without their secrets.
+    /// The backends that the run may have used, without their secrets.
     pub(crate) access: Vec<RedactedBackend>,
-    /// The environment that decides how AWS was reached.
+    /// The environment variables and settings that decided how the run reached AWS.
     pub(crate) surroundings: AwsEnvironment,
-    /// The facts from its log so far.
+    /// The facts that have been read from the run's log so far.
     pub(crate) log: Log,
     /// The offset in the log, in bytes, at which a reader that continues with `log` must begin.
     pub(crate) offset: u64,
-    /// Whether its operation is over, and something that is left could not be done then.
+    /// Whether the run's operation is over, and left some work that could not be done at that time ([`Unfinished`]).
     pub(crate) over: bool,
-    /// Whether its locks were to be named and not released (`TFW_RELEASE=never`).
+    /// Whether `tf` must only report the run's locks and not release them (`TFW_RELEASE=never`).
     #[serde(default)]
     pub(crate) named_only: bool,
     /// See [`Unfinished::unlogged`].
@@ -157,7 +160,7 @@ pub(crate) struct JournalRecord {
 }
 
 impl JournalRecord {
-    /// Returns a record with what is known of this process. The caller fills in the rest.
+    /// Returns a record with the run's ID, the host, and the pid of this process. The caller fills in the rest.
     pub(crate) fn new(run: &str, journal: &Journal) -> Self {
         Self {
             format: 1,
@@ -188,24 +191,25 @@ impl JournalRecord {
         }
     }
 
-    /// Returns the directory in which its terraform worked: the one that `-chdir` names, or its own.
+    /// Returns the directory in which terraform worked: the one that `-chdir` names, or the one in which the run was
+    /// started.
     pub(crate) fn working_directory(&self) -> String {
         let directory = Path::new(&self.directory);
         let working = self.chdir.as_ref().map_or_else(|| directory.to_owned(), |chdir| directory.join(chdir));
         working.to_string_lossy().into_owned()
     }
 
-    /// Returns the facts by which its locks are judged.
+    /// Returns the facts that decide whether a lock belongs to the run.
     pub(crate) fn proof(&self) -> Run {
         Run::recorded(&self.who, self.started, &self.log)
     }
 
-    /// Returns the identity with which it reached its backends.
+    /// Returns the identities with which the run reached its backends.
     pub(crate) fn reached(&self) -> Reached {
         Reached::of(&self.run, &self.access, &self.surroundings)
     }
 
-    /// Marks the run as over, with `left` as what is left to do. What is known of its processes does not change.
+    /// Marks the run as over, and stores the unfinished work `left`. The facts about the run's processes do not change.
     pub(crate) fn leave(&mut self, left: Unfinished) {
         let named = left.locks.into_iter().map(LoggedLock::Named);
         self.log.set_locks(named.chain(left.unnamed.into_iter().map(LoggedLock::Unnamed)));
@@ -214,7 +218,7 @@ impl JournalRecord {
         self.over = true;
     }
 
-    /// Whether the record is valid and is that of the run `name`. Any other record is not used.
+    /// Whether the record is valid and belongs to the run `name`. If not, it must not be used.
     fn is_sound(&self, name: &str) -> bool {
         self.format == 1 && self.run == name && self.log.named().all(|lock| is_lock_id(&lock.id))
     }
@@ -224,7 +228,7 @@ impl JournalRecord {
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     runs: PathBuf,
-    /// Read when it is first needed.
+    /// The identity of this host, which is determined when it is first needed.
     host: OnceCell<HostIdentity>,
 }
 
@@ -244,15 +248,15 @@ pub(crate) enum FoundRun {
     Recovering(Box<JournalRecord>),
     /// The run is dead, and this process is its owner as long as it keeps the [`JournalEntry`].
     Dead(Box<JournalRecord>, JournalEntry, Standpoint),
-    /// This process cannot judge the run. The text says why. The record, if it can be read, is for commands that list
-    /// runs: the run is not finished from here.
+    /// This process cannot determine whether the run is alive, so it must not finish the run. The text says why. The
+    /// record is only for commands that list runs; it is `None` if it cannot be read.
     Foreign(&'static str, Option<Box<JournalRecord>>),
-    /// No process of the run is known to be alive, but these processes may belong to it. The run is left alone as long
-    /// as they are running.
+    /// No process of the run is known to be alive, but these processes may belong to it. As long as they are running,
+    /// the run must not be finished.
     Doubtful(Box<JournalRecord>, Vec<Process>),
     /// The record or the lock file at this path is missing or invalid, and no process holds the lock file.
     Broken(PathBuf),
-    /// The run is not in the journal, or no longer.
+    /// The run is not in the journal, or was deleted from it in the meantime.
     Gone,
 }
 
@@ -286,7 +290,7 @@ impl Journal {
     /// terraform must inherit.
     ///
     /// # Errors
-    /// Fails if the directory cannot be created, written or locked. Nothing is left of it then.
+    /// Fails if the directory cannot be created, written or locked. The directory is then deleted again.
     pub(crate) fn begin(&self, record: &JournalRecord) -> io::Result<(JournalEntry, OwnedFd)> {
         let unfinished = self.runs.join(format!(".new-{}", record.run));
         let begun = self.begin_in(&unfinished, record);
@@ -315,8 +319,8 @@ impl Journal {
         Ok((JournalEntry { path, lock_file }, inherited))
     }
 
-    /// Returns the names of the runs in the journal. Deletes what is left of directories whose creation was not
-    /// completed within 1 h, or whose deletion was not completed.
+    /// Returns the names of the runs in the journal. Deletes directories whose creation was not completed within 1 h,
+    /// and directories whose deletion was not completed.
     pub(crate) fn names(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(&self.runs) else { return Vec::new() };
         let mut names = Vec::new();
@@ -341,14 +345,14 @@ impl Journal {
         fs::symlink_metadata(self.runs.join(name)).is_ok()
     }
 
-    /// Returns what the journal and the processes of this host show of one run. If the run is dead, this process is its
-    /// owner as long as it keeps the [`JournalEntry`]. Deletes the record of a run that cannot be judged here after
-    /// [`RECORD_RETENTION_WINDOW`].
+    /// Determines the state of the run `name` from the journal and from the processes of this host. If the run is dead,
+    /// this process is its owner as long as it keeps the [`JournalEntry`]. Deletes the record of a run that cannot be
+    /// judged here after [`RECORD_RETENTION_WINDOW`].
     pub(crate) fn look(&self, name: &str) -> FoundRun {
         let path = self.runs.join(name);
         let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
         if !is_private(&path) {
-            return FoundRun::Foreign("its record is not private to this user", None);
+            return FoundRun::Foreign("the record of that run is not private to this user", None);
         }
         let record = match read(&path, name) {
             Ok(record) => record,
@@ -356,9 +360,10 @@ impl Journal {
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
-                // The owner will replace the record or delete it.
+                // If a process holds the run's lock file, that process will replace or delete the record, so do not
+                // treat it as broken.
                 return if held {
-                    FoundRun::Foreign("its record cannot be read", None)
+                    FoundRun::Foreign("the record of that run cannot be read", None)
                 } else {
                     FoundRun::Broken(path)
                 };
@@ -404,7 +409,7 @@ impl Journal {
         if !doubtful.is_empty() {
             return FoundRun::Doubtful(record, doubtful);
         }
-        // The previous owner may have deleted the directory or replaced the record since it was read.
+        // The previous owner may have deleted the directory or replaced the record since this process read the record.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
         match read(&path, name) {
             Ok(record) if same => FoundRun::Dead(Box::new(record), JournalEntry { path, lock_file }, standpoint),
@@ -412,8 +417,7 @@ impl Journal {
         }
     }
 
-    /// Whether any process holds a lock on the lock file of the run: one of its own, in whatever container, or its
-    /// owner.
+    /// Whether a process of the run, in any container, or the run's owner holds a lock on the run's lock file.
     pub(crate) fn is_held(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
         lock.is_ok_and(|lock| {
@@ -432,22 +436,23 @@ impl Journal {
         lock.is_ok_and(|lock| lock_file::is_locked(&lock, OWNER_LOCK).unwrap_or(true))
     }
 
-    /// Returns the living processes of a run of this boot. Recorded pids count only if the run had the pid namespace of
-    /// this process.
+    /// Returns the living processes of a run of this boot. Recorded pids are used only if the run had the same pid
+    /// namespace as this process.
     fn living(&self, name: &str, record: &JournalRecord) -> Living {
         let same_numbers = record.host.numbers_processes_as(self.host());
         let identity = if same_numbers { record.tree.clone() } else { TreeIdentity::default() };
         let mut living = Living::of(name, &identity, None);
         if let (false, Some(container)) = (same_numbers, record.host.container()) {
-            // The recorded pids mean nothing here, so every living process in its container may belong to it.
+            // The recorded pids belong to another pid namespace, so every living process in the run's container may
+            // belong to the run.
             let inside = Process::all().into_iter().filter(|process| !process.is_dead());
             living.unknown.extend(inside.filter(|process| process.may_be_in(container)));
         }
         living
     }
 
-    /// Whether another run than `own` claims the lock `id`: a process of that run is or may be alive, and its record
-    /// has the lock as not released.
+    /// Whether a run other than `own` claims the lock `id`. A run claims a lock if a process of the run is or may be
+    /// alive, and the run's record contains the lock as not released.
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
             FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
@@ -457,7 +462,7 @@ impl Journal {
         })
     }
 
-    /// Moves an invalid record to `set-aside/`, where a person can look at it. Returns the new path, or `None` if it
+    /// Moves an invalid record to `set-aside/`, where a person can inspect it. Returns the new path, or `None` if it
     /// cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
@@ -518,10 +523,10 @@ fn remove(path: &Path) {
     }
 }
 
-/// Deletes a directory without its final name, and the recorder of its run.
+/// Deletes the recorder of `run` and its directory `old`, which has a temporary name.
 fn clear_away(old: &Path, run: &str) {
-    // The recorder is deleted before the directory: as long as that exists, a later `tf` knows that there may be a
-    // recorder.
+    // Delete the recorder before the directory. If this process dies in between, the directory still exists, and a
+    // later `tf` finds it and deletes both.
     Recorder::clear_away(run);
     for file in ["record.json", "lock"] {
         let _ = fs::remove_file(old.join(file));
@@ -564,7 +569,7 @@ fn is_older(path: &Path, age: Duration) -> bool {
     modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
 }
 
-/// Whether `name` is `PID-RANDOM`, as [`run_id`] makes it.
+/// Whether `name` has the form `PID-RANDOM` that [`run_id`] creates.
 fn is_run_id(name: &str) -> bool {
     name.split_once('-').is_some_and(|(pid, random)| {
         pid.parse::<u32>().is_ok()
@@ -573,7 +578,7 @@ fn is_run_id(name: &str) -> bool {
     })
 }
 
-/// The flags of terraform that say something about a run, and that can be distinguished from values by their names.
+/// The flags of terraform whose names are recorded. A word that is not in this list may be a value.
 const FLAGS: [&str; 22] = [
     "auto-approve",
     "backend",
@@ -599,8 +604,8 @@ const FLAGS: [&str; 22] = [
     "var-file",
 ];
 
-/// Returns the names of the flags among `arguments`, and never a value. A word that is not in [`FLAGS`] may be a value,
-/// and is left out.
+/// Returns the names of the flags among `arguments`, and never a value. A word that is not in [`FLAGS`] is left out,
+/// because it may be a value.
 pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> Vec<String> {
     let mut names = Vec::new();
     for argument in arguments {
@@ -614,7 +619,7 @@ pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> 
 }
 
 /// A lock of another run that replaced a run's own lock while the run was working. Either a person forced the release
-/// of the run's own lock, or the service does not keep others out. Two runs have worked on one state.
+/// of the run's own lock, or the service does not enforce locks. In both cases, two runs have worked on the same state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replaced {
     /// The run's own lock.
@@ -648,8 +653,8 @@ mod tests {
         record
     }
 
-    /// Waits until `bytes` are not locked. Other tests in this process start child processes meanwhile, and between
-    /// fork(2) and exec(2) those hold every lock of this process.
+    /// Waits until `bytes` are not locked. Other tests in this process start child processes at the same time. Between
+    /// fork(2) and exec(2), such a child holds every lock of this process.
     fn wait_until_free(journal: &Journal, bytes: &[u8]) {
         let lock = open_lock(&journal.runs.join(RUN).join("lock")).unwrap();
         let begun = std::time::Instant::now();

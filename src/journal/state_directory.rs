@@ -1,8 +1,8 @@
-//! The directory in which `tf` stores what must outlive it.
+//! The directory in which `tf` stores data that must outlive its process.
 //!
 //! The directory must belong to this user and be on a local file system, and no other user may be able to change its
-//! path: under sudo with the HOME of another user, root would write to a directory that its owner can rearrange at
-//! will. Therefore:
+//! path. Otherwise, under sudo with the HOME of another user, root would write to a directory whose owner can replace
+//! any part of its path. Therefore:
 //!
 //! - Every directory from the base (the one that the environment names) down to the state directory belongs to this
 //!   user.
@@ -59,8 +59,8 @@ impl StateDirectory {
         Err(io::Error::new(io::ErrorKind::NotFound, reasons.join("; ")))
     }
 
-    /// Returns every location that exists and can be used: earlier runs, in whatever environment, may have left
-    /// something in any of them.
+    /// Returns every location that exists and can be used. Earlier runs may have had other environment variables, so
+    /// any of these locations may contain their data.
     pub(crate) fn all(variable: impl Fn(&str) -> Option<OsString>) -> Vec<Self> {
         let mut all: Vec<Self> = candidates(variable).filter_map(|candidate| candidate.there().ok()).collect();
         all.dedup();
@@ -114,7 +114,7 @@ pub(crate) fn is_private(path: &Path) -> bool {
     })
 }
 
-/// Opens a regular file of this user with `options`. It refuses what another user may have put or linked there: a
+/// Opens a regular file of this user with `options`. Refuses files that another user may have put or linked there: a
 /// symbolic link, a file with several hard links, and a file of another user.
 ///
 /// # Errors
@@ -129,27 +129,28 @@ pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result
     Ok(file)
 }
 
-/// What a file that was replaced survives.
+/// The failure after which the file must still have either the old or the new content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Durability {
     /// The death of every process.
     Processes,
-    /// A loss of power too. It costs two flushes to the disk.
+    /// A power loss as well. This costs two flushes to the disk.
     PowerLoss,
 }
 
-/// Replaces the file at `path` by one with `content`, readable by this user alone. At every moment, the old or the new
-/// content is there, and whole.
+/// Replaces the file at `path` by one with `content`, readable by this user alone. At every moment, the file has either
+/// the complete old content or the complete new content.
 ///
-/// For [`Durability::PowerLoss`], the content is flushed before the rename, because the new name must not be on the disk
-/// without the content (ext4(5), `auto_da_alloc`, excludes that; other file systems do not). The directory is flushed
-/// after it, because the name is in the directory.
+/// For [`Durability::PowerLoss`], the content is flushed before the rename, because the new name must not be on the
+/// disk without the content (ext4(5), `auto_da_alloc`, excludes that; other file systems do not). The directory is
+/// flushed after the rename, because it contains the name.
 ///
 /// # Errors
-/// Fails if the file cannot be written, for example because the disk is full. The old file is there then.
+/// Fails if the file cannot be written, for example because the disk is full. The old file is then unchanged, unless
+/// only the flush of the directory failed.
 pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
     let unfinished = path.with_extension(std::process::id().to_string());
-    // A process of this pid may have died while it wrote.
+    // An earlier process with the same pid may have died while it was writing this file.
     let _ = fs::remove_file(&unfinished);
     let written = write_new(&unfinished, content, durability).and_then(|()| fs::rename(&unfinished, path));
     if written.is_err() {
@@ -200,7 +201,7 @@ impl Candidate {
         let refused = |path: &Path, why: &str| {
             io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))
         };
-        // This check comes first, before `open` creates anything there.
+        // This check comes first, because `open` must not create anything in a directory of another user.
         if !ownership::is_in_own_directories(&self.path()) {
             return Err(refused(&self.path(), "is in a directory of another user"));
         }
@@ -308,7 +309,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("record.json");
-        // What a process of this pid left when it died.
+        // An unfinished file of a dead process with the same pid.
         fs::write(path.with_extension(std::process::id().to_string()), "half").unwrap();
         for (content, durability) in [("one", Durability::Processes), ("two", Durability::PowerLoss)] {
             replace(&path, content.as_bytes(), durability).unwrap();

@@ -1,7 +1,7 @@
-//! The digest of a state: its MD5, which terraform writes into an item beside the lock, after it has written the state
-//! itself (backend/remote-state/s3/client.go, `putMD5`). If terraform is killed between the two writes, the digest does
-//! not match the state, and every later terraform command fails with a checksum error until somebody corrects the
-//! digest.
+//! The digest of a state: its MD5, which terraform writes into another item of the lock's table after it has written
+//! the state itself (backend/remote-state/s3/client.go, `putMD5`). If terraform is killed between the two writes, the
+//! digest does not match the state, and every later terraform command fails with a checksum error until a person
+//! corrects the digest.
 
 use crate::lock::dynamodb::ItemKey;
 use std::fmt::Write as _;
@@ -17,7 +17,7 @@ use crate::lock::s3::ObjectKey;
 /// The recorded digest of a state, and the digest computed from the state itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Comparison {
-    /// The digest in the table. `None` if the table has no digest or an empty one; terraform then checks nothing.
+    /// The digest in the table. `None` if the table has no digest or an empty one. Terraform then checks nothing.
     pub(crate) recorded: Option<String>,
     /// The MD5 of the state as it is now, in hexadecimal. `None` if there is no state.
     pub(crate) computed: Option<String>,

@@ -1,5 +1,5 @@
-//! The part of a lock in a DynamoDB table: an item whose `LockID` is the lock's path and whose `Info` attribute is the
-//! lock's JSON (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
+//! The DynamoDB part of a lock: an item whose `LockID` is the lock's path and whose `Info` attribute is the lock's JSON
+//! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
@@ -31,8 +31,8 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
 }
 
 /// Rejects a response with a success status that DynamoDB cannot have sent. The SDK reads an empty body as `{}`, which
-/// means "no such item" for a `GetItem` and "deleted" for a `DeleteItem`; a proxy or a captive portal sends such
-/// bodies.
+/// means "no such item" for a `GetItem` and "deleted" for a `DeleteItem`. A proxy or a captive portal may send such a
+/// body.
 #[derive(Debug)]
 struct AnswersOnly;
 
@@ -65,7 +65,8 @@ fn is_an_answer(body: &[u8]) -> bool {
         .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
 }
 
-/// The `Info` attribute of an item, byte for byte. A delete of the item is conditional on it.
+/// The `Info` attribute of an item, exactly as it was read. A delete of the item has the condition that this attribute
+/// is unchanged.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum InfoAttribute {
     /// A string, most likely the text of a lock.
@@ -112,12 +113,12 @@ impl ItemKey<'_> {
     }
 }
 
-/// One of the segments in which a table is scanned.
+/// One segment of a parallel scan of a table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
-    /// Its number, from 0.
+    /// The number of the segment, from 0.
     pub(crate) number: i32,
-    /// How many there are.
+    /// The total number of segments.
     pub(crate) of: i32,
 }
 
@@ -129,8 +130,8 @@ pub(crate) async fn read(client: &Client, item: ItemKey<'_>) -> Result<Option<In
     Ok(attribute(client, item, item.lock_id(), "Info").await?.map(InfoAttribute::of))
 }
 
-/// Reads the MD5 of the state that terraform wrote last. Terraform stores it in an item beside the lock (client.go,
-/// `putMD5`). `None` if there is no such item, or if it has no `Digest` that is a string.
+/// Reads the MD5 of the state that terraform wrote last. Terraform stores it in another item of the same table
+/// (client.go, `putMD5`). `None` if there is no such item, or if it has no `Digest` that is a string.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, for example because there is no such table.
@@ -160,25 +161,25 @@ async fn attribute(
     Ok(answer.item.map(|mut item| item.remove(name)))
 }
 
-/// The properties of a table that matter to a scan of it and to a conditional delete.
+/// The properties of a table on which a scan and a conditional delete depend.
 #[derive(Clone, Debug)]
 pub(crate) struct Description {
     /// The name of the partition key, and of the sort key if there is one.
     pub(crate) keys: Vec<String>,
     /// The provisioned read capacity, in read capacity units. `None` for a table that is billed per request.
     pub(crate) read_capacity: Option<i64>,
-    /// The approximate number of items, as it was some hours ago. `None` if the response does not have it.
+    /// The approximate number of items, which may be some hours old. `None` if the response does not have it.
     pub(crate) items: Option<i64>,
     /// The regions to which the table is replicated. Empty if it is not a global table.
     pub(crate) replicas: Vec<String>,
-    /// Whether the replicas agree on a write before it is answered (a global table with multi-region strong
+    /// Whether all replicas confirm a write before DynamoDB responds to it (a global table with multi-region strong
     /// consistency).
     pub(crate) strong: bool,
 }
 
 impl Description {
-    /// Whether the condition of a write is checked only in the region that receives the request. If two regions write
-    /// the same item, the later write then wins, whatever each condition found.
+    /// Whether the condition of a write is checked only in the region that receives the request. If the same item is
+    /// then written in two regions, the later write wins, even if its condition was true only in its own region.
     pub(crate) fn last_writer_wins(&self) -> bool {
         !self.replicas.is_empty() && !self.strong
     }
@@ -222,9 +223,9 @@ pub(crate) struct TablePage {
     pub(crate) next: Option<std::collections::HashMap<String, AttributeValue>>,
 }
 
-/// Reads one page of a segment of a table. The page begins after the key
-/// `from`, and examines at most `limit` items. The read is eventually consistent, which costs half as much as a
-/// consistent one.
+/// Reads one page of a segment of a table. The page begins after the key `from`, or at the start of the segment if
+/// `from` is `None`. The service examines at most `limit` items for it. The read is eventually consistent, which costs
+/// half as much as a consistent one.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails.
@@ -243,7 +244,7 @@ pub(crate) async fn scan(
         .set_limit(limit)
         .set_exclusive_start_key(from)
         .projection_expression("LockID, #info")
-        // The digests of states are in the same table, and most of its items are digests.
+        // Most items of the table are digests of states, so leave those out.
         .filter_expression("attribute_exists(#info) OR attribute_not_exists(Digest)")
         .expression_attribute_names("#info", "Info")
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
@@ -266,10 +267,10 @@ pub(crate) async fn scan(
     })
 }
 
-/// Puts a lock if there is no item in its place, as terraform does. False if there is one.
+/// Puts a lock if there is no item with its `LockID`, as terraform does. Returns false if there is one.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails for another reason than its condition. The lock may have been put
+/// Returns a [`Failure`] if the request fails for a reason other than its condition. The lock may have been put
 /// nevertheless.
 pub(crate) async fn put_if_absent(client: &Client, item: ItemKey<'_>, info: &str) -> Result<bool, Failure> {
     let answer = client
@@ -283,11 +284,11 @@ pub(crate) async fn put_if_absent(client: &Client, item: ItemKey<'_>, info: &str
     written(answer.map(drop))
 }
 
-/// Replaces the digest of the state by `new`, on the condition that it is `old`. False if there is another
+/// Replaces the digest of the state by `new`, on the condition that it is `old`. Returns false if there is another
 /// digest or none.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails for another reason than its condition.
+/// Returns a [`Failure`] if the request fails for a reason other than its condition.
 pub(crate) async fn replace_digest(client: &Client, item: ItemKey<'_>, old: &str, new: &str) -> Result<bool, Failure> {
     let answer = client
         .put_item()
@@ -301,11 +302,11 @@ pub(crate) async fn replace_digest(client: &Client, item: ItemKey<'_>, old: &str
     written(answer.map(drop))
 }
 
-/// Deletes the digest of the state, on the condition that it is `old`. False if there is another digest or
+/// Deletes the digest of the state, on the condition that it is `old`. Returns false if there is another digest or
 /// none.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails for another reason than its condition.
+/// Returns a [`Failure`] if the request fails for a reason other than its condition.
 pub(crate) async fn delete_digest(client: &Client, item: ItemKey<'_>, old: &str) -> Result<bool, Failure> {
     let request = client
         .delete_item()
@@ -326,11 +327,11 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
     }
 }
 
-/// Deletes the item, on the condition that its `Info` attribute is still `info`, byte for byte. The condition never
-/// uses `contains`, because an empty or partial ID would match.
+/// Deletes the item, on the condition that its `Info` attribute is still exactly `info`. The condition never uses
+/// `contains`, because an empty or partial ID would match.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails for another reason than its condition.
+/// Returns a [`Failure`] if the request fails for a reason other than its condition.
 pub(crate) async fn delete(client: &Client, item: ItemKey<'_>, info: &InfoAttribute) -> Result<Deleted, Failure> {
     let request = client.delete_item().table_name(item.table).key("LockID", item.lock_id());
     let equals = |value: AttributeValue| {

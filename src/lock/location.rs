@@ -1,9 +1,9 @@
 //! Finds the locations where a lock can be.
 //!
 //! The log names a lock's bucket and key, but not its table, region, endpoint or account. Those are in the backend that
-//! `terraform init` cached. So the log's bucket and key select among the backends that the run can have used. A record
-//! that fits none of them is reported to the user, and is never looked up in another backend's table: it can come from
-//! a nested terraform or from `terraform_remote_state`, or it can be forged.
+//! `terraform init` cached. So the log's bucket and key select among the backends that the run can have used. A log
+//! record that matches none of them is reported to the user, and `tf` never searches another backend's table for its
+//! lock: the record may come from a nested terraform or from `terraform_remote_state`, or it may be forged.
 
 use super::stores::{LOCK_FILE, StoreKey, Stores};
 use crate::terraform::backend::CachedBackend;
@@ -13,7 +13,7 @@ use crate::terraform::log::{LockIdentity, LockParts, RecordedLock, UnnamedLock};
 /// The location of one lock in an S3 backend.
 #[derive(Clone, Debug)]
 pub(crate) struct LockLocation {
-    /// The backend through which it is reached.
+    /// The backend whose settings are used to reach the lock.
     pub(crate) backend: CachedBackend,
     /// The bucket of the state.
     pub(crate) bucket: String,
@@ -63,9 +63,9 @@ impl Workspaces<'_> {
     }
 }
 
-/// Returns the locations where `lock` can be. `backends` are the data directories before and after the run, and
-/// `workspaces` are those that the run can have used. There is more than one location if an `init` changed how the same
-/// bucket is reached.
+/// Returns the locations where `lock` can be. `backends` are the data directories before and after the run.
+/// `workspaces` are the workspaces that the run can have used. There is more than one location if an `init` changed the
+/// settings with which the same bucket is reached. Empty if no backend matches.
 pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces: Workspaces<'_>) -> Vec<LockLocation> {
     let locations = of_state(&lock.bucket, &lock.key, backends, workspaces).into_iter().filter_map(|location| {
         let LockParts { s3, dynamodb } = lock.parts;
@@ -76,7 +76,7 @@ pub(crate) fn find(lock: &RecordedLock, backends: &[&DataDirectory], workspaces:
     locations.collect()
 }
 
-/// Returns the locations where `lock`, whose ID is not known, can be.
+/// Like [`find`], for a lock whose ID is not known.
 pub(crate) fn find_unnamed(
     lock: &UnnamedLock,
     backends: &[&DataDirectory],
@@ -116,6 +116,7 @@ fn of(backend: &CachedBackend, bucket: &str, key: &str) -> LockLocation {
     }
 }
 
+/// Returns the backends of `directories`, each one once.
 fn distinct<'a>(directories: &[&'a DataDirectory]) -> Vec<&'a CachedBackend> {
     let mut known: Vec<&CachedBackend> = Vec::new();
     for backend in directories.iter().filter_map(|directory| directory.backend.as_ref()) {

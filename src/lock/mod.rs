@@ -1,7 +1,7 @@
 //! Locks: where a lock is, whether it belongs to a run of `tf`, and how it is released.
 //!
-//! This module knows nothing about child processes, signals or terminals. The `supervise` module, which does, knows
-//! nothing about AWS.
+//! This module does not deal with child processes, signals or terminals. The `supervise` module does, but it does not
+//! deal with AWS.
 
 pub(crate) mod deleted;
 pub(crate) mod digest;

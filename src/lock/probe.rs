@@ -1,5 +1,5 @@
 //! Tests whether a release would be permitted, with requests that change no lock and no state. An IAM policy alone does
-//! not show it, because an organisation, a permissions boundary, a session or an endpoint can restrict the policy.
+//! not show that, because an organisation, a permissions boundary, a session or an endpoint can restrict the policy.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_s3::error::ProvideErrorMetadata;
@@ -12,7 +12,7 @@ use crate::aws::failure::Failure;
 /// A text that no lock has. It is the condition of a delete that must not delete anything.
 const NO_LOCK: &str = "tf locks doctor: no lock has this text";
 
-/// The result of a harmless request.
+/// The result of a request that tests a permission and changes nothing.
 #[derive(Debug)]
 pub(crate) struct Trial {
     /// `Ok` if the action is permitted, otherwise the failure of the request.
@@ -29,7 +29,7 @@ pub(crate) enum IfMatch {
     Obeyed,
     /// The bucket ignores the condition: a delete deletes any object at the key.
     Ignored,
-    /// It is not known, because the delete failed for another reason or because no object could be put to test it with.
+    /// Not known, because the delete failed for another reason, or because the test object could not be put.
     Unknown,
 }
 
@@ -69,7 +69,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
         let response = error.raw_response();
         let clock = response.and_then(|response| response.headers().get("date")).and_then(clock);
         let status = response.map(|response| response.status().as_u16());
-        // The response for a bucket that does not exist is a 404 too.
+        // A 404 also means that the bucket does not exist. That shows nothing about the permission.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
         let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
         return (Trial { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
@@ -86,7 +86,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     (permitted, taken)
 }
 
-/// How a bucket treats the condition with which terraform locks, `If-None-Match`: that there is no object at the key.
+/// How a bucket treats `If-None-Match`, the condition with which terraform locks: there must be no object at the key.
 #[derive(Clone, Debug)]
 pub(crate) enum IfNoneMatch {
     /// The bucket obeys the condition.
@@ -95,14 +95,14 @@ pub(crate) enum IfNoneMatch {
     Ignored,
     /// The service does not implement the condition (status 501): terraform cannot lock there.
     Unsupported,
-    /// It is not known, because a request failed.
+    /// Not known, because a request failed.
     Unknown(Failure),
-    /// It was not tested.
+    /// The condition was not tested.
     Untried,
 }
 
-/// Tests how the bucket treats `If-None-Match`: puts an object twice, on the condition that there is none, and deletes
-/// it. `key` must not be in use, and deleting an object there must be permitted.
+/// Tests how the bucket treats `If-None-Match`. Puts an object twice, each time on the condition that there is none,
+/// and then deletes it. `key` must not be in use, and deleting an object there must be permitted.
 pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfNoneMatch {
     let put = || {
         let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");

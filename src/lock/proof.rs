@@ -1,9 +1,9 @@
 //! Decides whether a stored lock is the one that a dead run took.
 //!
 //! The log alone proves nothing, because others can write lines into it: Terraform's core logs the error text of an API
-//! raw, and every provisioner can append to the file. So the stored lock must agree with the log in every field, its
-//! `Who` must be this user on this host, its time must be consistent with the log, and the log must not contradict
-//! itself. If anything is in doubt, the lock is not released.
+//! without escaping it, and every provisioner can append to the file. So the stored lock must agree with the log in
+//! every field, its `Who` must be this user on this host, its time must be consistent with the log, and the log must
+//! not contradict itself. If any of these conditions fails, the lock is not released.
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -17,29 +17,30 @@ use crate::time::{saturating_add, saturating_sub};
 /// What is known about the run whose log recorded a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Run {
-    /// `user@host` when the run started, as a terraform that `tf` starts writes it. Empty if it is not known.
+    /// `user@host` at the start of the run, in the form in which terraform writes it into a lock. Empty if it is not
+    /// known.
     pub(crate) who: String,
-    /// `user@host` when the lock is judged. DHCP, a VPN or a restart can change the name of a host, and terraform
-    /// writes the name that the host has when terraform takes the lock.
+    /// `user@host` when the lock is judged. It can differ from `who`, because DHCP, a VPN or a restart can change the
+    /// host name. Terraform writes the host name at the time when it takes the lock.
     #[serde(default)]
     pub(crate) who_now: String,
     /// When terraform was started, by this host's clock.
     pub(crate) started: Timestamp,
-    /// Whether the times in its log go backwards ([`Log::disordered`]).
+    /// Whether the times in the run's log go backwards ([`Log::disordered`]).
     pub(crate) disordered: bool,
     /// Whether terraform was started with `-lock=false`.
     pub(crate) locking_disabled: bool,
-    /// Whether its log names more locks than terraform takes ([`Log::excessive`]).
+    /// Whether the run's log names more locks than terraform takes ([`Log::excessive`]).
     #[serde(default)]
     pub(crate) excessive: bool,
-    /// The program and its version, as the log names them. `None` if the log's first record was not read.
+    /// The program and its version, as the run's log names them. `None` if the log's first record was not read.
     #[serde(default)]
     pub(crate) program: Option<Version>,
 }
 
 impl Run {
-    /// Returns what `log` says about a run that this user started on this host at `started`. `who` is `user@host` at
-    /// that time. It is empty if it is not known: a record of an earlier version has none.
+    /// Combines the facts in `log` with the other facts about a run that this user started on this host at `started`.
+    /// `who` is `user@host` at that time. It is empty if it is not known, as in a record of an earlier version.
     pub(crate) fn recorded(who: &str, started: Timestamp, log: &Log) -> Self {
         Self {
             who: who.to_owned(),
@@ -52,18 +53,20 @@ impl Run {
         }
     }
 
-    /// Whether `who` is this user on this host, under the names at the start of the run or under the current names.
+    /// Whether `who` is this user on this host. The names at the start of the run and the current names are both
+    /// accepted.
     pub(crate) fn is_of(&self, who: &str) -> bool {
         !who.is_empty() && (who == self.who || who == self.who_now)
     }
 
-    /// Whether `who` is any user on this host, under the host name at the start of the run or under the current one.
+    /// Whether `who` is any user on this host. The host name at the start of the run and the current one are both
+    /// accepted.
     pub(crate) fn is_on_its_host(&self, who: &str) -> bool {
         host(who).is_some_and(|its| [&self.who, &self.who_now].into_iter().any(|ours| host(ours) == Some(its)))
     }
 }
 
-/// Returns the host of `user@host`. The user name may contain an `@`. `None` if there is no host.
+/// Returns the host of `user@host`. The user name may contain an `@`. `None` if `who` contains no host.
 fn host(who: &str) -> Option<&str> {
     who.rsplit_once('@').map(|(_, host)| host).filter(|host| !host.is_empty())
 }
@@ -76,8 +79,8 @@ pub(crate) enum Match {
     /// It belongs to another run: it has another ID or, if the log does not name the run's lock, another text, `Who` or
     /// version, or a `Created` before the request.
     Anothers,
-    /// It may be the lock that the run took, but something does not agree. The text says what. It is reported, and the
-    /// lock is not released.
+    /// It may be the lock that the run took, but a condition fails. The text names that condition. `tf` reports the
+    /// text and does not release the lock.
     Doubt(&'static str),
 }
 
@@ -93,23 +96,23 @@ pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Ma
     let created = stored.created();
     let conditions = [
         (!recorded.contradicted, "the log of the run contradicts itself"),
-        (!run.excessive, "the log of the run names more locks than terraform takes"),
-        (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
+        (!run.excessive, "the log of the run contains more locks than terraform takes"),
+        (!run.disordered, "the times in the log of the run go backwards, so the clock may have been set"),
         (
             !run.locking_disabled || recorded.operation == "init",
-            "the run was started with -lock=false, but its log names a lock",
+            "the run was started with -lock=false, but its log contains a lock",
         ),
-        (stored.operation == recorded.operation, "its Operation is not the one in the log"),
-        (stored.who == recorded.who, "its Who is not the one in the log"),
-        (stored.version == recorded.version, "its Version is not the one in the log"),
-        (stored.path == recorded.path, "its Path is not the one in the log"),
-        (stored.path == format!("{}/{}", recorded.bucket, recorded.key), "its Path is not where it is stored"),
-        (run.is_of(&stored.who), "its Who is not this user on this host"),
-        (created.is_some(), "its Created is not a time"),
-        (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
+        (stored.operation == recorded.operation, "the lock's Operation is not the one in the log"),
+        (stored.who == recorded.who, "the lock's Who is not the one in the log"),
+        (stored.version == recorded.version, "the lock's Version is not the one in the log"),
+        (stored.path == recorded.path, "the lock's Path is not the one in the log"),
+        (stored.path == format!("{}/{}", recorded.bucket, recorded.key), "the lock's Path is not where it is stored"),
+        (run.is_of(&stored.who), "the lock's Who is not this user on this host"),
+        (created.is_some(), "the lock's Created is not a time"),
+        (created.is_none_or(|created| created >= run.started), "the lock was created before this run began"),
         (
             created.is_none_or(|created| created <= saturating_add(recorded.progress.asked, TIMESTAMP_ROUNDING_WINDOW)),
-            "it was created after this run requested it",
+            "the lock was created after this run requested its lock",
         ),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
@@ -120,30 +123,32 @@ pub(crate) fn judge(recorded: &RecordedLock, stored: &LockInfo, run: &Run) -> Ma
 
 /// The longest accepted time between a lock's `Created` and the log record of its request. If the record says that
 /// terraform is going to request the lock, `Created` is later than the record. If the record is the put request itself,
-/// `Created` is earlier. The real difference is microseconds, or milliseconds on a busy machine. On a machine that is
-/// slower still, the run's own lock becomes a doubt.
+/// `Created` is earlier. The real difference is microseconds, or milliseconds on a busy machine. On an even slower
+/// machine, the run's own lock is judged as [`Match::Doubt`].
 const CREATION_WINDOW: SignedDuration = SignedDuration::from_millis(10);
 
-/// A lock that is granted within this time of its request was granted at the first attempt: terraform tries again after
-/// 1 s at the earliest (statemgr.LockWithContext).
+/// A lock that is granted within this time after its request was granted at the first attempt, because terraform
+/// retries after 1 s at the earliest (statemgr.LockWithContext).
 const ANSWER_WINDOW: SignedDuration = SignedDuration::from_millis(900);
 
-/// Decides whether the lock that exists now is the one that the run had, when the run's log does not name its lock.
-/// `text` is the stored text and `stored` is the lock in it. `died` says whether terraform ended abnormally.
+/// Decides whether the lock that exists now is the run's lock, if the run's log does not name that lock. `text` is the
+/// stored text, and `stored` is the lock parsed from it. `died` is true if terraform ended abnormally.
 ///
-/// If the log has a checksum and it matches, `text` is exactly what terraform put, on the condition that no object
-/// existed there.
+/// If the log has a checksum and it matches, terraform wrote exactly `text`, with `If-None-Match`, so no other lock was
+/// there.
 ///
-/// Without a checksum, the log shows that terraform was granted the lock of this state, so that no other run held it at
-/// that time, and that terraform did not finish. The stored lock is then this run's lock, with two exceptions: this run
+/// Without a checksum, the log shows two facts: terraform was granted the lock of this state, so no other run held it
+/// at that time, and terraform did not finish. The stored lock is then this run's lock, with two exceptions: this run
 /// released its lock before it died and another run took it at once, or a person removed this run's lock by force. In
 /// both cases the other run's lock was created later than this run's, or at the same moment. So the accepted time of
-/// creation is narrow ([`CREATION_WINDOW`]), and the lock is a doubt if, among other things, this run had to wait for
-/// its own lock. One case is not detected: a run with the same user name, host name and version that created its lock
-/// within the same few milliseconds and waited for this run's lock.
+/// creation is narrow ([`CREATION_WINDOW`]), and the result is [`Match::Doubt`] if any condition below fails, for
+/// example if this run had to wait for its lock. One case is not detected: a run with the same user name, host name and
+/// version that created its lock within the same few milliseconds and waited for this run's lock.
 pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str, run: &Run, died: bool) -> Match {
     let created = stored.created();
-    let Some(program) = &run.program else { return Match::Doubt("the log of the run does not name its version") };
+    let Some(program) = &run.program else {
+        return Match::Doubt("the log of the run does not contain terraform's version");
+    };
     let (checksum, path) = match &unnamed.identity {
         LockIdentity::Object { bucket, key, checksum } => (checksum.as_ref(), Some(format!("{bucket}/{key}"))),
         LockIdentity::Workspace(_) => (None, None),
@@ -156,8 +161,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
     let known = checksum.is_some();
     let before = |length| saturating_sub(unnamed.progress.asked, length);
     let after = |length| saturating_add(unnamed.progress.asked, length);
-    // A run that only asked for the lock may have been refused. The stored lock is then the one that caused the
-    // refusal.
+    // A run that only requested the lock may have been refused. The stored lock is then another run's lock, which
+    // caused the refusal.
     if unnamed.is_only_asked_for()
         && (!run.is_of(&stored.who)
             || stored.version != program.in_locks()
@@ -172,21 +177,21 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
     };
     let waited = unnamed.progress.held.is_none_or(|granted| granted > after(ANSWER_WINDOW));
     let conditions = [
-        (!run.excessive, "the log of the run names more locks than terraform takes"),
-        (!run.disordered, "the times in the log of the run go backwards: was the clock set?"),
+        (!run.excessive, "the log of the run contains more locks than terraform takes"),
+        (!run.disordered, "the times in the log of the run go backwards, so the clock may have been set"),
         (!run.locking_disabled, "the run was started with -lock=false"),
-        (run.is_of(&stored.who), "its Who is not this user on this host"),
-        (stored.version == program.in_locks(), "its Version is not the one in the log"),
-        (path.is_none_or(|path| stored.path == path), "its Path is not the one in the log"),
-        // In Google Cloud Storage the ID is a generation, which is a number.
-        (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "its ID is not a terraform lock ID"),
-        (created.is_some(), "its Created is not a time"),
-        (created.is_none_or(|created| created >= run.started), "it was created before this run began"),
-        (known || died, "the log does not name it, and the run ended by itself"),
-        (known || unnamed.progress.held.is_some(), "the log does not say that the run got it"),
-        (known || !waited, "the run had to wait for its lock, and the log does not name it"),
-        (created.is_none_or(|created| created >= earliest), "it was created before this run requested a lock"),
-        (created.is_none_or(|created| created <= latest), "it was created after this run requested it"),
+        (run.is_of(&stored.who), "the lock's Who is not this user on this host"),
+        (stored.version == program.in_locks(), "the lock's Version is not the one in the log"),
+        (path.is_none_or(|path| stored.path == path), "the lock's Path is not the one in the log"),
+        // In Google Cloud Storage, the lock's ID is a generation number.
+        (is_lock_id(&stored.id) || stored.id.parse::<u64>().is_ok(), "the lock's ID is not a terraform lock ID"),
+        (created.is_some(), "the lock's Created is not a time"),
+        (created.is_none_or(|created| created >= run.started), "the lock was created before this run began"),
+        (known || died, "the log does not contain the lock's ID, and terraform exited by itself"),
+        (known || unnamed.progress.held.is_some(), "the log does not say that the run got the lock"),
+        (known || !waited, "the run had to wait for its lock, and the log does not contain the lock's ID"),
+        (created.is_none_or(|created| created >= earliest), "the lock was created before this run requested a lock"),
+        (created.is_none_or(|created| created <= latest), "the lock was created after this run requested its lock"),
     ];
     match conditions.iter().find(|(holds, _)| !holds) {
         Some((_, reason)) => Match::Doubt(reason),
@@ -234,8 +239,8 @@ mod tests {
         assert_eq!(judge(&recorded(), &stored(), &run()), Match::Ours);
     }
 
-    /// Returns a lock that was granted for a workspace or, if `text` is given, one that was put as an object with that
-    /// text.
+    /// Returns a lock without an ID. It was granted for a workspace or, if `text` is given, it was put as an object
+    /// with that text.
     fn unnamed(text: Option<&str>) -> UnnamedLock {
         let at = |time: &str| time.parse().unwrap();
         let identity = match text {
@@ -334,7 +339,8 @@ mod tests {
         }
     }
 
-    /// This happens with OpenTofu up to 1.10 if it is killed between its request and its next log record.
+    /// The log shows nothing but the request if OpenTofu up to 1.10 is killed between its lock request and its next log
+    /// record.
     #[test]
     fn a_lock_without_a_name_that_was_only_asked_for_is_a_doubt_at_most() {
         let mut asked_for = unnamed(None);
@@ -343,7 +349,8 @@ mod tests {
             ("2026-11-23T01:46:07.580Z", "root@vm", "1.11.4", false),
             ("2026-11-23T01:46:07.594Z", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.600Z", "root@vm", "1.11.4", true),
-            // On a busy machine the lock is created later. So is the lock of a run that took it in the meantime.
+            // On a busy machine, the run's own lock is created later. The lock of another run that took it in the
+            // meantime is also created later.
             ("2026-11-23T01:46:09.000Z", "root@vm", "1.11.4", true),
             ("yesterday", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.594Z", "anna@vm", "1.11.4", false),

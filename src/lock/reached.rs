@@ -1,13 +1,14 @@
-//! Decides whether a lock that was not found is gone, or was only looked for in another account.
+//! Decides whether a lock that was not found is really gone, or whether the search used another account than the run.
 //!
 //! With the credentials of another account, a lock that is not found is not necessarily gone: that account can have a
 //! table of the same name, which is empty. [`crate::aws::identity`] determines the account of a run. If that account is
 //! not known, or is not the current one, the location itself may prove that the lock is gone:
 //!
-//! - A bucket name exists only once in AWS. If AWS's own endpoint says that the bucket has no such object, that is true
-//!   for every account. Other object stores have a namespace for each account.
-//! - A table name that is an ARN contains the account.
-//! - A table that has the digest of the current state in that bucket, not of an older one, is the table of that state.
+//! - A bucket name exists only once in AWS. If AWS's own endpoint reports that the bucket has no such object, that is
+//!   true for every account. Other object stores may have a namespace for each account, so their reports prove nothing.
+//! - A table name that is an ARN contains the account, so it names the same table for every account.
+//! - If a table has the digest of the current state in that bucket, and not of an older state, it is the table of that
+//!   state.
 
 use crate::aws::identity::{AccountIdentity, Relation, relation};
 use crate::lock::s3::ObjectKey;
@@ -24,14 +25,14 @@ use crate::terraform::backend::CachedBackend;
 use crate::terraform::log::LockParts;
 use crate::trace::trace;
 
-/// What the location itself proves, whatever account is used.
+/// The facts about a location that are valid for every account.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct PlaceEvidence {
-    /// The bucket is reached through an endpoint of AWS itself, where a bucket name exists only once.
+    /// Whether the bucket is reached through an endpoint of AWS itself, where a bucket name exists only once.
     bucket: bool,
-    /// The table's name is an ARN.
+    /// Whether the table's name is an ARN.
     arn: bool,
-    /// The table has the digest of the state that is in the bucket. False if it was not compared.
+    /// Whether the table has the digest of the state that is in the bucket. False if they were not compared.
     digest: bool,
 }
 
@@ -40,7 +41,8 @@ impl PlaceEvidence {
         let bucket = is_aws(&address(location, stores).await.unwrap_or_default());
         let Some(table) = &location.table else { return Self { bucket, ..Self::default() } };
         let arn = table.starts_with("arn:");
-        // The digest proves something only if `bucket` is true, and comparing it takes as long as reading the state.
+        // The digest is compared only if it can decide: it proves something only if `bucket` is true, and the
+        // comparison must read the whole state.
         let digest = bucket
             && !arn
             && digest::compare(stores, ObjectKey { bucket: &location.bucket, key: &location.key }, table)
@@ -50,15 +52,15 @@ impl PlaceEvidence {
     }
 }
 
-/// Whether a lock with these parts that was not found is gone. `same` says whether it was looked for with the account
-/// of the run.
+/// Whether a lock with these parts is gone, if it was not found. `same` is true if the search used the account of the
+/// run.
 fn is_proven_gone(same: bool, parts: LockParts, evidence: PlaceEvidence) -> bool {
     let object = !parts.s3 || same || evidence.bucket;
     let item = !parts.dynamodb || same || evidence.arn || (evidence.bucket && evidence.digest);
     object && item
 }
 
-/// Returns a URL of the state, from which the endpoint can be seen. `None` if no URL can be made.
+/// Returns a presigned URL of the state, which contains the host of the endpoint. `None` if no URL can be created.
 async fn address(location: &LockLocation, stores: &Stores) -> Option<String> {
     let signing = PresigningConfig::expires_in(std::time::Duration::from_secs(1)).ok()?;
     let request = stores.s3.get_object().bucket(&location.bucket).key(&location.key).presigned(signing).await.ok()?;
@@ -76,14 +78,15 @@ fn is_aws(url: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reached {
     run: String,
+    /// The backends that the run used, each with the identity with which the run reached it.
     known: Vec<(RedactedBackend, AccountIdentity)>,
-    /// The identity for a backend that does not determine one itself.
+    /// The identity for a backend that does not set one itself.
     environment: AccountIdentity,
     needs: String,
 }
 
 impl Reached {
-    /// Combines what was recorded about the run with the ID `run`.
+    /// Creates the value from the recorded facts about a run. `run` is the ID of that run.
     pub(crate) fn of(run: &str, access: &[RedactedBackend], surroundings: &AwsEnvironment) -> Self {
         Self {
             run: run.to_owned(),
@@ -93,14 +96,14 @@ impl Reached {
         }
     }
 
-    /// Describes in words what a person needs to see the run's locks ([`AwsEnvironment::needs`]).
+    /// Describes what a person must provide to reach the run's locks ([`AwsEnvironment::needs`]).
     pub(crate) fn needs(&self) -> &str {
         &self.needs
     }
 
-    /// Whether a lock is gone that was just now found at none of `locations`, with the environment of this process. Only
-    /// the backends that the run is known to have used decide. If there are none of those in `locations`, all of them
-    /// decide.
+    /// Whether a lock is really gone if a search with the environment of this process has just found it at none of
+    /// `locations`. Only the locations whose backend the run is known to have used count. If there is no such location,
+    /// all locations count.
     pub(crate) async fn believes(&self, locations: &[LockLocation]) -> bool {
         let known = |location: &&LockLocation| {
             self.known.iter().any(|(access, _)| *access == RedactedBackend::of(&location.backend))
@@ -121,12 +124,13 @@ impl Reached {
         if let Some((_, identity)) = self.known.iter().find(|(known, _)| *known == access) {
             return identity.clone();
         }
-        // This backend was not known before the run: it is the backend of a plan.
+        // The backend was not known before the run, so it is the backend of a plan file.
         let alone = AccountIdentity::new(&self.run, backend, Err("not those of now"), |_| None);
         let says = backend.string("profile").is_some() || alone.account.is_some() || alone.key.is_some();
         if says { alone } else { self.environment.clone() }
     }
 
+    /// Whether a lock that a search did not find at `location` is proven to be gone.
     async fn saw(&self, location: &LockLocation) -> bool {
         let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
         let relation = relation(&self.then(&location.backend), &AccountIdentity::now(&self.run, &location.backend));

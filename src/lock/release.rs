@@ -1,20 +1,20 @@
-//! The release of a lock. Each part by itself is read, judged, and deleted on the condition that it is still exactly
-//! what was read.
+//! Releases a lock. Each part of the lock is read, judged and deleted separately. Each delete is conditional: the part
+//! must still be exactly what was read.
 //!
-//! The DynamoDB part is deleted first and the `.tflock` object last. Terraform takes them in the reverse order, so no
-//! other run can get only one of the parts. Both deletes are tried even if one of them fails.
+//! The DynamoDB part is deleted first and the `.tflock` object last. Terraform acquires the parts in the reverse order,
+//! so no other run can get only one of them. `tf` tries both deletes even if one of them fails.
 //!
-//! Two things may still be in flight from a terraform that died:
+//! A terraform that died may have left two kinds of requests in flight:
 //!
-//! - A *lock request* without an answer can land after `tf` has looked. So a part that is absent is looked for again,
-//!   for [`LATE_REQUEST_WINDOW`].
-//! - A *write*, of the state or by the deletes of the unlock itself, carries no condition and would hit the next
-//!   holder. So before the first delete, everything that such a write would change must have been seen unchanged for
-//!   [`QUIET_WINDOW`].
+//! - A *lock request* without a response can land after `tf` has read the location. So `tf` keeps searching for an
+//!   absent part, for [`LATE_REQUEST_WINDOW`].
+//! - A *write* of the state, or a delete by terraform's own unlock, is unconditional. It would overwrite the state of
+//!   the next holder or delete its lock. So before its first delete, `tf` waits until everything that such a request
+//!   would change has stayed unchanged for [`QUIET_WINDOW`].
 //!
-//! One response proves nothing, because a proxy or a portal can have sent it. A response that no service sends is an
-//! error ([`dynamodb`], [`s3`]). The absence of a lock that was held is believed when two looks in a row have found it.
-//! The deletion of a lock is believed when its location was read after the delete.
+//! A single response proves nothing, because a proxy or a captive portal may have sent it. A response that the service
+//! cannot have sent is an error ([`dynamodb`], [`s3`]). A lock that the run held counts as absent only if two reads in
+//! a row do not find it. A delete counts as successful only if a read after the delete does not find the lock.
 
 use crate::aws::settings::Unreachable;
 use crate::console;
@@ -41,48 +41,50 @@ use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
 use crate::trace::trace;
 
-/// How long to look for a lock that was requested and not seen.
+/// How long to keep searching for a lock that was requested, but that no read has found.
 const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
 
-/// How long nothing must have changed before the lock of a terraform that died while it was writing is released.
+/// If terraform died while it was writing, its lock is released only after nothing has changed for this time.
 const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
-/// How long to ask a service that fails or is silent, for a lock that a run has left. It is no longer than a person
-/// would wait.
+/// How long to retry a service that fails or does not respond, when the lock of a run must be released. It is not
+/// longer than a person would wait.
 pub(crate) const SERVICE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The same for an explanation, or for a lock that most likely does not exist.
+/// Like [`SERVICE_TIMEOUT`], but for a request that only serves an explanation, or for a lock that most likely does not
+/// exist.
 pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long the digest of a state may be checked after a release. The lock is gone by then, and the result is an
-/// addition to the report.
+/// The time limit for checking the digest of a state after a release. The lock is already deleted then, and the result
+/// is only added to the report.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest time between two tries.
+/// The maximum time between two attempts.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
-/// The maximum time to wait for a write: another process may go on writing there without a lock.
+/// The maximum time to wait for [`QUIET_WINDOW`]. There is a limit because a process may keep writing the state without
+/// a lock.
 const MAX_QUIET_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// The maximum number of waits for a write. A further wait is needed if the lock was gone during the last one, and is
-/// there again.
+/// The maximum number of waits for [`QUIET_WINDOW`] in one attempt. Another wait is needed if the lock was absent
+/// during the previous wait and exists again.
 const MAX_QUIET_WINDOWS: u32 = 3;
 
-/// How long to wait between two looks at the same thing.
+/// The time between two reads of the same location, and between the first two attempts.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What is known of the run whose lock is to be released.
+/// What is known about the run whose lock must be released.
 #[derive(Clone, Debug)]
 pub(crate) struct ReleaseContext {
-    /// The facts by which the lock is judged.
+    /// The facts that decide whether the lock belongs to the run.
     pub(crate) run: Run,
-    /// Whether a request for the lock may still be in flight, because terraform has died just now. A terraform that
-    /// exited by itself had its answers.
+    /// Whether a lock request may still be in flight. That is so only if terraform has just died: a terraform that
+    /// exits by itself has received every response.
     pub(crate) request_may_land: bool,
-    /// Whether a write of the run may still be in flight.
+    /// Whether a write request of the run may still be in flight.
     pub(crate) write_may_land: bool,
-    /// The identities with which the run reached its backends. A lock that is not found with another identity is not
-    /// necessarily gone.
+    /// The identities with which the run reached its backends. If a lock is not found with another identity, it may
+    /// still exist in the run's account.
     pub(crate) reached: Reached,
 }
 
@@ -93,16 +95,17 @@ pub(crate) enum Outcome {
     Absent {
         /// The ID of another run's lock at the same location. `None` if there is none.
         anothers: Option<String>,
-        /// Whether no part of a lock can be there: there is no such table or bucket, or the table has another key.
+        /// Whether no part of a lock can exist at the location, because the table or bucket does not exist, or because
+        /// the table has another key.
         excluded: bool,
     },
     /// The lock existed, and was released.
     Released(Released),
     /// The lock exists or may exist, and was not released.
     Kept {
-        /// The reason, as it is reported.
+        /// The reason, as text for a message.
         reason: String,
-        /// What the reason means.
+        /// The kind of reason. It decides what `tf` does and reports next.
         because: Because,
     },
 }
@@ -110,32 +113,35 @@ pub(crate) enum Outcome {
 /// Why a lock was not released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Because {
-    /// It is not certain that the lock is the run's, or it must not be released. A later try has the same result.
+    /// The lock is not proven to belong to the run, its location is unknown, another run has recorded it, or its
+    /// backend has a setting that `tf` does not support. A later attempt has the same result.
     Doubt,
-    /// The user has set that locks are to be named only (`TFW_RELEASE=never`). They stay in the journal until they are
-    /// gone.
+    /// The user has set `TFW_RELEASE=never`, so `tf` only reports locks. The lock stays in the journal until it no
+    /// longer exists.
     Never,
-    /// A later try may do better: a process was still running, or what was seen contradicted itself.
+    /// A later attempt may succeed. For example, a process of the run was still running, or two reads had different
+    /// results.
     NotYet,
-    /// The service did not answer, or could not do it.
+    /// A request failed for a reason other than a missing permission, for example because the service did not respond.
     NoAnswer,
-    /// No credentials were available. If they are requested again, a person may have to do something for it each time.
+    /// No credentials were available. Each new request for credentials may require an action by a person.
     NoCredentials,
-    /// The credentials do not permit this action.
+    /// The credentials do not permit this action, which is named as in an IAM policy.
     Denied(&'static str),
-    /// Its location holds something that is not a lock.
+    /// The lock's location holds something that is not a lock.
     NoLock,
-    /// It was not found, and may have been looked for in another account.
+    /// The lock was not found, but the current credentials may belong to another account than those of the run.
     OtherAccount,
 }
 
 impl Outcome {
-    /// Returns that the lock is not released, and that no later try would change that.
+    /// Returns the outcome "not released, because of `reason`; a later attempt has the same result"
+    /// ([`Because::Doubt`]).
     pub(crate) fn kept(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), because: Because::Doubt }
     }
 
-    /// Returns why the lock was not released. `None` if it was released, or does not exist.
+    /// Returns the reason why the lock was not released. `None` if it was released or does not exist.
     pub(crate) fn reason(&self) -> Option<&str> {
         match self {
             Self::Kept { reason, .. } => Some(reason),
@@ -143,46 +149,47 @@ impl Outcome {
         }
     }
 
-    /// Returns that the lock is not released now.
+    /// Returns the outcome "not released, because of `reason`; a later attempt may succeed" ([`Because::NotYet`]).
     pub(crate) fn later(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), because: Because::NotYet }
     }
 
-    /// Returns that the lock is not released because a request failed. `part` is added to the reason.
+    /// Returns the outcome "not released, because a request failed". `part` is appended to the reason.
     fn failed(failure: &Failure, part: &str) -> Self {
         let because = failure.denied().map_or(Because::NoAnswer, Because::Denied);
         Self::Kept { reason: format!("{failure}{part}"), because }
     }
 }
 
-/// What is reported about a lock that was released.
+/// The facts that are reported about a released lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Released {
-    /// The `Created` of the lock. `None` if it is not a time.
+    /// The `Created` field of the lock. `None` if it is not a time.
     pub(crate) created: Option<jiff::Timestamp>,
-    /// What was seen of a write that was waited for. `None` if none was waited for.
+    /// The result of the wait for a write. `None` if no wait was necessary.
     pub(crate) write: Option<Write>,
-    /// The state and its digest, if they do not match any more. `None` if they match, or could not be compared.
+    /// The comparison of the state with its digest, if they do not match. `None` if they match or could not be
+    /// compared.
     pub(crate) digest_mismatch: Option<Comparison>,
-    /// Whether the lock request was not answered, and one of the lock's two parts was never seen. That part may still
-    /// land.
+    /// Whether the log shows no response to the lock request, and one of the lock's two parts was never found. The
+    /// request for that part may still land.
     pub(crate) is_partial: bool,
 }
 
-/// What became of a write that may have been in flight when terraform died.
+/// The result of the wait for a write that may have been in flight when terraform died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Write {
-    /// The state changed during the wait.
+    /// The state or its digest changed during the wait.
     Landed,
-    /// Nothing changed during the whole wait.
+    /// Neither the state nor its digest changed during the wait.
     Quiet,
 }
 
-/// One location, and the connections to its services as the run reached them.
+/// The location of a lock, and clients for its services that are configured by the location's backend.
 struct Services<'a> {
     location: &'a LockLocation,
     stores: Stores,
-    /// The locations where the parts of the lock can be.
+    /// The location of each part of the lock, in the order in which the parts are released.
     parts: Vec<StoreKey>,
 }
 
@@ -192,12 +199,13 @@ impl<'a> Services<'a> {
         Ok(Self { location, parts: location.store_keys(&stores), stores })
     }
 
-    /// Reads what is stored at `part` now. `None` if nothing is stored there, or if no lock can be there at all.
+    /// Reads what is stored at `part` now. `None` if nothing is stored there, or if no lock can exist there.
     async fn read(&self, part: &StoreKey) -> Result<Option<StoredLock>, Failure> {
         nothing_if_excluded(self.stores.read(part).await)
     }
 
-    /// Looks at everything that a write of the terraform that held `recorded` would change.
+    /// Reads everything that a write of the terraform with the lock `recorded` would change: the state, its digest, and
+    /// the parts of the lock. Returns a [`Failure`] also if a part's location holds something that is not a lock.
     async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
         let state = s3::fingerprint(&self.stores.s3, &self.location.bucket, &self.location.key).await?;
         let digest = match &self.location.table {
@@ -222,19 +230,19 @@ impl<'a> Services<'a> {
     }
 }
 
-/// One look at what a write of a dead terraform would change.
+/// What [`Services::look`] has read. Two values are equal if nothing has changed between the two reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Look {
-    /// The state and its digest, as a text that changes with them.
+    /// A text that changes whenever the state or its digest changes.
     state: String,
-    /// The text at the locations of the lock's parts.
+    /// The texts that are stored at the locations of the lock's parts, one after the other.
     lock: String,
-    /// Whether one of the parts may be the dead terraform's.
+    /// Whether at least one of the parts is or may be the lock of the dead terraform.
     holds: bool,
 }
 
-/// Returns `None` for a read that failed because no lock can be there: a table or bucket that does not exist has
-/// nothing in it.
+/// Returns `Ok(None)` for a failure that shows that no lock can exist at the location: for example, a table or bucket
+/// that does not exist contains nothing. Returns any other result unchanged.
 fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
     match read {
         Err(failure) if failure.cause().excludes_locks() => {
@@ -245,12 +253,12 @@ fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>,
     }
 }
 
-/// Returns why a lock is not released if something other than a lock was read.
+/// Returns the reason for not releasing a lock if `stored`, which was read at `part`, is not a lock.
 fn no_lock(part: &StoreKey, stored: &StoredLock) -> String {
     format!("what is stored there is not a lock ({}): {}", part.describe(), stored.describe_no_lock())
 }
 
-/// Limits `work` to `limit`. If it gives no answer within that time, it has failed, and the failure names `service`.
+/// Runs `work` with the timeout `limit`. If `work` times out, returns a [`Failure`] that names `service`.
 fn within<T>(
     limit: Duration,
     service: &'static str,
@@ -263,37 +271,38 @@ fn within<T>(
     }
 }
 
-/// Returns how much of `limit` is left since `begun`. It is at least [`POLL_INTERVAL`], which is enough for one look.
+/// Returns how much of `limit` is left, counted from `begun`. The result is at least [`POLL_INTERVAL`], which is enough
+/// for one read.
 fn remaining(limit: Duration, begun: Instant) -> Duration {
     limit.saturating_sub(begun.elapsed()).max(POLL_INTERVAL)
 }
 
-/// How much a release may cost.
+/// The time limit of a release, and the purpose of its credentials.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
-    /// How long a service that fails or is silent is asked.
+    /// How long to retry a service that fails or does not respond.
     pub(crate) limit: Duration,
-    /// What the credentials are for.
+    /// What the credentials are for. This decides whether a person may be prompted.
     pub(crate) purpose: Purpose,
 }
 
 impl Effort {
-    /// For a lock of the run itself, or one that a person has asked for.
+    /// For a lock of this run, or for a lock that a person wants to release.
     pub(crate) const WORK: Self = Self { limit: SERVICE_TIMEOUT, purpose: Purpose::Work };
 
-    /// For what is only explained, or looked for although it is most likely not there.
+    /// For a lock that is only explained in a message, or that most likely does not exist.
     pub(crate) const EXPLANATION: Self = Self { limit: EXPLANATION_TIMEOUT, purpose: Purpose::Explanation };
 }
 
-/// Releases the lock that the log recorded, if it exists and is the run's. A service that fails or is silent is asked
-/// again for `limit`, not counting the time in which credentials are requested.
+/// Releases the lock that the log recorded, if it exists and belongs to the run. Failed requests are retried for
+/// `limit`. The time for requesting credentials is not included in `limit`.
 pub(crate) async fn release(
     recorded: &RecordedLock,
     location: &LockLocation,
     release_context: &ReleaseContext,
     Effort { limit, purpose }: Effort,
 ) -> Outcome {
-    // Credentials are requested now and remembered, because the time limit of the release begins after that.
+    // Request the credentials before the time limit of the release begins. They are cached for the attempts below.
     if let Err(unreachable) = credentials(location, limit, purpose).await {
         return unreached(&unreachable);
     }
@@ -331,9 +340,9 @@ pub(crate) async fn release(
     }
 }
 
-/// Requests the credentials for `location` before any time limit begins. They are remembered, and their source may take
-/// longer than a service may. For [`Purpose::Work`], a service that gives them and is silent is asked again for
-/// `limit`.
+/// Requests and caches the credentials for `location`. The caller does this before its own time limit begins, because a
+/// source of credentials may take longer than a service may. For [`Purpose::Work`], the request is retried for `limit`
+/// if the service that provides the credentials does not respond.
 async fn credentials(location: &LockLocation, limit: Duration, purpose: Purpose) -> Result<(), Unreachable> {
     let begun = Instant::now();
     let mut interval = POLL_INTERVAL;
@@ -349,7 +358,7 @@ async fn credentials(location: &LockLocation, limit: Duration, purpose: Purpose)
     }
 }
 
-/// Returns the outcome for a lock whose services cannot be reached as the backend says.
+/// Returns the outcome "not released" for a lock whose services cannot be reached with the settings of its backend.
 fn unreached(unreachable: &Unreachable) -> Outcome {
     let because = match unreachable {
         Unreachable::Credentials(_) => Because::NoCredentials,
@@ -359,8 +368,9 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
     Outcome::Kept { reason: unreachable.to_string(), because }
 }
 
-/// Returns what is stored now at the locations of a lock's parts at `location`: one part, or two, of which the second one
-/// may be another run's. Empty if nothing can be read within [`EXPLANATION_TIMEOUT`].
+/// Returns what is stored now at `location`, with one entry for each part of a lock. If there are two entries, they may
+/// belong to the locks of two different runs. A part that cannot be read is left out. Empty if the reads take longer
+/// than [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Explanation).await else { return Vec::new() };
@@ -372,9 +382,9 @@ pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
 
-/// Returns the state at `location` and its digest, if they do not match. They are read once, within
-/// [`EXPLANATION_TIMEOUT`]. For a caller that has already seen a mismatch, and has waited for a while since. `None` if
-/// they match, or cannot be read.
+/// Compares the state at `location` with its digest once. Returns the comparison if they do not match. `None` if they
+/// match, or cannot be read within [`EXPLANATION_TIMEOUT`]. The two also differ for a moment while a run writes them.
+/// So the caller must have seen a mismatch before, and must have waited since then.
 pub(crate) async fn state_mismatch(location: &LockLocation) -> Option<Comparison> {
     let table = location.table.as_ref()?;
     let look = async {
@@ -384,8 +394,9 @@ pub(crate) async fn state_mismatch(location: &LockLocation) -> Option<Comparison
     timeout(EXPLANATION_TIMEOUT, look).await.ok()?.filter(|compared| !compared.fits())
 }
 
-/// Whether the lock `id` exists at `location`, or may exist. True also if a service did not let it be read within
-/// [`EXPLANATION_TIMEOUT`]. Its absence is believed at the second look, because one response proves nothing.
+/// Whether the lock `id` exists or may exist at `location`. It may exist if the location cannot be read within
+/// [`EXPLANATION_TIMEOUT`], or if something that is not a lock is stored there. False only if two reads in a row do not
+/// find the lock, because one response proves nothing.
 pub(crate) async fn may_exist(location: &LockLocation, id: &str) -> bool {
     let _ = credentials(location, EXPLANATION_TIMEOUT, Purpose::Work).await;
     if may_exist_once(location, id).await {
@@ -395,7 +406,8 @@ pub(crate) async fn may_exist(location: &LockLocation, id: &str) -> bool {
     may_exist_once(location, id).await
 }
 
-/// Does one look of [`may_exist`].
+/// Reads the lock's location once. Returns true if the lock `id`, or something that is not a lock, is there, or if a
+/// read failed or timed out.
 async fn may_exist_once(location: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Work).await else { return true };
@@ -412,24 +424,23 @@ async fn may_exist_once(location: &LockLocation, id: &str) -> bool {
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or(true)
 }
 
-/// What is stored at a location, compared with a lock that the log of its run does not name.
+/// The result of the search for a lock that the log of its run does not name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum IdentifiedLock {
-    /// Nothing that could be that lock.
+    /// Nothing at the location can be the run's lock.
     None,
-    /// That lock.
+    /// The run's lock was found.
     Ours(Box<RecordedLock>),
-    /// A lock that may be that lock, and why that is not certain.
+    /// A lock that may be the run's lock. The text says why that is not certain.
     Possible(Box<LockInfo>, &'static str),
 }
 
-/// Looks at `location` for a lock that the log does not name. The look is repeated while a request for the lock may land
-/// and, if terraform `died`, while no service answers. The absence of a lock that was held is believed at the second
-/// look.
+/// Searches `location` for the lock `unnamed`, which the log of its run does not name. The search is repeated while a
+/// request for the lock may land and, if terraform `died`, while the services do not respond. A lock that the run held
+/// counts as absent only if two searches in a row do not find it.
 ///
 /// # Errors
-/// Returns a [`Failure`] if a service did not let the lock be read, or if its location holds something that is not a
-/// lock.
+/// Returns a [`Failure`] if the location cannot be read, or if it holds something that is not a lock.
 pub(crate) async fn identify_unnamed_lock(
     unnamed: &UnnamedLock,
     location: &LockLocation,
@@ -463,7 +474,7 @@ pub(crate) async fn identify_unnamed_lock(
     }
 }
 
-/// Does one look of [`identify_unnamed_lock`].
+/// Searches once. The parameters and the result are those of [`identify_unnamed_lock`].
 async fn look_for(
     unnamed: &UnnamedLock,
     location: &LockLocation,
@@ -488,11 +499,12 @@ async fn look_for(
                 let mut lock =
                     RecordedLock::held(&info, &location.bucket, &location.key, parts, unnamed.progress.asked);
                 lock.progress.held = unnamed.progress.held;
-                // The lock was created at the moment at which it was requested, and the log has that moment only to the
-                // millisecond.
+                // `judge` rejects a lock whose `Created` is after its request. The log has the time of the request only
+                // in milliseconds, so use the time in the lock if that is later.
                 lock.progress.asked =
                     info.created().map_or(unnamed.progress.asked, |created| created.max(unnamed.progress.asked));
-                // If the log shows nothing of the lock but its request, a write or a delete of it may be in flight.
+                // If only the local backend's records mention the lock, the log does not show any write or delete. So a
+                // write or a delete may be in flight.
                 lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
                 return Ok(IdentifiedLock::Ours(Box::new(lock)));
             }
@@ -503,14 +515,14 @@ async fn look_for(
     Ok(found)
 }
 
-/// Returns a lock at `location` that nothing but its own JSON connects with a run whose log is lost: it has the same user
-/// and host, and was created after the run began. A machine with the same name passes the same test, so such a lock is
-/// only named, and never released. `any_user`: the run may have worked as another user of this host. `None` if there is
-/// no such lock.
+/// Searches `location` for a lock that may belong to a run whose log is lost. Only the lock's own JSON connects the
+/// lock with the run: it has the same user and host, and it was created after the run began. A lock from another
+/// machine with the same name has the same properties, so such a lock is only reported and never released. If
+/// `any_user` is true, any user of this host matches, because terraform may have run as another user. `None` if there
+/// is no such lock.
 ///
 /// # Errors
-/// Returns a [`Failure`] if a service did not let the lock be read, or if its location holds something that is not a
-/// lock.
+/// Returns a [`Failure`] if the location cannot be read, or if it holds something that is not a lock.
 pub(crate) async fn suspect(location: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let _ = credentials(location, SERVICE_TIMEOUT, Purpose::Work).await;
     let begun = Instant::now();
@@ -522,7 +534,7 @@ pub(crate) async fn suspect(location: &LockLocation, run: &Run, any_user: bool) 
     }
 }
 
-/// Does one look of [`suspect`].
+/// Searches once. The parameters and the result are those of [`suspect`].
 async fn look_for_suspect(location: &LockLocation, run: &Run, any_user: bool) -> Result<Option<LockInfo>, Failure> {
     let services = Services::connect(location, Purpose::Work).await.map_err(|error| unreachable(&error))?;
     for part in &services.parts {
@@ -545,31 +557,33 @@ fn unreachable(error: &Unreachable) -> Failure {
     }
 }
 
-/// One release, which may need several tries.
+/// The state of one release, which may need several calls of [`Attempt::go`].
 struct Attempt<'a> {
     recorded: &'a RecordedLock,
     location: &'a LockLocation,
     release_context: &'a ReleaseContext,
-    /// How long to ask a service that fails, counted from `begun`.
+    /// How long to retry a service that fails, counted from `begun`.
     limit: Duration,
     purpose: Purpose,
     begun: Instant,
-    /// Whether a service has said that the credentials have expired, and new ones were requested.
+    /// Whether new credentials were already requested, because a service reported that the old ones had expired.
     renewed: bool,
-    /// The parts that were the run's, and for which a delete was sent.
+    /// The parts that belonged to the run, and for which a delete request was sent.
     asked_to_go: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
-    /// Whether a part was deleted by this release.
+    /// Whether this release has deleted at least one part.
     deleted: bool,
-    /// What was seen of a write. `None` until the whole [`QUIET_WINDOW`] was waited for.
+    /// The result of the wait for a write. `None` until nothing has changed for a whole [`QUIET_WINDOW`].
     write: Option<Write>,
-    /// Whether a delete here takes effect everywhere, or was explicitly requested (`TFW_RELEASE=auto`).
+    /// Whether a delete needs no further consent: the table is not a global table, or the user has set
+    /// `TFW_RELEASE=auto`.
     agreed: bool,
 }
 
-/// Whether a write of the terraform that held `recorded` may be in flight: of the state, or by an unlock.
-/// `write_may_land` says whether any write can be. One unlock is in no log: if the item is another run's, terraform
-/// deletes the object that it has just put, without a condition (backend/remote-state/s3/client.go, `Lock`).
+/// Whether a write of the terraform with the lock `recorded` may be in flight: a write of the state, or a delete by an
+/// unlock. False if `write_may_land` is false. One delete is in no log, so the result is also true if the lock has two
+/// parts and terraform may have acquired only one: if the DynamoDB item belongs to another run, terraform
+/// unconditionally deletes the S3 object that it has just put (backend/remote-state/s3/client.go, `Lock`).
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
     let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
@@ -577,13 +591,14 @@ fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
 }
 
 impl Attempt<'_> {
-    /// Does one try. Each try connects anew, because what was wrong with the connection may be corrected by then.
+    /// Makes one attempt. Each attempt connects again, because the cause of an earlier failure may be fixed by then.
+    /// The caller may retry after a [`Failure`] that is not final.
     async fn go(&mut self) -> Result<Outcome, Failure> {
         let services = match Services::connect(self.location, self.purpose).await {
             Ok(services) => services,
             Err(unreachable) => return Ok(unreached(&unreachable)),
         };
-        // An answer to the lock request shows that no request is in flight any more. So does the exit of a terraform by
+        // A lock request may be in flight only if the log shows no response to it, and if terraform did not exit by
         // itself.
         let late = self.release_context.request_may_land && self.recorded.progress.held.is_none();
         let late_until = late.then(|| self.begun + LATE_REQUEST_WINDOW);
@@ -608,7 +623,7 @@ impl Attempt<'_> {
                         return Ok(Outcome::later(COMES_AND_GOES));
                     }
                     self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
-                    // The service answered all that time, so its time limit begins anew.
+                    // The services responded during the wait, so the time limit starts again.
                     self.begun = Instant::now();
                     before = None;
                 }
@@ -623,9 +638,10 @@ impl Attempt<'_> {
         }
     }
 
-    /// Reads, judges and deletes one part after the other.
+    /// Reads, judges and deletes one part after the other. Returns one result for each part, in the same order.
     async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
-        // Each part has its share of the time, so that a silent service does not keep the other one from being asked.
+        // Each part gets an equal share of the time. Otherwise a service that does not respond would leave no time for
+        // the other one.
         let share = remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1);
         let mut judged = Vec::new();
         for part in &services.parts {
@@ -635,7 +651,7 @@ impl Attempt<'_> {
         judged
     }
 
-    /// Returns what is reported about the lock when it was released.
+    /// Collects the facts that are reported about the lock after its release.
     async fn released(&self, services: &Services<'_>) -> Released {
         let unseen = services.parts.iter().any(|part| !self.asked_to_go.contains(part));
         Released {
@@ -646,13 +662,13 @@ impl Attempt<'_> {
         }
     }
 
-    /// Reads one part, judges it and deletes it, and repeats this until one of the three gives a result. All of that
-    /// may take as long as `limit`.
+    /// Reads one part, judges it and deletes it. Starts again if the part changed between the read and the delete. The
+    /// requests share the time limit `limit`.
     async fn part(&mut self, services: &Services<'_>, part: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let remaining = || remaining(limit, begun);
         loop {
-            // Both run concurrently, so that a slow service is waited for only once.
+            // Both requests run concurrently, so that a slow service causes only one delay.
             let agreed = self.agreed;
             let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
             let read = within(remaining(), part.service(), services.stores.read(part));
@@ -666,8 +682,8 @@ impl Attempt<'_> {
                 stored => stored?,
             };
             let Some(stored) = stored else {
-                // The run's part was here, and a delete was sent for it. It was deleted, although the response to the
-                // delete was lost.
+                // If a delete request was sent for this part, that request has deleted the part, and only the response
+                // to it was lost.
                 return Ok(if self.asked_to_go.contains(part) { Judged::Deleted } else { Judged::Absent });
             };
             let Some(info) = stored.info() else {
@@ -707,7 +723,7 @@ impl Attempt<'_> {
                 Removed::Anothers => {
                     sleep(Duration::from_millis(20)).await;
                     if self.begun.elapsed() > self.limit {
-                        return Ok(Judged::Doubt("it changed while it was being deleted"));
+                        return Ok(Judged::Doubt("the lock changed while it was being deleted"));
                     }
                 }
             }
@@ -715,10 +731,10 @@ impl Attempt<'_> {
     }
 }
 
-/// Returns why no part of a lock is deleted unless that is explicitly requested: its table is a global table. A
-/// conditional delete is correct in the region that gets the request, and can still undo a lock that was taken in
-/// another region a moment ago. `None` for any other table. If the credentials do not permit the question, the table
-/// counts as not global, as nearly all tables are.
+/// Returns the reason for not deleting a lock in a global table without explicit consent. The condition of the delete
+/// is checked only in the region that receives the request. So the delete can remove a lock that was taken a moment ago
+/// in another region. `None` if the location has no table, or if the table does not have this problem. If the
+/// credentials do not permit this check, the table counts as not global, as nearly all tables are.
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
     let Some(table) = &services.location.table else { return Ok(None) };
     match dynamodb::describe(&services.stores.dynamodb, table).await {
@@ -732,48 +748,49 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Judged {
     Absent,
-    /// No lock can be there.
+    /// No lock can exist at the part's location.
     Excluded,
     Deleted,
     Anothers(String),
-    /// Something that is not a lock is there. The text says what.
+    /// Something that is not a lock is stored at the part's location. The text describes it.
     NoLock(String),
     Doubt(&'static str),
-    /// The part is the run's, and a write may be in flight that would hit the next holder.
+    /// The part belongs to the run, but a write may be in flight that would overwrite the next holder's state or delete
+    /// its lock.
     NeedsQuiet,
-    /// The part is the run's, and is deleted only if that is explicitly requested. The text says why.
+    /// The part belongs to the run, but must not be deleted without explicit consent. The text says why.
     NeedsConsent(String),
 }
 
-/// What one look does not prove, with the index of the part: that the part is absent (`None`), or that something which
-/// is not a lock is in its place (the text says what).
+/// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
+/// absent) or a text that describes something in the part's place that is not a lock.
 type Unproven = Vec<(usize, Option<String>)>;
 
-/// One look at the parts of a lock, and what else is known.
+/// The results of one read of all parts of a lock, and the facts that decide what follows from them.
 struct PartsLook<'a> {
     parts: &'a [Result<Judged, Failure>],
-    /// Whether terraform held the lock.
+    /// Whether the log shows that terraform acquired the lock.
     was_had: bool,
-    /// Whether the quiet window is over.
+    /// Whether nothing has changed for a whole [`QUIET_WINDOW`].
     is_quiet: bool,
-    /// Whether a part was deleted in this look or in an earlier one.
+    /// Whether a part was deleted now or earlier in this release.
     was_deleted: bool,
-    /// What the previous look did not prove. `None` if there was none.
+    /// The findings that the previous read did not prove. `None` if there was no previous read.
     before: Option<&'a Unproven>,
-    /// Whether the lock was requested, and the request may land at this moment.
+    /// Whether a lock request may still land, so that an absent part may still appear.
     request_may_land: bool,
-    /// Whether the time is up, so that no more looks are to be taken.
+    /// Whether the time limit has passed. Then unproven findings are not read again.
     is_time_up: bool,
 }
 
-/// What follows from a look.
+/// The next step of a release, after one read of all parts.
 #[derive(Clone, Debug, PartialEq)]
 enum Step {
     /// A part could not be read or deleted.
     Failed(Failure),
-    /// A part is the run's, and must not be deleted before the quiet window is over.
+    /// A part belongs to the run, and must not be deleted until nothing has changed for [`QUIET_WINDOW`].
     WaitForQuiet,
-    /// One look does not prove the result.
+    /// One read does not prove the result, so the parts must be read again.
     LookAgain(Unproven),
     Kept(Outcome),
     Absent {
@@ -784,16 +801,16 @@ enum Step {
 }
 
 impl PartsLook<'_> {
-    /// Combines the results for the parts. The order of the steps is that of what must not be passed over:
+    /// Combines the results for the parts into the next step. The checks are in this order:
     ///
-    /// 1. A part that could not be read may hold anything. Nothing is concluded about the lock before that part was
-    ///    read.
-    /// 2. A part that is the run's and waits for the quiet window keeps the other part from deciding for the whole
-    ///    lock.
-    /// 3. An absence decides nothing while a request may land. If the lock was held, one absence alone decides nothing:
-    ///    a lock must not be forgotten because of one response that no service has sent (a proxy's, a cache's). Nor is
-    ///    one look enough to report that something which is not a lock blocks every run.
-    /// 4. A doubt about one part keeps the lock from being released, whatever became of the other part.
+    /// 1. A part that could not be read may hold anything. So nothing is decided until that part was read.
+    /// 2. If a part belongs to the run and must wait for the quiet window, the result for the other part does not
+    ///    decide.
+    /// 3. While a request may land, an absent part decides nothing. If terraform held the lock, one read that does not
+    ///    find a part decides nothing either: a lock must not be forgotten because of one response that comes from a
+    ///    proxy or a cache and not from the service. One read is also not enough to report that something which is not
+    ///    a lock blocks every run.
+    /// 4. A doubt about one part means that the lock is not released, whatever the result for the other part is.
     fn combine(&self) -> Step {
         if let Some(failure) = self.parts.iter().rev().find_map(|part| part.as_ref().err()) {
             return Step::Failed(failure.clone());
@@ -831,10 +848,10 @@ impl PartsLook<'_> {
 
     fn unproven(&self, parts: &[&Judged]) -> Unproven {
         let unproven = parts.iter().enumerate().filter_map(|(number, part)| match part {
-            // A lock that was never known to exist may be absent.
+            // The absence of a lock needs a second read only if the lock is known to have existed.
             Judged::Absent if self.was_had || self.is_quiet => Some((number, None)),
-            // While its request may land, the lock is looked for again in any case: its table may be about to appear as
-            // well.
+            // If terraform did not hold the lock, no second read is needed here: while a lock request may land,
+            // `combine` reads again in any case, because the table may still be created.
             Judged::Excluded if self.was_had => Some((number, None)),
             Judged::NoLock(reason) => Some((number, Some(reason.clone()))),
             _ => None,
@@ -844,7 +861,7 @@ impl PartsLook<'_> {
 }
 
 impl Judged {
-    /// Returns why the whole lock is not released. `None` if this part does not prevent the release.
+    /// Returns the outcome "not released" if this part prevents the release of the whole lock. `None` otherwise.
     fn keeps(&self) -> Option<Outcome> {
         match self {
             Self::Doubt(reason) => Some(Outcome::kept(*reason)),
@@ -854,8 +871,9 @@ impl Judged {
     }
 }
 
-/// Returns the state and its digest, if they do not match and no run is writing them at this moment. If they cannot be
-/// read, no mismatch is reported, and the lock is gone in any case.
+/// Compares the state with its digest after the release. Returns the comparison if they do not match and no run is
+/// writing them at this moment. `None` otherwise, and also if they cannot be read: the lock is released in any case, so
+/// that is not an error.
 async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
     let LockLocation { bucket, key, table, .. } = services.location;
     let table = table.as_ref()?;
@@ -870,16 +888,20 @@ async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
                 return None;
             }
         }
-        // The comparison has the same result again, and no run held the lock in between. So no run was between its
-        // write of the state and its write of the digest.
+        // If the second comparison has the same result and no run held the lock in between, the mismatch does not come
+        // from a run that has written the state and is about to write the digest.
         (compare().await.as_ref() == Some(&first)).then_some(first)
     };
     timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. Returns what
-/// was seen of the write. `None` if the lock is gone meanwhile: there is no lock to hold back then, and nothing is
-/// known of a write.
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. Returns
+/// whether the state changed during the wait. `None` if the lock disappears during the wait: then there is no lock to
+/// release, and nothing is known about a write.
+///
+/// # Errors
+/// Returns a [`Failure`] if a service does not respond for [`SERVICE_TIMEOUT`], or if something still changes after
+/// [`MAX_QUIET_TIMEOUT`].
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.progress.may_be_writing();
@@ -895,7 +917,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
         sleep(POLL_INTERVAL).await;
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
-            // The next look sees what happens meanwhile.
+            // Continue after a failed read: the next successful read shows every change since the last one.
             Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {
                 trace!("not seen: {failure}");
                 continue;
@@ -920,20 +942,20 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
     }
 }
 
-/// Returns why a lock in a global table is not released.
+/// Returns the reason for not releasing a lock in a global table.
 fn describe_global_table(table: &str, replicas: &[String]) -> String {
     format!(
-        "DynamoDB table {} is a global table ({}): a delete can remove a lock that another region has just taken; if \
-         every run uses the same region, set TFW_RELEASE=auto",
+        "DynamoDB table {} is a global table ({}), where a delete can remove the lock of a run in another region\n\
+         if every run uses the same region, set TFW_RELEASE=auto",
         visible(table),
         visible(&replicas.join(", "))
     )
 }
 
-/// Why a lock was not released: one look found it, and the next one did not.
-const COMES_AND_GOES: &str = "one read finds it, and the next does not";
+/// The reason for not releasing a lock if two reads in a row had different results.
+const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";
 
-/// Reports that a write may be in flight.
+/// Returns the message that a write may be in flight, and that `tf` waits for it.
 fn waiting_for_write(quiet: Duration) -> String {
     format!(
         "terraform's last write may still arrive; waiting until nothing has arrived for {} s before releasing the lock",
@@ -941,10 +963,10 @@ fn waiting_for_write(quiet: Duration) -> String {
     )
 }
 
-/// Reports that the request which undoes one part of a lock may be in flight.
+/// Returns the message that terraform's delete of one part of its lock may be in flight, and that `tf` waits for it.
 fn waiting_for_undo(quiet: Duration) -> String {
     format!(
-        "terraform ended while it took the two parts of its lock; waiting until nothing has arrived for {} s before \
+        "terraform exited while it took the two parts of its lock; waiting until nothing has arrived for {} s before \
          releasing them",
         quiet.as_secs()
     )
@@ -954,7 +976,7 @@ fn waiting_for_undo(quiet: Duration) -> String {
 mod tests {
     use super::*;
 
-    /// Tests everything that a log can say of a lock, and whether a write can be in flight at all.
+    /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
     #[test]
     fn a_write_is_waited_for_where_one_can_be_on_its_way() {
         use crate::terraform::log::{Log, tests::ID, tests::lock_line};
@@ -989,7 +1011,7 @@ mod tests {
         ]
     }
 
-    /// Returns the parts of all locks with one part and with two.
+    /// Returns every combination of results for a lock with one part and for a lock with two parts.
     fn all_parts() -> Vec<Vec<Result<Judged, Failure>>> {
         let one = findings().into_iter().map(|part| vec![part]);
         let two = findings()
@@ -998,7 +1020,7 @@ mod tests {
         one.chain(two).collect()
     }
 
-    /// Calls `promise` for all parts in all circumstances, with the step that follows.
+    /// Calls `promise` with every possible [`PartsLook`] and the [`Step`] that follows from it.
     fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
         for parts in all_parts() {
             for bits in 0..32_u8 {

@@ -1,5 +1,5 @@
-//! The part of a lock in S3: an object beside the state. Its key is the key of the state followed by `.tflock`, and its
-//! body is the lock's JSON (backend/remote-state/s3/client.go, `lockWithFile`).
+//! The S3 part of a lock: an object in the same bucket as the state. Its key is the key of the state followed by
+//! `.tflock`, and its body is the lock's JSON (backend/remote-state/s3/client.go, `lockWithFile`).
 
 use std::time::Duration;
 
@@ -28,8 +28,8 @@ const MAX_LOCK_BYTES: u64 = 1 << 20;
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
-    /// Its body, with every sequence that is not UTF-8 replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`]:
-    /// then the body was not read.
+    /// The body, in which every sequence that is not UTF-8 is replaced. Empty if the object is larger than
+    /// [`MAX_LOCK_BYTES`], because the body is not read then.
     pub(crate) body: String,
     /// The length of the object, in bytes.
     pub(crate) length: u64,
@@ -57,8 +57,9 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
     Client::from_conf(builder.build())
 }
 
-/// The key of `sse_customer_key`, which this interceptor adds to requests. S3 does not store such a key, so each
-/// request that reads or writes an object must contain it. Terraform sends it only if `encrypt` is set (client.go).
+/// The encryption key `sse_customer_key`, which this interceptor adds to requests. S3 does not store such a key, so
+/// each request that reads or writes an object must contain it. Terraform sends it only if `encrypt` is set
+/// (client.go), and so does `tf`.
 #[derive(Clone)]
 struct CustomerKey {
     /// The key in base64, as it is in the backend.
@@ -74,6 +75,8 @@ impl std::fmt::Debug for CustomerKey {
 }
 
 impl CustomerKey {
+    /// Returns the key in `backend` or in `AWS_SSE_CUSTOMER_KEY`. `None` if there is no key, if the key is not base64,
+    /// or if `encrypt` is not set.
     fn of(backend: &CachedBackend) -> Option<Self> {
         let key = backend.string("sse_customer_key").map(ToOwned::to_owned);
         let key =
@@ -122,7 +125,7 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
     let etag = answer.e_tag.clone();
     let length = length(answer.content_length);
     if let Some(length) = length.filter(|length| *length > MAX_LOCK_BYTES) {
-        // This is not a lock. It is not read, because an object at that key may have any size.
+        // An object of this size is not a lock. Its body is not read, because it may be arbitrarily large.
         return Ok(Some(Object { body: String::new(), length, etag }));
     }
     let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
@@ -130,8 +133,8 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
     Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
 }
 
-/// Reads an object and passes each piece of its body to `take`. The result is the time at which the object was last
-/// written. The outer `Option` is `None` if there is no object, the inner one if the service does not report the time.
+/// Reads an object and passes each piece of its body to `take`. Returns the time at which the object was last written.
+/// The outer `Option` is `None` if there is no object, the inner one if the service does not report the time.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, if S3 cannot have sent the response, or if the body does not arrive
@@ -151,13 +154,13 @@ pub(crate) async fn stream(
     Ok(Some(written))
 }
 
-/// Returns how long a body of `length` bytes may take. The SDK aborts a body that has stalled, but accepts one that
-/// delivers a byte per second for ever.
+/// Returns the timeout for reading a body of `length` bytes. It is necessary because the SDK aborts a body that has
+/// stalled, but accepts one that delivers one byte per second forever.
 fn body_timeout(length: Option<u64>) -> Duration {
     const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(8);
-    /// Bytes per second. Any connection on which terraform is usable is faster.
+    /// The lowest accepted rate: 64 KiB/s. Any connection on which terraform is usable is faster.
     const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
-    // A body of unknown length may take as long as a state of 4 MiB.
+    // A body of unknown length has the timeout of a state of 4 MiB.
     FIRST_BYTE_TIMEOUT + Duration::from_secs(length.unwrap_or(4 << 20) / MIN_BYTES_PER_SECOND)
 }
 
@@ -220,8 +223,8 @@ impl KeyPages {
     }
 }
 
-/// Returns a text that differs between two versions of the state: its ETag and the time of its last change. `None` if
-/// there is no such object.
+/// Returns a text that differs between two versions of the state. It contains the ETag and the time of the last change.
+/// `None` if there is no such object.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, or if S3 cannot have sent the response.
@@ -239,8 +242,8 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
             Ok(Some(text(answer.e_tag(), answer.last_modified())))
         }
         Ok(_) => Err(no_answer(200)),
-        // The response to a HEAD has no body, so it does not say who sent a 404 or what is wrong. The response to a GET
-        // says both.
+        // The response to a HEAD request has no body. So it does not show whether S3 sent a 404, or what another error
+        // means. The response to a GET request shows both.
         Err(error) if error.raw_response().is_some_and(|response| response.status().is_client_error()) => {
             let answer = get(client, bucket, key).await?;
             Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
@@ -249,7 +252,7 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
     }
 }
 
-/// The headers of a successful response that show who sent it.
+/// The headers that show whether S3 sent a successful response.
 struct Headers<'a> {
     etag: Option<&'a str>,
     content_type: Option<&'a str>,
@@ -257,8 +260,9 @@ struct Headers<'a> {
 }
 
 impl Headers<'_> {
-    /// Whether the response can come from S3. Every object has an `ETag`, but so do the pages of a web server. So an HTML
-    /// page counts only if it has a request ID: terraform writes no HTML, and S3 gives each response a request ID.
+    /// Whether S3 can have sent the response. Every S3 object has an `ETag`, but so do the pages of a web server. S3
+    /// adds a request ID to every response, but some compatible services do not. So a request ID is required only for
+    /// an HTML page, which terraform never writes.
     fn is_an_answer(&self) -> bool {
         let is_a_page = self.content_type.is_some_and(|kind| kind.to_ascii_lowercase().starts_with("text/html"));
         self.etag.is_some_and(|etag| !etag.is_empty()) && (!is_a_page || self.request_id.is_some())
@@ -271,18 +275,18 @@ fn no_answer(status: u16) -> Failure {
     Failure::no_answer("S3", &NoAnswer { service: "S3", status }.to_string())
 }
 
-/// Where an object is.
+/// The bucket and the key of an object.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ObjectKey<'a> {
     pub(crate) bucket: &'a str,
     pub(crate) key: &'a str,
 }
 
-/// Puts a lock, encrypted as `backend` says, if there is no object at `key`. False if there is one, or if one is being
-/// written at this moment.
+/// Puts a lock, encrypted as `backend` specifies, if there is no object at `key`. Returns false if there is one, or if
+/// one is being written at this moment.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the request fails for another reason than its condition. The lock may have been put
+/// Returns a [`Failure`] if the request fails for a reason other than its condition. The lock may have been put
 /// nevertheless.
 pub(crate) async fn put_if_absent(
     client: &Client,
@@ -313,17 +317,17 @@ pub(crate) async fn put_if_absent(
 
 /// Deletes the object, on the condition that it is still `object` (`If-Match`).
 ///
-/// A service that ignores `If-Match` deletes any object at that key. The caller must read the object immediately
-/// before, so that the time in which another object can be deleted is as short as such a service allows.
+/// A service that ignores `If-Match` deletes any object at that key. So the caller must read the object immediately
+/// before the delete. That keeps the time short in which another object can replace it and be deleted by mistake.
 ///
 /// # Errors
-/// Returns a [`Failure`] if the object has no ETag or a weak one, or if the request fails for another reason than its
+/// Returns a [`Failure`] if the object has no ETag or a weak one, or if the request fails for a reason other than its
 /// condition.
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
     let Some(etag) = &object.etag else {
         return Err(Failure::no_answer("S3", "the service returned no ETag for the lock object"));
     };
-    // If-Match uses the strong comparison, in which a weak ETag equals no ETag (RFC 9110, 8.8.3.2 and 13.1.1).
+    // If-Match uses the strong comparison, in which a weak ETag never matches (RFC 9110, 8.8.3.2 and 13.1.1).
     if etag.starts_with("W/") {
         let reason = "the service returns only weak ETags, which a conditional delete cannot use";
         return Err(Failure::refusal("S3", reason));
@@ -348,7 +352,7 @@ pub(super) fn failure<E>(action: &'static str, error: &SdkError<E>) -> Failure
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
-    // The SDK itself sets this code for a 404 without a body. The service did not send it.
+    // The SDK itself sets this code for a 404 without a body, so the response does not come from S3.
     if error.code() == Some("NotFound") {
         return no_answer(404);
     }

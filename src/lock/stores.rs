@@ -1,5 +1,4 @@
-//! Reads and deletes the parts of a lock in the two services that store them, DynamoDB and S3, with the connection that
-//! one backend uses.
+//! Reads and deletes the parts of a lock in DynamoDB and S3, with the connection settings of one backend.
 
 use crate::aws::settings;
 use crate::lock::dynamodb::ItemKey;
@@ -67,8 +66,8 @@ impl StoreKey {
     }
 }
 
-/// What was read at a lock's location. A delete is conditional on it: on the item's `Info` attribute byte for byte, or
-/// on the object's ETag.
+/// The content of a lock's location, as it was read. A delete has the condition that this content is unchanged: the
+/// item's `Info` attribute byte for byte, or the object's ETag.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum StoredLock {
     /// The `Info` attribute of a DynamoDB item.
@@ -78,7 +77,7 @@ pub(crate) enum StoredLock {
 }
 
 impl StoredLock {
-    /// Returns the text that should be a lock's JSON. It is empty if the item has no text or the object is too large.
+    /// Returns the text that should be a lock's JSON. Empty if the item has no text or the object is too large.
     pub(crate) fn text(&self) -> &str {
         match self {
             Self::Item(info) => info.text(),
@@ -91,13 +90,13 @@ impl StoredLock {
         LockInfo::parse(self.text())
     }
 
-    /// Whether it is a terraform state, which somebody has put at a lock's location by mistake.
+    /// Whether the content is a terraform state, which a person has put at a lock's location by mistake.
     pub(crate) fn is_state(&self) -> bool {
         let state = serde_json::from_str::<serde_json::Value>(self.text()).unwrap_or_default();
         ["lineage", "serial"].iter().all(|name| state.get(name).is_some())
     }
 
-    /// Describes something at a lock's location that is not a lock. The description contains none of its text.
+    /// Describes content that is not a lock. The description contains no part of the content.
     pub(crate) fn describe_no_lock(&self) -> String {
         let text = self.text().trim_start();
         match self {
@@ -135,11 +134,11 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Resolves the region and the credentials. It sends no request to DynamoDB or S3.
+    /// Determines the region and the credentials. Sends no request to DynamoDB or S3.
     ///
     /// # Errors
-    /// Returns [`settings::Unreachable`] if the backend block or the environment cannot be followed, if no credentials
-    /// are available, or if no region is known.
+    /// Returns [`settings::Unreachable`] if the backend block or the environment has a setting that `tf` does not
+    /// support, if no credentials are available, or if no region is known.
     pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<Self, settings::Unreachable> {
         let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
@@ -147,7 +146,7 @@ impl Stores {
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 
-    /// Returns the region.
+    /// Returns the region that both clients use.
     pub(crate) fn region(&self) -> &str {
         &self.region
     }
@@ -178,7 +177,7 @@ impl Stores {
     /// Deletes what is stored at `store_key`, on the condition that it is still `stored`.
     ///
     /// # Errors
-    /// Returns a [`Failure`] if the request fails for another reason than its condition.
+    /// Returns a [`Failure`] if the request fails for a reason other than its condition.
     pub(crate) async fn delete(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Deleted, Failure> {
         match (store_key, stored) {
             (StoreKey::DynamoDb { table, key, .. }, StoredLock::Item(info)) => {
@@ -187,7 +186,7 @@ impl Stores {
             (StoreKey::S3 { bucket, key, .. }, StoredLock::Object(object)) => {
                 s3::delete(&self.s3, bucket, key, object).await
             }
-            // What was read in one service cannot be in the other one.
+            // `stored` was read from one service, and `store_key` is in the other one, so `stored` cannot be there.
             (StoreKey::DynamoDb { .. }, StoredLock::Object(_)) | (StoreKey::S3 { .. }, StoredLock::Item(_)) => {
                 Ok(Deleted::Changed)
             }
@@ -195,8 +194,8 @@ impl Stores {
     }
 
     /// Deletes what is stored at `store_key`, on the condition that it is still `stored`, and reads the location again.
-    /// Only that read decides the result: the SDK may send a delete twice, and the second one finds nothing, and a
-    /// proxy can answer "deleted" although the service has deleted nothing. It tries up to 5 times.
+    /// Only that read decides the result, for two reasons. The SDK may send a delete twice, and the second one then
+    /// finds nothing. A proxy may report a delete although the service has deleted nothing. Makes up to 5 attempts.
     ///
     /// # Errors
     /// Returns a [`Failure`] if a request fails, or if the location holds something that is not a lock after the delete
@@ -210,7 +209,7 @@ impl Stores {
                 None if stored.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
                     return Err(Failure::no_answer(
                         store_key.service(),
-                        "after the delete, its place holds something that is not a lock",
+                        "after the delete, something that is not a lock is in the lock's place",
                     ));
                 }
                 None => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -220,12 +219,12 @@ impl Stores {
     }
 }
 
-/// Returns the result of a delete of `read`, when `now` is stored at its location after the delete. `None` if the
-/// location must be read again.
+/// Returns the result of a delete of `read`. `now` is what its location holds after the delete. `None` if that does not
+/// show the result, so that the delete must be repeated.
 fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
     let Some(now) = now else { return Some(Removed::Gone) };
-    // Two findings do not show whether the lock is gone: the same contents again, and contents that are not a lock
-    // where a lock was read.
+    // Two findings do not show whether the lock is gone: the same content as before, and content that is not a lock
+    // although a lock was read before.
     if now == read || (now.info().is_none() && read.info().is_some()) {
         return None;
     }
@@ -260,7 +259,7 @@ mod tests {
         ] {
             assert_eq!(removed(deleted, &ours, now), expected, "{deleted:?} {now:?}");
         }
-        // Contents that were not a lock when they were read are deleted only if a person asks for it.
+        // This case happens only if a person requests the delete of content that is not a lock.
         assert_eq!(removed(Deleted::Changed, &page, Some(&other)), Some(Removed::Anothers));
     }
 }

@@ -1,5 +1,5 @@
-//! The backends other than S3: what an abrupt end of terraform leaves in each, and what `tf` does about it. This is the
-//! only list; docs/backends.md is generated from it.
+//! The backends other than S3: what remains of a lock in each of them when terraform is killed, and what `tf` does
+//! about it. This list is the only one; docs/backends.md is generated from it.
 //!
 //! The facts come from the sources of Terraform 1.15 and OpenTofu 1.12 (internal/backend/remote-state/KIND/client.go,
 //! `Lock` and `Unlock`).
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::backend::{CachedBackend, is_unset};
 
-/// What `tf` does about a lock that a dead terraform left.
+/// What `tf` does about a lock that a killed terraform has left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum UnlockPolicy {
-    /// Nothing: the lock ends with its process or its session.
+    /// Nothing, because the lock ends with terraform's process or session.
     Nothing,
     /// Run `force-unlock` with the lock's ID. The service itself makes the delete conditional on that ID.
     ForceUnlock,
@@ -20,25 +20,25 @@ pub(crate) enum UnlockPolicy {
     Name,
 }
 
-/// One backend, and what `tf` knows about its locks.
+/// A backend other than S3, and the facts about its locks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OtherBackend {
     pub(crate) kind: &'static str,
     pub(crate) unlock_policy: UnlockPolicy,
-    /// What remains when terraform is killed.
+    /// What remains of a lock when terraform is killed.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     leaves: &'static str,
     /// Whether the unlock is conditional on the lock's ID, and how that was verified.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     conditional: &'static str,
-    /// How to see which run holds the lock.
+    /// How a person can see which run holds the lock.
     pub(crate) look: &'static str,
-    /// The attributes that say where the lock is. They hold no secret.
+    /// The attributes that contain the location of the lock. They contain no secret.
     place: &'static [&'static str],
 }
 
-/// The backends of Terraform 1.15 and OpenTofu 1.12, except `s3`. Those that Terraform 1.3 removed (artifactory, etcd,
-/// etcdv3, manta, swift) are not listed.
+/// The backends of Terraform 1.15 and OpenTofu 1.12, except `s3`. The list does not contain the backends that Terraform
+/// 1.3 removed (artifactory, etcd, etcdv3, manta, swift).
 pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     OtherBackend {
         kind: "local",
@@ -146,18 +146,18 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
     },
 ];
 
-/// The attribute that names a service to use in place of Google Cloud Storage.
+/// The attribute with the address of a service that replaces Google Cloud Storage.
 const ENDPOINT: &str = "storage_custom_endpoint";
 
 impl OtherBackend {
-    /// Returns what is known of a backend. `None` for `s3`, and for a backend that is not in the list.
+    /// Returns the entry for a backend. `None` for `s3`, and for a backend that is not in the list.
     pub(crate) fn of(backend: &CachedBackend) -> Option<&'static Self> {
         OTHER_BACKENDS.iter().find(|other| other.kind == backend.kind)
     }
 
-    /// Returns the policy for this particular block; `variable` reads the environment. For `gcs` with an endpoint of
-    /// its own it is [`UnlockPolicy::Name`], because a service other than Google's may ignore the condition of the
-    /// delete. The service that the tests use ignores it.
+    /// Returns the policy for this particular block. `variable` returns the value of an environment variable. For `gcs`
+    /// with another endpoint than Google's, the policy is [`UnlockPolicy::Name`], because another service may ignore
+    /// the condition of the delete. The service that the tests use does ignore it.
     pub(crate) fn unlock_policy(
         &self,
         backend: &CachedBackend,
@@ -170,13 +170,13 @@ impl OtherBackend {
         if self.kind == "gcs" && elsewhere { UnlockPolicy::Name } else { self.unlock_policy }
     }
 
-    /// Whether an attribute says where the lock is or which service has it, and is known to contain no secret.
+    /// Whether an attribute may be recorded: it contains the lock's location or the service's address, and no secret.
     pub(crate) fn may_keep(&self, name: &str, value: &Value) -> bool {
         let known = self.place.contains(&name) || name == ENDPOINT;
         known && value.as_str().is_none_or(|text| without_secrets(text) == text)
     }
 
-    /// Describes the location of the lock for a message: the attributes in the block that name it, without secrets.
+    /// Returns the location of the lock for a message: the attributes of the block that contain it, without secrets.
     pub(crate) fn place(&self, backend: &CachedBackend) -> String {
         let named = self.place.iter().filter_map(|name| {
             let value = match backend.attributes().find(|(known, value)| known == name && !is_unset(value))?.1 {
@@ -189,8 +189,8 @@ impl OtherBackend {
     }
 }
 
-/// Removes the query and the fragment from a URL, and replaces a URL that contains a user: each can contain a password.
-/// Other text is returned unchanged.
+/// Removes the query and the fragment from a URL, because either can contain a password. A URL that contains a user is
+/// replaced as a whole, for the same reason. Other text is returned unchanged.
 fn without_secrets(text: &str) -> &str {
     if !text.contains("://") {
         return text;
@@ -205,19 +205,24 @@ pub(crate) fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
         "# Other backends than S3\n\n\
-         What a killed terraform leaves in each backend, and what `tf` does about it. Where `tf` releases the lock, it first\n\
-         requests the lock itself (`terraform taint` of a resource that does not exist, which changes nothing): the refusal\n\
-         names the lock. If the creation time shows that the lock belongs to its run, `tf` waits 10 s and runs\n\
-         `terraform force-unlock` with its ID, with the same program, directory and environment. Then it checks again. In the\n\
-         other backends, `tf` names the lock and prints how to see who holds it. Made from src/terraform/other_backends.rs by `make generated`.\n\n\
+         This page lists what a killed terraform leaves in each backend, and what `tf` does about it.\n\n\
+         For gcs, azurerm, kubernetes and oci, `tf` releases the lock. It first tries to take the lock itself (`terraform taint`\n\
+         of a resource that does not exist, which changes nothing). The error message of that command has the ID of the lock. If\n\
+         the creation time shows that the lock belongs to its run, `tf` waits 10 s and runs `terraform force-unlock` with that\n\
+         ID, with the same program, directory and environment. Then it checks again.\n\n\
+         For http, cos, oss, remote and cloud, `tf` reports the lock and prints how to see who holds it. For local, pg, consul\n\
+         and inmem it does nothing, because no lock remains.\n\n\
+         This page is generated from src/terraform/other_backends.rs by `make generated`.\n\n\
          | backend | what is left | is its unlock conditional on the ID? | `tf` | to see who holds it |\n|---|---|---|---|---|\n",
     );
     for OtherBackend { kind, unlock_policy, leaves, conditional, look, .. } in OTHER_BACKENDS {
         let does = match unlock_policy {
             UnlockPolicy::Nothing => "nothing: there is nothing to do",
-            UnlockPolicy::ForceUnlock if *kind == "gcs" => "releases it; only names it if the endpoint is not Google's",
+            UnlockPolicy::ForceUnlock if *kind == "gcs" => {
+                "releases it; only reports it if the endpoint is not Google's"
+            }
             UnlockPolicy::ForceUnlock => "releases it",
-            UnlockPolicy::Name => "only names it",
+            UnlockPolicy::Name => "only reports it",
         };
         let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | `{}` |", look.replace('|', "\\|"));
     }

@@ -615,7 +615,7 @@ fn what_tf_locks_says_of_another_backend_is_what_the_table_says() {
     assert!(!end.err.contains("hunter2"), "{}", end.err);
     let end = env.run(Subject::Tf, &["locks", "doctor"]);
     assert!(
-        end.out.contains("note   backend: http, ") && end.out.contains("tf names a lock there but does not release it"),
+        end.out.contains("note   backend: http, ") && end.out.contains("tf only reports a lock there"),
         "{}",
         env.dump(&end)
     );

@@ -261,7 +261,7 @@ fn doctor_says_what_a_programs_log_tells() {
     let mut old = TestEnv::empty(Lock::DynamoDb);
     old.set("TFW_TERRAFORM", program("terraform-1.8.4"));
     old.write_main("", "true");
-    assert!(said(&old).contains("it is not known yet which one"), "{}", said(&old));
+    assert!(said(&old).contains("tf does not know yet which one"), "{}", said(&old));
     let end = old.run(Subject::Tf, &["init", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", old.dump(&end));
     assert!(said(&old).contains("Terraform 1.8.4: its log reports its locks"), "{}", said(&old));
@@ -289,7 +289,7 @@ fn what_opentofu_does_not_tell_is_named_and_kept() {
     proxy.let_go();
     let end = run.wait();
     assert!(
-        end.err.contains("may be its own and was not released") && end.err.contains(&id_of(&standing[0])),
+        end.err.contains("may belong to that run and was not released") && end.err.contains(&id_of(&standing[0])),
         "{}",
         env.dump(&end)
     );
@@ -337,7 +337,7 @@ fn a_lock_that_opentofu_only_asked_for_is_named_in_the_end() {
                 env.wait_for_trace("the tree is dead");
                 let id = land();
                 let end = run.wait();
-                assert!(end.err.contains("may be its own and was not released"), "{}", env.dump(&end));
+                assert!(end.err.contains("may belong to that run and was not released"), "{}", env.dump(&end));
                 assert!(end.err.contains(&id), "{}", env.dump(&end));
                 env.delete_lock();
                 continue;

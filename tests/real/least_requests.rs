@@ -121,7 +121,7 @@ fn without_permission_to_list_the_bucket_the_default_and_the_selected_workspace_
     env.set("TF_WORKSPACE", "green");
     let end = locks(&env, &["list", "--json"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("s3:ListBucket is missing"), "{}", env.dump(&end));
+    assert!(end.err.contains("permission denied: s3:ListBucket"), "{}", env.dump(&end));
     let all: Value = serde_json::from_str(&end.out).unwrap();
     let workspaces: Vec<_> = all["locks"].as_array().unwrap().iter().map(|lock| &lock["workspace"]).collect();
     assert_eq!(workspaces, ["green"], "{all}");

@@ -240,7 +240,7 @@ fn bad_input_is_a_sentence_and_a_next_step() {
             "check the name, the region and the profile",
         ),
         (vec!["--chdir", "empty"], "terraform init"),
-        (vec!["show", "nothing-like-it"], "nothing to release"),
+        (vec!["show", "nothing-like-it"], "there is no lock at"),
         (vec!["lits"], "list"),
         (vec!["release", "--force", "5e75"], "there is no lock at"),
     ];

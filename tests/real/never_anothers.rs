@@ -121,7 +121,7 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     assert_eq!(cloud().item(&env.table, &other_path), Some(living), "{}", env.dump(&end));
     // The run's own lock is released, and the other one is reported as what it is.
     env.assert_unlocked();
-    assert!(end.err.contains("it matches no backend of this directory"), "{}", env.dump(&end));
+    assert!(end.err.contains("the lock matches no backend of this directory"), "{}", env.dump(&end));
 
     let env = TestEnv::new(Lock::DynamoDb, "true");
     let living = lock_json(OTHER, &env.path());

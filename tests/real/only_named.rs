@@ -133,7 +133,7 @@ fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands
         for words in [&["recover", "--dry-run"][..], &["recover"]] {
             let end = locks(&env, words);
             assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-            assert!(end.out.contains("tf cannot tell whether it is alive"), "{}", env.dump(&end));
+            assert!(end.out.contains("tf cannot tell whether that run is still running"), "{}", env.dump(&end));
             assert!(end.out.contains(&id_of(&env.locks()[0])), "{}", env.dump(&end));
         }
         let said = locks(&env, &["recover"]).out;

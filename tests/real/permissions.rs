@@ -433,7 +433,7 @@ fn with_a_table_alone_terraforms_own_policy_is_enough_for_tf_locks() {
     for words in ["list", "show", "audit --older-than 1h"] {
         let end = place.locks(words);
         assert_eq!(end.code(), Some(2), "{words}: {}", place.env.dump(&end));
-        assert!(end.err.contains("lock objects beside the states were not checked"), "{words}: {}", end.err);
+        assert!(end.err.contains("the .tflock objects were not checked"), "{words}: {}", end.err);
     }
     let end = place.locks("release --yes");
     assert_eq!(end.code(), Some(0), "{}", place.env.dump(&end));
@@ -453,7 +453,7 @@ fn a_release_that_stops_half_way_says_so() {
     let end = place.locks("release --yes");
     assert_eq!(end.code(), Some(1), "{}", place.env.dump(&end));
     assert!(end.err.contains("lack s3:DeleteObject on"), "{}", end.err);
-    assert!(end.err.contains("its other part was deleted"), "{}", end.err);
+    assert!(end.err.contains("the other part of the lock was deleted"), "{}", end.err);
     assert_eq!(place.standing().len(), 1);
 }
 
@@ -506,7 +506,7 @@ fn nothing_is_superfluous_in_the_policy_for_an_operator() {
         let fix = place.locks("doctor --fix-digest --yes");
         let told = [&doctor, &release, &fix].map(|end| format!("{}{}", end.out, end.err)).concat();
         let named = match missing.name() {
-            "DescribeTable" => "permission denied to describe it",
+            "DescribeTable" => "permission denied: dynamodb:DescribeTable",
             _ => &missing.action,
         };
         assert!(told.contains(named), "{missing:?}: {told}");

@@ -95,7 +95,7 @@ fn a_lock_that_disagrees_with_its_record_is_named_and_recover_ends_with_2() {
     let end = recover(&env, &[]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     let id = id_of(&env.locks()[0]);
-    assert!(end.out.contains("its Who is not this user on this host"), "{}", env.dump(&end));
+    assert!(end.out.contains("the lock's Who is not this user on this host"), "{}", env.dump(&end));
     assert!(end.out.contains(&format!("force-unlock {id}")), "{}", env.dump(&end));
     env.assert_locked();
 }
@@ -118,5 +118,5 @@ fn a_doubt_that_nobody_has_read_stays_in_the_journal() {
     env.assert_locked();
     let end = recover(&env, &[]);
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-    assert!(end.out.contains("its Who is not this user on this host"), "{}", env.dump(&end));
+    assert!(end.out.contains("the lock's Who is not this user on this host"), "{}", env.dump(&end));
 }

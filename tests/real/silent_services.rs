@@ -83,7 +83,7 @@ fn a_lock_of_two_parts_stays_whole_while_the_table_is_silent() {
     silent.store(true, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("was not released: DynamoDB: no answer within"), "{}", env.dump(&end));
+    assert!(end.err.contains("tf: DynamoDB: no answer within"), "{}", env.dump(&end));
     env.assert_locked();
     silent.store(false, Ordering::SeqCst);
     proxy.let_go();
@@ -298,7 +298,8 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
         "<?xml version=\"1.0\"?><Error><Code>NotImplemented</Code><Message>A header you provided implies functionality \
          that is not implemented</Message></Error>",
     );
-    for (answer, expected) in [(no_key, "fix that before you try again"), (unknown, "this store does not support that")]
+    for (answer, expected) in
+        [(no_key, "fix that before you try again"), (unknown, "this service does not support that")]
     {
         let mut env = TestEnv::new(Lock::File, "true");
         env.lock_of_another();
@@ -542,7 +543,11 @@ fn a_lock_whose_table_is_away_is_released_when_the_table_is_back() {
         // A run that this lock refuses reports that the holder is dead, and which command to type.
         let end = env.run(Subject::Tf, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-        assert!(end.err.contains("the holder is dead: its terraform died on this host\n"), "{}", env.dump(&end));
+        assert!(
+            end.err.contains("the holder is dead: the terraform that held the lock died on this host\n"),
+            "{}",
+            env.dump(&end)
+        );
         env.assert_locked();
         match how {
             "the next run" => {
