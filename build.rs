@@ -1,7 +1,8 @@
-//! Links the program at a fixed address.
+//! Makes the linker place the program at a fixed address.
 //!
-//! As a position-independent one it has 17,000 pointers to correct each time it starts, most of them in tables of the
-//! AWS SDK that a run which ends well never looks at. That is a third of what an exec through `tf` costs.
+//! A position-independent program would have 17,000 pointers to correct at each start. Most of them are in tables of
+//! the AWS SDK, which a run never reads if it ends well. The corrections would be a third of the cost of an exec
+//! through `tf`.
 
 #![expect(clippy::disallowed_macros, reason = "cargo reads the stdout of this program")]
 

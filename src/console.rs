@@ -1,7 +1,7 @@
-//! Standard error and standard output, and text that is safe to write to them.
+//! Writes to stderr and stdout, and makes text safe for a terminal.
 //!
-//! A stderr that is closed, hung up or full must neither stop a release nor end the program. So nothing here can fail
-//! or wait for long, and `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
+//! If stderr is closed, hung up or full, this must neither stop a release nor end the program. So no function here
+//! fails or waits for long. `println!` and `eprintln!` can panic, so they are forbidden everywhere (clippy.toml).
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -14,11 +14,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::sys::entry::closed_standard_descriptors;
 use crate::sys::locale;
 
-/// How long to wait for a full stderr, in milliseconds. A pager that nobody reads must not block `tf` for ever.
+/// The maximum time to wait for a full stderr, in milliseconds. A pager that does not read must not block `tf` for
+/// ever.
 const WRITE_TIMEOUT_MS: u16 = 2000;
 
-/// Writes `text` to stderr, with `tf: ` before each line. `tf:` is bold if stderr is a terminal and NO_COLOR is empty
-/// or not set (no-color.org).
+/// Writes `text` to stderr, with `tf: ` before each line. `tf:` is bold if stderr is a terminal and NO_COLOR is unset
+/// or empty (no-color.org).
 pub(crate) fn say(text: &str) {
     let stderr = std::io::stderr();
     let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
@@ -35,23 +36,23 @@ pub(crate) fn say(text: &str) {
 /// The text that a full stderr has not accepted yet.
 static UNSAID: Mutex<String> = Mutex::new(String::new());
 
-/// Tries to write the text that stderr has not accepted yet, without waiting. Returns whether none is left.
+/// Tries to write the text that stderr has not accepted yet, without waiting. Returns whether all of it was written.
 pub(crate) fn say_the_rest() -> bool {
     let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
     write_to(&std::io::stderr(), &mut unsaid, 0);
     unsaid.is_empty()
 }
 
-/// Writes `text` as long as stderr becomes writable within `wait` milliseconds, and leaves the rest in `text`. Text is
-/// discarded when the write fails, because then nothing can read it.
+/// Writes `text` until stderr is not writable for `wait` milliseconds, and leaves the rest in `text`. If a write fails,
+/// `text` is discarded, because nobody can read stderr any more.
 fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     while !text.is_empty() {
         let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
         if poll(&mut ready, PollTimeout::from(wait)) != Ok(1) {
             return;
         }
-        // A descriptor that poll(2) reports as writable accepts at least PIPE_BUF bytes at once, which POSIX requires
-        // to be 512 or more.
+        // If poll(2) reports a descriptor as writable, a write of PIPE_BUF bytes does not wait. POSIX requires that
+        // PIPE_BUF is 512 or more.
         let piece = text.floor_char_boundary(512);
         match nix::unistd::write(stderr, &text.as_bytes()[..piece]) {
             Ok(length) if text.is_char_boundary(length) && length > 0 => drop(text.drain(..length)),
@@ -60,8 +61,8 @@ fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     }
 }
 
-/// Writes `text` and a newline to stdout: the result of a command of `tf` itself. If that fails, [`print_failure`]
-/// returns the reason.
+/// Writes `text` and a newline to stdout, as the result of a command of `tf` itself. If the write fails,
+/// [`print_failure`] returns the reason.
 pub(crate) fn print(text: &str) {
     use std::io::Write as _;
     let write = || {
@@ -75,11 +76,11 @@ pub(crate) fn print(text: &str) {
     }
 }
 
-/// Checks that stdout was open when this process started. Where it was closed, Rust's runtime has opened /dev/null in
-/// its place.
+/// Checks that stdout was open at the start of this process. If it was closed, Rust's runtime has opened /dev/null
+/// instead.
 ///
 /// # Errors
-/// `NotConnected` when stdout was closed.
+/// `NotConnected` if stdout was closed.
 pub(crate) fn stdout_is_open() -> std::io::Result<()> {
     if closed_standard_descriptors().any(|descriptor| descriptor == 1) {
         return Err(std::io::ErrorKind::NotConnected.into());
@@ -90,24 +91,24 @@ pub(crate) fn stdout_is_open() -> std::io::Result<()> {
 /// The message about a result that was not written because stdout is closed.
 pub(crate) const STDOUT_CLOSED: &str = "could not write the result: stdout is closed";
 
-/// Why the first failed write to stdout failed.
+/// The reason for the first failed write to stdout. `None` if no write has failed.
 static UNPRINTED: Mutex<Option<std::io::ErrorKind>> = Mutex::new(None);
 
-/// Returns why the first failed write to stdout failed: stdout was closed when this process started ([`NotConnected`]),
-/// its reader has exited, or its disk is full. `None` if everything was printed.
+/// Returns the reason for the first failed write to stdout: stdout was closed at the start of this process
+/// ([`NotConnected`]), its reader has exited, or its disk is full. `None` if no write has failed.
 ///
 /// [`NotConnected`]: std::io::ErrorKind::NotConnected
 pub(crate) fn print_failure() -> Option<std::io::ErrorKind> {
     *UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Returns the sign that replaces text that was cut off, in a form that this locale can show.
+/// Returns the sign that marks truncated text, in characters that this locale can show.
 pub(crate) fn ellipsis() -> &'static str {
     if locale::is_utf8() { "…" } else { "..." }
 }
 
 /// Truncates untrusted text to 200 characters and makes it safe for a terminal. Control, escape and bidi characters are
-/// escaped and, in a locale without UTF-8, so is everything that is not ASCII.
+/// escaped. In a locale without UTF-8, all characters that are not ASCII are escaped too.
 pub(crate) fn visible(text: &str) -> String {
     const MAX_SHOWN_CHARACTERS: usize = 200;
     match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
@@ -116,7 +117,7 @@ pub(crate) fn visible(text: &str) -> String {
     }
 }
 
-/// Makes untrusted text safe for a terminal, as [`visible`] does, but does not truncate it, because a person is to type
+/// Makes untrusted text safe for a terminal as [`visible`] does, but does not truncate it, because a person must type
 /// it.
 pub(crate) fn visible_whole(text: &str) -> String {
     let ascii_only = !locale::is_utf8();
@@ -132,14 +133,14 @@ pub(crate) fn visible_whole(text: &str) -> String {
     shown
 }
 
-/// Formats an option of `tf locks` and its value, after a space. A value that begins with a dash is joined with `=`,
-/// because as a separate word it would be parsed as an option.
+/// Formats an option of `tf locks` and its value, with a space before them. A value that begins with a dash is joined
+/// with `=`, because as a separate word it would be parsed as an option.
 pub(crate) fn option(name: &str, value: &str) -> String {
     format!(" {name}{}{}", if value.starts_with('-') { '=' } else { ' ' }, quoted(value))
 }
 
-/// Formats untrusted text as the last word of a command: escaped as [`visible_whole`] does, quoted if a shell needs
-/// that, and after `--` if it would otherwise be parsed as an option.
+/// Formats untrusted text as the last word of a command. The text is escaped as by [`visible_whole`], quoted if a shell
+/// requires it, and preceded by `--` if it would be parsed as an option.
 pub(crate) fn argument(text: &str) -> String {
     let shown = visible_whole(text);
     let word = quoted(&shown);
@@ -156,7 +157,7 @@ pub(crate) fn quoted(word: &str) -> String {
     }
 }
 
-/// Formats a length of time in its two largest units, from days to seconds.
+/// Formats a duration with at most two units, between days and seconds.
 pub(crate) fn length_of_time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

@@ -1,10 +1,10 @@
-//! Places where a test kills `tf` or its guardian.
+//! The points at which a test can kill `tf` or its guardian.
 //!
-//! In a build with the feature `crash-points`, `TFW_CRASH=NAME` kills the process that reaches the place NAME (or one
-//! of several names, separated by commas), and `TFW_CRASH_LIST=FILE` appends the name of each place that is reached to
-//! a file. Any other build contains none of this.
+//! In a build with the feature `crash-points`, `TFW_CRASH=NAME` kills the process that reaches the point NAME. NAME may
+//! be several names, separated by commas. `TFW_CRASH_LIST=FILE` appends the name of each point that is reached to the
+//! file. A build without the feature contains no such code.
 
-/// Notes that this process has reached the place `name`, and kills it if `TFW_CRASH` contains that name.
+/// Records that this process has reached the point `name`, and kills it if `TFW_CRASH` contains that name.
 #[cfg(feature = "crash-points")]
 pub(crate) fn reached(name: &str) {
     use std::io::Write;

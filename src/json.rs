@@ -1,5 +1,5 @@
-//! JSON that contains only ASCII characters, because its content is untrusted and is printed on terminals. No
-//! information is lost: any reader turns `\u202e` back into the character.
+//! Writes JSON that contains only ASCII characters, because the content is untrusted and is printed on terminals. No
+//! information is lost, because every JSON parser converts `\u202e` back into the character.
 
 use std::io::{self, Write};
 
@@ -23,10 +23,10 @@ impl Formatter for Ascii {
     }
 }
 
-/// Serializes `value` as JSON in one line.
+/// Serializes `value` as JSON on one line.
 ///
 /// # Errors
-/// As for [`serde_json::to_string`].
+/// Those of [`serde_json::to_string`].
 pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
     let mut bytes = Vec::new();
     value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;

@@ -1,7 +1,8 @@
 //! `tf` runs in place of `terraform` and changes one thing: when terraform ends without releasing its state lock, `tf`
-//! releases it. It never releases a lock whose holder may still be running.
+//! releases it. It never releases a lock whose holder may still be running, unless a person confirms or forces the
+//! release.
 //!
-//! [`main`] has the whole sequence of a run; ARCHITECTURE.md has the map of the code.
+//! [`main`] shows the whole sequence of a run. ARCHITECTURE.md describes the structure of the code.
 
 mod another_tf;
 mod aws;
@@ -32,7 +33,7 @@ use supervise::{NotSupervised, outcome, step_outputs};
 use terraform::binary;
 use terraform::command_line::CommandLine;
 
-/// The exit codes that shells use: 127 if the program was not found, 126 if it was found but could not be run.
+/// The exit codes of shells: 127 if the program was not found, 126 if it was found but could not be started.
 const NOT_FOUND: u8 = 127;
 const NOT_RUN: u8 = 126;
 
@@ -75,7 +76,7 @@ fn main() -> ExitCode {
         }
         Ok(ended) => ExitCode::from(outcome::end_as(ended)),
         Err(NotSupervised::NotStarted(error)) => could_not_run(&invocation, &error),
-        // Terraform must run, whatever `tf` lacks. It then runs as it would without `tf`.
+        // Terraform must run even if `tf` cannot supervise it. It then runs as without `tf`.
         Err(NotSupervised::Unprepared(error)) => {
             trace::trace!("not supervised: {error}");
             become_terraform(&invocation)
@@ -83,13 +84,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns whether a shell asks for completions. Terraform then answers on stdout (posener/complete), and takes no
+/// Returns whether a shell requests completions. Terraform then writes them to stdout (posener/complete) and takes no
 /// lock.
 fn asks_for_completion() -> bool {
     std::env::var_os("COMP_LINE").is_some()
 }
 
-/// Returns whether terraform adds words from the environment to its command line (main.go, `EnvCLI`).
+/// Returns whether terraform will add words from the environment to its command line (main.go, `EnvCLI`).
 fn more_arguments() -> bool {
     std::env::vars_os().any(|(name, value)| name.as_encoded_bytes().starts_with(b"TF_CLI_ARGS") && !value.is_empty())
 }

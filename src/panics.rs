@@ -1,13 +1,15 @@
-//! Panics of libraries, where a panic must not end a release.
+//! Catches the panics of libraries, because a panic must not end a release.
 //!
-//! The AWS SDK and the libraries that it uses panic if a thread cannot be started, or if the machine has no certificate
-//! authorities. `tf` must then report that the lock service could not be reached, and that the lock was not released.
+//! The AWS SDK and its dependencies panic if a thread cannot be started, or if the machine has no certificate
+//! authorities. In these cases, `tf` must report that it could not reach the lock service and that the lock was not
+//! released.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 
 use crate::trace::trace;
 
-/// Calls `work`. `None` if it panicked: the panic is written to the trace and not to stderr.
+/// Calls `work` and returns its result. `None` if it panicked. The panic is then logged in the trace, and not on
+/// stderr.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Option<T> {
     let hook = take_hook();
     set_hook(Box::new(|panic| trace!("a library panicked: {panic}")));

@@ -1,4 +1,4 @@
-//! The `TFW_*` variables, by which the user configures `tf` itself.
+//! The `TFW_*` variables, with which the user configures `tf` itself.
 
 use std::ffi::OsString;
 use std::time::Duration;
@@ -6,20 +6,21 @@ use std::time::Duration;
 /// The settings of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// `TFW_STOP_TIMEOUT`: how long after a TERM, INT or HUP that did not come from a keyboard everything is killed.
-    /// `None`: never.
+    /// `TFW_STOP_TIMEOUT`: the time between a TERM, INT or HUP that is not from a keyboard and the kill of all
+    /// processes. `None`: the processes are never killed.
     pub(crate) stop_timeout: Option<Duration>,
     /// `TFW_RELEASE`: whether a lock is released (`auto`, the default) or only reported (`never`).
     pub(crate) release: bool,
-    /// `TFW_TTY=shared`: whether terraform stays in the process group of `tf`.
+    /// `TFW_TTY=shared`: whether terraform remains in the process group of `tf`.
     pub(crate) shared_terminal: bool,
     /// `TFW_LOG`: the file that [`crate::trace`] writes. `None`: nothing is logged.
     pub(crate) log: Option<OsString>,
-    /// `CI` or `TF_BUILD`: whether this is a CI job, whose runner may exit without a signal to `tf`.
+    /// `CI` or `TF_BUILD`: whether this is a CI job. The runner of such a job may exit without sending a signal to
+    /// `tf`.
     pub(crate) ci: bool,
 }
 
-/// A variable with a value that is not valid.
+/// The error for a variable whose value is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name} is {value:?}, but must be {takes}")]
 pub(crate) struct UnreadableSetting {
@@ -29,12 +30,11 @@ pub(crate) struct UnreadableSetting {
 }
 
 impl Settings {
-    /// Reads the settings. `variable` returns the value of an environment variable. An empty variable counts as not
-    /// set.
+    /// Reads the settings. `variable` returns the value of an environment variable. An empty variable counts as unset.
     ///
     /// # Errors
-    /// [`UnreadableSetting`] when a value is not valid. This is checked before anything is started, because a user who
-    /// sets a stop timeout relies on it.
+    /// [`UnreadableSetting`] if a value is invalid. The caller checks this before it starts any process, because a user
+    /// who sets a stop timeout relies on it.
     pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, UnreadableSetting> {
         let set = |name| variable(name).filter(|value| !value.is_empty());
         let choice = |name, default: bool, [yes, no]: [&str; 2], takes| match set(name) {
@@ -59,7 +59,7 @@ impl Settings {
             release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
             shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
             log: set("TFW_LOG"),
-            // Azure Pipelines sets a variable of its own, and not `CI`, which other systems set.
+            // Azure Pipelines sets `TF_BUILD` instead of `CI`. Other systems set `CI`.
             ci: ["CI", "TF_BUILD"].into_iter().any(|name| {
                 set(name).is_some_and(|value| !["false", "0", "no"].iter().any(|no| value.eq_ignore_ascii_case(no)))
             }),
@@ -67,14 +67,13 @@ impl Settings {
     }
 }
 
-/// Returns whether `TFW_RELEASE` is explicitly set to `auto`. Then a lock in a DynamoDB global table is released as
-/// well.
+/// Returns whether `TFW_RELEASE` is explicitly set to `auto`. Only then is a lock in a DynamoDB global table released.
 pub(crate) fn release_is_asked_for() -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "auto")
 }
 
-/// Parses a length of time: a whole number followed by `ms`, `s`, `m`, `h` or `d`; a number without a unit is in
-/// seconds. `None` for any other text, and when the number is too large.
+/// Parses a duration: a whole number followed by `ms`, `s`, `m`, `h` or `d`. A number without a unit is in seconds.
+/// `None` for any other text, and if the number is too large.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -1,8 +1,8 @@
-//! Logs what `tf` saw and did, one line each, to the file that `TFW_LOG` names. Without that variable nothing is
-//! logged.
+//! Logs the observations and actions of `tf`, one line each, to the file in `TFW_LOG`. Without this variable, nothing
+//! is logged.
 //!
-//! The log shows why a lock was not released. The tests also use it, to wait for a line instead of for time to pass. It
-//! contains no arguments, no environment and no text of terraform's log.
+//! The log shows why a lock was not released. The tests read it too: they wait for a certain line, not for a fixed
+//! time. It contains no arguments, no environment and no text of terraform's log.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -12,22 +12,22 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// The file that `TFW_LOG` names, open.
+/// The open file that `TFW_LOG` names.
 #[derive(Debug)]
 struct Trace {
     file: File,
-    /// Whether it is a regular file. Only then may it stay open in a detached process, because no reader waits for its
-    /// end.
+    /// Whether it is a regular file. Only a regular file may remain open in a detached process. For another file, such
+    /// as a FIFO, a reader may wait for the end of the file.
     is_regular: bool,
-    /// The pid of the process that opened it.
+    /// The pid of the process that opened the file.
     opened_by: u32,
 }
 
 static TRACE: OnceLock<Trace> = OnceLock::new();
 
 impl Trace {
-    /// Opens `path` for appending. Neither open(2) nor write(2) waits: a FIFO without a reader cannot be opened, and a
-    /// line that a full FIFO cannot accept is lost. A terminal does not become the controlling terminal of this
+    /// Opens `path` for appending. Neither open(2) nor write(2) waits. So a FIFO without a reader cannot be opened, and
+    /// a line is lost if a full FIFO cannot accept it. A terminal does not become the controlling terminal of this
     /// process.
     fn open(path: &Path) -> io::Result<Self> {
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -36,28 +36,28 @@ impl Trace {
         Ok(Self { file, is_regular, opened_by: std::process::id() })
     }
 
-    /// Returns whether the process `pid` may write. In a detached process the descriptor of anything but a regular file
-    /// is closed, and its number may belong to another file.
+    /// Returns whether the process `pid` may write. In a detached process, the descriptor is closed unless it is that
+    /// of a regular file, and the same number may belong to another file.
     fn is_open_in(&self, pid: u32) -> bool {
         self.is_regular || pid == self.opened_by
     }
 }
 
-/// Starts to log to the file at `path`. A new file is readable only by its owner. If the file cannot be opened, nothing
-/// is logged, and terraform runs all the same.
+/// Opens the log file at `path`. A new file is readable only by its owner. If the file cannot be opened, nothing is
+/// logged, and terraform runs nevertheless.
 pub(crate) fn open(path: &Path) {
     if let Ok(trace) = Trace::open(path) {
         let _ = TRACE.set(trace);
     }
 }
 
-/// Returns the file's descriptor, for a detached process that keeps only what it needs. `None` if nothing is logged, or
-/// if a detached process may not keep the file open.
+/// Returns the descriptor of the log file, which a detached process must keep open. `None` if nothing is logged, or if
+/// a detached process must not keep the file open.
 pub(crate) fn descriptor() -> Option<RawFd> {
     TRACE.get().filter(|trace| trace.is_regular).map(|trace| trace.file.as_raw_fd())
 }
 
-/// Writes one line in one piece, because several processes may share the file.
+/// Writes one line with a single write, because several processes may share the file.
 pub(crate) fn line(text: fmt::Arguments<'_>) {
     let pid = std::process::id();
     if let Some(trace) = TRACE.get().filter(|trace| trace.is_open_in(pid)) {
@@ -66,7 +66,7 @@ pub(crate) fn line(text: fmt::Arguments<'_>) {
     }
 }
 
-/// Like `format!`, but writes to the file that `TFW_LOG` names.
+/// Formats its arguments like `format!`, and writes the line to the file in `TFW_LOG`.
 macro_rules! trace {
     ($($text:tt)*) => { crate::trace::line(format_args!($($text)*)) };
 }
@@ -87,7 +87,7 @@ mod tests {
         let trace = Trace::open(&path).unwrap();
         let own = std::process::id();
         assert!(trace.is_open_in(own) && !trace.is_open_in(own + 1));
-        // This is far more than fits into a pipe, and no write waits.
+        // This is much more text than a pipe can hold. No write may wait.
         for _ in 0..10_000 {
             let _ = (&trace.file).write_all(&[b'x'; 100]);
         }

@@ -37,13 +37,13 @@ impl Known {
 /// What `tf` does with a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Treatment {
-    /// `tf` follows it: it applies the setting as terraform does.
+    /// `tf` applies the setting as terraform does.
     Supported,
-    /// `tf` follows it. It is a secret, so the journal does not record its value.
+    /// As [`Treatment::Supported`], but the value is a secret, so the journal does not record it.
     Secret,
     /// It has no effect on a release.
     NoEffect,
-    /// `tf` cannot follow it, so it only reports the lock and does not release it. `tf locks doctor` says so in
+    /// `tf` cannot apply the setting, so it only reports the lock and does not release it. `tf locks doctor` says so in
     /// advance.
     NotSupported,
 }
@@ -52,10 +52,10 @@ pub(crate) enum Treatment {
 impl Treatment {
     fn describe(self) -> &'static str {
         match self {
-            Self::Supported => "followed",
-            Self::Secret => "followed; never recorded",
+            Self::Supported => "supported",
+            Self::Secret => "supported; never recorded",
             Self::NoEffect => "no effect",
-            Self::NotSupported => "not followed",
+            Self::NotSupported => "not supported",
         }
     }
 }
@@ -68,7 +68,7 @@ pub(crate) struct Setting {
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) known: Known,
     pub(crate) treatment: Treatment,
-    /// How `tf` follows the setting, or why it has no effect or cannot be followed.
+    /// How `tf` applies the setting, or why it has no effect or is not supported.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) how: &'static str,
 }
@@ -364,7 +364,7 @@ pub(crate) fn of_attribute(name: &str) -> Treatment {
     treatment(ATTRIBUTES, name)
 }
 
-/// Returns the names of the variables that `tf` follows and may record, which are those that are not secrets.
+/// Returns the names of the variables that `tf` applies and may record, which are those that are not secrets.
 pub(crate) fn kept_variables() -> impl Iterator<Item = &'static str> {
     VARIABLES.iter().filter(|variable| variable.treatment == Supported).map(|variable| variable.name)
 }
@@ -374,10 +374,10 @@ pub(crate) fn kept_variables() -> impl Iterator<Item = &'static str> {
 pub(crate) fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
-        "# Which settings of an S3 backend `tf` follows\n\n\
-         `tf` releases a lock where terraform took it, with the identity that terraform had. This page lists every attribute,\n\
-         variable and profile key that decides either, and whether `tf` follows it. `tf locks doctor` names those of yours\n\
-         that `tf` does not follow: with such a setting, `tf` reports a lock and does not release it.\n\n\
+        "# Which settings of an S3 backend `tf` supports\n\n\
+         `tf` releases a lock in the place where terraform took it, with the identity that terraform had. This page lists every\n\
+         attribute, variable and profile key that decides the place or the identity. `tf locks doctor` lists every setting that\n\
+         you use and that `tf` does not support. With such a setting, `tf` only reports a lock.\n\n\
          This page is generated from src/aws/attributes.rs by `make generated`.\n",
     );
     for (title, settings) in [

@@ -4,8 +4,8 @@ use std::error::Error;
 
 /// Returns the message of `error` followed by the messages of its causes, separated by `: `.
 ///
-/// The SDK's own way to print an error also prints its `Debug` output, which contains the whole response. An STS
-/// response that cannot be parsed has credentials in its body.
+/// The SDK's own function for printing an error also prints the `Debug` output of the error, which contains the whole
+/// response. The response of STS has credentials in its body, and would be printed if it cannot be parsed.
 pub(crate) fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

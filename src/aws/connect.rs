@@ -1,8 +1,8 @@
-//! Connecting to AWS exactly as the backend block and the environment of the run say, or not at all.
+//! Connects to AWS exactly as the backend block and the environment of the run require, or not at all.
 //!
-//! [`crate::aws::attributes`] lists which settings `tf` follows. If an attribute changes the identity or the endpoint
-//! and `tf` cannot follow it, `tf` does not release the lock: a lock that is not visible to another identity, or in
-//! another location, may still exist.
+//! [`crate::aws::attributes`] lists the settings that `tf` supports. If the block has an attribute that changes the
+//! identity or the endpoint and that `tf` does not support, `tf` does not release the lock. With another identity or
+//! another endpoint, `tf` could wrongly conclude that the lock does not exist.
 
 use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
 use crate::aws::credentials::Question;
@@ -32,17 +32,18 @@ use crate::aws::proxies::Proxies;
 use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
-/// Asks STS for the account of the current credentials. `None` if [`connect`] fails, or STS returns no account.
+/// Requests the account of the current credentials from STS. `None` if [`connect`] fails, if the request fails, or if
+/// STS returns no account.
 pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     let config = connect(backend, Purpose::Work).await.ok()?;
     let answer = credentials::sts(backend, &config).get_caller_identity().send().await.ok()?;
     answer.account
 }
 
-/// Asks STS for the ARN of the current credentials.
+/// Requests the ARN of the current credentials from STS.
 ///
 /// # Errors
-/// The reason, as text, if [`connect`] fails, or STS returns no ARN.
+/// The reason, as text, if [`connect`] fails, if the request fails, or if STS returns no ARN.
 pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> {
     let config = connect(backend, Purpose::Work).await.map_err(|error| error.to_string())?;
     match credentials::sts(backend, &config).get_caller_identity().send().await {
@@ -51,7 +52,7 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
     }
 }
 
-/// The credentials that each source has given in this process, or why it gave none. They are reused, because a release
+/// The credentials that this process has obtained for each backend, or the errors. They are reused, because a release
 /// connects several times, and a source that prompts a person must not prompt again for each connection.
 static RESOLVED: Mutex<Vec<Resolved>> = Mutex::new(Vec::new());
 
@@ -59,31 +60,31 @@ fn resolved() -> MutexGuard<'static, Vec<Resolved>> {
     RESOLVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The result of asking for the credentials of one backend.
+/// The credentials of one backend, or the error.
 struct Resolved {
     backend: CachedBackend,
     purpose: Purpose,
-    /// When the result was received.
+    /// When the credentials or the error were received.
     at: Instant,
     result: Result<Credentials, Unreachable>,
 }
 
 impl Resolved {
-    /// Whether this result can be used for `purpose`. Credentials can be used for every purpose until they expire. A
-    /// failure for [`Purpose::Explanation`] says nothing about [`Purpose::Work`], because an explanation has less time
+    /// Whether this result can be used for `purpose`. Credentials can be used for every purpose until they expire. An
+    /// error for [`Purpose::Explanation`] cannot be used for [`Purpose::Work`], because an explanation has less time
     /// and may not prompt a person.
     fn answers(&self, purpose: Purpose) -> bool {
         match &self.result {
             Ok(credentials) => !self.is_over(credentials),
-            // A service that did not answer before may answer now.
+            // The service of the source did not respond then, but may respond now.
             Err(Unreachable::Silent(_)) if purpose == Purpose::Work => false,
             Err(_) => self.purpose == Purpose::Work || purpose == Purpose::Explanation,
         }
     }
 
     /// Whether `credentials` expire within 30 s, so that a request with them may be refused. False in the first 30 s
-    /// after they were received: if a wrong clock puts the expiry of new credentials into the past, they are not asked
-    /// for again at once.
+    /// after they were received. Otherwise, if a wrong clock makes new credentials look expired, they would be
+    /// requested again at once.
     fn is_over(&self, credentials: &Credentials) -> bool {
         const EXPIRY_GRACE: Duration = Duration::from_secs(30);
         self.at.elapsed() > EXPIRY_GRACE
@@ -91,17 +92,17 @@ impl Resolved {
     }
 }
 
-/// Forgets the credentials of `backend`, for example because a service says that they have expired.
+/// Removes the stored credentials of `backend`, for example because a service reports that they have expired.
 pub(crate) fn forget_credentials(backend: &CachedBackend) {
     resolved().retain(|known| known.backend != *backend);
 }
 
-/// Returns the SDK's configuration for `backend`, with credentials. This process asks for the credentials of a backend
+/// Returns the SDK's configuration for `backend`, with credentials. This process obtains the credentials of a backend
 /// once, and again when they have expired.
 ///
 /// # Errors
-/// [`Unreachable`] if `tf` cannot follow an attribute of the backend, if the file with certificate authorities cannot
-/// be used, or if there are no credentials.
+/// [`Unreachable`] if the backend has an attribute that `tf` does not support, if the file with certificate authorities
+/// cannot be used, or if there are no credentials.
 pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result<SdkConfig, Unreachable> {
     if let Some(attribute) = not_followed(backend) {
         return Err(Unreachable::Attribute(attribute));
@@ -138,12 +139,12 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         loader = loader.use_dual_stack(true);
     }
     let config = loader.load().await;
-    // The SDK itself calls STS for a role of a profile. As in terraform, `sts_region` applies to these calls only if an
+    // The SDK itself calls STS for a profile's role. As in terraform, `sts_region` applies to these calls only if an
     // STS endpoint is set (aws-sdk-go-base, endpoints.go).
     let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
     let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
-    // A source of credentials may take longer than a request. It is asked once, before the timeout of a release starts,
-    // so only connecting has a timeout here.
+    // A source of credentials may take longer than a request. It is used once, before the timeout of a release starts.
+    // So only connecting has a timeout here.
     let patient = TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).build();
     let for_credentials = config.to_builder().timeout_config(patient.clone()).build();
     let for_providers = ProviderConfig::without_region()
@@ -188,11 +189,11 @@ fn not_followed(backend: &CachedBackend) -> Option<String> {
     })
 }
 
-/// Loads the shared files, with the profile of `backend` and the environment selected.
+/// Loads the shared files and selects the profile of `backend` or of the environment.
 ///
 /// # Errors
-/// The reason, as text, if a file cannot be read or parsed, or if a named file is missing and the profile is in none of
-/// the other files: the missing file may have existed when the run started.
+/// The reason, as text, if a file cannot be read or parsed. Also if a named file is missing and none of the other files
+/// has the profile, because the profile may have been in the missing file when the run started.
 async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvConfigSections, String> {
     let (files, name) = (shared.builder().build(), profile_name(backend, set));
     let sections = aws_config::profile::load(&Fs::real(), &Env::real(), &files, name.map(Into::into)).await;
@@ -205,7 +206,7 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
     }
 }
 
-/// Loads the current shared files, with the profile of `backend` and the environment selected.
+/// Loads the current shared files and selects the profile of `backend` or of the environment.
 ///
 /// # Errors
 /// The reason, as text, in the cases of [`profile`].
@@ -214,9 +215,9 @@ pub(crate) async fn profile_of(backend: &CachedBackend) -> Result<EnvConfigSecti
 }
 
 /// Returns the proxies for `backend` as terraform chooses them (aws-sdk-go-base, internal/config/config.go,
-/// `HTTPProxyMode`). An `http_proxy` or `https_proxy` attribute overrides its variable, even if it is empty. In
-/// Terraform, but not in OpenTofu, the block's `http_proxy` also applies to https if nothing else names a proxy for
-/// https.
+/// `HTTPProxyMode`). An `http_proxy` or `https_proxy` attribute overrides its variable, even if the attribute is empty.
+/// In Terraform, but not in OpenTofu, the block's `http_proxy` is also the proxy for https if no other setting names
+/// one.
 fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Proxies {
     let either = |upper: &str, lower: &str| set(upper).or_else(|| set(lower));
     let [plain, secure] = ["http_proxy", "https_proxy"].map(|name| backend.text(name).map(ToOwned::to_owned));
@@ -229,11 +230,11 @@ fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Pro
     Proxies::new(http, secure.or(https), no.as_deref())
 }
 
-/// Returns the certificate authorities, in PEM, to trust in place of the system's. `None` if no file with them is
-/// named.
+/// Returns the certificate authorities, in PEM, to trust instead of those of the system. `None` if no setting names a
+/// file with certificate authorities.
 ///
 /// # Errors
-/// [`Unreachable::Certificates`] if the file cannot be read, or has no usable certificate in it.
+/// [`Unreachable::Certificates`] if the file cannot be read, or contains no usable certificate.
 fn authorities(backend: &CachedBackend, profile: Option<&EnvConfigSections>) -> Result<Option<Vec<u8>>, Unreachable> {
     let named = backend.string("custom_ca_bundle").map(ToOwned::to_owned).or_else(|| set("AWS_CA_BUNDLE"));
     let path = named.map(|path| expand(&path));

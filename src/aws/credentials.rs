@@ -2,11 +2,14 @@
 //! config/resolve_credentials.go), which differs from the order of the SDK for Rust:
 //!
 //! 1. `access_key` and `secret_key` of the block.
-//! 2. The block's `profile`. Keys in the environment are then ignored. Before version 1.6, they overrode the profile.
-//! 3. Keys in the environment, or else a web identity in the environment, or else the environment's profile.
-//! 4. If there is no profile, or the profile names no source of credentials: the container, and then the instance.
-//! 5. `assume_role_with_web_identity` replaces 2 to 4.
-//! 6. `assume_role` is assumed with the credentials from 1 to 5.
+//! 2. The block's `profile`. Keys in the environment are then ignored. Before version 1.6, such keys overrode the
+//!    profile.
+//! 3. Without a `profile` in the block: keys in the environment, or else a web identity in the environment, or else the
+//!    environment's profile.
+//! 4. If there is no profile, or the profile names no source of credentials: the container's credentials, or else the
+//!    instance's.
+//! 5. `assume_role_with_web_identity` replaces steps 2 to 4.
+//! 6. `assume_role`: the role is assumed with the credentials from steps 1 to 5.
 
 use std::cell::Cell;
 use std::fmt::Write as _;
@@ -36,67 +39,68 @@ use crate::sys::plain_file;
 use crate::sys::shell_command::{self, Asks};
 use crate::terraform::backend::CachedBackend;
 
-/// The name of the session in which a role is assumed, if the block names none.
+/// The name of the session in which a role is assumed, if the block sets no session name.
 const SESSION: &str = "tf-lock-release";
 
-/// How long the session of `assume_role` lasts if the block has no `duration`. This is terraform's default
+/// The lifetime of the `assume_role` session if the block has no `duration`. This is terraform's default
 /// (aws-sdk-go-base, stscreds: 15 minutes).
 const DEFAULT_SESSION_WINDOW: Duration = Duration::from_mins(15);
 
-/// What credentials are for.
+/// What the credentials are needed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To release a lock, or to do what a person has asked for.
+    /// To release a lock, or to do something that a person has requested.
     Work,
-    /// To explain something, or to look for a lock that most likely does not exist. No person is asked for a password,
-    /// and no person has to wait for it.
+    /// To explain something, or to search for a lock that most likely does not exist. No person is prompted for a
+    /// password, and the time limit is short, so that nobody has to wait for long.
     Explanation,
 }
 
 impl Purpose {
-    /// Returns the time limit for the whole search for credentials.
+    /// Returns the time limit for finding the credentials and assuming all roles.
     fn limit(self) -> Duration {
         match self {
             // A person may have to touch a hardware key or to log in.
             Self::Work => Duration::from_mins(1),
             // This is less than `release::EXPLANATION_TIMEOUT` (3 s), so that the failure is recorded before the
-            // caller's own timeout, and the source is not started again.
+            // caller's own timeout. A second request then uses the recorded failure and does not start the source of
+            // credentials again.
             Self::Explanation => Duration::from_millis(2500),
         }
     }
 }
 
-/// What credentials are asked for, and with which settings.
+/// A request for credentials: for which backend, for which purpose and with which settings.
 #[derive(Clone, Copy)]
 pub(crate) struct Question<'a> {
     pub(crate) backend: &'a CachedBackend,
     pub(crate) purpose: Purpose,
     /// The shared files, or the reason why they cannot be read.
     pub(crate) sections: Result<&'a EnvConfigSections, &'a str>,
-    /// All other settings, for the SDK's own sources of credentials.
+    /// The settings for the SDK's own sources of credentials: network, region, timeouts.
     pub(crate) for_providers: &'a ProviderConfig,
-    /// All other settings, for STS.
+    /// The settings for STS.
     pub(crate) config: &'a SdkConfig,
 }
 
-/// How far a question has come.
+/// The progress of one request for credentials.
 #[derive(Default)]
 struct Asked {
-    /// The source that is being asked, for the message about a timeout.
+    /// The source that is in use now, for the message about a timeout.
     source: Cell<String>,
-    /// A `credential_process` was started.
+    /// Whether a `credential_process` was started.
     has_run_a_command: Cell<bool>,
 }
 
-/// Asks for credentials: once, for at most [`Purpose::limit`].
+/// Obtains the credentials once, within at most [`Purpose::limit`].
 ///
-/// The SDK would ask for credentials within each attempt of each request. A source that is slower than an attempt would
-/// never finish, and would be asked again and again: each time a person may have to log in or to touch a hardware key,
-/// and an account may be locked after three attempts.
+/// The SDK would obtain the credentials within each attempt of each request. A source that is slower than an attempt
+/// would then never finish, and the SDK would start it again for each attempt. Each time, a person may have to log in
+/// or to touch a hardware key, and an account may be locked after three attempts.
 ///
 /// # Errors
 /// [`Unreachable`] if a part of the block is incomplete or invalid, if the shared files or the profile cannot be used,
-/// or if the source gives no credentials within the limit.
+/// or if the source returns no credentials within the limit.
 pub(crate) async fn resolve(question: Question<'_>) -> Result<Credentials, Unreachable> {
     let Question { backend, purpose, config, .. } = question;
     let asked = Asked::default();
@@ -113,13 +117,14 @@ pub(crate) async fn resolve(question: Question<'_>) -> Result<Credentials, Unrea
         Err(Unreachable::Credentials(format!("{source} returned no credentials within {limit} s")))
     });
     match resolved {
-        // The caller asks again after `Silent`, which would start the command again.
+        // After `Silent`, the caller would try again, and start the command again. So a command has no second attempt.
         Err(Unreachable::Silent(why)) if asked.has_run_a_command.get() => Err(Unreachable::Credentials(why)),
         resolved => resolved,
     }
 }
 
-/// Asks for credentials as [`resolve`] does, without a time limit and without assuming the role of `assume_role`.
+/// Obtains the credentials as [`resolve`] does, but without a time limit, and does not assume the role of
+/// `assume_role`.
 async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unreachable> {
     let Question { backend, purpose, sections, for_providers, config } = question;
     let fixed = ["access_key", "secret_key", "token"].map(|name| backend.string(name));
@@ -149,7 +154,7 @@ async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unre
     let selected = sections.map(|sections| sections.selected_profile().to_owned()).unwrap_or_default();
     let provider = from(source, selected, backend, for_providers)?;
     provider.provide_credentials().await.map_err(|error| {
-        // The error of a role names the role itself.
+        // The text of a `NoRole` error contains the role, so the source is not added to it.
         let why = if role_error(&error).is_some() {
             causes(&error)
         } else {
@@ -159,13 +164,13 @@ async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unre
     })
 }
 
-/// Returns the error for a role that could not be assumed.
+/// Converts the error of a role that could not be assumed. The text contains the role.
 fn no_credentials(error: &CredentialsError) -> Unreachable {
     kind(error)(role_error(error).map_or_else(|| causes(error), ToString::to_string))
 }
 
-/// Returns [`Unreachable::Silent`] if asking the source again may help, because its service did not answer, and
-/// otherwise [`Unreachable::Credentials`].
+/// Returns [`Unreachable::Silent`] if a second attempt may succeed, because the service did not answer, and otherwise
+/// [`Unreachable::Credentials`].
 fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
     let was_away = match (role_error(error), error) {
         (Some(role), _) => !role.is_final,
@@ -175,7 +180,7 @@ fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
     if was_away { Unreachable::Silent } else { Unreachable::Credentials }
 }
 
-/// Returns the [`NoRole`] in `error` or its causes. `None` if there is none.
+/// Returns the [`NoRole`] in `error` or in its causes. `None` if neither contains one.
 fn role_error(error: &CredentialsError) -> Option<&NoRole> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
@@ -187,12 +192,12 @@ fn role_error(error: &CredentialsError) -> Option<&NoRole> {
     None
 }
 
-/// Runs the `credential_process` of `profile` and parses its output (AWS SDKs and Tools Reference Guide, "Process
-/// credential provider").
+/// Runs `command`, the `credential_process` of `profile`, and parses its output (AWS SDKs and Tools Reference Guide,
+/// "Process credential provider").
 ///
 /// # Errors
 /// [`Unreachable::Credentials`] if the command cannot be started, fails, or prints no credentials in version 1 of the
-/// format. No message contains its output.
+/// format. No error text contains the output of the command, because the output may contain a secret.
 async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<AccessKeys, Unreachable> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -222,24 +227,24 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ac
     })
 }
 
-/// Where credentials come from if the block itself has none.
+/// The source of the credentials, if the block itself contains none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum CredentialSource {
     Environment(AccessKeys),
     WebIdentity,
-    /// The profile with this name, which the SDK's own provider reads.
+    /// The profile with this name. The SDK's own provider reads it.
     Profile(String),
     /// The keys in the selected profile.
     KeysOfProfile(AccessKeys),
-    /// The keys with which the profile with this name assumes its role. It is the selected profile, or a source profile
-    /// of it.
+    /// The name of a profile with a role, and the keys with which that role is assumed. The profile is the selected
+    /// profile, or one of its source profiles.
     RoleOfProfile(String, AccessKeys),
     /// The output of a `credential_process`.
     Process {
         /// The profile that contains the command.
         profile: String,
         command: String,
-        /// The profile that assumes a role with these credentials: the last one with a role in the chain from the
+        /// The profile whose role is assumed with these credentials: the last one with a role in the chain from the
         /// selected profile to `profile`. `None` if no profile in the chain has a role.
         used_by: Option<String>,
     },
@@ -252,12 +257,12 @@ struct AccessKeys {
     id: String,
     secret: String,
     token: Option<String>,
-    /// When the keys expire. `None` if that is not known.
+    /// When the keys expire. `None` if the expiry is unknown.
     until: Option<SystemTime>,
 }
 
 impl CredentialSource {
-    /// Returns the name of the source, as the subject of a message.
+    /// Returns a description of the source, which is the subject of a sentence in a message.
     fn describe(&self) -> String {
         match self {
             Self::Environment(_) => "the environment".to_owned(),
@@ -287,7 +292,7 @@ impl AccessKeys {
         SharedCredentialsProvider::new(self.credentials(name))
     }
 
-    /// Reads the keys from the environment, under every name that the AWS SDK for Go reads. `None` if the ID or the
+    /// Reads the keys from the environment, under every name that the AWS SDK for Go supports. `None` if the ID or the
     /// secret is missing.
     fn of_environment(set: &impl Fn(&str) -> Option<String>) -> Option<Self> {
         Some(Self {
@@ -299,16 +304,16 @@ impl AccessKeys {
     }
 }
 
-/// Decides on one source of credentials as the AWS SDK for Go does: by what is set, before any source is asked. `set`
-/// returns the value of an environment variable, or `None` if it is unset or empty. The SDK for Rust tries one source
-/// after the other until one gives credentials, which may be those of another identity: the instance's, for example,
-/// instead of a profile's.
+/// Selects one source of credentials as the AWS SDK for Go does: only by the settings, before any source is used. `set`
+/// returns the value of an environment variable, or `None` if it is unset or empty. The SDK for Rust works differently:
+/// it tries the sources in turn until one returns credentials. These may belong to another identity, for example to the
+/// instance instead of a profile.
 ///
 /// # Errors
-/// [`Unreachable::SharedFiles`] if the shared files are needed and cannot be read, [`Unreachable::ProfileKey`] if `tf`
-/// cannot follow a key of the profile, and [`Unreachable::Profile`] if a named profile is missing. A missing profile is
-/// an error even where the SDK for Go ignores it (`AWS_DEFAULT_PROFILE`), because it may have existed when the run
-/// started.
+/// [`Unreachable::SharedFiles`] if the shared files are needed and cannot be read, [`Unreachable::ProfileKey`] if the
+/// profile has a key that `tf` does not support, and [`Unreachable::Profile`] if a named profile does not exist. A
+/// missing profile is an error even where the SDK for Go ignores it (`AWS_DEFAULT_PROFILE`), because the profile may
+/// have existed when the run started.
 fn source(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
@@ -368,9 +373,9 @@ fn source(
 }
 
 /// Returns the `credential_process` at the end of the chain of source profiles that starts with the selected profile.
-/// `None` if there is no such command, if the chain does not end, or if the credentials come from another source: keys,
-/// a `credential_source`, a web identity token and SSO override a command (config/shared_config.go and
-/// resolve_credentials.go of the SDK for Go).
+/// `None` if there is no such command, if the chain is a loop or has more than 32 profiles, or if another source has
+/// precedence: keys, a `credential_source`, a web identity token and SSO override a command (config/shared_config.go
+/// and resolve_credentials.go of the SDK for Go).
 fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     const BEFORE: [&str; 6] = [
         "aws_access_key_id",
@@ -380,7 +385,7 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
         "sso_account_id",
         "sso_start_url",
     ];
-    /// The longest chain of source profiles. A chain that leads back to itself does not end.
+    /// The maximum number of profiles in a chain. The limit ends the search in a chain that is a loop.
     const MAX_PROFILE_CHAIN: usize = 32;
     let mut name = sections.selected_profile();
     let mut used_by = None;
@@ -404,13 +409,13 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     None
 }
 
-/// What identifies the owner of credentials before any source is asked.
+/// The owner of credentials, as far as the settings show it before any source is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// The ARN of a role that is assumed.
+    /// A role that will be assumed, by its ARN.
     Role(String),
     Account(String),
-    /// The ID of an access key.
+    /// An access key, by its ID.
     Key(String),
     Unknown,
 }
@@ -422,7 +427,7 @@ pub(crate) fn owner(
     set: impl Fn(&str) -> Option<String>,
 ) -> Owner {
     let text = |name: &str| backend.string(name).map(ToOwned::to_owned);
-    // This role is assumed last, so the credentials below it do not matter.
+    // This role is assumed last, so its account is the result, whatever credentials it is assumed with.
     if let Some(arn) = text("assume_role.role_arn").or_else(|| text("role_arn")) {
         return Owner::Role(arn);
     }
@@ -451,13 +456,13 @@ pub(crate) fn owner(
     }
 }
 
-/// The variables that say where a container's credentials are.
+/// The variables that contain the address of a container's credentials.
 const CONTAINER: [&str; 2] = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
 
-/// Returns a provider of the credentials from `source`. `selected` is the name of the selected profile.
+/// Returns the provider for `source`. `selected` is the name of the selected profile.
 ///
 /// # Errors
-/// [`Unreachable::Metadata`] if the endpoint of the instance's metadata is invalid.
+/// [`Unreachable::Metadata`] if the endpoint of the instance metadata service is invalid.
 fn from(
     source: CredentialSource,
     selected: String,
@@ -496,9 +501,9 @@ fn from(
     Ok(SharedCredentialsProvider::new(profile.build()))
 }
 
-/// Returns the text of a config file with settings that the SDK's own providers read only from a profile: the endpoints
-/// of STS and SSO, and `keys` as a source profile for the role of the profile `name`. `None` if there are no such
-/// settings.
+/// Returns the text of a config file with the settings that the SDK's own providers can read only from a profile: the
+/// endpoints of STS and SSO, and `keys` as the source profile for the role of the profile `name`. `None` if there is
+/// neither an endpoint nor keys.
 fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> Option<String> {
     let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
     let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
@@ -523,7 +528,7 @@ fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> 
     (!profile.is_empty()).then(|| format!("[{header}]\n{profile}{others}"))
 }
 
-/// A provider that has no credentials, in place of the instance if `skip_metadata_api_check` is set.
+/// A provider without credentials. It replaces the instance's provider if `skip_metadata_api_check` is set.
 #[derive(Debug)]
 struct NoCredentials;
 
@@ -542,7 +547,7 @@ impl ProvideCredentials for NoCredentials {
 /// Returns the provider of the instance's credentials. `None` if `skip_metadata_api_check` is set.
 ///
 /// # Errors
-/// [`Unreachable::Metadata`] if the endpoint is invalid.
+/// [`Unreachable::Metadata`] if the endpoint of the instance metadata service is invalid.
 fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<ImdsCredentialsProvider>, Unreachable> {
     if backend.flag("skip_metadata_api_check") {
         return Ok(None);
@@ -564,7 +569,7 @@ fn metadata(backend: &CachedBackend, config: &ProviderConfig) -> Result<Option<I
     Ok(Some(ImdsCredentialsProvider::builder().configure(config).imds_client(client.build()).build()))
 }
 
-/// Returns an STS client with the block's `sts_region`, and the STS endpoint that the block or the environment names.
+/// Returns an STS client with the block's `sts_region`, and with the STS endpoint from the block or the environment.
 pub(crate) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::Client {
     let mut builder = aws_sdk_sts::config::Builder::from(config);
     if let Some(region) = backend.string("sts_region") {
@@ -576,7 +581,7 @@ pub(crate) fn sts(backend: &CachedBackend, config: &SdkConfig) -> aws_sdk_sts::C
     aws_sdk_sts::Client::from_conf(builder.build())
 }
 
-/// Returns the STS endpoint that the block or the environment names. `None` if they name none.
+/// Returns the STS endpoint from the block or from the environment. `None` if neither sets one.
 pub(crate) fn sts_endpoint(backend: &CachedBackend) -> Option<String> {
     endpoint(backend, ["endpoints.sts", "sts_endpoint"], ["AWS_ENDPOINT_URL_STS", "AWS_STS_ENDPOINT"])
 }
@@ -592,7 +597,7 @@ struct Assumed {
 }
 
 impl Assumed {
-    /// Reads the parameters from a nested attribute. `prefix` is the name of that attribute with a dot at the end.
+    /// Reads the parameters from a nested attribute. `prefix` is the name of that attribute, followed by a dot.
     ///
     /// # Errors
     /// [`Unreachable::Duration`] if `duration` is not a Go duration.
@@ -622,7 +627,7 @@ impl Assumed {
     }
 }
 
-/// A role to assume with AssumeRole.
+/// A role to assume with AssumeRole, and the parameters that only this request has.
 #[derive(Clone, Debug)]
 struct Role {
     assumed: Assumed,
@@ -670,7 +675,7 @@ impl Role {
     }
 }
 
-/// A role to assume with AssumeRoleWithWebIdentity.
+/// A role to assume with AssumeRoleWithWebIdentity, and the token for the request.
 #[derive(Clone)]
 struct WebRole {
     assumed: Assumed,
@@ -697,7 +702,8 @@ impl WebRole {
         }
         let text = |name: &str, variable: &str| {
             let text = backend.string(&format!("{BLOCK}.{name}")).map(ToOwned::to_owned);
-            // OpenTofu reads from the environment what the block leaves out. Terraform requires it in the block.
+            // If the block lacks an attribute, OpenTofu reads it from the environment. Terraform requires it in the
+            // block.
             text.or_else(|| set(variable))
         };
         let Some(arn) = text("role_arn", "AWS_ROLE_ARN") else {
@@ -719,7 +725,7 @@ impl WebRole {
     }
 }
 
-/// A role and the STS client to request it with.
+/// A role, and the STS client to assume it with.
 #[derive(Debug)]
 struct Assuming<R> {
     sts: aws_sdk_sts::Client,
@@ -780,8 +786,8 @@ impl Assuming<WebRole> {
     }
 }
 
-/// Returns the error for a role that STS did not give, with the code and message from STS, or else the reason of the
-/// failure.
+/// Returns the error for a role that could not be assumed. Its text contains the code and the message from STS, or the
+/// reason for the failure if STS sent none.
 fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, error: &SdkError<E>) -> CredentialsError {
     let failure = Failure::of_request("STS", "sts:AssumeRole", error);
     let why = match (error.code(), error.message()) {
@@ -791,13 +797,13 @@ fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, err
     CredentialsError::provider_error(NoRole { arn: arn.to_owned(), why, is_final: failure.is_final() })
 }
 
-/// A role that STS did not give.
+/// The error for a role that could not be assumed.
 #[derive(Debug, thiserror::Error)]
 #[error("the role {arn} cannot be assumed: {why}")]
 struct NoRole {
     arn: String,
     why: String,
-    /// Whether asking again cannot help.
+    /// Whether a second attempt cannot succeed.
     is_final: bool,
 }
 

@@ -1,10 +1,10 @@
-//! A failed request to a lock service: its message, and what the failure means.
+//! A failed request to a lock service: its message, and the consequences for the caller.
 
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use crate::aws::causes::causes;
 
-/// A failed request. It is displayed as the service and the reason.
+/// A failed request. Its `Display` text is the name of the service and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{service}: {reason}")]
 pub(crate) struct Failure {
@@ -13,50 +13,51 @@ pub(crate) struct Failure {
     cause: Cause,
 }
 
-/// What a failed request means for the caller.
+/// The kind of a failed request. It decides whether a retry can help, and whether a lock can exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// There was no response, or one that the service cannot have sent. A proxy or a captive portal may have sent it.
+    /// There was no response, or the response cannot be from the service: a proxy or a captive portal may have sent it.
     NoAnswer,
     /// The failure is temporary: for example, the service is busy, or a clock is wrong.
     Passing,
     /// These credentials have expired. New credentials from the same source may be accepted.
     ExpiredCredentials,
-    /// These credentials have no permission for this action. It is named as in an IAM policy.
+    /// These credentials have no permission for this action, which has its name in IAM policies.
     Denied(&'static str),
-    /// There is no such table for these credentials in this region.
+    /// The table does not exist for these credentials in this region.
     NoTable,
-    /// There is no such bucket for these credentials in this region.
+    /// The bucket does not exist for these credentials in this region.
     NoBucket,
-    /// The key of the table is not `LockID` alone, so the table cannot contain a terraform lock.
+    /// The table's key is not exactly `LockID`, so the table cannot contain a terraform lock.
     OtherKey,
     /// The service does not accept these credentials.
     RejectedCredentials,
-    /// The service does not implement the request, most often because of a condition in it.
+    /// The service does not implement the request. In most cases, it does not implement the condition in the request.
     NotImplemented,
-    /// The service understood the request and refused it for another reason, which it names.
+    /// The service refused the request for another reason. The same request would be refused again.
     Refused,
 }
 
 impl Cause {
-    /// Whether sending the request again cannot help.
+    /// Whether a retry of the request cannot help.
     pub(crate) fn is_final(self) -> bool {
         !matches!(self, Self::NoAnswer | Self::Passing | Self::ExpiredCredentials)
     }
 
-    /// Whether there cannot be a terraform lock in the table or bucket of the request.
+    /// Whether the table or bucket of the request cannot contain a terraform lock.
     pub(crate) fn excludes_locks(self) -> bool {
         matches!(self, Self::NoTable | Self::NoBucket | Self::OtherKey)
     }
 
-    /// Returns what the service's own `code` and `message` mean, in a response with the HTTP status `status` to a
+    /// Returns the cause for the service's own `code` and `message`, in a response with the HTTP status `status` to a
     /// request for `action` (DynamoDB API reference, "Common Errors"; S3 API reference, "Error responses").
     fn of(action: &'static str, code: Option<&str>, message: Option<&str>, status: Option<u16>) -> Self {
         let Some(code) = code else {
             return match status {
                 Some(501) => Self::NotImplemented,
                 // Every error response of S3 and DynamoDB contains a code, except the response to a HEAD request, which
-                // has no body. Its cause may be a wrong clock or an expired session.
+                // has no body. A HEAD request may have failed because of a wrong clock or an expired session, so a
+                // retry may succeed.
                 _ => Self::NoAnswer,
             };
         };
@@ -84,7 +85,7 @@ impl Cause {
     }
 }
 
-/// Error codes that the service returns again whenever the same request is sent.
+/// The error codes that a retry of the same request would receive again.
 const REFUSALS: [&str; 14] = [
     "NotFound",
     "Validation",
@@ -102,7 +103,7 @@ const REFUSALS: [&str; 14] = [
     "KMS.InvalidState",
 ];
 
-/// A response that the service cannot have sent. The response to the next request may come from the service.
+/// The error for a response that cannot be from the service. The response to a retry may be from the service.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("status {status}, but the response is not from {service}: a proxy or a login page may have sent it")]
 pub(crate) struct NoAnswer {
@@ -110,29 +111,30 @@ pub(crate) struct NoAnswer {
     pub(crate) status: u16,
 }
 
-/// What a service answers to a request that it does not carry out.
+/// The error that a service reports in its response to a request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ServiceAnswer<'a> {
-    /// The service's own name for the error. `None` if the answer has none.
+    /// The service's name for the error. `None` if the response contains no code.
     pub(crate) code: Option<&'a str>,
-    /// The service's own description. `None` if the answer has none.
+    /// The service's description of the error. `None` if the response contains none.
     pub(crate) message: Option<&'a str>,
-    /// The HTTP status. `None` if there was no answer.
+    /// The HTTP status. `None` if there was no response.
     pub(crate) status: Option<u16>,
 }
 
 impl Failure {
-    /// Returns a failure with [`Cause::NoAnswer`], for a response that says nothing about the lock. The next one may.
+    /// Returns a failure with [`Cause::NoAnswer`], for a response that does not show whether the lock exists. A retry
+    /// may show it.
     pub(crate) fn no_answer(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), cause: Cause::NoAnswer }
     }
 
-    /// Returns a failure with [`Cause::Refused`], for something that sending the request again cannot fix.
+    /// Returns a failure with [`Cause::Refused`], for an error that a retry of the request cannot fix.
     pub(crate) fn refusal(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), cause: Cause::Refused }
     }
 
-    /// Returns the failure of a request to `service` for `action`, which is named as in an IAM policy.
+    /// Returns the failure of a request to `service` for `action`, which has its name in IAM policies.
     pub(crate) fn of_request<E>(service: &'static str, action: &'static str, error: &SdkError<E>) -> Self
     where
         E: std::error::Error + ProvideErrorMetadata + 'static,
@@ -149,7 +151,8 @@ impl Failure {
         Self::of_answer(service, action, answer, &causes(error))
     }
 
-    /// Returns the failure of a request to `service` for `action`. `otherwise` is the reason if `answer` has none.
+    /// Returns the failure of a request to `service` for `action`. `otherwise` is the reason if there is no code, no
+    /// message and no status.
     pub(crate) fn of_answer(
         service: &'static str,
         action: &'static str,
@@ -161,7 +164,7 @@ impl Failure {
             (Some(code), Some(message), _) => format!("{code}: {message}"),
             (Some(code), None, _) => code.to_owned(),
             (None, None, Some(403)) => format!("status 403 without a reason: the permission {action} may be missing"),
-            // The message would be an XML parser's error about an HTML page, which helps no reader.
+            // Here the SDK's message is an XML parser's error about an HTML page, which is of no use to a reader.
             (None, _, Some(status)) => NoAnswer { service, status }.to_string(),
             (None, Some(message), None) => message.to_owned(),
             (None, None, None) => otherwise.to_owned(),
@@ -169,13 +172,12 @@ impl Failure {
         Self { service, reason, cause }
     }
 
-    /// Returns what the failure means.
     pub(crate) fn cause(&self) -> Cause {
         self.cause
     }
 
-    /// Returns the action that the credentials have no permission for, named as in an IAM policy. `None` for any other
-    /// failure.
+    /// Returns the action that the credentials have no permission for, by its name in IAM policies. `None` for any
+    /// other failure.
     pub(crate) fn denied(&self) -> Option<&'static str> {
         match self.cause {
             Cause::Denied(action) => Some(action),
@@ -183,7 +185,7 @@ impl Failure {
         }
     }
 
-    /// Whether sending the request again cannot help.
+    /// Whether a retry of the request cannot help.
     pub(crate) fn is_final(&self) -> bool {
         self.cause.is_final()
     }
@@ -218,14 +220,14 @@ mod tests {
             (Some("InvalidRequest"), Some("stored using a form of Server Side Encryption"), Some(400), Cause::Refused),
             (Some("NotImplemented"), Some("A header you provided"), Some(501), Cause::NotImplemented),
             (None, None, Some(501), Cause::NotImplemented),
-            // A wrong clock, an expired session or a proxy may be fixed by the next attempt.
+            // These failures may have passed by the next attempt: a wrong clock, an expired session, a busy service.
             (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), Cause::Passing),
             (Some("InvalidTokenId"), None, Some(403), Cause::Passing),
             (Some("ProvisionedThroughputExceededException"), None, Some(400), Cause::Passing),
             (Some("SlowDown"), None, Some(503), Cause::Passing),
             (Some("InternalServerError"), None, Some(500), Cause::Passing),
             (None, Some("<html>"), Some(403), Cause::NoAnswer),
-            // The response to a HEAD request.
+            // This is the response to a HEAD request, which has no body.
             (None, None, Some(403), Cause::NoAnswer),
             (None, None, Some(400), Cause::NoAnswer),
             (None, None, None, Cause::NoAnswer),
@@ -265,7 +267,7 @@ mod tests {
             said(None, None, Some(403), "x"),
             "S3: status 403 without a reason: the permission s3:GetObject may be missing"
         );
-        // The parser's error about a page that is not XML from S3 is not shown.
+        // The parser's error about a page that is not from S3 must not be in the text.
         let page = said(None, None, Some(511), "unhandled error: XmlDecodeError { kind: InvalidXml }");
         assert_eq!(page, "S3: status 511, but the response is not from S3: a proxy or a login page may have sent it");
     }

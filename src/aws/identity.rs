@@ -1,10 +1,10 @@
-//! The AWS account that a run used for its backend, as far as `tf` can tell without a request.
+//! The AWS account that a run used for its backend, as far as `tf` can determine it without a request.
 //!
 //! A later process may have other credentials than the run had: the default profile was switched, a person logged in to
-//! another account, or the recovery runs in another shell. So the run records its account, if it can be derived without
-//! a request: from the ARN of a role, the account of an SSO profile, the ID of an access key (which contains the
-//! account), or `allowed_account_ids`. Terraform does not log the account at INFO (aws-sdk-go-base, `Retrieved caller
-//! identity from STS`).
+//! another account, or the recovery runs in another shell. So the run records its account, if the account can be
+//! derived without a request: from the ARN of a role, the account of an SSO profile, the ID of an access key (which
+//! contains the account), or `allowed_account_ids`. Terraform's own log cannot be used instead: it does not contain the
+//! account at INFO (aws-sdk-go-base, `Retrieved caller identity from STS`).
 
 use std::fmt::Write as _;
 use std::future::Future;
@@ -24,10 +24,10 @@ use crate::terraform::backend::CachedBackend;
 pub(crate) struct AccountIdentity {
     /// The ID of the account, 12 digits. `None` if it is not known.
     pub(crate) account: Option<String>,
-    /// A hash of the access key's ID. `None` if the account is known, or the ID is not.
+    /// A hash of the access key's ID. `None` if the account is known, or if the ID of the access key is unknown.
     pub(crate) key: Option<String>,
-    /// A hash of the profile's settings for endpoints. `None` if the profile was not read, and in a record of an
-    /// earlier version.
+    /// A hash of the profile's settings for endpoints (`PLACE`). `None` if the shared files were not read, and in a
+    /// record of an earlier version.
     #[serde(default)]
     reach: Option<String>,
 }
@@ -35,7 +35,7 @@ pub(crate) struct AccountIdentity {
 impl AccountIdentity {
     /// Returns the identity for `backend`. `sections` are the shared files, or the reason why they cannot be read.
     /// `set` returns the value of an environment variable, or `None` if it is unset or empty. The hashes include the ID
-    /// `run`, so they differ from run to run.
+    /// `run`, so the same access key has a different hash in each run.
     pub(crate) fn new(
         run: &str,
         backend: &CachedBackend,
@@ -59,25 +59,25 @@ impl AccountIdentity {
         Self { account, key, reach: Some(hash(run, &reach)) }
     }
 
-    /// Returns the identity for `backend` in the environment of this process, with the current shared files.
+    /// Returns the identity for `backend` in the current environment of this process, with the current shared files.
     pub(crate) fn now(run: &str, backend: &CachedBackend) -> Self {
-        // Only reading files is asynchronous here, and the SDK reads them without waiting (aws-types,
-        // os_shim_internal).
+        // `profile_of` is asynchronous only because it reads files. The SDK reads a file without ever returning
+        // `Pending` (aws-types, os_shim_internal), so a single poll is enough.
         let sections = at_once(connect::profile_of(backend)).unwrap_or_else(|| Err("they are read later".to_owned()));
         Self::new(run, backend, sections.as_ref().map_err(String::as_str), settings::set)
     }
 
-    /// Returns the identity as far as it is known without reading a file. This is for the record that must be written
-    /// before terraform starts.
+    /// Returns the identity for `backend` as far as it is known without reading a file. The record that is written
+    /// before terraform starts contains this identity.
     pub(crate) fn without_files(run: &str, backend: &CachedBackend) -> Self {
         let identity = Self::new(run, backend, Err("they are read later"), settings::set);
-        // The profile's settings for endpoints are not known.
+        // `reach` is a hash of the profile's endpoint settings. The shared files were not read, so there is none.
         Self { reach: None, ..identity }
     }
 
     /// Returns the identity for a terraform that is about to start. If the account is not known otherwise and
-    /// `allowed_account_ids` names a single account, it is that one, because terraform refuses to work in any other
-    /// account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
+    /// `allowed_account_ids` contains a single account, that account is the result, because terraform refuses to work
+    /// in any other account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
     pub(crate) fn at_start(run: &str, backend: &CachedBackend) -> Self {
         let mut identity = Self::now(run, backend);
         if let (None, [only]) = (&identity.account, backend.strings("allowed_account_ids").as_slice())
@@ -89,7 +89,7 @@ impl AccountIdentity {
     }
 }
 
-/// The keys of a profile that decide which endpoint is reached.
+/// The keys of a profile that decide to which endpoint a request is sent.
 const PLACE: [&str; 5] =
     ["endpoint_url", "services", "use_fips_endpoint", "use_dualstack_endpoint", "ignore_configured_endpoint_urls"];
 
@@ -119,9 +119,9 @@ fn is_account(text: &str) -> bool {
     text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Returns the account that the ID of an access key contains, in base 32 after the first four letters. `None` if it
-/// contains none: keys made before 2019 do not, and their fifth letter is in the first half of the base-32 alphabet.
-/// LocalStack and similar services accept an account ID itself as the key's ID.
+/// Returns the account that the ID of an access key contains, in base 32 after the first four letters. `None` if the ID
+/// contains no account. The ID of a key from before 2019 contains none; its fifth letter is in the first half of the
+/// base-32 alphabet. LocalStack and similar services accept an account ID itself as the key's ID.
 fn account_of_key(key: &str) -> Option<String> {
     if is_account(key) {
         return Some(key.to_owned());
@@ -145,11 +145,11 @@ fn account_of_key(key: &str) -> Option<String> {
 /// How the current identity relates to the identity that a run recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Relation {
-    /// The account or the access key is the same, and the endpoints are too if the run recorded them.
+    /// The account or the access key is the same. The endpoints are the same too, or the run did not record them.
     Same,
-    /// The account, the access key or the endpoints differ, or the run's access key is not in use now.
+    /// The account, the access key or the endpoints differ, or the current access key is unknown.
     Another,
-    /// The account of the run, which is known. The current account is not; STS can tell it.
+    /// The account of the run, which is known. The current account is unknown, and must be requested from STS.
     Ask(String),
     /// The run recorded neither an account nor an access key.
     Unknown,
@@ -278,7 +278,7 @@ mod tests {
         let at_start = |ids: &str| AccountIdentity::at_start("run", &block(ids)).account;
         assert_eq!(at_start(r#"["888888888888"]"#).as_deref(), Some("888888888888"));
         assert_eq!(at_start(r#"["888888888888","999999999999"]"#), None);
-        // Terraform has not checked the current account.
+        // `allowed_account_ids` is not used here, because no terraform has checked it against the current account.
         assert_eq!(AccountIdentity::now("run", &block(r#"["888888888888"]"#)).account, None);
     }
 }

@@ -1,5 +1,5 @@
-//! Reaching AWS as terraform does: which settings apply, which credentials and which network to use, and what a failed
-//! request means.
+//! Connects to AWS as terraform does: which settings apply, which credentials and which network to use, and what a
+//! failed request means for the caller.
 
 pub(crate) mod attributes;
 pub(crate) mod causes;

@@ -1,9 +1,8 @@
-//! The HTTP client that the SDK uses, with the proxies, certificate authorities and certificate checks that terraform
-//! would use.
+//! The HTTP client for the SDK. It uses the same proxies, certificate authorities and certificate checks as terraform.
 //!
 //! The SDK's default client uses no proxy and always checks certificates. `tf` builds its connectors from the SDK's
-//! parts where it can. For a backend with `insecure = true` it has a connector of its own, because the SDK has none
-//! that accepts every certificate.
+//! parts where it can. No connector of the SDK accepts every certificate, so `tf` has its own for a backend with
+//! `insecure = true`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -53,7 +52,8 @@ impl Network {
         if self.insecure && https {
             return unverified(proxy);
         }
-        // The builder panics on a machine without certificate authorities, even for plain HTTP, which needs none.
+        // The SDK's builder panics on a machine without certificate authorities, even if the request is plain HTTP and
+        // needs none.
         match panics::caught(|| self.verifying(proxy, settings)) {
             Some(connector) => connector,
             None if https => SharedHttpConnector::new(NoAuthorities),
@@ -61,7 +61,7 @@ impl Network {
         }
     }
 
-    /// Builds a connector that checks certificates.
+    /// Returns a connector that checks certificates. Panics if the machine has no certificate authorities.
     fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
@@ -81,7 +81,7 @@ impl Network {
     }
 }
 
-/// Fails every request, because there are no certificate authorities to check a certificate with.
+/// A connector that fails every request, because there are no certificate authorities for checking a certificate.
 #[derive(Debug)]
 struct NoAuthorities;
 
@@ -92,8 +92,8 @@ impl HttpConnector for NoAuthorities {
     }
 }
 
-/// A connector for each proxy (`None` for direct connections), HTTPS or plain HTTP, and connect and read timeouts. Each
-/// connector keeps its connections for reuse.
+/// The connectors, by proxy (`None` for direct connections), by HTTPS or plain HTTP, and by connect and read timeouts.
+/// Each connector keeps its connections open for reuse.
 type Connectors = Mutex<HashMap<(Option<String>, bool, [Option<Duration>; 2]), SharedHttpConnector>>;
 
 /// An HTTP client that chooses the proxy and the connector for each request.
@@ -126,8 +126,8 @@ impl HttpConnector for Route {
         let proxy = network.proxies.choose(scheme, host, port);
         let key =
             (proxy.map(ToOwned::to_owned), https, [self.settings.connect_timeout(), self.settings.read_timeout()]);
-        // Go's client also supports SOCKS proxies; the SDK and `tf` do not. This is checked here, so that only the
-        // requests that would use such a proxy fail.
+        // Go's client also supports SOCKS proxies; the SDK and `tf` do not. This check is made for each request, so
+        // that only the requests that need such a proxy fail.
         if proxy.is_some_and(|proxy| ProxyConfig::all(proxy).is_err()) {
             let why = "tf cannot use the proxy: its URL is neither http nor https";
             return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
@@ -142,8 +142,8 @@ impl HttpConnector for Route {
     }
 }
 
-/// Returns the usable certificates in `pem`, as PEM. Go skips the other ones, and the SDK would panic on them. `None`
-/// if no certificate is usable.
+/// Returns the usable certificates in `pem`, as PEM. `None` if no certificate is usable. Unusable certificates are left
+/// out, because Go skips them, and the SDK would panic on them.
 pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     let mut roots = rustls::RootCertStore::empty();
     let mut usable = String::new();
@@ -156,13 +156,13 @@ pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     (!usable.is_empty()).then(|| usable.into_bytes())
 }
 
-/// Builds a connector that accepts every certificate, for `insecure = true`.
+/// Returns a connector that accepts every certificate, for `insecure = true`.
 fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder =
         rustls::ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
     let Ok(builder) = builder else {
-        // Never reached, because this provider supports TLS 1.2 and 1.3. The compiler needs the branch.
+        // This is never reached, because the provider supports TLS 1.2 and 1.3, but the compiler requires the branch.
         return SharedHttpConnector::new(Connector::builder().build_http());
     };
     let config = builder
@@ -175,8 +175,8 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));
     let direct = HttpsConnector::from((tcp, config.clone()));
     let Some(proxy) = proxy.and_then(through) else { return shared(direct) };
-    // The connection to the proxy carries the password, so it uses TLS if the proxy's URL is `https`. It accepts every
-    // certificate too.
+    // The proxy's password is sent on the connection to the proxy, so that connection uses TLS if the proxy's URL is
+    // `https`. It accepts every certificate too.
     let mut tunnel = Tunnel::new(proxy.uri().clone(), direct);
     if let Some(credentials) = proxy.basic_auth() {
         tunnel = tunnel.with_auth(credentials.clone());
@@ -184,10 +184,10 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     shared(HttpsConnector::from((tunnel, config)))
 }
 
-/// Parses the URL of a proxy. The result has a `Proxy-Authorization` header if the URL contains a user; `%` escapes in
-/// the user and the password are decoded. `None` if the URL cannot be parsed.
+/// Parses the URL of a proxy. If the URL contains a user, the result has a `Proxy-Authorization` header, with `%`
+/// escapes in the user and the password decoded. `None` if the URL cannot be parsed.
 fn through(proxy: &str) -> Option<Through> {
-    // The proxy applies to every host, so the host of this URL does not matter.
+    // This proxy is used for every host, so the host of the request's URL can be any.
     Matcher::builder().all(proxy).build().intercept(&http::Uri::from_static("https://any"))
 }
 
@@ -224,8 +224,8 @@ where
     }
 }
 
-/// Accepts every server certificate, which is what `insecure = true` means. Signatures of the handshake are still
-/// checked.
+/// A certificate check for `insecure = true`, which accepts every server certificate. It still checks the signatures of
+/// the handshake.
 #[derive(Debug)]
 struct AcceptAnyCertificate(Arc<rustls::crypto::CryptoProvider>);
 

@@ -1,10 +1,10 @@
-//! Chooses the proxy for a request as Go's HTTP client does (golang.org/x/net/http/httpproxy), which terraform uses.
-//! The SDK's own client uses no proxy, and other clients read these variables differently.
+//! Selects the proxy for a request as Go's HTTP client does (golang.org/x/net/http/httpproxy), because terraform uses
+//! that client. The SDK's own client uses no proxy, and other clients interpret the proxy variables differently.
 
 use ipnet::IpNet;
 use std::net::IpAddr;
 
-/// The proxies that a backend and the environment name.
+/// The proxies from a backend and the environment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Proxies {
     /// The proxy for `http` URLs. `None` if there is none.
@@ -14,7 +14,7 @@ pub(crate) struct Proxies {
     exceptions: Vec<Exception>,
 }
 
-/// An entry of `no_proxy`: hosts that are reached directly.
+/// An entry of `no_proxy`: hosts to which requests are sent without a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Exception {
     Everything,
@@ -24,16 +24,16 @@ enum Exception {
 }
 
 impl Proxies {
-    /// Reads `http`, `https` and the comma-separated list `no_proxy`, as a backend attribute or a variable contains
-    /// them. An empty `http` or `https` means no proxy.
+    /// Parses `http`, `https` and the comma-separated list `no_proxy`, in the form of a backend attribute or an
+    /// environment variable. An empty `http` or `https` means no proxy.
     pub(crate) fn new(http: Option<String>, https: Option<String>, no_proxy: Option<&str>) -> Self {
         let set = |url: Option<String>| url.filter(|url| !url.is_empty()).map(with_scheme);
         let words = no_proxy.unwrap_or_default().split(',').map(|word| word.trim().to_lowercase());
         Self { http: set(http), https: set(https), exceptions: words.filter_map(|word| exception(&word)).collect() }
     }
 
-    /// Returns the proxy for `scheme://host:port`. `None` if the host is reached directly, as localhost and loopback
-    /// addresses always are.
+    /// Returns the proxy for `scheme://host:port`. `None` if the request is sent without a proxy. This is always so for
+    /// localhost and loopback addresses.
     pub(crate) fn choose(&self, scheme: &str, host: &str, port: u16) -> Option<&str> {
         let proxy = if scheme == "https" { &self.https } else { &self.http }.as_deref()?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_lowercase();
@@ -59,7 +59,7 @@ impl Exception {
     }
 }
 
-/// Adds `http://` to a proxy that is written without a scheme.
+/// Adds `http://` to the URL of a proxy if the URL has no scheme.
 fn with_scheme(url: String) -> String {
     if url.contains("://") { url } else { format!("http://{url}") }
 }
@@ -75,7 +75,7 @@ fn exception(word: &str) -> Option<Exception> {
         return Some(Exception::Network(network));
     }
     let (host, port) = match word.rsplit_once(':') {
-        // An IPv6 address without brackets has colons of its own.
+        // An IPv6 address without brackets contains colons, so the text after the last colon is not a port.
         Some((host, port)) if !host.contains(':') || host.ends_with(']') => match port.parse() {
             Ok(port) => (host, Some(port)),
             Err(_) => (word, None),
@@ -90,7 +90,7 @@ fn exception(word: &str) -> Option<Exception> {
         return None;
     }
     let host = host.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(host);
-    // `.example.com` excepts only the subdomains. `example.com` excepts the domain itself too.
+    // `.example.com` covers only the subdomains. `example.com` also covers the domain itself.
     let itself = !host.starts_with('.');
     let suffix = if itself { format!(".{host}") } else { host.to_owned() };
     Some(Exception::Domain { suffix, itself, port })

@@ -1,8 +1,8 @@
-//! How a run reaches its locks: everything that another process needs to reach the same locations, without secrets.
+//! The AWS access of a run without its secrets: all settings that another process needs to reach the same locks.
 //!
-//! The value of an attribute or a variable is recorded only if it is known to contain no secret. If an attribute may
-//! contain one, its name is recorded, so that a later process can read the value from where the run had it: the cached
-//! backend in the run's directory, as long as that is still the same backend.
+//! The value of an attribute or a variable is recorded only if it is known to contain no secret. For an attribute that
+//! may contain a secret, only the name is recorded. A later process can then read the value from the cached backend in
+//! the run's directory, as long as the same backend is still cached there.
 //!
 //! The identity of the run is recorded too, for [`crate::lock::reached`].
 
@@ -31,7 +31,7 @@ pub(crate) struct RedactedBackend {
 }
 
 impl RedactedBackend {
-    /// Returns what may be recorded of `backend`.
+    /// Returns `backend` without the values that must not be recorded.
     pub(crate) fn of(backend: &CachedBackend) -> Self {
         let mut config = Map::new();
         let mut withheld = Vec::new();
@@ -50,10 +50,10 @@ impl RedactedBackend {
         self.kind != "s3"
     }
 
-    /// Returns the whole block. If `cached` is still the same block, the withheld attributes are read from it.
+    /// Returns the complete block. If `cached` is still the same block, the withheld attributes are read from it.
     ///
     /// # Errors
-    /// The names of the withheld attributes, if there are any and `cached` is another block or `None`.
+    /// The names of the withheld attributes, if there are any, and `cached` is `None` or another block.
     pub(crate) fn backend(&self, cached: Option<&CachedBackend>) -> Result<CachedBackend, String> {
         match cached {
             Some(cached) if Self::of(cached) == *self => Ok(cached.clone()),
@@ -65,9 +65,9 @@ impl RedactedBackend {
     }
 }
 
-/// Returns the attributes that may be recorded. Those that are set and may not be recorded are added to `withheld`,
-/// with `outer` before their names. An attribute without effect on a release is in neither. An empty string is
-/// recorded, because it can mean something else than an attribute that is not set.
+/// Returns the attributes that may be recorded. The name of an attribute that is set and must not be recorded is added
+/// to `withheld`, with the prefix `outer`. An attribute that has no effect on a release is neither returned nor added.
+/// An empty string is recorded, because it can have another meaning than an attribute that is not set.
 fn kept<'a>(
     outer: &str,
     attributes: &mut dyn Iterator<Item = (&'a str, &'a Value)>,
@@ -81,7 +81,8 @@ fn kept<'a>(
             (Treatment::Supported, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
                 config.insert(name.to_owned(), value.clone());
             }
-            // The attributes inside a nested attribute are in the list under their own names.
+            // The list has the attributes inside a nested attribute under their own names, so each of them is checked
+            // by itself.
             (Treatment::NotSupported, Value::Object(inner)) if outer.is_empty() => {
                 let inner = inner.iter().filter(|(_, value)| !value.is_null());
                 let mut inner = inner.map(|(name, value)| (name.as_str(), value));
@@ -94,9 +95,9 @@ fn kept<'a>(
     config
 }
 
-/// Whether `value` is an address that contains a user, and so possibly a password. A proxy or an endpoint may be
-/// written without a scheme (`user:password@host:3128`), so every `@` in it counts. An `@` in the name of a session
-/// does not.
+/// Whether `value` is an address that contains a user name, and therefore perhaps a password. A proxy or an endpoint
+/// may be written without a scheme (`user:password@host:3128`), so any `@` in such an attribute counts. In another
+/// attribute, such as the name of a session, an `@` counts only in a URL.
 fn has_a_user(name: &str, value: &str) -> bool {
     let name = name.to_lowercase();
     let is_address = ["proxy", "endpoint", "url", "uri"].iter().any(|word| name.contains(word));
@@ -112,8 +113,8 @@ fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
     set(KEYS[0]).or_else(|| set(KEYS[1]))
 }
 
-/// Returns how a run reaches `backends`: each backend once, and the environment of this process. The identities are
-/// added by [`AwsEnvironment::identify`].
+/// Returns the redacted form of `backends`, each backend once, and the environment of this process. The identities are
+/// still missing; [`AwsEnvironment::identify`] adds them.
 pub(crate) fn of_run<'a>(
     backends: impl IntoIterator<Item = &'a CachedBackend>,
 ) -> (Vec<RedactedBackend>, AwsEnvironment) {
@@ -126,18 +127,19 @@ pub(crate) fn of_run<'a>(
     (all, AwsEnvironment::of_environment(|name| std::env::var_os(name)))
 }
 
-/// The part of the environment that decides which identity a run has and which endpoints it reaches.
+/// The environment variables that decide which identity a run has and which endpoints it uses, and that identity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AwsEnvironment {
     variables: BTreeMap<String, String>,
-    /// The names of the variables that are set and whose values are not recorded, because their URL contains a user.
+    /// The names of the variables that are set and whose values are not recorded, because the value contains a user
+    /// name.
     withheld: Vec<String>,
     /// Whether the environment contains an access key.
     had_keys: bool,
-    /// The identity, as far as it is known, for a backend that names no credentials.
+    /// The identity, as far as it is known, for a backend block that contains no credentials.
     identity: AccountIdentity,
-    /// The identity for each of the run's backends, in their order. Empty if none of them is an S3 backend, and in a
-    /// record of an earlier version.
+    /// The identity for each of the run's backends, in the order of the backends. Empty if there is no S3 backend, and
+    /// in a record of an earlier version.
     #[serde(default)]
     identities: Vec<AccountIdentity>,
 }
@@ -161,9 +163,9 @@ impl AwsEnvironment {
         Self { variables, withheld, had_keys: key(&set).is_some(), ..Self::default() }
     }
 
-    /// Adds the identity that `run`, whose terraform is about to start, has for each of `access`. `backends` are the
+    /// Adds the identity of `run`, whose terraform is about to start, for each backend in `access`. `backends` are the
     /// same blocks with their secrets. This reads the shared files, so it must be called in terraform's working
-    /// directory. It adds nothing if there is no S3 backend.
+    /// directory. If there is no S3 backend, nothing is added.
     pub(crate) fn identify(&mut self, run: &str, access: &[RedactedBackend], backends: &[&CachedBackend]) {
         self.identify_by(access, backends, |backend| AccountIdentity::at_start(run, backend));
         if !self.identities.is_empty() {
@@ -172,7 +174,7 @@ impl AwsEnvironment {
         }
     }
 
-    /// Adds the identities as [`Self::identify`] does, as far as they are known without reading a file.
+    /// Adds the identities as [`Self::identify`] does, but only as far as they are known without reading a file.
     pub(crate) fn identify_without_files(
         &mut self,
         run: &str,
@@ -202,8 +204,8 @@ impl AwsEnvironment {
         self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
     }
 
-    /// Returns the changes that make an environment reach AWS as the run did: each variable with its value, or with
-    /// `None` if it must be unset. The withheld variables are not in it.
+    /// Returns the changes after which another environment has the same AWS access as the run had: each variable with
+    /// its value, or with `None` if it must be unset. The result does not contain the withheld variables.
     pub(crate) fn changes(&self) -> Vec<(&'static str, Option<OsString>)> {
         let withheld = |name: &&str| !self.withheld.iter().any(|withheld| withheld == name);
         let mut changes: Vec<_> = attributes::kept_variables()
@@ -211,7 +213,7 @@ impl AwsEnvironment {
             .map(|name| (name, self.variables.get(name).map(OsString::from)))
             .collect();
         if !self.had_keys {
-            // The run had its credentials from another source, which keys in the environment would override.
+            // The run's credentials came from another source. Keys in the environment would override that source.
             changes.extend(KEYS.map(|name| (name, None)));
         }
         changes
@@ -223,12 +225,12 @@ impl AwsEnvironment {
         (0..count).map(|place| self.identities.get(place).unwrap_or(&self.identity).clone())
     }
 
-    /// Returns the identity for a backend that names no credentials.
+    /// Returns the identity for a backend block that contains no credentials.
     pub(crate) fn environment(&self) -> &AccountIdentity {
         &self.identity
     }
 
-    /// Returns what a person must provide to reach the lock, as text for a message.
+    /// Returns the credentials and settings that a person must provide to reach the lock, as text for a message.
     pub(crate) fn needs(&self) -> String {
         let mut text = String::new();
         match self.identities.iter().chain([&self.identity]).find_map(|identity| identity.account.as_ref()) {

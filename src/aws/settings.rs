@@ -1,5 +1,5 @@
-//! Settings for reaching AWS from the backend block, the environment and the shared files, read as terraform reads
-//! them.
+//! The settings for connecting to AWS, from the backend block, the environment and the shared files, read as terraform
+//! reads them.
 
 use crate::sys::plain_file;
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
@@ -8,52 +8,53 @@ use std::path::PathBuf;
 
 use crate::terraform::backend::CachedBackend;
 
-/// Why `tf` cannot reach AWS as terraform did.
+/// Why `tf` cannot connect to AWS as terraform did.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
-    /// The backend block sets this attribute, which `tf` cannot follow.
+    /// The backend block sets this attribute, which `tf` does not support.
     #[error("the backend sets {0}, which tf does not support")]
     Attribute(String),
-    /// The selected profile sets this key, which `tf` cannot follow.
+    /// The selected profile sets this key, which `tf` does not support.
     #[error("the profile sets {0}, which tf does not support")]
     ProfileKey(&'static str),
-    /// One of the shared files is broken or missing. The text says why.
+    /// One of the shared files is invalid or missing. The text is the reason.
     #[error("the shared files cannot be used: {0}")]
     SharedFiles(String),
-    /// The backend block or a variable names this profile, and it is in none of the shared files.
+    /// The backend block or a variable names this profile, but it is in none of the shared files.
     #[error("the profile {0} is in none of the shared files")]
     Profile(String),
-    /// The backend block sets only one of two things that belong together. The text names them.
+    /// The backend block sets only one of two attributes that belong together. The text describes the incomplete part.
     #[error("the backend sets {0}")]
     Incomplete(&'static str),
-    /// The file with certificate authorities cannot be read, or has no usable certificate in it.
+    /// The file with certificate authorities cannot be read, or contains no usable certificate.
     #[error("the certificates in {path} cannot be used: {reason}")]
     Certificates {
         /// The path of the file.
         path: String,
-        /// What is wrong with it.
+        /// Why the file cannot be used.
         reason: String,
     },
-    /// The endpoint of the instance's metadata, where its credentials come from, is invalid.
+    /// The endpoint of the instance metadata service, which provides the instance's credentials, is invalid.
     #[error("the endpoint of the instance metadata service cannot be used: {0}")]
     Metadata(String),
-    /// The source of credentials gave none. The text says why.
+    /// The source returned no credentials. The text is the reason.
     #[error("{0}")]
     Credentials(String),
-    /// The service that gives credentials did not answer, or could not give them at the moment. Asking again may help,
-    /// and does not prompt a person.
+    /// The service that issues the credentials did not respond, or could not issue them at the moment. A second attempt
+    /// may succeed, and it does not prompt a person.
     #[error("{0}")]
     Silent(String),
-    /// None of the backend, the environment and the profile names a region.
+    /// Neither the backend, nor the environment, nor the profile names a region.
     #[error("no region is set")]
     Region,
-    /// The `duration` of a role is not a Go duration.
+    /// The `duration` of a role is not a duration in Go's format.
     #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]
     Duration(String),
 }
 
 impl Unreachable {
-    /// Whether trying again later may help: a missing file may be there by then, but an attribute does not change.
+    /// Whether a later attempt may succeed. For example, a missing file may exist by then, but an attribute does not
+    /// change.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(
             self,
@@ -72,17 +73,18 @@ pub(crate) fn set(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// Returns the endpoint for one service: the attribute, its deprecated form, or a variable, in this order. `None` if
-/// none of them is set. The SDK then applies `AWS_ENDPOINT_URL` and the shared files.
+/// Returns the endpoint of one service: from the attribute, its deprecated form, or a variable, in this order. `None`
+/// if none of them is set. The SDK then uses `AWS_ENDPOINT_URL` and the shared files.
 pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], variables: [&str; 2]) -> Option<String> {
     let attribute = attributes.iter().find_map(|name| backend.string(name).map(ToOwned::to_owned));
     let endpoint = attribute.or_else(|| variables.iter().find_map(|name| set(name)))?;
-    // OpenTofu adds the scheme if it is missing (backend.go, `customEndpoint`). Terraform fails before it takes a lock.
+    // If the scheme is missing, OpenTofu adds it (backend.go, `customEndpoint`). Terraform fails before it takes a
+    // lock.
     Some(if endpoint.contains("://") { endpoint } else { format!("https://{endpoint}") })
 }
 
-/// The shared files that the backend block or the environment names, in terraform's order. If a list is empty, the
-/// SDK's default file is used: the one in `AWS_CONFIG_FILE` or else `~/.aws/config`, and `~/.aws/credentials`.
+/// The shared files that the backend block or the environment names, in terraform's order. If a list is empty, the SDK
+/// uses its default file: the file in `AWS_CONFIG_FILE` or else `~/.aws/config`, and `~/.aws/credentials`.
 pub(crate) struct SharedFiles {
     configs: Vec<PathBuf>,
     credentials: Vec<PathBuf>,
@@ -101,9 +103,9 @@ pub(crate) fn shared_files(backend: &CachedBackend) -> SharedFiles {
 }
 
 impl SharedFiles {
-    /// Returns a builder with the files that exist. The AWS SDK for Go skips a missing file; the SDK for Rust would
-    /// then load none of the files. A file that is not a regular file is left out, because a release must not wait for
-    /// it.
+    /// Returns a builder with the files that exist. The AWS SDK for Go skips a missing file, but the SDK for Rust would
+    /// then load none of the files. A file that is not a regular file is left out, because reading it could block a
+    /// release.
     pub(crate) fn builder(&self) -> aws_runtime::env_config::file::Builder {
         let mut files = EnvConfigFiles::builder()
             .include_default_config_file(self.configs.is_empty() && unreadable_default().is_none())
@@ -118,21 +120,22 @@ impl SharedFiles {
         files
     }
 
-    /// Returns the first file that is missing, or cannot be read without waiting. `None` if there is no such file.
+    /// Returns the first file that is missing, or is not a regular file and could block the reader. `None` if there is
+    /// no such file.
     pub(crate) fn absent(&self) -> Option<PathBuf> {
         let named = self.configs.iter().chain(&self.credentials).find(|path| !plain_file::is_plain(path)).cloned();
         named.or_else(|| unreadable_default().filter(|_| self.configs.is_empty()))
     }
 }
 
-/// Returns the file in `AWS_CONFIG_FILE`, which the SDK takes as the default config file, if it exists and is not a
-/// regular file.
+/// Returns the file in `AWS_CONFIG_FILE`, which the SDK uses as the default config file, if the file exists and is not
+/// a regular file. `None` otherwise.
 fn unreadable_default() -> Option<PathBuf> {
     set("AWS_CONFIG_FILE").map(PathBuf::from).filter(|path| path.exists() && !plain_file::is_plain(path))
 }
 
-/// Returns the profile that is named by the block, or by one of the two variables that the AWS SDK for Go reads. `None`
-/// if no profile is named.
+/// Returns the name of the profile from the block, or from one of the two variables that the AWS SDK for Go reads.
+/// `None` if none of them names a profile.
 pub(crate) fn profile_name(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Option<String> {
     let named = backend.string("profile").map(ToOwned::to_owned);
     named.or_else(|| set("AWS_PROFILE")).or_else(|| set("AWS_DEFAULT_PROFILE"))

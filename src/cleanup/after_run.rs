@@ -1,4 +1,5 @@
-//! What is done after terraform has exited: whether it has left a lock, whether its tree is dead, and the release.
+//! The work after terraform has exited: determines whether terraform has left a lock and whether its tree is dead, and
+//! releases the lock.
 
 use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::NonS3Cleanup;
@@ -31,21 +32,22 @@ use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// Whether terraform died or abandoned its operation, and did not finish it.
+/// Whether terraform died or abandoned its operation, so that the operation is unfinished.
 ///
-/// The log decides this, and not the exit code. A terraform that got two interrupts exits with 1, as after any error,
-/// and leaves its operation, its provisioners and its requests unfinished (internal/command/meta.go, `RunOperation`). A
-/// terraform that finishes its operation has begun to unlock everything that it had locked. `is_ours` says whether a
-/// lock belongs to a backend and a workspace of this run. A lock at another location belongs to a terraform that a
-/// provisioner has started, and says nothing about the terraform of this run.
+/// In most cases the log decides this, and not the exit code. A terraform that got two interrupts exits with 1, as
+/// after any error, and leaves its operation, its provisioners and its requests unfinished (internal/command/meta.go,
+/// `RunOperation`). A terraform that finishes its operation has begun to unlock everything that it had locked. So a
+/// lock whose unlock was not begun shows that the operation is unfinished. `is_ours` returns whether a lock belongs to
+/// a backend and a workspace of this run. A lock at another location belongs to a terraform that a provisioner has
+/// started, and does not count.
 ///
 /// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). Exit code 2 means that there are changes
-/// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. A shim has exit
-/// codes of its own (tenv 255, a shell 137, `terraform | tee` 0). Behind a shim, a lock counts even if its unlock was
-/// begun.
+/// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. A shim has other
+/// exit codes than terraform (tenv 255, a shell 137, `terraform | tee` 0). So behind a shim, a lock counts even if its
+/// unlock was begun.
 fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&RecordedLock) -> bool) -> bool {
     let left_operation = || log.was_canceled() || log.unreleased().any(|lock| lock.is_in_use() && is_ours(lock));
-    // If it is not known how terraform ended, it died: it was killed together with `tf`, or hung up.
+    // If it is unknown how terraform ended, it counts as dead: it was killed together with `tf`, or by a hangup.
     let Some(ended) = end.ended else { return true };
     end.forced
         || match ended {
@@ -59,30 +61,29 @@ fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&Record
         }
 }
 
-/// How long the processes that terraform has started may take to exit after it. Its providers exit within a few
+/// How long the processes that terraform has started may take to exit after terraform. Its providers exit within a few
 /// milliseconds.
 const PROVIDER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How terraform's operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
-    /// It came to its end.
+    /// Terraform has finished it.
     Over,
-    /// Terraform exited by itself, and a lock that it had begun to release still exists. Its delete was refused, or is
-    /// still in flight, and nothing shows whether the operation was over before that.
+    /// Terraform exited by itself, and a lock that it had begun to release still exists. The delete was refused, or is
+    /// still in flight. The operation may be unfinished.
     Unlocking,
-    /// Terraform died, or left it.
+    /// Terraform died, or abandoned it.
     Died,
 }
 
-/// Makes sure that an operation is over: kills what is left of the tree of a terraform that died, and leaves alone what
-/// a terraform that exited by itself has left on purpose. `at_once`: the tree gets no time to exit. Returns the reason
-/// why no lock may be released, or `None` if locks may be released.
-///
+/// Makes sure that an operation is over. If terraform died, kills the remaining processes of its tree, without a grace
+/// period if `at_once` is true. If terraform exited by itself, kills no process: terraform may have left it running on
+/// purpose. Returns the reason why no lock may be released. `None` if locks may be released.
 fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let died = operation == Operation::Died;
-    // A terraform that a provisioner started without `tf`, or that a shim started which has exited, writes into the
-    // recorder of this run. It may hold the lock that the recorder shows.
+    // Another terraform may be running: one that a provisioner started without `tf`, or one whose shim has exited. It
+    // writes into the recorder of this run, and may hold a lock that is in the recorder.
     if !died || (tree.is_behind_a_shim() && !at_once) {
         let logging = tree.logging();
         let living = tree.living();
@@ -103,8 +104,8 @@ fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut
     if operation == Operation::Unlocking { wait_for_tree(tree, waiter) } else { None }
 }
 
-/// Returns the reason not to release that follows from running processes, if terraform exited by itself. `None` if no
-/// process of the tree is running.
+/// Waits until no process of the tree is running, for at most [`PROVIDER_EXIT_TIMEOUT`]. Returns `None` if none is
+/// running, and otherwise the reason why no lock may be released. Used if terraform exited by itself.
 fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
@@ -124,7 +125,7 @@ fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     }
 }
 
-/// A run after the exit of its terraform, as `tf` or its guardian knows it.
+/// A run whose terraform has exited, with the data that `tf` or its guardian has about it.
 pub(crate) struct AfterRun<'a> {
     pub(crate) context: &'a RunContext<'a>,
     pub(crate) tree: &'a Tree,
@@ -132,14 +133,14 @@ pub(crate) struct AfterRun<'a> {
     pub(crate) log: &'a Log,
     /// The identities with which the run reached its backends.
     pub(crate) reached: &'a Reached,
-    /// Whether terraform was started and has written nothing into the log, and may have been unable to.
+    /// Whether the log is empty although terraform was started. Terraform may have been unable to write it.
     pub(crate) has_no_log: bool,
 }
 
-/// What is known of the end of a run before any service is asked.
+/// How a run ended, as far as this is known without a request to a service.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ending {
-    /// See [`died`].
+    /// Whether terraform died or abandoned its operation ([`died`]).
     pub(crate) died: bool,
     pub(crate) log_state: LogState,
     /// Whether the run may have left a lock in a backend other than S3.
@@ -153,18 +154,20 @@ impl Ending {
     }
 }
 
-/// What is in the file that terraform logs into.
+/// The contents of the file that terraform logs into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LogFile {
-    /// A log, or nothing where nothing could have been locked.
+    /// The file has a log, or it is empty and the run could not have taken a lock.
     Written,
-    /// Nothing, although terraform could have held a lock: it could not write there, or died before it did.
+    /// The file is empty although terraform could have taken a lock. Terraform could not write to the file, or died
+    /// before it wrote.
     Empty,
 }
 
-/// Returns whether the log of a run says which locks the run had.
+/// Returns whether the log of a run shows which locks the run had.
 fn log_state(died: bool, ended: Option<Ended>, log: &Log, file: LogFile) -> LogState {
-    // The exit code of a shim can report a death that an empty log does not show.
+    // An empty log does not show that terraform died. Behind a shim, an exit code of 129 or more does: the shim reports
+    // the signal that killed terraform.
     if file == LogFile::Empty && (died || matches!(ended, Some(Ended::Exited(129..)))) {
         LogState::NeverBegun
     } else if died && (!log.logs_locks() || log.is_torn()) {
@@ -175,7 +178,8 @@ fn log_state(died: bool, ended: Option<Ended>, log: &Log, file: LogFile) -> LogS
 }
 
 impl AfterRun<'_> {
-    /// Judges how the run ended. `candidates` are its candidate backends, which are read only if they matter.
+    /// Determines how the run ended. `candidates` are its candidate backends. They may be read lazily, because they are
+    /// not needed for every run.
     pub(crate) fn judge(&self, candidates: &impl Deref<Target = CandidateBackends>) -> Ending {
         let is_ours = |lock: &RecordedLock| !candidates.of(lock).is_empty();
         let died = died(&self.end, self.tree.is_behind_a_shim(), self.log, is_ours);
@@ -187,8 +191,8 @@ impl AfterRun<'_> {
         }
     }
 
-    /// Releases the locks that the run has left, and reports that to `reporter`. Returns what is left for the next
-    /// `tf`.
+    /// Releases the locks that the run has left, and reports the results to `reporter`. Returns the work that is left
+    /// for the next `tf`.
     pub(crate) fn clean_up(
         &self,
         Ending { died, log_state, non_s3 }: Ending,
@@ -233,7 +237,7 @@ impl AfterRun<'_> {
             candidates,
             died,
             ended: self.end.ended,
-            // The processes below terraform may have worked until now.
+            // Processes below terraform may have worked until now.
             until: Timestamp::now(),
             replaced: &[],
             release_context: ReleaseContext {
@@ -252,10 +256,10 @@ impl AfterRun<'_> {
     }
 }
 
-/// The reason for a guardian's release, as the history has it.
+/// The reason for a guardian's release that is written into the history.
 const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 
-/// Whether a lock that terraform had begun to release exists, or may exist.
+/// Whether a lock that terraform had begun to release still exists. True if that cannot be determined.
 pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
@@ -270,6 +274,7 @@ fn exists(id: &str, location: &LockLocation, candidates: &CandidateBackends, wai
     waiter.block_on(release::may_exist(location, id)).unwrap_or(true)
 }
 
+/// Whether the program of `process` has the name of a terraform or tofu, possibly with a version.
 fn is_terraform(process: &Process) -> bool {
     let program = process.program();
     let named = |name: &str| {
@@ -287,7 +292,8 @@ mod tests {
         EndOfRun { ended, killed: None, forced, interrupted: false, out_of_memory: false }
     }
 
-    /// Returns the log of a Terraform 1.11 up to this number of its records: a lock is requested, granted and released.
+    /// Returns the first `records` records of a log of Terraform 1.11, in which a lock is requested, granted and
+    /// released.
     fn told(records: usize) -> Log {
         let line = |message| crate::terraform::log::tests::lock_line(7, message, crate::terraform::log::tests::ID, "r");
         let records = [
@@ -328,7 +334,8 @@ mod tests {
         }
     }
 
-    /// OpenTofu does not log when its locks are released. There, the record about the second interrupt decides.
+    /// OpenTofu does not log the release of a lock, so the log record about the second interrupt shows that it
+    /// abandoned its operation.
     #[test]
     fn a_terraform_that_says_that_it_left_its_operation_died() {
         let mut log = told(4);
@@ -337,8 +344,8 @@ mod tests {
         assert!(!died(&end(Some(Ended::Exited(0)), false), false, &log, |_| false));
     }
 
-    /// OpenTofu does not log when its locks are released. Whether code 2 announces changes is seen from the command
-    /// line.
+    /// OpenTofu does not log the release of a lock, so the command line in its log shows whether exit code 2 means that
+    /// there are changes.
     #[test]
     fn code_2_is_a_crash_unless_changes_are_announced_by_it() {
         for (arguments, crash) in [("\"plan\"", true), ("\"plan\", \"-detailed-exitcode\"", false)] {

@@ -1,4 +1,4 @@
-//! The candidate backends of a run: the backends, before and after it, and the workspaces in which it may have locked.
+//! The candidate backends of a run: the backends and workspaces in which the run may have taken locks.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,8 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::log::{RecordedLock, UnnamedLock};
 
-/// Whether a command may use every workspace: a migration does (internal/command/meta_backend_migrate.go).
+/// Whether a command may use every workspace. `init` may, because it can migrate all workspaces to another backend
+/// (internal/command/meta_backend_migrate.go).
 pub(crate) fn is_for_any_workspace(command: &str) -> bool {
     command == "init"
 }
@@ -20,21 +21,22 @@ pub(crate) fn is_for_any_workspace(command: &str) -> bool {
 /// The backends and workspaces that a run may have used.
 #[derive(Clone, Debug)]
 pub(crate) struct CandidateBackends {
-    /// The data directories that contain the backends, the most likely one first.
+    /// The contents of data directories with these backends, the most likely one first.
     pub(crate) directories: Vec<DataDirectory>,
+    /// The names of the workspaces, the most likely one first.
     pub(crate) workspaces: Vec<String>,
     /// Whether the run may have used every workspace that exists.
     pub(crate) any_workspace: bool,
     /// The path of the run's data directory.
     pub(crate) data_directory: String,
-    /// The directory in which the run's terraform works.
+    /// The directory in which the run's terraform works, after `-chdir`.
     pub(crate) working_directory: PathBuf,
 }
 
 impl CandidateBackends {
     /// Returns the candidate backends of a run of `command_line` in the directory `current`. `before` and `after` are
-    /// the contents of its data directory before and after the run, and `planned_backends` are the backends that its
-    /// command line leads to.
+    /// the contents of its data directory before and after the run, and `planned_backends` are the backends that follow
+    /// from its command line.
     pub(crate) fn new(
         current: &Path,
         before: &DataDirectory,
@@ -59,7 +61,7 @@ impl CandidateBackends {
         Self { directories, workspaces, any_workspace, data_directory, working_directory }
     }
 
-    /// Returns the same with the backend and the workspace of the run's plan, if it has a plan.
+    /// Adds the backend and the workspace in the run's plan, if it has a plan that can be read.
     pub(crate) fn with_plan(mut self, planned_backends: &PlannedBackends) -> Self {
         if let Some(planned) = planned_backends.planned() {
             self.workspaces.push(planned.workspace.clone());
@@ -68,21 +70,22 @@ impl CandidateBackends {
         self
     }
 
-    /// Returns the backends without their secrets, and the environment that decides how AWS is reached.
+    /// Returns the backends without their secrets, and the environment variables that determine how AWS is reached.
     fn access(&self) -> (Vec<RedactedBackend>, AwsEnvironment) {
         redacted_backend::of_run(self.backends())
     }
 
-    /// Returns the backends and the environment, with the identities by which the run with the ID `run` reaches the
-    /// backends, as far as no file must be read for that. The result is written to the journal before terraform starts,
-    /// and that must not wait.
+    /// Returns the backends and the environment, with the identities with which the run `run` reaches the backends.
+    /// Leaves out the identities for which a file must be read: the result is written to the journal before terraform
+    /// starts, and reading a file could delay that start.
     pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let (access, mut surroundings) = self.access();
         surroundings.identify_without_files(run, &access, &self.backends().collect::<Vec<_>>());
         (access, surroundings)
     }
 
-    /// Returns the same with what the shared files say. To be called where nothing waits for it.
+    /// Does the same as [`Self::identified_without_files`], and also reads the shared files of AWS. Call this only
+    /// where terraform does not wait for it.
     pub(crate) fn identified(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let _there = Within::enter(&self.working_directory);
         let (access, mut surroundings) = self.access();
@@ -112,18 +115,19 @@ impl CandidateBackends {
         location::of_state(bucket, key, &directories, self.usable())
     }
 
-    /// Returns the workspace of the state at `location`. `None` if it is none of the workspaces that this run is known to
-    /// have used.
+    /// Returns the workspace of the state at `location`. `None` if it is not one of [`Self::workspaces`].
     pub(crate) fn workspace_of(&self, location: &LockLocation) -> Option<&str> {
         let is_it = |name: &&String| location.backend.state_key(name).as_deref() == Some(&location.key);
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
 
-    /// Returns the workspace of the state that `recorded` locks. `None` as for [`Self::workspace_of`].
+    /// Returns the workspace of the state that `recorded` locks. `None` if its location is unknown, or as for
+    /// [`Self::workspace_of`].
     pub(crate) fn workspace_of_lock(&self, recorded: &RecordedLock) -> Option<&str> {
         self.workspace_of(self.of(recorded).first()?)
     }
 
+    /// Returns the workspaces in which the run may have taken locks.
     fn usable(&self) -> Workspaces<'_> {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }

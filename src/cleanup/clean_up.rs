@@ -1,21 +1,21 @@
 //! The cleanup after a run whose terraform has exited or died. `tf`, its guardian and a later `tf` all use it, so that
-//! the order of a release is written once.
+//! the order of the steps is defined in one place.
 //!
 //! The order, and the reasons for it:
 //!
-//! 1. [`CandidateLocks::find`] finds the locks that the run may have. A lock that the log does not name is identified
-//!    by reading it.
-//! 2. [`release_locks`] releases each lock, or finds out why it cannot be released.
-//! 3. The requests that may still land are remembered before anything is reported about them: the report says "the next
-//!    `tf` releases it", and that must be true when it is read.
-//! 4. The result for each lock is reported. It is known now, and what follows may take time.
-//! 5. The history is written. It has only what has happened.
-//! 6. Locks that were replaced while the run was working, refusals, and locks that could not be identified are
-//!    reported. These are explanations, and may ask the service again.
+//! 1. [`CandidateLocks::find`] finds the locks that the run may have. If the log does not name a lock, the lock is
+//!    identified by reading its location.
+//! 2. [`release_locks`] releases each lock, or determines why it cannot be released.
+//! 3. The requests that may still land are written to disk before they are reported: the report says "the next `tf`
+//!    releases it", and that must be true when a person reads it.
+//! 4. The result for each lock is reported now, because the next steps may take time.
+//! 5. The history is written. It contains only completed actions.
+//! 6. Replaced locks (another run locked the same state while this run was working), refusals, and locks that could not
+//!    be identified are reported. These reports are explanations. They may need further requests to the service.
 //! 7. The lock in a backend other than S3 is released.
-//! 8. What is left for the next `tf` is returned.
+//! 8. The work that is left for the next `tf` is returned.
 //!
-//! The three callers differ in what they know ([`EndedRun`]) and in where they report ([`Reporter`]).
+//! The three callers differ in their information about the run ([`EndedRun`]) and in how they report ([`Reporter`]).
 
 use crate::cleanup::other_backend::Wording;
 use crate::cleanup::release_all::ReleaseRequest;
@@ -38,14 +38,15 @@ use crate::lock::release::{Because, Outcome, ReleaseContext};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 
-/// What may be done about the locks of a run.
+/// Whether the locks of a run may be released.
 #[derive(Clone, Debug)]
 pub(crate) enum Permission {
-    /// They may be released.
+    /// The locks may be released.
     Release,
-    /// No lock may be touched, for this reason.
+    /// No lock may be released. The outcome has the reason.
     Keep(Outcome),
-    /// No lock is to be released. The locks that are held are to be named (`TFW_RELEASE=never`).
+    /// No lock may be released, because the user has set `TFW_RELEASE=never`. The locks that still exist are only
+    /// reported.
     NameOnly,
 }
 
@@ -60,44 +61,46 @@ impl Permission {
     }
 }
 
-/// Whether the run's log says which locks it had.
+/// Whether the run's log shows which locks the run had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogState {
-    /// The log is complete.
+    /// The log names every lock that the run had, or terraform exited by itself. A recovery uses this state for every
+    /// log that is not empty, because it cannot tell whether the log is complete.
     Complete,
-    /// The log is torn, or the program logs no locks.
+    /// Terraform died, and its log is incomplete (it ends within a line or lacks its beginning), or this version logs
+    /// no locks.
     Lost,
     /// Terraform wrote no log at all.
     NeverBegun,
 }
 
-/// A run after the exit of its terraform, as far as the cleanup must know it.
+/// A run whose terraform has exited: everything that the cleanup needs.
 pub(crate) struct EndedRun<'a> {
     /// Which process cleans up.
     pub(crate) by: By,
-    /// How the run ended, as the beginning of a sentence.
+    /// How the run ended, as the beginning of a message.
     pub(crate) ending: &'a str,
-    /// The reason for a release, as the history has it, and the reason that a person gave. The second one is `None` if
-    /// no person gave one.
+    /// The reason for a release that is written into the history, and the reason that a person gave. The second one is
+    /// `None` if no person gave a reason.
     pub(crate) history: (&'a str, Option<&'a str>),
     pub(crate) id: &'a str,
     pub(crate) log: &'a Log,
     pub(crate) log_state: LogState,
-    /// The backends and workspaces in which the run may have locked.
+    /// The backends and workspaces in which the run may have taken locks.
     pub(crate) candidates: &'a CandidateBackends,
-    /// Whether terraform died, or abandoned its operation. Then a lock that was requested without an answer may be its
-    /// own.
+    /// Whether terraform died, or abandoned its operation. If so, a lock whose request got no response may belong to
+    /// the run.
     pub(crate) died: bool,
-    /// How terraform ended. `None` if that is not known.
+    /// How terraform ended. `None` if that is unknown.
     pub(crate) ended: Option<Ended>,
-    /// Until when the run, or a process that it started, may have worked.
+    /// The latest time at which the run, or a process that it started, may have worked.
     pub(crate) until: Timestamp,
-    /// Locks that were found to be replaced before this cleanup.
+    /// Replaced locks that were found before this cleanup.
     pub(crate) replaced: &'a [Replaced],
     pub(crate) release_context: ReleaseContext,
     pub(crate) permission: Permission,
-    /// What is reported of locks that fit none of the known backends, if some of the run's backends are no longer
-    /// known. `None` if all are known.
+    /// The reason that is reported if none of the locks is in a known backend. `None` if all of the run's backends are
+    /// known.
     pub(crate) unknown_backends: Option<String>,
     pub(crate) journal: Option<&'a Journal>,
     pub(crate) pending_requests: Option<&'a PendingRequests>,
@@ -108,41 +111,43 @@ pub(crate) struct EndedRun<'a> {
 pub(crate) struct NonS3Cleanup<'a> {
     /// How the lock is released, or why that is not possible.
     pub(crate) release: Result<NonS3Release<'a>, String>,
-    /// Whether the run's command logs that it was granted a lock.
+    /// Whether the run's command logs that it got a lock.
     pub(crate) is_logged: bool,
     /// The command that a person types to remove the lock.
     pub(crate) unlock: String,
 }
 
-/// The results of a cleanup, before it is decided what is left for the next `tf`.
+/// The results of a cleanup, from which [`Cleaned::unfinished`] determines the work for the next `tf`.
 struct Cleaned {
     locks: CandidateLocks,
     results: Vec<ReleaseResult>,
     replaced: Vec<Replaced>,
     non_s3: NonS3Result,
-    /// Whether the run's log is lost, no lock was found, and the next `tf` is to look for one.
+    /// Whether the next `tf` must look for a lock, because the run's log is lost and no lock was found.
     lost_log_is_left: bool,
 }
 
-/// What a cleanup reports to. Each reporter decides what it does with a fact: `tf` writes it to stderr, a recovery
-/// collects it, and a guardian discards it because nobody reads its messages.
+/// Receives the results of a cleanup. `tf` writes them to stderr. A recovery collects them. A guardian discards them,
+/// because nobody reads its messages.
 pub(crate) trait Reporter {
-    /// Reports the result for one lock. `is_remembered`: its request may still land, and the next `tf` looks for it.
+    /// Reports the result for one lock. `is_remembered` is true if the lock's request may still land, and is stored so
+    /// that the next `tf` looks for the lock.
     fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
 
-    /// Reports a lock that was requested by a terraform that gave up. The request may still land.
+    /// Reports a lock whose request may still land, although terraform has exited by itself and did not get the lock.
+    /// `is_remembered` as for [`Reporter::result`].
     fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool);
 
-    /// Reports that another run has taken the lock while this run was working.
+    /// Reports that another run locked the same state while this run was working.
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced);
 
-    /// Explains what refused terraform. Everything has been done for the locks that the log names.
+    /// Explains which lock refused terraform. The locks that the log names have been handled before.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>);
 
     /// Reports the locks that could not be identified.
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks);
 
-    /// Reports that nothing shows whether the run had a lock. Returns whether the next `tf` is to look for one.
+    /// Reports that the log does not show whether the run held a lock. Returns true if the next `tf` must look for one.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool;
 
     /// Reports the result for the lock in a backend other than S3.
@@ -151,11 +156,12 @@ pub(crate) trait Reporter {
     /// Returns the command that a person types to remove a lock in a backend other than S3.
     fn unlock_command(&self, candidates: &CandidateBackends) -> String;
 
-    /// Whether a person reads the reports. What nobody reads is left for the next `tf`, which reports it.
+    /// Whether a person reads the reports. If not, everything that a person should read is left for the next `tf`,
+    /// which reports it.
     fn is_read(&self) -> bool;
 }
 
-/// The reporter of a guardian. It discards everything, because nobody reads it.
+/// The reporter of a guardian. It discards everything, because nobody reads the guardian's messages.
 pub(crate) struct SilentReporter;
 
 impl Reporter for SilentReporter {
@@ -169,8 +175,8 @@ impl Reporter for SilentReporter {
 
     fn unidentified(&mut self, _: &EndedRun<'_>, _: &CandidateLocks) {}
 
-    /// The recovery looks for a lock if there is no log. From a log that is torn, it would learn no more than is known
-    /// now.
+    /// Returns true if there is no log at all: the recovery then looks for a lock. An incomplete log gives the recovery
+    /// no more information than the guardian has now.
     fn lost_log(&mut self, run: &EndedRun<'_>, _: &mut Waiter<'_>) -> bool {
         run.log_state == LogState::NeverBegun
     }
@@ -186,7 +192,7 @@ impl Reporter for SilentReporter {
     }
 }
 
-/// Releases the locks that `run` has left. Returns what is left for the next `tf`.
+/// Releases the locks that `run` has left. Returns the work that is left for the next `tf`.
 pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> Unfinished {
     let _there = Within::enter(&run.candidates.working_directory);
     let locks = CandidateLocks::find(run.log, run.candidates, &run.release_context, run.died, waiter);
@@ -204,7 +210,7 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     for result in &results {
         reporter.result(run, result, remembered.contains(&result.lock.id));
     }
-    // If a lock could not be looked for, nothing is known of it that terraform has not reported itself.
+    // If a lock could not be looked for, `tf` has nothing to add to terraform's own report.
     for result in abandoned().filter(|result| !matches!(result.outcome, Some(Outcome::Kept { .. }))) {
         reporter.abandoned(run, &result.lock, remembered.contains(&result.lock.id));
     }
@@ -224,7 +230,8 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     cleaned.unfinished(run.log, reporter.is_read())
 }
 
-/// Releases `named`, or only names them, as the run permits.
+/// Releases the locks `named`, or only reports them, as [`EndedRun::permission`] says. Returns the result for each
+/// lock.
 fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) -> Vec<ReleaseResult> {
     let fits_nowhere = !named.is_empty() && named.iter().all(|lock| run.candidates.of(lock).is_empty());
     let unknown = run.unknown_backends.as_ref().filter(|_| fits_nowhere).map(Outcome::later);
@@ -262,11 +269,11 @@ impl NonS3Cleanup<'_> {
 }
 
 impl Cleaned {
-    /// Returns what is left for the next `tf` of a run with the log `log`.
+    /// Returns the work that is left for the next `tf`. `log` is the log of the run.
     ///
-    /// If a person has read the report (`is_read`), this is what a later try may do better. A lock in doubt is for that
-    /// person to release. If nobody has read the report, everything that a person should know is left. The next `tf`
-    /// judges it again and reports it.
+    /// If a person has read the report (`is_read`), only locks that a later attempt may release are left. A lock in
+    /// doubt is not left: the person decides whether to release it. If nobody has read the report, everything that a
+    /// person should read is left too. The next `tf` judges it again and reports it.
     fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
         let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
         let is_left = |result: &ReleaseResult| {
@@ -304,7 +311,7 @@ mod tests {
         UnnamedLock { identity, progress: Progress::asked(Timestamp::UNIX_EPOCH) }
     }
 
-    /// Returns a log that names one lock, and has another one that it does not name.
+    /// Returns a log with two locks: one with its ID, and one without.
     fn log() -> Log {
         let mut log = Log::default();
         log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
@@ -325,7 +332,8 @@ mod tests {
         }
     }
 
-    /// What nobody has read is left for a later reader. What was read is left only if another try may help.
+    /// If nobody has read a report, its lock is left for the next `tf`. If a person has read it, the lock is left only
+    /// if another attempt may release it.
     #[test]
     fn a_lock_is_left_for_the_next_tf_where_that_can_do_better_or_nobody_has_heard_of_it() {
         let log = log();

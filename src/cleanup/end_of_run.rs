@@ -5,7 +5,8 @@ use crate::sys::wait::Ended;
 /// How a run of terraform ended, as its supervisor saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EndOfRun {
-    /// How the process ended (waitid(2)). `None` if that is not known: a guardian is not terraform's parent.
+    /// How the process ended (waitid(2)). `None` if that is unknown: a guardian may not find out, because it is not
+    /// terraform's parent.
     pub(crate) ended: Option<Ended>,
     /// Why `tf` killed terraform. `None` if it did not.
     pub(crate) killed: Option<Why>,
@@ -13,7 +14,8 @@ pub(crate) struct EndOfRun {
     pub(crate) forced: bool,
     /// Whether terraform got an interrupt.
     pub(crate) interrupted: bool,
-    /// Whether the kernel killed terraform, or a process beside it, because memory ran out.
+    /// Whether the kernel killed terraform because memory ran out. True if terraform was killed by SIGKILL and the
+    /// kernel has killed a process for this reason during the run.
     pub(crate) out_of_memory: bool,
 }
 
@@ -22,6 +24,6 @@ pub(crate) struct EndOfRun {
 pub(crate) enum Why {
     /// A person pressed ^C three times.
     Forced,
-    /// The time in `TFW_STOP_TIMEOUT` has passed.
+    /// The stop timeout (`TFW_STOP_TIMEOUT`) has expired.
     StopTimeout,
 }

@@ -1,4 +1,4 @@
-//! The terraform that is run in place of `tf`, and its arguments.
+//! The terraform that `tf` runs, and its arguments.
 
 use std::ffi::OsString;
 use std::io;
@@ -14,7 +14,7 @@ pub(crate) struct Invocation {
     pub(crate) terraform: Binary,
     /// argv\[0\] of terraform.
     pub(crate) name: OsString,
-    /// The rest of argv, as this process got it.
+    /// The other arguments, unchanged from the arguments of this process.
     pub(crate) arguments: Vec<OsString>,
     /// The same arguments, parsed.
     pub(crate) command_line: CommandLine,

@@ -1,5 +1,4 @@
-//! The cleanup after a run has ended or died: it finds out whether all of the run's processes are dead, and releases
-//! the run's locks.
+//! The cleanup after a run: checks whether all of the run's processes are dead, and releases the run's locks.
 
 pub(crate) mod after_run;
 pub(crate) mod candidate_backends;

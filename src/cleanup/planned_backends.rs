@@ -1,6 +1,6 @@
-//! The backends that a command line leads to, besides those in the data directory. An `init` leads to the backend of
-//! the configuration, which a migration locks while the other backend is still cached. An `apply` leads to the backend
-//! and the workspace that its plan was made for.
+//! The backends that follow from a command line, besides the backend in the data directory. An `init` may use the
+//! backend of the configuration: a migration locks it while the data directory still contains the other backend. An
+//! `apply` of a plan uses the backend and the workspace for which the plan was made.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -13,11 +13,14 @@ use crate::terraform::command_line::{self, CommandLine};
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::{configuration, plan_file};
 
-/// The planned backends of one run.
+/// The backends that follow from the command line of one run.
 #[derive(Debug, Default)]
 pub(crate) struct PlannedBackends {
+    /// The backend of the configuration. `None` if the command is not `init`, or the configuration has no backend that
+    /// can be read.
     configured: Option<CachedBackend>,
-    /// The path of the plan, and the plan itself. It is opened before the run, because it may be gone afterwards.
+    /// The path of the plan file, and the open file. It is opened before the run, because it may be deleted during the
+    /// run. `None` if there is no plan file that can be opened.
     plan: Option<(PathBuf, File)>,
 }
 
@@ -33,7 +36,7 @@ impl PlannedBackends {
         Self { configured: configured.flatten(), plan }
     }
 
-    /// Opens the plan that an earlier run applied, if it still exists.
+    /// Opens the plan file `path` of an earlier run, if it still exists.
     pub(crate) fn of_plan(path: &Path) -> Self {
         Self { configured: None, plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
     }
@@ -43,19 +46,21 @@ impl PlannedBackends {
         self.plan.as_ref().map(|(path, _)| path.as_path())
     }
 
-    /// Returns the descriptor that a process forked from this one must keep open. `None` if there is no plan.
+    /// Returns the descriptor of the plan file, which a process forked from this one must keep open. `None` if there is
+    /// no plan.
     pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.plan.as_ref().map(|(_, file)| file.as_fd())
     }
 
-    /// Returns the backend that an `init` is to set up. `None` if there is none.
+    /// Returns the backend that an `init` will set up, with `workspace` as its workspace. `None` if there is no such
+    /// backend.
     pub(crate) fn configured(&self, workspace: &str) -> Option<DataDirectory> {
         let backend = self.configured.clone()?;
         Some(DataDirectory { backend: Some(backend), workspace: workspace.to_owned() })
     }
 
-    /// Reads the backend and the workspace in the plan. To be called only when that matters, because a plan may be
-    /// long. `None` if there is no plan, or if it cannot be read.
+    /// Reads the backend and the workspace in the plan. Call this only if they are needed, because a plan may be long.
+    /// `None` if there is no plan, or if it cannot be read.
     pub(crate) fn planned(&self) -> Option<DataDirectory> {
         plan_file::read(&self.plan.as_ref()?.1)
     }

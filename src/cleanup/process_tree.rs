@@ -1,24 +1,25 @@
-//! Terraform's process tree: whether it is dead and, if it is not, how it is killed.
+//! Terraform's process tree: checks whether it is dead, and kills it.
 //!
-//! After a `kill -9` of terraform, a provider is still running for seconds, and a script for as long as it likes. Both
-//! still change infrastructure. No single sign of that can be trusted: a child process may close every descriptor
-//! (Python's `subprocess` does), may become an orphan, and may clear its environment. So the tree is dead only if all
-//! of this is true:
+//! After a `kill -9` of terraform, a provider keeps running for seconds, and a script for an unlimited time. Both can
+//! still change infrastructure. No single check finds all of these processes: a child process may close every
+//! descriptor (Python's `subprocess` does), may become an orphan, and may clear its environment. So the tree is dead
+//! only if all of these conditions are true:
 //!
-//! - The lifeline is closed: a pipe that the whole tree has inherited, at a high descriptor number.
-//! - No process of the tree is below this process. Orphans come to this process, as their subreaper, and not to init.
+//! - The lifeline is closed. It is a pipe that the whole tree has inherited, at a high descriptor number.
+//! - No process of the tree is below this process. Orphans of the tree are reparented to this process, because it is
+//!   their subreaper, and not to init.
 //! - No process of this user anywhere has this run in the `TFW_RUN` of its environment.
 //!
-//! The guardian is not an ancestor of the tree, and gets no orphans. [`crate::journal::membership`] has the facts that
-//! it uses instead. A process escapes the guardian if it has left terraform's process group, cleared its environment,
-//! closed every descriptor and lost its parent before the guardian ever saw it.
+//! The guardian is not an ancestor of the tree, so no orphans are reparented to it. [`crate::journal::membership`]
+//! describes the facts that it uses instead. The guardian misses a process only if the process has left terraform's
+//! process group, cleared its environment, closed every descriptor and lost its parent before the guardian found it.
 //!
 //! Without a process list ([`process::list`]: there is no /proc, or it is that of another pid namespace), no process
-//! can be found. `tf`, as the subreaper, then asks the kernel whether it has any child left, and no descendant can
-//! escape that. What the guardian cannot see is a doubt.
+//! can be found. Then `tf`, as the subreaper, checks with wait(2) whether it has any child left: no descendant can
+//! escape that check. The guardian cannot check this, so it treats the tree as possibly alive.
 //!
-//! A zombie is dead. A process that this process may not signal is a reason for doubt, and in doubt the lock is not
-//! released.
+//! A zombie counts as dead. A process that this process has no permission to signal counts as possibly alive. As long
+//! as the tree may be alive, the lock is not released.
 
 use crate::journal::run_mark::Living;
 use crate::journal::run_mark::RUN;
@@ -40,89 +41,94 @@ use crate::sys::process::{self, Process, ProcessList, Variable};
 use crate::sys::wait::{self, Children};
 use crate::trace::trace;
 
-/// How long what is left of a tree may take to exit after SIGTERM, before SIGKILL.
+/// How long the remaining processes of a tree may take to exit after SIGTERM, before they get SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(5);
 
-/// The same if another `tf` was started in the tree: its terraform got one interrupt, and saves its state.
+/// The same as [`TERM_GRACE`] if another `tf` was started in the tree: the terraform of that `tf` gets one interrupt,
+/// and needs time to save its state.
 const NESTED_TERM_GRACE: Duration = Duration::from_mins(1);
 
-/// How long the tree may take to exit after SIGKILL. A process that still exists after that hangs in the kernel, or may
-/// not be killed by this process.
+/// How long the tree may take to exit after SIGKILL. A process that still exists after that hangs in the kernel, or
+/// this process has no permission to kill it.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often the tree is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The process tree below this process, and what identifies it.
+/// Terraform's process tree, and the data that identify its processes.
 #[derive(Debug)]
 pub(crate) struct Tree {
     lifeline: OwnedFd,
     /// The run's ID: the value of `TFW_RUN`, or the last part of it.
     run: String,
     terraform: Option<Pid>,
-    /// Children that this process has started for itself.
+    /// Helpers that this process has started, such as the guardian. They do not belong to the tree.
     ours: RefCell<Vec<Pid>>,
-    /// Children that this process had before terraform. A shell that became this process by exec may leave some.
+    /// Children that this process had before it started terraform. A shell can start children and then replace itself
+    /// with `tf` (exec).
     preexisting_children: Vec<Pid>,
-    /// Whether orphans that do not belong to the tree may come to this process as well: it had children before
-    /// terraform, or is PID 1.
+    /// Whether orphans that do not belong to the tree may be reparented to this process as well: it had children before
+    /// it started terraform, or it is PID 1.
     has_foreign_orphans: bool,
-    /// Whether what is started is no terraform itself, and leads to one. Its status is not that of terraform, which may
-    /// outlive it.
+    /// Whether the started program is a shim, which starts terraform. The shim's exit status is not that of terraform,
+    /// and terraform may outlive the shim.
     via_shim: bool,
-    /// The device and the inode number of the recorder. `None` if they are not known.
+    /// The device and inode number of the recorder, the file that terraform logs into. `None` if they are unknown.
     recorder: Option<(u64, u64)>,
     /// Whether terraform has a process group of its own.
     own_group: bool,
-    /// The processes that were still running when [`Tree::end`] gave up: pid, and start in clock ticks since boot.
+    /// The processes that were still running when [`Tree::end`] gave up, or when it was decided not to kill them: pid,
+    /// and start time in clock ticks since boot.
     survivors: RefCell<Vec<(i32, u64)>>,
     observer: Observer,
 }
 
-/// From where the tree is observed.
+/// Which process observes the tree.
 #[derive(Debug)]
 enum Observer {
-    /// From its parent, to which its orphans come.
+    /// `tf`, terraform's parent. Orphans of the tree are reparented to it.
     Subreaper,
-    /// From the guardian.
+    /// The guardian.
     Guardian(RefCell<GuardianView>),
 }
 
-/// What the guardian knows of the tree.
+/// The guardian's data about the tree.
 #[derive(Debug, Default)]
 struct GuardianView {
-    /// What identifies the tree. Every running process that was ever seen to belong to it is among its survivors.
+    /// Identifies the tree's processes. Its `survivors` contain every running process that an earlier search found in
+    /// the tree.
     identity: TreeIdentity,
-    /// See [`crate::journal::membership::classify`].
+    /// The last moment at which terraform was seen alive, in clock ticks since boot
+    /// ([`crate::journal::membership::classify`]). `None` if there is none.
     certain_before: Option<u64>,
 }
 
-/// Whether the process belongs to a run that is nested in `run`, and so has a `tf` of its own.
+/// Whether the process belongs to a run that is nested in `run`: another `tf`, started below terraform, supervises it.
 fn is_nested(process: &Process, run: &str) -> bool {
     let Variable::Set(runs) = process.environment(RUN) else { return false };
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
     runs.next().is_some() && runs.next().is_some()
 }
 
-/// Whether a process that was found below this process belongs to the tree.
+/// Whether a descendant of this process belongs to the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Membership {
-    /// It descends from terraform.
+    /// The process descends from terraform.
     Member,
-    /// It does not descend from terraform.
+    /// The process does not descend from terraform.
     Other,
-    /// It is not known whether it descends from terraform.
+    /// It is unknown whether the process descends from terraform.
     Unknown,
 }
 
 /// The result of killing a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
-    /// All of it is dead. The number is that of the processes that were found running.
+    /// The whole tree is dead. The number is how many running processes were found and signalled.
     Dead(usize),
-    /// These processes are running, or may be.
+    /// These processes are still running and belong to the tree, or may belong to it.
     Alive(Vec<Process>),
-    /// No process is found, but some process holds the lifeline.
+    /// No process of the tree was found, but some process has the lifeline open.
     LifelineHeld,
     /// There is no process list, and a process may be running.
     Unseen,
@@ -155,27 +161,27 @@ impl Tree {
         Ok((tree, inherited))
     }
 
-    /// Makes this process observe the tree as the guardian: it is not terraform's parent any more.
+    /// Makes this process observe the tree as the guardian, which is not terraform's parent.
     pub(crate) fn observe_as_guardian(&mut self) {
         self.observer = Observer::Guardian(RefCell::default());
         self.preexisting_children.clear();
     }
 
-    /// Records that terraform is given a process group of its own.
+    /// Records that terraform gets a process group of its own.
     pub(crate) fn has_own_group(&mut self) {
         self.own_group = true;
     }
 
-    /// Records a moment at which terraform was alive, in clock ticks since boot. Only the guardian needs it.
+    /// Records a moment at which terraform was alive, in clock ticks since boot. Does nothing except in the guardian.
     pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
         if let Observer::Guardian(view) = &self.observer {
             view.borrow_mut().certain_before = moment;
         }
     }
 
-    /// Returns the running processes below terraform that have left its group: pid, and start in clock ticks since
-    /// boot. Only their descent shows that they belong to the tree, and an observer that is not their ancestor cannot
-    /// see it any more when their parents have exited. Empty without a process list.
+    /// Returns the running processes below terraform that have left its process group: pid, and start time in clock
+    /// ticks since boot. Only their parents show that they belong to the tree. When a parent has exited, an observer
+    /// that is not their ancestor can no longer see that. Empty without a process list.
     pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
         let below = Process::below(getpid());
         let is_outside = |process: &&Process| {
@@ -187,25 +193,26 @@ impl Tree {
         outside.map(|process| (process.pid.as_raw(), process.start)).collect()
     }
 
-    /// Makes `processes` members. Only the guardian needs it.
+    /// Adds `processes` (pid, and start time in clock ticks since boot) to the tree. Does nothing except in the
+    /// guardian.
     pub(crate) fn add_members(&self, processes: &[(i32, u64)]) {
         if let Observer::Guardian(view) = &self.observer {
             view.borrow_mut().identity.survivors.extend(processes);
         }
     }
 
-    /// Returns the processes that were still running when [`Tree::end`] gave up, or when the tree was left alone: pid,
-    /// and start in clock ticks since boot.
+    /// Returns the processes that were still running when [`Tree::end`] gave up, or when it was decided not to kill
+    /// them: pid, and start time in clock ticks since boot.
     pub(crate) fn survivors(&self) -> Vec<(i32, u64)> {
         self.survivors.borrow().clone()
     }
 
-    /// Records `processes` as those that are still running.
+    /// Records `processes` as the survivors that [`Tree::survivors`] returns.
     pub(crate) fn note_survivors(&self, processes: &[Process]) {
         *self.survivors.borrow_mut() = processes.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
     }
 
-    /// Returns the descriptor that a process forked from this one must keep open to observe the tree.
+    /// Returns the read end of the lifeline. A process forked from this one must keep it open to observe the tree.
     pub(crate) fn lifeline(&self) -> BorrowedFd<'_> {
         self.lifeline.as_fd()
     }
@@ -215,7 +222,7 @@ impl Tree {
         self.ours.borrow_mut().push(pid);
     }
 
-    /// Records that terraform was started as `pid`. Returns what identifies its processes.
+    /// Records that terraform was started as `pid`. Returns the data that identify its processes.
     pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
         self.terraform = Some(pid);
         let identity = TreeIdentity::of(pid, self.own_group);
@@ -225,12 +232,12 @@ impl Tree {
         identity
     }
 
-    /// Returns terraform's process group. `None` if terraform has none of its own, or was not started.
+    /// Returns terraform's process group. `None` if terraform has no group of its own, or was not started.
     pub(crate) fn group(&self) -> Option<Pid> {
         self.terraform.filter(|_| self.own_group)
     }
 
-    /// Reaps the zombies that came to this process, but not terraform, a child that this process started for itself, or
+    /// Reaps the zombies that were reparented to this process. Does not reap terraform, the helpers of this process, or
     /// one of `others`.
     pub(crate) fn reap_orphans(&self, others: &[Pid]) {
         if matches!(self.observer, Observer::Guardian(_)) {
@@ -249,12 +256,12 @@ impl Tree {
         self.look().0
     }
 
-    /// Whether no process holds the end of the lifeline that terraform inherited.
+    /// Whether no process has the write end of the lifeline, which terraform inherited, open any more.
     pub(crate) fn lifeline_is_closed(&self) -> bool {
         poll::ready_now(self.lifeline.as_fd(), PollFlags::POLLIN)
     }
 
-    /// Returns the running members, and the running processes of which it is not known whether they are members.
+    /// Returns the running members of the tree, and the running processes that may be members.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
         if let Observer::Guardian(view) = &self.observer {
             return self.look_as_guardian(&mut view.borrow_mut());
@@ -270,8 +277,8 @@ impl Tree {
                 Membership::Other => {}
             }
         }
-        // If orphans do not come to this process, or came to the init of a pid namespace, only the mark is left to find
-        // them by.
+        // If orphans are not reparented to this process, or were reparented to the init of a pid namespace, only the
+        // mark in their environment identifies them.
         for process in Process::all() {
             let known = below.iter().any(|other| other.pid == process.pid);
             if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
@@ -287,7 +294,8 @@ impl Tree {
         (living.members, living.unknown)
     }
 
-    /// Whether the process has the mark of this run. If so, it has become terraform, or is below terraform.
+    /// Whether the environment of the process contains the mark of this run (`TFW_RUN`). If so, the process runs
+    /// terraform, or is below terraform.
     pub(crate) fn is_marked(&self, process: &Process) -> bool {
         mark_of(process, &self.run) == ProcessMark::Marked
     }
@@ -296,7 +304,7 @@ impl Tree {
         if Some(process.pid) == self.terraform || self.is_marked(process) {
             return Membership::Member;
         }
-        // Goes up to the child of this process from which the process descends.
+        // Finds the child of this process from which `process` descends.
         let mut top = process;
         for _ in 0..below.len() {
             match below.iter().find(|other| other.pid == top.parent) {
@@ -305,8 +313,8 @@ impl Tree {
             }
         }
         if process.is_helper_of_ours() {
-            // It is the guardian of a `tf` in this tree, for example. It works on no resource, and releases the lock of
-            // its own run.
+            // For example, the guardian of another `tf` in this tree. It works on no resource, and must live to release
+            // the lock of its own run.
             return Membership::Other;
         }
         if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
@@ -319,24 +327,24 @@ impl Tree {
         }
     }
 
-    /// Records which file terraform logs into, and whether what is started is no terraform itself, and leads to one.
+    /// Records which file terraform logs into, and whether the started program is a shim.
     pub(crate) fn set_log_file(&mut self, recorder: BorrowedFd<'_>, via_shim: bool) {
         self.recorder = descriptor::identity(recorder);
         self.via_shim = via_shim;
     }
 
-    /// Returns the device and the inode number of the file that terraform logs into. `None` if they are not known.
+    /// Returns the device and inode number of the file that terraform logs into. `None` if they are unknown.
     pub(crate) fn recorder(&self) -> Option<(u64, u64)> {
         self.recorder
     }
 
-    /// Whether what was started only leads to terraform.
+    /// Whether the started program is a shim, which starts terraform.
     pub(crate) fn is_behind_a_shim(&self) -> bool {
         self.via_shim
     }
 
-    /// Returns the running terraforms that write the log which `tf` reads, whatever their names are. Each of them has
-    /// the recorder open. A provider does not have it open, nor does a process that a provisioner started, because Go
+    /// Returns the running terraforms that write the log which `tf` reads, whatever the names of their programs are.
+    /// Each of them has the recorder open. Providers and the processes of provisioners do not have it open, because Go
     /// closes it on exec (os.OpenFile).
     pub(crate) fn logging(&self) -> Vec<Process> {
         let Some(recorder) = self.recorder else { return Vec::new() };
@@ -344,14 +352,14 @@ impl Tree {
         self.look().0.into_iter().filter(|process| !process.is_dead() && logs(process)).collect()
     }
 
-    /// Returns the terraforms that a shim has led to and that outlive it. Each of them works as before. Empty if
-    /// terraform was started directly.
+    /// Returns the running terraforms that a shim has started. If the shim has exited, they are orphans, which continue
+    /// to work. Empty if terraform was started directly.
     pub(crate) fn orphaned_terraforms(&self) -> Vec<Process> {
         if self.via_shim { self.logging() } else { Vec::new() }
     }
 
-    /// Kills what is left of the tree of a dead terraform: SIGTERM first, and SIGKILL after a grace period, or at once
-    /// if `at_once` says that the time for grace is over. A ^C at the terminal also ends the grace period.
+    /// Kills the remaining processes of the tree of a dead terraform. It sends SIGTERM first, and SIGKILL after a grace
+    /// period. If `at_once` is true, it sends SIGKILL immediately. A ^C at the terminal ends the grace period.
     pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let fate = match (process::list(), &self.observer) {
             (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
@@ -364,11 +372,12 @@ impl Tree {
         fate
     }
 
-    /// Does the same without a process list. The kernel still reports whether this process has any child, and orphans
-    /// of the tree come to this process, so without a child there is no tree. Signals are sent to terraform's process
-    /// group alone, and only while a child of this process is in it, so that no other group can have its number.
+    /// Does the same as [`Tree::end`] without a process list. The kernel still reports whether this process has any
+    /// child. Orphans of the tree are reparented to this process, so if there is no child, the tree is dead. Signals
+    /// are sent only to terraform's process group, and only while a child of this process is in it, so that no other
+    /// group can have its number.
     ///
-    /// This reaps terraform's own zombie. Its status was read before, and no signal is sent to it from here on.
+    /// This also reaps terraform's own zombie. Its status was read before, and no signal is sent to its pid after that.
     fn end_unseen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let begun = Instant::now();
         let kill_from = if at_once { Duration::ZERO } else { TERM_GRACE };
@@ -407,8 +416,8 @@ impl Tree {
             let above = matches!(self.observer, Observer::Subreaper);
             let alive = members.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
             if alive == 0 && unknown.is_empty() && self.lifeline_is_closed() {
-                // The tree must be found dead twice. A process whose parent exits during the first search comes to this
-                // process unnoticed; the second search finds it below this process.
+                // Search twice. If a process's parent exits during the first search, the process is reparented to this
+                // process, and the search can miss it. The second search finds it among the children of this process.
                 if clean {
                     trace!("the tree is dead");
                     return Termination::Dead(ended.len());
@@ -449,7 +458,7 @@ impl Tree {
         }
     }
 
-    /// Sends SIGKILL to terraform and to every process that is below it now.
+    /// Sends SIGKILL to terraform and to every process of its tree that is running now.
     pub(crate) fn kill(&self) {
         if let Some(terraform) = self.terraform {
             send(terraform, Signal::SIGKILL);
@@ -458,7 +467,7 @@ impl Tree {
             && process::list() == ProcessList::Unavailable
             && let Some(group) = self.group()
         {
-            // Terraform is not reaped yet, so the number still belongs to its group.
+            // Terraform has not been reaped, so no other group can have the number of its group.
             let _ = killpg(group, Signal::SIGKILL);
         }
         for process in self.look().0 {

@@ -1,12 +1,12 @@
-//! Recovery: a later `tf` finishes what dead runs on this host have left.
+//! Recovery: a later `tf` finishes the dead runs on this host, that is, it releases the locks that they have left.
 //!
 //! A run at the same location is finished before terraform starts, because its lock would refuse terraform. Any other
-//! run is finished by a process that runs independently, so that nothing waits for the lock service of another
-//! directory.
+//! run is finished by a background process, so that `tf` does not wait for the lock service of another directory.
 //!
-//! Both are finished in a process of their own. It changes its environment to that of the dead run, because AWS must be
-//! reached in the same way as that run did. It talks to the lock service with as many threads as that takes, while
-//! terraform is started by a process that never had more than one. And a person who does not want to wait can kill it.
+//! Every run is finished in a forked process, for three reasons. The process changes its environment to that of the
+//! dead run, to reach AWS in the same way as that run did. It may start threads for the requests to the lock service,
+//! but the process that starts terraform must never have more than one thread. And a person who does not want to wait
+//! can kill it.
 
 use crate::cleanup::clean_up::EndedRun;
 use crate::cleanup::clean_up::LogState;
@@ -73,23 +73,23 @@ use crate::trace::{self, trace};
 /// The name of the process that finishes a run.
 const RECOVERY: &CStr = c"tf-recovery";
 
-/// How long to wait for another process that is finishing a run of the same location at this moment.
+/// How long to wait for another process that is finishing a run of the same location.
 const OTHER_RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long to wait, before terraform starts, for a run that is about to end ([`ending`]), and in any case for such a
-/// run without an owner. Its terraform may go on for long.
+/// How long to wait, before terraform starts, for a run that is about to end ([`ending`]). If such a run has no owner,
+/// no wait for it is longer than this. Its terraform may continue for a long time.
 const ORPHAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long after a failed try a run of another directory is tried again.
+/// How long after a failed attempt a run of another directory is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_mins(5);
 
-/// After what time a person is told what takes so long.
+/// How long a recovery may take before a message reports it.
 const QUIET_GRACE: Duration = Duration::from_secs(1);
 
-/// How often a run or a process that is waited for is checked.
+/// How often to check a run or a process while waiting for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A dead run that this process finishes.
+/// A dead run that this process must finish.
 struct Dead {
     record: Box<JournalRecord>,
     entry: JournalEntry,
@@ -105,7 +105,7 @@ struct Dead {
 pub(crate) struct Before {
     /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
-    /// The runs that could not be finished. The reasons were reported.
+    /// The runs that could not be finished. The reason for each was reported.
     pub(crate) tried: Vec<Tried>,
 }
 
@@ -113,11 +113,12 @@ pub(crate) struct Before {
 #[derive(Debug)]
 pub(crate) struct Tried {
     pub(crate) run: String,
-    /// Whether no credentials were available.
+    /// Whether the run could not be finished because no credentials were available.
     pub(crate) lacks_credentials: bool,
 }
 
-/// Finishes dead runs before terraform starts with the candidate backends `here`. There must be one thread.
+/// Finishes dead runs before terraform starts. `here` are the candidate backends of the new run. This process must have
+/// only one thread, because it forks.
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
     let mut near = Vec::new();
     let mut far = Vec::new();
@@ -129,7 +130,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             if !here.of(&pending.lock).is_empty() {
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
-                // The location belongs, for example, to another workspace.
+                // The pending lock is from the same data directory, but its location is not used by this run, for
+                // example because it belongs to another workspace.
                 others_late.push((state, pending));
             }
         }
@@ -172,7 +174,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
         finish_without_waiting(far);
     }
     let mut asked = None;
-    // This time is for all of them together, because terraform's start has to wait for it.
+    // One time limit for all pending requests together, because terraform's start waits for these checks.
     let until = Instant::now() + EXPLANATION_TIMEOUT;
     let remaining = || Effort { limit: until.saturating_duration_since(Instant::now()), ..Effort::EXPLANATION };
     if !late.is_empty() {
@@ -217,8 +219,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     Before { asked, tried }
 }
 
-/// Returns the IDs of the dead runs that may have locked `here` and that no process is finishing, with the pids of
-/// their `tf`. Nothing is done about them.
+/// Returns the dead runs that may have taken a lock at a location of `here` and that no process is finishing: the ID of
+/// each, and the pid of its `tf`. Does not change anything.
 pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(String, u32)> {
     let Some(journal) = Journal::there(state) else { return Vec::new() };
     let names = journal.names().into_iter();
@@ -232,33 +234,36 @@ pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(Str
 /// The result of [`everything`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recovered {
-    /// The number of runs that have left a lock that was not released or, in a dry run, that would be released.
+    /// The number of runs that have left a lock that was not released. In a dry run, the number of runs with a lock
+    /// that would be released.
     pub(crate) left: usize,
-    /// Whether one of them was left because no credentials were available.
+    /// Whether a lock was not released because no credentials were available.
     pub(crate) lacks_credentials: bool,
     /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
 }
 
-/// What [`everything`] is asked to do.
+/// The arguments of [`everything`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request<'a> {
-    /// Whether to report only what is dead.
+    /// Whether to report only which runs would be finished, and to change nothing.
     pub(crate) dry_run: bool,
     /// The ID of the only run to finish. `None` for all runs.
     pub(crate) only: Option<&'a str>,
-    /// Whether to report nothing about what could not be done, because it was reported before.
+    /// Whether to suppress the messages about locks that could not be released, because an earlier recovery printed
+    /// them.
     pub(crate) again: bool,
     /// The reason that a person gave, for the history. `None` if no person gave one.
     pub(crate) reason: Option<&'a str>,
 }
 
-/// Finishes every dead run of this user on this host, or the one that is asked for, one after the other, and reports
-/// with `say` what was done. Waits for a run that its guardian takes care of. There must be one thread.
+/// Finishes every dead run of this user on this host, or only the requested one, one after the other. Reports the
+/// results with `say`. If the guardian of a run is still working, waits for it. This process must have only one thread,
+/// because it forks.
 pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
     let Request { dry_run, only, .. } = request;
     let mut everything = Everything { request, say, recovered: Recovered::default() };
-    // This time is for all of them together: the caller has to wait, however many runs end at this moment.
+    // One time limit for all runs together, because the caller must wait for all of them.
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -280,7 +285,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
     everything.recovered
 }
 
-/// A recovery of all runs.
+/// The state of [`everything`].
 struct Everything<'a> {
     request: Request<'a>,
     say: fn(&str),
@@ -288,7 +293,7 @@ struct Everything<'a> {
 }
 
 impl Everything<'_> {
-    /// Does what is to be done about a run that was found in `journal`.
+    /// Applies [`treatment`] to a run that was found in `journal`.
     fn recover(&mut self, state: &StateDirectory, journal: &Journal, found: FoundRun, signals: &mut Signals) {
         let mode = if self.request.dry_run { Mode::DryRun } else { Mode::Finish };
         let facts = facts(&found, journal);
@@ -342,13 +347,13 @@ impl Everything<'_> {
         };
         let process = RecoveryProcess { keep, announced: true };
         let left = in_a_process(process, finish, tell, signals, &mut self.recovered.asked);
-        // A run that will be tried again is still in the journal. So is a run if its recovery was killed.
+        // If the run is still in the journal, a later recovery tries it again, or its recovery was killed.
         let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
         self.recovered.left += usize::from(left != Left::Nothing || is_left);
         self.recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
     }
 
-    /// Says why a run is left.
+    /// Reports why a run is not finished.
     fn report(&self, found: &FoundRun, journal: &Journal) {
         match found {
             FoundRun::Broken(path) => console::say(&messages::broken(path)),
@@ -364,12 +369,12 @@ impl Everything<'_> {
         }
     }
 
-    /// Looks for the locks whose requests may still land.
+    /// Checks whether the locks exist whose requests may still land, and releases them.
     fn check_pending_requests(&mut self, state: &StateDirectory, signals: &mut Signals) {
-        // This time is for all requests together that were most likely refused.
+        // One time limit for all requests together that were most likely refused.
         let until = Instant::now() + EXPLANATION_TIMEOUT;
         for pending in PendingRequests::of(state).read(Timestamp::now()) {
-            // A request that was most likely refused is not worth a long wait.
+            // If a request was most likely refused, its lock most likely does not exist, so the wait is short.
             let limit =
                 if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
             let look = || check_elsewhere(state, &pending, Effort { limit, ..Effort::WORK });
@@ -380,6 +385,7 @@ impl Everything<'_> {
     }
 }
 
+/// Returns the [`Sight`] of a run that was found in the journal.
 fn sight(found: &FoundRun) -> Sight {
     match found {
         FoundRun::Living(_) => Sight::Living,
@@ -393,7 +399,8 @@ fn sight(found: &FoundRun) -> Sight {
     }
 }
 
-/// What decides about a run, as far as it matters for how it was found.
+/// Returns the facts on which the treatment of `found` depends. Facts that do not matter for this kind of run are
+/// false.
 fn facts(found: &FoundRun, journal: &Journal) -> Facts {
     match found {
         FoundRun::Foreign(_, Some(record)) => {
@@ -409,8 +416,8 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
     }
 }
 
-/// Looks for a lock whose request may land, at its own location and in the way in which its run reached that location.
-/// For a process that does nothing else.
+/// Checks whether a lock exists whose request may still land, and releases it. Reaches the lock's location in the same
+/// way as its run did, so this changes the environment. Call it only in a forked process.
 fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Effort) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
@@ -430,12 +437,12 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
     }
 }
 
-/// Records the result of a look for a lock whose request may land. Once the service has answered, the request is
+/// Records the result of a check for a lock whose request may still land. Once the service has answered, the request is
 /// remembered only for as long as it may land.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
-        // The table or bucket may come back some day.
+        // If the table or bucket does not exist, it may be restored later with the lock in it.
         Some(Outcome::Absent { excluded, .. }) => !excluded,
         Some(Outcome::Released(_)) => true,
         None => return,
@@ -460,16 +467,17 @@ fn enter(record: &JournalRecord) {
 /// The result of [`forget`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Forgotten {
-    /// What the journal had of it is deleted. The number is the pid of its run's `tf`.
+    /// The lock or the run was deleted from the journal. The number is the pid of the run's `tf`.
     Yes(u32),
-    /// A process of its run is alive, or is finishing the run at this moment. The number is the pid of its run's `tf`.
+    /// Nothing was deleted: a process of the run is alive, or another process is finishing the run. The number is the
+    /// pid of the run's `tf`.
     Alive(u32),
-    /// No run in the journal has it.
+    /// No run in the journal has this lock or this ID.
     Unknown,
 }
 
-/// Deletes what the journal has of the lock `what`, or of the run with that ID, if the IDs of its locks are not known.
-/// No lock is released.
+/// Deletes the lock with the ID `what` from the journal. If the IDs of a run's locks are unknown, `what` is the ID of
+/// the run, and the whole run is deleted from the journal. Does not release a lock.
 pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -513,7 +521,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
     Forgotten::Unknown
 }
 
-/// Whether all that is left of a run is a request that may still land, for a lock whose ID is not known.
+/// Whether the run `name` has nothing left but requests that may still land, for locks whose IDs are unknown.
 fn only_awaits(journal: &Journal, name: &str) -> bool {
     match journal.look(name) {
         FoundRun::Dead(record, ..) => {
@@ -525,15 +533,15 @@ fn only_awaits(journal: &Journal, name: &str) -> bool {
     }
 }
 
-/// Whether the run of `record` may have locked one of the locations of `here`, or had the same data directory.
+/// Whether the run of `record` may have taken a lock at a location of `here`, or had the same data directory.
 fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
     record.log.unreleased().any(|lock| !here.of(lock).is_empty())
         || record.log.unreleased_unnamed().any(|lock| !here.of_unnamed(lock).is_empty())
         || record.data_directory == here.data_directory
 }
 
-/// Whether a run may hold a lock: its log shows one, or nothing of its log was read, because the run was killed before
-/// that or writes a log that `tf` cannot read.
+/// Whether a run may hold a lock. This is true if its log shows a lock. It is also true if nothing of the log was read,
+/// because the run was killed before that, or because `tf` cannot read its log.
 fn may_hold(record: &JournalRecord) -> bool {
     record.log.may_hold() || record.log.program.is_none()
 }
@@ -541,15 +549,17 @@ fn may_hold(record: &JournalRecord) -> bool {
 /// Why a run that is alive may be about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NearEnd {
-    /// Its `tf` is dead. Its guardian is at work, or its processes are dying.
+    /// Its `tf` is dead. Its guardian is still working, or its processes are exiting.
     Orphaned,
-    /// The parent of its `tf` is dead, which is a request to stop (`supervise::event_loop::parent_to_watch`). A job
-    /// that is cancelled goes on to its last step when the shell in between is dead, whatever that `tf` still does.
+    /// The parent of its `tf` is dead, which is a request to stop (`supervise::event_loop::parent_to_watch`). When a CI
+    /// job is cancelled, it starts its last step as soon as its shell is dead, even if the `tf` below that shell is
+    /// still running.
     Left,
 }
 
-/// Returns why a run that is alive is about to end. `None` if it is not, or if its pids belong to other processes here.
-/// A run that a person has interrupted, or that its job waits for, does not concern other runs.
+/// Returns why a run that is alive is about to end. `None` if it is not, or if its pids were assigned in another pid
+/// namespace. Other runs do not wait for a run that a person has interrupted, or for which its job waits, so the result
+/// is `None` for such a run too.
 fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
     if !record.host.numbers_processes_as(journal.host()) {
@@ -562,19 +572,18 @@ fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     }
 }
 
-/// How long a run is waited for.
+/// How long to wait for a run.
 #[derive(Clone, Copy, Debug)]
 struct WaitLimits {
-    /// One that another process is finishing.
+    /// The limit for a run that another process is finishing.
     recovering: Duration,
-    /// One that is [`ending`] by itself.
+    /// The limit for a run that is [`ending`] by itself.
     ending: Duration,
 }
 
-/// Looks at a run. If it `is_near` and about to be gone, this waits for it, because it would otherwise refuse terraform
-/// although its lock is released a moment later. That is a run that another process is finishing, or a run that is
-/// [`ending`] by itself and may hold a lock: without a lock it refuses no other run. A signal ends
-/// the wait.
+/// Returns the state of the run `name`. If the run `is_near` and its lock will soon be released, this waits for the
+/// release, because the lock would otherwise refuse terraform. It waits for a run that another process is finishing,
+/// and for a run that is [`ending`] by itself and may hold a lock. A signal ends the wait.
 fn look(
     journal: &Journal,
     name: &str,
@@ -589,7 +598,8 @@ fn look(
         let limit = match &found {
             FoundRun::Recovering(record) if is_near(record) => limits.recovering,
             FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
-                // If a run has no owner, only processes that are dying exit by themselves.
+                // If a run has no owner, no process stops its terraform. Only processes that are exiting already are
+                // worth a wait, and they need little time.
                 let is_cared_for = journal.has_owner(name);
                 if is_cared_for { limits.ending } else { limits.ending.min(ORPHAN_EXIT_TIMEOUT) }
             }
@@ -605,12 +615,13 @@ fn look(
     }
 }
 
-/// Whether a `tf` exists that will still do something. A `tf` that was killed a moment ago, and is not even a zombie
-/// yet, will not: its guardian takes over, and is to be waited for.
+/// Whether the process `pid` is running and is not exiting. A `tf` that was killed a moment ago may not be a zombie
+/// yet, but does nothing any more. Its guardian takes over, and the caller must wait for the guardian.
 ///
-/// For a few instructions, between taking the SIGKILL from the queue of the process and marking the process as exiting,
-/// the kernel shows neither. So the process is checked twice. If it is held up there for longer, its lock refuses this
-/// run, as it would refuse a terraform without `tf`, and a run that is refused checks once more.
+/// The kernel first takes the SIGKILL from the queue of the process, and marks the process as exiting a few
+/// instructions later. In between, neither is visible. So the process is checked twice, 2 ms apart. If the kernel needs
+/// more time than that, the lock of the run refuses this run, as it would refuse a terraform without `tf`. A run that
+/// is refused checks again.
 fn is_alive(pid: u32) -> bool {
     let Some(process) = i32::try_from(pid).ok().map(Pid::from_raw).and_then(Process::look_up) else { return false };
     !process.is_dying() && {
@@ -619,8 +630,8 @@ fn is_alive(pid: u32) -> bool {
     }
 }
 
-/// Finishes runs that have nothing to do with this one, one after the other, in the background. Each is finished in a
-/// process of its own, because that process changes its environment.
+/// Finishes runs of other locations in the background, one after the other. Each run is finished in a separate process,
+/// because that process changes its environment.
 fn finish_without_waiting(runs: Vec<Dead>) {
     let mut keep: Vec<RawFd> = runs.iter().map(|dead| dead.entry.lock_file().as_raw_fd()).collect();
     keep.extend(trace::descriptor());
@@ -642,9 +653,10 @@ fn finish_without_waiting(runs: Vec<Dead>) {
 /// Who reads the messages of a recovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Audience {
+    /// A person reads the messages.
     Person,
-    /// The recovery works in the background. What a person must read stays in the journal, for a recovery that a person
-    /// reads.
+    /// Nobody: the recovery works in the background. Results that a person must read stay in the journal, until a
+    /// recovery reports them to a person.
     Nobody,
 }
 
@@ -655,7 +667,7 @@ struct Finished {
     left: Left,
 }
 
-/// Whether a lock was not released. If so, one of the messages names it.
+/// Whether a recovery has left a lock that it did not release. If so, one of its messages reports that lock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Left {
     #[default]
@@ -665,23 +677,25 @@ enum Left {
     ForLackOfCredentials,
 }
 
-/// Sent in place of a message: a lock was not released.
+/// The forked process sends this in place of a message if a lock was not released.
 const LEFT: &str = "\u{1}";
 
-/// Sent in place of a message: a lock was not released because no credentials were available.
+/// The forked process sends this in place of a message if a lock was not released because no credentials were
+/// available.
 const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
 
-/// A process that does the work of a recovery.
+/// Settings of a process that does the work of a recovery.
 struct RecoveryProcess {
-    /// The descriptors that it keeps.
+    /// The descriptors that it keeps open.
     keep: Vec<RawFd>,
-    /// The work is done for an earlier run, and a person is told so if it takes long.
+    /// Whether to report a recovery that takes longer than [`QUIET_GRACE`]. Only such a process may ask for credentials
+    /// at the terminal.
     announced: bool,
 }
 
-/// Does `work` in a process of its own, and reports the resulting messages with `say`. Returns when that process has
-/// exited, or when a person has had it killed. `asked` gets the first signal that asks `tf` to stop. Returns whether a
-/// lock was not released.
+/// Does `work` in a forked process, and reports the resulting messages with `say`. Returns when that process has
+/// exited, or was killed at a person's request. Stores the first signal that asks `tf` to stop in `asked`. Returns
+/// whether a lock was not released. If no process can be forked, does nothing and returns [`Left::Nothing`].
 fn in_a_process(
     RecoveryProcess { mut keep, announced }: RecoveryProcess,
     work: impl FnOnce() -> Finished,
@@ -694,7 +708,7 @@ fn in_a_process(
     keep.push(writer.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
-    // The source of the credentials may have to ask a person for something.
+    // The program that supplies the credentials may have to prompt a person at the terminal.
     let asks = announced && Terminal::is_our_turn();
     let parent = if asks { detached::Parent::UsAtOurTerminal } else { detached::Parent::Us };
     let forked = detached::run(RECOVERY, parent, &keep, || {
@@ -720,8 +734,8 @@ fn in_a_process(
     let quiet_until = Instant::now() + QUIET_GRACE;
     loop {
         if asks && wait::stopped(pid).is_some() {
-            // A key that stops a job has stopped the process that asks. When this process stops as well, the shell sees
-            // the job stopped, and continues both.
+            // A ^Z has stopped the process that prompts. This process stops too, so that the shell reports the job as
+            // stopped and can continue both.
             let _ = raise(Signal::SIGSTOP);
             let _ = kill(pid, Signal::SIGCONT);
         }
@@ -755,8 +769,8 @@ fn in_a_process(
     left
 }
 
-/// Handles requests to stop. The first one is answered and remembered. After that, a ^C kills the recovery, which loses
-/// nothing.
+/// Handles requests to stop. The first request is answered with a message, and its signal is stored in `asked`. After
+/// that, a ^C kills the recovery. Nothing is lost: the run stays in the journal.
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     while let Some(signal) = signals.next_stop() {
         if asked.is_none() {
@@ -768,20 +782,20 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     }
 }
 
-/// Finishes one dead run, in a process that does nothing else.
+/// Finishes one dead run. This changes the environment, so call it only in a forked process.
 fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    // What the run wrote last is in memory, unless that memory is gone: with a container, or with the directory of
-    // another session.
+    // The latest part of the log may be only in the recorder, which is in memory. It is lost if the run's container was
+    // removed, or the run's session directory.
     if standpoint == Standpoint::ThisBoot
         && !record.over
         && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
     {
         record.log = recorder.read().clone();
         record.unlogged = recorder.is_closed();
-        // As long as the record exists, the next recovery needs the recorder as much as this one does.
+        // As long as the record exists, a later recovery may need the recorder too, so do not delete it here.
         recorder.leave();
     }
     enter(&record);
@@ -823,16 +837,16 @@ fn clean_up_after(
         log: &record.log,
         log_state: if record.unlogged { LogState::NeverBegun } else { LogState::Complete },
         candidates: &candidates,
-        // It is not known how terraform ended. A lock that its log names, and that agrees with the log in everything,
-        // is its own.
+        // It is unknown how terraform ended. With `died`, a lock belongs to the run if the log names it and nothing in
+        // it contradicts the log.
         died: true,
         ended: None,
-        // The run worked at least until it wrote the last record of its log.
+        // The run worked at least until the time of the last record in its log.
         until: record.log.latest.unwrap_or(record.started),
         replaced: &record.replaced,
         release_context: ReleaseContext {
             run: record.proof(),
-            // One look is enough: a request that lands later is a pending request.
+            // The location is read only once: if the request lands later, it is handled as a pending request.
             request_may_land: false,
             write_may_land: may_land(record.log.latest, now),
             reached: record.reached(),
@@ -852,8 +866,9 @@ fn clean_up_after(
     (Finished { messages, left }, unfinished)
 }
 
-/// Returns what is needed to release the lock that a dead run may have left in a backend other than S3. It is released
-/// with the program that is found now under the name that the run used. `None` if the backend is S3 after all.
+/// Returns the data that are needed to release the lock that a dead run may have left in a backend other than S3.
+/// `program` is the program that is found now under the name that the run used; it releases the lock. `None` if the
+/// backend is S3.
 fn non_s3_cleanup<'a>(
     record: &'a JournalRecord,
     candidates: &'a CandidateBackends,
@@ -868,7 +883,7 @@ fn non_s3_cleanup<'a>(
     Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
 }
 
-/// Collects what is to be reported about a dead run, for the process that may report it.
+/// Collects the messages about a dead run. The process that forked this one prints them.
 struct RecoveryReporter<'a> {
     record: &'a JournalRecord,
     audience: Audience,
@@ -905,14 +920,14 @@ impl Reporter for RecoveryReporter<'_> {
         }
     }
 
-    /// It is not known whether the terraform of a dead run gave up.
+    /// Reports nothing, because it is unknown whether the terraform of a dead run exited by itself.
     fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
 
     fn replaced(&mut self, _: &EndedRun<'_>, replaced: &Replaced) {
         self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by));
     }
 
-    /// The terraform of the dead run has reported itself what refused it.
+    /// Reports nothing, because the terraform of the dead run has reported the refusal itself.
     fn refusals(&mut self, _: &EndedRun<'_>, _: &[ReleaseResult], _: &mut Waiter<'_>) {}
 
     fn unidentified(&mut self, _: &EndedRun<'_>, locks: &CandidateLocks) {
@@ -925,7 +940,7 @@ impl Reporter for RecoveryReporter<'_> {
         }
     }
 
-    /// Names the lock that the run may have left.
+    /// Reports the lock that the run may have left, if there is one at the location that the run would lock.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let Some(location) = run.candidates.selected() else { return false };
         let directory = self.record.working_directory();
@@ -955,15 +970,15 @@ impl Reporter for RecoveryReporter<'_> {
     }
 }
 
-/// Whether the locks of a dead run are to be named and not released: `TFW_RELEASE` is `never` for this recovery, or it
-/// was for the run, and for this recovery it is not `auto`.
+/// Whether to report the locks of a dead run without releasing them. This is the case if `TFW_RELEASE` is `never` for
+/// this recovery. It is also the case if it was `never` for the run, and is not `auto` for this recovery.
 fn is_never(record: &JournalRecord) -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
         || (record.named_only && !release_is_asked_for())
 }
 
-/// Returns the candidate backends of a dead run, and the attributes that are no longer known and without which some of
-/// these backends cannot be reached.
+/// Returns the candidate backends of a dead run. Also returns the attributes that are no longer available, and without
+/// which some of its backends cannot be reached. These backends are not among the candidates.
 fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     let after = DataDirectory::read(Path::new(&record.data_directory));
     let mut missing = Vec::new();
@@ -981,8 +996,8 @@ fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
         data_directory: record.data_directory.clone(),
         working_directory: record.working_directory().into(),
     };
-    // The backend that an `init` has set up, and the workspace that a `workspace select` has chosen, are known only
-    // after the run.
+    // Only the data directory after the run shows the backend that an `init` has set up and the workspace that a
+    // `workspace select` has selected.
     candidates.workspaces.push(after.workspace.clone());
     candidates.directories.push(after);
     if let Some(plan) = &record.plan {

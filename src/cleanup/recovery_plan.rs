@@ -1,62 +1,62 @@
-//! Decides what a recovery does about the runs that it finds in the journal. This is the whole rule, and it touches no
-//! process.
+//! Decides what a recovery does about the runs that it finds in the journal. The decisions are pure functions, and this
+//! module signals no process.
 
 /// How a run was found ([`crate::journal::runs::FoundRun`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sight {
     /// A process of the run is alive.
     Living,
-    /// Its tree seems to be dead, and another process is finishing it.
+    /// The run's tree seems to be dead, and another process is finishing the run.
     Recovering,
-    /// It is dead, and this process may finish it.
+    /// The run is dead, and this process may finish it.
     Dead,
-    /// It is dead, and its journal cannot be written.
+    /// The run is dead, but its journal entry cannot be written.
     ReadOnly,
-    /// It cannot be judged from here.
+    /// This process cannot determine whether the run is alive.
     Foreign,
-    /// Processes that may belong to it are alive.
+    /// Processes that may belong to the run are alive.
     Doubtful,
-    /// Its record is missing or invalid.
+    /// The run's record is missing or invalid.
     Broken,
-    /// It is no longer in the journal.
+    /// The run is no longer in the journal.
     Gone,
 }
 
-/// What else is known of a run.
+/// Further facts about a run that was found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// Whether it may hold a lock, according to its record.
+    /// Whether the run may hold a lock, according to its record.
     pub(crate) may_hold: bool,
-    /// Whether a process holds its lock file.
+    /// Whether a process holds the run's lock file.
     pub(crate) is_held: bool,
-    /// Whether it is alive and about to end, because its `tf` or that `tf`'s parent process has exited.
+    /// Whether the run is alive and about to end, because its `tf` or the parent of that `tf` has exited.
     pub(crate) is_about_to_end: bool,
 }
 
-/// What `tf locks recover` was told to do.
+/// The mode of `tf locks recover`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Finish,
-    /// `--dry-run`: report what would be done, and change nothing.
+    /// `--dry-run`: report which actions would be taken, and change nothing.
     DryRun,
 }
 
 /// What is done about a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Treatment {
-    /// It is finished: its locks are released, or it is reported why they are not.
+    /// Finish the run: release its locks, or report why they are not released.
     Finish,
-    /// It is reported what would be done.
+    /// Report which locks would be released.
     Announce,
-    /// Its record is moved to a place where a person can examine it.
+    /// Move the run's record to a directory where a person can examine it.
     SetAside,
-    /// It is reported why the run is left alone.
+    /// Report why the run is not finished.
     Report,
-    /// Nothing is done or reported.
+    /// Do nothing and report nothing.
     LeaveAlone,
 }
 
-/// Decides what a recovery does about a run. A person reads the reports of this recovery.
+/// Returns what a recovery does about a run. For a recovery whose messages a person reads.
 pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
     let Facts { may_hold, is_held, is_about_to_end } = facts;
     let report_if = |is_worth_it: bool| if is_worth_it { Treatment::Report } else { Treatment::LeaveAlone };
@@ -65,45 +65,46 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
         (Sight::Dead, Mode::DryRun) => Treatment::Announce,
         (Sight::Broken, Mode::Finish) => Treatment::SetAside,
         (Sight::Broken, Mode::DryRun) => Treatment::Report,
-        // The wait for a run that another process is finishing was in vain. That process may be frozen.
+        // `Recovering`: the recovery has waited for the other process, which has not finished the run. That process may
+        // be frozen.
         (Sight::ReadOnly | Sight::Doubtful, _) | (Sight::Recovering, Mode::Finish) => report_if(may_hold),
-        // If its lock file is held, the run is alive somewhere: on another machine, or in another container.
+        // If the run's lock file is held, the run is alive on another machine or in another container.
         (Sight::Foreign, _) => report_if(may_hold && !is_held),
-        // The wait was in vain. The run may hold its lock for a long time. The exit code reports this to the caller as
-        // well.
+        // The recovery has waited for the run, which has not ended and may hold its lock for a long time. It is
+        // reported, so that the exit code shows that a lock is left.
         (Sight::Living, Mode::Finish) => report_if(may_hold && is_about_to_end),
-        // The recovery has not waited for these.
+        // A dry run does not wait, so these runs may end or be finished in a moment.
         (Sight::Living | Sight::Recovering, Mode::DryRun) | (Sight::Gone, _) => Treatment::LeaveAlone,
     }
 }
 
-/// A dead run, as a `tf` that is about to start terraform sees it.
+/// The facts about a dead run that decide when it is finished, for a `tf` that is about to start terraform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DeadRun {
-    /// Whether it can have locked what this run is about to lock.
+    /// Whether the dead run may have taken a lock at a location that this run will lock.
     pub(crate) is_near: bool,
-    /// Whether it was cleaned up before, and something was left.
+    /// Whether an earlier cleanup of the dead run has left a lock.
     pub(crate) was_tried: bool,
-    /// Whether its record was written a moment ago.
+    /// Whether the record of the dead run was written less than 5 min ago.
     pub(crate) is_recent: bool,
 }
 
-/// When a dead run is finished, and by which process.
+/// When a dead run is finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
     /// Before terraform starts, because its lock would refuse terraform.
     BeforeTerraform,
-    /// By a process in the background, for which nothing waits.
+    /// In a background process. `tf` does not wait for it.
     InBackground,
-    /// Not by this `tf`.
+    /// By a later `tf`.
     Later,
 }
 
-/// Decides when a `tf` that is about to start terraform finishes a dead run.
+/// Returns when a `tf` that is about to start terraform finishes a dead run.
 pub(crate) fn turn(run: DeadRun) -> Turn {
     match run {
         DeadRun { is_near: true, .. } => Turn::BeforeTerraform,
-        // A cleanup that failed a moment ago would fail again.
+        // A cleanup that failed a moment ago would most likely fail again.
         DeadRun { was_tried: true, is_recent: true, .. } => Turn::Later,
         DeadRun { .. } => Turn::InBackground,
     }

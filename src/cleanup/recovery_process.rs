@@ -1,4 +1,4 @@
-//! Another `tf` process that finishes one dead run.
+//! Starts another `tf` process that finishes one dead run, and waits for it.
 
 use crate::cleanup::waiter::Waiter;
 use std::process::{Child, Stdio};
@@ -10,7 +10,8 @@ use crate::sys::session;
 /// How often to check whether the other `tf` has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits until another `tf` has exited. A second ^C kills that `tf`; what it had to do is still in the journal.
+/// Waits until another `tf` has exited. A second ^C kills that `tf`. Nothing is lost then: the run that it had to
+/// finish is still in the journal.
 pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     while matches!(child.try_wait(), Ok(None)) {
@@ -22,12 +23,13 @@ pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     }
 }
 
-/// Starts another `tf`, which finishes the run `name`. It reports on stderr what it did and, unless the run was tried
-/// `before`, what it could not do. It is in a session of its own: a key that interrupts terraform does not reach it,
-/// and it asks no person at the terminal that terraform reads.
+/// Starts another `tf`, which finishes the run with the ID `name`. It reports on stderr which locks it has released. If
+/// `before` is false, it also reports which locks it could not release; if `before` is true, an earlier attempt has
+/// reported them. It is in a session of its own, so a ^C that interrupts terraform does not reach it, and it cannot
+/// prompt at the terminal from which terraform reads.
 ///
 /// # Errors
-/// If it cannot be started.
+/// If the other `tf` cannot be started.
 pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
     let mut command = another_tf::locks(&["recover", "--say", "--run", name])?;
     if before {

@@ -1,6 +1,6 @@
-//! Releases the locks of a run whose operation is over. `tf` does this, otherwise its guardian, otherwise the next
-//! `tf`. All three do the same here. They differ in what they know, in whether a person can interrupt them, and in
-//! where they report.
+//! Releases the locks of a run whose operation is over. `tf` does this. If `tf` was killed, its guardian does it, and
+//! if that was killed too, the next `tf`. All three use this code. They differ in their information about the run, in
+//! whether a person can interrupt them, and in how they report.
 
 use crate::journal::runs::Replaced;
 use crate::lock::release::Effort;
@@ -28,7 +28,7 @@ use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::{LogDetail, Version};
 use crate::trace::trace;
 
-/// The result of looking for an unnamed lock. The outer error is that of [`Waiter::block_on`].
+/// The result of looking for an unnamed lock. The outer `Err` is the error of [`Waiter::block_on`].
 type Looked = Result<Result<IdentifiedLock, Failure>, &'static str>;
 
 /// The locks of a run that may exist.
@@ -36,7 +36,7 @@ type Looked = Result<Result<IdentifiedLock, Failure>, &'static str>;
 pub(crate) struct CandidateLocks {
     /// The locks that the log names, and those that were identified by reading their locations.
     pub(crate) named: Vec<RecordedLock>,
-    /// The locks that may be the run's, and why that is not certain.
+    /// The locks that may belong to the run, and why that is not certain.
     pub(crate) suspects: Vec<(LockInfo, &'static str)>,
     /// The locks that could not be looked for, and why.
     pub(crate) unread: Vec<(UnnamedLock, String)>,
@@ -45,7 +45,8 @@ pub(crate) struct CandidateLocks {
 }
 
 impl CandidateLocks {
-    /// Finds the locks of a run, and looks for those that the log does not name. `died` as in [`release_locks`].
+    /// Finds the locks of a run. A lock that the log does not name is looked for at its locations. `died` as in
+    /// [`ReleaseRequest`].
     pub(crate) fn find(
         log: &Log,
         candidates: &CandidateBackends,
@@ -55,7 +56,8 @@ impl CandidateLocks {
     ) -> Self {
         let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
         let _there = Within::enter(&candidates.working_directory);
-        // A terraform that exited by itself had the answer to its request, and went on if it was granted the lock.
+        // A terraform that exited by itself has received the response to its request. If it had been granted the lock,
+        // its log would show that it continued. So a lock that was only requested is not looked for.
         for unnamed in log.unreleased_unnamed().filter(|unnamed| died || !unnamed.is_only_asked_for()) {
             let candidates = candidates.of_unnamed(unnamed);
             let mut unseen = true;
@@ -89,39 +91,42 @@ impl CandidateLocks {
         looked
     }
 
-    /// Whether no lock of the run was found or suspected, and none could not be looked for.
+    /// Whether there is no named lock, no suspect, and no lock that could not be looked for.
     pub(crate) fn is_empty(&self) -> bool {
         self.named.is_empty() && self.suspects.is_empty() && self.unread.is_empty()
     }
 }
 
-/// The result for one recorded lock. `outcome` is `None` if terraform was refused the lock, and it was not looked for
-/// or has no location.
+/// The result for one recorded lock.
 #[derive(Debug)]
 pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
+    /// The outcome of the release. `None` if terraform was refused the lock, and the lock was not looked for or has no
+    /// location.
     pub(crate) outcome: Option<Outcome>,
-    /// Whether the run had the lock, or died before it knew. A lock that refused the run is another run's.
+    /// Whether the lock may still exist as the run's own: the run had the lock, or died before it received the response
+    /// to its request. False if terraform exited by itself without getting the lock: the lock that refused it belongs
+    /// to another run.
     pub(crate) may_exist: bool,
-    /// Whether the lock may still appear. Its request was not answered and may still land: the whole lock, the part
-    /// that was not seen, or once more, because the SDK of a terraform that gets no answer sends the request again. Or
-    /// its table or bucket does not exist now and may be restored.
+    /// Whether the lock, or a part of it, may still appear. Either its request got no response and may still land. That
+    /// is also possible after a release, because the SDK sends a request again if it gets no response. Or the lock's
+    /// table or bucket does not exist now, and may be restored.
     pub(crate) may_still_come: bool,
 }
 
-/// Whose locks are to be released, and what speaks against it.
+/// The locks to release, and the data that decide whether each may be released.
 pub(crate) struct ReleaseRequest<'a> {
     pub(crate) locks: &'a [RecordedLock],
     pub(crate) candidates: &'a CandidateBackends,
     pub(crate) release_context: &'a ReleaseContext,
-    /// Terraform died, so a lock without an answer may be its own too.
+    /// Whether terraform died. If so, a lock whose request got no response may belong to the run.
     pub(crate) died: bool,
-    /// A reason to touch none of the locks. `None` if there is none.
+    /// The outcome for every lock if none may be released. `None` if locks may be released.
     pub(crate) keep: Option<Outcome>,
 }
 
-/// Releases those of the requested locks that are the run's. `is_claimed` says whether another run, which is alive,
-/// claims a lock as its own.
+/// Releases those of the requested locks that belong to the run. Returns the result for each lock. `is_claimed` returns
+/// true for the ID of a lock that the journal records as the lock of another run, which is or may be alive.
 pub(crate) fn release_locks(
     request: &ReleaseRequest<'_>,
     is_claimed: impl Fn(&str) -> bool,
@@ -131,24 +136,26 @@ pub(crate) fn release_locks(
     let died = *died;
     let _there = Within::enter(&candidates.working_directory);
     let mut is_silent = false;
-    // A migration holds two locks, and releases the second one first.
+    // The order is reversed because terraform does the same: a migration takes two locks and releases the second one
+    // first.
     let results = locks.iter().rev().map(|recorded| {
         crash_point::reached("release: next lock");
         let may_exist = recorded.progress.held.is_some() || died;
         let named = |outcome: Outcome| may_exist.then_some(outcome);
         let purpose = if may_exist { Purpose::Work } else { Purpose::Explanation };
-        // If a service was silent for one lock, the wait for the next lock is shorter.
+        // If the service did not answer for one lock, the wait for the next lock is shorter.
         let limit = if may_exist && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
-            // What wrote this ID into the log of this run knew it from the other run.
+            // The lock belongs to the other run. Its ID is in the log of this run because a process of this run got it
+            // from that run.
             named(Outcome::kept(messages::CLAIMED))
         } else {
             let candidates = candidates.of(recorded);
             match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {
-                // A lock that terraform was refused is not missed. Nor is a lock that it did not get, where another
-                // run's lock is.
+                // If the lock is absent, it may be in another account, so that is checked. The check is not needed if
+                // terraform was refused the lock, or if terraform did not get the lock and another run's lock is there.
                 Some(absent @ Outcome::Absent { .. })
                     if may_exist
                         && (recorded.progress.held.is_some()
@@ -164,7 +171,7 @@ pub(crate) fn release_locks(
         is_silent |= matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
         let may_still_come = died
             && match outcome {
-                // Its location may come back with a lock in it, for example a table that is restored under its name.
+                // The lock's table may be restored from a backup, with the lock in it.
                 Some(Outcome::Absent { excluded: true, .. }) => true,
                 Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
                 Some(Outcome::Kept { .. }) | None => false,
@@ -174,7 +181,8 @@ pub(crate) fn release_locks(
     results.collect()
 }
 
-/// Returns the results for `locks` if locks are to be named and not released: each lock that may exist is named.
+/// Returns the results for `locks` if no lock may be released (`TFW_RELEASE=never`). The outcome for a lock that may
+/// exist is [`Outcome::Kept`], so that the lock is reported.
 pub(crate) fn only_name(
     locks: &[RecordedLock],
     candidates: &CandidateBackends,
@@ -201,17 +209,17 @@ pub(crate) fn only_name(
     results.collect()
 }
 
-/// Whether terraform has most likely released `recorded` itself, but its log cannot show it: terraform exited by itself
-/// after it had begun to release the lock, and its version logs no answers. Every failed command of Terraform 1.6 to
-/// 1.9 ends like that.
+/// Whether terraform has most likely released `recorded` itself, although its log cannot show that. This is the case if
+/// terraform exited by itself after it had begun to release the lock, and its version logs no responses. The log of
+/// every failed command of Terraform 1.6 to 1.9 ends in this way.
 fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&Version>) -> bool {
     !died
         && recorded.progress.is_unlocking()
         && program.is_some_and(|program| program.log_detail() == LogDetail::IdsOnly)
 }
 
-/// Returns which of `results` were replaced while the run was working, which it did until `until`. This is also written
-/// into the history.
+/// Returns those of the run's locks that were replaced: another run locked the same state while this run was still
+/// working. `until` is the time at which this run stopped working. Each replacement is also written into the history.
 pub(crate) fn replaced(
     results: &[ReleaseResult],
     candidates: &CandidateBackends,
@@ -238,15 +246,15 @@ pub(crate) fn replaced(
     all
 }
 
-/// Whether the holder of `other` locked the state while the run of `own`, which ended at `until`, was still working. If
-/// terraform's unlock was refused because the lock was another run's, this is certain, whatever the clocks of the two
-/// hosts say.
+/// Whether the holder of `other` locked the state while the run of `own` was still working, which it did until `until`.
+/// If terraform's unlock was refused because the lock belonged to another run, this is certain even if the clocks of
+/// the two hosts differ.
 fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
     let refused = !died && own.progress.is_unlocking();
     own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
-/// Returns why a lock that was found at none of `candidates` does not count as gone. `None` if it does.
+/// Returns why a lock that was found at none of `candidates` does not count as deleted. `None` if it counts as deleted.
 fn not_believed(
     candidates: &[LockLocation],
     release_context: &ReleaseContext,
@@ -263,8 +271,9 @@ fn not_believed(
     }
 }
 
-/// Releases the lock at the location where it is. A silent service is waited for as long as `limit`. For an
-/// explanation, nothing takes longer than that. `None` if there is no location to look at.
+/// Releases the lock at the location where it exists. The wait for a service that does not answer is limited by
+/// `effort.limit`. With [`Purpose::Explanation`], that is the limit for each location as a whole. Returns the outcome;
+/// `None` if `candidates` is empty.
 fn release_where_found(
     recorded: &RecordedLock,
     candidates: &[LockLocation],
@@ -279,7 +288,7 @@ fn release_where_found(
             if effort.purpose == Purpose::Work {
                 return release.await;
             }
-            // Nothing is to wait for long for a lock that is most likely another run's.
+            // The lock most likely belongs to another run, so a long wait is not justified.
             let silent = || Outcome::Kept { reason: messages::SILENT.to_owned(), because: Because::NoAnswer };
             tokio::time::timeout(effort.limit, release).await.unwrap_or_else(|_| silent())
         };
@@ -290,8 +299,8 @@ fn release_where_found(
             Outcome::Absent { anothers, excluded } => {
                 worst = match worst {
                     None => Some(Outcome::Absent { anothers, excluded }),
-                    // If no lock can be at one location, and none was at the other, a lock may still appear at the
-                    // other one.
+                    // `excluded` must be true for all locations: if a lock can exist at one of them, it may still
+                    // appear there.
                     Some(Outcome::Absent { anothers: before, excluded: too }) => {
                         Some(Outcome::Absent { anothers: before.or(anothers), excluded: excluded && too })
                     }
@@ -303,9 +312,10 @@ fn release_where_found(
     worst
 }
 
-/// Remembers the locks whose requests may still land. Returns the IDs of those for which that succeeded.
+/// Writes the locks whose requests may still land to disk, so that the next `tf` checks them. Returns the IDs of the
+/// locks that were written.
 ///
-/// `recent`: a request of the run may still be in flight.
+/// `recent` is true if a request of the run may still be in flight.
 pub(crate) fn remember_pending(
     results: &[ReleaseResult],
     release_context: &ReleaseContext,
@@ -318,8 +328,8 @@ pub(crate) fn remember_pending(
         if !recent && !excluded {
             return None;
         }
-        // A table that did not exist for a request most likely never existed. A table in which the lock was held may
-        // come back.
+        // If a table did not exist when the lock was requested, it most likely never existed. If the lock was held in
+        // it, the table may be restored.
         let abandoned = excluded && lock.progress.held.is_none();
         keep(
             pending_requests,
@@ -329,12 +339,12 @@ pub(crate) fn remember_pending(
     .collect()
 }
 
-/// Returns the locks of `results` that a terraform which failed by itself had requested and did not get, and whose
-/// requests may still land. Terraform may have given up while they were in flight: at a second interrupt, after 5 s
-/// (internal/command/meta.go, `RunOperation`); or because a proxy answered in place of the service, or the connection
-/// broke, and the SDK's own retries were used up. A lock that was released may come back through such a retry. The log
-/// does not distinguish a refusal from these cases. So only another run's lock at the location, or a location where no
-/// lock can be, counts as a refusal.
+/// Returns the locks of `results` whose requests may still land although their terraform exited by itself, with an
+/// error and without getting the lock. Terraform may have given up while a request was in flight. It does so 5 s after
+/// a second interrupt (internal/command/meta.go, `RunOperation`). It also does so if a proxy answers in place of the
+/// service, or the connection breaks, and the SDK has used up its retries. Such a retry can also create a lock again
+/// that was released. The log does not distinguish these cases from a refusal. So a request counts as refused only if
+/// another run's lock is at the location, or if no lock can exist there.
 pub(crate) fn abandoned_requests(
     results: &[ReleaseResult],
     ended: Option<Ended>,
@@ -343,7 +353,7 @@ pub(crate) fn abandoned_requests(
     let abandoned = move |results: &&ReleaseResult| {
         let may_come = match &results.outcome {
             Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
-            // It could not be seen whether the request was refused.
+            // The location could not be read, so it is unknown whether the request was refused.
             Some(Outcome::Kept { because, .. }) => {
                 matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
             }
@@ -354,8 +364,8 @@ pub(crate) fn abandoned_requests(
     results.iter().filter(abandoned)
 }
 
-/// Remembers the locks of `results`, which have no answer although their terraform exited by itself. Returns the IDs of
-/// those for which that succeeded.
+/// Writes the locks of `results` to disk, so that the next `tf` checks them. They are the locks that
+/// [`abandoned_requests`] returns. Returns the IDs of the locks that were written.
 pub(crate) fn remember_abandoned<'a>(
     results: impl Iterator<Item = &'a ReleaseResult>,
     release_context: &ReleaseContext,
@@ -365,7 +375,7 @@ pub(crate) fn remember_abandoned<'a>(
         .filter_map(|ReleaseResult { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            // It was tried just now, and need not be tried again at once.
+            // The check failed just now, so the next one need not follow immediately.
             let tried = unseen.then(Timestamp::now);
             keep(
                 pending_requests,
@@ -381,10 +391,11 @@ fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> 
     Some(pending.lock.id)
 }
 
-/// Looks once whether a lock has appeared whose request was not seen to be answered, and releases it. What is
-/// remembered of the lock stays for its time, because the request may land once more, or that for its other part may.
-/// If a person has asked for this ([`Purpose::Work`]), a silent service is waited for as long as a service may be.
-/// Otherwise the look takes no longer than `limit`. `None` if there is no location to look at, or if it is too early.
+/// Checks once whether the lock of a pending request has appeared, and releases it. The pending request is not deleted,
+/// because the request, or the request for the lock's other part, may land again. With [`Purpose::Work`], a person has
+/// requested this, and the wait for each response is limited. With [`Purpose::Explanation`], the whole check takes no
+/// longer than `effort.limit` for each location. Returns `None` if the lock has no location, or if a write may still be
+/// in flight and a person has not requested the check.
 pub(crate) fn check_pending(
     pending: &PendingRequest,
     candidates: &CandidateBackends,
@@ -392,13 +403,13 @@ pub(crate) fn check_pending(
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let _there = Within::enter(&candidates.working_directory);
-    // If the lock was held, a write may be in flight for as long as a request can be. Only a caller that was asked to
-    // waits for that.
+    // If the lock was held, a write of its terraform may still be in flight. Only a caller with [`Purpose::Work`] waits
+    // for it.
     let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
     if write_may_land && effort.purpose == Purpose::Explanation {
         return None;
     }
-    // Its terraform has been dead for long, and one look is enough, because the next `tf` looks again.
+    // One check is enough, because the terraform has been dead for a long time and the next `tf` checks again.
     let reached = Reached::default();
     let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
     let outcome = release_where_found(&pending.lock, &candidates.of(&pending.lock), &release_context, effort, waiter);
@@ -422,10 +433,10 @@ pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, re
     }
 }
 
-/// Whether a request that was signed at `then` can still land. It cannot after the longest time for which a signature
-/// is valid. True if `then` is not known.
+/// Whether a request that was signed at `then` can still land: the service rejects a request when its signature has
+/// expired. Returns true if `then` is unknown.
 pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
-    /// The signatures of S3 are valid for 15 min, those of DynamoDB for 5 min.
+    /// How long a signature counts as valid. S3 accepts a signature for 15 min, DynamoDB for 5 min.
     const SIGNATURE_WINDOW: SignedDuration = SignedDuration::from_mins(20);
     then.is_none_or(|then| now.duration_since(then) < SIGNATURE_WINDOW)
 }
@@ -504,13 +515,13 @@ mod tests {
             (absent(), Some(Ended::Exited(0)), 0),
             (absent(), None, 0),
             (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
-            // A table that does not exist has refused the request.
+            // The table does not exist, so the request failed.
             (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
             (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
             (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
             (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
             (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
-            // Something that is not a lock was there, and has refused the request.
+            // An object that is not a lock was there, so the request was refused.
             (kept(Because::NoLock), Some(Ended::Exited(1)), 0),
             (kept(Because::Doubt), Some(Ended::Exited(1)), 0),
             (None, Some(Ended::Exited(1)), 0),

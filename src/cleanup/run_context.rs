@@ -1,4 +1,4 @@
-//! What is known of one run of terraform before it starts.
+//! The data about one run of terraform that are known before it starts.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,13 +14,13 @@ use crate::journal::runs::{Journal, JournalRecord, flag_names, run_id};
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info;
 
-/// One run of terraform, as `tf` and its guardian know it from before its start.
+/// The data about one run of terraform. `tf` reads them before terraform starts, and its guardian inherits them.
 pub(crate) struct RunContext<'a> {
     /// The run's ID: the last part of its `TFW_RUN`, and the name of its directory in the journal.
     pub(crate) id: String,
-    /// `user@host` at the start. The host may have another name at the end.
+    /// `user@host` at the start of the run. It is stored because the host's name may change during the run.
     pub(crate) who: String,
-    /// When this `tf` began.
+    /// When this `tf` was started. Times in [`crate::supervise::stop`] are counted from it.
     pub(crate) begun: Instant,
     /// A time before terraform's start, as late as possible.
     pub(crate) started: Timestamp,
@@ -34,18 +34,18 @@ pub(crate) struct RunContext<'a> {
     pub(crate) before: DataDirectory,
     /// The backends that the command line leads to.
     pub(crate) planned_backends: PlannedBackends,
-    /// The candidate backends, as far as they are known before the run.
+    /// The candidate backends that are known before the run.
     pub(crate) candidates: CandidateBackends,
     /// The journal, or why there is none.
     pub(crate) journal: Result<Journal, String>,
-    /// Where requests that may still land are remembered. `None` without a state directory.
+    /// The store of requests that may still land. `None` without a state directory.
     pub(crate) pending_requests: Option<PendingRequests>,
-    /// Whether locks are to be released at all (`TFW_RELEASE`).
+    /// Whether locks may be released (`TFW_RELEASE`).
     pub(crate) release: bool,
 }
 
 impl<'a> RunContext<'a> {
-    /// Reads what the current directory says about a run of `invocation`. The journal is not opened yet.
+    /// Reads the data about a run of `invocation` in the current directory. Does not open the journal.
     pub(crate) fn new(invocation: &'a Invocation, release: bool, begun: Instant) -> Self {
         let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
         let data_directory = DataDirectory::path(&current, &invocation.command_line);
@@ -75,14 +75,15 @@ impl<'a> RunContext<'a> {
         self.journal.as_ref().ok()
     }
 
-    /// Returns the candidate backends after the run. What the data directory contains now counts as well.
+    /// Returns the candidate backends after the run. They also contain the backend and the workspace that are in the
+    /// data directory now.
     pub(crate) fn candidates_after(&self) -> CandidateBackends {
         let after = DataDirectory::read(&self.data_directory);
         let command_line = &self.invocation.command_line;
         CandidateBackends::new(&self.current, &self.before, after, command_line, &self.planned_backends)
     }
 
-    /// Returns the run's record in `journal` as it is written first.
+    /// Returns the first version of the run's record in `journal`.
     pub(crate) fn record(&self, journal: &Journal) -> JournalRecord {
         let (access, surroundings) = self.candidates.identified_without_files(&self.id);
         let Invocation { name, arguments, command_line, .. } = self.invocation;

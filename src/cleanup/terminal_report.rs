@@ -1,4 +1,4 @@
-//! The reports of `tf` on stderr after terraform has exited.
+//! The messages that `tf` prints on stderr after terraform has exited.
 
 use crate::lock::release::Effort;
 use std::borrow::Cow;
@@ -32,12 +32,12 @@ use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
 
-/// Reports on stderr what became of a run's locks.
+/// Prints the results for a run's locks on stderr.
 pub(crate) struct TerminalReporter<'a> {
     pub(crate) after: &'a AfterRun<'a>,
-    /// When terraform had exited.
+    /// A time shortly after terraform's exit.
     pub(crate) ended_at: Timestamp,
-    /// Why this run has no journal. `None` if it has one.
+    /// Why this run has no journal, or why its journal could not be written. `None` if the journal is complete.
     pub(crate) unprotected: Option<&'a str>,
     /// The IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
     pub(crate) tried: &'a [String],
@@ -60,7 +60,7 @@ impl Reporter for TerminalReporter<'_> {
                     console::say(&messages::digest_mismatch(mismatch, workspace, self.directory().as_deref()));
                 }
             }
-            // Terraform was refused, and has reported that itself.
+            // Terraform was refused the lock, and has reported that itself.
             Some(Outcome::Kept { .. }) if !may_exist => {}
             Some(Outcome::Kept { because: Because::OtherAccount, .. }) if has_journal => {
                 console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
@@ -98,9 +98,10 @@ impl Reporter for TerminalReporter<'_> {
         console::say(&messages::replaced(run.ending, own, by, &self.program(), self.directory().as_deref()));
     }
 
-    /// Terraform was refused by a lock and has reported that. This adds what terraform cannot know: whether the holder
-    /// is running, and which command to type. If the holder is dead, its run is finished and its lock is released.
-    /// Terraform is not started again, because its stdin may be consumed, and its output was read.
+    /// If terraform was refused by a lock, it has reported that itself. This reports what terraform cannot determine:
+    /// whether the holder is running, and which command to type. If the holder is dead, its run is finished and its
+    /// lock is released. Terraform is not started again, because its stdin may have been consumed, and the caller has
+    /// already read its output.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>) {
         for result in results {
             if let Some(Outcome::Absent { anothers: Some(id), .. }) = &result.outcome {
@@ -111,12 +112,12 @@ impl Reporter for TerminalReporter<'_> {
             return;
         }
         for ReleaseResult { lock, outcome, .. } in results.iter().filter(|result| result.lock.progress.held.is_none()) {
-            // If a service is silent, or a location has no lock, there is nothing to report.
+            // If the service does not answer, or no lock is at the location, there is nothing to report.
             let is_refused = match outcome {
                 Some(Outcome::Absent { anothers, .. }) => anothers.is_some(),
                 Some(Outcome::Kept { because, .. }) => *because == Because::NoLock,
                 Some(Outcome::Released(_)) => false,
-                // The lock was not looked for, because nothing is to be released here.
+                // The lock was not looked for, because no lock may be released.
                 None => true,
             };
             if is_refused {
@@ -141,7 +142,7 @@ impl Reporter for TerminalReporter<'_> {
         }
     }
 
-    /// Names a lock that only its own JSON connects with this run.
+    /// Reports a lock that may belong to this run, although the log does not show it. Returns false.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let never_begun = run.log_state == LogState::NeverBegun;
         let Some(location) = run.candidates.selected() else { return false };
@@ -180,7 +181,8 @@ impl Reporter for TerminalReporter<'_> {
 }
 
 impl TerminalReporter<'_> {
-    /// Reports what is not about a lock that the run may have left. Terraform has exited, as `ending` says.
+    /// Prints the messages that do not depend on the release of locks. Terraform has exited, and `ending` is how the
+    /// run ended.
     pub(crate) fn terraform_ended(
         &self,
         ending: Ending,
@@ -202,7 +204,8 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Terraform has failed because a state does not match its digest, and has reported that. This adds what to type.
+    /// Reports which command to type if terraform has failed because a state does not match its digest. Terraform has
+    /// reported the mismatch itself.
     fn explain_checksum(&self, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) {
         let Some((bucket, key)) = &self.after.log.mismatch else { return };
         let _there = Within::enter(&candidates.working_directory);
@@ -215,8 +218,8 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Names the processes that are still running after an interrupt. Terraform's providers may be exiting at this
-    /// moment, and do not count.
+    /// Reports the processes that are still running after an interrupt. The list is checked twice, 100 ms apart, so
+    /// that providers that are just exiting are not reported.
     fn name_survivors(&self) {
         let mut living = self.after.tree.living();
         if !living.is_empty() {
@@ -229,7 +232,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// This run was refused by the lock `id`. If that lock was taken by a late request of a dead run, it is released.
+    /// Releases the lock `id`, which refused this run, if it was taken by a late request of a dead run.
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, candidates: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
@@ -240,7 +243,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Explains the refusal for one location of the lock that was requested.
+    /// Explains the refusal of the requested lock `asked` by the locks that are at `location` now.
     fn explain_refusal(
         &self,
         asked: &RecordedLock,
@@ -267,7 +270,7 @@ impl TerminalReporter<'_> {
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
             let dead =
                 host.dead_run(&info.id).filter(|_| self.after.context.release && judgement.verdict == Verdict::Dead);
-            // A run that was tried a moment ago and could not be finished is not tried again at once. The reason was
+            // If `tf` tried to finish the run a moment ago and failed, it is not tried again now. The reason was
             // reported.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
             console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
@@ -295,8 +298,8 @@ impl TerminalReporter<'_> {
         self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
     }
 
-    /// Names a state that terraform could not write. Terraform reports it itself, if it still can and if its output is
-    /// read.
+    /// Reports the file into which terraform has saved a state that it could not upload. Terraform reports that file
+    /// too, but not if it has died, and its output may not be read.
     fn name_errored_state(&self) {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
@@ -304,41 +307,42 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Returns a `tf locks` command for the directory of this run, in `workspace` or else in the one that TF_WORKSPACE
-    /// names.
+    /// Returns the command `tf locks` with the arguments `words`, for this run's directory and for `workspace`. If
+    /// `workspace` is `None`, the command is for the workspace in TF_WORKSPACE, if that is set.
     fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
         let variable = std::env::var("TF_WORKSPACE").ok();
         messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
     }
 
-    /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. Terraform refuses to work
-    /// in a workspace that has no state yet, or no longer has one. For that case, the command of `tf` is returned,
-    /// which works there.
+    /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. After a `workspace`
+    /// command, the workspace may have no state yet, or no longer have one, and terraform refuses to work in it. For
+    /// that case, returns a `tf locks release` command, which works there.
     fn unlock_command_at(&self, location: Option<&LockLocation>, candidates: &CandidateBackends) -> String {
         let workspace = location.and_then(|location| unselected_workspace(location, candidates));
         if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
         }
         let command = messages::unlock_command(&self.program(), self.directory().as_deref());
-        // The variable may be set for this run alone, and not where the command will be typed.
+        // TF_WORKSPACE may be set for this run only, so the command must contain it.
         let variable = std::env::var("TF_WORKSPACE").ok();
         messages::in_workspace(workspace.or(variable.as_deref()), &command)
     }
 
-    /// Returns the same for `lock`.
+    /// Returns the command of [`Self::unlock_command_at`] for the first location of `lock`.
     fn unlock_command_of(&self, lock: &RecordedLock, candidates: &CandidateBackends) -> String {
         self.unlock_command_at(candidates.of(lock).first(), candidates)
     }
 }
 
-/// Returns the workspace of the state at `location`, if a command without further arguments would not look there because
-/// that workspace is not the selected one. The workspace need not have a state yet.
+/// Returns the workspace of the state at `location` if it is not the selected workspace, so that a command must name
+/// it. `None` if it is the selected one or is unknown. The workspace need not have a state yet.
 fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBackends) -> Option<&'a str> {
     let selected = candidates.directories.first().map(|directory| directory.workspace.as_str());
     candidates.workspace_of(location).filter(|name| Some(*name) != selected)
 }
 
-/// Returns what is stored now at the locations of the parts of a lock at `location`. Empty if nothing can be read.
+/// Returns the objects that are stored now at the locations of the parts of a lock at `location`. Empty if they cannot
+/// be read.
 fn stored_locks(
     location: &LockLocation,
     candidates: &CandidateBackends,
@@ -348,10 +352,10 @@ fn stored_locks(
     waiter.block_on(release::stored(location)).unwrap_or_default()
 }
 
-/// Whether a request for `lock` was left without an answer, as far as that can be known at `at`, when terraform had
-/// exited: terraform waited for the answer for as long as it does after a second interrupt.
+/// Whether the request for `lock` most likely got no response before terraform exited at the time `at`. This is the
+/// case if terraform waited for the response for about as long as it waits after a second interrupt.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
-    /// 1 s less than the 5 s that terraform waits: a slow machine is not late by more than that.
+    /// 1 s less than the 5 s that terraform waits. The 1 s allows for delays on a slow machine.
     const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
     at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
 }

@@ -1,4 +1,4 @@
-//! What may end a wait: a person at the keyboard or, where no person can be reached any more, nothing.
+//! Waits that a person may or may not interrupt.
 
 use crate::console;
 use std::os::fd::AsFd;
@@ -18,14 +18,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Whether a person may interrupt a wait.
 pub(crate) enum Waiter<'a> {
-    /// The person at the terminal of `tf`, or one who sends it signals, may interrupt it.
+    /// A person may interrupt it, with ^C or with a SIGINT to `tf`.
     Interactive(&'a mut Signals),
-    /// No person may interrupt it. For the guardian and the recovery process, which no person can reach.
+    /// No person may interrupt it. Used in the guardian and in the recovery process, which do not handle interrupts.
     Unattended,
 }
 
 impl Waiter<'_> {
-    /// Returns how many interrupts have arrived since the last call.
+    /// Returns the number of SIGINTs that have arrived since the last call. Always 0 for [`Waiter::Unattended`].
     pub(crate) fn interrupts(&mut self) -> usize {
         let Self::Interactive(signals) = self else { return 0 };
         let mut interrupts = 0;
@@ -35,7 +35,7 @@ impl Waiter<'_> {
         interrupts
     }
 
-    /// Waits for `time`, or until a signal arrives.
+    /// Waits for `time`. For [`Waiter::Interactive`], a signal ends the wait earlier.
     pub(crate) fn wait(&self, time: Duration) {
         match self {
             Self::Interactive(signals) => poll::wait(&[(signals.as_fd(), PollFlags::POLLIN)], Some(time)),
@@ -43,13 +43,13 @@ impl Waiter<'_> {
         };
     }
 
-    /// Waits for `work`, which talks to the lock service. A person may end the wait: the first ^C is answered, and the
-    /// second one ends it. The signals of a supervisor do not end it, because the wait is limited anyway, and the lock
-    /// matters more.
+    /// Runs `work`, which sends requests to the lock service, and returns its result. A person may end the wait: the
+    /// first SIGINT is answered with a message, and the second one ends the wait. Other signals, such as the SIGTERM of
+    /// a service manager, do not end it: `work` has a time limit anyway, and the release of the lock is more important.
     ///
     /// # Errors
-    /// If a person has ended the wait, or if this system has no descriptor or thread left for the work. The text says
-    /// which.
+    /// If a person has ended the wait, or if no descriptor or thread is available for the work, or `work` panics. The
+    /// text is the reason.
     pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
@@ -66,7 +66,7 @@ impl Waiter<'_> {
                 }
             })
         });
-        // A name lookup that hangs in its thread must not block this process.
+        // Do not wait for the runtime's threads: a name lookup may hang in one of them.
         runtime.shutdown_background();
         match finished {
             Some(finished) => finished.ok_or(messages::INTERRUPTED),
@@ -74,6 +74,7 @@ impl Waiter<'_> {
         }
     }
 
+    /// Returns after the second SIGINT. Answers the first one with a message.
     async fn second_interrupt(&mut self) {
         let mut asked = 0;
         loop {

@@ -1,9 +1,10 @@
-//! The directory in which terraform worked. Relative paths in a backend and in the environment (certificates, shared
-//! files, tokens) have a meaning only there. With `-chdir`, terraform is in that directory and `tf` is not.
+//! Changes to the directory in which terraform worked. Relative paths in a backend and in the environment
+//! (certificates, shared files, tokens) are relative to that directory. With `-chdir`, it is not the working directory
+//! of `tf`.
 
 use std::path::{Path, PathBuf};
 
-/// Keeps this process in another working directory until it is dropped.
+/// Changes the working directory of this process. The previous one is restored when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Within(Option<PathBuf>);
 
@@ -16,9 +17,9 @@ impl Within {
     }
 }
 
-/// Changes the working directory to `directory` for good. If that directory is gone, the work goes on, because absolute
-/// paths still mean what they did. But relative paths must not mean the files of the directory in which this process
-/// happens to be, which belong to another project. So this process changes to the root, where they mean nothing.
+/// Changes the working directory to `directory`, and does not restore it. If `directory` does not exist any more,
+/// changes to the root directory. The cleanup can continue there, because absolute paths are still valid. But a
+/// relative path must not refer to a file in the previous working directory, which may belong to another project.
 pub(crate) fn go(directory: &Path) {
     if std::env::set_current_dir(directory).is_err() {
         let _ = std::env::set_current_dir("/");

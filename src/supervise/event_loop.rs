@@ -1,8 +1,9 @@
 //! Watches one terraform from its start until it has exited.
 //!
-//! One loop in one thread waits with one poll(2). Signals are read from a descriptor, and each has at most one effect
-//! on terraform. [`crate::supervise::routing`] decides where a signal goes, [`crate::supervise::stop`] decides what a
-//! request to stop does, and [`crate::supervise::foreground`] controls which process group has the terminal.
+//! One loop in one thread waits with one poll(2). Signals are read from a descriptor. Each signal has at most one
+//! effect on terraform. [`crate::supervise::routing`] decides where a signal goes, [`crate::supervise::stop`] decides
+//! which effects a request to stop has. [`crate::supervise::foreground`] controls which process group is the foreground
+//! group.
 
 use crate::console;
 use crate::supervise::routing::Circumstances;
@@ -34,25 +35,28 @@ use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::trace::trace;
 
-/// How long terraform may take to act on a SIGTSTP before `tf` stops without it: a program may ignore that signal.
+/// How long terraform may take to stop after a SIGTSTP. After that, `tf` stops alone, because a program may ignore that
+/// signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long to wait before terraform is continued again, if it stops again and again for a terminal that no process can
-/// give it.
+/// How long to wait before terraform is continued, if it stops repeatedly because it needs the terminal and `tf` cannot
+/// make its group the foreground group.
 const CONTINUE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How often to check which processes below terraform have left its process group. A check reads about ten files for
 /// each process.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a service manager that stops a unit may take to signal all of its processes, from the first to the last.
+/// How long a service manager that stops a unit may take from the signal to the unit's first process until the signal
+/// to the last one.
 const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 
-/// Everything that is needed to watch one run.
+/// The data that are needed to watch one run.
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
     pub(crate) context: &'a RunContext<'a>,
-    /// Finishes the dead runs whose locks terraform is waiting for. `None` if no lock is to be released.
+    /// Finishes the dead runs for whose locks terraform is waiting. `None` if no lock may be released
+    /// (`TFW_RELEASE=never`).
     pub(crate) waiting: Option<&'a mut Waiting>,
     pub(crate) group: TerraformGroup,
     pub(crate) signals: &'a mut Signals,
@@ -66,19 +70,19 @@ pub(crate) struct Supervision<'a> {
     pub(crate) parent: Option<OwnedFd>,
     /// Whether a SIGCHLD has arrived: a child has stopped or exited, and may be an orphan that must be reaped.
     pub(crate) children_changed: bool,
-    /// Whether what `tf` started has exited while a terraform that it led to is still running.
+    /// Whether the shim that `tf` started has exited while the terraform behind it is still running.
     pub(crate) outlived: bool,
-    /// Until when the guardian may report that the SIGTERM of a service manager went to all processes of the unit.
-    /// `None` if no such SIGTERM is waiting for that report.
+    /// The end of the wait for the guardian's report that the SIGTERM of a service manager was sent to all processes of
+    /// the unit. `None` if there is no such wait.
     pub(crate) unit_stop: Option<Instant>,
-    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have had
-    /// theirs. `None` if no terraform behind a shim was interrupted.
+    /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have got an
+    /// interrupt. `None` if nothing behind a shim was interrupted.
     pub(crate) interrupted: Option<(u64, Vec<Pid>)>,
 }
 
 /// Returns the pid of the parent, and a descriptor that becomes readable when the parent has exited. `None` if that
-/// exit is not a request to stop. It is one only in CI, and only if this process was not meant to outlive its parent
-/// (`&`, nohup, setsid). Also `None` if the parent cannot be watched.
+/// exit is not a request to stop, or if the parent cannot be watched. The exit is a request to stop only in CI, and
+/// only if this process was not started to outlive its parent (`&`, nohup, setsid).
 ///
 /// PR_SET_PDEATHSIG is not used: its signal comes when the *thread* that started this process exits, and runners start
 /// processes from thread pools.
@@ -94,12 +98,14 @@ pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&
     }
     let parent = getppid();
     let watched = process::open_pidfd(parent).ok()?;
-    // If the parent had exited before the descriptor was opened, another process could have its pid by now.
+    // If the parent had exited before the descriptor was opened, the descriptor could refer to another process with the
+    // same pid.
     (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
 }
 
 impl Supervision<'_> {
-    /// Watches terraform until it has exited, and returns how it ended. Terraform stays a zombie.
+    /// Watches terraform until it has exited, and returns how it ended. Terraform is not reaped, so it remains a
+    /// zombie.
     pub(crate) fn watch(&mut self) -> Ended {
         let mut continue_at: Option<Instant> = None;
         let started = Instant::now();
@@ -147,8 +153,8 @@ impl Supervision<'_> {
                 self.foreground.look();
             }
             if self.unit_stop.is_some_and(|until| until <= now) {
-                // The guardian got no SIGTERM, so it was meant for `tf` alone (KillMode=mixed or process,
-                // systemd.kill(5)).
+                // The guardian got no SIGTERM, so the signal was sent to `tf` alone (KillMode=mixed or process,
+                // systemd.kill(5)), and terraform must be asked to stop.
                 self.unit_stop = None;
                 self.asked(StopEvent::Request);
             }
@@ -169,10 +175,10 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether what `tf` started has exited, as `ended` says, while the terraform that it led to is still running. `tf`
-    /// then waits for that terraform as if it had started it. If the shim was killed, that terraform is asked to stop.
-    /// A shim that exited by itself may have left its terraform running on purpose, or not. `tf` waits for that
-    /// terraform if the run was interrupted or its log shows a lock, because the cleanup must not begin before
+    /// Whether `tf` must keep waiting, because the shim has ended as `ended` says and the terraform behind it is still
+    /// running. `tf` then watches that terraform as if it had started it. If the shim was killed, terraform gets the
+    /// one interrupt of a first stop. If the shim exited by itself, it may have left terraform running on purpose. Then
+    /// this is true only if the run was interrupted or its log shows a lock, because the cleanup must not begin before
     /// terraform has exited.
     fn is_outlived(&mut self, ended: Ended) -> bool {
         if !self.tree.is_behind_a_shim() {
@@ -253,26 +259,28 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether a SIGTERM from `sender` may have gone to every process of the unit, terraform among them. A service
-    /// manager sends it to all of them (KillMode=control-group, systemd.kill(5)), and so does its kill(-1) at shutdown.
-    /// Terraform would count an interrupt from `tf` as its second one, and would exit with its lock held.
+    /// Whether a SIGTERM from `sender` may have been sent to every process of the unit, including terraform. A service
+    /// manager does so when it stops the unit (KillMode=control-group, systemd.kill(5)), and with kill(-1) at shutdown.
+    /// If `tf` sent an interrupt as well, terraform would count it as the second one, and would exit with its lock
+    /// held.
     ///
-    /// `tf` cannot see which signals terraform got. But the guardian is in the same control group, so it got the same
-    /// signal, and it reports that to `tf`.
+    /// `tf` cannot see which signals terraform got. But the guardian is in the same control group, so it gets the same
+    /// signal and reports it to `tf`.
     fn may_be_for_all(&self, sender: Option<Pid>) -> bool {
         !self.stop.was_interrupted()
             && self.run_record.awaited().is_some()
             && sender.is_some_and(process::is_service_manager)
     }
 
+    /// Handles the signals that the terminal has sent to terraform's group, as the [`GroupSignalWatcher`] reports them.
     fn handle_group_signals(&mut self) {
         let Some(group_signal_watcher) = self.foreground.group_signal_watcher() else { return };
         for signal in group_signal_watcher.received() {
             trace!("the terminal sent {signal} to terraform");
             if signal == Signal::SIGINT {
                 self.asked(StopEvent::KeyboardAtTerraform);
-                // A second key must reach `tf`, and not terraform, whatever modes the first key has left the terminal
-                // in.
+                // A second ^C must reach `tf`, because terraform would count it as its second interrupt. So `tf`
+                // reclaims the foreground even if the terminal's modes are not restored yet.
                 self.foreground.reclaim_foreground();
             }
         }
@@ -289,9 +297,10 @@ impl Supervision<'_> {
         }
         for effect in effects {
             match effect {
-                // The process group of `tf` contains other processes than those of terraform.
+                // With a shared group, `killpg` would also signal `tf` and the processes of the caller. So only
+                // terraform is interrupted.
                 Effect::InterruptGroup if self.group == TerraformGroup::Shared => self.interrupt_terraform(),
-                // A key at the terminal goes to every process of the foreground group as well.
+                // The whole group gets the interrupt, as the terminal would send it for a ^C.
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
@@ -318,8 +327,8 @@ impl Supervision<'_> {
         }
     }
 
-    /// Sends the one interrupt of a first stop to a terraform behind a shim. `is_key`: the cause is a key at the
-    /// terminal, so the shims get it as well, as they would from the terminal.
+    /// Sends the one interrupt of a first stop to a terraform behind a shim. If `is_key` is true, the cause is a ^C at
+    /// the terminal. Then the shims get the interrupt too, because the terminal would have sent it to them.
     fn interrupt_behind_shim(&mut self, is_key: bool) {
         let recorder = self.tree.recorder();
         let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
@@ -334,16 +343,17 @@ impl Supervision<'_> {
             self.interrupted = Some((moment, terraform.into_iter().collect()));
             return;
         }
-        // What `tf` started is a zombie child of this process, so the number is still that of its group. No shim is
-        // left in the group that could pass the interrupt on.
+        // The shim that `tf` started is a zombie child of this process, so no other group can have its number. No
+        // running shim is left in the group, so none can pass the interrupt on to terraform a second time.
         let _ = killpg(self.terraform, Signal::SIGINT);
         for process in self.tree.orphaned_terraforms().iter().filter(|process| process.group != self.terraform) {
             let _ = kill(process.pid, Signal::SIGINT);
         }
     }
 
-    /// Interrupts a terraform that a shim has started since the stop was requested. A shim may start one terraform
-    /// after the other (`init`, then `apply`), or its first one after the request. Each of them gets one interrupt.
+    /// Interrupts a terraform that a shim has started since the stop was requested. A shim may start several terraforms
+    /// one after the other (`init`, then `apply`), or start its first one only after the request. Each terraform gets
+    /// one interrupt.
     fn interrupt_next_terraform(&mut self) {
         let Some((moment, had)) = &mut self.interrupted else { return };
         let recorder = self.tree.recorder();
@@ -355,8 +365,8 @@ impl Supervision<'_> {
         }
     }
 
-    /// Stops this process as [`Signals::stop`] says. The guardian knows of the stop, because if terraform is killed
-    /// meanwhile, no other process would continue this one. Returns false if the kernel discarded the stop.
+    /// Stops this process with [`Signals::stop`]. Reports the stop to the guardian, so that it continues this process
+    /// if terraform is killed meanwhile: no other process would. Returns false if the kernel discarded the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
@@ -379,27 +389,28 @@ impl Supervision<'_> {
                 poll::wait(&[], Some(Duration::from_millis(1)));
             }
         }
-        // In an orphaned process group, and for the leader of a session, the kernel discards the stop of this process,
-        // because no process could continue it. A terraform without `tf` goes on there as well.
+        // In an orphaned process group, and for a session leader, the kernel discards the stop of this process, because
+        // no process could continue it. Then terraform is continued at once. A terraform without `tf` would not stop
+        // there either.
         let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
         trace!("stopped: {stopped}");
         let _ = killpg(self.terraform, Signal::SIGCONT);
     }
 
-    /// Handles a stop of terraform by `signal`.
+    /// Handles the fact that `signal` has stopped terraform.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
         match signal {
             _ if self.group == TerraformGroup::Shared => {
-                // The terminal stopped the whole group. The signal is blocked in this process, which therefore stops
-                // itself here.
+                // The terminal stopped the whole group. The signal is blocked in this process, so this process must
+                // stop itself here.
                 self.stop_ourselves(signal_to_stop_with(signal), false);
             }
             Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
             _ => {
-                // A ^Z while terraform's group is the foreground group is meant for the whole job. A `kill -STOP` of
-                // terraform is meant for terraform, and `tf` stops too, so that a shell can report the stop to its user
-                // and `fg` can continue both.
+                // A ^Z while terraform's group is the foreground group must stop the whole job. After a `kill -STOP` of
+                // terraform, `tf` stops too, so that a shell can report the stop to its user and `fg` can continue
+                // both.
                 let key = signal == Signal::SIGTSTP && self.foreground.terraform_has_foreground();
                 self.foreground.reclaim_foreground();
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
@@ -411,6 +422,7 @@ impl Supervision<'_> {
         Stopped::Handled
     }
 
+    /// Handles a stop of terraform by `signal` (SIGTTIN or SIGTTOU): a process of its group needs the terminal.
     fn wants_terminal(&mut self, signal: Signal) -> Stopped {
         match self.foreground.foreground() {
             Foreground::Terraforms => {
@@ -419,15 +431,15 @@ impl Supervision<'_> {
             }
             Foreground::Ours if self.foreground.give_foreground() => return Stopped::Handled,
             Foreground::Others if self.stop_ourselves(signal, true) => {
-                // The shell has continued `tf`: with `fg`, the group of `tf` is the foreground group now. With `bg` it
-                // is not, so terraform stops again, and `tf` stops again too.
+                // The shell has continued `tf`. With `fg`, the group of `tf` is now the foreground group. With `bg` it
+                // is not, so terraform stops again when it needs the terminal, and `tf` stops with it.
                 if self.foreground.foreground() != Foreground::Ours || !self.foreground.give_foreground() {
                     let _ = killpg(self.terraform, Signal::SIGCONT);
                 }
                 return Stopped::Handled;
             }
-            // `tf` is in the background and the kernel did not stop it, because its group is orphaned. Or the terminal
-            // is gone.
+            // Either `tf` is in the background and the kernel did not stop it, because its group is orphaned, or the
+            // terminal is gone. Nobody can answer terraform's prompt.
             Foreground::Ours | Foreground::Others | Foreground::Gone => {}
         }
         self.asked(StopEvent::NobodyCanAnswer);
@@ -438,12 +450,13 @@ impl Supervision<'_> {
 /// What remains to be done after a stop of terraform.
 enum Stopped {
     Handled,
-    /// Terraform is to be continued after [`CONTINUE_INTERVAL`], each time it stops.
+    /// Terraform must be continued after [`CONTINUE_INTERVAL`].
     ContinueSoon,
 }
 
 /// Returns the signal with which this process stops itself after terraform was stopped by `signal`. It is never
-/// SIGSTOP, because the kernel does not discard a SIGSTOP where no process can continue this one.
+/// SIGSTOP: in an orphaned process group, where no process could continue this one, the kernel discards a SIGTSTP but
+/// not a SIGSTOP.
 fn signal_to_stop_with(signal: Signal) -> Signal {
     if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
 }

@@ -1,15 +1,15 @@
-//! Gives terraform's process group the terminal when it needs it, and reclaims it.
+//! Makes terraform's process group the foreground group when terraform needs the terminal, and reclaims the foreground.
 //!
 //! Terraform runs in a background process group, so that the terminal's keys signal `tf` alone. A background group may
-//! write to the terminal. If a process of that group reads the terminal or changes its modes, the kernel stops the
-//! whole group (SIGTTIN, SIGTTOU), and `tf` is notified as terraform's parent. `tf` then makes that group the
-//! foreground group and continues it. `tf` reclaims the foreground when 20 ms have passed *and* the terminal's modes
-//! are those that it had before:
+//! write to the terminal. If a process of that group reads from the terminal or changes its modes, the kernel stops the
+//! whole group (SIGTTIN, SIGTTOU), and notifies `tf`, terraform's parent. `tf` then makes that group the foreground
+//! group and continues it. `tf` reclaims the foreground when 20 ms have passed *and* the terminal has its previous
+//! modes again, for these reasons:
 //!
-//! - Terraform's own prompt is one read(2) of a line. Once that read has begun, it also works in the background.
+//! - Terraform's own prompt is one read(2) of a line. A read that has begun also works in the background.
 //! - A prompt without echo or in raw mode (ssh, sudo, `terraform console`) reads byte by byte. In the background, each
-//!   further read would stop it, and the flush at its restart would discard what was typed. Such a prompt is recognised
-//!   by the terminal's modes.
+//!   further read would stop it, and the flush at its restart would discard what was typed. `tf` recognises such a
+//!   prompt by the terminal's modes.
 //!
 //! While terraform's group is the foreground group, the terminal's keys signal that group. A [`GroupSignalWatcher`] in
 //! that group reports those signals to `tf`.
@@ -24,27 +24,28 @@ use crate::sys::process::Process;
 use crate::sys::terminal::{Modes, Terminal};
 use crate::trace::trace;
 
-/// The minimum time for which terraform's group is the foreground group. The read of a line has begun by then.
+/// The minimum time for which terraform's group is the foreground group. After that time, terraform has begun to read a
+/// line.
 const MIN_FOREGROUND_WINDOW: Duration = Duration::from_millis(20);
 
-/// How long after terraform's group became the foreground group it is searched for members that stopped themselves.
-/// Programs that ask for a password catch SIGTTIN and SIGTTOU and later stop only themselves, with kill(2). `tf` is not
-/// notified of that, so it must search.
+/// How long terraform's group is searched for members that have stopped themselves, after it became the foreground
+/// group. Programs that ask for a password catch SIGTTIN and SIGTTOU and later stop only themselves, with kill(2). `tf`
+/// is not notified of that, so it must search.
 const STOPPED_MEMBERS_WINDOW: Duration = Duration::from_secs(2);
 
-/// How often the terminal's modes are checked, and the group is searched.
+/// How often to check the terminal's modes, and to search the group for stopped members.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Which process group is the foreground group of the terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Foreground {
-    /// That of this process, which can therefore make another group the foreground group.
+    /// The process group of `tf`, so `tf` can make another group the foreground group.
     Ours,
-    /// That of terraform.
+    /// Terraform's process group.
     Terraforms,
-    /// That of another job of the shell.
+    /// The process group of another process, for example of another job of the shell.
     Others,
-    /// None: there is no terminal, or it was hung up.
+    /// No process group: there is no terminal, or it was hung up.
     Gone,
 }
 
@@ -52,23 +53,27 @@ pub(crate) enum Foreground {
 #[derive(Debug)]
 pub(crate) struct ForegroundControl {
     terminal: Option<Terminal>,
+    /// Terraform's process group.
     terraform: Pid,
+    /// The process group of this process.
     own: Pid,
     /// When `tf` made terraform's group the foreground group. `None` if it has not, or has reclaimed the foreground.
     since: Option<Instant>,
-    /// The modes that the terminal must have again before `tf` reclaims the foreground. `None` until the foreground is
-    /// given, and again when it was reclaimed with these modes.
+    /// The modes that the terminal must have again before `tf` reclaims the foreground. `None` until `tf` makes
+    /// terraform's group the foreground group, and again after it has reclaimed the foreground with these modes.
     normal: Option<Modes>,
     group_signal_watcher: Option<GroupSignalWatcher>,
     /// Whether the kernel stopped members of this process's group while terraform's group was the foreground group.
     stopped_ours: bool,
+    /// The end of the search for members that stopped themselves. `None` if there is no search.
     search_until: Option<Instant>,
+    /// When to check the modes and to search again. `None` if neither is needed.
     next_look: Option<Instant>,
 }
 
 impl ForegroundControl {
     /// Creates the control for terraform's process group `terraform`. `terminal` is `None` if this process has no
-    /// terminal, or is not to give it to terraform.
+    /// terminal, or must not change its foreground group.
     pub(crate) fn new(terminal: Option<Terminal>, terraform: Pid) -> Self {
         Self {
             terminal,
@@ -88,8 +93,8 @@ impl ForegroundControl {
         self.since.is_some()
     }
 
-    /// Returns the watcher in terraform's group. `None` if the foreground was never given, or the watcher could not be
-    /// started.
+    /// Returns the watcher in terraform's group. `None` if terraform's group was never the foreground group, or the
+    /// watcher could not be started.
     pub(crate) fn group_signal_watcher(&self) -> Option<&GroupSignalWatcher> {
         self.group_signal_watcher.as_ref()
     }
@@ -104,14 +109,16 @@ impl ForegroundControl {
         }
     }
 
-    /// Makes terraform's group the foreground group and continues it. Returns false if there is no terminal any more.
+    /// Makes terraform's group the foreground group and continues it. Returns false if there is no terminal, or its
+    /// foreground group cannot be changed.
     pub(crate) fn give_foreground(&mut self) -> bool {
         let Some(terminal) = &self.terminal else { return false };
         if self.normal.is_none() {
             self.normal = terminal.modes();
         }
         if self.group_signal_watcher.is_none() {
-            // Without a watcher, a key at the prompt is not counted. The prompt itself must not fail for that reason.
+            // If the watcher cannot be started, a ^C at the prompt is not counted as an interrupt. The prompt must work
+            // all the same, so the error is ignored.
             self.group_signal_watcher = GroupSignalWatcher::place(self.terraform).ok();
         }
         if terminal.set_foreground(self.terraform).is_err() {
@@ -126,9 +133,9 @@ impl ForegroundControl {
         true
     }
 
-    /// Makes this process's group the foreground group again, if terraform's group still is. If a program below
-    /// terraform has made a group of its own the foreground group, as an interactive shell does, that group keeps the
-    /// foreground. The program returns it to terraform's group when it exits.
+    /// Makes this process's group the foreground group again, if terraform's group is the foreground group now. A
+    /// program below terraform, such as an interactive shell, may have made its own group the foreground group. Then
+    /// that group remains the foreground group, and the program restores terraform's group when it exits.
     pub(crate) fn reclaim_foreground(&mut self) {
         if self.since.take().is_none() {
             return;
@@ -143,8 +150,8 @@ impl ForegroundControl {
             }
         }
         if std::mem::take(&mut self.stopped_ours) {
-            // A pager or an editor in the same pipeline as `tf` needed the terminal meanwhile, and was stopped for
-            // that. This process gets the SIGCONT as well, and passes it on to terraform, where it has no effect.
+            // A pager or an editor in the same pipeline as `tf` needed the terminal meanwhile, so the kernel stopped
+            // it. This process gets the SIGCONT as well, and passes it on to terraform, where it has no effect.
             let _ = kill(Pid::from_raw(0), Signal::SIGCONT);
         }
     }
@@ -154,18 +161,19 @@ impl ForegroundControl {
         self.stopped_ours |= self.terraform_has_foreground();
     }
 
-    /// When [`ForegroundControl::look`] is due. `None` if nothing is to be done.
+    /// Returns when to call [`ForegroundControl::look`]. `None` if no call is needed.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.next_look
     }
 
-    /// Reclaims the foreground if it is time, and continues members of terraform's group that stopped themselves.
+    /// Reclaims the foreground if the conditions for that are met. Continues members of terraform's group that stopped
+    /// themselves.
     pub(crate) fn look(&mut self) {
         if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
             match self.foreground() {
                 Foreground::Terraforms if self.modes_are_normal() => self.reclaim_foreground(),
-                // A shell has made this process's group the foreground group, because it took that group to be the one
-                // that had the terminal before. The foreground counts as reclaimed.
+                // A shell below terraform has made this process's group the foreground group when it exited, because
+                // this group was the foreground group when the shell started. So the foreground counts as reclaimed.
                 Foreground::Ours => self.reclaim_foreground(),
                 _ => {}
             }
@@ -194,8 +202,8 @@ impl ForegroundControl {
 }
 
 impl Drop for ForegroundControl {
-    /// Reclaims the foreground, because the next reader of this terminal is a process that runs after `tf`, such as a
-    /// script that prompts.
+    /// Reclaims the foreground, so that a process that runs after `tf`, such as a script that prompts, can read from
+    /// the terminal.
     fn drop(&mut self) {
         self.reclaim_foreground();
     }

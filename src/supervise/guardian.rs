@@ -1,29 +1,30 @@
-//! The guardian: it asks terraform to stop and releases its lock if `tf` is killed.
+//! The guardian: if `tf` is killed, it interrupts terraform and releases terraform's lock.
 //!
-//! `tf` forks the guardian before terraform starts. The guardian waits for the end of the socket that it shares with
-//! `tf`. If `tf` has reported before that everything is over, the guardian exits. Otherwise `tf` was killed, and the
-//! guardian does the rest of its work with the same code. It uses what it has in its memory since the fork, and what
-//! `tf` has sent it since.
+//! `tf` forks the guardian before terraform starts. The guardian reads from a socket that it shares with `tf`. If `tf`
+//! reports that the run is over, the guardian exits. If the socket is closed without that report, `tf` was killed, and
+//! the guardian does the rest of its work with the same code. It uses the data that were in memory at the fork, and the
+//! data that `tf` has sent since.
 //!
-//! The guardian runs beside terraform and is not its ancestor. The alternative is a supervisor that the caller does not
-//! know, with a thin `tf` in front of it. As a subreaper, it could still prove that the tree is dead after `tf` was
-//! killed. But the thin `tf` is the process that the shell stops and continues. Every stop, every change of the
-//! foreground group and every signal would go through two processes, and each of them can die alone. And it would be no
-//! safer against what kills a session, a control group or all descendants.
+//! The guardian is not an ancestor of terraform. The alternative would be two processes above terraform: a thin `tf`,
+//! which the caller started, and a supervisor below it. The supervisor would be a subreaper, and could still prove that
+//! the tree is dead after the thin `tf` was killed. But the shell stops and continues the thin `tf`. So every stop,
+//! every change of the foreground group and every signal would pass through two processes, either of which can die
+//! alone. And the supervisor would be no safer against a kill of a session, a control group or all descendants.
 //!
-//! - It leads a session of its own. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor that it does
-//!   not need is closed ([`crate::sys::detached`]). So it keeps neither the caller's pipe nor an outer run's lifeline
-//!   open.
-//! - CI runners find the processes that they kill by a variable in the environment of those processes. The guardian
-//!   removes these variables from its environment. Jenkins also kills the descendants of what it finds, so there the
-//!   guardian is a child of init. Elsewhere it is a child of `tf`, which reaps it: in a container in which the first
-//!   process reaps no orphans, each run would otherwise leave a zombie.
-//! - It refers to terraform by a descriptor of that process, which never refers to another process with the same pid.
-//!   The child itself sends its pid before it becomes terraform.
-//! - Its [`Stop`] gets the same events as that of `tf`, so it knows what `tf` decided about signals, and terraform gets
-//!   one interrupt, whichever of the two sends it.
-//! - It reads terraform's pipes in place of `tf` and discards the output: terraform must not die of SIGPIPE with its
-//!   state unsaved.
+//! - It is the leader of a new session. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor that it
+//!   does not need is closed ([`crate::sys::detached`]). So it does not keep the caller's pipe or an outer run's
+//!   lifeline open.
+//! - At the end of a job, CI runners kill the processes that have a certain variable in their environment. The guardian
+//!   removes these variables from its environment. Jenkins also kills the descendants of these processes, so there the
+//!   guardian is a child of init. The same applies if there is no process list ([`Guardian::fork`]). Otherwise it is a
+//!   child of `tf`, which reaps it: in a container whose first process reaps no orphans, each run would otherwise leave
+//!   a zombie.
+//! - It signals terraform through a pidfd, which never refers to another process with the same pid. The child itself
+//!   sends its pid to the guardian before it executes terraform.
+//! - Its [`Stop`] gets the same events as the [`Stop`] of `tf`, so both have the same state. So terraform gets only one
+//!   interrupt, whether `tf` or the guardian sends it.
+//! - After the death of `tf`, it reads terraform's pipes and discards the output: terraform must not die of SIGPIPE
+//!   with its state unsaved.
 
 use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::clean_up::LogState;
@@ -59,33 +60,41 @@ use crate::trace::{self, trace};
 
 /// The kinds of messages from `tf`. A message is its kind in 1 byte, the length of its payload in 4 bytes
 /// (little-endian), and the payload.
+///
+/// This kind: terraform was started. The payload is its pid in 4 bytes, in native byte order.
 const STARTED: u8 = 1;
+/// An event for the guardian's [`Stop`]: a [`StopEvent`] as JSON.
 const EVENT: u8 = 2;
+/// The parsed log and the offset up to which the log was read, as JSON.
 const NEWS: u8 = 3;
+/// 1 byte: 1 if `tf` is about to stop itself, 0 if it was continued.
 const STILL: u8 = 4;
+/// The run is over. No payload.
 const OVER: u8 = 5;
+/// The processes below terraform that have left its process group, as JSON.
 const OUTSIDE_GROUP: u8 = 6;
 
 /// The messages from the guardian, 1 byte each.
 const CANNOT_WRITE: u8 = 1;
 const UNIT_IS_STOPPED: u8 = 2;
 
-/// What the child writes before its pid: the head of a [`STARTED`] message with a payload of 4 bytes.
+/// The child writes this before its pid: the header of a [`STARTED`] message with a payload of 4 bytes.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
 
-/// The maximum length of a payload, in bytes: what is kept of a log, and the offset up to which the log was read.
+/// The maximum length of a payload, in bytes. The longest payload is that of a [`NEWS`] message: the parsed log, and
+/// the offset up to which the log was read.
 const MAX_MESSAGE_BYTES: usize = JSON_LIMIT + 64;
 
-/// How long the guardian may take to exit once it was told that everything is over.
+/// How long the guardian may take to exit after `tf` has reported that the run is over.
 const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the exit of the guardian may take once it has closed its socket or was killed.
+/// How long the guardian may take to exit after it has closed its socket or was killed.
 const GUARDIAN_KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the guardian checks a terraform that was interrupted and may have been stopped.
+/// How often the guardian checks a terraform that it has interrupted, or a `tf` that is about to stop itself.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often the guardian looks for all processes below terraform.
+/// How often the guardian searches for all processes below terraform.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long init may take to reap a terraform before its status counts as unknown.
@@ -97,22 +106,24 @@ pub(crate) struct Guardian {
     /// The guardian's pid. `None` if it is not a child of this process.
     pid: Option<Pid>,
     socket: UnixStream,
-    /// The bytes that did not fit into the socket yet.
+    /// The bytes that could not be written to the socket yet, because it was full.
     unsent: Vec<u8>,
 }
 
-/// What the guardian has reported.
+/// A report of the guardian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Heard {
+    /// The guardian has reported nothing new.
     Nothing,
     /// The journal cannot be written, for example because the disk is full.
     CannotWrite,
-    /// A service manager has told every process of the unit to stop, terraform among them.
+    /// A service manager has sent SIGTERM to every process of the unit, including terraform.
     UnitIsStopped,
+    /// The guardian has exited, or was killed.
     Gone,
 }
 
-/// What the guardian gets from `tf` when it is forked.
+/// The data that the guardian gets from `tf` when it is forked.
 pub(crate) struct GuardianContext<'a> {
     pub(crate) run: &'a RunContext<'a>,
     /// The pid of `tf`.
@@ -126,10 +137,10 @@ pub(crate) struct GuardianContext<'a> {
 }
 
 impl Guardian {
-    /// Forks the guardian. There must be one thread, and terraform must not have been started.
+    /// Forks the guardian. This process must have only one thread, and terraform must not have been started.
     ///
     /// # Errors
-    /// If the socket cannot be created, or fork(2) fails. The run then goes on without a guardian.
+    /// If the socket cannot be created, or fork(2) fails. The run then continues without a guardian.
     pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
         let (socket, its_end) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
@@ -141,8 +152,8 @@ impl Guardian {
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
         keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
-        // Without a process list, `tf` can see only by its own children whether a process of terraform is left. So the
-        // guardian must not be one of them.
+        // Without a process list, `tf` checks whether the tree is dead by checking that it has no child left. So the
+        // guardian must not be its child.
         let is_listed = process::list() != ProcessList::Unavailable;
         let parent =
             if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
@@ -155,13 +166,13 @@ impl Guardian {
         self.pid
     }
 
-    /// Returns the socket. The child that becomes terraform writes its pid into it. It is readable when the guardian
-    /// has reported something, or is gone.
+    /// Returns the socket that is shared with the guardian. The child that executes terraform writes its pid into the
+    /// socket. The socket is readable when the guardian has reported something, or is gone.
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Returns the next thing that the guardian has reported, without waiting.
+    /// Returns the guardian's next report, without waiting.
     pub(crate) fn hear(&self) -> Heard {
         let mut said = [0];
         match (&self.socket).read(&mut said) {
@@ -172,7 +183,7 @@ impl Guardian {
         }
     }
 
-    /// Passes on an event that asks terraform to stop.
+    /// Sends an event to the guardian's [`Stop`].
     ///
     /// # Errors
     /// If the guardian is gone.
@@ -180,7 +191,7 @@ impl Guardian {
         self.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
-    /// Reports that `tf` is about to stop itself (`still`), or was continued.
+    /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false).
     ///
     /// # Errors
     /// If the guardian is gone.
@@ -188,8 +199,8 @@ impl Guardian {
         self.send(STILL, &[u8::from(still)])
     }
 
-    /// Passes on what terraform's log has shown up to `offset`, in bytes. Returns false if that was not sent: there is
-    /// no room in the socket now, or the message would be too long.
+    /// Sends the parsed log of terraform, which was read up to `offset`, in bytes. Returns false if it was not sent,
+    /// because the socket is full now or the message would be too long.
     ///
     /// # Errors
     /// If the guardian is gone.
@@ -200,16 +211,16 @@ impl Guardian {
         }
         let news = serde_json::to_vec(&(offset, log))?;
         if news.len() > MAX_MESSAGE_BYTES {
-            // The guardian would skip the message. It reads the log itself, as long as no part of the log has been
-            // freed.
+            // The guardian would skip the message. After the death of `tf`, it reads the log itself, which is possible
+            // because no part of the log is freed before it was sent.
             return Ok(false);
         }
         self.send(NEWS, &news)?;
         Ok(true)
     }
 
-    /// Passes on which processes below terraform have left its group: the pid of each, and its start in clock ticks
-    /// since boot.
+    /// Sends the processes below terraform that have left its process group: the pid of each, and its start time in
+    /// clock ticks since boot.
     ///
     /// # Errors
     /// If the guardian is gone.
@@ -217,20 +228,20 @@ impl Guardian {
         self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
 
-    /// Reports that everything is over. The guardian does nothing more after that, and [`Guardian::wait`] waits for its
+    /// Reports that the run is over. The guardian then exits without further work. [`Guardian::wait`] waits for its
     /// exit.
     pub(crate) fn over(&mut self) {
         let _ = self.send(OVER, &[]);
     }
 
-    /// Waits until the guardian has exited. A guardian that is a child of this process is killed after
+    /// Waits until the guardian has exited. If it is a child of this process, it is killed after
     /// [`GUARDIAN_EXIT_TIMEOUT`].
     pub(crate) fn wait(self) {
         let begun = Instant::now();
         let mut guardian = self;
         while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
             let _ = guardian.flush();
-            // Only the end of the socket counts. What the guardian has reported before does not matter any more.
+            // Wait only for the end of the socket. Earlier reports of the guardian do not matter any more.
             if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(GUARDIAN_EXIT_TIMEOUT)) == [true] {
                 break;
             }
@@ -240,10 +251,10 @@ impl Guardian {
                 trace!("the guardian does not end");
                 let _ = kill(pid, Signal::SIGKILL);
             }
-            // A guardian that is frozen, or hangs in the kernel, does not exit even when it is killed. Init reaps it
-            // after `tf`.
+            // A guardian that is frozen, or hangs in the kernel, does not exit even if it is killed. So the wait is
+            // limited. Init reaps it after `tf` has exited.
             let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
-            // The wait uses a descriptor, so that the run does not end later than its guardian.
+            // A pidfd reports the guardian's exit at once, so `tf` does not wait longer than needed.
             if let Ok(end) = process::open_pidfd(pid) {
                 poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(GUARDIAN_KILL_TIMEOUT));
             }
@@ -253,6 +264,7 @@ impl Guardian {
         }
     }
 
+    /// Appends a message to the unsent bytes, and writes as many of them as the socket accepts now.
     fn send(&mut self, kind: u8, payload: &[u8]) -> io::Result<()> {
         self.unsent.push(kind);
         self.unsent.extend(u32::try_from(payload.len()).unwrap_or(0).to_le_bytes());
@@ -272,9 +284,10 @@ impl Guardian {
     }
 }
 
-/// Sends SIGINT to `group`, which is led by the process behind the descriptor `terraform`. The signal never reaches
-/// another group that has the same number by now. Before Linux 6.9, each member is found, held by a descriptor of its
-/// own, and checked again. Returns an error if terraform itself cannot be signalled.
+/// Sends SIGINT to the process group `group`, whose leader is the process of the pidfd `terraform`. The signal never
+/// reaches a later group with the same number. Linux before 6.9 cannot signal a group through a pidfd. There, this
+/// opens a pidfd for each member, checks that it refers to the same process, and signals it. Returns an error if
+/// terraform itself cannot be signalled.
 fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     if process::signal_group(terraform, Signal::SIGINT).is_ok() {
         return Ok(());
@@ -282,7 +295,7 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
         let Ok(held) = process::open_pidfd(member.pid) else { continue };
         let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
-        // As long as terraform has not exited, the number belongs to its group.
+        // As long as terraform has not exited, no other group can have the number of its group.
         if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
             let _ = process::signal(&held, Signal::SIGINT);
         }
@@ -290,9 +303,9 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     process::signal(terraform, Signal::SIGINT)
 }
 
-/// Whether a runner would kill the descendants of this process whatever is in their environment (Jenkins,
-/// ProcessTree.java, `killRecursively`). False for the first process of a pid namespace: it is init itself, and its end
-/// ends all processes of the namespace.
+/// Whether a runner would kill the descendants of this process, whatever their environment contains (Jenkins,
+/// ProcessTree.java, `killRecursively`). False for the first process of a pid namespace: it is init itself, and the
+/// kernel kills all processes of the namespace when it exits.
 fn runner_kills_descendants() -> bool {
     std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
 }
@@ -301,18 +314,18 @@ fn is_jenkins_cookie(name: &str) -> bool {
     (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
 }
 
-/// Whether `name` is a variable by which a runner finds what it has started, or the mark of the run that this run may
-/// be nested in.
+/// Whether `name` is a variable by which a runner finds the processes of a job, or the mark of the outer run, if this
+/// run is nested in one ([`crate::journal::run_mark::RUN`]).
 fn marks_us(name: &str) -> bool {
     is_jenkins_cookie(name)
         || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::journal::run_mark::RUN)
 }
 
-/// What came through the socket and was not processed yet.
+/// The bytes from the socket that were not processed yet.
 #[derive(Debug, Default)]
 struct Received {
     bytes: Vec<u8>,
-    /// The number of bytes to come of a message that is too long. They are discarded, and the next message is read.
+    /// The number of bytes of a message that is too long that must still be discarded before the next message.
     skipped: usize,
 }
 
@@ -345,38 +358,39 @@ struct Watch<'a> {
     context: GuardianContext<'a>,
     terraform: Option<Terraform>,
     received: Received,
-    /// Whether `tf` has stopped itself.
+    /// Whether `tf` is stopped or about to stop itself.
     still: bool,
-    /// What the log has shown and was not written to the journal yet, with the offset up to which it was read. `None`
-    /// if everything is written.
+    /// The parsed log that was not written to the journal yet, with the offset up to which it was read, in bytes.
+    /// `None` if everything was written.
     news: Option<(u64, Log)>,
-    /// The signals that were sent to the guardian. They do not end it. `None` if they cannot be read.
+    /// Reads the signals that were sent to the guardian. They do not kill it. `None` if they cannot be read.
     signals: Option<Signals>,
     /// Whether a service manager has sent SIGTERM to the guardian, and this was not reported to `tf` yet.
     unit_is_stopped: bool,
+    /// The identities with which the run reaches its backends.
     reached: Reached,
 }
 
-/// Terraform, as the guardian knows it.
+/// The guardian's data about the terraform process.
 struct Terraform {
     pid: Pid,
-    /// A descriptor of the process, which never refers to another process with the same pid. `None` before Linux 5.3
-    /// and on other systems. There the pid is used, in the moment after the death of `tf`, which until then kept the
-    /// pid from being used again.
+    /// A pidfd of the process, which never refers to another process with the same pid. `None` before Linux 5.3 and on
+    /// other systems. There the pid is used, but only shortly after the death of `tf`: as long as `tf` was running, it
+    /// had not reaped terraform, so the pid could not be reused.
     process: Option<OwnedFd>,
-    /// Whether the pid belonged to the child of `tf` for certain when the descriptor was opened.
+    /// Whether the pid certainly belonged to the child of `tf` when the pidfd was opened.
     certain: bool,
 }
 
 impl Terraform {
-    /// Whether the child has become a program, and the pid still belongs to it. The mark in its environment shows both.
-    /// A wrapper may have cleared its environment. Then both are shown by a pid that is certain and a program other
-    /// than `tf`.
+    /// Whether the child has executed terraform or a wrapper, and the pid still belongs to it. The mark in its
+    /// environment proves both. A wrapper may have cleared its environment. Then this is true if the pid is certain and
+    /// the process runs a program other than `tf`.
     fn has_begun(&self, tree: &Tree) -> bool {
         match Process::look_up(self.pid) {
             Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
-            // Without a process list this is not known. A child that is interrupted before it is terraform dies, and
-            // has locked nothing.
+            // Without a process list this is unknown, and true is safe: if the child is interrupted before it executes
+            // terraform, it dies without having taken a lock.
             None => process::list() != ProcessList::Available,
         }
     }
@@ -409,13 +423,13 @@ impl<'a> Watch<'a> {
         environment::unset_empty("AWS_");
         context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
-        // Nothing waits for this in the guardian: terraform is started at the same time.
+        // This may take time. In the guardian it delays nothing, because `tf` starts terraform at the same time.
         let (access, surroundings) = context.run.candidates.identified(&context.run.id);
         let reached = Reached::of(&context.run.id, &access, &surroundings);
         if let Some(record) = &mut context.record {
             record.surroundings = surroundings;
         }
-        // The signal descriptor of `tf` would do as well, but it is closed in this process.
+        // The signal descriptor of `tf` cannot be used, because it is closed in this process.
         let signals = Signals::listen().ok();
         let mut watch = Self {
             socket,
@@ -434,12 +448,13 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Listens to `tf` until it reports that everything is over, or is killed.
+    /// Handles the messages of `tf` until `tf` reports that the run is over, or is killed. Returns which of the two
+    /// happened.
     fn wait_for_end(&mut self) -> ParentExit {
         let mut bytes = [0; 1 << 14];
         loop {
-            // The clock of a stop timeout runs here as well, because the guardian may have to act on it. As long as
-            // `tf` is running, only `tf` acts on it.
+            // The stop timeout also runs here, because the guardian must act on it if `tf` is killed. As long as `tf`
+            // is running, only `tf` acts on it.
             let _ = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
             let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.run.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
@@ -453,7 +468,8 @@ impl<'a> Watch<'a> {
             self.hear_signals();
             if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
-                // `tf` reports a stop before it stops, so it may not have been stopped yet.
+                // `tf` reports a stop before it stops itself, so it may not be stopped yet. The wait makes the loop
+                // check again soon.
                 poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
             }
             if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
@@ -467,8 +483,8 @@ impl<'a> Watch<'a> {
             };
             self.received.bytes.extend(&bytes[..length]);
             let messages: Vec<(u8, Vec<u8>)> = std::iter::from_fn(|| self.received.next()).collect();
-            // When everything is over, what came before it does not matter any more. A run may be over before its
-            // guardian has read the first message, and `tf` waits for the guardian's exit.
+            // When the run is over, earlier messages do not matter any more. A run may be over before its guardian has
+            // read the first message, and `tf` waits for the guardian's exit.
             if messages.iter().any(|(kind, _)| *kind == OVER) {
                 return ParentExit::Clean;
             }
@@ -486,9 +502,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Continues a stopped `tf`, if its terraform was killed after both had stopped. `tf` has a lock to release then,
-    /// and no other process would continue it: a shell would only if its user asked for that, and a CI runner has no
-    /// such shell.
+    /// Continues a stopped `tf` whose terraform was killed while both were stopped. `tf` may have to release a lock,
+    /// and no other process would continue it: a shell does so only at its user's request, and a CI runner has no such
+    /// shell.
     fn continue_tf(&self) {
         if Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T') {
             trace!("guardian: continues tf, whose terraform has ended");
@@ -496,15 +512,16 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reads the signals that were sent to the guardian. A signal that a service manager sends to the whole unit has
-    /// reached terraform too, if terraform is in the same control group. `tf` must then not send terraform an interrupt
-    /// of its own, so the guardian reports it.
+    /// Reads the signals that were sent to the guardian. If a service manager sends SIGTERM to the whole unit,
+    /// terraform gets it too, if it is in the same control group. Then `tf` must not send terraform another interrupt,
+    /// so the guardian reports the signal to `tf`.
     fn hear_signals(&mut self) {
         let Some(signals) = &mut self.signals else { return };
         while let Some(Arrival { signal, sender, .. }) = signals.next() {
             self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
         }
-        // Terraform may have been started without the guardian knowing it yet: that is in the socket then.
+        // Terraform may have been started although its [`STARTED`] message has not been read yet. Then the signal is
+        // handled after that message.
         let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
@@ -514,10 +531,11 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// A stop of the unit that came when there was no terraform has not reached it: `tf`, which got it too, sends an interrupt
-    /// when the guardian reports nothing. To be called when everything was read that was in the socket, where the message
-    /// is that terraform was started. The child of `tf` throws away what is pending before it sends that message, so a signal
-    /// that the guardian read before the message had come is one of those, or ends the child before it is terraform.
+    /// Forgets a stop of the unit that arrived before terraform was started. That signal has not reached terraform.
+    /// `tf` got it too, and interrupts terraform if the guardian reports nothing. Call this only when the socket is
+    /// empty, so that a [`STARTED`] message cannot be overlooked. The child of `tf` discards its pending signals before
+    /// it sends that message. So a signal that the guardian has read before the message was discarded, or killed the
+    /// child before it executed terraform.
     fn forget_early_stop(&mut self) {
         self.unit_is_stopped &= self.terraform.is_some();
     }
@@ -528,7 +546,7 @@ impl<'a> Watch<'a> {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
                 let process = process::open_pidfd(pid).ok();
-                // As long as `tf` is running, it keeps the pid of a dead terraform from being used again.
+                // As long as `tf` is running, it does not reap terraform, so the pid cannot be reused.
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
                 let identity = self.context.tree.started(pid);
@@ -540,7 +558,7 @@ impl<'a> Watch<'a> {
             }
             EVENT => {
                 if let Ok(event) = serde_json::from_slice::<StopEvent>(payload) {
-                    // `tf` itself carries out the effects of the event.
+                    // Only the state of the [`Stop`] is updated here: `tf` itself carries out the effects of the event.
                     let _ = self.context.stop.decide(event, self.context.run.begun.elapsed());
                 }
             }
@@ -550,7 +568,7 @@ impl<'a> Watch<'a> {
                 self.context.tree.add_members(&processes);
                 if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
                     record.tree.survivors = processes;
-                    // Without a lock, no later `tf` will look for these processes.
+                    // Without a lock, no later `tf` needs these processes, so they are not written.
                     let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
                 }
             }
@@ -563,12 +581,13 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Writes the latest parsed log to the journal. Reports a failure to `tf`.
     fn write_news(&mut self) {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");
         if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
-            // A loss of power must not lose the fact that a lock was requested, so a new lock is flushed to disk. How
-            // far the request has come can be seen from the stored lock itself.
+            // A lock that was requested must be in the journal even after a power failure, so a new lock is flushed to
+            // disk. Progress of a known lock need not be flushed, because the stored lock itself shows it.
             let known = |id: &str| record.log.named().any(|lock| lock.id == id);
             let unknown = |lock: &UnnamedLock| !record.log.unnamed().any(|known| known.is_same(lock));
             let is_new = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed().any(unknown);
@@ -585,7 +604,8 @@ impl<'a> Watch<'a> {
         self.context.recorder.resume(log, offset);
     }
 
-    /// Does everything that `tf` would have done. Called when `tf` was killed.
+    /// Does the rest of the work of `tf`, which was killed: stops terraform, releases its locks, and closes the run's
+    /// record.
     fn finish(mut self) {
         trace!("guardian: tf is gone");
         self.write_news();
@@ -609,8 +629,8 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: done");
     }
 
-    /// Gives terraform its one graceful stop, and waits until it has exited. Returns how it ended. `None` if that is
-    /// not known, or if terraform was never started.
+    /// Sends terraform one interrupt, unless it has got one, and waits until it has exited. Returns how it ended.
+    /// `None` if that is unknown, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
         let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
@@ -624,8 +644,8 @@ impl<'a> Watch<'a> {
                     Effect::SayStopping(_) | Effect::SayForcing => {}
                 }
             }
-            // The child must have become terraform before it is interrupted: it discards a signal that comes between
-            // fork and exec.
+            // The child must have executed terraform before it is interrupted: it discards a signal that arrives
+            // between fork and exec.
             let moment = process::ticks_since_boot();
             if !terraform.has_ended(self.context.tree) {
                 self.context.tree.was_alive_at(moment);
@@ -635,8 +655,8 @@ impl<'a> Watch<'a> {
                 self.interrupt(&terraform);
                 crash_point::reached("guardian: interrupted");
             }
-            // If terraform was stopped when its parent died, the kernel has hung it up. Where that did not happen, as
-            // in a session without a terminal, terraform acts on no signal until it is continued.
+            // If terraform was stopped when its parent died, the kernel normally sends it SIGHUP and SIGCONT. If it
+            // does not, as in a session without a terminal, terraform acts on no signal until it is continued here.
             if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
                 let _ = terraform.signal(Signal::SIGCONT);
             }
@@ -649,8 +669,8 @@ impl<'a> Watch<'a> {
             if terraform.has_ended(self.context.tree) && self.context.tree.orphaned_terraforms().is_empty() {
                 break;
             }
-            // Records the processes that are below terraform now, so that they are known when they are no longer below
-            // it.
+            // Records the processes that are below terraform now, because they can no longer be found when their
+            // parents have exited.
             if looked.is_none_or(|at| at.elapsed() > DESCENDANTS_INTERVAL) {
                 self.context.tree.living();
                 looked = Some(Instant::now());
@@ -688,7 +708,7 @@ impl<'a> Watch<'a> {
         trace!("guardian: interrupted terraform: {}", sent.is_ok());
     }
 
-    /// Releases the locks that terraform has left. Returns what is left for the next `tf`.
+    /// Releases the locks that terraform has left. Returns the work that is left for the next `tf`.
     fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
         let GuardianContext { run, tree, recorder, record, stop, .. } = &mut self.context;
         let mut log = recorder.read().clone();
@@ -709,7 +729,8 @@ impl<'a> Watch<'a> {
             return Unfinished::default();
         }
         if !run.release {
-            // The locks are only to be named, and nobody reads the messages of the guardian. The next `tf` names them.
+            // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
+            // them.
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
                 unnamed: log.unreleased_unnamed().cloned().collect(),

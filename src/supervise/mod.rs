@@ -1,6 +1,6 @@
-//! One supervised run of terraform: it is started, watched until it has exited, and cleaned up after.
+//! One supervised run of terraform: starts terraform, watches it until it has exited, and then cleans up.
 //!
-//! Nothing here sends a request to DynamoDB or S3; [`crate::lock`] does that.
+//! This module sends no request to DynamoDB or S3; [`crate::lock`] does that.
 
 pub(crate) mod event_loop;
 pub(crate) mod foreground;
@@ -67,8 +67,8 @@ use crate::trace::trace;
 /// Why terraform was not supervised.
 #[derive(Debug)]
 pub(crate) enum NotSupervised {
-    /// A resource that the supervision needs is not available, such as a descriptor or a process. Terraform was not
-    /// started.
+    /// A resource that `tf` needs to supervise terraform is not available, such as a descriptor or a process. Terraform
+    /// was not started.
     Unprepared(io::Error),
     /// Terraform could not be started.
     NotStarted(io::Error),
@@ -104,7 +104,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     }
 }
 
-/// Everything that is set up before terraform is started.
+/// The data that are set up before terraform is started.
 struct Prepared<'a> {
     context: RunContext<'a>,
     settings: &'a Settings,
@@ -156,8 +156,9 @@ impl<'a> Prepared<'a> {
         let mut changes = recorder.changes();
         changes.push((run_mark::RUN, Some(nested(variable(run_mark::RUN), &context.id))));
         if program.version.as_ref().map_or(!program.itself, Version::is_two_processes) {
-            // With `TF_FORK=0` terraform runs in one process, which gets the one interrupt of `tf` and keeps the
-            // TF_TEMP_LOG_PATH that `tf` sets (panicwrap, main.go). Later versions do not know the variable.
+            // With `TF_FORK=0` this old terraform runs in one process. That process gets the one interrupt of `tf` and
+            // does not change the TF_TEMP_LOG_PATH that `tf` sets (panicwrap, main.go). Later versions ignore the
+            // variable.
             changes.push(("TF_FORK", Some("0".into())));
         }
         let image = context.invocation.image(&changes)?;
@@ -224,8 +225,8 @@ impl<'a> Prepared<'a> {
             Ok(terraform) => terraform,
             Err(error) => {
                 self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
-                // There is no process, or no descriptor to watch it with. Terraform may still run in place of this
-                // process.
+                // There is no free process or no free descriptor. The caller can still run terraform without
+                // supervision, by replacing this process with terraform.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
                     signals.stop_listening();
@@ -239,7 +240,7 @@ impl<'a> Prepared<'a> {
         let identity = self.tree.started(terraform);
         self.run_record.started(terraform, identity);
         crash_point::reached("tf: started");
-        // Terraform does not need the following, so it need not wait for it.
+        // Terraform does not need the following steps, so they are done after its start.
         let memory_kills = process::out_of_memory_kills();
         environment::unset_empty("AWS_");
         let (access, surroundings) = self.context.candidates.identified(&self.context.id);
@@ -274,8 +275,8 @@ impl<'a> Prepared<'a> {
         .watch()
     }
 
-    /// Releases the locks that terraform has left, and closes the run's record. `tried` are the IDs of the dead runs
-    /// that `tf` tried to finish before terraform started, or while it was running.
+    /// Reports how terraform ended, releases the locks that it has left, and closes the run's record. `tried` are the
+    /// IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
     fn clean_up(&mut self, ended: Ended, started: &Started, tried: &[String], signals: &mut Signals) {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
@@ -299,7 +300,7 @@ impl<'a> Prepared<'a> {
             unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
             tried,
         };
-        // Read at most once, and only if the run may have left something.
+        // The candidate backends are read at most once, and only if the run may have left a lock.
         let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));
         let ending = after.judge(&candidates);
         let waiter = &mut Waiter::Interactive(signals);
@@ -327,8 +328,8 @@ impl<'a> Prepared<'a> {
 }
 
 /// Opens the journal in `state` for `context`, and creates the run's entry in it. Adds the lock file that terraform
-/// must inherit to `inherited`. `None` if there is no journal. Terraform is run all the same, and the missing journal
-/// is reported only if terraform dies and may have left a lock.
+/// must inherit to `inherited`. Returns `None` if the journal cannot be opened or written. Terraform is started all the
+/// same, and the missing journal is reported only if terraform dies and may have left a lock.
 fn enter_in_journal(
     context: &mut RunContext<'_>,
     state: io::Result<StateDirectory>,
@@ -358,7 +359,8 @@ fn enter_in_journal(
     }
 }
 
-/// Waits until a slow reader has taken the rest of terraform's output. A request to stop ends the wait.
+/// Passes the rest of terraform's output on, and waits for a slow reader as long as necessary. A request to stop ends
+/// the wait. Does nothing if `all_written` is true.
 fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
     use nix::poll::PollFlags;
     while !all_written && !pipes.flush() {
@@ -371,11 +373,12 @@ fn write_the_rest(pipes: &mut Pipes, all_written: bool, signals: &mut Signals) {
     }
 }
 
-/// How long to wait for a slow reader of the messages of `tf`: a pager that nobody uses must not block `tf` for ever.
+/// How long to wait for a slow reader of the messages of `tf`. The wait is limited, because a pager that nobody uses
+/// would block `tf` for ever.
 const READER_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Waits until a slow reader has taken the rest of the messages of `tf`, for at most [`READER_TIMEOUT`]: they may be
-/// the only report of a lock that was not released. A request to stop ends the wait.
+/// Writes the rest of the messages of `tf`, and waits for a slow reader for at most [`READER_TIMEOUT`]. The messages
+/// may be the only report of a lock that was not released. A request to stop ends the wait.
 fn say_the_rest(signals: &mut Signals) {
     use nix::poll::PollFlags;
     let stderr = std::io::stderr();

@@ -1,4 +1,4 @@
-//! Ends this process in the same way as terraform ended.
+//! Makes this process end in the same way as terraform.
 
 use nix::sys::signal::{SigSet, SigmaskHow, kill, sigprocmask};
 use nix::unistd::getpid;
@@ -7,12 +7,13 @@ use crate::sys::process;
 use crate::sys::signals;
 use crate::sys::wait::Ended;
 
-/// Returns the exit code for `ended`, with which `main` exits.
+/// Returns the exit code with which `main` must exit, if terraform ended as `ended` says. If a signal killed terraform,
+/// normally does not return.
 ///
-/// If a signal killed terraform, the same signal kills this process here, with its default action and without a core
-/// file. The parent of `tf` then sees what it would have seen of terraform: a shell aborts its script if a child died
-/// of SIGINT, and not if it exited with code 130. Only PID 1 of a pid namespace survives the signal
-/// (pid_namespaces(7)). It exits with 128 + N, as a shell would.
+/// If a signal killed terraform, this function kills this process with the same signal, with its default action and
+/// without a core file. So the parent of `tf` gets the same wait status as from terraform. That matters: a shell aborts
+/// its script if a child died of SIGINT, but not if the child exited with code 130. Only PID 1 of a pid namespace
+/// survives the signal (pid_namespaces(7)). For PID 1, the result is 128 + the signal's number, as in a shell.
 pub(crate) fn end_as(ended: Ended) -> u8 {
     match ended {
         Ended::Exited(code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),

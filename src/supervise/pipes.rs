@@ -1,13 +1,13 @@
-//! Passes terraform's output on to the caller, if it is a pipe or a socket.
+//! If stdout or stderr is a pipe or a socket, passes terraform's output on to it.
 //!
-//! If the reader of a pipe goes away (`| head`), the next write kills terraform with SIGPIPE, with its lock held and
-//! its state unsaved. So terraform gets a pipe of `tf`, and `tf` passes on what comes through it. The first failure to
-//! do so is the moment at which a terraform without `tf` would have died. Terraform is then asked to stop, and the rest
-//! of its output is discarded.
+//! If the reader of a pipe exits (`| head`), the next write to the pipe would kill terraform with SIGPIPE, with its
+//! lock held and its state unsaved. So terraform writes into a pipe of `tf`, and `tf` passes the output on. When a
+//! write of `tf` fails, a terraform without `tf` would have died. Instead, `tf` asks terraform to stop, and discards
+//! the rest of its output.
 //!
-//! Terraform gets files and terminals as they are, unless a copy of the output is kept. Nothing here waits. For each
-//! pipe, poll(2) is asked first whether there is something to read, and then whether there is room to write it. So a
-//! reader that does not read (`| less`) keeps `tf` from nothing else.
+//! If stdout or stderr is a file or a terminal, terraform inherits it directly, unless `tf` must keep a copy of the
+//! output. No function here blocks. For each pipe, `tf` calls poll(2) to check first that there is data to read, and
+//! then that there is room to write it. So a reader that does not read (`| less`) never blocks `tf`.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,14 +18,16 @@ use nix::sys::stat::{SFlag, fstat};
 
 use crate::sys::descriptor::{self, Moved};
 
-/// Where the output of one pipe goes.
+/// The kind of descriptor to which the output of one pipe is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DrainTarget {
+    /// A pipe of the caller.
     Pipe,
+    /// A socket of the caller.
     Socket,
     /// A file or a terminal. Terraform does not get it directly, because a copy of the output is kept.
     Other,
-    /// Nowhere: the reader is gone, and the output is discarded.
+    /// No descriptor: the reader is gone, and the output is discarded.
     Nowhere,
 }
 
@@ -36,11 +38,12 @@ struct Drain {
     /// The caller's descriptor: 1 or 2.
     standard: i32,
     target: DrainTarget,
-    /// Whether there is something to read, so that room to write it is waited for. Only one of the two is waited for at
-    /// a time.
+    /// Whether there is data to pass on, so that the next wait is for room to write it. Otherwise, the next wait is for
+    /// data to read.
     full: bool,
+    /// Whether no more output can come through this pipe, or all of it was passed on after terraform had exited.
     finished: bool,
-    /// The bytes that were read and not sent yet. Empty unless the target is a socket.
+    /// The bytes that were read and not sent yet. Always empty unless the target is a socket.
     buffer: VecDeque<u8>,
     /// Everything that was read. `None` if no copy is kept.
     copy: Option<Vec<u8>>,
@@ -55,15 +58,16 @@ pub(crate) enum Progress {
     ReaderGone,
 }
 
-/// The pipes of one run: none, one for both streams, or one for each stream.
+/// The pipes of one run: no pipe, one for both streams, or one for each stream.
 #[derive(Debug, Default)]
 pub(crate) struct Pipes {
     drains: Vec<Drain>,
-    /// The ends for terraform's descriptors 1 and 2. They are closed in this process once terraform has them.
+    /// The write ends for terraform's descriptors 1 and 2. `None` where terraform inherits the descriptor of this
+    /// process, and after the ends were closed.
     writers: [Option<OwnedFd>; 2],
 }
 
-/// What terraform has written.
+/// Copies of terraform's output.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Copies<'a> {
     pub(crate) stdout: &'a [u8],
@@ -71,8 +75,8 @@ pub(crate) struct Copies<'a> {
 }
 
 impl Pipes {
-    /// Creates a pipe for each of descriptors 1 and 2 that is a pipe or a socket. With `keeps_copies`, it creates a
-    /// pipe for each stream, whatever the descriptor is, and a copy of the output is kept.
+    /// Creates a pipe for each of descriptors 1 and 2 that is a pipe or a socket. If `keeps_copies` is true, creates a
+    /// pipe for each open descriptor, whatever its kind, and keeps a copy of the output.
     ///
     /// # Errors
     /// If no pipe can be created.
@@ -89,7 +93,7 @@ impl Pipes {
             };
             let identity = (stat.st_dev, stat.st_ino);
             if place == 1 && identities.contains(&identity) && !keeps_copies {
-                // `2>&1`: a common pipe preserves the order in which terraform writes to the two.
+                // `2>&1`: one common pipe preserves the order of terraform's writes to the two streams.
                 pipes.writers[1] = pipes.writers[0].as_ref().map(OwnedFd::try_clone).transpose()?;
                 continue;
             }
@@ -109,7 +113,7 @@ impl Pipes {
         Ok(pipes)
     }
 
-    /// Returns the copies of what came on descriptors 1 and 2. Empty if no copies are kept.
+    /// Returns the copies of terraform's output on descriptors 1 and 2. They are empty if no copies are kept.
     pub(crate) fn copies(&self) -> Copies<'_> {
         let copy = |standard| {
             let drain = self.drains.iter().find(|drain| drain.standard == standard);
@@ -118,18 +122,18 @@ impl Pipes {
         Copies { stdout: copy(1), stderr: copy(2) }
     }
 
-    /// Returns what becomes terraform's descriptors 1 and 2. `None` where terraform inherits the descriptor of this
-    /// process.
+    /// Returns the write ends that become terraform's descriptors 1 and 2. `None` where terraform inherits the
+    /// descriptor of this process.
     pub(crate) fn writers(&self) -> [Option<BorrowedFd<'_>>; 2] {
         self.writers.each_ref().map(|writer| writer.as_ref().map(AsFd::as_fd))
     }
 
-    /// Closes terraform's ends in this process. To be called when terraform has them.
+    /// Closes the write ends in this process. Call this when terraform has inherited them.
     pub(crate) fn close_writers(&mut self) {
         self.writers = [None, None];
     }
 
-    /// Returns the ends that a process must keep open to read the output in place of this one.
+    /// Returns the read ends. A process that reads the output in place of this one must keep them open.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.drains.iter().map(|drain| drain.source.as_fd())
     }
@@ -142,7 +146,7 @@ impl Pipes {
         }
     }
 
-    /// Returns what to wait for, for each pipe that is still open.
+    /// Returns the descriptor and the event to wait for, for each pipe that is not finished.
     pub(crate) fn awaited(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
         self.drains
             .iter()
@@ -156,7 +160,7 @@ impl Pipes {
             .collect()
     }
 
-    /// Goes on with the pipes that are ready. `ready` has one value for each element of [`Pipes::awaited`].
+    /// Does the next step of each pipe that is ready. `ready` has one value for each element of [`Pipes::awaited`].
     pub(crate) fn step(&mut self, ready: &[bool]) -> Progress {
         let mut progress = Progress::Going;
         let open = self.drains.iter_mut().filter(|drain| !drain.finished);
@@ -168,11 +172,11 @@ impl Pipes {
         progress
     }
 
-    /// Passes on what terraform left in its pipes when it exited, as far as there is room. A pipe is finished when it
-    /// is empty, and not only at the end of file: a process below terraform may keep a write end open for as long as it
-    /// likes.
+    /// Passes on the output that was left in the pipes when terraform exited, as far as there is room. A pipe is
+    /// already finished when it is empty, without waiting for the end of file: a process below terraform may keep a
+    /// write end open for an unlimited time.
     ///
-    /// Returns true if nothing is left.
+    /// Returns true if all output was passed on.
     pub(crate) fn flush(&mut self) -> bool {
         self.drains.iter_mut().for_each(Drain::flush);
         self.drains.iter().all(|drain| drain.finished)
@@ -239,8 +243,9 @@ impl Drain {
                 descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
             }
             DrainTarget::Pipe | DrainTarget::Other => {
-                // Without splice(2), at most 512 bytes are moved: a descriptor that poll(2) reports as writable takes
-                // PIPE_BUF bytes without waiting, and POSIX requires PIPE_BUF to be 512 or more.
+                // Without splice(2), at most 512 bytes are moved at a time, so that the write never blocks: a
+                // descriptor that poll(2) reports as writable accepts PIPE_BUF bytes at once, and POSIX requires
+                // PIPE_BUF to be 512 or more.
                 let mut bytes = [0; 512];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),

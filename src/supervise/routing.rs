@@ -1,5 +1,5 @@
-//! Decides where a signal that reached `tf` goes. This is the whole rule, and it touches no process.
-//! [`crate::supervise::stop`] decides what is done about a request to stop.
+//! Decides what `tf` does with a signal that it gets. The decision is a pure function, and this module signals no
+//! process. [`crate::supervise::stop`] decides which effects a request to stop has.
 
 use nix::sys::signal::Signal;
 
@@ -9,45 +9,46 @@ use crate::sys::signals::SignalOrigin;
 /// Which process group terraform is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TerraformGroup {
-    /// A group of its own. It gets only the signals that `tf` passes on.
+    /// A group of its own. The group gets only the signals that `tf` sends to it.
     Own,
-    /// The group of `tf` (`TFW_TTY=shared`). A key at the terminal reaches both.
+    /// The group of `tf` (`TFW_TTY=shared`). The terminal's keys signal both.
     Shared,
 }
 
-/// What the route of a signal depends on, besides the signal and its origin.
+/// The facts on which the route of a signal depends, besides the signal and its origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Circumstances {
     pub(crate) group: TerraformGroup,
     /// Whether the signal was ignored when `tf` was started (nohup).
     pub(crate) was_ignored: bool,
-    /// Whether the sender is a service manager, so that the signal may have gone to every process of the unit,
-    /// terraform among them.
+    /// Whether the sender is a service manager, so that the signal may have been sent to every process of the unit,
+    /// including terraform.
     pub(crate) may_be_for_unit: bool,
 }
 
-/// Where a signal goes.
+/// What `tf` does with a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// It is a request to stop.
+    /// The signal is a request to stop.
     Ask(StopEvent),
-    /// It is a request to stop, and the guardian soon reports whether terraform has got the signal too.
+    /// The signal is a request to stop. `tf` waits for a report of the guardian, which shows whether terraform has got
+    /// the signal too.
     AskGuardian,
-    /// Terraform is stopped, and then `tf`.
+    /// `tf` stops terraform, and then itself.
     Suspend,
-    /// The terminal has stopped a process of the group of `tf`.
+    /// The kernel has stopped a process of the group of `tf`, because it needed the terminal. `tf` records that.
     NoteStoppedReader,
-    /// It is sent to terraform's whole process group, as the terminal would send it.
+    /// `tf` sends the signal to terraform's whole process group, as the terminal would.
     PassToGroup,
-    /// It is sent to terraform.
+    /// `tf` sends the signal to terraform alone.
     PassToTerraform,
-    /// A child of `tf` has stopped or exited.
+    /// A child of `tf` has stopped or exited. `tf` checks its children.
     LookAtChildren,
-    /// It has no effect.
+    /// `tf` ignores the signal.
     Ignore,
 }
 
-/// Decides where a `signal` from `origin` goes.
+/// Returns what `tf` does with a `signal` from `origin`.
 pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circumstances) -> Route {
     let Circumstances { group, was_ignored, may_be_for_unit } = circumstances;
     let is_shared = group == TerraformGroup::Shared;
@@ -60,12 +61,12 @@ pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circums
         (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP, _) => Route::Ask(StopEvent::Request),
         (Signal::SIGTSTP, _) => Route::Suspend,
         (Signal::SIGTTIN | Signal::SIGTTOU, SignalOrigin::Kernel) => Route::NoteStoppedReader,
-        // If a key or a change of the window size causes one of these, the terminal would have sent it to terraform's
-        // whole group.
+        // The terminal sends these signals to its whole foreground group. Without `tf`, that would be terraform's
+        // group, so the whole group gets them.
         (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !is_shared => {
             Route::PassToGroup
         }
-        // The terminal has sent it to terraform as well.
+        // With a shared group, the terminal has sent it to terraform as well.
         (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) => Route::Ignore,
         (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
             Route::PassToTerraform
@@ -114,7 +115,7 @@ mod tests {
         }
     }
 
-    /// Terraform counts INT, TERM and HUP as interrupts, or is killed by them, so they are never passed on as they are.
+    /// Terraform counts INT, TERM and HUP as interrupts, or is killed by them. So `tf` never passes them on unchanged.
     #[test]
     fn a_request_to_stop_is_never_passed_on_as_it_came() {
         for (signal, origin, circumstances) in all() {
@@ -130,7 +131,8 @@ mod tests {
         for (signal, origin, circumstances) in all() {
             if origin == SignalOrigin::Kernel && circumstances.group == TerraformGroup::Shared {
                 let route = route(signal, origin, circumstances);
-                // Terraform itself is in the foreground group. No key causes any other signal that `tf` passes on.
+                // Terraform is in the foreground group, so the terminal sends it these three signals. The terminal
+                // sends no other signal that `tf` passes on.
                 let sent = matches!(signal, Signal::SIGINT | Signal::SIGQUIT | Signal::SIGWINCH);
                 let passes = matches!(route, Route::PassToGroup | Route::PassToTerraform)
                     || route == Route::Ask(StopEvent::Keyboard);
@@ -183,7 +185,7 @@ mod tests {
         table
     }
 
-    /// `make generated` writes the table.
+    /// Checks the table in docs/signals.md. `make generated` writes it.
     #[test]
     fn what_is_generated_in_docs_signals_is_what_is_done() {
         const BEGIN: &str = "<!-- generated from src/supervise/routing.rs by `make generated` -->\n";

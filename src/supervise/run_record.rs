@@ -1,7 +1,7 @@
-//! What takes care of a run while `tf` is running and afterwards: the run's entry in the journal, and its guardian.
+//! Controls the run's guardian and the run's entry in the journal.
 //!
-//! The guardian writes the journal, because `tf` could handle no signals while it waited for a disk. When there is no
-//! guardian any more, `tf` writes the journal itself.
+//! The guardian writes the journal, because `tf` could not handle signals while it waits for a disk. If there is no
+//! guardian, `tf` writes the journal itself.
 
 use crate::journal::state_directory::Durability;
 use std::os::fd::BorrowedFd;
@@ -17,28 +17,30 @@ use crate::supervise::stop::StopEvent;
 use crate::terraform::log::{Log, LoggedLock};
 use crate::trace::trace;
 
-/// The number of bytes of a log that may be read before they are passed on to the guardian, if they show no new lock.
-/// Their memory can be freed only after that.
+/// The number of bytes of the log after which the parsed log is passed on even if it shows no new lock. The memory of
+/// these bytes can be freed only after that.
 const NEWS_THRESHOLD_BYTES: u64 = 1 << 16;
 
-/// The guardian and the journal entry of a run, as `tf` holds them.
+/// The guardian and the journal entry of a run. `tf` owns both.
 pub(crate) struct RunRecord {
+    /// `None` if no guardian could be started, or it is gone.
     pub(crate) guardian: Option<Guardian>,
     /// The entry, and the record that is written to it. `None` if there is no journal.
     pub(crate) entry: Option<(JournalEntry, JournalRecord)>,
-    /// What was last passed on of the log.
+    /// The part of the log that was passed on.
     pub(crate) told: Told,
-    /// The processes outside terraform's group that were last passed on: pid, and start in clock ticks since boot.
+    /// The processes outside terraform's group that were last passed on: pid, and start time in clock ticks since boot.
     pub(crate) outside_group: Vec<(i32, u64)>,
-    /// Whether the journal could not be written.
+    /// Whether writing the journal has failed.
     pub(crate) failed: bool,
 }
 
-/// What was passed on of terraform's log: to the guardian or, without a guardian, into the journal.
+/// The part of terraform's log that was passed on to the guardian or, without a guardian, written to the journal.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     /// The offset up to which the log was passed on, in bytes.
     until: u64,
+    /// The locks in that part of the log.
     locks: Vec<LoggedLock>,
 }
 
@@ -57,8 +59,8 @@ impl RunRecord {
         }
     }
 
-    /// Handles what the guardian has reported: that the journal cannot be written, or that the guardian is gone.
-    /// Returns true if it reports that a service manager has told all processes of the unit to stop.
+    /// Handles the guardian's next report: the journal cannot be written, or the guardian is gone. Returns true if the
+    /// report is that a service manager has sent SIGTERM to all processes of the unit.
     pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
         let Some(guardian) = &self.guardian else { return false };
         match guardian.hear() {
@@ -70,7 +72,7 @@ impl RunRecord {
         false
     }
 
-    /// Passes on an event that asks terraform to stop.
+    /// Sends an event to the guardian, whose [`crate::supervise::stop::Stop`] must have the same state as that of `tf`.
     pub(crate) fn note(&mut self, event: StopEvent, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.note(event).is_err()
@@ -79,8 +81,8 @@ impl RunRecord {
         }
     }
 
-    /// Records the processes below terraform that have left its group, by pid and start in clock ticks since boot, and
-    /// passes them on if they have changed.
+    /// Records the processes below terraform that have left its process group, by pid and start time in clock ticks
+    /// since boot. If they have changed, passes them on to the guardian.
     pub(crate) fn note_outside_group(&mut self, processes: Vec<(i32, u64)>, recorder: &Recorder) {
         if processes == self.outside_group {
             return;
@@ -96,7 +98,8 @@ impl RunRecord {
         self.outside_group = processes;
     }
 
-    /// Reports that `tf` is about to stop itself (`still`), or was continued.
+    /// Reports to the guardian that `tf` is about to stop itself (`still` is true), or was continued (`still` is
+    /// false).
     pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.stands_still(still).is_err()
@@ -105,8 +108,8 @@ impl RunRecord {
         }
     }
 
-    /// Passes on, for the journal, what is new in terraform's log since it was last passed on, and then lets the
-    /// recorder free the memory of what was read.
+    /// If the log has new locks, or enough new bytes, passes the parsed log on to the guardian, which writes it to the
+    /// journal. Then the recorder frees the memory of the part that was read.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
         if self.told.locks == log.locks() && offset - self.told.until < NEWS_THRESHOLD_BYTES {
@@ -128,15 +131,17 @@ impl RunRecord {
         }
     }
 
+    /// Waits for the exit of the guardian, and writes the journal in its place from now on.
     fn guardian_is_gone(&mut self, recorder: &Recorder) {
         trace!("the guardian is gone");
         if let Some(guardian) = self.guardian.take() {
             guardian.wait();
         }
-        // It is not known whether the guardian has written what was last passed on to it.
+        // It is unknown whether the guardian has written the last log that it got, so `tf` writes it.
         self.write(recorder);
     }
 
+    /// Writes the parsed log to the journal, if there is one. Stores a failure in `failed`.
     fn write(&mut self, recorder: &Recorder) {
         if let Some((entry, record)) = &mut self.entry {
             record.log = recorder.log().clone();
@@ -146,16 +151,18 @@ impl RunRecord {
         }
     }
 
-    /// Closes the record: the run is over, except for `unfinished`, which the next `tf` judges by `log`. `survivors`
-    /// are the run's processes that are still running, by pid and start in clock ticks since boot.
+    /// Closes the record. If nothing is unfinished, deletes it. Otherwise writes `unfinished`, `log` and `survivors` to
+    /// it, for the next `tf`. `survivors` are the run's processes that are still running, by pid and start time in
+    /// clock ticks since boot.
     pub(crate) fn close(&mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
         crash_point::reached("tf: over");
         if unfinished.is_empty() {
-            // The guardian writes nothing any more once it has read that everything is over. If it is writing at this
-            // moment, it writes into a directory that was renamed and is deleted with all its files.
+            // The guardian writes nothing after it has read that the run is over. If it is writing now, it writes into
+            // a directory that is renamed and then deleted with all its files. So the record can be deleted without
+            // waiting for the guardian.
             if let Some((entry, _)) = &self.entry {
                 entry.take_away();
             }

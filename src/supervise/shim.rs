@@ -1,8 +1,8 @@
-//! Finds the terraform behind a shim: a program that only leads to a terraform, such as tenv or a script.
+//! Finds the terraform behind a shim. A shim is a program that starts terraform, such as tenv or a script.
 //!
-//! A shim that gets the one interrupt in place of terraform does with it what it likes. tenv discards it, because it
-//! expects the terminal to have sent one to terraform as well. Others pass it on, or die of it. So the interrupt is
-//! sent to terraform itself.
+//! If a shim got the one interrupt, terraform might not get it. tenv discards an interrupt, because it assumes that the
+//! terminal has sent one to terraform as well. Other shims pass it on, or die of it. So `tf` sends the interrupt to
+//! terraform itself.
 
 use std::os::fd::OwnedFd;
 
@@ -13,13 +13,14 @@ use crate::sys::process::{self, Process};
 use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::trace::trace;
 
-/// The maximum length of a chain of shims.
+/// The maximum number of shims between `tf` and terraform.
 const MAX_SHIM_DEPTH: usize = 8;
 
-/// The device and the inode number of the file that terraform logs into. `None` if they are not known.
+/// The device and the inode number of the file that terraform logs into. `None` if they are unknown.
 pub(crate) type LogFile = Option<(u64, u64)>;
 
-/// Sends `signal` to the terraform that `child` is or leads to. If none can be identified, `child` gets the signal.
+/// Sends `signal` to the terraform behind the shim `child`. If `child` is terraform itself, or no terraform can be
+/// identified, sends `signal` to `child`.
 pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     match behind(child, log) {
         Some((pid, terraform)) => {
@@ -32,12 +33,13 @@ pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     }
 }
 
-/// Sends the one interrupt of a first stop to the process group of `child`, and to that of the terraform behind it,
-/// which a shim may have put into another group (timeout, `set -m`). The shims that lead to terraform do not get it:
-/// what one of them passes on would be terraform's second interrupt.
+/// Sends the one interrupt of a first stop to the process group of `child`, and to the group of the terraform behind
+/// it, which a shim may have put into another group (timeout, `set -m`). The shims between `child` and terraform do not
+/// get it: if one of them passed it on, terraform would get a second interrupt.
 ///
-/// Returns the terraform that was interrupted. `None` if no terraform behind `child` can be identified, because `child`
-/// is a terraform itself, or has not started one. Then the whole group of `child` gets the interrupt.
+/// Returns the terraform that was interrupted. `None` if no terraform behind `child` can be identified, for example
+/// because `child` is terraform itself, or has not started terraform yet. Then the whole group of `child` gets the
+/// interrupt.
 pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
     let found = behind(child, log).map(|(terraform, _)| terraform);
     let Some((terraform, chain)) = found.and_then(|terraform| Some((terraform, chain(child, terraform)?))) else {
@@ -54,8 +56,8 @@ pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
     Some(terraform)
 }
 
-/// Returns the pids of the shims from the one that started `terraform` up to `child`. `None` if one of them no longer
-/// exists, or if there are too many.
+/// Returns the pids of the shims, from the parent of `terraform` up to `child`. `None` if one of them has exited, or if
+/// there are more than [`MAX_SHIM_DEPTH`] + 1.
 fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     let mut chain = Vec::new();
     let mut current = terraform;
@@ -69,8 +71,8 @@ fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     None
 }
 
-/// Returns the pid of the terraform behind `child`, and a descriptor of that process. `None` if `child` is a terraform
-/// itself, or if it is not certain which process is the terraform.
+/// Returns the pid of the terraform behind `child`, and a pidfd of that process. `None` if `child` is terraform itself
+/// or has exited, or if the terraform cannot be identified with certainty.
 pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     let mut current = child;
     let is_terraform = |process: &Process| is_terraform(process, log);
@@ -83,7 +85,7 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
         match (terraforms.as_slice(), children.as_slice()) {
             ([terraform], _) => {
                 let descriptor = process::open_pidfd(*terraform).ok()?;
-                // It must still be the process that was found, and not another one with the same pid.
+                // Checks that the pid still belongs to the process that was found.
                 let same = |process: &Process| process.parent == current && is_terraform(process);
                 return Process::look_up(*terraform).filter(same).map(|_| (*terraform, descriptor));
             }
@@ -94,8 +96,9 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     None
 }
 
-/// Whether the process runs a terraform, and not a program that only leads to one. The size of its program is not
-/// enough: node, vault and kubectl are as large. A terraform also has its name, or has this run's log file open.
+/// Whether the process runs terraform, and not a shim. The size of the program alone does not prove that: node, vault
+/// and kubectl are as large. The program must also have terraform's name, or the process must have this run's log file
+/// open.
 fn is_terraform(process: &Process, log: LogFile) -> bool {
     let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid))
         .is_ok_and(|program| program.len() >= MIN_TERRAFORM_BYTES);

@@ -1,7 +1,8 @@
 //! Writes the outputs of a workflow step, in place of the wrapper that hashicorp/setup-terraform installs. `tf` does
-//! not run that wrapper, because its first interrupt kills it and leaves terraform running alone. `tf` reports to the
-//! workflow what the wrapper would report (wrapper/terraform.js): `stdout`, `stderr` and `exitcode` in the file that
-//! `GITHUB_OUTPUT` names, and success for exit code 2, with which `plan -detailed-exitcode` reports changes.
+//! not run that wrapper, because the first interrupt kills the wrapper and leaves terraform running without a parent.
+//! `tf` gives the workflow the same outputs as the wrapper (wrapper/terraform.js). It writes `stdout`, `stderr` and
+//! `exitcode` into the file that `GITHUB_OUTPUT` names. It exits with 0 if terraform exits with 2, with which `plan
+//! -detailed-exitcode` reports changes.
 
 use crate::journal::runs::run_id;
 use crate::supervise::pipes::Copies;
@@ -17,24 +18,25 @@ use nix::poll::PollFlags;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 
-/// How long to wait for a FIFO or a terminal in place of the file, if it accepts nothing.
+/// How long to wait if the output file is a FIFO or a terminal that accepts no data.
 const READER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Appends the outputs of a step to the file at `path`.
 ///
 /// # Errors
-/// If the file cannot be opened or written, or if it accepts nothing for [`READER_TIMEOUT`].
+/// If the file cannot be opened or written, or if it accepts no data for [`READER_TIMEOUT`].
 pub(crate) fn write(path: &OsStr, Copies { stdout, stderr }: Copies<'_>, ended: Ended) -> io::Result<()> {
     let code = exit_code(ended).to_string();
     let mut text = Vec::new();
     for (name, value) in [("stdout", stdout), ("stderr", stderr), ("exitcode", code.as_bytes())] {
-        // A line that is nowhere in the value marks its end (the runner's FileCommandManager).
+        // The end of a value is marked by a line that is not in the value, so the line contains a random ID (the
+        // runner's FileCommandManager).
         let end = format!("ghadelimiter_{}", run_id());
         text.extend_from_slice(format!("{name}<<{end}\n").as_bytes());
         text.extend_from_slice(value);
         text.extend_from_slice(format!("\n{end}\n").as_bytes());
     }
-    // A FIFO without a reader must not keep this process from exiting.
+    // If the file is a FIFO without a reader, opening it must fail and not block this process.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let mut file = OpenOptions::new().append(true).create(true).custom_flags(flags).open(path)?;
     let mut rest = text.as_slice();
@@ -53,7 +55,8 @@ pub(crate) fn write(path: &OsStr, Copies { stdout, stderr }: Copies<'_>, ended: 
     Ok(())
 }
 
-/// Returns how the wrapper would end if terraform ended as `ended` says.
+/// Returns how the wrapper would end after a terraform that ended as `ended` says. Exit codes 0 and 2 become 0, and
+/// every other exit code becomes 1.
 pub(crate) fn end_of_step(ended: Ended) -> Ended {
     match ended {
         Ended::Exited(0 | 2) => Ended::Exited(0),

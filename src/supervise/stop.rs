@@ -1,9 +1,10 @@
-//! Decides what is done about a request to stop. This is the whole rule, and it touches no process.
+//! Decides which effects a request to stop has. The decision depends only on the events and their times, and this
+//! module signals no process.
 //!
 //! Terraform counts interrupts, INT and TERM alike. The first one is a graceful stop. The second one makes terraform
-//! exit within 5 s, with its lock held if it was planning an apply (internal/command/meta.go, `RunOperation`;
-//! internal/backend/local/backend_apply.go). So terraform gets one interrupt, whatever requests a stop and however
-//! often. It gets a second one only if a person insists.
+//! exit within 5 s. If it was planning an apply, it then does not release its lock (internal/command/meta.go,
+//! `RunOperation`; internal/backend/local/backend_apply.go). So terraform gets one interrupt, whatever the source and
+//! the number of the requests. It gets a second one only if a person presses ^C three times.
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::sys::wait::Ended;
@@ -11,10 +12,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// How long after the second ^C a third one forces the stop.
+/// How long after the second ^C a third ^C forces the stop.
 pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);
 
-/// How long terraform may take to exit after its second interrupt before it is killed. By itself it exits after 5 s.
+/// How long terraform may take to exit after its second interrupt before it is killed. Without a kill, it exits after 5
+/// s.
 const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// A request to stop, or a deadline that may have passed.
@@ -22,54 +24,61 @@ const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 pub(crate) enum StopEvent {
     /// A ^C that the terminal sent to `tf`.
     Keyboard,
-    /// A ^C that the terminal sent to terraform, because terraform is in the foreground group. It counts as an
-    /// interrupt, and is not sent again.
+    /// A ^C that the terminal sent to terraform, because terraform is in the foreground group. Terraform counts it as
+    /// an interrupt, so `tf` does not send another one.
     KeyboardAtTerraform,
     /// An INT, TERM or HUP that a process sent, or a hangup.
     Request,
-    /// A TERM that a service manager sent to every process of the unit. Terraform has got it, and counts it as an
-    /// interrupt.
+    /// A TERM that a service manager sent to every process of the unit. Terraform has got it and counts it as an
+    /// interrupt, so `tf` does not send another one.
     RequestToAll,
-    /// The parent of `tf` has exited in a CI job, and no process is left that could ask `tf` to stop. Also that a shim
-    /// was killed and, in the guardian, that `tf` was killed.
+    /// The parent of `tf` has exited in a CI job, so no process is left that could ask `tf` to stop. This event is also
+    /// used if a shim was killed and, in the guardian, if `tf` was killed.
     ParentGone,
-    /// The reader of terraform's output is gone.
+    /// The reader of terraform's output has exited or closed its pipe or socket.
     ReaderGone,
-    /// Terraform wants to use the terminal, and no person can ever answer there.
+    /// Terraform needs the terminal, but no person can answer at the terminal.
     NobodyCanAnswer,
     /// Time has passed.
     Time,
 }
 
-/// What is done about an event.
+/// An action that follows from an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// Sends one SIGINT to terraform's process group, as the terminal does for a ^C. Providers ignore it. The commands
-    /// of a provisioner must get it, whatever requests the stop: terraform kills only the shell of a `local-exec`,
-    /// unlocks and exits, and what the shell has started would go on working after the lock is released. TERM and HUP
-    /// would kill the providers.
+    /// of a provisioner must get it for every kind of request: terraform kills only the shell of a `local-exec`,
+    /// unlocks and exits. The processes that the shell has started would continue to work after the lock is released.
+    /// TERM and HUP would kill the providers.
     InterruptGroup,
-    /// Sends the second SIGINT, to terraform alone.
+    /// Sends the second SIGINT. Only terraform gets it.
     InterruptTerraform,
     /// Sends SIGKILL to terraform and to every process below it.
     Kill(Why),
-    /// Reports that terraform is stopping, for how long it has been, and what a third ^C does.
+    /// Reports that terraform is stopping, the time since its first interrupt, and the effect of a third ^C.
     SayStopping(Duration),
     /// Reports that terraform got its second interrupt.
     SayForcing,
 }
 
-/// What has been requested and done so far. Times are counted from the start of the run.
+/// The requests and interrupts so far. All times are counted from the start of the run.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
-    /// Whether terraform's command discards interrupts, so that a second one would have no effect.
+    /// Whether terraform's command ignores interrupts, so that a second one would have no effect.
     ignores_interrupts: bool,
+    /// The time from the first request to stop until terraform is killed (`TFW_STOP_TIMEOUT`). `None` if it is not set.
     timeout: Option<Duration>,
+    /// The number of interrupts that terraform has got.
     interrupts: u32,
+    /// When terraform got its first interrupt. `None` if it got none.
     since: Option<Duration>,
+    /// Until when a third ^C forces the stop. `None` if there was no second ^C.
     offer_until: Option<Duration>,
+    /// When terraform will be killed, and why. `None` if no kill is due.
     kill: Option<(Duration, Why)>,
+    /// Why `tf` has decided to kill terraform. `None` if it has not.
     killed: Option<Why>,
+    /// Whether terraform got a second interrupt, or a person forced the stop.
     forced: bool,
 }
 
@@ -93,7 +102,7 @@ impl Stop {
         self.interrupts > 0
     }
 
-    /// Whether terraform got more than the one graceful stop. It may then have exited with its work unfinished.
+    /// Whether terraform got a second interrupt or was killed. If so, it may have exited with its work unfinished.
     pub(crate) fn was_forced(&self) -> bool {
         self.forced || self.killed.is_some()
     }
@@ -115,12 +124,14 @@ impl Stop {
         }
     }
 
-    /// When [`StopEvent::Time`] is due, counted from the start of the run. `None` if it is not.
+    /// Returns when the event [`StopEvent::Time`] is needed, counted from the start of the run. `None` if it is not
+    /// needed.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.kill.map(|(at, _)| at)
     }
 
-    /// Returns what to do about `event` at `now`, which is counted from the start of the run.
+    /// Updates the state for `event` at the time `now`, counted from the start of the run. Returns the effects to carry
+    /// out, in order.
     pub(crate) fn decide(&mut self, event: StopEvent, now: Duration) -> Vec<Effect> {
         match event {
             StopEvent::Keyboard => self.keyboard(now),
@@ -153,6 +164,7 @@ impl Stop {
         self.since.get_or_insert(now);
     }
 
+    /// Starts the stop timeout, unless it has started before.
     fn start_timeout(&mut self, now: Duration) {
         if let (Some(timeout), None) = (self.timeout, self.kill)
             && self.killed.is_none()
@@ -203,7 +215,7 @@ impl Stop {
 mod tests {
     use super::*;
 
-    /// Every event. The match in [`number`] does not compile when one is missing there.
+    /// Every event. If a new event is added, the match in [`number`] does not compile until it has that event too.
     const ALL: [StopEvent; 8] = [
         StopEvent::Keyboard,
         StopEvent::KeyboardAtTerraform,
@@ -233,7 +245,7 @@ mod tests {
         assert!(ALL.into_iter().map(number).eq(0..ALL.len()));
     }
 
-    /// The guardian must read each event as the one that was sent.
+    /// `tf` sends the events to the guardian as JSON, so each must be deserialized to the same event.
     #[test]
     fn an_event_is_read_as_it_was_sent() {
         for event in ALL {
@@ -252,7 +264,7 @@ mod tests {
         effects.iter().filter(|effect| matches!(effect, Effect::InterruptGroup | Effect::InterruptTerraform)).count()
     }
 
-    /// Passes `events` to `stop`, `apart` from each other, and returns all effects.
+    /// Passes `events` to `stop`, one every `apart`, and returns all effects.
     fn play(stop: &mut Stop, events: &[StopEvent], apart: Duration) -> Vec<Effect> {
         (1..).zip(events).flat_map(|(step, &event)| stop.decide(event, apart * step)).collect()
     }

@@ -1,10 +1,9 @@
-//! Releases the lock of a dead run while terraform waits for that lock (`-lock-timeout`), so that terraform's own next
-//! try succeeds. A run that died before this one started was finished at the start. A run that dies later is noticed
-//! here.
+//! Releases the lock of a dead run while terraform waits for that lock (`-lock-timeout`), so that terraform's next
+//! attempt succeeds. A run that died before this run started was finished before terraform started. This module handles
+//! a run that dies later.
 //!
-//! Another `tf` process finishes the dead run, because no process that supervises a terraform talks to AWS before that
-//! terraform has exited. This process starts it for that one run, is its parent, and keeps it apart from terraform's
-//! tree.
+//! Another `tf` process finishes the dead run, because a process that supervises a terraform sends no request to AWS
+//! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
 
 use crate::cleanup::recovery_process;
 use crate::console;
@@ -24,13 +23,16 @@ use crate::journal::state_directory::StateDirectory;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
-/// How long a lock request must be without an answer to count as refused, and how often the journal is searched then.
+/// How long a lock request must be without a response before the journal is searched for dead runs. Also the interval
+/// of further searches.
 const JOURNAL_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long to wait before a dead run that could not be finished is tried again: the lock service may work by then.
+/// How long to wait before a dead run that could not be finished is tried again. The lock service may be available
+/// again by then.
 const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The same if no credentials were available. Each try asks for them, and a few failed tries may lock an account.
+/// The same as [`RETRY_INTERVAL`] if no credentials were available. It is longer because each attempt requests them,
+/// and a few failed requests may lock an account.
 const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
 /// The exit code of `tf locks recover --say` if no credentials were available.
@@ -39,16 +41,17 @@ const LACKS_CREDENTIALS: i32 = 1;
 /// Finishes dead runs while terraform waits for a lock.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
-    /// When the journal is searched next. `None` if terraform does not wait for a lock.
+    /// When to search the journal next. `None` if terraform does not wait for a lock.
     look_at: Option<Instant>,
-    /// The IDs of the dead runs that were tried, and when each may be tried again.
+    /// The IDs of the dead runs that `tf` tried to finish, and when each may be tried again.
     tried: HashMap<String, Instant>,
     /// The processes that are finishing a run, each with the ID of that run.
     at_work: Vec<(Child, String)>,
 }
 
 impl Waiting {
-    /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished just before.
+    /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished before
+    /// terraform started.
     pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
         let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
@@ -57,8 +60,8 @@ impl Waiting {
         Self { tried: tried.collect(), ..Self::default() }
     }
 
-    /// Checks whether terraform waits for a lock, as its log says, and if so finishes dead runs. To be called each time
-    /// the log has been read.
+    /// If terraform's log shows that it waits for a lock, starts other `tf` processes that finish dead runs. Call this
+    /// each time the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
         let now = Instant::now();
@@ -110,8 +113,9 @@ impl Waiting {
         }
     }
 
-    /// Waits for the processes that were started. Terraform has exited, and a caller that reads stderr to its end waits
-    /// for them too. Returns the IDs of the runs that were tried.
+    /// Waits for the processes that were started. Call this after terraform has exited. The wait does not delay a
+    /// caller that reads stderr to its end, because these processes have stderr open too. Returns the IDs of the runs
+    /// that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
         for (child, _) in self.at_work {
             recovery_process::wait_for(child, waiter);

@@ -1,4 +1,4 @@
-//! File descriptors: pipes, copies with a high number, and moving bytes from one descriptor to another without waiting.
+//! File descriptors: pipes, copies with a high number, and the transfer of bytes between descriptors without waiting.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -20,16 +20,16 @@ pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Copies `descriptor` to a high number. Programs that this process starts inherit the copy.
 ///
-/// The number is high because scripts use low numbers freely: `exec 9>lock` and `200>lock` are idioms, and would close
-/// the copy. It is at least 512. Where fewer descriptors are allowed (RLIMIT_NOFILE) it is at least 256, or 128, and so
+/// The number is high because scripts often use low numbers: `exec 9>lock` and `200>lock` are common, and would close
+/// the copy. The number is at least 512. If RLIMIT_NOFILE does not allow that, it is at least 256, or else 128, and so
 /// on down to 8.
 pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     let mut lowest = 512;
     loop {
-        // SAFETY: F_DUPFD on an open descriptor makes a new one, which nothing else owns.
+        // SAFETY: F_DUPFD on an open descriptor creates a new descriptor, which nothing else owns.
         let copy = unsafe { libc::fcntl(descriptor.as_fd().as_raw_fd(), libc::F_DUPFD, lowest) };
         if copy >= 0 {
-            // SAFETY: just made.
+            // SAFETY: the descriptor was created above, and nothing else owns it.
             return Ok(unsafe { OwnedFd::from_raw_fd(copy) });
         }
         if lowest < 16 {
@@ -39,11 +39,11 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Returns descriptor `number` of this process: 0, 1 or 2. These stay open as long as the process runs, because Rust's
-/// runtime opens those that are closed.
+/// Returns the descriptor `number` of this process, which must be 0, 1 or 2. These are open as long as the process
+/// runs, because Rust's runtime opens those that were closed.
 pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
     debug_assert!((0..3).contains(&number));
-    // SAFETY: see above; `tf` closes 0, 1 and 2 only right before exec (`sys::spawn`).
+    // SAFETY: the descriptor is open, as described above. `tf` closes 0, 1 and 2 only right before exec (`sys::spawn`).
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn identity(descriptor: BorrowedFd<'_>) -> Option<(u64, u64)> {
     Some((file.dev(), file.ino()))
 }
 
-/// The result of moving bytes.
+/// The result of a transfer of bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
     /// This many bytes were moved.
@@ -67,14 +67,14 @@ pub(crate) enum Moved {
 
 /// Moves up to 64 KiB from the pipe `from` into the pipe `to`, without waiting for either.
 ///
-/// SPLICE_F_NONBLOCK applies to this call alone. O_NONBLOCK would apply to the open file description, which this
-/// process shares with the process that started it.
+/// SPLICE_F_NONBLOCK applies only to this call. O_NONBLOCK would apply to the open file description, which this process
+/// shares with the process that has started it.
 ///
 /// # Errors
-/// EPIPE when `to` has no reader left; EINVAL when one of the two is not a pipe.
+/// EPIPE if `to` has no reader any more; EINVAL if `from` or `to` is not a pipe.
 #[cfg(target_os = "linux")]
 pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<Moved> {
-    // SAFETY: two open descriptors, no offsets.
+    // SAFETY: both descriptors are open, and null offsets are allowed.
     let moved = unsafe {
         libc::splice(
             from.as_fd().as_raw_fd(),
@@ -88,10 +88,10 @@ pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<
     moved_bytes(moved)
 }
 
-/// Sends bytes to a socket without waiting. The result is `EndOfSource` only if `bytes` is empty.
+/// Sends bytes to a socket without waiting. Returns `EndOfSource` only if `bytes` is empty.
 ///
 /// # Errors
-/// EPIPE or ECONNRESET when the other end has no reader left.
+/// EPIPE or ECONNRESET if the other end of the socket is closed.
 pub(crate) fn send(socket: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
     #[cfg(target_os = "linux")]
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;

@@ -1,10 +1,11 @@
-//! fork(2) of a process that runs independently, in a session of its own, and keeps nothing of the caller of `tf` open.
+//! Forks a process that runs independently in its own session, and keeps no file of the caller of `tf` open.
 //!
-//! The detached process must not make a caller wait that waits for the end of the stdout of `tf`. It must not hold an
-//! outer lifeline open, and not keep the file system of the working directory in use. So its descriptors 0, 1 and 2 are
-//! /dev/null, all others except the named ones are closed, and its working directory is `/`. Every signal stays blocked
-//! in it: a signal that is sent to a whole process tree is meant for terraform, and not for the process that cleans up
-//! after it. With [`Parent::UsAtOurTerminal`] the process keeps its session, its stdin and its stderr.
+//! A caller may wait for the end of the stdout of `tf`; the detached process must not prolong that wait. It must
+//! neither keep an outer lifeline open, nor keep the file system of the working directory in use. So its descriptors 0,
+//! 1 and 2 are /dev/null, all others except the named ones are closed, and its working directory is `/`. In this
+//! process, every signal stays blocked, because a signal to a whole process tree is meant for terraform and not for the
+//! process that cleans up after terraform. With [`Parent::UsAtOurTerminal`] the process keeps its session, its stdin
+//! and its stderr.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -14,25 +15,26 @@ use nix::unistd::Pid;
 
 use super::spawn::AllBlocked;
 
-/// Which process is the parent of a detached process.
+/// The parent of a detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Parent {
-    /// This process, which reaps it.
+    /// This process. It must reap the detached process.
     Us,
-    /// This process, which reaps it. The detached process stays in the same session and process group and keeps stdin
-    /// and stderr, so that what it starts can ask the person at the terminal.
+    /// This process, which must reap the detached process. The detached process keeps the session, the process group,
+    /// stdin and stderr. So the commands that it starts can prompt the person at the terminal.
     UsAtOurTerminal,
-    /// Init, or the next subreaper above this process. The detached process is no descendant of this process.
+    /// Init, or the nearest subreaper above this process. The detached process is not a descendant of this process.
     Init,
 }
 
-/// Forks and runs `work` in the new process, which exits when `work` returns or panics. There must be one thread.
+/// Forks and calls `work` in the new process, which exits when `work` returns or panics. This process must have one
+/// thread.
 ///
-/// `name` is the name of the new process in the process list (Linux only). `keep` are the descriptors that stay open in
-/// it. Returns its pid, or `None` for [`Parent::Init`], because it is then no child of this process.
+/// `name` is the name of the new process in the process list (Linux only). `keep` are the descriptors that remain open
+/// in it. Returns its pid, or `None` for [`Parent::Init`], because it is not a child of this process then.
 ///
 /// # Errors
-/// When fork(2) fails.
+/// The error of sigprocmask(2) or fork(2).
 pub(crate) fn run(
     name: &std::ffi::CStr,
     parent: Parent,
@@ -42,18 +44,17 @@ pub(crate) fn run(
     let mut keep = keep.to_vec();
     keep.sort_unstable();
     let blocked = AllBlocked::now()?;
-    // SAFETY: there is one thread (asserted by the caller), so the child may run any Rust code.
+    // SAFETY: there is one thread (a condition for the caller), so the child may run any Rust code.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            // SAFETY: as above. The process between the two forks owns nothing and only exits.
+            // SAFETY: as above. The process between the two forks has no work and only exits.
             if parent == Parent::Init && unsafe { libc::fork() } != 0 {
                 end();
             }
             detach(name, parent, &keep);
             hide_arguments();
-            // Whatever happens in `work`, this process must not return into the code of the process that it was forked
-            // from.
+            // Even if `work` panics, this process must not return into the code of the process that it was forked from.
             let _ = catch_unwind(AssertUnwindSafe(work));
             end()
         }
@@ -70,13 +71,13 @@ pub(crate) fn run(
 }
 
 fn end() -> ! {
-    // SAFETY: ends the process. Nothing that was set up before the fork is torn down a second time.
+    // SAFETY: `_exit` ends the process without destructors and exit handlers, which only the parent process may run.
     unsafe { libc::_exit(0) }
 }
 
 fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
     let is_kept = |standard| keep.contains(&standard) || (parent == Parent::UsAtOurTerminal && standard != 1);
-    // SAFETY: plain system calls on numbers and zero-terminated strings.
+    // SAFETY: these are system calls with numbers and zero-terminated strings.
     unsafe {
         if parent != Parent::UsAtOurTerminal {
             libc::setsid();
@@ -100,14 +101,14 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
     close_between(from, RawFd::MAX);
 }
 
-/// Removes the arguments that this process inherited by its fork from the process list. They are the arguments of
-/// terraform, with the values of `-var`, and the detached process needs none of them. ps(1) shows what it reads from
-/// the memory of the process itself (proc_pid_cmdline(5)). The kernel reports where that memory is (`arg_start` and
-/// `arg_end`, proc_pid_stat(5)).
+/// Removes the arguments of this process from the process list. It inherited them by its fork. They are the arguments
+/// of terraform, with the values of `-var`, and the detached process does not need them. ps(1) shows the arguments that
+/// it reads from the memory of the process (proc_pid_cmdline(5)). The kernel reports the addresses of this memory
+/// (`arg_start` and `arg_end`, proc_pid_stat(5)).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {
-        /// The index of `arg_start`, field 48, among the fields after the name, which begin with field 3
+        /// The index of `arg_start`, which is field 48, among the fields after the name. The first of these is field 3
         /// (proc_pid_stat(5)).
         const ARG_START: usize = 48 - 3;
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
@@ -117,28 +118,28 @@ fn hide_arguments() {
             && start > 0
             && end > start
         {
-            // SAFETY: these are the strings of argv, which the kernel put on this process's stack. They are copied
-            // wherever they are used, and code that reads them again gets empty strings.
+            // SAFETY: these are the strings of argv, which the kernel has put on this process's stack. Every
+            // user of these strings copies them. Code that reads them again gets empty strings.
             unsafe { std::ptr::write_bytes(start as *mut u8, 0, end - start) };
         }
     }
 }
 
-/// Closes every descriptor from `from` up to, but not including, `to`.
+/// Closes all descriptors from `from` to `to - 1`.
 fn close_between(from: RawFd, to: RawFd) {
     if from >= to {
         return;
     }
     #[cfg(target_os = "linux")]
     {
-        // SAFETY: nothing in this process uses the descriptors that are closed here: it was forked to use only the kept
-        // ones.
+        // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses those that are closed
+        // here.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
         if closed == 0 {
             return;
         }
     }
-    // This is for Linux before 5.9 and for other systems.
+    // This code is for Linux before 5.9 and for other systems.
     let listed = ["/proc/self/fd", "/dev/fd"].iter().find_map(|directory| std::fs::read_dir(directory).ok());
     let open: Vec<RawFd> = match listed {
         Some(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),

@@ -1,8 +1,9 @@
-//! What this process inherited when it was started, before Rust's runtime or `tf` changed it.
+//! The state that this process inherited at its start, before Rust's runtime or `tf` changed it.
 //!
-//! Terraform must inherit the same: the signal mask, the ignored signals and the open descriptors. Two of these have
-//! changed by the time `main` runs, because Rust's runtime ignores SIGPIPE, and opens `/dev/null` where descriptor 0, 1
-//! or 2 is closed. So a function in `.init_array` records both: the loader calls it before the runtime starts.
+//! Terraform must inherit the same state: the signal mask, the ignored signals and the open descriptors. When `main`
+//! runs, two parts of it have changed, because Rust's runtime ignores SIGPIPE, and opens `/dev/null` where descriptor
+//! 0, 1 or 2 is closed. So a function in `.init_array` records both parts. The loader calls it before the runtime
+//! starts.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -11,7 +12,7 @@ static CLOSED_STANDARD_DESCRIPTORS: AtomicU8 = AtomicU8::new(0);
 
 extern "C" fn look() {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: `sigaction` with a null new action only writes the old one into `action`, which is large enough.
+    // SAFETY: `sigaction` with a null new action only writes the current action into `action`, which is large enough.
     let ignored = unsafe {
         libc::sigaction(libc::SIGPIPE, std::ptr::null(), action.as_mut_ptr()) == 0
             && action.assume_init().sa_sigaction == libc::SIG_IGN
@@ -19,7 +20,7 @@ extern "C" fn look() {
     SIGPIPE_IGNORED.store(ignored, Ordering::Relaxed);
     let mut closed = 0;
     for descriptor in 0..3 {
-        // SAFETY: F_GETFD reads a flag of a descriptor number, whether it is open or not.
+        // SAFETY: F_GETFD only reads a flag of the descriptor. The number need not be that of an open descriptor.
         if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } == -1 {
             closed |= 1 << descriptor;
         }
@@ -32,7 +33,8 @@ extern "C" fn look() {
 #[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".init_array"))]
 static LOOK: extern "C" fn() = look;
 
-/// Returns whether SIGPIPE was ignored when this process started (a shell's `trap '' PIPE`, Python's `subprocess`).
+/// Returns whether SIGPIPE was ignored at the start of this process (for example by `trap '' PIPE` in a shell, or by
+/// Python's `subprocess`).
 #[must_use]
 pub(crate) fn sigpipe_ignored() -> bool {
     SIGPIPE_IGNORED.load(Ordering::Relaxed)

@@ -1,4 +1,4 @@
-//! The environment of this process, as other processes see it and as libraries read it.
+//! Changes the environment of this process, for the libraries that read it and for the processes that read /proc.
 
 use std::ffi::{CStr, OsStr, OsString};
 
@@ -7,13 +7,12 @@ unsafe extern "C" {
     static mut environ: *mut *mut libc::c_char;
 }
 
-/// Removes every variable for whose name `unwanted` returns true from the environment, and from what /proc/PID/environ
-/// shows of this process. A job runner that looks for its own variable there then does not find this process any more.
-/// A variable whose name is not UTF-8 stays. There must be one thread.
+/// Removes every variable for whose name `unwanted` returns true, both from the environment and from /proc/PID/environ.
+/// A job runner that searches /proc for its own variable then no longer finds this process. A variable whose name is
+/// not UTF-8 is kept. This process must have one thread.
 pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
-    // SAFETY: there is one thread. `environ` is the list that the kernel laid out at exec. Nothing has been added
-    // since; and if something has been, an entry is still a writable, zero-terminated string that nothing else refers
-    // to.
+    // SAFETY: there is one thread. `environ` is the list that the kernel created at exec, and nothing has been added
+    // since. Even an added entry would be a writable, zero-terminated string to which nothing else refers.
     unsafe {
         let mut from = environ;
         let mut to = environ;
@@ -36,8 +35,9 @@ pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
     }
 }
 
-/// Removes every variable whose name begins with `prefix` and whose value is empty. The AWS SDK for Go takes such a
-/// variable as not set; the SDK for Rust takes it for an endpoint without a name. There must be one thread.
+/// Removes every variable whose name begins with `prefix` and whose value is empty. The AWS SDK for Go treats such a
+/// variable as unset, but the SDK for Rust treats it as an endpoint with an empty URL. This process must have one
+/// thread.
 pub(crate) fn unset_empty(prefix: &str) {
     let is_empty = |(name, value): (OsString, OsString)| name.into_string().ok().filter(|_| value.is_empty());
     let empty: Vec<String> = std::env::vars_os().filter_map(is_empty).filter(|name| name.starts_with(prefix)).collect();
@@ -46,9 +46,9 @@ pub(crate) fn unset_empty(prefix: &str) {
     }
 }
 
-/// Sets a variable to `value`, or removes it when `value` is `None`. There must be one thread.
+/// Sets a variable to `value`, or removes it if `value` is `None`. This process must have one thread.
 pub(crate) fn change(name: &str, value: Option<&OsString>) {
-    // SAFETY: one thread.
+    // SAFETY: there is one thread (a condition for the caller).
     unsafe {
         match value {
             Some(value) => std::env::set_var(name, AsRef::<OsStr>::as_ref(value)),

@@ -3,12 +3,12 @@
 /// Returns the address of errno. Async-signal-safe.
 pub(crate) fn location() -> *mut libc::c_int {
     #[cfg(target_os = "linux")]
-    // SAFETY: always valid, for the calling thread.
+    // SAFETY: the call has no conditions. It returns an address that is valid for the calling thread.
     unsafe {
         libc::__errno_location()
     }
     #[cfg(not(target_os = "linux"))]
-    // SAFETY: always valid, for the calling thread.
+    // SAFETY: the call has no conditions. It returns an address that is valid for the calling thread.
     unsafe {
         libc::__error()
     }

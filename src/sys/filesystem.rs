@@ -1,10 +1,10 @@
-//! The kind of file system that a directory is on.
+//! Determines the kind of file system that a path is on.
 
 use std::path::Path;
 
-/// Returns whether locks on the file system at `path` belong to this machine alone. On Linux this is true only for a
-/// list of file systems of which it is known. On a network file system a lock may be granted that means nothing on
-/// another host.
+/// Returns whether only this machine can lock files on the file system at `path`. On Linux, true only for file systems
+/// in a list, for which this is known. On a network file system, a lock may be granted that has no effect on another
+/// host.
 pub(crate) fn is_local(path: &Path) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -23,12 +23,12 @@ pub(crate) fn is_local(path: &Path) -> bool {
     }
     #[cfg(not(target_os = "linux"))]
     {
-        // MNT_LOCAL in f_flags (statfs(2) of macOS).
+        // The value of MNT_LOCAL in f_flags (statfs(2) of macOS).
         const MNT_LOCAL: u32 = 0x1000;
         let Ok(path) = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())) else {
             return false;
         };
-        // SAFETY: `path` is zero-terminated, `system` is written by the kernel.
+        // SAFETY: `path` is zero-terminated, and the kernel writes `system`, which is a complete statfs.
         unsafe {
             let mut system: libc::statfs = std::mem::zeroed();
             libc::statfs(path.as_ptr(), &raw mut system) == 0 && system.f_flags & MNT_LOCAL != 0
@@ -36,8 +36,9 @@ pub(crate) fn is_local(path: &Path) -> bool {
     }
 }
 
-/// Returns a number that stays the same as long as the file system exists, also across reboots if it has a UUID
-/// (statvfs(3), `f_fsid`). 0 if there is none.
+/// Returns a number that identifies the file system (statvfs(3), `f_fsid`). It does not change as long as the file
+/// system exists. If the file system has a UUID, the number is also the same after a reboot. 0 if there is no such
+/// number.
 pub(crate) fn identity(path: &Path) -> u64 {
     #[expect(clippy::useless_conversion, reason = "the type differs between systems")]
     nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))

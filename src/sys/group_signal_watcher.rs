@@ -1,13 +1,13 @@
-//! A child process inside terraform's process group that reports which signals the terminal sends to that group.
+//! A child process in terraform's process group that reports which signals the terminal sends to that group.
 //!
-//! While terraform's group is the foreground group of the terminal, the keys signal that group and not `tf`. Only a
-//! member of the group can notice such a signal, because it gets the signal itself. So the watcher blocks every signal,
-//! waits for signals with sigwaitinfo(2), and writes the number of each one that the kernel generated into a pipe. It
-//! does not report signals that a process sent, such as those that `tf` passes on. On systems other than Linux it
-//! cannot tell the two apart and reports all of them.
+//! While terraform's group is the foreground process group, the terminal sends the signals of its keys to that group
+//! and not to `tf`. Only a member of the group receives such a signal. So the watcher blocks every signal, waits for
+//! signals with sigwaitinfo(2), and writes the number of each signal that the kernel generated into a pipe. It does not
+//! report signals that a process sent, such as those that `tf` passes on. On systems other than Linux it cannot
+//! distinguish the two and reports all signals.
 //!
-//! The watcher is a minimal process: it is forked without exec. On Linux every descriptor except the pipe is closed,
-//! and the kernel kills the watcher when `tf` exits.
+//! The watcher is a fork without exec, so it costs little. On Linux it closes every descriptor except the pipe, and the
+//! kernel kills it when `tf` exits.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use super::spawn::AllBlocked;
 use super::{descriptor, disposition};
 
-/// The watcher, as seen by its parent. Dropping this kills the watcher.
+/// The parent's handle of the watcher. Dropping it kills the watcher.
 #[derive(Debug)]
 pub(crate) struct GroupSignalWatcher {
     pid: Pid,
@@ -26,17 +26,17 @@ pub(crate) struct GroupSignalWatcher {
 }
 
 impl GroupSignalWatcher {
-    /// Starts a watcher in the process group `group`, and waits until it has joined the group. There must be one
-    /// thread.
+    /// Starts a watcher in the process group `group`, and waits until it has joined the group. This process must have
+    /// one thread.
     ///
     /// # Errors
-    /// When no pipe can be created, when fork(2) fails, or when the watcher cannot join the group, for example because
-    /// the group no longer exists.
+    /// An error if no pipe can be created, if fork(2) fails, or if the watcher cannot join the group, for example
+    /// because the group no longer exists.
     pub(crate) fn place(group: Pid) -> io::Result<Self> {
         let (received, writer) = descriptor::pipe()?;
         let parent = nix::unistd::getpid();
         let blocked = AllBlocked::now()?;
-        // SAFETY: one thread; the child calls only async-signal-safe functions.
+        // SAFETY: there is one thread, and the child calls only async-signal-safe functions.
         let pid = match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()),
             0 => watch(group, parent, writer.as_raw_fd()),
@@ -44,7 +44,8 @@ impl GroupSignalWatcher {
         };
         drop((writer, blocked));
         let group_signal_watcher = Self { pid, received };
-        // The first byte reports that the watcher is in the group. Only then may terraform's group get the terminal.
+        // The first byte reports that the watcher is in the group. Only after that may terraform's group become the
+        // foreground process group.
         let mut byte = [0];
         match nix::unistd::read(&group_signal_watcher.received, &mut byte) {
             Ok(1) if byte[0] == 0 => {
@@ -56,7 +57,7 @@ impl GroupSignalWatcher {
         }
     }
 
-    /// Returns the pid of the watcher, which is a child of this process and no descendant of terraform.
+    /// Returns the pid of the watcher. The watcher is a child of this process and not a descendant of terraform.
     pub(crate) fn pid(&self) -> Pid {
         self.pid
     }
@@ -83,7 +84,7 @@ impl Drop for GroupSignalWatcher {
 }
 
 fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
-    // SAFETY: async-signal-safe calls only (signal-safety(7)); every signal has been blocked since before the fork.
+    // SAFETY: all calls are async-signal-safe (signal-safety(7)). Every signal has been blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
         {
@@ -103,8 +104,8 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         let mut awaited = std::mem::zeroed();
         libc::sigemptyset(&raw mut awaited);
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP] {
-            // A pending signal arrived while this process was still a member of the group of `tf`. `tf` has received it
-            // too, and a key must not count twice. Ignoring a signal discards it.
+            // A signal that is pending now arrived while this process was still a member of the group of `tf`. `tf` has
+            // received it too, and must not receive it a second time. Ignoring a signal discards it.
             disposition::set_ignored(signal);
             disposition::set_default(signal);
             libc::sigaddset(&raw mut awaited, signal as i32);
@@ -123,10 +124,11 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
     }
 }
 
-/// Waits for a signal of `awaited`. Returns its number if the kernel generated it, and 0 if a process sent it.
+/// Waits for one of the signals in `awaited`. Returns its number if the kernel generated it, and 0 if a process sent
+/// it.
 #[cfg(target_os = "linux")]
 unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
-    // SAFETY: `info` is written by the kernel; a zeroed one is valid.
+    // SAFETY: a zeroed siginfo_t is valid, and the kernel fills it.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let signal = libc::sigwaitinfo(awaited, &raw mut info);
@@ -134,12 +136,12 @@ unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     }
 }
 
-/// Waits for a signal of `awaited` and returns its number. Without sigwaitinfo(2) the signals of the terminal cannot be
-/// told apart from others.
+/// Waits for one of the signals in `awaited` and returns its number. Without sigwaitinfo(2), the signals of the
+/// terminal cannot be distinguished from others.
 #[cfg(not(target_os = "linux"))]
 unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     let mut signal = 0;
-    // SAFETY: both point to valid memory.
+    // SAFETY: both pointers are to valid memory.
     unsafe { libc::sigwait(awaited, &raw mut signal) };
     signal
 }

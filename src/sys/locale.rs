@@ -1,9 +1,9 @@
-//! The character encoding that the environment asks for.
+//! The character encoding that the environment specifies.
 
 use std::sync::OnceLock;
 
-/// Returns whether text in UTF-8 can be shown, according to the first of LC_ALL, LC_CTYPE and LANG that is set and not
-/// empty (POSIX, Base Definitions, 8.2). Without any of them the locale is POSIX, which is ASCII.
+/// Returns whether the terminal can show text in UTF-8, according to the first of LC_ALL, LC_CTYPE and LANG that is set
+/// and not empty (POSIX, Base Definitions, 8.2). If none of them is set, the locale is POSIX, which has only ASCII.
 pub(crate) fn is_utf8() -> bool {
     static UTF8: OnceLock<bool> = OnceLock::new();
     *UTF8.get_or_init(|| says_utf8(|name| std::env::var(name).ok()))

@@ -1,6 +1,6 @@
-//! Locks on single bytes of a file, held by an open file description (F_OFD_SETLK, fcntl_locking(2)). A child process
-//! inherits the lock with the descriptor, through fork and exec. The kernel releases the lock when the last process
-//! that has the descriptor has exited, however it ended.
+//! Locks on single bytes of a file. The holder of such a lock is an open file description (F_OFD_SETLK,
+//! fcntl_locking(2)). A child process inherits the lock together with the descriptor, through fork and exec. The kernel
+//! releases the lock when the last process with the descriptor has exited, even if that process was killed.
 
 use std::fs::File;
 use std::io;
@@ -14,10 +14,10 @@ const F_OFD_SETLK: i32 = 90;
 #[cfg(not(target_os = "linux"))]
 const F_OFD_GETLK: i32 = 92;
 
-/// Locks `byte` of `file` without waiting. Returns false when another open file description holds the lock.
+/// Tries to lock `byte` of `file`, without waiting. Returns false if another open file description holds the lock.
 ///
 /// # Errors
-/// When the file system does not support locks (ENOLCK, EOPNOTSUPP...).
+/// An error of fcntl(2) if the file system does not support locks (ENOLCK, EOPNOTSUPP...).
 pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
     match call(file, F_OFD_SETLK, byte) {
         Ok(_) => Ok(true),
@@ -28,8 +28,8 @@ pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
     }
 }
 
-/// Returns whether an open file description other than that of `file` has locked `byte`. This queries the lock and does
-/// not take it, because two processes that check at the same time must not see each other's check.
+/// Returns whether an open file description other than that of `file` has locked `byte`. The lock is only queried and
+/// not taken: otherwise, two processes that check at the same time would report each other's lock.
 ///
 /// # Errors
 /// As for [`try_lock`].
@@ -41,7 +41,7 @@ pub(crate) fn is_locked(file: &File, byte: u8) -> io::Result<bool> {
 }
 
 fn call(file: &File, command: i32, byte: u8) -> io::Result<libc::flock> {
-    // SAFETY: a zeroed flock is valid; the kernel reads it, and writes it for F_OFD_GETLK.
+    // SAFETY: a zeroed flock is valid. The kernel reads it and, for F_OFD_GETLK, writes it.
     unsafe {
         let mut lock: libc::flock = std::mem::zeroed();
         #[expect(

@@ -1,20 +1,21 @@
-//! What distinguishes one machine from a copy of its disk, as far as an ordinary user can read it: values that the
-//! hardware or the hypervisor reports, and none that is stored on the disk.
+//! Identifies the machine, so that a copy of its disk on another machine is recognized. Only values that the hardware
+//! or the hypervisor reports are used, and none that is stored on the disk. An ordinary user must be able to read them.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// Returns what identifies this machine, by kind. A kind that cannot be read is left out. On systems without /sys there
-/// is none.
+/// Returns the identities of this machine, by kind. A kind that cannot be read is left out. Empty on systems without
+/// /sys.
 pub(crate) fn identities() -> BTreeMap<&'static str, Vec<String>> {
     identities_below(Path::new("/"))
 }
 
 fn identities_below(root: &Path) -> BTreeMap<&'static str, Vec<String>> {
-    /// Kinds and their files. The first three are from DMI: most of it can be read only by root, but every user can
-    /// read the board's asset tag, which on EC2 is the instance ID. The fourth is from Xen. The last is the instance ID
-    /// that cloud-init found at this boot (cloudinit/stages.py); its other copy is on the disk.
+    /// The kinds and their files. The first three are from DMI. Only root can read most of DMI, but every user can read
+    /// the board's asset tag, which on EC2 is the instance ID. The fourth is from Xen. The last one is the instance ID
+    /// that cloud-init found at this boot (cloudinit/stages.py). cloud-init has another copy of it on the disk, which
+    /// is not used.
     const FILES: [(&str, &str); 5] = [
         ("product_uuid", "sys/class/dmi/id/product_uuid"),
         ("product_serial", "sys/class/dmi/id/product_serial"),
@@ -34,7 +35,8 @@ fn line(path: &Path) -> Option<String> {
 }
 
 /// Returns the permanent addresses of the network interfaces that have a device, sorted. Addresses that the kernel
-/// generated at random or that were set are left out (Documentation/ABI/testing/sysfs-class-net, `addr_assign_type`).
+/// generated at random and addresses that were set are left out (Documentation/ABI/testing/sysfs-class-net,
+/// `addr_assign_type`).
 fn network_addresses(interfaces: &Path) -> Vec<String> {
     let entries = fs::read_dir(interfaces).into_iter().flatten().flatten();
     let mut addresses: Vec<String> = entries

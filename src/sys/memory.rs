@@ -1,5 +1,5 @@
-//! A file in memory, which is never written to a disk. On systems other than Linux it is a private file in a temporary
-//! directory instead.
+//! A file in memory, which is never written to a disk. On systems other than Linux, it is instead a private file in a
+//! temporary directory.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,9 +11,9 @@ use super::ownership;
 /// A file in memory, and the path at which another process of this user can open it.
 #[derive(Debug)]
 pub(crate) struct MemoryFile {
-    /// The file, open for reading and writing, closed on exec.
+    /// The file. It is open for reading and writing, and is closed on exec.
     pub(crate) file: File,
-    /// The path at which it can be opened.
+    /// The path at which the file can be opened.
     pub(crate) path: PathBuf,
     /// Whether the file has a name in a directory. The name is removed when this value is dropped.
     named: bool,
@@ -23,11 +23,11 @@ impl MemoryFile {
     /// Creates an empty file that only this user can read.
     ///
     /// If a tmpfs directory is available, the file is created there, and any descendant can open it by name. Otherwise
-    /// memfd_create(2) creates it, and its path exists only as long as this process runs. On systems other than Linux
-    /// the file is in the user's temporary directory, or in `/tmp`.
+    /// memfd_create(2) creates it, and its path is valid only while this process runs. On systems other than Linux, the
+    /// file is in the user's temporary directory, or in `/tmp`.
     ///
     /// # Errors
-    /// When none of these can be created.
+    /// An error if the file cannot be created in any of these ways.
     pub(crate) fn create(name: &str) -> io::Result<Self> {
         for directory in directories() {
             let path = directory.join(name);
@@ -46,8 +46,8 @@ impl MemoryFile {
         }
         #[cfg(not(target_os = "linux"))]
         {
-            // No file system in memory can be relied on here, so the file is in the user's own temporary directory,
-            // private to the user.
+            // There is no file system that is certain to be in memory here. So the file is in a temporary directory,
+            // and only this user can read it.
             let directory = [std::env::temp_dir(), PathBuf::from("/tmp")]
                 .iter()
                 .find_map(|directory| ownership::safe_directory(directory))
@@ -57,8 +57,8 @@ impl MemoryFile {
         }
     }
 
-    /// Opens the file that another process created under `name`. `None` if it has no name or no longer exists. It must
-    /// be a regular file of this user in a directory in memory, and not a link.
+    /// Opens the file that another process created under `name`. `None` if it has no name or no longer exists. Also
+    /// `None` unless it is a regular file of this user, in a directory in memory, and not a link.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
         directories().find_map(|directory| {
@@ -71,21 +71,21 @@ impl MemoryFile {
         })
     }
 
-    /// Drops this value without removing the file's name.
+    /// Drops this value and keeps the file's name.
     pub(crate) fn leave(mut self) {
         self.named = false;
     }
 
-    /// Removes the file's name, for a process that exits without dropping this value.
+    /// Removes the file's name. This is for a process that exits without dropping this value.
     pub(crate) fn remove(&self) {
         if self.named {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 
-    /// Frees the memory of all bytes before the offset `end` (Linux only). The file keeps its length, so a writer with
-    /// O_APPEND is not disturbed: truncating the file would lose what is written between the last read and the
-    /// truncation.
+    /// Frees the memory of all bytes before the offset `end` (Linux only). The file is not truncated, because text
+    /// could be lost that is written between the last read and the truncation. It keeps its length, so a writer with
+    /// O_APPEND is not affected.
     pub(crate) fn forget_before(&self, end: u64) {
         #[cfg(target_os = "linux")]
         {
@@ -106,9 +106,9 @@ impl Drop for MemoryFile {
     }
 }
 
-/// Returns the directories in memory in which no other user can replace a file of this user. `XDG_RUNTIME_DIR` may
-/// belong to another user, because su(1) without `-` does not change it, and that user could put another file in place
-/// of this user's file.
+/// Returns the directories in memory in which no other user can replace a file of this user. This is checked because
+/// `XDG_RUNTIME_DIR` may belong to another user: su(1) without `-` does not change it. That user could replace this
+/// user's file.
 fn directories() -> impl Iterator<Item = PathBuf> {
     let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let named = named.filter(|directory| directory.is_absolute()).into_iter();

@@ -1,5 +1,5 @@
-//! The system calls. This is the only module with unsafe code, and it has nearly all the code that is specific to one
-//! operating system. Each file has one family of calls. Nothing here makes a decision.
+//! The system calls. This is the only module with unsafe code, and it contains nearly all the code that is specific to
+//! one operating system. Each file contains one family of calls. Other modules decide when to use them.
 #![expect(unsafe_code, reason = "system calls that no crate wraps, each with the reason why it is sound")]
 
 pub(crate) mod descriptor;

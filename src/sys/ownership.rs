@@ -1,8 +1,8 @@
-//! Which users can change what a path refers to.
+//! Determines which users can change the file that a path refers to.
 //!
-//! A user who can write to a directory can replace any entry in it, unless the directory is sticky: then only the
-//! entry's owner, the directory's owner and root can. So a path is safe when no other user can replace an entry in any
-//! directory above it.
+//! A user who can write to a directory can replace any entry in it. If the directory is sticky, only the owner of the
+//! entry, the owner of the directory and root can do so. So a path is safe if no other user can replace an entry in any
+//! of the directories that it consists of.
 
 use std::fs;
 use std::io;
@@ -23,19 +23,20 @@ const WRITABLE_BY_GROUP: u32 = 0o020;
 const WRITABLE_BY_OTHERS: u32 = 0o002;
 
 impl Owned {
-    /// Returns whether root or `user` is the owner. Root counts because it can change everything anyway.
+    /// Returns whether the owner is root or `user`. Root is trusted, because root can change every file anyway.
     fn by_root_or(self, user: u32) -> bool {
         self.by == 0 || self.by == user
     }
 
-    /// Returns whether only root and `user` can rename an entry of this directory that one of them owns.
+    /// Returns whether nobody except root and `user` can rename those entries of this directory that one of the two
+    /// owns.
     fn keeps_names_of(self, user: u32) -> bool {
         let writable = self.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) != 0;
         self.by_root_or(user) && (!writable || self.mode & STICKY != 0)
     }
 }
 
-/// Returns the directories from `/` down to the directory `path`, which must be canonical.
+/// Returns the owner and mode of each directory from `/` down to the directory `path`, which must be canonical.
 fn chain(path: &Path) -> io::Result<Vec<Owned>> {
     let mut chain = Vec::new();
     for directory in path.ancestors() {
@@ -49,9 +50,9 @@ fn chain(path: &Path) -> io::Result<Vec<Owned>> {
     Ok(chain)
 }
 
-/// Returns whether no other user (except root) can rename a file of `user` in the last directory of `chain`. That
-/// directory belongs to `user` and only `user` can write to it, or it is sticky and belongs to root or `user`. For
-/// every directory above it, [`Owned::keeps_names_of`] must hold.
+/// Returns whether nobody except root and `user` can rename a file of `user` in the last directory of `chain`. For
+/// this, that directory must belong to `user` and be writable by `user` alone, or it must be sticky and belong to root
+/// or `user`. For every directory above it, [`Owned::keeps_names_of`] must be true.
 fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     let Some((last, above)) = chain.split_last() else { return false };
     let alone = last.by == user && last.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) == 0;
@@ -59,23 +60,24 @@ fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     (alone || shared) && above.iter().all(|directory| directory.keeps_names_of(user))
 }
 
-/// Returns the canonical path of `directory`, if only this user and root can change what that path refers to and can
+/// Returns the canonical path of `directory`, if nobody except this user and root can change what the path refers to or
 /// rename this user's files in it. Otherwise `None`.
 pub(crate) fn safe_directory(directory: &Path) -> Option<PathBuf> {
     let path = fs::canonicalize(directory).ok()?;
     keeps_files_of(geteuid().as_raw(), &chain(&path).ok()?).then_some(path)
 }
 
-/// Returns whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`. The owner of `/`
-/// counts because in a user namespace without root, root's files have the overflow user's ID (user_namespaces(7)).
+/// Returns whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`. The owner of `/` is
+/// accepted, because in a user namespace without root, the files of root have the ID of the overflow user
+/// (user_namespaces(7)).
 fn are_of(user: u32, chain: &[Owned]) -> bool {
     let Some(first) = chain.first() else { return false };
     chain.iter().all(|directory| directory.by_root_or(user) || directory.by == first.by)
 }
 
-/// Returns whether no other user owns a directory above `path`. Directories that do not exist are skipped. Who can
-/// write to the directories is not checked: a home directory is often writable by the user's own group, and the volume
-/// of a container by every user.
+/// Returns whether no other user owns a directory above `path`. Directories that do not exist are skipped. Write
+/// permissions are not checked, because a home directory is often writable by the user's own group, and the volume of a
+/// container by every user.
 pub(crate) fn is_in_own_directories(path: &Path) -> bool {
     let there = path.ancestors().skip(1).find_map(|above| fs::canonicalize(above).ok());
     there.and_then(|there| chain(&there).ok()).is_some_and(|chain| are_of(geteuid().as_raw(), &chain))
@@ -88,7 +90,7 @@ mod tests {
     const US: u32 = 1000;
     const OTHER: u32 = 1001;
 
-    /// Every combination of an owner and the mode bits that matter.
+    /// Returns every combination of an owner and the mode bits that matter.
     fn all() -> impl Iterator<Item = Owned> {
         [0, US, OTHER].into_iter().flat_map(|by| {
             [0o700, 0o755, 0o770, 0o775, 0o707, 0o777]
@@ -106,8 +108,8 @@ mod tests {
                     let safe = |directory: Owned| {
                         directory.by != OTHER && (!others_write(directory) || directory.mode & STICKY != 0)
                     };
-                    // A directory of root's that is not sticky, and that only root can write to, is safe, but this user
-                    // can create no file in it.
+                    // A directory is also safe if it belongs to root, is not sticky and is writable only by root. But
+                    // this user cannot create a file in it.
                     let usable = last.by == US || last.mode & STICKY != 0;
                     let expected = safe(top) && safe(middle) && safe(last) && usable;
                     assert_eq!(keeps_files_of(US, &[top, middle, last]), expected, "{top:?} {middle:?} {last:?}");
@@ -122,11 +124,11 @@ mod tests {
         let root = Owned { by: 0, mode: 0o755 };
         let run_user = Owned { by: US, mode: 0o700 };
         assert!(keeps_files_of(US, &[root, root, run_user]) && !keeps_files_of(0, &[root, root, run_user]));
-        // A directory that root created in the user's directory.
+        // This is a directory that root created in the user's directory.
         assert!(!keeps_files_of(0, &[root, run_user, Owned { by: 0, mode: 0o700 }]));
         let shm = Owned { by: 0, mode: 0o1777 };
         assert!(keeps_files_of(0, &[root, root, shm]) && keeps_files_of(US, &[root, root, shm]));
-        // A user's directory in that sticky directory.
+        // This is a user's directory in that sticky directory.
         assert!(keeps_files_of(US, &[root, shm, run_user]) && !keeps_files_of(OTHER, &[root, shm, run_user]));
     }
 
@@ -137,7 +139,7 @@ mod tests {
         let volume = Owned { by: 0, mode: 0o777 };
         assert!(are_of(US, &[root, ours]) && are_of(US, &[root, volume]) && are_of(0, &[root, root]));
         assert!(!are_of(US, &[root, other]) && !are_of(0, &[root, ours]) && !are_of(US, &[]));
-        // Root, as a user namespace without root shows it.
+        // This is the owner of root's files in a user namespace without root.
         let nobody = Owned { by: 65534, mode: 0o755 };
         assert!(are_of(US, &[nobody, nobody, ours]) && !are_of(US, &[root, nobody, ours]));
     }
@@ -148,7 +150,7 @@ mod tests {
         let root = root.path().canonicalize().unwrap();
         let (real, link) = (root.join("real"), root.join("link"));
         fs::create_dir(&real).unwrap();
-        // The mode is set here, because the umask under which the tests are started may be any.
+        // The test sets the mode, because the umask can be any.
         fs::set_permissions(&real, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink(&real, &link).unwrap();
         assert_eq!(safe_directory(&link), safe_directory(&real));

@@ -1,32 +1,32 @@
-//! Reads a file that a command line, a variable or a directory names, without blocking and without consuming input that
-//! is meant for terraform.
+//! Reads a file whose path comes from a command line, a variable or a directory. This never blocks, and never consumes
+//! input that is meant for terraform.
 //!
-//! What a shell passes for `<(...)`, a FIFO and a terminal can be read only once, and opening a FIFO waits for its
-//! other end. None of them is read here.
+//! A FIFO, a terminal and the path that a shell passes for `<(...)` can be read only once, and opening a FIFO waits for
+//! its other end. So only plain files are read: regular files and `/dev/null`.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Returns whether `path`, after following links, is a regular file, or `/dev/null`, which reads as an empty one.
+/// Returns whether `path`, after following links, is a regular file or `/dev/null`, which reads as an empty file.
 pub(crate) fn is_plain(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|file| file.is_file()) && !shares_its_offset(path)
         || fs::canonicalize(path).is_ok_and(|path| path == Path::new("/dev/null"))
 }
 
-/// Opens a plain file for reading. Anything else is not even opened, because the writer of a FIFO would notice
-/// that a reader opens and closes it.
+/// Opens a plain file for reading. Any other file is not even opened: the writer of a FIFO would notice that a reader
+/// has opened and closed it.
 ///
 /// # Errors
-/// `InvalidInput` when `path` exists and is not a plain file; otherwise the error of stat(2) or open(2).
+/// `InvalidInput` if `path` exists and is not a plain file. Otherwise the error of stat(2) or open(2).
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
     fs::metadata(path)?;
     if !is_plain(path) {
         return Err(refused());
     }
-    // Another file may be in its place by now. With these flags open(2) waits for nothing, and a terminal does not
+    // The file may have been replaced since the check. With these flags, open(2) does not wait, and a terminal does not
     // become the controlling terminal of this process.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -36,7 +36,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
 /// Returns the content of a plain file.
 ///
 /// # Errors
-/// As for [`open`], and when the file cannot be read.
+/// Those of [`open`], and the error of read(2).
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     open(path)?.read_to_end(&mut content)?;
@@ -46,13 +46,13 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
 /// Returns the content of a plain file as text.
 ///
 /// # Errors
-/// As for [`read`], and `InvalidData` when the content is not UTF-8.
+/// Those of [`read`], and `InvalidData` if the content is not UTF-8.
 pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Returns whether opening `path` copies a descriptor that is already open. On systems other than Linux, opening
-/// `/dev/fd/N` copies descriptor N with its offset, so terraform could not read again what is read through it.
+/// Returns whether opening `path` duplicates an open descriptor. On systems other than Linux, opening `/dev/fd/N`
+/// duplicates descriptor N together with its offset, so terraform could not read the data that `tf` has already read.
 fn shares_its_offset(path: &Path) -> bool {
     !cfg!(target_os = "linux") && (path.starts_with("/dev/fd") || path == Path::new("/dev/stdin"))
 }

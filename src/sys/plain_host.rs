@@ -1,8 +1,8 @@
-//! What a test sets for the host that it runs on, which may be a container, or may be named `localhost`.
+//! The host facts that a test can set, because its real host may be a container or may have the name `localhost`.
 //!
-//! In a debug build `TFW_TEST_HOST=ID` makes `tf` assume that it sees all processes of this host, and that the host's
-//! name tells it apart from other hosts. ID becomes its machine-id if it has none of its own. A release build contains
-//! none of this, because it would turn facts that prove nothing into a proof.
+//! In a debug build, `TFW_TEST_HOST=ID` makes `tf` assume two facts: it sees all processes of this host, and the name
+//! of the host is unique. ID is the machine-id if the host has none. A release build ignores the variable, because
+//! otherwise `tf` would accept assumptions as proof.
 
 /// Returns the machine-id that a test has set. `None` if no test has set one.
 pub(crate) fn machine_id() -> Option<String> {

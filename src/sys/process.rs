@@ -1,4 +1,4 @@
-//! Processes: the children of this process, the orphans that it adopted, and what /proc shows of all others.
+//! Processes: the children of this process, the orphans that were reparented to it, and all others that /proc lists.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 
 use super::wait::Ended;
 
-/// Makes this process, instead of init, the parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux 3.4).
-/// Returns false where the system does not support this. Then the other two signs must show that the tree is dead: the
-/// lifeline and `TFW_RUN` in an environment (`cleanup::process_tree`).
+/// Makes this process, instead of init, the new parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux
+/// 3.4). Returns false where the system does not support this. The end of the process tree must then be proven by the
+/// other two signs: the lifeline, and `TFW_RUN` in the environment of a process (`cleanup::process_tree`).
 pub(crate) fn become_subreaper() -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -22,14 +22,14 @@ pub(crate) fn become_subreaper() -> bool {
 }
 
 /// Makes sure that no core file is written when a signal kills this process. On Linux a core size limit of 0 is not
-/// enough, because it does not stop a core that is piped to a program (core(5)).
+/// enough, because it does not apply to a core that is piped to a program (core(5)).
 pub(crate) fn disable_core_dumps() {
     #[cfg(target_os = "linux")]
     let _ = nix::sys::prctl::set_dumpable(false);
     #[cfg(not(target_os = "linux"))]
     {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: `none` is a whole rlimit.
+        // SAFETY: `none` is a complete rlimit.
         unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) };
     }
 }
@@ -52,8 +52,8 @@ pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
-/// Sends `signal` to the process group of `process`, a descriptor from [`open_pidfd`]. The signal never reaches another
-/// group that has the same number by now (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
+/// Sends `signal` to the process group of `process`, a descriptor from [`open_pidfd`]. If another group has the same
+/// number by now, it does not receive the signal (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
 ///
 /// # Errors
 /// EINVAL where the kernel does not support this, `Unsupported` on systems other than Linux, ESRCH when the group no
@@ -72,8 +72,8 @@ pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> 
     }
 }
 
-/// Sends `signal` to `process`, a descriptor from [`open_pidfd`]. The signal never reaches another process that has the
-/// same pid by now (pidfd_send_signal(2)).
+/// Sends `signal` to `process`, a descriptor from [`open_pidfd`]. If another process has the same pid by now, it does
+/// not receive the signal (pidfd_send_signal(2)).
 ///
 /// # Errors
 /// ESRCH when the process no longer exists, `Unsupported` on systems other than Linux.
@@ -101,17 +101,18 @@ fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
     if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Returns how the process `pid` ended, which need not be a child of this process. `process` is its descriptor from
-/// [`open_pidfd`]. While the process is a zombie, its exit status is the last field of /proc/PID/stat, which only a
-/// process that may trace it can read. Once it has been reaped, the descriptor reports the status (PIDFD_GET_INFO with
-/// PIDFD_INFO_EXIT, Linux 6.15). `None` where neither has it.
+/// Returns how the process `pid` ended. It need not be a child of this process. `process` is its descriptor from
+/// [`open_pidfd`]. While the process is a zombie, its exit status is the last field of /proc/PID/stat, which is
+/// readable only for a process that may trace it. After it was reaped, the descriptor provides the status
+/// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` if neither provides it.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
     #[cfg(target_os = "linux")]
     {
         let status = status_by_descriptor(process).or_else(|| {
             let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
             let stat = String::from_utf8_lossy(&stat);
-            // The process can still be signalled, so `stat` describes this process and not another one with its pid.
+            // The descriptor can still be signalled, so the process was not reaped, and `stat` cannot be that of a
+            // later process with the same pid.
             let zombie = Process::parse(pid, &stat)?.state == 'Z' && signal_number(process, 0).is_ok();
             zombie.then(|| stat.trim_end().rsplit(' ').next()?.parse().ok()).flatten()
         })?;
@@ -154,20 +155,21 @@ fn status_by_descriptor(process: &OwnedFd) -> Option<i32> {
 pub(crate) enum ProcessList {
     /// /proc lists the processes of the pid namespace of this process.
     Available,
-    /// There is no /proc, or it is that of another pid namespace, where the same pids belong to other processes.
+    /// There is no /proc, or it belongs to another pid namespace, in which the same pids are other processes.
     Unavailable,
     /// This operating system has no such list.
     #[cfg_attr(target_os = "linux", expect(dead_code, reason = "Linux has one"))]
     Unsupported,
 }
 
-/// Returns whether /proc can be used to find processes and to tell which run they belong to.
+/// Returns whether /proc can be used to find processes and to determine which run they belong to.
 ///
 /// If /proc was not mounted anew in a pid namespace (`unshare -pf` without `--mount-proc`, a container with the host's
-/// /proc), each pid in it belongs to a process of the outer namespace. A signal to such a pid would hit an unrelated
-/// process. `/proc/self` contains the pid of this process in the namespace of that mount. The `NSpid` line of `status`
-/// has one pid for each namespace, from that of the mount down to that of this process (proc_pid_status(5), Linux 4.1).
-/// The list is usable only if each of the two consists of this process's own pid alone.
+/// /proc), each pid in it belongs to a process of the outer namespace. A signal to such a pid would reach an unrelated
+/// process. `/proc/self` contains the pid that this process has in the namespace of the mount. The `NSpid` line of
+/// `status` contains one pid for each namespace, from the namespace of the mount down to that of this process
+/// (proc_pid_status(5), Linux 4.1). The list is usable only if each of the two consists of a single pid, which is this
+/// process's own.
 pub(crate) fn list() -> ProcessList {
     #[cfg(target_os = "linux")]
     {
@@ -182,27 +184,27 @@ pub(crate) fn list() -> ProcessList {
     ProcessList::Unsupported
 }
 
-/// Returns whether `status`, the text of /proc/self/status, is that of the process `own`, read in that process's own
-/// pid namespace.
+/// Returns whether `status`, the text of /proc/self/status, belongs to the process `own` and was read in the pid
+/// namespace of that process.
 #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "there is no /proc"))]
 fn names_one_namespace(status: &str, own: i32) -> bool {
     let mut lines = status.lines();
     let number = |line: &str, name: &str| line.strip_prefix(name).map(|rest| rest.trim().to_owned());
     let own = own.to_string();
     let is_own = lines.clone().find_map(|line| number(line, "Pid:")).is_some_and(|pid| pid == own);
-    // There is no such line before Linux 4.1.
+    // Before Linux 4.1 there is no such line, and its absence proves nothing.
     is_own && lines.find_map(|line| number(line, "NSpid:")).is_none_or(|numbers| numbers == own)
 }
 
-/// Returns whether any process is in the group `group`. Processes of other users, processes that /proc hides
+/// Returns whether the process group `group` contains any process. Processes of other users, processes that /proc hides
 /// (`hidepid`) and zombies count as well (kill(2)). False for a `group` of 1 or less.
 pub(crate) fn group_exists(group: Pid) -> bool {
     group.as_raw() > 1 && nix::sys::signal::killpg(group, None) != Err(nix::errno::Errno::ESRCH)
 }
 
-/// Returns the number of the pid namespace of this process, and whether it is the first one, which contains every
-/// process of the machine (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where there are no pid
-/// namespaces.
+/// Returns the number of the pid namespace of this process, and whether that namespace contains all processes of the
+/// machine. It does if it is the initial one (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where
+/// there are no pid namespaces.
 pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     use std::os::unix::fs::MetadataExt;
     const FIRST: u64 = 0xEFFF_FFFC;
@@ -210,8 +212,7 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     Some((number, number == FIRST || super::plain_host::is_plain()))
 }
 
-/// Returns whether a SIGKILL is pending for the process or for its main thread, according to the text of
-/// /proc/PID/status.
+/// Returns whether a SIGKILL is pending for a process or for its main thread. `status` is the text of /proc/PID/status.
 fn has_pending_kill(status: &str) -> bool {
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
     status
@@ -220,14 +221,14 @@ fn has_pending_kill(status: &str) -> bool {
         .any(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
 }
 
-/// A variable in the environment of another process.
+/// The value of a variable in the environment of another process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Variable {
     /// The variable has this value.
     Set(Vec<u8>),
     /// The environment can be read, and the variable is not in it.
     Unset,
-    /// The environment is empty, or cannot be read because the process belongs to another user.
+    /// The environment is empty, or the process belongs to another user, so that its environment cannot be read.
     Unreadable,
 }
 
@@ -236,7 +237,7 @@ pub(crate) enum Variable {
 pub(crate) struct Process {
     /// Its pid; 0 if unknown.
     pub(crate) pid: Pid,
-    /// Its name, at most 15 bytes. The process chooses it, so it is untrusted and must be escaped before it is shown.
+    /// Its name, at most 15 bytes. The process can choose the name, so it must be escaped before it is shown.
     pub(crate) name: String,
     /// One letter: `T` is stopped, `Z` and `X` are dead, `?` is unknown.
     pub(crate) state: char,
@@ -246,25 +247,26 @@ pub(crate) struct Process {
     pub(crate) group: Pid,
     /// Its session; 0 if unknown.
     pub(crate) session: Pid,
-    /// When it started, in clock ticks since boot; 0 if unknown. Pids are reused, so only pid and start together
-    /// identify a process.
+    /// When it started, in clock ticks since boot; 0 if unknown. Pids are reused, so a process is identified only by
+    /// its pid together with its start.
     pub(crate) start: u64,
 }
 
 impl Process {
-    /// Returns whether the process is dead. A zombie is dead: it does nothing any more, although kill(pid, 0) succeeds.
+    /// Returns whether the process is dead. A zombie counts as dead: it can do nothing any more, although kill(pid, 0)
+    /// succeeds.
     pub(crate) fn is_dead(&self) -> bool {
         matches!(self.state, 'Z' | 'X')
     }
 
-    /// Returns a process that exists and that this process may not even signal: it belongs to another user, and /proc
-    /// does not list it. Only its pid is known. `None` for any other pid.
+    /// Returns the process `pid` if it exists and belongs to a user whose processes this process may not signal. /proc
+    /// does not list it, so only its pid is known. `None` for any other pid.
     pub(crate) fn forbidden(pid: Pid) -> Option<Self> {
         let is_there = nix::sys::signal::kill(pid, None) == Err(nix::errno::Errno::EPERM);
         is_there.then(|| Self { pid, ..Self::unseen_in(Pid::from_raw(0)) })
     }
 
-    /// Describes a process in the group `group` that /proc does not show. Its pid is unknown.
+    /// Returns a placeholder for a process in the group `group` that /proc does not list. Its pid is unknown.
     pub(crate) fn unseen_in(group: Pid) -> Self {
         let unknown = Pid::from_raw(0);
         let name = "a hidden process".to_owned();
@@ -272,7 +274,8 @@ impl Process {
     }
 
     fn parse(pid: Pid, line: &str) -> Option<Self> {
-        // The name is in parentheses and may itself contain parentheses and spaces: the last closing one ends it.
+        // The name is in parentheses and may itself contain parentheses and spaces, so it ends at the last closing
+        // parenthesis.
         let (before, after) = line.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
         let mut fields = after.split_ascii_whitespace();
@@ -285,8 +288,8 @@ impl Process {
         Some(Self { pid, name: name.to_owned(), state, parent, group, session, start })
     }
 
-    /// Describes a child of `parent` whose files in /proc this process may not read (`hidepid`, proc(5)). Its `start`
-    /// is 0. `None` when it no longer exists.
+    /// Describes a child of `parent` whose files in /proc this process may not read (`hidepid`, proc(5)). The `start`
+    /// of the result is 0. `None` if the child no longer exists.
     fn hidden(pid: Pid, parent: Pid) -> Option<Self> {
         use nix::errno::Errno;
         if nix::sys::signal::kill(pid, None) == Err(Errno::ESRCH) {
@@ -297,15 +300,15 @@ impl Process {
         Some(Self { pid, name: "a hidden process".to_owned(), state, parent, group, session, start: 0 })
     }
 
-    /// Returns whether the process is dead, or will be as soon as the kernel gets to it: it is exiting (PF_EXITING in
-    /// the flags of proc_pid_stat(5), linux/sched.h), or a SIGKILL is pending for it (proc_pid_status(5)), which
-    /// nothing can revoke. Such a process does nothing any more, but still has its pid and its files. Also true when it
-    /// no longer exists.
+    /// Returns whether the process is dead or certain to die. It is certain to die if it is exiting (PF_EXITING in the
+    /// flags of proc_pid_stat(5), linux/sched.h), or if a SIGKILL is pending for it (proc_pid_status(5)), because
+    /// nothing can revoke a SIGKILL. Such a process does nothing any more, but still has its pid and its files. Also
+    /// true if the process no longer exists.
     pub(crate) fn is_dying(&self) -> bool {
         const EXITING: u64 = 0x4;
         let stat = std::fs::read(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let stat = String::from_utf8_lossy(&stat);
-        // The process no longer exists, or another process has its pid now.
+        // If this fails, the process no longer exists, or another process has its pid now.
         let Some(now) = Self::parse(self.pid, &stat).filter(|now| now.start == self.start) else { return true };
         let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
         let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
@@ -313,7 +316,7 @@ impl Process {
         now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
     }
 
-    /// Returns when the process started, rounded down to 1 s, if the machine booted at `boot_time`. `None` if the
+    /// Returns when the process started, rounded down to 1 s. `boot_time` is when the machine booted. `None` if the
     /// length of a clock tick is unknown, or if the time is out of range.
     pub(crate) fn started(&self, boot_time: jiff::Timestamp) -> Option<jiff::Timestamp> {
         let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
@@ -321,7 +324,7 @@ impl Process {
         boot_time.checked_add(jiff::SignedDuration::from_secs(seconds.try_into().ok()?)).ok()
     }
 
-    /// Looks up a process. `None` when it does not exist, and where there is no usable process list.
+    /// Returns the process with the pid `pid`. `None` if it does not exist, or if there is no usable process list.
     pub(crate) fn look_up(pid: Pid) -> Option<Self> {
         if list() == ProcessList::Available { Self::read(pid) } else { None }
     }
@@ -330,7 +333,7 @@ impl Process {
         Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
     }
 
-    /// Returns every process that /proc lists. Empty where there is no usable process list.
+    /// Returns every process that /proc lists. Empty if there is no usable process list.
     pub(crate) fn all() -> Vec<Self> {
         if list() != ProcessList::Available {
             return Vec::new();
@@ -343,15 +346,15 @@ impl Process {
             .collect()
     }
 
-    /// Returns the children of `parent`, including the orphans that it adopted. Empty where there is no usable process
-    /// list.
+    /// Returns the children of `parent`, including the orphans that were reparented to it. Empty if there is no usable
+    /// process list.
     pub(crate) fn children(parent: Pid) -> Vec<Self> {
         if list() == ProcessList::Available { Self::listed_children(parent) } else { Vec::new() }
     }
 
     fn listed_children(parent: Pid) -> Vec<Self> {
-        // Each thread has its own list of children (proc_pid_task_tid_children(5)). A kernel may be built without these
-        // lists.
+        // Each thread has its own list of children (proc_pid_task_tid_children(5)). A kernel can be built without these
+        // lists; then the children are selected from all processes.
         let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
         let mut pids: Vec<i32> = Vec::new();
         for thread in threads.flatten() {
@@ -373,7 +376,8 @@ impl Process {
         let mut next = 0;
         while next < found.len() {
             let children = Self::listed_children(found[next].pid);
-            // A process whose parent changes during this search can be found twice, below each of two parents.
+            // A process that is reparented during this search can be found twice, below the old and below the new
+            // parent.
             found.extend(children.into_iter().filter(|child| child.pid != root).collect::<Vec<_>>());
             next += 1;
             if next > 100_000 {
@@ -385,9 +389,10 @@ impl Process {
         found
     }
 
-    /// Returns the value of `name` in the environment that the process started with.
+    /// Returns the value of the variable `name` in the environment with which the process was started.
     pub(crate) fn environment(&self, name: &str) -> Variable {
-        // Empty for a process without an environment, for a zombie, and for a process that is in the middle of exec.
+        // The file is empty for a process without an environment, for a zombie, and for a process in the middle of an
+        // exec.
         let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
         if environment.is_empty() {
             return Variable::Unreadable;
@@ -397,39 +402,41 @@ impl Process {
         value.map_or(Variable::Unset, |value| Variable::Set(value.to_vec()))
     }
 
-    /// Returns whether the process may be in the pid namespace `namespace`, which is below that of this process. If
-    /// this process may not read the answer (another user's process), any process in a nested namespace counts.
+    /// Returns whether the process may be in the pid namespace `namespace`, which is nested in the namespace of this
+    /// process. If the namespace of the process is unreadable because it belongs to another user, true for any nested
+    /// namespace.
     pub(crate) fn may_be_in(&self, namespace: u64) -> bool {
         use std::os::unix::fs::MetadataExt;
         if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.pid)) {
             return own.ino() == namespace;
         }
-        // Every user may read how many namespaces the process is in (`NSpid`, proc_pid_status(5)).
+        // Every user can read the number of namespaces that the process is in (`NSpid`, proc_pid_status(5)).
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
 
     /// Returns whether the process may be a terraform under another name: its program has `large` bytes or more, and
-    /// its working directory is one in which terraform was initialised.
+    /// its working directory contains `.terraform`.
     pub(crate) fn may_be_renamed_terraform(&self, large: u64) -> bool {
         let is_large = std::fs::metadata(format!("/proc/{}/exe", self.pid)).is_ok_and(|program| program.len() >= large);
         is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.pid)).is_ok()
     }
 
-    /// Returns whether the process is the guardian or the recovery of some run of `tf`: it runs this program, under one
-    /// of the names that these processes give themselves.
+    /// Returns whether the process is the guardian or the recovery of any run of `tf`: it executes this program, under
+    /// one of the names that these processes give themselves.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
         matches!(self.name.as_str(), "tf-guardian" | "tf-recovery") && self.runs_our_program() == Some(true)
     }
 
-    /// Returns whether the process runs another program than this process does, as a forked child does after exec.
-    /// False where this process may not read that.
+    /// Returns whether the process executes another program than this process does. A forked child does so after exec.
+    /// False if the program of the process is unreadable for this process.
     pub(crate) fn runs_another_program(&self) -> bool {
         self.runs_our_program() == Some(false)
     }
 
-    /// Returns whether the process runs the same program as this process. `None` where this process may not read that.
+    /// Returns whether the process executes the same program as this process. `None` if this process may not read its
+    /// program.
     fn runs_our_program(&self) -> Option<bool> {
         use std::os::unix::fs::MetadataExt;
         let program =
@@ -437,8 +444,8 @@ impl Process {
         program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
-    /// Returns whether the process has the file with this device and inode number open (proc(5), `/proc/PID/fd`). False
-    /// where this process may not read that.
+    /// Returns whether the process has opened the file with this device and inode number (proc(5), `/proc/PID/fd`).
+    /// False if this process may not read the list of its descriptors.
     pub(crate) fn has_open(&self, (device, number): (u64, u64)) -> bool {
         use std::os::unix::fs::MetadataExt;
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
@@ -448,7 +455,7 @@ impl Process {
             .any(|file| (file.dev(), file.ino()) == (device, number))
     }
 
-    /// Returns the file name of the program that the process runs or, if that cannot be read, the name of the process.
+    /// Returns the file name of the program that the process executes. If that cannot be read, the name of the process.
     pub(crate) fn program(&self) -> String {
         std::fs::read_link(format!("/proc/{}/exe", self.pid))
             .ok()
@@ -457,14 +464,14 @@ impl Process {
     }
 }
 
-/// Returns the current time in clock ticks since boot, as in [`Process::start`] (CLOCK_BOOTTIME, clock_gettime(2)).
-/// `None` where there is no such clock.
+/// Returns the current time in clock ticks since boot, the unit of [`Process::start`] (CLOCK_BOOTTIME,
+/// clock_gettime(2)). `None` if there is no such clock.
 pub(crate) fn ticks_since_boot() -> Option<u64> {
     #[cfg(target_os = "linux")]
     {
         let per_second = u64::try_from(nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??).ok()?;
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the call fills the timespec that it is given.
+        // SAFETY: the call only fills `time`, which is a complete timespec.
         if unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) } != 0 {
             return None;
         }
@@ -475,28 +482,28 @@ pub(crate) fn ticks_since_boot() -> Option<u64> {
     None
 }
 
-/// Returns when this machine booted, according to its clock as it is set now (`btime` in proc_stat(5)). `None` where
-/// that cannot be read.
+/// Returns when this machine booted, according to the current setting of its clock (`btime` in proc_stat(5)). `None` if
+/// the boot time cannot be read.
 pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     jiff::Timestamp::from_second(seconds).ok()
 }
 
-/// Returns whether `pid` is a service manager, which stops all processes of a service together: init, or a user's own
-/// systemd (systemd(1)).
+/// Returns whether `pid` is a service manager, which is init or a user's own systemd (systemd(1)). A service manager
+/// stops all processes of a service together.
 pub(crate) fn is_service_manager(pid: Pid) -> bool {
     pid == Pid::from_raw(1) || Process::look_up(pid).is_some_and(|process| process.name == "systemd")
 }
 
-/// Returns whether `pid` is in the control group of this process (cgroups(7)). False where that cannot be read.
+/// Returns whether `pid` is in the control group of this process (cgroups(7)). False if a control group cannot be read.
 pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
     let group = |process: &str| std::fs::read(format!("/proc/{process}/cgroup")).ok();
     list() == ProcessList::Available && group("self").is_some_and(|own| group(&pid.to_string()) == Some(own))
 }
 
-/// Returns the children of this process, as long as it has one thread. Empty where the kernel does not list them, and
-/// where there is no usable process list.
+/// Returns the children of the calling thread, which are all children of this process as long as it has one thread.
+/// Empty if the kernel does not list them, or if there is no usable process list.
 pub(crate) fn own_children() -> Vec<Pid> {
     if list() != ProcessList::Available {
         return Vec::new();
@@ -505,8 +512,9 @@ pub(crate) fn own_children() -> Vec<Pid> {
     list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
 }
 
-/// Returns how often the kernel has killed a process in the control group of this process because memory ran out
-/// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` where the kernel does not report it.
+/// Returns how many processes in the control group of this process the kernel has killed because memory ran out
+/// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` if the kernel does not report the
+/// number.
 pub(crate) fn out_of_memory_kills() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     let file = groups.lines().find_map(|line| {
@@ -538,7 +546,7 @@ mod tests {
         assert_eq!(process.start, 815);
     }
 
-    /// `unshare -pf` without a /proc of its own, including the case that both pids happen to be equal.
+    /// The texts are from `unshare -pf` without a new /proc. In one of them, both pids happen to be equal.
     #[test]
     fn a_proc_of_another_namespace_is_not_ours() {
         for (status, ours) in [

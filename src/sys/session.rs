@@ -1,12 +1,12 @@
-//! A command in a session of its own: no key of a terminal reaches it, and it has no terminal to ask a person at
-//! (setsid(2)).
+//! Starts a command in its own session (setsid(2)). No key of a terminal signals the command, and it has no terminal at
+//! which it could prompt a person.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Makes `command` start in a session of its own.
+/// Makes `command` start in its own session.
 pub(crate) fn of_its_own(command: &mut Command) {
-    // SAFETY: setsid(2) is one system call, and touches nothing of this process's memory.
+    // SAFETY: setsid(2) is a single system call and does not access the memory of this process.
     unsafe {
         command.pre_exec(|| {
             nix::unistd::setsid()?;

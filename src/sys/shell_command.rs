@@ -1,8 +1,8 @@
-//! Runs a command of the user's for its output.
+//! Runs a command of the user and returns its output.
 //!
-//! The command may ask a person for something, as it may when terraform runs it. So it is in the process group of this
-//! process, reads the terminal if this process may, gets the same keys, and is stopped and continued together with this
-//! process. When nobody may be asked, it has no terminal.
+//! The command may prompt a person, as it may when terraform runs it. So it is in the process group of this process,
+//! can read the terminal if this process can, receives the signals of the same keys, and is stopped and continued
+//! together with this process. If the command may not prompt a person, it has no terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,28 +21,28 @@ use super::session;
 use super::terminal::{Modes, Terminal};
 use super::wait;
 
-/// The most bytes of output that are kept, 64 KiB.
+/// The maximum number of bytes of output that are kept: 64 KiB. The rest is discarded.
 const MAX_OUTPUT_BYTES: usize = 1 << 16;
 
-/// How often to check whether the command has exited.
+/// The interval between two checks whether the command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Whether a command may ask a person for something.
+/// Whether a command may prompt a person.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Asks {
-    /// It may ask the person at the terminal of this process.
+    /// It may prompt the person at the terminal of this process.
     Person,
-    /// It may ask nobody: it is in a session of its own, without a terminal.
+    /// It may prompt nobody. It is in its own session, without a terminal.
     Nobody,
 }
 
-/// Runs `command` with /bin/sh and returns its exit status and the first 64 KiB of its stdout. Its stderr is that of
-/// this process. So is its stdin if that is a terminal and the command may ask a person; otherwise stdin is /dev/null.
-/// Dropping the future kills the command and all its descendants. When this process is killed, the shell's own process
-/// is killed as well (Linux only: PR_SET_PDEATHSIG, prctl(2)), but not the processes that it has started.
+/// Runs `command` with /bin/sh and returns its exit status and the first 64 KiB of its stdout. It inherits stderr. It
+/// inherits stdin if that is a terminal and the command may prompt a person; otherwise its stdin is /dev/null. Dropping
+/// the future kills the command and all its descendants. If this process is killed, the kernel kills the shell as well
+/// (Linux only: PR_SET_PDEATHSIG, prctl(2)), but not the processes that the shell has started.
 ///
 /// # Errors
-/// When no process or no pipe can be created, or when waiting for the command fails.
+/// An error if no process or no pipe can be created, or if waiting for the command fails.
 pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus, Vec<u8>)> {
     let mut running = Running::start(command, asks)?;
     let stdout = running.child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -53,13 +53,13 @@ pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus,
         tokio::select! {
             read = stdout.read(&mut buffer) => match read {
                 Ok(length @ 1..) => keep(&mut printed, &buffer[..length]),
-                // The command has closed its output. What remains is to wait for its exit.
+                // The command has closed its output. Now wait for its exit.
                 _ => break,
             },
             () = sleep(POLL_INTERVAL) => {
                 if let Some(status) = running.ended()? {
-                    // A process that the command left in the background holds the pipe open. The pipe now contains all
-                    // that the command printed.
+                    // The pipe is still open, because the command has left a process in the background. The pipe now
+                    // contains all the output of the command itself.
                     while let Ok(length @ 1..) = stdout.try_read(&mut buffer) {
                         keep(&mut printed, &buffer[..length]);
                     }
@@ -81,15 +81,15 @@ fn keep(printed: &mut Vec<u8>, bytes: &[u8]) {
     printed.extend_from_slice(&bytes[..bytes.len().min(room)]);
 }
 
-/// A command that is running.
+/// A command that was started. Dropping this kills the command if it is still running.
 struct Running {
     child: Child,
     pid: Pid,
     asks: Asks,
-    /// Whether the command has exited and was waited for.
+    /// Whether the command has exited and was reaped.
     is_over: bool,
-    /// The terminal that the command may read, and its modes before the command started. `None` if it may read no
-    /// terminal, and once it has exited successfully.
+    /// The terminal that the command may read, and its modes before the command started. `None` if the command may read
+    /// no terminal, or has exited successfully.
     terminal: Option<(Terminal, Modes)>,
 }
 
@@ -104,7 +104,8 @@ impl Running {
             session::of_its_own(&mut shell);
         }
         #[cfg(target_os = "linux")]
-        // SAFETY: prctl(2) with PR_SET_PDEATHSIG is one system call, and touches nothing of this process's memory.
+        // SAFETY: prctl(2) with PR_SET_PDEATHSIG is a single system call and does not access the memory of this
+        // process.
         unsafe {
             shell.pre_exec(|| {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -119,25 +120,25 @@ impl Running {
         Ok(Self { child, pid, asks, is_over: false, terminal })
     }
 
-    /// Returns the exit status of the command, once it has exited. If a key has stopped the command, or if it was
-    /// stopped because it read the terminal from the background, this process stops too. The shell that has this
-    /// process as a job then sees that the job is stopped, and continues both processes.
+    /// Returns the exit status of the command, or `None` if it has not exited. If the command was stopped by a key, or
+    /// because it read the terminal in the background, this process stops too. The shell of which this process is a job
+    /// then notices that the job is stopped, and later continues both processes.
     fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
-        // Any other stop signal was sent by a process, not by the terminal.
+        // Any other stop signal is from a process, not from the terminal.
         if let Some(signal @ (Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) = stopped {
-            // The shell may have made this group the foreground group after the command was stopped for being in the
-            // background.
+            // After the command was stopped because it was in the background, the shell may have made this group the
+            // foreground process group. Then this process must not stop.
             if signal == Signal::SIGTSTP || !Terminal::is_our_turn() {
                 raise(Signal::SIGSTOP)?;
             }
-            // The shell may have continued this process alone.
+            // The shell may have continued this process only, so continue the command too.
             let _ = kill(self.pid, Signal::SIGCONT);
         }
         let status = self.child.try_wait()?;
         self.is_over |= status.is_some();
         if status.is_some_and(|status| status.success()) {
-            // The command has restored the terminal's modes, or meant to leave them as they are.
+            // A successful command has restored the terminal's modes, or has changed them on purpose.
             self.terminal = None;
         }
         Ok(status)
@@ -150,16 +151,16 @@ impl Drop for Running {
             kill_with_descendants(self.pid);
             let _ = self.child.wait();
         }
-        // A command that was killed, by this process or by a key, has not restored the terminal's modes: a person would
-        // type without seeing it.
+        // A command that was killed, by this process or by a key, has not restored the terminal's modes. For example,
+        // the terminal might not echo what a person types.
         if let Some((terminal, modes)) = self.terminal.as_ref().filter(|_| Terminal::is_our_turn()) {
             let _ = terminal.set_modes(modes);
         }
     }
 }
 
-/// Kills the child process `root`, which was not waited for, and all its descendants. They are stopped first: a stopped
-/// process starts no process, and it does not exit, which would give its children another parent.
+/// Kills the child process `root`, which must not have been reaped, and all its descendants. They are stopped first,
+/// because a stopped process starts no other process. It does not exit either, so its children are not reparented.
 fn kill_with_descendants(root: Pid) {
     let _ = kill(root, Signal::SIGSTOP);
     let mut stopped: Vec<(Process, OwnedFd)> = Vec::new();
@@ -172,7 +173,7 @@ fn kill_with_descendants(root: Pid) {
         }
         for process in new {
             let Ok(handle) = process::open_pidfd(process.pid) else { continue };
-            // The pid may have been given to another process before the descriptor was opened.
+            // Before the descriptor was opened, the pid may have been reused for another process.
             let same = |now: &Process| now.parent == process.parent && now.start == process.start;
             if Process::look_up(process.pid).as_ref().is_some_and(same) {
                 let _ = process::signal(&handle, Signal::SIGSTOP);

@@ -1,11 +1,11 @@
-//! clone(2) or fork(2), and execve(2), to start terraform.
+//! Starts terraform with clone(2) or fork(2), and execve(2).
 //!
-//! `std::process::Command` cannot do what is needed between the two calls: join a process group, *then* discard the
-//! signals that are already pending for the child, with every signal blocked until then. Without this, a ^C between
-//! fork and setpgid reaches the child twice: as a member of the group of `tf`, and again when `tf` passes it on.
+//! `std::process::Command` cannot do two necessary things between the two calls, with every signal blocked: join a
+//! process group, and after that discard the signals that are already pending for the child. Without this, a ^C between
+//! fork and setpgid reaches the child twice: once as a member of the group of `tf`, and once when `tf` passes it on.
 //!
-//! On Linux the child uses the memory of this process until execve(2), as posix_spawn(3) does it. A copy of the address
-//! space would cost more than everything else that starts terraform.
+//! On Linux the child uses the memory of this process until execve(2), as with posix_spawn(3). A copy of the address
+//! space would cost more time than all other steps of starting terraform.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -18,13 +18,13 @@ use nix::unistd::Pid;
 
 use super::{descriptor, disposition, entry};
 
-/// A program, its arguments and its environment, in the form that execve(2) takes.
+/// A program, its arguments and its environment, in the form that execve(2) requires.
 ///
-/// Everything is allocated here, before the fork, because nothing may allocate between fork and exec
+/// All memory is allocated here, before the fork, because no allocation is allowed between fork and exec
 /// (signal-safety(7)).
 pub(crate) struct Image {
     path: CString,
-    // The pointers of `argv` and `envp` point into these.
+    // The pointers in `argv` and `envp` point into these two lists.
     _arguments: Vec<CString>,
     _environment: Vec<CString>,
     argv: Vec<*const libc::c_char>,
@@ -35,8 +35,8 @@ impl Image {
     /// Creates the image of the program at `path`. `arguments` begins with the name of the program (argv\[0\]).
     ///
     /// # Errors
-    /// `InvalidInput` when a string contains a zero byte. A string that this process received by exec cannot contain
-    /// one.
+    /// `InvalidInput` if a string contains a zero byte. This cannot happen with a string that this process received by
+    /// exec.
     pub(crate) fn new<'a>(
         path: &Path,
         arguments: impl IntoIterator<Item = &'a OsStr>,
@@ -59,10 +59,10 @@ impl Image {
         Ok(Self { path, _arguments: arguments, _environment: environment, argv, envp })
     }
 
-    /// Replaces this process with the program. Returns only if that fails, with the error of execve(2).
+    /// Replaces this process with the program. Returns only if this fails, with the error of execve(2).
     pub(crate) fn exec(&self) -> io::Error {
         restore_entry();
-        // SAFETY: path, argv and envp are zero-terminated and live as long as `self`.
+        // SAFETY: path, argv and envp are zero-terminated and valid as long as `self`.
         unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
         io::Error::last_os_error()
     }
@@ -72,8 +72,8 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
-/// Restores what Rust's runtime changed before `main`: the disposition of SIGPIPE, and closed standard descriptors.
-/// Async-signal-safe.
+/// Restores the state that Rust's runtime changed before `main`: the disposition of SIGPIPE, and the closed standard
+/// descriptors. This function is async-signal-safe.
 fn restore_entry() {
     if entry::sigpipe_ignored() {
         disposition::set_ignored(Signal::SIGPIPE);
@@ -81,45 +81,45 @@ fn restore_entry() {
         disposition::set_default(Signal::SIGPIPE);
     }
     for descriptor in entry::closed_standard_descriptors() {
-        // SAFETY: the runtime opened /dev/null there. Nothing uses it in a process that is about to exec.
+        // SAFETY: the runtime opened /dev/null as this descriptor. A process that is about to exec does not use it.
         unsafe { libc::close(descriptor) };
     }
 }
 
-/// How the child is set up before it becomes the program.
+/// The settings for the child, which are applied before it becomes the program.
 pub(crate) struct Setup<'a> {
-    /// Whether the child gets a process group of its own. Otherwise it stays in the group of this process.
+    /// Whether the child is in a new process group. If not, it remains in the group of this process.
     pub(crate) own_group: bool,
-    /// What becomes descriptor 1 and descriptor 2 of the child. `None` where it inherits that of this process.
+    /// The new descriptors 1 and 2 of the child. For `None`, the child inherits the descriptor of this process.
     pub(crate) redirect: [Option<BorrowedFd<'a>>; 2],
-    /// The signal mask that the child gets.
+    /// The child's signal mask.
     pub(crate) mask: &'a SigSet,
-    /// The signals that the child must ignore, because this process ignored them when it started.
+    /// The signals that the child must ignore, because they were ignored at the start of this process.
     pub(crate) ignored: &'a [Signal],
-    /// A socket, and the bytes that the child writes into it before exec, followed by its own pid in 4 bytes. So the
-    /// process that reads the socket knows of the child before anything can happen to this process. Of the bytes, at
-    /// most 12 are written.
+    /// A socket, and the bytes that the child writes into it before exec. The child appends its own pid, in 4 bytes. So
+    /// the process that reads the socket learns the pid even if this process is killed right after the start. At most
+    /// 12 of the bytes are written.
     pub(crate) announce: Option<(BorrowedFd<'a>, &'a [u8])>,
 }
 
-/// Signals that a terminal or a group kill may have sent to the group of this process while the child was still in it.
-/// Ignoring a signal discards it.
+/// The signals that a terminal or a kill of the whole group may have sent to the child while it was still in the group
+/// of this process. The child ignores each of them once, which discards a pending signal.
 const STRAY: [Signal; 6] =
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGCONT];
 
-/// Starts `image` as a child process and returns its pid. There must be one thread.
+/// Starts `image` as a child process and returns its pid. This process must have one thread.
 ///
 /// # Errors
-/// When no pipe can be created, or with the error of fork(2) or execve(2): `NotFound`, `PermissionDenied`, ENOEXEC...
+/// An error if no pipe can be created, or the error of fork(2) or execve(2): `NotFound`, `PermissionDenied`, ENOEXEC...
 pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     let (report, reporter) = descriptor::pipe()?;
     let blocked = AllBlocked::now()?;
     let pid = start_child(&Child { image, setup, reporter: reporter.as_raw_fd() })?;
     drop((reporter, blocked));
     if setup.own_group {
-        // The parent and the child both call setpgid, so that the group exists whichever of them continues first.
-        // SAFETY: setpgid on a child of this process. If the child has already called exec, this fails with EACCES,
-        // which is harmless.
+        // Both the parent and the child call setpgid, so that the group exists, whichever of the two continues first.
+        // SAFETY: this is setpgid for a child of this process. If the child has already called exec, the call fails
+        // with EACCES, which has no consequences.
         unsafe { libc::setpgid(pid.as_raw(), pid.as_raw()) };
     }
     match exec_error(&report) {
@@ -131,47 +131,48 @@ pub(crate) fn spawn(image: &Image, setup: &Setup<'_>) -> io::Result<Pid> {
     }
 }
 
-/// What the child needs to become the program.
+/// The data that the child needs to become the program.
 struct Child<'a> {
     image: &'a Image,
     setup: &'a Setup<'a>,
-    /// Where the child writes the error of execve(2).
+    /// The descriptor into which the child writes the error of execve(2).
     reporter: RawFd,
 }
 
-/// Starts the child, which shares the memory of this process, and waits until it has called execve(2) or has exited
-/// (`CLONE_VM` and `CLONE_VFORK`, clone(2)). It has descriptors, signal dispositions and a signal mask of its own.
+/// Starts the child, which shares the memory of this process, and waits until the child has called execve(2) or has
+/// exited (`CLONE_VM` and `CLONE_VFORK`, clone(2)). The child has its own descriptors, signal dispositions and signal
+/// mask.
 ///
-/// Three things could go wrong in shared memory, and none of them does:
+/// Shared memory is safe here, for three reasons:
 ///
-/// - The child writes only to its own stack and to `errno`, and this process reads neither while it waits.
-/// - No signal handler of `tf` can run in the child: every signal is blocked until right before execve(2), and `tf`
-///   handles none but SIGSEGV and SIGBUS, which end a process that has a fault.
-/// - If this process is killed meanwhile, its memory exists until the child no longer uses it. So the child still
+/// - The child writes only to its own stack and to `errno`. This process reads neither of them while it waits.
+/// - No signal handler of `tf` can run in the child. Every signal is blocked until right before execve(2), and `tf`
+///   handles only SIGSEGV and SIGBUS, which end a process that causes a fault.
+/// - If this process is killed while it waits, its memory exists until the child no longer uses it. So the child still
 ///   becomes terraform, and the guardian learns its pid.
 ///
-/// While this process waits, it cannot be stopped, and SIGKILL alone ends it. It waits for some system calls of the
-/// child, and for as long as the child is stopped, if somebody sends SIGSTOP to it.
+/// While this process waits, it cannot be stopped, and only SIGKILL ends it. The wait lasts for a few system calls of
+/// the child. If the child is stopped with SIGSTOP, the wait lasts until the child is continued.
 ///
 /// # Errors
-/// The error of clone(2): `EAGAIN` when there may be no more processes.
+/// The error of clone(2): `EAGAIN` if the limit on processes is reached.
 #[cfg(target_os = "linux")]
 fn start_child(child: &Child<'_>) -> io::Result<Pid> {
-    /// The size of the child's stack, in units of 16 bytes, which is also its alignment. The child needs less than 1
-    /// KiB of these 64 KiB, and a debug build not much more.
+    /// The size of the child's stack: 64 KiB, in units of 16 bytes. 16 bytes are also the stack's alignment. The child
+    /// needs less than 1 KiB, and only slightly more in a debug build.
     const STACK: usize = 4096;
 
     extern "C" fn run(child: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: this is the `child` of `start_child`, which waits.
+        // SAFETY: the pointer is to the `child` of `start_child`, which waits meanwhile.
         become_program(unsafe { &*child.cast::<Child<'_>>() })
     }
 
     let mut stack: Vec<u128> = Vec::with_capacity(STACK);
     let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-    // SAFETY: the stack grows down from `top`, and it lives until the child no longer uses it, because this process
-    // waits for that. There is one thread (asserted by the caller), so no lock of the C library is held. What the child
-    // does is described above.
+    // SAFETY: the stack grows down from `top`. It exists until the child no longer uses it, because this process waits
+    // for that. There is one thread (a condition for the caller), so no lock of the C library is held. The comment of
+    // this function describes what the child does.
     let pid = unsafe { libc::clone(run, top.cast(), flags, std::ptr::from_ref(child).cast_mut().cast()) };
     if pid == -1 { Err(io::Error::last_os_error()) } else { Ok(Pid::from_raw(pid)) }
 }
@@ -179,10 +180,10 @@ fn start_child(child: &Child<'_>) -> io::Result<Pid> {
 /// Starts the child as a copy of this process.
 ///
 /// # Errors
-/// The error of fork(2): `EAGAIN` when there may be no more processes.
+/// The error of fork(2): `EAGAIN` if the limit on processes is reached.
 #[cfg(not(target_os = "linux"))]
 fn start_child(child: &Child<'_>) -> io::Result<Pid> {
-    // SAFETY: there is one thread (asserted by the caller), and the child calls only async-signal-safe functions.
+    // SAFETY: there is one thread (a condition for the caller), and the child calls only async-signal-safe functions.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => become_program(child),
@@ -190,8 +191,8 @@ fn start_child(child: &Child<'_>) -> io::Result<Pid> {
     }
 }
 
-/// Keeps every signal blocked until this is dropped in the parent. A forked child inherits that mask, and sets another
-/// one if it needs one.
+/// Blocks every signal until this value is dropped in the parent. A forked child inherits the blocked mask, and must
+/// set another mask if it needs one.
 pub(super) struct AllBlocked(SigSet);
 
 impl AllBlocked {
@@ -209,7 +210,7 @@ impl Drop for AllBlocked {
 }
 
 fn become_program(&Child { image, setup, reporter }: &Child<'_>) -> ! {
-    // SAFETY: only async-signal-safe calls on memory that was prepared before the fork (signal-safety(7)).
+    // SAFETY: all calls are async-signal-safe, on memory that was prepared before the fork (signal-safety(7)).
     unsafe {
         if setup.own_group {
             libc::setpgid(0, 0);
@@ -243,8 +244,8 @@ fn become_program(&Child { image, setup, reporter }: &Child<'_>) -> ! {
     }
 }
 
-/// Waits until the child has become the program, which closes the pipe, or has reported why it could not. `None` if it
-/// has reported no error.
+/// Waits until the child has become the program, which closes the pipe, or has reported its error. `None` if it has
+/// reported no error.
 fn exec_error(report: &OwnedFd) -> Option<io::Error> {
     let mut number = [0; size_of::<i32>()];
     match nix::unistd::read(report, &mut number) {

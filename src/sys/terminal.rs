@@ -1,4 +1,4 @@
-//! The controlling terminal: which process group may read it, and in which modes.
+//! The controlling terminal: its foreground process group, and its modes.
 
 use std::fs::File;
 use std::io;
@@ -12,12 +12,12 @@ use nix::unistd::{self, Pid};
 #[derive(Debug)]
 pub(crate) struct Terminal(File);
 
-/// The modes of a terminal that decide whether its reader reads lines or single bytes, and whether it echoes.
+/// The modes of a terminal, for example whether a reader gets lines or single bytes, and whether the terminal echoes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Modes(Termios);
 
 impl Terminal {
-    /// Opens `/dev/tty` (tty(4)). `None` when this process has no controlling terminal.
+    /// Opens `/dev/tty` (tty(4)). `None` if this process has no controlling terminal.
     pub(crate) fn open() -> Option<Self> {
         File::options()
             .read(true)
@@ -28,15 +28,15 @@ impl Terminal {
             .map(Self)
     }
 
-    /// Returns whether this process has a terminal, and its process group is the one that may read it.
+    /// Returns whether this process has a terminal and is in the terminal's foreground process group.
     pub(crate) fn is_our_turn() -> bool {
         Self::open().is_some_and(|terminal| terminal.foreground().is_ok_and(|group| group == unistd::getpgrp()))
     }
 
-    /// Returns the foreground process group, which gets the signals of the terminal's keys and may read the terminal.
+    /// Returns the foreground process group. It receives the signals of the terminal's keys and may read the terminal.
     ///
     /// # Errors
-    /// ENOTTY or EIO when the terminal is gone.
+    /// ENOTTY or EIO if the terminal no longer exists.
     pub(crate) fn foreground(&self) -> io::Result<Pid> {
         Ok(unistd::tcgetpgrp(&self.0)?)
     }
@@ -44,21 +44,21 @@ impl Terminal {
     /// Makes `group` the foreground process group. SIGTTOU must be blocked (tcsetpgrp(3)).
     ///
     /// # Errors
-    /// EPERM when `group` is not in the session of this process, ENOTTY or EIO when the terminal is gone.
+    /// EPERM if `group` is not in the session of this process; ENOTTY or EIO if the terminal no longer exists.
     pub(crate) fn set_foreground(&self, group: Pid) -> io::Result<()> {
         Ok(unistd::tcsetpgrp(&self.0, group)?)
     }
 
-    /// Returns the current modes of the terminal. `None` when the terminal is gone.
+    /// Returns the current modes of the terminal. `None` if the terminal no longer exists.
     pub(crate) fn modes(&self) -> Option<Modes> {
         termios::tcgetattr(&self.0).ok().map(Modes)
     }
 
-    /// Sets the modes of the terminal at once. This process must be in the foreground group: a background process is
-    /// stopped for this (tcsetattr(3)).
+    /// Sets the modes of the terminal immediately. This process must be in the foreground process group, because the
+    /// kernel stops a background process that sets them (tcsetattr(3)).
     ///
     /// # Errors
-    /// ENOTTY or EIO when the terminal is gone.
+    /// ENOTTY or EIO if the terminal no longer exists.
     pub(crate) fn set_modes(&self, modes: &Modes) -> io::Result<()> {
         Ok(termios::tcsetattr(&self.0, SetArg::TCSANOW, &modes.0)?)
     }

@@ -6,8 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// A backend block as `init` caches it. It may hold credentials, so its `Debug` output leaves the values out, and `tf`
-/// never writes it anywhere.
+/// A backend block in the form in which `init` caches it. It may contain credentials, so its `Debug` output does not
+/// contain the values, and `tf` never writes it to a file.
 #[derive(Clone, PartialEq)]
 pub(crate) struct CachedBackend {
     /// The type of the backend: `s3`, `http`, `local`...
@@ -16,27 +16,27 @@ pub(crate) struct CachedBackend {
     origin: BackendOrigin,
 }
 
-/// Which program and version wrote a backend block, as far as that changes the meaning of the block.
+/// The program and version that wrote a backend block, as far as they change the meaning of the block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BackendOrigin {
-    /// OpenTofu wrote it, not Terraform.
+    /// Whether OpenTofu wrote the block, and not Terraform.
     opentofu: bool,
-    /// A version before 1.6 wrote it. The S3 backend used another SDK then.
+    /// Whether a version before 1.6 wrote the block. The S3 backend used another SDK then.
     before_1_6: bool,
 }
 
 impl BackendOrigin {
-    /// Whether a version before 1.6 wrote the block. In such a version, access keys in the environment take precedence
-    /// over a profile in the block.
+    /// Whether a version before 1.6 wrote the block. In such a version, access keys in the environment override a
+    /// profile in the block.
     pub(crate) fn is_before_1_6(self) -> bool {
         self.before_1_6
     }
 
-    /// Derives the origin from the `terraform_version` of the file and from the attributes of the block.
+    /// Derives the origin from the file's `terraform_version` and from the attributes of the block.
     ///
-    /// Terraform and OpenTofu write their version into the same field, so the version does not tell them apart.
-    /// OpenTofu is recognized by attributes that only its schema has, set or not. OpenTofu up to 1.9 is taken for
-    /// Terraform.
+    /// Terraform and OpenTofu write their version into the same field, so the version does not show which of them wrote
+    /// the block. OpenTofu is recognized by attributes that only its schema has, even if they are not set. OpenTofu up
+    /// to 1.9 is taken for Terraform.
     fn of(version: &str, config: &Map<String, Value>) -> Self {
         let has = |name: &str| config.contains_key(name);
         let numbers: Vec<u32> = version.split('.').map_while(|part| part.parse().ok()).collect();
@@ -48,7 +48,7 @@ impl BackendOrigin {
 }
 
 impl CachedBackend {
-    /// Parses the file. `None` if it is not a cached backend, or contains no backend.
+    /// Parses the content of the file. `None` if it is not such a file, or if no backend is cached in it.
     pub(crate) fn parse(json: &[u8]) -> Option<Self> {
         let Value::Object(mut file) = serde_json::from_slice(json).ok()? else { return None };
         let Value::Object(mut backend) = file.remove("backend")? else { return None };
@@ -62,8 +62,8 @@ impl CachedBackend {
         Some(Self { kind, config, origin })
     }
 
-    /// Builds a block from a plan or from the configuration, as an `init` of this `version` would cache it. An empty
-    /// `version` counts as 1.6 or later.
+    /// Creates a block from a plan or from the configuration, in the form in which an `init` of this `version` would
+    /// cache it. An empty `version` counts as 1.6 or later.
     pub(crate) fn of_parts(kind: &str, config: Map<String, Value>, version: &str) -> Self {
         let origin = BackendOrigin::of(version, &config);
         Self { kind: kind.to_owned(), config, origin }
@@ -74,61 +74,64 @@ impl CachedBackend {
         self.origin.opentofu
     }
 
-    /// Which program and version wrote the block.
+    /// Returns the program and version that wrote the block.
     pub(crate) fn origin(&self) -> BackendOrigin {
         self.origin
     }
 
-    /// The value of a string attribute, which may be empty. `None` if the attribute is not set or is not a string.
+    /// Returns the value of a string attribute, which may be empty. `None` if the attribute is not set or is not a
+    /// string.
     pub(crate) fn text(&self, name: &str) -> Option<&str> {
         self.value(name)?.as_str()
     }
 
-    /// The value of a number attribute. `None` if it is not set, or is not a non-negative whole number.
+    /// Returns the value of a number attribute. `None` if it is not set, or is not a non-negative whole number.
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
         self.value(name)?.as_u64()
     }
 
-    /// The value of a string attribute. `None` if it is not set or is empty. `outer.inner` names an attribute inside a
-    /// nested one.
+    /// Returns the value of a string attribute. `None` if it is not set or is empty. In all these functions, the name
+    /// of an attribute inside a nested one has the form `outer.inner`.
     pub(crate) fn string(&self, name: &str) -> Option<&str> {
         self.value(name)?.as_str().filter(|value| !value.is_empty())
     }
 
-    /// The value of a boolean attribute; false if it is not set.
+    /// Returns the value of a boolean attribute. False if it is not set.
     pub(crate) fn flag(&self, name: &str) -> bool {
         self.value(name).and_then(Value::as_bool).unwrap_or(false)
     }
 
-    /// The values of a list or set of strings; empty if the attribute is not set.
+    /// Returns the values of a list or set of strings. Empty if the attribute is not set.
     pub(crate) fn strings(&self, name: &str) -> Vec<&str> {
         let values = self.value(name).and_then(Value::as_array);
         values.into_iter().flatten().filter_map(Value::as_str).collect()
     }
 
-    /// The entries of a map of strings; empty if the attribute is not set.
+    /// Returns the entries of a map of strings. Empty if the attribute is not set.
     pub(crate) fn pairs(&self, name: &str) -> Vec<(&str, &str)> {
         let map = self.value(name).and_then(Value::as_object);
         map.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?))).collect()
     }
 
-    /// The names of the attributes that are set; see [`is_unset`].
+    /// Returns the names of the attributes that are set (not [`is_unset`]).
     pub(crate) fn set_attributes(&self) -> impl Iterator<Item = &str> {
         self.config.iter().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str())
     }
 
-    /// The names of the attributes that are set inside the nested attribute `name`; empty if that one is not set.
+    /// Returns the names of the attributes that are set inside the nested attribute `name`. Empty if `name` itself is
+    /// not set.
     pub(crate) fn nested(&self, name: &str) -> Vec<&str> {
         let nested = self.value(name).and_then(Value::as_object);
         nested.into_iter().flatten().filter(|(_, value)| !is_unset(value)).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Builds a block from values that the caller already has, with a known origin.
+    /// Creates a block from values that the caller already has, with a known origin.
     pub(crate) fn from_parts(kind: &str, config: Map<String, Value>, origin: BackendOrigin) -> Self {
         Self { kind: kind.to_owned(), config, origin }
     }
 
-    /// The attributes that are not `null`, including empty ones, with their values. The values may contain secrets.
+    /// Returns the attributes that are not `null`, with their values. An attribute may be empty. The values may contain
+    /// secrets.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.config.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.as_str(), value))
     }
@@ -140,7 +143,7 @@ impl CachedBackend {
         }
     }
 
-    /// Whether the state of some workspace can have this S3 key.
+    /// Whether this is the S3 key of the state of some workspace.
     pub(crate) fn has_state(&self, key: &str) -> bool {
         /// A name that no workspace can have.
         const NAME: &str = "\u{0}";
@@ -148,21 +151,22 @@ impl CachedBackend {
             return true;
         }
         let Some(whole) = self.state_key(NAME) else { return false };
-        // The key of a workspace's state is `before`, the name of the workspace, and `behind`. If the block's key
-        // contains `..`, the name can drop out of the path, and then all workspaces but `default` share one key.
+        // The key of a workspace's state is `before`, then the name of the workspace, then `behind`. If the block's key
+        // contains `..`, the joined path may no longer contain the name. All workspaces except `default` then share one
+        // key.
         let Some((before, behind)) = whole.split_once(NAME) else { return whole == key };
         let name = key.strip_prefix(before).and_then(|rest| rest.strip_suffix(behind));
         name.is_some_and(|name| !name.is_empty() && !name.contains('/'))
     }
 
-    /// The S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`). `None` if the block has no
-    /// key.
+    /// Returns the S3 key of a workspace's state (backend/remote-state/s3/backend_state.go, `path`). `None` if the
+    /// block has no key.
     pub(crate) fn state_key(&self, workspace: &str) -> Option<String> {
         let key = self.string("key")?;
         if workspace == "default" {
             return Some(key.to_owned());
         }
-        // An empty prefix is not the same as an unset one.
+        // An empty prefix differs from an unset one, which means `env:`.
         let prefix = self.value("workspace_key_prefix").and_then(Value::as_str).unwrap_or("env:");
         Some(join_path(&[prefix, workspace, key]))
     }
@@ -188,7 +192,7 @@ fn join_path(parts: &[&str]) -> String {
     }
 }
 
-/// Whether an attribute is not set: it is `null` or empty, or a map without a value that is set.
+/// Whether an attribute is not set: it is `null` or empty, or it is a map in which no value is set.
 pub(crate) fn is_unset(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -209,7 +213,7 @@ impl fmt::Debug for CachedBackend {
 pub(crate) mod tests {
     use super::*;
 
-    /// Returns an S3 backend with these attributes, as `init` caches it.
+    /// Returns an S3 backend with the attributes in `config`, in the form in which `init` caches it.
     pub(crate) fn backend(config: &str) -> CachedBackend {
         let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config},"hash":1}}}}"#);
         CachedBackend::parse(json.as_bytes()).unwrap()

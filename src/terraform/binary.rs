@@ -1,47 +1,48 @@
-//! Which terraform to run: the next one on PATH that is not this program.
+//! Selects the terraform to run: the first one on PATH that is neither this program nor already in the chain.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The environment variable that names the terraform to run.
+/// The environment variable that contains the path or the name of the terraform to run.
 pub(crate) const OVERRIDE: &str = "TFW_TERRAFORM";
 
-/// The environment variable in which a `tf` lists, for a `tf` below it, the programs that are already in the chain.
+/// The environment variable in which a `tf` lists, for its descendants, the programs that are already in the chain of
+/// wrappers.
 ///
-/// The format is `PID:DEPTH:DEVICE.INODE,...`. If a chain of wrappers leads back to a `tf`, that `tf` must not start
-/// any of these programs again. A `tf` that is not part of the chain must ignore the list: a `tf` inside a provisioner
-/// finds the same variable in its environment, and the terraform that it looks for is in the list.
+/// The format is `PID:DEPTH:DEVICE.INODE,...`. If a wrapper starts another `tf`, that `tf` must not start any of these
+/// programs again. A `tf` that is not part of the chain must ignore the list: for example, a `tf` inside a provisioner
+/// inherits the variable, and the list contains the terraform that it has to start.
 pub(crate) const CHAIN: &str = "TFW_CHAIN";
 
-/// The depth at which [`find`] reports a loop. No real chain has this many wrappers.
+/// The chain length at which [`find`] reports a loop. No real chain has this many wrappers.
 const MAX_CHAIN_DEPTH: u32 = 16;
 
-/// The minimum size of a terraform or tofu executable: 40 MiB, in bytes. Every release is larger (0.15: 80 MB). A
-/// program that only starts terraform is smaller. Other programs are as large (node, vault, kubectl), so a large file
-/// is not necessarily terraform.
+/// The minimum size of a terraform or tofu executable: 40 MiB, in bytes. Every release is larger (0.15: 80 MB), and a
+/// wrapper that only starts terraform is smaller. A large file is not necessarily terraform, because other programs are
+/// as large (node, vault, kubectl).
 pub(crate) const MIN_TERRAFORM_BYTES: u64 = 40 << 20;
 
-/// A terraform to run, and how to run it.
+/// A terraform to run, and the way to run it.
 #[derive(Debug)]
 pub(crate) struct Binary {
     /// The path of the executable.
     pub(crate) path: PathBuf,
-    /// The value of [`CHAIN`] for the environment of the executable.
+    /// The value of [`CHAIN`] in the environment of the executable.
     pub(crate) chain: OsString,
-    /// The parent process is a `tf` that started this one in place of terraform. The parent supervises, so this process
-    /// only execs terraform.
+    /// Whether the parent process is a `tf` that started this process in place of terraform. The parent supervises this
+    /// process, so this process only execs terraform.
     pub(crate) supervised_already: bool,
-    /// Terraform is run instead of setup-terraform's wrapper. The wrapper would have reported the result to the
-    /// workflow, so `tf` must do that.
+    /// Whether `tf` runs terraform directly, in place of setup-terraform's wrapper. That wrapper would have reported
+    /// the result to the workflow, so `tf` must report it.
     pub(crate) for_a_step: bool,
 }
 
 /// Why no terraform was found.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotFound {
-    /// PATH has no program of that name, or only this program and others that are already in the chain.
+    /// PATH has no program with that name, except this program and those that are already in the chain.
     #[error("could not find {name} on PATH after {us}; looked in {}", places(.looked_in))]
     OnPath {
         /// The name that was searched for.
@@ -51,7 +52,7 @@ pub(crate) enum NotFound {
         /// The directories on PATH.
         looked_in: Vec<PathBuf>,
     },
-    /// `TFW_TERRAFORM` does not name an executable program.
+    /// `TFW_TERRAFORM` is not an executable program.
     #[error("{OVERRIDE} is {0:?}, but there is no such program")]
     Override(OsString),
     /// The wrappers start each other in a loop.
@@ -66,14 +67,15 @@ fn places(directories: &[PathBuf]) -> String {
     directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The device and inode numbers of a file. They identify it under any name.
+/// The device and inode numbers of a file. They identify the file under any name.
 type FileIdentity = (u64, u64);
 
 fn identity(path: &Path) -> Option<FileIdentity> {
     fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
-/// The name of the program that `tf` stands in for: `tofu` if `tf` was called by that name, otherwise `terraform`.
+/// Returns the name of the program that `tf` replaces: `tofu` if `tf` was started under that name, otherwise
+/// `terraform`.
 pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
     match called_as.and_then(|path| Path::new(path).file_name()) {
         Some(name) if name == "tofu" => "tofu",
@@ -81,13 +83,13 @@ pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
     }
 }
 
-/// Finds the program `name`: the one that `TFW_TERRAFORM` names, otherwise the first on PATH that is neither this
-/// program nor already in the chain.
+/// Finds the program `name`: the one in `TFW_TERRAFORM`, otherwise the first on PATH that is neither this program nor
+/// already in the chain.
 ///
 /// # Errors
-/// - [`NotFound::OnPath`] if PATH has no such program.
-/// - [`NotFound::Override`] if `TFW_TERRAFORM` does not name an executable program.
-/// - [`NotFound::Loop`] if the chain is already [`MAX_CHAIN_DEPTH`] long.
+/// - [`NotFound::OnPath`] if there is no such program on PATH.
+/// - [`NotFound::Override`] if `TFW_TERRAFORM` is not an executable program.
+/// - [`NotFound::Loop`] if the chain already has [`MAX_CHAIN_DEPTH`] programs or more.
 pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     let us = std::env::current_exe().ok();
     let own = std::process::id();
@@ -101,8 +103,8 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     }
     let supervised_already = descent == Descent::Child;
     if !supervised_already {
-        // A process that only passes through leaves the supervisor as the writer, because the next program in the chain
-        // is a child of the supervisor too.
+        // A process that is already supervised does not become the writer. The supervisor remains the writer, because
+        // after the exec, the next program in the chain is a child of the supervisor too.
         chain.writer = own;
     }
     chain.depth += 1;
@@ -112,14 +114,14 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
         let behind = behind_wrapper(&path, std::env::var_os("TERRAFORM_CLI_PATH"));
         let for_a_step = behind.is_some() && !supervised_already;
         let path = behind.filter(|_| for_a_step).unwrap_or(path);
-        // The program to start is added too: if it is a script that leads back to a `tf`, that `tf` skips it and looks
-        // further.
+        // The program to start is added too. If it is a script that starts a `tf` again, that `tf` skips the script and
+        // searches further.
         chain.seen.extend(identity(&path));
         Binary { path, chain: chain.value(), supervised_already, for_a_step }
     };
     if let Some(wanted) = std::env::var_os(OVERRIDE).filter(|wanted| !wanted.is_empty()) {
         let path = which::which(&wanted).map_err(|_| NotFound::Override(wanted))?;
-        // A `tf` below the wrapper that the variable names inherits the variable, and must ignore it there.
+        // If the variable names a wrapper, a `tf` below that wrapper inherits the variable and must ignore it.
         if identity(&path).is_none_or(|identity| !seen.contains(&identity)) {
             return Ok(found(path));
         }
@@ -135,9 +137,9 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
     }
 }
 
-/// The terraform behind the wrapper of hashicorp/setup-terraform (wrapper/lib/terraform-bin.js). `installed` is the
-/// directory in which setup-terraform put the wrapper. `None` if `path` is not that wrapper, or if there is no
-/// terraform behind it.
+/// Returns the terraform that the wrapper of hashicorp/setup-terraform would start (wrapper/lib/terraform-bin.js).
+/// `installed` is the directory in which setup-terraform has installed the wrapper. `None` if `path` is not that
+/// wrapper, or if there is no terraform next to it.
 fn behind_wrapper(path: &Path, installed: Option<OsString>) -> Option<PathBuf> {
     let installed = installed.filter(|installed| !installed.is_empty())?;
     let behind = Path::new(&installed).join("terraform-bin");
@@ -149,7 +151,7 @@ fn behind_wrapper(path: &Path, installed: Option<OsString>) -> Option<PathBuf> {
 /// The content of [`CHAIN`].
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Chain {
-    /// The PID of the `tf` that wrote it.
+    /// The PID of the `tf` that wrote the value.
     writer: u32,
     depth: u32,
     seen: Vec<FileIdentity>,
@@ -158,11 +160,11 @@ struct Chain {
 /// The relation of this process to the `tf` that wrote the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Descent {
-    /// That `tf` supervises, and started this process in place of terraform.
+    /// The writer supervises this process, and started it in place of terraform.
     Child,
-    /// That `tf` became this process by exec.
+    /// The writer is this process itself, before an exec.
     Same,
-    /// There is another program in between: a script, or a terraform with a provisioner.
+    /// There is another program between the writer and this process: a script, or a terraform with a provisioner.
     Far,
 }
 

@@ -1,4 +1,4 @@
-//! Terraform's command line. It is parsed only as far as `tf` needs, and never changed.
+//! Terraform's command line. `tf` parses only the parts that it needs, and never changes the command line.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 /// The parts of a command line that `tf` needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CommandLine {
-    /// The value of the last `-chdir`; `None` if there is none. Terraform accepts it only before the subcommand and
-    /// only with `=` (main.go, extractChdirOption).
+    /// The value of the last `-chdir`. `None` if there is none. Terraform accepts `-chdir` only before the subcommand
+    /// and only with `=` (main.go, extractChdirOption).
     pub(crate) directory: Option<PathBuf>,
-    /// The subcommand and, after `state`, `workspace` and `providers`, the next word unless that is a flag.
+    /// The subcommand. After `state`, `workspace` and `providers`, also the next word, unless that word is a flag.
     words: Vec<OsString>,
-    /// The words after the subcommand that do not begin with `-`: names of workspaces and files, and also the values of
-    /// flags that are words of their own.
+    /// The words after the subcommand that do not begin with `-`: the names of workspaces and files, and also the
+    /// values of flags, if a value is a separate word.
     pub(crate) operands: Vec<OsString>,
-    /// The values of `-backend-config`, in their order. Each is `NAME=VALUE` or a file.
+    /// The values of `-backend-config`, in their order. Each is `NAME=VALUE` or the path of a file.
     pub(crate) backend_configs: Vec<OsString>,
     asks_for_help_or_version: bool,
 }
@@ -51,27 +51,28 @@ impl CommandLine {
                 }
             }
         };
-        // Directly after the subcommand, `-help` cannot be the value of another flag.
+        // `-help` directly after the subcommand cannot be the value of another flag.
         asks |= operands.first().is_some_and(|first| is_help(first));
         let backend_configs = backend_configs(operands);
         let operands = operands.iter().filter(|operand| !operand.as_bytes().starts_with(b"-")).cloned().collect();
         Self { directory, words, operands, backend_configs, asks_for_help_or_version: asks }
     }
 
-    /// The subcommand as terraform's help writes it: `apply`, `state mv`. Empty if there is none.
+    /// Returns the subcommand in the form of terraform's help: `apply`, `state mv`. Empty if there is none.
     pub(crate) fn command(&self) -> String {
         let words: Vec<_> = self.words.iter().map(|word| word.to_string_lossy()).collect();
         words.join(" ")
     }
 
-    /// Whether the command can take a state lock. An unknown command is assumed to.
+    /// Whether the command can take a state lock. True for an unknown command.
     ///
-    /// Nearly every command can, including those that only read: the S3 backend locks while it creates the state of a
-    /// workspace that does not exist yet, whichever command asks for that state
+    /// Nearly every command can take a lock, even one that only reads. The reason is that the S3 backend takes a lock
+    /// while it creates the state of a workspace that does not exist yet, for any command that needs that state
     /// (backend/remote-state/s3/backend_state.go, StateMgr).
     ///
-    /// `more_arguments` says that `TF_CLI_ARGS` or a `TF_CLI_ARGS_*` variable is set. Terraform inserts those words
-    /// after the first word that is not a flag (main.go, mergeEnvArgs), where they may turn one command into another.
+    /// `more_arguments` is true if `TF_CLI_ARGS` or a `TF_CLI_ARGS_*` variable is set. Terraform inserts the words of
+    /// these variables after the first word that is not a flag (main.go, mergeEnvArgs). There they may change the
+    /// command.
     pub(crate) fn can_lock(&self, more_arguments: bool) -> bool {
         let words: Vec<_> = self.words.iter().map(|word| word.as_bytes()).collect();
         match words.as_slice() {
@@ -83,8 +84,8 @@ impl CommandLine {
         }
     }
 
-    /// Whether terraform ignores every SIGINT and SIGTERM while this command runs. Terraform catches both for all
-    /// commands (commands.go, makeShutdownCh), but these commands never check whether one arrived.
+    /// Whether terraform ignores every SIGINT and SIGTERM during this command. Terraform catches both signals for all
+    /// commands (commands.go, makeShutdownCh), but these commands never check whether a signal has arrived.
     pub(crate) fn ignores_interrupts(&self) -> bool {
         let first = self.words.first().map(|word| word.as_bytes());
         matches!(
@@ -109,15 +110,16 @@ impl CommandLine {
         logs_its_lock(&self.command())
     }
 
-    /// The plan that `apply` applies: the last word after `apply` that names a file. `None` if there is none, or for
-    /// another command. This is a guess: only terraform knows which words are values of flags.
+    /// Returns the path of the plan that `apply` applies: the last word after `apply` that is the path of a file.
+    /// `None` if there is no such word, or for another command. The result is a guess, because only terraform can
+    /// distinguish the values of flags from other words.
     pub(crate) fn plan(&self, current: &Path) -> Option<PathBuf> {
         let directory = self.working_directory(current);
         let mut words = self.operands.iter().rev().filter(|_| self.command() == "apply");
         words.find_map(|word| Some(directory.join(word)).filter(|path| path.is_file()))
     }
 
-    /// The directory in which terraform works: `current`, changed by `-chdir`.
+    /// Returns the directory in which terraform works: `current`, changed by `-chdir`.
     pub(crate) fn working_directory(&self, current: &Path) -> PathBuf {
         match &self.directory {
             Some(directory) => current.join(directory),
@@ -126,12 +128,12 @@ impl CommandLine {
     }
 }
 
-/// Does the same as [`CommandLine::logs_its_lock`] for `command`, in the form that [`CommandLine::command`] returns.
+/// Returns the same as [`CommandLine::logs_its_lock`] for `command`, which has the form of [`CommandLine::command`].
 pub(crate) fn logs_its_lock(command: &str) -> bool {
     matches!(command, "plan" | "apply" | "destroy" | "refresh" | "import" | "console")
 }
 
-/// Returns the values of `-backend-config` in `arguments`. A value follows a `=`, or is the next word.
+/// Returns the values of `-backend-config` in `arguments`. A value is the text after `=`, or the next word.
 pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     let mut found = Vec::new();
     let mut arguments = arguments.iter();
@@ -147,12 +149,12 @@ pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     found
 }
 
-/// Whether the argument asks for help (hashicorp/cli, `processArgs`).
+/// Whether the argument requests help (hashicorp/cli, `processArgs`).
 fn is_help(argument: &OsStr) -> bool {
     ["-h", "-help", "--help"].iter().any(|name| argument == *name)
 }
 
-/// Whether terraform turns the argument into the `version` command (main.go).
+/// Whether terraform replaces the argument with the `version` command (main.go).
 fn is_version(argument: &OsStr) -> bool {
     ["-v", "-version", "--version"].iter().any(|name| argument == *name)
 }

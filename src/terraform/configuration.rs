@@ -1,9 +1,9 @@
-//! The backend that the configuration and the arguments of an `init` ask for. A migration locks this backend as well as
-//! the cached one. If `init` is killed during a migration, the data directory names only the cached one.
+//! The backend that the configuration and the arguments of an `init` specify. A migration locks this backend as well as
+//! the cached one. If `init` is killed during a migration, the data directory contains only the cached one.
 //!
-//! A backend block contains only literals (internal/configs/backend.go decodes it without variables). OpenTofu allows
-//! variables there. An attribute that depends on a variable is left out; if the location of a lock depends on such an
-//! attribute, the lock is reported and not released.
+//! In Terraform, a backend block contains only literals (internal/configs/backend.go decodes it without variables).
+//! OpenTofu allows variables there. An attribute that depends on a variable is left out. If the location of a lock
+//! depends on such an attribute, the lock is reported and not released.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,8 +21,8 @@ use crate::sys::plain_file;
 /// The maximum size of a configuration file: 8 MiB, in bytes. Larger files are ignored.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 
-/// Returns the backend that the configuration in `directory` names, with the values of `-backend-config` applied.
-/// `None` if no file has a backend block that can be parsed.
+/// Returns the backend of the configuration in `directory`, with the values of `-backend-config` applied. `None` if no
+/// file has a backend block that can be parsed.
 pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
     let mut found = None;
     let (plain, overriding): (Vec<_>, Vec<_>) = files(directory).into_iter().partition(|path| !overrides(path));
@@ -42,8 +42,8 @@ pub(crate) fn is_there(directory: &Path) -> bool {
     !files(directory).is_empty()
 }
 
-/// The sorted paths of the configuration files that Terraform reads (internal/configs/parser_config_dir.go), and of
-/// those that only OpenTofu reads.
+/// Returns the sorted paths of the configuration files that Terraform reads (internal/configs/parser_config_dir.go),
+/// and of those that only OpenTofu reads.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let is_read = |path: &PathBuf| {
@@ -85,8 +85,8 @@ fn small(path: &Path) -> Option<String> {
     (length as u64 <= MAX_FILE_BYTES).then_some(text)
 }
 
-/// Finds the backend in a JSON file: `{"terraform": {"backend": {"s3": {...}}}}`, where each object may also be a list
-/// of such objects.
+/// Returns the type and the attributes of the backend in a JSON file: `{"terraform": {"backend": {"s3": {...}}}}`. Each
+/// of these objects may also be a list of such objects. `None` if the file has no backend.
 fn in_json(file: &Value) -> Option<(String, Map<String, Value>)> {
     let each = |value: &Value| match value {
         Value::Array(list) => list.clone(),
@@ -103,13 +103,13 @@ fn attributes(body: &Body) -> Map<String, Value> {
     body.attributes().filter_map(|attribute| Some((attribute.key.to_string(), value(&attribute.expr)?))).collect()
 }
 
-/// The value of an expression. `None` if it cannot be evaluated without variables.
+/// Returns the value of an expression. `None` if it cannot be evaluated without variables.
 fn value(expression: &Expression) -> Option<Value> {
     serde_json::to_value(expression.evaluate(&Context::new()).ok()?).ok()
 }
 
-/// The attributes of one `-backend-config`: `NAME=VALUE`, otherwise a file in HCL or JSON (internal/command/init.go,
-/// `backendConfigOverrideBody`). Empty if the file cannot be read.
+/// Returns the attributes of one `-backend-config`, which is `NAME=VALUE` or the path of a file in HCL or JSON
+/// (internal/command/init.go, `backendConfigOverrideBody`). Empty if the file cannot be read or parsed.
 fn of_argument(directory: &Path, given: &OsString) -> Map<String, Value> {
     let text = given.to_string_lossy();
     if let Some((name, value)) = text.split_once('=') {
@@ -123,8 +123,8 @@ fn of_argument(directory: &Path, given: &OsString) -> Map<String, Value> {
     hcl::parse(&text).map(|body| attributes(&body)).unwrap_or_default()
 }
 
-/// Converts a value from the command line. Text in brackets is parsed as HCL, and so is `true` or `false` unless the
-/// attribute is known to be a string: the schema has another type there. Any other value stays text.
+/// Converts a value from the command line. Text that begins with a bracket or a brace is parsed as HCL. `true` and
+/// `false` are parsed as booleans, unless the attribute is known to be a string. Any other value remains text.
 fn of_text(name: &str, text: &str) -> Value {
     let as_expression = || {
         let body = hcl::parse(&format!("value = {text}\n")).ok()?;

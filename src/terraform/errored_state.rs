@@ -7,21 +7,22 @@ use jiff::{SignedDuration, Timestamp};
 use crate::console::quoted;
 use crate::time::saturating_sub;
 
-/// Returns the path of the `errored.tfstate` that a terraform started at `since` in `directory` has written there
-/// (internal/backend/local/backend_apply.go, `backupStateForError`). `None` if there is no such file, or if it is
+/// Returns the path of `errored.tfstate` in `directory`, if the terraform that was started there at `since` has written
+/// it (internal/backend/local/backend_apply.go, `backupStateForError`). `None` if there is no such file, or if it is
 /// older.
 pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBuf> {
     let path = directory.join("errored.tfstate");
     let written = Timestamp::try_from(std::fs::metadata(&path).ok()?.modified().ok()?).ok()?;
-    // The times of a file system are coarser than those of the clock, so 2 s of difference are allowed.
+    // File times are less precise than the clock, so the file may be up to 2 s older than `since`.
     (written >= saturating_sub(since, SignedDuration::from_secs(2))).then_some(path)
 }
 
-/// What an `errored.tfstate` is, as messages say it. Terraform's local backend writes the file; see [`errored_state`].
+/// The part of a message that explains `errored.tfstate`. Terraform's local backend writes the file; see
+/// [`errored_state`].
 pub(crate) const ERRORED_STATE: &str =
     "terraform could not write its state to the backend; the file is newer than the state there";
 
-/// The part of a message that says how to upload `errored.tfstate` to the backend.
+/// Returns the part of a message that shows how to upload `errored.tfstate` to the backend.
 pub(crate) fn push_errored_state(program: &str, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
     format!("before anyone runs terraform there again, type: {program}{directory} state push errored.tfstate")

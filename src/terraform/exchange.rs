@@ -1,10 +1,11 @@
-//! Requests to DynamoDB and S3, and their responses, as a debug log shows them.
+//! Requests to DynamoDB and S3, and their responses, in a debug log.
 //!
 //! There are two formats:
-//! - aws-sdk-go-base v2 (OpenTofu, Terraform since 1.6) writes one record for each, in the module `backend-s3`:
-//!   `HTTP Request Sent` before a request is sent, and `HTTP Response Received`. The HTTP fields have no fixed order. A
-//!   record with a body continues below its first line (hc_logger.go, logger.go).
-//! - The SDK for Go v1 (Terraform up to 1.5) dumps whole messages after
+//! - aws-sdk-go-base v2 (OpenTofu, Terraform since 1.6) writes one record for each request and one for each response,
+//!   in the module `backend-s3`: `HTTP Request Sent` before a request is sent, and `HTTP Response Received`. The HTTP
+//!   fields have no fixed order. If a record has a body, the record continues on the lines after its first line
+//!   (hc_logger.go, logger.go).
+//! - The SDK for Go v1 (Terraform up to 1.5) writes whole HTTP messages after
 //!   `[aws-sdk-go] DEBUG: Request dynamodb/PutItem Details:` (aws-sdk-go-base v0.x, logger.go).
 
 use serde_json::Value;
@@ -12,12 +13,12 @@ use serde_json::Value;
 use super::lock_info::LockInfo;
 use super::record::LogRecord;
 
-/// The part of a request or a response that matters to a lock.
+/// The content of a request or a response, as far as it matters to a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Exchange {
     /// A request for a lock in DynamoDB.
     PutItem {
-        /// The lock as it is parsed from `text`.
+        /// The lock, parsed from `text`.
         info: LockInfo,
         /// The exact text of the lock.
         text: String,
@@ -27,17 +28,17 @@ pub(crate) enum Exchange {
     PutLock { bucket: String, key: String, checksum: Option<String> },
     /// A write of a state.
     PutState { bucket: String, key: String },
-    /// The delete of a DynamoDB item. `path` is its `LockID`.
+    /// The delete of a DynamoDB item. `path` is the item's `LockID`.
     DeleteItem { path: String },
     /// The delete of a lock object. `key` is the key of the state.
     DeleteLock { bucket: String, key: String },
-    /// Another request to DynamoDB. It matters because it has a response too.
+    /// Another request to DynamoDB. It is recorded because its response must be matched too.
     Other { method: String },
     /// The response to one of these requests.
     Answered {
         /// The operation: `PutItem`, `DeleteObject`...
         method: String,
-        /// The bucket and the key of the object that the request was about. `None` if the response does not show them.
+        /// The bucket and the key of the request's object. `None` if the response does not contain them.
         object: Option<(String, String)>,
         /// The status code of the HTTP response.
         status: u16,
@@ -45,27 +46,27 @@ pub(crate) enum Exchange {
 }
 
 impl Exchange {
-    /// Whether this shows that the log contains requests. An [`Exchange::PutState`] does not: Terraform up to 1.5 logs
-    /// the write of a state itself, at whatever level the SDK logs.
+    /// Whether this proves that the log contains requests. An [`Exchange::PutState`] does not prove it: Terraform up to
+    /// 1.5 logs the write of a state itself, whether or not the SDK logs requests.
     pub(crate) fn is_of_http(&self) -> bool {
         !matches!(self, Self::PutState { .. })
     }
 }
 
-/// The message that the lines read so far have begun and not completed.
+/// The message that has begun but is not complete yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Begun {
     #[default]
     Nothing,
-    /// A request to DynamoDB. Its body is still to come.
+    /// A request to DynamoDB. Its body has not been read yet.
     Request { method: String },
-    /// A response. Its status is still to come.
+    /// A response. Its status has not been read yet.
     Answer { method: String, object: Option<(String, String)> },
-    /// A write of a state. Its bucket and its key are still to come.
+    /// A write of a state. Its key, or its bucket and its key, have not been read yet.
     Upload { bucket: Option<String> },
 }
 
-/// Parses the lines of a log, one after the other.
+/// Parses the lines of a log in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Exchanges(Begun);
 
@@ -74,17 +75,18 @@ pub(crate) struct Exchanges(Begun);
 pub(crate) const LOCK_FILE: &str = ".tflock";
 
 impl Exchanges {
-    /// Whether the next lines belong to what has been read. A reader that resumes later must then start before it.
+    /// Whether a message has begun but is not complete. A reader that resumes later must then start before this
+    /// message.
     pub(crate) fn is_within(&self) -> bool {
         self.0 != Begun::Nothing
     }
 
-    /// The same as [`Exchanges::is_within`], but only for a request or a response.
+    /// Returns the same as [`Exchanges::is_within`], but only for a request or a response, not for a write of a state.
     pub(crate) fn is_within_http(&self) -> bool {
         matches!(self.0, Begun::Request { .. } | Begun::Answer { .. })
     }
 
-    /// Parses the first line of a record. `None` if no exchange is complete yet.
+    /// Parses the first line of a record. Returns the exchange that this line completes, otherwise `None`.
     pub(crate) fn record(&mut self, record: &LogRecord<'_>) -> Option<Exchange> {
         self.0 = Begun::Nothing;
         if record.module.starts_with("backend-s3") {
@@ -110,7 +112,7 @@ impl Exchanges {
         None
     }
 
-    /// Parses a line that does not begin a record. `None` if no exchange is complete yet.
+    /// Parses a line that does not begin a record. Returns the exchange that this line completes, otherwise `None`.
     pub(crate) fn line(&mut self, line: &str) -> Option<Exchange> {
         match &mut self.0 {
             Begun::Nothing => None,
@@ -176,8 +178,9 @@ impl Exchanges {
     }
 }
 
-/// Returns the operation, such as `PutItem`. Since aws-sdk-go-base v2.0.0-beta.72 the field has the form
-/// `DynamoDB/PutItem`. The first versions called the field `aws.operation`.
+/// Returns the operation, such as `PutItem`. `None` if the record has no such field. Since aws-sdk-go-base
+/// v2.0.0-beta.72 the field has the form `DynamoDB/PutItem`. In the first versions, the field's name was
+/// `aws.operation`.
 fn method(record: &LogRecord<'_>) -> Option<String> {
     let method = record.field("rpc.method").or_else(|| record.field("aws.operation"))?;
     Some(method.rsplit('/').next().unwrap_or_default().to_owned())
@@ -190,7 +193,7 @@ fn object(record: &LogRecord<'_>) -> Option<(String, String)> {
 fn of_body(method: &str, body: &Value) -> Option<Exchange> {
     let text = |pointer: &str| body.pointer(pointer).and_then(Value::as_str);
     match method {
-        // The digest of a state is written by a `PutItem` as well, but without a condition.
+        // A `PutItem` without this condition writes the digest of a state, not a lock.
         "PutItem" if text("/ConditionExpression") == Some("attribute_not_exists(LockID)") => {
             let text = text("/Item/Info/S")?.to_owned();
             Some(Exchange::PutItem { info: LockInfo::parse(&text)?, text })

@@ -1,10 +1,10 @@
-//! Terraform's lock: the JSON in a DynamoDB item or a `.tflock` object.
+//! Terraform's lock: the JSON in a DynamoDB item or in a `.tflock` object.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are those of Go's fields;
-/// terraform promises nothing else about the format.
+/// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are the names of the Go fields.
+/// The format has no other specification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct LockInfo {
@@ -12,7 +12,7 @@ pub(crate) struct LockInfo {
     /// generation of the lock object, a number.
     #[serde(rename = "ID")]
     pub(crate) id: String,
-    /// The operation that the lock was taken for: `OperationTypeApply`, `state-mv`, `init`...
+    /// The operation that took the lock: `OperationTypeApply`, `state-mv`, `init`...
     #[serde(default)]
     pub(crate) operation: String,
     /// The user and the host of the holder: `user@host`.
@@ -31,8 +31,8 @@ pub(crate) struct LockInfo {
 
 impl LockInfo {
     /// Parses a lock as terraform does (Go's encoding/json): the case of a name is ignored, the last of two equal names
-    /// counts, and `null` leaves a field empty. `None` if the text is not a lock, or has no ID: terraform writes no
-    /// such lock, and no command could name it.
+    /// counts, and `null` leaves a field empty. `None` if the text is not a lock. Also `None` if the lock has no ID:
+    /// terraform writes no such lock, and no command could select it.
     pub(crate) fn parse(json: &str) -> Option<Self> {
         let serde_json::Value::Object(fields) = serde_json::from_str(json).ok()? else { return None };
         let mut lock = Self::default();
@@ -58,8 +58,8 @@ impl LockInfo {
 
     /// Parses the existing lock from the error message of a terraform that could not acquire it (statemgr.LockError,
     /// `Error`). Each line has a name, a colon and a value. The text of an API error may contain such lines too, so
-    /// only lines after `Lock Info:` count. `None` if there is no such block, or if it lacks `ID`, `Operation`, `Who`,
-    /// `Version` or `Created`.
+    /// only the lines after `Lock Info:` are parsed. `None` if these lines are missing, or if they lack `ID`,
+    /// `Operation`, `Who`, `Version` or `Created`.
     pub(crate) fn of_refusal(said: &str) -> Option<Self> {
         let (_, block) = said.split_once("Lock Info:")?;
         let line = |name: &str| {
@@ -81,13 +81,13 @@ impl LockInfo {
         })
     }
 
-    /// `Created` as a point in time. `None` if it cannot be parsed.
+    /// Returns `Created` as a point in time. `None` if it cannot be parsed.
     pub(crate) fn created(&self) -> Option<Timestamp> {
         self.created.parse().ok()
     }
 }
 
-/// Whether `text` has the form of a lock ID. `tf` must never search for an ID that is truncated, or that terraform did
+/// Whether `text` has the form of a lock ID. `tf` must never search for a truncated ID, or for an ID that terraform did
 /// not generate.
 pub(crate) fn is_lock_id(text: &str) -> bool {
     let lengths = [8, 4, 4, 4, 12];
@@ -113,11 +113,11 @@ pub(crate) fn new_id() -> String {
     )
 }
 
-/// Returns the `Who` that a terraform started by this process writes: `user@host`.
+/// Returns the `Who` that a terraform started by this process writes into a lock: `user@host`.
 ///
-/// Release builds of Terraform are built without a C library. So Go looks the user ID up in /etc/passwd, and otherwise
-/// uses `$USER` if `$HOME` is set too. If both fail, the name is empty (os/user/lookup_stubs.go; statemgr.NewLockInfo).
-/// On macOS this function asks the system's user database before it uses `$USER`.
+/// Release builds of Terraform do not use the C library. So Go searches /etc/passwd for the user ID. If it is not
+/// there, Go uses `$USER`, provided that `$HOME` is set too. If both fail, the name is empty (os/user/lookup_stubs.go;
+/// statemgr.NewLockInfo). On macOS this function searches the system's user database before it uses `$USER`.
 pub(crate) fn who() -> String {
     let uid = nix::unistd::getuid();
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();

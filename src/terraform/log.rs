@@ -1,16 +1,21 @@
-//! The locks that a core log reports.
+//! The locks that terraform's core log reports.
 //!
 //! Since Terraform 1.10, the S3 backend logs four messages at INFO, each with the lock's ID
-//! (backend/remote-state/s3/client.go): `Attempting to lock remote state (KIND)...` before it requests the lock,
-//! `Locked remote state (KIND)` when it has acquired it, `Attempting to unlock remote state (KIND)...` before it
-//! releases it, and `Unlocked remote state (KIND)` when every part is deleted. KIND is `S3 Native only`, `DynamoDB
-//! only` or `S3 Native and DynamoDB`. `Uploading remote state` is logged before a write of the state and of its digest.
-//! Nothing is logged after such a write.
+//! (backend/remote-state/s3/client.go):
 //!
-//! Other versions log less, or in another form ([`LogDetail`]): requests and their responses ([`super::exchange`]), or
-//! only that the local backend requested a lock and then continued (internal/backend/local/backend_local.go):
-//! `requesting state lock for workspace "x"`, then `reading remote state for workspace "x"`. This last pair is in the
-//! trace of every program, for every backend.
+//! - `Attempting to lock remote state (KIND)...` before it requests the lock,
+//! - `Locked remote state (KIND)` when it has acquired the lock,
+//! - `Attempting to unlock remote state (KIND)...` before it releases the lock,
+//! - `Unlocked remote state (KIND)` when every part of the lock is deleted.
+//!
+//! KIND is `S3 Native only`, `DynamoDB only` or `S3 Native and DynamoDB`. Before a write of the state and of its
+//! digest, the backend logs `Uploading remote state`. It logs nothing after such a write.
+//!
+//! Other versions log less, or in another form ([`LogDetail`]). Some log the requests and their responses
+//! ([`super::exchange`]). Others log only that the local backend requested a lock, and that it then continued:
+//! `requesting state lock for workspace "x"`, then `reading remote state for workspace "x"`
+//! (internal/backend/local/backend_local.go). The trace log of every program contains these two records, for every
+//! backend.
 
 use std::collections::BTreeSet;
 
@@ -26,120 +31,121 @@ use super::record::LogRecord;
 use super::version::{LogDetail, Product, Version};
 use crate::time::saturating_sub;
 
-/// A request that the log has not answered yet.
+/// A request to which the log has not shown the response yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Awaited {
     method: String,
-    /// The lock's ID or its path. `None` if the request is not about a lock.
+    /// The lock's ID, or the path of its state: `bucket/key`. `None` if the request is not about a lock.
     about: Option<String>,
 }
 
-/// How far the time of a record may lie before that of the record above it. Records of two goroutines get their times
-/// before they queue for the writer (go-hclog, intlogger.go, `log`), so two neighbors may be swapped by as long as one
-/// of them waited.
+/// How much earlier than the latest record before it a record may be. Each goroutine takes the time of its record
+/// before it queues for the writer (go-hclog, intlogger.go, `log`). So two neighboring records may be in the wrong
+/// order, by the time that one of the goroutines has waited.
 const DISORDER_WINDOW: SignedDuration = SignedDuration::from_secs(1);
 
-/// The maximum length of a line, in bytes. No record that matters is longer; a longer line is skipped.
+/// The maximum length of a line, in bytes. A longer line is skipped, because no record that matters is longer.
 const MAX_LINE_BYTES: usize = 1 << 16;
 
-/// A name with fewer bytes than this is valid. The name of a bucket has at most 63 bytes, and the key of an object at
-/// most 1024 (Amazon S3 User Guide).
+/// A bucket or key must have fewer bytes than this. The name of a bucket has at most 63 bytes, and the key of an object
+/// at most 1024 (Amazon S3 User Guide).
 const MAX_NAME_BYTES: usize = 1025;
 
-/// How many released locks are kept. A late record about one of them then finds its lock.
+/// How many released locks are kept. They are kept so that a late record about one of them is assigned to that lock.
 const UNLOCKED_KEPT: usize = 16;
 
-/// The maximum number of unreleased locks in a log that is believed. Terraform has two at once while it migrates a
-/// state. The locks of nested terraforms are in the same log.
+/// The maximum number of unreleased locks. A log with more is not trusted. Terraform has two locks at once while it
+/// migrates a state, and the same log contains the locks of nested terraforms.
 const UNRELEASED_LIMIT: usize = 256;
 
-/// The maximum number of released locks in a log that is believed. A migration of 8,000 workspaces needs that many.
+/// The maximum number of released locks. A log with more is not trusted. A migration of 8,000 workspaces needs 16,000.
 const UNLOCKED_LIMIT: usize = 16_384;
 
-/// The maximum number of requests that await a response. If there are more, the oldest are forgotten, as if they were
-/// never answered.
+/// The maximum number of requests without a response that are kept. If there are more, the oldest is removed, as if the
+/// service had never responded to it.
 const AWAITED_LIMIT: usize = 64;
 
-/// The maximum number of request IDs that are kept for a lock. With `-lock-timeout`, terraform requests a lock again
-/// and again, and only the last request can succeed.
+/// The maximum number of request IDs that are kept for a lock. With `-lock-timeout`, terraform requests a lock
+/// repeatedly, and only the last request can succeed.
 const REQUESTS_KEPT: usize = 16;
 
-/// The maximum length of the text that is kept of a log, in bytes. In JSON, one byte can become six. The limit is such
-/// that the JSON of the whole [`Log`] is still shorter than [`JSON_LIMIT`].
+/// The maximum length of the text that is kept of a log, in bytes. One byte can become six bytes of JSON. With this
+/// limit, the JSON of the whole [`Log`] is still shorter than [`JSON_LIMIT`].
 const TEXT_LIMIT: usize = 192 << 10;
 
-/// The maximum length of a [`Log`] in JSON, in bytes. The guardian reads no more than this, and the journal little
+/// The maximum length of a [`Log`] in JSON, in bytes. The guardian reads at most this much; the journal reads slightly
 /// more.
 pub(crate) const JSON_LIMIT: usize = 2 << 20;
 
-/// Everything that matters in a core log. The log is read in pieces.
+/// The locks and the events of a core log that matter for a release. The log can be read in pieces.
 ///
-/// In its serialized form, this is what may be kept of a log: no text of the log except the fields of its locks.
+/// The serialized form is stored, so it must contain no text of the log except the fields of the log's locks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Log {
     /// The locks, in the order in which terraform requested them.
     #[serde(flatten, with = "two_lists")]
     locks: Vec<LoggedLock>,
-    /// The program that wrote the log, from its first record. `None` if that record was not seen. Then the log is not
-    /// complete.
+    /// The program that wrote the log, from the log's first record. `None` if that record was not read; then the log is
+    /// not complete.
     #[serde(default)]
     pub(crate) program: Option<Version>,
-    /// Whether terraform was told to take no lock. It still takes one while it creates the state of a workspace.
+    /// Whether terraform was started with `-lock=false`. Even then it takes a lock while it creates the state of a
+    /// workspace.
     pub(crate) locking_disabled: bool,
-    /// Whether terraform logged that it left its operation at a second interrupt, without waiting for the operation to
-    /// end.
+    /// Whether terraform logged that it left its operation after a second interrupt, without waiting for the end of the
+    /// operation.
     #[serde(default)]
     canceled: bool,
-    /// Whether terraform was told to exit with code 2 if there are changes (`-detailed-exitcode`).
+    /// Whether terraform was started with `-detailed-exitcode`, so that it exits with code 2 if there are changes.
     #[serde(default)]
     pub(crate) announces_changes: bool,
-    /// The bucket and key of a state that did not match its digest when terraform last found such a mismatch
+    /// The bucket and key of the state whose digest did not match, from the last record about such a mismatch
     /// (backend/remote-state/s3/client.go, `Get`). `None` if the log reports no mismatch.
     #[serde(default)]
     pub(crate) mismatch: Option<(String, String)>,
-    /// Whether the times of the records run backwards: a clock was set, or another program wrote to the log.
+    /// Whether the times of the records run backwards. Then a clock was set, or another program wrote to the log.
     pub(crate) disordered: bool,
     /// The latest time of all records. `None` if there was no record.
     pub(crate) latest: Option<Timestamp>,
-    /// The workspace whose lock terraform has requested, and the time of the request, until terraform continues. This
-    /// lock is one of [`Log::unnamed`]. `None` if there is no such request.
+    /// The workspace whose lock terraform has requested, and the time of the request. `None` if there is no such
+    /// request, or if terraform has continued since. This lock is one of [`Log::unnamed`].
     #[serde(default)]
     asking: Option<(String, Timestamp)>,
     #[serde(default)]
     awaited: Vec<Awaited>,
-    /// Whether the log names more locks than terraform takes, or more than can be kept. Then none of its locks is
-    /// believed.
+    /// Whether the log contains more locks than terraform takes, or more than can be kept. Then none of its locks is
+    /// trusted.
     #[serde(default)]
     pub(crate) excessive: bool,
-    /// The first 32 bits of the ID of each released lock that is not kept.
+    /// The first 32 bits of the ID of each released lock that is no longer kept.
     #[serde(default)]
     gone: BTreeSet<u32>,
-    /// When a lock was last requested, even if that lock is not kept. `None` if none was.
+    /// When a lock was last requested, even if that lock is no longer kept. `None` if no lock was requested.
     #[serde(default)]
     asked_last: Option<Timestamp>,
-    /// Whether the log contains requests to the services.
+    /// Whether the log contains requests to DynamoDB or S3.
     #[serde(default)]
     has_exchanges: bool,
     #[serde(skip)]
     exchanges: Exchanges,
-    /// A record of the S3 backend that is not complete: the lines of its last value are still to come.
+    /// A record of the S3 backend that is not complete yet, because the lines of its last value have not been read.
     #[serde(skip)]
     begun: Option<String>,
-    /// The time of the record that the next lines may continue.
+    /// The time of the last record. Lines that continue that record have the same time.
     #[serde(skip)]
     within: Option<Timestamp>,
     #[serde(skip)]
     partial: Vec<u8>,
-    /// How many bytes were read since the last complete line.
+    /// The number of bytes that were read since the last complete line.
     #[serde(skip)]
     unfinished: u64,
-    /// How many bytes of complete lines were read since the beginning of the last record.
+    /// The number of bytes of complete lines that were read since the beginning of the last record.
     #[serde(skip)]
     since_record: u64,
 }
 
 impl Log {
-    /// Reads the next bytes of the log.
+    /// Parses the next bytes of the log.
     pub(crate) fn read(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             if self.partial.len() < MAX_LINE_BYTES {
@@ -150,7 +156,7 @@ impl Log {
                 let length = std::mem::take(&mut self.unfinished);
                 let line = std::mem::take(&mut self.partial);
                 self.since_record += length;
-                // A line that a full disk or the limit has truncated is not a record. Half an ID would be the ID of
+                // A line that a full disk or the limit has truncated is ignored: a truncated ID would be the ID of
                 // another lock.
                 if line.ends_with(b"\n") && self.line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r'])) {
                     self.since_record = length;
@@ -159,37 +165,38 @@ impl Log {
         }
     }
 
-    /// Returns how many of the bytes that were read belong to a line or a record that is not complete yet. They are not
-    /// part of what is serialized, so a reader that resumes from there must read them again.
+    /// Returns the number of bytes at the end that belong to a line or a record that is not complete yet. The
+    /// serialized form does not contain them, so a reader that resumes from it must read them again.
     pub(crate) fn unfinished(&self) -> u64 {
         let within = self.exchanges.is_within() || self.begun.is_some();
         self.unfinished + if within { self.since_record } else { 0 }
     }
 
-    /// Whether the log ends within a line: the disk was full, or terraform died while it wrote.
+    /// Whether the log ends within a line, because the disk was full or because terraform died while it wrote the line.
     pub(crate) fn is_torn(&self) -> bool {
         !self.partial.is_empty()
     }
 
-    /// How much this log reports about locks of the S3 backend. `None` if the log's first record was not seen.
+    /// Returns how much this log reports about locks of the S3 backend. `None` if the log's first record was not read.
     pub(crate) fn log_detail(&self) -> Option<LogDetail> {
         self.program.as_ref().map(Version::log_detail)
     }
 
-    /// Whether a lock of the S3 backend would be in this log.
+    /// Whether this log would contain a lock of the S3 backend if terraform had requested one.
     pub(crate) fn logs_locks(&self) -> bool {
         match self.log_detail() {
             Some(LogDetail::Full | LogDetail::IdsOnly) => true,
-            // Terraform up to 1.5 logs requests only if its own log has that level. The log that `tf` adds does not
-            // have them.
+            // Terraform up to 1.5 logs requests only if its own log is at DEBUG. The log that `tf` adds does not
+            // contain them.
             Some(LogDetail::HttpTraffic) => self.has_exchanges,
             Some(LogDetail::AcquireOnly | LogDetail::None) | None => false,
         }
     }
 
-    /// Takes into account that terraform has exited successfully. Then each lock that it had begun to release is
-    /// released; otherwise it would have reported an error, as all versions do (`Error releasing the state lock`). The
-    /// same is true of the locks whose release the log does not report.
+    /// Updates the locks after terraform has exited successfully. If this version does not log the end of a release,
+    /// each named lock that terraform had begun to release counts as released: if the release had failed, every version
+    /// would have reported an error (`Error releasing the state lock`). For the same reason, an unnamed lock is removed
+    /// if terraform had begun to release it, or if only the local backend's records mention it.
     pub(crate) fn ended_well(&mut self) {
         let names_no_end = self.log_detail().is_some_and(|detail| detail != LogDetail::Full);
         self.locks.retain_mut(|lock| match lock {
@@ -203,81 +210,83 @@ impl Log {
         });
     }
 
-    /// Returns the locks that the log names, in the order in which they were requested.
+    /// Returns the locks whose ID is in the log, in the order in which they were requested.
     pub(crate) fn named(&self) -> impl Iterator<Item = &RecordedLock> {
         self.locks.iter().filter_map(LoggedLock::named)
     }
 
-    /// Returns the locks that the log does not name.
+    /// Returns the locks whose ID is not in the log.
     pub(crate) fn unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
         self.locks.iter().filter_map(LoggedLock::unnamed)
     }
 
-    /// Returns the locks that only the local backend's own records mention, whichever backend they are in.
+    /// Returns the locks that only the local backend's records mention. They may be in any backend.
     pub(crate) fn of_workspaces(&self) -> impl DoubleEndedIterator<Item = &UnnamedLock> {
         self.locks.iter().filter_map(LoggedLock::unnamed).filter(|lock| lock.is_of_workspace())
     }
 
-    /// Returns all locks.
     pub(crate) fn locks(&self) -> &[LoggedLock] {
         &self.locks
     }
 
-    /// Marks every lock as acquired at `at`, as if the log had reported it.
+    /// Marks every lock as acquired, as if the log had reported it. `at` is the time for a lock that is not yet
+    /// acquired.
     pub(crate) fn grant_all(&mut self, at: Timestamp) {
         self.locks.iter_mut().for_each(|lock| lock.progress_mut().grant(at));
     }
 
-    /// Replaces the locks that were read with `locks`.
+    /// Replaces all locks with `locks`.
     pub(crate) fn set_locks(&mut self, locks: impl IntoIterator<Item = LoggedLock>) {
         self.locks = locks.into_iter().collect();
     }
 
-    /// Whether a lock may still be held.
+    /// Whether the log contains a lock that is not known to be released.
     pub(crate) fn may_hold(&self) -> bool {
         self.unreleased().next().is_some() || self.unreleased_unnamed().next().is_some()
     }
 
-    /// Whether the log has a lock whose release it would report, and does not. If the exit code does not show whether
-    /// terraform has crashed, this shows it. A log of [`LogDetail::IdsOnly`] reports only that a release begins.
+    /// Whether the log contains a lock whose release it should report but does not. This shows that terraform crashed,
+    /// if the exit code does not show it. A log of [`LogDetail::IdsOnly`] reports the beginning of a release, but not
+    /// its end.
     pub(crate) fn ends_with_request(&self) -> bool {
         let answers = self.log_detail() != Some(LogDetail::IdsOnly);
         self.unreleased().any(|lock| lock.progress.is_before_unlock() || answers)
             || self.unreleased_unnamed().any(|lock| !lock.is_of_workspace())
     }
 
-    /// Like [`Log::ends_with_request`], but true only if terraform had acquired a lock, and not only requested it.
+    /// Like [`Log::ends_with_request`], but true only if terraform had acquired a lock, not only requested one.
     pub(crate) fn ends_holding_lock(&self) -> bool {
         let had = self.unreleased().any(|lock| lock.progress.held.is_some())
             || self.unreleased_unnamed().any(|lock| lock.progress.held.is_some());
         had && self.ends_with_request()
     }
 
-    /// Whether terraform logged that it left its operation at a second interrupt (internal/backend/local/backend.go,
+    /// Whether terraform logged that it left its operation after a second interrupt (internal/backend/local/backend.go,
     /// `opWait`).
     pub(crate) fn was_canceled(&self) -> bool {
         self.canceled
     }
 
-    /// Whether there is a lock that only the local backend's records mention. The log would not report its release.
+    /// Whether there may be a lock that only the local backend's records mention. The log would not report its release.
     pub(crate) fn held_unlogged(&self) -> bool {
         self.unreleased_unnamed().any(UnnamedLock::is_of_workspace)
     }
 
-    /// Returns the locks that the log does not name, and does not report as released.
+    /// Returns the locks whose ID is not in the log, and whose release the log does not report.
     pub(crate) fn unreleased_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
-        // If the log has requests, a lock that only the local backend's two records mention does not exist.
+        // If the log contains the requests, a lock that only the local backend's two records mention was never
+        // requested.
         let requests_are_logged = self.logs_locks();
         let was_none = move |lock: &UnnamedLock| requests_are_logged && lock.is_of_workspace();
         self.unnamed().filter(move |lock| !(lock.progress.is_gone() || was_none(lock)))
     }
 
-    /// Returns the locks that the log names, and does not report as released.
+    /// Returns the locks whose ID is in the log, and whose release the log does not report.
     pub(crate) fn unreleased(&self) -> impl Iterator<Item = &RecordedLock> {
         self.named().filter(|lock| !lock.progress.is_gone())
     }
 
-    /// Reads a line. Returns whether it begins a record.
+    /// Parses one line. Returns true if the line begins a record.
     fn line(&mut self, line: &str) -> bool {
         if self.goes_on(line) {
             return false;
@@ -306,7 +315,7 @@ impl Log {
         if record.module == "backend/local" {
             self.local_backend(&record);
         }
-        // If a Terraform names its locks, its requests would add nothing.
+        // If the log of a Terraform contains the IDs of its locks, the requests would add nothing.
         let names_locks = self.program.as_ref().is_none_or(|program| {
             program.product() == Product::Terraform
                 && matches!(program.log_detail(), LogDetail::Full | LogDetail::IdsOnly)
@@ -328,8 +337,8 @@ impl Log {
         true
     }
 
-    /// Reads a line that continues a record. Returns `false` if the line does not. The last line of a record consists
-    /// of the indentation alone.
+    /// Appends `line` to the record that is not complete yet. Returns false if there is no such record, or if `line`
+    /// does not belong to it. The last line of a record consists only of the indentation.
     fn goes_on(&mut self, line: &str) -> bool {
         let Some(mut record) = self.begun.take() else { return false };
         let belongs = line.starts_with("  ") && record.len() + line.len() < MAX_LINE_BYTES;
@@ -346,7 +355,7 @@ impl Log {
         belongs
     }
 
-    /// Forgets the oldest released locks, except for their IDs.
+    /// Removes the oldest released locks, and keeps only the beginnings of their IDs.
     fn forget_unlocked(&mut self) {
         let is_gone = |lock: &LoggedLock| lock.progress().is_gone();
         let mut surplus = self.locks.iter().filter(|lock| is_gone(lock)).count().saturating_sub(UNLOCKED_KEPT);
@@ -365,7 +374,8 @@ impl Log {
         }
     }
 
-    /// Adds a lock that was requested. If a lock with its ID was released before, the record is a forgery.
+    /// Adds a lock that was requested. If a lock with the same ID was released before, the record is a forgery, and the
+    /// lock is marked as contradicted.
     fn add(&mut self, mut lock: LoggedLock) {
         if let LoggedLock::Named(lock) = &mut lock {
             lock.contradicted |= self.gone.contains(&fingerprint(&lock.id));
@@ -387,7 +397,7 @@ impl Log {
         }
     }
 
-    /// Whether there are more locks or more text than there can be. If so, the log is not believed from then on.
+    /// Whether there are more locks or more text than the limits allow. If so, the log is not trusted from then on.
     fn is_excessive(&mut self) -> bool {
         let unreleased = self.locks.iter().filter(|lock| !lock.progress().is_gone()).count();
         let excessive = unreleased > UNRELEASED_LIMIT || self.length_of_text() > TEXT_LIMIT;
@@ -395,7 +405,7 @@ impl Log {
         excessive
     }
 
-    /// Returns the length of all text that is kept, in bytes.
+    /// Returns the total length of all text that is kept, in bytes.
     fn length_of_text(&self) -> usize {
         let locks = self.locks.iter().map(LoggedLock::length_of_text);
         let awaited = self.awaited.iter().map(|one| one.method.len() + one.about.as_ref().map_or(0, String::len));
@@ -403,7 +413,7 @@ impl Log {
         locks.chain(awaited).chain(asking).sum()
     }
 
-    /// Reads the pair of records that the operations of every backend have.
+    /// Parses the two records that the local backend writes for an operation in any backend.
     fn local_backend(&mut self, record: &LogRecord<'_>) {
         let workspace = |before| between(record.message, before, "\"");
         if let Some(workspace) = workspace("requesting state lock for workspace \"") {
@@ -460,7 +470,7 @@ impl Log {
         } else if record.message == "Uploading remote state" {
             self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
         } else if record.message == "Downloading remote state" && self.log_detail() == Some(LogDetail::IdsOnly) {
-            // This version does not log whether the request succeeded. But terraform reads the state only after it has
+            // This version does not log whether a lock request succeeded. But it reads the state only after it has
             // acquired the lock.
             let (bucket, key) = (field("tf_backend.s3.bucket"), field("tf_backend.s3.path"));
             let named = self.locks.iter_mut().filter_map(LoggedLock::named_mut);
@@ -487,7 +497,7 @@ impl Log {
             Exchange::PutLock { bucket, key, checksum } => {
                 self.await_answer("PutObject", Some(format!("{bucket}/{key}")));
                 let identity = LockIdentity::Object { bucket, key, checksum };
-                // With -lock-timeout, terraform requests the same lock again.
+                // With `-lock-timeout`, terraform repeats the request for the same lock.
                 let is_it = |lock: &UnnamedLock| lock.identity == identity && !lock.progress.is_gone();
                 if !self.unnamed().any(is_it) {
                     self.add(LoggedLock::Unnamed(UnnamedLock::asked_for(identity, time)));
@@ -524,7 +534,7 @@ impl Log {
             let LockIdentity::Object { bucket: its, key: own, checksum: sum } = &lock.identity else { return false };
             its == bucket && own == key && sum.as_ref().is_none_or(|sum| *sum == checksum)
         };
-        // Terraform has put the other part into S3 just before.
+        // If the lock has both parts, terraform has put the object into S3 just before.
         let before = self.locks.len();
         self.locks.retain(|lock| !lock.unnamed().is_some_and(is_other_part));
         let parts = LockParts { s3: self.locks.len() < before, dynamodb: true };
@@ -535,7 +545,7 @@ impl Log {
         let path = match object {
             Some((bucket, key)) => match key.strip_suffix(LOCK_FILE) {
                 Some(state) => Some(format!("{bucket}/{state}")),
-                // The object is the state itself.
+                // This is a response about the state itself, not about a lock.
                 None => return,
             },
             None => None,
@@ -547,8 +557,8 @@ impl Log {
             }
         }
         let [place] = fits.as_slice() else {
-            // The log does not show which of these requests it answers. A lock that may still be held is looked for, so
-            // it is safe to count all of them as unanswered.
+            // More than one request, or none, matches the response. All of them count as unanswered. This is safe,
+            // because `tf` then checks whether their locks are still held.
             fits.iter().rev().for_each(|place| drop(self.awaited.remove(*place)));
             return;
         };
@@ -560,7 +570,7 @@ impl Log {
                 }
             }
             "PutObject" => {
-                // A named lock is acquired when its item is written. Its object is put before that.
+                // A named lock is acquired when its DynamoDB item is written. Its object was put before that.
                 for lock in self.locks.iter_mut().filter(|lock| lock.unnamed().is_some() && lock.is_at(&about)) {
                     lock.progress_mut().grant(time);
                 }
@@ -575,7 +585,7 @@ impl Log {
             match lock {
                 LoggedLock::Named(lock) if lock.progress.is_before_unlock() => {}
                 LoggedLock::Named(lock) => lock.part_is_gone(part),
-                // Nothing but its object is known of the lock.
+                // Only the object of this lock is known, so its delete releases the lock.
                 LoggedLock::Unnamed(lock) if part == Part::Object => lock.progress.finish(),
                 LoggedLock::Unnamed(_) => {}
             }
@@ -596,7 +606,7 @@ impl Log {
         let parts = match kind {
             "S3 Native only" => LockParts { s3: true, dynamodb: false },
             "DynamoDB only" => LockParts { s3: false, dynamodb: true },
-            // Both, or a kind that a later version adds. It is never wrong to look in both places.
+            // KIND is both, or one that a later version has added. It is always safe to search in both places.
             _ => LockParts { s3: true, dynamodb: true },
         };
         let info = LockInfo {
@@ -620,7 +630,8 @@ impl Log {
                     && known.bucket == lock.bucket
                     && known.key == lock.key
                     && known.parts == lock.parts;
-                // Each ID is drawn for one lock. A request for it after the lock was acquired is a forgery.
+                // Terraform generates each ID for a single lock. A request with this ID after the lock was acquired is
+                // a forgery.
                 known.contradicted |= !same || known.progress.held.is_some() || !known.progress.is_before_unlock();
                 known.requests.extend(lock.requests);
                 let surplus = known.requests.len().saturating_sub(REQUESTS_KEPT);
@@ -645,13 +656,13 @@ impl Log {
     }
 }
 
-/// Returns the first 32 bits of a lock's ID. IDs are drawn at random.
+/// Returns the first 32 bits of a lock's ID. IDs are random, so these bits nearly always differ.
 fn fingerprint(id: &str) -> u32 {
     u32::from_str_radix(id.get(..8).unwrap_or_default(), 16).unwrap_or_default()
 }
 
-/// Whether terraform's arguments contain `-lock=false` in any of Go's spellings (strconv.ParseBool). `arguments` is a
-/// list of strings as Go prints it. It includes the words of `TF_CLI_ARGS`.
+/// Whether terraform's arguments contain `-lock=false` in any of Go's spellings of false (strconv.ParseBool).
+/// `arguments` is a list of strings in the form that Go prints. The list includes the words of `TF_CLI_ARGS`.
 fn disables_locking(arguments: &str) -> bool {
     ["0", "f", "F", "false", "FALSE", "False"].iter().any(|no| arguments.contains(&format!("-lock={no}\"")))
 }
@@ -768,7 +779,7 @@ pub(crate) mod tests {
         assert!(log(&text[..upload]).named().next().unwrap().progress.is_writing());
     }
 
-    /// A reader that resumes begins at the record that is not complete.
+    /// A reader that resumes starts at the record that is not complete.
     #[test]
     fn a_reader_that_goes_on_reads_an_unfinished_record_again() {
         let text = life_on_several_lines();
@@ -781,7 +792,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A provisioner may write anything between the lines of a record. The next record is still read.
+    /// A provisioner may write any text between the lines of a record. The next record must still be parsed.
     #[test]
     fn a_record_that_is_not_whole_swallows_nothing() {
         let text = life_on_several_lines();
@@ -923,7 +934,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Anything may be written to the log. What is kept of it must still fit into what the guardian and a recovery
+    /// Any text may be written to the log. The part that is kept must be no longer than the guardian and a recovery can
     /// read.
     #[test]
     fn what_is_kept_of_a_log_is_never_longer_than_can_be_read() {
@@ -982,7 +993,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// With -lock-timeout, terraform requests the lock every 16 s at most.
+    /// With `-lock-timeout`, terraform repeats the request after at most 16 s.
     #[test]
     fn a_lock_that_was_asked_for_all_day_is_believed() {
         let mut log = Log::default();

@@ -1,4 +1,5 @@
-//! Logs of versions that are not available to these tests, made from the formats in their sources.
+//! Tests with logs of versions that are not installed for the tests. The logs are made from the formats in the sources
+//! of these versions.
 
 use super::*;
 use crate::terraform::log::tests::ID;
@@ -15,9 +16,9 @@ fn at(millisecond: u32) -> String {
     format!("2026-11-23T01:46:07.{millisecond:03}Z")
 }
 
-/// The format is `[DEBUG] [aws-sdk-go] %s` (aws-sdk-go-base v0.7.1, logger.go:17) around the dumps of the SDK for Go v1
-/// (aws/client/logger.go, `logReqMsg` and `logRespMsg`). It passes through the standard logger, which does not change
-/// the lines below the first (Terraform v1.5.7, internal/logging/logging.go:57).
+/// The format is `[DEBUG] [aws-sdk-go] %s` (aws-sdk-go-base v0.7.1, logger.go:17), with a message of the SDK for Go v1
+/// (aws/client/logger.go, `logReqMsg` and `logRespMsg`). The standard logger writes it, and does not change the lines
+/// after the first (Terraform v1.5.7, internal/logging/logging.go:57).
 fn v1_request(millisecond: u32, call: &str, body: &str) -> String {
     let target = call.split('/').nth(1).unwrap();
     format!(
@@ -47,8 +48,8 @@ fn v1_put(millisecond: u32) -> String {
 
 const V1_DELETE: &str = r#"{"Key":{"LockID":{"S":"bkt/dir/prod.tfstate"}},"TableName":"locks"}"#;
 
-/// The log of one lock from request to delete (Terraform v1.5.7, main.go:82 and backend/remote-state/s3/client.go:182:
-/// `log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
+/// The log of one lock from its request to its delete (Terraform v1.5.7, main.go:82 and
+/// backend/remote-state/s3/client.go:182: `log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
 fn v1_life() -> Vec<String> {
     vec![
         format!("{} [INFO]  Terraform version: 1.5.7\n", at(500)),
@@ -117,7 +118,7 @@ fn a_log_of_requests_cut_at_any_byte_or_read_in_pieces_claims_no_other_lock() {
     }
 }
 
-/// A reader that resumes from a stored [`Log`] starts before a record that was incomplete, and gets the same result.
+/// A reader that resumes from a stored [`Log`] starts before an incomplete record, and gets the same result.
 #[test]
 fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
     for text in [v1_life().concat(), tofu_life(true).concat()] {
@@ -135,9 +136,10 @@ fn a_log_of_requests_is_read_on_from_wherever_it_was_kept() {
     }
 }
 
-/// A record of OpenTofu v1.11.0 and later: attachLoggerToContext in s3Lock and dynamoDBLock
+/// A record of OpenTofu v1.11.0 and later, written because of attachLoggerToContext in s3Lock and dynamoDBLock
 /// (backend/remote-state/s3/client.go:294, 332). The format is that of aws-sdk-go-base v2.0.0-beta.66 (logger.go:139
-/// and 163, logging/hc_logger.go), or with `newer` that of beta.72, in which the name of a method includes its service.
+/// and 163, logging/hc_logger.go). If `newer` is true, it is that of beta.72, in which the name of a method includes
+/// its service.
 fn tofu_record(millisecond: u32, kind: &str, service: &str, method: &str, newer: bool, fields: &str) -> String {
     let method = if newer {
         format!("rpc.method={service}/{method} rpc.system.name=aws-api")
@@ -149,7 +151,7 @@ fn tofu_record(millisecond: u32, kind: &str, service: &str, method: &str, newer:
 
 const LOCK_OBJECT: &str = "aws.s3.bucket=bkt aws.s3.key=dir/prod.tfstate.tflock";
 
-/// The SHA-256 of the lock in `tofu_life`, as the log writes it.
+/// The SHA-256 of the lock in `tofu_life`, in the form in which the log contains it.
 fn checksum() -> String {
     aws_smithy_types::base64::encode(Sha256::digest(INFO.replace('\\', "")))
 }
@@ -186,7 +188,7 @@ fn tofu_life(newer: bool) -> Vec<String> {
                 "aws.dynamodb.table_names=[\"locks\"] http.method=POST\n  http.request.body=\n  | {{\"ConditionExpression\":\"attribute_not_exists(LockID)\",\"Item\":{{\"LockID\":{{\"S\":\"bkt/dir/prod.tfstate\"}},\"Info\":{{\"S\":\"{INFO}\"}}}},\"TableName\":\"locks\"}}\n   http.request_content_length=402"
             ),
         ),
-        // Here the status follows the body, because the fields have no fixed order.
+        // In this record, the status is after the body, because the fields have no fixed order.
         record(
             610,
             received,
@@ -214,13 +216,13 @@ fn a_later_opentofu_tells_both_halves_by_its_requests() {
     for newer in [false, true] {
         let life = tofu_life(newer);
         let seen = |steps: usize| log(&life[..steps].concat());
-        // Only the object was requested. It is identified by its text.
+        // Up to here, only the object was requested. It is identified by the checksum of its text.
         let first = seen(3);
         let object = first.unreleased_unnamed().next().unwrap();
         let expected =
             LockIdentity::Object { bucket: "bkt".into(), key: "dir/prod.tfstate".into(), checksum: Some(checksum()) };
         assert_eq!((&object.identity, object.progress.held.is_some()), (&expected, true));
-        // Now the ID is known, so both parts belong to one lock.
+        // The item's request contains the ID, so the object and the item are now parts of one lock.
         let second = seen(4);
         assert_eq!(second.unreleased_unnamed().count(), 0);
         assert_eq!(second.named().next().unwrap().parts, LockParts { s3: true, dynamodb: true });
@@ -250,7 +252,7 @@ fn without_a_checksum_an_object_is_known_by_its_place_alone() {
     assert_eq!(*checksum, None);
 }
 
-/// The records come from internal/backend/local/backend_local.go: lines 51 and 64 in OpenTofu v1.6.0, 57 and 70 in
+/// The records are written in internal/backend/local/backend_local.go: lines 51 and 64 in OpenTofu v1.6.0, 57 and 70 in
 /// v1.10.0, 54 and 67 in Terraform v1.15.9.
 #[test]
 fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_would_tell_it() {
@@ -264,15 +266,15 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
         ("OpenTofu version: 1.10.9", 1),
         ("Terraform version: 1.11.4", 0),
         ("Terraform version: 1.8.4", 0),
-        // Its requests were not logged: `tf` did not choose the log level.
+        // This log does not contain the requests, because `tf` did not choose the log level.
         ("Terraform version: 1.5.7", 1),
     ] {
         let log = log(&format!("{} [INFO]  {version}\n{pair}", at(500)));
         assert_eq!(log.unreleased_unnamed().count(), unnamed, "{version}");
         assert_eq!(log.unnamed().next().unwrap().identity, LockIdentity::Workspace("green".into()));
     }
-    // A log that reports a write of the state does not necessarily contain the requests: the write is logged at another
-    // level (backend/remote-state/s3/client.go:182).
+    // A log that reports a write of the state does not necessarily contain the requests, because the write is logged at
+    // another level (backend/remote-state/s3/client.go:182).
     let upload = format!(
         "{} [DEBUG] Uploading remote state to S3: {{\n  Body: buffer(0xc000),\n  Bucket: \"bkt\",\n  Key: \"dir/prod.tfstate\"\n}}\n",
         at(700)
@@ -288,8 +290,8 @@ fn a_pair_of_records_of_the_local_backend_is_a_lock_only_where_nothing_else_woul
     assert!(log(&told).unnamed().next().is_none(), "it was told to take no lock");
 }
 
-/// A terraform that is killed between the two records may hold its lock, or its request may still be granted after its
-/// death.
+/// A terraform that is killed between the two records may hold its lock. Or its lock request may still be in flight,
+/// and succeed after its death.
 #[test]
 fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     let lines = [
@@ -300,24 +302,24 @@ fn a_lock_that_the_local_backend_asked_for_may_stand_before_it_was_given() {
     let asked = log(&[version("OpenTofu version: 1.6.2"), lines[0].clone()].concat());
     let lock = asked.unreleased_unnamed().next().unwrap();
     assert!(asked.may_hold() && lock.is_only_asked_for() && !asked.ends_holding_lock());
-    // A reader that resumes from the stored log finds the same lock and adds no second one.
+    // A reader that resumes from the stored log updates the same lock and does not add a second one.
     let mut kept: Log = serde_json::from_str(&serde_json::to_string(&asked).unwrap()).unwrap();
     kept.read(lines[1].as_bytes());
     assert_eq!(kept.unnamed().count(), 1);
     assert!(
         kept.unnamed().next().unwrap().progress.held.is_some() && !kept.unnamed().next().unwrap().is_only_asked_for()
     );
-    // In a log that reports the locks themselves, the two records of the local backend do not show a lock.
+    // If the log reports the locks themselves, the two records of the local backend do not prove a lock.
     for told in ["Terraform version: 1.11.4", "Terraform version: 1.8.4"] {
         assert!(!log(&[version(told), lines[0].clone()].concat()).may_hold(), "{told}");
     }
-    // Terraform ended well, so everything that it requested is over.
+    // Terraform exited successfully, so it has released every lock that it had requested.
     let mut well = asked.clone();
     well.ended_well();
     assert!(!well.may_hold());
 }
 
-/// The messages are those of Terraform v1.9.8, backend/remote-state/s3/client.go:296 and 343.
+/// The messages are those in Terraform v1.9.8, backend/remote-state/s3/client.go:296 and 343.
 #[test]
 fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
     let locked = |at, text: &str| super::tests::lock_line(at, text, ID, "r");
@@ -335,7 +337,7 @@ fn a_terraform_from_1_6_to_1_9_tells_no_answers_and_ends_well_without_them() {
     assert!(!whole.ends_with_request() && log(&life[..3].concat()).ends_with_request());
     whole.ended_well();
     assert_eq!(whole.unreleased().count(), 0);
-    // For a version that reports each release (since 1.10), a good end is not taken as a release.
+    // Versions since 1.10 report each release. So a successful exit does not count as a release.
     let mut newer = log(&life
         .concat()
         .replace("1.9.8\n", "1.10.5\n")

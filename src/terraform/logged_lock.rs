@@ -1,4 +1,4 @@
-//! A lock in terraform's log: what identifies it, and how far it has progressed.
+//! A lock in terraform's log: its identity and its progress from the request to the release.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -14,26 +14,26 @@ pub(crate) struct LockParts {
     pub(crate) dynamodb: bool,
 }
 
-/// How far terraform has progressed with a lock, apart from the request for it and its acquisition.
+/// The progress of a lock after its acquisition. [`Progress`] has the times of the request and of the acquisition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
-    /// Nothing more is known.
+    /// Neither a write of the state nor the release has begun, as far as the log shows.
     #[default]
     Open,
-    /// Terraform has begun to write the state. The write may still land.
+    /// Terraform has begun to write the state. The write may still be in flight.
     Writing,
-    /// Terraform has begun to release the lock. Its deletes, which have no condition, may still land.
+    /// Terraform has begun to release the lock. Its deletes may still be in flight, and they are unconditional.
     Unlocking,
-    /// Terraform logged that every part is deleted, or the deletes were answered.
+    /// Terraform has logged that every part is deleted, or each delete has a successful response.
     Gone,
 }
 
-/// What terraform has done about a lock.
+/// The progress of a lock, from the request to the release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Progress {
-    /// When terraform first requested it. With `-lock-timeout` it requests it again, with the same ID.
+    /// When terraform first requested the lock. With `-lock-timeout`, it repeats the request with the same ID.
     pub(crate) asked: Timestamp,
-    /// When terraform acquired the lock, or continued as if it had. `None` if the log does not show it.
+    /// When terraform acquired the lock, or continued as if it had. `None` if the log shows neither.
     pub(crate) held: Option<Timestamp>,
     pub(crate) phase: Phase,
 }
@@ -44,24 +44,26 @@ impl Progress {
         Self { asked: at, held: None, phase: Phase::Open }
     }
 
-    /// Notes that the lock was acquired at `at`. Only the first such time counts.
+    /// Records that the lock was acquired at `at`. A later call does not change the time.
     pub(crate) fn grant(&mut self, at: Timestamp) {
         self.held = self.held.or(Some(at));
     }
 
-    /// Notes that a write of the state has begun. A write that begins after the unlock is not made under this lock.
+    /// Records that a write of the state has begun. A write that begins after the unlock is ignored, because it is not
+    /// protected by this lock.
     pub(crate) fn begin_write(&mut self) {
         if self.phase < Phase::Unlocking {
             self.phase = Phase::Writing;
         }
     }
 
-    /// Notes that the unlock has begun. All writes are answered by then, because terraform unlocks after them.
+    /// Records that the release has begun. Terraform releases a lock after all its writes, so no write is in flight any
+    /// more.
     pub(crate) fn begin_unlock(&mut self) {
         self.phase = self.phase.max(Phase::Unlocking);
     }
 
-    /// Notes that every part of the lock is deleted.
+    /// Records that every part of the lock is deleted.
     pub(crate) fn finish(&mut self) {
         self.phase = Phase::Gone;
     }
@@ -71,7 +73,7 @@ impl Progress {
         self.phase < Phase::Unlocking
     }
 
-    /// Whether terraform has begun to release the lock, and the log does not show that it is released.
+    /// Whether terraform has begun to release the lock, and the log does not show the end of the release.
     pub(crate) fn is_unlocking(self) -> bool {
         self.phase == Phase::Unlocking
     }
@@ -87,18 +89,18 @@ impl Progress {
         self.phase == Phase::Gone
     }
 
-    /// Whether a write or a delete may still land.
+    /// Whether a write or a delete may still be in flight.
     pub(crate) fn may_be_writing(self) -> bool {
         matches!(self.phase, Phase::Writing | Phase::Unlocking)
     }
 }
 
-/// A lock that the log names by its ID.
+/// A lock whose ID is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RecordedLock {
     /// The lock ID.
     pub(crate) id: String,
-    /// The operation: `OperationTypeApply`...
+    /// The operation, for example `OperationTypeApply`.
     pub(crate) operation: String,
     /// The holder: `user@host`.
     pub(crate) who: String,
@@ -117,21 +119,22 @@ pub(crate) struct RecordedLock {
     pub(crate) progress: Progress,
     /// The IDs of the requests for the lock.
     pub(super) requests: Vec<String>,
-    /// Whether two records about this ID disagree, or a response belongs to a request that was never made.
+    /// Whether the log contradicts itself about this ID: two records disagree, or a response belongs to a request that
+    /// was never made. Then the lock is not trusted.
     pub(crate) contradicted: bool,
-    /// The parts whose deletes were answered.
+    /// The parts whose deletes have a successful response.
     #[serde(default)]
     pub(super) gone: LockParts,
 }
 
 impl RecordedLock {
-    /// Whether terraform had acquired the lock and has not begun to release it, so that its operation is not over.
+    /// Whether terraform had acquired the lock and has not begun to release it. Then its operation is not over.
     pub(crate) fn is_in_use(&self) -> bool {
         self.progress.held.is_some() && self.progress.is_before_unlock()
     }
 
-    /// Returns a lock that is only requested, as if a log had said so. `tf` requests the lock itself, or a logged
-    /// request names it.
+    /// Returns a lock that was requested at `at` and is not known to be acquired. This is for a lock that `tf` itself
+    /// requests, and for a logged request that contains the lock.
     pub(crate) fn asked_for(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
         Self {
             id: info.id.clone(),
@@ -149,14 +152,14 @@ impl RecordedLock {
         }
     }
 
-    /// Returns a lock whose ID was found by reading the lock, as if a log had named it.
+    /// Returns a lock that is held since `at`. This is for a lock whose ID `tf` has found by reading the stored lock.
     pub(crate) fn held(info: &LockInfo, bucket: &str, key: &str, parts: LockParts, at: Timestamp) -> Self {
         let mut lock = Self::asked_for(info, bucket, key, parts, at);
         lock.progress.grant(at);
         lock
     }
 
-    /// Notes that the delete of one part was answered.
+    /// Records that the delete of one part has a successful response.
     pub(super) fn part_is_gone(&mut self, part: Part) {
         match part {
             Part::Object => self.gone.s3 = true,
@@ -182,10 +185,10 @@ pub(super) enum Part {
     Item,
 }
 
-/// A lock that terraform requested. The log does not name its ID.
+/// A lock that terraform requested, but whose ID is not in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct UnnamedLock {
-    /// What the lock can be identified by.
+    /// The facts that identify the lock.
     #[serde(rename = "mark")]
     pub(crate) identity: LockIdentity,
     #[serde(flatten, with = "progress_of_unnamed")]
@@ -193,22 +196,22 @@ pub(crate) struct UnnamedLock {
 }
 
 impl UnnamedLock {
-    /// Returns a lock that was requested at `at`.
+    /// Returns a lock that was requested at `at` and is not known to be acquired.
     pub(super) fn asked_for(identity: LockIdentity, at: Timestamp) -> Self {
         Self { identity, progress: Progress::asked(at) }
     }
 
-    /// Whether it is only known that the lock was requested: not its text, and not whether it was acquired.
+    /// Whether the log shows only that the lock was requested. It shows neither its text nor that it was acquired.
     pub(crate) fn is_only_asked_for(&self) -> bool {
         self.progress.held.is_none() && self.is_of_workspace()
     }
 
-    /// Whether only the records of the local backend mention it.
+    /// Whether only the records of the local backend mention the lock.
     pub(crate) fn is_of_workspace(&self) -> bool {
         matches!(self.identity, LockIdentity::Workspace(_))
     }
 
-    /// Whether both are about the same request.
+    /// Whether both locks are from the same request.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         (&self.identity, self.progress.asked) == (&other.identity, other.progress.asked)
     }
@@ -223,7 +226,7 @@ impl UnnamedLock {
     }
 }
 
-/// What an [`UnnamedLock`] can be identified by.
+/// The facts that identify an [`UnnamedLock`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum LockIdentity {
     /// The lock was put into S3 as an object.
@@ -232,24 +235,25 @@ pub(crate) enum LockIdentity {
         bucket: String,
         /// The key of the state.
         key: String,
-        /// The SHA-256 of the lock's text, in base 64. `None` if terraform was told to send none (`skip_s3_checksum`).
+        /// The SHA-256 of the lock's text, in base 64. `None` if terraform was configured to send no checksum
+        /// (`skip_s3_checksum`).
         checksum: Option<String>,
     },
-    /// The local backend's two records name this workspace. Nothing else is known of the lock.
+    /// The lock of this workspace, which the local backend's two records name. No other fact about the lock is known.
     Workspace(String),
 }
 
 /// A lock in a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LoggedLock {
-    /// The log names its ID.
+    /// The log contains the lock's ID.
     Named(RecordedLock),
-    /// The log does not name its ID.
+    /// The log does not contain the lock's ID.
     Unnamed(UnnamedLock),
 }
 
 impl LoggedLock {
-    /// Returns the lock if the log names its ID.
+    /// Returns the lock if the log contains its ID, otherwise `None`.
     pub(crate) fn named(&self) -> Option<&RecordedLock> {
         match self {
             Self::Named(lock) => Some(lock),
@@ -257,7 +261,7 @@ impl LoggedLock {
         }
     }
 
-    /// Like [`LoggedLock::named`], but mutable.
+    /// Returns the same as [`LoggedLock::named`], as a mutable reference.
     pub(super) fn named_mut(&mut self) -> Option<&mut RecordedLock> {
         match self {
             Self::Named(lock) => Some(lock),
@@ -265,7 +269,7 @@ impl LoggedLock {
         }
     }
 
-    /// Returns the lock if the log does not name its ID.
+    /// Returns the lock if the log does not contain its ID, otherwise `None`.
     pub(crate) fn unnamed(&self) -> Option<&UnnamedLock> {
         match self {
             Self::Named(_) => None,
@@ -287,8 +291,8 @@ impl LoggedLock {
         }
     }
 
-    /// Whether this may be the lock of the state `key` in `bucket`. If only its workspace is known, it may lock any
-    /// state.
+    /// Whether this may be the lock of the state `key` in `bucket`. True for every state if only the lock's workspace
+    /// is known.
     pub(super) fn may_lock(&self, bucket: &str, key: &str) -> bool {
         match self {
             Self::Named(lock) => lock.bucket == bucket && lock.key == key,
@@ -299,7 +303,8 @@ impl LoggedLock {
         }
     }
 
-    /// Whether the lock's parts are at `path`, which is `bucket/key` of the state.
+    /// Whether this is the lock of the state at `path`, which is `bucket/key`. False if only the lock's workspace is
+    /// known.
     pub(super) fn is_at(&self, path: &str) -> bool {
         match self {
             Self::Named(lock) => lock.path == path,
@@ -310,7 +315,7 @@ impl LoggedLock {
         }
     }
 
-    /// Returns the length of the text that is kept of the lock, in bytes.
+    /// Returns the total length of the lock's text, in bytes.
     pub(super) fn length_of_text(&self) -> usize {
         match self {
             Self::Named(lock) => lock.length_of_text(),
@@ -319,7 +324,7 @@ impl LoggedLock {
     }
 }
 
-/// How far a lock has progressed, as version 0.1 wrote it to disk: a flag for each phase.
+/// The phase of a lock in the form in which version 0.1 stored it on disk: three flags.
 #[derive(Serialize, Deserialize)]
 struct Flags {
     unlocking: bool,
@@ -348,7 +353,7 @@ impl From<Flags> for Phase {
     }
 }
 
-/// The progress of a [`RecordedLock`] on disk.
+/// The form of a [`RecordedLock`]'s progress on disk.
 mod progress_of_named {
     use super::{Deserialize, Flags, Progress, Serialize, Timestamp};
 
@@ -371,7 +376,7 @@ mod progress_of_named {
     }
 }
 
-/// The progress of an [`UnnamedLock`] on disk.
+/// The form of an [`UnnamedLock`]'s progress on disk.
 mod progress_of_unnamed {
     use super::{Deserialize, Flags, Progress, Serialize, Timestamp};
 
@@ -394,7 +399,7 @@ mod progress_of_unnamed {
     }
 }
 
-/// The locks of a log on disk. Version 0.1 had a list of the locks that the log names, and a list of the others.
+/// The form of a log's locks on disk. Since version 0.1, the named locks and the unnamed locks are in separate lists.
 pub(super) mod two_lists {
     use super::{Deserialize, LoggedLock, RecordedLock, Serialize, UnnamedLock};
 

@@ -1,6 +1,7 @@
-//! What `tf` knows about terraform: its command line, its binary, its data directory, its log and its lock.
+//! Everything about terraform: its command line, its binary, its data directory, its log and its lock.
 //!
-//! A comment that states a fact about Terraform cites the source file, in v1.11.4 unless it gives another version.
+//! A comment that states a fact about Terraform cites the source file. The version is v1.11.4 if the comment gives
+//! none.
 
 pub(crate) mod backend;
 pub(crate) mod binary;

@@ -1,6 +1,5 @@
-//! A plan that `terraform plan -out` has written, and the backend and the workspace that it names.
-//! `terraform apply PLANFILE` uses those, and not the ones in the data directory (internal/command/meta_backend.go,
-//! `BackendForLocalPlan`).
+//! A plan that `terraform plan -out` has written, and the backend and the workspace in it. `terraform apply PLANFILE`
+//! uses these instead of those in the data directory (internal/command/meta_backend.go, `BackendForLocalPlan`).
 //!
 //! A plan is a ZIP archive (internal/plans/planfile/writer.go). Its entry `tfplan` is a Protocol Buffers message
 //! (internal/plans/planproto/planfile.proto), which contains the attributes of the backend as MessagePack. OpenTofu can
@@ -15,11 +14,11 @@ use serde_json::{Map, Value};
 use super::backend::CachedBackend;
 use super::data_directory::DataDirectory;
 
-/// The maximum size of the entry `tfplan`: 256 MiB, in bytes. A larger plan is not read, and its lock is searched for
-/// in the backend that the data directory names.
+/// The maximum size of the entry `tfplan`: 256 MiB, in bytes. A larger plan is not read. `tf` then searches for the
+/// lock in the backend of the data directory.
 const MAX_PLAN_BYTES: u64 = 256 << 20;
 
-/// The fields of the message that `tf` needs. The others are skipped.
+/// The fields of the message `Plan` that `tf` needs. All other fields are skipped.
 #[derive(Message)]
 struct PlanMessage {
     #[prost(message, optional, tag = "13")]
@@ -44,7 +43,7 @@ struct Dynamic {
     msgpack: Vec<u8>,
 }
 
-/// Reads the backend and the workspace from a plan. `None` if the file is not a plan, cannot be read, or names no
+/// Returns the backend and the workspace of a plan. `None` if the file is not a plan, cannot be read, or contains no
 /// backend.
 pub(crate) fn read(file: &File) -> Option<DataDirectory> {
     let mut archive = zip::ZipArchive::new(file).ok()?;
@@ -104,7 +103,7 @@ mod tests {
             let _ = read(&plan("tfplan", &message()[..cut]));
         }
         let mut file = tempfile::tempfile().unwrap();
-        // An encrypted plan of OpenTofu looks like this.
+        // This is the form of an encrypted plan of OpenTofu.
         file.write_all(b"{\"meta\":{},\"encrypted_data\":\"x\",\"encryption_version\":\"v0\"}").unwrap();
         assert!(read(&file).is_none());
         assert!(read(&tempfile::tempfile().unwrap()).is_none());

@@ -5,21 +5,21 @@
 //!   | a value with a newline in it goes on like this
 //! ```
 //!
-//! Any text in a record may come from outside terraform: core logs diagnostics as they are, and an API error with a
-//! newline can put a well-formed record at the beginning of a line. So this module only parses. `lock::proof` decides
-//! whether to trust a record.
+//! Any text in a record may come from outside terraform: the core log contains diagnostics unchanged, and an API error
+//! with a newline in it can put a well-formed record at the beginning of a line. So this module only parses.
+//! `lock::proof` decides whether to trust a record.
 
 use jiff::Timestamp;
 
-/// The name of the field with the key of the state, in records of the S3 backend.
+/// The name of the field that contains the key of the state, in records of the S3 backend.
 pub(crate) const KEY: &str = "tf_backend.s3.path";
 
-/// A record: one line, and the indented lines of any values that contain a newline.
+/// A record: one line, and the indented lines of each value that contains a newline.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogRecord<'a> {
-    /// The time of the record, to the millisecond, by the clock of this host.
+    /// The time of the record, with milliseconds, by the clock of this host.
     pub(crate) time: Timestamp,
-    /// The module: `backend-s3` in the example. Empty if there is none.
+    /// The module: `backend-s3` in the example. Empty if the record has none.
     pub(crate) module: &'a str,
     /// The message: `Locked remote state (DynamoDB only)` in the example.
     pub(crate) message: &'a str,
@@ -27,8 +27,8 @@ pub(crate) struct LogRecord<'a> {
 }
 
 impl<'a> LogRecord<'a> {
-    /// Parses a record: its first line, alone or with the lines that continue it. `None` if the text is not a record,
-    /// such as a continuation, a truncated line or a line in another format.
+    /// Parses a record: its first line, alone or together with the lines that continue it. `None` if the text is not a
+    /// record, for example a line that continues one, a truncated line or a line in another format.
     pub(crate) fn parse(text: &'a str) -> Option<Self> {
         let (time, rest) = text.split_once(' ')?;
         let time = parse_time(time)?;
@@ -37,7 +37,7 @@ impl<'a> LogRecord<'a> {
             return None;
         }
         let rest = rest.trim_start_matches(' ');
-        // A module has no spaces, while a message without a module begins with words.
+        // The name of a module contains no space. Without a module, the text begins with the words of the message.
         let (module, rest) = match rest.split_once(": ") {
             Some((module, rest)) if !module.contains(' ') => (module, rest),
             _ => ("", rest),
@@ -48,19 +48,19 @@ impl<'a> LogRecord<'a> {
         Some(Self { time, module, message, fields })
     }
 
-    /// The text after the message.
+    /// Returns the text after the message.
     pub(crate) fn rest(&self) -> &'a str {
         self.fields
     }
 
-    /// Whether this is a record of the S3 backend about a state whose key contains a newline, so that further lines
-    /// belong to it. The key is the last field of each such record (backend/remote-state/s3/client.go, `logger`; fields
-    /// are sorted).
+    /// Whether further lines belong to this record of the S3 backend, because the key of the state contains a newline.
+    /// The key is the last field of every such record, because fields are sorted (backend/remote-state/s3/client.go,
+    /// `logger`).
     pub(crate) fn goes_on(&self) -> bool {
         self.module == "backend-s3" && self.fields.starts_with("tf_backend.") && self.field(KEY).is_none()
     }
 
-    /// The value of the field `name`. `None` unless the record has exactly one such field.
+    /// Returns the value of the field `name`. `None` if the record has no such field, or more than one.
     pub(crate) fn field(&self, name: &str) -> Option<String> {
         let mut found = None;
         for (key, value) in Fields(self.fields) {
@@ -73,8 +73,8 @@ impl<'a> LogRecord<'a> {
 }
 
 /// Iterates over the `key=value` pairs of a record (go-hclog, intlogger.go, `logPlain`). A value is quoted if it
-/// contains any character outside the range `-` to `~`. A value with a newline is on lines of its own, each of which
-/// begins with `  | `.
+/// contains any character outside the range `-` to `~`. A value with a newline has its own lines, each with the prefix
+/// `  | `.
 struct Fields<'a>(&'a str);
 
 /// The prefix of each line of a value that contains a newline.
@@ -106,8 +106,8 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
-/// Parses the lines of such a value, and returns it with the text after it. If the value contains another newline, a
-/// newline at its very end is lost, because the log does not show it.
+/// Parses the lines of a value that contains a newline. Returns the value, and the text after it. If the value contains
+/// two or more newlines, one at its very end is lost, because the log does not show it.
 fn indented(text: &str) -> (String, &str) {
     let mut lines = Vec::new();
     let mut rest = text;
@@ -122,9 +122,9 @@ fn indented(text: &str) -> (String, &str) {
     }
 }
 
-/// Finds the quote that closes a value. hclog does not escape backslashes, so a value may end with one. Its closing
-/// quote then looks like an escaped quote, and only the text after it shows the difference. `None` if no quote closes
-/// the value.
+/// Returns the position of the quote that closes a value. `None` if no quote closes it. hclog does not escape
+/// backslashes. So if a value ends with a backslash, its closing quote looks like an escaped quote, and only the text
+/// after the quote shows which of the two it is.
 fn end_of_quoted(text: &str) -> Option<usize> {
     let closing: Vec<usize> =
         text.match_indices('"').map(|(at, _)| at).filter(|&at| is_between_fields(&text[at + 1..])).collect();
@@ -132,7 +132,7 @@ fn end_of_quoted(text: &str) -> Option<usize> {
     closing.iter().copied().find(|&at| !escaped(at)).or_else(|| closing.first().copied())
 }
 
-/// Whether a field can end directly before `text`: the record ends there, or another field begins.
+/// Whether a value can end directly before `text`: the record ends there, or another field begins there.
 fn is_between_fields(text: &str) -> bool {
     let Some(rest) = text.strip_prefix([' ', '\n']) else { return text.is_empty() };
     let name = rest.trim_start_matches(' ');
@@ -141,9 +141,9 @@ fn is_between_fields(text: &str) -> bool {
 }
 
 /// Reverses hclog's `writeEscapedForOutput`, which escapes unprintable characters, and quotes in quoted values, but not
-/// backslashes. A backslash that does not begin such an escape stands for itself. If the original text has a backslash
-/// before something that looks like an escape, the result is wrong: the lock with that text is then not found, and is
-/// reported instead of released.
+/// backslashes. So a backslash that does not begin an escape is a backslash of the value. If the value itself contains
+/// the text of an escape, the result is wrong: no lock with that text is found, and the lock is reported instead of
+/// released.
 fn unescape(text: &str, quoted: bool) -> String {
     let mut value = String::new();
     let mut rest = text;
@@ -157,8 +157,8 @@ fn unescape(text: &str, quoted: bool) -> String {
     value
 }
 
-/// Decodes one escape, of which `text` is the part after the backslash. Returns the character, and the number of bytes
-/// that the escape has after the backslash. `None` if `text` does not begin with an escape.
+/// Decodes one escape. `text` begins after the backslash. Returns the character, and the number of bytes of the escape
+/// after the backslash. `None` if `text` does not begin with an escape.
 fn escape(text: &str, quoted: bool) -> Option<(char, usize)> {
     let hexadecimal = |digits: usize| {
         let text =
@@ -238,8 +238,8 @@ mod tests {
         }
     }
 
-    /// The text is what terraform 1.11.4 writes for the key of a state in `tf_backend.s3.path`, with the separator
-    /// before it.
+    /// Each text is the field `tf_backend.s3.path` with the separator before it, as terraform 1.11.4 writes it for this
+    /// key of a state.
     #[test]
     fn a_key_is_read_as_hclog_writes_it() {
         for (written, key) in [
@@ -277,8 +277,8 @@ mod tests {
             let field = |name: &str| record.field(name);
             assert_eq!(field(KEY).as_deref(), Some(key), "{written}");
             assert_eq!(field("tf_backend.lock.id").as_deref(), Some("i"), "{written}");
-            // If a value ends with a backslash, its closing quote looks escaped and the next quote ends the value. The
-            // text that is then read matches no lock.
+            // If a value ends with a backslash, its closing quote is taken for an escaped quote, and the value ends at
+            // a later quote. The resulting text is not that of any lock.
             if !key.ends_with('\\') {
                 assert_eq!(field("tf_backend.lock.path").as_deref(), Some(key), "{written}");
                 assert_eq!(field("tf_backend.lock.who").as_deref(), Some("an na@vm"), "{written}");

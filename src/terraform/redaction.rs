@@ -1,8 +1,8 @@
-//! Finds the values of arguments in a core log, so that they can be redacted. Flags about locks and exit codes are not
-//! redacted.
+//! Finds the values of command-line arguments in a core log, so that they can be redacted. Flags about locks and exit
+//! codes are not redacted, because `tf` needs them.
 //!
-//! At its start, terraform logs its whole command line twice, including `-var` and `-backend-config`. Before that, it
-//! logs the variables that add to the command line (main.go):
+//! When it starts, terraform logs its whole command line twice, including `-var` and `-backend-config`. Before that, it
+//! logs the environment variables that add words to the command line (main.go):
 //!
 //! ```text
 //! 2026-11-23T01:46:07.529Z [INFO]  TF_CLI_ARGS_apply value: "-var token=swordfish"
@@ -12,11 +12,11 @@
 
 use std::ops::Range;
 
-/// The beginnings of the messages of these records.
+/// The beginnings of the messages that contain arguments.
 const MESSAGES: [&[u8]; 3] = [b"CLI args: []string{", b"CLI command args: []string{", b"TF_CLI_ARGS"];
 
-/// Whether a word is not redacted: it is a flag about locks or exit codes, without a value or with one that Go's
-/// `strconv.ParseBool` accepts.
+/// Whether a word must not be redacted: it is a flag about locks or exit codes, without a value or with a value that
+/// Go's `strconv.ParseBool` accepts.
 fn is_kept(word: &[u8]) -> bool {
     const VALUES: [&[u8]; 12] =
         [b"1", b"t", b"T", b"true", b"TRUE", b"True", b"0", b"f", b"F", b"false", b"FALSE", b"False"];
@@ -29,10 +29,10 @@ fn is_kept(word: &[u8]) -> bool {
     })
 }
 
-/// The maximum length of the text before the message, in bytes: a time with an offset, and a level.
+/// The maximum length of the text before the message, in bytes: a time with an offset, and a log level.
 const MAX_HEAD_BYTES: usize = 48;
 
-/// Whether a line that begins with `line` can be one of these records. `line` may be cut off anywhere.
+/// Whether a line that begins with `line` may be a record with arguments. `line` may be truncated at any byte.
 pub(crate) fn may_have_arguments(line: &[u8]) -> bool {
     match message(line) {
         Some(message) => MESSAGES.iter().any(|known| message.starts_with(known) || known.starts_with(message)),
@@ -40,7 +40,7 @@ pub(crate) fn may_have_arguments(line: &[u8]) -> bool {
     }
 }
 
-/// Returns the text after the level of a record. `None` if `line` contains no level.
+/// Returns the text after the log level of a record. `None` if `line` contains no log level.
 fn message(line: &[u8]) -> Option<&[u8]> {
     let head = &line[..line.len().min(MAX_HEAD_BYTES)];
     let end = head.iter().position(|&byte| byte == b']')?;
@@ -48,8 +48,8 @@ fn message(line: &[u8]) -> Option<&[u8]> {
     Some(&line[end + 1 + spaces..])
 }
 
-/// Returns the ranges of bytes to redact in `line`, which must be a whole line. They are the contents of all quoted
-/// words (Go's `%#v`) that are not known to be harmless.
+/// Returns the byte ranges to redact in `line`, which must be a complete line. They are the contents of all quoted
+/// words (Go's `%#v`), except the flags that are known to be harmless.
 pub(crate) fn values(line: &[u8]) -> Vec<Range<usize>> {
     let Some(message) = message(line) else { return Vec::new() };
     let Some(known) = MESSAGES.iter().find(|known| message.starts_with(known)) else { return Vec::new() };
@@ -58,7 +58,7 @@ pub(crate) fn values(line: &[u8]) -> Vec<Range<usize>> {
     while let Some(begin) = line[at..].iter().position(|&byte| byte == b'"').map(|place| at + place + 1) {
         let mut end = begin;
         while end < line.len() && line[end] != b'"' {
-            // An escaped quote does not end the word.
+            // A quote after a backslash does not end the word.
             end += if line[end] == b'\\' { 2 } else { 1 };
         }
         let end = end.min(line.len());

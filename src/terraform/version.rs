@@ -1,10 +1,10 @@
-//! Which program a terraform is, and how much its log reports about its locks.
+//! Which program and version a terraform is, and how much its log reports about its locks.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The program that is run under the name of terraform or tofu.
+/// The program that is started under the name terraform or tofu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Product {
     /// HashiCorp's Terraform.
@@ -21,24 +21,23 @@ pub(crate) struct Version {
     text: String,
 }
 
-/// How much a log reports about a lock of the S3 backend, and at which level.
+/// How much a log reports about a lock of the S3 backend, and at which log level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogDetail {
-    /// Terraform since 1.10: the lock's ID before it is requested, when it is acquired, and when it is released; at
-    /// INFO.
+    /// Terraform since 1.10 logs, at INFO: the lock's ID before the request, the acquisition, and the release.
     Full,
-    /// Terraform 1.6 to 1.9: the lock's ID before it is requested and before it is released, but no results; at INFO.
+    /// Terraform 1.6 to 1.9 logs, at INFO: the lock's ID before the request and before the release, but no results.
     IdsOnly,
-    /// Terraform 0.15 to 1.5, OpenTofu since 1.11: the requests to the services and their responses; at DEBUG.
+    /// Terraform 0.15 to 1.5 and OpenTofu since 1.11 log, at DEBUG: the requests to the services and their responses.
     HttpTraffic,
-    /// OpenTofu up to 1.10: that a lock was acquired, but not which; at TRACE.
+    /// OpenTofu up to 1.10 logs, at TRACE: that a lock was acquired, but not which one.
     AcquireOnly,
-    /// Terraform before 0.15: nothing.
+    /// Terraform before 0.15 logs nothing about a lock.
     None,
 }
 
 impl LogDetail {
-    /// The value that terraform's `TF_LOG_CORE` needs for this much detail.
+    /// Returns the value of terraform's `TF_LOG_CORE` that is necessary for this log detail.
     pub(crate) fn level(self) -> &'static str {
         match self {
             Self::Full | Self::IdsOnly | Self::None => "INFO",
@@ -52,8 +51,8 @@ impl LogDetail {
 const MAX_TEXT_CHARACTERS: usize = 128;
 
 impl Version {
-    /// Parses the first record of a log: its message, `Terraform version`, and the text after it (main.go of either
-    /// program). `None` if the record does not report a version.
+    /// Parses the first record of a log. `message` is `Terraform version` or `OpenTofu version`, and `rest` is the text
+    /// after it (main.go of both programs). `None` if the record does not report a version.
     pub(crate) fn of_record(message: &str, rest: &str) -> Option<Self> {
         let product = match message {
             "Terraform version" => Product::Terraform,
@@ -63,7 +62,7 @@ impl Version {
         Some(Self { product, text: rest.trim().chars().take(MAX_TEXT_CHARACTERS).collect() })
     }
 
-    /// Parses the first line that `terraform version` prints: `Terraform v1.11.4`. `None` if it has another form.
+    /// Parses the first line of the output of `terraform version`: `Terraform v1.11.4`. `None` if it has another form.
     pub(crate) fn of_command(output: &str) -> Option<Self> {
         let mut words = output.lines().next()?.split_whitespace();
         let product = match words.next()? {
@@ -75,12 +74,12 @@ impl Version {
         text.starts_with(|first: char| first.is_ascii_digit()).then(|| Self { product, text: text.to_owned() })
     }
 
-    /// The version as terraform writes it into a lock: without the suffix of a version that is not a release.
+    /// Returns the version in the form in which terraform writes it into a lock: without a suffix such as `-rc1`.
     pub(crate) fn in_locks(&self) -> &str {
         self.text.split([' ', '-', '+']).next().unwrap_or_default()
     }
 
-    /// The program.
+    /// Returns whether this is Terraform or OpenTofu.
     pub(crate) fn product(&self) -> Product {
         self.product
     }
@@ -90,7 +89,7 @@ impl Version {
         (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
     }
 
-    /// How much the log of this version reports.
+    /// Returns how much the log of this version reports about a lock.
     pub(crate) fn log_detail(&self) -> LogDetail {
         match (self.product, self.numbers()) {
             (Product::Terraform, (1, 10..) | (2.., _)) => LogDetail::Full,
@@ -103,8 +102,8 @@ impl Version {
         }
     }
 
-    /// Whether this version runs as two processes. The outer process ignores interrupts, because it expects the
-    /// terminal to send them to both (panicwrap, up to Terraform 1.0).
+    /// Whether this version runs as two processes (panicwrap, up to Terraform 1.0). The outer process ignores
+    /// interrupts, because it expects that the terminal sends them to both processes.
     pub(crate) fn is_two_processes(&self) -> bool {
         self.product == Product::Terraform && self.numbers() < (1, 1)
     }

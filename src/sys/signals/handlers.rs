@@ -1,8 +1,8 @@
 //! Signal handlers that write into a pipe, for systems without signalfd.
 //!
-//! They are weaker than a signalfd in two ways. Between a fork and the child's exec a handler could still run in the
-//! child, so every signal is blocked around the fork (`sys::spawn`). And where the kernel does not report who sent a
-//! signal, a sender of 0 is taken to be the kernel.
+//! Handlers are weaker than a signalfd in two ways. First, between a fork and the child's exec, a handler could still
+//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, if the kernel does not
+//! report the sender of a signal, its pid is 0, and the signal is attributed to the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use super::{Arrival, SignalOrigin};
 use crate::sys::descriptor;
 
-/// The read end of the pipe that the handlers write into.
+/// The pipe into which the handlers write.
 #[derive(Debug)]
 pub(super) struct SignalSource {
     arrivals: OwnedFd,
@@ -29,14 +29,15 @@ impl SignalSource {
             fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         let number = writer.as_raw_fd();
-        // SIGTTIN and SIGTTOU are blocked instead: with a handler, tcsetpgrp(3) from the background would be
-        // interrupted again and again instead of succeeding.
+        // SIGTTIN and SIGTTOU are blocked instead. With a handler, tcsetpgrp(3) from the background would be
+        // interrupted repeatedly and would never succeed.
         let (waiting, handled): (Vec<Signal>, Vec<Signal>) =
             heard.iter().partition(|signal| matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU));
         for signal in &handled {
             let signal_number = *signal as i32;
             let write = move |info: &libc::siginfo_t| {
-                // SAFETY: the kernel filled `info` for a signal; `number` stays open as long as the program runs.
+                // SAFETY: the kernel has filled `info` for a signal, and `number` remains open as long as the program
+                // runs.
                 unsafe {
                     let kernel = info.si_code > 0 || info.si_pid() == 0;
                     let mut bytes = [u8::try_from(signal_number).unwrap_or(0), u8::from(kernel), 0, 0, 0, 0];
@@ -44,7 +45,7 @@ impl SignalSource {
                     libc::write(number, bytes.as_ptr().cast(), bytes.len());
                 }
             };
-            // SAFETY: the action calls write(2) alone, which is async-signal-safe.
+            // SAFETY: the action calls only write(2), which is async-signal-safe.
             unsafe { signal_hook_registry::register_sigaction(signal_number, write)? };
         }
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&waiting.into_iter().collect()), Some(mask))?;
@@ -55,7 +56,7 @@ impl SignalSource {
     /// Returns the next signal, or `None` if none has arrived.
     pub(super) fn read(&self) -> Option<Arrival> {
         let mut bytes = [0; 6];
-        // Each signal's bytes are written and read in one piece (PIPE_BUF).
+        // The 6 bytes of a signal are written and read in one piece, because they are fewer than PIPE_BUF.
         if nix::unistd::read(&self.arrivals, &mut bytes) != Ok(bytes.len()) {
             return None;
         }

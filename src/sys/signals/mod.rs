@@ -1,10 +1,10 @@
-//! The signals that `tf` receives, in order, each with its sender.
+//! The signals that `tf` receives, in the order of their arrival, each with its sender.
 //!
-//! On Linux all of them are blocked and read from a signalfd. No handler is installed, so every disposition stays as it
-//! was inherited, except an ignored SIGCHLD, which becomes the default. What must be undone for terraform is the signal
-//! mask. A signalfd also reports a signal that was ignored at the start of `tf`, as long as that signal is blocked. INT
-//! and TERM need this, because terraform catches both even if they were ignored (Go's `signal.Notify` does). A HUP that
-//! was ignored must stay without effect (`nohup`). On other systems handlers write into a pipe.
+//! On Linux all of them are blocked and read from a signalfd. No handler is installed, so every disposition remains as
+//! inherited, except that of an ignored SIGCHLD, which is set to the default. So only the signal mask must be restored
+//! for terraform. A signalfd also reports a blocked signal that was ignored at the start of `tf`. This is necessary for
+//! INT and TERM, because terraform catches both even if they were ignored (Go's `signal.Notify` does so). A HUP that
+//! was ignored must have no effect (`nohup`). On other systems, signal handlers write into a pipe.
 
 #[cfg(any(not(target_os = "linux"), tf_portable))]
 #[path = "handlers.rs"]
@@ -22,10 +22,11 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use super::disposition;
 use source::SignalSource;
 
-/// What sent a signal.
+/// The kind of sender of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SignalOrigin {
-    /// The kernel: for a key at the terminal, a hangup, or a child's change of state (`si_code` > 0, sigaction(2)).
+    /// The kernel, because of a key at the terminal, a hangup, or a state change of a child (`si_code` > 0,
+    /// sigaction(2)).
     Kernel,
     /// A process, with kill(2) or a similar call.
     Process,
@@ -36,14 +37,14 @@ pub(crate) enum SignalOrigin {
 pub(crate) struct Arrival {
     /// The signal.
     pub(crate) signal: Signal,
-    /// What sent it.
     pub(crate) origin: SignalOrigin,
-    /// The process that sent it. `None` if the kernel sent it, or if the sender has no pid in the pid namespace of this
-    /// process.
+    /// The process that sent the signal. `None` if the kernel sent it, or if the sender has no pid in the pid namespace
+    /// of this process.
     pub(crate) sender: Option<nix::unistd::Pid>,
 }
 
-/// Returns the process that sent a signal, from the pid that came with it (`si_pid`, sigaction(2)).
+/// Returns the sender of a signal. `pid` is the pid in the signal's information (`si_pid`, sigaction(2)). `None` if the
+/// kernel sent the signal, or if `pid` is 0.
 fn sender(origin: SignalOrigin, pid: i32) -> Option<nix::unistd::Pid> {
     (origin == SignalOrigin::Process && pid > 0).then(|| nix::unistd::Pid::from_raw(pid))
 }
@@ -56,19 +57,20 @@ pub(crate) struct Inherited {
 }
 
 impl Inherited {
-    /// Returns whether `signal` was ignored when this process started: HUP under `nohup`, INT behind `&` in a shell
-    /// without job control.
+    /// Returns whether `signal` was ignored at the start of this process. Examples are HUP under `nohup`, and INT in a
+    /// job that a shell without job control has started with `&`.
     pub(crate) fn ignores(&self, signal: Signal) -> bool {
         self.ignored.contains(&signal)
     }
 
-    /// Returns all signals that were ignored, except SIGPIPE, so that terraform ignores them too.
+    /// Returns all signals that were ignored at the start of this process, except SIGPIPE. Terraform must ignore them
+    /// too.
     pub(crate) fn ignored(&self) -> &[Signal] {
         &self.ignored
     }
 }
 
-/// The signals that this process receives, and a queue of those that were read.
+/// The source of the signals that this process receives, and a queue of signals that were read but not yet returned.
 #[derive(Debug)]
 pub(crate) struct Signals {
     source: SignalSource,
@@ -97,30 +99,31 @@ pub(crate) const HEARD: [Signal; 15] = [
 ];
 
 impl Signals {
-    /// Starts to listen for signals. Must be called while there is one thread.
+    /// Starts to read signals. This process must have one thread.
     ///
     /// # Errors
-    /// When no descriptor can be opened.
+    /// An error if the source cannot be opened or the signal mask cannot be set.
     pub(crate) fn listen() -> io::Result<Self> {
         let ignored: Vec<Signal> = HEARD.into_iter().filter(|signal| disposition::is_ignored(*signal)).collect();
         if ignored.contains(&Signal::SIGCHLD) {
-            // SIGCHLD must not stay ignored: the kernel would discard a child's status (waitpid(2)).
+            // An ignored SIGCHLD must not remain ignored, because the kernel would discard the status of each child
+            // (waitpid(2)).
             disposition::set_default(Signal::SIGCHLD);
         }
         let mut mask_at_entry = SigSet::empty();
         let source = SignalSource::open(&HEARD, &mut mask_at_entry)?;
-        // Rust's runtime ignores SIGPIPE. What was inherited for SIGPIPE is recorded before the runtime starts
-        // (`sys::entry`).
+        // Rust's runtime ignores SIGPIPE, so its current disposition is not the inherited one. The inherited one is
+        // recorded before the runtime starts (`sys::entry`).
         let ignored = ignored.into_iter().filter(|signal| *signal != Signal::SIGPIPE).collect();
         Ok(Self { source, queue: VecDeque::new(), mask_at_entry, inherited: Inherited { ignored } })
     }
 
-    /// Returns the signal mask of the start of this process, which terraform must get.
+    /// Returns the signal mask from the start of this process. Terraform must be started with this mask.
     pub(crate) fn mask_at_entry(&self) -> &SigSet {
         &self.mask_at_entry
     }
 
-    /// Restores the signal mask, for a program that replaces this process after all.
+    /// Restores the signal mask from the start of this process, for a program that replaces this process after all.
     pub(crate) fn stop_listening(&self) {
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
     }
@@ -130,14 +133,14 @@ impl Signals {
         &self.inherited
     }
 
-    /// Returns the next signal that has arrived, or `None` if there is none now.
+    /// Returns the next signal that has arrived. `None` if there is none now.
     pub(crate) fn next(&mut self) -> Option<Arrival> {
         self.fetch();
         self.queue.pop_front()
     }
 
-    /// Returns the next signal that asks `tf` to stop: INT, TERM, or HUP unless that was ignored at the start. Any
-    /// other signal that arrived before it is discarded. `None` if there is no such signal now.
+    /// Returns the next signal that requests `tf` to stop: INT, TERM, or HUP unless HUP was ignored at the start. All
+    /// other signals that arrived before it are discarded. `None` if there is no such signal now.
     pub(crate) fn next_stop(&mut self) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
             match signal {
@@ -149,13 +152,13 @@ impl Signals {
         None
     }
 
-    /// Returns whether signals were read that [`Signals::next`] has not returned yet. The descriptor does not report
-    /// them again.
+    /// Returns whether there are signals that were read, but that [`Signals::next`] has not returned yet. poll(2) on
+    /// the descriptor does not report these signals again.
     pub(crate) fn is_queued(&self) -> bool {
         !self.queue.is_empty()
     }
 
-    /// Discards every signal of one kind that has arrived. Returns whether there was one.
+    /// Discards every `signal` that has arrived. Returns whether there was one.
     pub(crate) fn take(&mut self, signal: Signal) -> bool {
         self.fetch();
         let before = self.queue.len();
@@ -170,10 +173,11 @@ impl Signals {
     }
 
     /// Stops this process, or its whole process group, with the default action of `signal` (TSTP, TTIN or TTOU), and
-    /// returns when it has been continued. Returns false if the kernel discarded the stop. It does so in an orphaned
-    /// process group, because nothing could ever continue the process there (POSIX 2.4.3, "Orphaned process groups").
+    /// returns true after it has been continued. Returns false if the kernel discarded the stop. The kernel discards it
+    /// in an orphaned process group, in which nothing could ever continue the process (POSIX 2.4.3, "Orphaned process
+    /// groups").
     ///
-    /// This function does not use SIGSTOP, because the kernel does not discard that in an orphaned process group.
+    /// This function does not use SIGSTOP, because the kernel would not discard it in an orphaned process group.
     pub(crate) fn stop(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.take(Signal::SIGCONT);
         self.take(signal);
@@ -182,13 +186,13 @@ impl Signals {
         let _ = nix::sys::signal::kill(to, signal);
         let mut only = SigSet::empty();
         only.add(signal);
-        // Once it is unblocked, the pending stop acts before sigprocmask returns. The process goes on from here when it
-        // gets a SIGCONT.
+        // The signal is pending. When it is unblocked, it stops the process before sigprocmask returns. After a
+        // SIGCONT, the process continues from here.
         let mut mask = SigSet::empty();
         let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&only), Some(&mut mask));
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None);
         disposition::restore(signal, &previous);
-        // SIGCONT is read like the other signals, so the one that continued this process has arrived by now.
+        // SIGCONT is read like the other signals. If a SIGCONT has continued this process, it has arrived by now.
         self.take(Signal::SIGCONT)
     }
 }
@@ -199,7 +203,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Sets `signal` to its default action, so that it can kill this process.
+/// Sets `signal` to its default action, so that the signal can kill this process.
 pub(crate) fn default_action(signal: Signal) {
     disposition::set_default(signal);
 }

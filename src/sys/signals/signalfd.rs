@@ -1,4 +1,4 @@
-//! A signalfd(2) that signals are read from, on Linux.
+//! The source of signals on Linux: a signalfd(2).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,14 +8,15 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::{Arrival, SignalOrigin};
 
-/// A descriptor that the blocked signals are read from.
+/// A descriptor from which the blocked signals are read.
 #[derive(Debug)]
 pub(super) struct SignalSource(SignalFd);
 
 impl SignalSource {
-    /// Blocks every signal of this process except those that a fault in it raises: for these the kernel kills the
-    /// process, whether they are blocked or not. Opens a descriptor for the signals in `heard`. The others, which
-    /// terraform's runtime ignores, stay pending for ever. Stores the previous signal mask in `mask`.
+    /// Opens a descriptor for the signals in `heard`, and blocks every signal of this process, including those that are
+    /// not in `heard`. Terraform's runtime ignores these, and here they remain pending for ever. The signals of a fault
+    /// are not blocked, because the kernel kills the process for a fault in any case. Stores the previous signal mask
+    /// in `mask`.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
         let mut all = SigSet::all();
         for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS]
@@ -33,11 +34,11 @@ impl SignalSource {
         }
     }
 
-    /// Returns the next signal, or `None` if none has arrived.
+    /// Returns the next signal. `None` if none has arrived.
     pub(super) fn read(&self) -> Option<Arrival> {
         let info = self.0.read_signal().ok()??;
         let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok()?;
-        // SI_USER, SI_QUEUE and SI_TKILL are 0 or less; the codes of signals that the kernel generates are greater
+        // SI_USER, SI_QUEUE and SI_TKILL are 0 or less. The codes of signals from the kernel are greater than 0
         // (sigaction(2)).
         let origin = if info.ssi_code > 0 { SignalOrigin::Kernel } else { SignalOrigin::Process };
         Some(Arrival { signal, origin, sender: super::sender(origin, info.ssi_pid.cast_signed()) })
