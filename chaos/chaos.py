@@ -788,7 +788,7 @@ class Tally:
         for name, count in [
             (f"locks still held {DEAD_FOR:.0f} s after the processes died", self.standing),
             ("  the same, where everything was killed", self.standing_all),
-            (f"runs that stood still for {STOPPED_FOR} s and were continued", self.continued),
+            (f"runs that were stopped for {STOPPED_FOR} s and continued", self.continued),
             ("digest mismatches", self.digests),
         ]:
             print(f"{name:50}{count:6}")
