@@ -224,7 +224,7 @@ fn bad_input_is_a_sentence_and_a_next_step() {
     let nobody = "http://127.0.0.1:9";
     let empty = env.directory.join("empty");
     std::fs::create_dir(&empty).unwrap();
-    let backends = [("local", "ends with"), ("cloud", "HCP Terraform"), ("http", "force-unlock")];
+    let backends = [("local", "the kernel releases"), ("cloud", "HCP Terraform"), ("http", "force-unlock")];
     for (kind, _) in backends {
         let data = env.directory.join(kind).join(".terraform");
         std::fs::create_dir_all(&data).unwrap();
@@ -362,7 +362,7 @@ fn a_scan_that_a_key_stops_shows_what_it_has_and_says_that_it_is_not_all() {
     let status = terminal.wait();
     let screen = terminal.whole_screen();
     assert_eq!(status.signal(), Some(2), "{screen}");
-    assert!(screen.contains("stopped after 3 of about 1000 items: the list is incomplete"), "{screen}");
+    assert!(screen.contains("stopped after 3 of about 1000 items, so the list is incomplete"), "{screen}");
     assert!(screen.contains(A) && screen.contains("anna@elsewhere"), "{screen}");
     // The same in a script: the output is complete JSON, and says that it is not all.
     let mut command = env.command(env.bin().join("tf"));
