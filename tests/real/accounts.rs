@@ -252,7 +252,7 @@ fn a_run_that_is_alive_is_not_forgotten() {
     let (run, id) = apply(&env, A);
     let end = recover(&env, &["--forget", &id]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-    assert!(end.err.contains("still alive"), "{}", env.dump(&end));
+    assert!(end.err.contains("is still running"), "{}", env.dump(&end));
     assert_eq!(records(&env).len(), 1);
     env.unblock();
     assert_eq!(run.wait().code(), Some(0));
