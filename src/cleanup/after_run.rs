@@ -32,22 +32,23 @@ use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// Whether terraform died or abandoned its operation, so that the operation is unfinished.
+/// Whether terraform died or abandoned its operation. In both cases the operation is unfinished. Also true if terraform
+/// got a second interrupt or was killed by `tf`, and if it is unknown how terraform ended.
 ///
-/// In most cases the log decides this, and not the exit code. A terraform that got two interrupts exits with 1, as
-/// after any error, and leaves its operation, its provisioners and its requests unfinished (internal/command/meta.go,
-/// `RunOperation`). A terraform that finishes its operation has begun to unlock everything that it had locked. So a
-/// lock whose unlock was not begun shows that the operation is unfinished. `is_ours` returns whether a lock belongs to
-/// a backend and a workspace of this run. A lock at another location belongs to a terraform that a provisioner has
-/// started, and does not count.
+/// In most cases the log decides this, and not the exit code. After two interrupts, terraform exits with 1, as after
+/// any error, although its operation, its provisioners and its requests are unfinished (internal/command/meta.go,
+/// `RunOperation`). A terraform that finishes its operation begins to release every lock that it has taken. So a lock
+/// whose release was not begun shows that the operation is unfinished. `is_ours` returns true for a lock of a backend
+/// and a workspace of this run. Other locks do not count, because they belong to a terraform that a provisioner has
+/// started.
 ///
 /// Exit code 11 is a panic that terraform caught (internal/logging/panic.go). Exit code 2 means that there are changes
-/// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. A shim has other
-/// exit codes than terraform (tenv 255, a shell 137, `terraform | tee` 0). So behind a shim, a lock counts even if its
-/// unlock was begun.
+/// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. The exit code of
+/// a shim can differ from that of terraform (tenv 255, a shell 137, `terraform | tee` 0), so it does not show how
+/// terraform ended. So behind a shim, a lock counts even if its release was begun.
 fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&RecordedLock) -> bool) -> bool {
     let left_operation = || log.was_canceled() || log.unreleased().any(|lock| lock.is_in_use() && is_ours(lock));
-    // If it is unknown how terraform ended, it counts as dead: it was killed together with `tf`, or by a hangup.
+    // If it is unknown how terraform ended, terraform counts as dead: it was killed together with `tf`, or by a hangup.
     let Some(ended) = end.ended else { return true };
     end.forced
         || match ended {
@@ -68,18 +69,19 @@ const PROVIDER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How terraform's operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
-    /// Terraform has finished it.
+    /// Terraform has finished the operation.
     Over,
-    /// Terraform exited by itself, and a lock that it had begun to release still exists. The delete was refused, or is
-    /// still in flight. The operation may be unfinished.
+    /// Terraform exited by itself, and a lock that it had begun to release still exists. The delete request was
+    /// refused, or is still in flight. The operation may be unfinished.
     Unlocking,
-    /// Terraform died, or abandoned it.
+    /// Terraform died, or abandoned the operation.
     Died,
 }
 
-/// Makes sure that an operation is over. If terraform died, kills the remaining processes of its tree, without a grace
-/// period if `at_once` is true. If terraform exited by itself, kills no process: terraform may have left it running on
-/// purpose. Returns the reason why no lock may be released. `None` if locks may be released.
+/// Determines whether locks may be released after `operation`. Returns `None` if so, and otherwise the outcome with the
+/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree. There is no
+/// grace period if `at_once` is true. If terraform exited by itself, this kills no process, because terraform may have
+/// left a process running on purpose.
 fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let died = operation == Operation::Died;
     // Another terraform may be running: one that a provisioner started without `tf`, or one whose shim has exited. It
@@ -104,8 +106,9 @@ fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut
     if operation == Operation::Unlocking { wait_for_tree(tree, waiter) } else { None }
 }
 
-/// Waits until no process of the tree is running, for at most [`PROVIDER_EXIT_TIMEOUT`]. Returns `None` if none is
-/// running, and otherwise the reason why no lock may be released. Used if terraform exited by itself.
+/// Waits until no process of the tree is running, for at most [`PROVIDER_EXIT_TIMEOUT`]. Kills no process, because
+/// terraform exited by itself. Returns `None` if no process is running, and otherwise the outcome with the reason why
+/// no lock may be released.
 fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
@@ -133,7 +136,8 @@ pub(crate) struct AfterRun<'a> {
     pub(crate) log: &'a Log,
     /// The identities with which the run reached its backends.
     pub(crate) reached: &'a Reached,
-    /// Whether the log is empty although terraform was started. Terraform may have been unable to write it.
+    /// Whether the log is empty although terraform was started. If so, terraform may have been unable to open the log
+    /// file.
     pub(crate) has_no_log: bool,
 }
 
@@ -166,8 +170,8 @@ enum LogFile {
 
 /// Returns whether the log of a run shows which locks the run had.
 fn log_state(died: bool, ended: Option<Ended>, log: &Log, file: LogFile) -> LogState {
-    // An empty log does not show that terraform died. Behind a shim, an exit code of 129 or more does: the shim reports
-    // the signal that killed terraform.
+    // An empty log does not show whether terraform died. An exit code of 129 or more shows that it died: a shim exits
+    // with such a code if a signal killed terraform.
     if file == LogFile::Empty && (died || matches!(ended, Some(Ended::Exited(129..)))) {
         LogState::NeverBegun
     } else if died && (!log.logs_locks() || log.is_torn()) {
@@ -178,8 +182,8 @@ fn log_state(died: bool, ended: Option<Ended>, log: &Log, file: LogFile) -> LogS
 }
 
 impl AfterRun<'_> {
-    /// Determines how the run ended. `candidates` are its candidate backends. They may be read lazily, because they are
-    /// not needed for every run.
+    /// Determines how the run ended. `candidates` are the candidate backends of the run. The caller may read them
+    /// lazily, because they are not needed for every run.
     pub(crate) fn judge(&self, candidates: &impl Deref<Target = CandidateBackends>) -> Ending {
         let is_ours = |lock: &RecordedLock| !candidates.of(lock).is_empty();
         let died = died(&self.end, self.tree.is_behind_a_shim(), self.log, is_ours);
@@ -256,10 +260,11 @@ impl AfterRun<'_> {
     }
 }
 
-/// The reason for a guardian's release that is written into the history.
+/// The reason that is written into the history if a guardian releases a lock.
 const GUARDIANS_REASON: &str = "its tf was killed, and its terraform is dead";
 
-/// Whether a lock that terraform had begun to release still exists. True if that cannot be determined.
+/// Whether a lock that terraform had begun to release still exists. Also true if that cannot be determined. False if
+/// the lock has no known location.
 pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let mut begun = log.unreleased().filter(|lock| lock.progress.is_unlocking());
     begun.any(|lock| {
@@ -268,13 +273,13 @@ pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter:
     })
 }
 
-/// Whether the lock `id` exists at `location`. True if that cannot be determined.
+/// Whether the lock `id` exists at `location`. Also true if that cannot be determined.
 fn exists(id: &str, location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let _there = Within::enter(&candidates.working_directory);
     waiter.block_on(release::may_exist(location, id)).unwrap_or(true)
 }
 
-/// Whether the program of `process` has the name of a terraform or tofu, possibly with a version.
+/// Whether the program of `process` is named `terraform` or `tofu`, possibly followed by a version.
 fn is_terraform(process: &Process) -> bool {
     let program = process.program();
     let named = |name: &str| {
@@ -334,7 +339,7 @@ mod tests {
         }
     }
 
-    /// OpenTofu does not log the release of a lock, so the log record about the second interrupt shows that it
+    /// OpenTofu does not log the release of a lock. Only the log record about the second interrupt shows that OpenTofu
     /// abandoned its operation.
     #[test]
     fn a_terraform_that_says_that_it_left_its_operation_died() {
@@ -344,8 +349,8 @@ mod tests {
         assert!(!died(&end(Some(Ended::Exited(0)), false), false, &log, |_| false));
     }
 
-    /// OpenTofu does not log the release of a lock, so the command line in its log shows whether exit code 2 means that
-    /// there are changes.
+    /// OpenTofu does not log the release of a lock. Only the command line in its log shows whether exit code 2 means a
+    /// crash or means that there are changes.
     #[test]
     fn code_2_is_a_crash_unless_changes_are_announced_by_it() {
         for (arguments, crash) in [("\"plan\"", true), ("\"plan\", \"-detailed-exitcode\"", false)] {

@@ -21,9 +21,10 @@ pub(crate) fn is_for_any_workspace(command: &str) -> bool {
 /// The backends and workspaces that a run may have used.
 #[derive(Clone, Debug)]
 pub(crate) struct CandidateBackends {
-    /// The contents of data directories with these backends, the most likely one first.
+    /// The contents of the data directories with these backends. The first one is the one that the run most likely
+    /// used.
     pub(crate) directories: Vec<DataDirectory>,
-    /// The names of the workspaces, the most likely one first.
+    /// The names of the workspaces. The first one is the one that the run most likely used.
     pub(crate) workspaces: Vec<String>,
     /// Whether the run may have used every workspace that exists.
     pub(crate) any_workspace: bool,
@@ -35,8 +36,8 @@ pub(crate) struct CandidateBackends {
 
 impl CandidateBackends {
     /// Returns the candidate backends of a run of `command_line` in the directory `current`. `before` and `after` are
-    /// the contents of its data directory before and after the run, and `planned_backends` are the backends that follow
-    /// from its command line.
+    /// the contents of the run's data directory before and after the run. `planned_backends` are the backends that
+    /// follow from `command_line`.
     pub(crate) fn new(
         current: &Path,
         before: &DataDirectory,
@@ -61,7 +62,7 @@ impl CandidateBackends {
         Self { directories, workspaces, any_workspace, data_directory, working_directory }
     }
 
-    /// Adds the backend and the workspace in the run's plan, if it has a plan that can be read.
+    /// Adds the backend and the workspace in the run's plan, if the run has a plan that can be read.
     pub(crate) fn with_plan(mut self, planned_backends: &PlannedBackends) -> Self {
         if let Some(planned) = planned_backends.planned() {
             self.workspaces.push(planned.workspace.clone());
@@ -75,17 +76,17 @@ impl CandidateBackends {
         redacted_backend::of_run(self.backends())
     }
 
-    /// Returns the backends and the environment, with the identities with which the run `run` reaches the backends.
-    /// Leaves out the identities for which a file must be read: the result is written to the journal before terraform
-    /// starts, and reading a file could delay that start.
+    /// Returns the backends without their secrets, and the AWS environment. The environment contains the identities
+    /// that the run `run` uses to reach the backends. An identity is left out if a file must be read to determine it.
+    /// The caller writes the result to the journal before terraform starts, and reading a file could delay that start.
     pub(crate) fn identified_without_files(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let (access, mut surroundings) = self.access();
         surroundings.identify_without_files(run, &access, &self.backends().collect::<Vec<_>>());
         (access, surroundings)
     }
 
-    /// Does the same as [`Self::identified_without_files`], and also reads the shared files of AWS. Call this only
-    /// where terraform does not wait for it.
+    /// Does the same as [`Self::identified_without_files`], but also reads the shared files of AWS to determine
+    /// identities. Call this only where the time for reading files does not delay the start of terraform.
     pub(crate) fn identified(&self, run: &str) -> (Vec<RedactedBackend>, AwsEnvironment) {
         let _there = Within::enter(&self.working_directory);
         let (access, mut surroundings) = self.access();
@@ -97,32 +98,33 @@ impl CandidateBackends {
         self.directories.iter().filter_map(|directory| directory.backend.as_ref())
     }
 
-    /// Returns the locations where a lock that a log recorded can be.
+    /// Returns the locations where the lock `recorded` may be stored.
     pub(crate) fn of(&self, recorded: &RecordedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::find(recorded, &directories, self.usable())
     }
 
-    /// Returns the locations where a lock that the log does not name can be.
+    /// Returns the locations where `unnamed`, a lock that the log does not name, may be stored.
     pub(crate) fn of_unnamed(&self, unnamed: &UnnamedLock) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::find_unnamed(unnamed, &directories, self.usable())
     }
 
-    /// Returns the locations where a lock of the state `bucket`/`key` can be.
+    /// Returns the locations where a lock of the state `bucket`/`key` may be stored.
     pub(crate) fn of_state(&self, bucket: &str, key: &str) -> Vec<LockLocation> {
         let directories: Vec<&DataDirectory> = self.directories.iter().collect();
         location::of_state(bucket, key, &directories, self.usable())
     }
 
-    /// Returns the workspace of the state at `location`. `None` if it is not one of [`Self::workspaces`].
+    /// Returns the workspace of the state at `location`. `None` if the state does not belong to one of
+    /// [`Self::workspaces`].
     pub(crate) fn workspace_of(&self, location: &LockLocation) -> Option<&str> {
         let is_it = |name: &&String| location.backend.state_key(name).as_deref() == Some(&location.key);
         self.workspaces.iter().find(is_it).map(String::as_str)
     }
 
-    /// Returns the workspace of the state that `recorded` locks. `None` if its location is unknown, or as for
-    /// [`Self::workspace_of`].
+    /// Returns the workspace of the state that `recorded` locks. `None` if the location of the lock is unknown, or if
+    /// the state does not belong to one of [`Self::workspaces`].
     pub(crate) fn workspace_of_lock(&self, recorded: &RecordedLock) -> Option<&str> {
         self.workspace_of(self.of(recorded).first()?)
     }
@@ -132,8 +134,8 @@ impl CandidateBackends {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
     }
 
-    /// Returns the location of the lock that a command without further arguments takes. `None` if the backend is not
-    /// `s3`, or takes no lock.
+    /// Returns the location of the lock that terraform takes in the most likely backend and workspace. `None` if the
+    /// backend is unknown, is not `s3`, or is configured without locking.
     pub(crate) fn selected(&self) -> Option<LockLocation> {
         let backend = self.directories.iter().find_map(|directory| directory.backend.as_ref())?;
         let location = LockLocation {

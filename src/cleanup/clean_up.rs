@@ -43,7 +43,7 @@ use crate::terraform::log::{Log, RecordedLock};
 pub(crate) enum Permission {
     /// The locks may be released.
     Release,
-    /// No lock may be released. The outcome has the reason.
+    /// No lock may be released. The outcome contains the reason.
     Keep(Outcome),
     /// No lock may be released, because the user has set `TFW_RELEASE=never`. The locks that still exist are only
     /// reported.
@@ -65,10 +65,10 @@ impl Permission {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogState {
     /// The log names every lock that the run had, or terraform exited by itself. A recovery uses this state for every
-    /// log that is not empty, because it cannot tell whether the log is complete.
+    /// log that is not empty, because the recovery cannot tell whether the log is complete.
     Complete,
-    /// Terraform died, and its log is incomplete (it ends within a line or lacks its beginning), or this version logs
-    /// no locks.
+    /// Terraform died, and its log may not show all locks: the log ends within a line, lacks its beginning, or is from
+    /// a version that logs no locks.
     Lost,
     /// Terraform wrote no log at all.
     NeverBegun,
@@ -80,8 +80,8 @@ pub(crate) struct EndedRun<'a> {
     pub(crate) by: By,
     /// How the run ended, as the beginning of a message.
     pub(crate) ending: &'a str,
-    /// The reason for a release that is written into the history, and the reason that a person gave. The second one is
-    /// `None` if no person gave a reason.
+    /// The two reasons for a release that are written into the history. The first is the reason that `tf` determined.
+    /// The second is the reason that a person gave, or `None` if no person gave one.
     pub(crate) history: (&'a str, Option<&'a str>),
     pub(crate) id: &'a str,
     pub(crate) log: &'a Log,
@@ -95,7 +95,7 @@ pub(crate) struct EndedRun<'a> {
     pub(crate) ended: Option<Ended>,
     /// The latest time at which the run, or a process that it started, may have worked.
     pub(crate) until: Timestamp,
-    /// Replaced locks that were found before this cleanup.
+    /// Replaced locks that an earlier cleanup of this run has found.
     pub(crate) replaced: &'a [Replaced],
     pub(crate) release_context: ReleaseContext,
     pub(crate) permission: Permission,
@@ -130,24 +130,26 @@ struct Cleaned {
 /// Receives the results of a cleanup. `tf` writes them to stderr. A recovery collects them. A guardian discards them,
 /// because nobody reads its messages.
 pub(crate) trait Reporter {
-    /// Reports the result for one lock. `is_remembered` is true if the lock's request may still land, and is stored so
-    /// that the next `tf` looks for the lock.
+    /// Reports the result for one lock. `is_remembered` is true if the request for the lock may still land and was
+    /// written to disk. If so, the next `tf` looks for the lock.
     fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
 
     /// Reports a lock whose request may still land, although terraform has exited by itself and did not get the lock.
-    /// `is_remembered` as for [`Reporter::result`].
+    /// For `is_remembered`, see [`Reporter::result`].
     fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool);
 
     /// Reports that another run locked the same state while this run was working.
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced);
 
-    /// Explains which lock refused terraform. The locks that the log names have been handled before.
+    /// Explains why a lock request of terraform was refused: which lock was held, and by which run. `results` are the
+    /// results for the locks that the log names. They have been reported before.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>);
 
     /// Reports the locks that could not be identified.
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks);
 
-    /// Reports that the log does not show whether the run held a lock. Returns true if the next `tf` must look for one.
+    /// Reports that the log does not show whether the run held a lock. Returns true if the next `tf` must look for a
+    /// lock.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool;
 
     /// Reports the result for the lock in a backend other than S3.
@@ -175,8 +177,8 @@ impl Reporter for SilentReporter {
 
     fn unidentified(&mut self, _: &EndedRun<'_>, _: &CandidateLocks) {}
 
-    /// Returns true if there is no log at all: the recovery then looks for a lock. An incomplete log gives the recovery
-    /// no more information than the guardian has now.
+    /// Returns true if the run has no log at all: a recovery looks for the lock of such a run. Returns false if the log
+    /// is incomplete: a recovery would learn no more from it than the guardian has learned.
     fn lost_log(&mut self, run: &EndedRun<'_>, _: &mut Waiter<'_>) -> bool {
         run.log_state == LogState::NeverBegun
     }
@@ -230,8 +232,8 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     cleaned.unfinished(run.log, reporter.is_read())
 }
 
-/// Releases the locks `named`, or only reports them, as [`EndedRun::permission`] says. Returns the result for each
-/// lock.
+/// Releases the locks `named` if [`EndedRun::permission`] allows it. Returns the result for each lock, even if no lock
+/// may be released.
 fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) -> Vec<ReleaseResult> {
     let fits_nowhere = !named.is_empty() && named.iter().all(|lock| run.candidates.of(lock).is_empty());
     let unknown = run.unknown_backends.as_ref().filter(|_| fits_nowhere).map(Outcome::later);
@@ -271,13 +273,14 @@ impl NonS3Cleanup<'_> {
 impl Cleaned {
     /// Returns the work that is left for the next `tf`. `log` is the log of the run.
     ///
-    /// If a person has read the report (`is_read`), only locks that a later attempt may release are left. A lock in
-    /// doubt is not left: the person decides whether to release it. If nobody has read the report, everything that a
-    /// person should read is left too. The next `tf` judges it again and reports it.
+    /// If a person has read the report (`is_read` is true), the result contains only what a later attempt may complete.
+    /// It does not contain a lock in doubt, because the person decides whether to release such a lock. If nobody has
+    /// read the report, the result also contains everything that a person should read. The next `tf` judges it again
+    /// and reports it.
     fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
         let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
         let is_left = |result: &ReleaseResult| {
-            let kept = |because: &Because| !is_read || *because != Because::Doubt;
+            let kept = |because: &Because| !is_read || !matches!(because, Because::Doubt | Because::Claimed);
             result.may_exist && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
         };
         let in_doubt = !locks.suspects.is_empty() && !is_read;
@@ -332,8 +335,8 @@ mod tests {
         }
     }
 
-    /// If nobody has read a report, its lock is left for the next `tf`. If a person has read it, the lock is left only
-    /// if another attempt may release it.
+    /// If nobody has read the report about a lock, the lock is left for the next `tf`. If a person has read the report,
+    /// the lock is left only if another attempt may release it.
     #[test]
     fn a_lock_is_left_for_the_next_tf_where_that_can_do_better_or_nobody_has_heard_of_it() {
         let log = log();
@@ -344,6 +347,7 @@ mod tests {
             (Some(Outcome::Released(released)), false, false),
             (Some(Outcome::Absent { anothers: None, excluded: false }), false, false),
             (kept(Because::Doubt), false, true),
+            (kept(Because::Claimed), false, true),
             (kept(Because::NotYet), true, true),
             (kept(Because::NoAnswer), true, true),
             (kept(Because::NoCredentials), true, true),

@@ -8,13 +8,13 @@ pub(crate) struct EndOfRun {
     /// How the process ended (waitid(2)). `None` if that is unknown: a guardian may not find out, because it is not
     /// terraform's parent.
     pub(crate) ended: Option<Ended>,
-    /// Why `tf` killed terraform. `None` if it did not.
+    /// Why `tf` killed terraform. `None` if `tf` did not kill it.
     pub(crate) killed: Option<Why>,
     /// Whether terraform got a second interrupt, or was killed by `tf`.
     pub(crate) forced: bool,
     /// Whether terraform got an interrupt.
     pub(crate) interrupted: bool,
-    /// Whether the kernel killed terraform because memory ran out. True if terraform was killed by SIGKILL and the
+    /// Whether the kernel most likely killed terraform because memory ran out: terraform was killed by SIGKILL, and the
     /// kernel has killed a process for this reason during the run.
     pub(crate) out_of_memory: bool,
 }

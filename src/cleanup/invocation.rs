@@ -16,7 +16,7 @@ pub(crate) struct Invocation {
     pub(crate) name: OsString,
     /// The other arguments, unchanged from the arguments of this process.
     pub(crate) arguments: Vec<OsString>,
-    /// The same arguments, parsed.
+    /// The parsed form of `arguments`.
     pub(crate) command_line: CommandLine,
 }
 

@@ -56,8 +56,8 @@ fn visible_lines(why: &str) -> String {
 pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Released, now: Timestamp) -> String {
     let mut text = format!("{ending} without releasing its state lock");
     match released.write {
-        Some(Write::Landed) => text.push_str("; its pending write arrived"),
-        Some(Write::Quiet) => text.push_str("; no pending write arrived"),
+        Some(Write::Landed) => text.push_str("; a write of its state that was in flight has arrived"),
+        Some(Write::Quiet) => text.push_str("; no further write of its state arrived"),
         None => {}
     }
     let held = released.created.map_or_else(String::new, |created| {
@@ -77,11 +77,11 @@ pub(crate) fn digest_mismatch(
     let written = digest_mismatch.written.map_or_else(String::new, |at| format!(" (written at {at:.0})"));
     let (state, advice) = match &digest_mismatch.computed {
         Some(digest) => {
-            (format!("the digest of the state{written} is {digest}"), "check the state; if it is the right one, type:")
+            (format!("the digest of the state{written} is {digest}"), "if the state has the latest changes, type:")
         }
         None => (
             "there is no state".to_owned(),
-            "if there should be a state, restore it (the bucket may have old versions)\nif not, type:",
+            "if this workspace had resources, restore its state (the bucket may have old versions)\nif it never had a state, type:",
         ),
     };
     let name = |name: &str| option("--fix-digest", &visible_whole(name));
@@ -113,11 +113,10 @@ pub(crate) fn kept(
 ) -> String {
     let again = if later { "the next tf in this directory tries again\n" } else { "" };
     format!(
-        "{ending}; its state lock was not released: {}\n{}\n{again}{}once nobody is working there, type: {}",
+        "{ending}; its state lock was not released: {}\n{}\n{again}{}",
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible_lines(why),
-        with_what(because),
-        removal.of(because, recorded)
+        removal.next_step(because, recorded)
     )
 }
 
@@ -127,24 +126,29 @@ pub(crate) struct Removal {
     pub(crate) unlock: String,
     /// `tf locks release`, for anything that is not a lock: `terraform force-unlock` cannot read it.
     pub(crate) release: String,
+    /// `tf locks show`, for a lock whose holder may be alive.
+    pub(crate) show: String,
 }
 
 impl Removal {
-    fn of(&self, because: Because, recorded: &RecordedLock) -> String {
+    /// Returns the sentence that says when a person may remove the lock, and how.
+    fn next_step(&self, because: Because, recorded: &RecordedLock) -> String {
+        let Self { unlock, release, show } = self;
+        let id = &recorded.id;
         match because {
-            Because::NoLock => format!("{} {}", self.release, argument(&recorded.path)),
-            _ => format!("{} {}", self.unlock, recorded.id),
+            Because::NoLock => {
+                format!("{UNUSED}, type: {release} {}", argument(&recorded.path))
+            }
+            // To remove the lock would be wrong, because it belongs to a run that may be alive.
+            Because::Claimed => format!("to see whether the holder is alive, type: {show} {id}"),
+            Because::Denied(action) => format!("{UNUSED}, with credentials that allow {action}, type: {unlock} {id}"),
+            _ => format!("{UNUSED}, type: {unlock} {id}"),
         }
     }
 }
 
-/// The permission that the next command needs and the run did not have; empty if none was missing.
-fn with_what(because: Because) -> String {
-    match because {
-        Because::Denied(action) => format!("with credentials that allow {action}, and "),
-        _ => String::new(),
-    }
-}
+/// The condition under which a person may remove a lock.
+const UNUSED: &str = "once no terraform is using this state";
 
 /// The arguments of `tf locks` that remove something that is in the place of a lock but is not one, without the path. Without
 /// the option the command releases a lock beside it.
@@ -360,7 +364,7 @@ pub(crate) fn left_elsewhere(
     let id = info.map_or("ID", |info| &info.id);
     format!(
         "{ending} and may have left its state lock, which was not released: {what}\n{}\n\
-         to see who holds the lock: {}\nonce nobody is working there, type: {unlock} {}",
+         to see who holds the lock: {}\n{UNUSED}, type: {unlock} {}",
         visible_lines(why),
         kind.look,
         visible(id)
@@ -371,16 +375,16 @@ pub(crate) fn left_elsewhere(
 pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
     let workspace = record.workspaces.first().map(String::as_str);
     let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
-    let removal = Removal { unlock: unlock_command_of(record), release };
+    let show = locks_command("show", Some(&visible(&record.working_directory())), None);
+    let removal = Removal { unlock: unlock_command_of(record), release, show };
     format!(
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}\nthat run used: {}\n\
-         {}once nobody is working there, type: {}",
+         {}",
         record.tf,
         lock(&recorded.operation, &recorded.path, &recorded.id),
         visible_lines(why),
         visible(&record.surroundings.needs()),
-        with_what(because),
-        removal.of(because, recorded)
+        removal.next_step(because, recorded)
     )
 }
 
@@ -441,7 +445,11 @@ pub(crate) fn broken(path: &std::path::Path) -> String {
 
 /// A record is invalid, and was moved to `path`.
 pub(crate) fn set_aside(path: &std::path::Path) -> String {
-    format!("could not read the record of an earlier run; it was moved to {}", visible(&path.display().to_string()))
+    format!(
+        "could not read the record of an earlier run; it was moved to {}\n\
+         that run may have left a state lock; to see which locks are held, type in its directory: tf locks",
+        visible(&path.display().to_string())
+    )
 }
 
 /// After an abnormal end: the run had no journal.
@@ -452,8 +460,8 @@ pub(crate) fn unprotected(why: &str) -> String {
     )
 }
 
-/// Why a lock was not released: another run has recorded it.
-pub(crate) const CLAIMED: &str = "another run of tf on this host is alive and holds a lock with this ID";
+/// Why a lock was not released: another run, which is or may be alive, has recorded it.
+pub(crate) const CLAIMED: &str = "the lock belongs to another run of tf on this host, which may still be running";
 
 /// A lock was requested and not found, and the request may still land. `kept`: the next `tf` looks for it.
 pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
@@ -508,7 +516,7 @@ pub(crate) fn came_late(recorded: &RecordedLock) -> String {
 }
 
 /// The lock that refused this run was released.
-pub(crate) const TRY_AGAIN: &str = "that lock refused this run: run the command again";
+pub(crate) const TRY_AGAIN: &str = "terraform failed because of that lock; run the command again";
 
 /// The holder of a lock, its operation and the time since when it holds it, as far as the lock says so.
 pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
@@ -553,7 +561,9 @@ pub(crate) fn refused(
         _ if finishing => return said,
         Verdict::Alive => "wait until that run is over, or let terraform wait with -lock-timeout=10m".to_owned(),
         Verdict::Dead => format!("to release it, type: {} {id}", command("release")),
-        Verdict::LikelyDead => format!("if you know that nobody is working there, type: {} {id}", command("release")),
+        Verdict::LikelyDead => {
+            format!("if you know that no terraform is using this state, type: {} {id}", command("release"))
+        }
         Verdict::Unknown => format!("for details, type: {} {id}", command("show")),
     };
     format!("{said}\n{next}")

@@ -4,8 +4,8 @@
 //! No log contains the ID of a lock in these backends. `tf` gets it by requesting the lock again: `terraform taint` of
 //! a resource that does not exist is refused with a message that contains the whole lock. If no lock is held, that
 //! command gets the lock for a moment, finds no such resource and changes nothing. (`force-unlock` with a wrong ID
-//! would also show the lock, but on a service that does not compare the ID it would unlock.) The creation time of the
-//! lock then shows whether it belongs to the dead run, as for an OpenTofu that does not log the lock's ID
+//! would also show the lock. But if the service does not compare the ID, it would release the lock.) The creation time
+//! of the lock then shows whether it belongs to the dead run, as for an OpenTofu that does not log the lock's ID
 //! ([`crate::lock::proof::judge_unnamed`]).
 
 use crate::console;
@@ -39,7 +39,7 @@ const QUIET_WINDOW: Duration = Duration::from_secs(10);
 /// How long one terraform command may take.
 const TERRAFORM_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// How often `tf` checks whether that command has exited.
+/// How often `tf` checks whether a terraform command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The data that are needed to release the lock of a dead run in a backend other than S3.
@@ -51,10 +51,10 @@ pub(crate) struct NonS3Release<'a> {
     current: &'a Path,
     chdir: Option<&'a Path>,
     workspace: String,
-    /// Whether the backend of the run's directory was changed during or after the run, so that its locks are at another
-    /// location.
+    /// Whether the backend of the run's directory was changed during or after the run. If so, a terraform command in
+    /// this directory may not reach the lock of the run.
     moved: bool,
-    /// The lock in the run's log. `None` if the log shows no lock.
+    /// The last lock in the run's log. `None` if the log shows no lock.
     pub(crate) had: Option<UnnamedLock>,
 }
 
@@ -94,8 +94,8 @@ pub(crate) struct Wording<'a> {
 }
 
 impl<'a> NonS3Release<'a> {
-    /// Returns the data for a run of `program` with the log `log`, started in `current`. `None` if its backend is S3 or
-    /// is unknown.
+    /// Returns the data for a run of `program` with the log `log`, started in `current`. `None` if the run's backend is
+    /// S3 or is unknown.
     pub(crate) fn of(
         places: &'a CandidateBackends,
         log: &Log,
@@ -115,9 +115,9 @@ impl<'a> NonS3Release<'a> {
         Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
     }
 
-    /// Releases the lock, or reports why it was not released. `brackets` is true if the command logs that it got a
-    /// lock, so that a log without a lock shows that the run had none. `keep` is the reason not to release the lock. If
-    /// it is `None`, the lock may be released.
+    /// Releases the lock, or reports why it was not released. `brackets` is true if the run's command logs that it got
+    /// a lock. If so, a log without a lock shows that the run had no lock. `keep` is the reason why the lock may not be
+    /// released, or `None` if it may be released.
     pub(crate) fn settle(
         &self,
         run: &Run,
@@ -130,8 +130,8 @@ impl<'a> NonS3Release<'a> {
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.unlock_policy(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
-        // A run with `-lock=false` had no lock. If its log shows a lock all the same, the `-lock=false` is from another
-        // terraform that wrote into the same log.
+        // A run with `-lock=false` had no lock. If the log shows both a lock and `-lock=false`, the `-lock=false` is
+        // from another terraform that wrote into the same log.
         if unlock_policy == UnlockPolicy::Nothing || (self.had.is_none() && (brackets || run.locking_disabled)) {
             return NonS3Result::default();
         }
@@ -202,8 +202,8 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// Returns the lock that is held now. `None` if no lock is held. `Err` is the reason why that could not be
-    /// determined.
+    /// Returns the lock that is held now, or `None` if no lock is held. If that could not be determined, returns the
+    /// reason as `Err`.
     fn ask(&self, waiter: &mut Waiter<'_>) -> Result<Option<LockInfo>, String> {
         let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], waiter);
         let (_, said) = asked.map_err(|error| error.to_string())?;
@@ -214,9 +214,9 @@ impl<'a> NonS3Release<'a> {
         }
     }
 
-    /// Runs terraform in the same directory as the run. Returns its exit code, or `None` if a signal killed it, and the
-    /// first 64 KiB of its stderr. Returns an error if terraform cannot be started, takes longer than
-    /// [`TERRAFORM_TIMEOUT`], or a person interrupts the wait twice.
+    /// Runs terraform in the same directory as the run. Returns the exit code (`None` if a signal killed terraform),
+    /// and the first 64 KiB of stderr. Returns an error if terraform cannot be started, if its stderr cannot be read,
+    /// if it takes longer than [`TERRAFORM_TIMEOUT`], or if a person interrupts the wait twice.
     ///
     /// This terraform may hold the lock itself for a moment, so it must not be killed. `tf` never kills it. It is in a
     /// process group of its own, so the terminal's keys do not signal it. It writes into a file, so it gets no SIGPIPE
@@ -254,7 +254,7 @@ impl<'a> NonS3Release<'a> {
             flag.push(chdir);
             command.arg(flag);
         }
-        // The user has set these variables for the user's own commands, so they must not change this one.
+        // The user has set these variables for other commands, so they must not affect this command.
         let unwanted =
             |name: &str| name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH";
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(unwanted)) {
@@ -274,7 +274,8 @@ impl<'a> NonS3Release<'a> {
     }
 }
 
-/// Returns the first two lines of terraform's output that are not empty, without the frame around them.
+/// Returns the first two lines of terraform's output that are not empty, joined by a space. The frame that terraform
+/// draws around an error is left out.
 fn first_line(said: &str) -> String {
     let lines = said.lines().map(|line| line.trim_matches(['\u{2502}', '\u{2577}', '\u{2575}', ' ']));
     lines.filter(|line| !line.is_empty()).take(2).collect::<Vec<_>>().join(" ")

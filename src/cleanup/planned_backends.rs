@@ -1,6 +1,6 @@
 //! The backends that follow from a command line, besides the backend in the data directory. An `init` may use the
-//! backend of the configuration: a migration locks it while the data directory still contains the other backend. An
-//! `apply` of a plan uses the backend and the workspace for which the plan was made.
+//! backend of the configuration: a migration locks this backend while the data directory still contains the old
+//! backend. An `apply` of a plan uses the backend and the workspace for which the plan was made.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -19,8 +19,8 @@ pub(crate) struct PlannedBackends {
     /// The backend of the configuration. `None` if the command is not `init`, or the configuration has no backend that
     /// can be read.
     configured: Option<CachedBackend>,
-    /// The path of the plan file, and the open file. It is opened before the run, because it may be deleted during the
-    /// run. `None` if there is no plan file that can be opened.
+    /// The path of the plan file, and the open file. The file is opened before the run, because it may be deleted
+    /// during the run. `None` if there is no plan file that can be opened.
     plan: Option<(PathBuf, File)>,
 }
 
@@ -36,18 +36,19 @@ impl PlannedBackends {
         Self { configured: configured.flatten(), plan }
     }
 
-    /// Opens the plan file `path` of an earlier run, if it still exists.
+    /// Returns the planned backends of an earlier run with the plan file `path`. There are none if the file cannot be
+    /// opened.
     pub(crate) fn of_plan(path: &Path) -> Self {
         Self { configured: None, plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
     }
 
-    /// Returns the path of the plan. `None` if there is none.
+    /// Returns the path of the plan file. `None` if there is no plan file that could be opened.
     pub(crate) fn plan(&self) -> Option<&Path> {
         self.plan.as_ref().map(|(path, _)| path.as_path())
     }
 
     /// Returns the descriptor of the plan file, which a process forked from this one must keep open. `None` if there is
-    /// no plan.
+    /// no plan file that could be opened.
     pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.plan.as_ref().map(|(_, file)| file.as_fd())
     }
@@ -59,15 +60,15 @@ impl PlannedBackends {
         Some(DataDirectory { backend: Some(backend), workspace: workspace.to_owned() })
     }
 
-    /// Reads the backend and the workspace in the plan. Call this only if they are needed, because a plan may be long.
-    /// `None` if there is no plan, or if it cannot be read.
+    /// Reads the backend and the workspace in the plan. Call this only if they are needed, because reading a large plan
+    /// takes time. `None` if there is no plan, or if the plan cannot be read.
     pub(crate) fn planned(&self) -> Option<DataDirectory> {
         plan_file::read(&self.plan.as_ref()?.1)
     }
 }
 
-/// Returns the `-backend-config` values among the words that terraform inserts behind the command's name (main.go,
-/// `mergeEnvArgs`).
+/// Returns the `-backend-config` values in `TF_CLI_ARGS_init` and `TF_CLI_ARGS`. Terraform inserts the words of these
+/// variables after the command's name (main.go, `mergeEnvArgs`).
 fn backend_configs_of_environment() -> Vec<OsString> {
     let words = ["TF_CLI_ARGS_init", "TF_CLI_ARGS"].iter().filter_map(|name| std::env::var(name).ok());
     // The words for the command come before the words for all commands.

@@ -1,7 +1,7 @@
 //! Decides what a recovery does about the runs that it finds in the journal. The decisions are pure functions, and this
 //! module signals no process.
 
-/// How a run was found ([`crate::journal::runs::FoundRun`]).
+/// The state in which a run was found in the journal ([`crate::journal::runs::FoundRun`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sight {
     /// A process of the run is alive.
@@ -56,7 +56,8 @@ pub(crate) enum Treatment {
     LeaveAlone,
 }
 
-/// Returns what a recovery does about a run. For a recovery whose messages a person reads.
+/// Returns what a recovery does about a run. This is for a recovery whose messages a person reads; [`turn`] is for a
+/// `tf` that starts terraform.
 pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
     let Facts { may_hold, is_held, is_about_to_end } = facts;
     let report_if = |is_worth_it: bool| if is_worth_it { Treatment::Report } else { Treatment::LeaveAlone };
@@ -73,12 +74,13 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
         // The recovery has waited for the run, which has not ended and may hold its lock for a long time. It is
         // reported, so that the exit code shows that a lock is left.
         (Sight::Living, Mode::Finish) => report_if(may_hold && is_about_to_end),
-        // A dry run does not wait, so these runs may end or be finished in a moment.
+        // A dry run does not wait. So a run of this kind may end, or may be finished by another process, a moment
+        // later.
         (Sight::Living | Sight::Recovering, Mode::DryRun) | (Sight::Gone, _) => Treatment::LeaveAlone,
     }
 }
 
-/// The facts about a dead run that decide when it is finished, for a `tf` that is about to start terraform.
+/// The facts about a dead run from which a `tf` that is about to start terraform decides when to finish the dead run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DeadRun {
     /// Whether the dead run may have taken a lock at a location that this run will lock.
@@ -89,14 +91,15 @@ pub(crate) struct DeadRun {
     pub(crate) is_recent: bool,
 }
 
-/// When a dead run is finished.
+/// When a `tf` that is about to start terraform finishes a dead run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// Before terraform starts, because its lock would refuse terraform.
+    /// The dead run is finished before terraform starts, because terraform may need the lock that the dead run has
+    /// left.
     BeforeTerraform,
-    /// In a background process. `tf` does not wait for it.
+    /// A background process finishes the dead run. `tf` does not wait for it.
     InBackground,
-    /// By a later `tf`.
+    /// A later `tf` finishes the dead run.
     Later,
 }
 

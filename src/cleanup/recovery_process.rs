@@ -10,8 +10,8 @@ use crate::sys::session;
 /// How often to check whether the other `tf` has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits until another `tf` has exited. A second ^C kills that `tf`. Nothing is lost then: the run that it had to
-/// finish is still in the journal.
+/// Waits until another `tf` has exited. A second ^C kills that `tf`. Nothing is lost by this: the dead run is still in
+/// the journal.
 pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     while matches!(child.try_wait(), Ok(None)) {
@@ -23,10 +23,10 @@ pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
     }
 }
 
-/// Starts another `tf`, which finishes the run with the ID `name`. It reports on stderr which locks it has released. If
-/// `before` is false, it also reports which locks it could not release; if `before` is true, an earlier attempt has
-/// reported them. It is in a session of its own, so a ^C that interrupts terraform does not reach it, and it cannot
-/// prompt at the terminal from which terraform reads.
+/// Starts another `tf`, which finishes the run with the ID `name`. The new `tf` reports on stderr which locks it has
+/// released. If `before` is false, it also reports which locks it could not release. If `before` is true, it does not
+/// report these locks, because an earlier attempt has reported them. The new `tf` is in a session of its own. So it
+/// does not get a ^C that interrupts terraform, and it cannot prompt at the terminal from which terraform reads.
 ///
 /// # Errors
 /// If the other `tf` cannot be started.

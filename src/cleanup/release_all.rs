@@ -150,7 +150,7 @@ pub(crate) fn release_locks(
         } else if is_claimed(&recorded.id) {
             // The lock belongs to the other run. Its ID is in the log of this run because a process of this run got it
             // from that run.
-            named(Outcome::kept(messages::CLAIMED))
+            named(Outcome::Kept { reason: messages::CLAIMED.to_owned(), because: Because::Claimed })
         } else {
             let candidates = candidates.of(recorded);
             match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {

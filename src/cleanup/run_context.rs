@@ -20,9 +20,9 @@ pub(crate) struct RunContext<'a> {
     pub(crate) id: String,
     /// `user@host` at the start of the run. It is stored because the host's name may change during the run.
     pub(crate) who: String,
-    /// When this `tf` was started. Times in [`crate::supervise::stop`] are counted from it.
+    /// When this `tf` was started. Times in [`crate::supervise::stop`] are relative to this time.
     pub(crate) begun: Instant,
-    /// A time before terraform's start, as late as possible.
+    /// A time before terraform's start. It is taken as late as possible.
     pub(crate) started: Timestamp,
     /// The terraform to run, and its command line.
     pub(crate) invocation: &'a Invocation,
@@ -32,7 +32,7 @@ pub(crate) struct RunContext<'a> {
     pub(crate) data_directory: PathBuf,
     /// The contents of the data directory before the run.
     pub(crate) before: DataDirectory,
-    /// The backends that the command line leads to.
+    /// The backends that follow from the command line.
     pub(crate) planned_backends: PlannedBackends,
     /// The candidate backends that are known before the run.
     pub(crate) candidates: CandidateBackends,

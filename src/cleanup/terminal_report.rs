@@ -66,12 +66,13 @@ impl Reporter for TerminalReporter<'_> {
                 console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
             }
             Some(Outcome::Kept { reason, because }) => {
-                let later = has_journal && !matches!(because, Because::Doubt | Because::Never);
+                let later = has_journal && !matches!(because, Because::Doubt | Because::Claimed | Because::Never);
                 let location = candidates.of(lock).into_iter().next();
                 let workspace = location.as_ref().and_then(|location| unselected_workspace(location, candidates));
                 let removal = Removal {
                     unlock: self.unlock_command_at(location.as_ref(), candidates),
                     release: self.locks_command(messages::RELEASE_NO_LOCK, workspace),
+                    show: self.locks_command("show", workspace),
                 };
                 console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
             }

@@ -18,9 +18,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Whether a person may interrupt a wait.
 pub(crate) enum Waiter<'a> {
-    /// A person may interrupt it, with ^C or with a SIGINT to `tf`.
+    /// A person may interrupt the wait, with ^C or with a SIGINT to `tf`.
     Interactive(&'a mut Signals),
-    /// No person may interrupt it. Used in the guardian and in the recovery process, which do not handle interrupts.
+    /// No person may interrupt the wait. The guardian and the recovery process use this, because they do not handle
+    /// interrupts.
     Unattended,
 }
 
@@ -45,11 +46,11 @@ impl Waiter<'_> {
 
     /// Runs `work`, which sends requests to the lock service, and returns its result. A person may end the wait: the
     /// first SIGINT is answered with a message, and the second one ends the wait. Other signals, such as the SIGTERM of
-    /// a service manager, do not end it: `work` has a time limit anyway, and the release of the lock is more important.
+    /// a service manager, do not end the wait: `work` has a time limit anyway, and the release of the lock is more
+    /// important.
     ///
-    /// # Errors
-    /// If a person has ended the wait, or if no descriptor or thread is available for the work, or `work` panics. The
-    /// text is the reason.
+    /// # Errors Returns the reason as a text if a person has ended the wait, if no descriptor or thread is available
+    /// for `work`, or if `work` panics.
     pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,

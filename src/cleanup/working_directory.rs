@@ -4,7 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// Changes the working directory of this process. The previous one is restored when this is dropped.
+/// Changes the working directory of this process. When the value is dropped, the previous working directory is
+/// restored.
 #[derive(Debug)]
 pub(crate) struct Within(Option<PathBuf>);
 
@@ -18,8 +19,9 @@ impl Within {
 }
 
 /// Changes the working directory to `directory`, and does not restore it. If `directory` does not exist any more,
-/// changes to the root directory. The cleanup can continue there, because absolute paths are still valid. But a
-/// relative path must not refer to a file in the previous working directory, which may belong to another project.
+/// changes to the root directory. The cleanup can continue there, because absolute paths are still valid. The process
+/// must not stay in the previous working directory, because a relative path could then refer to a file of another
+/// project.
 pub(crate) fn go(directory: &Path) {
     if std::env::set_current_dir(directory).is_err() {
         let _ = std::env::set_current_dir("/");

@@ -168,10 +168,10 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
                 Some(version) if version.log_detail() == LogDetail::AcquireOnly => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log reports that it held a lock, but not which one"),
-                    "tf releases a lock that this version leaves after 10 s, but only reports the locks of state and workspace \
+                    "if this version leaves a lock, tf waits 10 s and then releases it; tf only reports the locks of state and workspace \
                      commands\nOpenTofu since 1.11 logs more",
                 ),
-                Some(version) => findings.ok("terraform", &format!("{shown}, {version}: its log reports its locks")),
+                Some(version) => findings.ok("terraform", &format!("{shown}, {version}: tf can release the locks that this version leaves")),
                 None => findings.note(
                     "terraform",
                     &format!("{shown}: a program that starts a terraform; tf does not know yet which one"),
@@ -443,7 +443,7 @@ fn skew(findings: &mut Findings, service: Option<Timestamp>) {
         findings.wrong(
             "clock",
             &text,
-            "set this host's clock; if it is wrong by 5 min, requests are refused, and the ages of locks are wrong",
+            "set this host's clock: the ages of locks are wrong, and a service refuses requests if the clock is wrong by 5 min or more",
         );
     } else {
         findings.ok("clock", &text);

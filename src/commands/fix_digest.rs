@@ -75,10 +75,10 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
             format!(", written at {at:.0} ({} ago)", length_of_time(now.duration_since(at).unsigned_abs()))
         });
         let has = compared.computed.as_deref().unwrap_or(
-            "none, because there is no state\nif there should be a state, restore it first (the bucket may have old versions)",
+            "none, because there is no state\nif this workspace had resources, restore its state first (the bucket may have old versions)",
         );
         console::print(&format!(
-            "state            {name}{written}\nrecorded digest  {}\nits own digest   {has}",
+            "state              {name}{written}\nrecorded digest    {}\ndigest of the state {has}",
             visible(compared.recorded.as_deref().unwrap_or("none"))
         ));
         let (what, question) = match compared.computed {

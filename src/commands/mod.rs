@@ -181,7 +181,9 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Finding::Failed.code()
         }
         Some(kind) => {
-            console::say(&format!("could not write the result: {kind}"));
+            console::say(&format!(
+                "could not write the result to stdout, although the command was carried out: {kind}"
+            ));
             Finding::Failed.code()
         }
     }

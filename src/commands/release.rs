@@ -30,11 +30,11 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks release green --yes --reason 'runner 7 was reclaimed'
   tf locks release --force 5e75cb05-d70c-4132-39e0-d2abba1b3077
 
-If the holder is proven dead, the lock is released. If the holder is likely dead, you are asked first. If the holder is
-alive or its state is unknown, the lock is not released, unless you pass --force with its full ID. For anything in the
-place of a lock that is not a lock, you are asked first.
+If the holder is proven dead, the lock is released. If the holder is likely dead, tf asks you first. If the holder is
+alive or its state is unknown, the lock is not released, unless you pass --force with its full ID. If the stored item or
+object is not a terraform lock, tf asks you before it deletes that. Where tf cannot ask, it releases only after --yes.
 
-Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released.";
+Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released, or every run is still refused.";
 
 /// The question before the release of a lock whose holder is likely dead.
 const LIKELY: &str = "the holder is likely dead, but that is not proven. Release it?";

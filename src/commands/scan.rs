@@ -478,7 +478,7 @@ async fn judged(
     let entries: Result<Vec<Vec<ListedEntry>>, Failure> = checked.into_iter().collect();
     let entries = entries
         .map(|entries| entries.into_iter().flatten().collect())
-        .map_err(|failure| Trouble::failed(failure, "a lock that the scan found", stores));
+        .map_err(|failure| Trouble::failed(failure, "the table or bucket", stores));
     (entries, again)
 }
 

@@ -84,10 +84,10 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
     let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
     let release = place.command("release");
     match lock.verdict() {
-        Verdict::Alive => "interrupt that run with ^C and wait until it exits: it releases its lock itself".to_owned(),
+        Verdict::Alive => "wait until that run is over, or interrupt it with ^C in its own terminal".to_owned(),
         Verdict::Dead => format!("to release the lock, type: {release} {}", word()),
         Verdict::LikelyDead => {
-            format!("if you know that nobody is working there, type: {release} --yes {}", word())
+            format!("if you know that no terraform is using this state, type: {release} --yes {}", word())
         }
         Verdict::Unknown => {
             let ask = match visible(&lock.info.who) {
@@ -96,7 +96,7 @@ pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
             };
             let force = console::option("--force", &visible_whole(&lock.info.id));
             let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
-            format!("{ask}\nonce you know that nobody is working there, type: {release}{force}{path}")
+            format!("{ask}\nonce you know that no terraform is using this state, type: {release}{force}{path}")
         }
     }
 }

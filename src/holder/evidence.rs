@@ -178,13 +178,13 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
             );
             let mut reason = format!("the run on this host that took the lock (tf pid {tf}) is dead");
             if *recovering {
-                note("another process is cleaning up after that run".into(), "that the lock is being released now");
-                reason.push_str(", and another process is releasing the lock now");
+                note("another process is cleaning up after that run".into(), "that the lock may be released soon");
+                reason.push_str(", and another process is cleaning up after that run now");
             }
             (Verdict::Dead, reason)
         }
         Some(Claim::Late { disagrees: Some(why), .. }) => {
-            note(format!("a terraform that died on this host requested this ID, but {why}"), "nothing");
+            note(format!("a terraform that died on this host requested a lock with this ID, but {why}"), "nothing");
             disagreement(why)
         }
         Some(Claim::Late { disagrees: None, had: true }) => {
@@ -225,10 +225,14 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         let named = if theirs.is_empty() { no_host } else { &format!("the lock's Who has the host name {shown:?}") };
         let proves = if theirs.is_empty() { "nothing" } else { "nothing: the holder can be checked only on that host" };
         note(format!("{named}, and this host is {ours:?}"), proves);
-        return (
-            Verdict::Unknown,
-            if theirs.is_empty() { no_host.into() } else { format!("the lock was taken on another host ({shown})") },
-        );
+        let reason = if theirs.is_empty() {
+            no_host.into()
+        } else if ours.is_empty() {
+            format!("this host has no name, so tf cannot tell whether it is the lock's host ({shown})")
+        } else {
+            format!("the lock was taken on another host ({shown})")
+        };
+        return (Verdict::Unknown, reason);
     }
     note(format!("the lock's Who has the name of this host, {shown}"), "little: two machines may have the same name");
     if !seen.sees_all {

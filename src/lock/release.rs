@@ -130,6 +130,8 @@ pub(crate) enum Because {
     Denied(&'static str),
     /// The lock's location holds something that is not a lock.
     NoLock,
+    /// The lock belongs to another run, which is or may be alive. A later attempt has the same result.
+    Claimed,
     /// The lock was not found, but the current credentials may belong to another account than those of the run.
     OtherAccount,
 }
@@ -327,7 +329,7 @@ pub(crate) async fn release(
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
                 if failure.is_final() || attempt.begun.elapsed() + interval >= limit {
-                    let part = if attempt.deleted { "; its other part was released" } else { "" };
+                    let part = if attempt.deleted { "; the other part of the lock was released" } else { "" };
                     return Outcome::failed(&failure, part);
                 }
                 if failure.cause() == Cause::ExpiredCredentials && !std::mem::replace(&mut attempt.renewed, true) {

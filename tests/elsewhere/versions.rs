@@ -264,7 +264,11 @@ fn doctor_says_what_a_programs_log_tells() {
     assert!(said(&old).contains("tf does not know yet which one"), "{}", said(&old));
     let end = old.run(Subject::Tf, &["init", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", old.dump(&end));
-    assert!(said(&old).contains("Terraform 1.8.4: its log reports its locks"), "{}", said(&old));
+    assert!(
+        said(&old).contains("Terraform 1.8.4: tf can release the locks that this version leaves"),
+        "{}",
+        said(&old)
+    );
 }
 
 /// OpenTofu up to 1.10 logs that it has a lock only by what it does next. If a command does not log even that, the lock

@@ -154,7 +154,11 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
             run.kill_terraform();
             write.lands_after_a_look(&env);
             let end = run.wait();
-            assert!(end.err.contains("its pending write arrived"), "{lock:?} {name}: {}", env.dump(&end));
+            assert!(
+                end.err.contains("a write of its state that was in flight has arrived"),
+                "{lock:?} {name}: {}",
+                env.dump(&end)
+            );
             env.assert_unlocked();
         }
     }
@@ -523,6 +527,6 @@ fn a_lock_of_which_one_part_may_not_be_deleted_is_named_with_what_became_of_the_
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("AccessDenied: no; its other part was released"), "{}", env.dump(&end));
+    assert!(end.err.contains("AccessDenied: no; the other part of the lock was released"), "{}", env.dump(&end));
     assert_eq!(env.locks().len(), 1, "{}", env.dump(&end));
 }

@@ -533,7 +533,7 @@ fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     proxy.let_go();
     proxy.wait_until_delivered();
     let end = run.wait();
-    assert!(end.err.contains("its pending write arrived"), "{}", env.dump(&end));
+    assert!(end.err.contains("a write of its state that was in flight has arrived"), "{}", env.dump(&end));
     let theirs = contender.wait();
     assert_eq!(theirs.code(), Some(0), "{}{}", theirs.out, theirs.err);
     env.assert_unlocked();

@@ -393,7 +393,8 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     run.kill_terraform();
     let end = run.wait();
     assert!(
-        end.err.contains("with credentials that allow dynamodb:DeleteItem, and once nobody is working there"),
+        end.err
+            .contains("once no terraform is using this state, with credentials that allow dynamodb:DeleteItem, type: "),
         "{}",
         env.dump(&end)
     );
