@@ -1,8 +1,8 @@
 //! Makes the linker place the program at a fixed address.
 //!
-//! A position-independent program would have 17,000 pointers to correct at each start. Most of them are in tables of
-//! the AWS SDK, which a run never reads if it ends well. The corrections would be a third of the cost of an exec
-//! through `tf`.
+//! In a position-independent program, 17,000 pointers would have to be corrected at each start. The corrections would
+//! be a third of the cost of an exec through `tf`. Most of these pointers are in tables of the AWS SDK. A run that ends
+//! well never reads these tables.
 
 #![expect(clippy::disallowed_macros, reason = "cargo reads the stdout of this program")]
 

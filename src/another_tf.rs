@@ -3,10 +3,11 @@
 
 use std::process::{Command, Stdio};
 
-/// Returns a command that runs `tf locks` with `arguments`. Its stdin is /dev/null. The caller sets everything else.
+/// Returns a command that runs `tf locks` with `arguments`. The stdin of that `tf` is /dev/null. The caller sets
+/// everything else.
 ///
 /// # Errors
-/// An error if the path of this program cannot be determined.
+/// Fails if the path of this program cannot be determined.
 pub(crate) fn locks(arguments: &[&str]) -> std::io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("locks").args(arguments).stdin(Stdio::null());

@@ -1,7 +1,7 @@
 //! Writes to stderr and stdout, and makes text safe for a terminal.
 //!
-//! If stderr is closed, hung up or full, this must neither stop a release nor end the program. So no function here
-//! fails or waits for long. `println!` and `eprintln!` can panic, so they are forbidden everywhere (clippy.toml).
+//! A stderr that is closed, hung up or full must neither stop a release nor end the program. So no function here fails
+//! or waits for long. `println!` and `eprintln!` can panic, so they are forbidden everywhere (clippy.toml).
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -36,15 +36,16 @@ pub(crate) fn say(text: &str) {
 /// The text that a full stderr has not accepted yet.
 static UNSAID: Mutex<String> = Mutex::new(String::new());
 
-/// Tries to write the text that stderr has not accepted yet, without waiting. Returns whether all of it was written.
+/// Tries to write the text that stderr has not accepted yet, without waiting. Returns true if no text is left: stderr
+/// has accepted all of it, or a write has failed and the text was discarded. Returns false if stderr is still full.
 pub(crate) fn say_the_rest() -> bool {
     let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
     write_to(&std::io::stderr(), &mut unsaid, 0);
     unsaid.is_empty()
 }
 
-/// Writes `text` until stderr is not writable for `wait` milliseconds, and leaves the rest in `text`. If a write fails,
-/// `text` is discarded, because nobody can read stderr any more.
+/// Writes `text` to stderr, and removes what was written from `text`. Stops if stderr is not writable for `wait`
+/// milliseconds. If a write fails, `text` is discarded, because nobody can read stderr any more.
 fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     while !text.is_empty() {
         let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
@@ -61,8 +62,8 @@ fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     }
 }
 
-/// Writes `text` and a newline to stdout, as the result of a command of `tf` itself. If the write fails,
-/// [`print_failure`] returns the reason.
+/// Writes `text`, without its trailing whitespace, and a newline to stdout. `text` is the result of a command of `tf`
+/// itself. If this is the first write that fails, [`print_failure`] returns the reason.
 pub(crate) fn print(text: &str) {
     use std::io::Write as _;
     let write = || {
@@ -117,8 +118,8 @@ pub(crate) fn visible(text: &str) -> String {
     }
 }
 
-/// Makes untrusted text safe for a terminal as [`visible`] does, but does not truncate it, because a person must type
-/// it.
+/// Makes untrusted text safe for a terminal as [`visible`] does, but does not truncate it, because a person must be
+/// able to type the whole text.
 pub(crate) fn visible_whole(text: &str) -> String {
     let ascii_only = !locale::is_utf8();
     let mut shown = String::new();
@@ -157,7 +158,7 @@ pub(crate) fn quoted(word: &str) -> String {
     }
 }
 
-/// Formats a duration with at most two units, between days and seconds.
+/// Formats a duration with one or two units, from days to seconds.
 pub(crate) fn length_of_time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

@@ -1,8 +1,8 @@
 //! The points at which a test can kill `tf` or its guardian.
 //!
 //! In a build with the feature `crash-points`, `TFW_CRASH=NAME` kills the process that reaches the point NAME. NAME may
-//! be several names, separated by commas. `TFW_CRASH_LIST=FILE` appends the name of each point that is reached to the
-//! file. A build without the feature contains no such code.
+//! also be a list of names, separated by commas. `TFW_CRASH_LIST=FILE` appends the name of each point that is reached
+//! to the file. A build without the feature contains no such code.
 
 /// Records that this process has reached the point `name`, and kills it if `TFW_CRASH` contains that name.
 #[cfg(feature = "crash-points")]

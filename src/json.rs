@@ -1,5 +1,5 @@
 //! Writes JSON that contains only ASCII characters, because the content is untrusted and is printed on terminals. No
-//! information is lost, because every JSON parser converts `\u202e` back into the character.
+//! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character.
 
 use std::io::{self, Write};
 
@@ -26,7 +26,7 @@ impl Formatter for Ascii {
 /// Serializes `value` as JSON on one line.
 ///
 /// # Errors
-/// Those of [`serde_json::to_string`].
+/// Fails in the same cases as [`serde_json::to_string`].
 pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
     let mut bytes = Vec::new();
     value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;

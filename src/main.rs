@@ -33,7 +33,7 @@ use supervise::{NotSupervised, outcome, step_outputs};
 use terraform::binary;
 use terraform::command_line::CommandLine;
 
-/// The exit codes of shells: 127 if the program was not found, 126 if it was found but could not be started.
+/// The exit codes that shells use: 127 if the program was not found, 126 if it was found but could not be started.
 const NOT_FOUND: u8 = 127;
 const NOT_RUN: u8 = 126;
 
@@ -76,7 +76,8 @@ fn main() -> ExitCode {
         }
         Ok(ended) => ExitCode::from(outcome::end_as(ended)),
         Err(NotSupervised::NotStarted(error)) => could_not_run(&invocation, &error),
-        // Terraform must run even if `tf` cannot supervise it. It then runs as without `tf`.
+        // Terraform must run even if `tf` cannot supervise it. So terraform replaces this process, and runs as without
+        // `tf`.
         Err(NotSupervised::Unprepared(error)) => {
             trace::trace!("not supervised: {error}");
             become_terraform(&invocation)
@@ -84,8 +85,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns whether a shell requests completions. Terraform then writes them to stdout (posener/complete) and takes no
-/// lock.
+/// Returns whether a shell requests completions. If so, terraform only writes the completions to stdout
+/// (posener/complete), and takes no lock.
 fn asks_for_completion() -> bool {
     std::env::var_os("COMP_LINE").is_some()
 }

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 
 use crate::trace::trace;
 
-/// Calls `work` and returns its result. `None` if it panicked. The panic is then logged in the trace, and not on
-/// stderr.
+/// Calls `work` and returns its result. If `work` panics, logs the panic in the trace and not on stderr, and returns
+/// `None`.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Option<T> {
     let hook = take_hook();
     set_hook(Box::new(|panic| trace!("a library panicked: {panic}")));

@@ -6,8 +6,9 @@ use std::time::Duration;
 /// The settings of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// `TFW_STOP_TIMEOUT`: the time between a TERM, INT or HUP that is not from a keyboard and the kill of all
-    /// processes. `None`: the processes are never killed.
+    /// `TFW_STOP_TIMEOUT`: the time after which terraform and every process below it are killed. It starts at the first
+    /// TERM, INT or HUP that is not from the keyboard, or at the exit of the parent of `tf` in CI. `None`: there is no
+    /// such limit.
     pub(crate) stop_timeout: Option<Duration>,
     /// `TFW_RELEASE`: whether a lock is released (`auto`, the default) or only reported (`never`).
     pub(crate) release: bool,
@@ -33,8 +34,8 @@ impl Settings {
     /// Reads the settings. `variable` returns the value of an environment variable. An empty variable counts as unset.
     ///
     /// # Errors
-    /// [`UnreadableSetting`] if a value is invalid. The caller checks this before it starts any process, because a user
-    /// who sets a stop timeout relies on it.
+    /// [`UnreadableSetting`] if a value is invalid. The caller handles this error before it starts any process: a user
+    /// who sets a stop timeout relies on that timeout, so terraform must not run without it.
     pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, UnreadableSetting> {
         let set = |name| variable(name).filter(|value| !value.is_empty());
         let choice = |name, default: bool, [yes, no]: [&str; 2], takes| match set(name) {
@@ -67,7 +68,8 @@ impl Settings {
     }
 }
 
-/// Returns whether `TFW_RELEASE` is explicitly set to `auto`. Only then is a lock in a DynamoDB global table released.
+/// Returns whether `TFW_RELEASE` is explicitly set to `auto`. A lock in a DynamoDB global table is released only if
+/// this is true.
 pub(crate) fn release_is_asked_for() -> bool {
     std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "auto")
 }

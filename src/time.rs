@@ -1,15 +1,16 @@
-//! Arithmetic with times from untrusted text, such as a log, a lock or a record. Such text may contain the first or the
-//! last moment of Jiff's range, which is the years -9999 to 9999, and Jiff's operators panic outside this range.
+//! Arithmetic with times from untrusted text, such as a log, a lock or a record. Jiff's operators panic if a result is
+//! outside Jiff's range, the years -9999 to 9999. Untrusted text may contain the first or the last moment of that
+//! range.
 
 use jiff::{SignedDuration, Timestamp};
 
-/// Returns `time + by`. If the sum is out of range, the first or the last [`Timestamp`].
+/// Returns `time + by`. If the sum is out of range, returns the nearest [`Timestamp`] that is in range.
 pub(crate) fn saturating_add(time: Timestamp, by: SignedDuration) -> Timestamp {
     let limit = if by.is_negative() { Timestamp::MIN } else { Timestamp::MAX };
     time.checked_add(by).unwrap_or(limit)
 }
 
-/// Returns `time - by`. If the difference is out of range, the first or the last [`Timestamp`].
+/// Returns `time - by`. If the difference is out of range, returns the nearest [`Timestamp`] that is in range.
 pub(crate) fn saturating_sub(time: Timestamp, by: SignedDuration) -> Timestamp {
     let limit = if by.is_negative() { Timestamp::MAX } else { Timestamp::MIN };
     time.checked_sub(by).unwrap_or(limit)

@@ -2,7 +2,7 @@
 //! is logged.
 //!
 //! The log shows why a lock was not released. The tests read it too: they wait for a certain line, not for a fixed
-//! time. It contains no arguments, no environment and no text of terraform's log.
+//! time. The log contains no arguments, no environment and no text of terraform's log.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -16,8 +16,8 @@ use std::sync::OnceLock;
 #[derive(Debug)]
 struct Trace {
     file: File,
-    /// Whether it is a regular file. Only a regular file may remain open in a detached process. For another file, such
-    /// as a FIFO, a reader may wait for the end of the file.
+    /// Whether the file is a regular file. Only a regular file may remain open in a detached process. A FIFO, for
+    /// example, may have a reader that waits until every writer has closed the FIFO.
     is_regular: bool,
     /// The pid of the process that opened the file.
     opened_by: u32,
@@ -36,8 +36,9 @@ impl Trace {
         Ok(Self { file, is_regular, opened_by: std::process::id() })
     }
 
-    /// Returns whether the process `pid` may write. In a detached process, the descriptor is closed unless it is that
-    /// of a regular file, and the same number may belong to another file.
+    /// Returns whether the process `pid` may write to the descriptor: it opened the file, or the file is regular. A
+    /// detached process has closed the descriptor of any other file, and the same number may belong to another open
+    /// file in that process.
     fn is_open_in(&self, pid: u32) -> bool {
         self.is_regular || pid == self.opened_by
     }
@@ -52,7 +53,7 @@ pub(crate) fn open(path: &Path) {
 }
 
 /// Returns the descriptor of the log file, which a detached process must keep open. `None` if nothing is logged, or if
-/// a detached process must not keep the file open.
+/// the file is not regular, because a detached process must not keep such a file open.
 pub(crate) fn descriptor() -> Option<RawFd> {
     TRACE.get().filter(|trace| trace.is_regular).map(|trace| trace.file.as_raw_fd())
 }

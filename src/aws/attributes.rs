@@ -1,6 +1,6 @@
-//! The list of every attribute, variable and profile key that decides where an S3 backend's locks are, how they are
-//! reached and with which credentials, and what `tf` does with each. The connection to AWS, the choice of what the
-//! journal records, and docs/backend-s3.md all use this list.
+//! Lists every attribute, variable and profile key that can affect where the locks of an S3 backend are, how `tf`
+//! reaches them, or which credentials it uses. For each of them, the list says what `tf` does with it. The list
+//! determines how `tf` connects to AWS and what the journal records. docs/backend-s3.md is generated from it.
 //!
 //! Sources of the attributes: internal/backend/remote-state/s3/backend.go, `ConfigSchema`, of Terraform 0.15 to 1.15
 //! and OpenTofu 1.6 to 1.12. Sources of the variables: the same file, aws-sdk-go-base, and the AWS SDK for Go. Source
@@ -39,12 +39,12 @@ impl Known {
 pub(crate) enum Treatment {
     /// `tf` applies the setting as terraform does.
     Supported,
-    /// As [`Treatment::Supported`], but the value is a secret, so the journal does not record it.
+    /// `tf` applies the setting as terraform does. The value is a secret, so the journal does not record it.
     Secret,
-    /// It has no effect on a release.
+    /// The setting has no effect on a release.
     NoEffect,
-    /// `tf` cannot apply the setting, so it only reports the lock and does not release it. `tf locks doctor` says so in
-    /// advance.
+    /// `tf` cannot apply the setting. So `tf` only reports the lock and does not release it. `tf locks doctor` lists
+    /// such a setting before there is a lock to release.
     NotSupported,
 }
 
@@ -63,12 +63,12 @@ impl Treatment {
 /// One attribute, variable or profile key.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setting {
-    /// The name, `outer.inner` for an attribute inside a nested attribute.
+    /// The name of the setting. For an attribute inside a nested attribute, it is `outer.inner`.
     pub(crate) name: &'static str,
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) known: Known,
     pub(crate) treatment: Treatment,
-    /// How `tf` applies the setting, or why it has no effect or is not supported.
+    /// How `tf` applies the setting, or why the setting has no effect or is not supported.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backend-s3.md"))]
     pub(crate) how: &'static str,
 }
@@ -354,17 +354,17 @@ pub(crate) const PROFILE_KEYS: &[Setting] = &[
 ];
 
 fn treatment(settings: &[Setting], name: &str) -> Treatment {
-    // An unknown setting may have any effect.
+    // An unknown setting may have any effect, so it counts as not supported.
     settings.iter().find(|known| known.name == name).map_or(Treatment::NotSupported, |known| known.treatment)
 }
 
-/// Returns what `tf` does with an attribute of the block, `outer.inner` for one inside a nested attribute. An unknown
-/// attribute is [`Treatment::NotSupported`].
+/// Returns what `tf` does with the attribute `name` of the block. For an attribute inside a nested attribute, `name` is
+/// `outer.inner`. For an unknown attribute, the result is [`Treatment::NotSupported`].
 pub(crate) fn of_attribute(name: &str) -> Treatment {
     treatment(ATTRIBUTES, name)
 }
 
-/// Returns the names of the variables that `tf` applies and may record, which are those that are not secrets.
+/// Returns the names of the variables that `tf` applies and that are not secrets. The journal may record their values.
 pub(crate) fn kept_variables() -> impl Iterator<Item = &'static str> {
     VARIABLES.iter().filter(|variable| variable.treatment == Supported).map(|variable| variable.name)
 }

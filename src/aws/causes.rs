@@ -5,7 +5,7 @@ use std::error::Error;
 /// Returns the message of `error` followed by the messages of its causes, separated by `: `.
 ///
 /// The SDK's own function for printing an error also prints the `Debug` output of the error, which contains the whole
-/// response. The response of STS has credentials in its body, and would be printed if it cannot be parsed.
+/// response. If the SDK cannot parse a response of STS, this output would contain the credentials in the response.
 pub(crate) fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

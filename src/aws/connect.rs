@@ -1,8 +1,8 @@
 //! Connects to AWS exactly as the backend block and the environment of the run require, or not at all.
 //!
-//! [`crate::aws::attributes`] lists the settings that `tf` supports. If the block has an attribute that changes the
-//! identity or the endpoint and that `tf` does not support, `tf` does not release the lock. With another identity or
-//! another endpoint, `tf` could wrongly conclude that the lock does not exist.
+//! [`crate::aws::attributes`] lists the settings that `tf` supports. If the block has an attribute that `tf` does not
+//! support, `tf` does not release the lock. Such an attribute may change the identity or the endpoint. With another
+//! identity or another endpoint, `tf` could wrongly conclude that the lock does not exist.
 
 use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
 use crate::aws::credentials::Question;
@@ -32,7 +32,7 @@ use crate::aws::proxies::Proxies;
 use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
-/// Requests the account of the current credentials from STS. `None` if [`connect`] fails, if the request fails, or if
+/// Asks STS which account the current credentials belong to. `None` if [`connect`] fails, if the request fails, or if
 /// STS returns no account.
 pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     let config = connect(backend, Purpose::Work).await.ok()?;
@@ -40,7 +40,7 @@ pub(crate) async fn account(backend: &CachedBackend) -> Option<String> {
     answer.account
 }
 
-/// Requests the ARN of the current credentials from STS.
+/// Asks STS for the ARN of the identity that the current credentials belong to.
 ///
 /// # Errors
 /// The reason, as text, if [`connect`] fails, if the request fails, or if STS returns no ARN.
@@ -52,7 +52,7 @@ pub(crate) async fn identity(backend: &CachedBackend) -> Result<String, String> 
     }
 }
 
-/// The credentials that this process has obtained for each backend, or the errors. They are reused, because a release
+/// For each backend, the credentials that this process has obtained, or the error. These results are reused: a release
 /// connects several times, and a source that prompts a person must not prompt again for each connection.
 static RESOLVED: Mutex<Vec<Resolved>> = Mutex::new(Vec::new());
 
@@ -71,20 +71,21 @@ struct Resolved {
 
 impl Resolved {
     /// Whether this result can be used for `purpose`. Credentials can be used for every purpose until they expire. An
-    /// error for [`Purpose::Explanation`] cannot be used for [`Purpose::Work`], because an explanation has less time
-    /// and may not prompt a person.
+    /// error can always be used for [`Purpose::Explanation`]. It can be used for [`Purpose::Work`] only if it was
+    /// received for [`Purpose::Work`] and a second attempt cannot succeed. An explanation has less time and may not
+    /// prompt a person, so work may succeed where an explanation failed.
     fn answers(&self, purpose: Purpose) -> bool {
         match &self.result {
             Ok(credentials) => !self.is_over(credentials),
-            // The service of the source did not respond then, but may respond now.
+            // The service that issues the credentials may respond now.
             Err(Unreachable::Silent(_)) if purpose == Purpose::Work => false,
             Err(_) => self.purpose == Purpose::Work || purpose == Purpose::Explanation,
         }
     }
 
-    /// Whether `credentials` expire within 30 s, so that a request with them may be refused. False in the first 30 s
-    /// after they were received. Otherwise, if a wrong clock makes new credentials look expired, they would be
-    /// requested again at once.
+    /// Whether `credentials` have expired or expire within 30 s. A request with such credentials may be refused. In the
+    /// first 30 s after the credentials were received, the result is always false. Otherwise, if a wrong clock makes
+    /// new credentials look expired, every connection would request credentials again.
     fn is_over(&self, credentials: &Credentials) -> bool {
         const EXPIRY_GRACE: Duration = Duration::from_secs(30);
         self.at.elapsed() > EXPIRY_GRACE
@@ -97,8 +98,8 @@ pub(crate) fn forget_credentials(backend: &CachedBackend) {
     resolved().retain(|known| known.backend != *backend);
 }
 
-/// Returns the SDK's configuration for `backend`, with credentials. This process obtains the credentials of a backend
-/// once, and again when they have expired.
+/// Returns the SDK's configuration for `backend`, with credentials. Credentials that this process has already obtained
+/// for the backend are reused until they expire.
 ///
 /// # Errors
 /// [`Unreachable`] if the backend has an attribute that `tf` does not support, if the file with certificate authorities
@@ -143,8 +144,8 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
     // STS endpoint is set (aws-sdk-go-base, endpoints.go).
     let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
     let region = region.map(|region| Region::new(region.to_owned())).or_else(|| config.region().cloned());
-    // A source of credentials may take longer than a request. It is used once, before the timeout of a release starts.
-    // So only connecting has a timeout here.
+    // A source of credentials may take longer than a request to a lock service, and it is used only once, before the
+    // timeout of a release starts. So only the attempt to connect has a timeout here.
     let patient = TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).build();
     let for_credentials = config.to_builder().timeout_config(patient.clone()).build();
     let for_providers = ProviderConfig::without_region()
@@ -192,8 +193,9 @@ fn not_followed(backend: &CachedBackend) -> Option<String> {
 /// Loads the shared files and selects the profile of `backend` or of the environment.
 ///
 /// # Errors
-/// The reason, as text, if a file cannot be read or parsed. Also if a named file is missing and none of the other files
-/// has the profile, because the profile may have been in the missing file when the run started.
+/// Returns the reason, as text, if a file cannot be read or parsed. Also returns an error if a named file is missing or
+/// is not a regular file, and no other file has the profile: when the run started, the profile may have been in that
+/// file.
 async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvConfigSections, String> {
     let (files, name) = (shared.builder().build(), profile_name(backend, set));
     let sections = aws_config::profile::load(&Fs::real(), &Env::real(), &files, name.map(Into::into)).await;
@@ -209,15 +211,15 @@ async fn profile(backend: &CachedBackend, shared: &SharedFiles) -> Result<EnvCon
 /// Loads the current shared files and selects the profile of `backend` or of the environment.
 ///
 /// # Errors
-/// The reason, as text, in the cases of [`profile`].
+/// Returns the reason, as text, in the same cases as [`profile`].
 pub(crate) async fn profile_of(backend: &CachedBackend) -> Result<EnvConfigSections, String> {
     profile(backend, &shared_files(backend)).await
 }
 
 /// Returns the proxies for `backend` as terraform chooses them (aws-sdk-go-base, internal/config/config.go,
 /// `HTTPProxyMode`). An `http_proxy` or `https_proxy` attribute overrides its variable, even if the attribute is empty.
-/// In Terraform, but not in OpenTofu, the block's `http_proxy` is also the proxy for https if no other setting names
-/// one.
+/// In Terraform, but not in OpenTofu, the block's `http_proxy` is also the proxy for https if neither the block nor the
+/// environment sets a proxy for https.
 fn proxies(backend: &CachedBackend, set: impl Fn(&str) -> Option<String>) -> Proxies {
     let either = |upper: &str, lower: &str| set(upper).or_else(|| set(lower));
     let [plain, secure] = ["http_proxy", "https_proxy"].map(|name| backend.text(name).map(ToOwned::to_owned));

@@ -117,7 +117,8 @@ pub(crate) async fn resolve(question: Question<'_>) -> Result<Credentials, Unrea
         Err(Unreachable::Credentials(format!("{source} returned no credentials within {limit} s")))
     });
     match resolved {
-        // After `Silent`, the caller would try again, and start the command again. So a command has no second attempt.
+        // After `Silent`, the caller tries again. A second attempt would start the command a second time, so the error
+        // becomes final here.
         Err(Unreachable::Silent(why)) if asked.has_run_a_command.get() => Err(Unreachable::Credentials(why)),
         resolved => resolved,
     }
@@ -164,13 +165,15 @@ async fn base(question: Question<'_>, asked: &Asked) -> Result<Credentials, Unre
     })
 }
 
-/// Converts the error of a role that could not be assumed. The text contains the role.
+/// Converts the error of a role that could not be assumed. If `error` contains a [`NoRole`], the text is that of the
+/// [`NoRole`], which contains the role. Otherwise, the text is that of the error and its causes.
 fn no_credentials(error: &CredentialsError) -> Unreachable {
     kind(error)(role_error(error).map_or_else(|| causes(error), ToString::to_string))
 }
 
-/// Returns [`Unreachable::Silent`] if a second attempt may succeed, because the service did not answer, and otherwise
-/// [`Unreachable::Credentials`].
+/// Returns [`Unreachable::Silent`] if a second attempt may succeed, otherwise [`Unreachable::Credentials`]. If `error`
+/// contains a [`NoRole`], a second attempt may succeed if the [`NoRole`] is not final. Otherwise, it may succeed if the
+/// provider timed out or reported [`CredentialsError::ProviderError`].
 fn kind(error: &CredentialsError) -> fn(String) -> Unreachable {
     let was_away = match (role_error(error), error) {
         (Some(role), _) => !role.is_final,
@@ -244,8 +247,8 @@ enum CredentialSource {
         /// The profile that contains the command.
         profile: String,
         command: String,
-        /// The profile whose role is assumed with these credentials: the last one with a role in the chain from the
-        /// selected profile to `profile`. `None` if no profile in the chain has a role.
+        /// The name of the profile whose role is assumed with these credentials. It is the last profile with a role in
+        /// the chain from the selected profile to `profile`. `None` if no profile in the chain has a role.
         used_by: Option<String>,
     },
     Container,
@@ -262,7 +265,7 @@ struct AccessKeys {
 }
 
 impl CredentialSource {
-    /// Returns a description of the source, which is the subject of a sentence in a message.
+    /// Returns a description of the source. A message uses it as the subject of a sentence.
     fn describe(&self) -> String {
         match self {
             Self::Environment(_) => "the environment".to_owned(),
@@ -304,10 +307,11 @@ impl AccessKeys {
     }
 }
 
-/// Selects one source of credentials as the AWS SDK for Go does: only by the settings, before any source is used. `set`
-/// returns the value of an environment variable, or `None` if it is unset or empty. The SDK for Rust works differently:
-/// it tries the sources in turn until one returns credentials. These may belong to another identity, for example to the
-/// instance instead of a profile.
+/// Selects one source of credentials as the AWS SDK for Go does: it reads only the settings, and does not try any
+/// source. `set` returns the value of an environment variable, or `None` if it is unset or empty.
+///
+/// The SDK for Rust, in contrast, tries the sources in turn until one returns credentials. Such credentials may belong
+/// to another identity, for example to the instance instead of a profile.
 ///
 /// # Errors
 /// [`Unreachable::SharedFiles`] if the shared files are needed and cannot be read, [`Unreachable::ProfileKey`] if the
@@ -385,7 +389,7 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
         "sso_account_id",
         "sso_start_url",
     ];
-    /// The maximum number of profiles in a chain. The limit ends the search in a chain that is a loop.
+    /// The maximum number of profiles in a chain. If the chain is a loop, this limit ends the search.
     const MAX_PROFILE_CHAIN: usize = 32;
     let mut name = sections.selected_profile();
     let mut used_by = None;
@@ -409,25 +413,26 @@ fn process_behind(sections: &EnvConfigSections) -> Option<CredentialSource> {
     None
 }
 
-/// The owner of credentials, as far as the settings show it before any source is used.
+/// The owner of credentials, as far as the settings show it. No source of credentials is used to determine the owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// A role that will be assumed, by its ARN.
+    /// The role with this ARN, which will be assumed.
     Role(String),
     Account(String),
-    /// An access key, by its ID.
+    /// The access key with this ID.
     Key(String),
     Unknown,
 }
 
-/// Returns the [`Owner`] of the credentials for `backend`. `sections` and `set` are as in [`source`].
+/// Returns the [`Owner`] of the credentials for `backend`. `sections` are the shared files, or the reason why they
+/// cannot be read. `set` returns the value of an environment variable, or `None` if it is unset or empty.
 pub(crate) fn owner(
     backend: &CachedBackend,
     sections: Result<&EnvConfigSections, &str>,
     set: impl Fn(&str) -> Option<String>,
 ) -> Owner {
     let text = |name: &str| backend.string(name).map(ToOwned::to_owned);
-    // This role is assumed last, so its account is the result, whatever credentials it is assumed with.
+    // This role is assumed last, so the credentials belong to it, whatever credentials are used to assume it.
     if let Some(arn) = text("assume_role.role_arn").or_else(|| text("role_arn")) {
         return Owner::Role(arn);
     }
@@ -501,9 +506,10 @@ fn from(
     Ok(SharedCredentialsProvider::new(profile.build()))
 }
 
-/// Returns the text of a config file with the settings that the SDK's own providers can read only from a profile: the
-/// endpoints of STS and SSO, and `keys` as the source profile for the role of the profile `name`. `None` if there is
-/// neither an endpoint nor keys.
+/// Returns the text of an additional config file. The SDK's own providers read some settings only from a profile, so
+/// this file adds these settings to the profile `name`: the endpoints of STS and SSO, and, if `keys` is given, a source
+/// profile. The source profile contains `keys`, with which the role of the profile `name` is assumed. `None` if there
+/// is neither an endpoint nor keys.
 fn additions(backend: &CachedBackend, name: &str, keys: Option<&AccessKeys>) -> Option<String> {
     let endpoints = [("sts", sts_endpoint(backend)), ("sso", backend.string("endpoints.sso").map(ToOwned::to_owned))];
     let endpoints: Vec<_> = endpoints.into_iter().filter_map(|(service, url)| Some((service, url?))).collect();
@@ -627,7 +633,7 @@ impl Assumed {
     }
 }
 
-/// A role to assume with AssumeRole, and the parameters that only this request has.
+/// A role to assume with AssumeRole, and the parameters that AssumeRoleWithWebIdentity does not have.
 #[derive(Clone, Debug)]
 struct Role {
     assumed: Assumed,
@@ -786,8 +792,8 @@ impl Assuming<WebRole> {
     }
 }
 
-/// Returns the error for a role that could not be assumed. Its text contains the code and the message from STS, or the
-/// reason for the failure if STS sent none.
+/// Returns the error for a role that could not be assumed. The text of the error contains the code and the message from
+/// STS. If STS sent no code or no message, the text contains the reason for the failure instead.
 fn refused<E: std::error::Error + ProvideErrorMetadata + 'static>(arn: &str, error: &SdkError<E>) -> CredentialsError {
     let failure = Failure::of_request("STS", "sts:AssumeRole", error);
     let why = match (error.code(), error.message()) {

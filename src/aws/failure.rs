@@ -13,7 +13,7 @@ pub(crate) struct Failure {
     cause: Cause,
 }
 
-/// The kind of a failed request. It decides whether a retry can help, and whether a lock can exist.
+/// The reason why a request failed. It determines whether a retry can help, and whether a lock can exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
     /// There was no response, or the response cannot be from the service: a proxy or a captive portal may have sent it.
@@ -22,7 +22,7 @@ pub(crate) enum Cause {
     Passing,
     /// These credentials have expired. New credentials from the same source may be accepted.
     ExpiredCredentials,
-    /// These credentials have no permission for this action, which has its name in IAM policies.
+    /// These credentials have no permission for this action. The text is the name of the action in IAM policies.
     Denied(&'static str),
     /// The table does not exist for these credentials in this region.
     NoTable,
@@ -44,20 +44,22 @@ impl Cause {
         !matches!(self, Self::NoAnswer | Self::Passing | Self::ExpiredCredentials)
     }
 
-    /// Whether the table or bucket of the request cannot contain a terraform lock.
+    /// Whether the failure shows that the table or bucket of the request cannot contain a terraform lock. If false, it
+    /// may contain one.
     pub(crate) fn excludes_locks(self) -> bool {
         matches!(self, Self::NoTable | Self::NoBucket | Self::OtherKey)
     }
 
-    /// Returns the cause for the service's own `code` and `message`, in a response with the HTTP status `status` to a
-    /// request for `action` (DynamoDB API reference, "Common Errors"; S3 API reference, "Error responses").
+    /// Returns the cause for an error response to a request for `action`. `code` and `message` are the service's own
+    /// (DynamoDB API reference, "Common Errors"; S3 API reference, "Error responses"). `status` is the HTTP status.
+    /// Each of the three is `None` if it was not received.
     fn of(action: &'static str, code: Option<&str>, message: Option<&str>, status: Option<u16>) -> Self {
         let Some(code) = code else {
             return match status {
                 Some(501) => Self::NotImplemented,
                 // Every error response of S3 and DynamoDB contains a code, except the response to a HEAD request, which
-                // has no body. A HEAD request may have failed because of a wrong clock or an expired session, so a
-                // retry may succeed.
+                // has no body. So without a code, either there is no response from the service, or a HEAD request has
+                // failed. The cause may be a wrong clock or an expired session, so a retry may succeed.
                 _ => Self::NoAnswer,
             };
         };
@@ -85,7 +87,8 @@ impl Cause {
     }
 }
 
-/// The error codes that a retry of the same request would receive again.
+/// Parts of error codes. If the code of an error contains one of these texts, a retry of the same request would fail
+/// again.
 const REFUSALS: [&str; 14] = [
     "NotFound",
     "Validation",
@@ -103,7 +106,7 @@ const REFUSALS: [&str; 14] = [
     "KMS.InvalidState",
 ];
 
-/// The error for a response that cannot be from the service. The response to a retry may be from the service.
+/// The error for a response that cannot be from the service. A retry may reach the service.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("status {status}, but the response is not from {service}: a proxy or a login page may have sent it")]
 pub(crate) struct NoAnswer {
@@ -123,8 +126,8 @@ pub(crate) struct ServiceAnswer<'a> {
 }
 
 impl Failure {
-    /// Returns a failure with [`Cause::NoAnswer`], for a response that does not show whether the lock exists. A retry
-    /// may show it.
+    /// Returns a failure with [`Cause::NoAnswer`], for a response that does not show whether the lock exists. The
+    /// response to a retry may show it.
     pub(crate) fn no_answer(service: &'static str, reason: &str) -> Self {
         Self { service, reason: reason.to_owned(), cause: Cause::NoAnswer }
     }
@@ -134,7 +137,7 @@ impl Failure {
         Self { service, reason: reason.to_owned(), cause: Cause::Refused }
     }
 
-    /// Returns the failure of a request to `service` for `action`, which has its name in IAM policies.
+    /// Returns the failure of a request to `service`. `action` is the name of the requested action in IAM policies.
     pub(crate) fn of_request<E>(service: &'static str, action: &'static str, error: &SdkError<E>) -> Self
     where
         E: std::error::Error + ProvideErrorMetadata + 'static,
@@ -151,8 +154,8 @@ impl Failure {
         Self::of_answer(service, action, answer, &causes(error))
     }
 
-    /// Returns the failure of a request to `service` for `action`. `otherwise` is the reason if there is no code, no
-    /// message and no status.
+    /// Returns the failure of a request to `service`. `action` is the name of the requested action in IAM policies. If
+    /// there is no code, no message and no status, the reason of the failure is `otherwise`.
     pub(crate) fn of_answer(
         service: &'static str,
         action: &'static str,
@@ -176,8 +179,8 @@ impl Failure {
         self.cause
     }
 
-    /// Returns the action that the credentials have no permission for, by its name in IAM policies. `None` for any
-    /// other failure.
+    /// If the credentials have no permission for the requested action, returns the name of the action in IAM policies.
+    /// `None` for any other failure.
     pub(crate) fn denied(&self) -> Option<&'static str> {
         match self.cause {
             Cause::Denied(action) => Some(action),
@@ -220,7 +223,7 @@ mod tests {
             (Some("InvalidRequest"), Some("stored using a form of Server Side Encryption"), Some(400), Cause::Refused),
             (Some("NotImplemented"), Some("A header you provided"), Some(501), Cause::NotImplemented),
             (None, None, Some(501), Cause::NotImplemented),
-            // These failures may have passed by the next attempt: a wrong clock, an expired session, a busy service.
+            // These conditions may be over at the next attempt: a wrong clock, an expired session, a busy service.
             (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), Cause::Passing),
             (Some("InvalidTokenId"), None, Some(403), Cause::Passing),
             (Some("ProvisionedThroughputExceededException"), None, Some(400), Cause::Passing),

@@ -71,13 +71,14 @@ impl AccountIdentity {
     /// before terraform starts contains this identity.
     pub(crate) fn without_files(run: &str, backend: &CachedBackend) -> Self {
         let identity = Self::new(run, backend, Err("they are read later"), settings::set);
-        // `reach` is a hash of the profile's endpoint settings. The shared files were not read, so there is none.
+        // `reach` is a hash of the profile's endpoint settings. The shared files were not read, so the settings are
+        // unknown.
         Self { reach: None, ..identity }
     }
 
-    /// Returns the identity for a terraform that is about to start. If the account is not known otherwise and
-    /// `allowed_account_ids` contains a single account, that account is the result, because terraform refuses to work
-    /// in any other account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
+    /// Returns the identity for a terraform that is about to start. The account may not be known otherwise, and
+    /// `allowed_account_ids` may contain a single account. In this case, the result has that account, because terraform
+    /// refuses to work in any other account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
     pub(crate) fn at_start(run: &str, backend: &CachedBackend) -> Self {
         let mut identity = Self::now(run, backend);
         if let (None, [only]) = (&identity.account, backend.strings("allowed_account_ids").as_slice())
@@ -120,8 +121,9 @@ fn is_account(text: &str) -> bool {
 }
 
 /// Returns the account that the ID of an access key contains, in base 32 after the first four letters. `None` if the ID
-/// contains no account. The ID of a key from before 2019 contains none; its fifth letter is in the first half of the
-/// base-32 alphabet. LocalStack and similar services accept an account ID itself as the key's ID.
+/// contains no account, as the ID of a key from before 2019. In such an ID, the fifth letter is in the first half of
+/// the base-32 alphabet. LocalStack and similar services accept an account ID as the ID of a key. In this case, the
+/// result is that account ID.
 fn account_of_key(key: &str) -> Option<String> {
     if is_account(key) {
         return Some(key.to_owned());
@@ -136,7 +138,8 @@ fn account_of_key(key: &str) -> Option<String> {
         };
         number = number << 5 | u128::from(value);
     }
-    // Of the 50 bits in the ten letters, the first is set if the key contains an account. The next 40 are the account.
+    // The ten letters are 50 bits. The first bit is set if the ID contains an account. The next 40 bits are the
+    // account.
     let first = u64::try_from(number >> 2).ok()?;
     let account = (first & 0x7fff_ffff_ff80) >> 7;
     (first >> 47 == 1).then(|| format!("{account:012}"))
@@ -147,9 +150,10 @@ fn account_of_key(key: &str) -> Option<String> {
 pub(crate) enum Relation {
     /// The account or the access key is the same. The endpoints are the same too, or the run did not record them.
     Same,
-    /// The account, the access key or the endpoints differ, or the current access key is unknown.
+    /// The account, the access key or the endpoints differ. Or the run recorded an access key, and the current access
+    /// key is unknown.
     Another,
-    /// The account of the run, which is known. The current account is unknown, and must be requested from STS.
+    /// The run recorded this account. The current account is unknown, and must be requested from STS.
     Ask(String),
     /// The run recorded neither an account nor an access key.
     Unknown,

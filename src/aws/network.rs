@@ -36,7 +36,7 @@ use crate::panics;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Network {
     pub(crate) proxies: Proxies,
-    /// The only certificate authorities to trust, in PEM. `None` means those of the system.
+    /// The only certificate authorities to trust, in PEM. If `None`, the authorities of the system are trusted.
     pub(crate) authorities: Option<Vec<u8>>,
     /// Whether every certificate is accepted.
     pub(crate) insecure: bool,
@@ -61,7 +61,8 @@ impl Network {
         }
     }
 
-    /// Returns a connector that checks certificates. Panics if the machine has no certificate authorities.
+    /// Returns a connector that checks certificates. Panics if the authorities of the system are needed and the machine
+    /// has none.
     fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
@@ -92,8 +93,8 @@ impl HttpConnector for NoAuthorities {
     }
 }
 
-/// The connectors, by proxy (`None` for direct connections), by HTTPS or plain HTTP, and by connect and read timeouts.
-/// Each connector keeps its connections open for reuse.
+/// The connectors, each under its proxy (`None` for direct connections), whether it is for HTTPS, and its connect and
+/// read timeouts. Each connector keeps its connections open for reuse.
 type Connectors = Mutex<HashMap<(Option<String>, bool, [Option<Duration>; 2]), SharedHttpConnector>>;
 
 /// An HTTP client that chooses the proxy and the connector for each request.
@@ -175,8 +176,8 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));
     let direct = HttpsConnector::from((tcp, config.clone()));
     let Some(proxy) = proxy.and_then(through) else { return shared(direct) };
-    // The proxy's password is sent on the connection to the proxy, so that connection uses TLS if the proxy's URL is
-    // `https`. It accepts every certificate too.
+    // The password of the proxy is sent on the connection to the proxy. So this connection uses TLS if the URL of the
+    // proxy is `https`. Every certificate of the proxy is accepted too.
     let mut tunnel = Tunnel::new(proxy.uri().clone(), direct);
     if let Some(credentials) = proxy.basic_auth() {
         tunnel = tunnel.with_auth(credentials.clone());
@@ -187,7 +188,7 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
 /// Parses the URL of a proxy. If the URL contains a user, the result has a `Proxy-Authorization` header, with `%`
 /// escapes in the user and the password decoded. `None` if the URL cannot be parsed.
 fn through(proxy: &str) -> Option<Through> {
-    // This proxy is used for every host, so the host of the request's URL can be any.
+    // The matcher uses this proxy for every host, so the URL that is passed here can have any host.
     Matcher::builder().all(proxy).build().intercept(&http::Uri::from_static("https://any"))
 }
 

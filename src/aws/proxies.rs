@@ -32,8 +32,8 @@ impl Proxies {
         Self { http: set(http), https: set(https), exceptions: words.filter_map(|word| exception(&word)).collect() }
     }
 
-    /// Returns the proxy for `scheme://host:port`. `None` if the request is sent without a proxy. This is always so for
-    /// localhost and loopback addresses.
+    /// Returns the proxy for `scheme://host:port`. `None` if the request is sent without a proxy. A request to
+    /// localhost or to a loopback address never uses a proxy.
     pub(crate) fn choose(&self, scheme: &str, host: &str, port: u16) -> Option<&str> {
         let proxy = if scheme == "https" { &self.https } else { &self.http }.as_deref()?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_lowercase();

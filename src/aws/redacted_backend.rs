@@ -1,4 +1,5 @@
-//! The AWS access of a run without its secrets: all settings that another process needs to reach the same locks.
+//! The settings with which a run reaches its backends, without secrets. They contain everything else that another
+//! process needs to reach the same locks.
 //!
 //! The value of an attribute or a variable is recorded only if it is known to contain no secret. For an attribute that
 //! may contain a secret, only the name is recorded. A later process can then read the value from the cached backend in
@@ -53,7 +54,8 @@ impl RedactedBackend {
     /// Returns the complete block. If `cached` is still the same block, the withheld attributes are read from it.
     ///
     /// # Errors
-    /// The names of the withheld attributes, if there are any, and `cached` is `None` or another block.
+    /// If attributes are withheld and `cached` is `None` or another block, returns the names of the withheld
+    /// attributes.
     pub(crate) fn backend(&self, cached: Option<&CachedBackend>) -> Result<CachedBackend, String> {
         match cached {
             Some(cached) if Self::of(cached) == *self => Ok(cached.clone()),
@@ -81,8 +83,8 @@ fn kept<'a>(
             (Treatment::Supported, value) if !value.as_str().is_some_and(|text| has_a_user(&whole, text)) => {
                 config.insert(name.to_owned(), value.clone());
             }
-            // The list has the attributes inside a nested attribute under their own names, so each of them is checked
-            // by itself.
+            // [`attributes`] lists the attributes inside a nested attribute, and not the nested attribute itself. So
+            // each inner attribute is checked separately.
             (Treatment::NotSupported, Value::Object(inner)) if outer.is_empty() => {
                 let inner = inner.iter().filter(|(_, value)| !value.is_null());
                 let mut inner = inner.map(|(name, value)| (name.as_str(), value));
@@ -95,9 +97,9 @@ fn kept<'a>(
     config
 }
 
-/// Whether `value` is an address that contains a user name, and therefore perhaps a password. A proxy or an endpoint
-/// may be written without a scheme (`user:password@host:3128`), so any `@` in such an attribute counts. In another
-/// attribute, such as the name of a session, an `@` counts only in a URL.
+/// Whether `value` may contain a user name, and therefore perhaps a password. The value of a proxy or an endpoint may
+/// have no scheme (`user:password@host:3128`), so the result for such an attribute is true if the value contains any
+/// `@`. For another attribute, such as the name of a session, the result is true only if the value also contains `://`.
 fn has_a_user(name: &str, value: &str) -> bool {
     let name = name.to_lowercase();
     let is_address = ["proxy", "endpoint", "url", "uri"].iter().any(|word| name.contains(word));
@@ -113,8 +115,8 @@ fn key(set: &impl Fn(&str) -> Option<String>) -> Option<String> {
     set(KEYS[0]).or_else(|| set(KEYS[1]))
 }
 
-/// Returns the redacted form of `backends`, each backend once, and the environment of this process. The identities are
-/// still missing; [`AwsEnvironment::identify`] adds them.
+/// Returns the redacted form of `backends`, each backend once, and the environment of this process. The environment
+/// does not contain the identities yet; [`AwsEnvironment::identify`] adds them.
 pub(crate) fn of_run<'a>(
     backends: impl IntoIterator<Item = &'a CachedBackend>,
 ) -> (Vec<RedactedBackend>, AwsEnvironment) {
@@ -127,12 +129,12 @@ pub(crate) fn of_run<'a>(
     (all, AwsEnvironment::of_environment(|name| std::env::var_os(name)))
 }
 
-/// The environment variables that decide which identity a run has and which endpoints it uses, and that identity.
+/// The environment variables that decide which identity a run has and which endpoints it uses. The identities of the
+/// run are recorded here too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AwsEnvironment {
     variables: BTreeMap<String, String>,
-    /// The names of the variables that are set and whose values are not recorded, because the value contains a user
-    /// name.
+    /// The names of the variables that are set but not recorded, because their values may contain a user name.
     withheld: Vec<String>,
     /// Whether the environment contains an access key.
     had_keys: bool,
@@ -204,8 +206,9 @@ impl AwsEnvironment {
         self.identities = access.iter().map(|access| of(access).unwrap_or_default()).collect();
     }
 
-    /// Returns the changes after which another environment has the same AWS access as the run had: each variable with
-    /// its value, or with `None` if it must be unset. The result does not contain the withheld variables.
+    /// Returns the changes that give another environment the same AWS access as the run had. Each change is the name of
+    /// a variable and its value, or `None` if the variable must be unset. The result does not contain the withheld
+    /// variables.
     pub(crate) fn changes(&self) -> Vec<(&'static str, Option<OsString>)> {
         let withheld = |name: &&str| !self.withheld.iter().any(|withheld| withheld == name);
         let mut changes: Vec<_> = attributes::kept_variables()

@@ -74,7 +74,7 @@ pub(crate) fn set(name: &str) -> Option<String> {
 }
 
 /// Returns the endpoint of one service: from the attribute, its deprecated form, or a variable, in this order. `None`
-/// if none of them is set. The SDK then uses `AWS_ENDPOINT_URL` and the shared files.
+/// if none of them is set. In this case, the SDK uses `AWS_ENDPOINT_URL` and the shared files.
 pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], variables: [&str; 2]) -> Option<String> {
     let attribute = attributes.iter().find_map(|name| backend.string(name).map(ToOwned::to_owned));
     let endpoint = attribute.or_else(|| variables.iter().find_map(|name| set(name)))?;
@@ -83,8 +83,9 @@ pub(crate) fn endpoint(backend: &CachedBackend, attributes: [&str; 2], variables
     Some(if endpoint.contains("://") { endpoint } else { format!("https://{endpoint}") })
 }
 
-/// The shared files that the backend block or the environment names, in terraform's order. If a list is empty, the SDK
-/// uses its default file: the file in `AWS_CONFIG_FILE` or else `~/.aws/config`, and `~/.aws/credentials`.
+/// The shared files that the backend block or the environment names, in terraform's order. If `configs` is empty, the
+/// SDK reads the file in `AWS_CONFIG_FILE`, or else `~/.aws/config`. If `credentials` is empty, the SDK reads
+/// `~/.aws/credentials`.
 pub(crate) struct SharedFiles {
     configs: Vec<PathBuf>,
     credentials: Vec<PathBuf>,
@@ -103,9 +104,9 @@ pub(crate) fn shared_files(backend: &CachedBackend) -> SharedFiles {
 }
 
 impl SharedFiles {
-    /// Returns a builder with the files that exist. The AWS SDK for Go skips a missing file, but the SDK for Rust would
-    /// then load none of the files. A file that is not a regular file is left out, because reading it could block a
-    /// release.
+    /// Returns a builder with the files that exist. A missing file is left out, because the AWS SDK for Go skips it,
+    /// and the SDK for Rust would load none of the files. A file that is not a regular file is left out too, because
+    /// reading it could block a release.
     pub(crate) fn builder(&self) -> aws_runtime::env_config::file::Builder {
         let mut files = EnvConfigFiles::builder()
             .include_default_config_file(self.configs.is_empty() && unreadable_default().is_none())

@@ -1,7 +1,9 @@
-//! The messages that `tf` writes for people: on stderr in a run. `tf locks recover` prints some of them on stdout.
+//! The messages that `tf` writes for people. A run prints them on stderr, and `tf locks recover` prints some of them on
+//! stdout. The doc comment of each item says what the message reports.
 //!
-//! A stderr that is closed, hung up or full must neither stop a release nor end the program, so nothing here fails or
-//! blocks for long. `println!` and `eprintln!`, which panic, are forbidden everywhere (clippy.toml).
+//! A stderr that is closed, hung up or full must not stop a release or end the program. So messages are printed with
+//! [`crate::console::say`], which does not fail and does not block for long. `println!` and `eprintln!`, which panic,
+//! are forbidden everywhere (clippy.toml).
 
 use crate::console::length_of_time;
 use crate::console::option;
@@ -28,7 +30,7 @@ use crate::terraform::log::RecordedLock;
 use crate::terraform::other_backends::OtherBackend;
 use crate::time::saturating_add;
 
-/// How terraform ended. Messages begin with this.
+/// Returns how terraform ended, as the beginning of a message.
 pub(crate) fn ending(end: &EndOfRun) -> String {
     match (end.killed, end.ended) {
         (Some(Why::Forced), _) => "terraform was killed (third ^C)".to_owned(),
@@ -52,7 +54,7 @@ fn visible_lines(why: &str) -> String {
     why.lines().map(visible).collect::<Vec<_>>().join("\n")
 }
 
-/// A lock was released.
+/// Reports that a lock of this run was released.
 pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Released, now: Timestamp) -> String {
     let mut text = format!("{ending} without releasing its state lock");
     match released.write {
@@ -67,7 +69,8 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     text
 }
 
-/// The recorded digest does not match the state. The command names `workspace` if that is known.
+/// Reports that the recorded digest does not match the state. The command in the message names `workspace` if it is not
+/// `None`.
 pub(crate) fn digest_mismatch(
     digest_mismatch: &Comparison,
     workspace: Option<&str>,
@@ -93,7 +96,7 @@ pub(crate) fn digest_mismatch(
     )
 }
 
-/// Terraform could not write its state to the backend and saved it in the working directory.
+/// Reports that terraform could not write its state to the backend and saved the state in the working directory.
 pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Option<&str>) -> String {
     format!(
         "{} exists: {ERRORED_STATE}\n{}",
@@ -102,7 +105,8 @@ pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Op
     )
 }
 
-/// A lock was not released, or may not have been, and what to type. `later`: the next `tf` in the directory tries again.
+/// Reports that a lock was not released, or may not have been, and which command to type. `later` is true if the next
+/// `tf` in the directory tries again.
 pub(crate) fn kept(
     ending: &str,
     recorded: &RecordedLock,
@@ -120,7 +124,7 @@ pub(crate) fn kept(
     )
 }
 
-/// The commands that remove a lock, or what is in its place, without the ID or path.
+/// The commands about a lock that was not released, without the lock's ID or path.
 pub(crate) struct Removal {
     /// `terraform force-unlock`, for a lock.
     pub(crate) unlock: String,
@@ -150,12 +154,12 @@ impl Removal {
 /// The condition under which a person may remove a lock.
 const UNUSED: &str = "once no terraform is using this state";
 
-/// The arguments of `tf locks` that remove something that is in the place of a lock but is not one, without the path. Without
-/// the option the command releases a lock beside it.
+/// The arguments of `tf locks`, without the path, that remove an object that is in the place of a lock but is not a
+/// lock. Without the option, the command would release a lock in another part of the same location.
 pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
 
-/// Something that is not a lock is in the place of one, and terraform was refused because of it. `release` is the command
-/// that removes it, without the path.
+/// Reports that terraform's lock request was refused because an object that is not a lock is in the place of the lock.
+/// `release` is the command that removes the object, without the path.
 pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
     format!(
         "every run is refused by something that is not a lock, in {}: {what}\n\
@@ -165,13 +169,14 @@ pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> Stri
     )
 }
 
-/// A `tf locks` command for `directory`, if that is not the current one, and for `workspace`.
+/// Returns the `tf locks` command with the arguments `words` for `directory` and `workspace`. `directory` is `None` for
+/// the current directory.
 pub(crate) fn locks_command(words: &str, directory: Option<&str>, workspace: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     in_workspace(workspace, &format!("tf locks {words}{directory}"))
 }
 
-/// The `force-unlock` command, without the lock's ID.
+/// Returns the `force-unlock` command, without the lock's ID. `directory` is the value of `-chdir`.
 pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
     match directory {
         None => format!("{program} force-unlock"),
@@ -179,14 +184,15 @@ pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
     }
 }
 
-/// The same for a lock of an earlier run. It works in any directory: it names the directory, and the workspace, which need
-/// not be the selected one.
+/// Returns the `force-unlock` command for a lock of an earlier run, without the lock's ID. The command works in any
+/// directory and with any selected workspace, because it names the directory and the workspace.
 fn unlock_command_of(record: &JournalRecord) -> String {
     let command = unlock_command(&visible(&record.program), Some(&visible(&record.working_directory())));
     in_workspace(record.workspaces.first().map(String::as_str), &command)
 }
 
-/// `command` with the workspace set by `TF_WORKSPACE`.
+/// Returns `command`, preceded by `TF_WORKSPACE=` and `workspace`. Returns `command` unchanged if `workspace` is the
+/// default workspace or is not given.
 pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
     match workspace.filter(|name| !name.is_empty() && *name != "default") {
         Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible(name))),
@@ -194,14 +200,15 @@ pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
     }
 }
 
-/// Terraform is waiting for the lock of a dead run.
+/// Reports that terraform is waiting for a lock that may belong to a dead run.
 pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!(
         "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf})\ntf is cleaning up after that run"
     )
 }
 
-/// An earlier run did not end within the wait. `stops`: its `tf` is alive and is stopping terraform.
+/// Reports that an earlier run did not end while this `tf` waited for it. `stops` is true if the `tf` of that run is
+/// alive and is stopping terraform.
 pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
     let next = if stops {
         "that run releases its lock when it exits\nto check again, type: tf locks recover"
@@ -212,7 +219,7 @@ pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
     format!("a run on this host (pid {}) is still stopping and may hold a state lock\n{next}", record.tf)
 }
 
-/// Another process is cleaning up after a dead run, and did not finish within the wait.
+/// Reports that another process is cleaning up after a dead run, and did not finish while this `tf` waited for it.
 pub(crate) fn still_recovering(record: &JournalRecord) -> String {
     format!(
         "a dead run on this host (pid {}) may hold a state lock\nanother process is still cleaning up after that run\n\
@@ -221,7 +228,7 @@ pub(crate) fn still_recovering(record: &JournalRecord) -> String {
     )
 }
 
-/// No process of a run is known to be alive, but `processes` may belong to it.
+/// Reports that no process of a run is known to be alive, but that `processes` may belong to the run.
 pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> String {
     format!(
         "an earlier run (pid {}) may hold a state lock, which was not released\n\
@@ -231,7 +238,7 @@ pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> Str
     )
 }
 
-/// Whether an earlier run is alive cannot be told from here. Names the locks that it may hold.
+/// Reports that this `tf` cannot determine whether an earlier run is alive, and which locks that run may hold.
 pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     let mut text = format!(
         "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether that run is still running\n{why}",
@@ -250,7 +257,7 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
     text
 }
 
-/// The record of a dead run cannot be used.
+/// Reports that `tf` cannot clean up after a dead run, for the reason `why`.
 pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
     format!(
         "an earlier run (pid {}) may hold a state lock, but tf cannot clean up after that run\n{why}\n\
@@ -259,16 +266,16 @@ pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
     )
 }
 
-/// Why a lock was not released: there is no process list.
+/// The reason why a lock was not released: there is no process list.
 pub(crate) const UNSEEN: &str =
     "/proc does not list this system's processes here, so processes that terraform started may still be running";
 
-/// The recovery is taking some time.
+/// Reports that a recovery is taking more than 1 s.
 pub(crate) fn recovering() -> String {
     "cleaning up after an earlier run; press ^C twice to skip this".to_owned()
 }
 
-/// A lock of an earlier run was released.
+/// Reports that a lock of an earlier run was released.
 pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Timestamp) -> String {
     format!(
         "released the lock that an earlier run left (started {} ago, pid {}): {}",
@@ -278,7 +285,7 @@ pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Ti
     )
 }
 
-/// What a recovery would do about a lock of a dead run.
+/// Reports what a recovery would do about a lock of a dead run.
 pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> String {
     format!(
         "would release, if it is still held, the lock of a dead run (pid {}): {}",
@@ -287,7 +294,7 @@ pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> 
     )
 }
 
-/// What a recovery would do about a lock whose ID the log of its run does not name.
+/// Reports what a recovery would do about a lock of a dead run if the run's log does not contain the lock's ID.
 pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String {
     format!(
         "would look for the lock that a dead run (pid {}) requested at {asked}; the log of that run does not contain the lock's ID",
@@ -295,7 +302,7 @@ pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String
     )
 }
 
-/// A lock that an earlier run may have left was not released.
+/// Reports that a lock was not released, because it is not certain whether it belongs to an earlier run.
 pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
     let command = unlock_command_of(record);
     let id = if is_lock_id(&info.id) {
@@ -312,7 +319,7 @@ pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> 
     )
 }
 
-/// A lock of an earlier run, whose ID the log does not name, could not be looked for.
+/// Reports that `tf` could not look for a lock of an earlier run. The run's log does not contain the ID of that lock.
 pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String {
     format!(
         "an earlier run (pid {}) may have left a state lock, but tf could not look for that lock\n{}\nthat run used: {}\n\
@@ -324,22 +331,23 @@ pub(crate) fn not_looked_for_again(record: &JournalRecord, why: &str) -> String 
     )
 }
 
-/// The outputs of a step could not be written.
+/// Reports that the outputs of a CI step could not be written to `path`.
 pub(crate) fn no_outputs(path: &std::ffi::OsStr, error: &std::io::Error) -> String {
     format!("could not write the outputs of this step to {}: {error}", visible(&path.to_string_lossy()))
 }
 
-/// A dead run. Messages about its lock begin with this.
+/// Returns the beginning of a message about a lock of a dead run.
 pub(crate) fn earlier_run(record: &JournalRecord) -> String {
     format!("an earlier run (pid {}) was killed", record.tf)
 }
 
-/// A write may still be in flight to a backend whose state `tf` cannot read.
+/// Reports that `tf` waits before it releases a lock, because a write may still be in flight to a backend whose state
+/// `tf` cannot read.
 pub(crate) fn waiting_blindly(time: Duration) -> String {
     format!("terraform's last write may still arrive; waiting {} s before releasing the lock", time.as_secs())
 }
 
-/// A lock in another backend than S3 was released.
+/// Reports that a lock in a backend other than S3 was released.
 pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockInfo) -> String {
     format!(
         "{ending} without releasing its state lock\nreleased the lock: {}, backend {}",
@@ -348,7 +356,8 @@ pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockI
     )
 }
 
-/// A lock in another backend than S3 was not released, if there is one.
+/// Reports that a lock in a backend other than S3 was not released. `info` is `None` if it is unknown whether there is
+/// a lock.
 pub(crate) fn left_elsewhere(
     ending: &str,
     kind: &OtherBackend,
@@ -371,7 +380,7 @@ pub(crate) fn left_elsewhere(
     )
 }
 
-/// A lock of an earlier run was not released.
+/// Reports that a lock of an earlier run was not released.
 pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
     let workspace = record.workspaces.first().map(String::as_str);
     let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
@@ -388,11 +397,11 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
     )
 }
 
-/// Why a lock that was not found does not count as gone.
+/// The reason why a lock that was not found does not count as deleted.
 pub(crate) const ANOTHER_ACCOUNT: &str =
     "the lock was not found with the current credentials, which may belong to another account";
 
-/// Another run locked the state while this one was running.
+/// Reports that another run locked the same state while this run was working.
 pub(crate) fn replaced(
     ending: &str,
     own: &RecordedLock,
@@ -413,13 +422,13 @@ pub(crate) fn replaced(
     )
 }
 
-/// The same for an earlier run.
+/// Reports that another run locked the same state while the earlier run of `record` was working.
 pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &LockInfo) -> String {
     let directory = record.working_directory();
     replaced(&earlier_run(record), own, by, &visible(&record.program), Some(&directory))
 }
 
-/// A lock was not found, and may exist in another account. The journal has a record of it.
+/// Reports that a lock was not found and may exist in another account. The run's record is still in the journal.
 pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> String {
     format!(
         "{ending}; its state lock was not released: {}\n{ANOTHER_ACCOUNT}\nthat run used: {}\n\
@@ -430,7 +439,7 @@ pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> St
     )
 }
 
-/// Why a lock of an earlier run cannot be looked for.
+/// The reason why `tf` cannot look for a lock of an earlier run: settings of the backend are missing.
 pub(crate) fn missing(attributes: &str, directory: &str) -> String {
     format!(
         "some settings of the run's backend ({attributes}) are stored only in {directory}, which is now set up for another \
@@ -438,12 +447,12 @@ pub(crate) fn missing(attributes: &str, directory: &str) -> String {
     )
 }
 
-/// A record cannot be read, and was left where it is.
+/// Reports that the record at `path` cannot be read and was not moved.
 pub(crate) fn broken(path: &std::path::Path) -> String {
     format!("could not read the record of an earlier run: {}", visible(&path.display().to_string()))
 }
 
-/// A record is invalid, and was moved to `path`.
+/// Reports that a record is invalid and was moved to `path`.
 pub(crate) fn set_aside(path: &std::path::Path) -> String {
     format!(
         "could not read the record of an earlier run; it was moved to {}\n\
@@ -452,7 +461,7 @@ pub(crate) fn set_aside(path: &std::path::Path) -> String {
     )
 }
 
-/// After an abnormal end: the run had no journal.
+/// Reports, after terraform has died, that the run had no journal.
 pub(crate) fn unprotected(why: &str) -> String {
     format!(
         "this run had no journal: {}\nif tf had been killed too, no later run would have released the lock",
@@ -460,10 +469,11 @@ pub(crate) fn unprotected(why: &str) -> String {
     )
 }
 
-/// Why a lock was not released: another run, which is or may be alive, has recorded it.
+/// The reason why a lock was not released: another run, which is or may be alive, has recorded the same lock.
 pub(crate) const CLAIMED: &str = "the lock belongs to another run of tf on this host, which may still be running";
 
-/// A lock was requested and not found, and the request may still land. `kept`: the next `tf` looks for it.
+/// Reports that a lock was requested and not found, and that the request may still land. `kept` is true if the next
+/// `tf` looks for the lock.
 pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
         "if the lock appears within 20 min, the next tf in this directory releases it".to_owned()
@@ -476,7 +486,8 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
     )
 }
 
-/// One part of a lock was released, and the other was never found. `kept`: the next `tf` looks for it.
+/// Reports that one part of a lock was released, and that the other part was never found. `kept` is true if the next
+/// `tf` looks for the other part.
 pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
         "if that part appears within 20 min, the next tf in this directory releases it".to_owned()
@@ -486,7 +497,8 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
     format!("the other part of this lock may still appear\n{then}")
 }
 
-/// A lock with an unknown ID was requested and not found. `kept`: the next `tf` looks for it.
+/// Reports that a lock with an unknown ID was requested and not found. `kept` is true if the next `tf` looks for the
+/// lock.
 pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
     let then = if kept {
         "if the lock appears within 20 min, the next tf in this directory finds it\nto look for it now, type: tf locks recover"
@@ -496,7 +508,8 @@ pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool)
     format!("{ending} while it requested a state lock (at {asked:.0}); the lock may still appear\n{then}")
 }
 
-/// The table or bucket of a lock that the run held does not exist. `kept`: the next `tf` looks for it.
+/// Reports that the table or bucket of a lock that the run held does not exist. `kept` is true if the next `tf` looks
+/// for the lock.
 pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -> String {
     let then = if kept { "\nif the table or bucket exists again within 24 h, type: tf locks recover" } else { "" };
     format!(
@@ -505,7 +518,7 @@ pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -
     )
 }
 
-/// A lock that appeared after the cleanup was released.
+/// Reports that a lock that appeared after the cleanup, or that could not be found then, was released.
 pub(crate) fn came_late(recorded: &RecordedLock) -> String {
     let how = if recorded.progress.held.is_some() {
         "a dead terraform left"
@@ -515,10 +528,11 @@ pub(crate) fn came_late(recorded: &RecordedLock) -> String {
     format!("released a lock that {how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
 }
 
-/// The lock that refused this run was released.
+/// Reports that the lock because of which this run failed was released.
 pub(crate) const TRY_AGAIN: &str = "terraform failed because of that lock; run the command again";
 
-/// The holder of a lock, its operation and the time since when it holds it, as far as the lock says so.
+/// Returns the holder of a lock, the holder's operation, and since when the lock is held. What the lock does not
+/// contain is left out.
 pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
     let text =
         |name: &str, value: &str| if value.is_empty() { String::new() } else { format!("{name}{}", visible(value)) };
@@ -526,13 +540,14 @@ pub(crate) fn held(info: &LockInfo, now: Timestamp) -> String {
     format!("{who}{}{}, ID {}", text(" for ", &info.operation), since(info, now), visible(&info.id))
 }
 
-/// Since when a lock is held, by this host's clock; empty if the lock does not say.
+/// Returns since when a lock is held, and for how long by this host's clock. Empty if the lock has no valid creation
+/// time.
 fn since(info: &LockInfo, now: Timestamp) -> String {
     match info.created() {
         Some(created) if created > saturating_add(now, CLOCK_SLACK_WINDOW) => {
             format!(", since {created:.0}, which is {} ahead of this host's clock", apart(created, now))
         }
-        // A time slightly ahead counts as now.
+        // A creation time slightly in the future counts as now.
         Some(created) => format!(", since {created:.0} ({})", apart(created.min(now), now)),
         None => String::new(),
     }
@@ -545,8 +560,9 @@ fn apart(one: Timestamp, other: Timestamp) -> String {
     length_of_time(other.duration_since(one).unsigned_abs())
 }
 
-/// Terraform was refused by a lock: who holds it, whether the holder is alive, and what to type. `command` builds a `tf locks`
-/// command for that place. `finishing`: `tf` is about to clean up after the dead run, so there is nothing to type.
+/// Reports that terraform's lock request was refused: who holds the lock, whether the holder is alive, and which
+/// command to type. `command` returns a `tf locks` command for the location of the lock. `finishing` is true if `tf` is
+/// about to clean up after the holder, a dead run; there is no command to type in that case.
 pub(crate) fn refused(
     info: &LockInfo,
     judgement: &Judgement,
@@ -569,7 +585,7 @@ pub(crate) fn refused(
     format!("{said}\n{next}")
 }
 
-/// The log was lost, and a lock may belong to this run.
+/// Reports that the log of this run does not show its locks, and that the lock `info` may belong to this run.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlock: &str) -> String {
     let id = visible(&info.id);
     let command =
@@ -583,7 +599,7 @@ pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlo
     )
 }
 
-/// It is not known whether this run held a lock, and the lock service did not answer.
+/// Reports that it is unknown whether a run held a lock, and that `tf` could not search for a lock, for `reason`.
 pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
     format!(
         "{ending}; its log does not say whether it held a state lock, and tf could not look for one\n{}\n\
@@ -592,8 +608,8 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
     )
 }
 
-/// Terraform died, and its log is empty: it could not open it, or it died before it wrote to it. `suspect` is a lock that it
-/// may have held.
+/// Reports that terraform died and its log is empty. Either terraform could not open the log, or it died before it
+/// wrote to the log. `suspect` is a lock that terraform may have held, or `None` if no such lock was found.
 pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
     let log = "terraform wrote no log that tf can read; check whether it runs as another user";
@@ -612,7 +628,7 @@ pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Opti
     )
 }
 
-/// Terraform held a lock with an unknown ID, and the lock service did not answer.
+/// Reports that terraform held a lock with an unknown ID, and that `tf` could not look for the lock, for `reason`.
 pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     format!(
         "{ending}; it held a state lock, but its log does not contain the lock's ID, and tf could not look for the lock\n\
@@ -621,38 +637,38 @@ pub(crate) fn not_looked_for(ending: &str, reason: &str) -> String {
     )
 }
 
-/// Why a lock was not released: processes that terraform started are alive.
+/// The reason why a lock was not released: processes that terraform started are alive.
 pub(crate) fn still_alive(processes: &[Process]) -> String {
     format!("processes that terraform started are still running: {}", list(processes))
 }
 
-/// Why a lock was not released: a process that cannot be seen still has the lifeline open.
+/// The reason why a lock was not released: a process that `tf` cannot see still has the lifeline open.
 pub(crate) const LIFELINE_HELD: &str =
     "a process that tf cannot see still has a file open that only terraform's children inherit";
 
-/// Why a lock was not released: another terraform of the run is still running.
+/// The reason why a lock was not released: another terraform of the run is still running.
 pub(crate) fn another_terraform(process: &Process) -> String {
     format!("a terraform that this run started is still running: {}", list(std::slice::from_ref(process)))
 }
 
-/// Why a lock was not released: it matches no backend.
+/// The reason why a lock was not released: the lock matches no backend.
 pub(crate) const NO_PLACE: &str =
     "the lock matches no backend of this directory, so tf does not know where it is stored";
 
-/// Why a lock was not released: the lock service timed out.
+/// The reason why a lock was not released: the lock service timed out.
 pub(crate) const SILENT: &str = "the lock service did not answer in time";
 
-/// Why a lock was not released: it was disabled by a setting.
+/// The reason why a lock was not released: the user has disabled releases by a setting.
 pub(crate) const NEVER: &str = "TFW_RELEASE is set to never";
 
-/// Why a lock was not released: no client for the lock service could be set up.
+/// The reason why a lock was not released: no client for the lock service could be set up.
 pub(crate) const NO_RESOURCES: &str =
     "could not ask the lock service: this system has no free thread or file descriptor";
 
-/// Why a lock was not released: the wait was interrupted.
+/// The reason why a lock was not released: a person interrupted the wait.
 pub(crate) const INTERRUPTED: &str = "^C ended the wait for the lock service";
 
-/// After an interrupt: processes that terraform's provisioners left running.
+/// Reports, after an interrupt, the processes that terraform has started and that are still running.
 pub(crate) fn survivors(processes: &[Process]) -> String {
     format!(
         "terraform exited after the interrupt, but processes that it started are still running: {}",
@@ -672,7 +688,7 @@ fn list(processes: &[Process]) -> String {
     names.join(", ")
 }
 
-/// Another ^C while terraform is stopping.
+/// Answers another ^C while terraform is stopping.
 pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> String {
     let releases = if holds_lock { " and will release its lock" } else { "" };
     format!(
@@ -682,22 +698,22 @@ pub(crate) fn stopping(since: Duration, offer: Duration, holds_lock: bool) -> St
     )
 }
 
-/// The third ^C.
+/// Answers the third ^C.
 pub(crate) fn forcing() -> String {
     "sent terraform its second interrupt; it will be killed if it does not exit within 6 s".to_owned()
 }
 
-/// A ^C while a lock is being released.
+/// Answers the first ^C while a lock is being released.
 pub(crate) fn still_releasing() -> String {
     "releasing the state lock; press ^C again to leave it held".to_owned()
 }
 
-/// There is no terraform to run, or a setting is invalid.
+/// Reports that there is no terraform to run, or that a setting is invalid.
 pub(crate) fn cannot_start(reason: &dyn std::fmt::Display) -> String {
     format!("{reason}")
 }
 
-/// Terraform was found but could not be run.
+/// Reports that terraform was found but could not be run.
 pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> String {
     format!("could not run {}: {error}", path.display())
 }

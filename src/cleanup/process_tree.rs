@@ -6,8 +6,8 @@
 //! only if all of these conditions are true:
 //!
 //! - The lifeline is closed. It is a pipe that the whole tree has inherited, at a high descriptor number.
-//! - No process of the tree is below this process. Orphans of the tree are reparented to this process, because it is
-//!   their subreaper, and not to init.
+//! - No process of the tree is below this process. Orphans of the tree are reparented to this process and not to init,
+//!   because this process is their subreaper.
 //! - No process of this user anywhere has this run in the `TFW_RUN` of its environment.
 //!
 //! The guardian is not an ancestor of the tree, so no orphans are reparented to it. [`crate::journal::membership`]
@@ -15,8 +15,8 @@
 //! process group, cleared its environment, closed every descriptor and lost its parent before the guardian found it.
 //!
 //! Without a process list ([`process::list`]: there is no /proc, or it is that of another pid namespace), no process
-//! can be found. Then `tf`, as the subreaper, checks with wait(2) whether it has any child left: no descendant can
-//! escape that check. The guardian cannot check this, so it treats the tree as possibly alive.
+//! can be found. In this case, `tf`, as the subreaper, checks with wait(2) whether it has any child left: no descendant
+//! can escape that check. The guardian has no such check, so it treats the tree as possibly alive.
 //!
 //! A zombie counts as dead. A process that this process has no permission to signal counts as possibly alive. As long
 //! as the tree may be alive, the lock is not released.
@@ -44,8 +44,8 @@ use crate::trace::trace;
 /// How long the remaining processes of a tree may take to exit after SIGTERM, before they get SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(5);
 
-/// The same as [`TERM_GRACE`] if another `tf` was started in the tree: the terraform of that `tf` gets one interrupt,
-/// and needs time to save its state.
+/// The grace period in place of [`TERM_GRACE`] if another `tf` was started in the tree. The terraform of that `tf` gets
+/// one interrupt, and needs time to save its state.
 const NESTED_TERM_GRACE: Duration = Duration::from_mins(1);
 
 /// How long the tree may take to exit after SIGKILL. A process that still exists after that hangs in the kernel, or
@@ -64,8 +64,8 @@ pub(crate) struct Tree {
     terraform: Option<Pid>,
     /// Helpers that this process has started, such as the guardian. They do not belong to the tree.
     ours: RefCell<Vec<Pid>>,
-    /// Children that this process had before it started terraform. A shell can start children and then replace itself
-    /// with `tf` (exec).
+    /// Children that this process had before it started terraform. For example, a shell can start children and then
+    /// replace itself with `tf` (exec).
     preexisting_children: Vec<Pid>,
     /// Whether orphans that do not belong to the tree may be reparented to this process as well: it had children before
     /// it started terraform, or it is PID 1.
@@ -77,8 +77,8 @@ pub(crate) struct Tree {
     recorder: Option<(u64, u64)>,
     /// Whether terraform has a process group of its own.
     own_group: bool,
-    /// The processes that were still running when [`Tree::end`] gave up, or when it was decided not to kill them: pid,
-    /// and start time in clock ticks since boot.
+    /// The processes that are still running, because [`Tree::end`] could not end them or because the cleanup does not
+    /// kill them: pid, and start time in clock ticks since boot.
     survivors: RefCell<Vec<(i32, u64)>>,
     observer: Observer,
 }
@@ -99,11 +99,12 @@ struct GuardianView {
     /// the tree.
     identity: TreeIdentity,
     /// The last moment at which terraform was seen alive, in clock ticks since boot
-    /// ([`crate::journal::membership::classify`]). `None` if there is none.
+    /// ([`crate::journal::membership::classify`]). `None` if no such moment is known.
     certain_before: Option<u64>,
 }
 
-/// Whether the process belongs to a run that is nested in `run`: another `tf`, started below terraform, supervises it.
+/// Whether the process belongs to a run that is nested in `run`: another `tf`, which was started below terraform,
+/// supervises the process.
 fn is_nested(process: &Process, run: &str) -> bool {
     let Variable::Set(runs) = process.environment(RUN) else { return false };
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
@@ -124,7 +125,8 @@ enum Membership {
 /// The result of killing a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
-    /// The whole tree is dead. The number is how many running processes were found and signalled.
+    /// The whole tree is dead. The number is how many running processes were found before. It is 0 if there is no
+    /// process list.
     Dead(usize),
     /// These processes are still running and belong to the tree, or may belong to it.
     Alive(Vec<Process>),
@@ -172,16 +174,21 @@ impl Tree {
         self.own_group = true;
     }
 
-    /// Records a moment at which terraform was alive, in clock ticks since boot. Does nothing except in the guardian.
+    /// Records the last moment at which terraform was known to be alive, in clock ticks since boot. Does nothing except
+    /// in the guardian.
     pub(crate) fn was_alive_at(&self, moment: Option<u64>) {
         if let Observer::Guardian(view) = &self.observer {
             view.borrow_mut().certain_before = moment;
         }
     }
 
-    /// Returns the running processes below terraform that have left its process group: pid, and start time in clock
-    /// ticks since boot. Only their parents show that they belong to the tree. When a parent has exited, an observer
-    /// that is not their ancestor can no longer see that. Empty without a process list.
+    /// Returns the running processes below terraform that are not in terraform's own process group: pid, and start time
+    /// in clock ticks since boot. If terraform has no group of its own, returns all running processes below terraform.
+    /// Empty without a process list.
+    ///
+    /// If such a process has cleared its environment, it can be recognised only by the chain of its parent pids. If a
+    /// parent exits, the process is reparented, and the guardian, which is not an ancestor, can no longer tell that the
+    /// process belongs to the tree. So `tf` records the process beforehand.
     pub(crate) fn outside_group(&self) -> Vec<(i32, u64)> {
         let below = Process::below(getpid());
         let is_outside = |process: &&Process| {
@@ -201,8 +208,8 @@ impl Tree {
         }
     }
 
-    /// Returns the processes that were still running when [`Tree::end`] gave up, or when it was decided not to kill
-    /// them: pid, and start time in clock ticks since boot.
+    /// Returns the processes that are still running, because [`Tree::end`] could not end them or because the cleanup
+    /// does not kill them: pid, and start time in clock ticks since boot.
     pub(crate) fn survivors(&self) -> Vec<(i32, u64)> {
         self.survivors.borrow().clone()
     }
@@ -222,7 +229,7 @@ impl Tree {
         self.ours.borrow_mut().push(pid);
     }
 
-    /// Records that terraform was started as `pid`. Returns the data that identify its processes.
+    /// Records that terraform was started as `pid`. Returns the data that identify the processes of the tree.
     pub(crate) fn started(&mut self, pid: Pid) -> TreeIdentity {
         self.terraform = Some(pid);
         let identity = TreeIdentity::of(pid, self.own_group);
@@ -238,7 +245,7 @@ impl Tree {
     }
 
     /// Reaps the zombies that were reparented to this process. Does not reap terraform, the helpers of this process, or
-    /// one of `others`.
+    /// the processes in `others`. Does nothing in the guardian, because no orphans are reparented to it.
     pub(crate) fn reap_orphans(&self, others: &[Pid]) {
         if matches!(self.observer, Observer::Guardian(_)) {
             return;
@@ -251,17 +258,17 @@ impl Tree {
         }
     }
 
-    /// Returns the running processes of the tree.
+    /// Returns the running processes that certainly belong to the tree.
     pub(crate) fn living(&self) -> Vec<Process> {
         self.look().0
     }
 
-    /// Whether no process has the write end of the lifeline, which terraform inherited, open any more.
+    /// Whether the write end of the lifeline, which the processes of the tree inherit, is closed in every process.
     pub(crate) fn lifeline_is_closed(&self) -> bool {
         poll::ready_now(self.lifeline.as_fd(), PollFlags::POLLIN)
     }
 
-    /// Returns the running members of the tree, and the running processes that may be members.
+    /// Returns two lists: the running members of the tree, and the running processes that may be members.
     fn look(&self) -> (Vec<Process>, Vec<Process>) {
         if let Observer::Guardian(view) = &self.observer {
             return self.look_as_guardian(&mut view.borrow_mut());
@@ -313,8 +320,8 @@ impl Tree {
             }
         }
         if process.is_helper_of_ours() {
-            // For example, the guardian of another `tf` in this tree. It works on no resource, and must live to release
-            // the lock of its own run.
+            // Such a helper is, for example, the guardian of another `tf` in this tree. It changes no infrastructure,
+            // and must continue to run to release the lock of its own run.
             return Membership::Other;
         }
         if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
@@ -343,9 +350,9 @@ impl Tree {
         self.via_shim
     }
 
-    /// Returns the running terraforms that write the log which `tf` reads, whatever the names of their programs are.
-    /// Each of them has the recorder open. Providers and the processes of provisioners do not have it open, because Go
-    /// closes it on exec (os.OpenFile).
+    /// Returns the running terraforms that log into the recorder. A terraform is recognised by the open recorder and
+    /// not by the name of its program. Providers and the processes of provisioners do not have the recorder open,
+    /// because Go closes it on exec (os.OpenFile). Empty if the recorder is unknown.
     pub(crate) fn logging(&self) -> Vec<Process> {
         let Some(recorder) = self.recorder else { return Vec::new() };
         let logs = |process: &Process| process.has_open(recorder) && process.runs_another_program();
@@ -374,10 +381,11 @@ impl Tree {
 
     /// Does the same as [`Tree::end`] without a process list. The kernel still reports whether this process has any
     /// child. Orphans of the tree are reparented to this process, so if there is no child, the tree is dead. Signals
-    /// are sent only to terraform's process group, and only while a child of this process is in it, so that no other
-    /// group can have its number.
+    /// are sent only to terraform's process group, and only while a child of this process is in the group. As long as
+    /// it is, no other group can have the same number.
     ///
-    /// This also reaps terraform's own zombie. Its status was read before, and no signal is sent to its pid after that.
+    /// This also reaps terraform's own zombie. Terraform's status was read before, and no signal is sent to terraform's
+    /// pid afterwards.
     fn end_unseen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
         let begun = Instant::now();
         let kill_from = if at_once { Duration::ZERO } else { TERM_GRACE };
@@ -444,8 +452,8 @@ impl Tree {
                     send(process.pid, Signal::SIGKILL);
                 } else if first && !is_nested(process, &self.run) {
                     // The terraform of a nested run gets its one interrupt from its own `tf`, which gets a SIGTERM
-                    // here. For that terraform, a SIGTERM would be a second interrupt. A stopped process acts on
-                    // SIGTERM only when it is continued.
+                    // here. For the terraform of the nested run, a SIGTERM would be a second interrupt. A stopped
+                    // process acts on SIGTERM only when it is continued.
                     send(process.pid, Signal::SIGTERM);
                     send(process.pid, Signal::SIGCONT);
                 }

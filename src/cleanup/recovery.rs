@@ -1,12 +1,13 @@
 //! Recovery: a later `tf` finishes the dead runs on this host, that is, it releases the locks that they have left.
 //!
-//! A run at the same location is finished before terraform starts, because its lock would refuse terraform. Any other
-//! run is finished by a background process, so that `tf` does not wait for the lock service of another directory.
+//! A run at the same location is finished before terraform starts, because terraform would otherwise find the lock of
+//! that run. Any other run is finished by a background process, so that `tf` does not wait for the lock service of
+//! another directory.
 //!
 //! Every run is finished in a forked process, for three reasons. The process changes its environment to that of the
 //! dead run, to reach AWS in the same way as that run did. It may start threads for the requests to the lock service,
 //! but the process that starts terraform must never have more than one thread. And a person who does not want to wait
-//! can kill it.
+//! can kill the forked process.
 
 use crate::cleanup::clean_up::EndedRun;
 use crate::cleanup::clean_up::LogState;
@@ -73,14 +74,16 @@ use crate::trace::{self, trace};
 /// The name of the process that finishes a run.
 const RECOVERY: &CStr = c"tf-recovery";
 
-/// How long to wait for another process that is finishing a run of the same location.
+/// How long to wait for another process that is finishing a run of the same location. For [`everything`], the limit of
+/// the waits for all runs together.
 const OTHER_RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long to wait, before terraform starts, for a run that is about to end ([`ending`]). If such a run has no owner,
-/// no wait for it is longer than this. Its terraform may continue for a long time.
+/// How long to wait, before terraform starts, for a run that is about to end (see [`ending`]). For a run without an
+/// owner, this also limits the wait in [`everything`], because the terraform of such a run may continue for a long
+/// time.
 const ORPHAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long after a failed attempt a run of another directory is tried again.
+/// How long to wait after a failed attempt before a run of another directory is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_mins(5);
 
 /// How long a recovery may take before a message reports it.
@@ -105,7 +108,7 @@ struct Dead {
 pub(crate) struct Before {
     /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
-    /// The runs that could not be finished. The reason for each was reported.
+    /// The runs that could not be finished. The reason for each was reported, unless its process was killed.
     pub(crate) tried: Vec<Tried>,
 }
 
@@ -130,8 +133,8 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             if !here.of(&pending.lock).is_empty() {
                 late.push((state, pending));
             } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
-                // The pending lock is from the same data directory, but its location is not used by this run, for
-                // example because it belongs to another workspace.
+                // The request is from a run with the same data directory, but this run does not use the location of the
+                // lock, for example because the lock belongs to another workspace.
                 others_late.push((state, pending));
             }
         }
@@ -219,8 +222,9 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     Before { asked, tried }
 }
 
-/// Returns the dead runs that may have taken a lock at a location of `here` and that no process is finishing: the ID of
-/// each, and the pid of its `tf`. Does not change anything.
+/// Returns the ID of each dead run that may have taken a lock at a location of `here`, or that had the same data
+/// directory, with the pid of its `tf`. Leaves out the runs that another process is finishing. Does not change
+/// anything.
 pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(String, u32)> {
     let Some(journal) = Journal::there(state) else { return Vec::new() };
     let names = journal.names().into_iter();
@@ -234,8 +238,8 @@ pub(crate) fn dead(state: &StateDirectory, here: &CandidateBackends) -> Vec<(Str
 /// The result of [`everything`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recovered {
-    /// The number of runs that have left a lock that was not released. In a dry run, the number of runs with a lock
-    /// that would be released.
+    /// The number of runs, pending requests and invalid records that may still have a lock. In a dry run, this includes
+    /// the runs with a lock that would be released.
     pub(crate) left: usize,
     /// Whether a lock was not released because no credentials were available.
     pub(crate) lacks_credentials: bool,
@@ -258,8 +262,9 @@ pub(crate) struct Request<'a> {
 }
 
 /// Finishes every dead run of this user on this host, or only the requested one, one after the other. Reports the
-/// results with `say`. If the guardian of a run is still working, waits for it. This process must have only one thread,
-/// because it forks.
+/// results with `say`. Waits for a run that another process is finishing, and for a run that may hold a lock and is
+/// about to end (see [`ending`]). All these waits together are limited to [`OTHER_RECOVERY_TIMEOUT`]; a dry run does
+/// not wait. This process must have only one thread, because it forks.
 pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
     let Request { dry_run, only, .. } = request;
     let mut everything = Everything { request, say, recovered: Recovered::default() };
@@ -347,7 +352,8 @@ impl Everything<'_> {
         };
         let process = RecoveryProcess { keep, announced: true };
         let left = in_a_process(process, finish, tell, signals, &mut self.recovered.asked);
-        // If the run is still in the journal, a later recovery tries it again, or its recovery was killed.
+        // The run is still in the journal if a later recovery must try again, or if this recovery was killed. A run
+        // does not count if it only has requests that may still land and nothing was reported about it.
         let is_left = journal.has(&name) && (said.get() || !only_awaits(&journal, &name));
         self.recovered.left += usize::from(left != Left::Nothing || is_left);
         self.recovered.lacks_credentials |= left == Left::ForLackOfCredentials;
@@ -369,9 +375,9 @@ impl Everything<'_> {
         }
     }
 
-    /// Checks whether the locks exist whose requests may still land, and releases them.
+    /// Checks for each pending request whether its lock exists now. If so, releases the lock.
     fn check_pending_requests(&mut self, state: &StateDirectory, signals: &mut Signals) {
-        // One time limit for all requests together that were most likely refused.
+        // All requests that were most likely refused share one time limit.
         let until = Instant::now() + EXPLANATION_TIMEOUT;
         for pending in PendingRequests::of(state).read(Timestamp::now()) {
             // If a request was most likely refused, its lock most likely does not exist, so the wait is short.
@@ -399,7 +405,7 @@ fn sight(found: &FoundRun) -> Sight {
     }
 }
 
-/// Returns the facts on which the treatment of `found` depends. Facts that do not matter for this kind of run are
+/// Returns the facts on which the treatment of `found` depends. A fact that does not matter in this state of the run is
 /// false.
 fn facts(found: &FoundRun, journal: &Journal) -> Facts {
     match found {
@@ -416,8 +422,8 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
     }
 }
 
-/// Checks whether a lock exists whose request may still land, and releases it. Reaches the lock's location in the same
-/// way as its run did, so this changes the environment. Call it only in a forked process.
+/// Checks whether the lock of a pending request exists now. If so, releases the lock. This changes the environment to
+/// that of the run that sent the request, so call it only in a forked process.
 fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Effort) -> Finished {
     let Some(record) = &pending.record else { return Finished::default() };
     enter(record);
@@ -437,8 +443,8 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
     }
 }
 
-/// Records the result of a check for a lock whose request may still land. Once the service has answered, the request is
-/// remembered only for as long as it may land.
+/// Records the result of a check for the lock of a pending request. Once the service has answered, the request is
+/// stored only for as long as it may land. `visited` is `None` if no check was made; this then records nothing.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
@@ -469,15 +475,16 @@ fn enter(record: &JournalRecord) {
 pub(crate) enum Forgotten {
     /// The lock or the run was deleted from the journal. The number is the pid of the run's `tf`.
     Yes(u32),
-    /// Nothing was deleted: a process of the run is alive, or another process is finishing the run. The number is the
-    /// pid of the run's `tf`.
+    /// Nothing was deleted: a process of the run is or may be alive, or another process is finishing the run. The
+    /// number is the pid of the run's `tf`.
     Alive(u32),
     /// No run in the journal has this lock or this ID.
     Unknown,
 }
 
-/// Deletes the lock with the ID `what` from the journal. If the IDs of a run's locks are unknown, `what` is the ID of
-/// the run, and the whole run is deleted from the journal. Does not release a lock.
+/// Deletes the lock with the ID `what` from the journal. `what` can also be the ID of a run, because the IDs of its
+/// locks may be unknown. If so, the whole run is deleted from the journal. The whole run is also deleted if this
+/// process cannot determine whether the run is alive. Does not release a lock.
 pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -521,7 +528,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
     Forgotten::Unknown
 }
 
-/// Whether the run `name` has nothing left but requests that may still land, for locks whose IDs are unknown.
+/// Whether all that is left of the run `name` are lock requests that may still land, for locks with unknown IDs.
 fn only_awaits(journal: &Journal, name: &str) -> bool {
     match journal.look(name) {
         FoundRun::Dead(record, ..) => {
@@ -540,8 +547,8 @@ fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
         || record.data_directory == here.data_directory
 }
 
-/// Whether a run may hold a lock. This is true if its log shows a lock. It is also true if nothing of the log was read,
-/// because the run was killed before that, or because `tf` cannot read its log.
+/// Whether a run may hold a lock. True if the log shows a lock. Also true if nothing of the log was read, because the
+/// run was killed before that, or because `tf` cannot read the log.
 fn may_hold(record: &JournalRecord) -> bool {
     record.log.may_hold() || record.log.program.is_none()
 }
@@ -549,17 +556,18 @@ fn may_hold(record: &JournalRecord) -> bool {
 /// Why a run that is alive may be about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NearEnd {
-    /// Its `tf` is dead. Its guardian is still working, or its processes are exiting.
+    /// The `tf` of the run is dead. The guardian of the run is still working, or processes of the run are still
+    /// running.
     Orphaned,
-    /// The parent of its `tf` is dead, which is a request to stop (`supervise::event_loop::parent_to_watch`). When a CI
-    /// job is cancelled, it starts its last step as soon as its shell is dead, even if the `tf` below that shell is
-    /// still running.
+    /// The parent of the run's `tf` is dead. That `tf` takes this as a request to stop
+    /// (`supervise::event_loop::parent_to_watch`). A cancelled CI job starts its last step as soon as the shell of the
+    /// job is dead, even if the `tf` below that shell is still running.
     Left,
 }
 
-/// Returns why a run that is alive is about to end. `None` if it is not, or if its pids were assigned in another pid
-/// namespace. Other runs do not wait for a run that a person has interrupted, or for which its job waits, so the result
-/// is `None` for such a run too.
+/// Returns why a run that is alive is about to end. `None` if its `tf` and the parent of that `tf` are alive, or if the
+/// pids of the run are from another pid namespace. So the result is also `None` for a run that a person has interrupted
+/// while its parent is alive: other runs do not wait for such a run.
 fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
     if !record.host.numbers_processes_as(journal.host()) {
@@ -577,13 +585,13 @@ fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
 struct WaitLimits {
     /// The limit for a run that another process is finishing.
     recovering: Duration,
-    /// The limit for a run that is [`ending`] by itself.
+    /// The limit for a run that is about to end (see [`ending`]).
     ending: Duration,
 }
 
-/// Returns the state of the run `name`. If the run `is_near` and its lock will soon be released, this waits for the
-/// release, because the lock would otherwise refuse terraform. It waits for a run that another process is finishing,
-/// and for a run that is [`ending`] by itself and may hold a lock. A signal ends the wait.
+/// Returns the state of the run `name`. If `is_near` is true for the run's record, waits in two cases: another process
+/// is finishing the run, or the run may hold a lock and is about to end (see [`ending`]). Without this wait, terraform
+/// would find the lock held. A signal or the limit in `limits` ends the wait.
 fn look(
     journal: &Journal,
     name: &str,
@@ -598,8 +606,8 @@ fn look(
         let limit = match &found {
             FoundRun::Recovering(record) if is_near(record) => limits.recovering,
             FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
-                // If a run has no owner, no process stops its terraform. Only processes that are exiting already are
-                // worth a wait, and they need little time.
+                // If a run has no owner, no process stops its terraform, which may continue for a long time. If the
+                // processes of the run are already exiting, a short wait is enough.
                 let is_cared_for = journal.has_owner(name);
                 if is_cared_for { limits.ending } else { limits.ending.min(ORPHAN_EXIT_TIMEOUT) }
             }
@@ -620,8 +628,8 @@ fn look(
 ///
 /// The kernel first takes the SIGKILL from the queue of the process, and marks the process as exiting a few
 /// instructions later. In between, neither is visible. So the process is checked twice, 2 ms apart. If the kernel needs
-/// more time than that, the lock of the run refuses this run, as it would refuse a terraform without `tf`. A run that
-/// is refused checks again.
+/// more time than that, this run does not wait, and its terraform finds the lock held, as it would without `tf`. After
+/// such a refusal, the run checks again.
 fn is_alive(pid: u32) -> bool {
     let Some(process) = i32::try_from(pid).ok().map(Pid::from_raw).and_then(Process::look_up) else { return false };
     !process.is_dying() && {
@@ -688,8 +696,8 @@ const LEFT_FOR_LACK_OF_CREDENTIALS: &str = "\u{2}";
 struct RecoveryProcess {
     /// The descriptors that it keeps open.
     keep: Vec<RawFd>,
-    /// Whether to report a recovery that takes longer than [`QUIET_GRACE`]. Only such a process may ask for credentials
-    /// at the terminal.
+    /// Whether to report a recovery that takes longer than [`QUIET_GRACE`]. If false, the process also must not prompt
+    /// for credentials at the terminal.
     announced: bool,
 }
 
@@ -787,8 +795,8 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    // The latest part of the log may be only in the recorder, which is in memory. It is lost if the run's container was
-    // removed, or the run's session directory.
+    // The latest part of the log may be only in the recorder, which is in memory. That part is lost if the run's
+    // container or the run's session directory was removed.
     if standpoint == Standpoint::ThisBoot
         && !record.over
         && let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset)
@@ -837,8 +845,8 @@ fn clean_up_after(
         log: &record.log,
         log_state: if record.unlogged { LogState::NeverBegun } else { LogState::Complete },
         candidates: &candidates,
-        // It is unknown how terraform ended. With `died`, a lock belongs to the run if the log names it and nothing in
-        // it contradicts the log.
+        // It is unknown how terraform ended. With `died`, a lock belongs to the run if the log names the lock and
+        // nothing in the lock contradicts the log.
         died: true,
         ended: None,
         // The run worked at least until the time of the last record in its log.
@@ -867,8 +875,8 @@ fn clean_up_after(
 }
 
 /// Returns the data that are needed to release the lock that a dead run may have left in a backend other than S3.
-/// `program` is the program that is found now under the name that the run used; it releases the lock. `None` if the
-/// backend is S3.
+/// `program` is the terraform that releases the lock: the program that is found now under the name that the run used,
+/// or the reason why none is found. Returns `None` if the backend is S3 or is unknown.
 fn non_s3_cleanup<'a>(
     record: &'a JournalRecord,
     candidates: &'a CandidateBackends,
@@ -940,7 +948,9 @@ impl Reporter for RecoveryReporter<'_> {
         }
     }
 
-    /// Reports the lock that the run may have left, if there is one at the location that the run would lock.
+    /// Reports a lock that the run may have left at the location that the run would lock, or reports that this location
+    /// could not be read. Returns true if the next `tf` must look again, because the location could not be read or
+    /// nobody reads the report. Returns false if there is no such lock, or if the search could not be made at all.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let Some(location) = run.candidates.selected() else { return false };
         let directory = self.record.working_directory();
@@ -977,8 +987,8 @@ fn is_never(record: &JournalRecord) -> bool {
         || (record.named_only && !release_is_asked_for())
 }
 
-/// Returns the candidate backends of a dead run. Also returns the attributes that are no longer available, and without
-/// which some of its backends cannot be reached. These backends are not among the candidates.
+/// Returns the candidate backends of a dead run, and the backend attributes that are no longer available. A backend
+/// that cannot be reached without such an attribute is not among the candidates.
 fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
     let after = DataDirectory::read(Path::new(&record.data_directory));
     let mut missing = Vec::new();

@@ -37,9 +37,6 @@ pub(crate) fn start(name: &str, before: bool) -> std::io::Result<Child> {
     }
     command.stdout(Stdio::null());
     session::of_its_own(&mut command);
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "it is no terraform; nothing of it must be in order but what is above"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "this starts `tf`, not terraform; it needs only the setup above")]
     command.spawn()
 }

@@ -1,6 +1,6 @@
-//! Releases the locks of a run whose operation is over. `tf` does this. If `tf` was killed, its guardian does it, and
-//! if that was killed too, the next `tf`. All three use this code. They differ in their information about the run, in
-//! whether a person can interrupt them, and in how they report.
+//! Releases the locks of a run whose operation is over. `tf` does this. If `tf` was killed, its guardian does it. If
+//! the guardian was killed too, the next `tf` does it. All three use this code. They differ in their information about
+//! the run, in whether a person can interrupt them, and in how they report.
 
 use crate::journal::runs::Replaced;
 use crate::lock::release::Effort;
@@ -45,8 +45,8 @@ pub(crate) struct CandidateLocks {
 }
 
 impl CandidateLocks {
-    /// Finds the locks of a run. A lock that the log does not name is looked for at its locations. `died` as in
-    /// [`ReleaseRequest`].
+    /// Finds the locks of a run. A lock that the log does not name is looked for at its locations. For `died`, see
+    /// [`ReleaseRequest::died`].
     pub(crate) fn find(
         log: &Log,
         candidates: &CandidateBackends,
@@ -91,7 +91,7 @@ impl CandidateLocks {
         looked
     }
 
-    /// Whether there is no named lock, no suspect, and no lock that could not be looked for.
+    /// Whether the lists `named`, `suspects` and `unread` are all empty.
     pub(crate) fn is_empty(&self) -> bool {
         self.named.is_empty() && self.suspects.is_empty() && self.unread.is_empty()
     }
@@ -101,16 +101,17 @@ impl CandidateLocks {
 #[derive(Debug)]
 pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
-    /// The outcome of the release. `None` if terraform was refused the lock, and the lock was not looked for or has no
-    /// location.
+    /// The outcome of the release. `None` if terraform did not get the lock, and `tf` did not look for the lock or
+    /// knows no location for it.
     pub(crate) outcome: Option<Outcome>,
-    /// Whether the lock may still exist as the run's own: the run had the lock, or died before it received the response
-    /// to its request. False if terraform exited by itself without getting the lock: the lock that refused it belongs
-    /// to another run.
+    /// Whether this lock may have existed when terraform exited. True if the run had the lock, or died before it
+    /// received the response to its request. False if terraform exited by itself without getting the lock: a lock at
+    /// the location then belongs to another run.
     pub(crate) may_exist: bool,
-    /// Whether the lock, or a part of it, may still appear. Either its request got no response and may still land. That
-    /// is also possible after a release, because the SDK sends a request again if it gets no response. Or the lock's
-    /// table or bucket does not exist now, and may be restored.
+    /// Whether the lock, or a part of it, may still appear. Always false if terraform exited by itself. True if the
+    /// request for the lock got no response and may still land. This is possible even after a release, because the SDK
+    /// sends a request again if it gets no response. Also true if the lock's table or bucket does not exist now,
+    /// because it may be restored.
     pub(crate) may_still_come: bool,
 }
 
@@ -126,7 +127,7 @@ pub(crate) struct ReleaseRequest<'a> {
 }
 
 /// Releases those of the requested locks that belong to the run. Returns the result for each lock. `is_claimed` returns
-/// true for the ID of a lock that the journal records as the lock of another run, which is or may be alive.
+/// true for a lock ID that the journal has recorded for another run, if that run is or may be alive.
 pub(crate) fn release_locks(
     request: &ReleaseRequest<'_>,
     is_claimed: impl Fn(&str) -> bool,
@@ -148,14 +149,15 @@ pub(crate) fn release_locks(
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
-            // The lock belongs to the other run. Its ID is in the log of this run because a process of this run got it
-            // from that run.
+            // The lock belongs to the other run. The log of this run contains the lock's ID, because a process of this
+            // run received the ID from the other run.
             named(Outcome::Kept { reason: messages::CLAIMED.to_owned(), because: Because::Claimed })
         } else {
             let candidates = candidates.of(recorded);
             match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {
-                // If the lock is absent, it may be in another account, so that is checked. The check is not needed if
-                // terraform was refused the lock, or if terraform did not get the lock and another run's lock is there.
+                // A lock that was not found may exist in another account, so the account is checked. The check is not
+                // needed if terraform was refused the lock, if terraform did not get the lock and another run's lock is
+                // there, or if terraform has most likely released the lock itself.
                 Some(absent @ Outcome::Absent { .. })
                     if may_exist
                         && (recorded.progress.held.is_some()
@@ -219,7 +221,8 @@ fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&
 }
 
 /// Returns those of the run's locks that were replaced: another run locked the same state while this run was still
-/// working. `until` is the time at which this run stopped working. Each replacement is also written into the history.
+/// working. `until` is the latest time at which this run may have worked. Each replacement is also written into the
+/// history.
 pub(crate) fn replaced(
     results: &[ReleaseResult],
     candidates: &CandidateBackends,
@@ -246,15 +249,17 @@ pub(crate) fn replaced(
     all
 }
 
-/// Whether the holder of `other` locked the state while the run of `own` was still working, which it did until `until`.
-/// If terraform's unlock was refused because the lock belonged to another run, this is certain even if the clocks of
-/// the two hosts differ.
+/// Whether the holder of `other` locked the state while the run of `own` was still working. `until` is the latest time
+/// at which that run may have worked. If the unlock of that run was refused because the lock belonged to another run,
+/// the result is true whatever the times are, because the clocks of the two hosts may differ. False if that run did not
+/// have its lock.
 fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
     let refused = !died && own.progress.is_unlocking();
     own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
 }
 
-/// Returns why a lock that was found at none of `candidates` does not count as deleted. `None` if it counts as deleted.
+/// Returns the outcome for a lock that was found at none of `candidates` but does not count as deleted: it may exist in
+/// another account, or the account could not be checked. `None` if the lock counts as deleted.
 fn not_believed(
     candidates: &[LockLocation],
     release_context: &ReleaseContext,
@@ -271,9 +276,10 @@ fn not_believed(
     }
 }
 
-/// Releases the lock at the location where it exists. The wait for a service that does not answer is limited by
-/// `effort.limit`. With [`Purpose::Explanation`], that is the limit for each location as a whole. Returns the outcome;
-/// `None` if `candidates` is empty.
+/// Tries to release the lock at each of `candidates`, until it is released at one of them. `effort.limit` limits the
+/// wait for a service that does not answer. With [`Purpose::Explanation`], it limits the whole attempt at each
+/// location. Returns "released" if the lock was released, otherwise the last "not released", and "absent" only if the
+/// lock was absent at all locations. `None` if `candidates` is empty.
 fn release_where_found(
     recorded: &RecordedLock,
     candidates: &[LockLocation],
@@ -315,7 +321,8 @@ fn release_where_found(
 /// Writes the locks whose requests may still land to disk, so that the next `tf` checks them. Returns the IDs of the
 /// locks that were written.
 ///
-/// `recent` is true if a request of the run may still be in flight.
+/// `recent` is true if a request of the run may still be in flight. If it is false, only the locks whose table or
+/// bucket does not exist now are written.
 pub(crate) fn remember_pending(
     results: &[ReleaseResult],
     release_context: &ReleaseContext,
@@ -328,8 +335,8 @@ pub(crate) fn remember_pending(
         if !recent && !excluded {
             return None;
         }
-        // If a table did not exist when the lock was requested, it most likely never existed. If the lock was held in
-        // it, the table may be restored.
+        // If terraform did not get the lock, the table most likely never existed. If terraform held the lock in the
+        // table, the table may be restored.
         let abandoned = excluded && lock.progress.held.is_none();
         keep(
             pending_requests,
@@ -342,9 +349,9 @@ pub(crate) fn remember_pending(
 /// Returns the locks of `results` whose requests may still land although their terraform exited by itself, with an
 /// error and without getting the lock. Terraform may have given up while a request was in flight. It does so 5 s after
 /// a second interrupt (internal/command/meta.go, `RunOperation`). It also does so if a proxy answers in place of the
-/// service, or the connection breaks, and the SDK has used up its retries. Such a retry can also create a lock again
-/// that was released. The log does not distinguish these cases from a refusal. So a request counts as refused only if
-/// another run's lock is at the location, or if no lock can exist there.
+/// service, or the connection breaks, and the SDK has used up its retries. A retry of the SDK can also create a lock
+/// again after its release. The log does not distinguish these cases from a refusal. So a request counts as refused
+/// only if another run's lock is at the location, or if no lock can exist there.
 pub(crate) fn abandoned_requests(
     results: &[ReleaseResult],
     ended: Option<Ended>,
@@ -364,7 +371,7 @@ pub(crate) fn abandoned_requests(
     results.iter().filter(abandoned)
 }
 
-/// Writes the locks of `results` to disk, so that the next `tf` checks them. They are the locks that
+/// Writes the locks of `results` to disk, so that the next `tf` checks them. `results` are the results that
 /// [`abandoned_requests`] returns. Returns the IDs of the locks that were written.
 pub(crate) fn remember_abandoned<'a>(
     results: impl Iterator<Item = &'a ReleaseResult>,
@@ -375,7 +382,7 @@ pub(crate) fn remember_abandoned<'a>(
         .filter_map(|ReleaseResult { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            // The check failed just now, so the next one need not follow immediately.
+            // This check got no response just now, so the next `tf` does not check again for 5 min.
             let tried = unseen.then(Timestamp::now);
             keep(
                 pending_requests,
@@ -385,17 +392,19 @@ pub(crate) fn remember_abandoned<'a>(
         .collect()
 }
 
-/// Writes `pending` to disk. Returns the ID of its lock, or `None` if that failed or there is no state directory.
+/// Writes `pending` to disk. Returns the ID of its lock. `None` if the write failed or there is no state directory.
 fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> Option<String> {
     pending_requests?.put(&pending).ok()?;
     Some(pending.lock.id)
 }
 
-/// Checks once whether the lock of a pending request has appeared, and releases it. The pending request is not deleted,
-/// because the request, or the request for the lock's other part, may land again. With [`Purpose::Work`], a person has
-/// requested this, and the wait for each response is limited. With [`Purpose::Explanation`], the whole check takes no
-/// longer than `effort.limit` for each location. Returns `None` if the lock has no location, or if a write may still be
-/// in flight and a person has not requested the check.
+/// Checks once whether the lock of a pending request has appeared. If so, releases the lock. The pending request is not
+/// deleted, because the request, or the request for the lock's other part, may land again.
+///
+/// The caller uses [`Purpose::Work`] if a person has requested the check; `effort.limit` then limits the wait for a
+/// service that does not answer. With [`Purpose::Explanation`], `effort.limit` limits the whole check of each location.
+/// Returns `None` if the lock has no location. With [`Purpose::Explanation`], also returns `None` if a write of the
+/// lock's terraform may still be in flight.
 pub(crate) fn check_pending(
     pending: &PendingRequest,
     candidates: &CandidateBackends,
@@ -433,8 +442,8 @@ pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, re
     }
 }
 
-/// Whether a request that was signed at `then` can still land: the service rejects a request when its signature has
-/// expired. Returns true if `then` is unknown.
+/// Whether a request that was signed at `then` can still land. It cannot land after its signature has expired, because
+/// the service then rejects it. True if `then` is `None`, that is, unknown.
 pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
     /// How long a signature counts as valid. S3 accepts a signature for 15 min, DynamoDB for 5 min.
     const SIGNATURE_WINDOW: SignedDuration = SignedDuration::from_mins(20);

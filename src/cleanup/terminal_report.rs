@@ -99,10 +99,10 @@ impl Reporter for TerminalReporter<'_> {
         console::say(&messages::replaced(run.ending, own, by, &self.program(), self.directory().as_deref()));
     }
 
-    /// If terraform was refused by a lock, it has reported that itself. This reports what terraform cannot determine:
-    /// whether the holder is running, and which command to type. If the holder is dead, its run is finished and its
-    /// lock is released. Terraform is not started again, because its stdin may have been consumed, and the caller has
-    /// already read its output.
+    /// Terraform itself has reported that its lock request was refused. This reports what terraform cannot determine:
+    /// whether the holder is running, and which command to type. If the holder is dead, this finishes the run of the
+    /// holder, so that its lock is released. Terraform is not started again, because terraform's stdin may have been
+    /// consumed, and the caller has already read terraform's output.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>) {
         for result in results {
             if let Some(Outcome::Absent { anothers: Some(id), .. }) = &result.outcome {
@@ -143,7 +143,8 @@ impl Reporter for TerminalReporter<'_> {
         }
     }
 
-    /// Reports a lock that may belong to this run, although the log does not show it. Returns false.
+    /// Reports a lock that may belong to this run, although the log does not show the lock. Always returns false: a
+    /// person reads the report, so the next `tf` does not have to look for the lock.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let never_begun = run.log_state == LogState::NeverBegun;
         let Some(location) = run.candidates.selected() else { return false };
@@ -182,8 +183,8 @@ impl Reporter for TerminalReporter<'_> {
 }
 
 impl TerminalReporter<'_> {
-    /// Prints the messages that do not depend on the release of locks. Terraform has exited, and `ending` is how the
-    /// run ended.
+    /// Prints the messages about a terraform that has exited, except those about the release of locks. `ending` is how
+    /// the run ended. If the run may have left a lock, this prints only the explanation of a checksum error.
     pub(crate) fn terraform_ended(
         &self,
         ending: Ending,
@@ -233,7 +234,7 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Releases the lock `id`, which refused this run, if it was taken by a late request of a dead run.
+    /// Releases the lock `id`, which terraform found held, if a late request of a dead run has created that lock.
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, candidates: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
@@ -244,7 +245,8 @@ impl TerminalReporter<'_> {
         }
     }
 
-    /// Explains the refusal of the requested lock `asked` by the locks that are at `location` now.
+    /// Explains why terraform did not get the lock `asked`: reports the locks that are at `location` now. If the holder
+    /// of such a lock is a dead run on this host, finishes that run.
     fn explain_refusal(
         &self,
         asked: &RecordedLock,
@@ -300,7 +302,7 @@ impl TerminalReporter<'_> {
     }
 
     /// Reports the file into which terraform has saved a state that it could not upload. Terraform reports that file
-    /// too, but not if it has died, and its output may not be read.
+    /// too, but not if terraform has died, and a person may not read terraform's output.
     fn name_errored_state(&self) {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
@@ -316,8 +318,9 @@ impl TerminalReporter<'_> {
     }
 
     /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. After a `workspace`
-    /// command, the workspace may have no state yet, or no longer have one, and terraform refuses to work in it. For
-    /// that case, returns a `tf locks release` command, which works there.
+    /// command, the workspace may have no state yet, or no longer have one, and terraform refuses to work in it. So
+    /// after such a command, if the workspace is not the selected one, returns a `tf locks release` command, which
+    /// works without a state.
     fn unlock_command_at(&self, location: Option<&LockLocation>, candidates: &CandidateBackends) -> String {
         let workspace = location.and_then(|location| unselected_workspace(location, candidates));
         if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
@@ -335,15 +338,15 @@ impl TerminalReporter<'_> {
     }
 }
 
-/// Returns the workspace of the state at `location` if it is not the selected workspace, so that a command must name
-/// it. `None` if it is the selected one or is unknown. The workspace need not have a state yet.
+/// Returns the workspace that a command must name to act on the state at `location`. `None` if no name is needed,
+/// because that workspace is the selected one, or if the workspace is unknown. The state itself may not exist yet.
 fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBackends) -> Option<&'a str> {
     let selected = candidates.directories.first().map(|directory| directory.workspace.as_str());
     candidates.workspace_of(location).filter(|name| Some(*name) != selected)
 }
 
-/// Returns the objects that are stored now at the locations of the parts of a lock at `location`. Empty if they cannot
-/// be read.
+/// Returns what is stored now at `location`, with one entry for each part of a lock. Leaves out a part that cannot be
+/// read.
 fn stored_locks(
     location: &LockLocation,
     candidates: &CandidateBackends,
@@ -356,7 +359,7 @@ fn stored_locks(
 /// Whether the request for `lock` most likely got no response before terraform exited at the time `at`. This is the
 /// case if terraform waited for the response for about as long as it waits after a second interrupt.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
-    /// 1 s less than the 5 s that terraform waits. The 1 s allows for delays on a slow machine.
+    /// This is 1 s less than the 5 s that terraform waits. The 1 s allows for delays on a slow machine.
     const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
     at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
 }

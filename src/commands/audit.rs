@@ -52,7 +52,7 @@ fn age(text: &str) -> Result<Duration, String> {
 /// changes or a lock becomes stale in between.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Count {
-    /// The number of locks by verdict: this field and the next three.
+    /// The number of locks whose holder is alive. The next three fields count the locks with the other verdicts.
     alive: u64,
     unknown: u64,
     likely_dead: u64,

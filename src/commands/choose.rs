@@ -24,8 +24,8 @@ pub(super) enum Choice {
 /// If `no_lock` is set, only entries that are not locks match.
 ///
 /// # Errors
-/// Fails if nothing matches, if several locks match, if a table or bucket is searched and `which` is `None`, if `which`
-/// is an ID or the key of a digest in a table, or if a request fails.
+/// Fails if nothing matches, if several locks match, or if a request fails. For a table or a bucket, also fails if
+/// `which` is `None`. For a table, also fails if `which` is an ID or the key of a digest.
 pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (ScanTarget::Directory(directory), _) => {
@@ -75,8 +75,8 @@ async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry
     Ok(entries)
 }
 
-/// Selects the entry that `which` names. `select` is true if `entries` are those of a whole directory. Otherwise they
-/// were read at the path that `which` names, so all of them match.
+/// Selects the entry that `which` names. If `select` is true, `entries` are those of a whole directory. If it is false,
+/// the entries were read at the path that `which` names, so all of them match.
 fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &ListedEntry| {
         let Some(word) = which.filter(|_| select) else { return true };

@@ -67,11 +67,11 @@ pub(super) struct Directory {
     pub(super) bucket: String,
     /// The key of the default workspace's state.
     pub(super) key: String,
-    /// The DynamoDB table that the backend locks in; `None` if it names none.
+    /// The DynamoDB table that the backend locks in; `None` if the backend names no table.
     pub(super) table: Option<String>,
     /// Whether the backend sets `use_lockfile`, so that a lock has an S3 object.
     pub(super) lock_file: bool,
-    /// The workspace that terraform would use there.
+    /// The workspace that terraform would use in this directory.
     pub(super) workspace: String,
 }
 
@@ -84,7 +84,7 @@ pub(super) struct Connection {
 /// Why a command could not do what was asked, and what the user can do about it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
-    /// Any other reason. The text is the whole message, with the next step.
+    /// A reason that has no variant of its own. The text is the whole message, with the next step.
     #[error("{0}")]
     Said(String),
     /// The services cannot be reached with the backend's settings.
@@ -108,8 +108,8 @@ pub(super) enum Trouble {
     },
 }
 
-/// Converts an error in writing the result: the reader of stdout has exited, as in `| head`, stdout is closed, or a
-/// temporary file cannot be created or written.
+/// Converts an error from writing the result. Either the reader of stdout has exited, as in `| head`, or stdout is
+/// closed, or a temporary file cannot be created or written.
 impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         match error.kind() {
@@ -168,14 +168,14 @@ impl Trouble {
 }
 
 impl LocationArgs {
-    /// Returns whether the options name a table or a bucket, and so no working directory.
+    /// Returns whether the options name a table or a bucket instead of a working directory.
     pub(super) fn is_outside(&self) -> bool {
         self.table.is_some() || self.bucket.is_some()
     }
 
-    /// Returns a `tf locks` command line for the user to type: `words` with the same options, except `--prefix`. If
-    /// TF_WORKSPACE names a workspace other than `default`, and no table or bucket is named, the command line sets
-    /// TF_WORKSPACE too.
+    /// Returns a `tf locks` command line for the user to type. It contains `words` and the options in `self`, except
+    /// `--prefix`. If TF_WORKSPACE names a workspace other than `default`, and no table or bucket is named, the command
+    /// line sets TF_WORKSPACE too.
     pub(super) fn command(&self, words: &str) -> String {
         let mut command = format!("tf locks {words}");
         let chdir = self.chdir.as_ref().map(|path| path.to_string_lossy().into_owned());

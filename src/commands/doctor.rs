@@ -42,7 +42,7 @@ pub(super) struct Doctor {
     chdir: Option<std::path::PathBuf>,
     /// Make the recorded digest of a workspace's state match the state, while holding its lock
     #[arg(long, value_name = "WORKSPACE", num_args = 0..=1)]
-    #[expect(clippy::option_option, reason = "not asked for, asked for, and asked for by name")]
+    #[expect(clippy::option_option, reason = "the option is absent, has no value, or has a value")]
     fix_digest: Option<Option<String>>,
     /// Do not ask for confirmation
     #[arg(long, short, requires = "fix_digest")]
@@ -282,7 +282,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
         let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
-            // The trial uses a key of its own and never a lock's, but a policy may permit only the lock's key.
+            // The trial deletes another key than the lock's. If a policy permits only the lock's key, the trial is
+            // denied although a release would succeed.
             Err(failure) if failure.denied().is_some() => findings.wrong(
                 "s3:DeleteObject",
                 &visible(&failure.to_string()),
@@ -307,7 +308,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     errored_state(findings, directory);
 }
 
-/// Reports an entry in the lock's place that is not a lock: it blocks every run, and no terraform command removes it.
+/// Reports an entry that is in the lock's place but is not a lock. Such an entry blocks every run, and no terraform
+/// command removes it.
 fn lock_place(
     findings: &mut Findings,
     directory: &Directory,
@@ -467,7 +469,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
         match digest::compare(stores, ObjectKey { bucket: &state.bucket, key: &state.key }, table).await {
             Ok(compared) if compared.fits() => findings.ok(&name, "it matches the state"),
             Ok(compared) => {
-                // They also differ while a run has written the state and not yet the digest.
+                // The two digests also differ after a run has written the state and before it has written the digest.
                 let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
                 let text = format!(
                     "the recorded digest is {}, but the digest of the state is {}",

@@ -8,7 +8,7 @@
 //!
 //! The lock is recorded in the journal before it is requested, and once more when it is held. So if this process is
 //! killed, `tf locks recover` or the next `tf` releases the lock. A lock request without an answer may be carried out
-//! after this process has exited. It is remembered as a [`PendingRequest`], like a request of a dead terraform.
+//! after this process has exited. Such a request is stored as a [`PendingRequest`], like a request of a dead terraform.
 
 use crate::console;
 use crate::journal::state_directory::Durability;
@@ -48,13 +48,13 @@ const OPERATION: &str = "tf locks doctor --fix-digest";
 pub(super) enum Change {
     /// `--dry-run`: only print what would be changed.
     None,
-    /// The user is asked.
+    /// Ask the user first.
     IfAgreed,
-    /// `--yes`.
+    /// `--yes`: change it without asking.
     Unasked,
 }
 
-/// Fixes the digest of `workspace`, or of the selected workspace if it is `None`.
+/// Fixes the digest of `workspace`, or of the selected workspace if `workspace` is `None`.
 ///
 /// # Errors
 /// Fails if the directory's backend has no DynamoDB table, if there is no such workspace, if the user cannot be asked
@@ -103,7 +103,8 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
     })?;
     let Some((directory, state, compared)) = agreed else { return Ok(finding) };
     // From here on, this process holds a lock, for about as long as it takes to read the state. It ignores requests to
-    // stop for that short time. If a signal that cannot be ignored kills it, the journal has the lock.
+    // stop for that short time. If a signal that cannot be ignored kills this process, the lock is recorded in the
+    // journal.
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP] {
         disposition::set_ignored(signal);
     }
@@ -134,8 +135,8 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
     Ok((directory, stores, state))
 }
 
-/// Returns the workspace `name`, which has no state; `None` if no digest is recorded for it either, or if the backend
-/// has no key.
+/// Returns the workspace `name`, which has no state, if a digest is recorded for it. Returns `None` if no digest is
+/// recorded either, or if the backend has no key.
 async fn without_state(directory: &Directory, stores: &Stores, name: &str) -> Result<Option<ListedState>, Trouble> {
     let Some(state) = inventory::state(directory, name) else { return Ok(None) };
     let compared = compare(stores, &state).await?;
@@ -148,16 +149,17 @@ async fn compare(stores: &Stores, state: &ListedState) -> Result<Comparison, Tro
     compared.map_err(|failure| Trouble::failed(failure, &visible(&state.path()), stores))
 }
 
-/// The fix of one digest, and the lock that it holds meanwhile.
+/// The fix of one digest, and the lock that is held during the fix.
 struct Work<'a> {
     directory: &'a Directory,
     state: ListedState,
-    /// What was shown to the user, who agreed to fix it.
+    /// The comparison that was shown to the user before the change.
     shown: Comparison,
     info: LockInfo,
     /// The lock's text as it is stored: `info` in JSON.
     text: String,
-    /// `None` if there is no journal. Then only a signal that cannot be ignored can leave the lock behind.
+    /// `None` if there is no journal. In that case, no later `tf` releases the lock if a signal that cannot be ignored
+    /// kills this process.
     journaled: Option<Journaled>,
 }
 
@@ -233,8 +235,9 @@ impl<'a> Work<'a> {
         let _ = entry.write(record, Durability::PowerLoss);
     }
 
-    /// Remembers a lock request that had no answer or was refused, because a copy of it may still be carried out. A
-    /// refusal does not rule that out: if the request was sent twice, it may have caused the refusal itself.
+    /// Remembers a lock request that had no answer or was refused, because a copy of the request may still be carried
+    /// out. A refusal does not rule that out: if the SDK sent the request twice, the first copy may have stored the
+    /// lock, so that the second copy was refused.
     fn remember_request(&self) {
         let Some(Journaled { record, pending, .. }) = &self.journaled else { return };
         let run = record.proof();
@@ -252,7 +255,8 @@ impl<'a> Work<'a> {
             .collect()
     }
 
-    /// Acquires every part of the lock, and adds each to `taken`. Returns false if another lock holds a part.
+    /// Acquires the parts of the lock one after the other, and adds each to `taken`. Returns true if this run holds
+    /// every part. Returns false at the first part that another lock holds.
     async fn lock(&self, stores: &Stores, taken: &mut Vec<StoreKey>) -> Result<bool, Failure> {
         for store_key in self.store_keys(stores) {
             let took = match &store_key {
@@ -354,7 +358,8 @@ impl<'a> Work<'a> {
         Err(why)
     }
 
-    /// Releases one part. Returns true if this run's lock no longer exists there.
+    /// Releases one part. Returns true if this run's lock no longer exists there, and false if the service does not
+    /// delete it.
     async fn unlock_half(&self, stores: &Stores, store_key: &StoreKey) -> Result<bool, Failure> {
         let Some(found) = stores.read(store_key).await? else { return Ok(true) };
         if found.text() != self.text {

@@ -33,7 +33,7 @@ pub(super) struct FoundLock {
 pub(super) struct UnreadableLock {
     pub(super) place: StoreKey,
     pub(super) reason: String,
-    /// What is stored there; `None` if it could not be read, so that it is unknown whether it is a lock.
+    /// The stored item or object. `None` if it could not be read; whether it is a lock is then unknown.
     #[serde(skip)]
     pub(super) stored: Option<StoredLock>,
 }
@@ -70,7 +70,7 @@ impl ListedEntry {
         matches!(self, Self::UnreadableLock(unreadable) if unreadable.is_unread())
     }
 
-    /// Returns whether this needs attention: a stale lock, or an entry that is not a lock and blocks every run.
+    /// Returns whether this entry needs attention: it is a stale lock, or it is not a lock and blocks every run.
     pub(super) fn is_stale(&self) -> bool {
         match self {
             Self::Lock(lock) => lock.stale,
@@ -79,7 +79,7 @@ impl ListedEntry {
     }
 }
 
-/// Returns the message that `unread` lock objects could not be read.
+/// Returns the message for a scan in which `unread` lock objects could not be read.
 pub(super) fn not_whole(unread: u64) -> String {
     format!(
         "{unread} lock objects could not be read, so their holders are not known\n`tf locks list` with the same options \
@@ -113,9 +113,9 @@ impl FoundLock {
     }
 }
 
-/// Combines what was read at the two locations of one lock into locks: two parts are one lock only if their IDs are
-/// equal. What is not a lock becomes an [`UnreadableLock`]. If `workspace` is `None`, it is derived from the key where
-/// possible. The holders are not judged yet.
+/// Combines the parts that were read at the locations of one state's lock. Parts with the same ID become one lock, and
+/// parts with different IDs become different locks. An entry that is not a lock becomes an [`UnreadableLock`]. If
+/// `workspace` is `None`, the workspace is derived from the key where possible. The holders are not judged yet.
 pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace: Option<&str>) -> Vec<ListedEntry> {
     let mut locks: Vec<FoundLock> = Vec::new();
     let mut unreadable: Vec<UnreadableLock> = Vec::new();

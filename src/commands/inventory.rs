@@ -1,4 +1,4 @@
-//! The locks of one working directory's backend, for the default workspace and every other one.
+//! The locks of one working directory's backend, for the default workspace and every other workspace.
 //!
 //! The workspaces are those that a listing of the bucket shows, as for terraform
 //! (backend/remote-state/s3/backend_state.go, `Workspaces`). In DynamoDB, each lock is read by its key, with the
@@ -22,17 +22,18 @@ use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};
 /// The maximum number of requests in flight.
 const AT_ONCE: usize = 8;
 
-/// Printed if a backend locks only in a table and the lock objects cannot be read. The locks of this backend are in the
-/// table and were read. A lock object of a run whose backend block already has `use_lockfile` was not.
+/// Printed if a backend locks only in a table and the lock objects cannot be read. This backend's own locks are in the
+/// table and were read. If the backend block of another run already has `use_lockfile`, the lock object of that run was
+/// not read.
 const UNSEEN: &str = "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
 
 /// The locks of a directory's backend.
 pub(super) struct Inventory {
-    /// The entries found: the default workspace first, then by the workspaces' names.
+    /// The entries found, sorted by workspace: the default workspace first, then the others by name.
     pub(super) entries: Vec<ListedEntry>,
     /// The number of states whose locks were read.
     pub(super) states: u64,
-    /// Why the workspaces are incomplete, as a message; `None` if they are complete.
+    /// The message why the list of workspaces is incomplete; `None` if it is complete.
     pub(super) incomplete: Option<String>,
 }
 
@@ -61,7 +62,8 @@ impl ListedState {
 }
 
 /// Returns every state that a listing of the bucket shows, and always those of the default and the selected workspace.
-/// If the listing is not permitted, it returns only these two, and the message that says so.
+/// If the listing is not permitted, returns only these two states, and a message that says so. Otherwise the message is
+/// `None`.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission.
@@ -149,8 +151,8 @@ async fn read(
     Ok(pair(wanted, parts, Some(&state.workspace)))
 }
 
-/// Returns the parts of a state's key before and after the workspace's name. The first is the prefix with which
-/// terraform lists the workspaces. `None` if the key has no place for the name.
+/// Returns the text before and the text after the workspace's name in the key of a state. The first is the prefix with
+/// which terraform lists the workspaces. `None` if the key does not contain the name, or if the backend has no key.
 pub(super) fn around_workspaces(directory: &Directory) -> Option<(String, String)> {
     // The key of a state with a NUL character in place of the workspace's name.
     let marked = directory.backend.state_key("\u{0}").unwrap_or_default();

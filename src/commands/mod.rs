@@ -99,9 +99,9 @@ enum Command {
     History(history::History),
     /// Release the locks that dead runs on this host left, and print one line for each
     ///
-    /// If a run is still stopping, or another process is recovering it, the command waits for that run, for at most 30 s
-    /// in total. If there is nothing to do, it prints nothing. It exits with 2 if a lock may still be held; the output
-    /// shows that lock.
+    /// If a run is still stopping, or another process is recovering it, the command waits for that run, for at most
+    /// 30 s in total. If there is nothing to do, it prints nothing. It exits with 2 if a lock may still be held; the
+    /// output shows that lock.
     #[command(after_help = recover::EXAMPLES)]
     Recover(recover::Recover),
     /// Print shell code that defines the alias `terraform=tf` and Tab completion for both names
@@ -117,9 +117,9 @@ enum Command {
     Shim(shim::Shim),
 }
 
-/// Returns the arguments of `tf locks` if `arguments`, which do not include the program's name, call it; `None` if they
-/// are terraform's. A `-chdir=DIR` before the word `locks` is accepted, as terraform accepts it before a command, and
-/// becomes `--chdir DIR`. If there are several, the last one counts.
+/// Returns the arguments of `tf locks` if `arguments` are those of a `tf locks` command. Returns `None` if they are
+/// terraform's. `arguments` do not include the program's name. A `-chdir=DIR` before the word `locks` is accepted, as
+/// terraform accepts it before a command, and becomes `--chdir DIR`. If there are several, the last one counts.
 pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
     let directories = arguments.iter().take_while(|argument| argument.as_bytes().starts_with(b"-chdir=")).count();
     let (directories, rest) = arguments.split_at(directories);
@@ -136,7 +136,7 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
 
 /// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
-    // This word is internal, so clap must not know it: clap would offer it to users in help, completions and
+    // This word is internal. Clap does not know it, because clap would offer it to users in help, completions and
     // suggestions.
     if words == [event_command::WORD] {
         event_command::stand_between();
@@ -172,7 +172,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             Finding::Failed
         }
     });
-    // If the output could not be written, the exit code says that, whatever the finding is.
+    // If the output could not be written, that failure decides the exit code, and not the finding.
     match console::print_failure() {
         None => finding.code(),
         Some(ErrorKind::BrokenPipe) => Finding::Stopped(Signal::SIGPIPE).code(),

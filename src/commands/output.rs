@@ -226,13 +226,13 @@ fn padded(text: &str, width: usize) -> String {
     format!("{text}{}", " ".repeat(width.saturating_sub(text.width())))
 }
 
-/// Returns `text` in exactly `width`: padded with spaces, or truncated at its end.
+/// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its end.
 fn cut(text: &str, width: usize) -> String {
     padded(&::console::truncate_str(text, width, ellipsis()), width)
 }
 
-/// Returns `text` in exactly `width`: padded with spaces, or truncated at its beginning, because the end of a path says
-/// more.
+/// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its beginning,
+/// because the end of a path says more.
 fn cut_front(text: &str, width: usize) -> String {
     let mark = ellipsis();
     let mut kept: &str = text;
@@ -350,7 +350,7 @@ impl Table {
     }
 }
 
-/// Returns the colour of a verdict. There is none if NO_COLOR is set and not empty.
+/// Returns the colour of a verdict. If NO_COLOR is set and not empty, returns no colour.
 fn style(verdict: Verdict) -> Style {
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     match verdict {
@@ -428,7 +428,7 @@ mod tests {
     const STRANGE: [&str; 6] =
         ["root@vm", "\u{1b}]0;x\u{7}\u{1b}[2J", "a\nb\r\tc", "\u{202e}evil\u{2066}", "寿司@東京", "🔒"];
 
-    /// This holds for any text in a lock and any width of the terminal.
+    /// Every line fits, whatever text the lock contains and whatever the terminal's width is.
     #[test]
     fn every_line_of_the_table_fits_the_terminal() {
         for width in [20, 40, 60, 80, 100, 132, 200] {

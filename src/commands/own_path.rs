@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 
 /// The path of this program.
 pub(super) struct OwnPath {
-    /// An absolute path: the one on PATH if `tf` there is this program. An upgrade keeps that path. The path on PATH is
-    /// often a link into a directory that has the version in its name, which an upgrade does not keep.
+    /// An absolute path. If `tf` on PATH is this program, this is the path on PATH, because that path stays valid after
+    /// an upgrade. It is often a link into a directory whose name contains the version. An upgrade replaces that
+    /// directory.
     pub(super) path: PathBuf,
     /// Whether the command `tf` runs this program.
     pub(super) on_path: bool,
 }
 
-/// Returns whether both paths lead to the same file. False if one of them leads to no file.
+/// Returns whether both paths lead to the same file. Returns false if one of the paths leads to no file.
 pub(super) fn same_file(one: &Path, other: &Path) -> bool {
     let identity = |path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     identity(one).is_some() && identity(one) == identity(other)

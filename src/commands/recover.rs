@@ -88,8 +88,9 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
     }
 }
 
-/// Recovers the dead run `run`, or all dead runs if it is `None`, in a child process. Recovery forks, and this process
-/// may have threads because it has sent requests to AWS. The exit code of the child process is ignored.
+/// Recovers the dead run `run`, or all dead runs if `run` is `None`, in a child process. A child process is necessary
+/// because recovery forks, and this process may have several threads after it has sent requests to AWS. The exit code
+/// of the child process is ignored.
 ///
 /// # Errors
 /// Fails if the child process cannot be started.
@@ -102,7 +103,7 @@ pub(super) fn in_a_process(run: Option<&str>, reason: Option<&str>) -> Result<()
     if let Some(reason) = reason {
         command.arg(format!("--reason={reason}"));
     }
-    #[expect(clippy::disallowed_methods, reason = "it is no terraform, and sits in front of the same person as we do")]
+    #[expect(clippy::disallowed_methods, reason = "the program is tf, which runs in the foreground like this process")]
     let ended = command.status();
     ended.map(drop).map_err(failed)
 }

@@ -68,22 +68,22 @@ pub(super) struct Release {
 /// What to do with a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Recover its dead run, as `tf locks recover` does.
+    /// Recover the dead run that held the lock, as `tf locks recover` does.
     Finish,
-    /// Delete it.
+    /// Delete the lock.
     Delete,
-    /// Ask the user, and delete it if the answer is yes.
+    /// Ask the user, and delete the lock if the answer is yes.
     Ask,
-    /// Do not release it.
+    /// Do not release the lock.
     Refuse,
 }
 
 /// How far the user agrees to a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Consent {
-    /// `--force` with the full ID: whatever is known of the holder.
+    /// `--force` with the full ID. The user agrees, whatever is known about the holder.
     Forced,
-    /// `--yes`, or the user was asked: if the holder is likely dead.
+    /// `--yes`, or the user has answered yes. The user agrees if the holder is likely dead.
     Given,
     /// The user can be asked, because stdin is a terminal.
     CanBeAsked,
@@ -238,7 +238,7 @@ impl Release {
         Finding::Stale
     }
 
-    /// Records `what` happened to the lock in the history.
+    /// Records in the history that `what` happened to the lock.
     fn remember(&self, what: What, lock: &FoundLock) {
         let why = format!("{}: {}", lock.verdict().of_the_holder(), lock.judgement.reason);
         let path = lock.path();
@@ -249,7 +249,7 @@ impl Release {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
             Verdict::Alive => format!("not released: the holder is alive\n{reason}"),
-            // Only a release that cannot ask is refused here.
+            // If the holder is likely dead, the release is refused only if `tf` cannot ask.
             Verdict::LikelyDead => format!(
                 "not released: stdin is not a terminal, so tf cannot ask\n\
                  the holder is likely dead, but that is not proven: {reason}"
@@ -262,9 +262,12 @@ impl Release {
         Finding::Failed
     }
 
-    /// Releases a lock whose run is dead by recovering that run, as `tf locks recover` does for all dead runs, because
-    /// recovery waits for writes in flight and knows more about the run. If there is only a pending request for a lock
-    /// that the run held, all dead runs are recovered. If there is neither, the lock is deleted here.
+    /// Releases a lock whose run is dead. If the journal has a record of that run, this function recovers the run, as
+    /// `tf locks recover` does for all dead runs, because recovery waits for writes in flight and knows more about the
+    /// run. If there is only a pending request for a lock that the run held, it recovers all dead runs. If there is
+    /// neither, it deletes the lock.
+    ///
+    /// Returns [`Finding::Failed`] if a part of the lock still exists unchanged after the recovery.
     async fn finish(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
         let host = HostView::look();
         let run = host.dead_run(&lock.info.id);

@@ -2,11 +2,11 @@
 //!
 //! Terraform uses the same table at the same time and needs its capacity. So a table with provisioned capacity is read
 //! in one segment, at a quarter of its read capacity. An on-demand table is read in four segments, without a limit.
-//! Reads are eventually consistent, which costs half. A lock that would be reported as stale is read again with a
-//! consistent read, so that no user goes looking for a lock that no longer exists.
+//! Reads are eventually consistent, which halves their cost. A lock that would be reported as stale is read again with
+//! a consistent read, so that no user searches for a lock that no longer exists.
 //!
 //! Segments are shown one after the other, whichever is read first, so that an unchanged table is always listed in the
-//! same order. What arrives before its turn waits in a temporary file without a name.
+//! same order. The entries of a later segment wait in a temporary file without a name.
 
 use crate::console;
 use std::fs::File;
@@ -92,15 +92,15 @@ impl ScanPlan {
     fn new(asked: Option<f64>, description: Option<&dynamodb::Description>) -> Self {
         let rate = asked.or(match description {
             None => Some(UNKNOWN_RATE),
-            #[expect(clippy::cast_precision_loss, reason = "no table has so many units")]
+            #[expect(clippy::cast_precision_loss, reason = "a table has far fewer than 2^53 units")]
             Some(description) => description.read_capacity.map(|units| units as f64 * SHARE),
         });
         Self { segments: if rate.is_some() { 1 } else { SEGMENTS }, rate }
     }
 }
 
-/// One page, read and judged. Further pages may follow an empty one: a page may have only items that the filter leaves
-/// out, which still count as scanned, and a segment may have no items at its beginning.
+/// One page whose entries were read and judged. An empty page is not always the last one: the filter may leave out all
+/// its items, which still count as scanned, or the segment may have no items at its beginning.
 struct ListedPage {
     entries: Vec<ListedEntry>,
     scanned: u64,
@@ -264,7 +264,8 @@ impl Order {
         Ok(Self { current: 0, waiting })
     }
 
-    /// Shows the entries of `segment` if it is its turn, or keeps them. `last` says whether its last page has arrived.
+    /// Shows the entries of one page if `segment` is the segment that is shown now. Otherwise stores them in the
+    /// segment's file. `last` says whether this page is the segment's last one.
     fn take(&mut self, segment: usize, shown: &[Shown], last: bool, output: &mut Output) -> io::Result<()> {
         if segment == self.current {
             shown.iter().try_for_each(|shown| output.put(shown))?;
@@ -298,7 +299,7 @@ impl Order {
     }
 }
 
-/// What one segment is read with.
+/// Reads one segment and sends its pages.
 struct SegmentReader {
     /// The segment's place in the listing.
     number: usize,
@@ -349,21 +350,21 @@ impl SegmentReader {
                 return;
             }
             if let Some(rate) = plan.rate {
-                // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report the
-                // consumed capacity, one unit per item is enough.
+                // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report
+                // the consumed capacity, one unit per item is enough.
                 #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
                 let scanned = page.scanned as f64;
                 let consumed = page.consumed.unwrap_or(scanned);
                 limit = Some(next_limit(rate, Cost { scanned, consumed }));
-                #[expect(clippy::cast_precision_loss, reason = "as above")]
+                #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
                 let used = consumed + read_again as f64;
                 sleep_until(begun + Duration::from_secs_f64((used / rate).min(3600.0))).await;
             }
         }
     }
 
-    /// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the receiver
-    /// is dropped.
+    /// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the
+    /// receiver is dropped.
     async fn read_bucket(self, bucket: String, prefix: String) {
         let Self { number, stores, staleness, pages } = self;
         let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
@@ -415,34 +416,34 @@ impl SegmentReader {
     }
 }
 
-/// Returns how many items to read first, while their size is not known: each uses at most one unit, so as many as one
-/// second allows.
+/// Returns how many items to read first, while the size of the items is not known. An item uses at most one unit, so
+/// this is the number of units for one second.
 fn first_limit(rate: f64) -> i32 {
     clamped(rate)
 }
 
-/// What a page has cost.
+/// The read capacity that one page used.
 #[derive(Clone, Copy)]
 struct Cost {
     /// How many items were examined.
     scanned: f64,
-    /// How many read capacity units that used.
+    /// How many read capacity units these items used.
     consumed: f64,
 }
 
-/// Returns how many items use the capacity of one second, as the page before has cost.
+/// Returns how many items use the capacity of one second, according to the cost of the previous page.
 fn next_limit(rate: f64, Cost { scanned, consumed }: Cost) -> i32 {
     clamped(if consumed > 0.0 { scanned * rate / consumed } else { rate })
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "it is clamped")]
+#[expect(clippy::cast_possible_truncation, reason = "the value is between 1 and 10,000")]
 fn clamped(items: f64) -> i32 {
     items.clamp(1.0, 10_000.0) as i32
 }
 
 /// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
-/// read: if it is another lock by now, that lock is judged instead; if it no longer exists, it is left out. Also
-/// returns how many locks were read again.
+/// read. If another lock is stored there by now, that lock is judged instead. If no lock is stored there any more, the
+/// entry is left out. Also returns how many locks were read again.
 async fn judged(
     mut entries: Vec<ListedEntry>,
     stores: &Stores,

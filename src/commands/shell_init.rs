@@ -25,7 +25,7 @@ enum Shell {
     Bash,
     Zsh,
     Fish,
-    /// Any POSIX shell, in a script: puts links on PATH and removes them when the script exits
+    /// A POSIX shell script: puts links named terraform and tofu on PATH, and removes them when the script exits
     Sh,
 }
 
@@ -68,8 +68,8 @@ fn text(shell: Shell, program: &str, alias: bool) -> String {
             "_tf_program=",
             format!("alias terraform={}\ncomplete -F _tf_or_terraform terraform\n", console::quoted(command)),
         ),
-        // Only for `tf` itself: zsh does not complete an alias for a path with a quote in it, so the next arm defines a
-        // function.
+        // This arm is only for the command `tf`. zsh does not complete an alias for a path with a quote in it, so the
+        // next arm defines a function.
         Shell::Zsh if program == "tf" => (
             include_str!("../../shell/completions/_tf"),
             "_tf_program=",

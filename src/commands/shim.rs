@@ -1,5 +1,5 @@
 //! `tf locks shim`: creates links named `terraform` and `tofu` to this program. A script does not see aliases, but it
-//! runs what is first on PATH.
+//! runs the first program of that name on PATH.
 //!
 //! Other files are never overwritten or removed: a link is created only if nothing exists at its path (symlink(2) fails
 //! otherwise), and removed only if it is one that this program would create.

@@ -1,4 +1,4 @@
-//! Which locks need attention.
+//! Decides which locks need attention.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ use crate::holder::host::HostView;
 /// When a lock counts as stale.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Staleness {
-    /// With an age, a lock is stale if it is older than this and its holder is not alive, so also if its holder is
-    /// unknown. Age alone proves nothing, so `tf` does not release such a lock, but a person must look at it. With
-    /// `None`, a lock is stale if its holder is dead or likely dead.
+    /// The age limit. With a limit, a lock is stale if it is older than the limit and its holder is not known to be
+    /// alive. Age alone proves nothing, so `tf` does not release such a lock, but a person must look at it. Without a
+    /// limit (`None`), a lock is stale if its holder is dead or likely dead.
     pub(super) older_than: Option<Duration>,
 }
 
 impl Staleness {
-    /// Returns whether a judged lock is stale. A lock without a valid age counts as older than any limit: its `Created`
-    /// is not a time, or is in the future.
+    /// Returns whether a judged lock is stale. If the lock's `Created` is not a time, or is in the future, the lock
+    /// counts as older than any limit.
     fn is_met_by(self, lock: &FoundLock, now: Timestamp) -> bool {
         match self.older_than {
             None => lock.verdict().is_stale(),

@@ -53,7 +53,8 @@ impl Verdict {
         }
     }
 
-    /// Whether the lock is stale, so that it should be released.
+    /// Returns whether the lock is stale, which means that its holder is dead or likely dead. A stale lock should be
+    /// released.
     pub(crate) fn is_stale(self) -> bool {
         matches!(self, Self::Dead | Self::LikelyDead)
     }
@@ -74,9 +75,9 @@ pub(crate) enum Claim {
     /// A run with at least one running process recorded the ID. `tf` and `terraform` are pids. `terraform` is `None` if
     /// the run's record has no pid of a terraform.
     Living { run: String, tf: u32, terraform: Option<i32>, command: String },
-    /// A dead run recorded the ID. `tf` is its pid. `recovering` says that its guardian or another `tf` is finishing the
-    /// run at this moment. `disagrees` says how the stored lock differs from what the run's log recorded; it is `None`
-    /// if they agree.
+    /// A dead run recorded the ID. `tf` is the pid of the run's `tf`. `recovering` is true if the run's guardian or
+    /// another `tf` is finishing the run at this moment. `disagrees` says how the stored lock differs from the lock in
+    /// the run's log. It is `None` if the two locks agree.
     Dead { run: String, tf: u32, recovering: bool, disagrees: Option<&'static str> },
     /// There is a pending request for the lock. The terraform that sent it is dead. If `had` is true, that terraform
     /// held the lock while the lock's table or bucket was unavailable. Otherwise, no response to its request was seen.
@@ -104,7 +105,7 @@ pub(crate) struct Seen {
     pub(crate) who: String,
     /// Whether this process can see every process of the machine, and not only those of a container.
     pub(crate) sees_all: bool,
-    /// Whether a test declares that the host's name distinguishes it from other hosts.
+    /// Whether a test has declared that no other host has the name of this host.
     pub(crate) is_plain: bool,
     /// The running processes that may be a terraform, or that a terraform may have started.
     pub(crate) terraforms: Vec<PossibleHolder>,
@@ -112,8 +113,9 @@ pub(crate) struct Seen {
     pub(crate) boot_time: Option<Timestamp>,
 }
 
-/// The tolerance for comparing a lock's `Created` with the boot time or the start time of a process. The kernel
-/// computes those times in another way, so they may differ slightly.
+/// The tolerance for comparing a lock's `Created` with the boot time or the start time of a process. Terraform reads
+/// `Created` from the clock. The kernel computes the boot time and the start time in another way, so the times may
+/// differ slightly.
 const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_secs(5);
 
 /// A verdict with its reason and its evidence.
@@ -284,14 +286,14 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     (Verdict::Unknown, "the lock's Who is another user on this host".into())
 }
 
-/// Returns the host name: the part after the last `@`. A user name may contain an `@`, a host name may not. Empty if
-/// there is no `@`.
+/// Returns the host name in a lock's `Who`: the part after the last `@`. A user name may contain an `@`, but a host
+/// name may not. Empty if there is no `@`.
 fn host_of(who: &str) -> &str {
     who.rsplit_once('@').map_or("", |(_, host)| host)
 }
 
-/// Host names of machines that were never given a name: the kernel's name before one is set, and the names that
-/// installers, images and tools propose. The names of the loopback address are in [`names_no_machine`].
+/// Host names of machines that were never given a name: the kernel's default name, and the names that installers,
+/// images and tools propose. The names of the loopback address are in [`names_no_machine`].
 const DEFAULT_NAMES: [&str; 50] = [
     "(none)",
     "alarm",
@@ -349,8 +351,8 @@ const DEFAULT_NAMES: [&str; 50] = [
 const DEFAULT_DOMAINS: [&str; 8] =
     ["local", "localdomain", "lan", "home", "internal", "intranet", "fritz.box", "home.arpa"];
 
-/// Whether a host name does not identify a machine because many machines have it. The holder may then be on another
-/// machine with the same name, whose processes cannot be seen from here.
+/// Returns whether a host name does not identify a machine, because many machines have this name. If so, the holder may
+/// be on another machine with the same name, and this host cannot see the processes of that machine.
 fn names_no_machine(host: &str) -> bool {
     let host = host.trim().trim_end_matches('.').to_ascii_lowercase();
     let (name, domain) = host.split_once('.').unwrap_or((&host, ""));
@@ -490,7 +492,7 @@ mod tests {
         }
     }
 
-    /// Anyone with write access to the bucket can write such a lock.
+    /// Anyone with write access to the bucket can write a lock with any `Created`.
     #[test]
     fn no_time_of_a_lock_panics() {
         for created in [Timestamp::MIN, Timestamp::MAX] {

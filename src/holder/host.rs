@@ -33,9 +33,9 @@ const DOUBTFUL: &str = "processes that may belong to that run are still running"
 
 /// The facts that this host showed at one moment.
 pub(crate) struct HostView {
-    /// The runs in the journal, by the ID of each lock that they have not released.
+    /// The runs in the journal. The key is the ID of a lock that the run has not released.
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
-    /// The pending requests, by lock ID.
+    /// The pending requests. The key is the ID of the requested lock.
     late: HashMap<String, (Run, RecordedLock)>,
     seen: Seen,
 }
@@ -53,8 +53,8 @@ impl HostView {
                 let (state, record) = match journal.look(&name) {
                     FoundRun::Living(record) => (RunState::Living, record),
                     FoundRun::Recovering(record) => (RunState::Recovering, record),
-                    // Dropping the `JournalEntry` releases the owner lock, because this process only reads and does not
-                    // finish the run.
+                    // The `JournalEntry` is dropped at once, which releases the owner lock: this process only reads the
+                    // journal, and does not finish the run.
                     FoundRun::Dead(record, ..) => (RunState::Dead, record),
                     FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
                     FoundRun::Doubtful(record, _) => (RunState::Foreign(DOUBTFUL), record),
@@ -90,8 +90,8 @@ impl HostView {
         }
     }
 
-    /// Whether a dead terraform held the lock `id` while its table or bucket was unavailable. A write of that terraform
-    /// may still be in flight.
+    /// Returns whether a dead terraform held the lock `id` while the lock's table or bucket was unavailable. If so, a
+    /// write of that terraform may still be in flight.
     pub(crate) fn was_had_late(&self, id: &str) -> bool {
         self.late.get(id).is_some_and(|(_, recorded)| recorded.progress.held.is_some())
     }
@@ -125,14 +125,15 @@ impl HostView {
     }
 }
 
-/// Returns the running processes that have `terraform` or `tofu` in their name, and those that may be a terraform under
-/// another name. Providers are among them: they may still be working when their terraform is dead. Whatever this list
-/// shows, a person must decide about the lock.
+/// Returns the running processes that have `terraform` or `tofu` in their name, and the running processes that may be a
+/// terraform under another name. The list includes providers, because a provider may still be working when its
+/// terraform is dead. The list proves neither that a holder is alive nor that it is dead: a person must decide about
+/// the lock.
 fn terraforms() -> Vec<PossibleHolder> {
     let boot_time = process::boot_time();
     Process::all()
         .into_iter()
-        // This process is left out: its name contains `terraform` if it is installed under that name.
+        // This process is left out, because its name contains `terraform` if `tf` is installed under that name.
         .filter(|process| !process.is_dead() && process.pid != nix::unistd::getpid())
         .filter_map(|process| {
             let program = process.program();

@@ -1,7 +1,9 @@
-//! Decides whether the holder of a lock is alive: what this host shows about the holder, and what that proves.
+//! Decides whether the holder of a lock is alive. [`host`] collects what this host shows about the holder, and
+//! [`evidence`] decides what these facts prove.
 //!
 //! Only the journal of this host, including its pending requests, proves anything. Everything else only makes a verdict
-//! likely, and a person must decide: a `Who` is a user name and a host name, and two machines may have both in common.
+//! likely, and a person must decide: a lock's `Who` consists of a user name and a host name, and two machines may have
+//! the same user name and the same host name.
 
 pub(crate) mod evidence;
 pub(crate) mod host;

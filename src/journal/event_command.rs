@@ -1,9 +1,10 @@
 //! `TFW_ON_EVENT`: a command that receives each event on its stdin. `tf` does not wait for the command.
 //!
-//! The command is started by an intermediate process, another `tf`. The reason is that this process may have threads,
-//! and the child of a process with threads may do almost nothing between fork and exec. The intermediate process forks
-//! the one that runs the command ([`crate::sys::detached`]: a session of its own, no inherited descriptors, a child of
-//! init) and exits at once. `tf` waits only for that exit.
+//! The command is started by an intermediate process, another `tf`. The reason is that this process may have threads.
+//! Between fork and exec, the child of a process with threads may call only async-signal-safe functions (fork(2)). The
+//! intermediate process has one thread. It forks the process that runs the command, and exits at once. `tf` waits only
+//! for that exit. The forked process has a session of its own, inherits no descriptors, and is a child of init
+//! ([`crate::sys::detached`]).
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -22,7 +23,7 @@ use crate::trace::trace;
 /// The variable with the command, which is passed to `/bin/sh -c`.
 const ON_EVENT: &str = "TFW_ON_EVENT";
 
-/// The argument of `tf locks` that starts the intermediate process. It is not a documented command.
+/// The argument with which `tf locks` runs as the intermediate process. This argument is not documented.
 pub(crate) const WORD: &str = "tell-event";
 
 /// How long the command may run before it is killed.
@@ -47,7 +48,7 @@ fn named() -> Option<OsString> {
 fn between(line: &str) -> std::io::Result<()> {
     let mut command = another_tf::locks(&[WORD])?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-    #[expect(clippy::disallowed_methods, reason = "it is no terraform, and ends at once")]
+    #[expect(clippy::disallowed_methods, reason = "this process is another `tf`, which exits at once")]
     let mut child = command.spawn()?;
     // An event normally fits into the buffer of a pipe (64 KiB, pipe(7)), so this does not wait for the reader.
     let told = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(line.as_bytes()));
@@ -55,7 +56,7 @@ fn between(line: &str) -> std::io::Result<()> {
     told
 }
 
-/// The intermediate process: reads the event from stdin, and forks the process that runs the command.
+/// Runs in the intermediate process. Reads the event from stdin, and forks the process that runs the command.
 pub(crate) fn stand_between() {
     let mut line = Vec::new();
     let (Some(command), Ok(_)) = (named(), std::io::stdin().lock().take(1 << 16).read_to_end(&mut line)) else {
@@ -68,11 +69,12 @@ pub(crate) fn stand_between() {
         if let Ok(directory) = directory {
             shell.current_dir(directory);
         }
-        // A terraform that the command starts does not belong to the run, and its events do not start the command.
+        // Unset these variables, so that a terraform that the command starts does not belong to the run, and so that an
+        // event of such a terraform does not start the command again.
         for name in [ON_EVENT, "TFW_RUN", "TFW_CHAIN"] {
             shell.env_remove(name);
         }
-        #[expect(clippy::disallowed_methods, reason = "the user's own command, in a session of its own")]
+        #[expect(clippy::disallowed_methods, reason = "this is the command of the user, not terraform")]
         if let Ok(child) = shell.spawn() {
             attend(child, &line);
         }
@@ -82,10 +84,10 @@ pub(crate) fn stand_between() {
     }
 }
 
-/// Writes `line` to the stdin of the command and waits for it. Kills its process group if it takes longer than
-/// [`COMMAND_TIMEOUT`].
+/// Writes `line` to the stdin of the command `child`, and waits until the command exits. If the command takes longer
+/// than [`COMMAND_TIMEOUT`], kills the command's process group.
 fn attend(mut child: Child, line: &[u8]) {
-    // `stdin` is dropped at the end of this block, so that the command reads end of file.
+    // The end of this block drops `stdin`, so that the command reads end of file.
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(line);
     }

@@ -23,24 +23,25 @@ use crate::trace::trace;
 /// The name of the history file in the state directory.
 const FILE: &str = "history.jsonl";
 
-/// The maximum size of a history file: 1 MiB. Before a line would exceed it, the file is renamed to an older file.
+/// The maximum size of a history file: 1 MiB. If the next line would exceed this size, the file is first renamed to an
+/// older file ([`older`]).
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The number of older history files that are kept.
 const MAX_FILES: usize = 4;
 
-/// The maximum length of a text in an event, in characters. The limit is necessary because other users can write a lock
-/// with texts of any length.
+/// The maximum length of a text in an event, in characters. The limit is necessary because the texts come from a lock,
+/// and other users can write a lock with texts of any length.
 const MAX_TEXT_CHARACTERS: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum What {
-    /// The lock was released, because its holder was dead or because a person confirmed that.
+    /// The lock was released, because its holder was dead or because a person confirmed the release.
     Released,
-    /// A person forced the delete of the lock, although its holder was alive or unknown, or although it could not be
-    /// parsed as a lock.
+    /// A person forced the delete. The holder was alive, it was unknown whether the holder was alive, or the stored
+    /// text could not be parsed as a lock.
     Forced,
     /// A release was requested and refused. The lock is still held.
     Refused,
@@ -52,7 +53,7 @@ pub(crate) enum What {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum By {
-    /// The `tf` that started the terraform with the lock.
+    /// The `tf` that started the terraform which acquired the lock.
     Tf,
     /// The guardian of that `tf`, after `tf` was killed.
     Guardian,
@@ -75,16 +76,17 @@ pub(crate) struct LockEvent {
     pub(crate) pid: u32,
     /// The ID of the lock.
     pub(crate) id: String,
-    /// `bucket/key` of the state; in another backend than S3, the path in the lock.
+    /// For a lock in S3 or DynamoDB, `bucket/key` of the state. For a lock in another backend, the `Path` field of the
+    /// lock.
     pub(crate) path: String,
-    /// The operation in the lock.
+    /// The `Operation` field of the lock.
     pub(crate) operation: String,
     /// `user@host` of the holder.
     pub(crate) holder: String,
-    /// When the lock was created, by the clock of the holder. For a lock from a log: when terraform acquired the lock,
-    /// or `None` if the log does not have that time.
+    /// For a lock that was read from its location: the `Created` field, a time by the holder's clock. For a lock from a
+    /// log: the time at which terraform acquired the lock, or `None` if the log does not contain that time.
     pub(crate) created: Option<String>,
-    /// What was known about the holder. For [`What::Replaced`]: who locked the state instead.
+    /// What was known about the holder. For [`What::Replaced`]: which run has locked the state instead.
     pub(crate) why: String,
     /// The reason that a person gave. `None` if no person gave one.
     pub(crate) reason: Option<String>,
@@ -119,7 +121,8 @@ impl LockEvent {
         }
     }
 
-    /// Returns an event with the current time. The caller fills in the lock.
+    /// Returns an event with the current time, and with the user, the host and the pid of this process. The caller sets
+    /// the fields about the lock.
     fn now(what: What, by: By) -> Self {
         Self {
             time: Timestamp::now(),
@@ -156,7 +159,8 @@ pub(crate) fn record(event: &LockEvent) {
     event_command::start(&line);
 }
 
-/// Returns every event in the history, the oldest first, and the number of lines that cannot be parsed.
+/// Returns every event in the history, the oldest first, and the number of lines that cannot be parsed. A file that
+/// cannot be read is skipped.
 pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     let mut events = Vec::new();
     let mut torn = 0;
@@ -165,8 +169,8 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
         for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
             let mut text = Vec::new();
             let file = open_private(OpenOptions::new().read(true), &path);
-            // A history file that `tf` wrote is never longer than this. If the file is longer, `tf` did not write it,
-            // and the rest is not read.
+            // `tf` never writes a history file of more than twice the maximum size. If a file is longer, `tf` did not
+            // write it, and the rest of the file is not read.
             if file.and_then(|file| file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text)).is_err() {
                 continue;
             }
@@ -189,8 +193,8 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
         OpenOptions::new().create(true).truncate(false).write(true).mode(0o600),
         &path.with_extension("lock"),
     )?;
-    // The process with this lock only renames a few files. If it takes longer than 200 ms, the line is appended without
-    // the lock, and no file is renamed.
+    // A process that holds this lock only renames a few files and appends a line. If another process holds the lock for
+    // more than 200 ms, this process appends its line without the lock, and renames no file.
     let mut alone = false;
     for _ in 0..20 {
         alone = lock_file::try_lock(&lock, 0).unwrap_or(false);

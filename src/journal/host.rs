@@ -19,18 +19,19 @@ pub(crate) struct HostIdentity {
     /// `/proc/sys/kernel/random/boot_id`: an ID that changes at each boot, and that is the same in every container of
     /// one boot. `None` if it cannot be read.
     boot: Option<String>,
-    /// The number of the pid namespace, and whether it is the first one of the machine. `None` if the system has none.
+    /// The number of the pid namespace, and whether it is the machine's first pid namespace. `None` if the system has
+    /// no pid namespaces, or if /proc does not show the namespace.
     processes: Option<(u64, bool)>,
-    /// The file system of the journal ([`filesystem::identity`]). 0 if it is not known.
+    /// The ID of the journal's file system ([`filesystem::identity`]). 0 if the ID is not known.
     filesystem: u64,
-    /// Hashes of the hardware identities, by kind ([`machine::identities`]). They distinguish this machine from a
-    /// machine with a copy of its disk. Empty in the records of earlier versions.
+    /// Hashes of the hardware identities, by kind ([`machine::identities`]). They distinguish two machines of which one
+    /// runs from a copy of the other machine's disk. Empty in the records of earlier versions.
     #[serde(default)]
     hardware: BTreeMap<String, Vec<String>>,
 }
 
-/// Returns the first 64 bits of a SHA-256 of each identity. They are enough for a comparison, and keep serial numbers
-/// out of the record.
+/// Returns the first 64 bits of the SHA-256 of `kind` and each identity. 64 bits are enough for a comparison. The
+/// record contains the hashes so that it does not contain serial numbers.
 fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     let hash = |identity: &String| {
         let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
@@ -49,7 +50,7 @@ pub(crate) enum Standpoint {
     ThisBoot,
     /// This machine has been rebooted since the start of the run, so no process of the run can be alive.
     EarlierBoot,
-    /// This process cannot prove anything about the run. The text says why.
+    /// This process cannot prove anything about the run. The text is the reason.
     Foreign(&'static str),
 }
 
@@ -70,10 +71,10 @@ impl HostIdentity {
         }
     }
 
-    /// Whether the hardware of `self` and of `here` differs in a kind of identity that is known for both. Then one of
-    /// them may be a copy of the other one's disk, with its machine-id and its journal. A kind may have several values,
-    /// such as network addresses. One value in common is enough to count as the same hardware, because network devices
-    /// are added and removed.
+    /// Whether `self` and `here` have different hardware. True if, for some kind of identity, both have values and no
+    /// value is the same. If so, one machine may run from a copy of the other machine's disk, including the machine-id
+    /// and the journal. A kind may have several values, such as network addresses. One common value of a kind is enough
+    /// for the same hardware, because network devices are added and removed.
     fn is_other_hardware(&self, here: &Self) -> bool {
         self.hardware.iter().any(|(kind, then)| {
             here.hardware.get(kind).is_some_and(|now| {
@@ -82,25 +83,28 @@ impl HostIdentity {
         })
     }
 
-    /// Whether a pid of a run on `self` means the same process on `here`, because both have the same pid namespace.
+    /// Whether `self` and `here` have the same pid namespace, so that a recorded pid identifies the same process on
+    /// both.
     pub(crate) fn numbers_processes_as(&self, here: &Self) -> bool {
         self.processes == here.processes
     }
 
-    /// Returns the number of the pid namespace of a run on `self`. `None` if it was the first one of the machine, or is
-    /// not known.
+    /// Returns the number of the pid namespace of a run on `self`. `None` if that namespace was the machine's first pid
+    /// namespace, or is not known.
     pub(crate) fn container(&self) -> Option<u64> {
         self.processes.filter(|(_, first)| !first).map(|(namespace, _)| namespace)
     }
 
     /// Returns what a process on `here` can prove about a run on `self`.
     ///
-    /// In the same boot, this process must be in the first pid namespace, or in that of the run. The same number means
-    /// the same namespace: the kernel reuses a number only after the old namespace and all its processes are gone.
+    /// In the same boot, this process can see the run's processes only if it is in the machine's first pid namespace or
+    /// in the pid namespace of the run. Two namespaces with the same number are the same namespace, because the kernel
+    /// reuses a number only after the old namespace and all its processes are gone.
     ///
-    /// In another boot, the run must have been on this very machine before it was rebooted. A machine-id proves that
-    /// only outside of containers, because container images carry their machine-id from host to host. A copy of a disk
-    /// also has the machine-id of the original, which may still be running.
+    /// In another boot, the run is dead if it was on this very machine before the reboot. A machine-id proves that only
+    /// outside of containers, because a container image has the same machine-id on every host. The file system and the
+    /// hardware must also be the same, because a copy of a disk has the same machine-id as the original disk, and the
+    /// machine with the original disk may still be running.
     pub(crate) fn seen_from(&self, here: &Self) -> Standpoint {
         if self.machine != here.machine {
             return Standpoint::Foreign("that run was on another machine");
@@ -144,8 +148,8 @@ mod tests {
         }
     }
 
-    /// Tests every combination of two kinds of hardware identity, in the record and now. Each kind is unknown or has
-    /// values.
+    /// Tests two kinds of hardware identity. Each kind is unknown or has values, both in the record and on this host.
+    /// All combinations are tested.
     #[test]
     fn a_copy_of_the_disk_is_told_from_the_machine_where_any_kind_differs() {
         let networks: [&[&str]; 5] = [&[], &["m1"], &["m2"], &["m1", "m2"], &["m3"]];
@@ -165,7 +169,8 @@ mod tests {
                 let copy = differs(network, network_now) || differs(uuid, uuid_now);
                 let seen = then.seen_from(&now);
                 assert_eq!(matches!(seen, Standpoint::Foreign(_)), copy, "{then:?} {now:?}");
-                // In the same boot, the network devices may be those of another network namespace.
+                // In the same boot, different network devices are ignored, because they may belong to another network
+                // namespace.
                 assert_eq!(then.seen_from(&same_boot), Standpoint::ThisBoot);
             }
         }
@@ -187,7 +192,8 @@ mod tests {
     fn only_what_is_seen_whole_proves_anything() {
         type Case = (fn(&mut HostIdentity), fn(&mut HostIdentity), bool, bool);
         let changes: &[Case] = &[
-            // then, now, proves in the same boot, proves in another boot
+            // A change to the recorded host, a change to this host, whether the result proves something in the same
+            // boot, and whether it proves something in another boot.
             (|_| {}, |_| {}, true, true),
             (|then| then.machine = Some("f".repeat(32)), |_| {}, false, false),
             (|then| then.machine = None, |_| {}, false, false),

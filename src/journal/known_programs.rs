@@ -1,14 +1,16 @@
-//! Determines which program the name `terraform` leads to, so that `tf` can set the level at which that program logs
-//! its locks.
+//! Determines the version of a program that is a terraform or starts one, so that `tf` can set the level at which this
+//! version logs its locks.
 //!
-//! `tf` runs `terraform version` once for each program, and remembers the result as long as the file does not change.
-//! It does not run a program that only leads to a terraform (a tfenv script, tenv, a wrapper): such a program may
-//! choose a version by directory, download one, or do anything else. The log of the first run in a directory shows
-//! which terraform such a program leads to. That first run therefore logs at TRACE.
+//! `tf` runs `terraform version` once for each program that is itself a terraform, and remembers the result as long as
+//! the file does not change. It does not do this for a program that only starts a terraform (a tfenv script, tenv, a
+//! wrapper): such a program may choose a version by directory, download a version, or do anything else. For such a
+//! program, `tf` reads the version from the log of the first run in a directory. The version is not known before that
+//! run, so that run logs at TRACE.
 //!
-//! Such a program may also run terraform as another user (sudo, setpriv), and decide that again for each run. A
-//! terraform itself may be setuid, or confined by AppArmor or SELinux. In these cases, terraform cannot open a file of
-//! this user. When `tf` runs `terraform version`, it also tests whether that terraform can open such a file.
+//! A program that only starts a terraform may also run it as another user (sudo, setpriv), and may choose the user
+//! again for each run. A terraform itself may be setuid, or confined by AppArmor or SELinux. In these cases, terraform
+//! may be unable to open a file of this user. When `tf` runs `terraform version`, it also tests whether that terraform
+//! can open such a file.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -28,7 +30,8 @@ use crate::trace::trace;
 /// How long `terraform version` may take before it is killed.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The maximum number of programs and directories that are remembered. When it is reached, all of them are forgotten.
+/// The maximum number of programs and directories that are remembered. When this number is reached, all of them are
+/// deleted from the file.
 const MAX_PROGRAMS: usize = 256;
 
 /// The facts that are known about the program of one run.
@@ -36,10 +39,10 @@ const MAX_PROGRAMS: usize = 256;
 pub(crate) struct Program {
     /// The file with the known programs. `None` if there is no state directory, or no file at the path of the program.
     file: Option<PathBuf>,
-    /// The key of the program in `file`: device, inode, size and modification time; for a program that only leads to a
-    /// terraform also the data directory.
+    /// The key of the program in `file`: device, inode, size and modification time. For a program that only starts a
+    /// terraform, the key also contains the data directory.
     key: String,
-    /// Whether the program is a terraform itself, and not one that only leads to a terraform.
+    /// Whether the program is a terraform itself. False if it only starts a terraform.
     pub(crate) itself: bool,
     /// Whether the program is known to be able to open a file that only this user can open.
     pub(crate) opens: bool,
@@ -49,7 +52,8 @@ pub(crate) struct Program {
 
 impl Program {
     /// Returns the known facts about the program at `path`, which runs with this data directory. Runs `terraform
-    /// version` if that is not known yet. This process must have only one thread.
+    /// version` if the program is a terraform itself, its version is not known yet, and there is a file for the result.
+    /// This process must have only one thread.
     pub(crate) fn look(state: Option<&StateDirectory>, path: &Path, data_directory: &Path) -> Self {
         let file = state.map(|state| state.join("programs.json"));
         let Ok(place) = fs::metadata(path) else {
@@ -68,8 +72,8 @@ impl Program {
             (opens, key) = (false, closed);
         }
         let mut program = Self { file, itself, opens, version: known.get(&key).cloned(), key };
-        // Without a file, the version cannot be remembered, and `terraform version` would run each time. So it is not
-        // run then.
+        // Without a file, the version could not be stored, and `terraform version` would run at each start of `tf`. So
+        // `terraform version` runs only if there is a file.
         if program.version.is_none() && itself && program.file.is_some() {
             match ask(path) {
                 Some((version, wrote)) => {
@@ -87,8 +91,8 @@ impl Program {
     }
 
     /// Returns the value of `TF_LOG_CORE` at which the program logs the locks of a backend of this kind. `backend` is
-    /// `None` if the kind is not known. The local, pg and inmem backends leave no lock behind; the locks of other
-    /// backends than S3 appear only at TRACE.
+    /// `None` if the kind is not known. The level depends on the version for the S3 backend, and for the local, pg and
+    /// inmem backends, which leave no lock behind. The locks of all other backends appear in the log only at TRACE.
     pub(crate) fn level(&self, backend: Option<&str>) -> &'static str {
         match (&self.version, backend) {
             (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.log_detail().level(),
@@ -122,7 +126,7 @@ impl Program {
     }
 }
 
-/// Returns the known programs in `file`. Empty if it cannot be read.
+/// Returns the known programs in `file`. Empty if the file cannot be read or is invalid.
 fn read(file: &Path) -> BTreeMap<String, Version> {
     let mut text = Vec::new();
     let opened = open_private(File::options().read(true), file);
@@ -140,17 +144,17 @@ fn changes_user(place: &fs::Metadata) -> bool {
     place.mode() & SET_USER_ID != 0 && place.uid() != nix::unistd::geteuid().as_raw()
 }
 
-/// Whether the file is an executable in machine code, and not a script.
+/// Whether the file is an executable in machine code. False for a script, and if the file cannot be read.
 fn is_executable_file(path: &Path) -> bool {
     let mut magic = [0; 4];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    // ELF; 64-bit Mach-O; a universal Mach-O file, for several machines.
+    // The magic numbers of ELF, of 64-bit Mach-O, and of universal Mach-O (code for several kinds of processors).
     read.is_ok() && matches!(magic, [0x7f, b'E', b'L', b'F'] | [0xcf, 0xfa, 0xed, 0xfe] | [0xca, 0xfe, 0xba, 0xbe])
 }
 
 /// Runs `terraform version`. Returns the version, and whether the program could write its log to a file of this user.
 /// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`].
-#[expect(clippy::disallowed_methods, reason = "it locks nothing, and says its version to us alone")]
+#[expect(clippy::disallowed_methods, reason = "this command requests no lock, and only `tf` reads its output")]
 fn ask(path: &Path) -> Option<(Version, bool)> {
     let log = MemoryFile::create(&format!("tf-{}.version", std::process::id())).ok()?;
     let kept = std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME");

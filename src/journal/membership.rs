@@ -1,13 +1,13 @@
-//! Decides which processes belong to a run. It is for observers that are not ancestors of these processes: the
+//! Decides which processes belong to a run. This module is for observers that are not ancestors of these processes: the
 //! guardian, and a later `tf`.
 //!
 //! Five facts show that a process belongs to a run, and each of them misses some processes:
 //!
 //! - The mark: `TFW_RUN` in the environment. A child process may clear its environment, and the environment of another
 //!   user's process (`sudo`) cannot be read.
-//! - Descent from a member. It can be seen only as long as the parent is alive.
-//! - An earlier observation that showed the process as a member. A child process may start and lose its parent between
-//!   two observations.
+//! - Descent from a member. An observer can see this fact only as long as the parent is alive.
+//! - An earlier observation that showed the process as a member. A process that starts and loses its parent between two
+//!   observations is missed.
 //! - Terraform's process group. A child process stays in it unless it creates a group of its own. The kernel does not
 //!   reuse the number of the group as a pid while any process is in the group (fork(2), `alloc_pid`).
 //! - Terraform's session. The caller's shell is in the same session, so this fact proves little. It makes a process a
@@ -30,8 +30,9 @@ pub(crate) struct TreeIdentity {
     pub(crate) group: Option<i32>,
     /// Terraform's session. `None` if that could not be read.
     pub(crate) session: Option<i32>,
-    /// Processes that were seen as members: those that left terraform's group, and those that outlived the run. Each
-    /// has its pid, and its start in clock ticks since boot, or 0 if the start could not be read.
+    /// Processes that were seen as members: processes that left terraform's group, and processes that outlived the run.
+    /// Each entry is a pid and the start of the process, in clock ticks since boot. The start is 0 if it could not be
+    /// read.
     #[serde(default)]
     pub(crate) survivors: Vec<(i32, u64)>,
 }
@@ -49,12 +50,12 @@ impl TreeIdentity {
     }
 }
 
-/// Whether the environment of a process has the mark of a run.
+/// Whether the environment of a process contains the mark of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ProcessMark {
-    /// It has the mark.
+    /// The environment contains the mark.
     Marked,
-    /// It does not have the mark.
+    /// The environment does not contain the mark.
     Unmarked,
     /// The environment is empty or cannot be read.
     Unreadable,
@@ -63,11 +64,11 @@ pub(crate) enum ProcessMark {
 /// Whether a process belongs to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Membership {
-    /// It belongs to the run.
+    /// The process belongs to the run.
     Member,
-    /// It does not belong to the run.
+    /// The process does not belong to the run.
     Other,
-    /// It may belong to the run.
+    /// The process may belong to the run.
     Unknown,
 }
 
@@ -75,8 +76,8 @@ pub(crate) enum Membership {
 ///
 /// `certain_before` is a moment, in clock ticks since boot, at which terraform was still alive. A process in
 /// terraform's group that started before this moment is certainly a member. A process that started later may be in
-/// another group that has the same number now. If `certain_before` is `None`, every process in the group counts as
-/// started before this moment.
+/// another group, which has the same number because terraform's group no longer exists. If `certain_before` is `None`,
+/// every process in the group counts as a process that started before this moment.
 pub(crate) fn classify(
     all: &[(Process, ProcessMark)],
     identity: &TreeIdentity,
@@ -108,7 +109,7 @@ pub(crate) fn classify(
     }
 }
 
-/// Judges one process by its own facts, without those of its parent.
+/// Returns the membership of one process by its own facts. The membership of its parent is not considered.
 fn alone(
     process: &Process,
     mark: ProcessMark,
@@ -143,7 +144,8 @@ fn alone(
     Membership::Other
 }
 
-/// Whether the parent of `process` has exited. The new parent of an orphan is init, or a subreaper in another session.
+/// Whether the parent of `process` has exited. True if the current parent is not in `all`, is init, or is in another
+/// session: the kernel gives an orphan to init or to a subreaper, and the subreaper is in another session.
 fn is_orphan(process: &Process, all: &[(Process, ProcessMark)]) -> bool {
     let parent = all.iter().find(|(other, _)| other.pid == process.parent);
     parent.is_none_or(|(parent, _)| parent.pid == Pid::from_raw(1) || parent.session != process.session)
@@ -172,7 +174,8 @@ mod tests {
         TreeIdentity { start: Some(1000), group: Some(TERRAFORM), session: Some(SHELL), survivors: vec![(300, 1500)] }
     }
 
-    /// Returns the membership of `process` beside init and the caller's shell.
+    /// Returns the membership of `process` in a list that also contains init and the caller's shell. Neither of these
+    /// two is a member.
     fn judge(process: Process, mark: ProcessMark, certain_before: Option<u64>) -> Membership {
         let all = [
             (self::process(1, 0, 1, 1, 1), ProcessMark::Unreadable),

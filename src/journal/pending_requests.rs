@@ -2,10 +2,10 @@
 //!
 //! If there was no response to a lock request, a proxy or an overloaded service may still hold the request. It may
 //! deliver the request long after the sender died, as long as the request's signature is valid (5 minutes for DynamoDB,
-//! 15 minutes for S3). That is too long to wait for. The facts about the lock are therefore stored here, and every `tf`
-//! that starts in the same location, or is refused by that lock, releases the lock. The facts are stored for the whole
-//! time, even if a lock has appeared already: a client without a response sends its request again, and a lock with both
-//! parts (the DynamoDB item and the S3 object) has two requests.
+//! 15 minutes for S3). That is too long to wait for. The facts about the lock are therefore stored here. Every `tf`
+//! that starts in the same location, or whose terraform finds that lock held, releases the lock. The facts are stored
+//! for the whole time, even if a lock has already appeared, because another request may follow: a client that gets no
+//! response sends its request again, and a lock with both parts (the DynamoDB item and the S3 object) has two requests.
 //!
 //! Each lock has one file in the user's state directory, which only its owner can read. The file contains facts from
 //! terraform's log and from the record of the run: no value of a variable (`-var`), no access key, no token. A wrong
@@ -27,34 +27,34 @@ use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// How long a request may still land: longer than any signature is valid.
+/// How long a request may still land. This time is longer than the signature of any request is valid.
 pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 
-/// How long a pending request is stored if no service has yet responded whether its lock exists.
+/// How long a pending request is stored if the service has never responded to a read of the lock.
 const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
 
 /// A lock request that may still land.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct PendingRequest {
-    /// When `tf` found that the terraform with the lock was dead.
+    /// When `tf` found that the terraform which sent the request was dead.
     pub(crate) since: Timestamp,
     /// The facts about the lock from the log.
     pub(crate) lock: RecordedLock,
     /// The facts about the run.
     pub(crate) run: Run,
-    /// Whether the request was most likely refused, because terraform exited by itself or there was no table. Then `tf`
-    /// reports the lock only if it releases it.
+    /// Whether the request was most likely refused, because terraform exited by itself or there was no table. If true,
+    /// `tf` mentions the lock only after a release.
     #[serde(default)]
     pub(crate) abandoned: bool,
-    /// Whether the service has never responded to a read of the lock, so that it is not known whether the lock exists.
+    /// Whether the service has never responded to a read of the lock. If true, it is not known whether the lock exists.
     #[serde(default)]
     pub(crate) unseen: bool,
-    /// When a `tf` last searched for the lock and got no response. `None` if no search since the last response has
-    /// failed.
+    /// When a `tf` last searched for the lock and got no response. `None` if there was no such search, or if a later
+    /// search got a response.
     #[serde(default)]
     pub(crate) tried: Option<Timestamp>,
     /// The record of the run, which shows a `tf` in another directory how to reach the lock. `None` if the run had no
-    /// journal, and in a file of an earlier version.
+    /// journal, or if an earlier version wrote the file.
     #[serde(default)]
     pub(crate) record: Option<Box<JournalRecord>>,
 }
@@ -73,7 +73,7 @@ impl PendingRequest {
         }
     }
 
-    /// Whether a search for the lock in the 5 minutes before `now` got no response. Then a `tf` that starts terraform
+    /// Whether a search for the lock in the 5 minutes before `now` got no response. If so, a `tf` that starts terraform
     /// does not wait for a response again.
     pub(crate) fn was_just_tried(&self, now: Timestamp) -> bool {
         const RETRY_INTERVAL: SignedDuration = SignedDuration::from_mins(5);
@@ -106,8 +106,8 @@ impl PendingRequests {
         self
     }
 
-    /// Returns the pending requests that are not over at `now`, and deletes the files of the others. A file that cannot
-    /// be read is skipped and not deleted.
+    /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others. A file that
+    /// cannot be read is skipped and not deleted. Empty if the directory does not exist or is not private to this user.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {

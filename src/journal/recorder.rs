@@ -2,25 +2,24 @@
 //!
 //! Terraform logs the ID of its lock before it requests the lock. `tf` therefore sets `TF_LOG_PATH` to a private file,
 //! and `TF_LOG_CORE` to `INFO` or to the level at which the program logs its locks
-//! ([`crate::journal::known_programs`]). If the user has set any of [`LOG_VARIABLES`], `tf` changes none of them and
-//! uses terraform's second, undocumented sink instead: `TF_TEMP_LOG_PATH` (internal/logging/logging.go,
-//! `RegisterSink`). That sink always logs at TRACE, so `tf` reads the file while it grows and frees the memory of what
-//! it has read.
+//! ([`crate::journal::known_programs`]). If the user has set any of [`LOG_VARIABLES`], `tf` changes none of these
+//! variables, and uses terraform's second, undocumented sink instead: `TF_TEMP_LOG_PATH` (internal/logging/logging.go,
+//! `RegisterSink`). That sink always logs at TRACE, so `tf` reads the file while the file grows, and frees the memory
+//! of the part that was read.
 //!
 //! If terraform cannot open `TF_LOG_PATH`, it writes its whole log, including the values of `-var` in plain text, to
-//! the user's stderr (internal/logging/logging.go, `newHCLogger`). If it cannot open `TF_TEMP_LOG_PATH`, it reports
-//! nothing (main.go). A program that may run terraform as another user (a script with sudo, a setuid terraform)
-//! therefore gets the second sink, and `/dev/null` as the first.
+//! the user's stderr (internal/logging/logging.go, `newHCLogger`). If terraform cannot open `TF_TEMP_LOG_PATH`, it
+//! continues without that log and reports nothing (main.go). A program that may run terraform as another user (a script
+//! with sudo, a setuid terraform) therefore gets the second sink, and `/dev/null` as the first.
 //!
 //! The log contains the values of `-var` and `-backend-config` in plain text (`CLI args:`). On Linux the file is in
-//! memory, and it is deleted at the end of the run. The argument values are also overwritten as soon as they are read
-//! ([`redaction`]), about 20 ms after terraform wrote them, so that they are not in the file that remains if every
-//! process is killed.
+//! memory, and it is deleted at the end of the run. If every process is killed, the file remains. So `tf` also
+//! overwrites the argument values as soon as it reads them ([`redaction`]), about 20 ms after terraform wrote them.
 //!
-//! The file has a name, for two reasons. A program in terraform's tree may close every descriptor that it does not know
-//! (sudo, Python's `subprocess`); terraform could then not open a file without a name, and would write its log to the
-//! user's stderr. And if every process of a run is killed, this file is the only record of a lock that was requested in
-//! the last 20 ms; a later `tf` opens it by name ([`Recorder::find`]).
+//! The file has a name, for two reasons. The first reason: a program in terraform's tree may close every descriptor
+//! that it does not know (sudo, Python's `subprocess`). Terraform could then not open a file without a name, and would
+//! write its log to the user's stderr. The second reason: if every process of a run is killed, this file is the only
+//! record of a lock that was requested in the last 20 ms. A later `tf` opens the file by name ([`Recorder::find`]).
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
@@ -38,7 +37,8 @@ use crate::terraform::redaction;
 const LOG_VARIABLES: [&str; 6] =
     ["TF_LOG", "TF_LOG_CORE", "TF_LOG_PATH", "TF_LOG_PROVIDER", "TF_LOG_CLOUD", "TF_LOG_STACKS"];
 
-/// The number of bytes that must have been read before their memory is freed: freeing less costs more than it gains.
+/// Memory is freed only if more than this number of bytes of the log have been read. Freeing less memory costs more
+/// than it gains.
 const FORGET_FROM_BYTES: u64 = 1 << 16;
 
 /// The path of a device that discards the log.
@@ -56,7 +56,7 @@ pub(crate) type EnvironmentChange = (&'static str, Option<OsString>);
 enum Sink {
     /// Sets `TF_LOG_CORE` to this level, and `TF_LOG_PATH` to the recorder. At INFO the log is a few kilobytes.
     Core(&'static str),
-    /// Sets `TF_TEMP_LOG_PATH` to the recorder. The log is at TRACE: megabytes.
+    /// Sets `TF_TEMP_LOG_PATH` to the recorder. The log is at TRACE and several megabytes long.
     Temporary,
     /// Does the same as [`Sink::Temporary`], and also sets `TF_LOG_CORE` to this level and `TF_LOG_PATH` to
     /// `/dev/null`, which every user can open. Terraform up to 1.5 logs its requests, in either sink, only if
@@ -82,14 +82,14 @@ pub(crate) struct Recorder {
     arguments: Arguments,
 }
 
-/// The line being read. The line is kept as long as it may be a record with command-line arguments, whose values must
-/// be overwritten.
+/// The line that is being read. It is kept as long as it may be a record with command-line arguments, because the
+/// values of such arguments must be overwritten.
 #[derive(Debug, Default)]
 struct Arguments {
     line: Vec<u8>,
     /// The offset of the line in the file, in bytes.
     at: u64,
-    /// Whether the rest of the line is skipped, because the line is not such a record or is too long.
+    /// Whether the rest of the line is skipped, because the line has no command-line arguments or is too long.
     is_other: bool,
 }
 
@@ -149,7 +149,7 @@ impl Recorder {
     /// is no such file.
     pub(crate) fn find(id: &str, log: Log, offset: u64) -> Option<Self> {
         let file = MemoryFile::find(&name(id))?;
-        // If nothing was freed, the file still has the whole log, and `log` need not be trusted.
+        // If nothing was freed, the file still has the whole log. Reading the file again is safer than trusting `log`.
         let (log, offset) = if offset > FORGET_FROM_BYTES { (log, offset) } else { (Log::default(), 0) };
         let (sink, inherited, arguments) = (Sink::Core("INFO"), Vec::new(), Arguments::default());
         Some(Self { file, sink, opens: false, inherited, offset, log, arguments })
@@ -183,9 +183,9 @@ impl Recorder {
         changes
     }
 
-    /// Whether the file is empty and terraform may have been unable to open it. Only then does an empty file leave open
-    /// whether terraform requested a lock: a terraform that can open the file writes its first record before it
-    /// requests a lock.
+    /// Whether the file is empty and terraform may have been unable to open it. If true, terraform may have requested a
+    /// lock without a log record. If terraform could open the file, an empty file shows that no lock was requested,
+    /// because terraform writes its first log record before it requests a lock.
     pub(crate) fn is_closed(&self) -> bool {
         !self.opens && self.offset == 0 && self.file.file.metadata().is_ok_and(|file| file.len() == 0)
     }
@@ -196,9 +196,9 @@ impl Recorder {
     }
 
     /// Returns how long to wait between two calls of [`Recorder::read`] when terraform has run for `age`. The log is
-    /// read while it grows, so that the journal records a lock almost as soon as it is requested, and so that a TRACE
-    /// log, or the log of a nested terraform with a `TF_LOG` of its own, does not fill the memory. A call that finds
-    /// nothing new costs one fstat(2).
+    /// read while it grows, for two reasons. The journal must record a lock almost as soon as terraform requests it.
+    /// And a long log must not fill the memory: a log at TRACE, or the log of a nested terraform for which `TF_LOG` is
+    /// set. A call that finds nothing new costs one fstat(2).
     ///
     /// inotify(7) is not used: closing its descriptor waits up to 15 ms until the kernel has removed the marks, at a
     /// moment when terraform has exited and the caller waits for `tf`.
@@ -212,7 +212,8 @@ impl Recorder {
         }
     }
 
-    /// The descriptor that a process forked from this one must keep open to continue reading.
+    /// The descriptor of the file. A process that is forked from this process, and that will continue reading, must
+    /// keep it open.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.file.as_fd()
     }
@@ -228,14 +229,14 @@ impl Recorder {
         &self.log
     }
 
-    /// Continues where another reader of the same file stopped. `log` has the facts that the other reader has read, and
-    /// `offset` is its position in the file, in bytes.
+    /// Continues where another reader of the same file stopped. `log` has the facts that the other reader has read.
+    /// `offset` is the position of the other reader in the file, in bytes.
     pub(crate) fn resume(&mut self, log: Log, offset: u64) {
         (self.log, self.offset) = (log, offset);
     }
 
-    /// Frees the memory of the part of the log that was read. Call this only after its facts were written to the
-    /// journal, or were passed on to the process that may have to continue reading.
+    /// Frees the memory of the part of the log that was read. Call this only after the facts in that part were written
+    /// to the journal, or were passed to the process that may have to continue reading.
     pub(crate) fn forget(&self) {
         let until = self.whole_until();
         if until > FORGET_FROM_BYTES {
@@ -276,8 +277,8 @@ fn name(id: &str) -> String {
     format!("tf-{id}.log")
 }
 
-/// Chooses the sink. `variable` returns the value of an environment variable, and `None` for one that an outer `tf` has
-/// set.
+/// Chooses the sink. `variable` returns the value of an environment variable, or `None` if an outer `tf` has set the
+/// variable.
 fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<OsString>) -> Sink {
     let set = |name: &&str| variable(name).is_some_and(|value| value.as_os_str() != OsStr::new(""));
     match (LOG_VARIABLES.iter().any(set), opens) {
@@ -287,8 +288,8 @@ fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<Os
     }
 }
 
-/// Returns the variables that an outer `tf` has set for its own recorder, which are recognised by the path in
-/// [`RECORDER`].
+/// Returns the variables that an outer `tf` has set for its own recorder. They are recognised by their value, the path
+/// of that recorder, which is also in the variable [`RECORDER`].
 fn inherited(variable: &impl Fn(&str) -> Option<OsString>) -> Vec<&'static str> {
     let Some(outer) = variable(RECORDER) else { return Vec::new() };
     let is = |name: &str, value: &OsStr| variable(name).is_some_and(|set| set == value);

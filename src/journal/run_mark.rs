@@ -37,12 +37,12 @@ impl Living {
                 list.push(process);
             }
         }
-        // A survivor of another user may be hidden from this process in /proc (`hidepid`). kill(2) fails with EPERM
-        // only while the process exists.
+        // /proc may hide a survivor that runs as another user (`hidepid`). If kill(2) fails with EPERM, the survivor
+        // still exists.
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
-        // Members of terraform's group may be hidden as well.
+        // /proc may also hide members of terraform's group. This matters only if no other process of the run was found.
         if let Some(group) = identity.group.map(Pid::from_raw)
             && living.is_empty()
             && hides_members(group)
@@ -70,7 +70,7 @@ pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
 
 /// Whether `group` has a process that /proc does not show to this process.
 fn hides_members(group: Pid) -> bool {
-    // Read the list first. A zombie that is reaped between the two checks is then in the list, and does not count as
-    // hidden.
+    // Read the list before the group is checked. If a zombie is reaped between the two checks, it is in the list, and
+    // does not count as hidden.
     !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)
 }

@@ -3,18 +3,19 @@
 //!
 //! Each run has a directory below `runs/` in the state directory, with two files. `record.json` has the facts that the
 //! later `tf` needs: the facts about locks from terraform's log, where each lock is, and how the run reached it. It
-//! contains no value of a variable (`-var`), no access key and no token. `lock` shows which processes are alive: they
-//! hold file locks on two of its bytes ([`crate::sys::lock_file`]):
+//! contains no value of a variable (`-var`), no access key and no token. `lock` shows whether processes of the run are
+//! alive, because these processes hold file locks on two bytes of the file ([`crate::sys::lock_file`]):
 //!
 //! - [`TREE_LOCK`] is held by terraform and by every process that inherited the descriptor from it.
-//! - [`OWNER_LOCK`] is held by the owner of the run: `tf` and its guardian together, and later one recovery process. No
-//!   other process inherits it.
+//! - [`OWNER_LOCK`] is held by the owner of the run: at first `tf` and its guardian together, and later one recovery
+//!   process. No other process inherits this lock.
 //!
 //! A run that leaves nothing unfinished deletes its directory.
 //!
-//! A directory is created under another name, locked and written, and then renamed to its final name. Before it is
-//! emptied, it is renamed again. A directory with the final name is therefore complete, and was locked from the start.
-//! A record is replaced with rename(2), so it is always complete as well.
+//! A directory is created under a temporary name. It is renamed to its final name after `lock` is locked and
+//! `record.json` is written. Before the directory is deleted, it is renamed again. A directory with the final name is
+//! therefore complete, and was locked from the start. A record is replaced with rename(2), so it is always complete as
+//! well.
 
 use crate::terraform::lock_info::LockInfo;
 use std::cell::OnceCell;
@@ -51,14 +52,14 @@ const TREE_LOCK: u8 = 0;
 /// The byte of the lock file that is locked by the owner of the run.
 const OWNER_LOCK: u8 = 1;
 
-/// The maximum length of a record, in bytes. A longer one was not written by `tf`, and may be hostile.
+/// The maximum length of a record, in bytes. `tf` did not write a longer record, so such a record may be hostile.
 const MAX_RECORD_BYTES: u64 = 2 * JSON_LIMIT as u64;
 
-/// The maximum number of invalid records in `set-aside/`. They are kept for a person to inspect; the oldest ones are
-/// deleted.
+/// The maximum number of invalid records in `set-aside/`. The records are kept so that a person can inspect them. If
+/// there are more, the oldest ones are deleted.
 const MAX_SET_ASIDE: usize = 16;
 
-/// How long a record is kept if its run cannot be judged on this host.
+/// How long a record is kept if `tf` on this host cannot determine whether the run is alive.
 const RECORD_RETENTION_WINDOW: Duration = Duration::from_hours(30 * 24);
 
 /// The reason for not finishing a run whose lock file cannot be opened for writing.
@@ -75,7 +76,7 @@ pub(crate) struct Unfinished {
     pub(crate) elsewhere: bool,
     /// Whether terraform died without having written a log, so that it is not known whether it held a lock.
     pub(crate) unlogged: bool,
-    /// Locks that were replaced while the run was working. These locks must be reported to a person.
+    /// Locks of the run that were replaced while it was working. They must be reported to a person.
     pub(crate) replaced: Vec<Replaced>,
 }
 
@@ -146,7 +147,7 @@ pub(crate) struct JournalRecord {
     pub(crate) log: Log,
     /// The offset in the log, in bytes, at which a reader that continues with `log` must begin.
     pub(crate) offset: u64,
-    /// Whether the run's operation is over, and left some work that could not be done at that time ([`Unfinished`]).
+    /// Whether the run has ended and has left work that could not be done at that time ([`Unfinished`]).
     pub(crate) over: bool,
     /// Whether `tf` must only report the run's locks and not release them (`TFW_RELEASE=never`).
     #[serde(default)]
@@ -160,7 +161,7 @@ pub(crate) struct JournalRecord {
 }
 
 impl JournalRecord {
-    /// Returns a record with the run's ID, the host, and the pid of this process. The caller fills in the rest.
+    /// Returns a record with the run's ID, the host, and the pid of this process. The caller sets the other fields.
     pub(crate) fn new(run: &str, journal: &Journal) -> Self {
         Self {
             format: 1,
@@ -228,11 +229,11 @@ impl JournalRecord {
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     runs: PathBuf,
-    /// The identity of this host, which is determined when it is first needed.
+    /// The identity of this host. It is determined when it is first needed.
     host: OnceCell<HostIdentity>,
 }
 
-/// The directory of a run, and the lock file by which this process holds [`OWNER_LOCK`].
+/// The directory of a run, and the open lock file through which this process holds [`OWNER_LOCK`].
 #[derive(Debug)]
 pub(crate) struct JournalEntry {
     path: PathBuf,
@@ -249,19 +250,20 @@ pub(crate) enum FoundRun {
     /// The run is dead, and this process is its owner as long as it keeps the [`JournalEntry`].
     Dead(Box<JournalRecord>, JournalEntry, Standpoint),
     /// This process cannot determine whether the run is alive, so it must not finish the run. The text says why. The
-    /// record is only for commands that list runs; it is `None` if it cannot be read.
+    /// record is only for commands that list runs. It is `None` if it could not be read.
     Foreign(&'static str, Option<Box<JournalRecord>>),
-    /// No process of the run is known to be alive, but these processes may belong to it. As long as they are running,
-    /// the run must not be finished.
+    /// No process of the run is known to be alive, but these processes may belong to the run. As long as these
+    /// processes are running, the run must not be finished.
     Doubtful(Box<JournalRecord>, Vec<Process>),
-    /// The record or the lock file at this path is missing or invalid, and no process holds the lock file.
+    /// The directory at this path has no valid record and no process holds its lock file, or the lock file cannot be
+    /// opened.
     Broken(PathBuf),
     /// The run is not in the journal, or was deleted from it in the meantime.
     Gone,
 }
 
 impl Journal {
-    /// Opens the journal in `directory`. It is created if it does not exist.
+    /// Opens the journal in `directory`. Creates the journal if it does not exist.
     ///
     /// # Errors
     /// Fails if `runs/` cannot be created, or is not private to this user.
@@ -286,7 +288,7 @@ impl Journal {
         self.host.get_or_init(|| HostIdentity::here(&self.runs))
     }
 
-    /// Creates the directory of a run and locks both bytes of its lock file. Returns it with the descriptor that
+    /// Creates the directory of a run and locks both bytes of its lock file. Returns the entry, and the descriptor that
     /// terraform must inherit.
     ///
     /// # Errors
@@ -331,7 +333,7 @@ impl Journal {
             } else if let Some(run) = name.strip_prefix(".new-")
                 && is_older(&entry.path(), Duration::from_hours(1))
             {
-                // Its `tf` died before terraform was started, so nothing else is left of the run.
+                // The run's `tf` died before it started terraform, so the run has left nothing else.
                 clear_away(&entry.path(), run);
             } else if let Some(run) = name.strip_prefix(".old-") {
                 clear_away(&entry.path(), run);
@@ -346,8 +348,9 @@ impl Journal {
     }
 
     /// Determines the state of the run `name` from the journal and from the processes of this host. If the run is dead,
-    /// this process is its owner as long as it keeps the [`JournalEntry`]. Deletes the record of a run that cannot be
-    /// judged here after [`RECORD_RETENTION_WINDOW`].
+    /// this process is its owner as long as it keeps the [`JournalEntry`]. If the host of the run makes that impossible
+    /// ([`Standpoint::Foreign`]), returns [`FoundRun::Foreign`], and deletes a record that is older than
+    /// [`RECORD_RETENTION_WINDOW`].
     pub(crate) fn look(&self, name: &str) -> FoundRun {
         let path = self.runs.join(name);
         let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
@@ -360,8 +363,8 @@ impl Journal {
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
-                // If a process holds the run's lock file, that process will replace or delete the record, so do not
-                // treat it as broken.
+                // If a process holds the run's lock file, that process will replace or delete the record. So the record
+                // does not count as broken.
                 return if held {
                     FoundRun::Foreign("the record of that run cannot be read", None)
                 } else {
@@ -417,7 +420,8 @@ impl Journal {
         }
     }
 
-    /// Whether a process of the run, in any container, or the run's owner holds a lock on the run's lock file.
+    /// Whether the run's lock file is locked, by a process of the run in any container or by the run's owner. False if
+    /// the lock file cannot be opened.
     pub(crate) fn is_held(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
         lock.is_ok_and(|lock| {
@@ -425,12 +429,13 @@ impl Journal {
         })
     }
 
-    /// Deletes the record of a run that cannot be judged from here.
+    /// Deletes the record of a run. The caller uses this if it cannot be determined here whether the run is alive.
     pub(crate) fn drop_record(&self, name: &str) {
         remove(&self.runs.join(name));
     }
 
-    /// Whether the run has an owner at this moment: its `tf`, its guardian, or a recovery process.
+    /// Whether the run has an owner at this moment: its `tf`, its guardian, or a recovery process. False if the lock
+    /// file cannot be opened.
     pub(crate) fn has_owner(&self, name: &str) -> bool {
         let lock = open_lock(&self.runs.join(name).join("lock"));
         lock.is_ok_and(|lock| lock_file::is_locked(&lock, OWNER_LOCK).unwrap_or(true))
@@ -451,8 +456,9 @@ impl Journal {
         living
     }
 
-    /// Whether a run other than `own` claims the lock `id`. A run claims a lock if a process of the run is or may be
-    /// alive, and the run's record contains the lock as not released.
+    /// Whether a run other than `own` may still hold the lock `id`. True if the record of such a run contains the lock
+    /// as not released, and a process of that run is alive or may be alive ([`FoundRun::Living`],
+    /// [`FoundRun::Doubtful`]).
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
             FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
@@ -462,8 +468,8 @@ impl Journal {
         })
     }
 
-    /// Moves an invalid record to `set-aside/`, where a person can inspect it. Returns the new path, or `None` if it
-    /// cannot be moved.
+    /// Moves an invalid record to `set-aside/`, where a person can inspect it. Returns the new path of the record.
+    /// `None` if the record cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
         let _ = DirBuilder::new().mode(0o700).create(&directory);
@@ -502,7 +508,7 @@ impl JournalEntry {
         remove(&self.path);
     }
 
-    /// Whether the record was written within the last `time`.
+    /// Whether the record was written within the last `time`. True if the time of the write is not known.
     pub(crate) fn was_written_within(&self, time: Duration) -> bool {
         !is_older(&self.path.join("record.json"), time)
     }
@@ -513,7 +519,8 @@ impl JournalEntry {
     }
 }
 
-/// Deletes the directory of a run. It is renamed first, so that no process finds it half empty.
+/// Deletes the directory of a run. The directory is renamed first, so that no process finds an incomplete directory
+/// under the final name.
 fn remove(path: &Path) {
     let Some(run) = path.file_name().and_then(OsStr::to_str) else { return };
     let old = path.with_file_name(format!(".old-{run}"));
@@ -525,8 +532,8 @@ fn remove(path: &Path) {
 
 /// Deletes the recorder of `run` and its directory `old`, which has a temporary name.
 fn clear_away(old: &Path, run: &str) {
-    // Delete the recorder before the directory. If this process dies in between, the directory still exists, and a
-    // later `tf` finds it and deletes both.
+    // Delete the recorder before the directory. If this process dies between the two deletes, a later `tf` finds the
+    // directory and deletes it.
     Recorder::clear_away(run);
     for file in ["record.json", "lock"] {
         let _ = fs::remove_file(old.join(file));
@@ -563,7 +570,7 @@ fn open_lock(path: &Path) -> io::Result<File> {
     open_private(OpenOptions::new().read(true).write(true), path)
 }
 
-/// Whether `path` was last modified more than `age` ago. False if that is not known.
+/// Whether `path` was last modified more than `age` ago. False if the time of the modification is not known.
 fn is_older(path: &Path, age: Duration) -> bool {
     let modified = fs::symlink_metadata(path).and_then(|place| place.modified());
     modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
@@ -578,7 +585,8 @@ fn is_run_id(name: &str) -> bool {
     })
 }
 
-/// The flags of terraform whose names are recorded. A word that is not in this list may be a value.
+/// The flags of terraform whose names are recorded. A word that is not in this list is never recorded, because it may
+/// be a value.
 const FLAGS: [&str; 22] = [
     "auto-approve",
     "backend",
@@ -604,8 +612,7 @@ const FLAGS: [&str; 22] = [
     "var-file",
 ];
 
-/// Returns the names of the flags among `arguments`, and never a value. A word that is not in [`FLAGS`] is left out,
-/// because it may be a value.
+/// Returns the names of the flags among `arguments`, without the values. A word that is not in [`FLAGS`] is left out.
 pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> Vec<String> {
     let mut names = Vec::new();
     for argument in arguments {
@@ -618,13 +625,14 @@ pub(crate) fn flag_names<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> 
     names
 }
 
-/// A lock of another run that replaced a run's own lock while the run was working. Either a person forced the release
-/// of the run's own lock, or the service does not enforce locks. In both cases, two runs have worked on the same state.
+/// A lock of another run that replaced this run's own lock while this run was working. Either a person forced the
+/// release of this run's own lock, or the service does not enforce locks. In both cases, two runs have worked on the
+/// same state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replaced {
     /// The run's own lock.
     pub(crate) own: RecordedLock,
-    /// The lock that is stored in its place.
+    /// The lock of the other run.
     pub(crate) by: LockInfo,
 }
 

@@ -6,9 +6,10 @@
 //!
 //! - Every directory from the base (the one that the environment names) down to the state directory belongs to this
 //!   user.
-//! - Nothing below the base is a symbolic link, and neither is the state directory.
+//! - Nothing below the base is a symbolic link. The state directory is not a symbolic link even if it is the base
+//!   itself.
 //! - No other user can write to the state directory.
-//! - No directory above the state directory belongs to another user, root excepted.
+//! - Every directory above the state directory belongs to this user or to root.
 //!
 //! A location that does not meet these conditions is skipped. If no location does, terraform runs without a journal.
 
@@ -36,8 +37,8 @@ struct Candidate {
 pub(crate) struct StateDirectory(PathBuf);
 
 impl StateDirectory {
-    /// Returns the first location that can be used. The directory is created if it does not exist. `variable` reads the
-    /// environment.
+    /// Returns the first location that can be used. Creates the directory if it does not exist. `variable` returns the
+    /// value of an environment variable.
     ///
     /// # Errors
     /// Fails if no location can be used. The error names each location with its reason.
@@ -59,8 +60,8 @@ impl StateDirectory {
         Err(io::Error::new(io::ErrorKind::NotFound, reasons.join("; ")))
     }
 
-    /// Returns every location that exists and can be used. Earlier runs may have had other environment variables, so
-    /// any of these locations may contain their data.
+    /// Returns every location that exists and can be used. Any of them may contain data of earlier runs, because those
+    /// runs may have had other environment variables.
     pub(crate) fn all(variable: impl Fn(&str) -> Option<OsString>) -> Vec<Self> {
         let mut all: Vec<Self> = candidates(variable).filter_map(|candidate| candidate.there().ok()).collect();
         all.dedup();
@@ -96,8 +97,8 @@ fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item
     .flatten()
 }
 
-/// Returns the home directory of `uid` in /etc/passwd, for when HOME is not a directory of this user (sudo). `None` if
-/// the file has no entry for `uid`.
+/// Returns the home directory of `uid` in /etc/passwd. It is used if HOME is not a directory of this user, for example
+/// under sudo. `None` if /etc/passwd cannot be read, or has no entry for `uid`.
 fn home_in_passwd(uid: u32) -> Option<PathBuf> {
     let passwd = fs::read_to_string("/etc/passwd").ok()?;
     passwd.lines().find_map(|line| {
@@ -106,8 +107,8 @@ fn home_in_passwd(uid: u32) -> Option<PathBuf> {
     })
 }
 
-/// Whether `path` is a directory of this user on which no other user has any permission, and not a symbolic link to
-/// one.
+/// Whether `path` is a directory of this user, and no other user has any permission on it. False if `path` is a
+/// symbolic link.
 pub(crate) fn is_private(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|place| {
         place.is_dir() && place.uid() == nix::unistd::geteuid().as_raw() && place.mode() & 0o077 == 0
@@ -129,7 +130,7 @@ pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result
     Ok(file)
 }
 
-/// The failure after which the file must still have either the old or the new content.
+/// The worst failure after which the file must still have either the complete old or the complete new content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Durability {
     /// The death of every process.
@@ -141,9 +142,9 @@ pub(crate) enum Durability {
 /// Replaces the file at `path` by one with `content`, readable by this user alone. At every moment, the file has either
 /// the complete old content or the complete new content.
 ///
-/// For [`Durability::PowerLoss`], the content is flushed before the rename, because the new name must not be on the
-/// disk without the content (ext4(5), `auto_da_alloc`, excludes that; other file systems do not). The directory is
-/// flushed after the rename, because it contains the name.
+/// For [`Durability::PowerLoss`], the content is flushed before the rename, because otherwise the disk may contain the
+/// new name without the content. ext4 prevents that (ext4(5), `auto_da_alloc`), but other file systems do not. The
+/// directory is flushed after the rename, because it contains the name.
 ///
 /// # Errors
 /// Fails if the file cannot be written, for example because the disk is full. The old file is then unchanged, unless
@@ -196,7 +197,8 @@ impl Candidate {
         }
     }
 
-    /// Returns the directory if it exists and meets the conditions of the module.
+    /// Returns the directory if it exists and meets the conditions in the documentation of this module. Otherwise
+    /// returns an error with the reason.
     fn there(&self) -> io::Result<StateDirectory> {
         let refused = |path: &Path, why: &str| {
             io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", path.display()))

@@ -1,9 +1,9 @@
 //! Watches one terraform from its start until it has exited.
 //!
 //! One loop in one thread waits with one poll(2). Signals are read from a descriptor. Each signal has at most one
-//! effect on terraform. [`crate::supervise::routing`] decides where a signal goes, [`crate::supervise::stop`] decides
-//! which effects a request to stop has. [`crate::supervise::foreground`] controls which process group is the foreground
-//! group.
+//! effect on terraform. [`crate::supervise::routing`] decides what `tf` does with a signal. [`crate::supervise::stop`]
+//! decides which effects a request to stop has. [`crate::supervise::foreground`] controls which process group is the
+//! foreground group.
 
 use crate::console;
 use crate::supervise::routing::Circumstances;
@@ -35,20 +35,19 @@ use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::trace::trace;
 
-/// How long terraform may take to stop after a SIGTSTP. After that, `tf` stops alone, because a program may ignore that
-/// signal.
+/// How long terraform may take to stop after a SIGTSTP. After that, `tf` stops even if terraform has not stopped,
+/// because a program may ignore that signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long to wait before terraform is continued, if it stops repeatedly because it needs the terminal and `tf` cannot
-/// make its group the foreground group.
+/// How long to wait before terraform is continued after it was stopped because it needs the terminal, if `tf` cannot
+/// make terraform's group the foreground group. Terraform may be stopped repeatedly for this reason.
 const CONTINUE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How often to check which processes below terraform have left its process group. A check reads about ten files for
 /// each process.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a service manager that stops a unit may take from the signal to the unit's first process until the signal
-/// to the last one.
+/// How long a service manager that stops a unit may take to signal all processes of the unit.
 const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 
 /// The data that are needed to watch one run.
@@ -66,26 +65,27 @@ pub(crate) struct Supervision<'a> {
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
     pub(crate) run_record: &'a mut RunRecord,
-    /// Readable when the parent of `tf` has exited. `None` if that is not a request to stop, or has been handled.
+    /// Readable when the parent of `tf` has exited. `None` if that exit is not a request to stop, if the parent cannot
+    /// be watched, or if the exit has been handled.
     pub(crate) parent: Option<OwnedFd>,
     /// Whether a SIGCHLD has arrived: a child has stopped or exited, and may be an orphan that must be reaped.
     pub(crate) children_changed: bool,
     /// Whether the shim that `tf` started has exited while the terraform behind it is still running.
     pub(crate) outlived: bool,
-    /// The end of the wait for the guardian's report that the SIGTERM of a service manager was sent to all processes of
-    /// the unit. `None` if there is no such wait.
+    /// Until when to wait for a report of the guardian, after a service manager has sent SIGTERM to `tf`. The guardian
+    /// reports if all processes of the unit got that SIGTERM. `None` if `tf` does not wait for such a report.
     pub(crate) unit_stop: Option<Instant>,
     /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have got an
-    /// interrupt. `None` if nothing behind a shim was interrupted.
+    /// interrupt. `None` until the first interrupt is sent to a running shim or to the terraform behind it.
     pub(crate) interrupted: Option<(u64, Vec<Pid>)>,
 }
 
-/// Returns the pid of the parent, and a descriptor that becomes readable when the parent has exited. `None` if that
-/// exit is not a request to stop, or if the parent cannot be watched. The exit is a request to stop only in CI, and
-/// only if this process was not started to outlive its parent (`&`, nohup, setsid).
+/// Returns the pid of the parent, and a descriptor that becomes readable when the parent has exited. `None` if the exit
+/// of the parent is not a request to stop, or if the parent cannot be watched. The exit is a request to stop only in
+/// CI, and only if this process was not started to outlive its parent (`&`, nohup, setsid).
 ///
-/// PR_SET_PDEATHSIG is not used: its signal comes when the *thread* that started this process exits, and runners start
-/// processes from thread pools.
+/// PR_SET_PDEATHSIG is not used: the kernel sends its signal when the *thread* that started this process exits, and
+/// runners start processes from thread pools.
 pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&Terminal>) -> Option<(Pid, OwnedFd)> {
     let inherited = signals.inherited();
     let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
@@ -175,11 +175,14 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether `tf` must keep waiting, because the shim has ended as `ended` says and the terraform behind it is still
-    /// running. `tf` then watches that terraform as if it had started it. If the shim was killed, terraform gets the
-    /// one interrupt of a first stop. If the shim exited by itself, it may have left terraform running on purpose. Then
-    /// this is true only if the run was interrupted or its log shows a lock, because the cleanup must not begin before
-    /// terraform has exited.
+    /// Returns whether `tf` must keep waiting although the shim has ended. `ended` is how the shim ended. True if the
+    /// terraform behind the shim is still running, and one of these conditions is met: a signal killed the shim, the
+    /// run was interrupted, or the log shows that terraform may hold a lock. In these cases, `tf` watches that
+    /// terraform as if `tf` had started it, because the cleanup must not begin before terraform has exited. False in
+    /// all other cases: a shim that exits by itself may leave terraform running on purpose.
+    ///
+    /// If a signal killed the shim and the run was not interrupted before, terraform gets the one interrupt of a first
+    /// stop.
     fn is_outlived(&mut self, ended: Ended) -> bool {
         if !self.tree.is_behind_a_shim() {
             return false;
@@ -259,10 +262,11 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether a SIGTERM from `sender` may have been sent to every process of the unit, including terraform. A service
-    /// manager does so when it stops the unit (KillMode=control-group, systemd.kill(5)), and with kill(-1) at shutdown.
-    /// If `tf` sent an interrupt as well, terraform would count it as the second one, and would exit with its lock
-    /// held.
+    /// Returns whether a SIGTERM from `sender` may have been sent to every process of the unit, including terraform.
+    /// False if the run was interrupted before, if there is no guardian, or if `sender` is not a service manager. A
+    /// service manager signals all processes when it stops the unit (KillMode=control-group, systemd.kill(5)), and with
+    /// kill(-1) at shutdown. If `tf` sent an interrupt as well, terraform would count that interrupt as the second one,
+    /// and would exit with its lock held.
     ///
     /// `tf` cannot see which signals terraform got. But the guardian is in the same control group, so it gets the same
     /// signal and reports it to `tf`.
@@ -279,8 +283,8 @@ impl Supervision<'_> {
             trace!("the terminal sent {signal} to terraform");
             if signal == Signal::SIGINT {
                 self.asked(StopEvent::KeyboardAtTerraform);
-                // A second ^C must reach `tf`, because terraform would count it as its second interrupt. So `tf`
-                // reclaims the foreground even if the terminal's modes are not restored yet.
+                // The next ^C must reach `tf` and not terraform, because terraform would count it as a second
+                // interrupt. So `tf` reclaims the foreground even if the terminal's modes are not restored yet.
                 self.foreground.reclaim_foreground();
             }
         }
@@ -328,7 +332,7 @@ impl Supervision<'_> {
     }
 
     /// Sends the one interrupt of a first stop to a terraform behind a shim. If `is_key` is true, the cause is a ^C at
-    /// the terminal. Then the shims get the interrupt too, because the terminal would have sent it to them.
+    /// the terminal. In this case, the shims get the interrupt too, because the terminal would have sent it to them.
     fn interrupt_behind_shim(&mut self, is_key: bool) {
         let recorder = self.tree.recorder();
         let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
@@ -343,8 +347,9 @@ impl Supervision<'_> {
             self.interrupted = Some((moment, terraform.into_iter().collect()));
             return;
         }
-        // The shim that `tf` started is a zombie child of this process, so no other group can have its number. No
-        // running shim is left in the group, so none can pass the interrupt on to terraform a second time.
+        // The shim that `tf` started is a zombie child of this process, so no other process group can have the number
+        // of its group. No running shim is left in that group, so no shim can pass the interrupt on to terraform a
+        // second time.
         let _ = killpg(self.terraform, Signal::SIGINT);
         for process in self.tree.orphaned_terraforms().iter().filter(|process| process.group != self.terraform) {
             let _ = kill(process.pid, Signal::SIGINT);
@@ -365,8 +370,9 @@ impl Supervision<'_> {
         }
     }
 
-    /// Stops this process with [`Signals::stop`]. Reports the stop to the guardian, so that it continues this process
-    /// if terraform is killed meanwhile: no other process would. Returns false if the kernel discarded the stop.
+    /// Stops this process with [`Signals::stop`]. First reports the stop to the guardian. If terraform exits while this
+    /// process is stopped, the guardian continues this process, because no other process would. Returns true after this
+    /// process was continued, and false if the kernel discarded the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
@@ -384,20 +390,20 @@ impl Supervision<'_> {
                 && wait::ended(self.terraform).is_none()
                 && begun.elapsed() < STOP_TIMEOUT
             {
-                // The signalfd becomes readable when SIGCHLD reports the stop, but it also stays readable as long as
-                // any other signal is queued in it. A short sleep in poll(2) prevents a busy loop.
+                // This loop does not wait for the signalfd to become readable. The signalfd stays readable as long as
+                // any signal is queued in it, so such a wait could become a busy loop.
                 poll::wait(&[], Some(Duration::from_millis(1)));
             }
         }
         // In an orphaned process group, and for a session leader, the kernel discards the stop of this process, because
-        // no process could continue it. Then terraform is continued at once. A terraform without `tf` would not stop
-        // there either.
+        // no process could continue it. In this case, terraform is continued at once. A terraform without `tf` would
+        // not stop there either.
         let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
         trace!("stopped: {stopped}");
         let _ = killpg(self.terraform, Signal::SIGCONT);
     }
 
-    /// Handles the fact that `signal` has stopped terraform.
+    /// Handles a stop of terraform by `signal`. Returns what remains to be done.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
         match signal {
@@ -454,9 +460,9 @@ enum Stopped {
     ContinueSoon,
 }
 
-/// Returns the signal with which this process stops itself after terraform was stopped by `signal`. It is never
-/// SIGSTOP: in an orphaned process group, where no process could continue this one, the kernel discards a SIGTSTP but
-/// not a SIGSTOP.
+/// Returns the signal with which this process stops itself after terraform was stopped by `signal`. The result is never
+/// SIGSTOP, because the kernel does not discard a SIGSTOP in an orphaned process group, where no process could continue
+/// this process. The kernel discards a SIGTSTP there.
 fn signal_to_stop_with(signal: Signal) -> Signal {
     if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
 }

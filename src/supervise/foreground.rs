@@ -1,15 +1,16 @@
-//! Makes terraform's process group the foreground group when terraform needs the terminal, and reclaims the foreground.
+//! Makes terraform's process group the foreground group when terraform needs the terminal, and later reclaims the
+//! foreground.
 //!
 //! Terraform runs in a background process group, so that the terminal's keys signal `tf` alone. A background group may
 //! write to the terminal. If a process of that group reads from the terminal or changes its modes, the kernel stops the
-//! whole group (SIGTTIN, SIGTTOU), and notifies `tf`, terraform's parent. `tf` then makes that group the foreground
-//! group and continues it. `tf` reclaims the foreground when 20 ms have passed *and* the terminal has its previous
-//! modes again, for these reasons:
+//! whole group (SIGTTIN, SIGTTOU), and notifies `tf`, which is terraform's parent. `tf` then makes that group the
+//! foreground group and continues it. `tf` reclaims the foreground when 20 ms have passed *and* the terminal has its
+//! previous modes again, for these reasons:
 //!
 //! - Terraform's own prompt is one read(2) of a line. A read that has begun also works in the background.
 //! - A prompt without echo or in raw mode (ssh, sudo, `terraform console`) reads byte by byte. In the background, each
-//!   further read would stop it, and the flush at its restart would discard what was typed. `tf` recognises such a
-//!   prompt by the terminal's modes.
+//!   further read would stop the program that prompts. When that program continues, it would flush the terminal's
+//!   input, and so discard what was typed. `tf` recognises such a prompt by the terminal's modes.
 //!
 //! While terraform's group is the foreground group, the terminal's keys signal that group. A [`GroupSignalWatcher`] in
 //! that group reports those signals to `tf`.
@@ -29,8 +30,8 @@ use crate::trace::trace;
 const MIN_FOREGROUND_WINDOW: Duration = Duration::from_millis(20);
 
 /// How long terraform's group is searched for members that have stopped themselves, after it became the foreground
-/// group. Programs that ask for a password catch SIGTTIN and SIGTTOU and later stop only themselves, with kill(2). `tf`
-/// is not notified of that, so it must search.
+/// group. Programs that ask for a password catch SIGTTIN and SIGTTOU and later stop only themselves, with kill(2). The
+/// kernel does not notify `tf` of such a stop, so `tf` must search.
 const STOPPED_MEMBERS_WINDOW: Duration = Duration::from_secs(2);
 
 /// How often to check the terminal's modes, and to search the group for stopped members.
@@ -57,7 +58,8 @@ pub(crate) struct ForegroundControl {
     terraform: Pid,
     /// The process group of this process.
     own: Pid,
-    /// When `tf` made terraform's group the foreground group. `None` if it has not, or has reclaimed the foreground.
+    /// When `tf` made terraform's group the foreground group. `None` if `tf` has not done so, or has reclaimed the
+    /// foreground since.
     since: Option<Instant>,
     /// The modes that the terminal must have again before `tf` reclaims the foreground. `None` until `tf` makes
     /// terraform's group the foreground group, and again after it has reclaimed the foreground with these modes.
@@ -109,8 +111,8 @@ impl ForegroundControl {
         }
     }
 
-    /// Makes terraform's group the foreground group and continues it. Returns false if there is no terminal, or its
-    /// foreground group cannot be changed.
+    /// Makes terraform's group the foreground group and continues it. Returns whether terraform's group is now the
+    /// foreground group. False if there is no terminal, or if the terminal's foreground group cannot be changed.
     pub(crate) fn give_foreground(&mut self) -> bool {
         let Some(terminal) = &self.terminal else { return false };
         if self.normal.is_none() {
@@ -134,8 +136,9 @@ impl ForegroundControl {
     }
 
     /// Makes this process's group the foreground group again, if terraform's group is the foreground group now. A
-    /// program below terraform, such as an interactive shell, may have made its own group the foreground group. Then
-    /// that group remains the foreground group, and the program restores terraform's group when it exits.
+    /// program below terraform, such as an interactive shell, may have made its own group the foreground group. In this
+    /// case, the program's group remains the foreground group. When the program exits, it makes terraform's group the
+    /// foreground group again.
     pub(crate) fn reclaim_foreground(&mut self) {
         if self.since.take().is_none() {
             return;
@@ -151,12 +154,14 @@ impl ForegroundControl {
         }
         if std::mem::take(&mut self.stopped_ours) {
             // A pager or an editor in the same pipeline as `tf` needed the terminal meanwhile, so the kernel stopped
-            // it. This process gets the SIGCONT as well, and passes it on to terraform, where it has no effect.
+            // that program. This process gets the SIGCONT as well, and passes it on to terraform, where the signal has
+            // no effect.
             let _ = kill(Pid::from_raw(0), Signal::SIGCONT);
         }
     }
 
-    /// Records that the kernel stopped a member of this process's group because it needed the terminal.
+    /// Records that the kernel stopped a member of this process's group because that member needed the terminal. Does
+    /// nothing unless `tf` has made terraform's group the foreground group.
     pub(crate) fn note_stopped_ours(&mut self) {
         self.stopped_ours |= self.terraform_has_foreground();
     }
@@ -166,14 +171,15 @@ impl ForegroundControl {
         self.next_look
     }
 
-    /// Reclaims the foreground if the conditions for that are met. Continues members of terraform's group that stopped
-    /// themselves.
+    /// Reclaims the foreground if [`MIN_FOREGROUND_WINDOW`] has passed and the terminal has its previous modes again.
+    /// If a member of terraform's group has stopped itself, continues the group. If the group of `tf` is the foreground
+    /// group at that time, terraform's group becomes the foreground group first.
     pub(crate) fn look(&mut self) {
         if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
             match self.foreground() {
                 Foreground::Terraforms if self.modes_are_normal() => self.reclaim_foreground(),
-                // A shell below terraform has made this process's group the foreground group when it exited, because
-                // this group was the foreground group when the shell started. So the foreground counts as reclaimed.
+                // When an interactive shell below terraform exits, it restores the foreground group that it found when
+                // it started. Here that was the group of this process. So the foreground counts as reclaimed.
                 Foreground::Ours => self.reclaim_foreground(),
                 _ => {}
             }

@@ -11,16 +11,16 @@
 //! every change of the foreground group and every signal would pass through two processes, either of which can die
 //! alone. And the supervisor would be no safer against a kill of a session, a control group or all descendants.
 //!
-//! - It is the leader of a new session. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor that it
-//!   does not need is closed ([`crate::sys::detached`]). So it does not keep the caller's pipe or an outer run's
-//!   lifeline open.
+//! - The guardian is the leader of a new session. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor
+//!   that it does not need is closed ([`crate::sys::detached`]). So it does not keep the caller's pipe or an outer
+//!   run's lifeline open.
 //! - At the end of a job, CI runners kill the processes that have a certain variable in their environment. The guardian
-//!   removes these variables from its environment. Jenkins also kills the descendants of these processes, so there the
-//!   guardian is a child of init. The same applies if there is no process list ([`Guardian::fork`]). Otherwise it is a
-//!   child of `tf`, which reaps it: in a container whose first process reaps no orphans, each run would otherwise leave
-//!   a zombie.
-//! - It signals terraform through a pidfd, which never refers to another process with the same pid. The child itself
-//!   sends its pid to the guardian before it executes terraform.
+//!   removes these variables from its environment. Jenkins also kills the descendants of these processes, so on Jenkins
+//!   the guardian is a child of init. It is also a child of init if there is no process list ([`Guardian::fork`]). In
+//!   all other cases, the guardian is a child of `tf`, and `tf` reaps it. As a child of init, each guardian would
+//!   remain as a zombie in a container whose first process reaps no orphans.
+//! - It signals terraform through a pidfd, which never refers to another process with the same pid. The child of `tf`
+//!   that executes terraform sends its pid to the guardian first.
 //! - Its [`Stop`] gets the same events as the [`Stop`] of `tf`, so both have the same state. So terraform gets only one
 //!   interrupt, whether `tf` or the guardian sends it.
 //! - After the death of `tf`, it reads terraform's pipes and discards the output: terraform must not die of SIGPIPE
@@ -58,27 +58,33 @@ use crate::sys::{detached, environment};
 use crate::terraform::log::{JSON_LIMIT, Log, UnnamedLock};
 use crate::trace::{self, trace};
 
-/// The kinds of messages from `tf`. A message is its kind in 1 byte, the length of its payload in 4 bytes
-/// (little-endian), and the payload.
+/// This constant and the following ones, up to [`OUTSIDE_GROUP`], are the kinds of messages from `tf`. A message
+/// consists of its kind in 1 byte, the length of its payload in 4 bytes (little-endian), and the payload.
 ///
-/// This kind: terraform was started. The payload is its pid in 4 bytes, in native byte order.
+/// A [`STARTED`] message reports that terraform was started. The payload is terraform's pid in 4 bytes, in native byte
+/// order.
 const STARTED: u8 = 1;
-/// An event for the guardian's [`Stop`]: a [`StopEvent`] as JSON.
+/// The message contains an event for the guardian's [`Stop`]. The payload is a [`StopEvent`] as JSON.
 const EVENT: u8 = 2;
-/// The parsed log and the offset up to which the log was read, as JSON.
+/// The message contains the parsed log. The payload is the offset up to which the log was read, and the parsed log, as
+/// JSON.
 const NEWS: u8 = 3;
-/// 1 byte: 1 if `tf` is about to stop itself, 0 if it was continued.
+/// The message reports that `tf` is about to stop itself, or was continued. The payload is 1 byte: 1 if `tf` is about
+/// to stop itself, and 0 if `tf` was continued.
 const STILL: u8 = 4;
-/// The run is over. No payload.
+/// The message reports that the run is over. It has no payload.
 const OVER: u8 = 5;
-/// The processes below terraform that have left its process group, as JSON.
+/// The message contains the processes below terraform that have left its process group. The payload is the pid and the
+/// start time of each process, as JSON.
 const OUTSIDE_GROUP: u8 = 6;
 
-/// The messages from the guardian, 1 byte each.
+/// This constant and [`UNIT_IS_STOPPED`] are the messages from the guardian. Each message is 1 byte, and [`Heard`]
+/// describes what it means.
 const CANNOT_WRITE: u8 = 1;
 const UNIT_IS_STOPPED: u8 = 2;
 
-/// The child writes this before its pid: the header of a [`STARTED`] message with a payload of 4 bytes.
+/// The header of a [`STARTED`] message with a payload of 4 bytes. The child of `tf` that executes terraform writes this
+/// header before its pid.
 pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
 
 /// The maximum length of a payload, in bytes. The longest payload is that of a [`NEWS`] message: the parsed log, and
@@ -97,13 +103,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How often the guardian searches for all processes below terraform.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long init may take to reap a terraform before its status counts as unknown.
+/// How long to wait for the exit status of a terraform that has exited, while init may be reaping it. If the status is
+/// not available after that time, the status counts as unknown.
 const INIT_REAP_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The guardian, as seen by `tf`.
 #[derive(Debug)]
 pub(crate) struct Guardian {
-    /// The guardian's pid. `None` if it is not a child of this process.
+    /// The guardian's pid. `None` if the guardian is not a child of this process.
     pid: Option<Pid>,
     socket: UnixStream,
     /// The bytes that could not be written to the socket yet, because it was full.
@@ -140,7 +147,7 @@ impl Guardian {
     /// Forks the guardian. This process must have only one thread, and terraform must not have been started.
     ///
     /// # Errors
-    /// If the socket cannot be created, or fork(2) fails. The run then continues without a guardian.
+    /// Fails if the socket cannot be created, or fork(2) fails. The run then continues without a guardian.
     pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
         let (socket, its_end) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
@@ -152,8 +159,8 @@ impl Guardian {
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
         keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
-        // Without a process list, `tf` checks whether the tree is dead by checking that it has no child left. So the
-        // guardian must not be its child.
+        // Without a process list, the tree counts as dead when `tf` has no child left. So the guardian must not be a
+        // child of `tf`.
         let is_listed = process::list() != ProcessList::Unavailable;
         let parent =
             if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
@@ -161,7 +168,7 @@ impl Guardian {
         Ok(Self { pid, socket, unsent: Vec::new() })
     }
 
-    /// Returns the pid of the guardian. `None` if it is not a child of this process.
+    /// Returns the pid of the guardian. `None` if the guardian is not a child of this process.
     pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
@@ -186,7 +193,7 @@ impl Guardian {
     /// Sends an event to the guardian's [`Stop`].
     ///
     /// # Errors
-    /// If the guardian is gone.
+    /// Fails if the guardian is gone.
     pub(crate) fn note(&mut self, event: StopEvent) -> io::Result<()> {
         self.send(EVENT, &serde_json::to_vec(&event)?)
     }
@@ -194,16 +201,17 @@ impl Guardian {
     /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false).
     ///
     /// # Errors
-    /// If the guardian is gone.
+    /// Fails if the guardian is gone.
     pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
         self.send(STILL, &[u8::from(still)])
     }
 
-    /// Sends the parsed log of terraform, which was read up to `offset`, in bytes. Returns false if it was not sent,
-    /// because the socket is full now or the message would be too long.
+    /// Sends the parsed log of terraform. The log was read up to `offset`, in bytes. Returns true if the message was
+    /// sent, or if the rest of it will be sent later. Returns false if the message was not sent, because an earlier
+    /// message still fills the socket, or because this message would be too long.
     ///
     /// # Errors
-    /// If the guardian is gone.
+    /// Fails if the guardian is gone.
     pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
         self.flush()?;
         if !self.unsent.is_empty() {
@@ -211,8 +219,8 @@ impl Guardian {
         }
         let news = serde_json::to_vec(&(offset, log))?;
         if news.len() > MAX_MESSAGE_BYTES {
-            // The guardian would skip the message. After the death of `tf`, it reads the log itself, which is possible
-            // because no part of the log is freed before it was sent.
+            // The guardian would skip the message. After the death of `tf`, the guardian reads the log itself. It can
+            // do so because `tf` frees a part of the log only after that part was sent.
             return Ok(false);
         }
         self.send(NEWS, &news)?;
@@ -223,7 +231,7 @@ impl Guardian {
     /// clock ticks since boot.
     ///
     /// # Errors
-    /// If the guardian is gone.
+    /// Fails if the guardian is gone.
     pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
         self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
@@ -241,7 +249,7 @@ impl Guardian {
         let mut guardian = self;
         while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
             let _ = guardian.flush();
-            // Wait only for the end of the socket. Earlier reports of the guardian do not matter any more.
+            // This waits only until the guardian has closed the socket. Reports of the guardian do not matter any more.
             if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(GUARDIAN_EXIT_TIMEOUT)) == [true] {
                 break;
             }
@@ -252,7 +260,7 @@ impl Guardian {
                 let _ = kill(pid, Signal::SIGKILL);
             }
             // A guardian that is frozen, or hangs in the kernel, does not exit even if it is killed. So the wait is
-            // limited. Init reaps it after `tf` has exited.
+            // limited. Init reaps that guardian after `tf` has exited.
             let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
             // A pidfd reports the guardian's exit at once, so `tf` does not wait longer than needed.
             if let Ok(end) = process::open_pidfd(pid) {
@@ -303,9 +311,9 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     process::signal(terraform, Signal::SIGINT)
 }
 
-/// Whether a runner would kill the descendants of this process, whatever their environment contains (Jenkins,
-/// ProcessTree.java, `killRecursively`). False for the first process of a pid namespace: it is init itself, and the
-/// kernel kills all processes of the namespace when it exits.
+/// Returns whether a runner would kill the descendants of this process, whatever their environment contains (Jenkins,
+/// ProcessTree.java, `killRecursively`). False if this process is the first process of a pid namespace. In this case,
+/// this process is init itself, and when it exits, the kernel kills all processes of the namespace.
 fn runner_kills_descendants() -> bool {
     std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
 }
@@ -314,8 +322,9 @@ fn is_jenkins_cookie(name: &str) -> bool {
     (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
 }
 
-/// Whether `name` is a variable by which a runner finds the processes of a job, or the mark of the outer run, if this
-/// run is nested in one ([`crate::journal::run_mark::RUN`]).
+/// Returns whether `name` is a variable that the guardian must remove from its environment. These are the variables by
+/// which a runner finds the processes of a job, and the mark of an outer run in which this run is nested
+/// ([`crate::journal::run_mark::RUN`]).
 fn marks_us(name: &str) -> bool {
     is_jenkins_cookie(name)
         || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::journal::run_mark::RUN)
@@ -325,12 +334,13 @@ fn marks_us(name: &str) -> bool {
 #[derive(Debug, Default)]
 struct Received {
     bytes: Vec<u8>,
-    /// The number of bytes of a message that is too long that must still be discarded before the next message.
+    /// The number of bytes that must still be discarded before the next message, because they belong to a message that
+    /// is too long.
     skipped: usize,
 }
 
 impl Received {
-    /// Returns the kind and the payload of the next complete message. `None` if there is none yet.
+    /// Returns the kind and the payload of the next complete message. `None` if no complete message has arrived yet.
     fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
             let skipped = self.skipped.min(self.bytes.len());
@@ -360,10 +370,11 @@ struct Watch<'a> {
     received: Received,
     /// Whether `tf` is stopped or about to stop itself.
     still: bool,
-    /// The parsed log that was not written to the journal yet, with the offset up to which it was read, in bytes.
-    /// `None` if everything was written.
+    /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
+    /// `None` if the latest parsed log was written.
     news: Option<(u64, Log)>,
-    /// Reads the signals that were sent to the guardian. They do not kill it. `None` if they cannot be read.
+    /// Reads the signals that were sent to the guardian. These signals do not kill the guardian. `None` if they cannot
+    /// be read.
     signals: Option<Signals>,
     /// Whether a service manager has sent SIGTERM to the guardian, and this was not reported to `tf` yet.
     unit_is_stopped: bool,
@@ -375,22 +386,22 @@ struct Watch<'a> {
 struct Terraform {
     pid: Pid,
     /// A pidfd of the process, which never refers to another process with the same pid. `None` before Linux 5.3 and on
-    /// other systems. There the pid is used, but only shortly after the death of `tf`: as long as `tf` was running, it
-    /// had not reaped terraform, so the pid could not be reused.
+    /// other systems. There, the guardian signals the pid, but only shortly after the death of `tf`. As long as `tf`
+    /// was running, it did not reap terraform, so the pid could not be reused during that time.
     process: Option<OwnedFd>,
     /// Whether the pid certainly belonged to the child of `tf` when the pidfd was opened.
     certain: bool,
 }
 
 impl Terraform {
-    /// Whether the child has executed terraform or a wrapper, and the pid still belongs to it. The mark in its
-    /// environment proves both. A wrapper may have cleared its environment. Then this is true if the pid is certain and
-    /// the process runs a program other than `tf`.
+    /// Returns whether the child has executed terraform or a wrapper, and the pid still belongs to the child. The mark
+    /// in the environment of the process proves both. A wrapper may have removed the mark from its environment. So
+    /// without the mark, this is true if the pid is certain and the process runs a program other than `tf`.
     fn has_begun(&self, tree: &Tree) -> bool {
         match Process::look_up(self.pid) {
             Some(process) => tree.is_marked(&process) || (self.certain && process.runs_another_program()),
-            // Without a process list this is unknown, and true is safe: if the child is interrupted before it executes
-            // terraform, it dies without having taken a lock.
+            // Without a process list, this is unknown. The result true is safe: if the child is interrupted before it
+            // executes terraform, it dies without having taken a lock.
             None => process::list() != ProcessList::Available,
         }
     }
@@ -423,7 +434,8 @@ impl<'a> Watch<'a> {
         environment::unset_empty("AWS_");
         context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
-        // This may take time. In the guardian it delays nothing, because `tf` starts terraform at the same time.
+        // Identifying the backends may take time. This does not delay terraform, because `tf` starts it at the same
+        // time.
         let (access, surroundings) = context.run.candidates.identified(&context.run.id);
         let reached = Reached::of(&context.run.id, &access, &surroundings);
         if let Some(record) = &mut context.record {
@@ -502,8 +514,8 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Continues a stopped `tf` whose terraform was killed while both were stopped. `tf` may have to release a lock,
-    /// and no other process would continue it: a shell does so only at its user's request, and a CI runner has no such
+    /// Continues `tf` if it is stopped. Terraform has exited in the meantime, so `tf` may have to release a lock. No
+    /// other process would continue `tf`: a shell does so only at its user's request, and a CI runner has no such
     /// shell.
     fn continue_tf(&self) {
         if Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T') {
@@ -513,15 +525,15 @@ impl<'a> Watch<'a> {
     }
 
     /// Reads the signals that were sent to the guardian. If a service manager sends SIGTERM to the whole unit,
-    /// terraform gets it too, if it is in the same control group. Then `tf` must not send terraform another interrupt,
-    /// so the guardian reports the signal to `tf`.
+    /// terraform gets the signal too, if terraform is in the same control group as the guardian. In this case, `tf`
+    /// must not send terraform another interrupt, so the guardian reports the signal to `tf`.
     fn hear_signals(&mut self) {
         let Some(signals) = &mut self.signals else { return };
         while let Some(Arrival { signal, sender, .. }) = signals.next() {
             self.unit_is_stopped |= signal == Signal::SIGTERM && sender.is_some_and(process::is_service_manager);
         }
-        // Terraform may have been started although its [`STARTED`] message has not been read yet. Then the signal is
-        // handled after that message.
+        // Terraform may have been started although its [`STARTED`] message has not been read yet. If so, the signal is
+        // handled after that message was read.
         let Some(terraform) = self.terraform.as_ref().filter(|_| self.unit_is_stopped) else { return };
         self.unit_is_stopped = false;
         if process::is_in_own_control_group(terraform.pid) {
@@ -532,10 +544,10 @@ impl<'a> Watch<'a> {
     }
 
     /// Forgets a stop of the unit that arrived before terraform was started. That signal has not reached terraform.
-    /// `tf` got it too, and interrupts terraform if the guardian reports nothing. Call this only when the socket is
-    /// empty, so that a [`STARTED`] message cannot be overlooked. The child of `tf` discards its pending signals before
-    /// it sends that message. So a signal that the guardian has read before the message was discarded, or killed the
-    /// child before it executed terraform.
+    /// `tf` got the signal too, and interrupts terraform if the guardian reports nothing. Call this only when the
+    /// socket is empty, so that a [`STARTED`] message cannot be overlooked. The child of `tf` discards its pending
+    /// signals before it sends that message. So a signal that the guardian has read before the message was discarded,
+    /// or killed the child before it executed terraform.
     fn forget_early_stop(&mut self) {
         self.unit_is_stopped &= self.terraform.is_some();
     }
@@ -587,7 +599,8 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: has news");
         if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
             // A lock that was requested must be in the journal even after a power failure, so a new lock is flushed to
-            // disk. Progress of a known lock need not be flushed, because the stored lock itself shows it.
+            // disk. Progress of a known lock is not flushed to disk, because the stored lock itself shows that
+            // progress.
             let known = |id: &str| record.log.named().any(|lock| lock.id == id);
             let unknown = |lock: &UnnamedLock| !record.log.unnamed().any(|known| known.is_same(lock));
             let is_new = log.unreleased().any(|lock| !known(&lock.id)) || log.unnamed().any(unknown);
@@ -629,8 +642,8 @@ impl<'a> Watch<'a> {
         crash_point::reached("guardian: done");
     }
 
-    /// Sends terraform one interrupt, unless it has got one, and waits until it has exited. Returns how it ended.
-    /// `None` if that is unknown, or if terraform was never started.
+    /// Sends terraform one interrupt, unless terraform has already got one, and waits until terraform has exited.
+    /// Returns how terraform ended. `None` if that is unknown, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
         let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
@@ -655,8 +668,9 @@ impl<'a> Watch<'a> {
                 self.interrupt(&terraform);
                 crash_point::reached("guardian: interrupted");
             }
-            // If terraform was stopped when its parent died, the kernel normally sends it SIGHUP and SIGCONT. If it
-            // does not, as in a session without a terminal, terraform acts on no signal until it is continued here.
+            // If terraform was stopped when its parent died, the kernel normally sends it SIGHUP and SIGCONT. If the
+            // kernel does not do so, as in a session without a terminal, terraform acts on no signal until the guardian
+            // continues it here.
             if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
                 let _ = terraform.signal(Signal::SIGCONT);
             }

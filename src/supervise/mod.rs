@@ -75,7 +75,7 @@ pub(crate) enum NotSupervised {
 }
 
 /// Runs terraform, releases its lock if terraform did not, and returns how terraform ended. If a signal asks `tf` to
-/// stop while it recovers earlier runs, terraform is not started, and the result is that it was killed by that signal.
+/// stop while it recovers earlier runs, terraform is not started, and the result is [`Ended::Killed`] with that signal.
 ///
 /// # Errors
 /// - [`NotSupervised::Unprepared`] if something that must exist before terraform starts cannot be created, or if there
@@ -116,8 +116,8 @@ struct Prepared<'a> {
     inherited: Vec<OwnedFd>,
     pipes: Pipes,
     terminal: Option<Terminal>,
-    /// Readable when the parent of `tf` has exited. `None` if that is not a request to stop
-    /// ([`event_loop::parent_to_watch`]).
+    /// Readable when the parent of `tf` has exited. `None` if the exit of the parent is not a request to stop, or if
+    /// the parent cannot be watched ([`event_loop::parent_to_watch`]).
     parent: Option<OwnedFd>,
     stop: Stop,
     run_record: RunRecord,
@@ -157,8 +157,7 @@ impl<'a> Prepared<'a> {
         changes.push((run_mark::RUN, Some(nested(variable(run_mark::RUN), &context.id))));
         if program.version.as_ref().map_or(!program.itself, Version::is_two_processes) {
             // With `TF_FORK=0` this old terraform runs in one process. That process gets the one interrupt of `tf` and
-            // does not change the TF_TEMP_LOG_PATH that `tf` sets (panicwrap, main.go). Later versions ignore the
-            // variable.
+            // does not change the TF_TEMP_LOG_PATH that `tf` sets (panicwrap, main.go). Later versions ignore TF_FORK.
             changes.push(("TF_FORK", Some("0".into())));
         }
         let image = context.invocation.image(&changes)?;
@@ -225,7 +224,7 @@ impl<'a> Prepared<'a> {
             Ok(terraform) => terraform,
             Err(error) => {
                 self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
-                // There is no free process or no free descriptor. The caller can still run terraform without
+                // The system has no free process, descriptor or memory. The caller can still run terraform without
                 // supervision, by replacing this process with terraform.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
                 if error.raw_os_error().is_some_and(|number| lacking.contains(&number)) {
@@ -275,8 +274,8 @@ impl<'a> Prepared<'a> {
         .watch()
     }
 
-    /// Reports how terraform ended, releases the locks that it has left, and closes the run's record. `tried` are the
-    /// IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
+    /// Reports how terraform ended, releases the locks that terraform has left, and closes the run's record. `tried`
+    /// are the IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
     fn clean_up(&mut self, ended: Ended, started: &Started, tried: &[String], signals: &mut Signals) {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
@@ -328,8 +327,9 @@ impl<'a> Prepared<'a> {
 }
 
 /// Opens the journal in `state` for `context`, and creates the run's entry in it. Adds the lock file that terraform
-/// must inherit to `inherited`. Returns `None` if the journal cannot be opened or written. Terraform is started all the
-/// same, and the missing journal is reported only if terraform dies and may have left a lock.
+/// must inherit to `inherited`. Returns the entry and its record. `None` if the journal cannot be opened or written. In
+/// this case, terraform is started all the same, and the missing journal is reported only if terraform dies and may
+/// have left a lock.
 fn enter_in_journal(
     context: &mut RunContext<'_>,
     state: io::Result<StateDirectory>,
@@ -392,8 +392,8 @@ fn say_the_rest(signals: &mut Signals) {
     }
 }
 
-/// Returns the value of `TFW_RUN` for the run `id`: the value `outer` of the surrounding run, if there is one, followed
-/// by `/` and `id`.
+/// Returns the value of `TFW_RUN` for the run `id`. If this run is nested in an outer run, the value is `outer`, which
+/// is the value of the outer run, followed by `/` and `id`. Otherwise, the value is `id`.
 fn nested(outer: Option<OsString>, id: &str) -> OsString {
     match outer {
         Some(mut outer) if outer.as_os_str() != OsStr::new("") => {

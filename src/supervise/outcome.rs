@@ -7,13 +7,14 @@ use crate::sys::process;
 use crate::sys::signals;
 use crate::sys::wait::Ended;
 
-/// Returns the exit code with which `main` must exit, if terraform ended as `ended` says. If a signal killed terraform,
-/// normally does not return.
+/// Returns the exit code with which `main` must exit. `ended` is how terraform ended. If a signal killed terraform,
+/// this function normally does not return.
 ///
 /// If a signal killed terraform, this function kills this process with the same signal, with its default action and
-/// without a core file. So the parent of `tf` gets the same wait status as from terraform. That matters: a shell aborts
-/// its script if a child died of SIGINT, but not if the child exited with code 130. Only PID 1 of a pid namespace
-/// survives the signal (pid_namespaces(7)). For PID 1, the result is 128 + the signal's number, as in a shell.
+/// without a core file. So the parent of `tf` gets the same wait status as from terraform. The wait status matters: a
+/// shell aborts its script if a child died of SIGINT, but not if the child exited with code 130. Only PID 1 of a pid
+/// namespace survives the signal (pid_namespaces(7)). For PID 1, the result is 128 + the signal's number, as in a
+/// shell.
 pub(crate) fn end_as(ended: Ended) -> u8 {
     match ended {
         Ended::Exited(code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),

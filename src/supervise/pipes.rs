@@ -38,10 +38,11 @@ struct Drain {
     /// The caller's descriptor: 1 or 2.
     standard: i32,
     target: DrainTarget,
-    /// Whether there is data to pass on, so that the next wait is for room to write it. Otherwise, the next wait is for
-    /// data to read.
+    /// Whether there is data to pass on. If true, `tf` next waits for room to write the data. If false, `tf` next waits
+    /// for data to read.
     full: bool,
-    /// Whether no more output can come through this pipe, or all of it was passed on after terraform had exited.
+    /// Whether this pipe needs no further step: every writer has closed it, or terraform has exited and all of its
+    /// output was passed on.
     finished: bool,
     /// The bytes that were read and not sent yet. Always empty unless the target is a socket.
     buffer: VecDeque<u8>,
@@ -49,12 +50,12 @@ struct Drain {
     copy: Option<Vec<u8>>,
 }
 
-/// The result of one step.
+/// The result of [`Pipes::step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// No reader has gone away in this step.
+    /// No write to a reader has failed in this step.
     Going,
-    /// A reader has gone away in this step.
+    /// A write to a reader has failed in this step, because the reader has exited or has closed its pipe or socket.
     ReaderGone,
 }
 
@@ -79,7 +80,7 @@ impl Pipes {
     /// pipe for each open descriptor, whatever its kind, and keeps a copy of the output.
     ///
     /// # Errors
-    /// If no pipe can be created.
+    /// Fails if no pipe can be created.
     pub(crate) fn create_pipes(keeps_copies: bool) -> io::Result<Self> {
         let mut pipes = Self::default();
         let mut identities = Vec::new();
@@ -172,11 +173,11 @@ impl Pipes {
         progress
     }
 
-    /// Passes on the output that was left in the pipes when terraform exited, as far as there is room. A pipe is
-    /// already finished when it is empty, without waiting for the end of file: a process below terraform may keep a
-    /// write end open for an unlimited time.
+    /// Passes on the output that was left in the pipes when terraform exited, as far as the readers have room for it.
+    /// An empty pipe counts as finished, even if it has not reached its end of file: a process below terraform may keep
+    /// a write end open for an unlimited time.
     ///
-    /// Returns true if all output was passed on.
+    /// Returns true if all output was passed on or discarded. Returns false if a reader has no room for the rest.
     pub(crate) fn flush(&mut self) -> bool {
         self.drains.iter_mut().for_each(Drain::flush);
         self.drains.iter().all(|drain| drain.finished)

@@ -36,7 +36,8 @@ pub(crate) enum Route {
     AskGuardian,
     /// `tf` stops terraform, and then itself.
     Suspend,
-    /// The kernel has stopped a process of the group of `tf`, because it needed the terminal. `tf` records that.
+    /// The kernel has stopped a process of the group of `tf`, because that process needed the terminal. `tf` records
+    /// the stop.
     NoteStoppedReader,
     /// `tf` sends the signal to terraform's whole process group, as the terminal would.
     PassToGroup,
@@ -66,7 +67,7 @@ pub(crate) fn route(signal: Signal, origin: SignalOrigin, circumstances: Circums
         (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) | (Signal::SIGCONT, _) if !is_shared => {
             Route::PassToGroup
         }
-        // With a shared group, the terminal has sent it to terraform as well.
+        // In a shared group, the terminal has sent the signal to terraform as well.
         (Signal::SIGQUIT | Signal::SIGWINCH, SignalOrigin::Kernel) => Route::Ignore,
         (Signal::SIGQUIT | Signal::SIGABRT | Signal::SIGWINCH | Signal::SIGUSR1 | Signal::SIGUSR2, _) => {
             Route::PassToTerraform
@@ -115,7 +116,8 @@ mod tests {
         }
     }
 
-    /// Terraform counts INT, TERM and HUP as interrupts, or is killed by them. So `tf` never passes them on unchanged.
+    /// Terraform counts INT and TERM as interrupts, and is killed by HUP. So `tf` never passes these signals on
+    /// unchanged.
     #[test]
     fn a_request_to_stop_is_never_passed_on_as_it_came() {
         for (signal, origin, circumstances) in all() {

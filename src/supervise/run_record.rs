@@ -17,8 +17,8 @@ use crate::supervise::stop::StopEvent;
 use crate::terraform::log::{Log, LoggedLock};
 use crate::trace::trace;
 
-/// The number of bytes of the log after which the parsed log is passed on even if it shows no new lock. The memory of
-/// these bytes can be freed only after that.
+/// The number of bytes of the log after which the parsed log is passed on even if it shows no new lock. The recorder
+/// can free the memory of these bytes only after the parsed log was passed on.
 const NEWS_THRESHOLD_BYTES: u64 = 1 << 16;
 
 /// The guardian and the journal entry of a run. `tf` owns both.
@@ -59,8 +59,9 @@ impl RunRecord {
         }
     }
 
-    /// Handles the guardian's next report: the journal cannot be written, or the guardian is gone. Returns true if the
-    /// report is that a service manager has sent SIGTERM to all processes of the unit.
+    /// Handles the guardian's next report. Returns true if the report is that a service manager has sent SIGTERM to all
+    /// processes of the unit. Returns false for every other report, and if there is no report or no guardian. If the
+    /// journal cannot be written, stores this in `failed`. If the guardian is gone, writes the journal in its place.
     pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
         let Some(guardian) = &self.guardian else { return false };
         match guardian.hear() {
@@ -109,7 +110,8 @@ impl RunRecord {
     }
 
     /// If the log has new locks, or enough new bytes, passes the parsed log on to the guardian, which writes it to the
-    /// journal. Then the recorder frees the memory of the part that was read.
+    /// journal. If there is no guardian, writes it to the journal here. After that, the recorder frees the memory of
+    /// the part of the log that was read.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
         if self.told.locks == log.locks() && offset - self.told.until < NEWS_THRESHOLD_BYTES {

@@ -1,8 +1,8 @@
 //! Finds the terraform behind a shim. A shim is a program that starts terraform, such as tenv or a script.
 //!
 //! If a shim got the one interrupt, terraform might not get it. tenv discards an interrupt, because it assumes that the
-//! terminal has sent one to terraform as well. Other shims pass it on, or die of it. So `tf` sends the interrupt to
-//! terraform itself.
+//! terminal has sent one to terraform as well. Other shims pass the interrupt on, or are killed by it. So `tf` sends
+//! the interrupt to terraform itself.
 
 use std::os::fd::OwnedFd;
 
@@ -33,13 +33,13 @@ pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     }
 }
 
-/// Sends the one interrupt of a first stop to the process group of `child`, and to the group of the terraform behind
-/// it, which a shim may have put into another group (timeout, `set -m`). The shims between `child` and terraform do not
-/// get it: if one of them passed it on, terraform would get a second interrupt.
+/// Sends the one interrupt of a first stop to the process group of `child`, and to the process group of the terraform
+/// behind `child`. A shim may have put that terraform into another group (timeout, `set -m`). `child` and the other
+/// shims above terraform do not get the interrupt: if one of them passed it on, terraform would get a second interrupt.
 ///
 /// Returns the terraform that was interrupted. `None` if no terraform behind `child` can be identified, for example
-/// because `child` is terraform itself, or has not started terraform yet. Then the whole group of `child` gets the
-/// interrupt.
+/// because `child` is terraform itself, or has not started terraform yet. In this case, the whole group of `child` gets
+/// the interrupt.
 pub(crate) fn interrupt_group(child: Pid, log: LogFile) -> Option<Pid> {
     let found = behind(child, log).map(|(terraform, _)| terraform);
     let Some((terraform, chain)) = found.and_then(|terraform| Some((terraform, chain(child, terraform)?))) else {
@@ -96,9 +96,9 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
     None
 }
 
-/// Whether the process runs terraform, and not a shim. The size of the program alone does not prove that: node, vault
-/// and kubectl are as large. The program must also have terraform's name, or the process must have this run's log file
-/// open.
+/// Returns whether the process runs terraform and not a shim. The size of the program alone does not prove that it is
+/// terraform: node, vault and kubectl are as large. The program must also have terraform's name, or the process must
+/// have this run's log file open.
 fn is_terraform(process: &Process, log: LogFile) -> bool {
     let is_large = std::fs::metadata(format!("/proc/{}/exe", process.pid))
         .is_ok_and(|program| program.len() >= MIN_TERRAFORM_BYTES);

@@ -1,8 +1,8 @@
 //! Writes the outputs of a workflow step, in place of the wrapper that hashicorp/setup-terraform installs. `tf` does
 //! not run that wrapper, because the first interrupt kills the wrapper and leaves terraform running without a parent.
-//! `tf` gives the workflow the same outputs as the wrapper (wrapper/terraform.js). It writes `stdout`, `stderr` and
-//! `exitcode` into the file that `GITHUB_OUTPUT` names. It exits with 0 if terraform exits with 2, with which `plan
-//! -detailed-exitcode` reports changes.
+//! `tf` gives the workflow the same outputs as the wrapper (wrapper/terraform.js). `tf` writes `stdout`, `stderr` and
+//! `exitcode` into the file that `GITHUB_OUTPUT` names. If terraform exits with 2, `tf` exits with 0, because `plan
+//! -detailed-exitcode` reports changes with exit code 2.
 
 use crate::journal::runs::run_id;
 use crate::supervise::pipes::Copies;
@@ -24,7 +24,7 @@ const READER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Appends the outputs of a step to the file at `path`.
 ///
 /// # Errors
-/// If the file cannot be opened or written, or if it accepts no data for [`READER_TIMEOUT`].
+/// Fails if the file cannot be opened or written, or if it accepts no data for [`READER_TIMEOUT`].
 pub(crate) fn write(path: &OsStr, Copies { stdout, stderr }: Copies<'_>, ended: Ended) -> io::Result<()> {
     let code = exit_code(ended).to_string();
     let mut text = Vec::new();
@@ -56,7 +56,7 @@ pub(crate) fn write(path: &OsStr, Copies { stdout, stderr }: Copies<'_>, ended: 
 }
 
 /// Returns how the wrapper would end after a terraform that ended as `ended` says. Exit codes 0 and 2 become 0, and
-/// every other exit code becomes 1.
+/// every other exit code becomes 1. If a signal killed terraform, the result is the same signal.
 pub(crate) fn end_of_step(ended: Ended) -> Ended {
     match ended {
         Ended::Exited(0 | 2) => Ended::Exited(0),

@@ -1,10 +1,11 @@
 //! Decides which effects a request to stop has. The decision depends only on the events and their times, and this
 //! module signals no process.
 //!
-//! Terraform counts interrupts, INT and TERM alike. The first one is a graceful stop. The second one makes terraform
-//! exit within 5 s. If it was planning an apply, it then does not release its lock (internal/command/meta.go,
-//! `RunOperation`; internal/backend/local/backend_apply.go). So terraform gets one interrupt, whatever the source and
-//! the number of the requests. It gets a second one only if a person presses ^C three times.
+//! Terraform counts interrupts, INT and TERM alike. The first interrupt starts a graceful stop. The second interrupt
+//! makes terraform exit within 5 s. If terraform was planning an apply, it exits without releasing its lock
+//! (internal/command/meta.go, `RunOperation`; internal/backend/local/backend_apply.go). So `tf` sends terraform one
+//! interrupt, whatever the source and the number of the requests. `tf` sends a second interrupt only if a person
+//! presses ^C three times.
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::sys::wait::Ended;
@@ -15,8 +16,8 @@ use serde::{Deserialize, Serialize};
 /// How long after the second ^C a third ^C forces the stop.
 pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);
 
-/// How long terraform may take to exit after its second interrupt before it is killed. Without a kill, it exits after 5
-/// s.
+/// How long terraform may take to exit after its second interrupt before `tf` kills it. Terraform normally exits within
+/// 5 s.
 const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// A request to stop, or a deadline that may have passed.
@@ -39,17 +40,18 @@ pub(crate) enum StopEvent {
     ReaderGone,
     /// Terraform needs the terminal, but no person can answer at the terminal.
     NobodyCanAnswer,
-    /// Time has passed.
+    /// No request has arrived, but the time of [`Stop::deadline`] may have passed.
     Time,
 }
 
 /// An action that follows from an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Sends one SIGINT to terraform's process group, as the terminal does for a ^C. Providers ignore it. The commands
-    /// of a provisioner must get it for every kind of request: terraform kills only the shell of a `local-exec`,
-    /// unlocks and exits. The processes that the shell has started would continue to work after the lock is released.
-    /// TERM and HUP would kill the providers.
+    /// Sends one SIGINT to terraform's process group, as the terminal does for a ^C. Providers ignore SIGINT. The
+    /// commands of a provisioner must get it for every kind of request: terraform kills only the shell of a
+    /// `local-exec`, releases the lock and exits. Without the SIGINT, the processes that the shell has started would
+    /// continue to work after the lock is released. `tf` does not send TERM or HUP to the group, because they would
+    /// kill the providers.
     InterruptGroup,
     /// Sends the second SIGINT. Only terraform gets it.
     InterruptTerraform,
@@ -76,7 +78,7 @@ pub(crate) struct Stop {
     offer_until: Option<Duration>,
     /// When terraform will be killed, and why. `None` if no kill is due.
     kill: Option<(Duration, Why)>,
-    /// Why `tf` has decided to kill terraform. `None` if it has not.
+    /// Why `tf` has decided to kill terraform. `None` if `tf` has not decided to kill it.
     killed: Option<Why>,
     /// Whether terraform got a second interrupt, or a person forced the stop.
     forced: bool,
@@ -107,7 +109,7 @@ impl Stop {
         self.forced || self.killed.is_some()
     }
 
-    /// Returns why `tf` has decided to kill terraform and its tree. `None` if it has not.
+    /// Returns why `tf` has decided to kill terraform and its tree. `None` if `tf` has not decided to kill them.
     pub(crate) fn killed(&self) -> Option<Why> {
         self.killed
     }
@@ -124,8 +126,8 @@ impl Stop {
         }
     }
 
-    /// Returns when the event [`StopEvent::Time`] is needed, counted from the start of the run. `None` if it is not
-    /// needed.
+    /// Returns when the caller must pass [`StopEvent::Time`] to [`Stop::decide`], counted from the start of the run.
+    /// `None` if no kill is due, so that this event has no effect.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.kill.map(|(at, _)| at)
     }
@@ -164,7 +166,7 @@ impl Stop {
         self.since.get_or_insert(now);
     }
 
-    /// Starts the stop timeout, unless it has started before.
+    /// Starts the stop timeout. Does nothing if no timeout is set, or if a kill is already due or was already decided.
     fn start_timeout(&mut self, now: Duration) {
         if let (Some(timeout), None) = (self.timeout, self.kill)
             && self.killed.is_none()
@@ -264,12 +266,12 @@ mod tests {
         effects.iter().filter(|effect| matches!(effect, Effect::InterruptGroup | Effect::InterruptTerraform)).count()
     }
 
-    /// Passes `events` to `stop`, one every `apart`, and returns all effects.
+    /// Passes `events` to `stop` at intervals of `apart`, and returns all effects.
     fn play(stop: &mut Stop, events: &[StopEvent], apart: Duration) -> Vec<Effect> {
         (1..).zip(events).flat_map(|(step, &event)| stop.decide(event, apart * step)).collect()
     }
 
-    /// Every sequence of `length` events.
+    /// Returns every sequence of `length` events.
     fn sequences(length: u32) -> impl Iterator<Item = Vec<StopEvent>> {
         (0..ALL.len().pow(length))
             .map(move |number| (0..length).map(|place| ALL[number / ALL.len().pow(place) % ALL.len()]).collect())
@@ -353,7 +355,7 @@ mod tests {
         }
     }
 
-    /// A timeout of 584 years or more means "never", and no sum with it panics.
+    /// A timeout of 584 million years or more never kills terraform, and no sum with such a timeout panics.
     #[test]
     fn a_stop_timeout_may_be_as_long_as_a_number_can_say() {
         for timeout in

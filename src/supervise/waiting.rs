@@ -1,6 +1,6 @@
 //! Releases the lock of a dead run while terraform waits for that lock (`-lock-timeout`), so that terraform's next
-//! attempt succeeds. A run that died before this run started was finished before terraform started. This module handles
-//! a run that dies later.
+//! attempt succeeds. A run that died before this run started was normally finished before terraform started. This
+//! module handles a run that dies later, and tries again to finish a run that could not be finished before.
 //!
 //! Another `tf` process finishes the dead run, because a process that supervises a terraform sends no request to AWS
 //! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
@@ -23,16 +23,17 @@ use crate::journal::state_directory::StateDirectory;
 use crate::terraform::log::Log;
 use crate::trace::trace;
 
-/// How long a lock request must be without a response before the journal is searched for dead runs. Also the interval
-/// of further searches.
+/// How long a lock request must be without a response before the journal is searched for dead runs. The same time
+/// passes between two searches.
 const JOURNAL_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long to wait before a dead run that could not be finished is tried again. The lock service may be available
 /// again by then.
 const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The same as [`RETRY_INTERVAL`] if no credentials were available. It is longer because each attempt requests them,
-/// and a few failed requests may lock an account.
+/// How long to wait before a dead run is tried again if it could not be finished because no credentials were available.
+/// This is longer than [`RETRY_INTERVAL`], because each attempt requests credentials, and a few failed requests may
+/// lock an account.
 const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
 /// The exit code of `tf locks recover --say` if no credentials were available.
@@ -60,8 +61,8 @@ impl Waiting {
         Self { tried: tried.collect(), ..Self::default() }
     }
 
-    /// If terraform's log shows that it waits for a lock, starts other `tf` processes that finish dead runs. Call this
-    /// each time the log has been read.
+    /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs.
+    /// Call this each time the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
         let now = Instant::now();
@@ -113,9 +114,9 @@ impl Waiting {
         }
     }
 
-    /// Waits for the processes that were started. Call this after terraform has exited. The wait does not delay a
-    /// caller that reads stderr to its end, because these processes have stderr open too. Returns the IDs of the runs
-    /// that were tried.
+    /// Waits for the processes that are finishing a run. Call this after terraform has exited. A caller that reads
+    /// stderr to its end must wait for these processes anyway, because they have stderr open too. Returns the IDs of
+    /// the runs that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
         for (child, _) in self.at_work {
             recovery_process::wait_for(child, waiter);

@@ -21,8 +21,11 @@ pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Copies `descriptor` to a high number. Programs that this process starts inherit the copy.
 ///
 /// The number is high because scripts often use low numbers: `exec 9>lock` and `200>lock` are common, and would close
-/// the copy. The number is at least 512. If RLIMIT_NOFILE does not allow that, it is at least 256, or else 128, and so
-/// on down to 8.
+/// the copy. The number is at least 512. If RLIMIT_NOFILE does not allow that, the number is at least 256, or else 128,
+/// and so on down to 8.
+///
+/// # Errors
+/// The error of fcntl(2) if every number from 8 up is in use or not allowed.
 pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     let mut lowest = 512;
     loop {
@@ -39,8 +42,8 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Returns the descriptor `number` of this process, which must be 0, 1 or 2. These are open as long as the process
-/// runs, because Rust's runtime opens those that were closed.
+/// Returns descriptor `number` of this process. `number` must be 0, 1 or 2. These three descriptors are always open,
+/// because Rust's runtime opens /dev/null in place of those that were closed at the start.
 pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
     debug_assert!((0..3).contains(&number));
     // SAFETY: the descriptor is open, as described above. `tf` closes 0, 1 and 2 only right before exec (`sys::spawn`).

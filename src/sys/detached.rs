@@ -1,11 +1,13 @@
-//! Forks a process that runs independently in its own session, and keeps no file of the caller of `tf` open.
+//! Forks a process that runs independently of `tf`, for example to clean up after `tf` has exited.
 //!
-//! A caller may wait for the end of the stdout of `tf`; the detached process must not prolong that wait. It must
-//! neither keep an outer lifeline open, nor keep the file system of the working directory in use. So its descriptors 0,
-//! 1 and 2 are /dev/null, all others except the named ones are closed, and its working directory is `/`. In this
-//! process, every signal stays blocked, because a signal to a whole process tree is meant for terraform and not for the
-//! process that cleans up after terraform. With [`Parent::UsAtOurTerminal`] the process keeps its session, its stdin
-//! and its stderr.
+//! The detached process must not delay the caller of `tf`, which may wait until the stdout of `tf` is closed. It must
+//! not hold an outer lifeline open, and must not keep the file system of the working directory in use. So its
+//! descriptors 0, 1 and 2 are /dev/null, its working directory is `/`, and all other descriptors are closed, except
+//! those that the caller of [`run`] names. It has its own session. With [`Parent::UsAtOurTerminal`], it instead keeps
+//! its session, its stdin and its stderr.
+//!
+//! In the detached process, every signal stays blocked. A signal to a whole process tree is meant for terraform, and
+//! not for the process that cleans up after terraform.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -30,8 +32,9 @@ pub(crate) enum Parent {
 /// Forks and calls `work` in the new process, which exits when `work` returns or panics. This process must have one
 /// thread.
 ///
-/// `name` is the name of the new process in the process list (Linux only). `keep` are the descriptors that remain open
-/// in it. Returns its pid, or `None` for [`Parent::Init`], because it is not a child of this process then.
+/// `name` is the name of the new process in the process list (Linux only). `keep` lists the descriptors that stay open
+/// in the new process. Returns the pid of the new process. With [`Parent::Init`], returns `None`, because the new
+/// process is not a child of this process.
 ///
 /// # Errors
 /// The error of sigprocmask(2) or fork(2).
@@ -48,7 +51,7 @@ pub(crate) fn run(
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            // SAFETY: as above. The process between the two forks has no work and only exits.
+            // SAFETY: the child has one thread too. The process between the two forks only exits.
             if parent == Parent::Init && unsafe { libc::fork() } != 0 {
                 end();
             }
@@ -101,10 +104,10 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
     close_between(from, RawFd::MAX);
 }
 
-/// Removes the arguments of this process from the process list. It inherited them by its fork. They are the arguments
-/// of terraform, with the values of `-var`, and the detached process does not need them. ps(1) shows the arguments that
-/// it reads from the memory of the process (proc_pid_cmdline(5)). The kernel reports the addresses of this memory
-/// (`arg_start` and `arg_end`, proc_pid_stat(5)).
+/// Removes the arguments of this process from the process list (Linux only). A forked process has the arguments of its
+/// parent. These are the arguments of terraform, including the values of `-var`, and the detached process does not need
+/// them. ps(1) reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that
+/// memory with zeros. The kernel reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {
@@ -132,8 +135,8 @@ fn close_between(from: RawFd, to: RawFd) {
     }
     #[cfg(target_os = "linux")]
     {
-        // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses those that are closed
-        // here.
+        // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses a descriptor that is
+        // closed here.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
         if closed == 0 {
             return;
@@ -146,7 +149,7 @@ fn close_between(from: RawFd, to: RawFd) {
         None => (from..to.min(1024)).collect(),
     };
     for descriptor in open.into_iter().filter(|descriptor| (from..to).contains(descriptor)) {
-        // SAFETY: as above.
+        // SAFETY: nothing in this process uses this descriptor, because it is not one of the kept descriptors.
         unsafe { libc::close(descriptor) };
     }
 }

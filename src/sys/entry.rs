@@ -1,9 +1,9 @@
 //! The state that this process inherited at its start, before Rust's runtime or `tf` changed it.
 //!
-//! Terraform must inherit the same state: the signal mask, the ignored signals and the open descriptors. When `main`
-//! runs, two parts of it have changed, because Rust's runtime ignores SIGPIPE, and opens `/dev/null` where descriptor
-//! 0, 1 or 2 is closed. So a function in `.init_array` records both parts. The loader calls it before the runtime
-//! starts.
+//! Terraform must inherit the same state: the signal mask, the ignored signals and the open descriptors. Two parts of
+//! this state have changed before `main` runs: Rust's runtime ignores SIGPIPE, and it opens `/dev/null` where
+//! descriptor 0, 1 or 2 is closed. So a function in `.init_array` records both parts. The loader calls that function
+//! before the runtime starts.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -20,7 +20,7 @@ extern "C" fn look() {
     SIGPIPE_IGNORED.store(ignored, Ordering::Relaxed);
     let mut closed = 0;
     for descriptor in 0..3 {
-        // SAFETY: F_GETFD only reads a flag of the descriptor. The number need not be that of an open descriptor.
+        // SAFETY: F_GETFD only reads a flag of the descriptor. If the descriptor is not open, the call fails.
         if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } == -1 {
             closed |= 1 << descriptor;
         }

@@ -8,8 +8,8 @@ unsafe extern "C" {
 }
 
 /// Removes every variable for whose name `unwanted` returns true, both from the environment and from /proc/PID/environ.
-/// A job runner that searches /proc for its own variable then no longer finds this process. A variable whose name is
-/// not UTF-8 is kept. This process must have one thread.
+/// After that, a job runner that searches /proc for processes with its variable no longer finds this process. A
+/// variable whose name is not UTF-8 is kept. This process must have one thread.
 pub(crate) fn forget(unwanted: impl Fn(&str) -> bool) {
     // SAFETY: there is one thread. `environ` is the list that the kernel created at exec, and nothing has been added
     // since. Even an added entry would be a writable, zero-terminated string to which nothing else refers.

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-/// Returns whether only this machine can lock files on the file system at `path`. On Linux, true only for file systems
-/// in a list, for which this is known. On a network file system, a lock may be granted that has no effect on another
-/// host.
+/// Returns whether the file system at `path` is local to this machine. On a network file system, a lock may be granted
+/// that has no effect on another host. On Linux, returns true only for the file systems in the list below, which are
+/// known to be local. On other systems, returns true if the file system has the flag MNT_LOCAL. Returns false if
+/// statfs(2) fails.
 pub(crate) fn is_local(path: &Path) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -15,7 +16,7 @@ pub(crate) fn is_local(path: &Path) -> bool {
         nix::sys::statfs::statfs(path).is_ok_and(|system| {
             #[expect(
                 clippy::cast_sign_loss,
-                reason = "a magic number of 32 bits, in a type that differs between libraries"
+                reason = "the magic number has 32 bits; its type differs between C libraries"
             )]
             let kind = (system.filesystem_type().0 as u64) & 0xffff_ffff;
             LOCAL.contains(&kind)
@@ -36,9 +37,9 @@ pub(crate) fn is_local(path: &Path) -> bool {
     }
 }
 
-/// Returns a number that identifies the file system (statvfs(3), `f_fsid`). It does not change as long as the file
-/// system exists. If the file system has a UUID, the number is also the same after a reboot. 0 if there is no such
-/// number.
+/// Returns a number that identifies the file system (statvfs(3), `f_fsid`). The number stays the same while the file
+/// system is mounted. It also stays the same after a reboot if the file system has a UUID. Returns 0 if the file system
+/// has no such number or if statvfs(3) fails.
 pub(crate) fn identity(path: &Path) -> u64 {
     #[expect(clippy::useless_conversion, reason = "the type differs between systems")]
     nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))

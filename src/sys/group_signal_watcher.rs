@@ -3,8 +3,8 @@
 //! While terraform's group is the foreground process group, the terminal sends the signals of its keys to that group
 //! and not to `tf`. Only a member of the group receives such a signal. So the watcher blocks every signal, waits for
 //! signals with sigwaitinfo(2), and writes the number of each signal that the kernel generated into a pipe. It does not
-//! report signals that a process sent, such as those that `tf` passes on. On systems other than Linux it cannot
-//! distinguish the two and reports all signals.
+//! report signals that a process sent, such as those that `tf` passes on. On systems other than Linux, it cannot
+//! distinguish these two kinds of signals and reports all of them.
 //!
 //! The watcher is a fork without exec, so it costs little. On Linux it closes every descriptor except the pipe, and the
 //! kernel kills it when `tf` exits.
@@ -105,7 +105,7 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         libc::sigemptyset(&raw mut awaited);
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP] {
             // A signal that is pending now arrived while this process was still a member of the group of `tf`. `tf` has
-            // received it too, and must not receive it a second time. Ignoring a signal discards it.
+            // also received that signal itself, so the watcher must not report it. Ignoring a signal discards it.
             disposition::set_ignored(signal);
             disposition::set_default(signal);
             libc::sigaddset(&raw mut awaited, signal as i32);
@@ -124,8 +124,8 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
     }
 }
 
-/// Waits for one of the signals in `awaited`. Returns its number if the kernel generated it, and 0 if a process sent
-/// it.
+/// Waits for one of the signals in `awaited`. Returns the number of the signal if the kernel generated it. Returns 0 if
+/// a process sent the signal, or if the call fails.
 #[cfg(target_os = "linux")]
 unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
     // SAFETY: a zeroed siginfo_t is valid, and the kernel fills it.

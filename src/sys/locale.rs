@@ -2,8 +2,9 @@
 
 use std::sync::OnceLock;
 
-/// Returns whether the terminal can show text in UTF-8, according to the first of LC_ALL, LC_CTYPE and LANG that is set
-/// and not empty (POSIX, Base Definitions, 8.2). If none of them is set, the locale is POSIX, which has only ASCII.
+/// Returns whether the terminal can show text in UTF-8. This is assumed if the first of LC_ALL, LC_CTYPE and LANG that
+/// is set and not empty names UTF-8 (POSIX, Base Definitions, 8.2). Returns false if none of the three is set, because
+/// glibc then uses the POSIX locale, which has only ASCII.
 pub(crate) fn is_utf8() -> bool {
     static UTF8: OnceLock<bool> = OnceLock::new();
     *UTF8.get_or_init(|| says_utf8(|name| std::env::var(name).ok()))

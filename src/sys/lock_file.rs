@@ -1,6 +1,6 @@
 //! Locks on single bytes of a file. The holder of such a lock is an open file description (F_OFD_SETLK,
 //! fcntl_locking(2)). A child process inherits the lock together with the descriptor, through fork and exec. The kernel
-//! releases the lock when the last process with the descriptor has exited, even if that process was killed.
+//! releases the lock when no process has the descriptor open any more, even if the last such process was killed.
 
 use std::fs::File;
 use std::io;
@@ -8,13 +8,14 @@ use std::os::fd::AsRawFd;
 
 #[cfg(target_os = "linux")]
 use libc::{F_OFD_GETLK, F_OFD_SETLK};
-/// Available since macOS 10.15 (sys/fcntl.h).
+// These two commands are those of macOS 10.15 and later (sys/fcntl.h).
 #[cfg(not(target_os = "linux"))]
 const F_OFD_SETLK: i32 = 90;
 #[cfg(not(target_os = "linux"))]
 const F_OFD_GETLK: i32 = 92;
 
-/// Tries to lock `byte` of `file`, without waiting. Returns false if another open file description holds the lock.
+/// Tries to lock `byte` of `file`, without waiting. Returns true if `file` now holds the lock, and false if another
+/// open file description holds it.
 ///
 /// # Errors
 /// An error of fcntl(2) if the file system does not support locks (ENOLCK, EOPNOTSUPP...).
@@ -28,11 +29,11 @@ pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
     }
 }
 
-/// Returns whether an open file description other than that of `file` has locked `byte`. The lock is only queried and
-/// not taken: otherwise, two processes that check at the same time would report each other's lock.
+/// Returns whether an open file description other than that of `file` has locked `byte`. This function only queries the
+/// lock and does not take it. Otherwise, two processes that check at the same time would report each other's lock.
 ///
 /// # Errors
-/// As for [`try_lock`].
+/// Fails in the same cases as [`try_lock`].
 pub(crate) fn is_locked(file: &File, byte: u8) -> io::Result<bool> {
     let found = call(file, F_OFD_GETLK, byte)?;
     #[expect(clippy::cast_possible_truncation, reason = "F_UNLCK is small; the field is 16 bits wide")]

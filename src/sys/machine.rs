@@ -1,5 +1,6 @@
-//! Identifies the machine, so that a copy of its disk on another machine is recognized. Only values that the hardware
-//! or the hypervisor reports are used, and none that is stored on the disk. An ordinary user must be able to read them.
+//! Identifies the machine, so that `tf` notices if a copy of its disk runs on another machine. Only values that the
+//! hardware or the hypervisor reports are used, and no value that is stored on the disk. A value that the current user
+//! cannot read is left out.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -46,7 +46,7 @@ impl MemoryFile {
         }
         #[cfg(not(target_os = "linux"))]
         {
-            // There is no file system that is certain to be in memory here. So the file is in a temporary directory,
+            // This system has no file system that is known to be in memory. So the file is in a temporary directory,
             // and only this user can read it.
             let directory = [std::env::temp_dir(), PathBuf::from("/tmp")]
                 .iter()
@@ -57,8 +57,9 @@ impl MemoryFile {
         }
     }
 
-    /// Opens the file that another process created under `name`. `None` if it has no name or no longer exists. Also
-    /// `None` unless it is a regular file of this user, in a directory in memory, and not a link.
+    /// Opens the file that another process created under `name` in a directory in memory. Returns `None` if there is no
+    /// such file, or if the entry is a link, is not a regular file, has several names or belongs to another user. A
+    /// file from memfd_create(2) is never found, because it has no name in a directory.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
         directories().find_map(|directory| {
@@ -83,9 +84,9 @@ impl MemoryFile {
         }
     }
 
-    /// Frees the memory of all bytes before the offset `end` (Linux only). The file is not truncated, because text
-    /// could be lost that is written between the last read and the truncation. It keeps its length, so a writer with
-    /// O_APPEND is not affected.
+    /// Frees the memory of all bytes before the offset `end` (Linux only). The file is not truncated: a writer may
+    /// append text between the last read and the truncation, and that text would be lost. The file keeps its length, so
+    /// a writer with O_APPEND is not affected.
     pub(crate) fn forget_before(&self, end: u64) {
         #[cfg(target_os = "linux")]
         {
@@ -106,9 +107,8 @@ impl Drop for MemoryFile {
     }
 }
 
-/// Returns the directories in memory in which no other user can replace a file of this user. This is checked because
-/// `XDG_RUNTIME_DIR` may belong to another user: su(1) without `-` does not change it. That user could replace this
-/// user's file.
+/// Returns the directories in memory in which no other user can replace a file of this user. `XDG_RUNTIME_DIR` is
+/// checked too, because it may belong to another user: su(1) without `-` does not change the variable.
 fn directories() -> impl Iterator<Item = PathBuf> {
     let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let named = named.filter(|directory| directory.is_absolute()).into_iter();

@@ -1,6 +1,7 @@
-//! The system calls. This is the only module with unsafe code, and it contains nearly all the code that is specific to
-//! one operating system. Each file contains one family of calls. Other modules decide when to use them.
-#![expect(unsafe_code, reason = "system calls that no crate wraps, each with the reason why it is sound")]
+//! This module contains the system calls. It is the only module with unsafe code, and it contains nearly all the code
+//! that is specific to one operating system. Each file contains one family of calls. Other modules decide when to use
+//! them.
+#![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
 pub(crate) mod descriptor;
 pub(crate) mod detached;

@@ -2,7 +2,7 @@
 //!
 //! A user who can write to a directory can replace any entry in it. If the directory is sticky, only the owner of the
 //! entry, the owner of the directory and root can do so. So a path is safe if no other user can replace an entry in any
-//! of the directories that it consists of.
+//! directory along the path.
 
 use std::fs;
 use std::io;
@@ -28,8 +28,7 @@ impl Owned {
         self.by == 0 || self.by == user
     }
 
-    /// Returns whether nobody except root and `user` can rename those entries of this directory that one of the two
-    /// owns.
+    /// Returns whether only root and `user` can rename those entries of this directory that belong to root or `user`.
     fn keeps_names_of(self, user: u32) -> bool {
         let writable = self.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) != 0;
         self.by_root_or(user) && (!writable || self.mode & STICKY != 0)
@@ -50,9 +49,10 @@ fn chain(path: &Path) -> io::Result<Vec<Owned>> {
     Ok(chain)
 }
 
-/// Returns whether nobody except root and `user` can rename a file of `user` in the last directory of `chain`. For
-/// this, that directory must belong to `user` and be writable by `user` alone, or it must be sticky and belong to root
-/// or `user`. For every directory above it, [`Owned::keeps_names_of`] must be true.
+/// Returns whether only root and `user` can rename a file of `user` in the last directory of `chain`. This requires
+/// that the last directory belongs to `user` and that only `user` can write to it, or that the directory is sticky and
+/// belongs to root or `user`. It also requires that [`Owned::keeps_names_of`] is true for every directory above the
+/// last one. Returns false if `chain` is empty.
 fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     let Some((last, above)) = chain.split_last() else { return false };
     let alone = last.by == user && last.mode & (WRITABLE_BY_GROUP | WRITABLE_BY_OTHERS) == 0;
@@ -60,24 +60,26 @@ fn keeps_files_of(user: u32, chain: &[Owned]) -> bool {
     (alone || shared) && above.iter().all(|directory| directory.keeps_names_of(user))
 }
 
-/// Returns the canonical path of `directory`, if nobody except this user and root can change what the path refers to or
-/// rename this user's files in it. Otherwise `None`.
+/// Returns the canonical path of `directory` if only this user and root can change what the path refers to and rename
+/// this user's files in the directory. Returns `None` if another user can do so, or if the directories cannot be
+/// examined.
 pub(crate) fn safe_directory(directory: &Path) -> Option<PathBuf> {
     let path = fs::canonicalize(directory).ok()?;
     keeps_files_of(geteuid().as_raw(), &chain(&path).ok()?).then_some(path)
 }
 
 /// Returns whether every directory of `chain` belongs to `user`, to root, or to the owner of `/`. The owner of `/` is
-/// accepted, because in a user namespace without root, the files of root have the ID of the overflow user
-/// (user_namespaces(7)).
+/// accepted because in a user namespace without root, root's files appear to belong to the overflow user
+/// (user_namespaces(7)). Returns false if `chain` is empty.
 fn are_of(user: u32, chain: &[Owned]) -> bool {
     let Some(first) = chain.first() else { return false };
     chain.iter().all(|directory| directory.by_root_or(user) || directory.by == first.by)
 }
 
-/// Returns whether no other user owns a directory above `path`. Directories that do not exist are skipped. Write
-/// permissions are not checked, because a home directory is often writable by the user's own group, and the volume of a
-/// container by every user.
+/// Returns whether every directory above `path` belongs to this user, to root, or to the owner of `/` (see [`are_of`]).
+/// Directories that do not exist are skipped. Write permissions are not checked, because a home directory is often
+/// writable by the user's own group, and a container's volume is often writable by every user. Returns false if the
+/// directories cannot be examined.
 pub(crate) fn is_in_own_directories(path: &Path) -> bool {
     let there = path.ancestors().skip(1).find_map(|above| fs::canonicalize(above).ok());
     there.and_then(|there| chain(&there).ok()).is_some_and(|chain| are_of(geteuid().as_raw(), &chain))
@@ -150,7 +152,7 @@ mod tests {
         let root = root.path().canonicalize().unwrap();
         let (real, link) = (root.join("real"), root.join("link"));
         fs::create_dir(&real).unwrap();
-        // The test sets the mode, because the umask can be any.
+        // The test sets the mode, because the umask may have any value.
         fs::set_permissions(&real, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink(&real, &link).unwrap();
         assert_eq!(safe_directory(&link), safe_directory(&real));

@@ -9,7 +9,9 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Returns whether `path`, after following links, is a regular file or `/dev/null`, which reads as an empty file.
+/// Returns whether `path`, after following links, is a regular file or `/dev/null`, which reads as an empty file. On
+/// systems other than Linux, returns false for `/dev/stdin` and for paths below `/dev/fd`, even if they refer to a
+/// regular file.
 pub(crate) fn is_plain(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|file| file.is_file()) && !shares_its_offset(path)
         || fs::canonicalize(path).is_ok_and(|path| path == Path::new("/dev/null"))
@@ -53,6 +55,7 @@ pub(crate) fn read_text(path: &Path) -> io::Result<String> {
 
 /// Returns whether opening `path` duplicates an open descriptor. On systems other than Linux, opening `/dev/fd/N`
 /// duplicates descriptor N together with its offset, so terraform could not read the data that `tf` has already read.
+/// Always false on Linux.
 fn shares_its_offset(path: &Path) -> bool {
     !cfg!(target_os = "linux") && (path.starts_with("/dev/fd") || path == Path::new("/dev/stdin"))
 }

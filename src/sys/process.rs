@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 use super::wait::Ended;
 
 /// Makes this process, instead of init, the new parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux
-/// 3.4). Returns false where the system does not support this. The end of the process tree must then be proven by the
-/// other two signs: the lifeline, and `TFW_RUN` in the environment of a process (`cleanup::process_tree`).
+/// 3.4). Returns false if the system does not support this. In that case, the other two signs must prove that the
+/// process tree has ended: the lifeline, and `TFW_RUN` in the environment of a process (`cleanup::process_tree`).
 pub(crate) fn become_subreaper() -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -52,8 +52,8 @@ pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
-/// Sends `signal` to the process group of `process`, a descriptor from [`open_pidfd`]. If another group has the same
-/// number by now, it does not receive the signal (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
+/// Sends `signal` to the process group of `process`, a descriptor from [`open_pidfd`]. A later group with the same
+/// number never receives the signal (PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal(2), Linux 6.9).
 ///
 /// # Errors
 /// EINVAL where the kernel does not support this, `Unsupported` on systems other than Linux, ESRCH when the group no
@@ -72,8 +72,8 @@ pub(crate) fn signal_group(process: &OwnedFd, signal: Signal) -> io::Result<()> 
     }
 }
 
-/// Sends `signal` to `process`, a descriptor from [`open_pidfd`]. If another process has the same pid by now, it does
-/// not receive the signal (pidfd_send_signal(2)).
+/// Sends `signal` to `process`, a descriptor from [`open_pidfd`]. A later process with the same pid never receives the
+/// signal (pidfd_send_signal(2)).
 ///
 /// # Errors
 /// ESRCH when the process no longer exists, `Unsupported` on systems other than Linux.
@@ -101,10 +101,13 @@ fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
     if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Returns how the process `pid` ended. It need not be a child of this process. `process` is its descriptor from
-/// [`open_pidfd`]. While the process is a zombie, its exit status is the last field of /proc/PID/stat, which is
-/// readable only for a process that may trace it. After it was reaped, the descriptor provides the status
-/// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). `None` if neither provides it.
+/// Returns how the process `pid` ended. The process does not have to be a child of this process. `process` is the
+/// descriptor of that process from [`open_pidfd`].
+///
+/// While the process is a zombie, its exit status is the last field of /proc/PID/stat. That field is 0 if this process
+/// may not trace the zombie (proc_pid_stat(5)). After the zombie was reaped, the descriptor provides the status
+/// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). Returns `None` if the process is still running, or if neither
+/// source provides the status. Always `None` on systems other than Linux.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
     #[cfg(target_os = "linux")]
     {
@@ -158,7 +161,7 @@ pub(crate) enum ProcessList {
     /// There is no /proc, or it belongs to another pid namespace, in which the same pids are other processes.
     Unavailable,
     /// This operating system has no such list.
-    #[cfg_attr(target_os = "linux", expect(dead_code, reason = "Linux has one"))]
+    #[cfg_attr(target_os = "linux", expect(dead_code, reason = "Linux has a list of processes"))]
     Unsupported,
 }
 
@@ -168,8 +171,8 @@ pub(crate) enum ProcessList {
 /// /proc), each pid in it belongs to a process of the outer namespace. A signal to such a pid would reach an unrelated
 /// process. `/proc/self` contains the pid that this process has in the namespace of the mount. The `NSpid` line of
 /// `status` contains one pid for each namespace, from the namespace of the mount down to that of this process
-/// (proc_pid_status(5), Linux 4.1). The list is usable only if each of the two consists of a single pid, which is this
-/// process's own.
+/// (proc_pid_status(5), Linux 4.1). The list is usable only if `/proc/self` and the `NSpid` line both contain exactly
+/// one pid, which is the pid of this process in its own namespace.
 pub(crate) fn list() -> ProcessList {
     #[cfg(target_os = "linux")]
     {
@@ -186,13 +189,13 @@ pub(crate) fn list() -> ProcessList {
 
 /// Returns whether `status`, the text of /proc/self/status, belongs to the process `own` and was read in the pid
 /// namespace of that process.
-#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "there is no /proc"))]
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux has /proc"))]
 fn names_one_namespace(status: &str, own: i32) -> bool {
     let mut lines = status.lines();
     let number = |line: &str, name: &str| line.strip_prefix(name).map(|rest| rest.trim().to_owned());
     let own = own.to_string();
     let is_own = lines.clone().find_map(|line| number(line, "Pid:")).is_some_and(|pid| pid == own);
-    // Before Linux 4.1 there is no such line, and its absence proves nothing.
+    // Linux before 4.1 has no such line, so a missing line proves nothing.
     is_own && lines.find_map(|line| number(line, "NSpid:")).is_none_or(|numbers| numbers == own)
 }
 
@@ -203,8 +206,9 @@ pub(crate) fn group_exists(group: Pid) -> bool {
 }
 
 /// Returns the number of the pid namespace of this process, and whether that namespace contains all processes of the
-/// machine. It does if it is the initial one (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). `None` where
-/// there are no pid namespaces.
+/// machine. The initial namespace contains all of them (pid_namespaces(7); PROC_PID_INIT_INO in linux/proc_ns.h). A
+/// debug build also returns true if a test has set so. Returns `None` if /proc does not show the namespace, and on
+/// systems without pid namespaces.
 pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     use std::os::unix::fs::MetadataExt;
     const FIRST: u64 = 0xEFFF_FFFC;
@@ -228,7 +232,7 @@ pub(crate) enum Variable {
     Set(Vec<u8>),
     /// The environment can be read, and the variable is not in it.
     Unset,
-    /// The environment is empty, or the process belongs to another user, so that its environment cannot be read.
+    /// The environment is empty or cannot be read, for example because the process belongs to another user.
     Unreadable,
 }
 
@@ -259,8 +263,8 @@ impl Process {
         matches!(self.state, 'Z' | 'X')
     }
 
-    /// Returns the process `pid` if it exists and belongs to a user whose processes this process may not signal. /proc
-    /// does not list it, so only its pid is known. `None` for any other pid.
+    /// Returns a description of the process `pid` if the process exists and this process may not signal it. The
+    /// description is for a process that /proc does not list, so it contains only the pid. `None` for any other pid.
     pub(crate) fn forbidden(pid: Pid) -> Option<Self> {
         let is_there = nix::sys::signal::kill(pid, None) == Err(nix::errno::Errno::EPERM);
         is_there.then(|| Self { pid, ..Self::unseen_in(Pid::from_raw(0)) })
@@ -289,7 +293,7 @@ impl Process {
     }
 
     /// Describes a child of `parent` whose files in /proc this process may not read (`hidepid`, proc(5)). The `start`
-    /// of the result is 0. `None` if the child no longer exists.
+    /// of the result is 0. `None` if the child no longer exists, or if its group or session cannot be read.
     fn hidden(pid: Pid, parent: Pid) -> Option<Self> {
         use nix::errno::Errno;
         if nix::sys::signal::kill(pid, None) == Err(Errno::ESRCH) {
@@ -308,7 +312,7 @@ impl Process {
         const EXITING: u64 = 0x4;
         let stat = std::fs::read(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let stat = String::from_utf8_lossy(&stat);
-        // If this fails, the process no longer exists, or another process has its pid now.
+        // Without a matching entry, the process no longer exists, or another process has its pid now.
         let Some(now) = Self::parse(self.pid, &stat).filter(|now| now.start == self.start) else { return true };
         let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
         let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
@@ -403,8 +407,8 @@ impl Process {
     }
 
     /// Returns whether the process may be in the pid namespace `namespace`, which is nested in the namespace of this
-    /// process. If the namespace of the process is unreadable because it belongs to another user, true for any nested
-    /// namespace.
+    /// process. The namespace of a process of another user is unreadable. For such a process, returns true if it is in
+    /// any nested namespace.
     pub(crate) fn may_be_in(&self, namespace: u64) -> bool {
         use std::os::unix::fs::MetadataExt;
         if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.pid)) {
@@ -429,14 +433,14 @@ impl Process {
         matches!(self.name.as_str(), "tf-guardian" | "tf-recovery") && self.runs_our_program() == Some(true)
     }
 
-    /// Returns whether the process executes another program than this process does. A forked child does so after exec.
-    /// False if the program of the process is unreadable for this process.
+    /// Returns whether the process executes a different program from this process. A forked child does so only after
+    /// exec. Returns false if this process may not read which program the other process executes.
     pub(crate) fn runs_another_program(&self) -> bool {
         self.runs_our_program() == Some(false)
     }
 
-    /// Returns whether the process executes the same program as this process. `None` if this process may not read its
-    /// program.
+    /// Returns whether the process executes the same program as this process. `None` if this process may not read which
+    /// program the other process executes.
     fn runs_our_program(&self) -> Option<bool> {
         use std::os::unix::fs::MetadataExt;
         let program =
@@ -444,8 +448,8 @@ impl Process {
         program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
-    /// Returns whether the process has opened the file with this device and inode number (proc(5), `/proc/PID/fd`).
-    /// False if this process may not read the list of its descriptors.
+    /// Returns whether the process has the file with this device and inode number open (proc(5), `/proc/PID/fd`).
+    /// Returns false if this process may not read the list of the other process's descriptors.
     pub(crate) fn has_open(&self, (device, number): (u64, u64)) -> bool {
         use std::os::unix::fs::MetadataExt;
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
@@ -455,7 +459,8 @@ impl Process {
             .any(|file| (file.dev(), file.ino()) == (device, number))
     }
 
-    /// Returns the file name of the program that the process executes. If that cannot be read, the name of the process.
+    /// Returns the file name of the program that the process executes. If the file name cannot be read, returns the
+    /// name of the process instead.
     pub(crate) fn program(&self) -> String {
         std::fs::read_link(format!("/proc/{}/exe", self.pid))
             .ok()
@@ -496,7 +501,8 @@ pub(crate) fn is_service_manager(pid: Pid) -> bool {
     pid == Pid::from_raw(1) || Process::look_up(pid).is_some_and(|process| process.name == "systemd")
 }
 
-/// Returns whether `pid` is in the control group of this process (cgroups(7)). False if a control group cannot be read.
+/// Returns whether `pid` is in the control group of this process (cgroups(7)). Returns false if one of the two control
+/// groups cannot be read, or if there is no usable process list.
 pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
     let group = |process: &str| std::fs::read(format!("/proc/{process}/cgroup")).ok();
     list() == ProcessList::Available && group("self").is_some_and(|own| group(&pid.to_string()) == Some(own))
@@ -512,7 +518,7 @@ pub(crate) fn own_children() -> Vec<Pid> {
     list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
 }
 
-/// Returns how many processes in the control group of this process the kernel has killed because memory ran out
+/// Returns the number of processes in the control group of this process that the kernel killed because memory ran out
 /// (`oom_kill` in memory.events of cgroup v2, in memory.oom_control of v1). `None` if the kernel does not report the
 /// number.
 pub(crate) fn out_of_memory_kills() -> Option<u64> {

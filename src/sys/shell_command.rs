@@ -1,8 +1,8 @@
 //! Runs a command of the user and returns its output.
 //!
-//! The command may prompt a person, as it may when terraform runs it. So it is in the process group of this process,
-//! can read the terminal if this process can, receives the signals of the same keys, and is stopped and continued
-//! together with this process. If the command may not prompt a person, it has no terminal.
+//! A command that may prompt a person runs in the same way as it does when terraform starts it. It is in the process
+//! group of this process, can read the terminal if this process can, receives the signals of the same keys, and is
+//! stopped and continued together with this process. A command that may not prompt a person has no terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -32,14 +32,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 pub(crate) enum Asks {
     /// It may prompt the person at the terminal of this process.
     Person,
-    /// It may prompt nobody. It is in its own session, without a terminal.
+    /// It may not prompt anybody. It is in its own session, without a terminal.
     Nobody,
 }
 
-/// Runs `command` with /bin/sh and returns its exit status and the first 64 KiB of its stdout. It inherits stderr. It
-/// inherits stdin if that is a terminal and the command may prompt a person; otherwise its stdin is /dev/null. Dropping
-/// the future kills the command and all its descendants. If this process is killed, the kernel kills the shell as well
-/// (Linux only: PR_SET_PDEATHSIG, prctl(2)), but not the processes that the shell has started.
+/// Runs `command` with /bin/sh and returns its exit status and the first 64 KiB of its stdout. The command inherits
+/// stderr. It inherits stdin if stdin is a terminal and the command may prompt a person; otherwise the command's stdin
+/// is /dev/null. Dropping the future kills the command and all its descendants. If this process is killed, the kernel
+/// kills the shell as well (Linux only: PR_SET_PDEATHSIG, prctl(2)), but not the processes that the shell has started.
 ///
 /// # Errors
 /// An error if no process or no pipe can be created, or if waiting for the command fails.
@@ -114,7 +114,7 @@ impl Running {
         }
         let terminal = if may_ask && Terminal::is_our_turn() { Terminal::open() } else { None };
         let terminal = terminal.and_then(|terminal| terminal.modes().map(|modes| (terminal, modes)));
-        #[expect(clippy::disallowed_methods, reason = "no terraform: nothing of it must be in order but what is above")]
+        #[expect(clippy::disallowed_methods, reason = "it is not terraform and needs only the settings above")]
         let child = shell.spawn()?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok(Self { child, pid, asks, is_over: false, terminal })
@@ -127,8 +127,8 @@ impl Running {
         let stopped = if self.asks == Asks::Person { wait::stopped(self.pid) } else { None };
         // Any other stop signal is from a process, not from the terminal.
         if let Some(signal @ (Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) = stopped {
-            // After the command was stopped because it was in the background, the shell may have made this group the
-            // foreground process group. Then this process must not stop.
+            // The command may have been stopped because it was in the background. If the shell has made this group the
+            // foreground process group since then, this process must not stop.
             if signal == Signal::SIGTSTP || !Terminal::is_our_turn() {
                 raise(Signal::SIGSTOP)?;
             }
@@ -234,7 +234,7 @@ mod tests {
             }
         });
         let begun = std::time::Instant::now();
-        // It is a child of init by now, and takes a moment to exit.
+        // The process is a child of init by now, and takes a moment to exit.
         while crate::sys::process::Process::look_up(Pid::from_raw(pid)).is_some_and(|process| !process.is_dead()) {
             assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} below it is still there");
             run(async { sleep(POLL_INTERVAL).await });

@@ -146,8 +146,9 @@ struct Child<'a> {
 /// Shared memory is safe here, for three reasons:
 ///
 /// - The child writes only to its own stack and to `errno`. This process reads neither of them while it waits.
-/// - No signal handler of `tf` can run in the child. Every signal is blocked until right before execve(2), and `tf`
-///   handles only SIGSEGV and SIGBUS, which end a process that causes a fault.
+/// - No signal handler of `tf` can run in the child. Every signal is blocked until right before execve(2). `tf` has
+///   handlers only for SIGSEGV and SIGBUS. If the child causes a fault while these two are blocked, the kernel kills
+///   the child without calling the handler.
 /// - If this process is killed while it waits, its memory exists until the child no longer uses it. So the child still
 ///   becomes terraform, and the guardian learns its pid.
 ///

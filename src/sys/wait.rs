@@ -35,7 +35,8 @@ pub(crate) fn stopped(child: Pid) -> Option<Signal> {
     Signal::try_from(signal).ok()
 }
 
-/// Reaps a child that is a zombie. Returns false if it is still running, or if it is not a child of this process.
+/// Reaps `child` if it is a zombie, and returns true. Returns false if it is still running, or if it is not a child of
+/// this process.
 pub(crate) fn reap(child: Pid) -> bool {
     look(child, libc::WEXITED | libc::WNOHANG).is_some()
 }

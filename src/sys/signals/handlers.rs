@@ -1,8 +1,8 @@
 //! Signal handlers that write into a pipe, for systems without signalfd.
 //!
 //! Handlers are weaker than a signalfd in two ways. First, between a fork and the child's exec, a handler could still
-//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, if the kernel does not
-//! report the sender of a signal, its pid is 0, and the signal is attributed to the kernel.
+//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, a signal whose sender the
+//! kernel does not report (pid 0) is attributed to the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -123,7 +123,8 @@ impl Signals {
         &self.mask_at_entry
     }
 
-    /// Restores the signal mask from the start of this process, for a program that replaces this process after all.
+    /// Restores the signal mask from the start of this process. Called right before another program replaces this
+    /// process by exec.
     pub(crate) fn stop_listening(&self) {
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
     }
@@ -152,13 +153,13 @@ impl Signals {
         None
     }
 
-    /// Returns whether there are signals that were read, but that [`Signals::next`] has not returned yet. poll(2) on
-    /// the descriptor does not report these signals again.
+    /// Returns whether the queue contains signals that [`Signals::next`] has not returned yet. poll(2) on the
+    /// descriptor does not report these signals again.
     pub(crate) fn is_queued(&self) -> bool {
         !self.queue.is_empty()
     }
 
-    /// Discards every `signal` that has arrived. Returns whether there was one.
+    /// Discards every `signal` that has arrived. Returns true if at least one had arrived.
     pub(crate) fn take(&mut self, signal: Signal) -> bool {
         self.fetch();
         let before = self.queue.len();
@@ -172,10 +173,10 @@ impl Signals {
         }
     }
 
-    /// Stops this process, or its whole process group, with the default action of `signal` (TSTP, TTIN or TTOU), and
-    /// returns true after it has been continued. Returns false if the kernel discarded the stop. The kernel discards it
-    /// in an orphaned process group, in which nothing could ever continue the process (POSIX 2.4.3, "Orphaned process
-    /// groups").
+    /// Stops this process with the default action of `signal` (TSTP, TTIN or TTOU). If `whole_group` is set, stops the
+    /// whole process group. Returns true after this process has been continued. Returns false if the kernel discarded
+    /// the stop. The kernel discards it in an orphaned process group, in which nothing could ever continue the process
+    /// (POSIX 2.4.3, "Orphaned process groups").
     ///
     /// This function does not use SIGSTOP, because the kernel would not discard it in an orphaned process group.
     pub(crate) fn stop(&mut self, signal: Signal, whole_group: bool) -> bool {

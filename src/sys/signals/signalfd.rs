@@ -13,10 +13,12 @@ use super::{Arrival, SignalOrigin};
 pub(super) struct SignalSource(SignalFd);
 
 impl SignalSource {
-    /// Opens a descriptor for the signals in `heard`, and blocks every signal of this process, including those that are
-    /// not in `heard`. Terraform's runtime ignores these, and here they remain pending for ever. The signals of a fault
-    /// are not blocked, because the kernel kills the process for a fault in any case. Stores the previous signal mask
-    /// in `mask`.
+    /// Opens a descriptor for the signals in `heard`. Blocks every signal of this process except those of a fault, and
+    /// stores the previous signal mask in `mask`.
+    ///
+    /// A blocked signal that is not in `heard` remains pending for ever, so it has no effect. It has no effect on
+    /// terraform either, whose runtime ignores it. The signals of a fault are not blocked, because the kernel kills the
+    /// process for a fault in any case.
     pub(super) fn open(heard: &[Signal], mask: &mut SigSet) -> io::Result<Self> {
         let mut all = SigSet::all();
         for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS]
