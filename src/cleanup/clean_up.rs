@@ -17,7 +17,7 @@
 //!
 //! The three callers differ in their information about the run ([`EndedRun`]) and in how they report ([`Reporter`]).
 
-use crate::cleanup::other_backend::Wording;
+use crate::cleanup::messages::Wording;
 use crate::cleanup::release_all::ReleaseRequest;
 use jiff::Timestamp;
 

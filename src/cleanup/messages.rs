@@ -19,6 +19,7 @@ use nix::sys::signal::Signal;
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::console::{argument, quoted};
 use crate::holder::evidence::{Judgement, Verdict};
+use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lock::digest::Comparison;
 use crate::lock::release::{Because, Released, Write};
@@ -45,7 +46,27 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
     }
 }
 
-fn lock(operation: &str, path: &str, id: &str) -> String {
+/// The fields of a lock that identify it to a person.
+struct NamedLock<'a> {
+    operation: &'a str,
+    path: &'a str,
+    id: &'a str,
+}
+
+impl<'a> From<&'a RecordedLock> for NamedLock<'a> {
+    fn from(lock: &'a RecordedLock) -> Self {
+        Self { operation: &lock.operation, path: &lock.path, id: &lock.id }
+    }
+}
+
+impl<'a> From<&'a LockInfo> for NamedLock<'a> {
+    fn from(lock: &'a LockInfo) -> Self {
+        Self { operation: &lock.operation, path: &lock.path, id: &lock.id }
+    }
+}
+
+fn lock<'a>(lock: impl Into<NamedLock<'a>>) -> String {
+    let NamedLock { operation, path, id } = lock.into();
     format!("{} on {}, ID {}", visible(operation), visible(path), visible(id))
 }
 
@@ -65,7 +86,7 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     let held = released.created.map_or_else(String::new, |created| {
         format!(", held for {}", length_of_time(now.duration_since(created).unsigned_abs()))
     });
-    let _ = write!(text, "\nreleased the lock: {}{held}", lock(&recorded.operation, &recorded.path, &recorded.id));
+    let _ = write!(text, "\nreleased the lock: {}{held}", lock(recorded));
     text
 }
 
@@ -118,7 +139,7 @@ pub(crate) fn kept(
     let again = if later { "the next tf in this directory tries again\n" } else { "" };
     format!(
         "{ending}; its state lock was not released: {}\n{}\n{again}{}",
-        lock(&recorded.operation, &recorded.path, &recorded.id),
+        lock(recorded),
         visible_lines(why),
         removal.next_step(because, recorded)
     )
@@ -158,14 +179,25 @@ const UNUSED: &str = "once no terraform is using this state";
 /// lock. Without the option, the command would release a lock in another part of the same location.
 pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
 
-/// Reports that terraform's lock request was refused because an object that is not a lock is in the place of the lock.
-/// `release` is the command that removes the object, without the path.
-pub(crate) fn barred(place: &str, what: &str, release: &str, path: &str) -> String {
+/// Something that is not a lock, in the place of a lock.
+pub(crate) struct NoLock<'a> {
+    /// The table or the bucket.
+    pub(crate) place: &'a str,
+    /// What is there, ready to be printed.
+    pub(crate) what: &'a str,
+    /// The path of the lock, as `tf locks` takes it.
+    pub(crate) path: &'a str,
+}
+
+/// Reports that terraform's lock request was refused because of `found`. `release` is the command that removes what was
+/// found, without the path.
+pub(crate) fn refused_by_no_lock(found: &NoLock<'_>, release: &str) -> String {
     format!(
-        "every run is refused by something that is not a lock, in {}: {what}\n\
+        "every run is refused by something that is not a lock, in {}: {}\n\
          once you know that nobody needs it, type: {release} {}",
-        visible(place),
-        argument(path)
+        visible(found.place),
+        found.what,
+        argument(found.path)
     )
 }
 
@@ -248,7 +280,7 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
         let _ = write!(
             text,
             "\nit may hold the lock {}\nonce you know that the run is dead, type in its directory: {} {}",
-            lock(&recorded.operation, &recorded.path, &recorded.id),
+            lock(recorded),
             in_workspace(record.workspaces.first().map(String::as_str), "tf locks release --force"),
             recorded.id
         );
@@ -281,17 +313,13 @@ pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Ti
         "released the lock that an earlier run left (started {} ago, pid {}): {}",
         length_of_time(now.duration_since(record.started).unsigned_abs()),
         record.tf,
-        lock(&recorded.operation, &recorded.path, &recorded.id)
+        lock(recorded)
     )
 }
 
 /// Reports what a recovery would do about a lock of a dead run.
 pub(crate) fn would_recover(record: &JournalRecord, recorded: &RecordedLock) -> String {
-    format!(
-        "would release, if it is still held, the lock of a dead run (pid {}): {}",
-        record.tf,
-        lock(&recorded.operation, &recorded.path, &recorded.id)
-    )
+    format!("would release, if it is still held, the lock of a dead run (pid {}): {}", record.tf, lock(recorded))
 }
 
 /// Reports what a recovery would do about a lock of a dead run if the run's log does not contain the lock's ID.
@@ -313,7 +341,7 @@ pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> 
     format!(
         "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}{id}",
         record.tf,
-        lock(&info.operation, &info.path, &info.id),
+        lock(info),
         visible(&info.who),
         visible_lines(why)
     )
@@ -341,6 +369,17 @@ pub(crate) fn earlier_run(record: &JournalRecord) -> String {
     format!("an earlier run (pid {}) was killed", record.tf)
 }
 
+/// The parts of the messages about a release in a backend other than S3.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wording<'a> {
+    /// How the run ended, as the beginning of a message.
+    pub(crate) ending: &'a str,
+    /// The command that a person types to remove the lock.
+    pub(crate) unlock: &'a str,
+    /// Which process releases the lock.
+    pub(crate) by: By,
+}
+
 /// Reports that `tf` waits before it releases a lock, because a write may still be in flight to a backend whose state
 /// `tf` cannot read.
 pub(crate) fn waiting_blindly(time: Duration) -> String {
@@ -349,33 +388,30 @@ pub(crate) fn waiting_blindly(time: Duration) -> String {
 
 /// Reports that a lock in a backend other than S3 was released.
 pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockInfo) -> String {
-    format!(
-        "{ending} without releasing its state lock\nreleased the lock: {}, backend {}",
-        lock(&info.operation, &info.path, &info.id),
-        kind.kind
-    )
+    format!("{ending} without releasing its state lock\nreleased the lock: {}, backend {}", lock(info), kind.kind)
 }
 
 /// Reports that a lock in a backend other than S3 was not released. `info` is `None` if it is unknown whether there is
-/// a lock.
+/// a lock; the message then names the backend by `place`.
 pub(crate) fn left_elsewhere(
-    ending: &str,
+    wording: Wording<'_>,
     kind: &OtherBackend,
     place: &str,
     why: &str,
     info: Option<&LockInfo>,
-    unlock: &str,
 ) -> String {
     let what = match info {
-        Some(info) => format!("{}, Who {}", lock(&info.operation, &info.path, &info.id), visible(&info.who)),
+        Some(info) => format!("{}, Who {}", lock(info), visible(&info.who)),
         None => format!("backend {}, {}", kind.kind, visible(place)),
     };
     let id = info.map_or("ID", |info| &info.id);
     format!(
-        "{ending} and may have left its state lock, which was not released: {what}\n{}\n\
-         to see who holds the lock: {}\n{UNUSED}, type: {unlock} {}",
+        "{} and may have left its state lock, which was not released: {what}\n{}\n\
+         to see who holds the lock: {}\n{UNUSED}, type: {} {}",
+        wording.ending,
         visible_lines(why),
         kind.look,
+        wording.unlock,
         visible(id)
     )
 }
@@ -390,7 +426,7 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}\nthat run used: {}\n\
          {}",
         record.tf,
-        lock(&recorded.operation, &recorded.path, &recorded.id),
+        lock(recorded),
         visible_lines(why),
         visible(&record.surroundings.needs()),
         removal.next_step(because, recorded)
@@ -414,7 +450,7 @@ pub(crate) fn replaced(
         "{ending}; while it ran, another run locked the same state, and both may have changed it\nits own lock was {}\n\
          the other lock is held by {} for {} since {}, ID {}\nonce that run is over, to compare the state with \
          the real resources, type: {program}{directory} plan",
-        lock(&own.operation, &own.path, &own.id),
+        lock(own),
         visible(&by.who),
         visible(&by.operation),
         visible(&by.created),
@@ -433,7 +469,7 @@ pub(crate) fn not_seen(ending: &str, recorded: &RecordedLock, needs: &str) -> St
     format!(
         "{ending}; its state lock was not released: {}\n{ANOTHER_ACCOUNT}\nthat run used: {}\n\
          with those credentials, type: tf locks recover\nif the lock is gone, type: tf locks recover --forget {}",
-        lock(&recorded.operation, &recorded.path, &recorded.id),
+        lock(recorded),
         visible(needs),
         recorded.id
     )
@@ -480,10 +516,7 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
     } else {
         format!("if the lock appears later, type: {unlock} {}", recorded.id)
     };
-    format!(
-        "{ending} while it requested a state lock, which it did not get: {}\n{then}",
-        lock(&recorded.operation, &recorded.path, &recorded.id)
-    )
+    format!("{ending} while it requested a state lock, which it did not get: {}\n{then}", lock(recorded))
 }
 
 /// Reports that one part of a lock was released, and that the other part was never found. `kept` is true if the next
@@ -514,7 +547,7 @@ pub(crate) fn place_is_away(ending: &str, recorded: &RecordedLock, kept: bool) -
     let then = if kept { "\nif the table or bucket exists again within 24 h, type: tf locks recover" } else { "" };
     format!(
         "{ending}; its state lock is gone, because the lock's table or bucket does not exist: {}{then}",
-        lock(&recorded.operation, &recorded.path, &recorded.id)
+        lock(recorded)
     )
 }
 
@@ -525,7 +558,7 @@ pub(crate) fn came_late(recorded: &RecordedLock) -> String {
     } else {
         "appeared after its terraform had died"
     };
-    format!("released a lock that {how}: {}", lock(&recorded.operation, &recorded.path, &recorded.id))
+    format!("released a lock that {how}: {}", lock(recorded))
 }
 
 /// Reports that the lock because of which this run failed was released.
@@ -593,7 +626,7 @@ pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlo
     format!(
         "{ending}; its log does not say whether it held a state lock\n\
          this lock may belong to that run and was not released: {}, Who {}{}{command}",
-        lock(&info.operation, &info.path, &info.id),
+        lock(info),
         visible(&info.who),
         doubt.map_or_else(String::new, |doubt| format!("\n{doubt}")),
     )
@@ -623,7 +656,7 @@ pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Opti
     format!(
         "{ending}; this state lock may belong to that run and was not released: {}, held by {}\n{log}\n\
          to see whether the holder is alive, type: tf locks show{id}{directory}",
-        lock(&info.operation, &info.path, &info.id),
+        lock(info),
         visible(&info.who)
     )
 }

@@ -18,10 +18,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::messages;
+use crate::cleanup::messages::{self, Wording};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::history;
-use crate::journal::history::{By, LockEvent, What};
+use crate::journal::history::{LockEvent, What};
 use crate::lock::proof::{Match, Run, judge_unnamed};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
@@ -82,17 +82,6 @@ impl NonS3Result {
     }
 }
 
-/// The parts of the messages about a release in a backend other than S3.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Wording<'a> {
-    /// How the run ended, as the beginning of a message.
-    pub(crate) ending: &'a str,
-    /// The command that a person types to remove the lock.
-    pub(crate) unlock: &'a str,
-    /// Which process releases the lock.
-    pub(crate) by: By,
-}
-
 impl<'a> NonS3Release<'a> {
     /// Returns the data for a run of `program` with the log `log`, started in `current`. `None` if the run's backend is
     /// S3 or is unknown.
@@ -126,7 +115,6 @@ impl<'a> NonS3Release<'a> {
         wording: Wording<'_>,
         waiter: &mut Waiter<'_>,
     ) -> NonS3Result {
-        let Wording { ending, unlock, .. } = wording;
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.unlock_policy(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
@@ -137,7 +125,7 @@ impl<'a> NonS3Release<'a> {
         }
         let place = self.kind.place(self.backend);
         let named = |why: &str, info: Option<&LockInfo>| NonS3Result {
-            messages: vec![messages::left_elsewhere(ending, self.kind, &place, why, info, unlock)],
+            messages: vec![messages::left_elsewhere(wording, self.kind, &place, why, info)],
             ..NonS3Result::default()
         };
         if unlock_policy == UnlockPolicy::Name {
@@ -171,10 +159,10 @@ impl<'a> NonS3Release<'a> {
     }
 
     fn release(&self, info: &LockInfo, wording: Wording<'_>, waiter: &mut Waiter<'_>) -> NonS3Result {
-        let Wording { ending, unlock, by } = wording;
+        let Wording { ending, by, .. } = wording;
         let place = self.kind.place(self.backend);
         let named = |why: &str| NonS3Result {
-            messages: vec![messages::left_elsewhere(ending, self.kind, &place, why, Some(info), unlock)],
+            messages: vec![messages::left_elsewhere(wording, self.kind, &place, why, Some(info))],
             later: true,
             released: false,
         };

@@ -36,6 +36,7 @@ use nix::unistd::{Pid, getpid};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::membership::{ProcessMark, TreeIdentity};
 use crate::sys::descriptor;
+use crate::sys::file_id::FileId;
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList, Variable};
 use crate::sys::wait::{self, Children};
@@ -73,8 +74,8 @@ pub(crate) struct Tree {
     /// Whether the started program is a shim, which starts terraform. The shim's exit status is not that of terraform,
     /// and terraform may outlive the shim.
     via_shim: bool,
-    /// The device and inode number of the recorder, the file that terraform logs into. `None` if they are unknown.
-    recorder: Option<(u64, u64)>,
+    /// The recorder, the file that terraform logs into. `None` if it is unknown.
+    recorder: Option<FileId>,
     /// Whether terraform has a process group of its own.
     own_group: bool,
     /// The processes that are still running, because [`Tree::end`] could not end them or because the cleanup does not
@@ -336,12 +337,12 @@ impl Tree {
 
     /// Records which file terraform logs into, and whether the started program is a shim.
     pub(crate) fn set_log_file(&mut self, recorder: BorrowedFd<'_>, via_shim: bool) {
-        self.recorder = descriptor::identity(recorder);
+        self.recorder = FileId::of_open(recorder);
         self.via_shim = via_shim;
     }
 
-    /// Returns the device and inode number of the file that terraform logs into. `None` if they are unknown.
-    pub(crate) fn recorder(&self) -> Option<(u64, u64)> {
+    /// Returns the file that terraform logs into. `None` if it is unknown.
+    pub(crate) fn recorder(&self) -> Option<FileId> {
         self.recorder
     }
 

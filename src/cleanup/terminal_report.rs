@@ -258,12 +258,8 @@ impl TerminalReporter<'_> {
         let command = |words: &str| self.locks_command(words, unselected_workspace(location, candidates));
         for (store_key, stored_locks) in found.iter().filter(|(_, stored_locks)| stored_locks.info().is_none()) {
             let what = stored_locks.describe_no_lock();
-            console::say(&messages::barred(
-                &store_key.describe(),
-                &what,
-                &command(messages::RELEASE_NO_LOCK),
-                &location.lock_path(),
-            ));
+            let found = messages::NoLock { place: &store_key.describe(), what: &what, path: &location.lock_path() };
+            console::say(&messages::refused_by_no_lock(&found, &command(messages::RELEASE_NO_LOCK)));
         }
         let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, stored_locks)| stored_locks.info()).collect();
         locks.dedup();

@@ -61,14 +61,22 @@ enum Health {
     Wrong,
 }
 
+/// What the user can do about the result of a check.
+#[derive(Clone, Copy)]
+enum Next<'a> {
+    Nothing,
+    /// A sentence, or a command to type.
+    Do(&'a str),
+}
+
 /// Prints the result of each check and remembers whether any of them was [`Health::Wrong`].
 struct Findings {
     wrong: bool,
 }
 
 impl Findings {
-    /// Prints one result: what was checked, the result, and below it `next`, the next step (empty if there is none).
-    fn tell(&mut self, health: Health, name: &str, text: &str, next: &str) {
+    /// Prints one result: what was checked, the result, and below it the next step.
+    fn tell(&mut self, health: Health, name: &str, text: &str, next: Next<'_>) {
         self.wrong |= health == Health::Wrong;
         let mark = match health {
             Health::Ok => "ok   ",
@@ -76,20 +84,20 @@ impl Findings {
             Health::Wrong => "WRONG",
         };
         console::print(&format!("{mark}  {name}: {}", text.replace('\n', "\n       ")));
-        if !next.is_empty() {
+        if let Next::Do(next) = next {
             console::print(&format!("       {}", next.replace('\n', "\n       ")));
         }
     }
 
     fn ok(&mut self, name: &str, text: &str) {
-        self.tell(Health::Ok, name, text, "");
+        self.tell(Health::Ok, name, text, Next::Nothing);
     }
 
-    fn note(&mut self, name: &str, text: &str, next: &str) {
+    fn note(&mut self, name: &str, text: &str, next: Next<'_>) {
         self.tell(Health::Note, name, text, next);
     }
 
-    fn wrong(&mut self, name: &str, text: &str, next: &str) {
+    fn wrong(&mut self, name: &str, text: &str, next: Next<'_>) {
         self.tell(Health::Wrong, name, text, next);
     }
 }
@@ -128,7 +136,7 @@ impl Doctor {
                     &format!(
                         "{said}: tf only reports a lock there, because an unlock could remove the lock of another run"
                     ),
-                    &format!("to see who holds the lock: {}", other.look),
+                    Next::Do(&format!("to see who holds the lock: {}", other.look)),
                 ),
             }
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
@@ -146,7 +154,7 @@ impl Doctor {
                     backend(&mut findings, &directory, &stores).await;
                 }
                 Ok(_) => {}
-                Err(trouble) => findings.wrong("backend", &trouble.to_string(), ""),
+                Err(trouble) => findings.wrong("backend", &trouble.to_string(), Next::Nothing),
             }
             Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing })
         })
@@ -163,24 +171,28 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
                 Some(version) if version.log_detail() == LogDetail::None => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log does not report its locks"),
-                    "tf cannot release a lock that this version leaves; tf can read the logs of Terraform since 0.15 and of OpenTofu",
+                    Next::Do("tf cannot release a lock that this version leaves; tf can read the logs of Terraform since 0.15 and of OpenTofu"),
                 ),
                 Some(version) if version.log_detail() == LogDetail::AcquireOnly => findings.note(
                     "terraform",
                     &format!("{shown}, {version}: its log reports that it held a lock, but not which one"),
-                    "if this version leaves a lock, tf waits 10 s and then releases it; tf only reports the locks of state and workspace \
-                     commands\nOpenTofu since 1.11 logs more",
+                    Next::Do("if this version leaves a lock, tf waits 10 s and then releases it; tf only reports the locks of state and workspace \
+                     commands\nOpenTofu since 1.11 logs more"),
                 ),
                 Some(version) => findings.ok("terraform", &format!("{shown}, {version}: tf can release the locks that this version leaves")),
                 None => findings.note(
                     "terraform",
                     &format!("{shown}: a program that starts a terraform; tf does not know yet which one"),
-                    "tf will know after the first run in this directory",
+                    Next::Do("tf will know after the first run in this directory"),
                 ),
             }
         }
         Err(reason) => {
-            findings.wrong("terraform", &reason.to_string(), "put terraform on PATH, or set TFW_TERRAFORM to its path");
+            findings.wrong(
+                "terraform",
+                &reason.to_string(),
+                Next::Do("put terraform on PATH, or set TFW_TERRAFORM to its path"),
+            );
         }
     }
 }
@@ -207,12 +219,12 @@ fn journal(findings: &mut Findings) {
     let next = "set TFW_STATE_DIR to a directory of your own on a local disk";
     let state = match StateDirectory::open(|name| std::env::var_os(name)) {
         Ok(state) => state,
-        Err(error) => return findings.wrong("journal", &error.to_string(), next),
+        Err(error) => return findings.wrong("journal", &error.to_string(), Next::Do(next)),
     };
     let shown = visible(&state.join("").display().to_string());
     match Journal::open(&state) {
         Ok(_) => findings.ok("journal", &shown),
-        Err(error) => return findings.wrong("journal", &format!("{shown}: {error}"), next),
+        Err(error) => return findings.wrong("journal", &format!("{shown}: {error}"), Next::Do(next)),
     }
     // Two separately opened files of one process exclude each other as those of two processes do.
     let works = || -> std::io::Result<bool> {
@@ -225,9 +237,9 @@ fn journal(findings: &mut Findings) {
         Ok(false) => findings.wrong(
             "file locks",
             "they do not work in that directory, so two processes can hold the same lock",
-            next,
+            Next::Do(next),
         ),
-        Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), next),
+        Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), Next::Do(next)),
     }
 }
 
@@ -245,7 +257,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         findings.note(
             "backend",
             &format!("{state}, without a lock"),
-            "two runs can write the state at the same time; set use_lockfile = true in the backend block",
+            Next::Do("two runs can write the state at the same time; set use_lockfile = true in the backend block"),
         );
     } else {
         findings.ok("backend", &format!("{state}, workspace {}; locked with {locks}", visible(workspace)));
@@ -254,7 +266,11 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         Ok(arn) => findings.ok("credentials", &visible(&arn)),
         // A release does not need STS. Requests that need credentials are tried below.
         Err(reason) => {
-            findings.note("credentials", &format!("could not ask STS who they belong to: {}", visible(&reason)), "");
+            findings.note(
+                "credentials",
+                &format!("could not ask STS who they belong to: {}", visible(&reason)),
+                Next::Nothing,
+            );
         }
     }
     let mut clock = None;
@@ -287,11 +303,11 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
             Err(failure) if failure.denied().is_some() => findings.wrong(
                 "s3:DeleteObject",
                 &visible(&failure.to_string()),
-                &format!(
+                Next::Do(&format!(
                     "allow these credentials s3:DeleteObject on {}\nif they already have this permission on exactly that \
                      key, ignore this: the test uses another key, so that it touches no lock",
                     visible(&format!("{bucket}/{lock_key}"))
-                ),
+                )),
             ),
             _ => permission(findings, "s3:DeleteObject", bucket, &answer, stores),
         }
@@ -326,11 +342,11 @@ fn lock_place(
                 stored.describe_no_lock(),
                 visible(&place.describe())
             ),
-            &format!(
+            Next::Do(&format!(
                 "once you know that nobody needs it, type: {} {}",
                 messages::locks_command(messages::RELEASE_NO_LOCK, other(directory).as_deref(), None),
                 console::argument(&place.path())
-            ),
+            )),
         );
     }
 }
@@ -341,20 +357,20 @@ async fn describe_table(findings: &mut Findings, stores: &Stores, table: &str) {
         Ok(described) if described.keys != ["LockID"] => findings.wrong(
             &name,
             &format!("its key is {}", visible(&described.keys.join(", "))),
-            "terraform needs a table with LockID (a string) as its only key\ncreate one, and set dynamodb_table in the backend block to it",
+            Next::Do("terraform needs a table with LockID (a string) as its only key\ncreate one, and set dynamodb_table in the backend block to it"),
         ),
         Ok(described) if described.last_writer_wins() => findings.note(
             &name,
             &format!("a global table ({}): writes of several regions overwrite each other", described.replicas.join(", ")),
-            "tf only reports a lock in this table, because a delete can remove the lock of a run in another region\nif \
-             every run uses the same region, set TFW_RELEASE=auto",
+            Next::Do("tf only reports a lock in this table, because a delete can remove the lock of a run in another region\nif \
+             every run uses the same region, set TFW_RELEASE=auto"),
         ),
         Ok(_) => findings.ok(&name, "its key is LockID"),
         Err(failure) if failure.denied().is_some() => {
-            findings.note(&name, "permission denied: dynamodb:DescribeTable; a release does not need this permission", "");
+            findings.note(&name, "permission denied: dynamodb:DescribeTable; a release does not need this permission", Next::Nothing);
         }
         Err(failure) => {
-            findings.wrong(&name, &Trouble::failed(failure, &format!("table {table}"), stores).to_string(), "");
+            findings.wrong(&name, &Trouble::failed(failure, &format!("table {table}"), stores).to_string(), Next::Nothing);
         }
     }
 }
@@ -365,10 +381,14 @@ fn permission(findings: &mut Findings, action: &str, what: &str, answer: &Result
         Err(failure) if failure.denied().is_some() => findings.wrong(
             action,
             &visible(&failure.to_string()),
-            &format!("allow these credentials {action} on {}", visible(what)),
+            Next::Do(&format!("allow these credentials {action} on {}", visible(what))),
         ),
         Err(failure) => {
-            findings.wrong(action, &Trouble::failed(failure.clone(), &visible(what), stores).to_string(), "");
+            findings.wrong(
+                action,
+                &Trouble::failed(failure.clone(), &visible(what), stores).to_string(),
+                Next::Nothing,
+            );
         }
     }
 }
@@ -379,10 +399,10 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
         IfMatch::Ignored => findings.wrong(
             "If-Match",
             &format!("the service of {} ignores it, so a delete removes any lock that is there", visible(bucket)),
-            "also lock with a DynamoDB table, or set TFW_RELEASE=never so that tf only reports locks",
+            Next::Do("also lock with a DynamoDB table, or set TFW_RELEASE=never so that tf only reports locks"),
         ),
         IfMatch::Unknown => {
-            findings.note("If-Match", "could not find out whether conditional deletes are obeyed", "");
+            findings.note("If-Match", "could not find out whether conditional deletes are obeyed", Next::Nothing);
         }
     }
 }
@@ -396,22 +416,22 @@ fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneM
                 "the service of {} ignores it, so use_lockfile does not lock there, and two runs can write the state at the same time",
                 visible(bucket)
             ),
-            "lock with a DynamoDB table: set dynamodb_table in the backend block",
+            Next::Do("lock with a DynamoDB table: set dynamodb_table in the backend block"),
         ),
         IfNoneMatch::Unsupported => findings.wrong(
             "If-None-Match",
             &format!("the service of {} does not support it, so use_lockfile cannot lock there", visible(bucket)),
-            "lock with a DynamoDB table: set dynamodb_table in the backend block",
+            Next::Do("lock with a DynamoDB table: set dynamodb_table in the backend block"),
         ),
         IfNoneMatch::Unknown(failure) => findings.note(
             "If-None-Match",
             &format!("could not test whether a second lock is refused: {}", visible(&failure.to_string())),
-            "",
+            Next::Nothing,
         ),
         IfNoneMatch::Untried => findings.note(
             "If-None-Match",
             "did not test whether a second lock is refused, because the test object could not be deleted again",
-            "",
+            Next::Nothing,
         ),
     }
 }
@@ -421,31 +441,33 @@ async fn versions(findings: &mut Findings, stores: &Stores, bucket: &str) {
         Ok(true) => findings.note(
             "versioning",
             "on: each lock leaves an old version and a delete marker, which are billed",
-            "a lifecycle rule that expires old versions removes them; keep old versions of the state itself for some time",
+            Next::Do("a lifecycle rule that expires old versions removes them; keep old versions of the state itself for some time"),
         ),
         Ok(false) => findings.note(
             "versioning",
             "off, so a lost state cannot be restored",
-            &format!(
+            Next::Do(&format!(
                 "to turn it on, type: aws s3api put-bucket-versioning --bucket {} --versioning-configuration Status=Enabled",
                 quoted(bucket)
-            ),
+            )),
         ),
-        Err(failure) => findings.note("versioning", &format!("could not read the setting: {}", visible(&failure.to_string())), ""),
+        Err(failure) => findings.note("versioning", &format!("could not read the setting: {}", visible(&failure.to_string())), Next::Nothing),
     }
 }
 
 /// Compares this host's clock with the service's; `service` is `None` if no answer had a time. A signed request is
 /// refused if the clock is 5 min off (DynamoDB) or 15 min off (S3, RequestTimeTooSkewed).
 fn skew(findings: &mut Findings, service: Option<Timestamp>) {
-    let Some(service) = service else { return findings.note("clock", "the service did not send its time", "") };
+    let Some(service) = service else {
+        return findings.note("clock", "the service did not send its time", Next::Nothing);
+    };
     let apart = Timestamp::now().duration_since(service).unsigned_abs();
     let text = format!("it differs from the service's clock by {}", length_of_time(apart));
     if apart.as_secs() > 60 {
         findings.wrong(
             "clock",
             &text,
-            "set this host's clock: the ages of locks are wrong, and a service refuses requests if the clock is wrong by 5 min or more",
+            Next::Do("set this host's clock: the ages of locks are wrong, and a service refuses requests if the clock is wrong by 5 min or more"),
         );
     } else {
         findings.ok("clock", &text);
@@ -457,11 +479,11 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
         Ok((states, incomplete)) => {
             if let Some(why) = incomplete {
                 let lines: Vec<String> = why.lines().map(visible).collect();
-                findings.note("workspaces", &lines.join("\n"), "");
+                findings.note("workspaces", &lines.join("\n"), Next::Nothing);
             }
             states
         }
-        Err(trouble) => return findings.wrong("workspaces", &trouble.to_string(), ""),
+        Err(trouble) => return findings.wrong("workspaces", &trouble.to_string(), Next::Nothing),
     };
     for state in states {
         let Some(table) = &state.table else { continue };
@@ -477,14 +499,18 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                     compared.computed.as_deref().unwrap_or("none, because there is no state")
                 );
                 if locked {
-                    findings.note(&name, &format!("{text}; the state is locked, so a run may be writing it"), "");
+                    findings.note(
+                        &name,
+                        &format!("{text}; the state is locked, so a run may be writing it"),
+                        Next::Nothing,
+                    );
                 } else {
                     let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
                     let command = messages::locks_command(&words, other(directory).as_deref(), None);
-                    findings.wrong(&name, &text, &format!("to fix it, type: {command}"));
+                    findings.wrong(&name, &text, Next::Do(&format!("to fix it, type: {command}")));
                 }
             }
-            Err(failure) => findings.wrong(&name, &visible(&failure.to_string()), ""),
+            Err(failure) => findings.wrong(&name, &visible(&failure.to_string()), Next::Nothing),
         }
     }
 }
@@ -501,6 +527,6 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     findings.wrong(
         "errored.tfstate",
         &format!("it exists: {}", errored_state::ERRORED_STATE),
-        &errored_state::push_errored_state("terraform", other(directory).as_deref()),
+        Next::Do(&errored_state::push_errored_state("terraform", other(directory).as_deref())),
     );
 }

@@ -1,9 +1,9 @@
 //! The path of this program for links, aliases and scripts, which must stay valid after this process has exited.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use crate::sys::file_id::FileId;
 
 /// The path of this program.
 pub(super) struct OwnPath {
@@ -17,8 +17,7 @@ pub(super) struct OwnPath {
 
 /// Returns whether both paths lead to the same file. Returns false if one of the paths leads to no file.
 pub(super) fn same_file(one: &Path, other: &Path) -> bool {
-    let identity = |path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    identity(one).is_some() && identity(one) == identity(other)
+    FileId::at(one).is_ok_and(|one| FileId::at(other).is_ok_and(|other| one == other))
 }
 
 /// Finds the path of this program, on PATH if possible.

@@ -151,12 +151,12 @@ impl Release {
             match (released, junk.first()) {
                 // The lock is released, but the entry that is not a lock still blocks every run.
                 (Ok(Finding::Nothing), Some(first)) => {
-                    console::say(&messages::barred(
-                        &first.place.describe(),
-                        &first.reason,
-                        &self.place.command(messages::RELEASE_NO_LOCK),
-                        &first.place.path(),
-                    ));
+                    let found = messages::NoLock {
+                        place: &first.place.describe(),
+                        what: &first.reason,
+                        path: &first.place.path(),
+                    };
+                    console::say(&messages::refused_by_no_lock(&found, &self.place.command(messages::RELEASE_NO_LOCK)));
                     Ok(Finding::Failed)
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {

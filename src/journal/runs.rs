@@ -24,7 +24,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +40,7 @@ use crate::journal::run_mark::Living;
 use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
+use crate::sys::file_id::FileId;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::lock_info::is_lock_id;
@@ -413,7 +414,7 @@ impl Journal {
             return FoundRun::Doubtful(record, doubtful);
         }
         // The previous owner may have deleted the directory or replaced the record since this process read the record.
-        let same = fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == place.ino() && now.dev() == place.dev());
+        let same = fs::symlink_metadata(&path).is_ok_and(|now| FileId::from(&now) == FileId::from(&place));
         match read(&path, name) {
             Ok(record) if same => FoundRun::Dead(Box::new(record), JournalEntry { path, lock_file }, standpoint),
             _ => FoundRun::Gone,

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use crate::sys::file_id::FileId;
 use crate::sys::process::{self, Process};
 use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::trace::trace;
@@ -16,8 +17,8 @@ use crate::trace::trace;
 /// The maximum number of shims between `tf` and terraform.
 const MAX_SHIM_DEPTH: usize = 8;
 
-/// The device and the inode number of the file that terraform logs into. `None` if they are unknown.
-pub(crate) type LogFile = Option<(u64, u64)>;
+/// The file that terraform logs into. `None` if it is unknown.
+pub(crate) type LogFile = Option<FileId>;
 
 /// Sends `signal` to the terraform behind the shim `child`. If `child` is terraform itself, or no terraform can be
 /// identified, sends `signal` to `child`.

@@ -50,13 +50,6 @@ pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Returns the device and the inode number of an open file. `None` if they cannot be read.
-pub(crate) fn identity(descriptor: BorrowedFd<'_>) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let file = std::fs::File::from(descriptor.try_clone_to_owned().ok()?).metadata().ok()?;
-    Some((file.dev(), file.ino()))
-}
-
 /// The result of a transfer of bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Moved {

@@ -9,6 +9,7 @@ pub(crate) mod disposition;
 pub(crate) mod entry;
 pub(crate) mod environment;
 mod errno;
+pub(crate) mod file_id;
 pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
 pub(crate) mod locale;

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::file_id::FileId;
 use super::wait::Ended;
 
 /// Makes this process, instead of init, the new parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux
@@ -442,21 +443,15 @@ impl Process {
     /// Returns whether the process executes the same program as this process. `None` if this process may not read which
     /// program the other process executes.
     fn runs_our_program(&self) -> Option<bool> {
-        use std::os::unix::fs::MetadataExt;
-        let program =
-            |process: &str| std::fs::metadata(format!("/proc/{process}/exe")).map(|file| (file.dev(), file.ino())).ok();
+        let program = |process: &str| FileId::at(format!("/proc/{process}/exe")).ok();
         program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
-    /// Returns whether the process has the file with this device and inode number open (proc(5), `/proc/PID/fd`).
+    /// Returns whether the process has the file open (proc(5), `/proc/PID/fd`).
     /// Returns false if this process may not read the list of the other process's descriptors.
-    pub(crate) fn has_open(&self, (device, number): (u64, u64)) -> bool {
-        use std::os::unix::fs::MetadataExt;
+    pub(crate) fn has_open(&self, file: FileId) -> bool {
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
-        descriptors
-            .flatten()
-            .filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok())
-            .any(|file| (file.dev(), file.ino()) == (device, number))
+        descriptors.flatten().any(|descriptor| FileId::at(descriptor.path()).is_ok_and(|open| open == file))
     }
 
     /// Returns the file name of the program that the process executes. If the file name cannot be read, returns the

@@ -1,9 +1,9 @@
 //! Selects the terraform to run: the first one on PATH that is neither this program nor already in the chain.
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use crate::sys::file_id::FileId;
 
 /// The environment variable that contains the path or the name of the terraform to run.
 pub(crate) const OVERRIDE: &str = "TFW_TERRAFORM";
@@ -67,13 +67,6 @@ fn places(directories: &[PathBuf]) -> String {
     directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The device and inode numbers of a file. They identify the file under any name.
-type FileIdentity = (u64, u64);
-
-fn identity(path: &Path) -> Option<FileIdentity> {
-    fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
-}
-
 /// Returns the name of the program that `tf` replaces: `tofu` if `tf` was started under that name, otherwise
 /// `terraform`.
 pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
@@ -108,7 +101,7 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
         chain.writer = own;
     }
     chain.depth += 1;
-    chain.seen.extend(us.as_deref().and_then(identity));
+    chain.seen.extend(us.as_deref().and_then(|path| FileId::at(path).ok()));
     let seen = chain.seen.clone();
     let mut found = |path: PathBuf| {
         let behind = behind_wrapper(&path, std::env::var_os("TERRAFORM_CLI_PATH"));
@@ -116,18 +109,18 @@ pub(crate) fn find(name: &str) -> Result<Binary, NotFound> {
         let path = behind.filter(|_| for_a_step).unwrap_or(path);
         // The program to start is added too. If it is a script that starts a `tf` again, that `tf` skips the script and
         // searches further.
-        chain.seen.extend(identity(&path));
+        chain.seen.extend(FileId::at(&path).ok());
         Binary { path, chain: chain.value(), supervised_already, for_a_step }
     };
     if let Some(wanted) = std::env::var_os(OVERRIDE).filter(|wanted| !wanted.is_empty()) {
         let path = which::which(&wanted).map_err(|_| NotFound::Override(wanted))?;
         // If the variable names a wrapper, a `tf` below that wrapper inherits the variable and must ignore it.
-        if identity(&path).is_none_or(|identity| !seen.contains(&identity)) {
+        if FileId::at(&path).map_or(true, |file| !seen.contains(&file)) {
             return Ok(found(path));
         }
     }
     let mut candidates = which::which_all(name).ok().into_iter().flatten();
-    match candidates.find(|path| identity(path).is_none_or(|identity| !seen.contains(&identity))) {
+    match candidates.find(|path| FileId::at(path).map_or(true, |file| !seen.contains(&file))) {
         Some(path) => Ok(found(path)),
         None => Err(NotFound::OnPath {
             name: name.to_owned(),
@@ -154,7 +147,7 @@ struct Chain {
     /// The PID of the `tf` that wrote the value.
     writer: u32,
     depth: u32,
-    seen: Vec<FileIdentity>,
+    seen: Vec<FileId>,
 }
 
 /// The relation of this process to the `tf` that wrote the chain.
@@ -173,14 +166,7 @@ impl Chain {
         let mut parts = value.to_str()?.splitn(3, ':');
         let writer = parts.next()?.parse().ok()?;
         let depth = parts.next()?.parse().ok()?;
-        let seen = parts
-            .next()?
-            .split(',')
-            .map(|pair| {
-                let (device, inode) = pair.split_once('.')?;
-                Some((device.parse().ok()?, inode.parse().ok()?))
-            })
-            .collect::<Option<_>>()?;
+        let seen = parts.next()?.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
         Some(Self { writer, depth, seen })
     }
 
@@ -197,7 +183,7 @@ impl Chain {
     }
 
     fn value(&self) -> OsString {
-        let seen: Vec<_> = self.seen.iter().map(|(device, inode)| format!("{device}.{inode}")).collect();
+        let seen: Vec<_> = self.seen.iter().map(FileId::to_string).collect();
         format!("{}:{}:{}", self.writer, self.depth, seen.join(",")).into()
     }
 }
@@ -208,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_chain_survives_the_environment() {
-        let chain = Chain { writer: 7, depth: 2, seen: vec![(1, 2), (3, 4)] };
+        let chain = Chain { writer: 7, depth: 2, seen: vec!["1.2".parse().unwrap(), "3.4".parse().unwrap()] };
         assert_eq!(Chain::parse(&chain.value()), Some(chain));
     }
 
