@@ -83,7 +83,9 @@ impl RunRecord {
     }
 
     /// Records the processes below terraform that have left its process group, by pid and start time in clock ticks
-    /// since boot. If they have changed, passes them on to the guardian.
+    /// since boot. If they have changed, passes them on to the guardian, which writes them to the journal. If there is
+    /// no guardian, writes them here: if `tf` is killed as well, the next `tf` finds these processes only in the
+    /// journal. Without a lock, no later `tf` needs these processes, so they are not written.
     pub(crate) fn note_outside_group(&mut self, processes: Vec<(i32, u64)>, recorder: &Recorder) {
         if processes == self.outside_group {
             return;
@@ -95,6 +97,8 @@ impl RunRecord {
             && guardian.tell_outside_group(&processes).is_err()
         {
             self.guardian_is_gone(recorder);
+        } else if self.guardian.is_none() && recorder.log().may_hold() {
+            self.write(recorder);
         }
         self.outside_group = processes;
     }

@@ -11,7 +11,9 @@ use nix::unistd::Pid;
 
 use crate::support::cloud::tool;
 use crate::support::process::{Run, terraform_below, tree};
-use crate::support::processes::{KillOnDrop, everybody, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
+use crate::support::processes::{
+    KillOnDrop, everybody, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked,
+};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
@@ -260,18 +262,33 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
 /// The child is in another session, below a process that waits for it, as with a `sudo` that has its own terminal.
 #[test]
 fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keeps_the_lock() {
+    a_child_that_left_the_group_keeps_the_lock(|_, _| {});
+}
+
+#[test]
+fn a_child_that_left_the_group_after_the_guardians_death_keeps_the_lock_too() {
+    a_child_that_left_the_group_keeps_the_lock(|env, run| {
+        kill(guardian_of(env, run.pid()), Signal::SIGKILL).unwrap();
+        env.wait_for_trace("the guardian is gone");
+    });
+}
+
+/// `before` is called before the child leaves the group.
+fn a_child_that_left_the_group_keeps_the_lock(before: impl Fn(&TestEnv, &Run)) {
     let env = TestEnv::empty(Lock::Both);
     env.write("child.py", BARE_CHILD);
     env.write_main(
         "",
         &format!(
-            "env -i setsid -w {} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e work; do sleep 0.02; done; \
-             touch began; while ! test -e go; do sleep 0.02; done",
+            "touch began; while ! test -e leave; do sleep 0.02; done; \
+             env -i setsid -w {} -S child.py < /dev/null > /dev/null 2>&1 & while ! test -e go; do sleep 0.02; done",
             tool("python3").display()
         ),
     );
     env.init();
     let run = env.start_apply(Subject::Tf);
+    before(&env, &run);
+    env.write("leave", "");
     let child = bare_child_of(&env, run.pid());
     let text = format!("[{child},");
     let noted = || {
