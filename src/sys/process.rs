@@ -105,8 +105,9 @@ fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
 /// Returns how the process `pid` ended. The process does not have to be a child of this process. `process` is the
 /// descriptor of that process from [`open_pidfd`].
 ///
-/// While the process is a zombie, its exit status is the last field of /proc/PID/stat. That field is 0 if this process
-/// may not trace the zombie (proc_pid_stat(5)). After the zombie was reaped, the descriptor provides the status
+/// While the process is a zombie, its exit status is the last field of /proc/PID/stat. That field is also 0 if this
+/// process may not trace the zombie (proc_pid_stat(5)), for example because terraform's program is setuid. So a 0 counts
+/// only if this process may trace the zombie. After the zombie was reaped, the descriptor provides the status
 /// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). Returns `None` if the process is still running, or if neither
 /// source provides the status. Always `None` on systems other than Linux.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
@@ -118,7 +119,8 @@ pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
             // The descriptor can still be signalled, so the process was not reaped, and `stat` cannot be that of a
             // later process with the same pid.
             let zombie = Process::parse(pid, &stat)?.state == 'Z' && signal_number(process, 0).is_ok();
-            zombie.then(|| stat.trim_end().rsplit(' ').next()?.parse().ok()).flatten()
+            let status = stat.trim_end().rsplit(' ').next()?.parse().ok()?;
+            (zombie && (status != 0 || may_trace(pid))).then_some(status)
         })?;
         Some(if libc::WIFSIGNALED(status) {
             Ended::Killed(Signal::try_from(libc::WTERMSIG(status)).unwrap_or(Signal::SIGKILL))
@@ -131,6 +133,14 @@ pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
         let _ = (pid, process);
         None
     }
+}
+
+/// Whether this process may trace the process `pid`. Reading the link /proc/PID/exe requires the same permission as the
+/// exit status in /proc/PID/stat (PTRACE_MODE_READ_FSCREDS, ptrace(2)). Without it, the link cannot be read: EACCES.
+/// With it, the link of a zombie cannot be read either, because the zombie has no program any more: ENOENT.
+#[cfg(target_os = "linux")]
+fn may_trace(pid: Pid) -> bool {
+    !std::fs::read_link(format!("/proc/{pid}/exe")).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 #[cfg(target_os = "linux")]
