@@ -1,9 +1,9 @@
 //! The messages that `tf` writes for people. A run prints them on stderr, and `tf locks recover` prints some of them on
 //! stdout. The doc comment of each item says what the message reports.
 //!
-//! A stderr that is closed, hung up or full must not stop a release or end the program. So messages are printed with
-//! [`crate::console::say`], which does not fail and does not block for long. `println!` and `eprintln!`, which panic,
-//! are forbidden everywhere (clippy.toml).
+//! An output that is closed, hung up or full must not stop a release or end the program. So messages are printed with
+//! the functions of [`crate::console`], which do not fail and do not block for long. `println!` and `eprintln!`, which
+//! panic, are forbidden everywhere (clippy.toml).
 
 use crate::console::length_of_time;
 use crate::console::option;
@@ -257,6 +257,13 @@ pub(crate) fn still_recovering(record: &JournalRecord) -> String {
         "a dead run on this host (pid {}) may hold a state lock\nanother process is still cleaning up after that run\n\
          to check again, type: tf locks recover",
         record.tf
+    )
+}
+
+/// Reports that a recovery could not be started, because of `error`.
+pub(crate) fn no_recovery_process(error: &std::io::Error) -> String {
+    format!(
+        "could not start a process that cleans up after an earlier run: {error}\nto try again, type: tf locks recover"
     )
 }
 

@@ -108,7 +108,8 @@ struct Dead {
 pub(crate) struct Before {
     /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
-    /// The runs that could not be finished. The reason for each was reported, unless its process was killed.
+    /// The runs that could not be finished. The reason for each was normally reported. It was not reported if the
+    /// process that finishes the run was killed or could not be forked.
     pub(crate) tried: Vec<Tried>,
 }
 
@@ -263,7 +264,7 @@ pub(crate) struct Request<'a> {
 
 /// Finishes every dead run of this user on this host, or only the requested one, one after the other. Reports the
 /// results with `say`. Waits for a run that another process is finishing, and for a run that may hold a lock and is
-/// about to end (see [`ending`]). All these waits together are limited to [`OTHER_RECOVERY_TIMEOUT`]; a dry run does
+/// about to end (see [`ending`]). All these waits together are limited to [`OTHER_RECOVERY_TIMEOUT`]. A dry run does
 /// not wait. This process must have only one thread, because it forks.
 pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Signals) -> Recovered {
     let Request { dry_run, only, .. } = request;
@@ -444,7 +445,7 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
 }
 
 /// Records the result of a check for the lock of a pending request. Once the service has answered, the request is
-/// stored only for as long as it may land. `visited` is `None` if no check was made; this then records nothing.
+/// stored only for as long as it may land. If `visited` is `None`, no check was made, and nothing is recorded.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let is_answered = match visited {
         Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
@@ -483,8 +484,8 @@ pub(crate) enum Forgotten {
 }
 
 /// Deletes the lock with the ID `what` from the journal. `what` can also be the ID of a run, because the IDs of its
-/// locks may be unknown. If so, the whole run is deleted from the journal. The whole run is also deleted if this
-/// process cannot determine whether the run is alive. Does not release a lock.
+/// locks may be unknown. If so, the whole run is deleted from the journal. The whole run is also deleted if it is a
+/// [`FoundRun::Foreign`] and no process holds its lock file. Does not release a lock.
 pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
@@ -565,9 +566,9 @@ enum NearEnd {
     Left,
 }
 
-/// Returns why a run that is alive is about to end. `None` if its `tf` and the parent of that `tf` are alive, or if the
-/// pids of the run are from another pid namespace. So the result is also `None` for a run that a person has interrupted
-/// while its parent is alive: other runs do not wait for such a run.
+/// Returns why a run that is alive is about to end. `None` if its `tf` is alive, and the parent of that `tf` is alive
+/// or is not watched. Also `None` if the pids of the run are from another pid namespace. So the result is `None` for a
+/// run that a person has interrupted, or for which its job waits: other runs do not wait for such a run.
 fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
     if !record.host.numbers_processes_as(journal.host()) {
@@ -685,6 +686,9 @@ enum Left {
     ForLackOfCredentials,
 }
 
+/// The forked process sends this after all messages. Without it, the process was killed, or has panicked.
+const DONE: &str = "\u{3}";
+
 /// The forked process sends this in place of a message if a lock was not released.
 const LEFT: &str = "\u{1}";
 
@@ -703,7 +707,8 @@ struct RecoveryProcess {
 
 /// Does `work` in a forked process, and reports the resulting messages with `say`. Returns when that process has
 /// exited, or was killed at a person's request. Stores the first signal that asks `tf` to stop in `asked`. Returns
-/// whether a lock was not released. If no process can be forked, does nothing and returns [`Left::Nothing`].
+/// whether a lock was not released. If that process cannot be forked, or does not complete its work, a lock may be
+/// left, so the result is at least [`Left::Lock`].
 fn in_a_process(
     RecoveryProcess { mut keep, announced }: RecoveryProcess,
     work: impl FnOnce() -> Finished,
@@ -712,7 +717,13 @@ fn in_a_process(
     asked: &mut Option<Signal>,
 ) -> Left {
     let mut left = Left::Nothing;
-    let Ok((mut lines, mut writer)) = UnixStream::pair() else { return left };
+    let (mut lines, mut writer) = match UnixStream::pair() {
+        Ok(pair) => pair,
+        Err(error) => {
+            say(&messages::no_recovery_process(&error));
+            return Left::Lock;
+        }
+    };
     keep.push(writer.as_raw_fd());
     keep.extend(trace::descriptor());
     let current = std::env::current_dir();
@@ -729,13 +740,21 @@ fn in_a_process(
             Left::Lock => Some(LEFT.to_owned()),
             Left::ForLackOfCredentials => Some(LEFT_FOR_LACK_OF_CREDENTIALS.to_owned()),
         };
-        for message in finished.messages.into_iter().chain(left) {
+        for message in finished.messages.into_iter().chain(left).chain([DONE.to_owned()]) {
             let _ = writer.write_all(message.as_bytes());
             let _ = writer.write_all(&[0]);
         }
     });
     drop(writer);
-    let Ok(Some(pid)) = forked else { return left };
+    let pid = match forked {
+        Ok(Some(pid)) => pid,
+        Ok(None) => return left,
+        Err(error) => {
+            say(&messages::no_recovery_process(&error));
+            return Left::Lock;
+        }
+    };
+    let mut is_done = false;
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     let mut told = !announced;
@@ -766,6 +785,7 @@ fn in_a_process(
             while let Some(end) = received.iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = received.drain(..=end).collect();
                 match String::from_utf8_lossy(&message[..end]).as_ref() {
+                    DONE => is_done = true,
                     LEFT => left = Left::Lock,
                     LEFT_FOR_LACK_OF_CREDENTIALS => left = Left::ForLackOfCredentials,
                     message => say(message),
@@ -774,7 +794,7 @@ fn in_a_process(
         }
     }
     let _ = nix::sys::wait::waitpid(pid, None);
-    left
+    if is_done { left } else { left.max(Left::Lock) }
 }
 
 /// Handles requests to stop. The first request is answered with a message, and its signal is stored in `asked`. After
