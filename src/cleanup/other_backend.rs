@@ -234,7 +234,10 @@ impl<'a> NonS3Release<'a> {
         Ok((status.code(), text))
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the run has ended; this terraform only reads and releases its lock")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the run has ended; this terraform only reads and releases the run's lock"
+    )]
     fn start(&self, arguments: &[&str], said: File) -> io::Result<Child> {
         let mut command = Command::new(self.program);
         if let Some(chdir) = self.chdir {

@@ -20,7 +20,7 @@ pub(crate) fn errored_state(directory: &Path, since: Timestamp) -> Option<PathBu
 /// The part of a message that explains `errored.tfstate`. Terraform's local backend writes the file; see
 /// [`errored_state`].
 pub(crate) const ERRORED_STATE: &str =
-    "terraform could not write its state to the backend; the file is newer than the state there";
+    "terraform could not write its state to the backend; unless another run has written it since, the file is newer";
 
 /// Returns the part of a message that shows how to upload `errored.tfstate` to the backend.
 pub(crate) fn push_errored_state(program: &str, directory: Option<&str>) -> String {
