@@ -158,7 +158,7 @@ mod tests {
             Route::Ask(_) => "a request to stop",
             Route::AskGuardian => "a request to stop; the guardian knows whether terraform has got it",
             Route::Suspend => "terraform stops, then `tf`",
-            Route::NoteStoppedReader => "a background job that reads the terminal: stopped until `fg`",
+            Route::NoteStoppedReader => "a background job that needs the terminal: stopped until `fg`",
             Route::PassToGroup => "passed on to terraform's group",
             Route::PassToTerraform => "passed on to terraform",
             Route::LookAtChildren => "a child has stopped or exited: looked at",
