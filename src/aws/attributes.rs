@@ -1,6 +1,7 @@
 //! Lists every attribute, variable and profile key that can affect where the locks of an S3 backend are, how `tf`
-//! reaches them, or which credentials it uses. For each of them, the list says what `tf` does with it. The list
-//! determines how `tf` connects to AWS and what the journal records. docs/backend-s3.md is generated from it.
+//! reaches them, or which credentials it uses. For each of them, the list says what `tf` does with it. `tf` reads this
+//! list when it connects to AWS and when it chooses what the journal records. docs/backend-s3.md is generated from this
+//! list.
 //!
 //! Sources of the attributes: internal/backend/remote-state/s3/backend.go, `ConfigSchema`, of Terraform 0.15 to 1.15
 //! and OpenTofu 1.6 to 1.12. Sources of the variables: the same file, aws-sdk-go-base, and the AWS SDK for Go. Source

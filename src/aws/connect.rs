@@ -84,8 +84,8 @@ impl Resolved {
     }
 
     /// Whether `credentials` have expired or expire within 30 s. A request with such credentials may be refused. In the
-    /// first 30 s after the credentials were received, the result is always false. Otherwise, if a wrong clock makes
-    /// new credentials look expired, every connection would request credentials again.
+    /// first 30 s after the credentials were received, the result is always false. Without this rule, every connection
+    /// would request credentials again if a wrong clock makes new credentials look expired.
     fn is_over(&self, credentials: &Credentials) -> bool {
         const EXPIRY_GRACE: Duration = Duration::from_secs(30);
         self.at.elapsed() > EXPIRY_GRACE

@@ -76,8 +76,8 @@ impl AccountIdentity {
         Self { reach: None, ..identity }
     }
 
-    /// Returns the identity for a terraform that is about to start. The account may not be known otherwise, and
-    /// `allowed_account_ids` may contain a single account. In this case, the result has that account, because terraform
+    /// Returns the identity for a terraform that is about to start. If the account is not known otherwise and
+    /// `allowed_account_ids` contains a single account, the result has that account. The reason is that terraform
     /// refuses to work in any other account (backend/remote-state/s3/backend.go, `VerifyAccountIDAllowed`).
     pub(crate) fn at_start(run: &str, backend: &CachedBackend) -> Self {
         let mut identity = Self::now(run, backend);

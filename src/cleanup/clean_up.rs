@@ -93,7 +93,7 @@ pub(crate) struct EndedRun<'a> {
     pub(crate) died: bool,
     /// How terraform ended. `None` if that is unknown.
     pub(crate) ended: Option<Ended>,
-    /// The latest time at which the run, or a process that it started, may have worked.
+    /// A time up to which the run, or a process that it started, was working or may have been working.
     pub(crate) until: Timestamp,
     /// Replaced locks that an earlier cleanup of this run has found.
     pub(crate) replaced: &'a [Replaced],

@@ -101,8 +101,8 @@ impl CandidateLocks {
 #[derive(Debug)]
 pub(crate) struct ReleaseResult {
     pub(crate) lock: RecordedLock,
-    /// The outcome of the release. `None` if terraform did not get the lock, and `tf` did not look for the lock or
-    /// knows no location for it.
+    /// The outcome of the release. `None` if terraform exited by itself without getting the lock, and `tf` did not look
+    /// for the lock or knows no location for it.
     pub(crate) outcome: Option<Outcome>,
     /// Whether this lock may have existed when terraform exited. True if the run had the lock, or died before it
     /// received the response to its request. False if terraform exited by itself without getting the lock: a lock at
@@ -221,8 +221,8 @@ fn is_expected_to_be_gone(recorded: &RecordedLock, died: bool, program: Option<&
 }
 
 /// Returns those of the run's locks that were replaced: another run locked the same state while this run was still
-/// working. `until` is the latest time at which this run may have worked. Each replacement is also written into the
-/// history.
+/// working. Up to the time `until`, this run was working or may have been working. Each replacement is also written
+/// into the history.
 pub(crate) fn replaced(
     results: &[ReleaseResult],
     candidates: &CandidateBackends,
@@ -249,10 +249,10 @@ pub(crate) fn replaced(
     all
 }
 
-/// Whether the holder of `other` locked the state while the run of `own` was still working. `until` is the latest time
-/// at which that run may have worked. If the unlock of that run was refused because the lock belonged to another run,
-/// the result is true whatever the times are, because the clocks of the two hosts may differ. False if that run did not
-/// have its lock.
+/// Whether the holder of `other` locked the state while the run of `own` was still working. Up to the time `until`,
+/// that run was working or may have been working. If the unlock of that run was refused because the lock belonged to
+/// another run, the result is true whatever the times are, because the clocks of the two hosts may differ. False if
+/// that run did not have its lock.
 fn worked_at_once(own: &RecordedLock, other: &LockInfo, died: bool, until: Timestamp) -> bool {
     let refused = !died && own.progress.is_unlocking();
     own.progress.held.is_some() && (refused || other.created().is_some_and(|created| created <= until))
@@ -382,7 +382,7 @@ pub(crate) fn remember_abandoned<'a>(
         .filter_map(|ReleaseResult { lock, outcome, .. }| {
             let unseen =
                 matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            // This check got no response just now, so the next `tf` does not check again for 5 min.
+            // This check got no response just now. So for 5 min, no `tf` checks again before it starts terraform.
             let tried = unseen.then(Timestamp::now);
             keep(
                 pending_requests,

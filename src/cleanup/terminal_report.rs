@@ -341,8 +341,8 @@ fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBa
     candidates.workspace_of(location).filter(|name| Some(*name) != selected)
 }
 
-/// Returns what is stored now at `location`, with one entry for each part of a lock. Leaves out a part that cannot be
-/// read.
+/// Returns what is stored now at `location`, with one entry for each part of a lock. Leaves out a part that does not
+/// exist or cannot be read.
 fn stored_locks(
     location: &LockLocation,
     candidates: &CandidateBackends,

@@ -23,8 +23,8 @@ use crate::trace::trace;
 /// The name of the history file in the state directory.
 const FILE: &str = "history.jsonl";
 
-/// The maximum size of a history file: 1 MiB. If the next line would exceed this size, the file is first renamed to an
-/// older file ([`older`]).
+/// The maximum size of a history file: 1 MiB. If the next line would make the file larger, the file is first renamed to
+/// an older file ([`older`]).
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The number of older history files that are kept.
@@ -38,7 +38,7 @@ const MAX_TEXT_CHARACTERS: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum What {
-    /// The lock was released, because its holder was dead or because a person confirmed the release.
+    /// The lock was released. Its holder was dead, or was likely dead and a person agreed to the release.
     Released,
     /// A person forced the delete. The holder was alive, it was unknown whether the holder was alive, or the stored
     /// text could not be parsed as a lock.

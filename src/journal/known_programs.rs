@@ -91,8 +91,9 @@ impl Program {
     }
 
     /// Returns the value of `TF_LOG_CORE` at which the program logs the locks of a backend of this kind. `backend` is
-    /// `None` if the kind is not known. The level depends on the version for the S3 backend, and for the local, pg and
-    /// inmem backends, which leave no lock behind. The locks of all other backends appear in the log only at TRACE.
+    /// `None` if the kind is not known. The level depends on the version if the kind is not known, for the S3 backend,
+    /// and for the local, pg and inmem backends, which leave no lock behind. The locks of all other backends appear in
+    /// the log only at TRACE.
     pub(crate) fn level(&self, backend: Option<&str>) -> &'static str {
         match (&self.version, backend) {
             (Some(version), None | Some("s3" | "local" | "pg" | "inmem")) => version.log_detail().level(),

@@ -288,8 +288,8 @@ fn choose(level: &'static str, opens: bool, variable: impl Fn(&str) -> Option<Os
     }
 }
 
-/// Returns the variables that an outer `tf` has set for its own recorder. They are recognised by their value, the path
-/// of that recorder, which is also in the variable [`RECORDER`].
+/// Returns the variables that an outer `tf` has set for its own recorder. They are recognised by the path of that
+/// recorder: it is the value of [`RECORDER`], and also of `TF_LOG_PATH` or `TF_TEMP_LOG_PATH`.
 fn inherited(variable: &impl Fn(&str) -> Option<OsString>) -> Vec<&'static str> {
     let Some(outer) = variable(RECORDER) else { return Vec::new() };
     let is = |name: &str, value: &OsStr| variable(name).is_some_and(|set| set == value);

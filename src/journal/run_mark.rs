@@ -37,8 +37,8 @@ impl Living {
                 list.push(process);
             }
         }
-        // /proc may hide a survivor that runs as another user (`hidepid`). If kill(2) fails with EPERM, the survivor
-        // still exists.
+        // /proc may hide a survivor that runs as another user (`hidepid`). If kill(2) fails with EPERM, a process with
+        // its pid still exists.
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));

@@ -77,7 +77,7 @@ pub(crate) struct Unfinished {
     pub(crate) elsewhere: bool,
     /// Whether terraform died without having written a log, so that it is not known whether it held a lock.
     pub(crate) unlogged: bool,
-    /// Locks of the run that were replaced while it was working. They must be reported to a person.
+    /// Locks of the run that were replaced while the run was working. They must be reported to a person.
     pub(crate) replaced: Vec<Replaced>,
 }
 
@@ -256,8 +256,8 @@ pub(crate) enum FoundRun {
     /// No process of the run is known to be alive, but these processes may belong to the run. As long as these
     /// processes are running, the run must not be finished.
     Doubtful(Box<JournalRecord>, Vec<Process>),
-    /// The directory at this path has no valid record and no process holds its lock file, or the lock file cannot be
-    /// opened.
+    /// Either the directory at this path has no valid record, and no process is known to hold its lock file. Or its
+    /// lock file cannot be opened, for another reason than a missing write permission.
     Broken(PathBuf),
     /// The run is not in the journal, or was deleted from it in the meantime.
     Gone,

@@ -39,8 +39,8 @@ use crate::trace::trace;
 /// because a program may ignore that signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long to wait before terraform is continued after it was stopped because it needs the terminal, if `tf` cannot
-/// make terraform's group the foreground group. Terraform may be stopped repeatedly for this reason.
+/// How long `tf` waits before it continues a terraform that was stopped because it needs the terminal, if `tf` cannot
+/// make terraform's group the foreground group. `tf` waits because terraform may be stopped again at once.
 const CONTINUE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How often to check which processes below terraform have left its process group. A check reads about ten files for
@@ -72,8 +72,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) children_changed: bool,
     /// Whether the shim that `tf` started has exited while the terraform behind it is still running.
     pub(crate) outlived: bool,
-    /// Until when to wait for a report of the guardian, after a service manager has sent SIGTERM to `tf`. The guardian
-    /// reports if all processes of the unit got that SIGTERM. `None` if `tf` does not wait for such a report.
+    /// Until when to wait for the guardian's report that a service manager has sent SIGTERM to all processes of the
+    /// unit. `tf` waits after it got a SIGTERM from a service manager. `None` if `tf` does not wait for such a report.
     pub(crate) unit_stop: Option<Instant>,
     /// When the first interrupt was sent, in clock ticks since boot, and the terraforms behind a shim that have got an
     /// interrupt. `None` until the first interrupt is sent to a running shim or to the terraform behind it.

@@ -172,8 +172,10 @@ impl ForegroundControl {
     }
 
     /// Reclaims the foreground if [`MIN_FOREGROUND_WINDOW`] has passed and the terminal has its previous modes again.
-    /// If a member of terraform's group has stopped itself, continues the group. If the group of `tf` is the foreground
-    /// group at that time, terraform's group becomes the foreground group first.
+    ///
+    /// Also searches terraform's group for a member that has stopped itself, for [`STOPPED_MEMBERS_WINDOW`]. If there
+    /// is one, and `tf` has made terraform's group the foreground group, continues the group. If the group of `tf` is
+    /// the foreground group instead, makes terraform's group the foreground group, and continues it.
     pub(crate) fn look(&mut self) {
         if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
             match self.foreground() {

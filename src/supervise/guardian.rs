@@ -20,7 +20,7 @@
 //!   all other cases, the guardian is a child of `tf`, and `tf` reaps it. As a child of init, each guardian would
 //!   remain as a zombie in a container whose first process reaps no orphans.
 //! - It signals terraform through a pidfd, which never refers to another process with the same pid. The child of `tf`
-//!   that executes terraform sends its pid to the guardian first.
+//!   sends its own pid to the guardian before it executes terraform.
 //! - Its [`Stop`] gets the same events as the [`Stop`] of `tf`, so both have the same state. So terraform gets only one
 //!   interrupt, whether `tf` or the guardian sends it.
 //! - After the death of `tf`, it reads terraform's pipes and discards the output: terraform must not die of SIGPIPE
@@ -371,7 +371,7 @@ struct Watch<'a> {
     /// Whether `tf` is stopped or about to stop itself.
     still: bool,
     /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
-    /// `None` if the latest parsed log was written.
+    /// `None` if there is no such log.
     news: Option<(u64, Log)>,
     /// Reads the signals that were sent to the guardian. These signals do not kill the guardian. `None` if they cannot
     /// be read.
@@ -546,8 +546,8 @@ impl<'a> Watch<'a> {
     /// Forgets a stop of the unit that arrived before terraform was started. That signal has not reached terraform.
     /// `tf` got the signal too, and interrupts terraform if the guardian reports nothing. Call this only when the
     /// socket is empty, so that a [`STARTED`] message cannot be overlooked. The child of `tf` discards its pending
-    /// signals before it sends that message. So a signal that the guardian has read before the message was discarded,
-    /// or killed the child before it executed terraform.
+    /// signals before it sends that message. So if the guardian has read the signal before the message, the child has
+    /// discarded the signal, or was killed by it before it executed terraform.
     fn forget_early_stop(&mut self) {
         self.unit_is_stopped &= self.terraform.is_some();
     }

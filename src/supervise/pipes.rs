@@ -55,7 +55,8 @@ struct Drain {
 pub(crate) enum Progress {
     /// No write to a reader has failed in this step.
     Going,
-    /// A write to a reader has failed in this step, because the reader has exited or has closed its pipe or socket.
+    /// A write to a reader has failed in this step, normally because the reader has exited or has closed its pipe or
+    /// socket.
     ReaderGone,
 }
 

@@ -40,7 +40,7 @@ pub(crate) enum StopEvent {
     ReaderGone,
     /// Terraform needs the terminal, but no person can answer at the terminal.
     NobodyCanAnswer,
-    /// No request has arrived, but the time of [`Stop::deadline`] may have passed.
+    /// This is not a request. The time of [`Stop::deadline`] may have passed.
     Time,
 }
 

@@ -1,5 +1,5 @@
-//! A file in memory, which is never written to a disk. On systems other than Linux, it is instead a private file in a
-//! temporary directory.
+//! A file in memory. Only the kernel's swap can write it to a disk. On systems other than Linux, it is instead a
+//! private file in a temporary directory.
 
 use std::fs::{File, OpenOptions};
 use std::io;
