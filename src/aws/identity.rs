@@ -120,10 +120,10 @@ fn is_account(text: &str) -> bool {
     text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Returns the account that the ID of an access key contains, in base 32 after the first four letters. `None` if the ID
-/// contains no account, as the ID of a key from before 2019. In such an ID, the fifth letter is in the first half of
-/// the base-32 alphabet. LocalStack and similar services accept an account ID as the ID of a key. In this case, the
-/// result is that account ID.
+/// Returns the account that the ID of an access key contains. IDs that were created since 2019 contain it in base 32,
+/// after the first four letters. `None` for an older ID, which contains no account: its fifth letter is in the first
+/// half of the base-32 alphabet. With LocalStack and similar services, an account ID is itself the ID of a key. Such an
+/// ID is returned unchanged.
 fn account_of_key(key: &str) -> Option<String> {
     if is_account(key) {
         return Some(key.to_owned());

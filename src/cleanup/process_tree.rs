@@ -381,9 +381,9 @@ impl Tree {
     }
 
     /// Does the same as [`Tree::end`] without a process list. The kernel still reports whether this process has any
-    /// child. Orphans of the tree are reparented to this process, so if there is no child, the tree is dead. Signals
-    /// are sent only to terraform's process group, and only while a child of this process is in the group. As long as
-    /// it is, no other group can have the same number.
+    /// child. Orphans of the tree are reparented to this process. So if there is no child and the lifeline is closed,
+    /// the tree is dead. Signals are sent only to terraform's process group, and only while a child of this process is
+    /// in the group. As long as it is, no other group can have the same number.
     ///
     /// This also reaps terraform's own zombie. Terraform's status was read before, and no signal is sent to terraform's
     /// pid afterwards.

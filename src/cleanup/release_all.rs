@@ -108,10 +108,10 @@ pub(crate) struct ReleaseResult {
     /// received the response to its request. False if terraform exited by itself without getting the lock: a lock at
     /// the location then belongs to another run.
     pub(crate) may_exist: bool,
-    /// Whether the lock, or a part of it, may still appear. Always false if terraform exited by itself. True if the
-    /// request for the lock got no response and may still land. This is possible even after a release, because the SDK
-    /// sends a request again if it gets no response. Also true if the lock's table or bucket does not exist now,
-    /// because it may be restored.
+    /// Whether the lock, or a part of it, may still appear although it was released or not found. Always false if
+    /// terraform exited by itself. True if the request for the lock got no response and may still land. This is
+    /// possible even after a release, because the SDK sends a request again if it gets no response. Also true if the
+    /// lock's table or bucket does not exist now, because it may be restored.
     pub(crate) may_still_come: bool,
 }
 
@@ -149,8 +149,8 @@ pub(crate) fn release_locks(
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
         } else if is_claimed(&recorded.id) {
-            // The lock belongs to the other run. The log of this run contains the lock's ID, because a process of this
-            // run received the ID from the other run.
+            // The journal has recorded this lock for another run, which is or may be alive. So it is the lock of that
+            // run, and this log contains its ID only because a process of this run has written the ID into the log.
             named(Outcome::Kept { reason: messages::CLAIMED.to_owned(), because: Because::Claimed })
         } else {
             let candidates = candidates.of(recorded);
@@ -351,7 +351,8 @@ pub(crate) fn remember_pending(
 /// a second interrupt (internal/command/meta.go, `RunOperation`). It also does so if a proxy answers in place of the
 /// service, or the connection breaks, and the SDK has used up its retries. A retry of the SDK can also create a lock
 /// again after its release. The log does not distinguish these cases from a refusal. So a request counts as refused
-/// only if another run's lock is at the location, or if no lock can exist there.
+/// only if the location shows it: another run's lock is there, no lock can exist there, or what is there is not a lock
+/// or is in doubt.
 pub(crate) fn abandoned_requests(
     results: &[ReleaseResult],
     ended: Option<Ended>,

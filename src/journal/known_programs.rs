@@ -44,7 +44,9 @@ pub(crate) struct Program {
     key: String,
     /// Whether the program is a terraform itself. False if it only starts a terraform.
     pub(crate) itself: bool,
-    /// Whether the program is known to be able to open a file that only this user can open.
+    /// Whether the program can open a file that only this user can open. Assumed to be true for a terraform that does
+    /// not change its user, until `terraform version` shows the opposite. False for a program that only starts a
+    /// terraform.
     pub(crate) opens: bool,
     /// The version of the program. `None` if it is not known.
     pub(crate) version: Option<Version>,

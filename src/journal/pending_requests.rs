@@ -126,7 +126,8 @@ impl PendingRequests {
         awaited
     }
 
-    /// Records that the service has responded whether the lock exists.
+    /// Records that the service has answered a check for the lock. From now on, the request is stored only for
+    /// [`PENDING_WINDOW`].
     pub(crate) fn was_seen(&self, pending: &PendingRequest) {
         if pending.unseen || pending.tried.is_some() {
             let _ = self.put(&PendingRequest { unseen: false, tried: None, ..pending.clone() });

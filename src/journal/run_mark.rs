@@ -45,7 +45,7 @@ impl Living {
         // /proc may also hide members of terraform's group. This matters only if no other process of the run was found.
         if let Some(group) = identity.group.map(Pid::from_raw)
             && living.is_empty()
-            && hides_members(group)
+            && is_hidden(group)
         {
             living.unknown.push(Process::unseen_in(group));
         }
@@ -68,8 +68,9 @@ pub(crate) fn mark_of(process: &Process, run: &str) -> ProcessMark {
     }
 }
 
-/// Whether `group` has a process that /proc does not show to this process.
-fn hides_members(group: Pid) -> bool {
+/// Whether `group` has processes although /proc shows none of them to this process. False if /proc shows at least one
+/// process of the group, even if it hides others.
+fn is_hidden(group: Pid) -> bool {
     // Read the list before the group is checked. If a zombie is reaped between the two checks, it is in the list, and
     // does not count as hidden.
     !Process::all().iter().any(|process| process.group == group) && process::group_exists(group)

@@ -582,10 +582,11 @@ struct Attempt<'a> {
     agreed: bool,
 }
 
-/// Whether a write of the terraform with the lock `recorded` may be in flight: a write of the state, or a delete by an
-/// unlock. False if `write_may_land` is false. One delete is in no log, so the result is also true if the lock has two
-/// parts and terraform may have acquired only one: if the DynamoDB item belongs to another run, terraform
-/// unconditionally deletes the S3 object that it has just put (backend/remote-state/s3/client.go, `Lock`).
+/// Whether a write of the state or a delete may be in flight that the terraform with the lock `recorded` has sent.
+/// Always false if `write_may_land` is false. The log shows when writes and deletes begin, with one exception:
+/// terraform has put the S3 object, then finds that the DynamoDB item belongs to another run, and deletes the object
+/// unconditionally (backend/remote-state/s3/client.go, `Lock`). So the result is also true for a lock with two parts
+/// that terraform may not have acquired completely.
 fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
     let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;

@@ -557,7 +557,8 @@ mod tests {
         assert_eq!(process.start, 815);
     }
 
-    /// The texts are from `unshare -pf` without a new /proc. In one of them, both pids happen to be equal.
+    /// The texts with two pids in `NSpid` are what /proc/self/status contains below `unshare -pf` if no new /proc is
+    /// mounted: the pid in the outer namespace, then the own pid. In one of them, both happen to be equal.
     #[test]
     fn a_proc_of_another_namespace_is_not_ours() {
         for (status, ours) in [

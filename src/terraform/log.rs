@@ -274,8 +274,8 @@ impl Log {
 
     /// Returns the locks whose ID is not in the log, and whose release the log does not report.
     pub(crate) fn unreleased_unnamed(&self) -> impl Iterator<Item = &UnnamedLock> {
-        // If the log contains the requests, a lock that only the local backend's two records mention was never
-        // requested.
+        // Before terraform requests a lock, its local backend logs two records. If this version also logs the request
+        // itself, and the log has only the two records, the lock was never requested.
         let requests_are_logged = self.logs_locks();
         let was_none = move |lock: &UnnamedLock| requests_are_logged && lock.is_of_workspace();
         self.unnamed().filter(move |lock| !(lock.progress.is_gone() || was_none(lock)))
