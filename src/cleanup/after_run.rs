@@ -92,18 +92,29 @@ fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
         if let Some(process) = other {
             tree.note_survivors(std::slice::from_ref(process));
-            return Some(Outcome::later(messages::another_terraform(process)));
+            return Some(still_running(messages::another_terraform(process), false));
         }
     }
     if died {
         return match tree.end(waiter, at_once) {
             Termination::Dead(_) => None,
-            Termination::Alive(processes) => Some(Outcome::later(messages::still_alive(&processes))),
-            Termination::LifelineHeld => Some(Outcome::later(messages::LIFELINE_HELD)),
-            Termination::Unseen => Some(Outcome::later(messages::UNSEEN)),
+            Termination::Alive(processes) => Some(still_running(messages::still_alive(&processes), true)),
+            Termination::LifelineHeld => Some(still_running(messages::LIFELINE_HELD, false)),
+            Termination::Unseen => Some(unseen()),
         };
     }
     if operation == Operation::Unlocking { wait_for_tree(tree, waiter) } else { None }
+}
+
+/// Returns the outcome "not released, because a process of the run is still running". `several` is true if `reason` is
+/// about more than one process.
+fn still_running(reason: impl Into<String>, several: bool) -> Outcome {
+    Outcome::Kept { reason: reason.into(), because: Because::StillRunning { several } }
+}
+
+/// Returns the outcome "not released, because there is no process list".
+fn unseen() -> Outcome {
+    Outcome::Kept { reason: messages::UNSEEN.to_owned(), because: Because::Unseen }
 }
 
 /// Waits until no process of the tree is running, for at most [`PROVIDER_EXIT_TIMEOUT`]. Kills no process, because
@@ -114,7 +125,7 @@ fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     loop {
         tree.reap_orphans(&[]);
         if process::list() == ProcessList::Unavailable {
-            return Some(Outcome::later(messages::UNSEEN));
+            return Some(unseen());
         }
         let living = tree.living();
         if living.is_empty() {
@@ -122,7 +133,7 @@ fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
         }
         if begun.elapsed() > PROVIDER_EXIT_TIMEOUT {
             tree.note_survivors(&living);
-            return Some(Outcome::later(messages::still_alive(&living)));
+            return Some(still_running(messages::still_alive(&living), true));
         }
         waiter.wait(Duration::from_millis(10));
     }

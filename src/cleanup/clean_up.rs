@@ -52,11 +52,11 @@ pub(crate) enum Permission {
 
 impl Permission {
     /// Returns why no lock may be released. `None` if locks may be released.
-    fn reason(&self) -> Option<&str> {
+    fn reason(&self) -> Option<(&str, Because)> {
         match self {
-            Self::Release => None,
-            Self::Keep(outcome) => outcome.reason(),
-            Self::NameOnly => Some(messages::NEVER),
+            Self::Keep(Outcome::Kept { reason, because }) => Some((reason, *because)),
+            Self::Release | Self::Keep(_) => None,
+            Self::NameOnly => Some((messages::NEVER, Because::Never)),
         }
     }
 }
@@ -158,6 +158,9 @@ pub(crate) trait Reporter {
     /// Returns the command that a person types to remove a lock in a backend other than S3.
     fn unlock_command(&self, candidates: &CandidateBackends) -> String;
 
+    /// Whether the run has a complete journal, so that `tf locks recover` may release a lock that was not released.
+    fn has_journal(&self) -> bool;
+
     /// Whether a person reads the reports. If not, everything that a person should read is left for the next `tf`,
     /// which reports it.
     fn is_read(&self) -> bool;
@@ -187,6 +190,10 @@ impl Reporter for SilentReporter {
 
     fn unlock_command(&self, _: &CandidateBackends) -> String {
         String::new()
+    }
+
+    fn has_journal(&self) -> bool {
+        true
     }
 
     fn is_read(&self) -> bool {
@@ -226,7 +233,8 @@ pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: 
     reporter.refusals(run, &results, waiter);
     reporter.unidentified(run, &locks);
     let lost_log_is_left = run.log_state != LogState::Complete && locks.is_empty() && reporter.lost_log(run, waiter);
-    let non_s3 = run.non_s3.as_ref().map(|non_s3| non_s3.clean_up(run, waiter)).unwrap_or_default();
+    let non_s3 =
+        run.non_s3.as_ref().map(|non_s3| non_s3.clean_up(run, reporter.has_journal(), waiter)).unwrap_or_default();
     reporter.non_s3(run, &non_s3);
     let cleaned = Cleaned { locks, results, replaced, non_s3, lost_log_is_left };
     cleaned.unfinished(run.log, reporter.is_read())
@@ -256,13 +264,14 @@ fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) 
 }
 
 impl NonS3Cleanup<'_> {
-    fn clean_up(&self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> NonS3Result {
+    /// Releases the lock. For `has_journal`, see [`Reporter::has_journal`].
+    fn clean_up(&self, run: &EndedRun<'_>, has_journal: bool, waiter: &mut Waiter<'_>) -> NonS3Result {
         match &self.release {
             Ok(release) => release.settle(
                 &run.release_context.run,
                 self.is_logged,
                 run.permission.reason(),
-                Wording { ending: run.ending, unlock: &self.unlock, by: run.by },
+                Wording { ending: run.ending, unlock: &self.unlock, by: run.by, has_journal },
                 waiter,
             ),
             Err(reason) => NonS3Result { messages: vec![reason.clone()], later: true, released: false },
@@ -349,6 +358,8 @@ mod tests {
             (kept(Because::Doubt), false, true),
             (kept(Because::Claimed), false, true),
             (kept(Because::NotYet), true, true),
+            (kept(Because::StillRunning { several: true }), true, true),
+            (kept(Because::Unseen), true, true),
             (kept(Because::NoAnswer), true, true),
             (kept(Because::NoCredentials), true, true),
             (kept(Because::Denied("dynamodb:DeleteItem")), true, true),

@@ -22,7 +22,7 @@ use crate::holder::evidence::{Judgement, Verdict};
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lock::digest::Comparison;
-use crate::lock::release::{Because, Released, Write};
+use crate::lock::release::{Because, QUIET_WINDOW, Released, Write};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::errored_state::push_errored_state;
@@ -80,7 +80,10 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     let mut text = format!("{ending} without releasing its state lock");
     match released.write {
         Some(Write::Landed) => text.push_str("; a write of its state that was in flight has arrived"),
-        Some(Write::Quiet) => text.push_str("; no further write of its state arrived"),
+        Some(Write::Quiet) => {
+            let waited = QUIET_WINDOW.as_secs();
+            let _ = write!(text, "; waited {waited} s for a late write of its state, and none arrived");
+        }
         None => {}
     }
     let held = released.created.map_or_else(String::new, |created| {
@@ -105,7 +108,8 @@ pub(crate) fn digest_mismatch(
         }
         None => (
             "there is no state".to_owned(),
-            "if this workspace had resources, restore its state (the bucket may have old versions)\nif it never had a state, type:",
+            "if this workspace had resources, restore its state (the bucket may have old versions)\n\
+             if the state was deleted on purpose, or never existed, type:",
         ),
     };
     let name = |name: &str| option("--fix-digest", &visible_whole(name));
@@ -136,12 +140,14 @@ pub(crate) fn kept(
     later: bool,
     removal: &Removal,
 ) -> String {
-    let again = if later { "the next tf in this directory tries again\n" } else { "" };
+    // As long as a process of the run may be running, the next `tf` does not release the lock either.
+    let is_running = matches!(because, Because::StillRunning { .. } | Because::Unseen);
+    let again = if later && !is_running { "the next tf in this directory tries again\n" } else { "" };
     format!(
         "{ending}; its state lock was not released: {}\n{}\n{again}{}",
         lock(recorded),
         visible_lines(why),
-        removal.next_step(because, recorded)
+        removal.next_step(because, recorded, later)
     )
 }
 
@@ -156,8 +162,9 @@ pub(crate) struct Removal {
 }
 
 impl Removal {
-    /// Returns the sentence that says when a person may remove the lock, and how.
-    fn next_step(&self, because: Because, recorded: &RecordedLock) -> String {
+    /// Returns the sentences that say when a person may release or remove the lock, and how. For `is_recorded`, see
+    /// [`next_step`].
+    fn next_step(&self, because: Because, recorded: &RecordedLock, is_recorded: bool) -> String {
         let Self { unlock, release, show } = self;
         let id = &recorded.id;
         match because {
@@ -166,14 +173,41 @@ impl Removal {
             }
             // To remove the lock would be wrong, because it belongs to a run that may be alive.
             Because::Claimed => format!("to see whether the holder is alive, type: {show} {id}"),
-            Because::Denied(action) => format!("{UNUSED}, with credentials that allow {action}, type: {unlock} {id}"),
-            _ => format!("{UNUSED}, type: {unlock} {id}"),
+            _ => next_step(because, is_recorded, &format!("{unlock} {id}")),
         }
     }
 }
 
+/// Returns the sentences that say when a person may release or remove a lock that was not released, and how. `unlock`
+/// is the whole command that removes the lock. `is_recorded` is true if the lock is in the journal, so that `tf locks
+/// recover` may release it.
+fn next_step(because: Because, is_recorded: bool, unlock: &str) -> String {
+    match because {
+        // An unlock would be wrong as long as such a process may change something, even if no terraform is running.
+        Because::StillRunning { several } => {
+            let when = if several {
+                "when they have exited, or after you have killed them"
+            } else {
+                "when it has exited, or after you have killed it"
+            };
+            format!("{when}, type: {}", if is_recorded { RECOVER } else { unlock })
+        }
+        Because::Unseen => {
+            format!("{UNUSED} and no process that terraform started is running, type: {unlock}")
+        }
+        Because::Denied(action) => format!("{UNUSED}, with credentials that allow {action}, type: {unlock}"),
+        Because::NotYet | Because::NoAnswer | Because::NoCredentials if is_recorded => {
+            format!("to try again now, type: {RECOVER}\nif that fails, {UNUSED}, type: {unlock}")
+        }
+        _ => format!("{UNUSED}, type: {unlock}"),
+    }
+}
+
+/// The command that releases the locks of all dead runs on this host.
+const RECOVER: &str = "tf locks recover";
+
 /// The condition under which a person may remove a lock.
-const UNUSED: &str = "once no terraform is using this state";
+pub(crate) const UNUSED: &str = "once no terraform is using this state";
 
 /// The arguments of `tf locks`, without the path, that remove an object that is in the place of a lock but is not a
 /// lock. Without the option, the command would release a lock in another part of the same location.
@@ -240,15 +274,29 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
 }
 
 /// Reports that an earlier run did not end while this `tf` waited for it. `stops` is true if the `tf` of that run is
-/// alive and is stopping terraform.
-pub(crate) fn still_ending(record: &JournalRecord, stops: bool) -> String {
-    let next = if stops {
-        "that run releases its lock when it exits\nto check again, type: tf locks recover"
+/// alive and is stopping terraform. `processes` are the processes of the run that are known to be alive.
+pub(crate) fn still_ending(record: &JournalRecord, stops: bool, processes: &[Process]) -> String {
+    let tf = record.tf;
+    if stops {
+        return format!(
+            "a run on this host (pid {tf}) is still stopping and may hold a state lock\n\
+             that run releases its lock when it exits\nto check again, type: tf locks recover"
+        );
+    }
+    let running = if processes.is_empty() {
+        "another process of that run (most likely its guardian, a second tf) is still running\n\
+         when it has exited, or after you have killed it"
+            .to_owned()
     } else {
-        "the tf of that run is dead, but another process of the run is still running\n\
-         when that process has exited, type: tf locks recover"
+        format!(
+            "processes of that run are still running: {}\nwhen they have exited, or after you have killed them",
+            list(processes)
+        )
     };
-    format!("a run on this host (pid {}) is still stopping and may hold a state lock\n{next}", record.tf)
+    format!(
+        "a run on this host (pid {tf}) may hold a state lock, which was not released\n\
+         the tf of that run is dead, but {running}, type: tf locks recover"
+    )
 }
 
 /// Reports that another process is cleaning up after a dead run, and did not finish while this `tf` waited for it.
@@ -283,13 +331,15 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
         "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether that run is still running\n{why}",
         record.tf
     );
+    let directory = visible_whole(&record.working_directory());
+    let workspace = record.workspaces.first().map(String::as_str);
     for recorded in record.log.unreleased() {
+        let release = locks_command(&format!("release --force {}", recorded.id), Some(&directory), workspace);
         let _ = write!(
             text,
-            "\nit may hold the lock {}\nonce you know that the run is dead, type in its directory: {} {}",
-            lock(recorded),
-            in_workspace(record.workspaces.first().map(String::as_str), "tf locks release --force"),
-            recorded.id
+            "\nit may hold the lock {}\n\
+             once no process of that run is running on the host or in the container that started it, type: {release}",
+            lock(recorded)
         );
     }
     let _ = write!(text, "\nif that lock is gone, type: tf locks recover --forget {}", visible(&record.run));
@@ -306,8 +356,8 @@ pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
 }
 
 /// The reason why a lock was not released: there is no process list.
-pub(crate) const UNSEEN: &str =
-    "/proc does not list this system's processes here, so processes that terraform started may still be running";
+pub(crate) const UNSEEN: &str = "cannot tell whether terraform's child processes are still running: \
+     /proc is not mounted, or belongs to another pid namespace";
 
 /// Reports that a recovery is taking more than 1 s.
 pub(crate) fn recovering() -> String {
@@ -339,19 +389,27 @@ pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String
 
 /// Reports that a lock was not released, because it is not certain whether it belongs to an earlier run.
 pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
-    let command = unlock_command_of(record);
-    let id = if is_lock_id(&info.id) {
-        format!("\nif it belongs to that run, type: {command} {}", info.id)
-    } else {
-        String::new()
-    };
+    let workspace = record.workspaces.first().map(String::as_str);
+    let show = locks_command("show", Some(&visible_whole(&record.working_directory())), workspace);
     format!(
-        "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}{id}",
+        "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}\n{}",
         record.tf,
         lock(info),
         visible(&info.who),
-        visible_lines(why)
+        visible_lines(why),
+        decide_after_show(info, &show, &unlock_command_of(record))
     )
+}
+
+/// Returns the sentences that say how a person can decide about a lock that may belong to a dead run. `show` and
+/// `unlock` are the commands without the lock's ID.
+fn decide_after_show(info: &LockInfo, show: &str, unlock: &str) -> String {
+    let unlock = if is_lock_id(&info.id) {
+        format!("\n{}", next_step(Because::Doubt, false, &format!("{unlock} {}", info.id)))
+    } else {
+        String::new()
+    };
+    format!("to see who holds it, type: {show} {}{unlock}", argument(&info.id))
 }
 
 /// Reports that `tf` could not look for a lock of an earlier run. The run's log does not contain the ID of that lock.
@@ -385,6 +443,8 @@ pub(crate) struct Wording<'a> {
     pub(crate) unlock: &'a str,
     /// Which process releases the lock.
     pub(crate) by: By,
+    /// Whether the run has a journal, so that `tf locks recover` may release the lock.
+    pub(crate) has_journal: bool,
 }
 
 /// Reports that `tf` waits before it releases a lock, because a write may still be in flight to a backend whose state
@@ -398,28 +458,29 @@ pub(crate) fn released_elsewhere(ending: &str, kind: &OtherBackend, info: &LockI
     format!("{ending} without releasing its state lock\nreleased the lock: {}, backend {}", lock(info), kind.kind)
 }
 
-/// Reports that a lock in a backend other than S3 was not released. `info` is `None` if it is unknown whether there is
-/// a lock; the message then names the backend by `place`.
+/// Reports that a lock in a backend other than S3 was not released: `why` is the reason, and `because` its kind. `info`
+/// is `None` if it is unknown whether there is a lock; the message then names the backend by `place`.
 pub(crate) fn left_elsewhere(
     wording: Wording<'_>,
     kind: &OtherBackend,
     place: &str,
-    why: &str,
+    (why, because): (&str, Because),
     info: Option<&LockInfo>,
 ) -> String {
     let what = match info {
         Some(info) => format!("{}, Who {}", lock(info), visible(&info.who)),
         None => format!("backend {}, {}", kind.kind, visible(place)),
     };
-    let id = info.map_or("ID", |info| &info.id);
+    let look = kind.look.map_or_else(String::new, |look| format!("\nto see who holds the lock: {look}"));
+    let id = info.map_or_else(|| "ID".to_owned(), |info| argument(&info.id));
+    let next = next_step(because, wording.has_journal, &format!("{} {id}", wording.unlock));
+    let needs_id = info.is_none() && !(wording.has_journal && matches!(because, Because::StillRunning { .. }));
+    let placeholder =
+        if needs_id { "\nreplace ID with the ID that terraform prints when the lock refuses it" } else { "" };
     format!(
-        "{} and may have left its state lock, which was not released: {what}\n{}\n\
-         to see who holds the lock: {}\n{UNUSED}, type: {} {}",
+        "{} and may have left its state lock, which was not released: {what}\n{}{look}\n{next}{placeholder}",
         wording.ending,
-        visible_lines(why),
-        kind.look,
-        wording.unlock,
-        visible(id)
+        visible_lines(why)
     )
 }
 
@@ -436,7 +497,7 @@ pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why
         lock(recorded),
         visible_lines(why),
         visible(&record.surroundings.needs()),
-        removal.next_step(because, recorded)
+        removal.next_step(because, recorded, true)
     )
 }
 
@@ -490,16 +551,22 @@ pub(crate) fn missing(attributes: &str, directory: &str) -> String {
     )
 }
 
+/// The next step if the record of a run cannot be read.
+const SEE_WHICH_ARE_HELD: &str =
+    "that run may have left a state lock; to see which locks are held, type in its directory: tf locks";
+
 /// Reports that the record at `path` cannot be read and was not moved.
 pub(crate) fn broken(path: &std::path::Path) -> String {
-    format!("could not read the record of an earlier run: {}", visible(&path.display().to_string()))
+    format!(
+        "could not read the record of an earlier run: {}\n{SEE_WHICH_ARE_HELD}",
+        visible(&path.display().to_string())
+    )
 }
 
 /// Reports that a record is invalid and was moved to `path`.
 pub(crate) fn set_aside(path: &std::path::Path) -> String {
     format!(
-        "could not read the record of an earlier run; it was moved to {}\n\
-         that run may have left a state lock; to see which locks are held, type in its directory: tf locks",
+        "could not read the record of an earlier run; it was moved to {}\n{SEE_WHICH_ARE_HELD}",
         visible(&path.display().to_string())
     )
 }
@@ -523,7 +590,10 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
     } else {
         format!("if the lock appears later, type: {unlock} {}", recorded.id)
     };
-    format!("{ending} while it requested a state lock, which it did not get: {}\n{then}", lock(recorded))
+    format!(
+        "{ending} while it requested a state lock: {}\ntf did not find that lock; the lock may still appear\n{then}",
+        lock(recorded)
+    )
 }
 
 /// Reports that one part of a lock was released, and that the other part was never found. `kept` is true if the next
@@ -534,7 +604,7 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
     } else {
         format!("if that part appears, type: {unlock} {}", recorded.id)
     };
-    format!("the other part of this lock may still appear\n{then}")
+    format!("the other part of this lock (its DynamoDB item or its S3 object) may still appear\n{then}")
 }
 
 /// Reports that a lock with an unknown ID was requested and not found. `kept` is true if the next `tf` looks for the
@@ -625,17 +695,16 @@ pub(crate) fn refused(
     format!("{said}\n{next}")
 }
 
-/// Reports that the log of this run does not show its locks, and that the lock `info` may belong to this run.
-pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, unlock: &str) -> String {
-    let id = visible(&info.id);
-    let command =
-        if is_lock_id(&info.id) { format!("\nif it belongs to that run, type: {unlock} {id}") } else { String::new() };
+/// Reports that the log of this run does not show its locks, and that the lock `info` may belong to this run. `show`
+/// and `unlock` are the commands without the lock's ID.
+pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, show: &str, unlock: &str) -> String {
     format!(
         "{ending}; its log does not say whether it held a state lock\n\
-         this lock may belong to that run and was not released: {}, Who {}{}{command}",
+         this lock may belong to that run and was not released: {}, Who {}{}\n{}",
         lock(info),
         visible(&info.who),
         doubt.map_or_else(String::new, |doubt| format!("\n{doubt}")),
+        decide_after_show(info, show, unlock)
     )
 }
 
@@ -652,7 +721,8 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
 /// wrote to the log. `suspect` is a lock that terraform may have held, or `None` if no such lock was found.
 pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
     let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
-    let log = "terraform wrote no log that tf can read; check whether it runs as another user";
+    let log =
+        "terraform left no log that tf can read: it died early, or ran as another user (for example through sudo)";
     let Some(info) = suspect else {
         return format!(
             "{ending}; its state lock, if it held one, was not released\n{log}\n\
@@ -683,8 +753,7 @@ pub(crate) fn still_alive(processes: &[Process]) -> String {
 }
 
 /// The reason why a lock was not released: a process that `tf` cannot see still has the lifeline open.
-pub(crate) const LIFELINE_HELD: &str =
-    "a process that tf cannot see still has a file open that only terraform's children inherit";
+pub(crate) const LIFELINE_HELD: &str = "a child process of terraform is still running, but tf cannot see which one";
 
 /// The reason why a lock was not released: another terraform of the run is still running.
 pub(crate) fn another_terraform(process: &Process) -> String {
@@ -761,6 +830,47 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// An unlock would let another run change what a provisioner of the dead run still changes.
+    #[test]
+    fn a_lock_of_a_run_whose_processes_are_alive_is_left_to_a_recovery() {
+        const UNLOCK: &str = "terraform force-unlock 1";
+        for (because, recorded, expected) in [
+            (
+                Because::StillRunning { several: true },
+                true,
+                "when they have exited, or after you have killed them, type: tf locks recover",
+            ),
+            (
+                Because::StillRunning { several: false },
+                true,
+                "when it has exited, or after you have killed it, type: tf locks recover",
+            ),
+            // Without a journal, a recovery does not know the run.
+            (
+                Because::StillRunning { several: true },
+                false,
+                "when they have exited, or after you have killed them, type: terraform force-unlock 1",
+            ),
+            // A recovery on a host without a process list does not release the lock either.
+            (
+                Because::Unseen,
+                true,
+                "once no terraform is using this state and no process that terraform started is running, type: terraform force-unlock 1",
+            ),
+            (
+                Because::NoAnswer,
+                true,
+                "to try again now, type: tf locks recover\n\
+                 if that fails, once no terraform is using this state, type: terraform force-unlock 1",
+            ),
+            (Because::NoAnswer, false, "once no terraform is using this state, type: terraform force-unlock 1"),
+            (Because::Doubt, true, "once no terraform is using this state, type: terraform force-unlock 1"),
+            (Because::Never, true, "once no terraform is using this state, type: terraform force-unlock 1"),
+        ] {
+            assert_eq!(next_step(because, recorded, UNLOCK), expected, "{because:?} {recorded}");
+        }
+    }
 
     #[test]
     fn an_ending_names_its_signal() {

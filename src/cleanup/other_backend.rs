@@ -23,6 +23,7 @@ use crate::cleanup::waiter::Waiter;
 use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
 use crate::lock::proof::{Match, Run, judge_unnamed};
+use crate::lock::release::Because;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockIdentity, Log, UnnamedLock};
@@ -111,7 +112,7 @@ impl<'a> NonS3Release<'a> {
         &self,
         run: &Run,
         brackets: bool,
-        keep: Option<&str>,
+        keep: Option<(&str, Because)>,
         wording: Wording<'_>,
         waiter: &mut Waiter<'_>,
     ) -> NonS3Result {
@@ -124,25 +125,25 @@ impl<'a> NonS3Release<'a> {
             return NonS3Result::default();
         }
         let place = self.kind.place(self.backend);
-        let named = |why: &str, info: Option<&LockInfo>| NonS3Result {
-            messages: vec![messages::left_elsewhere(wording, self.kind, &place, why, info)],
+        let named = |why: &str, because: Because, info: Option<&LockInfo>| NonS3Result {
+            messages: vec![messages::left_elsewhere(wording, self.kind, &place, (why, because), info)],
             ..NonS3Result::default()
         };
         if unlock_policy == UnlockPolicy::Name {
-            return named("an unlock could remove the lock of another run", None);
+            return named("an unlock could remove the lock of another run", Because::Doubt, None);
         }
         if self.moved {
             return NonS3Result {
                 later: true,
-                ..named("the run's directory has been set up for another backend since", None)
+                ..named("the run's directory has been set up for another backend since", Because::Doubt, None)
             };
         }
-        if let Some(why) = keep {
-            return NonS3Result { later: true, ..named(why, None) };
+        if let Some((why, because)) = keep {
+            return NonS3Result { later: true, ..named(why, because, None) };
         }
         let held = match self.ask(waiter) {
             Ok(held) => held,
-            Err(why) => return NonS3Result { later: true, ..named(&why, None) },
+            Err(why) => return NonS3Result { later: true, ..named(&why, Because::NoAnswer, None) },
         };
         let Some(info) = held else { return NonS3Result::default() };
         let verdict = match &self.had {
@@ -152,7 +153,7 @@ impl<'a> NonS3Release<'a> {
         trace!("{} holds {}: {verdict:?}", self.kind.kind, info.id);
         match verdict {
             Match::Ours => {}
-            Match::Doubt(reason) if run.is_of(&info.who) => return named(reason, Some(&info)),
+            Match::Doubt(reason) if run.is_of(&info.who) => return named(reason, Because::Doubt, Some(&info)),
             Match::Doubt(_) | Match::Anothers => return NonS3Result::default(),
         }
         self.release(&info, wording, waiter)
@@ -162,7 +163,7 @@ impl<'a> NonS3Release<'a> {
         let Wording { ending, by, .. } = wording;
         let place = self.kind.place(self.backend);
         let named = |why: &str| NonS3Result {
-            messages: vec![messages::left_elsewhere(wording, self.kind, &place, why, Some(info))],
+            messages: vec![messages::left_elsewhere(wording, self.kind, &place, (why, Because::NotYet), Some(info))],
             later: true,
             released: false,
         };

@@ -369,7 +369,7 @@ impl Everything<'_> {
             FoundRun::Doubtful(record, processes) => (self.say)(&messages::may_be_alive(record, processes)),
             FoundRun::Living(record) => {
                 let is_left = ending(record, journal) == Some(NearEnd::Left);
-                console::say(&messages::still_ending(record, is_left));
+                console::say(&messages::still_ending(record, is_left, &journal.members(record)));
             }
             FoundRun::Recovering(record) => console::say(&messages::still_recovering(record)),
             FoundRun::Foreign(_, None) | FoundRun::Dead(..) | FoundRun::Gone => {}
@@ -993,6 +993,10 @@ impl Reporter for RecoveryReporter<'_> {
 
     fn unlock_command(&self, _: &CandidateBackends) -> String {
         messages::unlock_command(&self.record.program, Some(&self.record.working_directory()))
+    }
+
+    fn has_journal(&self) -> bool {
+        true
     }
 
     fn is_read(&self) -> bool {

@@ -363,7 +363,15 @@ pub(crate) fn abandoned_requests(
             Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
             // The location could not be read, so it is unknown whether the request was refused.
             Some(Outcome::Kept { because, .. }) => {
-                matches!(because, Because::NoAnswer | Because::NoCredentials | Because::Denied(_) | Because::NotYet)
+                matches!(
+                    because,
+                    Because::NoAnswer
+                        | Because::NoCredentials
+                        | Because::Denied(_)
+                        | Because::NotYet
+                        | Because::StillRunning { .. }
+                        | Because::Unseen
+                )
             }
             Some(Outcome::Absent { .. }) | None => false,
         };
@@ -530,6 +538,9 @@ mod tests {
             (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),
             (kept(Because::Denied("dynamodb:GetItem")), Some(Ended::Exited(1)), 1),
             (kept(Because::NoCredentials), Some(Ended::Exited(1)), 1),
+            (kept(Because::NotYet), Some(Ended::Exited(1)), 1),
+            (kept(Because::StillRunning { several: true }), Some(Ended::Exited(1)), 1),
+            (kept(Because::Unseen), Some(Ended::Exited(1)), 1),
             (kept(Because::NoAnswer), Some(Ended::Exited(0)), 0),
             // An object that is not a lock was there, so the request was refused.
             (kept(Because::NoLock), Some(Ended::Exited(1)), 0),

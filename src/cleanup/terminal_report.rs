@@ -131,8 +131,8 @@ impl Reporter for TerminalReporter<'_> {
 
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks) {
         for (info, reason) in &locks.suspects {
-            let unlock = self.unlock_command_at(None, run.candidates);
-            console::say(&messages::suspected(run.ending, info, Some(reason), &unlock));
+            let (show, unlock) = (self.locks_command("show", None), self.unlock_command_at(None, run.candidates));
+            console::say(&messages::suspected(run.ending, info, Some(reason), &show, &unlock));
         }
         for unnamed in &locks.awaited {
             let has_journal = self.unprotected.is_none();
@@ -151,7 +151,8 @@ impl Reporter for TerminalReporter<'_> {
         match waiter.block_on(release::suspect(&location, &run.release_context.run, never_begun)) {
             Ok(Ok(Some(info))) if run.release_context.run.is_of(&info.who) => {
                 let unlock = self.unlock_command_at(Some(&location), run.candidates);
-                console::say(&messages::suspected(run.ending, &info, None, &unlock));
+                let show = self.locks_command("show", unselected_workspace(&location, run.candidates));
+                console::say(&messages::suspected(run.ending, &info, None, &show, &unlock));
             }
             Ok(Ok(suspect)) if never_begun => {
                 console::say(&messages::unlogged(run.ending, suspect.as_ref(), self.directory().as_deref()));
@@ -175,6 +176,10 @@ impl Reporter for TerminalReporter<'_> {
 
     fn unlock_command(&self, candidates: &CandidateBackends) -> String {
         self.unlock_command_at(None, candidates)
+    }
+
+    fn has_journal(&self) -> bool {
+        self.unprotected.is_none()
     }
 
     fn is_read(&self) -> bool {

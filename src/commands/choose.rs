@@ -1,10 +1,10 @@
 //! Selects one lock by its ID, path, key or workspace.
 
-use super::connection::{Connection, ScanTarget, Trouble};
+use super::connection::{Connection, Directory, ScanTarget, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock, Wanted, pair};
 use super::inventory;
 use super::staleness::Staleness;
-use crate::console::{visible, visible_whole};
+use crate::console::{option, visible, visible_whole};
 use crate::holder::host::HostView;
 use crate::lock::stores::{LOCK_FILE, StoreKey};
 use crate::terraform::lock_info::is_lock_id;
@@ -57,9 +57,36 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
             ));
         }
     };
-    let entries =
+    let entries: Vec<ListedEntry> =
         entries.into_iter().filter(|entry| !no_lock || matches!(entry, ListedEntry::UnreadableLock(_))).collect();
-    one_of(entries, which, matches!(reach.target, ScanTarget::Directory(_)))
+    match (&reach.target, which) {
+        (ScanTarget::Directory(directory), None) if entries.is_empty() => {
+            Err(nothing_here(directory, reach.stores.region(), no_lock))
+        }
+        (target, which) => one_of(entries, which, matches!(target, ScanTarget::Directory(_))),
+    }
+}
+
+/// Builds the error for a directory whose backend has no entry that matches. For `no_lock`, see [`choose`]. `region` is
+/// the region of the backend's table.
+fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
+    let state = visible(&format!("{}/{}", directory.bucket, directory.key));
+    if no_lock {
+        return Trouble::Said(format!(
+            "nothing was deleted: --no-lock found nothing that is not a lock for {state}\n\
+             to see which locks are held, type: tf locks list{}",
+            option("--chdir", &visible_whole(&directory.path.to_string_lossy()))
+        ));
+    }
+    let elsewhere = directory.table.as_ref().map_or_else(String::new, |table| {
+        format!(
+            "\na workspace that has no state yet may have a lock in DynamoDB\n\
+             to list all locks of the table, type: tf locks list{}{}",
+            option("--table", &visible_whole(table)),
+            option("--region", &visible_whole(region))
+        )
+    });
+    Trouble::Said(format!("no lock is held for {state}{elsewhere}"))
 }
 
 async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry>, Trouble> {
@@ -75,8 +102,9 @@ async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry
     Ok(entries)
 }
 
-/// Selects the entry that `which` names. If `select` is true, `entries` are those of a whole directory. If it is false,
-/// the entries were read at the path that `which` names, so all of them match.
+/// Selects the entry that `which` names. `entries` is not empty if `which` is `None`. If `select` is true, `entries` are
+/// those of a whole directory. If it is false, the entries were read at the path that `which` names, so all of them
+/// match.
 fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &ListedEntry| {
         let Some(word) = which.filter(|_| select) else { return true };
@@ -101,7 +129,7 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
         entries.iter().fold(String::new(), |all, entry| match entry {
             ListedEntry::Lock(lock) => format!("{all}\n  {}  {}", visible(&lock.info.id), visible(&lock.path())),
             ListedEntry::UnreadableLock(unreadable) => {
-                format!("{all}\n  {} (not a lock: {})", visible(&unreadable.place.describe()), unreadable.reason)
+                format!("{all}\n  {}  (not a lock: {})", visible_whole(&unreadable.place.path()), unreadable.reason)
             }
         })
     };
@@ -128,10 +156,9 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
                 named(&others)
             )));
         }
-        (0, Some(word)) => {
-            return Err(Trouble::Said(format!("there is no lock at {:?}", visible(word))));
+        (0, word) => {
+            return Err(Trouble::Said(format!("there is no lock at {:?}", visible(word.unwrap_or_default()))));
         }
-        (0, None) => return Err(Trouble::Said("there is no lock here".into())),
         _ => {
             return Err(Trouble::Said(format!("several locks match; give the ID of one of them:{}", named(&locks))));
         }

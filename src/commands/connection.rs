@@ -12,12 +12,12 @@ use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
-use crate::console::visible;
+use crate::console::{visible, visible_whole};
 use crate::lock::stores::Stores;
 use crate::terraform::backend::{BackendOrigin, CachedBackend};
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::other_backends::OtherBackend;
+use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 
 /// The options that say where to look. Without any of them, a command looks in the backend of the current directory.
 #[derive(Args, Clone, Debug, Default)]
@@ -124,13 +124,13 @@ impl From<Unreachable> for Trouble {
     fn from(unreachable: Unreachable) -> Self {
         let next = match unreachable {
             Unreachable::Region => {
-                "set AWS_REGION, choose a profile that sets a region, or add --region to --table or --bucket"
+                "set AWS_REGION, or choose a profile that sets a region; with --table or --bucket, add --region REGION"
             }
             Unreachable::Credentials(_) => {
                 "terraform would get no credentials either\nlog in, choose another profile (AWS_PROFILE), or fix the current profile"
             }
             Unreachable::Silent(_) => "check the network, and try again",
-            _ => "to check everything that a release needs, type in that directory: tf locks doctor",
+            _ => "to check everything that a release needs, type in the directory of the backend: tf locks doctor",
         };
         Self::Unreachable { unreachable, next }
     }
@@ -159,7 +159,7 @@ impl Trouble {
             Cause::NotImplemented => {
                 "this service does not support that request, so do not try again\nto check the backend, type in its directory: tf locks doctor".to_owned()
             }
-            Cause::Refused => "fix that before you try again".to_owned(),
+            Cause::Refused => "the service refused the request; correct the cause above, and try again".to_owned(),
             Cause::Passing => format!("the service in {region} cannot do that now\ntry again in a minute"),
             Cause::NoAnswer => format!("check the network and the region ({region}), and try again"),
         };
@@ -193,6 +193,22 @@ impl LocationArgs {
         }
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
         messages::in_workspace(workspace.as_deref(), &command)
+    }
+
+    /// Returns the sentences that say how a person can remove a lock in `backend`, which is not `s3`.
+    fn unlock_in(&self, backend: &CachedBackend) -> String {
+        if OtherBackend::of(backend).is_some_and(|other| other.unlock_policy == UnlockPolicy::Nothing) {
+            return "a lock there is released when its process exits; there is nothing to release".to_owned();
+        }
+        let chdir = self.chdir.as_ref().map(|path| visible_whole(&path.to_string_lossy()));
+        let workspace = std::env::var("TF_WORKSPACE").ok();
+        let command = messages::unlock_command("terraform", chdir.as_deref());
+        let unlock = messages::in_workspace(workspace.as_deref(), &command);
+        format!(
+            "when a lock refuses terraform, terraform prints the ID of that lock\n\
+             {}, replace ID with that ID and type: {unlock} ID",
+            messages::UNUSED
+        )
     }
 
     /// Returns options that select the directory `chdir`, or the current directory if `chdir` is `None`.
@@ -284,17 +300,14 @@ impl LocationArgs {
             }
             kind => {
                 let see = OtherBackend::of(&backend).map_or_else(String::new, |other| {
-                    format!(
-                        "\nlocation: {}\nto see who holds the lock: {}",
-                        visible(&other.place(&backend)),
-                        other.look
-                    )
+                    let look =
+                        other.look.map_or_else(String::new, |look| format!("\nto see who holds the lock: {look}"));
+                    format!("\nlocation: {}{look}", visible(&other.place(&backend)))
                 });
                 return Err(Trouble::Said(format!(
-                    "the backend of {shown} is {:?}; tf reads only the locks of the s3 backend{see}\n\
-                     when a lock refuses terraform, terraform prints the ID of that lock, and `terraform force-unlock ID` \
-                     removes the lock",
-                    visible(kind)
+                    "the backend of {shown} is {:?}; tf reads only the locks of the s3 backend{see}\n{}",
+                    visible(kind),
+                    self.unlock_in(&backend)
                 )));
             }
         }

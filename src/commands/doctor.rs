@@ -131,13 +131,16 @@ impl Doctor {
                         &format!("{said}: tf releases a lock there with terraform force-unlock, after 10 s"),
                     );
                 }
-                UnlockPolicy::Name => findings.note(
-                    "backend",
-                    &format!(
-                        "{said}: tf only reports a lock there, because an unlock could remove the lock of another run"
-                    ),
-                    Next::Do(&format!("to see who holds the lock: {}", other.look)),
-                ),
+                UnlockPolicy::Name => {
+                    let look = other.look.map(|look| format!("to see who holds the lock: {look}"));
+                    findings.note(
+                        "backend",
+                        &format!(
+                            "{said}: tf only reports a lock there, because an unlock could remove the lock of another run"
+                        ),
+                        look.as_deref().map_or(Next::Nothing, Next::Do),
+                    );
+                }
             }
             return Ok(if findings.wrong { Finding::Stale } else { Finding::Nothing });
         }

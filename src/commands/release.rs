@@ -39,7 +39,7 @@ Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released, or e
 /// The question before the release of a lock whose holder is likely dead.
 const LIKELY: &str = "the holder is likely dead, but that is not proven. Release it?";
 /// The question before the deletion of an entry that is not a lock.
-const NO_LOCK: &str = "it is not a terraform lock, and every run is refused because of it. Release it?";
+const NO_LOCK: &str = "it is not a terraform lock, and every run is refused because of it. Delete it?";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {

@@ -20,7 +20,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks show 5e75cb05-d70c-4132-39e0-d2abba1b3077
   tf locks show my-states/prod.tfstate --table terraform-locks
 
-Exit codes: 0 the lock is not stale, 2 it is stale (dead or likely dead), 1 it could not be found.";
+Exit codes: 0 the lock is not stale, 2 it is stale (dead or likely dead) or not a lock, 1 it could not be found.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Show {
@@ -133,7 +133,11 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     lines.push(("holder is".into(), format!("{}: {}", lock.verdict().words(), lock.judgement.reason)));
     let mut name = "evidence";
     for evidence in &lock.judgement.evidence {
-        lines.push((name.into(), format!("{}; this proves {}", evidence.seen, evidence.proves)));
+        let text = match evidence.proves.strip_prefix("nothing") {
+            Some(why) => format!("{} (no proof{why})", evidence.seen),
+            None => format!("{}; this proves {}", evidence.seen, evidence.proves),
+        };
+        lines.push((name.into(), text));
         name = "";
     }
     let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).min(24);

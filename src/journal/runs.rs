@@ -457,6 +457,12 @@ impl Journal {
         living
     }
 
+    /// Returns the living processes that are known to belong to the run of `record`. Empty if only a lock on the run's
+    /// lock file shows that a process of the run is alive.
+    pub(crate) fn members(&self, record: &JournalRecord) -> Vec<Process> {
+        self.living(&record.run, record).members
+    }
+
     /// Whether a run other than `own` may still hold the lock `id`. True if the record of such a run contains the lock
     /// as not released, and a process of that run is alive or may be alive ([`FoundRun::Living`],
     /// [`FoundRun::Doubtful`]).

@@ -45,7 +45,7 @@ use crate::trace::trace;
 const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
 
 /// If terraform died while it was writing, its lock is released only after nothing has changed for this time.
-const QUIET_WINDOW: Duration = Duration::from_secs(10);
+pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long to retry a service that fails or does not respond, when the lock of a run must be released. It is not
 /// longer than a person would wait.
@@ -119,8 +119,14 @@ pub(crate) enum Because {
     /// The user has set `TFW_RELEASE=never`, so `tf` only reports locks. The lock stays in the journal until it no
     /// longer exists.
     Never,
-    /// A later attempt may succeed. For example, a process of the run was still running, or two reads had different
-    /// results.
+    /// A process of the run is still running. A later attempt may succeed after that process has exited.
+    StillRunning {
+        /// Whether the reason is about more than one process.
+        several: bool,
+    },
+    /// It is unknown whether a process of the run is still running, because there is no process list.
+    Unseen,
+    /// A later attempt may succeed. For example, two reads had different results.
     NotYet,
     /// A request failed for a reason other than a missing permission, for example because the service did not respond.
     NoAnswer,
@@ -141,14 +147,6 @@ impl Outcome {
     /// ([`Because::Doubt`]).
     pub(crate) fn kept(reason: impl Into<String>) -> Self {
         Self::Kept { reason: reason.into(), because: Because::Doubt }
-    }
-
-    /// Returns the reason why the lock was not released. `None` if it was released or does not exist.
-    pub(crate) fn reason(&self) -> Option<&str> {
-        match self {
-            Self::Kept { reason, .. } => Some(reason),
-            Self::Absent { .. } | Self::Released(_) => None,
-        }
     }
 
     /// Returns the outcome "not released, because of `reason`; a later attempt may succeed" ([`Because::NotYet`]).

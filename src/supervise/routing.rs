@@ -161,7 +161,7 @@ mod tests {
             Route::NoteStoppedReader => "a background job that needs the terminal: stopped until `fg`",
             Route::PassToGroup => "passed on to terraform's group",
             Route::PassToTerraform => "passed on to terraform",
-            Route::LookAtChildren => "a child has stopped or exited: looked at",
+            Route::LookAtChildren => "a child has stopped or exited: `tf` checks which",
             Route::Ignore => "nothing",
         }
     }

@@ -31,8 +31,8 @@ pub(crate) struct OtherBackend {
     /// Whether the unlock is conditional on the lock's ID, and how that was verified.
     #[cfg_attr(not(test), expect(dead_code, reason = "for docs/backends.md"))]
     conditional: &'static str,
-    /// How a person can see which run holds the lock.
-    pub(crate) look: &'static str,
+    /// How a person can see which run holds the lock. `None` if that is not possible.
+    pub(crate) look: Option<&'static str>,
     /// The attributes that contain the location of the lock. They contain no secret.
     place: &'static [&'static str],
 }
@@ -45,7 +45,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "nothing that locks: the kernel's lock ends with the process; `.terraform.tfstate.lock.info` stays, and is ignored",
         conditional: "no lock to release (test: killed, and the next run locks)",
-        look: "cat .terraform.tfstate.lock.info",
+        look: Some("cat .terraform.tfstate.lock.info"),
         place: &["path", "workspace_dir"],
     },
     OtherBackend {
@@ -53,7 +53,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "nothing that locks: PostgreSQL frees a session's advisory lock when the connection ends",
         conditional: "no: force-unlock answers success and does nothing (test: killed, and the next run locks)",
-        look: "select * from pg_locks where locktype = 'advisory'",
+        look: Some("select * from pg_locks where locktype = 'advisory'"),
         place: &["schema_name"],
     },
     OtherBackend {
@@ -61,7 +61,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "a lock for 20 to 35 s: its session ends by itself; `.lockinfo` stays, and is ignored",
         conditional: "no: force-unlock destroys the session and then deletes any lock that is held (read in the source)",
-        look: "consul kv get PATH/.lockinfo",
+        look: Some("consul kv get PATH/.lockinfo"),
         place: &["path", "address", "datacenter"],
     },
     OtherBackend {
@@ -69,7 +69,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Nothing,
         leaves: "nothing: it is in the memory of the process",
         conditional: "no lock to release",
-        look: "there is no place to look",
+        look: None,
         place: &[],
     },
     OtherBackend {
@@ -77,7 +77,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "the object PREFIX/WORKSPACE.tflock",
         conditional: "yes: the delete names the object's generation, which is the lock's ID (test: the lock of another run remains)",
-        look: "gcloud storage cat gs://BUCKET/PREFIX/WORKSPACE.tflock",
+        look: Some("gcloud storage cat gs://BUCKET/PREFIX/WORKSPACE.tflock"),
         place: &["bucket", "prefix"],
     },
     OtherBackend {
@@ -85,7 +85,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "an infinite lease of the state's blob",
         conditional: "yes: the release names the lease, which is the lock's ID (test: the lease of another run remains)",
-        look: "az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease",
+        look: Some("az storage blob show --account-name ACCOUNT -c CONTAINER -n KEY --query properties.lease"),
         place: &["storage_account_name", "container_name", "key"],
     },
     OtherBackend {
@@ -93,7 +93,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "the holder in the Lease lock-tfstate-WORKSPACE-SUFFIX",
         conditional: "yes: the update names the version of the Lease that was compared (read in the source)",
-        look: "kubectl -n NAMESPACE get lease lock-tfstate-WORKSPACE-SUFFIX -o yaml",
+        look: Some("kubectl -n NAMESPACE get lease lock-tfstate-WORKSPACE-SUFFIX -o yaml"),
         place: &["secret_suffix", "namespace", "host"],
     },
     OtherBackend {
@@ -101,7 +101,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::ForceUnlock,
         leaves: "the object KEY.tflock",
         conditional: "yes: the delete names the tag of the object that was compared (read in the source)",
-        look: "oci os object get -ns NAMESPACE -bn BUCKET --name KEY.tflock --file -",
+        look: Some("oci os object get -ns NAMESPACE -bn BUCKET --name KEY.tflock --file -"),
         place: &["bucket", "namespace", "key", "region", "workspace_key_prefix"],
     },
     OtherBackend {
@@ -109,7 +109,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock in the server",
         conditional: "no: force-unlock sends no ID, and the server releases any lock (test: the lock of another run was removed)",
-        look: "ask the server of the state (in GitLab: Operate, Terraform states)",
+        look: Some("ask the server of the state (in GitLab: Operate, Terraform states)"),
         place: &["address", "lock_address", "unlock_address"],
     },
     OtherBackend {
@@ -117,7 +117,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Name,
         leaves: "the object KEY.tflock, and for a moment a tag",
         conditional: "no: the lock is compared, and then deleted even if it has changed (read in the source)",
-        look: "read the object KEY.tflock in the bucket",
+        look: Some("read the object KEY.tflock in the bucket"),
         place: &["bucket", "prefix", "key", "region"],
     },
     OtherBackend {
@@ -125,7 +125,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Name,
         leaves: "the row of the state in Tablestore",
         conditional: "no: the lock is compared, and then deleted even if it has changed (read in the source)",
-        look: "read the row LockID = BUCKET/PREFIX/KEY of the table",
+        look: Some("read the row LockID = BUCKET/PREFIX/KEY of the table"),
         place: &["bucket", "prefix", "key", "region", "tablestore_endpoint", "tablestore_table"],
     },
     OtherBackend {
@@ -133,7 +133,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock of the workspace in HCP Terraform, where the run was here",
         conditional: "no: force-unlock there removes any lock (read in the source)",
-        look: "open the workspace, which shows who holds it",
+        look: Some("open the workspace, which shows who holds it"),
         place: &["hostname", "organization", "workspaces"],
     },
     OtherBackend {
@@ -141,7 +141,7 @@ pub(crate) const OTHER_BACKENDS: &[OtherBackend] = &[
         unlock_policy: UnlockPolicy::Name,
         leaves: "the lock of the workspace in HCP Terraform, where the run was here",
         conditional: "no: force-unlock there removes any lock (read in the source)",
-        look: "open the workspace, which shows who holds it",
+        look: Some("open the workspace, which shows who holds it"),
         place: &["hostname", "organization", "workspaces"],
     },
 ];
@@ -224,7 +224,8 @@ pub(crate) fn document() -> String {
             UnlockPolicy::ForceUnlock => "releases it",
             UnlockPolicy::Name => "only reports it",
         };
-        let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | `{}` |", look.replace('|', "\\|"));
+        let look = look.map_or_else(|| "not possible".to_owned(), |look| format!("`{}`", look.replace('|', "\\|")));
+        let _ = writeln!(text, "| {kind} | {leaves} | {conditional} | {does} | {look} |");
     }
     text
 }

@@ -126,7 +126,7 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
     let end = run.wait();
     let id = id_of(&env.locks()[0]);
     assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
-    assert!(end.err.contains("wrote no log that tf can read"), "{}", env.dump(&end));
+    assert!(end.err.contains("left no log that tf can read"), "{}", env.dump(&end));
     assert!(end.err.contains(&format!("tf locks show {id}")), "{}", env.dump(&end));
     assert!(!end.err.contains("hunter2"), "{}", env.dump(&end));
     env.assert_locked();
@@ -138,7 +138,7 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
     env.wait_for_began(&run);
     run.kill_terraform();
     let end = run.wait();
-    assert!(end.err.contains("wrote no log that tf can read"), "{}", env.dump(&end));
+    assert!(end.err.contains("left no log that tf can read"), "{}", env.dump(&end));
     assert!(end.err.lines().any(|line| line.ends_with("type: tf locks")), "{}", env.dump(&end));
 }
 
@@ -166,7 +166,7 @@ fn killed_with_tf_the_next_one_names_the_lock() {
         assert_eq!(records(&env).len(), 1, "{guarded}: {}", env.trace());
         let end = recover(&env, &[]);
         assert_eq!(end.code(), Some(2), "{guarded}: {}", env.dump(&end));
-        assert!(end.out.contains("wrote no log that tf can read"), "{guarded}: {}", env.dump(&end));
+        assert!(end.out.contains("left no log that tf can read"), "{guarded}: {}", env.dump(&end));
         assert!(end.out.contains(&format!("tf locks show {id}")), "{guarded}: {}", env.dump(&end));
         env.assert_locked();
         // It is reported once.

@@ -406,7 +406,13 @@ fn a_lock_whose_id_is_not_logged_and_that_lands_late_is_named_in_the_end() {
         assert_eq!(records(&env).len(), 1, "{}", env.trace());
         env.put_lock(&info);
         let end = recover(&env);
-        let said = ["may belong to an earlier run", "33333333-4444-5555-6666-777777777777", "force-unlock"];
+        let said = [
+            "may belong to an earlier run",
+            "type: tf locks show --chdir",
+            "33333333-4444-5555-6666-777777777777",
+            "once no terraform is using this state, type: ",
+            "force-unlock",
+        ];
         assert!(said.iter().all(|part| end.out.contains(part)), "{}", env.dump(&end));
         assert_eq!(env.locks(), std::slice::from_ref(&info));
         // It was reported, and a person has to decide.

@@ -478,6 +478,10 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     // It is not known whether that process still changes something, so the lock is held as long as it runs.
     assert!(end.err.contains("are still running") && end.err.contains("was not released"), "{}", env.dump(&end));
+    let step = "when they have exited, or after you have killed them, type: tf locks recover";
+    let ours: Vec<&str> = end.err.lines().filter(|line| line.starts_with("tf: ")).collect();
+    assert!(ours.contains(&format!("tf: {step}").as_str()), "{}", env.dump(&end));
+    assert!(ours.iter().all(|line| !line.contains("force-unlock")), "{}", env.dump(&end));
     env.assert_locked();
     env.wait_for_file("began");
     assert!(!env.exists("ended"));

@@ -176,7 +176,7 @@ fn a_guardian_that_does_not_end_is_waited_for_as_long_as_is_promised_and_its_loc
         assert_eq!(recover.err(), "", "after {:?}", begun.elapsed());
         std::thread::sleep(std::time::Duration::from_millis(500));
     }
-    recover.wait_for_err("is still stopping");
+    recover.wait_for_err("the tf of that run is dead, but");
     let end = recover.wait();
     assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     assert!(begun.elapsed() < std::time::Duration::from_secs(40), "{:?}", begun.elapsed());

@@ -151,7 +151,11 @@ fn a_path_must_match_exactly_one_lock() {
     let env = TestEnv::new(Lock::Both, "true");
     let end = locks(&env, &["release"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", end.err);
-    assert!(end.err.contains("there is no lock here"), "{}", end.err);
+    assert!(end.err.contains(&format!("no lock is held for {}", env.path())), "{}", end.err);
+    assert!(end.err.contains(&format!("type: tf locks list --table {} --region us-east-1", env.table)), "{}", end.err);
+    let end = locks(&env, &["release", "--no-lock"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", end.err);
+    assert!(end.err.contains("nothing was deleted: --no-lock found nothing"), "{}", end.err);
     // Each part has another ID.
     cloud().put_item(&env.table, &env.path(), &lock_json("aaaaaaaa-3333-4444-5555-666666666666", &env.path()));
     let other = lock_json("bbbbbbbb-3333-4444-5555-666666666666", &env.path());

@@ -169,6 +169,7 @@ fn what_only_the_locks_own_json_suggests_is_named_and_kept() {
     run.kill_terraform();
     let end = run.wait();
     env.assert_locked();
+    assert!(end.err.contains(&format!("type: tf locks show {id}")), "{}", env.dump(&end));
     assert!(end.err.contains(&format!("force-unlock {id}")), "{}", env.dump(&end));
     assert!(end.err.contains("was not released"), "{}", env.dump(&end));
     // The command that is reported works.

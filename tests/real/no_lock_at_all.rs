@@ -185,7 +185,7 @@ fn what_keeps_everybody_out_and_is_no_lock_is_named_counted_and_released_after_a
             let mut shell = env.command("sh");
             shell.args(["-c", &command]);
             let mut terminal = Terminal::start(shell);
-            terminal.wait_for("Release it?");
+            terminal.wait_for("Delete it?");
             terminal.type_in(&format!("{answer}\r"));
             assert_eq!(terminal.wait().code(), Some(i32::from(!gone)), "{what}: {}", terminal.whole_screen());
             assert_eq!(!is_there(&env, item.as_ref()), gone, "{what} {answer}: {}", terminal.whole_screen());
@@ -203,7 +203,7 @@ fn what_changed_while_a_person_thought_is_left_alone_though_it_was_no_lock() {
         let mut command = env.command(env.bin().join("tf"));
         command.args(["locks", "release"]);
         let mut terminal = Terminal::start(command);
-        terminal.wait_for("Release it?");
+        terminal.wait_for("Delete it?");
         let other = lock_json("11111111-2222-3333-4444-555555555555", &env.path());
         match item {
             Some(_) => cloud().put_item(&env.table, &env.path(), &other),

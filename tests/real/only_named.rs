@@ -135,6 +135,7 @@ fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands
             assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
             assert!(end.out.contains("tf cannot tell whether that run is still running"), "{}", env.dump(&end));
             assert!(end.out.contains(&id_of(&env.locks()[0])), "{}", env.dump(&end));
+            assert!(end.out.contains(" --chdir "), "{}", env.dump(&end));
         }
         let said = locks(&env, &["recover"]).out;
         if release {

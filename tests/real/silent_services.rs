@@ -298,9 +298,10 @@ fn a_definite_answer_is_not_called_a_trouble_of_the_network() {
         "<?xml version=\"1.0\"?><Error><Code>NotImplemented</Code><Message>A header you provided implies functionality \
          that is not implemented</Message></Error>",
     );
-    for (answer, expected) in
-        [(no_key, "fix that before you try again"), (unknown, "this service does not support that")]
-    {
+    for (answer, expected) in [
+        (no_key, "the service refused the request; correct the cause above, and try again"),
+        (unknown, "this service does not support that"),
+    ] {
         let mut env = TestEnv::new(Lock::File, "true");
         env.lock_of_another();
         let _proxy = through(&mut env, move |request| {
@@ -418,6 +419,7 @@ fn a_dry_run_leaves_a_broken_record_where_it_is() {
         if words[0] == "recover" {
             assert_eq!(end.code(), Some(2), "{words:?}: {}", env.dump(&end));
             assert!(end.err.contains("could not read the record of an earlier run"), "{words:?}: {}", env.dump(&end));
+            assert!(end.err.contains("that run may have left a state lock"), "{words:?}: {}", env.dump(&end));
         }
     }
 }

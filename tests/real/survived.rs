@@ -578,7 +578,9 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                 }
                 assert!(end.err.contains(&id) && end.err.contains(&env.path()), "{name}: {}", env.dump(&end));
                 assert!(
-                    end.err.contains("force-unlock") && end.err.contains("the next tf in this directory tries again"),
+                    end.err.contains("force-unlock")
+                        && end.err.contains("to try again now, type: tf locks recover")
+                        && end.err.contains("the next tf in this directory tries again"),
                     "{name}: {}",
                     end.err
                 );
