@@ -417,7 +417,8 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
             Facts { may_hold: may_hold(record), ..Facts::default() }
         }
         FoundRun::Living(record) => {
-            Facts { may_hold: may_hold(record), is_about_to_end: ending(record, journal).is_some(), ..Facts::default() }
+            let is_about_to_end = ending(record, journal).is_some();
+            Facts { may_hold: is_about_to_end && may_hold(record), is_about_to_end, ..Facts::default() }
         }
         FoundRun::Dead(..) | FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => Facts::default(),
     }
@@ -549,9 +550,18 @@ fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
 }
 
 /// Whether a run may hold a lock. True if the log shows a lock. Also true if nothing of the log was read, because the
-/// run was killed before that, or because `tf` cannot read the log.
+/// run was killed before that, or because `tf` cannot read the log. If the run was killed, its recorder may have more of
+/// the log than its record, so the recorder is read as well.
 fn may_hold(record: &JournalRecord) -> bool {
-    record.log.may_hold() || record.log.program.is_none()
+    record.log.may_hold() || record.log.program.is_none() || (!record.over && unrecorded_log_may_hold(record))
+}
+
+/// Whether the part of the log that is only in the recorder shows a lock. False if there is no recorder.
+fn unrecorded_log_may_hold(record: &JournalRecord) -> bool {
+    let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset) else { return false };
+    let may_hold = recorder.read().may_hold();
+    recorder.leave();
+    may_hold
 }
 
 /// Why a run that is alive may be about to end.
@@ -606,7 +616,7 @@ fn look(
         let found = journal.look(name);
         let limit = match &found {
             FoundRun::Recovering(record) if is_near(record) => limits.recovering,
-            FoundRun::Living(record) if is_near(record) && may_hold(record) && ending(record, journal).is_some() => {
+            FoundRun::Living(record) if is_near(record) && ending(record, journal).is_some() && may_hold(record) => {
                 // If a run has no owner, no process stops its terraform, which may continue for a long time. If the
                 // processes of the run are already exiting, a short wait is enough.
                 let is_cared_for = journal.has_owner(name);
