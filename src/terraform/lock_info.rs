@@ -34,7 +34,7 @@ impl LockInfo {
     /// counts, and `null` leaves a field empty. `None` if the text is not a lock. Also `None` if the lock has no ID:
     /// terraform writes no such lock, and no command could select it.
     pub(crate) fn parse(json: &str) -> Option<Self> {
-        let serde_json::Value::Object(fields) = serde_json::from_str(json).ok()? else { return None };
+        let Fields(fields) = serde_json::from_str(json).ok()?;
         let mut lock = Self::default();
         for (name, value) in fields {
             let names = [
@@ -84,6 +84,34 @@ impl LockInfo {
     /// Returns `Created` as a point in time. `None` if it cannot be parsed.
     pub(crate) fn created(&self) -> Option<Timestamp> {
         self.created.parse().ok()
+    }
+}
+
+/// The fields of a JSON object in the order of the text, with every duplicate. A `serde_json::Map` sorts them, so it
+/// does not show which of `id` and `ID` is the last one.
+struct Fields(Vec<(String, serde_json::Value)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+
+        impl<'de> serde::de::Visitor<'de> for InOrder {
+            type Value = Fields;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a JSON object")
+            }
+
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Fields, M::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+
+        deserializer.deserialize_map(InOrder)
     }
 }
 
@@ -195,6 +223,34 @@ mod tests {
         assert_eq!(LockInfo::parse(r#"{"ID":"x","Who":null}"#).unwrap().who, "");
         for junk in ["", "{}", "null", "[]", r#"{"ID":7}"#, r#"{"ID":""}"#, r#"{"ID":"x","Who":7}"#, &json[..40]] {
             assert_eq!(LockInfo::parse(junk), None, "{junk:?}");
+        }
+    }
+
+    proptest::proptest! {
+        /// Go assigns the fields in the order of the text (encoding/json), so the last of two names counts, even if
+        /// they differ in case.
+        #[test]
+        fn of_two_names_the_last_one_counts(
+            names in proptest::collection::vec(proptest::sample::select(vec!["ID", "id", "Id", "iD"]), 1..5),
+        ) {
+            let fields: Vec<String> =
+                names.iter().enumerate().map(|(number, name)| format!(r#""{name}":"{number}""#)).collect();
+            let lock = LockInfo::parse(&format!("{{{}}}", fields.join(","))).unwrap();
+            proptest::prop_assert_eq!(lock.id, (names.len() - 1).to_string());
+        }
+
+        #[test]
+        fn a_lock_that_is_written_is_read_back(
+            id in "[ -~]{1,40}", who in ".{0,40}", path in ".{0,80}", operation in ".{0,20}", created in ".{0,30}",
+        ) {
+            let lock = LockInfo { id, who, path, operation, created, version: "1.11.4".to_owned() };
+            proptest::prop_assert_eq!(LockInfo::parse(&serde_json::to_string(&lock).unwrap()), Some(lock));
+        }
+
+        #[test]
+        fn no_text_makes_the_parser_of_a_lock_panic(text in ".{0,200}", json in r#"\{("[IDid]{2}":("[a-z]{0,3}"|null|7|\{\}),?){0,4}\}"#) {
+            let _ = (LockInfo::parse(&text), LockInfo::parse(&json), LockInfo::of_refusal(&text));
+            let _ = LockInfo::of_refusal(&format!("Lock Info:\n  ID: {text}\n  Created: {text}"));
         }
     }
 }
