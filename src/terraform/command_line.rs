@@ -275,4 +275,98 @@ mod tests {
         assert_eq!(CommandLine::parse(&arguments).command(), "plan");
         assert!(CommandLine::parse(&[OsStr::from_bytes(b"\xff").to_owned()]).can_lock(false));
     }
+
+    /// Every command of Terraform 1.14 and OpenTofu 1.11 that can lock (commands.go of both), and names that are none.
+    /// `output`, `graph` and `providers` are among them, because they create the state of a workspace that has none.
+    const CAN_LOCK: [&str; 34] = [
+        "apply",
+        "console",
+        "destroy",
+        "force-unlock",
+        "graph",
+        "import",
+        "init",
+        "modules",
+        "output",
+        "plan",
+        "providers",
+        "providers schema",
+        "push",
+        "query",
+        "refresh",
+        "show",
+        "stacks",
+        "state",
+        "state identities",
+        "state list",
+        "state mv",
+        "state pull",
+        "state push",
+        "state replace-provider",
+        "state rm",
+        "state show",
+        "taint",
+        "test",
+        "untaint",
+        "workspace delete",
+        "workspace list",
+        "workspace new",
+        "workspace select",
+        "aply",
+    ];
+
+    /// A word that may follow the command: a flag, its value, a name or a path. It asks neither for help nor for the
+    /// version. Many such words are also names of commands that cannot lock.
+    fn word() -> impl proptest::strategy::Strategy<Value = String> {
+        use proptest::prelude::*;
+        prop_oneof![
+            prop::sample::select(vec![
+                "version",
+                "fmt",
+                "validate",
+                "show",
+                "lock",
+                "-",
+                "--",
+                "-lock=false",
+                "-var",
+                "x=1",
+                "-out=plan",
+                "-json",
+                "-no-color",
+                "-state",
+                "-chdir=x",
+                "help",
+                "-input=false",
+                "",
+            ])
+            .prop_map(str::to_owned),
+            "[a-z=./-]{0,12}",
+        ]
+        .prop_filter("asks for help or for the version", |word| {
+            !["-h", "-help", "--help", "-v", "-version", "--version"].contains(&word.as_str())
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_command_that_can_lock_is_never_let_go(
+            directory in proptest::option::of("[a-z/.-]{0,8}"),
+            command in proptest::sample::select(CAN_LOCK.to_vec()),
+            words in proptest::collection::vec(word(), 0..5),
+            more_arguments in proptest::bool::ANY,
+        ) {
+            let directory = directory.map(|directory| format!("-chdir={directory}"));
+            let arguments: Vec<OsString> = directory
+                .into_iter()
+                .chain(command.split(' ').map(str::to_owned))
+                .chain(words)
+                .map(OsString::from)
+                .collect();
+            let line = CommandLine::parse(&arguments);
+            // `providers` and `workspace` take the next word for a part of the command, as terraform does.
+            let is_other = matches!(line.command().as_str(), "providers lock" | "providers mirror" | "workspace show");
+            proptest::prop_assert!(line.can_lock(more_arguments) || is_other, "{:?}", arguments);
+        }
+    }
 }

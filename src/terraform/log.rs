@@ -695,7 +695,7 @@ pub(crate) mod tests {
         lock_line(second, "Locked remote state (S3 Native and DynamoDB)", id, request)
     }
 
-    fn short(second: u32, message: &str, id: &str) -> String {
+    pub(super) fn unlock_line(second: u32, message: &str, id: &str) -> String {
         format!(
             "2026-11-23T01:46:{second:02}.600Z [INFO]  backend-s3: {message}: tf_backend.lock.id={id} \
              tf_backend.operation=Unlock tf_backend.req_id=u tf_backend.s3.bucket=bkt \
@@ -718,8 +718,8 @@ pub(crate) mod tests {
             asking(7, ID, "r1"),
             locked(8, ID, "r1"),
             UPLOADING.to_owned(),
-            short(11, "Attempting to unlock remote state (S3 Native and DynamoDB)...", ID),
-            short(12, "Unlocked remote state (S3 Native and DynamoDB)", ID),
+            unlock_line(11, "Attempting to unlock remote state (S3 Native and DynamoDB)...", ID),
+            unlock_line(12, "Unlocked remote state (S3 Native and DynamoDB)", ID),
         ]
         .concat()
     }
@@ -895,7 +895,7 @@ pub(crate) mod tests {
         whole_life().replace(ID, &id_of(number))
     }
 
-    fn id_of(number: usize) -> String {
+    pub(super) fn id_of(number: usize) -> String {
         format!("{number:08x}-d70c-4132-39e0-d2abba1b3077")
     }
 
@@ -1015,3 +1015,7 @@ pub(crate) mod tests {
 #[cfg(test)]
 #[path = "log_of_other_versions.rs"]
 mod other_versions;
+
+#[cfg(test)]
+#[path = "generated_logs.rs"]
+mod generated_logs;

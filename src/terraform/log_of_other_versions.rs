@@ -50,7 +50,7 @@ const V1_DELETE: &str = r#"{"Key":{"LockID":{"S":"bkt/dir/prod.tfstate"}},"Table
 
 /// The log of one lock from its request to its delete (Terraform v1.5.7, main.go:82 and
 /// backend/remote-state/s3/client.go:182: `log.Printf("[DEBUG] Uploading remote state to S3: %#v", i)`).
-fn v1_life() -> Vec<String> {
+pub(super) fn v1_life() -> Vec<String> {
     vec![
         format!("{} [INFO]  Terraform version: 1.5.7\n", at(500)),
         v1_put(594),
@@ -156,7 +156,7 @@ fn checksum() -> String {
     aws_smithy_types::base64::encode(Sha256::digest(INFO.replace('\\', "")))
 }
 
-fn tofu_life(newer: bool) -> Vec<String> {
+pub(super) fn tofu_life(newer: bool) -> Vec<String> {
     let record = |at, kind, service, method, fields: &str| tofu_record(at, kind, service, method, newer, fields);
     let (sent, received) = ("Request Sent", "Response Received");
     vec![
