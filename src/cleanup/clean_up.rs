@@ -34,7 +34,8 @@ use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{Journal, Replaced, Unfinished};
-use crate::lock::release::{Because, Outcome, ReleaseContext};
+use crate::lock::outcome::{Because, Outcome};
+use crate::lock::release::ReleaseContext;
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 
@@ -314,7 +315,7 @@ impl Cleaned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lock::release::Released;
+    use crate::lock::outcome::Released;
     use crate::terraform::log::{LockIdentity, LoggedLock, UnnamedLock, tests::ID, tests::lock_line};
     use crate::terraform::logged_lock::Progress;
 

@@ -23,7 +23,7 @@ use crate::cleanup::waiter::Waiter;
 use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
 use crate::lock::proof::{Match, Run, judge_unnamed};
-use crate::lock::release::Because;
+use crate::lock::outcome::Because;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockIdentity, Log, UnnamedLock};

@@ -19,10 +19,9 @@ use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::lock::location::LockLocation;
+use crate::lock::outcome::{Because, Outcome};
 use crate::lock::reached::Reached;
-use crate::lock::release::{
-    self, Because, EXPLANATION_TIMEOUT, IdentifiedLock, Outcome, ReleaseContext, SERVICE_TIMEOUT,
-};
+use crate::lock::release::{self, EXPLANATION_TIMEOUT, IdentifiedLock, ReleaseContext, SERVICE_TIMEOUT};
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::{LogDetail, Version};
@@ -524,7 +523,8 @@ mod tests {
         let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
         let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let released = || {
-            let nothing = release::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+            let nothing =
+                crate::lock::outcome::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
             Some(Outcome::Released(nothing))
         };
         for (outcome, ended, expected) in [

@@ -28,8 +28,12 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
 use super::location::LockLocation;
+use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
+use super::release_step::{
+    COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step, needs_quiet,
+};
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
@@ -43,9 +47,6 @@ use crate::trace::trace;
 
 /// How long to keep searching for a lock that was requested, but that no read has found.
 const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
-
-/// If terraform died while it was writing, its lock is released only after nothing has changed for this time.
-pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long to retry a service that fails or does not respond, when the lock of a run must be released. It is not
 /// longer than a person would wait.
@@ -86,103 +87,6 @@ pub(crate) struct ReleaseContext {
     /// The identities with which the run reached its backends. If a lock is not found with another identity, it may
     /// still exist in the run's account.
     pub(crate) reached: Reached,
-}
-
-/// The result of a release.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// No lock of the run exists.
-    Absent {
-        /// The ID of another run's lock at the same location. `None` if there is none.
-        anothers: Option<String>,
-        /// Whether no part of a lock can exist at the location, because the table or bucket does not exist, or because
-        /// the table has another key.
-        excluded: bool,
-    },
-    /// The lock existed, and was released.
-    Released(Released),
-    /// The lock exists or may exist, and was not released.
-    Kept {
-        /// The reason, as text for a message.
-        reason: String,
-        /// The kind of reason. It decides what `tf` does and reports next.
-        because: Because,
-    },
-}
-
-/// Why a lock was not released.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Because {
-    /// The lock is not proven to belong to the run, its location is unknown, another run has recorded it, or its
-    /// backend has a setting that `tf` does not support. A later attempt has the same result.
-    Doubt,
-    /// The user has set `TFW_RELEASE=never`, so `tf` only reports locks. The lock stays in the journal until it no
-    /// longer exists.
-    Never,
-    /// A process of the run is still running. A later attempt may succeed after that process has exited.
-    StillRunning {
-        /// Whether the reason is about more than one process.
-        several: bool,
-    },
-    /// It is unknown whether a process of the run is still running, because there is no process list.
-    Unseen,
-    /// A later attempt may succeed. For example, two reads had different results.
-    NotYet,
-    /// A request failed for a reason other than a missing permission, for example because the service did not respond.
-    NoAnswer,
-    /// No credentials were available. Each new request for credentials may require an action by a person.
-    NoCredentials,
-    /// The credentials do not permit this action, which is named as in an IAM policy.
-    Denied(&'static str),
-    /// The lock's location holds something that is not a lock.
-    NoLock,
-    /// The lock belongs to another run, which is or may be alive. A later attempt has the same result.
-    Claimed,
-    /// The lock was not found, but the current credentials may belong to another account than those of the run.
-    OtherAccount,
-}
-
-impl Outcome {
-    /// Returns the outcome "not released, because of `reason`; a later attempt has the same result"
-    /// ([`Because::Doubt`]).
-    pub(crate) fn kept(reason: impl Into<String>) -> Self {
-        Self::Kept { reason: reason.into(), because: Because::Doubt }
-    }
-
-    /// Returns the outcome "not released, because of `reason`; a later attempt may succeed" ([`Because::NotYet`]).
-    pub(crate) fn later(reason: impl Into<String>) -> Self {
-        Self::Kept { reason: reason.into(), because: Because::NotYet }
-    }
-
-    /// Returns the outcome "not released, because a request failed". `part` is appended to the reason.
-    fn failed(failure: &Failure, part: &str) -> Self {
-        let because = failure.denied().map_or(Because::NoAnswer, Because::Denied);
-        Self::Kept { reason: format!("{failure}{part}"), because }
-    }
-}
-
-/// The facts that are reported about a released lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Released {
-    /// The `Created` field of the lock. `None` if it is not a time.
-    pub(crate) created: Option<jiff::Timestamp>,
-    /// The result of the wait for a write. `None` if no wait was necessary.
-    pub(crate) write: Option<Write>,
-    /// The comparison of the state with its digest, if they do not match. `None` if they match or could not be
-    /// compared.
-    pub(crate) digest_mismatch: Option<Comparison>,
-    /// Whether the log shows no response to the lock request, and one of the lock's two parts was never found. The
-    /// request for that part may still land.
-    pub(crate) is_partial: bool,
-}
-
-/// The result of the wait for a write that may have been in flight when terraform died.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Write {
-    /// The state or its digest changed during the wait.
-    Landed,
-    /// Neither the state nor its digest changed during the wait.
-    Quiet,
 }
 
 /// The location of a lock, and clients for its services that are configured by the location's backend.
@@ -228,17 +132,6 @@ impl<'a> Services<'a> {
         }
         Ok(look)
     }
-}
-
-/// What [`Services::look`] has read. Two values are equal if nothing has changed between the two reads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Look {
-    /// A text that changes whenever the state or its digest changes.
-    state: String,
-    /// The texts that are stored at the locations of the lock's parts, one after the other.
-    lock: String,
-    /// Whether at least one of the parts is or may be the lock of the dead terraform.
-    holds: bool,
 }
 
 /// Returns `Ok(None)` for a failure that shows that no lock can exist at the location: for example, a table or bucket
@@ -580,17 +473,6 @@ struct Attempt<'a> {
     agreed: bool,
 }
 
-/// Whether a write of the state or a delete may be in flight that the terraform with the lock `recorded` has sent.
-/// Always false if `write_may_land` is false. The log shows when writes and deletes begin, with one exception:
-/// terraform has put the S3 object, then finds that the DynamoDB item belongs to another run, and deletes the object
-/// unconditionally (backend/remote-state/s3/client.go, `Lock`). So the result is also true for a lock with two parts
-/// that terraform may not have acquired completely.
-fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
-    let LockParts { s3, dynamodb } = recorded.parts;
-    let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
-    write_may_land && (recorded.progress.may_be_writing() || may_have_one_part)
-}
-
 impl Attempt<'_> {
     /// Makes one attempt. Each attempt connects again, because the cause of an earlier failure may be fixed by then.
     /// The caller may retry after a [`Failure`] that is not final.
@@ -682,28 +564,35 @@ impl Attempt<'_> {
                 }
                 stored => stored?,
             };
-            let Some(stored) = stored else {
-                // If a delete request was sent for this part, that request has deleted the part, and only the response
-                // to it was lost.
-                return Ok(if self.asked_to_go.contains(part) { Judged::Deleted } else { Judged::Absent });
+            let info = stored.as_ref().map(|stored| {
+                stored.info().ok_or_else(|| {
+                    trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
+                    Judged::NoLock(no_lock(part, stored))
+                })
+            });
+            let info = match info.transpose() {
+                Ok(info) => info,
+                Err(no_lock) => return Ok(no_lock),
             };
-            let Some(info) = stored.info() else {
-                trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
-                return Ok(Judged::NoLock(no_lock(part, &stored)));
+            let verdict = info.as_ref().map(|info| {
+                let verdict = judge(self.recorded, info, &self.release_context.run);
+                trace!("{part:?} holds {}: {verdict:?}", info.id);
+                (info, verdict)
+            });
+            let is_ours = verdict.as_ref().is_some_and(|(_, verdict)| *verdict == Match::Ours);
+            let read = PartRead {
+                stored: verdict,
+                was_asked_to_go: self.asked_to_go.contains(part),
+                // If the check has failed, that matters only for a part that would be deleted.
+                needs_consent: if is_ours { global? } else { None },
+                needs_quiet: self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land),
             };
-            let verdict = judge(self.recorded, &info, &self.release_context.run);
-            trace!("{part:?} holds {}: {verdict:?}", info.id);
-            match verdict {
-                Match::Anothers => return Ok(Judged::Anothers(info.id)),
-                Match::Doubt(reason) => return Ok(Judged::Doubt(reason)),
-                Match::Ours => {}
-            }
-            if let Some(reason) = global? {
-                return Ok(Judged::NeedsConsent(reason));
-            }
-            if self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land) {
-                return Ok(Judged::NeedsQuiet);
-            }
+            let (info, stored) = match (read.decide(), info, stored) {
+                (PartStep::Delete, Some(info), Some(stored)) => (info, stored),
+                (PartStep::Settled(judged), ..) => return Ok(judged),
+                // Something that is not there is never deleted.
+                (PartStep::Delete, ..) => return Ok(Judged::Absent),
+            };
             self.created = info.created();
             crash_point::reached("release: half judged");
             if !self.asked_to_go.contains(part) {
@@ -745,133 +634,6 @@ async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure
     }
 }
 
-/// The result for one part of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Judged {
-    Absent,
-    /// No lock can exist at the part's location.
-    Excluded,
-    Deleted,
-    Anothers(String),
-    /// Something that is not a lock is stored at the part's location. The text describes it.
-    NoLock(String),
-    Doubt(&'static str),
-    /// The part belongs to the run, but a write may be in flight that would overwrite the next holder's state or delete
-    /// its lock.
-    NeedsQuiet,
-    /// The part belongs to the run, but must not be deleted without explicit consent. The text says why.
-    NeedsConsent(String),
-}
-
-/// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
-/// absent) or a text that describes something in the part's place that is not a lock.
-type Unproven = Vec<(usize, Option<String>)>;
-
-/// The results of one read of all parts of a lock, and the facts that decide what follows from them.
-struct PartsLook<'a> {
-    parts: &'a [Result<Judged, Failure>],
-    /// Whether the log shows that terraform acquired the lock.
-    was_had: bool,
-    /// Whether nothing has changed for a whole [`QUIET_WINDOW`].
-    is_quiet: bool,
-    /// Whether a part was deleted now or earlier in this release.
-    was_deleted: bool,
-    /// The findings that the previous read did not prove. `None` if there was no previous read.
-    before: Option<&'a Unproven>,
-    /// Whether a lock request may still land, so that an absent part may still appear.
-    request_may_land: bool,
-    /// Whether the time limit has passed. Then unproven findings are not read again.
-    is_time_up: bool,
-}
-
-/// The next step of a release, after one read of all parts.
-#[derive(Clone, Debug, PartialEq)]
-enum Step {
-    /// A part could not be read or deleted.
-    Failed(Failure),
-    /// A part belongs to the run, and must not be deleted until nothing has changed for [`QUIET_WINDOW`].
-    WaitForQuiet,
-    /// One read does not prove the result, so the parts must be read again.
-    LookAgain(Unproven),
-    Kept(Outcome),
-    Absent {
-        anothers: Option<String>,
-        excluded: bool,
-    },
-    Released,
-}
-
-impl PartsLook<'_> {
-    /// Combines the results for the parts into the next step. The checks are in this order:
-    ///
-    /// 1. A part that could not be read may hold anything. So nothing is decided until that part was read.
-    /// 2. If a part belongs to the run and must wait for the quiet window, the result for the other part does not
-    ///    decide.
-    /// 3. While a request may land, an absent part decides nothing. If terraform held the lock, one read that does not
-    ///    find a part decides nothing either: a lock must not be forgotten because of one response that comes from a
-    ///    proxy or a cache and not from the service. One read is also not enough to report that something which is not
-    ///    a lock blocks every run.
-    /// 4. A doubt about one part means that the lock is not released, whatever the result for the other part is.
-    fn combine(&self) -> Step {
-        if let Some(failure) = self.parts.iter().rev().find_map(|part| part.as_ref().err()) {
-            return Step::Failed(failure.clone());
-        }
-        let parts: Vec<&Judged> = self.parts.iter().flatten().collect();
-        if parts.contains(&&Judged::NeedsQuiet) {
-            return Step::WaitForQuiet;
-        }
-        let is_missing = |part: &&Judged| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_));
-        let is_late = self.request_may_land && parts.iter().any(is_missing);
-        let unproven = self.unproven(&parts);
-        let is_proven = unproven.is_empty() || self.before == Some(&unproven);
-        if is_late || !(is_proven || self.is_time_up) {
-            return Step::LookAgain(unproven);
-        }
-        if let Some(kept) = parts.iter().rev().find_map(|part| part.keeps()) {
-            return Step::Kept(kept);
-        }
-        if let Some(reason) = unproven.into_iter().find_map(|(_, no_lock)| no_lock) {
-            return Step::Kept(Outcome::Kept { reason, because: Because::NoLock });
-        }
-        if !is_proven {
-            return Step::Kept(Outcome::later(COMES_AND_GOES));
-        }
-        if self.was_deleted {
-            return Step::Released;
-        }
-        let anothers = parts.iter().rev().find_map(|part| match part {
-            Judged::Anothers(id) => Some(id.clone()),
-            _ => None,
-        });
-        let excluded = !parts.is_empty() && parts.iter().all(|part| **part == Judged::Excluded);
-        Step::Absent { anothers, excluded }
-    }
-
-    fn unproven(&self, parts: &[&Judged]) -> Unproven {
-        let unproven = parts.iter().enumerate().filter_map(|(number, part)| match part {
-            // The absence of a lock needs a second read only if the lock is known to have existed.
-            Judged::Absent if self.was_had || self.is_quiet => Some((number, None)),
-            // If terraform did not hold the lock, no second read is needed here: while a lock request may land,
-            // `combine` reads again in any case, because the table may still be created.
-            Judged::Excluded if self.was_had => Some((number, None)),
-            Judged::NoLock(reason) => Some((number, Some(reason.clone()))),
-            _ => None,
-        });
-        unproven.collect()
-    }
-}
-
-impl Judged {
-    /// Returns the outcome "not released" if this part prevents the release of the whole lock. `None` otherwise.
-    fn keeps(&self) -> Option<Outcome> {
-        match self {
-            Self::Doubt(reason) => Some(Outcome::kept(*reason)),
-            Self::NeedsConsent(reason) => Some(Outcome::later(reason)),
-            _ => None,
-        }
-    }
-}
-
 /// Compares the state with its digest after the release. Returns the comparison if they do not match and no run is
 /// writing them at this moment. `None` otherwise, and also if they cannot be read: the lock is released in any case, so
 /// that is not an error.
@@ -907,10 +669,10 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.progress.may_be_writing();
     console::say(&if is_write { waiting_for_write(QUIET_WINDOW) } else { waiting_for_undo(QUIET_WINDOW) });
+    let mut wait = QuietWait::begin(within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?);
+    // The first read shows everything that has arrived until it was completed, so the wait begins only now.
     let begun = Instant::now();
-    let mut last = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
-    let mut write = Write::Quiet;
-    let (mut since, mut seen) = (Instant::now(), Instant::now());
+    let mut seen = begun;
     loop {
         if begun.elapsed() > MAX_QUIET_TIMEOUT {
             return Err(Failure::refusal("S3", "the state keeps changing: something writes it without locking it"));
@@ -926,19 +688,14 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             Err(failure) => return Err(failure),
         };
         seen = Instant::now();
-        if !now.holds && !last.holds {
-            trace!("its lock is gone");
-            return Ok(None);
-        }
-        if now != last {
-            trace!("it landed");
-            if now.state != last.state {
-                write = Write::Landed;
+        match wait.see(now, begun.elapsed()) {
+            QuietStep::Wait => {}
+            QuietStep::Changed => trace!("it landed"),
+            QuietStep::Gone => {
+                trace!("its lock is gone");
+                return Ok(None);
             }
-            last = now;
-            since = Instant::now();
-        } else if since.elapsed() >= QUIET_WINDOW {
-            return Ok(Some(write));
+            QuietStep::Quiet(write) => return Ok(Some(write)),
         }
     }
 }
@@ -952,9 +709,6 @@ fn describe_global_table(table: &str, replicas: &[String]) -> String {
         visible(&replicas.join(", "))
     )
 }
-
-/// The reason for not releasing a lock if two reads in a row had different results.
-const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";
 
 /// Returns the message that a write may be in flight, and that `tf` waits for it.
 fn waiting_for_write(quiet: Duration) -> String {
@@ -971,169 +725,4 @@ fn waiting_for_undo(quiet: Duration) -> String {
          releasing them",
         quiet.as_secs()
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
-    #[test]
-    fn a_write_is_waited_for_where_one_can_be_on_its_way() {
-        use crate::terraform::log::{Log, tests::ID, tests::lock_line};
-        for kind in ["S3 Native only", "DynamoDB only", "S3 Native and DynamoDB"] {
-            for locked in [false, true] {
-                for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {
-                    let mut log = Log::default();
-                    log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
-                    let mut lock = log.named().next().unwrap().clone();
-                    lock.progress.held = locked.then_some(lock.progress.asked);
-                    lock.progress.phase = phase;
-                    let expected = phase != Phase::Open || (kind.contains("and") && !locked);
-                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {phase:?}");
-                    assert!(!needs_quiet(&lock, false));
-                }
-            }
-        }
-    }
-
-    /// Returns every result that a part can have.
-    fn findings() -> Vec<Result<Judged, Failure>> {
-        vec![
-            Ok(Judged::Absent),
-            Ok(Judged::Excluded),
-            Ok(Judged::Deleted),
-            Ok(Judged::Anothers("other".to_owned())),
-            Ok(Judged::NoLock("an empty object".to_owned())),
-            Ok(Judged::Doubt("it differs")),
-            Ok(Judged::NeedsQuiet),
-            Ok(Judged::NeedsConsent("a global table".to_owned())),
-            Err(Failure::no_answer("S3", "silence")),
-        ]
-    }
-
-    /// Returns every combination of results for a lock with one part and for a lock with two parts.
-    fn all_parts() -> Vec<Vec<Result<Judged, Failure>>> {
-        let one = findings().into_iter().map(|part| vec![part]);
-        let two = findings()
-            .into_iter()
-            .flat_map(|first| findings().into_iter().map(move |second| vec![first.clone(), second]));
-        one.chain(two).collect()
-    }
-
-    /// Calls `promise` with every possible [`PartsLook`] and the [`Step`] that follows from it.
-    fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
-        for parts in all_parts() {
-            for bits in 0..32_u8 {
-                let bit = |location: u8| bits & (1 << location) != 0;
-                let deleted_now = parts.contains(&Ok(Judged::Deleted));
-                let mut look = PartsLook {
-                    parts: &parts,
-                    was_had: bit(0),
-                    is_quiet: bit(1),
-                    was_deleted: bit(2) || deleted_now,
-                    before: None,
-                    request_may_land: bit(3),
-                    is_time_up: bit(4),
-                };
-                let unproven = look.unproven(&parts.iter().flatten().collect::<Vec<_>>());
-                let other: Unproven = vec![(9, None)];
-                for before in [None, Some(&unproven), Some(&other)] {
-                    look.before = before;
-                    promise(&look, look.combine());
-                }
-            }
-        }
-    }
-
-    fn has(look: &PartsLook<'_>, is_it: impl Fn(&Judged) -> bool) -> bool {
-        look.parts.iter().flatten().any(is_it)
-    }
-
-    #[test]
-    fn a_part_that_could_not_be_read_decides_before_any_other() {
-        for_all(|look, step| {
-            assert_eq!(matches!(step, Step::Failed(_)), look.parts.iter().any(Result::is_err), "{:?}", look.parts);
-        });
-    }
-
-    #[test]
-    fn a_part_that_waits_for_quiet_keeps_the_lock_from_being_settled() {
-        for_all(|look, step| {
-            let expected = has(look, |part| *part == Judged::NeedsQuiet) && look.parts.iter().all(Result::is_ok);
-            assert_eq!(step == Step::WaitForQuiet, expected, "{:?}", look.parts);
-        });
-    }
-
-    #[test]
-    fn a_lock_is_released_only_if_a_part_was_deleted_and_nothing_is_in_doubt() {
-        for_all(|look, step| {
-            if step == Step::Released {
-                assert!(look.was_deleted);
-                let is_clear = |part: &Judged| {
-                    matches!(part, Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_))
-                };
-                assert!(look.parts.iter().all(|part| part.as_ref().is_ok_and(is_clear)), "{:?}", look.parts);
-            }
-        });
-    }
-
-    #[test]
-    fn a_doubt_about_one_part_keeps_the_lock() {
-        for_all(|look, step| {
-            if has(look, |part| part.keeps().is_some()) {
-                assert!(
-                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_) | Step::Kept(_)),
-                    "{:?}: {step:?}",
-                    look.parts
-                );
-            }
-        });
-    }
-
-    #[test]
-    fn one_look_does_not_prove_that_a_lock_that_was_had_is_gone() {
-        for_all(|look, step| {
-            let is_absent = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded));
-            let is_gone = matches!(step, Step::Absent { .. } | Step::Released);
-            if look.was_had && is_absent && is_gone {
-                let unproven = look.unproven(&look.parts.iter().flatten().collect::<Vec<_>>());
-                assert_eq!(look.before, Some(&unproven), "{:?}: {step:?}", look.parts);
-            }
-        });
-    }
-
-    #[test]
-    fn while_a_request_may_land_an_absent_part_settles_nothing() {
-        for_all(|look, step| {
-            let is_missing = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_)));
-            if look.request_may_land && is_missing {
-                assert!(
-                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_)),
-                    "{:?}: {step:?}",
-                    look.parts
-                );
-            }
-        });
-    }
-
-    #[test]
-    fn looking_has_an_end() {
-        for_all(|look, step| {
-            if look.is_time_up && !look.request_may_land {
-                assert!(!matches!(step, Step::LookAgain(_)), "{:?}", look.parts);
-            }
-        });
-    }
-
-    #[test]
-    fn no_lock_can_be_there_only_if_none_can_be_in_any_part() {
-        for_all(|look, step| {
-            if let Step::Absent { anothers, excluded } = step {
-                assert_eq!(excluded, look.parts.iter().all(|part| *part == Ok(Judged::Excluded)), "{:?}", look.parts);
-                assert_eq!(anothers.is_some(), has(look, |part| matches!(part, Judged::Anothers(_))));
-                assert!(!look.was_deleted);
-            }
-        });
-    }
 }

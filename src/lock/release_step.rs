@@ -1,0 +1,419 @@
+//! Decides the next step of a release, from what was read. The decisions are pure functions, and this module sends no
+//! request.
+
+use std::time::Duration;
+
+use super::outcome::{Because, Outcome, Write};
+use super::proof::Match;
+use crate::aws::failure::Failure;
+use crate::terraform::lock_info::LockInfo;
+use crate::terraform::log::{LockParts, RecordedLock};
+
+/// If terraform died while it was writing, its lock is released only after nothing has changed for this time.
+pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
+
+/// The reason for not releasing a lock if two reads in a row had different results.
+pub(crate) const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";
+
+/// Whether a write of the state or a delete may be in flight that the terraform with the lock `recorded` has sent.
+/// Always false if `write_may_land` is false. The log shows when writes and deletes begin, with one exception:
+/// terraform has put the S3 object, then finds that the DynamoDB item belongs to another run, and deletes the object
+/// unconditionally (backend/remote-state/s3/client.go, `Lock`). So the result is also true for a lock with two parts
+/// that terraform may not have acquired completely.
+pub(crate) fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
+    let LockParts { s3, dynamodb } = recorded.parts;
+    let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
+    write_may_land && (recorded.progress.may_be_writing() || may_have_one_part)
+}
+
+/// The result for one part of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Judged {
+    Absent,
+    /// No lock can exist at the part's location.
+    Excluded,
+    Deleted,
+    Anothers(String),
+    /// Something that is not a lock is stored at the part's location. The text describes it.
+    NoLock(String),
+    Doubt(&'static str),
+    /// The part belongs to the run, but a write may be in flight that would overwrite the next holder's state or delete
+    /// its lock.
+    NeedsQuiet,
+    /// The part belongs to the run, but must not be deleted without explicit consent. The text says why.
+    NeedsConsent(String),
+}
+
+/// What a release does about a part, after it has read the part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum PartStep {
+    /// Deletes the part, on the condition that it is still what was read.
+    Delete,
+    /// Deletes nothing. This is the result for the part.
+    Settled(Judged),
+}
+
+/// The facts about a part, from one read.
+pub(crate) struct PartRead<'a> {
+    /// The lock that is stored at the part's location, and the verdict of [`super::proof::judge`] on it. `None` if
+    /// nothing is stored there.
+    pub(crate) stored: Option<(&'a LockInfo, Match)>,
+    /// Whether this release has already sent a delete request for this part.
+    pub(crate) was_asked_to_go: bool,
+    /// Why the part must not be deleted without explicit consent. `None` if no consent is needed.
+    pub(crate) needs_consent: Option<String>,
+    /// Whether the part must not be deleted until nothing has changed for the quiet window.
+    pub(crate) needs_quiet: bool,
+}
+
+impl PartRead<'_> {
+    /// Decides what to do about the part. Only a lock that is proven to belong to the run is deleted. If a delete
+    /// request was sent for a part that no longer exists, that request has deleted the part, and only the response to
+    /// it was lost.
+    pub(crate) fn decide(self) -> PartStep {
+        PartStep::Settled(match self.stored {
+            None if self.was_asked_to_go => Judged::Deleted,
+            None => Judged::Absent,
+            Some((info, Match::Anothers)) => Judged::Anothers(info.id.clone()),
+            Some((_, Match::Doubt(reason))) => Judged::Doubt(reason),
+            Some((_, Match::Ours)) => match self.needs_consent {
+                Some(reason) => Judged::NeedsConsent(reason),
+                None if self.needs_quiet => Judged::NeedsQuiet,
+                None => return PartStep::Delete,
+            },
+        })
+    }
+}
+
+/// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
+/// absent) or a text that describes something in the part's place that is not a lock.
+pub(crate) type Unproven = Vec<(usize, Option<String>)>;
+
+/// The results of one read of all parts of a lock, and the facts that decide what follows from them.
+pub(crate) struct PartsLook<'a> {
+    pub(crate) parts: &'a [Result<Judged, Failure>],
+    /// Whether the log shows that terraform acquired the lock.
+    pub(crate) was_had: bool,
+    /// Whether nothing has changed for a whole [`QUIET_WINDOW`].
+    pub(crate) is_quiet: bool,
+    /// Whether a part was deleted now or earlier in this release.
+    pub(crate) was_deleted: bool,
+    /// The findings that the previous read did not prove. `None` if there was no previous read.
+    pub(crate) before: Option<&'a Unproven>,
+    /// Whether a lock request may still land, so that an absent part may still appear.
+    pub(crate) request_may_land: bool,
+    /// Whether the time limit has passed. Then unproven findings are not read again.
+    pub(crate) is_time_up: bool,
+}
+
+/// The next step of a release, after one read of all parts.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Step {
+    /// A part could not be read or deleted.
+    Failed(Failure),
+    /// A part belongs to the run, and must not be deleted until nothing has changed for [`QUIET_WINDOW`].
+    WaitForQuiet,
+    /// One read does not prove the result, so the parts must be read again.
+    LookAgain(Unproven),
+    Kept(Outcome),
+    Absent {
+        anothers: Option<String>,
+        excluded: bool,
+    },
+    Released,
+}
+
+impl PartsLook<'_> {
+    /// Combines the results for the parts into the next step. The checks are in this order:
+    ///
+    /// 1. A part that could not be read may hold anything. So nothing is decided until that part was read.
+    /// 2. If a part belongs to the run and must wait for the quiet window, the result for the other part does not
+    ///    decide.
+    /// 3. While a request may land, an absent part decides nothing. If terraform held the lock, one read that does not
+    ///    find a part decides nothing either: a lock must not be forgotten because of one response that comes from a
+    ///    proxy or a cache and not from the service. One read is also not enough to report that something which is not
+    ///    a lock blocks every run.
+    /// 4. A doubt about one part means that the lock is not released, whatever the result for the other part is.
+    pub(crate) fn combine(&self) -> Step {
+        if let Some(failure) = self.parts.iter().rev().find_map(|part| part.as_ref().err()) {
+            return Step::Failed(failure.clone());
+        }
+        let parts: Vec<&Judged> = self.parts.iter().flatten().collect();
+        if parts.contains(&&Judged::NeedsQuiet) {
+            return Step::WaitForQuiet;
+        }
+        let is_missing = |part: &&Judged| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_));
+        let is_late = self.request_may_land && parts.iter().any(is_missing);
+        let unproven = self.unproven(&parts);
+        let is_proven = unproven.is_empty() || self.before == Some(&unproven);
+        if is_late || !(is_proven || self.is_time_up) {
+            return Step::LookAgain(unproven);
+        }
+        if let Some(kept) = parts.iter().rev().find_map(|part| part.keeps()) {
+            return Step::Kept(kept);
+        }
+        if let Some(reason) = unproven.into_iter().find_map(|(_, no_lock)| no_lock) {
+            return Step::Kept(Outcome::Kept { reason, because: Because::NoLock });
+        }
+        if !is_proven {
+            return Step::Kept(Outcome::later(COMES_AND_GOES));
+        }
+        if self.was_deleted {
+            return Step::Released;
+        }
+        let anothers = parts.iter().rev().find_map(|part| match part {
+            Judged::Anothers(id) => Some(id.clone()),
+            _ => None,
+        });
+        let excluded = !parts.is_empty() && parts.iter().all(|part| **part == Judged::Excluded);
+        Step::Absent { anothers, excluded }
+    }
+
+    fn unproven(&self, parts: &[&Judged]) -> Unproven {
+        let unproven = parts.iter().enumerate().filter_map(|(number, part)| match part {
+            // The absence of a lock needs a second read only if the lock is known to have existed.
+            Judged::Absent if self.was_had || self.is_quiet => Some((number, None)),
+            // If terraform did not hold the lock, no second read is needed here: while a lock request may land,
+            // `combine` reads again in any case, because the table may still be created.
+            Judged::Excluded if self.was_had => Some((number, None)),
+            Judged::NoLock(reason) => Some((number, Some(reason.clone()))),
+            _ => None,
+        });
+        unproven.collect()
+    }
+}
+
+impl Judged {
+    /// Returns the outcome "not released" if this part prevents the release of the whole lock. `None` otherwise.
+    fn keeps(&self) -> Option<Outcome> {
+        match self {
+            Self::Doubt(reason) => Some(Outcome::kept(*reason)),
+            Self::NeedsConsent(reason) => Some(Outcome::later(reason)),
+            _ => None,
+        }
+    }
+}
+
+/// What a write of the dead terraform would change, as one read of everything shows it. Two values are equal if nothing
+/// has changed between the two reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Look {
+    /// A text that changes whenever the state or its digest changes.
+    pub(crate) state: String,
+    /// The texts that are stored at the locations of the lock's parts, one after the other.
+    pub(crate) lock: String,
+    /// Whether at least one of the parts is or may be the lock of the dead terraform.
+    pub(crate) holds: bool,
+}
+
+/// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct QuietWait {
+    last: Look,
+    /// When the last change was seen, counted from the begin of the wait.
+    since: Duration,
+    write: Write,
+}
+
+/// The result of one more read during the wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum QuietStep {
+    /// Nothing has changed since the last read, and the wait is not over.
+    Wait,
+    /// Something has changed, so the wait begins anew.
+    Changed,
+    /// Nothing has changed for [`QUIET_WINDOW`].
+    Quiet(Write),
+    /// The lock has disappeared, so there is nothing to release.
+    Gone,
+}
+
+impl QuietWait {
+    /// Begins the wait. `first` is the first read.
+    pub(crate) fn begin(first: Look) -> Self {
+        Self { last: first, since: Duration::ZERO, write: Write::Quiet }
+    }
+
+    /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait.
+    pub(crate) fn see(&mut self, now: Look, elapsed: Duration) -> QuietStep {
+        if !now.holds && !self.last.holds {
+            return QuietStep::Gone;
+        }
+        if now == self.last {
+            let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
+            return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };
+        }
+        if now.state != self.last.state {
+            self.write = Write::Landed;
+        }
+        self.last = now;
+        self.since = elapsed;
+        QuietStep::Changed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::logged_lock::Phase;
+
+    /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
+    #[test]
+    fn a_write_is_waited_for_where_one_can_be_on_its_way() {
+        use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+        for kind in ["S3 Native only", "DynamoDB only", "S3 Native and DynamoDB"] {
+            for locked in [false, true] {
+                for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {
+                    let mut log = Log::default();
+                    log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
+                    let mut lock = log.named().next().unwrap().clone();
+                    lock.progress.held = locked.then_some(lock.progress.asked);
+                    lock.progress.phase = phase;
+                    let expected = phase != Phase::Open || (kind.contains("and") && !locked);
+                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {phase:?}");
+                    assert!(!needs_quiet(&lock, false));
+                }
+            }
+        }
+    }
+
+    /// Returns every result that a part can have.
+    fn findings() -> Vec<Result<Judged, Failure>> {
+        vec![
+            Ok(Judged::Absent),
+            Ok(Judged::Excluded),
+            Ok(Judged::Deleted),
+            Ok(Judged::Anothers("other".to_owned())),
+            Ok(Judged::NoLock("an empty object".to_owned())),
+            Ok(Judged::Doubt("it differs")),
+            Ok(Judged::NeedsQuiet),
+            Ok(Judged::NeedsConsent("a global table".to_owned())),
+            Err(Failure::no_answer("S3", "silence")),
+        ]
+    }
+
+    /// Returns every combination of results for a lock with one part and for a lock with two parts.
+    fn all_parts() -> Vec<Vec<Result<Judged, Failure>>> {
+        let one = findings().into_iter().map(|part| vec![part]);
+        let two = findings()
+            .into_iter()
+            .flat_map(|first| findings().into_iter().map(move |second| vec![first.clone(), second]));
+        one.chain(two).collect()
+    }
+
+    /// Calls `promise` with every possible [`PartsLook`] and the [`Step`] that follows from it.
+    fn for_all(promise: impl Fn(&PartsLook<'_>, Step)) {
+        for parts in all_parts() {
+            for bits in 0..32_u8 {
+                let bit = |location: u8| bits & (1 << location) != 0;
+                let deleted_now = parts.contains(&Ok(Judged::Deleted));
+                let mut look = PartsLook {
+                    parts: &parts,
+                    was_had: bit(0),
+                    is_quiet: bit(1),
+                    was_deleted: bit(2) || deleted_now,
+                    before: None,
+                    request_may_land: bit(3),
+                    is_time_up: bit(4),
+                };
+                let unproven = look.unproven(&parts.iter().flatten().collect::<Vec<_>>());
+                let other: Unproven = vec![(9, None)];
+                for before in [None, Some(&unproven), Some(&other)] {
+                    look.before = before;
+                    promise(&look, look.combine());
+                }
+            }
+        }
+    }
+
+    fn has(look: &PartsLook<'_>, is_it: impl Fn(&Judged) -> bool) -> bool {
+        look.parts.iter().flatten().any(is_it)
+    }
+
+    #[test]
+    fn a_part_that_could_not_be_read_decides_before_any_other() {
+        for_all(|look, step| {
+            assert_eq!(matches!(step, Step::Failed(_)), look.parts.iter().any(Result::is_err), "{:?}", look.parts);
+        });
+    }
+
+    #[test]
+    fn a_part_that_waits_for_quiet_keeps_the_lock_from_being_settled() {
+        for_all(|look, step| {
+            let expected = has(look, |part| *part == Judged::NeedsQuiet) && look.parts.iter().all(Result::is_ok);
+            assert_eq!(step == Step::WaitForQuiet, expected, "{:?}", look.parts);
+        });
+    }
+
+    #[test]
+    fn a_lock_is_released_only_if_a_part_was_deleted_and_nothing_is_in_doubt() {
+        for_all(|look, step| {
+            if step == Step::Released {
+                assert!(look.was_deleted);
+                let is_clear = |part: &Judged| {
+                    matches!(part, Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_))
+                };
+                assert!(look.parts.iter().all(|part| part.as_ref().is_ok_and(is_clear)), "{:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn a_doubt_about_one_part_keeps_the_lock() {
+        for_all(|look, step| {
+            if has(look, |part| part.keeps().is_some()) {
+                assert!(
+                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_) | Step::Kept(_)),
+                    "{:?}: {step:?}",
+                    look.parts
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn one_look_does_not_prove_that_a_lock_that_was_had_is_gone() {
+        for_all(|look, step| {
+            let is_absent = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded));
+            let is_gone = matches!(step, Step::Absent { .. } | Step::Released);
+            if look.was_had && is_absent && is_gone {
+                let unproven = look.unproven(&look.parts.iter().flatten().collect::<Vec<_>>());
+                assert_eq!(look.before, Some(&unproven), "{:?}: {step:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn while_a_request_may_land_an_absent_part_settles_nothing() {
+        for_all(|look, step| {
+            let is_missing = has(look, |part| matches!(part, Judged::Absent | Judged::Excluded | Judged::Anothers(_)));
+            if look.request_may_land && is_missing {
+                assert!(
+                    matches!(step, Step::Failed(_) | Step::WaitForQuiet | Step::LookAgain(_)),
+                    "{:?}: {step:?}",
+                    look.parts
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn looking_has_an_end() {
+        for_all(|look, step| {
+            if look.is_time_up && !look.request_may_land {
+                assert!(!matches!(step, Step::LookAgain(_)), "{:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn no_lock_can_be_there_only_if_none_can_be_in_any_part() {
+        for_all(|look, step| {
+            if let Step::Absent { anothers, excluded } = step {
+                assert_eq!(excluded, look.parts.iter().all(|part| *part == Ok(Judged::Excluded)), "{:?}", look.parts);
+                assert_eq!(anothers.is_some(), has(look, |part| matches!(part, Judged::Anothers(_))));
+                assert!(!look.was_deleted);
+            }
+        });
+    }
+}
