@@ -47,7 +47,7 @@ use crate::trace::trace;
 /// (`plan -detailed-exitcode`), but it is also Go's own code for a crash; only a crash leaves a lock. The exit code of
 /// a shim can differ from that of terraform (tenv 255, a shell 137, `terraform | tee` 0), so it does not show how
 /// terraform ended. So behind a shim, a lock counts even if its release was begun.
-fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&RecordedLock) -> bool) -> bool {
+pub(crate) fn died(end: &EndOfRun, behind_a_shim: bool, log: &Log, is_ours: impl Fn(&RecordedLock) -> bool) -> bool {
     let left_operation = || log.was_canceled() || log.unreleased().any(|lock| lock.is_in_use() && is_ours(lock));
     // If it is unknown how terraform ended, terraform counts as dead: it was killed together with `tf`, or by a hangup.
     let Some(ended) = end.ended else { return true };

@@ -1,19 +1,8 @@
 //! The cleanup after a run whose terraform has exited or died. `tf`, its guardian and a later `tf` all use it, so that
 //! the order of the steps is defined in one place.
 //!
-//! The order, and the reasons for it:
-//!
-//! 1. [`CandidateLocks::find`] finds the locks that the run may have. If the log does not name a lock, the lock is
-//!    identified by reading its location.
-//! 2. [`release_locks`] releases each lock, or determines why it cannot be released.
-//! 3. The requests that may still land are written to disk before they are reported: the report says "the next `tf`
-//!    releases it", and that must be true when a person reads it.
-//! 4. The result for each lock is reported now, because the next steps may take time.
-//! 5. The history is written. It contains only completed actions.
-//! 6. Replaced locks (another run locked the same state while this run was working), refusals, and locks that could not
-//!    be identified are reported. These reports are explanations. They may need further requests to the service.
-//! 7. The lock in a backend other than S3 is released.
-//! 8. The work that is left for the next `tf` is returned.
+//! [`ORDER`] is the order of the steps, and [`CleanUpStep`] gives the reasons for it. The model in tests/model.rs takes
+//! the same steps in the same order.
 //!
 //! The three callers differ in their information about the run ([`EndedRun`]) and in how they report ([`Reporter`]).
 
@@ -118,10 +107,13 @@ pub(crate) struct NonS3Cleanup<'a> {
     pub(crate) unlock: String,
 }
 
-/// The results of a cleanup, from which [`Cleaned::unfinished`] determines the work for the next `tf`.
-struct Cleaned {
+/// The results of the steps of a cleanup, from which [`Cleaned::unfinished`] determines the work for the next `tf`.
+#[derive(Default)]
+pub(crate) struct Cleaned {
     locks: CandidateLocks,
-    results: Vec<ReleaseResult>,
+    pub(crate) results: Vec<ReleaseResult>,
+    /// The IDs of the locks whose requests were written to disk, because they may still land.
+    remembered: Vec<String>,
     replaced: Vec<Replaced>,
     non_s3: NonS3Result,
     /// Whether the next `tf` must look for a lock, because the run's log is lost and no lock was found.
@@ -202,42 +194,48 @@ impl Reporter for SilentReporter {
     }
 }
 
+/// A step of a cleanup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum CleanUpStep {
+    /// Finds the locks that the run may have ([`CandidateLocks::find`]). If the log does not name a lock, the lock is
+    /// identified by reading its location.
+    Find,
+    /// Releases each lock, or determines why it cannot be released ([`release_locks`]).
+    Release,
+    /// Writes the requests that may still land to disk. This is done before they are reported: the report says "the
+    /// next `tf` releases it", and that must be true when a person reads it.
+    Remember,
+    /// Reports the result for each lock. This is done now, because the next steps may take time.
+    Report,
+    /// Writes the history. It contains only completed actions.
+    WriteHistory,
+    /// Reports replaced locks (another run locked the same state while this run was working), refusals, and locks that
+    /// could not be identified. These reports are explanations. They may need further requests to the service.
+    Explain,
+    /// Releases the lock in a backend other than S3.
+    ReleaseNonS3,
+}
+
+/// The order of the steps. After them, the work that is left for the next `tf` is returned, and the caller closes the
+/// run's record. So if the process is killed during a step, the record still stands, and the next `tf` repeats all
+/// steps.
+pub(crate) const ORDER: [CleanUpStep; 7] = [
+    CleanUpStep::Find,
+    CleanUpStep::Release,
+    CleanUpStep::Remember,
+    CleanUpStep::Report,
+    CleanUpStep::WriteHistory,
+    CleanUpStep::Explain,
+    CleanUpStep::ReleaseNonS3,
+];
+
 /// Releases the locks that `run` has left. Returns the work that is left for the next `tf`.
 pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> Unfinished {
     let _there = Within::enter(&run.candidates.working_directory);
-    let locks = CandidateLocks::find(run.log, run.candidates, &run.release_context, run.died, waiter);
-    let results = results(run, &locks.named, waiter);
-    match run.by {
-        By::Tf => crash_point::reached("tf: released"),
-        By::Guardian => crash_point::reached("guardian: released"),
-        By::Recovery => crash_point::reached("recovery: released"),
-        By::Command => {}
+    let mut cleaned = Cleaned::default();
+    for step in ORDER {
+        cleaned.take(step, run, reporter, waiter);
     }
-    let is_recent = run.release_context.write_may_land;
-    let mut remembered = remember_pending(&results, &run.release_context, is_recent, run.pending_requests);
-    let abandoned = || abandoned_requests(&results, run.ended);
-    remembered.extend(remember_abandoned(abandoned(), &run.release_context, run.pending_requests));
-    for result in &results {
-        reporter.result(run, result, remembered.contains(&result.lock.id));
-    }
-    // If a lock could not be looked for, `tf` has nothing to add to terraform's own report.
-    for result in abandoned().filter(|result| !matches!(result.outcome, Some(Outcome::Kept { .. }))) {
-        reporter.abandoned(run, &result.lock, remembered.contains(&result.lock.id));
-    }
-    let (why, reason) = run.history;
-    record_in_history(&results, run.by, why, reason);
-    let mut replaced = replaced(&results, run.candidates, run.died, run.until, run.by, waiter);
-    replaced.extend(run.replaced.iter().cloned());
-    for one in &replaced {
-        reporter.replaced(run, one);
-    }
-    reporter.refusals(run, &results, waiter);
-    reporter.unidentified(run, &locks);
-    let lost_log_is_left = run.log_state != LogState::Complete && locks.is_empty() && reporter.lost_log(run, waiter);
-    let non_s3 =
-        run.non_s3.as_ref().map(|non_s3| non_s3.clean_up(run, reporter.has_journal(), waiter)).unwrap_or_default();
-    reporter.non_s3(run, &non_s3);
-    let cleaned = Cleaned { locks, results, replaced, non_s3, lost_log_is_left };
     cleaned.unfinished(run.log, reporter.is_read())
 }
 
@@ -281,14 +279,74 @@ impl NonS3Cleanup<'_> {
 }
 
 impl Cleaned {
+    /// Takes one step, and adds its results.
+    fn take(&mut self, step: CleanUpStep, run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) {
+        let context = &run.release_context;
+        match step {
+            CleanUpStep::Find => {
+                self.locks = CandidateLocks::find(run.log, run.candidates, context, run.died, waiter);
+            }
+            CleanUpStep::Release => {
+                self.results = results(run, &self.locks.named, waiter);
+                match run.by {
+                    By::Tf => crash_point::reached("tf: released"),
+                    By::Guardian => crash_point::reached("guardian: released"),
+                    By::Recovery => crash_point::reached("recovery: released"),
+                    By::Command => {}
+                }
+            }
+            CleanUpStep::Remember => {
+                let pending = run.pending_requests;
+                self.remembered = remember_pending(&self.results, context, context.write_may_land, pending);
+                let abandoned = abandoned_requests(&self.results, run.ended);
+                self.remembered.extend(remember_abandoned(abandoned, context, pending));
+            }
+            CleanUpStep::Report => {
+                for result in &self.results {
+                    reporter.result(run, result, self.is_remembered(result));
+                }
+                // If a lock could not be looked for, `tf` has nothing to add to terraform's own report.
+                let is_kept = |result: &ReleaseResult| matches!(result.outcome, Some(Outcome::Kept { .. }));
+                for result in abandoned_requests(&self.results, run.ended).filter(|result| !is_kept(result)) {
+                    reporter.abandoned(run, &result.lock, self.is_remembered(result));
+                }
+            }
+            CleanUpStep::WriteHistory => {
+                let (why, reason) = run.history;
+                record_in_history(&self.results, run.by, why, reason);
+            }
+            CleanUpStep::Explain => {
+                self.replaced = replaced(&self.results, run.candidates, run.died, run.until, run.by, waiter);
+                self.replaced.extend(run.replaced.iter().cloned());
+                for one in &self.replaced {
+                    reporter.replaced(run, one);
+                }
+                reporter.refusals(run, &self.results, waiter);
+                reporter.unidentified(run, &self.locks);
+                self.lost_log_is_left =
+                    run.log_state != LogState::Complete && self.locks.is_empty() && reporter.lost_log(run, waiter);
+            }
+            CleanUpStep::ReleaseNonS3 => {
+                let has_journal = reporter.has_journal();
+                self.non_s3 =
+                    run.non_s3.as_ref().map(|non_s3| non_s3.clean_up(run, has_journal, waiter)).unwrap_or_default();
+                reporter.non_s3(run, &self.non_s3);
+            }
+        }
+    }
+
+    fn is_remembered(&self, result: &ReleaseResult) -> bool {
+        self.remembered.contains(&result.lock.id)
+    }
+
     /// Returns the work that is left for the next `tf`. `log` is the log of the run.
     ///
     /// If a person has read the report (`is_read` is true), the result contains only what a later attempt may complete.
     /// It does not contain a lock in doubt, because the person decides whether to release such a lock. If nobody has
     /// read the report, the result also contains everything that a person should read. The next `tf` judges it again
     /// and reports it.
-    fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
-        let Self { locks, results, replaced, non_s3, lost_log_is_left } = self;
+    pub(crate) fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
+        let Self { locks, results, replaced, non_s3, lost_log_is_left, .. } = self;
         let is_left = |result: &ReleaseResult| {
             let kept = |because: &Because| !is_read || !matches!(because, Because::Doubt | Because::Claimed);
             result.may_exist && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
@@ -342,6 +400,7 @@ mod tests {
             replaced: Vec::new(),
             non_s3: NonS3Result::default(),
             lost_log_is_left: false,
+            remembered: Vec::new(),
         }
     }
 

@@ -170,16 +170,20 @@ pub(crate) fn release_locks(
         };
         trace!("lock {}: {outcome:?}", recorded.id);
         is_silent |= matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer, .. }));
-        let may_still_come = died
-            && match outcome {
-                // The lock's table may be restored from a backup, with the lock in it.
-                Some(Outcome::Absent { excluded: true, .. }) => true,
-                Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
-                Some(Outcome::Kept { .. }) | None => false,
-            };
+        let may_still_come = may_still_come(died, outcome.as_ref(), recorded);
         ReleaseResult { lock: recorded.clone(), may_exist, may_still_come, outcome }
     });
     results.collect()
+}
+
+/// Whether `recorded`, or a part of it, may still appear after this `outcome`. `died` is true if terraform died.
+pub(crate) fn may_still_come(died: bool, outcome: Option<&Outcome>, recorded: &RecordedLock) -> bool {
+    died && match outcome {
+        // The lock's table may be restored from a backup, with the lock in it.
+        Some(Outcome::Absent { excluded: true, .. }) => true,
+        Some(Outcome::Absent { .. } | Outcome::Released(_)) => recorded.progress.held.is_none(),
+        Some(Outcome::Kept { .. }) | None => false,
+    }
 }
 
 /// Returns the results for `locks` if no lock may be released (`TFW_RELEASE=never`). The outcome for a lock that may

@@ -9,5 +9,6 @@ pub(crate) mod membership;
 pub(crate) mod pending_requests;
 pub(crate) mod recorder;
 pub(crate) mod run_mark;
+pub(crate) mod run_state;
 pub(crate) mod runs;
 pub(crate) mod state_directory;

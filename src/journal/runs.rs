@@ -37,6 +37,7 @@ use crate::journal::host::{HostIdentity, Standpoint};
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::run_mark::Living;
+use crate::journal::run_state::{RunState, RunTraces};
 use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
@@ -396,22 +397,21 @@ impl Journal {
         };
         let record = Box::new(record);
         let is_owner = lock_file::try_lock(&lock_file, OWNER_LOCK).unwrap_or(false);
-        let mut doubtful = Vec::new();
-        if standpoint == Standpoint::ThisBoot {
-            if lock_file::is_locked(&lock_file, TREE_LOCK).unwrap_or(true) {
-                return FoundRun::Living(record);
-            }
-            let living = self.living(name, &record);
-            if !living.members.is_empty() {
-                return FoundRun::Living(record);
-            }
-            doubtful = living.unknown;
-        }
-        if !is_owner {
-            return FoundRun::Recovering(record);
-        }
-        if !doubtful.is_empty() {
-            return FoundRun::Doubtful(record, doubtful);
+        // After a restart, the lock file and the processes of this host show nothing about the run.
+        let is_this_boot = standpoint == Standpoint::ThisBoot;
+        let tree_is_locked = is_this_boot && lock_file::is_locked(&lock_file, TREE_LOCK).unwrap_or(true);
+        let living = if is_this_boot && !tree_is_locked { self.living(name, &record) } else { Living::default() };
+        let traces = RunTraces {
+            is_owned: !is_owner,
+            tree_is_locked,
+            has_members: !living.members.is_empty(),
+            has_unknown: !living.unknown.is_empty(),
+        };
+        match traces.state() {
+            RunState::Living => return FoundRun::Living(record),
+            RunState::Recovering => return FoundRun::Recovering(record),
+            RunState::Doubtful => return FoundRun::Doubtful(record, living.unknown),
+            RunState::Dead => {}
         }
         // The previous owner may have deleted the directory or replaced the record since this process read the record.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| FileId::from(&now) == FileId::from(&place));

@@ -221,7 +221,7 @@ impl Stores {
 
 /// Returns the result of a delete of `read`. `now` is what its location holds after the delete. `None` if that does not
 /// show the result, so that the delete must be repeated.
-fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
+pub(crate) fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
     let Some(now) = now else { return Some(Removed::Gone) };
     // Two findings do not show whether the lock is gone: the same content as before, and content that is not a lock
     // although a lock was read before.
