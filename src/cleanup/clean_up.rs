@@ -111,7 +111,7 @@ pub(crate) struct NonS3Cleanup<'a> {
 #[derive(Default)]
 pub(crate) struct Cleaned {
     locks: CandidateLocks,
-    pub(crate) results: Vec<ReleaseResult>,
+    results: Vec<ReleaseResult>,
     /// The IDs of the locks whose requests were written to disk, because they may still land.
     remembered: Vec<String>,
     replaced: Vec<Replaced>,
@@ -279,6 +279,12 @@ impl NonS3Cleanup<'_> {
 }
 
 impl Cleaned {
+    /// Returns a cleanup with these results, and nothing else.
+    #[cfg(test)]
+    pub(crate) fn of_locks(results: Vec<ReleaseResult>) -> Self {
+        Self { results, ..Self::default() }
+    }
+
     /// Takes one step, and adds its results.
     fn take(&mut self, step: CleanUpStep, run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) {
         let context = &run.release_context;
@@ -305,9 +311,12 @@ impl Cleaned {
                 for result in &self.results {
                     reporter.result(run, result, self.is_remembered(result));
                 }
-                // If a lock could not be looked for, `tf` has nothing to add to terraform's own report.
-                let is_kept = |result: &ReleaseResult| matches!(result.outcome, Some(Outcome::Kept { .. }));
-                for result in abandoned_requests(&self.results, run.ended).filter(|result| !is_kept(result)) {
+                // If a lock could not be looked for, or another run's lock was found, `tf` has nothing to add to
+                // terraform's own report.
+                let is_reported = |result: &ReleaseResult| {
+                    matches!(result.outcome, Some(Outcome::Kept { .. } | Outcome::Absent { anothers: Some(_), .. }))
+                };
+                for result in abandoned_requests(&self.results, run.ended).filter(|result| !is_reported(result)) {
                     reporter.abandoned(run, &result.lock, self.is_remembered(result));
                 }
             }
@@ -394,14 +403,7 @@ mod tests {
     fn cleaned(log: &Log, outcome: Option<Outcome>, may_exist: bool) -> Cleaned {
         let result =
             ReleaseResult { lock: log.named().next().unwrap().clone(), outcome, may_exist, may_still_come: false };
-        Cleaned {
-            locks: CandidateLocks::default(),
-            results: vec![result],
-            replaced: Vec::new(),
-            non_s3: NonS3Result::default(),
-            lost_log_is_left: false,
-            remembered: Vec::new(),
-        }
+        Cleaned::of_locks(vec![result])
     }
 
     /// If nobody has read the report about a lock, the lock is left for the next `tf`. If a person has read the report,

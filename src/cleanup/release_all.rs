@@ -237,12 +237,12 @@ pub(crate) fn replaced(
     let mut all = Vec::new();
     let _there = Within::enter(&candidates.working_directory);
     for ReleaseResult { lock, outcome, .. } in results {
-        let Some(Outcome::Absent { anothers: Some(id), .. }) = outcome else { continue };
+        let Some(Outcome::Absent { anothers: Some(anothers), .. }) = outcome else { continue };
         let mut locks = Vec::new();
         for location in candidates.of(lock) {
             locks.extend(waiter.block_on(release::stored(&location)).unwrap_or_default());
         }
-        let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == *id);
+        let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == anothers.id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
             let why = format!("while its run was running, {} locked the same state, ID {}", info.who, info.id);
             history::record(&LockEvent::of_recorded(What::Replaced, by, lock, &why, None));
@@ -354,8 +354,8 @@ pub(crate) fn remember_pending(
 /// a second interrupt (internal/command/meta.go, `RunOperation`). It also does so if a proxy answers in place of the
 /// service, or the connection breaks, and the SDK has used up its retries. A retry of the SDK can also create a lock
 /// again after its release. The log does not distinguish these cases from a refusal. So a request counts as refused
-/// only if the location shows it: another run's lock is there, no lock can exist there, or what is there is not a lock
-/// or is in doubt.
+/// only if the location shows it: another run's lock is there with all its parts, no lock can exist there, or what is
+/// there is not a lock or is in doubt.
 pub(crate) fn abandoned_requests(
     results: &[ReleaseResult],
     ended: Option<Ended>,
@@ -363,7 +363,10 @@ pub(crate) fn abandoned_requests(
     let failed = matches!(ended, Some(Ended::Exited(code)) if code != 0);
     let abandoned = move |results: &&ReleaseResult| {
         let may_come = match &results.outcome {
-            Some(Outcome::Absent { anothers: None, excluded: false } | Outcome::Released(_)) => true,
+            Some(Outcome::Absent { anothers, excluded: false }) => {
+                anothers.as_ref().is_none_or(|anothers| !anothers.is_complete)
+            }
+            Some(Outcome::Released(_)) => true,
             // The location could not be read, so it is unknown whether the request was refused.
             Some(Outcome::Kept { because, .. }) => {
                 matches!(
@@ -525,6 +528,10 @@ mod tests {
     fn a_request_of_a_terraform_that_failed_may_still_land_unless_another_holds_the_lock() {
         let lock = lock_that_was_asked_for();
         let absent = || Some(Outcome::Absent { anothers: None, excluded: false });
+        let anothers = |is_complete| {
+            let anothers = crate::lock::outcome::AnothersLock { id: "x".into(), is_complete };
+            Some(Outcome::Absent { anothers: Some(anothers), excluded: false })
+        };
         let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let released = || {
             let nothing =
@@ -536,7 +543,9 @@ mod tests {
             (released(), Some(Ended::Exited(1)), 1),
             (absent(), Some(Ended::Exited(0)), 0),
             (absent(), None, 0),
-            (Some(Outcome::Absent { anothers: Some("x".into()), excluded: false }), Some(Ended::Exited(1)), 0),
+            (anothers(true), Some(Ended::Exited(1)), 0),
+            // The other run has only one of two parts, so it may not have the lock.
+            (anothers(false), Some(Ended::Exited(1)), 1),
             // The table does not exist, so the request failed.
             (Some(Outcome::Absent { anothers: None, excluded: true }), Some(Ended::Exited(1)), 0),
             (kept(Because::NoAnswer), Some(Ended::Exited(1)), 1),

@@ -106,8 +106,8 @@ impl Reporter for TerminalReporter<'_> {
     /// consumed, and the caller has already read terraform's output.
     fn refusals(&mut self, run: &EndedRun<'_>, results: &[ReleaseResult], waiter: &mut Waiter<'_>) {
         for result in results {
-            if let Some(Outcome::Absent { anothers: Some(id), .. }) = &result.outcome {
-                self.release_late(waiter, id, run.candidates);
+            if let Some(Outcome::Absent { anothers: Some(anothers), .. }) = &result.outcome {
+                self.release_late(waiter, &anothers.id, run.candidates);
             }
         }
         if run.died || run.ended == Some(Ended::Exited(0)) {

@@ -8,8 +8,8 @@ use crate::aws::failure::Failure;
 pub(crate) enum Outcome {
     /// No lock of the run exists.
     Absent {
-        /// The ID of another run's lock at the same location. `None` if there is none.
-        anothers: Option<String>,
+        /// Another run's lock at the same location. `None` if there is none.
+        anothers: Option<AnothersLock>,
         /// Whether no part of a lock can exist at the location, because the table or bucket does not exist, or because
         /// the table has another key.
         excluded: bool,
@@ -23,6 +23,15 @@ pub(crate) enum Outcome {
         /// The kind of reason. It decides what `tf` does and reports next.
         because: Because,
     },
+}
+
+/// Another run's lock at the location of a lock that does not exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AnothersLock {
+    pub(crate) id: String,
+    /// Whether other runs' locks are at the location of every part. If not, terraform may not have been refused: the
+    /// other run may be about to take the missing part, and be refused itself because this run's request lands first.
+    pub(crate) is_complete: bool,
 }
 
 /// Why a lock was not released.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::outcome::{Because, Outcome, Write};
+use super::outcome::{AnothersLock, Because, Outcome, Write};
 use super::proof::Match;
 use crate::aws::failure::Failure;
 use crate::terraform::lock_info::LockInfo;
@@ -117,7 +117,7 @@ pub(crate) enum Step {
     LookAgain(Unproven),
     Kept(Outcome),
     Absent {
-        anothers: Option<String>,
+        anothers: Option<AnothersLock>,
         excluded: bool,
     },
     Released,
@@ -165,6 +165,8 @@ impl PartsLook<'_> {
             Judged::Anothers(id) => Some(id.clone()),
             _ => None,
         });
+        let is_complete = parts.iter().all(|part| matches!(part, Judged::Anothers(_)));
+        let anothers = anothers.map(|id| AnothersLock { id, is_complete });
         let excluded = !parts.is_empty() && parts.iter().all(|part| **part == Judged::Excluded);
         Step::Absent { anothers, excluded }
     }
@@ -275,6 +277,68 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_part_is_deleted_exactly_if_it_is_ours_and_nothing_speaks_against_it() {
+        let info = LockInfo { id: "other".to_owned(), ..LockInfo::default() };
+        for verdict in [None, Some(Match::Ours), Some(Match::Anothers), Some(Match::Doubt("it differs"))] {
+            for bits in 0..8_u8 {
+                let bit = |place: u8| bits & (1 << place) != 0;
+                let consent = bit(1).then(|| "a global table".to_owned());
+                let read = PartRead {
+                    stored: verdict.clone().map(|verdict| (&info, verdict)),
+                    was_asked_to_go: bit(0),
+                    needs_consent: consent.clone(),
+                    needs_quiet: bit(2),
+                };
+                let expected = match (&verdict, bit(0), consent, bit(2)) {
+                    (None, true, ..) => PartStep::Settled(Judged::Deleted),
+                    (None, false, ..) => PartStep::Settled(Judged::Absent),
+                    (Some(Match::Anothers), ..) => PartStep::Settled(Judged::Anothers("other".to_owned())),
+                    (Some(Match::Doubt(reason)), ..) => PartStep::Settled(Judged::Doubt(reason)),
+                    (Some(Match::Ours), _, Some(reason), _) => PartStep::Settled(Judged::NeedsConsent(reason)),
+                    (Some(Match::Ours), _, None, true) => PartStep::Settled(Judged::NeedsQuiet),
+                    (Some(Match::Ours), _, None, false) => PartStep::Delete,
+                };
+                assert_eq!(read.decide(), expected, "{verdict:?} {bits:03b}");
+            }
+        }
+    }
+
+    fn look(state: &str, lock: &str, holds: bool) -> Look {
+        Look { state: state.to_owned(), lock: lock.to_owned(), holds }
+    }
+
+    #[test]
+    fn the_wait_ends_when_nothing_has_changed_for_the_whole_window() {
+        let same = || look("s", "l", true);
+        let just_before = QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
+        let mut wait = QuietWait::begin(same());
+        assert_eq!(wait.see(same(), just_before), QuietStep::Wait);
+        assert_eq!(wait.see(same(), QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+    }
+
+    #[test]
+    fn each_change_begins_the_window_anew_and_a_change_of_the_state_is_a_write() {
+        for (changed, write) in [(look("t", "l", true), Write::Landed), (look("s", "m", true), Write::Quiet)] {
+            let mut wait = QuietWait::begin(look("s", "l", true));
+            let at = QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
+            assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
+            let just_before = at + QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
+            assert_eq!(wait.see(changed.clone(), just_before), QuietStep::Wait);
+            assert_eq!(wait.see(changed, at + QUIET_WINDOW), QuietStep::Quiet(write));
+        }
+    }
+
+    #[test]
+    fn the_wait_ends_at_once_where_two_reads_in_a_row_do_not_find_the_lock() {
+        let mut wait = QuietWait::begin(look("s", "l", true));
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
+        let mut wait = QuietWait::begin(look("s", "-", false));
+        assert_eq!(wait.see(look("s", "l", true), QUIET_WINDOW), QuietStep::Changed, "it is there again");
+        assert_eq!(wait.see(look("s", "l", true), QUIET_WINDOW * 2), QuietStep::Quiet(Write::Quiet));
     }
 
     /// Returns every result that a part can have.
@@ -412,6 +476,9 @@ mod tests {
             if let Step::Absent { anothers, excluded } = step {
                 assert_eq!(excluded, look.parts.iter().all(|part| *part == Ok(Judged::Excluded)), "{:?}", look.parts);
                 assert_eq!(anothers.is_some(), has(look, |part| matches!(part, Judged::Anothers(_))));
+                let is_anothers = |part: &Result<Judged, Failure>| matches!(part, Ok(Judged::Anothers(_)));
+                let is_complete = anothers.is_some_and(|anothers| anothers.is_complete);
+                assert_eq!(is_complete, look.parts.iter().all(is_anothers), "{:?}", look.parts);
                 assert!(!look.was_deleted);
             }
         });
