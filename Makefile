@@ -35,6 +35,10 @@ test: tools ## every test, against real terraform and a real protocol server
 unit: ## the tests that need neither terraform nor a network: seconds
 	cargo test --bin tf --test layers
 
+.PHONY: model
+model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
+	cargo test --test model
+
 .PHONY: one
 one: tools ## the tests whose name contains T, with their output: make one T=given_back
 	@test -n "$(T)" || { echo "T is not set: type make one T=name"; exit 1; }

@@ -20,7 +20,7 @@ pub(crate) struct EndOfRun {
 }
 
 /// Why `tf` kills terraform.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Why {
     /// A person pressed ^C three times.
     Forced,

@@ -21,7 +21,7 @@ pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);
 const SECOND_INTERRUPT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// A request to stop, or a deadline that may have passed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum StopEvent {
     /// A ^C that the terminal sent to `tf`.
     Keyboard,
@@ -45,7 +45,7 @@ pub(crate) enum StopEvent {
 }
 
 /// An action that follows from an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Effect {
     /// Sends one SIGINT to terraform's process group, as the terminal does for a ^C. Providers ignore SIGINT. The
     /// commands of a provisioner must get it for every kind of request: terraform kills only the shell of a
@@ -64,7 +64,7 @@ pub(crate) enum Effect {
 }
 
 /// The requests and interrupts so far. All times are counted from the start of the run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Stop {
     /// Whether terraform's command ignores interrupts, so that a second one would have no effect.
     ignores_interrupts: bool,

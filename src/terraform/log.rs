@@ -695,7 +695,7 @@ pub(crate) mod tests {
         lock_line(second, "Locked remote state (S3 Native and DynamoDB)", id, request)
     }
 
-    pub(super) fn unlock_line(second: u32, message: &str, id: &str) -> String {
+    pub(crate) fn unlock_line(second: u32, message: &str, id: &str) -> String {
         format!(
             "2026-11-23T01:46:{second:02}.600Z [INFO]  backend-s3: {message}: tf_backend.lock.id={id} \
              tf_backend.operation=Unlock tf_backend.req_id=u tf_backend.s3.bucket=bkt \
