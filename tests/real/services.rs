@@ -5,8 +5,11 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::support::cloud::{Cloud, cloud, free_port, keep, tool};
-use crate::support::test_env::{WAITS, lock_json};
+use super::locks_release::locks;
+use crate::support::cloud::{Cloud, Server, cloud, free_port, keep, tool};
+use crate::support::http::Message;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Lock, Subject, TestEnv, http, wait_for};
 
 /// Makes `env` use `cloud`. Creates its bucket and its table there with signed calls.
@@ -71,38 +74,126 @@ fn a_release_is_signed_as_aws_demands_and_a_refusal_is_told() {
     assert!(!end.err.contains(key["SecretAccessKey"].as_str().unwrap()));
 }
 
-#[test]
-fn on_a_service_that_ignores_conditions_ours_goes_and_anothers_stands() {
-    // It honors If-None-Match, so terraform can lock there, but it ignores the condition of a delete.
-    let port = free_port();
-    let data = tempfile::tempdir().unwrap();
-    let _server =
-        keep(&[tool("localbucket").to_str().unwrap(), "--port", &port.to_string(), data.path().to_str().unwrap()], &[]);
-    wait_for("localbucket", || http::ask(port, "GET", "/", &[], b""), || format!("nothing on port {port}"));
-    for replaced in [false, true] {
-        let mut env = TestEnv::empty(Lock::File);
-        env.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{port}"));
-        assert_eq!(http::ask(port, "PUT", &format!("/{}", env.bucket), &[], b"").unwrap().status(), 200);
+/// An S3 server that ignores the condition of a delete. It obeys `If-None-Match`, so terraform can lock there.
+struct Localbucket {
+    port: u16,
+    _server: Server,
+    _data: tempfile::TempDir,
+}
+
+impl Localbucket {
+    fn start() -> Self {
+        let (port, data) = (free_port(), tempfile::tempdir().unwrap());
+        let program = tool("localbucket");
+        let command = [program.to_str().unwrap(), "--port", &port.to_string(), data.path().to_str().unwrap()];
+        let server = keep(&command, &[]);
+        wait_for("localbucket", || http::ask(port, "GET", "/", &[], b""), || format!("nothing on port {port}"));
+        Self { port, _server: server, _data: data }
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> Message {
+        http::ask(self.port, method, path, &[], body.as_bytes()).unwrap()
+    }
+
+    /// Returns an initialized directory whose bucket is here. Its provisioner ignores SIGTERM and runs until the test
+    /// unblocks it.
+    fn env(&self, lock: Lock) -> TestEnv {
+        let mut env = TestEnv::empty(lock);
+        env.set("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", self.port));
+        assert_eq!(self.ask("PUT", &format!("/{}", env.bucket), "").status(), 200);
         env.write_main("", "(trap '' TERM; touch began; while test -e began && ! test -e go; do sleep 0.02; done)");
         env.init();
+        env
+    }
+}
+
+const OTHER: &str = "22222222-3333-4444-5555-666666666666";
+
+#[test]
+fn on_a_service_that_ignores_conditions_ours_goes_and_anothers_stands() {
+    let server = Localbucket::start();
+    for replaced in [false, true] {
+        let env = server.env(Lock::File);
         let place = format!("/{}.tflock", env.path());
         let run = env.start_apply(Subject::Tf);
-        assert_eq!(http::ask(port, "GET", &place, &[], b"").unwrap().status(), 200);
+        assert_eq!(server.ask("GET", &place, "").status(), 200);
         run.kill_terraform();
-        let theirs = lock_json("22222222-3333-4444-5555-666666666666", &env.path());
+        let theirs = lock_json(OTHER, &env.path());
         if replaced {
             env.wait_for_trace("ending ");
-            http::ask(port, "PUT", &place, &[], theirs.as_bytes());
+            server.ask("PUT", &place, &theirs);
         }
         env.unblock();
         let end = run.wait();
-        let left = http::ask(port, "GET", &place, &[], b"").unwrap();
+        let left = server.ask("GET", &place, "");
         if replaced {
             assert_eq!(left.text(), theirs, "{}", env.dump(&end));
         } else {
             assert_eq!(left.status(), 404, "{}", env.dump(&end));
         }
     }
+}
+
+#[test]
+fn on_a_service_that_ignores_conditions_only_a_table_protects_a_lock_taken_between_the_read_and_the_delete() {
+    let server = Localbucket::start();
+    for lock in [Lock::File, Lock::Both] {
+        let mut env = server.env(lock);
+        let place = format!("/{}.tflock", env.path());
+        // With both parts, the item is deleted first.
+        let (upstream, endpoint) = match lock {
+            Lock::Both => (cloud().port, "AWS_ENDPOINT_URL_DYNAMODB"),
+            _ => (server.port, "AWS_ENDPOINT_URL_S3"),
+        };
+        let proxy = Proxy::start(upstream, |request| {
+            let delete = request.asks_for("DeleteItem") || request.start.starts_with("DELETE ");
+            if delete && request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass }
+        });
+        env.set(endpoint, format!("http://127.0.0.1:{}", proxy.port));
+        let run = env.start_apply(Subject::Tf);
+        run.kill_terraform();
+        env.unblock();
+        proxy.wait_until_held();
+        let theirs = lock_json(OTHER, &env.path());
+        server.ask("PUT", &place, &theirs);
+        if lock == Lock::Both {
+            cloud().put_item(&env.table, &env.path(), &theirs);
+        }
+        proxy.let_go();
+        let end = run.wait();
+        let left = server.ask("GET", &place, "");
+        if lock == Lock::Both {
+            assert_eq!(left.text(), theirs, "{}", env.dump(&end));
+            assert_eq!(cloud().item(&env.table, &env.path()), Some(theirs), "{}", env.dump(&end));
+            assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
+        } else {
+            // docs/proof.md, "What it cannot know".
+            assert_eq!(left.status(), 404, "{}", env.dump(&end));
+        }
+    }
+}
+
+#[test]
+fn a_service_that_ignores_conditions_is_reported_and_with_never_nothing_is_deleted_there() {
+    let server = Localbucket::start();
+    let mut env = server.env(Lock::File);
+    let end = locks(&env, &["doctor"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    let wrong: Vec<&str> = end.out.lines().filter(|line| line.starts_with("WRONG  ")).collect();
+    assert!(matches!(wrong[..], [line] if line.starts_with("WRONG  If-Match: ")), "{}", env.dump(&end));
+    assert!(end.out.contains("a DynamoDB table") && end.out.contains("TFW_RELEASE=never"), "{}", env.dump(&end));
+    let listed = server.ask("GET", &format!("/{}?list-type=2", env.bucket), "").text();
+    assert!(!listed.contains("<Key>"), "{listed}");
+
+    env.set("TFW_RELEASE", "never");
+    let place = format!("/{}.tflock", env.path());
+    let run = env.start_apply(Subject::Tf);
+    let ours = server.ask("GET", &place, "").text();
+    run.kill_terraform();
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(server.ask("GET", &place, "").text(), ours, "{}", env.dump(&end));
+    assert!(end.err.contains(&id_of(&ours)) && !end.err.contains("released the lock"), "{}", env.dump(&end));
 }
 
 #[test]
