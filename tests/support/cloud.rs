@@ -57,7 +57,34 @@ impl Drop for Server {
     }
 }
 
-/// The loopback cloud.
+/// The service that a request is for.
+enum Service {
+    DynamoDb,
+    S3,
+    /// STS or IAM.
+    Other,
+}
+
+/// Returns the service that a request is for. A client of DynamoDB names the operation in `x-amz-target`, a client of
+/// STS or IAM posts it to `/` as the form field `Action`. All other requests are for S3.
+fn service(request: &Message) -> Service {
+    let form =
+        request.start.starts_with("POST / ") && request.text().split('&').any(|field| field.starts_with("Action="));
+    match request.header("x-amz-target") {
+        Some(target) if target.starts_with("DynamoDB") => Service::DynamoDb,
+        Some(_) => Service::Other,
+        None if form => Service::Other,
+        None => Service::S3,
+    }
+}
+
+/// Returns the port in an environment variable. `None` if the variable is unset.
+fn port_in(name: &str) -> Option<u16> {
+    std::env::var(name).ok().map(|port| port.parse().unwrap_or_else(|error| panic!("{name}={port}: {error}")))
+}
+
+/// The loopback cloud: MiniStack and the proxy in front of it. Every request of a test, of terraform and of `tf` reaches
+/// the proxy, so all of them see the same buckets and tables.
 pub struct Cloud {
     pub port: u16,
     _server: Server,
@@ -87,14 +114,16 @@ impl Cloud {
         );
         // MiniStack's HTTP server loses the response to about one in a thousand requests that reuse a connection: a
         // PutItem takes effect, and terraform's SDK then retries and meets its own lock. The proxy uses a new
-        // connection for each request, so that a response is lost only if a test wants it. In the conformance run,
-        // DynamoDB is AWS's own DynamoDB Local, on the port in TF_TEST_DYNAMODB_PORT.
-        let dynamodb: Option<u16> = std::env::var("TF_TEST_DYNAMODB_PORT").ok().and_then(|port| port.parse().ok());
-        let front = Proxy::start(port, move |request| match dynamodb {
-            Some(port) if request.header("x-amz-target").is_some_and(|target| target.starts_with("DynamoDB")) => {
-                ProxyAction::PassTo(port)
-            }
-            _ => ProxyAction::Pass,
+        // connection for each request, so that a response is lost only if a test wants it. In the conformance runs
+        // (tests/conformance), another server takes DynamoDB's or S3's place.
+        let (dynamodb, s3) = (port_in("TF_TEST_DYNAMODB_PORT"), port_in("TF_TEST_S3_PORT"));
+        let front = Proxy::start(port, move |request| {
+            let server = match service(request) {
+                Service::DynamoDb => dynamodb,
+                Service::S3 => s3,
+                Service::Other => None,
+            };
+            server.map_or(ProxyAction::Pass, ProxyAction::PassTo)
         });
         let port = front.port;
         Self { port, _server: server, _front: front }
