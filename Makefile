@@ -101,6 +101,10 @@ SEED ?= 1
 chaos: build tools ## kill random processes while other runs compete: SECONDS=60 SEED=1; BARE=1 for terraform without tf
 	@$(TOOLS)/bin/python3 chaos/chaos.py --seconds $(if $(SECONDS),$(SECONDS),60) --seed $(SEED) $(if $(BARE),--bare)
 
+.PHONY: soak
+soak: build tools ## make chaos for hours, on three hosts (namespaces) that share one cloud: HOURS=1 SEED=1 (needs root)
+	@$(TOOLS)/bin/python3 chaos/soak.py --hours $(if $(HOURS),$(HOURS),1) --seed $(SEED)
+
 .PHONY: kills
 kills: tools ## kill terraform 600 times at moments spread over its run, and count the locks that stay
 	TF_TEST_KILLS=600 cargo test --test real killed_at_any_moment -- --nocapture

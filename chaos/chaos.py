@@ -5,11 +5,13 @@ go, and an ordinary `plan` ends it. What is drawn in a round depends on the seed
 same seed brings the same deaths to tf and to bare terraform.
 
 This file has two more parts to play, each in a process of its own: `proxy`, in front of the loopback cloud, and
-`critical`, what the applies provision: a section that no two of them may be in.
+`critical`, what the applies provision: a section that no two of them may be in. chaos/soak.py runs the same rounds on
+several hosts at once.
 """
 
 import argparse
 import collections
+import contextlib
 import datetime
 import fcntl
 import json
@@ -57,6 +59,9 @@ TAKEN = re.compile(r"failed to retrieve lock info|Error releasing the state lock
 # A death between the write of the state and that of its digest. Terraform's own, and no lock's fault.
 DIGEST = "state data in S3 does not have the expected content"
 LOCK_ID = re.compile(rb'ID\\*":\s*\\*"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})')
+ITEM_KEY = re.compile(rb'"bucket/([^"\\]+)"')
+
+APPLY = ["apply", "-auto-approve", "-no-color", "-input=false"]
 
 LOOK = 0.03
 HUNG_AFTER = 60
@@ -69,36 +74,41 @@ LANDED = 0.2
 
 # The proxy.
 
-def proxy(upstream, access_log):
+def proxy(upstream, access_log, count=1):
     """Asks the cloud on a connection of its own for each request, and writes down who took and gave back what.
 
-    MiniStack's server loses an answer now and then where a connection is used again.
+    MiniStack's server loses an answer now and then where a connection is used again. Each of `count` hosts has a port,
+    so that each has a distance of its own to the cloud.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    print(listener.getsockname()[1], flush=True)
+    listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(count)]
+    print(*(listener.getsockname()[1] for listener in listeners), flush=True)
     log = os.open(access_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    proxy.distance = 0
+    proxy.distance = [0] * count
+    # Changes of a lock happen in the order in which the log has them.
+    proxy.change = threading.Lock()
 
-    def serve(client):
+    def serve(client, host):
         with client:
             try:
-                serve_one(client, upstream, log)
+                serve_one(client, upstream, log, host)
             except (OSError, ValueError):
                 pass
 
-    def accept():
+    def accept(listener, host):
         while True:
-            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+            threading.Thread(target=serve, args=(listener.accept()[0], host), daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
-    # How far away the cloud is, in seconds. We end with whoever tells us, however that ends.
+    for host, listener in enumerate(listeners):
+        threading.Thread(target=accept, args=(listener, host), daemon=True).start()
+    # How far away the cloud is from a host, in seconds. We end with whoever tells us, however that ends.
     for line in sys.stdin:
-        proxy.distance = float(line)
+        host, seconds = line.split()
+        proxy.distance[int(host)] = float(seconds)
 
 
-def serve_one(client, upstream, log):
+def serve_one(client, upstream, log, host):
     stream = client.makefile("rb")
     start = stream.readline()
     headers = {}
@@ -124,27 +134,32 @@ def serve_one(client, upstream, log):
         if len(body) < length:
             return
     headers[b"connection"] = b"close"
-    time.sleep(proxy.distance / 2)
+    time.sleep(proxy.distance[host] / 2)
     began = time.time()
-    with socket.create_connection(("127.0.0.1", upstream), timeout=30) as server:
-        server.sendall(start + b"".join(b"%s: %s\r\n" % header for header in headers.items()) + b"\r\n" + body)
-        answer = b""
-        while piece := server.recv(1 << 16):
-            answer += piece
-    # Written down before the answer goes out: whoever sees that a lock was taken can read here by whom.
     method, path = start.decode().split(" ")[:2]
+    operation = headers.get(b"x-amz-target", b"?").decode().split(".")[-1]
     agent = headers.get(b"user-agent", b"").decode()
     by = re.search(r"chaos/(\S+)", agent)
-    lock = LOCK_ID.search(body)
-    os.write(log, (json.dumps({
-        "time": round(began, 3),
-        "by": by.group(1) if by else agent.split(" ")[0],
-        "what": f"{method} {path}" if method != "POST" else headers.get(b"x-amz-target", b"?").decode().split(".")[-1],
-        "md5": b"-md5" in body,
-        "id": lock.group(1).decode() if lock else None,
-        "status": int(answer.split(b" ", 2)[1]),
-    }) + "\n").encode())
-    time.sleep(proxy.distance / 2)
+    lock, key = LOCK_ID.search(body), ITEM_KEY.search(body)
+    changes = ".tflock" in path and method != "GET" or operation in ("PutItem", "DeleteItem", "UpdateItem")
+    with proxy.change if changes else contextlib.nullcontext():
+        with socket.create_connection(("127.0.0.1", upstream), timeout=30) as server:
+            server.sendall(start + b"".join(b"%s: %s\r\n" % header for header in headers.items()) + b"\r\n" + body)
+            answer = b""
+            while piece := server.recv(1 << 16):
+                answer += piece
+        # Written down before the answer goes out: whoever sees that a lock was taken can read here by whom.
+        os.write(log, (json.dumps({
+            "time": round(began, 3),
+            "host": host,
+            "by": by.group(1) if by else agent.split(" ")[0],
+            "what": f"{method} {path}" if method != "POST" else operation,
+            "key": key.group(1).decode() if key else None,
+            "md5": b"-md5" in body,
+            "id": lock.group(1).decode() if lock else None,
+            "status": int(answer.split(b" ", 2)[1]),
+        }) + "\n").encode())
+    time.sleep(proxy.distance[host] / 2)
     head, rest = answer.split(b"\r\n", 1)
     if b"\nconnection: close" not in answer.split(b"\r\n\r\n", 1)[0].lower():
         rest = b"Connection: close\r\n" + rest
@@ -171,7 +186,7 @@ def critical(port, key, flock):
             note(overlaps=file.read())
         else:
             file.truncate(0)
-            file.write(f"{orders['who']}, pid {os.getpid()}")
+            file.write(f"{orders['by']}, pid {os.getpid()}")
             file.flush()
         note(at="begin", locks={where: info["ID"] for where, info in cloud.locks(key)})
         time.sleep(orders["pause"])
@@ -247,8 +262,9 @@ class Command:
         self.dead_before = {}
         chaos = round.chaos
         directory = chaos.root / round.plan["kind"] / place
+        notes = str(round.directory / "notes")
         (directory / "orders.json").write_text(
-            json.dumps({"who": who, "pause": pause, "notes": str(round.directory / "notes")})
+            json.dumps({"who": who, "by": f"{round.name}-{who}", "pause": pause, "notes": notes})
         )
         command = [chaos.program, *arguments]
         if shell:
@@ -259,7 +275,6 @@ class Command:
         self.pipe = None
         end = None
         if stdout == "pipe":
-            # What an apply says fits into a pipe: it is read at the end.
             self.pipe, end = os.pipe()
             os.set_blocking(self.pipe, False)
         elif stdout == "null":
@@ -270,7 +285,7 @@ class Command:
         apart = {"start_new_session": True} if session else {"preexec_fn": os.setpgrp}
         self.environment = dict(
             chaos.environment,
-            CHAOS_ROUND=f"{chaos.root}/{round.number}/{who}", TF_APPEND_USER_AGENT=f"chaos/{round.number}-{who}",
+            CHAOS_ROUND=f"{chaos.root}/{round.number}/{who}", TF_APPEND_USER_AGENT=f"chaos/{round.name}-{who}",
             TFW_LOG=str(round.directory / "trace"), **({"CI": "true"} if ci else {}),
         )
         self.started = time.monotonic()
@@ -285,8 +300,8 @@ class Command:
     def ended(self):
         return self.process.poll() is not None
 
-    def text(self):
-        """All that it said."""
+    def read_pipe(self):
+        """Reads what is in the pipe. A few short lines can fill it, and tf waits for room before it exits."""
         if self.pipe is not None:
             try:
                 while piece := os.read(self.pipe, 1 << 16):
@@ -294,6 +309,10 @@ class Command:
                         file.write(piece)
             except BlockingIOError:
                 pass
+
+    def text(self):
+        """All that it said."""
+        self.read_pipe()
         said = self.output.read_text(errors="replace") if self.output.exists() else ""
         return said + self.errors.read_text(errors="replace")
 
@@ -306,6 +325,8 @@ class Command:
 class Round:
     def __init__(self, chaos, number):
         self.chaos, self.number = chaos, number
+        # In the cloud's log.
+        self.name = chaos.name_of(number)
         self.plan = draw(chaos.seed, number)
         self.who = VICTIMS[self.plan["who"]] if chaos.bare else self.plan["who"]
         self.key = f"{self.plan['kind']}.tfstate"
@@ -342,10 +363,10 @@ class Round:
         chaos.set_distance(plan["distance"])
         self.say(f"seed {chaos.seed}, round {self.number}, {chaos.program}: {json.dumps(plan)}")
         holder = self.start(
-            "holder", ["apply", "-auto-approve", "-no-color", "-input=false"], "holder", pause=plan["pause"],
+            "holder", [*APPLY, *self.more_of_holder], "holder", pause=plan["pause"],
             shell=plan["shell"], session=plan["session"], ci=plan["ci"], stdout=plan["stdout"],
         )
-        time.sleep(max(0, holder.started + plan["moment"] * self.usual - time.monotonic()))
+        self.until_the_moment(holder)
         for place, name in enumerate(plan["signals"]):
             if place:
                 time.sleep(plan["gap"])
@@ -353,6 +374,20 @@ class Round:
         self.wait(holder)
         self.next_command()
         self.judge()
+
+    # What is different where others than the round's commands have the same states: chaos/soak.py.
+
+    more_of_holder = ()
+
+    def until_the_moment(self, holder):
+        time.sleep(max(0, holder.started + self.plan["moment"] * self.usual - time.monotonic()))
+
+    def meanwhile(self, since):
+        """While the round's commands are waited for; `since` is when the deaths began."""
+
+    def stale(self):
+        """The locks that must not be there after the next command."""
+        return self.locks()
 
     # Deaths.
 
@@ -433,6 +468,7 @@ class Round:
         living = marked(self.mark)
         now = time.monotonic()
         for command in self.commands.values():
+            command.read_pipe()
             dead = command.ended() and all(process.who != command.who for process in living)
             # In the middle of an exec an environment is empty: once is not enough.
             if not dead:
@@ -448,10 +484,14 @@ class Round:
         for entry in self.chaos.new_requests():
             with open(self.directory / "requests", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            number, _, who = entry["by"].partition("-")
+            name, _, who = entry["by"].rpartition("-")
             takes = entry["what"] == "PutItem" and not entry["md5"] or re.match(r"PUT .*\.tflock", entry["what"])
-            if takes and entry["id"] and number == str(self.number):
-                self.owners[entry["id"]] = who
+            if takes and entry["id"]:
+                self.note_owner(entry, name, who)
+
+    def note_owner(self, entry, name, who):
+        if name == self.name:
+            self.owners[entry["id"]] = who
 
     def locks(self):
         return {where: info["ID"] for where, info in self.chaos.cloud.locks(self.key)}
@@ -467,15 +507,15 @@ class Round:
             dead = holder.dead_since
             if now > deaths + STOPPED_FOR:
                 self.go_on(living)
+            self.meanwhile(deaths)
             for number, contender in list(pending):
                 since = deaths if contender["after"] == "deaths" else dead and dead + DEAD_FOR
                 if since is not None and now >= since + contender["delay"]:
                     pending.remove((number, contender))
                     last = now
                     before = {who: now - known.dead_since for who, known in self.commands.items() if known.dead_since}
-                    arguments = ["apply", "-auto-approve", "-no-color", "-input=false"]
                     self.start(
-                        f"contender{number}", [*arguments, f"-lock-timeout={contender['timeout']}"],
+                        f"contender{number}", [*APPLY, f"-lock-timeout={contender['timeout']}"],
                         f"contender{number}", pause=contender["pause"],
                     ).dead_before = before
             if dead and not looked and now >= dead + LANDED:
@@ -534,7 +574,7 @@ class Round:
 
     def judge(self):
         self.read_access_log()
-        left = self.locks()
+        left = self.stale()
         if left:
             owners = ", ".join(sorted({self.owners.get(lock, "nobody known") for lock in left.values()}))
             self.fail("stale", f"{left} of {owners}")
@@ -600,7 +640,9 @@ def is_terraform(pid):
 # All rounds.
 
 class Chaos:
-    def __init__(self, options):
+    kept_in = HERE / "target/chaos"
+
+    def __init__(self, options, hosts=1):
         self.seed, self.bare = options.seed, options.bare
         self.program = "terraform" if self.bare else "tf"
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="tf-chaos-")).resolve()
@@ -610,23 +652,30 @@ class Chaos:
         self.read_to = 0
         self.usual, self.requests_usual = {}, {}
         self.proxy = subprocess.Popen(
-            [sys.executable, __file__, "proxy", str(self.cloud.port), str(self.requests)],
+            [sys.executable, __file__, "proxy", str(self.cloud.port), str(self.requests), str(hosts)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
-        port = int(self.proxy.stdout.readline())
-        for name in ("bin", "home", "state"):
-            (self.root / name).mkdir()
+        self.ports = [int(port) for port in self.proxy.stdout.readline().split()]
+        (self.root / "bin").mkdir()
         if not self.bare:
             # A copy: it may be built anew while we run.
             shutil.copy2(options.tf, self.root / "tf")
             (self.root / "bin" / "tf").symlink_to(self.root / "tf")
-        self.environment = {
-            "PATH": f"{self.root}/bin:{os.environ['PATH']}", "HOME": str(self.root / "home"),
+        self.environment = self.environment_of(self.root / "bin", self.ports[0])
+
+    def environment_of(self, programs, port):
+        """What commands run with, below `root`, where this makes their home and their state directory."""
+        for name in ("home", "state"):
+            (self.root / name).mkdir(mode=0o700)
+        return {
+            "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(self.root / "home"),
             "TERM": os.environ.get("TERM", "dumb"), "CHECKPOINT_DISABLE": "1",
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "TFW_STATE_DIR": str(self.root / "state"),
         }
-        os.chmod(self.root / "state", 0o700)
+
+    def name_of(self, number):
+        return str(number)
 
     def prepare(self):
         for kind, halves in KINDS.items():
@@ -667,7 +716,7 @@ resource "terraform_data" "critical" {{
         """How long an apply takes here that provisions for no time, and how many requests it is."""
         directory = self.root / kind / "holder"
         (directory / "orders.json").write_text(
-            json.dumps({"who": "measured", "pause": 0, "notes": str(self.root / "notes")})
+            json.dumps({"who": "measured", "by": "measured", "pause": 0, "notes": str(self.root / "notes")})
         )
         # The first is a warm-up.
         for _ in range(2):
@@ -683,7 +732,7 @@ resource "terraform_data" "critical" {{
             self.requests_usual[kind] = len(list(self.new_requests()))
 
     def set_distance(self, seconds):
-        self.proxy.stdin.write(f"{seconds}\n".encode())
+        self.proxy.stdin.write(f"0 {seconds}\n".encode())
         self.proxy.stdin.flush()
 
     def new_requests(self):
@@ -714,7 +763,7 @@ resource "terraform_data" "critical" {{
 
     def keep(self, round):
         """What is left of a round, for whoever asks why it failed."""
-        place = HERE / "target/chaos" / f"{self.program}-{self.seed}-{round.number}"
+        place = self.kept_in / f"{self.program}-{self.seed}-{round.number}"
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(round.directory, place)
@@ -773,8 +822,20 @@ class Tally:
             self.stories.append((round, kept))
 
     def report(self, chaos, seconds):
-        whos = list(dict.fromkeys(VICTIMS.values() if chaos.bare else VICTIMS))
         print(f"\n{chaos.program}, seed {chaos.seed}: {self.rounds} rounds in {seconds:.0f} s\n")
+        self.report_deaths(VICTIMS.values() if chaos.bare else VICTIMS)
+        self.report_counts([
+            (f"locks still held {DEAD_FOR:.0f} s after the processes died", self.standing),
+            ("  the same, where everything was killed", self.standing_all),
+            (f"runs that were stopped for {STOPPED_FOR} s and continued", self.continued),
+            ("digest mismatches", self.digests),
+        ])
+        for round, kept in self.stories:
+            self.report_story(round, kept, f"seed {chaos.seed}, round {round.number}")
+            print(f"  again: chaos/chaos.py --seed {chaos.seed} --round {round.number}{' --bare' * chaos.bare}")
+
+    def report_deaths(self, whos):
+        whos = list(dict.fromkeys(whos))
         print(f"{'deaths':18}" + "".join(f"{how:>10}" for how in SIGNALS) + f"{'together':>10}")
         for who in whos:
             counts = [self.deaths[who, how] for how in SIGNALS]
@@ -782,22 +843,19 @@ class Tally:
         counts = [sum(self.deaths[who, how] for who in whos) for how in SIGNALS]
         print(f"{'together':18}" + "".join(f"{count or '-':>10}" for count in counts) + f"{sum(counts) or '-':>10}")
         print(f"{'after the exit':18}" + " " * 10 * len(SIGNALS) + f"{self.missed or '-':>10}\n")
+
+    def report_counts(self, information):
         for what, name in self.ROWS:
             print(f"{name:50}{self.failures[what]:6}")
         print("for information")
-        for name, count in [
-            (f"locks still held {DEAD_FOR:.0f} s after the processes died", self.standing),
-            ("  the same, where everything was killed", self.standing_all),
-            (f"runs that were stopped for {STOPPED_FOR} s and continued", self.continued),
-            ("digest mismatches", self.digests),
-        ]:
+        for name, count in information:
             print(f"{name:50}{count:6}")
-        for round, kept in self.stories:
-            print(f"\nseed {chaos.seed}, round {round.number}: {round.describe()}")
-            for what, details in round.failures:
-                print(f"  {what}: {details}")
-            print(f"  kept in {kept}")
-            print(f"  again: chaos/chaos.py --seed {chaos.seed} --round {round.number}{' --bare' * chaos.bare}")
+
+    def report_story(self, round, kept, title):
+        print(f"\n{title}: {round.describe()}")
+        for what, details in round.failures:
+            print(f"  {what}: {details}")
+        print(f"  kept in {kept}")
 
 
 def run(options):
@@ -871,7 +929,7 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["proxy"]:
-        proxy(int(sys.argv[2]), sys.argv[3])
+        proxy(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1:2] == ["critical"]:
         critical(int(sys.argv[2]), *sys.argv[3:])
     else:

@@ -48,6 +48,8 @@ class Cloud:
         all_headers = {
             "Authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
             "X-Amz-Date": "20260101T000000Z",
+            # MiniStack never closes a connection that the client has closed.
+            "Connection": "close",
         }
         all_headers.update(headers or {})
         connection.request(method, path, body, all_headers)
