@@ -35,6 +35,10 @@ test: tools ## every test, against real terraform and a real protocol server
 unit: ## the tests that need neither terraform nor a network: seconds
 	cargo test --bin tf --test layers
 
+.PHONY: fuzz
+fuzz: ## try new generated input on every parser: SECONDS=30 each
+	TFW_FUZZ_SECONDS=$(if $(SECONDS),$(SECONDS),30) cargo test --bin tf -- --test-threads=2
+
 .PHONY: model
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
 	cargo test --test model

@@ -10,6 +10,8 @@ mod cleanup;
 mod commands;
 mod console;
 mod crash_point;
+#[cfg(test)]
+mod generated_input;
 mod holder;
 mod journal;
 mod json;

@@ -133,4 +133,25 @@ mod tests {
             assert_eq!(read("TF_BUILD", value).unwrap().ci, expected, "{value:?}");
         }
     }
+
+    #[test]
+    fn no_text_of_a_time_panics_and_a_time_is_never_longer_than_written() {
+        use proptest::prelude::*;
+        let strategy = (any::<u64>(), prop::sample::select(vec!["ms", "", "s", "m", "h", "d"]), ".{0,12}");
+        crate::generated_input::for_all(file!(), &strategy, |(number, unit, any)| {
+            let _ = duration(&any);
+            let unit_in_ms: u128 = match unit {
+                "ms" => 1,
+                "m" => 60_000,
+                "h" => 3_600_000,
+                "d" => 86_400_000,
+                _ => 1000,
+            };
+            let expected = u128::from(number) * unit_in_ms;
+            let read = duration(&format!("{number}{unit}"));
+            let fits = unit_in_ms <= 1000 || u128::from(number) * (unit_in_ms / 1000) <= u128::from(u64::MAX);
+            prop_assert_eq!(read.map(|time| time.as_millis()), fits.then_some(expected));
+            Ok(())
+        });
+    }
 }

@@ -20,6 +20,7 @@ modules! {
     commands "../src/commands/mod.rs"
     console "../src/console.rs"
     crash_point "../src/crash_point.rs"
+    generated_input "../src/generated_input.rs"
     holder "../src/holder/mod.rs"
     journal "../src/journal/mod.rs"
     json "../src/json.rs"

@@ -151,4 +151,20 @@ mod tests {
             assert_eq!(proxies(no_proxy).choose("https", host, port).is_none(), direct, "{no_proxy} {host}:{port}");
         }
     }
+
+    #[test]
+    fn no_list_of_exceptions_panics_and_an_exception_never_chooses_another_proxy() {
+        use proptest::prelude::*;
+        let list =
+            crate::generated_input::changed_text("a.example,.b.org:8080,10.0.0.0/8,[::1]:443,*.c,192.168.1.1:80");
+        let strategy = (list, "[a-z.:0-9\\[\\]]{0,20}", any::<u16>());
+        crate::generated_input::for_all(file!(), &strategy, |(list, host, port)| {
+            let proxies = Proxies::new(Some("http://p".into()), Some("p:1".into()), Some(&list));
+            let chosen = (proxies.choose("http", &host, port), proxies.choose("https", &host, port));
+            prop_assert!(matches!(chosen, (None, None) | (Some("http://p"), Some("http://p:1"))), "{chosen:?}");
+            let all = Proxies::new(Some("http://p".into()), None, Some(&format!("{list},*")));
+            prop_assert_eq!(all.choose("http", &host, port), None);
+            Ok(())
+        });
+    }
 }

@@ -258,4 +258,13 @@ mod tests {
         assert!(line.len() < 3000 && line.is_ascii() && !line.contains('\n'), "{line}");
         assert_eq!(serde_json::from_str::<LockEvent>(&line).unwrap(), event);
     }
+
+    #[test]
+    fn a_line_with_any_change_is_rejected_or_is_read_back() {
+        let event = LockEvent::of_lock(What::Forced, By::Command, &LockInfo::default(), "b/k", "why", Some("reason"));
+        let text = serde_json::to_vec(&event).unwrap();
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(text), |text| {
+            crate::generated_input::is_read_back::<LockEvent>(&text)
+        });
+    }
 }

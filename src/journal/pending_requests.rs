@@ -262,4 +262,12 @@ mod tests {
         let whole: serde_json::Value = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_value(&read).unwrap(), whole);
     }
+
+    #[test]
+    fn a_pending_request_with_any_change_is_rejected_or_is_read_back() {
+        let text = serde_json::to_vec(&pending()).unwrap();
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(text), |text| {
+            crate::generated_input::is_read_back::<PendingRequest>(&text)
+        });
+    }
 }

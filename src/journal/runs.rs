@@ -757,4 +757,16 @@ mod tests {
         let names = flag_names(arguments.iter().map(OsStr::new));
         assert_eq!(names, ["-auto-approve", "-var", "-var", "-target", "-lock-timeout"]);
     }
+
+    #[test]
+    fn a_record_with_any_change_is_rejected_or_is_read_back() {
+        let (_root, journal) = journal();
+        let mut whole = record(&journal);
+        whole.tree.survivors = vec![(7, 815)];
+        whole.chdir = Some("a b".to_owned());
+        let text = serde_json::to_vec(&whole).unwrap();
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(text), |text| {
+            crate::generated_input::is_read_back::<JournalRecord>(&text)
+        });
+    }
 }

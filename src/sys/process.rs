@@ -592,4 +592,18 @@ mod tests {
             assert_eq!(Process::parse(Pid::from_raw(7), stat), None, "{stat:?}");
         }
     }
+
+    #[test]
+    fn no_text_of_a_process_panics_and_any_name_is_read() {
+        use proptest::prelude::*;
+        let line = crate::generated_input::changed_text("7 (a b) S 3 4 5 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0 815 9");
+        let strategy = (line, "[ -~\n]{1,15}");
+        crate::generated_input::for_all(file!(), &strategy, |(line, name)| {
+            let _ = Process::parse(Pid::from_raw(7), &line);
+            let line = format!("7 ({name}) S 3 4 5 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0 815 9");
+            let process = Process::parse(Pid::from_raw(7), &line).unwrap();
+            prop_assert_eq!((process.name, process.state, process.start), (name, 'S', 815));
+            Ok(())
+        });
+    }
 }

@@ -305,4 +305,41 @@ pub(crate) mod tests {
             assert!(CachedBackend::parse(json.as_bytes()).is_none(), "{json}");
         }
     }
+
+    #[test]
+    fn a_cached_backend_with_any_change_is_rejected_or_has_one_key_for_each_workspace() {
+        use proptest::prelude::*;
+        let text = r#"{"version":3,"terraform_version":"1.11.4","backend":{"type":"s3","config":{"bucket":"b",
+            "key":"a/../k","workspace_key_prefix":"p","region":null,"endpoints":[{"s3":"http://x"}]},"hash":7}}"#;
+        let strategy = (crate::generated_input::changed(text.as_bytes().to_vec()), "[a-z.]{1,8}");
+        crate::generated_input::for_all(file!(), &strategy, |(text, workspace)| {
+            let Some(backend) = CachedBackend::parse(&text) else { return Ok(()) };
+            let Some(key) = backend.state_key(&workspace) else { return Ok(()) };
+            // Go's `path.Join` resolves a workspace that is named like a parent directory.
+            if !workspace.chars().all(|letter| letter == '.') {
+                prop_assert!(backend.has_state(&key), "{workspace:?} in {key:?}");
+            }
+            Ok(())
+        });
+    }
+
+    /// The rules of Go's `path.Clean`.
+    #[test]
+    fn a_joined_path_is_the_shortest_one() {
+        use proptest::prelude::*;
+        let parts = prop::collection::vec("[a./]{0,6}", 1..4);
+        crate::generated_input::for_all(file!(), &parts, |parts| {
+            let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+            let joined = join_path(&parts);
+            prop_assert_eq!(&join_path(&[&joined]), &joined, "joining again changes nothing");
+            prop_assert!(!joined.contains("//"), "{}", joined);
+            prop_assert!(joined.len() <= 1 || !joined.ends_with('/'), "{}", joined);
+            let elements: Vec<&str> = joined.split('/').filter(|element| !element.is_empty()).collect();
+            prop_assert!(joined == "." || !elements.contains(&"."), "{}", joined);
+            let parents = elements.iter().take_while(|element| **element == "..").count();
+            prop_assert!(!elements[parents..].contains(&".."), "{}", joined);
+            prop_assert!(parents == 0 || !joined.starts_with('/'), "{}", joined);
+            Ok(())
+        });
+    }
 }

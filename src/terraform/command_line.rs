@@ -348,14 +348,15 @@ mod tests {
         })
     }
 
-    proptest::proptest! {
-        #[test]
-        fn a_command_that_can_lock_is_never_let_go(
-            directory in proptest::option::of("[a-z/.-]{0,8}"),
-            command in proptest::sample::select(CAN_LOCK.to_vec()),
-            words in proptest::collection::vec(word(), 0..5),
-            more_arguments in proptest::bool::ANY,
-        ) {
+    #[test]
+    fn a_command_that_can_lock_is_never_let_go() {
+        let strategy = (
+            proptest::option::of("[a-z/.-]{0,8}"),
+            proptest::sample::select(CAN_LOCK.to_vec()),
+            proptest::collection::vec(word(), 0..5),
+            proptest::bool::ANY,
+        );
+        crate::generated_input::for_all(file!(), &strategy, |(directory, command, words, more_arguments)| {
             let directory = directory.map(|directory| format!("-chdir={directory}"));
             let arguments: Vec<OsString> = directory
                 .into_iter()
@@ -367,6 +368,7 @@ mod tests {
             // `providers` and `workspace` take the next word for a part of the command, as terraform does.
             let is_other = matches!(line.command().as_str(), "providers lock" | "providers mirror" | "workspace show");
             proptest::prop_assert!(line.can_lock(more_arguments) || is_other, "{:?}", arguments);
-        }
+            Ok(())
+        });
     }
 }

@@ -68,7 +68,12 @@ fn in_file(path: &Path) -> Option<(String, Map<String, Value>)> {
     if path.extension().is_some_and(|ending| ending == "json") {
         return in_json(&serde_json::from_str(&text).ok()?);
     }
-    let body = hcl::parse(&text).ok()?;
+    in_hcl(&text)
+}
+
+/// Returns the type and the attributes of the backend block in a file. `None` if the file has no backend block.
+fn in_hcl(text: &str) -> Option<(String, Map<String, Value>)> {
+    let body = hcl::parse(text).ok()?;
     let backend = body
         .blocks()
         .filter(|block| block.identifier.as_str() == "terraform")
@@ -212,5 +217,37 @@ mod tests {
         assert_eq!((backend.string("bucket"), backend.string("key")), (None, Some("k")));
         assert!(backend_of(&[("main.tf", "this is { no HCL")], &[]).is_none());
         assert!(backend_of(&[("main.tf", "backend")], &["bucket=b"]).is_none());
+    }
+
+    #[test]
+    fn a_configuration_with_any_change_is_rejected_or_read() {
+        use crate::generated_input::changed_text;
+        let block = "terraform {\n  backend \"s3\" {\n    bucket = \"b\"\n    key = \"a${1 + 2}\"\n    \
+                     endpoints = { s3 = \"http://x\" }\n    list = [1, \"two\", [3]]\n  }\n}\n";
+        let json = r#"{"terraform": [{"backend": {"s3": {"bucket": "b", "list": [1, [2]]}}}]}"#;
+        let strategy = (changed_text(block), changed_text(json), changed_text("[{a = \"b\"}, true, 7]"));
+        crate::generated_input::for_all(file!(), &strategy, |(block, json, value)| {
+            let _ = in_hcl(&block);
+            let _ = serde_json::from_str(&json).ok().and_then(|json| in_json(&json));
+            let _ = of_text("endpoints", &value);
+            Ok(())
+        });
+    }
+
+    /// A value that is nested deeply must not overflow the stack, which no handler of panics catches.
+    #[test]
+    fn a_value_that_is_nested_deeply_is_rejected_or_read() {
+        for depth in [10, 1000, 100_000] {
+            for (open, close) in
+                [("[", "]"), ("{a=", "}"), ("(", ")"), ("\"${", "}\""), ("f(", ")"), ("!", ""), ("-", "")]
+            {
+                let value = format!("{}1{}", open.repeat(depth), close.repeat(depth));
+                let _ = of_text("endpoints", &value);
+                let _ = of_text("endpoints", &format!("[{value}]"));
+                let _ = in_hcl(&format!("terraform {{\nbackend \"s3\" {{\nbucket = {value}\n}}\n}}\n"));
+            }
+            let blocks = format!("{}{}", "a {\n".repeat(depth), "}\n".repeat(depth));
+            let _ = in_hcl(&blocks);
+        }
     }
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::other_versions::{tofu_life, v1_life};
 use super::tests::{id_of, lock_line, unlock_line};
 use super::*;
+use crate::generated_input::{changed, for_all};
 
 /// A piece of a generated log: some lines, or text that is not a record.
 #[derive(Clone, Debug)]
@@ -96,9 +97,10 @@ fn json(log: &Log) -> String {
     serde_json::to_string(log).unwrap()
 }
 
-proptest! {
-    #[test]
-    fn a_log_read_in_any_pieces_is_the_same_log(text in log_text(), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..8)) {
+#[test]
+fn a_log_read_in_any_pieces_is_the_same_log() {
+    let cuts = prop::collection::vec(any::<prop::sample::Index>(), 0..8);
+    for_all(file!(), &(log_text(), cuts), |(text, cuts)| {
         let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(text.len() + 1)).collect();
         at.sort_unstable();
         let mut pieces = Log::default();
@@ -108,11 +110,14 @@ proptest! {
             from = to;
         }
         prop_assert_eq!(pieces, read(&text));
-    }
+        Ok(())
+    });
+}
 
-    /// A guardian or a recovery resumes from the stored log, and reads the incomplete line or record again.
-    #[test]
-    fn a_log_that_is_resumed_anywhere_is_the_same_log(text in log_text(), cut in any::<prop::sample::Index>()) {
+/// A guardian or a recovery resumes from the stored log, and reads the incomplete line or record again.
+#[test]
+fn a_log_that_is_resumed_anywhere_is_the_same_log() {
+    for_all(file!(), &(log_text(), any::<prop::sample::Index>()), |(text, cut)| {
         let end = cut.index(text.len() + 1);
         let first = read(&text[..end]);
         let from = end - usize::try_from(first.unfinished()).unwrap();
@@ -122,5 +127,37 @@ proptest! {
         prop_assert_eq!(json(&second), json(&whole), "cut at {}", end);
         prop_assert_eq!(second.is_torn(), whole.is_torn());
         prop_assert_eq!(second.unfinished(), whole.unfinished());
-    }
+        Ok(())
+    });
+}
+
+/// Only damaged logs may lose a lock. In a log with complete records, every lock that was requested and not released is
+/// there, whatever other text is between the records.
+#[test]
+fn text_between_the_records_hides_no_lock() {
+    let noise = "[a-z \\[\\]{}\"]{0,40}\n";
+    let locks = prop::collection::vec((1..4_usize, noise), 1..8);
+    for_all(file!(), &locks, |locks| {
+        let mut text = "2026-11-23T01:46:06.000Z [INFO]  Terraform version: 1.11.4\n".to_owned();
+        let mut asked = std::collections::BTreeSet::new();
+        for ((number, noise), second) in locks.iter().zip(7..) {
+            text.push_str(noise);
+            text.push_str(&lock_line(second, ASKING, &id_of(*number), "r1"));
+            asked.insert(id_of(*number));
+        }
+        let log = read(text.as_bytes());
+        let found: std::collections::BTreeSet<String> = log.unreleased().map(|lock| lock.id.clone()).collect();
+        prop_assert_eq!(found, asked);
+        Ok(())
+    });
+}
+
+#[test]
+fn no_bytes_make_the_reader_panic() {
+    for_all(file!(), &log_text().prop_flat_map(changed), |text| {
+        let log = read(&text);
+        let again: Log = serde_json::from_str(&json(&log)).unwrap();
+        prop_assert_eq!(json(&again), json(&log));
+        Ok(())
+    });
 }

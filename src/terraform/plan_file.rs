@@ -108,4 +108,27 @@ mod tests {
         assert!(read(&file).is_none());
         assert!(read(&tempfile::tempfile().unwrap()).is_none());
     }
+
+    #[test]
+    fn a_plan_with_any_change_is_rejected_or_read() {
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(message()), |message| {
+            let _ = read(&plan("tfplan", &message));
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn an_archive_with_any_change_is_rejected_or_read() {
+        use std::io::{Read, Seek};
+        let mut archive = Vec::new();
+        let mut file = plan("tfplan", &message());
+        file.rewind().unwrap();
+        file.read_to_end(&mut archive).unwrap();
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(archive), |archive| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&archive).unwrap();
+            let _ = read(&file);
+            Ok(())
+        });
+    }
 }

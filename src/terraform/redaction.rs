@@ -140,4 +140,20 @@ mod tests {
         assert!(!may_have_arguments(format!("{HEAD}backend-s3: ").as_bytes()));
         assert!(!may_have_arguments("x".repeat(100).as_bytes()));
     }
+
+    #[test]
+    fn the_values_in_any_line_are_within_the_line_and_in_order() {
+        use proptest::prelude::*;
+        let line =
+            r#"2026-11-23T01:46:07.565Z [INFO]  CLI args: []string{"terraform", "apply", "-var", "a=\"b", "-var=x=y"}"#;
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(line.as_bytes().to_vec()), |line| {
+            let _ = may_have_arguments(&line);
+            let mut last = 0;
+            for value in values(&line) {
+                prop_assert!(last <= value.start && value.start <= value.end && value.end <= line.len(), "{value:?}");
+                last = value.end;
+            }
+            Ok(())
+        });
+    }
 }
