@@ -93,17 +93,28 @@ pub fn wait_until_all_is_gone(env: &TestEnv) {
 
 /// Kills every process of a [`TestEnv`], as when its container is stopped.
 pub fn kill_all(env: &TestEnv) {
-    // The processes of `tf` are stopped first, because they would notice the end of the others.
-    let ours = ours(env);
-    let others: Vec<Pid> = marked(&home(env)).into_iter().filter(|pid| !ours.contains(pid)).collect();
-    for pid in ours.iter().chain(&others) {
-        let _ = kill(*pid, Signal::SIGSTOP);
+    // The processes of `tf` are stopped first, because they would notice the end of the others. A shell may start a
+    // process between the list and its stop, so the list is read until everything in it was stopped.
+    let mut all = ours(env);
+    let mut stopped = 0;
+    loop {
+        for pid in &all[stopped..] {
+            let _ = kill(*pid, Signal::SIGSTOP);
+        }
+        stopped = all.len();
+        let more: Vec<Pid> = marked(&home(env)).into_iter().filter(|pid| !all.contains(pid)).collect();
+        if more.is_empty() {
+            break;
+        }
+        all.extend(more);
     }
-    for pid in ours.iter().chain(&others) {
+    for pid in &all {
         let _ = kill(*pid, Signal::SIGKILL);
     }
     // A process that is exiting no longer has an environment, but may still hold its file locks.
-    ours.iter().chain(&others).for_each(|pid| wait_until_gone(env, *pid));
+    for pid in &all {
+        wait_until_gone(env, *pid);
+    }
     wait_until_all_is_gone(env);
 }
 
