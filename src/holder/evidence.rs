@@ -222,7 +222,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
             format!("the lock's Who does not identify a machine, because many machines have the name {shown:?}"),
         );
     }
-    if theirs.is_empty() || ours.is_empty() || theirs != ours {
+    if ours.is_empty() || theirs != ours {
         let no_host = "the lock's Who has no host name";
         let named = if theirs.is_empty() { no_host } else { &format!("the lock's Who has the host name {shown:?}") };
         let proves = if theirs.is_empty() { "nothing" } else { "nothing: the holder can be checked only on that host" };
@@ -517,5 +517,29 @@ mod tests {
         assert!(judgement.verdict == Verdict::Unknown && !judgement.evidence.is_empty());
         let said = format!("{}{:?}", judgement.reason, judgement.evidence);
         assert!(!said.contains('\u{1b}') && !said.contains('\n'), "{said}");
+    }
+
+    #[test]
+    fn only_a_dead_or_likely_dead_holder_makes_a_lock_stale() {
+        assert_eq!(Verdict::ALL.map(Verdict::is_stale), [false, false, true, true]);
+    }
+
+    #[test]
+    fn two_hosts_without_a_name_are_not_one_host() {
+        for (theirs, ours) in [("anna", "anna"), ("anna", "anna@vm"), ("anna@vm", "anna"), ("anna@", "anna@")] {
+            let judgement = judge(&lock(theirs, MADE), &Seen { who: ours.into(), ..seen() });
+            assert_eq!(judgement.verdict, Verdict::Unknown, "{theirs} on {ours}");
+        }
+    }
+
+    /// With another user, only the start of the host can show that the holder is likely dead.
+    #[test]
+    fn a_lock_is_older_than_the_host_only_beyond_the_tolerance() {
+        let made = at(MADE);
+        for (seconds, expected) in [(4, Verdict::Unknown), (5, Verdict::Unknown), (6, Verdict::LikelyDead)] {
+            let boot_time = Some(made + SignedDuration::from_secs(seconds));
+            let judgement = judge(&lock("other@vm", MADE), &Seen { boot_time, ..seen() });
+            assert_eq!(judgement.verdict, expected, "started {seconds} s after the lock was made");
+        }
     }
 }
