@@ -397,7 +397,20 @@ mod tests {
             log.read(b"2026-11-23T01:46:07.565Z [INFO]  Terraform vers");
             log
         };
-        for (log, is_whole) in [(&told(5), true), (&torn, false)] {
+        // This version logs no locks, so even its whole log does not show which locks the run had.
+        let old = {
+            let mut log = Log::default();
+            log.read(b"2026-11-23T01:46:07.565Z [INFO]  Terraform version: 0.14.11\n");
+            assert!(!log.is_torn() && !log.logs_locks());
+            log
+        };
+        let torn_late = {
+            let mut log = told(5);
+            log.read(b"2026-11-23T01:46:07.565Z [INFO]  back");
+            assert!(log.is_torn() && log.logs_locks());
+            log
+        };
+        for (log, is_whole) in [(&told(5), true), (&torn, false), (&old, false), (&torn_late, false)] {
             for died in [false, true] {
                 for ended in
                     [None, Some(Ended::Exited(0)), Some(Ended::Exited(137)), Some(Ended::Killed(Signal::SIGKILL))]

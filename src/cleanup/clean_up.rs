@@ -478,4 +478,12 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn only_a_release_needs_no_reason() {
+        let kept = Outcome::Kept { reason: "a process is alive".to_owned(), because: Because::Unseen };
+        assert_eq!(Permission::Release.reason(), None);
+        assert_eq!(Permission::Keep(kept).reason(), Some(("a process is alive", Because::Unseen)));
+        assert_eq!(Permission::NameOnly.reason(), Some((messages::NEVER, Because::Never)));
+    }
 }

@@ -568,4 +568,38 @@ mod tests {
         let results = [ReleaseResult { lock: had, outcome: absent(), may_exist: true, may_still_come: false }];
         assert_eq!(abandoned_requests(&results, Some(Ended::Exited(1))).count(), 0);
     }
+
+    #[test]
+    fn a_lock_may_still_come_only_of_a_terraform_that_died_and_has_not_had_it() {
+        let released =
+            crate::lock::outcome::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+        let absent = |excluded| Some(Outcome::Absent { anothers: None, excluded });
+        let asked = lock_that_was_asked_for();
+        let mut had = asked.clone();
+        had.progress.held = Some(asked.progress.asked);
+        for (outcome, if_asked, if_had) in [
+            (absent(false), true, false),
+            // The table may be restored from a backup, with the lock in it.
+            (absent(true), true, true),
+            (Some(Outcome::Released(released)), true, false),
+            (Some(Outcome::later("later")), false, false),
+            (None, false, false),
+        ] {
+            assert_eq!(may_still_come(true, outcome.as_ref(), &asked), if_asked, "{outcome:?}");
+            assert_eq!(may_still_come(true, outcome.as_ref(), &had), if_had, "{outcome:?}");
+            for lock in [&asked, &had] {
+                assert!(!may_still_come(false, outcome.as_ref(), lock), "{outcome:?}: it has every response");
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_can_land_until_its_signature_has_expired() {
+        let then: Timestamp = "2026-11-23T01:46:07Z".parse().unwrap();
+        let after = |seconds: i64| then + jiff::SignedDuration::from_secs(seconds);
+        for (seconds, expected) in [(-60, true), (0, true), (20 * 60 - 1, true), (20 * 60, false), (86_400, false)] {
+            assert_eq!(may_land(Some(then), after(seconds)), expected, "{seconds} s");
+            assert!(may_land(None, after(seconds)), "nobody knows when it was signed");
+        }
+    }
 }

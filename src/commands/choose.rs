@@ -175,3 +175,102 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
     let path = junk.first().map(|junk| junk.place.path());
     Ok(Choice::NoLock(junk.into_iter().filter(|junk| Some(junk.place.path()) == path).collect()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::holder::evidence::{Judgement, Verdict};
+    use crate::lock::dynamodb::InfoAttribute;
+    use crate::lock::stores::StoredLock;
+    use crate::terraform::lock_info::LockInfo;
+
+    fn place(path: &str) -> StoreKey {
+        StoreKey::DynamoDb { table: "t".to_owned(), key: path.to_owned(), region: "r".to_owned() }
+    }
+
+    fn lock(id: &str, path: &str, workspace: &str) -> ListedEntry {
+        let stored = StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#)));
+        ListedEntry::Lock(Box::new(FoundLock {
+            info: LockInfo { id: id.to_owned(), ..LockInfo::default() },
+            parts: vec![(place(path), stored)],
+            workspace: Some(workspace.to_owned()),
+            notes: Vec::new(),
+            rival: None,
+            judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
+            stale: false,
+        }))
+    }
+
+    fn junk(path: &str) -> ListedEntry {
+        ListedEntry::UnreadableLock(UnreadableLock { place: place(path), reason: "junk".to_owned(), stored: None })
+    }
+
+    /// The ID of the chosen lock and the paths of the entries that are not locks, or the message.
+    fn chosen(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Result<(String, Vec<String>), String> {
+        let paths = |junk: Vec<UnreadableLock>| junk.iter().map(|junk| junk.place.path()).collect();
+        match one_of(entries, which, select).map_err(|trouble| trouble.to_string())? {
+            Choice::Lock(lock, junk) => Ok((lock.info.id, paths(junk))),
+            Choice::NoLock(junk) => Ok((String::new(), paths(junk))),
+        }
+    }
+
+    fn locks() -> Vec<ListedEntry> {
+        vec![lock("1", "b/k", "default"), lock("2", "b/env:/green/k", "green"), lock("3", "b/env:/k/k", "k")]
+    }
+
+    #[test]
+    fn a_lock_is_chosen_by_each_of_its_names_and_no_other_lock_is() {
+        for (word, id) in [
+            ("1", "1"),
+            ("b/k", "1"),
+            ("default", "1"),
+            ("2", "2"),
+            ("b/env:/green/k", "2"),
+            ("env:/green/k", "2"),
+            ("green", "2"),
+            ("b/env:/k/k", "3"),
+        ] {
+            assert_eq!(chosen(locks(), Some(word), true), Ok((id.to_owned(), Vec::new())), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_word_that_names_two_locks_chooses_none() {
+        // The key of one lock is the workspace of another.
+        let said = chosen(locks(), Some("k"), true).unwrap_err();
+        assert!(said.starts_with("several locks match") && said.contains("  1  b/k"), "{said}");
+        assert!(said.contains("  3  b/env:/k/k") && !said.contains("green"), "{said}");
+        assert!(chosen(locks(), None, true).unwrap_err().starts_with("several locks match"));
+    }
+
+    #[test]
+    fn a_word_that_names_none_chooses_none_even_if_there_is_only_one_lock() {
+        let said = chosen(vec![lock("1", "b/k", "default")], Some("other"), true).unwrap_err();
+        assert!(said.starts_with("no lock matches \"other\"") && said.contains("  1  b/k"), "{said}");
+        assert_eq!(chosen(Vec::new(), Some("other"), true).unwrap_err(), "there is no lock at \"other\"");
+        assert_eq!(chosen(Vec::new(), Some("b/k"), false).unwrap_err(), "there is no lock at \"b/k\"");
+    }
+
+    #[test]
+    fn the_only_lock_needs_no_word_and_what_was_read_at_a_path_needs_no_second_match() {
+        assert_eq!(chosen(vec![lock("1", "b/k", "default")], None, true), Ok(("1".to_owned(), Vec::new())));
+        assert_eq!(chosen(vec![lock("1", "b/k", "w")], Some("whatever"), false), Ok(("1".to_owned(), Vec::new())));
+    }
+
+    #[test]
+    fn what_is_not_a_lock_goes_with_the_lock_of_its_path_and_is_chosen_alone_only_at_one_path() {
+        let entries = || vec![lock("1", "b/k", "default"), junk("b/k"), junk("b/other")];
+        assert_eq!(chosen(entries(), Some("1"), true), Ok(("1".to_owned(), vec!["b/k".to_owned()])));
+        assert_eq!(chosen(entries(), Some("b/other"), true), Ok((String::new(), vec!["b/other".to_owned()])));
+        assert_eq!(chosen(entries(), Some("other"), true), Ok((String::new(), vec!["b/other".to_owned()])));
+        let said = chosen(vec![junk("b/k"), junk("b/other")], None, true).unwrap_err();
+        assert!(
+            said.starts_with("several entries match") && said.contains("b/k") && said.contains("b/other"),
+            "{said}"
+        );
+        assert_eq!(
+            chosen(vec![junk("b/k"), junk("b/k")], None, true),
+            Ok((String::new(), vec!["b/k".to_owned(), "b/k".to_owned()]))
+        );
+    }
+}

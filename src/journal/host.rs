@@ -226,4 +226,12 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_recorded_pid_means_the_same_process_only_in_the_same_pid_namespace() {
+        assert!(host().numbers_processes_as(&host()));
+        for processes in [None, Some((0xEFFF_FFFC, false)), Some((4_026_532_000, true))] {
+            assert!(!host().numbers_processes_as(&HostIdentity { processes, ..host() }), "{processes:?}");
+        }
+    }
 }

@@ -189,3 +189,43 @@ fn ask(path: &Path) -> Option<(Version, bool)> {
     let wrote = log.file.metadata().is_ok_and(|file| file.len() > 0);
     Version::of_command(&said).map(|version| (version, wrote))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program(version: Option<Version>) -> Program {
+        Program { file: None, key: String::new(), itself: true, opens: true, version }
+    }
+
+    /// A level that logs too little would hide a lock, so an unknown version or backend has the level that logs most.
+    #[test]
+    fn the_level_logs_the_locks_of_every_version_and_backend() {
+        let (most, least) = ("TRACE", "INFO");
+        for (version, s3, other) in [
+            (None, most, most),
+            (Some("1.11.4"), least, most),
+            (Some("1.6.0"), least, most),
+            (Some("1.5.7"), "DEBUG", most),
+        ] {
+            let version = version.map(|text| Version::of_record("Terraform version", text).unwrap());
+            let program = program(version.clone());
+            for kind in [None, Some("s3"), Some("local"), Some("pg"), Some("inmem")] {
+                assert_eq!(program.level(kind), s3, "{version:?} {kind:?}");
+            }
+            for kind in ["gcs", "azurerm", "kubernetes", "consul", "http", "one of tomorrow"] {
+                assert_eq!(program.level(Some(kind)), other, "{version:?} {kind}");
+            }
+        }
+    }
+
+    #[test]
+    fn known_programs_with_any_change_are_forgotten_or_read_back() {
+        let version = Version::of_record("Terraform version", "1.11.4").unwrap();
+        let known = BTreeMap::from([("8.7 90 1.000000002 /d".to_owned(), version)]);
+        let text = serde_json::to_vec(&known).unwrap();
+        crate::generated_input::for_all(file!(), &crate::generated_input::changed(text), |text| {
+            crate::generated_input::is_read_back::<BTreeMap<String, Version>>(&text)
+        });
+    }
+}
