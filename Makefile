@@ -39,6 +39,23 @@ unit: ## the tests that need neither terraform nor a network: seconds
 fuzz: ## try new generated input on every parser: SECONDS=30 each
 	TFW_FUZZ_SECONDS=$(if $(SECONDS),$(SECONDS),30) cargo test --bin tf -- --test-threads=2
 
+.PHONY: mutants
+mutants: $(TOOLS)/mutants/.made ## change each pure decision, and list the changes that no unit test notices: 30 min
+	PATH=$(CURDIR)/$(TOOLS)/mutants/bin:$$PATH cargo mutants --jobs 2 --no-shuffle --output target
+
+$(TOOLS)/mutants/.made:
+	cargo install --quiet --locked --root $(TOOLS)/mutants cargo-mutants@27.1.0
+	touch $@
+
+.PHONY: coverage
+coverage: $(TOOLS)/coverage/.made ## print the share of each layer that the unit tests run
+	tests/coverage
+
+$(TOOLS)/coverage/.made:
+	rustup component add llvm-tools
+	cargo install --quiet --locked --root $(TOOLS)/coverage cargo-llvm-cov
+	touch $@
+
 .PHONY: model
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
 	cargo test --test model
