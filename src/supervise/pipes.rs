@@ -31,6 +31,16 @@ enum DrainTarget {
     Nowhere,
 }
 
+/// The maximum number of bytes that are copied in one step.
+const MAX_COPY_BYTES: usize = 1 << 14;
+
+/// From this number of bytes on, output is moved from pipe to pipe with splice(2), which copies nothing. A smaller
+/// output is copied: splice(2) would use a whole page of the caller's pipe for each piece, and a default pipe has 16
+/// pages. After 16 short lines, the pipe would be full, although it has room for 64 KiB. A caller that waits for the
+/// exit of terraform before it reads would then wait for ever, because `tf` waits for its reader.
+#[cfg(target_os = "linux")]
+const SPLICE_FROM_BYTES: usize = 1 << 15;
+
 /// One pipe of `tf` between terraform and the caller.
 #[derive(Debug)]
 struct Drain {
@@ -44,7 +54,7 @@ struct Drain {
     /// Whether this pipe needs no further step: every writer has closed it, or terraform has exited and all of its
     /// output was passed on.
     finished: bool,
-    /// The bytes that were read and not sent yet. Always empty unless the target is a socket.
+    /// The bytes that were read and not passed on yet. Always empty unless the target is a pipe or a socket.
     buffer: VecDeque<u8>,
     /// Everything that was read. `None` if no copy is kept.
     copy: Option<Vec<u8>>,
@@ -232,6 +242,31 @@ impl Drain {
         }
     }
 
+    /// Reads up to `most` bytes, unless bytes of an earlier step are left, and passes them on with `write`, which does
+    /// not wait.
+    fn copy_to(
+        &mut self,
+        most: usize,
+        write: impl Fn(&BorrowedFd<'static>, &[u8]) -> io::Result<Moved>,
+    ) -> io::Result<Moved> {
+        if self.buffer.is_empty() {
+            let mut bytes = [0; MAX_COPY_BYTES];
+            match nix::unistd::read(&self.source, &mut bytes[..most.min(MAX_COPY_BYTES)])? {
+                0 => return Ok(Moved::EndOfSource),
+                length => {
+                    self.keep(&bytes[..length]);
+                    self.buffer.extend(&bytes[..length]);
+                }
+            }
+        }
+        let moved = write(&descriptor::standard(self.standard), self.buffer.make_contiguous())?;
+        if let Moved::Bytes(length) = moved {
+            self.buffer.drain(..length);
+        }
+        self.full = !self.buffer.is_empty();
+        Ok(if self.full { Moved::NotReady } else { moved })
+    }
+
     fn keep(&mut self, bytes: &[u8]) {
         if let Some(copy) = &mut self.copy {
             copy.extend_from_slice(bytes);
@@ -241,13 +276,17 @@ impl Drain {
     fn move_on(&mut self) -> io::Result<Moved> {
         match self.target {
             #[cfg(target_os = "linux")]
-            DrainTarget::Pipe if self.copy.is_none() => {
+            DrainTarget::Pipe
+                if self.copy.is_none()
+                    && self.buffer.is_empty()
+                    && descriptor::readable_bytes(&self.source) >= SPLICE_FROM_BYTES =>
+            {
                 descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
             }
-            DrainTarget::Pipe | DrainTarget::Other => {
-                // Without splice(2), at most 512 bytes are moved at a time, so that the write never blocks: a
-                // descriptor that poll(2) reports as writable accepts PIPE_BUF bytes at once, and POSIX requires
-                // PIPE_BUF to be 512 or more.
+            DrainTarget::Pipe => self.copy_to(descriptor::ATOMIC_WRITE_BYTES, descriptor::write_to_pipe),
+            DrainTarget::Other => {
+                // At most 512 bytes are moved at a time, so that the write never blocks: a descriptor that poll(2)
+                // reports as writable accepts PIPE_BUF bytes at once, and POSIX requires PIPE_BUF to be 512 or more.
                 let mut bytes = [0; 512];
                 match nix::unistd::read(&self.source, &mut bytes)? {
                     0 => Ok(Moved::EndOfSource),
@@ -257,24 +296,7 @@ impl Drain {
                     }
                 }
             }
-            DrainTarget::Socket => {
-                if self.buffer.is_empty() {
-                    let mut bytes = [0; 1 << 14];
-                    match nix::unistd::read(&self.source, &mut bytes)? {
-                        0 => return Ok(Moved::EndOfSource),
-                        length => {
-                            self.keep(&bytes[..length]);
-                            self.buffer.extend(&bytes[..length]);
-                        }
-                    }
-                }
-                let moved = descriptor::send(&descriptor::standard(self.standard), self.buffer.make_contiguous())?;
-                if let Moved::Bytes(length) = moved {
-                    self.buffer.drain(..length);
-                }
-                self.full = !self.buffer.is_empty();
-                Ok(if self.full { Moved::NotReady } else { moved })
-            }
+            DrainTarget::Socket => self.copy_to(MAX_COPY_BYTES, descriptor::send),
             DrainTarget::Nowhere => {
                 let mut bytes = [0; 1 << 14];
                 match nix::unistd::read(&self.source, &mut bytes)? {

@@ -84,6 +84,39 @@ pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<
     moved_bytes(moved)
 }
 
+/// The number of bytes that a pipe accepts completely or not at all (PIPE_BUF, POSIX write). If poll(2) reports that a
+/// pipe is writable, it accepts this number of bytes.
+pub(crate) const ATOMIC_WRITE_BYTES: usize = libc::PIPE_BUF;
+
+/// Returns how many bytes can be read from a pipe now. 0 if that is unknown.
+pub(crate) fn readable_bytes(pipe: &impl AsFd) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and the call writes one int.
+    let asked = unsafe { libc::ioctl(pipe.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    if asked == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+}
+
+/// Writes at most [`ATOMIC_WRITE_BYTES`] bytes into a pipe that poll(2) has reported as writable. Does not wait, even if
+/// another process has filled the pipe in the meantime (RWF_NOWAIT, pwritev2(2)). Before Linux 6.4 and on other systems,
+/// it waits in that case.
+///
+/// # Errors
+/// EPIPE if the pipe has no reader any more.
+pub(crate) fn write_to_pipe(pipe: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
+    debug_assert!((1..=ATOMIC_WRITE_BYTES).contains(&bytes.len()));
+    #[cfg(target_os = "linux")]
+    {
+        let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        // SAFETY: the descriptor is open, and `part` describes readable memory. The offset -1 means that there is none.
+        let written = unsafe { libc::pwritev2(pipe.as_fd().as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+        match moved_bytes(written) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {}
+            moved => return moved,
+        }
+    }
+    Ok(Moved::Bytes(nix::unistd::write(pipe, bytes)?))
+}
+
 /// Sends bytes to a socket without waiting. Returns `EndOfSource` only if `bytes` is empty.
 ///
 /// # Errors

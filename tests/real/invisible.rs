@@ -516,6 +516,24 @@ fn a_pipeline_sees_the_end_of_output_when_we_end() {
     assert_eq!(end.out, "one\ntwo\none\ntwo\n", "{end:?}");
 }
 
+/// Such a caller waits for the exit before it reads. That works if all of the output fits into its pipe, however many
+/// writes it consists of.
+#[test]
+fn a_caller_that_reads_only_at_the_end_gets_everything_and_does_not_wait_for_ever() {
+    for program in ["terraform", "tf"] {
+        let env = TestEnv::new(Lock::Both, "for i in $(seq 60); do echo line $i; sleep 0.01; done");
+        let mut command = env.command(if program == "tf" { env.bin().join("tf") } else { program.into() });
+        command.args(["apply", "-auto-approve", "-no-color"]);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+        let end = wait_for("the end", || child.try_wait().unwrap(), || format!("{:?}\n{}", tree(pid), env.trace()));
+        assert!(end.success(), "{program}: {end:?}\n{}", env.trace());
+        let out = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+        assert_eq!(out.matches("(local-exec): line ").count(), 60, "{program}: {out}");
+        assert!(out.contains("Apply complete!"), "{program}: {out}");
+    }
+}
+
 #[test]
 fn nothing_of_ours_is_left_running() {
     let env = TestEnv::new(Lock::Both, WAITS);
