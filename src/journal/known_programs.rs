@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::journal::state_directory::{Durability, StateDirectory, open_private, replace};
+use crate::journal::state_directory::{Durability, StateDirectory, clear_unfinished, open_private, replace};
 use crate::sys::memory::MemoryFile;
 use crate::sys::poll;
 use crate::terraform::binary::MIN_TERRAFORM_BYTES;
@@ -115,6 +115,9 @@ impl Program {
     fn remember(&mut self, version: &Version) {
         self.version = Some(version.clone());
         let Some(file) = &self.file else { return };
+        if let Some(directory) = file.parent() {
+            clear_unfinished(directory, |name| name == "programs");
+        }
         let mut known = read(file);
         if known.len() >= MAX_PROGRAMS {
             known.clear();

@@ -21,7 +21,9 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::journal::runs::JournalRecord;
-use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
+use crate::journal::state_directory::{
+    Durability, StateDirectory, clear_unfinished, is_private, open_private, replace,
+};
 use crate::lock::proof::Run;
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock};
@@ -106,13 +108,14 @@ impl PendingRequests {
         self
     }
 
-    /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others. A file that
-    /// cannot be read is skipped and not deleted. Empty if the directory does not exist or is not private to this user.
+    /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others, and files that
+    /// were not written to their end. A file that cannot be read is skipped and not deleted. Empty if the directory does not exist or is not private to this user.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {
             return Vec::new();
         }
+        clear_unfinished(&self.path, is_lock_id);
         let mut awaited = Vec::new();
         for entry in entries.flatten() {
             let path = entry.path();
@@ -269,5 +272,24 @@ mod tests {
         crate::generated_input::for_all(file!(), &crate::generated_input::changed(text), |text| {
             crate::generated_input::is_read_back::<PendingRequest>(&text)
         });
+    }
+
+    /// `tf` was killed between the write and the rename.
+    #[test]
+    fn a_file_that_was_not_written_to_its_end_goes_after_an_hour() {
+        let root = tempfile::tempdir().unwrap();
+        let requests = PendingRequests::of(&StateDirectory::at(root.path()));
+        requests.put(&pending()).unwrap();
+        let file = |name: &str, age: u64| {
+            let path = requests.path.join(name);
+            let file = fs::File::create(&path).unwrap();
+            file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(age)).unwrap();
+            path
+        };
+        let old = file(&format!("{ID}.4711"), 3700);
+        let new = file(&format!("{ID}.4712"), 60);
+        let other = file("notes.1", 3700);
+        assert_eq!(requests.read(pending().since).len(), 1);
+        assert!(!old.exists() && new.exists() && other.exists());
     }
 }

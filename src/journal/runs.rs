@@ -26,7 +26,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -38,7 +38,7 @@ use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::run_mark::Living;
 use crate::journal::run_state::{RunState, RunTraces};
-use crate::journal::state_directory::{Durability, StateDirectory, is_private, open_private, replace};
+use crate::journal::state_directory::{Durability, StateDirectory, is_older, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::sys::file_id::FileId;
@@ -575,12 +575,6 @@ fn create(path: &Path) -> io::Result<File> {
 /// (fcntl_locking(2)).
 fn open_lock(path: &Path) -> io::Result<File> {
     open_private(OpenOptions::new().read(true).write(true), path)
-}
-
-/// Whether `path` was last modified more than `age` ago. False if the time of the modification is not known.
-fn is_older(path: &Path, age: Duration) -> bool {
-    let modified = fs::symlink_metadata(path).and_then(|place| place.modified());
-    modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
 }
 
 /// Whether `name` has the form `PID-RANDOM` that [`run_id`] creates.

@@ -13,11 +13,12 @@
 //!
 //! A location that does not meet these conditions is skipped. If no location does, terraform runs without a journal.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::sys::{filesystem, ownership};
 
@@ -162,6 +163,28 @@ pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io
         (Durability::PowerLoss, Some(directory)) => File::open(directory)?.sync_all(),
         _ => Ok(()),
     }
+}
+
+/// Deletes the files in `directory` that a [`replace`] has left because its process was killed. Such a file has a pid as
+/// its extension, and a name for which `is_name` is true. It is deleted if it is older than 1 h, because its process may
+/// still be writing it.
+pub(crate) fn clear_unfinished(directory: &Path, is_name: impl Fn(&str) -> bool) {
+    const UNFINISHED_WINDOW: Duration = Duration::from_hours(1);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let part = |part: Option<&OsStr>| part.and_then(OsStr::to_str).unwrap_or_default().to_owned();
+        let is_unfinished = is_name(&part(path.file_stem())) && part(path.extension()).parse::<u32>().is_ok();
+        if is_unfinished && is_older(&path, UNFINISHED_WINDOW) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether the file at `path` was modified longer than `age` ago. Does not follow a symbolic link. False if that is
+/// unknown.
+pub(crate) fn is_older(path: &Path, age: Duration) -> bool {
+    let modified = fs::symlink_metadata(path).and_then(|place| place.modified());
+    modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age))
 }
 
 fn write_new(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
