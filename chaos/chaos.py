@@ -275,6 +275,7 @@ class Command:
         self.pipe = None
         end = None
         if stdout == "pipe":
+            # What an apply says fits into a pipe: it is read at the end.
             self.pipe, end = os.pipe()
             os.set_blocking(self.pipe, False)
         elif stdout == "null":
@@ -300,8 +301,8 @@ class Command:
     def ended(self):
         return self.process.poll() is not None
 
-    def read_pipe(self):
-        """Reads what is in the pipe. A few short lines can fill it, and tf waits for room before it exits."""
+    def text(self):
+        """All that it said."""
         if self.pipe is not None:
             try:
                 while piece := os.read(self.pipe, 1 << 16):
@@ -309,10 +310,6 @@ class Command:
                         file.write(piece)
             except BlockingIOError:
                 pass
-
-    def text(self):
-        """All that it said."""
-        self.read_pipe()
         said = self.output.read_text(errors="replace") if self.output.exists() else ""
         return said + self.errors.read_text(errors="replace")
 
@@ -468,7 +465,6 @@ class Round:
         living = marked(self.mark)
         now = time.monotonic()
         for command in self.commands.values():
-            command.read_pipe()
             dead = command.ended() and all(process.who != command.who for process in living)
             # In the middle of an exec an environment is empty: once is not enough.
             if not dead:

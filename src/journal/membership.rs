@@ -246,4 +246,15 @@ mod tests {
         assert_eq!(found[..3], [Membership::Member; 3]);
         assert_eq!(found[3..], [Membership::Unknown; 2]);
     }
+
+    /// The start of the survivor could not be read when it was recorded.
+    #[test]
+    fn a_survivor_of_unknown_start_is_only_possible_and_no_other_process_is() {
+        let identity = TreeIdentity { survivors: vec![(300, 0)], ..identity() };
+        for (pid, expected) in [(300, Membership::Unknown), (301, Membership::Other)] {
+            let other = process(pid, 1, 200, 60, 1500);
+            let found = classify(&[(other, ProcessMark::Unmarked)], &identity, None);
+            assert_eq!(found, [expected], "{pid}");
+        }
+    }
 }

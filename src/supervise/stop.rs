@@ -377,4 +377,20 @@ mod tests {
         assert_eq!(stop.decide(StopEvent::Request, ms(150)), []);
         assert_eq!(stop.decide(StopEvent::Time, ms(500)), []);
     }
+
+    /// The terminal has sent terraform a second interrupt, so terraform may exit with its work unfinished.
+    #[test]
+    fn a_key_that_terraform_gets_as_its_second_interrupt_forces_it() {
+        for first in [StopEvent::Keyboard, StopEvent::KeyboardAtTerraform, StopEvent::Request, StopEvent::RequestToAll]
+        {
+            let mut stop = Stop::new(false, None);
+            assert!(stop.decide(StopEvent::Time, Duration::ZERO).is_empty() && !stop.was_forced());
+            stop.decide(first, Duration::ZERO);
+            assert!(!stop.was_forced(), "{first:?}: the first interrupt");
+            assert!(stop.decide(StopEvent::KeyboardAtTerraform, Duration::from_secs(1)).is_empty());
+            assert!(stop.was_forced(), "{first:?}: the second one");
+            stop.decide(StopEvent::Request, Duration::from_secs(2));
+            assert!(stop.was_forced(), "{first:?}: that does not change any more");
+        }
+    }
 }
