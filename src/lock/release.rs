@@ -118,17 +118,16 @@ impl<'a> Services<'a> {
             )?,
             None => None,
         };
-        let mut look = Look { state: format!("{state:?} {digest:?}"), lock: String::new(), holds: false };
+        let mut look = Look::of_state(format!("{state:?} {digest:?}"));
         for part in &self.parts {
             let Some(stored) = self.read(part).await? else {
-                look.lock.push_str("- ");
+                look.add_part(None);
                 continue;
             };
             let Some(info) = stored.info() else {
                 return Err(Failure::no_answer(part.service(), &no_lock(part, &stored)));
             };
-            look.lock.push_str(stored.text());
-            look.holds |= judge(recorded, &info, run) != Match::Anothers;
+            look.add_part(Some((stored.text(), &judge(recorded, &info, run))));
         }
         Ok(look)
     }

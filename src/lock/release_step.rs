@@ -201,11 +201,33 @@ impl Judged {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Look {
     /// A text that changes whenever the state or its digest changes.
-    pub(crate) state: String,
-    /// The texts that are stored at the locations of the lock's parts, one after the other.
-    pub(crate) lock: String,
-    /// Whether at least one of the parts is or may be the lock of the dead terraform.
-    pub(crate) holds: bool,
+    state: String,
+    /// The texts of the parts that are or may be the lock of the dead terraform, one after the other.
+    lock: String,
+    /// Whether there is at least one such part.
+    holds: bool,
+}
+
+impl Look {
+    /// Returns a look at the state, without a part. `state` is a text that changes whenever the state or its digest
+    /// changes.
+    pub(crate) fn of_state(state: String) -> Self {
+        Self { state, lock: String::new(), holds: false }
+    }
+
+    /// Adds what is stored at the location of the next part, and whether it belongs to the run. Another run's part
+    /// counts as none: with `-lock-timeout`, a terraform that waits takes a free part and gives it back, again and
+    /// again, until the other part is free too. If that counted as a change, the wait for a quiet time would never end,
+    /// and that terraform would never get the lock.
+    pub(crate) fn add_part(&mut self, stored: Option<(&str, &Match)>) {
+        match stored {
+            None | Some((_, Match::Anothers)) => self.lock.push_str("- "),
+            Some((text, Match::Ours | Match::Doubt(_))) => {
+                self.lock.push_str(text);
+                self.holds = true;
+            }
+        }
+    }
 }
 
 /// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`].
@@ -308,6 +330,23 @@ mod tests {
 
     fn look(state: &str, lock: &str, holds: bool) -> Look {
         Look { state: state.to_owned(), lock: lock.to_owned(), holds }
+    }
+
+    #[test]
+    fn another_run_that_takes_a_part_and_gives_it_back_does_not_prolong_the_wait() {
+        let seen = |item: Option<(&str, &Match)>, object: Option<(&str, &Match)>| {
+            let mut look = Look::of_state("s".to_owned());
+            look.add_part(item);
+            look.add_part(object);
+            look
+        };
+        let (ours, theirs) = (Some(("ours", &Match::Ours)), Some(("theirs", &Match::Anothers)));
+        for item in [ours, Some(("ours", &Match::Doubt("it differs")))] {
+            let free = seen(item, None);
+            assert_eq!(seen(item, theirs), free);
+            assert!(free.holds && free != seen(None, None) && free != seen(item, ours));
+        }
+        assert!(!seen(None, theirs).holds);
     }
 
     #[test]
@@ -443,6 +482,19 @@ mod tests {
             if look.was_had && is_absent && is_gone {
                 let unproven = look.unproven(&look.parts.iter().flatten().collect::<Vec<_>>());
                 assert_eq!(look.before, Some(&unproven), "{:?}: {step:?}", look.parts);
+            }
+        });
+    }
+
+    #[test]
+    fn the_absence_of_a_lock_that_was_never_had_needs_no_second_look() {
+        for_all(|look, step| {
+            let is_clear = |part: &Judged| {
+                matches!(part, Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_))
+            };
+            let all_clear = look.parts.iter().all(|part| part.as_ref().is_ok_and(is_clear));
+            if all_clear && !look.was_had && !look.is_quiet && !look.request_may_land {
+                assert!(matches!(step, Step::Absent { .. } | Step::Released), "{:?}: {step:?}", look.parts);
             }
         });
     }

@@ -393,4 +393,18 @@ mod tests {
             assert!(stop.was_forced(), "{first:?}: that does not change any more");
         }
     }
+
+    #[test]
+    fn of_the_stop_timeout_and_the_second_interrupts_the_earlier_one_kills() {
+        let second = |seconds| Duration::from_secs(seconds);
+        // The second interrupt comes after 2 s, and terraform has 6 s for it.
+        for (timeout, at, why) in [(5, 5, Why::StopTimeout), (8, 8, Why::StopTimeout), (60, 8, Why::Forced)] {
+            let mut stop = Stop::new(false, Some(second(timeout)));
+            stop.decide(StopEvent::Request, second(0));
+            stop.decide(StopEvent::Keyboard, second(1));
+            assert_eq!(stop.decide(StopEvent::Keyboard, second(2)), [Effect::SayForcing, Effect::InterruptTerraform]);
+            assert_eq!(stop.deadline(), Some(second(at)), "timeout {timeout}");
+            assert_eq!(stop.decide(StopEvent::Time, second(at)), [Effect::Kill(why)], "timeout {timeout}");
+        }
+    }
 }

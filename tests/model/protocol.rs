@@ -25,7 +25,7 @@ use crate::journal::run_state::{RunState, RunTraces};
 use crate::lock::deleted::Deleted;
 use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::outcome::{AnothersLock, Because, Outcome, Released};
-use crate::lock::proof::{Run, judge};
+use crate::lock::proof::{Match, Run, judge};
 use crate::lock::release_step::{
     Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep, needs_quiet,
 };
@@ -858,10 +858,15 @@ impl Protocol {
         if undo || write || deletes != [false; 2] {
             return None;
         }
-        let look = |store: [Option<Owner>; 2], writes: u8| Look {
-            state: writes.to_string(),
-            lock: format!("{store:?}"),
-            holds: store.contains(&Some(Owner::Run)),
+        let look = |store: [Option<Owner>; 2], writes: u8| {
+            let mut look = Look::of_state(writes.to_string());
+            for owner in store {
+                look.add_part(owner.map(|owner| match owner {
+                    Owner::Run => ("ours", &Match::Ours),
+                    Owner::Contender => ("theirs", &Match::Anothers),
+                }));
+            }
+            look
         };
         let now = look(state.store, state.writes);
         let (store, writes) = (state.store, state.writes);
