@@ -393,6 +393,8 @@ impl Journal {
             {
                 return FoundRun::Foreign(READ_ONLY, Some(Box::new(record)));
             }
+            // The run was deleted since its record was read.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return FoundRun::Gone,
             Err(_) => return FoundRun::Broken(path),
         };
         let record = Box::new(record);
