@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn a_lock_is_left_for_the_next_tf_where_that_can_do_better_or_nobody_has_heard_of_it() {
         let log = log();
-        let released = Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+        let released = Released::default();
         let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let outcomes = [
             (None, false, false),

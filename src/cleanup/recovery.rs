@@ -32,7 +32,7 @@ use crate::terraform::binary::Binary;
 use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
 use std::ffi::{CStr, OsStr};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -728,12 +728,13 @@ fn in_a_process(
     asked: &mut Option<Signal>,
 ) -> Left {
     let mut left = Left::Nothing;
+    let not_started = |error: &io::Error| {
+        say(&messages::no_recovery_process(error));
+        Left::Lock
+    };
     let (mut lines, mut writer) = match UnixStream::pair() {
         Ok(pair) => pair,
-        Err(error) => {
-            say(&messages::no_recovery_process(&error));
-            return Left::Lock;
-        }
+        Err(error) => return not_started(&error),
     };
     keep.push(writer.as_raw_fd());
     keep.extend(trace::descriptor());
@@ -760,10 +761,7 @@ fn in_a_process(
     let pid = match forked {
         Ok(Some(pid)) => pid,
         Ok(None) => return left,
-        Err(error) => {
-            say(&messages::no_recovery_process(&error));
-            return Left::Lock;
-        }
+        Err(error) => return not_started(&error),
     };
     let mut is_done = false;
     let mut received = Vec::new();

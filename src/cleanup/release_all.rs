@@ -534,8 +534,7 @@ mod tests {
         };
         let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
         let released = || {
-            let nothing =
-                crate::lock::outcome::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+            let nothing = crate::lock::outcome::Released::default();
             Some(Outcome::Released(nothing))
         };
         for (outcome, ended, expected) in [
@@ -571,8 +570,7 @@ mod tests {
 
     #[test]
     fn a_lock_may_still_come_only_of_a_terraform_that_died_and_has_not_had_it() {
-        let released =
-            crate::lock::outcome::Released { created: None, write: None, digest_mismatch: None, is_partial: false };
+        let released = crate::lock::outcome::Released::default();
         let absent = |excluded| Some(Outcome::Absent { anothers: None, excluded });
         let asked = lock_that_was_asked_for();
         let mut had = asked.clone();

@@ -86,7 +86,7 @@ impl Outcome {
 }
 
 /// The facts that are reported about a released lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Released {
     /// The `Created` field of the lock. `None` if it is not a time.
     pub(crate) created: Option<jiff::Timestamp>,

@@ -563,35 +563,25 @@ impl Attempt<'_> {
                 }
                 stored => stored?,
             };
-            let info = stored.as_ref().map(|stored| {
-                stored.info().ok_or_else(|| {
-                    trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
-                    Judged::NoLock(no_lock(part, stored))
-                })
-            });
-            let info = match info.transpose() {
-                Ok(info) => info,
-                Err(no_lock) => return Ok(no_lock),
+            let Some(stored) = stored else {
+                return Ok(Judged::of_no_part(self.asked_to_go.contains(part)));
             };
-            let verdict = info.as_ref().map(|info| {
-                let verdict = judge(self.recorded, info, &self.release_context.run);
-                trace!("{part:?} holds {}: {verdict:?}", info.id);
-                (info, verdict)
-            });
-            let is_ours = verdict.as_ref().is_some_and(|(_, verdict)| *verdict == Match::Ours);
+            let Some(info) = stored.info() else {
+                trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
+                return Ok(Judged::NoLock(no_lock(part, &stored)));
+            };
+            let verdict = judge(self.recorded, &info, &self.release_context.run);
+            trace!("{part:?} holds {}: {verdict:?}", info.id);
             let read = PartRead {
-                stored: verdict,
-                was_asked_to_go: self.asked_to_go.contains(part),
+                info: &info,
                 // If the check has failed, that matters only for a part that would be deleted.
-                needs_consent: if is_ours { global? } else { None },
+                needs_consent: if verdict == Match::Ours { global? } else { None },
+                verdict,
                 needs_quiet: self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land),
             };
-            let (info, stored) = match (read.decide(), info, stored) {
-                (PartStep::Delete, Some(info), Some(stored)) => (info, stored),
-                (PartStep::Settled(judged), ..) => return Ok(judged),
-                // Something that is not there is never deleted.
-                (PartStep::Delete, ..) => return Ok(Judged::Absent),
-            };
+            if let PartStep::Settled(judged) = read.decide() {
+                return Ok(judged);
+            }
             self.created = info.created();
             crash_point::reached("release: half judged");
             if !self.asked_to_go.contains(part) {

@@ -53,13 +53,12 @@ pub(crate) enum PartStep {
     Settled(Judged),
 }
 
-/// The facts about a part, from one read.
+/// The facts about a part that was found, from one read.
 pub(crate) struct PartRead<'a> {
-    /// The lock that is stored at the part's location, and the verdict of [`super::proof::judge`] on it. `None` if
-    /// nothing is stored there.
-    pub(crate) stored: Option<(&'a LockInfo, Match)>,
-    /// Whether this release has already sent a delete request for this part.
-    pub(crate) was_asked_to_go: bool,
+    /// The lock that is stored at the part's location.
+    pub(crate) info: &'a LockInfo,
+    /// The verdict of [`super::proof::judge`] on it.
+    pub(crate) verdict: Match,
     /// Why the part must not be deleted without explicit consent. `None` if no consent is needed.
     pub(crate) needs_consent: Option<String>,
     /// Whether the part must not be deleted until nothing has changed for the quiet window.
@@ -67,16 +66,12 @@ pub(crate) struct PartRead<'a> {
 }
 
 impl PartRead<'_> {
-    /// Decides what to do about the part. Only a lock that is proven to belong to the run is deleted. If a delete
-    /// request was sent for a part that no longer exists, that request has deleted the part, and only the response to
-    /// it was lost.
+    /// Decides what to do about the part. Only a lock that is proven to belong to the run is deleted.
     pub(crate) fn decide(self) -> PartStep {
-        PartStep::Settled(match self.stored {
-            None if self.was_asked_to_go => Judged::Deleted,
-            None => Judged::Absent,
-            Some((info, Match::Anothers)) => Judged::Anothers(info.id.clone()),
-            Some((_, Match::Doubt(reason))) => Judged::Doubt(reason),
-            Some((_, Match::Ours)) => match self.needs_consent {
+        PartStep::Settled(match self.verdict {
+            Match::Anothers => Judged::Anothers(self.info.id.clone()),
+            Match::Doubt(reason) => Judged::Doubt(reason),
+            Match::Ours => match self.needs_consent {
                 Some(reason) => Judged::NeedsConsent(reason),
                 None if self.needs_quiet => Judged::NeedsQuiet,
                 None => return PartStep::Delete,
@@ -186,6 +181,12 @@ impl PartsLook<'_> {
 }
 
 impl Judged {
+    /// Returns the result for a part that was not found. If a delete request was sent for it, that request has deleted
+    /// the part, and only the response to it was lost.
+    pub(crate) fn of_no_part(was_asked_to_go: bool) -> Self {
+        if was_asked_to_go { Self::Deleted } else { Self::Absent }
+    }
+
     /// Returns the outcome "not released" if this part prevents the release of the whole lock. `None` otherwise.
     fn keeps(&self) -> Option<Outcome> {
         match self {
@@ -304,28 +305,28 @@ mod tests {
     #[test]
     fn a_part_is_deleted_exactly_if_it_is_ours_and_nothing_speaks_against_it() {
         let info = LockInfo { id: "other".to_owned(), ..LockInfo::default() };
-        for verdict in [None, Some(Match::Ours), Some(Match::Anothers), Some(Match::Doubt("it differs"))] {
-            for bits in 0..8_u8 {
+        for verdict in [Match::Ours, Match::Anothers, Match::Doubt("it differs")] {
+            for bits in 0..4_u8 {
                 let bit = |place: u8| bits & (1 << place) != 0;
-                let consent = bit(1).then(|| "a global table".to_owned());
+                let consent = bit(0).then(|| "a global table".to_owned());
                 let read = PartRead {
-                    stored: verdict.clone().map(|verdict| (&info, verdict)),
-                    was_asked_to_go: bit(0),
+                    info: &info,
+                    verdict: verdict.clone(),
                     needs_consent: consent.clone(),
-                    needs_quiet: bit(2),
+                    needs_quiet: bit(1),
                 };
-                let expected = match (&verdict, bit(0), consent, bit(2)) {
-                    (None, true, ..) => PartStep::Settled(Judged::Deleted),
-                    (None, false, ..) => PartStep::Settled(Judged::Absent),
-                    (Some(Match::Anothers), ..) => PartStep::Settled(Judged::Anothers("other".to_owned())),
-                    (Some(Match::Doubt(reason)), ..) => PartStep::Settled(Judged::Doubt(reason)),
-                    (Some(Match::Ours), _, Some(reason), _) => PartStep::Settled(Judged::NeedsConsent(reason)),
-                    (Some(Match::Ours), _, None, true) => PartStep::Settled(Judged::NeedsQuiet),
-                    (Some(Match::Ours), _, None, false) => PartStep::Delete,
+                let expected = match (&verdict, consent, bit(1)) {
+                    (Match::Anothers, ..) => PartStep::Settled(Judged::Anothers("other".to_owned())),
+                    (Match::Doubt(reason), ..) => PartStep::Settled(Judged::Doubt(reason)),
+                    (Match::Ours, Some(reason), _) => PartStep::Settled(Judged::NeedsConsent(reason)),
+                    (Match::Ours, None, true) => PartStep::Settled(Judged::NeedsQuiet),
+                    (Match::Ours, None, false) => PartStep::Delete,
                 };
-                assert_eq!(read.decide(), expected, "{verdict:?} {bits:03b}");
+                assert_eq!(read.decide(), expected, "{verdict:?} {bits:02b}");
             }
         }
+        assert_eq!(Judged::of_no_part(true), Judged::Deleted);
+        assert_eq!(Judged::of_no_part(false), Judged::Absent);
     }
 
     fn look(state: &str, lock: &str, holds: bool) -> Look {

@@ -743,14 +743,17 @@ impl Protocol {
                 let part = parts[place];
                 let must_wait =
                     needs_quiet(&recorded, facts.write_may_land) && self.setup.fault != Some(Fault::NoQuietWindow);
-                let stored = store[part].map(|owner| self.info(owner));
-                let read = PartRead {
-                    stored: stored.map(|info| (info, judge(&recorded, info, &run))),
-                    was_asked_to_go: release.asked_to_go[part],
-                    needs_consent: None,
-                    needs_quiet: !release.is_quiet && must_wait,
+                let step = match store[part].map(|owner| self.info(owner)) {
+                    None => PartStep::Settled(Judged::of_no_part(release.asked_to_go[part])),
+                    Some(info) => PartRead {
+                        info,
+                        verdict: judge(&recorded, info, &run),
+                        needs_consent: None,
+                        needs_quiet: !release.is_quiet && must_wait,
+                    }
+                    .decide(),
                 };
-                match read.decide() {
+                match step {
                     PartStep::Delete => {
                         now.asked_to_go[part] = true;
                         now.at = At::Deleting(place);
@@ -886,9 +889,7 @@ impl Protocol {
 
     fn outcome(result: ReleaseResultKind) -> Outcome {
         match result {
-            ReleaseResultKind::Released => {
-                Outcome::Released(Released { created: None, write: None, digest_mismatch: None, is_partial: false })
-            }
+            ReleaseResultKind::Released => Outcome::Released(Released::default()),
             ReleaseResultKind::Absent { anothers } => {
                 let anothers = anothers.map(|is_complete| AnothersLock { id: CONTENDER_ID.to_owned(), is_complete });
                 Outcome::Absent { anothers, excluded: false }
