@@ -115,8 +115,8 @@ impl Program {
     fn remember(&mut self, version: &Version) {
         self.version = Some(version.clone());
         let Some(file) = &self.file else { return };
-        if let Some(directory) = file.parent() {
-            clear_unfinished(directory, |name| name == "programs");
+        for entry in file.parent().and_then(|directory| fs::read_dir(directory).ok()).into_iter().flatten().flatten() {
+            clear_unfinished(&entry.path(), |name| name == "programs");
         }
         let mut known = read(file);
         if known.len() >= MAX_PROGRAMS {

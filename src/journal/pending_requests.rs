@@ -115,11 +115,13 @@ impl PendingRequests {
         if !is_private(&self.path) {
             return Vec::new();
         }
-        clear_unfinished(&self.path, is_lock_id);
         let mut awaited = Vec::new();
         for entry in entries.flatten() {
             let path = entry.path();
-            let Some(pending) = read_one(&path) else { continue };
+            let Some(pending) = read_one(&path) else {
+                clear_unfinished(&path, is_lock_id);
+                continue;
+            };
             if pending.is_over(now) {
                 let _ = fs::remove_file(path);
             } else {

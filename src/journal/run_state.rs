@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_is_being_finished_is_left_to_whoever_finishes_it() {
+    fn a_run_that_another_process_is_finishing_is_left_to_that_process() {
         for_all(|traces, state| {
             let is_alive = traces.tree_is_locked || traces.has_members;
             assert_eq!(state == RunState::Recovering, traces.is_owned && !is_alive, "{traces:?}");

@@ -359,9 +359,11 @@ impl Journal {
         if !is_private(&path) {
             return FoundRun::Foreign("the record of that run is not private to this user", None);
         }
+        // The run may be deleted at any moment.
+        let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && !path.exists();
         let record = match read(&path, name) {
             Ok(record) => record,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return FoundRun::Gone,
+            Err(error) if is_gone(&error) => return FoundRun::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
@@ -393,8 +395,7 @@ impl Journal {
             {
                 return FoundRun::Foreign(READ_ONLY, Some(Box::new(record)));
             }
-            // The run was deleted since its record was read.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return FoundRun::Gone,
+            Err(error) if is_gone(&error) => return FoundRun::Gone,
             Err(_) => return FoundRun::Broken(path),
         };
         let record = Box::new(record);

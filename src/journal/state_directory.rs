@@ -165,18 +165,15 @@ pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io
     }
 }
 
-/// Deletes the files in `directory` that a [`replace`] has left because its process was killed. Such a file has a pid as
-/// its extension, and a name for which `is_name` is true. It is deleted if it is older than 1 h, because its process may
+/// Deletes the file at `path` if a [`replace`] has left it because its process was killed. Such a file has a pid as its
+/// extension, and a name for which `is_name` is true. It is deleted if it is older than 1 h, because its process may
 /// still be writing it.
-pub(crate) fn clear_unfinished(directory: &Path, is_name: impl Fn(&str) -> bool) {
+pub(crate) fn clear_unfinished(path: &Path, is_name: impl Fn(&str) -> bool) {
     const UNFINISHED_WINDOW: Duration = Duration::from_hours(1);
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let part = |part: Option<&OsStr>| part.and_then(OsStr::to_str).unwrap_or_default().to_owned();
-        let is_unfinished = is_name(&part(path.file_stem())) && part(path.extension()).parse::<u32>().is_ok();
-        if is_unfinished && is_older(&path, UNFINISHED_WINDOW) {
-            let _ = fs::remove_file(path);
-        }
+    let part = |part: Option<&OsStr>| part.and_then(OsStr::to_str).unwrap_or_default().to_owned();
+    let is_unfinished = is_name(&part(path.file_stem())) && part(path.extension()).parse::<u32>().is_ok();
+    if is_unfinished && is_older(path, UNFINISHED_WINDOW) {
+        let _ = fs::remove_file(path);
     }
 }
 
