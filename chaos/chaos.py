@@ -102,7 +102,7 @@ def proxy(upstream, access_log, count=1):
 
     for host, listener in enumerate(listeners):
         threading.Thread(target=accept, args=(listener, host), daemon=True).start()
-    # How far away the cloud is from a host, in seconds. We end with whoever tells us, however that ends.
+    # Each line gives the distance between a host and the cloud, in seconds. This process exits when its stdin is closed.
     for line in sys.stdin:
         host, seconds = line.split()
         proxy.distance[int(host)] = float(seconds)
@@ -148,7 +148,7 @@ def serve_one(client, upstream, log, host):
             answer = b""
             while piece := server.recv(1 << 16):
                 answer += piece
-        # Written down before the answer goes out: whoever sees that a lock was taken can read here by whom.
+        # Written before the response is sent, so that a client that sees a lock can find here who took it.
         os.write(log, (json.dumps({
             "time": round(began, 3),
             "host": host,
