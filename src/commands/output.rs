@@ -226,15 +226,15 @@ fn padded(text: &str, width: usize) -> String {
     format!("{text}{}", " ".repeat(width.saturating_sub(text.width())))
 }
 
-/// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its end.
-fn cut(text: &str, width: usize) -> String {
-    padded(&::console::truncate_str(text, width, ellipsis()), width)
+/// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its end, where
+/// `mark` replaces the rest.
+fn cut(text: &str, width: usize, mark: &str) -> String {
+    padded(&::console::truncate_str(text, width, mark), width)
 }
 
 /// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its beginning,
-/// because the end of a path says more.
-fn cut_front(text: &str, width: usize) -> String {
-    let mark = ellipsis();
+/// which `mark` replaces. The end of a path says more than its beginning.
+fn cut_front(text: &str, width: usize, mark: &str) -> String {
     let mut kept: &str = text;
     while kept.width() + if kept.len() < text.len() { mark.width() } else { 0 } > width {
         let Some(first) = kept.chars().next() else { break };
@@ -286,10 +286,10 @@ impl Table {
         let [path, workspace, operation, who, since] = cells;
         let mut rest = format!(
             "  {}  {}  {}  {}",
-            cut_front(path, self.widths.path),
-            cut(workspace, self.widths.workspace),
-            cut(operation, self.widths.operation),
-            cut(who, self.widths.who)
+            cut_front(path, self.widths.path, ellipsis()),
+            cut(workspace, self.widths.workspace, ellipsis()),
+            cut(operation, self.widths.operation, ellipsis()),
+            cut(who, self.widths.who, ellipsis())
         );
         if self.wide {
             rest = format!("{rest}  {since}");
@@ -460,9 +460,11 @@ mod tests {
 
     #[test]
     fn a_path_is_cut_at_its_beginning() {
-        assert_eq!(cut_front("bucket/dir/prod", 8), "…ir/prod");
-        assert_eq!(cut_front("b/k", 5), "b/k  ");
-        assert_eq!(cut_front("b/k", 0), "");
-        assert_eq!(cut("operation", 5), "oper…");
+        for (mark, path, word) in [("…", "…ir/prod", "oper…"), ("...", ".../prod", "op...")] {
+            assert_eq!(cut_front("bucket/dir/prod", 8, mark), path);
+            assert_eq!(cut_front("b/k", 5, mark), "b/k  ");
+            assert_eq!(cut_front("b/k", 0, mark), "");
+            assert_eq!(cut("operation", 5, mark), word);
+        }
     }
 }
