@@ -819,24 +819,44 @@ fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
     Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
 }
 
-/// Parses a Go duration in whole hours, minutes and seconds: `15m`, `1h30m`, `900s`. `None` for any other text, and for
-/// a duration of zero.
+/// Parses a duration as Go's `time.ParseDuration` does: `15m`, `1h30m`, `900s`, `0.5h`, `900000ms`. `None` for any other
+/// text, for a duration that is not positive, and for one of more nanoseconds than an `i64` holds.
 fn go_duration(text: &str) -> Option<Duration> {
-    let mut seconds: u64 = 0;
-    let mut rest = text;
+    let mut nanoseconds: u128 = 0;
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
     while !rest.is_empty() {
-        let digits = rest.find(|character: char| !character.is_ascii_digit())?;
-        let number: u64 = rest[..digits].parse().ok()?;
-        let unit = match rest.as_bytes()[digits] {
-            b'h' => 3600,
-            b'm' => 60,
-            b's' => 1,
+        let (whole, after) = split_digits(rest);
+        let (fraction, after) = after.strip_prefix('.').map_or(("", after), split_digits);
+        if whole.is_empty() && fraction.is_empty() {
+            return None;
+        }
+        let end = after.find(|character: char| character == '.' || character.is_ascii_digit()).unwrap_or(after.len());
+        let (unit, after) = after.split_at(end);
+        let unit: u128 = match unit {
+            "ns" => 1,
+            // The micro sign and the Greek letter.
+            "us" | "\u{b5}s" | "\u{3bc}s" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
             _ => return None,
         };
-        seconds = seconds.checked_add(number.checked_mul(unit)?)?;
-        rest = &rest[digits + 1..];
+        let number = |digits: &str| if digits.is_empty() { Some(0) } else { digits.parse::<u64>().ok() };
+        // More digits than these are less than a nanosecond, even of an hour.
+        let fraction = &fraction[..fraction.len().min(18)];
+        let scale = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
+        let part = u128::from(number(whole)?) * unit + u128::from(number(fraction)?) * unit / scale;
+        nanoseconds = nanoseconds.checked_add(part)?;
+        rest = after;
     }
-    (seconds > 0).then(|| Duration::from_secs(seconds))
+    let nanoseconds = u64::try_from(i64::try_from(nanoseconds).ok()?).ok()?;
+    (nanoseconds > 0).then(|| Duration::from_nanos(nanoseconds))
+}
+
+/// Splits a text behind the ASCII digits that it begins with.
+fn split_digits(text: &str) -> (&str, &str) {
+    text.split_at(text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len()))
 }
 
 #[cfg(test)]
@@ -934,13 +954,40 @@ mod tests {
         assert!(unread.may_pass() && unread.to_string().contains("broken"));
     }
 
+    /// The file has terraform's own answers: `go_rules` in `tests/real` asks for them.
     #[test]
-    fn a_go_duration_is_read() {
-        assert_eq!(go_duration("1h30m"), Some(Duration::from_mins(90)));
-        assert_eq!(go_duration("900s"), Some(Duration::from_mins(15)));
-        for text in ["", "900", "1d", "-1h", "1.5h"] {
-            assert_eq!(go_duration(text), None, "{text:?}");
+    fn a_duration_is_read_as_terraform_reads_it() {
+        let golden: Vec<(String, Option<u64>)> =
+            serde_json::from_str(include_str!("../../tests/golden/durations.json")).unwrap();
+        for (text, seconds) in golden {
+            let read = go_duration(&text);
+            match seconds {
+                Some(seconds) => assert_eq!(read.map(|read| read.as_secs()), Some(seconds), "{text:?}"),
+                // Terraform refuses what it cannot parse, and what is no possible length of a session.
+                None => assert!(
+                    read.is_none_or(|read| read < Duration::from_mins(15) || read > Duration::from_hours(12)),
+                    "{text:?}: {read:?}"
+                ),
+            }
         }
+        assert_eq!(go_duration("9223372036854775807ns"), Some(Duration::from_nanos(i64::MAX.unsigned_abs())));
+        assert_eq!(go_duration("9223372036854775808ns"), None);
+        assert_eq!(go_duration("0.1234567891234567891234567h"), Some(Duration::from_nanos(444_444_440_844)));
+    }
+
+    #[test]
+    fn no_text_of_a_duration_panics_and_the_parts_of_one_add_up() {
+        use proptest::prelude::*;
+        let parts =
+            prop::collection::vec((0_u32..1000, prop::sample::select(vec!["h", "m", "s", "ms", "us", "ns"])), 1..6);
+        let strategy = (parts, crate::generated_input::changed_text("+1.5h30m.5s\u{b5}s0"));
+        crate::generated_input::for_all(file!(), &strategy, |(parts, other)| {
+            go_duration(&other);
+            let text: String = parts.iter().map(|(number, unit)| format!("{number}{unit}")).collect();
+            let sum = parts.iter().map(|(number, unit)| go_duration(&format!("{number}{unit}")).unwrap_or_default());
+            prop_assert_eq!(go_duration(&text).unwrap_or_default(), sum.sum::<Duration>());
+            Ok(())
+        });
     }
 
     #[test]

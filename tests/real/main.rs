@@ -26,6 +26,7 @@ mod behind_wrappers;
 mod crash;
 mod documents;
 mod given_back;
+mod go_rules;
 mod interrupted_once;
 mod invisible;
 mod least_requests;
