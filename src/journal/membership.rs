@@ -161,6 +161,7 @@ mod tests {
     fn process(pid: i32, parent: i32, group: i32, session: i32, start: u64) -> Process {
         Process {
             pid: Pid::from_raw(pid),
+            thread: Pid::from_raw(pid),
             name: "x".into(),
             state: 'S',
             parent: Pid::from_raw(parent),

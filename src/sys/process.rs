@@ -114,11 +114,11 @@ pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
     #[cfg(target_os = "linux")]
     {
         let status = status_by_descriptor(process).or_else(|| {
-            let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-            let stat = String::from_utf8_lossy(&stat);
+            let stat = stat(pid)?;
             // The descriptor can still be signalled, so the process was not reaped, and `stat` cannot be that of a
             // later process with the same pid.
-            let zombie = Process::parse(pid, &stat)?.state == 'Z' && signal_number(process, 0).is_ok();
+            let is_over = Process::parse(pid, &stat)?.state == 'Z' && running_thread(pid).is_none();
+            let zombie = is_over && signal_number(process, 0).is_ok();
             let status = stat.trim_end().rsplit(' ').next()?.parse().ok()?;
             (zombie && (status != 0 || may_trace(pid))).then_some(status)
         })?;
@@ -227,6 +227,47 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     Some((number, number == FIRST || super::plain_host::is_plain()))
 }
 
+/// Returns the text of /proc/PID/stat. `None` if there is no such process or thread.
+fn stat(pid: Pid) -> Option<String> {
+    std::fs::read(format!("/proc/{pid}/stat")).ok().map(|stat| String::from_utf8_lossy(&stat).into_owned())
+}
+
+/// Returns the IDs of the threads of the process `pid`, the first thread among them. Only the pid if they cannot be
+/// listed.
+fn threads(pid: Pid) -> Vec<Pid> {
+    let listed = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let threads: Vec<Pid> = listed
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok().map(Pid::from_raw))
+        .collect();
+    if threads.is_empty() { vec![pid] } else { threads }
+}
+
+/// Returns a thread of the process `pid` that is alive although the first thread has exited, and its state. A program
+/// ends its first thread alone with pthread_exit(3) in `main`. Its other threads work on, but the kernel then calls the
+/// process a zombie (proc_pid_stat(5)). `None` if no other thread is alive.
+fn running_thread(pid: Pid) -> Option<(Pid, char)> {
+    threads(pid).into_iter().filter(|thread| *thread != pid).find_map(|thread| {
+        let state = Process::parse(thread, &stat(thread)?)?.state;
+        (!matches!(state, 'Z' | 'X')).then_some((thread, state))
+    })
+}
+
+/// Returns whether the thread `thread` has exited, is exiting (PF_EXITING in the flags of proc_pid_stat(5),
+/// linux/sched.h), or has a pending SIGKILL.
+fn is_dying(thread: Pid) -> bool {
+    const EXITING: u64 = 0x4;
+    let Some(stat) = stat(thread) else { return true };
+    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+    let mut fields = after.split_ascii_whitespace();
+    let is_dead = fields.next().is_some_and(|state| matches!(state, "Z" | "X"));
+    // The flags are field 9. The state is field 3.
+    let flags: u64 = fields.nth(5).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    is_dead || flags & EXITING != 0 || has_pending_kill(&status)
+}
+
 /// Returns whether a SIGKILL is pending for a process or for its main thread. `status` is the text of /proc/PID/status.
 fn has_pending_kill(status: &str) -> bool {
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
@@ -252,9 +293,13 @@ pub(crate) enum Variable {
 pub(crate) struct Process {
     /// Its pid; 0 if unknown.
     pub(crate) pid: Pid,
+    /// The ID of a thread whose files in /proc describe the process. It is the pid, unless the first thread has exited
+    /// and others are running: /proc/PID then has no environment, no descriptors and no program.
+    pub(crate) thread: Pid,
     /// Its name, at most 15 bytes. The process can choose the name, so it must be escaped before it is shown.
     pub(crate) name: String,
-    /// One letter: `T` is stopped, `Z` and `X` are dead, `?` is unknown.
+    /// One letter: `T` is stopped, `Z` and `X` are dead, `?` is unknown. If the first thread has exited and others are
+    /// running, it is the state of one of those, although the kernel calls the process a zombie.
     pub(crate) state: char,
     /// The pid of its parent; 0 if unknown.
     pub(crate) parent: Pid,
@@ -285,7 +330,7 @@ impl Process {
     pub(crate) fn unseen_in(group: Pid) -> Self {
         let unknown = Pid::from_raw(0);
         let name = "a hidden process".to_owned();
-        Self { pid: unknown, name, state: '?', parent: unknown, group, session: unknown, start: 0 }
+        Self { pid: unknown, thread: unknown, name, state: '?', parent: unknown, group, session: unknown, start: 0 }
     }
 
     fn parse(pid: Pid, line: &str) -> Option<Self> {
@@ -300,7 +345,7 @@ impl Process {
         let session = Pid::from_raw(fields.next()?.parse().ok()?);
         // `start` is field 22; `session` is field 6.
         let start = fields.nth(15)?.parse().ok()?;
-        Some(Self { pid, name: name.to_owned(), state, parent, group, session, start })
+        Some(Self { pid, thread: pid, name: name.to_owned(), state, parent, group, session, start })
     }
 
     /// Describes a child of `parent` whose files in /proc this process may not read (`hidepid`, proc(5)). The `start`
@@ -312,23 +357,17 @@ impl Process {
         }
         let state = if parent == nix::unistd::getpid() && super::wait::ended(pid).is_some() { 'Z' } else { '?' };
         let (group, session) = (nix::unistd::getpgid(Some(pid)).ok()?, nix::unistd::getsid(Some(pid)).ok()?);
-        Some(Self { pid, name: "a hidden process".to_owned(), state, parent, group, session, start: 0 })
+        let name = "a hidden process".to_owned();
+        Some(Self { pid, thread: pid, name, state, parent, group, session, start: 0 })
     }
 
-    /// Returns whether the process is dead or certain to die. It is certain to die if it is exiting (PF_EXITING in the
-    /// flags of proc_pid_stat(5), linux/sched.h), or if a SIGKILL is pending for it (proc_pid_status(5)), because
-    /// nothing can revoke a SIGKILL. Such a process does nothing any more, but still has its pid and its files. Also
+    /// Returns whether the process is dead or certain to die. It is certain to die if each of its threads is exiting, or
+    /// if a SIGKILL is pending for it (proc_pid_status(5)), because nothing can revoke a SIGKILL. Such a process does nothing any more, but still has its pid and its files. Also
     /// true if the process no longer exists.
     pub(crate) fn is_dying(&self) -> bool {
-        const EXITING: u64 = 0x4;
-        let stat = std::fs::read(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let stat = String::from_utf8_lossy(&stat);
         // Without a matching entry, the process no longer exists, or another process has its pid now.
-        let Some(now) = Self::parse(self.pid, &stat).filter(|now| now.start == self.start) else { return true };
-        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-        let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        now.is_dead() || flags & EXITING != 0 || has_pending_kill(&status)
+        let Some(now) = Self::read(self.pid).filter(|now| now.start == self.start) else { return true };
+        now.is_dead() || threads(self.pid).into_iter().all(is_dying)
     }
 
     /// Returns when the process started, rounded down to 1 s. `boot_time` is when the machine booted. `None` if the
@@ -345,7 +384,13 @@ impl Process {
     }
 
     fn read(pid: Pid) -> Option<Self> {
-        Self::parse(pid, &String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
+        let process = Self::parse(pid, &stat(pid)?)?;
+        if process.is_dead()
+            && let Some((thread, state)) = running_thread(pid)
+        {
+            return Some(Self { thread, state, ..process });
+        }
+        Some(process)
     }
 
     /// Returns every process that /proc lists. Empty if there is no usable process list.
@@ -408,7 +453,7 @@ impl Process {
     pub(crate) fn environment(&self, name: &str) -> Variable {
         // The file is empty for a process without an environment, for a zombie, and for a process in the middle of an
         // exec.
-        let environment = std::fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
+        let environment = std::fs::read(format!("/proc/{}/environ", self.thread)).unwrap_or_default();
         if environment.is_empty() {
             return Variable::Unreadable;
         }
@@ -422,11 +467,11 @@ impl Process {
     /// any nested namespace.
     pub(crate) fn may_be_in(&self, namespace: u64) -> bool {
         use std::os::unix::fs::MetadataExt;
-        if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.pid)) {
+        if let Ok(own) = std::fs::metadata(format!("/proc/{}/ns/pid", self.thread)) {
             return own.ino() == namespace;
         }
         // Every user can read the number of namespaces that the process is in (`NSpid`, proc_pid_status(5)).
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.thread)).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
@@ -434,8 +479,9 @@ impl Process {
     /// Returns whether the process may be a terraform under another name: its program has `large` bytes or more, and
     /// its working directory contains `.terraform`.
     pub(crate) fn may_be_renamed_terraform(&self, large: u64) -> bool {
-        let is_large = std::fs::metadata(format!("/proc/{}/exe", self.pid)).is_ok_and(|program| program.len() >= large);
-        is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.pid)).is_ok()
+        let is_large =
+            std::fs::metadata(format!("/proc/{}/exe", self.thread)).is_ok_and(|program| program.len() >= large);
+        is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.thread)).is_ok()
     }
 
     /// Returns whether the process is the guardian or the recovery of any run of `tf`: it executes this program, under
@@ -454,20 +500,20 @@ impl Process {
     /// program the other process executes.
     fn runs_our_program(&self) -> Option<bool> {
         let program = |process: &str| FileId::at(format!("/proc/{process}/exe")).ok();
-        program(&self.pid.to_string()).map(|theirs| Some(theirs) == program("self"))
+        program(&self.thread.to_string()).map(|theirs| Some(theirs) == program("self"))
     }
 
     /// Returns whether the process has the file open (proc(5), `/proc/PID/fd`).
     /// Returns false if this process may not read the list of the other process's descriptors.
     pub(crate) fn has_open(&self, file: FileId) -> bool {
-        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
+        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.thread)) else { return false };
         descriptors.flatten().any(|descriptor| FileId::at(descriptor.path()).is_ok_and(|open| open == file))
     }
 
     /// Returns the file name of the program that the process executes. If the file name cannot be read, returns the
     /// name of the process instead.
     pub(crate) fn program(&self) -> String {
-        std::fs::read_link(format!("/proc/{}/exe", self.pid))
+        std::fs::read_link(format!("/proc/{}/exe", self.thread))
             .ok()
             .and_then(|path| Some(String::from_utf8_lossy(path.file_name()?.as_bytes()).into_owned()))
             .unwrap_or_else(|| self.name.clone())

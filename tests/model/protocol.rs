@@ -556,6 +556,7 @@ impl Protocol {
         let child = (state.child == Child::Left || state.child == Child::Recorded).then(|| {
             let process = Process {
                 pid: Pid::from_raw(500),
+                thread: Pid::from_raw(500),
                 name: "child".to_owned(),
                 state: 'S',
                 parent: Pid::from_raw(1),

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::cloud::tool;
-use crate::support::process::{Run, terraform_below, tree};
+use crate::support::process::{Run, state, terraform_below, tree};
 use crate::support::processes::{
     KillOnDrop, everybody, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked,
 };
@@ -32,6 +32,24 @@ const BARE_CHILD: &str = "import os, signal, sys, time\nif len(sys.argv) < 2:\n 
                           \u{20}   os.execve(sys.executable, [sys.executable, '-S', 'child.py', 'x'], {})\n\
                           for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n    signal.signal(s, signal.SIG_IGN)\n\
                           while not os.path.exists('child-go'):\n    open('work', 'a').write('work\\n')\n    time.sleep(0.02)\n";
+
+/// Does the same in a second thread, while its first thread has exited. The kernel calls such a process a zombie.
+const CHILD_WITHOUT_ITS_FIRST_THREAD: &str = r"
+import ctypes, os, signal, sys, threading, time
+if len(sys.argv) < 2:
+    os.closerange(3, 65536)
+    os.setsid()
+    os.execve(sys.executable, [sys.executable, '-S', 'child.py', 'x'], {})
+for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(s, signal.SIG_IGN)
+def work():
+    while not os.path.exists('child-go'):
+        open('work', 'a').write('work\n')
+        time.sleep(0.02)
+    os._exit(0)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).pthread_exit(None)
+";
 
 fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
@@ -186,9 +204,14 @@ fn a_child_that_proc_hides_keeps_the_lock() {
 
 /// Returns a directory whose provisioner starts a child without environment and descriptors.
 fn with_bare_child() -> TestEnv {
+    with_child(BARE_CHILD)
+}
+
+/// Returns a directory whose provisioner starts this Python program.
+fn with_child(program: &str) -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     let python = tool("python3");
-    env.write("child.py", BARE_CHILD);
+    env.write("child.py", program);
     env.write_main(
         "",
         &format!(
@@ -259,6 +282,66 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     env.assert_unlocked();
 }
 
+/// Returns the process whose first thread has exited.
+fn headless_child_of(env: &TestEnv, above: Pid) -> Pid {
+    let first_thread = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let is_it = |pid: Pid| first_thread(pid).contains(") Z ") && state(pid).is_some_and(|state| state != 'Z');
+    wait_for(
+        "the child",
+        || tree(above).into_iter().find_map(|(pid, ..)| is_it(pid).then_some(pid)),
+        || format!("{:?}\n{}", tree(above), env.trace()),
+    )
+}
+
+#[test]
+fn a_child_whose_first_thread_has_exited_is_ended_before_the_lock_goes() {
+    for subject in [Subject::Bare, Subject::Tf] {
+        let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
+        let run = env.start_apply(subject);
+        let child = headless_child_of(&env, run.pid());
+        run.kill_terraform();
+        let end = run.wait();
+        if subject == Subject::Bare {
+            assert!(!is_gone(child), "it would end by itself");
+            env.write("child-go", "");
+            continue;
+        }
+        env.assert_unlocked();
+        assert!(is_gone(child), "{}", env.dump(&end));
+        assert_works_no_more(&env);
+    }
+}
+
+#[test]
+fn a_child_whose_first_thread_has_exited_keeps_the_lock_of_a_run_that_was_killed_whole() {
+    let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
+    let run = env.start_apply(Subject::Tf);
+    let child = headless_child_of(&env, run.pid());
+    wait_until_recorded(&env, child);
+    kill_at_once(&others_of(&env, child));
+    run.wait();
+    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    env.assert_locked();
+    assert!(!is_gone(child), "{}", env.dump(&end));
+    env.write("child-go", "");
+    wait_until_gone(&env, child);
+    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// Waits until the journal has the process.
+fn wait_until_recorded(env: &TestEnv, child: Pid) {
+    let text = format!("[{child},");
+    let is_recorded = || {
+        super::survived::records(env)
+            .iter()
+            .any(|path| fs::read_to_string(path).is_ok_and(|record| record.contains(&text)))
+    };
+    wait_for("the child in the journal", || is_recorded().then_some(()), || env.trace());
+}
+
 /// The child is in another session, below a process that waits for it, as with a `sudo` that has its own terminal.
 #[test]
 fn a_child_that_left_the_group_and_whose_parents_are_killed_with_everything_keeps_the_lock() {
@@ -290,13 +373,7 @@ fn a_child_that_left_the_group_keeps_the_lock(before: impl Fn(&TestEnv, &Run)) {
     before(&env, &run);
     env.write("leave", "");
     let child = bare_child_of(&env, run.pid());
-    let text = format!("[{child},");
-    let noted = || {
-        super::survived::records(&env)
-            .iter()
-            .any(|path| fs::read_to_string(path).is_ok_and(|record| record.contains(&text)))
-    };
-    wait_for("the child in the journal", || noted().then_some(()), || env.trace());
+    wait_until_recorded(&env, child);
     let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
     kill_at_once(&above);
     run.wait();

@@ -193,9 +193,15 @@ pub fn terraform_below(root: Pid) -> Pid {
     )
 }
 
-/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists.
+/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists. A process whose first thread has exited
+/// is no zombie as long as another thread has not: it still has its descriptors, and so its file locks.
 pub fn state(pid: Pid) -> Option<char> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let stat = String::from_utf8_lossy(&stat).into_owned();
-    stat[stat.rfind(')')? + 2..].chars().next()
+    let of = |thread: &str| {
+        let stat = std::fs::read(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
+        let stat = String::from_utf8_lossy(&stat).into_owned();
+        stat[stat.rfind(')')? + 2..].chars().next()
+    };
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let states = threads.filter_map(|thread| of(thread.file_name().to_str()?));
+    states.reduce(|one, other| if matches!(one, 'Z' | 'X') { other } else { one })
 }
