@@ -1,5 +1,6 @@
 //! The processes of a [`TestEnv`]: which ones there are, which of them belong to `tf`, and when they are gone.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
@@ -91,6 +92,15 @@ pub fn wait_until_all_is_gone(env: &TestEnv) {
     wait_for("the end of all", || marked(&home(env)).is_empty().then_some(()), || format!("{:?}", marked(&home(env))));
 }
 
+/// Returns the entries of /proc/locks for the lock files of all runs in the journal.
+fn held_locks(env: &TestEnv) -> Vec<String> {
+    let runs = env.directory.parent().unwrap().join("home/.local/state/tf/runs");
+    let files = std::fs::read_dir(runs).into_iter().flatten().flatten().map(|run| run.path().join("lock"));
+    let numbers: Vec<String> = files.filter_map(|file| Some(format!(":{} ", file.metadata().ok()?.ino()))).collect();
+    let held = std::fs::read_to_string("/proc/locks").unwrap();
+    held.lines().filter(|line| numbers.iter().any(|number| line.contains(number))).map(ToOwned::to_owned).collect()
+}
+
 /// Kills every process of a [`TestEnv`], as when its container is stopped.
 pub fn kill_all(env: &TestEnv) {
     // The processes of `tf` are stopped first, because they would notice the end of the others. A shell may start a
@@ -111,11 +121,17 @@ pub fn kill_all(env: &TestEnv) {
     for pid in &all {
         let _ = kill(*pid, Signal::SIGKILL);
     }
-    // A process that is exiting no longer has an environment, but may still hold its file locks.
     for pid in &all {
         wait_until_gone(env, *pid);
     }
     wait_until_all_is_gone(env);
+    // A process that was exiting when the list was made has no environment, so it is not in the list, but it may still
+    // hold its file locks.
+    wait_for(
+        "the end of all file locks",
+        || held_locks(env).is_empty().then_some(()),
+        || format!("{:?}", held_locks(env)),
+    );
 }
 
 /// Waits until no `tf` and no guardian of a [`TestEnv`] is running.
