@@ -20,6 +20,7 @@ use crate::journal::history::{By, LockEvent, What};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
+use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, IdentifiedLock, ReleaseContext, SERVICE_TIMEOUT};
 use crate::terraform::lock_info::LockInfo;
@@ -53,7 +54,8 @@ impl CandidateLocks {
         died: bool,
         waiter: &mut Waiter<'_>,
     ) -> Self {
-        let mut locks = Self { named: log.unreleased().cloned().collect(), ..Self::default() };
+        let mut locks = Self::default();
+        locks.named.extend(log.unreleased().cloned());
         let _there = Within::enter(&candidates.working_directory);
         // A terraform that exited by itself has received the response to its request. If it had been granted the lock,
         // its log would show that it continued. So a lock that was only requested is not looked for.
@@ -332,21 +334,10 @@ pub(crate) fn remember_pending(
     recent: bool,
     pending_requests: Option<&PendingRequests>,
 ) -> Vec<String> {
-    let late = results.iter().filter(|results| results.may_still_come);
-    late.filter_map(|ReleaseResult { lock, outcome, .. }| {
-        let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
-        if !recent && !excluded {
-            return None;
-        }
-        // If terraform did not get the lock, the table most likely never existed. If terraform held the lock in the
-        // table, the table may be restored.
-        let abandoned = excluded && lock.progress.held.is_none();
-        keep(
-            pending_requests,
-            PendingRequest { abandoned, unseen: excluded, ..PendingRequest::new(lock, &release_context.run) },
-        )
-    })
-    .collect()
+    let late = results.iter().filter(|result| result.may_still_come);
+    late.filter_map(|result| pending(result, &release_context.run, recent))
+        .filter_map(|request| keep(pending_requests, request))
+        .collect()
 }
 
 /// Returns the locks of `results` whose requests may still land although their terraform exited by itself, with an
@@ -394,17 +385,34 @@ pub(crate) fn remember_abandoned<'a>(
     pending_requests: Option<&PendingRequests>,
 ) -> Vec<String> {
     results
-        .filter_map(|ReleaseResult { lock, outcome, .. }| {
-            let unseen =
-                matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
-            // This check got no response just now. So for 5 min, no `tf` checks again before it starts terraform.
-            let tried = unseen.then(Timestamp::now);
-            keep(
-                pending_requests,
-                PendingRequest { abandoned: true, unseen, tried, ..PendingRequest::new(lock, &release_context.run) },
-            )
-        })
+        .map(|result| abandoned(result, &release_context.run))
+        .filter_map(|request| keep(pending_requests, request))
         .collect()
+}
+
+/// Returns the pending request for a lock that may still appear. For `recent`, see [`remember_pending`]. `None` if it need
+/// not be checked.
+fn pending(ReleaseResult { lock, outcome, .. }: &ReleaseResult, run: &Run, recent: bool) -> Option<PendingRequest> {
+    let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
+    if !recent && !excluded {
+        return None;
+    }
+    let mut request = PendingRequest::new(lock, run);
+    // If terraform did not get the lock, the table most likely never existed. If terraform held the lock in the table,
+    // the table may be restored.
+    request.abandoned = excluded && lock.progress.held.is_none();
+    request.unseen = excluded;
+    Some(request)
+}
+
+/// Returns the pending request for a lock that was most likely refused.
+fn abandoned(ReleaseResult { lock, outcome, .. }: &ReleaseResult, run: &Run) -> PendingRequest {
+    let mut request = PendingRequest::new(lock, run);
+    request.abandoned = true;
+    request.unseen = matches!(outcome, Some(Outcome::Kept { because: Because::NoAnswer | Because::NoCredentials, .. }));
+    // This check got no response just now. So for 5 min, no `tf` checks again before it starts terraform.
+    request.tried = request.unseen.then(Timestamp::now);
+    request
 }
 
 /// Writes `pending` to disk. Returns the ID of its lock. `None` if the write failed or there is no state directory.
@@ -479,6 +487,45 @@ mod tests {
         log.named().next().unwrap().clone()
     }
     use crate::terraform::log::LockParts;
+
+    fn run() -> Run {
+        Run::recorded("anna@host", "2026-11-23T01:46:00Z".parse().unwrap(), &Log::default())
+    }
+
+    #[test]
+    fn a_request_that_may_land_is_pending_and_one_without_a_table_was_most_likely_refused() {
+        for excluded in [false, true] {
+            for recent in [false, true] {
+                for held in [false, true] {
+                    let mut lock = lock_that_was_asked_for();
+                    lock.progress.held = held.then_some(lock.progress.asked);
+                    let outcome = Some(Outcome::Absent { anothers: None, excluded });
+                    let result = ReleaseResult { lock, outcome, may_exist: true, may_still_come: true };
+                    let found = pending(&result, &run(), recent);
+                    let found = found.map(|pending| (pending.abandoned, pending.unseen, pending.tried));
+                    let expected = (recent || excluded).then_some((excluded && !held, excluded, None));
+                    assert_eq!(found, expected, "{excluded} {recent} {held}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_abandoned_request_that_nobody_could_look_for_is_not_looked_for_again_at_once() {
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
+        for (outcome, unseen) in [
+            (None, false),
+            (Some(Outcome::Absent { anothers: None, excluded: false }), false),
+            (kept(Because::NoAnswer), true),
+            (kept(Because::NoCredentials), true),
+            (kept(Because::Doubt), false),
+        ] {
+            let result =
+                ReleaseResult { lock: lock_that_was_asked_for(), outcome, may_exist: false, may_still_come: false };
+            let found = abandoned(&result, &run());
+            assert_eq!((found.abandoned, found.unseen, found.tried.is_some()), (true, unseen, unseen), "{result:?}");
+        }
+    }
 
     #[test]
     fn only_an_unlock_that_was_begun_and_whose_answer_is_never_logged_is_expected_to_have_worked() {

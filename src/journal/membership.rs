@@ -227,6 +227,19 @@ mod tests {
         assert_eq!(classify(&[child], &unknown, None), [Membership::Unknown]);
     }
 
+    /// In a container, init may be in the session of its shell.
+    #[test]
+    fn an_orphan_of_an_init_in_the_same_session_is_in_doubt() {
+        for (parent, expected) in [(1, Membership::Unknown), (SHELL, Membership::Other)] {
+            let all = [
+                (process(1, 0, 1, SHELL, 1), ProcessMark::Unreadable),
+                (process(SHELL, 1, SHELL, SHELL, 500), ProcessMark::Unmarked),
+                (process(200, parent, 200, SHELL, 1500), ProcessMark::Unreadable),
+            ];
+            assert_eq!(classify(&all, &identity(), None)[2], expected, "{parent}");
+        }
+    }
+
     #[test]
     fn what_survived_is_known_by_number_and_start() {
         for (start, expected) in [(1500, Membership::Member), (1501, Membership::Other)] {

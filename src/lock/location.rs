@@ -158,6 +158,60 @@ mod tests {
     }
 
     #[test]
+    fn the_item_is_released_before_the_object() {
+        let stores = Stores::offline("eu-west-1");
+        for (table, lock_file, expected) in [
+            (Some("locks"), true, vec!["DynamoDB", "S3"]),
+            (Some("locks"), false, vec!["DynamoDB"]),
+            (None, true, vec!["S3"]),
+            (None, false, vec![]),
+        ] {
+            let location = LockLocation {
+                backend: directory("{}").backend.unwrap(),
+                bucket: "bkt".into(),
+                key: "dir/prod.tfstate".into(),
+                table: table.map(ToOwned::to_owned),
+                lock_file,
+            };
+            let store_keys = location.store_keys(&stores);
+            assert_eq!(store_keys.iter().map(StoreKey::service).collect::<Vec<_>>(), expected);
+            assert!(store_keys.iter().all(|key| key.path() == "bkt/dir/prod.tfstate"), "{store_keys:?}");
+        }
+    }
+
+    #[test]
+    fn a_lock_without_a_name_is_where_its_object_or_its_workspace_is() {
+        let progress = crate::terraform::logged_lock::Progress::asked("2026-11-23T01:46:07Z".parse().unwrap());
+        let unnamed = |identity| UnnamedLock { identity, progress };
+        let object = |bucket: &str| {
+            unnamed(LockIdentity::Object {
+                bucket: bucket.into(),
+                key: "dir/green/prod.tfstate".into(),
+                checksum: None,
+            })
+        };
+        let workspace = |name: &str| unnamed(LockIdentity::Workspace(name.into()));
+        let s3 = directory(r#"{"bucket":"bkt","key":"prod.tfstate","workspace_key_prefix":"dir"}"#);
+        let gcs = DataDirectory {
+            backend: CachedBackend::parse(
+                br#"{"version":3,"backend":{"type":"gcs","config":{"bucket":"bkt","key":"prod.tfstate"}}}"#,
+            ),
+            workspace: "default".into(),
+        };
+        for (lock, expected) in [
+            (object("bkt"), vec!["bkt/dir/green/prod.tfstate"]),
+            (object("other"), vec![]),
+            (workspace("default"), vec!["bkt/prod.tfstate"]),
+            (workspace("green"), vec!["bkt/dir/green/prod.tfstate"]),
+        ] {
+            let locations = find_unnamed(&lock, &[&s3, &gcs], Workspaces::Any);
+            assert_eq!(locations.iter().map(LockLocation::lock_path).collect::<Vec<_>>(), expected, "{lock:?}");
+        }
+        let none = find_unnamed(&object("bkt"), &[&s3], Workspaces::These(&default()));
+        assert!(none.is_empty(), "the run cannot have used that workspace");
+    }
+
+    #[test]
     fn a_record_that_fits_no_backend_has_no_place() {
         for config in [
             r#"{"bucket":"other","key":"dir/prod.tfstate","dynamodb_table":"locks"}"#,

@@ -339,6 +339,16 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_lock_without_a_name_that_was_granted_at_the_second_attempt_is_a_doubt() {
+        let in_time = LockInfo { created: "2026-11-23T01:46:07.5941Z".into(), ..stored() };
+        for (granted, ours) in [("2026-11-23T01:46:08.494Z", true), ("2026-11-23T01:46:08.495Z", false)] {
+            let mut unnamed = unnamed(None);
+            unnamed.progress.held = Some(granted.parse().unwrap());
+            assert_eq!(judge_unnamed(&unnamed, &in_time, "text", &run(), true) == Match::Ours, ours, "{granted}");
+        }
+    }
+
     /// The log shows nothing but the request if OpenTofu up to 1.10 is killed between its lock request and its next log
     /// record.
     #[test]
@@ -347,6 +357,8 @@ mod tests {
         asked_for.progress.held = None;
         for (created, who, version, doubt) in [
             ("2026-11-23T01:46:07.580Z", "root@vm", "1.11.4", false),
+            ("2026-11-23T01:46:07.592Z", "root@vm", "1.11.4", false),
+            ("2026-11-23T01:46:07.593Z", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.594Z", "root@vm", "1.11.4", true),
             ("2026-11-23T01:46:07.600Z", "root@vm", "1.11.4", true),
             // On a busy machine, the run's own lock is created later. The lock of another run that took it in the

@@ -39,7 +39,7 @@ struct PlaceEvidence {
 impl PlaceEvidence {
     async fn gather(location: &LockLocation, stores: &Stores) -> Self {
         let bucket = is_aws(&address(location, stores).await.unwrap_or_default());
-        let Some(table) = &location.table else { return Self { bucket, ..Self::default() } };
+        let Some(table) = &location.table else { return Self { bucket, arn: false, digest: false } };
         let arn = table.starts_with("arn:");
         // The digest is compared only if it can decide: it proves something only if `bucket` is true, and the
         // comparison must read the whole state.

@@ -146,6 +146,17 @@ impl Stores {
         Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
     }
 
+    /// Returns clients without credentials.
+    #[cfg(test)]
+    pub(crate) fn offline(region: &str) -> Self {
+        let config = aws_config::SdkConfig::builder().behavior_version(aws_config::BehaviorVersion::latest()).build();
+        Self {
+            dynamodb: aws_sdk_dynamodb::Client::new(&config),
+            s3: aws_sdk_s3::Client::new(&config),
+            region: region.to_owned(),
+        }
+    }
+
     /// Returns the region that both clients use.
     pub(crate) fn region(&self) -> &str {
         &self.region

@@ -308,6 +308,26 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_the_run_says_what_terraform_got() {
+        for timeout in [None, Some(ms(30))] {
+            for events in sequences(4) {
+                let mut stop = Stop::new(false, timeout);
+                let effects = play(&mut stop, &events, ms(20));
+                let killed = effects.iter().find_map(|effect| match effect {
+                    Effect::Kill(why) => Some(*why),
+                    _ => None,
+                });
+                // Terraform got these from somebody else.
+                let others = [StopEvent::KeyboardAtTerraform, StopEvent::RequestToAll];
+                let interrupted = interrupts(&effects) > 0 || events.iter().any(|event| others.contains(event));
+                let end = stop.end_of_run(None, false);
+                assert_eq!((end.killed, end.interrupted), (killed, interrupted), "{events:?}: {effects:?}");
+                assert!(!end.forced || killed.is_some() || interrupts(&effects) > 1 || interrupted, "{events:?}");
+            }
+        }
+    }
+
+    #[test]
     fn what_terraform_got_itself_is_not_sent_again() {
         for events in sequences(4) {
             if matches!(events[0], StopEvent::KeyboardAtTerraform | StopEvent::RequestToAll)
