@@ -669,9 +669,10 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
         sleep(POLL_INTERVAL).await;
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
-            // Continue after a failed read: the next successful read shows every change since the last one.
+            // Continue after a failed read. The wait begins anew with the next successful one.
             Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {
                 trace!("not seen: {failure}");
+                wait.miss();
                 continue;
             }
             Err(failure) => return Err(failure),

@@ -231,12 +231,22 @@ impl Look {
     }
 }
 
-/// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`].
+/// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
+/// away, and the SDK may have repeated the request until it was back.
+const MAX_READ_GAP: Duration = Duration::from_secs(5);
+
+/// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`], and the service
+/// could be reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
+/// sends it some seconds after the network is back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QuietWait {
     last: Look,
-    /// When the last change was seen, counted from the begin of the wait.
+    /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
+    /// When the last read was completed.
+    read: Duration,
+    /// Whether a read has failed since then.
+    has_failed: bool,
     write: Write,
 }
 
@@ -256,7 +266,12 @@ pub(crate) enum QuietStep {
 impl QuietWait {
     /// Begins the wait. `first` is the first read.
     pub(crate) fn begin(first: Look) -> Self {
-        Self { last: first, since: Duration::ZERO, write: Write::Quiet }
+        Self { last: first, since: Duration::ZERO, read: Duration::ZERO, has_failed: false, write: Write::Quiet }
+    }
+
+    /// Takes note of a read that failed.
+    pub(crate) fn miss(&mut self) {
+        self.has_failed = true;
     }
 
     /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait.
@@ -264,6 +279,10 @@ impl QuietWait {
         if !now.holds && !self.last.holds {
             return QuietStep::Gone;
         }
+        if std::mem::take(&mut self.has_failed) || elapsed.saturating_sub(self.read) > MAX_READ_GAP {
+            self.since = elapsed;
+        }
+        self.read = elapsed;
         if now == self.last {
             let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
             return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };
@@ -350,23 +369,56 @@ mod tests {
         assert!(!seen(None, theirs).holds);
     }
 
+    const MILLISECOND: Duration = Duration::from_millis(1);
+
+    /// Reads the same once a second after `from`, and then at `to`. Returns the last step. All others must be
+    /// [`QuietStep::Wait`].
+    fn see_until(wait: &mut QuietWait, same: &Look, from: Duration, to: Duration) -> QuietStep {
+        let mut at = from + Duration::from_secs(1);
+        while at < to {
+            assert_eq!(wait.see(same.clone(), at), QuietStep::Wait, "{at:?}");
+            at += Duration::from_secs(1);
+        }
+        wait.see(same.clone(), to)
+    }
+
     #[test]
     fn the_wait_ends_when_nothing_has_changed_for_the_whole_window() {
-        let same = || look("s", "l", true);
-        let just_before = QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
-        let mut wait = QuietWait::begin(same());
-        assert_eq!(wait.see(same(), just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same(), QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+        let same = look("s", "l", true);
+        let mut wait = QuietWait::begin(same.clone());
+        let just_before = QUIET_WINDOW.saturating_sub(MILLISECOND);
+        assert_eq!(see_until(&mut wait, &same, Duration::ZERO, just_before), QuietStep::Wait);
+        assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+    }
+
+    /// While the network is away, the kernel holds back what the dead terraform has sent.
+    #[test]
+    fn an_outage_begins_the_window_anew() {
+        let same = look("s", "l", true);
+        let at = Duration::from_secs(9);
+        for (fails, next) in [(true, at + MILLISECOND), (false, at + MAX_READ_GAP + MILLISECOND), (true, at * 2)] {
+            let mut wait = QuietWait::begin(same.clone());
+            assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at), QuietStep::Wait);
+            if fails {
+                wait.miss();
+            }
+            assert_eq!(wait.see(same.clone(), next), QuietStep::Wait);
+            let just_before = next + QUIET_WINDOW.saturating_sub(MILLISECOND);
+            assert_eq!(see_until(&mut wait, &same, next, just_before), QuietStep::Wait, "{fails} {next:?}");
+            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+        }
     }
 
     #[test]
     fn each_change_begins_the_window_anew_and_a_change_of_the_state_is_a_write() {
+        let same = look("s", "l", true);
         for (changed, write) in [(look("t", "l", true), Write::Landed), (look("s", "m", true), Write::Quiet)] {
-            let mut wait = QuietWait::begin(look("s", "l", true));
-            let at = QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
+            let mut wait = QuietWait::begin(same.clone());
+            let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
+            assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at.saturating_sub(MILLISECOND)), QuietStep::Wait);
             assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
-            let just_before = at + QUIET_WINDOW.saturating_sub(Duration::from_millis(1));
-            assert_eq!(wait.see(changed.clone(), just_before), QuietStep::Wait);
+            let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
+            assert_eq!(see_until(&mut wait, &changed, at, just_before), QuietStep::Wait);
             assert_eq!(wait.see(changed, at + QUIET_WINDOW), QuietStep::Quiet(write));
         }
     }
@@ -377,8 +429,10 @@ mod tests {
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
         let mut wait = QuietWait::begin(look("s", "-", false));
-        assert_eq!(wait.see(look("s", "l", true), QUIET_WINDOW), QuietStep::Changed, "it is there again");
-        assert_eq!(wait.see(look("s", "l", true), QUIET_WINDOW * 2), QuietStep::Quiet(Write::Quiet));
+        let there = look("s", "l", true);
+        assert_eq!(wait.see(there.clone(), MILLISECOND), QuietStep::Changed, "it is there again");
+        let step = see_until(&mut wait, &there, MILLISECOND, QUIET_WINDOW + MILLISECOND);
+        assert_eq!(step, QuietStep::Quiet(Write::Quiet));
     }
 
     /// Returns every result that a part can have.

@@ -8,7 +8,6 @@
 //! The decisions are those of the program. This file only says which facts a process sees at each step.
 
 use std::fmt;
-use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -391,6 +390,13 @@ impl State {
     /// lock back does not count: terraform has left it on purpose.
     fn may_write(&self) -> bool {
         self.terraform.is_alive() || self.child.is_alive() || self.network.write
+    }
+
+    /// Whether a process looks for those that have left the group: `tf` while terraform is running and while it ends the
+    /// rest of its tree, and its guardian after the death of `tf`.
+    fn tree_is_watched(&self) -> bool {
+        let watches = |cleaner| matches!(cleaner, Cleaner::Watch | Cleaner::EndTree);
+        watches(self.tf) || (!self.tf.is_alive() && watches(self.guardian))
     }
 
     /// Whether nothing of the run is alive or in flight.
@@ -877,7 +883,10 @@ impl Protocol {
         let release = Self::release(state, who)?;
         let At::Quiet(last_store, last_writes) = release.at else { return None };
         let mut wait = QuietWait::begin(look(last_store, last_writes));
-        match wait.see(now, QUIET_WINDOW + Duration::from_millis(1)) {
+        // The service is read more often than the network could have been away.
+        let times = [QUIET_WINDOW / 3, QUIET_WINDOW * 2 / 3, QUIET_WINDOW];
+        let mut seen = times.into_iter().map(|elapsed| wait.see(now.clone(), elapsed));
+        match seen.find(|step| *step != QuietStep::Wait).unwrap_or(QuietStep::Wait) {
             QuietStep::Wait | QuietStep::Changed => release.at = At::Quiet(store, writes),
             step => {
                 release.is_quiet = matches!(step, QuietStep::Quiet(_));
@@ -950,6 +959,8 @@ impl Protocol {
                 }
                 if log.may_hold() { Cleaner::EndTree } else { Cleaner::Close(None) }
             }
+            // By the same assumption, the guardian has seen it before it ends the tree.
+            Cleaner::EndTree if who == Who::Guardian && state.child == Child::Left => return None,
             Cleaner::EndTree => self.end_tree(state, who, facts(state).died),
             Cleaner::Step(step, _, result) if step == ORDER.len() => Cleaner::Close(result),
             Cleaner::Step(step, release, result) => match ORDER[step] {
@@ -1277,13 +1288,13 @@ impl Protocol {
             }
             Action::ChildLeaves => {
                 let leaves = matches!(self.setup.child, ChildKind::Detached | ChildKind::Untouchable);
-                if !leaves || state.child != Child::Inside || state.tf != Cleaner::Watch {
+                if !leaves || state.child != Child::Inside || !state.tree_is_watched() {
                     return None;
                 }
                 state.child = Child::Left;
             }
             Action::ChildIsRecorded => {
-                if state.child != Child::Left || state.tf != Cleaner::Watch {
+                if state.child != Child::Left || !state.tree_is_watched() {
                     return None;
                 }
                 state.child = Child::Recorded;
@@ -1333,8 +1344,8 @@ impl Protocol {
     }
 
     fn kill(&self, state: &mut State, victim: Victim) -> Option<()> {
-        // Assumption: `tf` and terraform are not killed in the moment in which a process leaves the group and `tf` has
-        // not seen that yet.
+        // Assumption: `tf`, its guardian and terraform are not killed in the moment in which a process leaves the group and
+        // neither of the first two has seen that yet.
         let is_unseen = state.child == Child::Left;
         let who = match victim {
             Victim::Terraform => {
@@ -1352,7 +1363,7 @@ impl Protocol {
                 return state.kill();
             }
             Victim::Tf if state.tf.is_alive() && !is_unseen => Who::Tf,
-            Victim::Guardian if state.guardian.is_alive() => Who::Guardian,
+            Victim::Guardian if state.guardian.is_alive() && (!is_unseen || state.tf.is_alive()) => Who::Guardian,
             Victim::Next if state.next != Next::None => Who::Next,
             _ => return None,
         };
