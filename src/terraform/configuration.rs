@@ -12,7 +12,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use hcl::eval::{Context, Evaluate};
-use hcl::{Body, Expression};
+use hcl::expr::ObjectKey;
+use hcl::template::Element;
+use hcl::{Body, Expression, Template};
 use serde_json::{Map, Value};
 
 use super::backend::CachedBackend;
@@ -108,9 +110,33 @@ fn attributes(body: &Body) -> Map<String, Value> {
     body.attributes().filter_map(|attribute| Some((attribute.key.to_string(), value(&attribute.expr)?))).collect()
 }
 
-/// Returns the value of an expression. `None` if it cannot be evaluated without variables.
+/// Returns the value of an expression. `None` if it is not a literal, or a template, a list or an object of literals.
+/// Other expressions are not evaluated: a comprehension may take any time, and a division by zero panics.
 fn value(expression: &Expression) -> Option<Value> {
-    serde_json::to_value(expression.evaluate(&Context::new()).ok()?).ok()
+    is_literal(expression).then(|| serde_json::to_value(expression.evaluate(&Context::new()).ok()?).ok())?
+}
+
+fn is_literal(expression: &Expression) -> bool {
+    match expression {
+        Expression::Null | Expression::Bool(_) | Expression::Number(_) | Expression::String(_) => true,
+        Expression::Array(list) => list.iter().all(is_literal),
+        Expression::Object(object) => object.iter().all(|(key, value)| {
+            let is_name = match key {
+                ObjectKey::Expression(key) => is_literal(key),
+                _ => true,
+            };
+            is_name && is_literal(value)
+        }),
+        Expression::TemplateExpr(template) => Template::from_expr(template).is_ok_and(|template| {
+            template.elements().iter().all(|element| match element {
+                Element::Literal(_) => true,
+                Element::Interpolation(interpolation) => is_literal(&interpolation.expr),
+                Element::Directive(_) => false,
+            })
+        }),
+        Expression::Parenthesis(inner) => is_literal(inner),
+        _ => false,
+    }
 }
 
 /// Returns the attributes of one `-backend-config`, which is `NAME=VALUE` or the path of a file in HCL or JSON
@@ -166,6 +192,34 @@ mod tests {
         }
         resource "null_resource" "a" { triggers = { x = var.y } }
     "#;
+
+    #[test]
+    fn only_literals_are_evaluated() {
+        for (text, expected) in [
+            (r#"["a", "b${"c"}", 1, true, null]"#, serde_json::json!(["a", "bc", 1, true, null])),
+            (r#"{ a = ("x"), "b" = { c = [] } }"#, serde_json::json!({ "a": "x", "b": { "c": [] } })),
+        ] {
+            assert_eq!(of_text("x", text), expected, "{text}");
+        }
+        let ten = "[0,1,2,3,4,5,6,7,8,9]";
+        let nested = (0..40).fold("1".to_owned(), |inner, _| format!("[for a in {ten} : {inner}]"));
+        let nested = format!("[{nested}]");
+        for text in [
+            "[1 % 0]",
+            "[1 / 0]",
+            "[9223372036854775807 + 1]",
+            "[-9223372036854775808 * 2]",
+            "[var.a]",
+            "[upper(\"a\")]",
+            "[true ? 1 : 2]",
+            "[\"%{ if true }a%{ endif }\"]",
+            "[\"${1 % 0}\"]",
+            "{ (1 % 0) = 1 }",
+            nested.as_str(),
+        ] {
+            assert_eq!(of_text("x", text), Value::from(text), "{text}");
+        }
+    }
 
     #[test]
     fn the_block_is_read_with_its_literals() {
@@ -225,7 +279,8 @@ mod tests {
         let block = "terraform {\n  backend \"s3\" {\n    bucket = \"b\"\n    key = \"a${1 + 2}\"\n    \
                      endpoints = { s3 = \"http://x\" }\n    list = [1, \"two\", [3]]\n  }\n}\n";
         let json = r#"{"terraform": [{"backend": {"s3": {"bucket": "b", "list": [1, [2]]}}}]}"#;
-        let strategy = (changed_text(block), changed_text(json), changed_text("[{a = \"b\"}, true, 7]"));
+        let strategy =
+            (changed_text(block), changed_text(json), changed_text("[{a = \"b\"}, true, 7 % 2, [for x in [1] : x]]"));
         crate::generated_input::for_all(file!(), &strategy, |(block, json, value)| {
             let _ = in_hcl(&block);
             let _ = serde_json::from_str(&json).ok().and_then(|json| in_json(&json));

@@ -148,9 +148,9 @@ impl Log {
     /// Parses the next bytes of the log.
     pub(crate) fn read(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
-            if self.partial.len() < MAX_LINE_BYTES {
-                self.partial.extend_from_slice(piece);
-            }
+            // In whatever pieces a line comes, the same part of it is kept.
+            let room = MAX_LINE_BYTES - self.partial.len();
+            self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
             self.unfinished += piece.len() as u64;
             if piece.ends_with(b"\n") {
                 let length = std::mem::take(&mut self.unfinished);
@@ -888,6 +888,25 @@ pub(crate) mod tests {
             [("-lock=false", true), ("--lock=0", true), ("-lock=true", false), ("-lock-timeout=0", false)]
         {
             assert_eq!(log(&line(word)).locking_disabled, disabled, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_long_line_means_the_same_in_whatever_pieces_it_comes() {
+        for words in [10, 6000, 7200, 8000, 9000] {
+            let line = format!(
+                "2026-11-23T01:46:07.5Z [INFO]  CLI command args: []string{{\"plan\", {}\"-lock=false\"}}\n",
+                "\"-target\", ".repeat(words),
+            );
+            let whole = log(&line);
+            assert_eq!(whole.locking_disabled, line.len() <= MAX_LINE_BYTES, "{}", line.len());
+            for at in [1, line.len() / 3, MAX_LINE_BYTES - 1, MAX_LINE_BYTES, line.len() - 1] {
+                let at = at.min(line.len());
+                let mut pieces = Log::default();
+                pieces.read(&line.as_bytes()[..at]);
+                pieces.read(&line.as_bytes()[at..]);
+                assert_eq!(json(&pieces), json(&whole), "cut at {at} of {}", line.len());
+            }
         }
     }
 

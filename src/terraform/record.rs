@@ -63,7 +63,7 @@ impl<'a> LogRecord<'a> {
     /// Returns the value of the field `name`. `None` if the record has no such field, or more than one.
     pub(crate) fn field(&self, name: &str) -> Option<String> {
         let mut found = None;
-        for (key, value) in Fields(self.fields) {
+        for (key, value) in (Fields { rest: self.fields, only_escaped: false }) {
             if key == name && found.replace(value).is_some() {
                 return None;
             }
@@ -75,7 +75,12 @@ impl<'a> LogRecord<'a> {
 /// Iterates over the `key=value` pairs of a record (go-hclog, intlogger.go, `logPlain`). A value is quoted if it
 /// contains any character outside the range `-` to `~`. A value with a newline has its own lines, each with the prefix
 /// `  | `.
-struct Fields<'a>(&'a str);
+struct Fields<'a> {
+    rest: &'a str,
+    /// Whether no quote in `rest` is known to close a value for certain. Then no later value is searched to its end for
+    /// one, which would take quadratic time.
+    only_escaped: bool,
+}
 
 /// The prefix of each line of a value that contains a newline.
 const INDENT: &str = "  | ";
@@ -84,24 +89,25 @@ impl<'a> Iterator for Fields<'a> {
     type Item = (&'a str, String);
 
     fn next(&mut self) -> Option<Self::Item> {
-        let text = self.0.trim_start_matches([' ', '\n']);
+        let text = self.rest.trim_start_matches([' ', '\n']);
         let (key, rest) = text.split_once('=')?;
         if key.contains([' ', '\n']) {
-            self.0 = "";
+            self.rest = "";
             return None;
         }
         if let Some(lines) = rest.strip_prefix('\n') {
             let (value, rest) = indented(lines);
-            self.0 = rest;
+            self.rest = rest;
             return Some((key, value));
         }
         if let Some(quoted) = rest.strip_prefix('"') {
-            let end = end_of_quoted(quoted)?;
-            self.0 = &quoted[end + 1..];
+            let (end, is_escaped) = end_of_quoted(quoted, self.only_escaped)?;
+            self.only_escaped |= is_escaped;
+            self.rest = &quoted[end + 1..];
             return Some((key, unescape(&quoted[..end], true)));
         }
         let end = rest.find([' ', '\n']).unwrap_or(rest.len());
-        self.0 = &rest[end..];
+        self.rest = &rest[end..];
         Some((key, rest[..end].to_owned()))
     }
 }
@@ -122,14 +128,22 @@ fn indented(text: &str) -> (String, &str) {
     }
 }
 
-/// Returns the position of the quote that closes a value. `None` if no quote closes it. hclog does not escape
-/// backslashes. So if a value ends with a backslash, its closing quote looks like an escaped quote, and only the text
-/// after the quote shows which of the two it is.
-fn end_of_quoted(text: &str) -> Option<usize> {
-    let closing: Vec<usize> =
-        text.match_indices('"').map(|(at, _)| at).filter(|&at| is_between_fields(&text[at + 1..])).collect();
-    let escaped = |at: usize| text[..at].ends_with('\\');
-    closing.iter().copied().find(|&at| !escaped(at)).or_else(|| closing.first().copied())
+/// Returns the position of the quote that closes a value, and whether a backslash is before it. `None` if no quote closes
+/// it. hclog does not escape backslashes. So if a value ends with a backslash, its closing quote looks like an escaped
+/// quote, and only the text after the quote shows which of the two it is. With `only_escaped`, no other quote is
+/// searched for.
+fn end_of_quoted(text: &str, only_escaped: bool) -> Option<(usize, bool)> {
+    let mut first_escaped = None;
+    for (at, _) in text.match_indices('"').filter(|(at, _)| is_between_fields(&text[at + 1..])) {
+        if !text[..at].ends_with('\\') {
+            return Some((at, false));
+        }
+        if only_escaped {
+            return Some((at, true));
+        }
+        first_escaped.get_or_insert(at);
+    }
+    first_escaped.map(|at| (at, true))
 }
 
 /// Whether a value can end directly before `text`: the record ends there, or another field begins there.
@@ -207,6 +221,19 @@ mod tests {
         assert_eq!(record.field("tf_backend.lock.path").unwrap(), "a b/c \"d\" tf_backend.lock.id=x");
         assert_eq!(record.field("tf_backend.req_id").unwrap(), "r");
         assert_eq!(record.field("id"), None);
+    }
+
+    /// If each value were searched to the end of the record for a better quote, this would take minutes.
+    #[test]
+    fn a_record_of_thousands_of_values_is_read_at_once() {
+        for value in ["\"x\\\"", "\"x\"", "\"\\\""] {
+            let fields: String = (0..8000).fold(String::new(), |text, number| text + &format!(" f{number}={value}"));
+            let line = format!("2026-11-23T01:46:07.593Z [INFO]  backend-s3: m:{fields}");
+            let record = LogRecord::parse(&line).unwrap();
+            let expected = value[1..value.len() - 1].to_owned();
+            assert_eq!(record.field("f0"), Some(expected.clone()), "{value}");
+            assert_eq!(record.field("f7999"), Some(expected), "{value}");
+        }
     }
 
     #[test]
