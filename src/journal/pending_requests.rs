@@ -35,6 +35,9 @@ pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 /// How long a pending request is stored if the service has never responded to a read of the lock.
 const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
 
+/// The largest file that is read. A larger one is never written.
+const MAX_BYTES: u64 = 1 << 20;
+
 /// A lock request that may still land.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct PendingRequest {
@@ -155,7 +158,11 @@ impl PendingRequests {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let record = pending.record.clone().or_else(|| self.record.clone());
-        let text = serde_json::to_vec(&PendingRequest { record, ..pending.clone() })?;
+        let mut text = serde_json::to_vec(&PendingRequest { record, ..pending.clone() })?;
+        if text.len() as u64 > MAX_BYTES {
+            // Without the record, only a `tf` in the same directory finds the lock.
+            text = serde_json::to_vec(&PendingRequest { record: None, ..pending.clone() })?;
+        }
         trace!("pending request of lock {}", pending.lock.id);
         replace(&self.path(&pending.lock.id), &text, Durability::PowerLoss)
     }
@@ -170,7 +177,7 @@ fn read_one(path: &Path) -> Option<PendingRequest> {
         return None;
     }
     let file = open_private(OpenOptions::new().read(true), path).ok()?;
-    if file.metadata().ok()?.len() > 1 << 16 {
+    if file.metadata().ok()?.len() > MAX_BYTES {
         return None;
     }
     let pending: PendingRequest = serde_json::from_reader(file).ok()?;

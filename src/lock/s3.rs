@@ -16,7 +16,7 @@ use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
 use md5::{Digest, Md5};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::deleted::Deleted;
 use crate::aws::failure::{Failure, NoAnswer};
@@ -121,15 +121,23 @@ impl Intercept for CustomerKey {
 /// Returns a [`Failure`] if the request fails, if S3 cannot have sent the response, or if the body does not arrive
 /// within [`body_timeout`].
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
-    let Some(answer) = get(client, bucket, key).await? else { return Ok(None) };
+    let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
     let etag = answer.e_tag.clone();
     let length = length(answer.content_length);
+    let too_large = |length| Ok(Some(Object { body: String::new(), length, etag: etag.clone() }));
     if let Some(length) = length.filter(|length| *length > MAX_LOCK_BYTES) {
         // An object of this size is not a lock. Its body is not read, because it may be arbitrarily large.
-        return Ok(Some(Object { body: String::new(), length, etag }));
+        return too_large(length);
     }
-    let body = timeout(body_timeout(length), answer.body.collect()).await.map_err(|_| slow_body())?;
-    let body = body.map_err(|error| Failure::no_answer("S3", &error.to_string()))?.into_bytes();
+    let until = Instant::now() + body_timeout(length);
+    let mut body = Vec::new();
+    while let Some(bytes) = timeout_at(until, answer.body.next()).await.map_err(|_| slow_body())? {
+        body.extend_from_slice(&bytes.map_err(|error| Failure::no_answer("S3", &error.to_string()))?);
+        // A response without `Content-Length` does not say how large it is.
+        if body.len() as u64 > MAX_LOCK_BYTES {
+            return too_large(body.len() as u64);
+        }
+    }
     Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
 }
 
