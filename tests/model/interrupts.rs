@@ -48,6 +48,8 @@ pub(crate) struct State {
     ours: u8,
     /// The interrupts that it got from somebody else.
     others: u8,
+    /// Whether terraform got an interrupt of ours although it had one of somebody else, and no person has forced it.
+    is_doubled: bool,
     /// Whether `tf` was killed between its decision to interrupt terraform and the interrupt.
     is_lost: bool,
     killed: Option<Why>,
@@ -78,7 +80,10 @@ impl State {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::InterruptGroup | Effect::InterruptTerraform => self.ours += 1,
+            Effect::InterruptGroup | Effect::InterruptTerraform => {
+                self.ours += 1;
+                self.is_doubled |= self.others > 0 && !self.is_forced();
+            }
             Effect::Kill(why) => self.killed = Some(why),
             Effect::SayStopping(_) | Effect::SayForcing => {}
         }
@@ -89,14 +94,15 @@ impl State {
         self.decided.is_empty() && self.messages.is_empty() && (self.is_tf_alive || self.is_guardian_alone)
     }
 
+    /// A second interrupt makes terraform leave its operation. So only a person may cause it: after a first request of any
+    /// kind, one key shows what a further key does, and that further key does it.
+    fn is_forced(&self) -> bool {
+        self.keys >= 2 && self.events >= 3
+    }
+
     fn holds(&self, model: Interrupts) -> bool {
-        // A second interrupt makes terraform leave its operation. So only a person may cause it: after a first request
-        // of any kind, one key shows what a further key does, and that further key does it.
-        let is_forced = self.keys >= 2 && self.events >= 3;
-        let most = if is_forced { 2 } else { 1 };
-        let is_one = self.ours <= most && (self.others == 0 || is_forced || self.ours + self.others <= 1 + self.others);
-        // Who has already got an interrupt from the service manager gets none of ours.
-        let was_first = self.others == 0 || self.events > 1 || self.ours == 0;
+        let is_forced = self.is_forced();
+        let is_one = self.ours <= if is_forced { 2 } else { 1 };
         let kill_is_asked_for = match self.killed {
             None => true,
             Some(Why::Forced) => is_forced,
@@ -104,7 +110,7 @@ impl State {
         };
         // A terraform whose `tf` was killed is interrupted.
         let is_asked = !self.is_over() || self.is_tf_alive || self.ours + self.others > 0 || self.is_lost;
-        is_one && was_first && kill_is_asked_for && is_asked
+        is_one && !self.is_doubled && kill_is_asked_for && is_asked
     }
 }
 
@@ -125,6 +131,7 @@ impl Model for Interrupts {
             keys: 0,
             ours: 0,
             others: 0,
+            is_doubled: false,
             is_lost: false,
             killed: None,
         }]
@@ -133,6 +140,7 @@ impl Model for Interrupts {
     fn actions(&self, _: &State, actions: &mut Vec<Action>) {
         for event in [
             StopEvent::Keyboard,
+            StopEvent::KeyboardAtTerraform,
             StopEvent::Request,
             StopEvent::RequestToAll,
             StopEvent::ParentGone,
@@ -154,7 +162,8 @@ impl Model for Interrupts {
                 }
                 next.events += 1;
                 next.keys += u8::from(event == StopEvent::Keyboard);
-                next.others += u8::from(event == StopEvent::RequestToAll);
+                let is_others = matches!(event, StopEvent::RequestToAll | StopEvent::KeyboardAtTerraform);
+                next.others += u8::from(is_others);
                 next.decided.extend(next.tf.decide(event, state.now()));
                 next.messages.push_back(event);
             }
