@@ -272,7 +272,8 @@ class Host(Chaos):
         for path, request in self.pending():
             if request is None:
                 yield "file", f"not a pending request: {path.name}"
-            elif (age := age_of(request)) > PENDING_WINDOW:
+            # The last command deleted those whose time was over then, some seconds ago.
+            elif (age := age_of(request)) > PENDING_WINDOW + SETTLE_TIMEOUT:
                 yield "pending", f"pending request {path.name} is {age:.0f} s old"
 
     def pending(self):
