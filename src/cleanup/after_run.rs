@@ -17,7 +17,7 @@ use crate::cleanup::end_of_run::EndOfRun;
 use crate::cleanup::messages;
 use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
-use crate::cleanup::process_tree::{Termination, Tree};
+use crate::cleanup::process_tree::{SurvivorRecord, Termination, Tree};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
@@ -83,7 +83,13 @@ enum Operation {
 /// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree. There is no
 /// grace period if `at_once` is true. If terraform exited by itself, this kills no process, because terraform may have
 /// left a process running on purpose.
-fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut Waiter<'_>) -> Option<Outcome> {
+fn reason_to_keep(
+    tree: &Tree,
+    operation: Operation,
+    at_once: bool,
+    record: &SurvivorRecord<'_>,
+    waiter: &mut Waiter<'_>,
+) -> Option<Outcome> {
     let died = operation == Operation::Died;
     // Another terraform may be running: one that a provisioner started without `tf`, or one whose shim has exited. It
     // writes into the recorder of this run, and may hold a lock that is in the recorder.
@@ -92,12 +98,12 @@ fn reason_to_keep(tree: &Tree, operation: Operation, at_once: bool, waiter: &mut
         let living = tree.living();
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
         if let Some(process) = other {
-            tree.note_survivors(std::slice::from_ref(process));
+            tree.note_survivors(&living);
             return Some(still_running(messages::another_terraform(process), false));
         }
     }
     if died {
-        return match tree.end(waiter, at_once) {
+        return match tree.end(waiter, at_once, record) {
             Termination::Dead(_) => None,
             Termination::Alive(processes) => Some(still_running(messages::still_alive(&processes), true)),
             Termination::LifelineHeld => Some(still_running(messages::LIFELINE_HELD, false)),
@@ -151,6 +157,7 @@ pub(crate) struct AfterRun<'a> {
     /// Whether the log is empty although terraform was started. If so, terraform may have been unable to open the log
     /// file.
     pub(crate) has_no_log: bool,
+    pub(crate) survivor_record: &'a SurvivorRecord<'a>,
 }
 
 /// How a run ended, as far as this is known without a request to a service.
@@ -224,7 +231,7 @@ impl AfterRun<'_> {
                 false if unlock_is_begun(self.log, candidates, waiter) => Operation::Unlocking,
                 false => Operation::Over,
             };
-            reason_to_keep(self.tree, operation, self.end.killed.is_some(), waiter)
+            reason_to_keep(self.tree, operation, self.end.killed.is_some(), self.survivor_record, waiter)
                 .map_or(Permission::Release, Permission::Keep)
         } else {
             Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })

@@ -123,6 +123,16 @@ enum Membership {
     Unknown,
 }
 
+/// Writes processes to the journal that have outlived terraform: pid, and start time in clock ticks since boot. While they
+/// are ended, this process may be killed. Its guardian, or the next `tf`, must then find those that have left terraform's
+/// group and whose parents have exited.
+pub(crate) type SurvivorRecord<'a> = RefCell<dyn FnMut(Vec<(i32, u64)>) + 'a>;
+
+/// Returns the pid and the start time of each process, in clock ticks since boot.
+pub(crate) fn identities<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Vec<(i32, u64)> {
+    processes.into_iter().map(|process| (process.pid.as_raw(), process.start)).collect()
+}
+
 /// The result of killing a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
@@ -198,7 +208,7 @@ impl Tree {
                 && self.membership(process, &below) == Membership::Member
         };
         let outside = below.iter().filter(is_outside).filter(|process| Some(process.pid) != self.terraform);
-        outside.map(|process| (process.pid.as_raw(), process.start)).collect()
+        identities(outside)
     }
 
     /// Adds `processes` (pid, and start time in clock ticks since boot) to the tree. Does nothing except in the
@@ -217,7 +227,7 @@ impl Tree {
 
     /// Records `processes` as the survivors that [`Tree::survivors`] returns.
     pub(crate) fn note_survivors(&self, processes: &[Process]) {
-        *self.survivors.borrow_mut() = processes.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
+        *self.survivors.borrow_mut() = identities(processes);
     }
 
     /// Returns the read end of the lifeline. A process forked from this one must keep it open to observe the tree.
@@ -367,12 +377,13 @@ impl Tree {
     }
 
     /// Kills the remaining processes of the tree of a dead terraform. It sends SIGTERM first, and SIGKILL after a grace
-    /// period. If `at_once` is true, it sends SIGKILL immediately. A ^C at the terminal ends the grace period.
-    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
+    /// period. If `at_once` is true, it sends SIGKILL immediately. A ^C at the terminal ends the grace period. `record`
+    /// gets the processes that are still running, again and again.
+    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool, record: &SurvivorRecord<'_>) -> Termination {
         let fate = match (process::list(), &self.observer) {
             (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
             (ProcessList::Unavailable, Observer::Guardian(_)) => Termination::Unseen,
-            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(waiter, at_once),
+            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(waiter, at_once, record),
         };
         if let Termination::Alive(processes) = &fate {
             self.note_survivors(processes);
@@ -411,7 +422,7 @@ impl Tree {
         }
     }
 
-    fn end_seen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
+    fn end_seen(&self, waiter: &mut Waiter<'_>, at_once: bool, record: &SurvivorRecord<'_>) -> Termination {
         let begun = Instant::now();
         let mut enough = at_once.then_some(Duration::ZERO);
         let mut ended: Vec<Pid> = Vec::new();
@@ -422,6 +433,7 @@ impl Tree {
             }
             self.reap_orphans(&[]);
             let (members, unknown) = self.look();
+            record.borrow_mut()(identities(members.iter().chain(&unknown)));
             let above = matches!(self.observer, Observer::Subreaper);
             let alive = members.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
             if alive == 0 && unknown.is_empty() && self.lifeline_is_closed() {

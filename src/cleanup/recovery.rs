@@ -62,7 +62,7 @@ use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
 use crate::settings::release_is_asked_for;
 use crate::sys::poll;
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
 use crate::sys::terminal::Terminal;
 use crate::sys::{detached, environment, wait};
@@ -836,7 +836,16 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         recorder.leave();
     }
     enter(&record);
-    let (finished, unfinished) = clean_up_after(&record, &journal, &pending_requests, reason.as_deref(), audience);
+    let sent_until = match standpoint {
+        // Terraform was dead when the record was closed.
+        _ if record.over => entry.written_at(),
+        Standpoint::EarlierBoot => process::boot_time(),
+        // The time of the last log record says nothing: terraform may have been frozen since then, or the host asleep,
+        // and it may have sent a request just before it was killed.
+        Standpoint::ThisBoot | Standpoint::Foreign(_) => None,
+    };
+    let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, sent_until };
+    let (finished, unfinished) = clean_up_after(&record, context, reason.as_deref(), audience);
     crash_point::reached("recovery: cleaned up");
     if unfinished.is_empty() {
         entry.take_away();
@@ -850,10 +859,18 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     finished
 }
 
+/// What a recovery knows about a run beside its record.
+#[derive(Clone, Copy)]
+struct CleanUpContext<'a> {
+    journal: &'a Journal,
+    pending_requests: &'a PendingRequests,
+    /// The time after which no process of the run can have sent a request. `None` if that is not known.
+    sent_until: Option<Timestamp>,
+}
+
 fn clean_up_after(
     record: &JournalRecord,
-    journal: &Journal,
-    pending_requests: &PendingRequests,
+    CleanUpContext { journal, pending_requests, sent_until }: CleanUpContext<'_>,
     reason: Option<&str>,
     audience: Audience,
 ) -> (Finished, Unfinished) {
@@ -885,7 +902,7 @@ fn clean_up_after(
             run: record.proof(),
             // The location is read only once: if the request lands later, it is handled as a pending request.
             request_may_land: false,
-            write_may_land: may_land(record.log.latest, now),
+            write_may_land: may_land(sent_until, now),
             reached: record.reached(),
         },
         permission: if is_never(record) { Permission::NameOnly } else { Permission::Release },

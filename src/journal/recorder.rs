@@ -236,7 +236,7 @@ impl Recorder {
     }
 
     /// Frees the memory of the part of the log that was read. Call this only after the facts in that part were written
-    /// to the journal, or were passed to the process that may have to continue reading.
+    /// to the journal, or if there is no journal.
     pub(crate) fn forget(&self) {
         let until = self.whole_until();
         if until > FORGET_FROM_BYTES {

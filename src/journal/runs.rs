@@ -359,11 +359,12 @@ impl Journal {
         if !is_private(&path) {
             return FoundRun::Foreign("the record of that run is not private to this user", None);
         }
-        // The run may be deleted at any moment.
-        let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && !path.exists();
+        // The run may be deleted at any moment. Its directory is moved away first, so an error of any kind may come from
+        // that: a file that was opened just before has no name any more, and does not count as private.
+        let is_gone = || !path.exists();
         let record = match read(&path, name) {
             Ok(record) => record,
-            Err(error) if is_gone(&error) => return FoundRun::Gone,
+            Err(_) if is_gone() => return FoundRun::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
                 let held = self.is_held(name);
@@ -388,6 +389,7 @@ impl Journal {
         }
         let lock_file = match open_lock(&path.join("lock")) {
             Ok(lock_file) => lock_file,
+            Err(_) if is_gone() => return FoundRun::Gone,
             // The bytes of a file can be locked only if it is open for writing, so the run cannot be finished from
             // here.
             Err(error)
@@ -395,7 +397,6 @@ impl Journal {
             {
                 return FoundRun::Foreign(READ_ONLY, Some(Box::new(record)));
             }
-            Err(error) if is_gone(&error) => return FoundRun::Gone,
             Err(_) => return FoundRun::Broken(path),
         };
         let record = Box::new(record);
@@ -419,7 +420,14 @@ impl Journal {
         // The previous owner may have deleted the directory or replaced the record since this process read the record.
         let same = fs::symlink_metadata(&path).is_ok_and(|now| FileId::from(&now) == FileId::from(&place));
         match read(&path, name) {
-            Ok(record) if same => FoundRun::Dead(Box::new(record), JournalEntry { path, lock_file }, standpoint),
+            Ok(now) if same && now.tree == record.tree => {
+                FoundRun::Dead(Box::new(now), JournalEntry { path, lock_file }, standpoint)
+            }
+            // The processes were judged by an older record, which may lack one that has outlived the run.
+            Ok(_) if same => {
+                drop(lock_file);
+                self.look(name)
+            }
             _ => FoundRun::Gone,
         }
     }
@@ -521,6 +529,12 @@ impl JournalEntry {
     /// Whether the record was written within the last `time`. True if the time of the write is not known.
     pub(crate) fn was_written_within(&self, time: Duration) -> bool {
         !is_older(&self.path.join("record.json"), time)
+    }
+
+    /// Returns when the record was last written. `None` if that is not known.
+    pub(crate) fn written_at(&self) -> Option<Timestamp> {
+        let metadata = fs::metadata(self.path.join("record.json")).ok()?;
+        Timestamp::try_from(metadata.modified().ok()?).ok()
     }
 
     /// The lock file, which must stay open in every process that owns the run.

@@ -29,8 +29,10 @@
 use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::SilentReporter;
+use crate::cleanup::process_tree::identities;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::state_directory::Durability;
+use std::cell::RefCell;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -220,7 +222,7 @@ impl Guardian {
         let news = serde_json::to_vec(&(offset, log))?;
         if news.len() > MAX_MESSAGE_BYTES {
             // The guardian would skip the message. After the death of `tf`, the guardian reads the log itself. It can
-            // do so because `tf` frees a part of the log only after that part was sent.
+            // do so because it alone frees a part of the log, after it has written the facts in that part.
             return Ok(false);
         }
         self.send(NEWS, &news)?;
@@ -289,6 +291,16 @@ impl Guardian {
             }
         }
         Ok(())
+    }
+}
+
+/// Writes the processes that may outlive terraform to the journal, if they have changed. Without a lock, no later `tf`
+/// needs them, so they are not written.
+fn write_survivors(entry: Option<&JournalEntry>, record: Option<&mut JournalRecord>, processes: Vec<(i32, u64)>) {
+    let (Some(entry), Some(record)) = (entry, record) else { return };
+    if record.tree.survivors != processes {
+        record.tree.survivors = processes;
+        let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
     }
 }
 
@@ -578,11 +590,7 @@ impl<'a> Watch<'a> {
             OUTSIDE_GROUP => {
                 let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };
                 self.context.tree.add_members(&processes);
-                if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
-                    record.tree.survivors = processes;
-                    // Without a lock, no later `tf` needs these processes, so they are not written.
-                    let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
-                }
+                write_survivors(self.context.entry, self.context.record.as_mut(), processes);
             }
             NEWS => {
                 if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
@@ -593,10 +601,13 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Writes the latest parsed log to the journal. Reports a failure to `tf`.
+    /// Writes the latest parsed log to the journal, and then frees the memory of the part of the log that was read. If
+    /// it were freed before, a later `tf` would find its locks neither in the record nor in the log. Reports a failure to
+    /// `tf`. Nothing is freed then.
     fn write_news(&mut self) {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");
+        let mut is_written = true;
         if let (Some(entry), Some(record)) = (self.context.entry, &mut self.context.record) {
             // A lock that was requested must be in the journal even after a power failure, so a new lock is flushed to
             // disk. Progress of a known lock is not flushed to disk, because the stored lock itself shows that
@@ -609,12 +620,16 @@ impl<'a> Watch<'a> {
             record.offset = offset;
             let written = entry.write(record, durability);
             trace!("guardian: journal written: {}", written.is_ok());
-            if written.is_err() {
+            is_written = written.is_ok();
+            if !is_written {
                 let _ = self.socket.write(&[CANNOT_WRITE]);
             }
             crash_point::reached("guardian: has written");
         }
         self.context.recorder.resume(log, offset);
+        if is_written {
+            self.context.recorder.forget();
+        }
     }
 
     /// Does the rest of the work of `tf`, which was killed: stops terraform, releases its locks, and closes the run's
@@ -686,7 +701,9 @@ impl<'a> Watch<'a> {
             // Records the processes that are below terraform now, because they can no longer be found when their
             // parents have exited.
             if looked.is_none_or(|at| at.elapsed() > DESCENDANTS_INTERVAL) {
-                self.context.tree.living();
+                let living = self.context.tree.living();
+                let outside = living.iter().filter(|process| Some(process.group) != self.context.tree.group());
+                write_survivors(self.context.entry, self.context.record.as_mut(), identities(outside));
                 looked = Some(Instant::now());
             }
             effects = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
@@ -724,18 +741,21 @@ impl<'a> Watch<'a> {
 
     /// Releases the locks that terraform has left. Returns the work that is left for the next `tf`.
     fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
-        let GuardianContext { run, tree, recorder, record, stop, .. } = &mut self.context;
+        let GuardianContext { run, tree, recorder, record, entry, stop, .. } = &mut self.context;
         let mut log = recorder.read().clone();
         if ended == Some(Ended::Exited(0)) && !stop.was_forced() {
             log.ended_well();
         }
+        let has_no_log = recorder.is_closed() && record.as_ref().is_some_and(|record| record.terraform.is_some());
+        let survivor_record = RefCell::new(|processes| write_survivors(*entry, record.as_mut(), processes));
         let after = AfterRun {
             context: run,
             tree,
             end: stop.end_of_run(ended, false),
             log: &log,
             reached: &self.reached,
-            has_no_log: recorder.is_closed() && record.as_ref().is_some_and(|record| record.terraform.is_some()),
+            has_no_log,
+            survivor_record: &survivor_record,
         };
         let candidates = run.candidates_after().with_plan(&run.planned_backends);
         let ending = after.judge(&&candidates);

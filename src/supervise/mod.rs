@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
-use std::cell::LazyCell;
+use std::cell::{LazyCell, RefCell};
 
 use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::messages;
@@ -284,6 +284,8 @@ impl<'a> Prepared<'a> {
         if ended == Ended::Exited(0) && !self.stop.was_forced() {
             log.ended_well();
         }
+        let cannot_write = self.run_record.failed.then_some("it cannot be written");
+        let survivor_record = RefCell::new(|processes| self.run_record.note_outside_group(processes, &self.recorder));
         let after = AfterRun {
             context: &self.context,
             tree: &self.tree,
@@ -291,8 +293,8 @@ impl<'a> Prepared<'a> {
             log: &log,
             reached: &started.reached,
             has_no_log: self.recorder.is_closed(),
+            survivor_record: &survivor_record,
         };
-        let cannot_write = self.run_record.failed.then_some("it cannot be written");
         let mut reporter = TerminalReporter {
             after: &after,
             ended_at: Timestamp::now(),

@@ -114,8 +114,7 @@ impl RunRecord {
     }
 
     /// If the log has new locks, or enough new bytes, passes the parsed log on to the guardian, which writes it to the
-    /// journal. If there is no guardian, writes it to the journal here. After that, the recorder frees the memory of
-    /// the part of the log that was read.
+    /// journal and then frees the memory of the part of the log that was read. If there is no guardian, does both here.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
         if self.told.locks == log.locks() && offset - self.told.until < NEWS_THRESHOLD_BYTES {
@@ -133,7 +132,6 @@ impl RunRecord {
         if told {
             crash_point::reached("tf: told news");
             self.told = Told { until: offset, locks: log.locks().to_vec() };
-            recorder.forget();
         }
     }
 
@@ -147,14 +145,20 @@ impl RunRecord {
         self.write(recorder);
     }
 
-    /// Writes the parsed log to the journal, if there is one. Stores a failure in `failed`.
+    /// Writes the parsed log to the journal, if there is one, and then frees the memory of the part of the log that was
+    /// read. Stores a failure in `failed`. After a failure nothing is freed: a later `tf` can only read the log itself.
     fn write(&mut self, recorder: &Recorder) {
         if let Some((entry, record)) = &mut self.entry {
             record.log = recorder.log().clone();
             record.offset = recorder.whole_until();
-            self.failed |= entry.write(record, Durability::PowerLoss).is_err();
+            let written = entry.write(record, Durability::PowerLoss);
             crash_point::reached("tf: has written");
+            if written.is_err() {
+                self.failed = true;
+                return;
+            }
         }
+        recorder.forget();
     }
 
     /// Closes the record. If nothing is unfinished, deletes it. Otherwise writes `unfinished`, `log` and `survivors` to

@@ -768,6 +768,37 @@ fn under_sudo_with_anothers_home_roots_own_place_is_used() {
     assert_eq!(fs::read_dir(&home).unwrap().count(), 0, "nothing of root's in there");
 }
 
+/// Appends 400 KB of records to terraform's log.
+const LONG_LOG: &str =
+    "seq -f \"$(date -u +%FT%T.000Z) [TRACE] statemgr.Filesystem: round %g\" 6000 >> ${TF_TEMP_LOG_PATH:-$TF_LOG_PATH}";
+
+/// Where nothing can be written to the journal, the log is the only place that has the lock. No part of it may be freed.
+#[test]
+fn a_lock_that_could_not_be_written_to_the_journal_is_found_in_a_long_log() {
+    let grow = "touch began; while ! test -e grow; do sleep 0.02; done";
+    let mut env = TestEnv::new(Lock::Both, &format!("{grow}; {LONG_LOG}; {WAITS}"));
+    // A directory in the place of the file that a write would create.
+    env.stand_in(
+        "blocks",
+        "#!/bin/sh\nfor run in \"$HOME\"/.local/state/tf/runs/*/; do\n  pid=$PPID\n  \
+         while [ $pid -le $((PPID + 99)) ]; do mkdir \"$run/record.$pid\"; pid=$((pid + 1)); done\ndone\n\
+         exec terraform \"$@\"\n",
+    );
+    let run = env.start_apply(Subject::Tf);
+    env.assert_locked();
+    env.wait_for_trace("journal written: false");
+    let failed = || env.trace().matches("journal written: false").count();
+    let before = failed();
+    env.write("grow", "");
+    wait_for("one more write that fails", || (failed() > before).then_some(()), || env.trace());
+    kill_all(&env);
+    run.wait();
+    env.assert_locked();
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 #[test]
 fn a_torn_or_hostile_record_is_set_aside_and_said_once() {
     for text in ["", "{", "null", "[[[[[[", r#"{"format":1}"#, "\u{0}\u{1}\u{2}"] {
