@@ -271,12 +271,19 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     let all: Vec<Pid> = others_of(&env, child);
     kill_at_once(&all);
     run.wait();
-    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
+    assert_kept_as_long_as_it_lives(&env, child);
+}
+
+/// Checks that a recovery keeps the lock of a run that was killed whole while `child` lives, and releases it afterwards.
+#[track_caller]
+fn assert_kept_as_long_as_it_lives(env: &TestEnv, child: Pid) {
+    wait_for("the end of ours", || ours(env).is_empty().then_some(()), || env.trace());
     let end = env.run(Subject::Tf, &["locks", "recover"]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
     env.assert_locked();
     assert!(!is_gone(child), "{}", env.dump(&end));
     env.write("child-go", "");
-    wait_until_gone(&env, child);
+    wait_until_gone(env, child);
     let end = env.run(Subject::Tf, &["locks", "recover"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     env.assert_unlocked();
@@ -320,15 +327,7 @@ fn a_child_whose_first_thread_has_exited_keeps_the_lock_of_a_run_that_was_killed
     wait_until_recorded(&env, child);
     kill_at_once(&others_of(&env, child));
     run.wait();
-    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
-    let end = env.run(Subject::Tf, &["locks", "recover"]);
-    env.assert_locked();
-    assert!(!is_gone(child), "{}", env.dump(&end));
-    env.write("child-go", "");
-    wait_until_gone(&env, child);
-    let end = env.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-    env.assert_unlocked();
+    assert_kept_as_long_as_it_lives(&env, child);
 }
 
 /// Waits until the journal has the process.
@@ -377,16 +376,7 @@ fn a_child_that_left_the_group_keeps_the_lock(before: impl Fn(&TestEnv, &Run)) {
     let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).filter(|pid| *pid != child).collect();
     kill_at_once(&above);
     run.wait();
-    wait_for("the end of ours", || ours(&env).is_empty().then_some(()), || env.trace());
-    let end = env.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
-    env.assert_locked();
-    assert!(!is_gone(child), "{}", env.dump(&end));
-    env.write("child-go", "");
-    wait_until_gone(&env, child);
-    let end = env.run(Subject::Tf, &["locks", "recover"]);
-    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-    env.assert_unlocked();
+    assert_kept_as_long_as_it_lives(&env, child);
 }
 
 /// Starts `tf` in a namespace. `script` runs before it, and can change /proc.
