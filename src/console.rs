@@ -198,4 +198,19 @@ mod tests {
         assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
         assert_eq!(quoted(""), "''");
     }
+
+    #[test]
+    fn no_text_reaches_the_terminal_as_more_than_text() {
+        use proptest::prelude::*;
+        let strategy = crate::generated_input::changed_text("a\u{1b}[2J\u{202e}b\r\n\u{7f}c\u{9b}31m");
+        crate::generated_input::for_all(file!(), &strategy, |text| {
+            for shown in [visible(&text), visible_whole(&text)] {
+                let is_active = |one: char| one.is_control() || ('\u{202a}'..='\u{202e}').contains(&one);
+                let active = shown.chars().find(|one| is_active(*one));
+                prop_assert_eq!(active, None);
+            }
+            prop_assert!(visible(&text).chars().count() <= 200 * 10 + 3);
+            Ok(())
+        });
+    }
 }

@@ -38,6 +38,8 @@ pub(crate) fn for_all<S: Strategy>(
 enum Edit {
     Remove(Index, usize),
     Insert(Index, Vec<u8>),
+    /// Replaces bytes and keeps the length, so that formats with lengths and offsets stay readable.
+    Overwrite(Index, Vec<u8>),
     /// Repeats a piece of this length so many times.
     Repeat(Index, usize, usize),
     /// Cuts the rest off.
@@ -80,6 +82,8 @@ fn edit() -> impl Strategy<Value = Edit> {
     prop_oneof![
         2 => (any::<Index>(), 1..20_usize).prop_map(|(at, length)| Edit::Remove(at, length)),
         4 => (any::<Index>(), text).prop_map(|(at, text)| Edit::Insert(at, text)),
+        3 => (any::<Index>(), prop::collection::vec(any::<u8>(), 1..4))
+            .prop_map(|(at, bytes)| Edit::Overwrite(at, bytes)),
         2 => (any::<Index>(), 1..12_usize, 1..300_usize)
             .prop_map(|(at, length, times)| Edit::Repeat(at, length, times)),
         1 => any::<Index>().prop_map(Edit::Cut),
@@ -98,6 +102,11 @@ fn apply(text: &mut Vec<u8>, edit: &Edit) {
             let at = place(at);
             drop(text.splice(at..at, inserted.iter().copied()));
         }
+        Edit::Overwrite(at, bytes) => {
+            let from = place(at);
+            let to = (from + bytes.len()).min(text.len());
+            text[from..to].copy_from_slice(&bytes[..to - from]);
+        }
         Edit::Repeat(at, length, times) => {
             let from = place(at);
             let piece = text[from..(from + length).min(text.len())].repeat(*times);
@@ -107,7 +116,7 @@ fn apply(text: &mut Vec<u8>, edit: &Edit) {
     }
 }
 
-/// Returns `sample` with up to five changes: pieces are removed, inserted and repeated.
+/// Returns `sample` with up to five changes: pieces are removed, inserted, replaced and repeated.
 pub(crate) fn changed(sample: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     prop::collection::vec(edit(), 0..6).prop_map(move |edits| {
         let mut text = sample.clone();

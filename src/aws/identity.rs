@@ -285,4 +285,17 @@ mod tests {
         // `allowed_account_ids` is not used here, because no terraform has checked it against the current account.
         assert_eq!(AccountIdentity::now("run", &block(r#"["888888888888"]"#)).account, None);
     }
+
+    #[test]
+    fn only_an_account_in_its_place_is_one() {
+        use proptest::prelude::*;
+        let arn = crate::generated_input::changed_text("arn:aws-cn:iam::123456789012:role/path/name");
+        crate::generated_input::for_all(file!(), &(arn, "[0-9]{12}"), |(arn, account)| {
+            let found = account_of_role(&arn);
+            prop_assert!(found.is_none_or(|found| is_account(&found) && arn.contains(&found)), "{arn:?}");
+            let arn = format!("arn:aws:iam::{account}:role/x:{arn}");
+            prop_assert_eq!(account_of_role(&arn), Some(account));
+            Ok(())
+        });
+    }
 }

@@ -198,4 +198,15 @@ mod tests {
         }
         assert_eq!(expand_by("~/x", |_| None), OsString::from("~/x"));
     }
+
+    #[test]
+    fn any_path_is_expanded_without_a_panic_and_one_without_variables_is_not_changed() {
+        use proptest::prelude::*;
+        let strategy = (crate::generated_input::changed_text("~/.aws/${PROFILE}/$HOME-$1$"), "[^$~]{0,20}");
+        crate::generated_input::for_all(file!(), &strategy, |(path, plain)| {
+            let _ = expand_by(&path, |name| (name.len() % 2 == 0).then(|| "$A${B}~".into()));
+            prop_assert_eq!(expand_by(&plain, |_| None), OsString::from(&plain));
+            Ok(())
+        });
+    }
 }

@@ -397,4 +397,17 @@ mod tests {
             assert!(!is_an_answer(body.as_bytes()), "{body}");
         }
     }
+
+    #[test]
+    fn any_body_is_read_without_a_panic_and_one_with_another_member_is_no_answer() {
+        use proptest::prelude::*;
+        let body = r#"{"Item":{"LockID":{"S":"b/k"},"Info":{"S":"{}"}},"ConsumedCapacity":null}"#;
+        let strategy = (crate::generated_input::changed(body.as_bytes().to_vec()), "[a-z]{1,8}");
+        crate::generated_input::for_all(file!(), &strategy, |(changed, name)| {
+            let _ = is_an_answer(&changed);
+            let with = format!(r#"{{"{name}":1,{}"#, &body[1..]);
+            prop_assert!(is_an_answer(body.as_bytes()) && !is_an_answer(with.as_bytes()));
+            Ok(())
+        });
+    }
 }

@@ -810,4 +810,31 @@ mod tests {
             assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, MAX_MESSAGE_BYTES), (OVER, 0)]);
         }
     }
+
+    #[test]
+    fn any_bytes_in_any_pieces_are_the_same_messages_and_take_no_more_room_than_one() {
+        use proptest::prelude::*;
+        let messages = prop::collection::vec((any::<u8>(), 0_usize..40), 0..6);
+        let pieces = prop::collection::vec(any::<prop::sample::Index>(), 0..4);
+        let strategy = (messages, prop::collection::vec(any::<u8>(), 0..12), pieces);
+        crate::generated_input::for_all(file!(), &strategy, |(messages, rest, pieces)| {
+            let mut bytes: Vec<u8> = messages.iter().flat_map(|(kind, length)| message(*kind, *length)).collect();
+            let whole = bytes.len();
+            bytes.extend(rest);
+            let mut cuts: Vec<usize> = pieces.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
+            cuts.extend([0, bytes.len()]);
+            cuts.sort_unstable();
+            let mut received = Received::default();
+            let mut heard = Vec::new();
+            for cut in cuts.windows(2) {
+                received.bytes.extend(&bytes[cut[0]..cut[1]]);
+                while let Some((kind, payload)) = received.next() {
+                    heard.push((kind, payload.len()));
+                }
+                prop_assert!(received.bytes.len() <= MAX_MESSAGE_BYTES + 5);
+            }
+            prop_assert_eq!(&heard[..messages.len()], messages.as_slice(), "{} bytes", whole);
+            Ok(())
+        });
+    }
 }
