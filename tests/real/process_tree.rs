@@ -51,6 +51,29 @@ threading.Thread(target=work).start()
 ctypes.CDLL(None).pthread_exit(None)
 ";
 
+/// On SIGTERM, starts a worker without environment and descriptors in a session of its own, and works on itself.
+const CHILD_THAT_STARTS_ANOTHER_ON_TERM: &str = r"
+import os, signal, sys, time
+if len(sys.argv) < 2:
+    def start(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            os.closerange(3, 65536)
+            os.setsid()
+            os.execve(sys.executable, [sys.executable, '-S', 'child.py', 'x'], {})
+    signal.signal(signal.SIGTERM, start)
+    open('work', 'w')
+    while True:
+        time.sleep(0.02)
+for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(s, signal.SIG_IGN)
+open('pid-new', 'w').write(str(os.getpid()))
+os.rename('pid-new', 'pid')
+while True:
+    open('work', 'a').write('work\n')
+    time.sleep(0.02)
+";
+
 fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
@@ -272,6 +295,24 @@ fn a_child_without_environment_descriptors_or_parent_keeps_the_lock_of_a_run_tha
     kill_at_once(&all);
     run.wait();
     assert_kept_as_long_as_it_lives(&env, child);
+}
+
+#[test]
+fn a_child_that_starts_while_its_tree_is_ended_is_known_to_the_guardian() {
+    let env = with_child(CHILD_THAT_STARTS_ANOTHER_ON_TERM);
+    let run = env.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let worker = || env.exists("pid").then(|| Pid::from_raw(env.read("pid").parse().unwrap()));
+    let worker = wait_for("the worker", worker, || env.trace());
+    wait_until_recorded(&env, worker);
+    // `tf` and the parent of the worker die. The worker has no mark, no known parent and no descriptor.
+    let guardian = guardian_of(&env, run.pid());
+    let above: Vec<Pid> = tree(run.pid()).into_iter().map(|(pid, ..)| pid).collect();
+    kill_at_once(&above.into_iter().filter(|pid| ![guardian, worker].contains(pid)).collect::<Vec<_>>());
+    run.wait();
+    wait_until_unlocked(&env);
+    assert!(is_gone(worker), "{}", env.trace());
+    assert_works_no_more(&env);
 }
 
 /// Checks that a recovery keeps the lock of a run that was killed whole while `child` lives, and releases it afterwards.
