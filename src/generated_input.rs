@@ -1,8 +1,8 @@
-//! Support for tests with generated input. A test runs 256 cases. `make fuzz` sets `TFW_FUZZ_SECONDS`, so that each test
-//! runs new cases for that many seconds.
+//! Support for tests with generated input. A test runs 256 cases. `make fuzz` sets `TFW_FUZZ_SECONDS`, so that each
+//! test runs new cases for that many seconds.
 //!
-//! If a case fails, proptest prints the smallest input that fails, and writes its seed to a file beside the source file,
-//! with the extension `proptest-regressions`. Each later run tries the seeds in that file first.
+//! If a case fails, proptest prints the smallest input that fails, and writes its seed to a file beside the source
+//! file, with the extension `proptest-regressions`. Each later run tries the seeds in that file first.
 
 use std::time::{Duration, Instant};
 

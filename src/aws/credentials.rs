@@ -819,8 +819,8 @@ fn credentials(given: Option<aws_sdk_sts::types::Credentials>) -> Provided {
     Ok(Credentials::new(given.access_key_id, given.secret_access_key, Some(given.session_token), until, "assume_role"))
 }
 
-/// Parses a duration as Go's `time.ParseDuration` does: `15m`, `1h30m`, `900s`, `0.5h`, `900000ms`. `None` for any other
-/// text, for a duration that is not positive, and for one of more nanoseconds than an `i64` holds.
+/// Parses a duration as Go's `time.ParseDuration` does: `15m`, `1h30m`, `900s`, `0.5h`, `900000ms`. `None` for any
+/// other text, for a duration that is not positive, and for one of more nanoseconds than an `i64` holds.
 fn go_duration(text: &str) -> Option<Duration> {
     let mut nanoseconds: u128 = 0;
     let mut rest = text.strip_prefix('+').unwrap_or(text);

@@ -100,8 +100,8 @@ fn exception(word: &str) -> Option<Exception> {
     Some(Exception::Domain { suffix, itself, port })
 }
 
-/// Parses `ADDRESS/LENGTH` as Go's `net.ParseCIDR` does. A network of IPv4 addresses that are written as IPv6 becomes one
-/// of IPv4 addresses, as in Go's `IPNet.Contains`.
+/// Parses `ADDRESS/LENGTH` as Go's `net.ParseCIDR` does. A network of IPv4 addresses that are written as IPv6 becomes
+/// one of IPv4 addresses, as in Go's `IPNet.Contains`.
 fn network(word: &str) -> Option<IpNet> {
     let (address, length) = word.split_once('/')?;
     let address: IpAddr = address.parse().ok()?;

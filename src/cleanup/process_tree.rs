@@ -123,9 +123,9 @@ enum Membership {
     Unknown,
 }
 
-/// Writes processes to the journal that have outlived terraform: pid, and start time in clock ticks since boot. While they
-/// are ended, this process may be killed. Its guardian, or the next `tf`, must then find those that have left terraform's
-/// group and whose parents have exited.
+/// Writes processes to the journal that have outlived terraform: pid, and start time in clock ticks since boot. While
+/// they are ended, this process may be killed. Its guardian, or the next `tf`, must then find those that have left
+/// terraform's group and whose parents have exited.
 pub(crate) type SurvivorRecord<'a> = RefCell<dyn FnMut(Vec<(i32, u64)>) + 'a>;
 
 /// Returns the pid and the start time of each process, in clock ticks since boot.

@@ -551,8 +551,8 @@ fn is_of(record: &JournalRecord, here: &CandidateBackends) -> bool {
 }
 
 /// Whether a run may hold a lock. True if the log shows a lock. Also true if nothing of the log was read, because the
-/// run was killed before that, or because `tf` cannot read the log. If the run was killed, its recorder may have more of
-/// the log than its record, so the recorder is read as well.
+/// run was killed before that, or because `tf` cannot read the log. If the run was killed, its recorder may have more
+/// of the log than its record, so the recorder is read as well.
 fn may_hold(record: &JournalRecord) -> bool {
     record.log.may_hold() || record.log.program.is_none() || (!record.over && unrecorded_log_may_hold(record))
 }

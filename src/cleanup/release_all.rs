@@ -390,8 +390,8 @@ pub(crate) fn remember_abandoned<'a>(
         .collect()
 }
 
-/// Returns the pending request for a lock that may still appear. For `recent`, see [`remember_pending`]. `None` if it need
-/// not be checked.
+/// Returns the pending request for a lock that may still appear. For `recent`, see [`remember_pending`]. `None` if it
+/// need not be checked.
 fn pending(ReleaseResult { lock, outcome, .. }: &ReleaseResult, run: &Run, recent: bool) -> Option<PendingRequest> {
     let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
     if !recent && !excluded {

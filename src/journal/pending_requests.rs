@@ -111,8 +111,9 @@ impl PendingRequests {
         self
     }
 
-    /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others, and files that
-    /// were not written to their end. A file that cannot be read is skipped and not deleted. Empty if the directory does not exist or is not private to this user.
+    /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others, and files
+    /// that were not written to their end. A file that cannot be read is skipped and not deleted. Empty if the
+    /// directory does not exist or is not private to this user.
     pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {

@@ -359,8 +359,8 @@ impl Journal {
         if !is_private(&path) {
             return FoundRun::Foreign("the record of that run is not private to this user", None);
         }
-        // The run may be deleted at any moment. Its directory is moved away first, so an error of any kind may come from
-        // that: a file that was opened just before has no name any more, and does not count as private.
+        // The run may be deleted at any moment. Its directory is moved away first, so an error of any kind may come
+        // from that: a file that was opened just before has no name any more, and does not count as private.
         let is_gone = || !path.exists();
         let record = match read(&path, name) {
             Ok(record) => record,

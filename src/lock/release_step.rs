@@ -243,10 +243,8 @@ pub(crate) struct QuietWait {
     last: Look,
     /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
-    /// When the last read was completed.
-    read: Duration,
-    /// Whether a read has failed since then.
-    has_failed: bool,
+    /// When the last read was completed. `None` if a read has failed since then.
+    read: Option<Duration>,
     write: Write,
 }
 
@@ -266,12 +264,12 @@ pub(crate) enum QuietStep {
 impl QuietWait {
     /// Begins the wait. `first` is the first read.
     pub(crate) fn begin(first: Look) -> Self {
-        Self { last: first, since: Duration::ZERO, read: Duration::ZERO, has_failed: false, write: Write::Quiet }
+        Self { last: first, since: Duration::ZERO, read: Some(Duration::ZERO), write: Write::Quiet }
     }
 
     /// Takes note of a read that failed.
     pub(crate) fn miss(&mut self) {
-        self.has_failed = true;
+        self.read = None;
     }
 
     /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait.
@@ -279,10 +277,10 @@ impl QuietWait {
         if !now.holds && !self.last.holds {
             return QuietStep::Gone;
         }
-        if std::mem::take(&mut self.has_failed) || elapsed.saturating_sub(self.read) > MAX_READ_GAP {
+        if self.read.is_none_or(|read| elapsed.saturating_sub(read) > MAX_READ_GAP) {
             self.since = elapsed;
         }
-        self.read = elapsed;
+        self.read = Some(elapsed);
         if now == self.last {
             let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
             return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };

@@ -602,8 +602,8 @@ impl<'a> Watch<'a> {
     }
 
     /// Writes the latest parsed log to the journal, and then frees the memory of the part of the log that was read. If
-    /// it were freed before, a later `tf` would find its locks neither in the record nor in the log. Reports a failure to
-    /// `tf`. Nothing is freed then.
+    /// it were freed before, a later `tf` would find its locks neither in the record nor in the log. Reports a failure
+    /// to `tf`. Nothing is freed then.
     fn write_news(&mut self) {
         let Some((offset, log)) = self.news.take() else { return };
         crash_point::reached("guardian: has news");

@@ -101,8 +101,6 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
 /// terraform: node, vault and kubectl are as large. The program must also have terraform's name, or the process must
 /// have this run's log file open.
 fn is_terraform(process: &Process, log: LogFile) -> bool {
-    let is_large = std::fs::metadata(format!("/proc/{}/exe", process.thread))
-        .is_ok_and(|program| program.len() >= MIN_TERRAFORM_BYTES);
     let is_named = || ["terraform", "tofu"].iter().any(|name| process.program().contains(name));
-    is_large && (is_named() || log.is_some_and(|log| process.has_open(log)))
+    process.has_large_program(MIN_TERRAFORM_BYTES) && (is_named() || log.is_some_and(|log| process.has_open(log)))
 }

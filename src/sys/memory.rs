@@ -62,7 +62,8 @@ impl MemoryFile {
     /// file from memfd_create(2) is never found, because it has no name in a directory.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
-        // A cron job and a shell of su(1) have no `XDG_RUNTIME_DIR`, or another user's. systemd's is searched for them, too.
+        // A cron job and a shell of su(1) have no `XDG_RUNTIME_DIR`, or another user's. systemd's is searched for them,
+        // too.
         let usual = PathBuf::from(format!("/run/user/{}", nix::unistd::geteuid()));
         let usual = ownership::safe_directory(&usual).filter(|directory| is_in_memory(directory));
         directories().chain(usual).find_map(|directory| {

@@ -106,8 +106,8 @@ fn send(process: &OwnedFd, number: i32, flags: libc::c_uint) -> io::Result<()> {
 /// descriptor of that process from [`open_pidfd`].
 ///
 /// While the process is a zombie, its exit status is the last field of /proc/PID/stat. That field is also 0 if this
-/// process may not trace the zombie (proc_pid_stat(5)), for example because terraform's program is setuid. So a 0 counts
-/// only if this process may trace the zombie. After the zombie was reaped, the descriptor provides the status
+/// process may not trace the zombie (proc_pid_stat(5)), for example because terraform's program is setuid. So a 0
+/// counts only if this process may trace the zombie. After the zombie was reaped, the descriptor provides the status
 /// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). Returns `None` if the process is still running, or if neither
 /// source provides the status. Always `None` on systems other than Linux.
 pub(crate) fn end_of(pid: Pid, process: &OwnedFd) -> Option<Ended> {
@@ -248,10 +248,9 @@ fn threads(pid: Pid) -> Vec<Pid> {
 /// ends its first thread alone with pthread_exit(3) in `main`. Its other threads work on, but the kernel then calls the
 /// process a zombie (proc_pid_stat(5)). `None` if no other thread is alive.
 fn running_thread(pid: Pid) -> Option<(Pid, char)> {
-    threads(pid).into_iter().filter(|thread| *thread != pid).find_map(|thread| {
-        let state = Process::parse(thread, &stat(thread)?)?.state;
-        (!matches!(state, 'Z' | 'X')).then_some((thread, state))
-    })
+    let others = threads(pid).into_iter().filter(|thread| *thread != pid);
+    let alive = others.filter_map(|thread| Process::parse(thread, &stat(thread)?).filter(|found| !found.is_dead()));
+    alive.map(|found| (found.pid, found.state)).next()
 }
 
 /// Returns whether the thread `thread` has exited, is exiting (PF_EXITING in the flags of proc_pid_stat(5),
@@ -260,10 +259,9 @@ fn is_dying(thread: Pid) -> bool {
     const EXITING: u64 = 0x4;
     let Some(stat) = stat(thread) else { return true };
     let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-    let mut fields = after.split_ascii_whitespace();
-    let is_dead = fields.next().is_some_and(|state| matches!(state, "Z" | "X"));
-    // The flags are field 9. The state is field 3.
-    let flags: u64 = fields.nth(5).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+    // The flags are field 9. The first field after the name is field 3.
+    let flags: u64 = after.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+    let is_dead = Process::parse(thread, &stat).is_some_and(|found| found.is_dead());
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
     is_dead || flags & EXITING != 0 || has_pending_kill(&status)
 }
@@ -361,9 +359,9 @@ impl Process {
         Some(Self { pid, thread: pid, name, state, parent, group, session, start: 0 })
     }
 
-    /// Returns whether the process is dead or certain to die. It is certain to die if each of its threads is exiting, or
-    /// if a SIGKILL is pending for it (proc_pid_status(5)), because nothing can revoke a SIGKILL. Such a process does nothing any more, but still has its pid and its files. Also
-    /// true if the process no longer exists.
+    /// Returns whether the process is dead or certain to die. It is certain to die if each of its threads is exiting,
+    /// or if a SIGKILL is pending for it (proc_pid_status(5)), because nothing can revoke a SIGKILL. Such a process
+    /// does nothing any more, but still has its pid and its files. Also true if the process no longer exists.
     pub(crate) fn is_dying(&self) -> bool {
         // Without a matching entry, the process no longer exists, or another process has its pid now.
         let Some(now) = Self::read(self.pid).filter(|now| now.start == self.start) else { return true };
@@ -476,12 +474,16 @@ impl Process {
         numbers.is_some_and(|numbers| numbers.split_ascii_whitespace().count() > 1)
     }
 
+    /// Returns whether the process executes a program of `bytes` or more. Returns false if this process may not read
+    /// which program it executes.
+    pub(crate) fn has_large_program(&self, bytes: u64) -> bool {
+        std::fs::metadata(format!("/proc/{}/exe", self.thread)).is_ok_and(|program| program.len() >= bytes)
+    }
+
     /// Returns whether the process may be a terraform under another name: its program has `large` bytes or more, and
     /// its working directory contains `.terraform`.
     pub(crate) fn may_be_renamed_terraform(&self, large: u64) -> bool {
-        let is_large =
-            std::fs::metadata(format!("/proc/{}/exe", self.thread)).is_ok_and(|program| program.len() >= large);
-        is_large && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.thread)).is_ok()
+        self.has_large_program(large) && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.thread)).is_ok()
     }
 
     /// Returns whether the process is the guardian or the recovery of any run of `tf`: it executes this program, under

@@ -128,10 +128,10 @@ fn indented(text: &str) -> (String, &str) {
     }
 }
 
-/// Returns the position of the quote that closes a value, and whether a backslash is before it. `None` if no quote closes
-/// it. hclog does not escape backslashes. So if a value ends with a backslash, its closing quote looks like an escaped
-/// quote, and only the text after the quote shows which of the two it is. With `only_escaped`, no other quote is
-/// searched for.
+/// Returns the position of the quote that closes a value, and whether a backslash is before it. `None` if no quote
+/// closes it. hclog does not escape backslashes. So if a value ends with a backslash, its closing quote looks like an
+/// escaped quote, and only the text after the quote shows which of the two it is. With `only_escaped`, no other quote
+/// is searched for.
 fn end_of_quoted(text: &str, only_escaped: bool) -> Option<(usize, bool)> {
     let mut first_escaped = None;
     for (at, _) in text.match_indices('"').filter(|(at, _)| is_between_fields(&text[at + 1..])) {

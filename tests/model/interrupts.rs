@@ -94,8 +94,8 @@ impl State {
         self.decided.is_empty() && self.messages.is_empty() && (self.is_tf_alive || self.is_guardian_alone)
     }
 
-    /// A second interrupt makes terraform leave its operation. So only a person may cause it: after a first request of any
-    /// kind, one key shows what a further key does, and that further key does it.
+    /// A second interrupt makes terraform leave its operation. So only a person may cause it: after a first request of
+    /// any kind, one key shows what a further key does, and that further key does it.
     fn is_forced(&self) -> bool {
         self.keys >= 2 && self.events >= 3
     }

@@ -2,8 +2,8 @@
 //!
 //! A state holds the two parts of the lock, the requests in flight, and the program counter of each process. A process
 //! takes one step at a time, and any other process may take its step in between. So a process that is frozen, or a host
-//! that is slow, is a process whose next step comes late. A process that is killed takes no more steps, but its requests
-//! stay in flight.
+//! that is slow, is a process whose next step comes late. A process that is killed takes no more steps, but its
+//! requests stay in flight.
 //!
 //! The decisions are those of the program. This file only says which facts a process sees at each step.
 
@@ -386,14 +386,14 @@ impl State {
         Some(())
     }
 
-    /// Whether the run may still change the state or a resource. A process that outlives a terraform which has given its
-    /// lock back does not count: terraform has left it on purpose.
+    /// Whether the run may still change the state or a resource. A process that outlives a terraform which has given
+    /// its lock back does not count: terraform has left it on purpose.
     fn may_write(&self) -> bool {
         self.terraform.is_alive() || self.child.is_alive() || self.network.write
     }
 
-    /// Whether a process looks for those that have left the group: `tf` while terraform is running and while it ends the
-    /// rest of its tree, and its guardian after the death of `tf`.
+    /// Whether a process looks for those that have left the group: `tf` while terraform is running and while it ends
+    /// the rest of its tree, and its guardian after the death of `tf`.
     fn tree_is_watched(&self) -> bool {
         let watches = |cleaner| matches!(cleaner, Cleaner::Watch | Cleaner::EndTree);
         watches(self.tf) || (!self.tf.is_alive() && watches(self.guardian))
@@ -692,8 +692,8 @@ impl Protocol {
             return (!answered).then_some(());
         }
         if answered {
-            // Assumption: once a lock request is answered, no copy of it is in flight. A copy that lands after terraform
-            // has given the lock back leaves a lock of a run that has ended well, with `tf` and without.
+            // Assumption: once a lock request is answered, no copy of it is in flight. A copy that lands after
+            // terraform has given the lock back leaves a lock of a run that has ended well, with `tf` and without.
             state.network.puts[part] = 0;
             if was_granted { self.ask(state, place + 1) } else { Self::refused(state, place) }
         }
@@ -1344,8 +1344,8 @@ impl Protocol {
     }
 
     fn kill(&self, state: &mut State, victim: Victim) -> Option<()> {
-        // Assumption: `tf`, its guardian and terraform are not killed in the moment in which a process leaves the group and
-        // neither of the first two has seen that yet.
+        // Assumption: `tf`, its guardian and terraform are not killed in the moment in which a process leaves the group
+        // and neither of the first two has seen that yet.
         let is_unseen = state.child == Child::Left;
         let who = match victim {
             Victim::Terraform => {

@@ -315,7 +315,8 @@ fn a_child_that_starts_while_its_tree_is_ended_is_known_to_the_guardian() {
     assert_works_no_more(&env);
 }
 
-/// Checks that a recovery keeps the lock of a run that was killed whole while `child` lives, and releases it afterwards.
+/// Checks that a recovery keeps the lock of a run that was killed whole while `child` lives, and releases it
+/// afterwards.
 #[track_caller]
 fn assert_kept_as_long_as_it_lives(env: &TestEnv, child: Pid) {
     wait_for("the end of ours", || ours(env).is_empty().then_some(()), || env.trace());
@@ -331,7 +332,7 @@ fn assert_kept_as_long_as_it_lives(env: &TestEnv, child: Pid) {
 }
 
 /// Returns the process whose first thread has exited.
-fn headless_child_of(env: &TestEnv, above: Pid) -> Pid {
+fn child_without_its_first_thread_of(env: &TestEnv, above: Pid) -> Pid {
     let first_thread = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let is_it = |pid: Pid| first_thread(pid).contains(") Z ") && state(pid).is_some_and(|state| state != 'Z');
     wait_for(
@@ -346,7 +347,7 @@ fn a_child_whose_first_thread_has_exited_is_ended_before_the_lock_goes() {
     for subject in [Subject::Bare, Subject::Tf] {
         let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
         let run = env.start_apply(subject);
-        let child = headless_child_of(&env, run.pid());
+        let child = child_without_its_first_thread_of(&env, run.pid());
         run.kill_terraform();
         let end = run.wait();
         if subject == Subject::Bare {
@@ -364,7 +365,7 @@ fn a_child_whose_first_thread_has_exited_is_ended_before_the_lock_goes() {
 fn a_child_whose_first_thread_has_exited_keeps_the_lock_of_a_run_that_was_killed_whole() {
     let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
     let run = env.start_apply(Subject::Tf);
-    let child = headless_child_of(&env, run.pid());
+    let child = child_without_its_first_thread_of(&env, run.pid());
     wait_until_recorded(&env, child);
     kill_at_once(&others_of(&env, child));
     run.wait();

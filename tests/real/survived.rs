@@ -772,7 +772,8 @@ fn under_sudo_with_anothers_home_roots_own_place_is_used() {
 const LONG_LOG: &str =
     "seq -f \"$(date -u +%FT%T.000Z) [TRACE] statemgr.Filesystem: round %g\" 6000 >> ${TF_TEMP_LOG_PATH:-$TF_LOG_PATH}";
 
-/// Where nothing can be written to the journal, the log is the only place that has the lock. No part of it may be freed.
+/// Where nothing can be written to the journal, the log is the only place that has the lock. No part of it may be
+/// freed.
 #[test]
 fn a_lock_that_could_not_be_written_to_the_journal_is_found_in_a_long_log() {
     let grow = "touch began; while ! test -e grow; do sleep 0.02; done";

@@ -127,8 +127,8 @@ impl Message {
 
 /// Sends one request to a port of this machine, and reads the response. `None` if there is none.
 pub fn ask(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Message> {
-    // localbucket 1.2.1 closes the connection without an answer if an object is deleted while it reads it (`object_etag`
-    // in its `_get`). A read can be repeated, as every SDK does.
+    // localbucket 1.2.1 closes the connection without an answer if an object is deleted while it reads it
+    // (`object_etag` in its `_get`). A read can be repeated, as every SDK does.
     let ask = || ask_once(port, method, path, headers, body);
     ask().or_else(|| if method == "GET" { ask() } else { None })
 }

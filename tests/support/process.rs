@@ -193,8 +193,8 @@ pub fn terraform_below(root: Pid) -> Pid {
     )
 }
 
-/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists. A process whose first thread has exited
-/// is no zombie as long as another thread has not: it still has its descriptors, and so its file locks.
+/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists. A process whose first thread has
+/// exited is no zombie as long as another thread has not: it still has its descriptors, and so its file locks.
 pub fn state(pid: Pid) -> Option<char> {
     let of = |thread: &str| {
         let stat = std::fs::read(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
