@@ -55,9 +55,8 @@ impl Waiting {
     /// terraform started.
     pub(crate) fn new(tried: Vec<Tried>) -> Self {
         let now = Instant::now();
-        let tried = tried.into_iter().map(|Tried { run, lacks_credentials }| {
-            (run, now + if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL })
-        });
+        let tried =
+            tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
         Self { tried: tried.collect(), ..Self::default() }
     }
 
@@ -65,15 +64,10 @@ impl Waiting {
     /// Call this each time the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
-        let now = Instant::now();
-        match self.look_at {
-            _ if !waits => self.look_at = None,
-            None => self.look_at = Some(now + JOURNAL_POLL_INTERVAL),
-            Some(at) if at > now => {}
-            Some(_) => {
-                self.look_at = Some(now + JOURNAL_POLL_INTERVAL);
-                self.recover_dead_runs(here, tree);
-            }
+        let next = next_search(self.look_at, waits, Instant::now());
+        self.look_at = next.at;
+        if next.is_due {
+            self.recover_dead_runs(here, tree);
         }
     }
 
@@ -82,7 +76,7 @@ impl Waiting {
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,
             Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
-                tried.insert(run.clone(), Instant::now() + CREDENTIALS_RETRY_INTERVAL);
+                tried.insert(run.clone(), Instant::now() + retry_interval(true));
                 false
             }
             _ => false,
@@ -92,11 +86,11 @@ impl Waiting {
         }
         for state in StateDirectory::all(|name| std::env::var_os(name)) {
             for (name, pid) in recovery::dead(&state, here) {
-                let due = self.tried.get(&name);
-                if due.is_some_and(|due| *due > Instant::now()) {
-                    continue;
-                }
-                let before = due.is_some();
+                let before = match attempt(self.tried.get(&name).copied(), Instant::now()) {
+                    Attempt::Later => continue,
+                    Attempt::First => false,
+                    Attempt::Again => true,
+                };
                 if !before {
                     console::say(&messages::waiting_for_the_dead(pid));
                 }
@@ -109,7 +103,7 @@ impl Waiting {
                     }
                     Err(error) => trace!("no other tf for run {name}: {error}"),
                 }
-                self.tried.insert(name, Instant::now() + RETRY_INTERVAL);
+                self.tried.insert(name, Instant::now() + retry_interval(false));
             }
         }
     }
@@ -122,5 +116,105 @@ impl Waiting {
             recovery_process::wait_for(child, waiter);
         }
         self.tried.into_keys().collect()
+    }
+}
+
+/// How long to wait before a dead run is tried again. `lacks_credentials` is whether it could not be finished because
+/// no credentials were available.
+fn retry_interval(lacks_credentials: bool) -> Duration {
+    if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL }
+}
+
+/// When to search the journal for dead runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NextSearch {
+    /// Whether to search now.
+    is_due: bool,
+    /// When to search next. `None` if terraform does not wait for a lock.
+    at: Option<Instant>,
+}
+
+/// Returns when to search the journal. `look_at` is when the next search was planned, or `None` if none was. `waits` is
+/// whether the log shows a lock request without a response.
+fn next_search(look_at: Option<Instant>, waits: bool, now: Instant) -> NextSearch {
+    let next = Some(now + JOURNAL_POLL_INTERVAL);
+    match look_at {
+        _ if !waits => NextSearch { is_due: false, at: None },
+        None => NextSearch { is_due: false, at: next },
+        Some(at) if at > now => NextSearch { is_due: false, at: Some(at) },
+        Some(_) => NextSearch { is_due: true, at: next },
+    }
+}
+
+/// Whether to try to finish a dead run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attempt {
+    /// The run was not tried before. It is announced.
+    First,
+    /// An earlier attempt failed, and its result was reported.
+    Again,
+    /// An earlier attempt failed, and it is too early for another one.
+    Later,
+}
+
+/// Returns whether to try a dead run. `due` is when it may be tried again, or `None` if it was not tried before.
+fn attempt(due: Option<Instant>, now: Instant) -> Attempt {
+    match due {
+        None => Attempt::First,
+        Some(due) if due > now => Attempt::Later,
+        Some(_) => Attempt::Again,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_is_searched_once_a_second_while_a_lock_request_has_no_response() {
+        let now = Instant::now();
+        let next = now + Duration::from_secs(1);
+        let soon = now + Duration::from_millis(1);
+        for (look_at, waits, is_due, at) in [
+            // The first response usually arrives within the second, so the first look at the log only plans a search.
+            (None, true, false, Some(next)),
+            (Some(soon), true, false, Some(soon)),
+            (Some(now), true, true, Some(next)),
+            (now.checked_sub(Duration::from_secs(9)), true, true, Some(next)),
+            // A response ends the plan, so that a later request has its own second.
+            (None, false, false, None),
+            (Some(soon), false, false, None),
+            (Some(now), false, false, None),
+        ] {
+            assert_eq!(next_search(look_at, waits, now), NextSearch { is_due, at }, "{look_at:?} {waits}");
+        }
+    }
+
+    #[test]
+    fn a_dead_run_is_tried_again_only_when_its_interval_is_over() {
+        let now = Instant::now();
+        for (due, expected) in [
+            (None, Attempt::First),
+            (Some(now + Duration::from_millis(1)), Attempt::Later),
+            (Some(now), Attempt::Again),
+            (now.checked_sub(Duration::from_secs(1)), Attempt::Again),
+        ] {
+            assert_eq!(attempt(due, now), expected, "{due:?}");
+        }
+    }
+
+    #[test]
+    fn without_credentials_the_next_attempt_is_ten_minutes_later() {
+        assert_eq!(retry_interval(false), Duration::from_secs(15));
+        assert_eq!(retry_interval(true), Duration::from_mins(10));
+        let tried = |run: &str, lacks_credentials| Tried { run: run.into(), lacks_credentials };
+        let before = Instant::now();
+        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)]);
+        let after = Instant::now();
+        for (run, interval) in [("a", Duration::from_secs(15)), ("b", Duration::from_mins(10))] {
+            let due = waiting.tried[run];
+            assert!(before + interval <= due && due <= after + interval, "{run}");
+            assert_eq!(attempt(Some(due), after), Attempt::Later, "what failed before terraform is not new");
+        }
     }
 }
