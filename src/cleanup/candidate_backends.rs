@@ -45,15 +45,7 @@ impl CandidateBackends {
         command_line: &CommandLine,
         planned_backends: &PlannedBackends,
     ) -> Self {
-        // TF_WORKSPACE takes precedence over the selected workspace (internal/command/meta.go, `WorkspaceOverridden`).
-        let mut workspaces = match std::env::var("TF_WORKSPACE") {
-            Ok(name) if !name.is_empty() => vec![name],
-            _ => vec![after.workspace.clone(), before.workspace.clone()],
-        };
-        workspaces.dedup();
-        if command_line.command().starts_with("workspace ") {
-            workspaces.extend(command_line.operands.iter().map(|operand| operand.to_string_lossy().into_owned()));
-        }
+        let workspaces = workspaces(std::env::var("TF_WORKSPACE").ok(), before, &after, command_line);
         let data_directory = DataDirectory::path(current, command_line).to_string_lossy().into_owned();
         let working_directory = command_line.working_directory(current);
         let configured = planned_backends.configured(&after.workspace);
@@ -146,5 +138,129 @@ impl CandidateBackends {
             backend: backend.clone(),
         };
         (backend.kind == "s3" && (location.table.is_some() || location.lock_file)).then_some(location)
+    }
+}
+
+/// Returns the workspaces that a run of `command_line` may have used, the most likely one first. `variable` is the
+/// value of TF_WORKSPACE. `before` and `after` are the contents of the data directory before and after the run.
+fn workspaces(
+    variable: Option<String>,
+    before: &DataDirectory,
+    after: &DataDirectory,
+    command_line: &CommandLine,
+) -> Vec<String> {
+    // TF_WORKSPACE takes precedence over the selected workspace (internal/command/meta.go, `WorkspaceOverridden`).
+    let mut workspaces = match variable {
+        Some(name) if !name.is_empty() => vec![name],
+        _ => vec![after.workspace.clone(), before.workspace.clone()],
+    };
+    workspaces.dedup();
+    if command_line.command().starts_with("workspace ") {
+        workspaces.extend(command_line.operands.iter().map(|operand| operand.to_string_lossy().into_owned()));
+    }
+    workspaces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsString;
+
+    fn command_line(line: &str) -> CommandLine {
+        CommandLine::parse(&line.split(' ').map(OsString::from).collect::<Vec<_>>())
+    }
+
+    fn selected(workspace: &str, backend: &str) -> DataDirectory {
+        DataDirectory { backend: CachedBackend::parse(backend.as_bytes()), workspace: workspace.into() }
+    }
+
+    fn s3(config: &str) -> String {
+        format!(r#"{{"version":3,"backend":{{"type":"s3","config":{{{config}}}}}}}"#)
+    }
+
+    fn candidates(directories: Vec<DataDirectory>, workspaces: &[&str], command: &str) -> CandidateBackends {
+        CandidateBackends {
+            directories,
+            workspaces: workspaces.iter().map(|name| (*name).to_owned()).collect(),
+            any_workspace: is_for_any_workspace(command),
+            data_directory: "/x/.terraform".into(),
+            working_directory: "/x".into(),
+        }
+    }
+
+    #[test]
+    fn the_workspaces_are_the_selected_ones_or_that_of_the_variable_and_those_of_the_command() {
+        for (variable, before, after, line, expected) in [
+            (None, "default", "default", "apply", vec!["default"]),
+            (None, "a", "b", "apply", vec!["b", "a"]),
+            // An empty TF_WORKSPACE does not select anything.
+            (Some(""), "a", "b", "apply", vec!["b", "a"]),
+            (Some("v"), "a", "b", "apply", vec!["v"]),
+            (None, "default", "green", "workspace new green", vec!["green", "default", "green"]),
+            (None, "a", "a", "workspace delete -force old", vec!["a", "old"]),
+            (Some("v"), "a", "b", "workspace delete old", vec!["v", "old"]),
+            // A flag with its value in a word of its own: each word may be the name.
+            (None, "a", "a", "workspace new -state x.tfstate green", vec!["a", "x.tfstate", "green"]),
+            // Only the words of a workspace command are names of workspaces.
+            (None, "a", "a", "apply green", vec!["a"]),
+            (None, "a", "a", "state rm green", vec!["a"]),
+            (None, "a", "a", "workspace", vec!["a"]),
+        ] {
+            let (before, after) = (selected(before, ""), selected(after, ""));
+            let found = workspaces(variable.map(ToOwned::to_owned), &before, &after, &command_line(line));
+            assert_eq!(found, expected, "{variable:?} {line}");
+        }
+    }
+
+    #[test]
+    fn only_an_init_may_use_every_workspace() {
+        for command in ["apply", "plan", "workspace new", "state mv", "", "init2"] {
+            assert!(!is_for_any_workspace(command), "{command}");
+        }
+        let directory = || selected("default", &s3(r#""bucket":"b","key":"k""#));
+        for (command, found) in [("init", 1), ("apply", 0)] {
+            let candidates = candidates(vec![directory()], &["default"], command);
+            assert_eq!(candidates.of_state("b", "env:/other/k").len(), found, "{command}");
+            assert_eq!(candidates.of_state("b", "k").len(), 1, "{command}");
+            assert_eq!(candidates.of_state("b", "another").len(), 0, "{command}");
+        }
+    }
+
+    #[test]
+    fn the_workspace_of_a_state_is_one_that_the_run_may_have_used() {
+        let directory = selected("a", &s3(r#""bucket":"b","key":"k""#));
+        let candidates = candidates(vec![directory], &["a", "default"], "init");
+        for (key, expected) in [("env:/a/k", Some("a")), ("k", Some("default")), ("env:/other/k", None)] {
+            let location = candidates.of_state("b", key).remove(0);
+            assert_eq!(candidates.workspace_of(&location), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn the_lock_that_terraform_takes_is_that_of_the_first_backend_and_workspace() {
+        let none = || selected("default", "");
+        let place = |directories, workspaces: &[&str]| {
+            let location = candidates(directories, workspaces, "apply").selected()?;
+            Some((location.lock_path(), location.table, location.lock_file))
+        };
+        let of = |config: &str| selected("default", &s3(config));
+        let table = || of(r#""bucket":"b","key":"k","dynamodb_table":"t""#);
+        let object = || of(r#""bucket":"c","key":"k","use_lockfile":true"#);
+        let unlocked = || of(r#""bucket":"d","key":"k","use_lockfile":false,"dynamodb_table":"""#);
+        let gcs = || {
+            selected(
+                "default",
+                r#"{"version":3,"backend":{"type":"gcs","config":{"bucket":"b","key":"k","dynamodb_table":"t"}}}"#,
+            )
+        };
+        let in_table = || Some(("b/env:/green/k".to_owned(), Some("t".to_owned()), false));
+        assert_eq!(place(vec![table(), object()], &["green", "default"]), in_table());
+        assert_eq!(place(vec![none(), table()], &["green"]), in_table(), "no backend before the run");
+        assert_eq!(place(vec![object(), table()], &["default"]), Some(("c/k".to_owned(), None, true)));
+        assert_eq!(place(vec![unlocked(), table()], &["default"]), None, "the backend does not lock");
+        assert_eq!(place(vec![gcs(), table()], &["default"]), None, "the run did not use S3");
+        assert_eq!(place(vec![of(r#""key":"k","use_lockfile":true"#)], &["default"]), None, "no bucket");
+        assert_eq!(place(vec![table()], &[]), None);
+        assert_eq!(place(vec![none()], &["default"]), None);
     }
 }
