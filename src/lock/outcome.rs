@@ -108,3 +108,31 @@ pub(crate) enum Write {
     /// Neither the state nor its digest changed during the wait.
     Quiet,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aws::failure::ServiceAnswer;
+
+    #[test]
+    fn a_failed_request_may_succeed_later_unless_a_permission_is_missing() {
+        let answered = |code| {
+            let answer = ServiceAnswer { code, message: Some("no"), status: None };
+            Failure::of_answer("S3", "s3:DeleteObject", answer, "")
+        };
+        for (code, because) in [
+            (Some("AccessDenied"), Because::Denied("s3:DeleteObject")),
+            (Some("NoSuchBucket"), Because::NoAnswer),
+            (Some("SlowDown"), Because::NoAnswer),
+            (Some("ExpiredToken"), Because::NoAnswer),
+            (Some("InvalidAccessKeyId"), Because::NoAnswer),
+            (Some("NotImplemented"), Because::NoAnswer),
+            (Some("InvalidRequest"), Because::NoAnswer),
+            (None, Because::NoAnswer),
+        ] {
+            let failure = answered(code);
+            let reason = format!("{failure}; the rest");
+            assert_eq!(Outcome::failed(&failure, "; the rest"), Outcome::Kept { reason, because }, "{code:?}");
+        }
+    }
+}
