@@ -107,7 +107,12 @@ struct GuardianView {
 /// Whether the process belongs to a run that is nested in `run`: another `tf`, which was started below terraform,
 /// supervises the process.
 fn is_nested(process: &Process, run: &str) -> bool {
-    let Variable::Set(runs) = process.environment(RUN) else { return false };
+    matches!(process.environment(RUN), Variable::Set(runs) if names_nested_run(&runs, run))
+}
+
+/// Whether `runs`, a value of `TFW_RUN`, names a run after `run`. The value is the IDs of nested runs from the outermost
+/// to the innermost, separated by `/`.
+fn names_nested_run(runs: &[u8], run: &str) -> bool {
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
     runs.next().is_some() && runs.next().is_some()
 }
@@ -322,6 +327,17 @@ impl Tree {
         if Some(process.pid) == self.terraform || self.is_marked(process) {
             return Membership::Member;
         }
+        if process.is_helper_of_ours() {
+            // Such a helper is, for example, the guardian of another `tf` in this tree. It changes no infrastructure,
+            // and must continue to run to release the lock of its own run.
+            return Membership::Other;
+        }
+        self.membership_by_parents(process, below)
+    }
+
+    /// Returns the membership of a process without a mark, from the chain of its parents in `below`, which are all
+    /// processes below this process.
+    fn membership_by_parents(&self, process: &Process, below: &[Process]) -> Membership {
         // Finds the child of this process from which `process` descends.
         let mut top = process;
         for _ in 0..below.len() {
@@ -329,11 +345,6 @@ impl Tree {
                 Some(parent) => top = parent,
                 None => break,
             }
-        }
-        if process.is_helper_of_ours() {
-            // Such a helper is, for example, the guardian of another `tf` in this tree. It changes no infrastructure,
-            // and must continue to run to release the lock of its own run.
-            return Membership::Other;
         }
         if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
             Membership::Other
@@ -411,11 +422,14 @@ impl Tree {
                 return Termination::Unseen;
             }
             if let Some(group) = self.group().filter(|group| wait::has_child_in(*group)) {
-                if elapsed >= kill_from {
-                    let _ = killpg(group, Signal::SIGKILL);
-                } else if !std::mem::replace(&mut told, true) {
-                    let _ = killpg(group, Signal::SIGTERM);
-                    let _ = killpg(group, Signal::SIGCONT);
+                match next_signal(elapsed, kill_from, !told) {
+                    NextSignal::Kill => drop(killpg(group, Signal::SIGKILL)),
+                    NextSignal::Terminate => {
+                        told = true;
+                        let _ = killpg(group, Signal::SIGTERM);
+                        let _ = killpg(group, Signal::SIGCONT);
+                    }
+                    NextSignal::None => {}
                 }
             }
             waiter.wait(POLL_INTERVAL);
@@ -434,9 +448,7 @@ impl Tree {
             self.reap_orphans(&[]);
             let (members, unknown) = self.look();
             record.borrow_mut()(identities(members.iter().chain(&unknown)));
-            let above = matches!(self.observer, Observer::Subreaper);
-            let alive = members.iter().filter(|process| !(above && Some(process.pid) == self.terraform)).count();
-            if alive == 0 && unknown.is_empty() && self.lifeline_is_closed() {
+            if !self.is_any_alive(&members, &unknown) && self.lifeline_is_closed() {
                 // Search twice. If a process's parent exits during the first search, the process is reparented to this
                 // process, and the search can miss it. The second search finds it among the children of this process.
                 if clean {
@@ -448,12 +460,7 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
-            let grace = if members.iter().any(|process| is_nested(process, &self.run)) {
-                NESTED_TERM_GRACE
-            } else {
-                TERM_GRACE
-            };
-            let kill_from = enough.unwrap_or(grace).min(grace);
+            let kill_from = kill_from(enough, members.iter().any(|process| is_nested(process, &self.run)));
             if elapsed > kill_from + KILL_TIMEOUT {
                 let mut left = members;
                 left.extend(unknown);
@@ -461,14 +468,17 @@ impl Tree {
             }
             for process in &members {
                 let first = !ended.contains(&process.pid);
-                if elapsed >= kill_from {
-                    send(process.pid, Signal::SIGKILL);
-                } else if first && !is_nested(process, &self.run) {
+                match next_signal(elapsed, kill_from, first) {
+                    NextSignal::Kill => send(process.pid, Signal::SIGKILL),
                     // The terraform of a nested run gets its one interrupt from its own `tf`, which gets a SIGTERM
-                    // here. For the terraform of the nested run, a SIGTERM would be a second interrupt. A stopped
-                    // process acts on SIGTERM only when it is continued.
-                    send(process.pid, Signal::SIGTERM);
-                    send(process.pid, Signal::SIGCONT);
+                    // here. For the terraform of the nested run, a SIGTERM would be a second interrupt.
+                    NextSignal::Terminate if is_nested(process, &self.run) => {}
+                    NextSignal::Terminate => {
+                        // A stopped process acts on SIGTERM only when it is continued.
+                        send(process.pid, Signal::SIGTERM);
+                        send(process.pid, Signal::SIGCONT);
+                    }
+                    NextSignal::None => {}
                 }
                 if first {
                     trace!("ending {} {}", process.pid, process.program());
@@ -477,6 +487,14 @@ impl Tree {
             }
             waiter.wait(POLL_INTERVAL);
         }
+    }
+
+    /// Whether a process of the tree is running or may be running, according to a search that found `members` and
+    /// `unknown`. For `tf`, terraform itself does not count: `tf` has read its exit status, and does not reap it.
+    fn is_any_alive(&self, members: &[Process], unknown: &[Process]) -> bool {
+        let is_parent = matches!(self.observer, Observer::Subreaper);
+        let counts = |process: &Process| !(is_parent && Some(process.pid) == self.terraform);
+        !unknown.is_empty() || members.iter().any(counts)
     }
 
     /// Sends SIGKILL to terraform and to every process of its tree that is running now.
@@ -497,9 +515,184 @@ impl Tree {
     }
 }
 
+/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination. `enough`
+/// is the time at which the grace period was ended early, or `None` if it was not. `has_nested` is whether a process of
+/// a nested run is running.
+fn kill_from(enough: Option<Duration>, has_nested: bool) -> Duration {
+    let grace = if has_nested { NESTED_TERM_GRACE } else { TERM_GRACE };
+    enough.unwrap_or(grace).min(grace)
+}
+
+/// The next signal for a process that must exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NextSignal {
+    /// SIGKILL.
+    Kill,
+    /// SIGTERM, and then SIGCONT.
+    Terminate,
+    /// No signal: the process has got SIGTERM, and its grace period is not over.
+    None,
+}
+
+/// Returns the next signal for a process. `elapsed` is the time since the termination began, and `kill_from` the time
+/// from which processes get SIGKILL. `is_first` is whether the process has got no signal yet.
+fn next_signal(elapsed: Duration, kill_from: Duration, is_first: bool) -> NextSignal {
+    if elapsed >= kill_from {
+        NextSignal::Kill
+    } else if is_first {
+        NextSignal::Terminate
+    } else {
+        NextSignal::None
+    }
+}
+
 fn send(pid: Pid, signal: Signal) {
     match kill(pid, signal) {
         Ok(()) | Err(Errno::ESRCH) => {}
         Err(error) => trace!("cannot send {signal} to {pid}: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TERRAFORM: i32 = 5_000_000;
+    const HELPER: i32 = TERRAFORM + 1;
+    const EARLIER: i32 = TERRAFORM + 2;
+
+    /// Returns a process with a pid that no process has (the maximum is 2^22), and therefore without an environment.
+    fn process(pid: i32, parent: i32) -> Process {
+        let [pid, parent, group] = [pid, parent, pid].map(Pid::from_raw);
+        Process { pid, thread: pid, name: "x".into(), state: 'S', parent, group, session: group, start: 7 }
+    }
+
+    /// Returns the tree of [`TERRAFORM`], whose parent has also the children [`HELPER`] and [`EARLIER`].
+    fn tree(has_foreign_orphans: bool) -> Tree {
+        let (mut tree, _end) = Tree::new("run").unwrap();
+        tree.preexisting_children = vec![Pid::from_raw(EARLIER)];
+        tree.has_foreign_orphans = has_foreign_orphans;
+        tree.has_own_group();
+        tree.started(Pid::from_raw(TERRAFORM));
+        tree.exclude(Pid::from_raw(HELPER));
+        tree
+    }
+
+    #[test]
+    fn a_process_belongs_to_the_tree_if_it_descends_from_terraform_or_can_descend_from_nothing_else() {
+        let own = getpid().as_raw();
+        let (child, grandchild) = (TERRAFORM + 10, TERRAFORM + 11);
+        for has_foreign_orphans in [false, true] {
+            let tree = tree(has_foreign_orphans);
+            for (top, expected) in [
+                (TERRAFORM, Membership::Member),
+                (HELPER, Membership::Other),
+                (EARLIER, Membership::Other),
+                // An orphan. It is of the tree, unless another tree may have lost it to this process.
+                (own, if has_foreign_orphans { Membership::Unknown } else { Membership::Member }),
+            ] {
+                let mut below = vec![process(child, top), process(grandchild, child)];
+                if top != own {
+                    below.push(process(top, own));
+                }
+                for process in &below {
+                    assert_eq!(tree.membership(process, &below), expected, "{process:?} {has_foreign_orphans}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_orphan_in_terraforms_group_belongs_to_the_tree() {
+        let orphan = Process { group: Pid::from_raw(TERRAFORM), ..process(TERRAFORM + 10, getpid().as_raw()) };
+        assert_eq!(tree(true).membership(&orphan, std::slice::from_ref(&orphan)), Membership::Member);
+        let of_helper = Process { parent: Pid::from_raw(HELPER), ..orphan };
+        let below = [process(HELPER, getpid().as_raw()), of_helper.clone()];
+        assert_eq!(tree(true).membership(&of_helper, &below), Membership::Other);
+    }
+
+    /// The list of processes is not read at one moment, so a reused pid can make a process its own ancestor.
+    #[test]
+    fn parents_in_a_circle_are_no_endless_search() {
+        let below = [process(TERRAFORM + 10, TERRAFORM + 11), process(TERRAFORM + 11, TERRAFORM + 10)];
+        assert_eq!(tree(true).membership(&below[0], &below), Membership::Unknown);
+    }
+
+    #[test]
+    fn the_guardian_has_no_children_that_are_not_terraforms() {
+        let mut tree = tree(false);
+        tree.observe_as_guardian();
+        assert!(tree.preexisting_children.is_empty());
+    }
+
+    #[test]
+    fn a_mark_that_goes_on_after_the_run_is_that_of_a_nested_run() {
+        for (runs, expected) in [
+            ("run", false),
+            ("run/inner", true),
+            ("outer/run", false),
+            ("outer/run/inner", true),
+            ("outer/run/inner/innermost", true),
+            ("", false),
+            ("other", false),
+            ("other/inner", false),
+            ("run2/inner", false),
+            ("outer/xrun/inner", false),
+        ] {
+            assert_eq!(names_nested_run(runs.as_bytes(), "run"), expected, "{runs:?}");
+        }
+    }
+
+    #[test]
+    fn a_process_gets_one_term_and_after_the_grace_period_kills() {
+        let seconds = Duration::from_secs;
+        for (elapsed, kill_from, is_first, expected) in [
+            (0, 5, true, NextSignal::Terminate),
+            (0, 5, false, NextSignal::None),
+            // A child that starts during the grace period gets its own SIGTERM.
+            (4, 5, true, NextSignal::Terminate),
+            (4, 5, false, NextSignal::None),
+            (5, 5, true, NextSignal::Kill),
+            (5, 5, false, NextSignal::Kill),
+            (0, 0, true, NextSignal::Kill),
+            (0, 0, false, NextSignal::Kill),
+        ] {
+            let next = next_signal(seconds(elapsed), seconds(kill_from), is_first);
+            assert_eq!(next, expected, "{elapsed} {kill_from} {is_first}");
+        }
+    }
+
+    #[test]
+    fn the_grace_period_is_longer_for_a_nested_run_and_a_key_ends_it() {
+        let seconds = Duration::from_secs;
+        for (enough, has_nested, expected) in [
+            (None, false, 5),
+            (None, true, 60),
+            (Some(0), false, 0),
+            (Some(0), true, 0),
+            (Some(2), false, 2),
+            (Some(20), true, 20),
+            // The nested run has ended since the key: the period was over before it.
+            (Some(20), false, 5),
+        ] {
+            assert_eq!(kill_from(enough.map(seconds), has_nested), seconds(expected), "{enough:?} {has_nested}");
+        }
+    }
+
+    #[test]
+    fn terraform_counts_as_alive_for_the_guardian_alone() {
+        let mut tree = tree(true);
+        let [terraform, other] = [TERRAFORM, TERRAFORM + 10].map(|pid| process(pid, 1));
+        let both = [terraform.clone(), other.clone()];
+        for (is_guardian, terraform_counts) in [(false, false), (true, true)] {
+            if is_guardian {
+                tree.observe_as_guardian();
+            }
+            assert!(!tree.is_any_alive(&[], &[]));
+            assert_eq!(tree.is_any_alive(&both[..1], &[]), terraform_counts);
+            assert!(tree.is_any_alive(&both[1..], &[]));
+            assert!(tree.is_any_alive(&both, &[]));
+            assert!(tree.is_any_alive(&[], &both[1..]), "what may belong to the tree counts");
+        }
     }
 }
