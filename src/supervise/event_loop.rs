@@ -88,12 +88,14 @@ pub(crate) struct Supervision<'a> {
 /// runners start processes from thread pools.
 pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&Terminal>) -> Option<(Pid, OwnedFd)> {
     let inherited = signals.inherited();
-    let leads_session = nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid());
-    if !is_ci
-        || inherited.ignores(Signal::SIGINT)
-        || inherited.ignores(Signal::SIGHUP)
-        || (leads_session && terminal.is_none())
-    {
+    let start = Start {
+        is_ci,
+        ignores_interrupt: inherited.ignores(Signal::SIGINT),
+        ignores_hangup: inherited.ignores(Signal::SIGHUP),
+        leads_session: nix::unistd::getsid(None).is_ok_and(|session| session == nix::unistd::getpid()),
+        has_terminal: terminal.is_some(),
+    };
+    if !start.depends_on_parent() {
         return None;
     }
     let parent = getppid();
@@ -101,6 +103,28 @@ pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&
     // If the parent had exited before the descriptor was opened, the descriptor could refer to another process with the
     // same pid.
     (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
+}
+
+/// How `tf` was started.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    is_ci: bool,
+    /// Whether SIGINT was ignored (`&` in a script).
+    ignores_interrupt: bool,
+    /// Whether SIGHUP was ignored (nohup).
+    ignores_hangup: bool,
+    /// Whether this process is the leader of its session (setsid).
+    leads_session: bool,
+    has_terminal: bool,
+}
+
+impl Start {
+    /// Whether the exit of the parent is a request to stop.
+    fn depends_on_parent(self) -> bool {
+        // The leader of a session with a terminal is a program that the terminal itself runs.
+        let is_detached = self.leads_session && !self.has_terminal;
+        self.is_ci && !self.ignores_interrupt && !self.ignores_hangup && !is_detached
+    }
 }
 
 impl Supervision<'_> {
@@ -167,11 +191,7 @@ impl Supervision<'_> {
                 self.foreground.deadline(),
                 self.stop.deadline().and_then(|since_begun| self.context.begun.checked_add(since_begun)),
             ];
-            let timeout = match deadline.into_iter().flatten().min() {
-                _ if self.signals.is_queued() => Some(Duration::ZERO),
-                at => at.map(|at| at.saturating_duration_since(Instant::now())),
-            };
-            self.wait(timeout);
+            self.wait(timeout(self.signals.is_queued(), &deadline, Instant::now()));
         }
     }
 
@@ -363,8 +383,8 @@ impl Supervision<'_> {
         let Some((moment, had)) = &mut self.interrupted else { return };
         let recorder = self.tree.recorder();
         let Some((next, _)) = shim::behind(self.terraform, recorder) else { return };
-        let is_new = Process::look_up(next).is_some_and(|process| process.start >= *moment);
-        if is_new && !had.contains(&next) {
+        let started = Process::look_up(next).map(|process| process.start);
+        if !had.contains(&next) && was_started_since(started, *moment) {
             had.push(next);
             shim::interrupt_group(self.terraform, recorder);
         }
@@ -406,14 +426,14 @@ impl Supervision<'_> {
     /// Handles a stop of terraform by `signal`. Returns what remains to be done.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
-        match signal {
-            _ if self.group == TerraformGroup::Shared => {
+        match stop_reaction(self.group, signal) {
+            StopReaction::StopWith(signal) => {
                 // The terminal stopped the whole group. The signal is blocked in this process, so this process must
                 // stop itself here.
-                self.stop_ourselves(signal_to_stop_with(signal), false);
+                self.stop_ourselves(signal, false);
             }
-            Signal::SIGTTIN | Signal::SIGTTOU => return self.wants_terminal(signal),
-            _ => {
+            StopReaction::GiveTerminal => return self.wants_terminal(signal),
+            StopReaction::StopJob => {
                 // A ^Z while terraform's group is the foreground group must stop the whole job. After a `kill -STOP` of
                 // terraform, `tf` stops too, so that a shell can report the stop to its user and `fg` can continue
                 // both.
@@ -460,9 +480,107 @@ enum Stopped {
     ContinueSoon,
 }
 
+/// Returns how long to wait for the next event. `deadlines` are the moments at which something is due. Zero if a signal
+/// `is_queued`, because the descriptor of the signals is not readable then. `None` if nothing is due.
+fn timeout(is_queued: bool, deadlines: &[Option<Instant>], now: Instant) -> Option<Duration> {
+    if is_queued {
+        return Some(Duration::ZERO);
+    }
+    deadlines.iter().flatten().min().map(|at| at.saturating_duration_since(now))
+}
+
+/// Whether a process was started at `moment` or later, in clock ticks since boot. `started` is its start, or `None` if
+/// the process does not exist any more.
+fn was_started_since(started: Option<u64>, moment: u64) -> bool {
+    started.is_some_and(|started| started >= moment)
+}
+
+/// What `tf` does when terraform was stopped by a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StopReaction {
+    /// Stop this process with the signal, because terraform is in its group.
+    StopWith(Signal),
+    /// Give terraform the terminal that it needs.
+    GiveTerminal,
+    /// Stop this process too, and then continue terraform.
+    StopJob,
+}
+
+/// Returns what `tf` does when terraform, which is in `group`, was stopped by `signal`.
+fn stop_reaction(group: TerraformGroup, signal: Signal) -> StopReaction {
+    match (group, signal) {
+        (TerraformGroup::Shared, signal) => StopReaction::StopWith(signal_to_stop_with(signal)),
+        (TerraformGroup::Own, Signal::SIGTTIN | Signal::SIGTTOU) => StopReaction::GiveTerminal,
+        (TerraformGroup::Own, _) => StopReaction::StopJob,
+    }
+}
+
 /// Returns the signal with which this process stops itself after terraform was stopped by `signal`. The result is never
 /// SIGSTOP, because the kernel does not discard a SIGSTOP in an orphaned process group, where no process could continue
 /// this process. The kernel discards a SIGTSTP there.
 fn signal_to_stop_with(signal: Signal) -> Signal {
     if signal == Signal::SIGSTOP { Signal::SIGTSTP } else { signal }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_in_ci_and_only_if_not_detached_is_the_exit_of_the_parent_a_request_to_stop() {
+        for bits in 0..32_u8 {
+            let bit = |place: u8| bits & (1 << place) != 0;
+            let start = Start {
+                is_ci: bit(0),
+                ignores_interrupt: bit(1),
+                ignores_hangup: bit(2),
+                leads_session: bit(3),
+                has_terminal: bit(4),
+            };
+            let is_started_to_outlive = bit(1) || bit(2) || (bit(3) && !bit(4));
+            assert_eq!(start.depends_on_parent(), bit(0) && !is_started_to_outlive, "{start:?}");
+        }
+    }
+
+    #[test]
+    fn the_loop_waits_until_the_first_deadline_and_not_at_all_for_a_signal_that_was_read() {
+        let now = Instant::now();
+        let at = |milliseconds| Some(now + Duration::from_millis(milliseconds));
+        let past = now.checked_sub(Duration::from_secs(1));
+        for (is_queued, deadlines, expected) in [
+            (false, [None, None], None),
+            (false, [at(7), None], Some(7)),
+            (false, [at(7), at(3)], Some(3)),
+            (false, [at(3), at(7)], Some(3)),
+            (false, [past, at(7)], Some(0)),
+            (true, [None, None], Some(0)),
+            (true, [at(7), None], Some(0)),
+        ] {
+            let expected = expected.map(Duration::from_millis);
+            assert_eq!(timeout(is_queued, &deadlines, now), expected, "{is_queued} {deadlines:?}");
+        }
+    }
+
+    #[test]
+    fn a_terraform_that_was_there_before_the_stop_is_no_new_one() {
+        for (started, expected) in [(None, false), (Some(6), false), (Some(7), true), (Some(8), true)] {
+            assert_eq!(was_started_since(started, 7), expected, "{started:?}");
+        }
+        // The moment is unknown: no terraform is interrupted a second time.
+        assert!(!was_started_since(Some(8), u64::MAX));
+    }
+
+    #[test]
+    fn a_stop_of_terraform_gives_it_the_terminal_or_stops_the_job() {
+        let stops = [Signal::SIGSTOP, Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
+        for signal in stops {
+            let StopReaction::StopWith(with) = stop_reaction(TerraformGroup::Shared, signal) else { panic!() };
+            // The kernel discards every one of these in an orphaned process group, except SIGSTOP.
+            assert_ne!(with, Signal::SIGSTOP, "{signal}");
+            assert!(with == signal || signal == Signal::SIGSTOP, "{signal}");
+            let needs_terminal = matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU);
+            let expected = if needs_terminal { StopReaction::GiveTerminal } else { StopReaction::StopJob };
+            assert_eq!(stop_reaction(TerraformGroup::Own, signal), expected, "{signal}");
+        }
+    }
 }
