@@ -202,6 +202,27 @@ fn role_error(error: &CredentialsError) -> Option<&NoRole> {
 /// [`Unreachable::Credentials`] if the command cannot be started, fails, or prints no credentials in version 1 of the
 /// format. No error text contains the output of the command, because the output may contain a secret.
 async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<AccessKeys, Unreachable> {
+    let said = |what: &str| of_process_error(profile, what);
+    let asks = if purpose == Purpose::Work { Asks::Person } else { Asks::Nobody };
+    let run = shell_command::output(command, asks).await;
+    let (status, printed) = run.map_err(|error| said(&format!("could not be started: {error}")))?;
+    if !status.success() {
+        return Err(said(&format!("failed ({status})")));
+    }
+    printed_keys(profile, &printed)
+}
+
+/// Returns the error that the `credential_process` of `profile` failed in the way that `what` describes.
+fn of_process_error(profile: &str, what: &str) -> Unreachable {
+    Unreachable::Credentials(format!("the credential_process of the profile {profile} {what}"))
+}
+
+/// Parses `printed`, the output of the `credential_process` of `profile`.
+///
+/// # Errors
+/// [`Unreachable::Credentials`] if it is not credentials in version 1 of the format. The text contains no part of
+/// `printed`, except the version.
+fn printed_keys(profile: &str, printed: &[u8]) -> Result<AccessKeys, Unreachable> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Printed {
@@ -211,14 +232,8 @@ async fn of_process(profile: &str, command: &str, purpose: Purpose) -> Result<Ac
         session_token: Option<String>,
         expiration: Option<String>,
     }
-    let said = |what: &str| Unreachable::Credentials(format!("the credential_process of the profile {profile} {what}"));
-    let asks = if purpose == Purpose::Work { Asks::Person } else { Asks::Nobody };
-    let run = shell_command::output(command, asks).await;
-    let (status, printed) = run.map_err(|error| said(&format!("could not be started: {error}")))?;
-    if !status.success() {
-        return Err(said(&format!("failed ({status})")));
-    }
-    let printed: Printed = serde_json::from_slice(&printed).map_err(|_| said("printed no credentials"))?;
+    let said = |what: &str| of_process_error(profile, what);
+    let printed: Printed = serde_json::from_slice(printed).map_err(|_| said("printed no credentials"))?;
     if printed.version != 1 {
         return Err(said(&format!("printed version {} of its output, but only version 1 is defined", printed.version)));
     }
@@ -986,6 +1001,63 @@ mod tests {
             let parts: Vec<String> = parts.into_iter().map(|(number, unit)| format!("{number}{unit}")).collect();
             let sum = parts.iter().map(|part| go_duration(part).unwrap_or_default());
             prop_assert_eq!(go_duration(&parts.concat()).unwrap_or_default(), sum.sum::<Duration>());
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn only_version_1_of_the_output_of_a_credential_process_is_read() {
+        let read = |text: &str| printed_keys("p", text.as_bytes());
+        let keys = read(
+            r#"{"Version":1,"AccessKeyId":"AKIA","SecretAccessKey":"s","SessionToken":"t",
+                "Expiration":"2026-11-23T01:46:07Z","Other":[1]}"#,
+        )
+        .unwrap();
+        assert_eq!((keys.id.as_str(), keys.secret.as_str(), keys.token.as_deref()), ("AKIA", "s", Some("t")));
+        assert_eq!(keys.until, Some("2026-11-23T01:46:07Z".parse::<jiff::Timestamp>().unwrap().into()));
+        let keys = read(r#"{"Version":1,"AccessKeyId":"A","SecretAccessKey":"s","SessionToken":""}"#).unwrap();
+        assert!(keys.token.is_none() && keys.until.is_none(), "long-term keys have no token and do not expire");
+        for (text, expected) in [
+            (r#"{"Version":2,"AccessKeyId":"A","SecretAccessKey":"s"}"#, "printed version 2 of its output"),
+            (r#"{"AccessKeyId":"A","SecretAccessKey":"s"}"#, "printed no credentials"),
+            (r#"{"Version":1,"SecretAccessKey":"s"}"#, "printed no credentials"),
+            (r#"{"Version":1,"AccessKeyId":"A"}"#, "printed no credentials"),
+            (r#"{"Version":"1","AccessKeyId":"A","SecretAccessKey":"s"}"#, "printed no credentials"),
+            ("Password: ", "printed no credentials"),
+            ("", "printed no credentials"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("the profile p "), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn any_output_of_a_credential_process_is_read_or_refused_and_no_error_shows_it() {
+        use proptest::prelude::*;
+        const SECRETS: [&str; 3] = ["AKIAQQQQQQQQ", "wJalrhunter2", "FwoGhunter3"];
+        let whole = serde_json::json!({
+            "Version": 1, "AccessKeyId": SECRETS[0], "SecretAccessKey": SECRETS[1], "SessionToken": SECRETS[2],
+            "Expiration": "2026-11-23T01:46:07Z",
+        });
+        // A text without any change, with a key and a time of any content, and the text above with changes.
+        let strategy = (
+            ("\\PC{0,20}", "\\PC{0,20}", prop::option::of("\\PC{0,20}"), prop::option::of("\\PC{0,30}")),
+            crate::generated_input::changed(whole.to_string().into_bytes()),
+        );
+        crate::generated_input::for_all(file!(), &strategy, |((id, secret, token, until), changed)| {
+            let text = serde_json::json!({
+                "Version": 1, "AccessKeyId": id, "SecretAccessKey": secret, "SessionToken": token, "Expiration": until,
+            });
+            let keys = printed_keys("p", text.to_string().as_bytes());
+            let keys = keys.map_err(|error| TestCaseError::fail(error.to_string()))?;
+            prop_assert_eq!((keys.id, keys.secret), (id, secret));
+            prop_assert_eq!(keys.token, token.filter(|token| !token.is_empty()));
+            let shown = match printed_keys("p", &changed) {
+                Ok(keys) => format!("{keys:?}"),
+                Err(error) => format!("{error} {error:?}"),
+            };
+            // Half of a secret is enough to recognise it.
+            prop_assert!(!SECRETS.iter().any(|secret| shown.contains(&secret[..6])), "{}", shown);
             Ok(())
         });
     }
