@@ -72,6 +72,6 @@ impl PlannedBackends {
 fn backend_configs_of_environment() -> Vec<OsString> {
     let words = ["TF_CLI_ARGS_init", "TF_CLI_ARGS"].iter().filter_map(|name| std::env::var(name).ok());
     // The words for the command come before the words for all commands.
-    let words = words.filter_map(|text| shell_words::split(&text).ok()).flatten().map(OsString::from);
+    let words = words.flat_map(|text| command_line::words_of_variable(&text));
     command_line::backend_configs(&words.collect::<Vec<_>>())
 }

@@ -149,6 +149,12 @@ pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     found
 }
 
+/// Returns the words in `text`, the value of a `TF_CLI_ARGS` variable. Empty if a quote is not closed: terraform does not
+/// start then (main.go, `mergeEnvArgs`).
+pub(crate) fn words_of_variable(text: &str) -> Vec<OsString> {
+    shell_words::split(text).unwrap_or_default().into_iter().map(OsString::from).collect()
+}
+
 /// Whether the argument requests help (hashicorp/cli, `processArgs`).
 fn is_help(argument: &OsStr) -> bool {
     ["-h", "-help", "--help"].iter().any(|name| argument == *name)
@@ -346,6 +352,38 @@ mod tests {
         .prop_filter("asks for help or for the version", |word| {
             !["-h", "-help", "--help", "-v", "-version", "--version"].contains(&word.as_str())
         })
+    }
+
+    #[test]
+    fn the_words_of_a_variable_are_split_at_blanks_and_quotes_are_removed() {
+        for (text, words) in [
+            ("", vec![]),
+            ("  -a\t-b\n", vec!["-a", "-b"]),
+            ("-a='b c' \"d e\"f", vec!["-a=b c", "d ef"]),
+            (r#"a\ b \'c \"d\\"#, vec!["a b", "'c", "\"d\\"]),
+            ("'' \"\"", vec!["", ""]),
+            ("-a 'b", vec![]),
+            ("-a \"b", vec![]),
+        ] {
+            assert_eq!(words_of_variable(text), words, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn quoted_words_of_a_variable_are_read_back_and_any_other_text_has_bounded_words() {
+        use proptest::prelude::*;
+        let sample = "-backend-config=key=a -backend-config \"path/b c\" -var='x=\\y' '' \\\" #z";
+        let strategy = (prop::collection::vec("\\PC{0,12}", 0..6), crate::generated_input::changed_text(sample));
+        crate::generated_input::for_all(file!(), &strategy, |(words, text)| {
+            let quoted: Vec<String> = words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))).collect();
+            let expected: Vec<OsString> = words.into_iter().map(OsString::from).collect();
+            prop_assert_eq!(words_of_variable(&quoted.join(" ")), expected);
+            // No splitting makes a text longer, and no word is made from nothing.
+            let words = words_of_variable(&text);
+            prop_assert!(words.len() + words.iter().map(|word| word.len()).sum::<usize>() <= text.len() + 1);
+            backend_configs(&words);
+            Ok(())
+        });
     }
 
     #[test]
