@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Read;
 
 use prost::Message;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::backend::CachedBackend;
@@ -17,6 +18,10 @@ use super::data_directory::DataDirectory;
 /// The maximum size of the entry `tfplan`: 256 MiB, in bytes. A larger plan is not read. `tf` then searches for the
 /// lock in the backend of the data directory.
 const MAX_PLAN_BYTES: u64 = 256 << 20;
+
+/// The maximum depth of the attributes of a backend, which is also serde_json's limit for JSON. The deepest attribute of
+/// the s3 backend, `assume_role.tags`, has 3 levels. The default of rmp_serde, 1024, needs up to 4 MiB of stack.
+const MAX_DEPTH: usize = 128;
 
 /// The fields of the message `Plan` that `tf` needs. All other fields are skipped.
 #[derive(Message)]
@@ -52,7 +57,10 @@ pub(crate) fn read(file: &File) -> Option<DataDirectory> {
     entry.take(MAX_PLAN_BYTES + 1).read_to_end(&mut message).ok().filter(|length| *length as u64 <= MAX_PLAN_BYTES)?;
     let plan = PlanMessage::decode(message.as_slice()).ok()?;
     let backend = plan.backend?;
-    let config: Map<String, Value> = rmp_serde::from_slice(&backend.config?.msgpack).ok()?;
+    let msgpack = backend.config?.msgpack;
+    let mut attributes = rmp_serde::Deserializer::from_read_ref(&msgpack);
+    attributes.set_max_depth(MAX_DEPTH);
+    let config = Map::<String, Value>::deserialize(&mut attributes).ok()?;
     Some(DataDirectory {
         backend: Some(CachedBackend::of_parts(&backend.kind, config, &plan.terraform_version)),
         workspace: backend.workspace,
@@ -225,6 +233,19 @@ mod tests {
             let _ = read(&plan("tfplan", &message_with(msgpack)));
             Ok(())
         });
+    }
+
+    /// Lengths that no attribute has, and values in values. Neither may cost memory or stack that the bytes do not have.
+    #[test]
+    fn a_length_beyond_the_end_and_a_value_in_thousands_of_others_are_rejected() {
+        for header in [&[0xdb_u8][..], &[0xc6], &[0xdd], &[0xdf], &[0x81, 0xa1, b'a', 0xdd], &[0x81, 0xdb]] {
+            let msgpack = [header, &[0xff; 4]].concat();
+            assert!(read(&plan("tfplan", &message_with(msgpack))).is_none(), "{header:x?}");
+        }
+        for nested in [&[0x91_u8][..], &[0x81, 0xa1, b'a']] {
+            let msgpack = [&[0x81, 0xa1, b'a'], nested.repeat(100_000).as_slice(), &[0xc0]].concat();
+            assert!(read(&plan("tfplan", &message_with(msgpack))).is_none(), "{nested:x?}");
+        }
     }
 
     /// One entry of an archive: its name, whether it is compressed, and its content.
