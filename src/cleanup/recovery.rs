@@ -60,7 +60,6 @@ use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, READ_
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
-use crate::settings::release_is_asked_for;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
@@ -132,12 +131,10 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     for state in states {
         let now = Timestamp::now();
         for pending in PendingRequests::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
-            if !here.of(&pending.lock).is_empty() {
-                late.push((state, pending));
-            } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
-                // The request is from a run with the same data directory, but this run does not use the location of the
-                // lock, for example because the lock belongs to another workspace.
-                others_late.push((state, pending));
+            match relation(&pending, here) {
+                Relation::SameLocation => late.push((state, pending)),
+                Relation::SameDirectory => others_late.push((state, pending)),
+                Relation::None => {}
             }
         }
         let Some(journal) = Journal::there(state) else { continue };
@@ -433,6 +430,34 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
     let (candidates, _) = candidates_of(record);
     let visited = check_pending(pending, &candidates, effort, &mut Waiter::Unattended);
     note_check(state, pending, visited.as_ref());
+    report_of_check(pending, record, visited)
+}
+
+/// How a pending request is related to the run that is about to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Relation {
+    /// The new run uses the location of the lock.
+    SameLocation,
+    /// The request is from a run with the same data directory, but the new run does not use the location of the lock,
+    /// for example because the lock belongs to another workspace.
+    SameDirectory,
+    None,
+}
+
+/// Returns how `pending` is related to a run with the candidate backends `here`.
+fn relation(pending: &PendingRequest, here: &CandidateBackends) -> Relation {
+    if !here.of(&pending.lock).is_empty() {
+        Relation::SameLocation
+    } else if pending.record.as_ref().is_some_and(|record| record.data_directory == here.data_directory) {
+        Relation::SameDirectory
+    } else {
+        Relation::None
+    }
+}
+
+/// Returns the report about a check for the lock of `pending`, a request of the run of `record`. `visited` is the
+/// result of the check, or `None` if no check was made.
+fn report_of_check(pending: &PendingRequest, record: &JournalRecord, visited: Option<Outcome>) -> Finished {
     match visited {
         Some(Outcome::Released(_)) => {
             Finished { messages: vec![messages::came_late(&pending.lock)], left: Left::Nothing }
@@ -449,18 +474,22 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
 /// Records the result of a check for the lock of a pending request. Once the service has answered, the request is
 /// stored only for as long as it may land. If `visited` is `None`, no check was made, and nothing is recorded.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
-    let is_answered = match visited {
-        Some(Outcome::Kept { because, .. }) => !matches!(because, Because::NoAnswer | Because::NoCredentials),
-        // If the table or bucket does not exist, it may be restored later with the lock in it.
-        Some(Outcome::Absent { excluded, .. }) => !excluded,
-        Some(Outcome::Released(_)) => true,
-        None => return,
-    };
+    let Some(outcome) = visited else { return };
     let pending_requests = PendingRequests::of(state);
-    if is_answered {
+    if is_answered(outcome) {
         pending_requests.was_seen(pending);
     } else {
         pending_requests.was_tried(pending, Timestamp::now());
+    }
+}
+
+/// Whether a check with the result `outcome` shows what is at the lock's location.
+fn is_answered(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Kept { because, .. } => !matches!(because, Because::NoAnswer | Because::NoCredentials),
+        // If the table or bucket does not exist, it may be restored later with the lock in it.
+        Outcome::Absent { excluded, .. } => !excluded,
+        Outcome::Released(_) => true,
     }
 }
 
@@ -492,17 +521,10 @@ pub(crate) fn forget(what: &str) -> Forgotten {
     for state in StateDirectory::all(|name| std::env::var_os(name)) {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names() {
-            let is_meant = |record: &JournalRecord| {
-                record.run == what || record.log.named().any(|lock| lock.id == what && !lock.progress.is_gone())
-            };
+            let is_meant = |record: &JournalRecord| is_named(record, what);
             match journal.look(&name) {
                 FoundRun::Dead(mut record, entry, _) if is_meant(&record) => {
-                    let mut left = Unfinished { locks: record.log.named().cloned().collect(), ..Unfinished::default() };
-                    left.locks.retain(|lock| record.run != what && lock.id != what && !lock.progress.is_gone());
-                    if record.run != what {
-                        left.unnamed.extend(record.log.unnamed().cloned());
-                        left.unlogged = record.unlogged;
-                    }
+                    let left = rest_without(&record, what);
                     let pid = record.tf;
                     if left.is_empty() {
                         entry.take_away();
@@ -531,16 +553,34 @@ pub(crate) fn forget(what: &str) -> Forgotten {
     Forgotten::Unknown
 }
 
+/// Whether `what` is the ID of the run of `record`, or of a lock that the run has not released.
+fn is_named(record: &JournalRecord, what: &str) -> bool {
+    record.run == what || record.log.named().any(|lock| lock.id == what && !lock.progress.is_gone())
+}
+
+/// Returns what is left of the run of `record` without the lock with the ID `what`. Nothing is left if `what` is the ID
+/// of the run.
+fn rest_without(record: &JournalRecord, what: &str) -> Unfinished {
+    if record.run == what {
+        return Unfinished::default();
+    }
+    let is_left = |lock: &&RecordedLock| lock.id != what && !lock.progress.is_gone();
+    Unfinished {
+        locks: record.log.named().filter(is_left).cloned().collect(),
+        unnamed: record.log.unnamed().cloned().collect(),
+        unlogged: record.unlogged,
+        ..Unfinished::default()
+    }
+}
+
 /// Whether all that is left of the run `name` are lock requests that may still land, for locks with unknown IDs.
 fn only_awaits(journal: &Journal, name: &str) -> bool {
-    match journal.look(name) {
-        FoundRun::Dead(record, ..) => {
-            record.over
-                && record.log.named().next().is_none()
-                && record.log.unnamed().all(|lock| lock.progress.held.is_none())
-        }
-        _ => false,
-    }
+    matches!(journal.look(name), FoundRun::Dead(record, ..) if has_only_requests(&record))
+}
+
+/// Does the same as [`only_awaits`] for the record of a dead run.
+fn has_only_requests(record: &JournalRecord) -> bool {
+    record.over && record.log.named().next().is_none() && record.log.unnamed().all(|lock| lock.progress.held.is_none())
 }
 
 /// Whether the run of `record` may have taken a lock at a location of `here`, or had the same data directory.
@@ -581,10 +621,14 @@ enum NearEnd {
 /// or is not watched. Also `None` if the pids of the run are from another pid namespace. So the result is `None` for a
 /// run that a person has interrupted, or for which its job waits: other runs do not wait for such a run.
 fn ending(record: &JournalRecord, journal: &Journal) -> Option<NearEnd> {
+    if record.host.numbers_processes_as(journal.host()) { near_end(record, is_alive) } else { None }
+}
+
+/// Does the same as [`ending`] for a run whose pids are from the pid namespace of this process. `is_alive` is whether
+/// the process with a pid is alive.
+fn near_end(record: &JournalRecord, is_alive: impl Fn(u32) -> bool) -> Option<NearEnd> {
     let gone = |pid: u32| !is_alive(pid);
-    if !record.host.numbers_processes_as(journal.host()) {
-        None
-    } else if gone(record.tf) {
+    if gone(record.tf) {
         Some(NearEnd::Orphaned)
     } else {
         let parent = record.parent.and_then(|pid| u32::try_from(pid).ok());
@@ -599,6 +643,14 @@ struct WaitLimits {
     recovering: Duration,
     /// The limit for a run that is about to end (see [`ending`]).
     ending: Duration,
+}
+
+impl WaitLimits {
+    /// Returns the limit for a run that is about to end. If the run has no owner, no process stops its terraform, which
+    /// may continue for a long time. If the processes of the run are already exiting, a short wait is enough.
+    fn for_ending(self, has_owner: bool) -> Duration {
+        if has_owner { self.ending } else { self.ending.min(ORPHAN_EXIT_TIMEOUT) }
+    }
 }
 
 /// Returns the state of the run `name`. If `is_near` is true for the run's record, waits in two cases: another process
@@ -618,10 +670,7 @@ fn look(
         let limit = match &found {
             FoundRun::Recovering(record) if is_near(record) => limits.recovering,
             FoundRun::Living(record) if is_near(record) && ending(record, journal).is_some() && may_hold(record) => {
-                // If a run has no owner, no process stops its terraform, which may continue for a long time. If the
-                // processes of the run are already exiting, a short wait is enough.
-                let is_cared_for = journal.has_owner(name);
-                if is_cared_for { limits.ending } else { limits.ending.min(ORPHAN_EXIT_TIMEOUT) }
+                limits.for_ending(journal.has_owner(name))
             }
             _ => return found,
         };
@@ -810,12 +859,31 @@ fn in_a_process(
 /// that, a ^C kills the recovery. Nothing is lost: the run stays in the journal.
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
     while let Some(signal) = signals.next_stop() {
-        if asked.is_none() {
-            console::say(&messages::still_releasing());
-        } else if signal == Signal::SIGINT {
-            let _ = kill(recovery, Signal::SIGKILL);
+        match reaction(*asked, signal) {
+            Reaction::Explain => console::say(&messages::still_releasing()),
+            Reaction::Kill => drop(kill(recovery, Signal::SIGKILL)),
+            Reaction::None => {}
         }
         asked.get_or_insert(signal);
+    }
+}
+
+/// What is done about a request to stop during a recovery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reaction {
+    /// Report that the recovery continues, and how to end it.
+    Explain,
+    /// Kill the recovery.
+    Kill,
+    None,
+}
+
+/// Returns what is done about the request to stop `signal`. `before` is the first request, or `None` if there was none.
+fn reaction(before: Option<Signal>, signal: Signal) -> Reaction {
+    match (before, signal) {
+        (None, _) => Reaction::Explain,
+        (Some(_), Signal::SIGINT) => Reaction::Kill,
+        (Some(_), _) => Reaction::None,
     }
 }
 
@@ -836,13 +904,10 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
         recorder.leave();
     }
     enter(&record);
-    let sent_until = match standpoint {
-        // Terraform was dead when the record was closed.
-        _ if record.over => entry.written_at(),
-        Standpoint::EarlierBoot => process::boot_time(),
-        // The time of the last log record says nothing: terraform may have been frozen since then, or the host asleep,
-        // and it may have sent a request just before it was killed.
-        Standpoint::ThisBoot | Standpoint::Foreign(_) => None,
+    let sent_until = match last_sign(standpoint, record.over) {
+        LastSign::RecordClosed => entry.written_at(),
+        LastSign::Boot => process::boot_time(),
+        LastSign::None => None,
     };
     let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, sent_until };
     let (finished, unfinished) = clean_up_after(&record, context, reason.as_deref(), audience);
@@ -857,6 +922,28 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     }
     crash_point::reached("recovery: closed");
     finished
+}
+
+/// The event before which every request of a dead run was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LastSign {
+    /// The record was closed. Terraform was dead then.
+    RecordClosed,
+    /// The machine was booted.
+    Boot,
+    /// No such event is known.
+    None,
+}
+
+/// Returns the event before which every request of a dead run was sent. `over` is whether the record was closed.
+fn last_sign(standpoint: Standpoint, over: bool) -> LastSign {
+    match standpoint {
+        _ if over => LastSign::RecordClosed,
+        Standpoint::EarlierBoot => LastSign::Boot,
+        // The time of the last log record says nothing: terraform may have been frozen since then, or the host asleep,
+        // and it may have sent a request just before it was killed.
+        Standpoint::ThisBoot | Standpoint::Foreign(_) => LastSign::None,
+    }
 }
 
 /// What a recovery knows about a run beside its record.
@@ -967,8 +1054,7 @@ impl Reporter for RecoveryReporter<'_> {
                 } else {
                     messages::not_recovered(record, lock, reason, *because)
                 });
-                let is_for_credentials = *because == Because::NoCredentials;
-                self.left = self.left.max(if is_for_credentials { Left::ForLackOfCredentials } else { Left::Lock });
+                self.left = self.left.max(left_because(*because));
             }
             Some(Outcome::Absent { .. }) | None => {}
         }
@@ -1033,8 +1119,22 @@ impl Reporter for RecoveryReporter<'_> {
 /// Whether to report the locks of a dead run without releasing them. This is the case if `TFW_RELEASE` is `never` for
 /// this recovery. It is also the case if it was `never` for the run, and is not `auto` for this recovery.
 fn is_never(record: &JournalRecord) -> bool {
-    std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "never")
-        || (record.named_only && !release_is_asked_for())
+    only_reports(std::env::var_os("TFW_RELEASE").as_deref(), record.named_only)
+}
+
+/// Does the same as [`is_never`]. `setting` is the value of `TFW_RELEASE` for this recovery, and `named_only` is whether
+/// it was `never` for the run.
+fn only_reports(setting: Option<&OsStr>, named_only: bool) -> bool {
+    match setting {
+        Some(setting) if setting == "never" => true,
+        Some(setting) if setting == "auto" => false,
+        _ => named_only,
+    }
+}
+
+/// Returns what a recovery has left if it did not release a lock because of `because`.
+fn left_because(because: Because) -> Left {
+    if because == Because::NoCredentials { Left::ForLackOfCredentials } else { Left::Lock }
 }
 
 /// Returns the candidate backends of a dead run, and the backend attributes that are no longer available. A backend
@@ -1064,4 +1164,275 @@ fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
         candidates = candidates.with_plan(&PlannedBackends::of_plan(Path::new(plan)));
     }
     (candidates, missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lock::outcome::Released;
+    use crate::terraform::backend::CachedBackend;
+    use crate::terraform::log::tests::{ID, lock_line, unlock_line};
+    use crate::terraform::log::{LockIdentity, LoggedLock, UnnamedLock};
+    use crate::terraform::logged_lock::Progress;
+
+    const RUN: &str = "4000000-0123456789abcdef";
+    const OTHER_ID: &str = "6e75cb05-d70c-4132-39e0-d2abba1b3077";
+
+    fn requested(id: &str) -> String {
+        lock_line(7, "Attempting to lock remote state (DynamoDB only)...", id, id)
+    }
+
+    /// Returns the record of a run in `/x` with the log `log`.
+    fn record(log: &str) -> JournalRecord {
+        let root = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&StateDirectory::at(root.path())).unwrap();
+        let mut record = JournalRecord::new(RUN, &journal);
+        record.data_directory = "/x/.terraform".into();
+        record.log.read(log.as_bytes());
+        record
+    }
+
+    fn unnamed(is_held: bool) -> UnnamedLock {
+        let at = "2026-11-23T01:46:07Z".parse().unwrap();
+        let mut progress = Progress::asked(at);
+        if is_held {
+            progress.grant(at);
+        }
+        let identity = LockIdentity::Object { bucket: "bkt".into(), key: "k".into(), checksum: None };
+        UnnamedLock { identity, progress }
+    }
+
+    /// Returns the candidates of a run with the data directory `data_directory` that locks `bkt/KEY` in a table.
+    fn candidates(data_directory: &str, key: &str) -> CandidateBackends {
+        let backend = format!(
+            r#"{{"version":3,"backend":{{"type":"s3","config":{{"bucket":"bkt","key":"{key}","dynamodb_table":"t"}}}}}}"#
+        );
+        let backend = CachedBackend::parse(backend.as_bytes());
+        CandidateBackends {
+            directories: vec![DataDirectory { backend, workspace: "default".into() }],
+            workspaces: vec!["default".into()],
+            any_workspace: false,
+            data_directory: data_directory.into(),
+            working_directory: "/x".into(),
+        }
+    }
+
+    fn pending(record: Option<JournalRecord>, abandoned: bool) -> PendingRequest {
+        let of = super::tests::record(&requested(ID));
+        let lock = of.log.named().next().unwrap().clone();
+        let new = PendingRequest::new(&lock, &of.proof());
+        PendingRequest { record: record.map(Box::new), abandoned, ..new }
+    }
+
+    /// Each reason for not releasing a lock.
+    fn reasons() -> [Because; 11] {
+        [
+            Because::Doubt,
+            Because::Never,
+            Because::StillRunning { several: false },
+            Because::Unseen,
+            Because::NotYet,
+            Because::NoAnswer,
+            Because::NoCredentials,
+            Because::Denied("dynamodb:GetItem"),
+            Because::NoLock,
+            Because::Claimed,
+            Because::OtherAccount,
+        ]
+    }
+
+    fn kept(because: Because) -> Outcome {
+        Outcome::Kept { reason: "why".into(), because }
+    }
+
+    #[test]
+    fn a_pending_request_of_the_same_location_or_directory_is_checked_before_terraform() {
+        const KEY: &str = "dir/prod.tfstate";
+        for (has_record, directory, key, expected) in [
+            (true, "/x/.terraform", KEY, Relation::SameLocation),
+            (true, "/y/.terraform", KEY, Relation::SameLocation),
+            (false, "/y/.terraform", KEY, Relation::SameLocation),
+            (true, "/x/.terraform", "other", Relation::SameDirectory),
+            // Without a record it is not known how to reach the lock.
+            (false, "/x/.terraform", "other", Relation::None),
+            (true, "/y/.terraform", "other", Relation::None),
+        ] {
+            let pending = pending(has_record.then(|| record("")), false);
+            let found = relation(&pending, &candidates(directory, key));
+            assert_eq!(found, expected, "{has_record} {directory} {key}");
+        }
+    }
+
+    #[test]
+    fn a_dead_run_is_of_this_location_by_its_unreleased_locks_or_its_directory() {
+        const KEY: &str = "dir/prod.tfstate";
+        let released = requested(ID) + &unlock_line(9, "Unlocked remote state (DynamoDB only)", ID);
+        let is_released = record(&released).log.unreleased().next().is_none();
+        assert!(is_released, "the log shows the end of the lock");
+        for (log, directory, key, expected) in [
+            (requested(ID), "/y/.terraform", KEY, true),
+            (requested(ID), "/y/.terraform", "other", false),
+            (requested(ID), "/x/.terraform", "other", true),
+            (released, "/y/.terraform", KEY, false),
+            (String::new(), "/y/.terraform", KEY, false),
+            (String::new(), "/x/.terraform", "other", true),
+        ] {
+            assert_eq!(is_of(&record(&log), &candidates(directory, key)), expected, "{log} {directory} {key}");
+        }
+        let mut nameless = record("");
+        nameless.log.set_locks([LoggedLock::Unnamed(unnamed(false))]);
+        assert!(is_of(&nameless, &candidates("/y/.terraform", "k")));
+        assert!(!is_of(&nameless, &candidates("/y/.terraform", "other")));
+    }
+
+    #[test]
+    fn a_check_is_repeated_as_long_as_the_service_has_not_said_what_is_there() {
+        for because in reasons() {
+            let is_unanswered = matches!(because, Because::NoAnswer | Because::NoCredentials);
+            assert_eq!(is_answered(&kept(because)), !is_unanswered, "{because:?}");
+        }
+        assert!(is_answered(&Outcome::Released(Released::default())));
+        assert!(is_answered(&Outcome::Absent { anothers: None, excluded: false }));
+        assert!(!is_answered(&Outcome::Absent { anothers: None, excluded: true }), "the table may be restored");
+    }
+
+    #[test]
+    fn a_request_that_was_most_likely_refused_is_reported_only_if_its_lock_was_released() {
+        let record = record("");
+        for abandoned in [false, true] {
+            let pending = pending(None, abandoned);
+            let report = |visited| {
+                let finished = report_of_check(&pending, &record, visited);
+                (finished.messages.len(), finished.left)
+            };
+            assert_eq!(report(Some(Outcome::Released(Released::default()))), (1, Left::Nothing));
+            assert_eq!(report(Some(Outcome::Absent { anothers: None, excluded: false })), (0, Left::Nothing));
+            assert_eq!(report(None), (0, Left::Nothing));
+            for because in reasons() {
+                let expected = if abandoned { (0, Left::Nothing) } else { (1, Left::Lock) };
+                assert_eq!(report(Some(kept(because))), expected, "{abandoned} {because:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_is_one_lock_or_a_whole_run_and_nothing_else() {
+        let gone = "7e75cb05-d70c-4132-39e0-d2abba1b3077";
+        let log = [
+            requested(ID),
+            requested(OTHER_ID),
+            requested(gone),
+            unlock_line(9, "Unlocked remote state (DynamoDB only)", gone),
+        ]
+        .concat();
+        let mut record = record(&log);
+        let named: Vec<LoggedLock> = record.log.locks().to_vec();
+        record.log.set_locks(named.into_iter().chain([LoggedLock::Unnamed(unnamed(true))]));
+        record.unlogged = true;
+        for (what, is_meant) in
+            [(ID, true), (OTHER_ID, true), (RUN, true), (gone, false), ("", false), ("4000000", false)]
+        {
+            assert_eq!(is_named(&record, what), is_meant, "{what}");
+        }
+        let rest = rest_without(&record, ID);
+        assert_eq!(rest.locks.iter().map(|lock| lock.id.as_str()).collect::<Vec<_>>(), [OTHER_ID]);
+        assert_eq!((rest.unnamed.len(), rest.unlogged), (1, true));
+        assert!(rest_without(&record, RUN).is_empty());
+    }
+
+    #[test]
+    fn a_run_that_only_has_requests_that_may_land_is_not_counted() {
+        for (over, locks, expected) in [
+            (true, vec![], true),
+            (true, vec![LoggedLock::Unnamed(unnamed(false))], true),
+            (true, vec![LoggedLock::Unnamed(unnamed(false)), LoggedLock::Unnamed(unnamed(true))], false),
+            (true, record(&requested(ID)).log.locks().to_vec(), false),
+            (false, vec![], false),
+            (false, vec![LoggedLock::Unnamed(unnamed(false))], false),
+        ] {
+            let mut record = record("");
+            record.over = over;
+            record.log.set_locks(locks.clone());
+            assert_eq!(has_only_requests(&record), expected, "{over} {locks:?}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_about_to_end_when_its_tf_or_the_parent_that_it_watches_is_dead() {
+        for (tf_lives, parent, parent_lives, expected) in [
+            (true, None, false, None),
+            (true, Some(6), true, None),
+            (true, Some(6), false, Some(NearEnd::Left)),
+            (true, Some(-6), false, None),
+            (false, None, false, Some(NearEnd::Orphaned)),
+            (false, Some(6), true, Some(NearEnd::Orphaned)),
+            (false, Some(6), false, Some(NearEnd::Orphaned)),
+        ] {
+            let record = JournalRecord { tf: 5, parent, ..record("") };
+            let found = near_end(&record, |pid| if pid == 5 { tf_lives } else { pid == 6 && parent_lives });
+            assert_eq!(found, expected, "{tf_lives} {parent:?} {parent_lives}");
+        }
+    }
+
+    #[test]
+    fn the_wait_for_a_run_without_an_owner_is_short() {
+        for (ending, with_owner, without) in [(30, 30, 2), (1, 1, 1), (0, 0, 0)] {
+            let limits = WaitLimits { recovering: Duration::from_secs(99), ending: Duration::from_secs(ending) };
+            assert_eq!(limits.for_ending(true), Duration::from_secs(with_owner));
+            assert_eq!(limits.for_ending(false), Duration::from_secs(without));
+        }
+    }
+
+    #[test]
+    fn the_first_stop_is_explained_and_a_second_interrupt_kills_the_recovery() {
+        let stops = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+        for signal in stops {
+            assert_eq!(reaction(None, signal), Reaction::Explain);
+            for before in stops {
+                // A runner that cancels a job sends SIGTERM after SIGINT. Only a person repeats ^C.
+                let expected = if signal == Signal::SIGINT { Reaction::Kill } else { Reaction::None };
+                assert_eq!(reaction(Some(before), signal), expected, "{before} {signal}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_request_was_sent_before_the_record_was_closed_or_before_the_boot() {
+        for (standpoint, over, expected) in [
+            (Standpoint::ThisBoot, true, LastSign::RecordClosed),
+            (Standpoint::EarlierBoot, true, LastSign::RecordClosed),
+            (Standpoint::Foreign("x"), true, LastSign::RecordClosed),
+            (Standpoint::ThisBoot, false, LastSign::None),
+            (Standpoint::EarlierBoot, false, LastSign::Boot),
+            (Standpoint::Foreign("x"), false, LastSign::None),
+        ] {
+            assert_eq!(last_sign(standpoint, over), expected, "{standpoint:?} {over}");
+        }
+    }
+
+    #[test]
+    fn only_auto_releases_the_locks_of_a_run_that_was_told_not_to() {
+        for (setting, of_release_run, of_report_run) in [
+            (None, false, true),
+            (Some("never"), true, true),
+            (Some("auto"), false, false),
+            (Some(""), false, true),
+            (Some("other"), false, true),
+        ] {
+            let setting = setting.map(OsStr::new);
+            assert_eq!(only_reports(setting, false), of_release_run, "{setting:?}");
+            assert_eq!(only_reports(setting, true), of_report_run, "{setting:?}");
+        }
+    }
+
+    #[test]
+    fn a_lack_of_credentials_outweighs_every_other_lock_that_is_left() {
+        for because in reasons() {
+            let is_for_credentials = because == Because::NoCredentials;
+            let expected = if is_for_credentials { Left::ForLackOfCredentials } else { Left::Lock };
+            assert_eq!(left_because(because), expected, "{because:?}");
+            // The results of several locks are combined with `max`.
+            assert!(Left::Nothing < left_because(because) && left_because(because) <= Left::ForLackOfCredentials);
+        }
+    }
 }
