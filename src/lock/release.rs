@@ -218,7 +218,7 @@ pub(crate) async fn release(
             Ok(outcome) => return outcome,
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
-                if failure.is_final() || attempt.begun.elapsed() + interval >= limit {
+                if !is_retried(&failure, attempt.begun.elapsed() + interval, limit) {
                     let part = if attempt.deleted { "; the other part of the lock was released" } else { "" };
                     return Outcome::failed(&failure, part);
                 }
@@ -232,6 +232,11 @@ pub(crate) async fn release(
     }
 }
 
+/// Whether to make another attempt after `failure`. The attempt would begin at `next` after the start of the release.
+fn is_retried(failure: &Failure, next: Duration, limit: Duration) -> bool {
+    !failure.is_final() && next < limit
+}
+
 /// Requests and caches the credentials for `location`. The caller does this before its own time limit begins, because a
 /// source of credentials may take longer than a service may. For [`Purpose::Work`], the request is retried for `limit`
 /// if the service that provides the credentials does not respond.
@@ -240,14 +245,20 @@ async fn credentials(location: &LockLocation, limit: Duration, purpose: Purpose)
     let mut interval = POLL_INTERVAL;
     loop {
         match Services::connect(location, purpose).await {
-            Err(Unreachable::Silent(why)) if purpose == Purpose::Work && begun.elapsed() + interval < limit => {
-                trace!("no credentials: {why}");
+            Err(unreachable) if is_asked_again(&unreachable, purpose, begun.elapsed() + interval, limit) => {
+                trace!("no credentials: {unreachable}");
                 sleep(interval).await;
                 interval = (interval * 2).min(MAX_RETRY_INTERVAL);
             }
             asked => return asked.map(drop),
         }
     }
+}
+
+/// Whether to request credentials again after `unreachable`. The request would be sent at `next` after the first one.
+fn is_asked_again(unreachable: &Unreachable, purpose: Purpose, next: Duration, limit: Duration) -> bool {
+    // Any other source may prompt a person, or lock an account after a few failed requests.
+    matches!(unreachable, Unreachable::Silent(_)) && purpose == Purpose::Work && next < limit
 }
 
 /// Returns the outcome "not released" for a lock whose services cannot be reached with the settings of its backend.
@@ -304,16 +315,21 @@ async fn may_exist_once(location: &LockLocation, id: &str) -> bool {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Work).await else { return true };
         for part in &services.parts {
-            match services.stores.read(part).await {
-                Ok(Some(stored)) if stored.info().is_none_or(|info| info.id == id) => return true,
-                Err(failure) if failure.cause().excludes_locks() => {}
-                Ok(_) => {}
-                Err(_) => return true,
+            if may_be_there(&services.stores.read(part).await, id) {
+                return true;
             }
         }
         false
     };
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or(true)
+}
+
+/// Whether a part of the lock `id` is or may be at a location. `read` is the result of a read of that location.
+fn may_be_there(read: &Result<Option<StoredLock>, Failure>, id: &str) -> bool {
+    match read {
+        Ok(stored) => stored.as_ref().is_some_and(|stored| stored.info().is_none_or(|info| info.id == id)),
+        Err(failure) => !failure.cause().excludes_locks(),
+    }
 }
 
 /// The result of the search for a lock that the log of its run does not name.
@@ -342,27 +358,56 @@ pub(crate) async fn identify_unnamed_lock(
     let limit = if died { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
     let _ = credentials(location, limit, Purpose::Work).await;
     let begun = Instant::now();
-    let late = if release_context.request_may_land && unnamed.progress.held.is_none() {
-        LATE_REQUEST_WINDOW
-    } else {
-        Duration::ZERO
-    };
-    let mut absent = unnamed.progress.held.is_none();
+    let mut search = Search::begin(unnamed, release_context, died, limit);
     loop {
-        match within(remaining(limit, begun), "AWS", look_for(unnamed, location, &release_context.run, died)).await {
-            Ok(IdentifiedLock::None) => {
-                if absent && begun.elapsed() >= late {
-                    return Ok(IdentifiedLock::None);
-                }
-                absent = true;
-            }
-            Err(failure) if !failure.is_final() && died && begun.elapsed() < limit => {
-                trace!("a lock that the log does not name: {failure}");
-                absent = unnamed.progress.held.is_none();
-            }
-            results => return results,
+        let found =
+            within(remaining(limit, begun), "AWS", look_for(unnamed, location, &release_context.run, died)).await;
+        if search.is_over(&found, begun.elapsed()) {
+            return found;
+        }
+        if let Err(failure) = found {
+            trace!("a lock that the log does not name: {failure}");
         }
         sleep(POLL_INTERVAL).await;
+    }
+}
+
+/// Decides when [`identify_unnamed_lock`] is over.
+struct Search {
+    /// Whether the log shows that the run held the lock.
+    was_held: bool,
+    /// Whether terraform died.
+    died: bool,
+    /// How long to search for a lock whose request may land.
+    late: Duration,
+    /// How long to retry a service that fails.
+    limit: Duration,
+    /// Whether one more search without a result is enough.
+    is_absent: bool,
+}
+
+impl Search {
+    fn begin(unnamed: &UnnamedLock, release_context: &ReleaseContext, died: bool, limit: Duration) -> Self {
+        let was_held = unnamed.progress.held.is_some();
+        let may_land = release_context.request_may_land && !was_held;
+        let late = if may_land { LATE_REQUEST_WINDOW } else { Duration::ZERO };
+        Self { was_held, died, late, limit, is_absent: !was_held }
+    }
+
+    /// Whether `found`, the result of the latest search, is the result of all searches. `elapsed` is the time since the
+    /// first search began.
+    fn is_over(&mut self, found: &Result<IdentifiedLock, Failure>, elapsed: Duration) -> bool {
+        match found {
+            Ok(IdentifiedLock::None) => std::mem::replace(&mut self.is_absent, true) && elapsed >= self.late,
+            Ok(IdentifiedLock::Ours(_) | IdentifiedLock::Possible(..)) => true,
+            Err(failure) => {
+                let is_retried = !failure.is_final() && self.died && elapsed < self.limit;
+                if is_retried {
+                    self.is_absent = !self.was_held;
+                }
+                !is_retried
+            }
+        }
     }
 }
 
@@ -387,24 +432,27 @@ async fn look_for(
         trace!("{part:?} holds {}, which the log does not name: {verdict:?}", info.id);
         match verdict {
             Match::Ours => {
-                let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
-                let mut lock =
-                    RecordedLock::held(&info, &location.bucket, &location.key, parts, unnamed.progress.asked);
-                lock.progress.held = unnamed.progress.held;
-                // `judge` rejects a lock whose `Created` is after its request. The log has the time of the request only
-                // in milliseconds, so use the time in the lock if that is later.
-                lock.progress.asked =
-                    info.created().map_or(unnamed.progress.asked, |created| created.max(unnamed.progress.asked));
-                // If only the local backend's records mention the lock, the log does not show any write or delete. So a
-                // write or a delete may be in flight.
-                lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
-                return Ok(IdentifiedLock::Ours(Box::new(lock)));
+                return Ok(IdentifiedLock::Ours(Box::new(identified(unnamed, &info, location))));
             }
             Match::Doubt(reason) if run.is_of(&info.who) => found = IdentifiedLock::Possible(Box::new(info), reason),
             Match::Doubt(_) | Match::Anothers => {}
         }
     }
     Ok(found)
+}
+
+/// Returns the lock `unnamed` with the data of `info`, which was read at `location`.
+fn identified(unnamed: &UnnamedLock, info: &LockInfo, location: &LockLocation) -> RecordedLock {
+    let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
+    let mut lock = RecordedLock::held(info, &location.bucket, &location.key, parts, unnamed.progress.asked);
+    lock.progress.held = unnamed.progress.held;
+    // `judge` rejects a lock whose `Created` is after its request. The log has the time of the request only in
+    // milliseconds, so use the time in the lock if that is later.
+    lock.progress.asked = info.created().map_or(unnamed.progress.asked, |created| created.max(unnamed.progress.asked));
+    // If only the local backend's records mention the lock, the log does not show any write or delete. So a write or a
+    // delete may be in flight.
+    lock.progress.phase = if unnamed.is_of_workspace() { Phase::Unlocking } else { unnamed.progress.phase };
+    lock
 }
 
 /// Searches `location` for a lock that may belong to a run whose log is lost. Only the lock's own JSON connects the
@@ -434,12 +482,17 @@ async fn look_for_suspect(location: &LockLocation, run: &Run, any_user: bool) ->
         let Some(info) = stored.info() else {
             return Err(Failure::no_answer(part.service(), &no_lock(part, &stored)));
         };
-        let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
-        if is_possible && info.created().is_some_and(|created| created >= run.started) {
+        if is_suspect(&info, run, any_user) {
             return Ok(Some(info));
         }
     }
     Ok(None)
+}
+
+/// Whether a stored lock may belong to `run`, as [`suspect`] describes it.
+fn is_suspect(info: &LockInfo, run: &Run, any_user: bool) -> bool {
+    let is_possible = run.is_of(&info.who) || (any_user && run.is_on_its_host(&info.who));
+    is_possible && info.created().is_some_and(|created| created >= run.started)
 }
 
 fn unreachable(error: &Unreachable) -> Failure {
@@ -616,7 +669,12 @@ impl Attempt<'_> {
 /// credentials do not permit this check, the table counts as not global, as nearly all tables are.
 async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
     let Some(table) = &services.location.table else { return Ok(None) };
-    match dynamodb::describe(&services.stores.dynamodb, table).await {
+    needs_consent(table, dynamodb::describe(&services.stores.dynamodb, table).await)
+}
+
+/// Does the same as [`global_table`] with `described`, the description of `table`.
+fn needs_consent(table: &str, described: Result<dynamodb::Description, Failure>) -> Result<Option<String>, Failure> {
+    match described {
         Ok(described) if described.last_writer_wins() => Ok(Some(describe_global_table(table, &described.replicas))),
         Err(failure) if !failure.is_final() => Err(failure),
         Ok(_) | Err(_) => Ok(None),
@@ -715,4 +773,274 @@ fn waiting_for_undo(quiet: Duration) -> String {
          releasing them",
         quiet.as_secs()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aws::failure::ServiceAnswer;
+    use crate::lock::dynamodb::InfoAttribute;
+    use crate::terraform::backend::tests::backend;
+    use crate::terraform::log::LockIdentity;
+    use crate::terraform::log::tests::ID;
+    use crate::terraform::logged_lock::Progress;
+
+    const MOMENT: &str = "2026-11-23T01:46:07.593Z";
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn failure(code: &str) -> Failure {
+        let answer = ServiceAnswer { code: Some(code), message: Some("no"), status: None };
+        Failure::of_answer("DynamoDB", "dynamodb:DescribeTable", answer, "")
+    }
+
+    /// Returns a failure for each cause that excludes a lock, for each other final cause, and for each that may pass.
+    fn failures() -> (Vec<Failure>, Vec<Failure>, Vec<Failure>) {
+        let all = |codes: &[&str]| codes.iter().map(|code| failure(code)).collect::<Vec<_>>();
+        let other_key = ServiceAnswer {
+            code: Some("ValidationException"),
+            message: Some("The provided key element does not match the schema"),
+            status: None,
+        };
+        let mut excluding = all(&["NoSuchBucket", "ResourceNotFoundException"]);
+        excluding.push(Failure::of_answer("DynamoDB", "dynamodb:GetItem", other_key, ""));
+        let mut passing = all(&["SlowDown", "ExpiredToken"]);
+        passing.push(Failure::no_answer("S3", "x"));
+        (excluding, all(&["AccessDenied", "InvalidAccessKeyId", "NotImplemented", "InvalidRequest"]), passing)
+    }
+
+    fn info(who: &str, created: &str) -> LockInfo {
+        LockInfo {
+            id: ID.into(),
+            operation: "OperationTypeApply".into(),
+            who: who.into(),
+            version: "1.11.4".into(),
+            created: created.into(),
+            path: "bkt/k".into(),
+        }
+    }
+
+    fn run() -> Run {
+        Run {
+            who: "root@vm".into(),
+            who_now: "root@vm.new".into(),
+            started: MOMENT.parse().unwrap(),
+            disordered: false,
+            locking_disabled: false,
+            excessive: false,
+            program: None,
+        }
+    }
+
+    #[test]
+    fn a_read_that_no_lock_can_answer_is_a_read_of_nothing() {
+        let (excluding, others, passing) = failures();
+        for failure in excluding {
+            assert_eq!(nothing_if_excluded::<()>(Err(failure.clone())), Ok(None), "{failure}");
+            assert!(!may_be_there(&Err(failure), ID));
+        }
+        for failure in others.into_iter().chain(passing) {
+            assert_eq!(nothing_if_excluded::<()>(Err(failure.clone())), Err(failure.clone()));
+            assert!(may_be_there(&Err(failure.clone()), ID), "what cannot be read may be there: {failure}");
+        }
+        assert_eq!(nothing_if_excluded(Ok(Some(7))), Ok(Some(7)));
+        assert_eq!(nothing_if_excluded::<()>(Ok(None)), Ok(None));
+    }
+
+    #[test]
+    fn a_lock_may_exist_where_its_id_or_something_that_is_no_lock_is_stored() {
+        let stored = |text: &str| Ok(Some(StoredLock::Item(InfoAttribute::Text(text.to_owned()))));
+        let with_id = |id: &str| stored(&format!(r#"{{"ID":"{id}"}}"#));
+        assert!(may_be_there(&with_id(ID), ID));
+        assert!(!may_be_there(&with_id("6e75cb05-d70c-4132-39e0-d2abba1b3077"), ID));
+        assert!(may_be_there(&stored("<html>"), ID));
+        assert!(may_be_there(&Ok(Some(StoredLock::Item(InfoAttribute::None))), ID));
+        assert!(!may_be_there(&Ok(None), ID));
+    }
+
+    #[test]
+    fn a_release_is_tried_again_within_its_limit_and_only_if_that_can_help() {
+        let (excluding, others, passing) = failures();
+        for failure in excluding.iter().chain(&others) {
+            assert!(!is_retried(failure, Duration::ZERO, seconds(20)), "{failure}");
+        }
+        for failure in &passing {
+            assert!(is_retried(failure, seconds(19), seconds(20)), "{failure}");
+            assert!(!is_retried(failure, seconds(20), seconds(20)), "{failure}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_of_a_limit_is_always_enough_for_one_read() {
+        let begun = Instant::now();
+        assert!(remaining(seconds(20), begun) > seconds(19));
+        assert_eq!(remaining(Duration::ZERO, begun), Duration::from_millis(250));
+    }
+
+    #[test]
+    fn credentials_are_requested_again_only_from_a_service_that_was_silent_and_only_for_work() {
+        let silent = || Unreachable::Silent("x".into());
+        for (unreachable, purpose, next, expected) in [
+            (silent(), Purpose::Work, 19, true),
+            (silent(), Purpose::Work, 20, false),
+            (silent(), Purpose::Explanation, 0, false),
+            (Unreachable::Credentials("x".into()), Purpose::Work, 0, false),
+            (Unreachable::Region, Purpose::Work, 0, false),
+            (Unreachable::Attribute("x".into()), Purpose::Work, 0, false),
+        ] {
+            let found = is_asked_again(&unreachable, purpose, seconds(next), seconds(20));
+            assert_eq!(found, expected, "{unreachable:?} {purpose:?} {next}");
+        }
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_reached_is_tried_again_unless_the_backend_must_change() {
+        let text = || "x".to_owned();
+        for (unreachable, expected) in [
+            (Unreachable::Credentials(text()), Because::NoCredentials),
+            (Unreachable::Silent(text()), Because::NoAnswer),
+            (Unreachable::Region, Because::NoAnswer),
+            (Unreachable::Profile(text()), Because::NoAnswer),
+            (Unreachable::SharedFiles(text()), Because::NoAnswer),
+            (Unreachable::Certificates { path: text(), reason: text() }, Because::NoAnswer),
+            (Unreachable::Attribute(text()), Because::Doubt),
+            (Unreachable::ProfileKey("x"), Because::Doubt),
+            (Unreachable::Incomplete("x"), Because::Doubt),
+            (Unreachable::Metadata(text()), Because::Doubt),
+            (Unreachable::Duration(text()), Because::Doubt),
+        ] {
+            let reason = unreachable.to_string();
+            assert_eq!(unreached(&unreachable), Outcome::Kept { reason, because: expected }, "{unreachable:?}");
+        }
+    }
+
+    fn search(was_held: bool, [may_land, died]: [bool; 2]) -> Search {
+        let mut progress = Progress::asked(run().started);
+        progress.held = was_held.then_some(run().started);
+        let context = ReleaseContext {
+            run: run(),
+            request_may_land: may_land,
+            write_may_land: false,
+            reached: Reached::default(),
+        };
+        let unnamed = UnnamedLock { identity: LockIdentity::Workspace("default".into()), progress };
+        Search::begin(&unnamed, &context, died, seconds(20))
+    }
+
+    #[test]
+    fn a_search_without_a_result_is_repeated_until_that_proves_something() {
+        let none = Ok(IdentifiedLock::None);
+        for (was_held, may_land, first, later) in [
+            // The run held the lock: two searches in a row must not find it.
+            (true, false, false, true),
+            (true, true, false, true),
+            // The run requested it, and no request can land any more.
+            (false, false, true, true),
+            // A request may land for 5 s.
+            (false, true, false, false),
+        ] {
+            let mut search = search(was_held, [may_land, true]);
+            assert_eq!(search.is_over(&none, seconds(1)), first, "{was_held} {may_land}");
+            assert_eq!(search.is_over(&none, seconds(4)), later, "{was_held} {may_land}");
+            assert!(search.is_over(&none, seconds(5)), "{was_held} {may_land}");
+        }
+    }
+
+    #[test]
+    fn a_failed_search_is_repeated_only_after_a_death_and_starts_the_count_again() {
+        let none = Ok(IdentifiedLock::None);
+        let (excluding, others, passing) = failures();
+        for died in [false, true] {
+            for failure in excluding.iter().chain(&others) {
+                assert!(search(true, [false, died]).is_over(&Err(failure.clone()), seconds(0)));
+            }
+            for failure in &passing {
+                let mut search = search(true, [false, died]);
+                assert!(!search.is_over(&none, seconds(1)));
+                assert_eq!(search.is_over(&Err(failure.clone()), seconds(2)), !died, "{failure}");
+                assert_eq!(search.is_over(&none, seconds(3)), !died, "{failure}: two in a row");
+                assert!(search.is_over(&Err(failure.clone()), seconds(20)), "{failure}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_that_was_found_ends_the_search() {
+        let location = LockLocation {
+            backend: backend("{}"),
+            bucket: "bkt".into(),
+            key: "k".into(),
+            table: Some("t".into()),
+            lock_file: false,
+        };
+        let asked = MOMENT.parse().unwrap();
+        let unnamed =
+            |identity, phase| UnnamedLock { identity, progress: Progress { phase, ..Progress::asked(asked) } };
+        let of_object =
+            |phase| unnamed(LockIdentity::Object { bucket: "bkt".into(), key: "k".into(), checksum: None }, phase);
+        let of_workspace = |phase| unnamed(LockIdentity::Workspace("default".into()), phase);
+        let lock = identified(&of_object(Phase::Writing), &info("root@vm", MOMENT), &location);
+        assert_eq!((lock.parts, lock.progress.held), (LockParts { s3: false, dynamodb: true }, None));
+        for found in [IdentifiedLock::Ours(Box::new(lock)), IdentifiedLock::Possible(Box::new(info("", "")), "x")] {
+            assert!(search(true, [true, true]).is_over(&Ok(found), Duration::ZERO));
+        }
+        // The log of a local backend does not show the end of anything.
+        for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {
+            let phase_of = |unnamed| identified(&unnamed, &info("root@vm", MOMENT), &location).progress.phase;
+            assert_eq!(phase_of(of_object(phase)), phase);
+            assert_eq!(phase_of(of_workspace(phase)), Phase::Unlocking);
+        }
+        for (created, expected) in [
+            ("2026-11-23T01:46:07.5939Z", "2026-11-23T01:46:07.5939Z"),
+            ("2026-11-23T01:46:07.5921Z", MOMENT),
+            ("no time", MOMENT),
+        ] {
+            let lock = identified(&of_object(Phase::Open), &info("root@vm", created), &location);
+            assert_eq!(lock.progress.asked, expected.parse().unwrap(), "{created}");
+        }
+    }
+
+    #[test]
+    fn a_lock_is_suspect_if_this_user_or_this_host_made_it_after_the_start() {
+        for (who, created, of_user, of_host) in [
+            ("root@vm", MOMENT, true, true),
+            ("root@vm.new", MOMENT, true, true),
+            ("alice@vm", MOMENT, false, true),
+            ("root@other", MOMENT, false, false),
+            ("", MOMENT, false, false),
+            ("root@vm", "2026-11-23T01:46:07.592Z", false, false),
+            ("root@vm", "no time", false, false),
+        ] {
+            let lock = info(who, created);
+            assert_eq!(is_suspect(&lock, &run(), false), of_user, "{who} {created}");
+            assert_eq!(is_suspect(&lock, &run(), true), of_host, "{who} {created}");
+        }
+    }
+
+    #[test]
+    fn only_a_table_whose_writes_overwrite_each_other_needs_consent() {
+        let described = |replicas: &[&str], strong| dynamodb::Description {
+            keys: vec!["LockID".into()],
+            read_capacity: None,
+            items: None,
+            replicas: replicas.iter().map(|region| (*region).to_owned()).collect(),
+            strong,
+        };
+        for (replicas, strong, expected) in
+            [(&[][..], false, false), (&["eu-west-1"], false, true), (&["eu-west-1"], true, false)]
+        {
+            let consent = needs_consent("locks", Ok(described(replicas, strong))).unwrap();
+            assert_eq!(consent.is_some(), expected, "{replicas:?} {strong}");
+            assert!(consent.is_none_or(|reason| reason.contains("locks") && reason.contains("eu-west-1")));
+        }
+        let (excluding, others, passing) = failures();
+        for failure in excluding.into_iter().chain(others) {
+            assert_eq!(needs_consent("locks", Err(failure.clone())), Ok(None), "{failure}");
+        }
+        for failure in passing {
+            assert_eq!(needs_consent("locks", Err(failure.clone())), Err(failure), "a later attempt can know it");
+        }
+    }
 }
