@@ -34,7 +34,7 @@ use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::runs::{Journal, JournalEntry, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::digest::{self, Comparison};
-use crate::lock::stores::{Removed, StoreKey, Stores};
+use crate::lock::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
@@ -52,6 +52,29 @@ pub(super) enum Change {
     IfAgreed,
     /// `--yes`: change it without asking.
     Unasked,
+}
+
+/// Whether the user agrees to the change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consent {
+    /// Nothing is changed; the change is only printed.
+    OnlyPrint,
+    /// The user must be asked, and cannot be.
+    CannotAsk,
+    /// The user must be asked.
+    Ask,
+    /// The user has agreed with an option.
+    Given,
+}
+
+/// Returns whether the user agrees to `change`. `is_terminal` is whether stdin is a terminal.
+fn consent(change: Change, is_terminal: bool) -> Consent {
+    match change {
+        Change::None => Consent::OnlyPrint,
+        Change::IfAgreed if is_terminal => Consent::Ask,
+        Change::IfAgreed => Consent::CannotAsk,
+        Change::Unasked => Consent::Given,
+    }
 }
 
 /// Fixes the digest of `workspace`, or of the selected workspace if `workspace` is `None`.
@@ -85,18 +108,21 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
             Some(_) => ("record the digest of the state", "Record the digest of the state?"),
             None => ("delete the digest", "Delete the digest, so that terraform starts with an empty state?"),
         };
-        if change == Change::None {
-            console::print(&format!("would {what}"));
-            return Ok(Finding::Stale);
-        }
-        if change == Change::IfAgreed && !std::io::stdin().is_terminal() {
-            return Err(Trouble::Said(format!(
-                "nothing was changed: stdin is not a terminal, so tf cannot ask\nto {what}, add --yes"
-            )));
-        }
-        if change == Change::IfAgreed && !agreement::is_given(question) {
-            console::say("nothing was changed");
-            return Ok(Finding::Failed);
+        match consent(change, std::io::stdin().is_terminal()) {
+            Consent::OnlyPrint => {
+                console::print(&format!("would {what}"));
+                return Ok(Finding::Stale);
+            }
+            Consent::CannotAsk => {
+                return Err(Trouble::Said(format!(
+                    "nothing was changed: stdin is not a terminal, so tf cannot ask\nto {what}, add --yes"
+                )));
+            }
+            Consent::Ask if !agreement::is_given(question) => {
+                console::say("nothing was changed");
+                return Ok(Finding::Failed);
+            }
+            Consent::Ask | Consent::Given => {}
         }
         agreed = Some((directory, state, compared));
         Ok(Finding::Failed)
@@ -249,10 +275,7 @@ impl<'a> Work<'a> {
     /// Returns the locations of the lock's parts in the order in which terraform acquires them, the S3 object first.
     /// Without `use_lockfile`, there is no object.
     fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
-        let store_keys = self.state.store_keys(stores).into_iter().rev();
-        store_keys
-            .filter(|store_key| self.directory.lock_file || matches!(store_key, StoreKey::DynamoDb { .. }))
-            .collect()
+        in_order_of_lock(self.state.store_keys(stores), self.directory.lock_file)
     }
 
     /// Acquires the parts of the lock one after the other, and adds each to `taken`. Returns true if this run holds
@@ -270,7 +293,7 @@ impl<'a> Work<'a> {
             };
             // If the stored text is this run's own, the first attempt of the request succeeded, its answer was lost,
             // and the SDK sent it again.
-            if !took && stores.read(&store_key).await?.is_none_or(|stored| stored.text() != self.text) {
+            if !took && !is_stored(stores.read(&store_key).await?.as_ref(), &self.text) {
                 return Ok(false);
             }
             taken.push(store_key);
@@ -295,18 +318,21 @@ impl<'a> Work<'a> {
 
     async fn write(&self, stores: &Stores) -> Result<Finding, Trouble> {
         let now = compare(stores, &self.state).await?;
-        if now.fits() {
-            console::print("the digest matches now: it was fixed in the meantime, or a run was just writing it");
-            return Ok(Finding::Nothing);
-        }
-        if now != self.shown {
-            return Err(Trouble::Said(format!(
-                "nothing was changed, because the digest or the state changed in the meantime\nthe recorded digest is \
-                 now {}, and the digest of the state is {}\nto try again, type: tf locks doctor --fix-digest {}",
-                visible(now.recorded.as_deref().unwrap_or("none")),
-                now.computed.as_deref().unwrap_or("none"),
-                quoted(&visible(&self.state.workspace))
-            )));
+        match check(&now, &self.shown) {
+            Check::Fits => {
+                console::print("the digest matches now: it was fixed in the meantime, or a run was just writing it");
+                return Ok(Finding::Nothing);
+            }
+            Check::Changed => {
+                return Err(Trouble::Said(format!(
+                    "nothing was changed, because the digest or the state changed in the meantime\nthe recorded digest \
+                     is now {}, and the digest of the state is {}\nto try again, type: tf locks doctor --fix-digest {}",
+                    visible(now.recorded.as_deref().unwrap_or("none")),
+                    now.computed.as_deref().unwrap_or("none"),
+                    quoted(&visible(&self.state.workspace))
+                )));
+            }
+            Check::AsShown => {}
         }
         let table = self.state.table.as_deref().unwrap_or_default();
         let failed = |failure| Trouble::failed(failure, &visible(&self.state.path()), stores);
@@ -361,11 +387,46 @@ impl<'a> Work<'a> {
     /// Releases one part. Returns true if this run's lock no longer exists there, and false if the service does not
     /// delete it.
     async fn unlock_half(&self, stores: &Stores, store_key: &StoreKey) -> Result<bool, Failure> {
-        let Some(found) = stores.read(store_key).await? else { return Ok(true) };
-        if found.text() != self.text {
-            return Ok(true);
+        match stores.read(store_key).await? {
+            Some(found) if is_stored(Some(&found), &self.text) => {
+                Ok(stores.remove(store_key, &found).await? != Removed::Refused)
+            }
+            _ => Ok(true),
         }
-        Ok(stores.remove(store_key, &found).await? != Removed::Refused)
+    }
+}
+
+/// Returns the locations in which terraform acquires the parts of a lock, the S3 object first. `store_keys` are all
+/// locations that the lock can have, in the order of a release. `lock_file` is whether the backend sets `use_lockfile`.
+fn in_order_of_lock(store_keys: Vec<StoreKey>, lock_file: bool) -> Vec<StoreKey> {
+    let is_used = |store_key: &StoreKey| lock_file || matches!(store_key, StoreKey::DynamoDb { .. });
+    store_keys.into_iter().rev().filter(is_used).collect()
+}
+
+/// Whether the lock with the text `text` is stored at a location. `stored` is what is there, or `None` if nothing is.
+fn is_stored(stored: Option<&StoredLock>, text: &str) -> bool {
+    stored.is_some_and(|stored| stored.text() == text)
+}
+
+/// The result of the comparison under the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Check {
+    /// The digest matches the state now.
+    Fits,
+    /// The digest or the state is not the one that was shown to the user.
+    Changed,
+    /// The digest may be changed.
+    AsShown,
+}
+
+/// Compares `now`, the comparison under the lock, with `shown`, to which the user has agreed.
+fn check(now: &Comparison, shown: &Comparison) -> Check {
+    if now.fits() {
+        Check::Fits
+    } else if now == shown {
+        Check::AsShown
+    } else {
+        Check::Changed
     }
 }
 
@@ -393,4 +454,80 @@ fn journal(directory: &Directory, state: &ListedState, lock: RecordedLock, begun
     let (entry, tree_lock) = journal.begin(&record).ok()?;
     let pending = PendingRequests::of(&place).of_run(&record);
     Some(Journaled { entry, record, pending, _tree_lock: tree_lock })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lock::dynamodb::InfoAttribute;
+
+    #[test]
+    fn the_digest_is_changed_only_with_consent() {
+        for (change, is_terminal, expected) in [
+            (Change::None, false, Consent::OnlyPrint),
+            (Change::None, true, Consent::OnlyPrint),
+            (Change::IfAgreed, false, Consent::CannotAsk),
+            (Change::IfAgreed, true, Consent::Ask),
+            (Change::Unasked, false, Consent::Given),
+            (Change::Unasked, true, Consent::Given),
+        ] {
+            assert_eq!(consent(change, is_terminal), expected, "{change:?} {is_terminal}");
+        }
+    }
+
+    #[test]
+    fn the_object_is_locked_before_the_item_and_only_if_the_backend_uses_it() {
+        let stores = Stores::offline("eu-west-1");
+        let state = ListedState {
+            workspace: "default".into(),
+            bucket: "bkt".into(),
+            key: "k".into(),
+            table: Some("locks".into()),
+        };
+        for (lock_file, expected) in [(true, vec!["S3", "DynamoDB"]), (false, vec!["DynamoDB"])] {
+            let order = in_order_of_lock(state.store_keys(&stores), lock_file);
+            assert_eq!(order.iter().map(StoreKey::service).collect::<Vec<_>>(), expected);
+        }
+    }
+
+    #[test]
+    fn only_the_same_text_is_our_lock() {
+        let stored = |text: &str| Some(StoredLock::Item(InfoAttribute::Text(text.to_owned())));
+        let text = r#"{"ID":"a","Who":"x"}"#;
+        for (stored, expected) in [
+            (stored(text), true),
+            // Another lock with the same ID would be a lock of somebody else.
+            (stored(r#"{"ID":"a","Who":"y"}"#), false),
+            (stored(""), false),
+            (Some(StoredLock::Item(InfoAttribute::None)), false),
+            (None, false),
+        ] {
+            assert_eq!(is_stored(stored.as_ref(), text), expected, "{stored:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_digest_and_the_state_that_were_shown_are_changed() {
+        let comparison = |recorded: Option<&str>, computed: Option<&str>, written: Option<&str>| Comparison {
+            recorded: recorded.map(ToOwned::to_owned),
+            computed: computed.map(ToOwned::to_owned),
+            written: written.map(|at| at.parse().unwrap()),
+        };
+        let (before, later) = (Some("2026-11-23T01:46:07Z"), Some("2026-11-23T01:46:08Z"));
+        let shown = comparison(Some("a"), Some("b"), before);
+        for (now, expected) in [
+            (comparison(Some("a"), Some("b"), before), Check::AsShown),
+            (comparison(Some("c"), Some("b"), before), Check::Changed),
+            (comparison(Some("a"), Some("c"), before), Check::Changed),
+            (comparison(Some("a"), None, None), Check::Changed),
+            // The same contents were written once more, so a run is at work.
+            (comparison(Some("a"), Some("b"), later), Check::Changed),
+            (comparison(Some("b"), Some("b"), later), Check::Fits),
+            (comparison(None, Some("b"), before), Check::Fits),
+        ] {
+            assert_eq!(check(&now, &shown), expected, "{now:?}");
+        }
+        let without_state = comparison(Some("a"), None, None);
+        assert_eq!(check(&without_state, &without_state), Check::AsShown, "the digest of no state is deleted");
+    }
 }
