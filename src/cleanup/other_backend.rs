@@ -196,11 +196,7 @@ impl<'a> NonS3Release<'a> {
     fn ask(&self, waiter: &mut Waiter<'_>) -> Result<Option<LockInfo>, String> {
         let asked = self.terraform(&["taint", "-no-color", "-lock-timeout=0s", NOTHING], waiter);
         let (_, said) = asked.map_err(|error| error.to_string())?;
-        match LockInfo::of_refusal(&said) {
-            Some(info) => Ok(Some(info)),
-            None if said.contains("No such resource instance") || said.contains("state is empty") => Ok(None),
-            None => Err(format!("terraform could not read the lock: {}", first_line(&said))),
-        }
+        held_lock(&said)
     }
 
     /// Runs terraform in the same directory as the run. Returns the exit code (`None` if a signal killed terraform),
@@ -246,10 +242,7 @@ impl<'a> NonS3Release<'a> {
             flag.push(chdir);
             command.arg(flag);
         }
-        // The user has set these variables for other commands, so they must not affect this command.
-        let unwanted =
-            |name: &str| name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH";
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(unwanted)) {
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_unwanted)) {
             command.env_remove(name);
         }
         command
@@ -266,9 +259,174 @@ impl<'a> NonS3Release<'a> {
     }
 }
 
+/// Returns the lock that is held, according to `said`, the output of `terraform taint` of [`NOTHING`]. `None` if no lock
+/// is held. If that is not in the output, returns the reason as `Err`.
+fn held_lock(said: &str) -> Result<Option<LockInfo>, String> {
+    match LockInfo::of_refusal(said) {
+        Some(info) => Ok(Some(info)),
+        None if said.contains("No such resource instance") || said.contains("state is empty") => Ok(None),
+        None => Err(format!("terraform could not read the lock: {}", first_line(said))),
+    }
+}
+
+/// Whether the variable `name` must not be in the environment of this terraform. The user has set such a variable for
+/// other commands.
+fn is_unwanted(name: &str) -> bool {
+    name.starts_with("TF_CLI_ARGS") || name.starts_with("TF_LOG") || name == "TF_TEMP_LOG_PATH"
+}
+
 /// Returns the first two lines of terraform's output that are not empty, joined by a space. The frame that terraform
 /// draws around an error is left out.
 fn first_line(said: &str) -> String {
     let lines = said.lines().map(|line| line.trim_matches(['\u{2502}', '\u{2577}', '\u{2575}', ' ']));
     lines.filter(|line| !line.is_empty()).take(2).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::data_directory::DataDirectory;
+    use crate::terraform::log::LoggedLock;
+    use crate::terraform::logged_lock::Progress;
+
+    fn directory(kind: &str, config: &str) -> DataDirectory {
+        let json = format!(r#"{{"version":3,"backend":{{"type":"{kind}","config":{{{config}}}}}}}"#);
+        DataDirectory { backend: CachedBackend::parse(json.as_bytes()), workspace: "default".into() }
+    }
+
+    fn candidates(directories: Vec<DataDirectory>) -> CandidateBackends {
+        CandidateBackends {
+            directories,
+            workspaces: vec!["selected".into()],
+            any_workspace: false,
+            data_directory: "/x/.terraform".into(),
+            working_directory: "/x".into(),
+        }
+    }
+
+    /// Returns a log that shows that the lock of `workspace` was acquired.
+    fn log(workspace: Option<&str>) -> Log {
+        let at = "2026-11-23T01:46:07Z".parse().unwrap();
+        let mut log = Log::default();
+        log.set_locks(workspace.map(|name| {
+            let mut progress = Progress::asked(at);
+            progress.grant(at);
+            LoggedLock::Unnamed(UnnamedLock { identity: LockIdentity::Workspace(name.into()), progress })
+        }));
+        log
+    }
+
+    fn run(locking_disabled: bool) -> Run {
+        Run {
+            who: "root@vm".into(),
+            who_now: "root@vm".into(),
+            started: "2026-11-23T01:46:07Z".parse().unwrap(),
+            disordered: false,
+            locking_disabled,
+            excessive: false,
+            program: None,
+        }
+    }
+
+    /// Returns the number of messages, and whether a later attempt may succeed. `had` is whether the log shows a lock,
+    /// `brackets` whether the command logs its lock, and `keep` whether the lock must not be released. No terraform can
+    /// be started.
+    fn settled(directories: Vec<DataDirectory>, [had, brackets, keep]: [bool; 3]) -> (usize, bool) {
+        let candidates = candidates(directories);
+        let missing = Path::new("/no/such/terraform");
+        let release = NonS3Release::of(&candidates, &log(had.then_some("default")), missing, Path::new("/"), None);
+        let wording = Wording { ending: "x", unlock: "y", by: history::By::Recovery, has_journal: true };
+        let keep = keep.then_some(("kept", Because::Never));
+        let result = release.unwrap().settle(&run(false), brackets, keep, wording, &mut Waiter::Unattended);
+        assert!(!result.released && result.leaves_one() != result.messages.is_empty());
+        (result.messages.len(), result.later)
+    }
+
+    fn azure(key: &str) -> DataDirectory {
+        directory("azurerm", &format!(r#""key":"{key}""#))
+    }
+
+    #[test]
+    fn a_lock_is_left_only_in_a_backend_that_keeps_it_after_a_death() {
+        for (kind, expected) in [("local", false), ("pg", false), ("s3", false), ("http", true), ("azurerm", true)] {
+            assert_eq!(may_be_left(&candidates(vec![directory(kind, "")])), expected, "{kind}");
+        }
+        assert!(!may_be_left(&candidates(vec![])));
+        assert!(!may_be_left(&candidates(vec![directory("s3", ""), azure("k")])), "the first one was used");
+    }
+
+    #[test]
+    fn the_workspace_is_that_of_the_lock_or_the_selected_one() {
+        let places = candidates(vec![azure("k")]);
+        for (had, expected) in [(Some("green"), "green"), (None, "selected")] {
+            let log = log(had);
+            let release = NonS3Release::of(&places, &log, Path::new("t"), Path::new("/"), None).unwrap();
+            assert_eq!(release.workspace, expected);
+        }
+        for kind in ["s3", "unknown"] {
+            let places = candidates(vec![directory(kind, "")]);
+            assert!(NonS3Release::of(&places, &log(None), Path::new("t"), Path::new("/"), None).is_none(), "{kind}");
+        }
+    }
+
+    #[test]
+    fn another_place_of_the_same_directory_means_that_the_backend_has_moved() {
+        for (others, expected) in [
+            (vec![], false),
+            (vec![azure("k")], false),
+            (vec![azure("other")], true),
+            (vec![directory("gcs", "")], true),
+            (vec![directory("s3", "")], true),
+        ] {
+            let places = candidates([azure("k")].into_iter().chain(others).collect());
+            let log = log(None);
+            let release = NonS3Release::of(&places, &log, Path::new("t"), Path::new("/"), None).unwrap();
+            assert_eq!(release.moved, expected, "{:?}", places.directories.last());
+        }
+    }
+
+    #[test]
+    fn terraform_is_asked_only_where_it_may_release_and_everything_before_is_reported() {
+        for brackets in [false, true] {
+            assert_eq!(settled(vec![directory("pg", "")], [true, brackets, false]), (0, false), "nothing to release");
+            assert_eq!(settled(vec![directory("http", "")], [true, brackets, false]), (1, false), "only reported");
+            assert_eq!(settled(vec![azure("k"), azure("l")], [true, brackets, false]), (1, true), "moved");
+            assert_eq!(settled(vec![azure("k")], [true, brackets, true]), (1, true), "must be kept");
+            assert_eq!(settled(vec![azure("k")], [true, brackets, false]), (1, true), "no terraform can be started");
+            // The log does not show a lock. That proves something only if the command logs its lock.
+            let expected = if brackets { (0, false) } else { (1, true) };
+            assert_eq!(settled(vec![azure("k")], [false, brackets, false]), expected);
+        }
+    }
+
+    #[test]
+    fn terraforms_refusal_shows_the_lock_and_a_missing_resource_shows_that_there_is_none() {
+        let refusal = "Error: Error acquiring the state lock\n\nLock Info:\n  ID:        7\n  Path:      p\n  \
+                       Operation: OperationTypeApply\n  Who:       root@vm\n  Version:   1.11.4\n  \
+                       Created:   2026-11-22 23:26:03.031578055 +0000 UTC\n";
+        assert_eq!(held_lock(refusal).unwrap().unwrap().id, "7");
+        for none in ["Error: No such resource instance\n", "Error: The state is empty", "The state is empty"] {
+            assert_eq!(held_lock(none), Ok(None), "{none}");
+        }
+        for (unclear, reason) in [
+            ("", ""),
+            (
+                "\u{2577}\n\u{2502} Error: no network\n\u{2502} \n\u{2502} dial tcp\n\u{2502} more",
+                "Error: no network dial tcp",
+            ),
+            ("Lock Info:\n  ID: 7", "Lock Info: ID: 7"),
+        ] {
+            assert_eq!(held_lock(unclear), Err(format!("terraform could not read the lock: {reason}")));
+        }
+    }
+
+    #[test]
+    fn variables_for_other_commands_do_not_reach_this_terraform() {
+        for name in ["TF_CLI_ARGS", "TF_CLI_ARGS_taint", "TF_LOG", "TF_LOG_PATH", "TF_LOG_CORE", "TF_TEMP_LOG_PATH"] {
+            assert!(is_unwanted(name), "{name}");
+        }
+        for name in ["TF_DATA_DIR", "TF_VAR_x", "TF_CLI_CONFIG_FILE", "TF_TEMP_LOG_PATH2", "PATH", "ARM_ACCESS_KEY"] {
+            assert!(!is_unwanted(name), "{name}");
+        }
+    }
 }
