@@ -137,8 +137,7 @@ fn terraforms() -> Vec<PossibleHolder> {
         .filter(|process| !process.is_dead() && process.pid != nix::unistd::getpid())
         .filter_map(|process| {
             let program = process.program();
-            let named =
-                [&program, &process.name].iter().any(|name| name.contains("terraform") || name.contains("tofu"));
+            let named = [&program, &process.name].iter().any(|name| is_name_of_terraform(name));
             (named || process.may_be_renamed_terraform(MIN_TERRAFORM_BYTES)).then(|| PossibleHolder {
                 pid: process.pid.as_raw(),
                 started: boot_time.and_then(|boot_time| process.started(boot_time)),
@@ -146,4 +145,127 @@ fn terraforms() -> Vec<PossibleHolder> {
             })
         })
         .collect()
+}
+
+/// Whether `name` may be the name of a terraform or of one of its providers.
+fn is_name_of_terraform(name: &str) -> bool {
+    name.contains("terraform") || name.contains("tofu")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::tests::{ID, lock_line};
+
+    const RUN: &str = "4000000-0123456789abcdef";
+
+    fn record() -> JournalRecord {
+        let root = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&StateDirectory::at(root.path())).unwrap();
+        let mut record = JournalRecord::new(RUN, &journal);
+        record.log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        JournalRecord {
+            who: "root@vm".into(),
+            started: "2026-11-23T01:46:07Z".parse().unwrap(),
+            tf: 7,
+            terraform: Some(8),
+            program: "terraform".into(),
+            command: "apply".into(),
+            ..record
+        }
+    }
+
+    fn stored(id: &str, who: &str) -> LockInfo {
+        LockInfo {
+            id: id.into(),
+            operation: "OperationTypeApply".into(),
+            who: who.into(),
+            version: "1.11.4".into(),
+            created: "2026-11-23T01:46:07.5931Z".into(),
+            path: "bkt/dir/prod.tfstate".into(),
+        }
+    }
+
+    /// Returns what this host shows if a run in the state `state` has recorded the lock, and if a request for the lock
+    /// is pending, whose terraform held it if `late` is true.
+    fn view(state: Option<RunState>, late: Option<bool>) -> HostView {
+        let record = record();
+        let mut lock = record.log.named().next().unwrap().clone();
+        let recorded = state.map(|state| (ID.to_owned(), (state, Box::new(record.clone()))));
+        let late = late.map(|is_held| {
+            lock.progress.held = is_held.then_some(record.started);
+            (ID.to_owned(), (record.proof(), lock))
+        });
+        HostView { recorded: recorded.into_iter().collect(), late: late.into_iter().collect(), seen: Seen::default() }
+    }
+
+    #[test]
+    fn the_journal_says_of_a_lock_what_it_says_of_its_run() {
+        let run = || RUN.to_owned();
+        let dead = |recovering, disagrees| Claim::Dead { run: run(), tf: 7, recovering, disagrees };
+        let who = Some("the lock's Who is not this user on this host");
+        for (state, [agreeing, disagreeing]) in [
+            (RunState::Dead, [dead(false, None), dead(false, who)]),
+            (RunState::Recovering, [dead(true, None), dead(true, who)]),
+            (RunState::Foreign("why"), [Claim::Foreign { why: "why" }, Claim::Foreign { why: "why" }]),
+            (
+                RunState::Living,
+                [0, 1].map(|_| Claim::Living {
+                    run: run(),
+                    tf: 7,
+                    terraform: Some(8),
+                    command: "terraform apply".into(),
+                }),
+            ),
+        ] {
+            // The record of a run knows more than a request that the run has left.
+            for late in [None, Some(true), Some(false)] {
+                let view = view(Some(state), late);
+                let disagreement = |claim: Option<Claim>| match claim {
+                    Some(Claim::Dead { disagrees, .. }) => disagrees.is_some(),
+                    _ => false,
+                };
+                assert_eq!(view.claim(&stored(ID, "root@vm")), Some(agreeing.clone()));
+                let other = view.claim(&stored(ID, "root@other"));
+                assert_eq!(disagreement(other.clone()), disagreement(Some(disagreeing.clone())), "{other:?}");
+                assert_eq!(view.claim(&stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm")), None);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pending_request_claims_its_lock_and_shows_whether_it_was_held() {
+        for had in [false, true] {
+            let view = view(None, Some(had));
+            assert_eq!(view.claim(&stored(ID, "root@vm")), Some(Claim::Late { disagrees: None, had }));
+            let other = view.claim(&stored(ID, "root@other"));
+            assert!(matches!(other, Some(Claim::Late { disagrees: Some(_), had: held }) if held == had), "{other:?}");
+            assert_eq!((view.was_had_late(ID), view.was_had_late("other")), (had, false));
+            assert_eq!(view.dead_run(ID), None);
+        }
+        assert_eq!(view(None, None).claim(&stored(ID, "root@vm")), None);
+    }
+
+    #[test]
+    fn only_a_run_whose_processes_are_dead_is_a_dead_run() {
+        for (state, expected) in [
+            (RunState::Living, None),
+            (RunState::Recovering, Some(RUN)),
+            (RunState::Dead, Some(RUN)),
+            (RunState::Foreign("x"), None),
+        ] {
+            assert_eq!(view(Some(state), None).dead_run(ID), expected);
+            assert_eq!(view(Some(state), None).dead_run("other"), None);
+        }
+    }
+
+    #[test]
+    fn a_provider_has_the_name_of_terraform_too() {
+        for name in ["terraform", "tofu", "terraform_1.11.4", "opentofu", "terraform-provi"] {
+            assert!(is_name_of_terraform(name), "{name}");
+        }
+        for name in ["tf", "terragrunt", "bash", ""] {
+            assert!(!is_name_of_terraform(name), "{name}");
+        }
+    }
 }
