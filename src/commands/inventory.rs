@@ -136,19 +136,17 @@ async fn read(
         };
         match stores.read(&store_key).await {
             Ok(found) => parts.extend(found.map(|found| (store_key, found))),
-            // A backend that locks only in the table needs no permission on lock objects and creates none.
-            Err(failure)
-                if failure.denied().is_some()
-                    && matches!(store_key, StoreKey::S3 { .. })
-                    && !wanted.s3
-                    && wanted.dynamodb =>
-            {
-                unseen.set(true);
-            }
+            Err(failure) if failure.denied().is_some() && is_dispensable(&store_key, wanted) => unseen.set(true),
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }
     }
     Ok(pair(wanted, parts, Some(&state.workspace)))
+}
+
+/// Whether a lock can be listed without permission to read `store_key`. A backend that locks only in the table needs no
+/// permission on lock objects and creates none.
+fn is_dispensable(store_key: &StoreKey, wanted: Wanted) -> bool {
+    matches!(store_key, StoreKey::S3 { .. }) && !wanted.s3 && wanted.dynamodb
 }
 
 /// Returns the text before and the text after the workspace's name in the key of a state. The first is the prefix with
@@ -165,11 +163,74 @@ async fn workspaces(directory: &Directory, stores: &Stores) -> Result<Vec<String
     let mut names = Vec::new();
     let mut pages = s3::keys(&stores.s3, &directory.bucket, &prefix);
     while let Some(page) = pages.next().await {
-        names.extend(page?.iter().filter_map(|key| {
-            let rest = key.strip_prefix(&prefix)?;
-            let name = rest.strip_suffix(LOCK_FILE).unwrap_or(rest).strip_suffix(&behind)?;
-            (!name.is_empty() && !name.contains('/') && name != "default").then(|| name.to_owned())
-        }));
+        names.extend(page?.iter().filter_map(|key| workspace_of_key(key, &prefix, &behind)).map(ToOwned::to_owned));
     }
     Ok(names)
+}
+
+/// Returns the workspace, other than `default`, whose state or lock object has the key `key`. `prefix` and `behind` are
+/// those of [`around_workspaces`]. `None` if there is no such workspace.
+fn workspace_of_key<'a>(key: &'a str, prefix: &str, behind: &str) -> Option<&'a str> {
+    let rest = key.strip_prefix(prefix)?;
+    let name = rest.strip_suffix(LOCK_FILE).unwrap_or(rest).strip_suffix(behind)?;
+    (!name.is_empty() && !name.contains('/') && name != "default").then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::backend::tests::backend;
+
+    fn directory(config: &str) -> Directory {
+        Directory {
+            path: "/x".into(),
+            asked_from: "/x".into(),
+            own_files: "/x/.terraform".into(),
+            backend: backend(config),
+            bucket: "bkt".into(),
+            key: "k".into(),
+            table: Some("locks".into()),
+            lock_file: false,
+            workspace: "default".into(),
+        }
+    }
+
+    #[test]
+    fn a_workspace_is_found_by_its_state_or_by_its_lock() {
+        for (config, key, expected) in [
+            (r#"{"key":"k"}"#, "env:/green/k", Some("green")),
+            (r#"{"key":"k"}"#, "env:/green/k.tflock", Some("green")),
+            (r#"{"key":"k"}"#, "env:/green/other", None),
+            (r#"{"key":"k"}"#, "env:/green/k.tflock.tflock", None),
+            (r#"{"key":"k"}"#, "env:/a/b/k", None),
+            (r#"{"key":"k"}"#, "env://k", None),
+            // The default workspace has its own key; this object is nobody's state.
+            (r#"{"key":"k"}"#, "env:/default/k", None),
+            (r#"{"key":"k"}"#, "k", None),
+            (r#"{"key":"k.tflock"}"#, "env:/green/k.tflock.tflock", Some("green")),
+            (r#"{"key":"dir/k","workspace_key_prefix":"x/y"}"#, "x/y/green/dir/k", Some("green")),
+            (r#"{"key":"k","workspace_key_prefix":""}"#, "green/k", Some("green")),
+        ] {
+            let (prefix, behind) = around_workspaces(&directory(config)).unwrap();
+            assert_eq!(workspace_of_key(key, &prefix, &behind), expected, "{config} {key}");
+            if let Some(workspace) = expected {
+                let state = state(&directory(config), workspace).unwrap();
+                assert!([state.key.clone(), format!("{}{LOCK_FILE}", state.key)].contains(&key.to_owned()));
+            }
+        }
+        assert!(around_workspaces(&directory("{}")).is_none(), "no key");
+        assert!(around_workspaces(&directory(r#"{"key":"../../k"}"#)).is_none(), "all workspaces share one key");
+    }
+
+    #[test]
+    fn only_the_lock_objects_of_a_backend_without_them_may_be_unreadable() {
+        let stores = Stores::offline("r");
+        for (dynamodb, s3, expected) in
+            [(true, false, true), (true, true, false), (false, true, false), (false, false, false)]
+        {
+            let wanted = Wanted { dynamodb, s3 };
+            assert_eq!(is_dispensable(&stores.object("bkt", "k.tflock"), wanted), expected, "{dynamodb} {s3}");
+            assert!(!is_dispensable(&stores.item("locks", "bkt/k"), wanted), "{dynamodb} {s3}");
+        }
+    }
 }
