@@ -44,6 +44,13 @@ pub(crate) struct Told {
     locks: Vec<LoggedLock>,
 }
 
+impl Told {
+    /// Whether the log must be passed on again. It has `locks` and was read up to `offset`, in bytes.
+    fn is_outdated(&self, locks: &[LoggedLock], offset: u64) -> bool {
+        self.locks != locks || offset - self.until >= NEWS_THRESHOLD_BYTES
+    }
+}
+
 impl RunRecord {
     /// Returns the guardian's socket, which is readable when the guardian has reported something, or is gone. `None` if
     /// there is no guardian.
@@ -117,7 +124,7 @@ impl RunRecord {
     /// journal and then frees the memory of the part of the log that was read. If there is no guardian, does both here.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
         let (log, offset) = (recorder.log(), recorder.whole_until());
-        if self.told.locks == log.locks() && offset - self.told.until < NEWS_THRESHOLD_BYTES {
+        if !self.told.is_outdated(log.locks(), offset) {
             return;
         }
         let told = if let Some(guardian) = &mut self.guardian {
@@ -187,6 +194,29 @@ impl RunRecord {
             record.tree.survivors = survivors;
             record.leave(unfinished);
             let _ = entry.write(&record, Durability::PowerLoss);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::tests::{ID, lock_line};
+
+    #[test]
+    fn the_log_is_passed_on_at_each_step_of_a_lock_and_after_64_kib() {
+        let mut log = Log::default();
+        let mut told = Told::default();
+        assert!(!told.is_outdated(log.locks(), 0));
+        assert!(!told.is_outdated(log.locks(), (64 << 10) - 1));
+        assert!(told.is_outdated(log.locks(), 64 << 10));
+        for message in ["Attempting to lock remote state (DynamoDB only)...", "Locked remote state (DynamoDB only)"] {
+            log.read(lock_line(7, message, ID, "r").as_bytes());
+            assert!(told.is_outdated(log.locks(), 100), "{message}");
+            told = Told { until: 100, locks: log.locks().to_vec() };
+            assert!(!told.is_outdated(log.locks(), 100), "{message}");
+            assert!(!told.is_outdated(log.locks(), 99 + (64 << 10)), "{message}");
+            assert!(told.is_outdated(log.locks(), 100 + (64 << 10)), "{message}");
         }
     }
 }
