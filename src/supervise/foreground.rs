@@ -50,6 +50,31 @@ pub(crate) enum Foreground {
     Gone,
 }
 
+impl Foreground {
+    /// Returns whose group the foreground group is. `group` is `None` if there is no terminal, or if it has no
+    /// foreground group. `own` is the group of `tf`.
+    fn of(group: Option<Pid>, own: Pid, terraform: Pid) -> Self {
+        match group {
+            Some(group) if group == own => Self::Ours,
+            Some(group) if group == terraform => Self::Terraforms,
+            Some(_) => Self::Others,
+            None => Self::Gone,
+        }
+    }
+
+    /// Whether terraform does not need the terminal any more. `modes_are_normal` is whether the terminal has its
+    /// previous modes again.
+    fn is_over(self, modes_are_normal: impl FnOnce() -> bool) -> bool {
+        match self {
+            Self::Terraforms => modes_are_normal(),
+            // When an interactive shell below terraform exits, it restores the foreground group that it found when it
+            // started. Here that was the group of `tf`. So the foreground counts as reclaimed.
+            Self::Ours => true,
+            Self::Others | Self::Gone => false,
+        }
+    }
+}
+
 /// Controls whether terraform's process group is the foreground group of the terminal.
 #[derive(Debug)]
 pub(crate) struct ForegroundControl {
@@ -103,12 +128,8 @@ impl ForegroundControl {
 
     /// Returns which process group is the foreground group now.
     pub(crate) fn foreground(&self) -> Foreground {
-        match self.terminal.as_ref().map(Terminal::foreground) {
-            Some(Ok(group)) if group == self.own => Foreground::Ours,
-            Some(Ok(group)) if group == self.terraform => Foreground::Terraforms,
-            Some(Ok(_)) => Foreground::Others,
-            Some(Err(_)) | None => Foreground::Gone,
-        }
+        let group = self.terminal.as_ref().and_then(|terminal| terminal.foreground().ok());
+        Foreground::of(group, self.own, self.terraform)
     }
 
     /// Makes terraform's group the foreground group and continues it. Returns whether terraform's group is now the
@@ -177,14 +198,10 @@ impl ForegroundControl {
     /// is one, and `tf` has made terraform's group the foreground group, continues the group. If the group of `tf` is
     /// the foreground group instead, makes terraform's group the foreground group, and continues it.
     pub(crate) fn look(&mut self) {
-        if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW) {
-            match self.foreground() {
-                Foreground::Terraforms if self.modes_are_normal() => self.reclaim_foreground(),
-                // When an interactive shell below terraform exits, it restores the foreground group that it found when
-                // it started. Here that was the group of this process. So the foreground counts as reclaimed.
-                Foreground::Ours => self.reclaim_foreground(),
-                _ => {}
-            }
+        if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW)
+            && self.foreground().is_over(|| self.modes_are_normal())
+        {
+            self.reclaim_foreground();
         }
         if self.search_until.is_some_and(|until| until < Instant::now()) {
             self.search_until = None;
@@ -214,5 +231,29 @@ impl Drop for ForegroundControl {
     /// the terminal.
     fn drop(&mut self) {
         self.reclaim_foreground();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_foreground_is_taken_back_from_terraform_alone_and_only_after_its_prompt() {
+        let [own, terraform, other] = [5, 6, 7].map(Pid::from_raw);
+        for (group, expected, [is_over_in_raw_mode, is_over_in_normal_mode]) in [
+            (Some(own), Foreground::Ours, [true, true]),
+            (Some(terraform), Foreground::Terraforms, [false, true]),
+            // A shell or a pager below terraform has the terminal.
+            (Some(other), Foreground::Others, [false, false]),
+            (None, Foreground::Gone, [false, false]),
+        ] {
+            let foreground = Foreground::of(group, own, terraform);
+            assert_eq!(foreground, expected, "{group:?}");
+            assert_eq!(foreground.is_over(|| false), is_over_in_raw_mode, "{group:?}");
+            assert_eq!(foreground.is_over(|| true), is_over_in_normal_mode, "{group:?}");
+        }
+        // With a shared group, the group of `tf` is terraform's too.
+        assert_eq!(Foreground::of(Some(own), own, own), Foreground::Ours);
     }
 }
