@@ -310,3 +310,85 @@ impl Drain {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// Returns a pipe of one drain, and its write end. Nothing here writes to the caller's descriptor.
+    fn drain(target: DrainTarget, keeps_copy: bool) -> (Pipes, std::fs::File) {
+        let (source, writer) = descriptor::pipe().unwrap();
+        let copy = keeps_copy.then(Vec::new);
+        let drain = Drain { source, standard: 1, target, full: false, finished: false, buffer: VecDeque::new(), copy };
+        (Pipes { drains: vec![drain], writers: [None, None] }, writer.into())
+    }
+
+    #[test]
+    fn a_pipe_is_awaited_for_data_and_then_for_room() {
+        for target in [DrainTarget::Pipe, DrainTarget::Socket, DrainTarget::Other] {
+            let (mut pipes, mut writer) = drain(target, false);
+            writer.write_all(b"x").unwrap();
+            let awaited = |pipes: &Pipes| pipes.awaited().iter().map(|(_, events)| *events).collect::<Vec<_>>();
+            assert_eq!(awaited(&pipes), [PollFlags::POLLIN], "{target:?}");
+            assert_eq!(pipes.step(&[false]), Progress::Going);
+            assert_eq!(awaited(&pipes), [PollFlags::POLLIN], "{target:?}: it was not ready");
+            assert_eq!(pipes.step(&[true]), Progress::Going);
+            assert_eq!(awaited(&pipes), [PollFlags::POLLOUT], "{target:?}");
+            assert!(pipes.drains[0].buffer.is_empty(), "nothing is read before there is room");
+        }
+    }
+
+    #[test]
+    fn without_a_reader_the_output_is_read_and_kept_until_its_end() {
+        let (mut pipes, mut writer) = drain(DrainTarget::Nowhere, true);
+        writer.write_all(b"one ").unwrap();
+        assert_eq!(pipes.step(&[true]), Progress::Going);
+        writer.write_all(b"two").unwrap();
+        drop(writer);
+        assert_eq!(pipes.step(&[true]), Progress::Going);
+        assert!(!pipes.drains[0].finished);
+        assert_eq!(pipes.step(&[true]), Progress::Going);
+        assert!(pipes.awaited().is_empty(), "a pipe at its end is not awaited");
+        assert_eq!((pipes.copies().stdout, pipes.copies().stderr), (&b"one two"[..], &b""[..]));
+    }
+
+    #[test]
+    fn output_that_is_discarded_waits_for_no_room() {
+        let (mut pipes, mut writer) = drain(DrainTarget::Pipe, false);
+        writer.write_all(b"x").unwrap();
+        assert_eq!(pipes.step(&[true]), Progress::Going);
+        pipes.drains[0].buffer.extend(b"left");
+        pipes.discard_output();
+        assert!(pipes.drains[0].buffer.is_empty());
+        assert_eq!(pipes.awaited()[0].1, PollFlags::POLLIN);
+        assert!(pipes.flush(), "the rest is discarded");
+        assert!(pipes.copies().stdout.is_empty());
+    }
+
+    #[test]
+    fn an_empty_pipe_is_finished_after_terraforms_exit_although_a_process_has_it_open() {
+        for target in [DrainTarget::Pipe, DrainTarget::Nowhere] {
+            let (mut pipes, writer) = drain(target, false);
+            assert!(pipes.flush(), "{target:?}");
+            assert!(pipes.awaited().is_empty(), "{target:?}");
+            drop(writer);
+        }
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_reported_once_and_its_pipe_is_drained() {
+        let (mut pipes, mut writer) = drain(DrainTarget::Socket, false);
+        writer.write_all(b"x").unwrap();
+        // Descriptor 1 of a test is not a socket, so the write fails as that to a closed socket does.
+        pipes.drains[0].full = true;
+        let is_socket = fstat(descriptor::standard(1))
+            .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK);
+        if !is_socket {
+            assert_eq!(pipes.step(&[true]), Progress::ReaderGone);
+            assert_eq!(pipes.drains[0].target, DrainTarget::Nowhere);
+            writer.write_all(b"more").unwrap();
+            assert_eq!(pipes.step(&[true]), Progress::Going);
+        }
+    }
+}
