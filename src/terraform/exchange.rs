@@ -202,3 +202,104 @@ fn of_body(method: &str, body: &Value) -> Option<Exchange> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "2026-11-23T01:46:07.593Z [DEBUG] ";
+    const LOCK: &str = r#"{"ConditionExpression":"attribute_not_exists(LockID)","Item":{"Info":{"S":"{\"ID\":\"7\"}"},"LockID":{"S":"b/k"}},"TableName":"t"}"#;
+
+    /// Returns the exchanges in the lines. A line that begins with a space, or is the status of a response or a body,
+    /// continues a record.
+    fn read(lines: &[String]) -> Vec<Exchange> {
+        let mut exchanges = Exchanges::default();
+        let step = |line: &String| match LogRecord::parse(line) {
+            Some(record) => exchanges.record(&record),
+            None => exchanges.line(line),
+        };
+        lines.iter().filter_map(step).collect()
+    }
+
+    fn sent(fields: &str) -> String {
+        format!("{HEAD}backend-s3: HTTP Request Sent: {fields}")
+    }
+
+    #[test]
+    fn a_request_to_s3_is_a_lock_or_a_state_by_its_key() {
+        let request = |method: &str, key: &str| {
+            read(&[sent(&format!("rpc.method={method} aws.s3.bucket=b aws.s3.key={key}"))]).pop()
+        };
+        let (bucket, key) = ("b".to_owned(), "k".to_owned());
+        for (method, object, expected) in [
+            (
+                "PutObject",
+                "k.tflock",
+                Some(Exchange::PutLock { bucket: bucket.clone(), key: key.clone(), checksum: None }),
+            ),
+            ("PutObject", "k", Some(Exchange::PutState { bucket: bucket.clone(), key: key.clone() })),
+            ("S3/DeleteObject", "k.tflock", Some(Exchange::DeleteLock { bucket, key })),
+            // The delete of a workspace's state, and reads.
+            ("DeleteObject", "k", None),
+            ("GetObject", "k.tflock", None),
+            ("HeadObject", "k", None),
+        ] {
+            assert_eq!(request(method, object), expected, "{method} {object}");
+        }
+    }
+
+    #[test]
+    fn a_request_to_dynamodb_is_known_by_its_body() {
+        let request =
+            |method: &str, body: &str| read(&[sent(&format!("rpc.method=DynamoDB/{method}")), body.to_owned()]);
+        let digest = r#"{"Item":{"Digest":{"S":"d"},"LockID":{"S":"b/k-md5"}},"TableName":"t"}"#;
+        let other = |method: &str| vec![Exchange::Other { method: method.to_owned() }];
+        let put = request("PutItem", LOCK);
+        let [Exchange::PutItem { info, text }] = put.as_slice() else { panic!("{put:?}") };
+        assert_eq!((info.id.as_str(), text.as_str()), ("7", r#"{"ID":"7"}"#));
+        assert_eq!(request("PutItem", &format!("  | {LOCK}")), put, "in a multi-line field");
+        assert_eq!(request("PutItem", digest), other("PutItem"), "the digest of a state");
+        assert_eq!(request("PutItem", &LOCK.replace("\\\"ID", "\\\"Id2")), other("PutItem"), "a text that is no lock");
+        let delete = r#"{"Key":{"LockID":{"S":"b/k"}},"TableName":"t"}"#;
+        assert_eq!(request("DeleteItem", delete), [Exchange::DeleteItem { path: "b/k".into() }]);
+        assert_eq!(request("DeleteItem", r#"{"Key":{}}"#), other("DeleteItem"));
+        assert_eq!(request("GetItem", delete), other("GetItem"));
+        for line in ["", "no body", "{cut", "[1]"] {
+            assert_eq!(request("PutItem", line), [], "{line:?} does not end the request");
+        }
+    }
+
+    #[test]
+    fn a_response_has_the_status_of_its_own_record() {
+        let received = |fields: &str| format!("{HEAD}backend-s3: HTTP Response Received: rpc.method=PutItem{fields}");
+        let answered = |status| vec![Exchange::Answered { method: "PutItem".into(), object: None, status }];
+        assert_eq!(read(&[received(" http.status_code=400")]), answered(400));
+        assert_eq!(read(&[received(""), "   x=1 http.status_code=200".into()]), answered(200));
+        assert_eq!(read(&[received(""), "HTTP/1.1 503 Slow Down".into()]), answered(503));
+        for line in
+            ["HTTP/1.1", "HTTP/1.1 x", "http.status_code=200", "   http.status_code=x", "HTTP/1.\u{e9}\u{e9}\u{e9}"]
+        {
+            assert_eq!(read(&[received(""), line.into()]), [], "{line:?}");
+        }
+        // The next record ends the message, so its status is not taken from a later one.
+        let another = format!("{HEAD}other: x");
+        assert_eq!(read(&[received(""), another, "HTTP/1.1 200 OK".into()]), []);
+    }
+
+    #[test]
+    fn a_message_of_another_module_is_no_request() {
+        let line = sent("rpc.method=PutObject aws.s3.bucket=b aws.s3.key=k.tflock");
+        assert_eq!(read(&[line.replace("backend-s3", "provider.aws")]), []);
+        assert_eq!(read(&[line.replace("HTTP Request Sent", "HTTP Request Planned")]), []);
+        assert_eq!(read(&[line]).len(), 1);
+    }
+
+    #[test]
+    fn only_requests_prove_that_requests_are_logged() {
+        let object = || ("b".to_owned(), "k".to_owned());
+        let ((bucket, key), (lock_bucket, lock_key)) = (object(), object());
+        assert!(!Exchange::PutState { bucket, key }.is_of_http(), "Terraform 1.5 logs it without requests");
+        assert!(Exchange::DeleteLock { bucket: lock_bucket, key: lock_key }.is_of_http());
+        assert!(Exchange::Other { method: "GetItem".into() }.is_of_http());
+    }
+}
