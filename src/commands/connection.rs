@@ -329,3 +329,69 @@ impl LocationArgs {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_is_gone_is_no_error_to_report() {
+        let trouble = |kind: io::ErrorKind| Trouble::from(io::Error::from(kind));
+        assert!(matches!(trouble(io::ErrorKind::BrokenPipe), Trouble::ReaderGone));
+        assert_eq!(trouble(io::ErrorKind::NotConnected).to_string(), console::STDOUT_CLOSED);
+        assert!(trouble(io::ErrorKind::StorageFull).to_string().starts_with("could not write the result: "));
+    }
+
+    #[test]
+    fn one_url_for_everything_is_for_both_services_and_without_host_names_for_buckets() {
+        let none = LocationArgs::default();
+        assert_eq!(none.backend().set_attributes().count(), 0);
+        let all = LocationArgs {
+            region: Some("r".into()),
+            profile: Some("p".into()),
+            endpoint_url: Some("http://x".into()),
+            ..LocationArgs::default()
+        };
+        let backend = all.backend();
+        let strings = ["region", "profile", "endpoints.s3", "endpoints.dynamodb"].map(|name| backend.string(name));
+        assert_eq!(strings, [Some("r"), Some("p"), Some("http://x"), Some("http://x")]);
+        assert!(backend.flag("use_path_style"));
+    }
+
+    #[test]
+    fn a_table_or_a_bucket_is_looked_in_whatever_the_directory_is() {
+        let with = |table: Option<&str>, bucket: Option<&str>| LocationArgs {
+            table: table.map(ToOwned::to_owned),
+            bucket: bucket.map(ToOwned::to_owned),
+            prefix: Some("p/".into()),
+            ..LocationArgs::default()
+        };
+        assert!(!with(None, None).is_outside());
+        assert!(with(Some("t"), None).is_outside() && with(None, Some("b")).is_outside());
+        // A lock that was found with a prefix is in the bucket without it too.
+        assert_eq!(with(None, Some("b")).command("show"), "tf locks show --bucket b");
+    }
+
+    #[test]
+    fn what_a_failure_means_for_the_user_follows_from_its_cause() {
+        let stores = Stores::offline("eu-west-1");
+        let next = |code: Option<&str>| {
+            let answer = crate::aws::failure::ServiceAnswer { code, message: Some("no"), status: None };
+            let failure = Failure::of_answer("DynamoDB", "dynamodb:Scan", answer, "");
+            let Trouble::Failed { next, .. } = Trouble::failed(failure, "table t", &stores) else { panic!() };
+            next
+        };
+        for (code, expected) in [
+            (Some("ResourceNotFoundException"), "there is no table t in eu-west-1"),
+            (Some("AccessDeniedException"), "dynamodb:Scan on table t"),
+            (Some("ExpiredTokenException"), "log in again"),
+            (Some("UnrecognizedClientException"), "log in again"),
+            (Some("NotImplemented"), "do not try again"),
+            (Some("ValidationException"), "correct the cause"),
+            (Some("SlowDown"), "try again in a minute"),
+            (None, "check the network and the region (eu-west-1)"),
+        ] {
+            assert!(next(code).contains(expected), "{code:?}: {}", next(code));
+        }
+    }
+}
