@@ -3,6 +3,7 @@
 use crate::console;
 use crate::terraform::errored_state;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use jiff::Timestamp;
@@ -103,15 +104,20 @@ impl Findings {
 }
 
 impl Doctor {
+    /// Returns whether the digest may be changed, according to the options.
+    fn change(&self) -> Change {
+        match (self.dry_run, self.yes) {
+            (true, _) => Change::None,
+            (false, true) => Change::Unasked,
+            (false, false) => Change::IfAgreed,
+        }
+    }
+
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         let own_files = own_files(self.chdir.clone());
+        let change = self.change();
         let place = LocationArgs::directory_of(self.chdir);
         if let Some(workspace) = self.fix_digest {
-            let change = match (self.dry_run, self.yes) {
-                (true, _) => Change::None,
-                (false, true) => Change::Unasked,
-                (false, false) => Change::IfAgreed,
-            };
             return fix_digest::run(&place, workspace.as_deref(), change);
         }
         let mut findings = Findings { wrong: false };
@@ -466,7 +472,7 @@ fn skew(findings: &mut Findings, service: Option<Timestamp>) {
     };
     let apart = Timestamp::now().duration_since(service).unsigned_abs();
     let text = format!("it differs from the service's clock by {}", length_of_time(apart));
-    if apart.as_secs() > 60 {
+    if is_wrong_clock(apart) {
         findings.wrong(
             "clock",
             &text,
@@ -475,6 +481,11 @@ fn skew(findings: &mut Findings, service: Option<Timestamp>) {
     } else {
         findings.ok("clock", &text);
     }
+}
+
+/// Whether a clock that differs by `apart` from that of a service must be set.
+fn is_wrong_clock(apart: Duration) -> bool {
+    apart.as_secs() > 60
 }
 
 async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores) {
@@ -532,4 +543,46 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
         &format!("it exists: {}", errored_state::ERRORED_STATE),
         Next::Do(&errored_state::push_errored_state("terraform", other(directory).as_deref())),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dry_run_changes_nothing_even_with_yes() {
+        for (dry_run, yes, expected) in [
+            (false, false, Change::IfAgreed),
+            (false, true, Change::Unasked),
+            (true, false, Change::None),
+            (true, true, Change::None),
+        ] {
+            let doctor = Doctor { chdir: None, fix_digest: Some(None), yes, dry_run };
+            assert_eq!(doctor.change(), expected, "{dry_run} {yes}");
+        }
+    }
+
+    #[test]
+    fn a_clock_is_wrong_long_before_a_service_refuses_its_requests() {
+        assert!(!is_wrong_clock(Duration::ZERO) && !is_wrong_clock(Duration::from_mins(1)));
+        assert!(is_wrong_clock(Duration::from_secs(61)) && is_wrong_clock(Duration::from_mins(5)));
+    }
+
+    #[test]
+    fn only_a_directory_whose_configuration_names_no_other_backend_has_a_local_state() {
+        for (configuration, expected) in [
+            (None, false),
+            (Some(""), true),
+            (Some("terraform {}"), true),
+            (Some("terraform {\n  backend \"local\" {}\n}"), true),
+            (Some("terraform {\n  backend \"s3\" {}\n}"), false),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            if let Some(text) = configuration {
+                std::fs::write(directory.path().join("main.tf"), text).unwrap();
+            }
+            let place = LocationArgs::directory_of(Some(directory.path().to_owned()));
+            assert_eq!(is_local(&place), expected, "{configuration:?}");
+        }
+    }
 }
