@@ -143,3 +143,44 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).min(24);
     lines.iter().fold(String::new(), |all, (name, text)| format!("{all}{name:width$}  {text}\n"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::holder::evidence::Judgement;
+    use crate::lock::dynamodb::InfoAttribute;
+    use crate::lock::stores::{StoreKey, StoredLock};
+    use crate::terraform::lock_info::LockInfo;
+
+    fn lock(verdict: Verdict, who: &str) -> FoundLock {
+        let place = StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
+        FoundLock {
+            info: LockInfo { id: "ID-7".into(), who: who.into(), path: "b/k".into(), ..LockInfo::default() },
+            parts: vec![(place, StoredLock::Item(InfoAttribute::Text(r#"{"ID":"ID-7"}"#.into())))],
+            workspace: None,
+            notes: Vec::new(),
+            rival: None,
+            judgement: Judgement { verdict, reason: String::new(), evidence: Vec::new() },
+            stale: false,
+        }
+    }
+
+    #[test]
+    fn the_next_step_asks_for_more_the_less_is_known_of_the_holder() {
+        let mut outside = LocationArgs::directory_of(None);
+        outside.table = Some("t".into());
+        for (verdict, [yes, force], word) in [
+            (Verdict::Dead, [false, false], "release --table t b/k"),
+            (Verdict::LikelyDead, [true, false], "release --table t --yes b/k"),
+            (Verdict::Unknown, [false, true], "release --table t --force ID-7 b/k"),
+        ] {
+            let step = next_step(&lock(verdict, "anna@vm"), &outside);
+            assert_eq!((step.contains("--yes"), step.contains("--force")), (yes, force), "{step}");
+            assert!(step.ends_with(word), "{step}");
+            assert_eq!(step.contains("ask anna@vm"), force, "{step}");
+        }
+        let alive = next_step(&lock(Verdict::Alive, "anna@vm"), &outside);
+        assert!(!alive.contains("release"), "{alive}");
+        assert!(next_step(&lock(Verdict::Unknown, ""), &outside).contains("nothing shows whom to ask"));
+    }
+}
