@@ -309,20 +309,35 @@ mod tests {
 
     #[test]
     fn the_end_of_the_run_says_what_terraform_got() {
-        for timeout in [None, Some(ms(30))] {
-            for events in sequences(4) {
-                let mut stop = Stop::new(false, timeout);
-                let effects = play(&mut stop, &events, ms(20));
-                let killed = effects.iter().find_map(|effect| match effect {
-                    Effect::Kill(why) => Some(*why),
-                    _ => None,
-                });
-                // Terraform got these from somebody else.
-                let others = [StopEvent::KeyboardAtTerraform, StopEvent::RequestToAll];
-                let interrupted = interrupts(&effects) > 0 || events.iter().any(|event| others.contains(event));
-                let end = stop.end_of_run(None, false);
-                assert_eq!((end.killed, end.interrupted), (killed, interrupted), "{events:?}: {effects:?}");
-                assert!(!end.forced || killed.is_some() || interrupts(&effects) > 1 || interrupted, "{events:?}");
+        let (ended, out_of_memory) = (Some(Ended::Exited(1)), true);
+        for (ignores, timeout) in [(false, None), (false, Some(ms(30))), (true, None), (true, Some(ms(30)))] {
+            for events in sequences(5) {
+                let mut stop = Stop::new(ignores, timeout);
+                let (mut got, mut killed) = (0, None);
+                for (step, &event) in (1..).zip(&events) {
+                    match event {
+                        StopEvent::KeyboardAtTerraform => got += 1,
+                        // The guardian gets this event twice: it sees the TERM, and `tf` then passes the event on. So
+                        // only the first interrupt can be such a TERM.
+                        StopEvent::RequestToAll => got = got.max(1),
+                        _ => {}
+                    }
+                    for effect in stop.decide(event, ms(20) * step) {
+                        match effect {
+                            Effect::InterruptGroup | Effect::InterruptTerraform => got += 1,
+                            Effect::Kill(why) => killed = Some(why),
+                            Effect::SayStopping(_) | Effect::SayForcing => {}
+                        }
+                    }
+                }
+                let expected = EndOfRun {
+                    ended,
+                    killed,
+                    forced: killed.is_some() || got > 1,
+                    interrupted: got > 0,
+                    out_of_memory,
+                };
+                assert_eq!(stop.end_of_run(ended, out_of_memory), expected, "{ignores} {timeout:?} {events:?}");
             }
         }
     }

@@ -169,7 +169,7 @@ pub fn takes_item(request: &Message) -> bool {
 }
 
 /// Whether this is terraform's own delete, which has no condition. The delete of `tf` has one.
-fn unlocks_item(request: &Message) -> bool {
+pub fn unlocks_item(request: &Message) -> bool {
     is_dynamodb(request, ".DeleteItem") && !request.text().contains("ConditionExpression")
 }
 
@@ -177,7 +177,7 @@ pub fn takes_file(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains(".tflock")
 }
 
-fn writes_state(request: &Message) -> bool {
+pub fn writes_state(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
 }
 

@@ -27,6 +27,7 @@ mod crash;
 mod documents;
 mod given_back;
 mod go_rules;
+mod in_flight;
 mod interrupted_once;
 mod invisible;
 mod least_requests;

@@ -355,7 +355,7 @@ fn after_a_restart_the_next_run_gives_it_back(lock: Lock) {
 }
 for_each_lock!(after_a_restart_the_next_run_gives_it_back);
 
-fn forget_recorder(env: &TestEnv) {
+pub fn forget_recorder(env: &TestEnv) {
     let [path] = records(env).try_into().expect("one record");
     let run = path.parent().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
     fs::remove_file(format!("/dev/shm/tf-{run}.log")).unwrap();

@@ -19,6 +19,8 @@ pub enum ProxyAction {
     Hold,
     /// Forwards it, discards the response, and closes the connection.
     LoseAnswer,
+    /// Closes the connection, and does not forward the request.
+    Close,
     /// Sends this response, and does not forward the request.
     Answer(Message),
     /// Forwards it, and sends the body of the response at one byte per second.
@@ -135,6 +137,9 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
             if client.get_mut().write_all(b"HTTP/1.1 200 OK\r\n\r\n").is_ok() {
                 serve(by_tls(client.into_inner(), &authority.server(&host)), shared, change);
             }
+            return;
+        }
+        if matches!(action, ProxyAction::Close) {
             return;
         }
         let mut held = false;
