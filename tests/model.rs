@@ -24,6 +24,7 @@ modules! {
     holder "../src/holder/mod.rs"
     journal "../src/journal/mod.rs"
     json "../src/json.rs"
+    lease "../src/lease/mod.rs"
     lock "../src/lock/mod.rs"
     panics "../src/panics.rs"
     settings "../src/settings.rs"

@@ -1,0 +1,121 @@
+//! Decides what happens to a terraform that the kernel has stopped because its lease was not renewed in time. It is
+//! frozen first, then the lock is looked at, and only then does it go on or end: an outage alone is no reason to end it.
+
+use std::time::Duration;
+
+use super::terms::Terms;
+
+/// What a look at the lock shows while terraform is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Look {
+    /// The lock is the run's, and its record was not claimed.
+    Ours,
+    /// The lock is gone, is another run's, or was claimed by another host.
+    Lost,
+    /// No response, or the service refused the request. Refused credentials may be renewed.
+    Unknown,
+}
+
+/// What is known about the stopped run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StoppedRun {
+    /// Whether a new fuse holds the stop pipe.
+    pub(crate) is_rearmed: bool,
+    /// Whether a new fuse can be made. If not, the run can only go on without a fence.
+    pub(crate) can_rearm: bool,
+    /// Whether the service has confirmed a renewal since the stop.
+    pub(crate) is_renewed: bool,
+    /// Whether a person at a terminal can end it.
+    pub(crate) has_terminal: bool,
+    /// How often that person has asked for the end.
+    pub(crate) interrupts: u8,
+    /// How long it has been stopped.
+    pub(crate) stopped_for: Duration,
+}
+
+/// The interrupts that end a stopped run. The terminal says so at the first one.
+pub(crate) const INTERRUPTS_TO_END: u8 = 3;
+
+/// Why a stopped run is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum EndReason {
+    LockLost,
+    Person,
+    TimedOut,
+}
+
+/// What to do with a stopped run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum FenceStep {
+    /// Make a new fuse. It holds the pipe before the renewal is sent.
+    Rearm,
+    /// Renew the lease.
+    Renew,
+    /// Renew the lease with a record that promises no fence. Then the fence is taken down.
+    RenewWithoutFence,
+    /// Continue terraform.
+    Continue,
+    /// Kill terraform and everything that it has started.
+    End(EndReason),
+    /// Look again.
+    LookAgain,
+}
+
+/// Decides what to do with a stopped run after a look at the lock.
+pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep {
+    if look == Look::Lost {
+        return FenceStep::End(EndReason::LockLost);
+    }
+    if run.interrupts >= INTERRUPTS_TO_END {
+        return FenceStep::End(EndReason::Person);
+    }
+    match (look, run.is_rearmed, run.is_renewed) {
+        (Look::Ours, _, true) => FenceStep::Continue,
+        (Look::Ours, true, false) => FenceStep::Renew,
+        (Look::Ours, false, false) if run.can_rearm => FenceStep::Rearm,
+        (Look::Ours, false, false) => FenceStep::RenewWithoutFence,
+        (Look::Unknown | Look::Lost, ..) if !run.has_terminal && run.stopped_for >= terms.longest_stop() => {
+            FenceStep::End(EndReason::TimedOut)
+        }
+        (Look::Unknown | Look::Lost, ..) => FenceStep::LookAgain,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_run_goes_on_only_with_its_lock_and_ends_only_for_a_reason() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        for look in [Look::Ours, Look::Lost, Look::Unknown] {
+            for bits in 0..16_u8 {
+                for interrupts in [0, 2, 3] {
+                    for minutes in [0, 14, 15] {
+                        let bit = |place: u8| bits & (1 << place) != 0;
+                        let run = StoppedRun {
+                            is_rearmed: bit(0),
+                            can_rearm: bit(1),
+                            is_renewed: bit(2),
+                            has_terminal: bit(3),
+                            interrupts,
+                            stopped_for: Duration::from_mins(minutes),
+                        };
+                        let step = next_step(terms, look, run);
+                        let expected = match look {
+                            Look::Lost => FenceStep::End(EndReason::LockLost),
+                            _ if interrupts == 3 => FenceStep::End(EndReason::Person),
+                            Look::Ours if bit(2) => FenceStep::Continue,
+                            Look::Ours if bit(0) => FenceStep::Renew,
+                            Look::Ours if bit(1) => FenceStep::Rearm,
+                            Look::Ours => FenceStep::RenewWithoutFence,
+                            Look::Unknown if !bit(3) && minutes == 15 => FenceStep::End(EndReason::TimedOut),
+                            Look::Unknown => FenceStep::LookAgain,
+                        };
+                        assert_eq!(step, expected, "{look:?} {run:?}");
+                    }
+                }
+            }
+        }
+    }
+}
