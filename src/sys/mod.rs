@@ -3,6 +3,8 @@
 //! them.
 #![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
+#[allow(dead_code, unused_imports, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+pub(crate) mod boot_clock;
 pub(crate) mod descriptor;
 pub(crate) mod detached;
 pub(crate) mod disposition;
@@ -12,11 +14,15 @@ mod errno;
 pub(crate) mod file_id;
 pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
+#[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+pub(crate) mod hangup_pipe;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
 pub(crate) mod memory;
 pub(crate) mod ownership;
+#[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+pub(crate) mod packet_socket;
 pub(crate) mod plain_file;
 pub(crate) mod plain_host;
 pub(crate) mod poll;
