@@ -62,6 +62,10 @@ $(TOOLS)/coverage/.made:
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
 	cargo test --test model
 
+.PHONY: fence
+fence: ## check the fence of a lease with real processes: a minute
+	cargo test --test fence
+
 .PHONY: one
 one: tools ## the tests whose name contains T, with their output: make one T=given_back
 	@test -n "$(T)" || { echo "T is not set: type make one T=name"; exit 1; }

@@ -3,7 +3,11 @@
 //! This module sends no request to DynamoDB or S3; [`crate::lock`] does that.
 
 pub(crate) mod event_loop;
+#[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+pub(crate) mod fence;
 pub(crate) mod foreground;
+#[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+pub(crate) mod fuse;
 pub(crate) mod guardian;
 pub(crate) mod outcome;
 pub(crate) mod pipes;

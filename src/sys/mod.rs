@@ -3,7 +3,7 @@
 //! them.
 #![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
-#[allow(dead_code, unused_imports, clippy::allow_attributes, reason = "nothing renews a lease yet")]
+#[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
 pub(crate) mod boot_clock;
 pub(crate) mod descriptor;
 pub(crate) mod detached;
