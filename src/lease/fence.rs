@@ -23,7 +23,8 @@ pub(crate) struct StoppedRun {
     pub(crate) is_rearmed: bool,
     /// Whether a new fuse can be made. If not, the run can only go on without a fence.
     pub(crate) can_rearm: bool,
-    /// Whether the service has confirmed a renewal since the stop.
+    /// Whether the service has confirmed a renewal from which the deadline of the new fuse follows, or a later one. A
+    /// renewal without a fence counts, too. One from before the new fuse does not, even if its response is read later.
     pub(crate) is_renewed: bool,
     /// Whether a person at a terminal can end it.
     pub(crate) has_terminal: bool,
@@ -70,10 +71,12 @@ pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep 
         return FenceStep::End(EndReason::Person);
     }
     match (look, run.is_rearmed, run.is_renewed) {
-        (Look::Ours, _, true) => FenceStep::Continue,
+        (Look::Ours, true, true) => FenceStep::Continue,
+        // It goes on without a fence. If a new fuse could be made, the one that was renewed for is dead again.
+        (Look::Ours, false, true) if !run.can_rearm => FenceStep::Continue,
         (Look::Ours, true, false) => FenceStep::Renew,
-        (Look::Ours, false, false) if run.can_rearm => FenceStep::Rearm,
-        (Look::Ours, false, false) => FenceStep::RenewWithoutFence,
+        (Look::Ours, false, _) if run.can_rearm => FenceStep::Rearm,
+        (Look::Ours, false, _) => FenceStep::RenewWithoutFence,
         (Look::Unknown | Look::Lost, ..) if !run.has_terminal && run.stopped_for >= terms.longest_stop() => {
             FenceStep::End(EndReason::TimedOut)
         }
@@ -105,7 +108,7 @@ mod tests {
                         let expected = match look {
                             Look::Lost => FenceStep::End(EndReason::LockLost),
                             _ if interrupts == 3 => FenceStep::End(EndReason::Person),
-                            Look::Ours if bit(2) => FenceStep::Continue,
+                            Look::Ours if bit(2) && (bit(0) || !bit(1)) => FenceStep::Continue,
                             Look::Ours if bit(0) => FenceStep::Renew,
                             Look::Ours if bit(1) => FenceStep::Rearm,
                             Look::Ours => FenceStep::RenewWithoutFence,

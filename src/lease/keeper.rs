@@ -52,6 +52,45 @@ pub(crate) fn next_renewal(terms: Terms, last: Response, now: Duration) -> NextR
     }
 }
 
+/// What a keeper sees before each renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct KeeperSight {
+    /// Whether `tf` or its guardian has told it to end.
+    pub(crate) is_told_to_end: bool,
+    /// Whether the terraform that holds the lock has ended.
+    pub(crate) terraform_has_ended: bool,
+    /// Whether the stop pipe has hung up: the fuse is gone, and the kernel has stopped terraform.
+    pub(crate) stop_pipe_has_hung_up: bool,
+    /// Whether `tf` or its guardian is alive. Otherwise the leash has hung up.
+    pub(crate) is_supervised: bool,
+    /// Whether terraform is stopped, for whatever reason.
+    pub(crate) terraform_is_stopped: bool,
+}
+
+/// What a keeper does instead of the next renewal, or before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BeforeRenewal {
+    Renew,
+    /// It reads the lock and reports what it saw, but does not renew the lease.
+    Look,
+    /// It ends. If terraform has ended, the fuse is told so.
+    End,
+}
+
+/// Decides whether a keeper renews the lease. The lock of a dead run must never look alive.
+///
+/// If `tf` and its guardian are dead, nobody continues a stopped terraform. Then the lease is not renewed, and the fuse
+/// ends terraform at its deadline. Otherwise the lock would be held for ever by a run that does nothing.
+pub(crate) fn before_renewal(sight: KeeperSight) -> BeforeRenewal {
+    if sight.is_told_to_end || sight.terraform_has_ended || (!sight.is_supervised && sight.terraform_is_stopped) {
+        BeforeRenewal::End
+    } else if sight.stop_pipe_has_hung_up {
+        BeforeRenewal::Look
+    } else {
+        BeforeRenewal::Renew
+    }
+}
+
 /// What the service answered to a renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Answer {
@@ -150,6 +189,26 @@ mod tests {
         let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160));
         assert_eq!(next.renewal, Renewal { renewed: 1_790_000_007, beat: 160_000 });
         assert_eq!(next.deadline, Duration::from_secs(340));
+    }
+
+    #[test]
+    fn a_keeper_renews_only_the_lease_of_a_terraform_that_works_or_will() {
+        for bits in 0..32_u8 {
+            let bit = |place: u8| bits & (1 << place) != 0;
+            let sight = KeeperSight {
+                is_told_to_end: bit(0),
+                terraform_has_ended: bit(1),
+                stop_pipe_has_hung_up: bit(2),
+                is_supervised: bit(3),
+                terraform_is_stopped: bit(4),
+            };
+            let expected = match (bit(0) || bit(1), bit(2), bit(3), bit(4)) {
+                (true, ..) | (false, _, false, true) => BeforeRenewal::End,
+                (false, true, ..) => BeforeRenewal::Look,
+                (false, false, ..) => BeforeRenewal::Renew,
+            };
+            assert_eq!(before_renewal(sight), expected, "{sight:?}");
+        }
     }
 
     #[test]
