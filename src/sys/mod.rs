@@ -12,6 +12,7 @@ mod errno;
 pub(crate) mod file_id;
 pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
+pub(crate) mod host_facts;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
