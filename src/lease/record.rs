@@ -420,10 +420,10 @@ mod tests {
         }
         let array = r#"[1,"a",1790000000,7,1,300,"stop","","0.1"]"#;
         assert_eq!(Record::parse(array, "a"), Err(NotBelieved::Malformed));
-        let large = json.replacen("{", &format!(r#"{{"x":"{}","#, "x".repeat(MAX_BYTES)), 1);
+        let large = json.replacen('{', &format!(r#"{{"x":"{}","#, "x".repeat(MAX_BYTES)), 1);
         assert_eq!(Record::parse(&large, "a"), Err(NotBelieved::TooLarge));
         // A later version may add members.
-        assert_eq!(Record::parse(&json.replacen("{", r#"{"x":[{}],"#, 1), "a"), Ok(record()));
+        assert_eq!(Record::parse(&json.replacen('{', r#"{"x":[{}],"#, 1), "a"), Ok(record()));
     }
 
     #[test]
