@@ -10,6 +10,7 @@ use crate::lease::record::{Claim, Fence, Holder, Record, Renewal};
 use crate::lease::takeover::AfterClaim;
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
+use crate::lock::probe::IfMatch;
 use crate::lock::stores::{Removed, StoreKey, Stores};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
@@ -390,3 +391,88 @@ fn tf_releases_its_lock_with_a_lease(lock: Lock) {
 }
 
 for_each_lock!(tf_releases_its_lock_with_a_lease);
+
+#[test]
+fn a_service_that_ignores_the_condition_of_a_renewal_gets_no_lease() {
+    let fixture = Fixture::new(Lock::File);
+    let ask = |stores: &Stores, place: &StoreKey| fixture.runtime.block_on(stores.treatment_of_renewals(place));
+    assert_eq!(ask(&fixture.stores, &fixture.place), IfMatch::Obeyed);
+    for absent_only in [false, true] {
+        // The proxy takes the condition out of a put: out of each, or only where there is no object.
+        let is_first = AtomicBool::new(true);
+        let port = cloud().port;
+        let proxy = Proxy::start(port, move |request: &Message| {
+            let is_conditional = request.start.starts_with("PUT ") && request.header("if-match").is_some();
+            if !is_conditional || (!absent_only && is_first.swap(false, Ordering::SeqCst)) {
+                return ProxyAction::Pass;
+            }
+            let path = request.start.split(' ').nth(1).unwrap().split('?').next().unwrap().to_owned();
+            let answer = cloud().s3("PUT", path.trim_start_matches('/'), b"x");
+            ProxyAction::Answer(answer)
+        });
+        let stores = fixture.runtime.block_on(connect(&fixture.env, proxy.port, &json!({})));
+        assert_eq!(ask(&stores, &fixture.place), IfMatch::Ignored, "{absent_only}");
+    }
+    let refusing = Proxy::start(cloud().port, |request: &Message| {
+        if request.start.starts_with("PUT ") { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+    });
+    let stores = fixture.runtime.block_on(connect(&fixture.env, refusing.port, &json!({})));
+    assert_eq!(ask(&stores, &fixture.place), IfMatch::Unknown);
+    // Nothing is left there but the lock.
+    let listed = cloud().s3("GET", &format!("{}?list-type=2", fixture.env.bucket), b"").text();
+    assert_eq!(listed.matches("<Key>").count(), 1, "{listed}");
+    assert_eq!(fixture.lock().stored.text(), fixture.text);
+    let item = fixture.stores.item("no-table", "no-item");
+    assert_eq!(ask(&fixture.stores, &item), IfMatch::Obeyed);
+}
+
+/// The keeper has ended before `tf` deletes the lock, but its last renewal may still arrive.
+#[test]
+fn a_renewal_between_the_read_and_the_delete_does_not_keep_the_lock() {
+    for lock in Lock::ALL {
+        let mut env = TestEnv::new(lock, WAITS);
+        let (table, path) = (env.table.clone(), env.path());
+        let once = AtomicBool::new(true);
+        let proxy = Proxy::start(cloud().port, move |request: &Message| {
+            let is_item = request.asks_for("DeleteItem");
+            let is_delete = request.is_ours() && (is_item || request.start.starts_with("DELETE "));
+            if is_delete && once.swap(false, Ordering::SeqCst) {
+                if is_item {
+                    let info = cloud().item(&table, &path).unwrap();
+                    let tf = json!({ "M": { "v": { "N": "1" } } });
+                    let item = json!({ "LockID": { "S": path }, "Info": { "S": info }, "tf": tf });
+                    cloud().dynamodb("PutItem", &json!({ "TableName": table, "Item": item }));
+                } else {
+                    let text = cloud().object(&format!("{path}.tflock")).unwrap();
+                    let text = crate::lease::record::join(&text, r#"{"v":1}"#).unwrap();
+                    cloud().s3("PUT", &format!("{path}.tflock"), text.as_bytes());
+                }
+            }
+            ProxyAction::Pass
+        });
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+        let run = env.start_apply(Subject::Tf);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("released"), "{lock:?} {}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
+#[test]
+fn doctor_says_why_a_lock_object_gets_no_lease() {
+    let mut env = TestEnv::new(Lock::File, "true");
+    env.set("TFW_LEASE", "5m");
+    let end = env.run(Subject::Tf, &["locks", "doctor"]);
+    assert!(end.code() == Some(0) && end.out.contains("lease: conditional writes are obeyed"), "{}", env.dump(&end));
+    let proxy = Proxy::start(cloud().port, |request: &Message| {
+        if request.start.starts_with("PUT ") && request.header("if-match").is_some() {
+            let path = request.start.split(' ').nth(1).unwrap().split('?').next().unwrap().to_owned();
+            return ProxyAction::Answer(cloud().s3("PUT", path.trim_start_matches('/'), b"x"));
+        }
+        ProxyAction::Pass
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let end = env.run(Subject::Tf, &["locks", "doctor"]);
+    assert!(end.out.contains("ignores If-Match on a put"), "{}", env.dump(&end));
+}
