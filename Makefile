@@ -31,6 +31,7 @@ recording: build tools ## record a real run again, into docs/rescue.svg
 .PHONY: test
 test: tools ## every test, against real terraform and a real protocol server
 	RUST_TEST_THREADS=$(THREADS) cargo test
+	RUST_TEST_THREADS=$(THREADS) cargo test --test lease_store store::
 	@tests/left-out
 
 .PHONY: unit
@@ -61,6 +62,10 @@ $(TOOLS)/coverage/.made:
 .PHONY: model
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
 	cargo test --test model
+
+.PHONY: lease-store
+lease-store: tools ## the requests for a lease, against services on loopback
+	cargo test --test lease_store store::
 
 .PHONY: one
 one: tools ## the tests whose name contains T, with their output: make one T=given_back

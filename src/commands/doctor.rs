@@ -354,6 +354,10 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let if_none_match =
             if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };
         conditional_put(findings, bucket, if_none_match);
+        if table.is_none() && answer.is_ok() && wants_leases() {
+            let lock = stores.object(bucket, &lock_key);
+            renewals(findings, bucket, stores.treatment_of_renewals(&lock).await);
+        }
         versions(findings, stores, bucket).await;
     }
     skew(findings, clock);
@@ -442,6 +446,24 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
             findings.note("If-Match", "could not find out whether conditional deletes are obeyed", Next::Nothing);
         }
     }
+}
+
+/// Whether the user has asked for leases.
+fn wants_leases() -> bool {
+    std::env::var_os("TFW_LEASE").is_some_and(|length| !length.is_empty() && length != "off")
+}
+
+fn renewals(findings: &mut Findings, bucket: &str, if_match: IfMatch) {
+    let why = match if_match {
+        IfMatch::Obeyed => return findings.ok("lease", "conditional writes are obeyed"),
+        IfMatch::Ignored => "ignores If-Match on a put, so that a renewal could bring a released lock back",
+        IfMatch::Unknown => "could not be asked whether it obeys If-Match on a put",
+    };
+    findings.note(
+        "lease",
+        &format!("the service of {} {why}: locks there get no lease", visible(bucket)),
+        Next::Do("to use leases, also lock with a DynamoDB table"),
+    );
 }
 
 fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneMatch) {

@@ -275,7 +275,7 @@ impl Release {
             super::recover::in_a_process(run, self.reason.as_deref())?;
             let mut still = false;
             for (store_key, stored) in &lock.parts {
-                still |= read(reach, store_key).await?.as_ref() == Some(stored);
+                still |= read(reach, store_key).await?.is_some_and(|now| now.is_same_lock(stored));
             }
             if still {
                 console::say("not released; the messages above say why");

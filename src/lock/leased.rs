@@ -4,12 +4,14 @@ use jiff::Timestamp;
 
 use super::deleted::Deleted;
 use super::dynamodb::{self, ItemKey};
+use super::probe::{self, IfMatch};
 use super::s3::{self, ObjectKey};
-use super::stores::{Removed, StoreKey, StoredLock, Stores};
+use super::stores::{LOCK_FILE, Removed, StoreKey, StoredLock, Stores};
 use super::written::Written;
 use crate::aws::failure::Failure;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
+use crate::terraform::lock_info::new_id;
 
 /// A lock and its lease record, as one consistent read found them. Two of them are equal if neither the lock nor its
 /// record has changed.
@@ -131,6 +133,21 @@ impl Stores {
     async fn read_lease_surely(&self, store_key: &StoreKey) -> Result<LeaseRead, Failure> {
         let read = self.read_lease(store_key).await?;
         if read.lock.is_some() { Ok(read) } else { self.read_lease(store_key).await }
+    }
+
+    /// Tests how the service at `store_key` treats the condition of a renewal. Only [`IfMatch::Obeyed`] permits a lease:
+    /// on another service, a renewal could bring a released lock back or replace another run's lock. DynamoDB and AWS's
+    /// own S3 obey it, so there is no request to them. On another S3 service, an object beside the lock is put and
+    /// deleted.
+    pub(crate) async fn treatment_of_renewals(&self, store_key: &StoreKey) -> IfMatch {
+        match store_key {
+            StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
+                let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
+                let key = format!("{key}.{}{LOCK_FILE}", new_id());
+                probe::replace_object(&self.s3, bucket, &key).await
+            }
+            StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => IfMatch::Obeyed,
+        }
     }
 
     /// Stores `record` beside the lock that `read` found at `store_key`. Long facts about the holder are left out, so

@@ -22,16 +22,22 @@ pub(crate) struct Trial {
     pub(crate) clock: Option<Timestamp>,
 }
 
-/// How a bucket treats the condition of a delete, `If-Match`.
+/// How a bucket treats the condition `If-Match` of a delete or a put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfMatch {
     /// The bucket obeys the condition.
     Obeyed,
-    /// The bucket ignores the condition: a delete deletes any object at the key.
+    /// The bucket ignores the condition: a delete deletes any object at the key, and a put replaces any object.
     Ignored,
-    /// Not known, because the delete failed for another reason, or because the test object could not be put.
+    /// Not known, because the request failed for another reason, or because the test object could not be put.
     Unknown,
 }
+
+/// The ETag of an object that does not exist.
+const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
+
+/// The body of the objects that these tests put.
+const TEST_BODY: &[u8] = b"tf locks doctor: this can be deleted";
 
 /// Tests whether a delete of the item `path` is permitted. The delete has a condition that no lock fulfils.
 pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Trial {
@@ -64,7 +70,6 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 /// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
 /// `key` must not be in use, because a service that ignores the condition deletes any object there.
 pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Trial, IfMatch) {
-    const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
         let response = error.raw_response();
@@ -78,7 +83,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
     // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
-    let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
+    let body = ByteStream::from_static(TEST_BODY);
     if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
         return (permitted, IfMatch::Unknown);
     }
@@ -106,7 +111,7 @@ pub(crate) enum IfNoneMatch {
 /// and then deletes it. `key` must not be in use, and deleting an object there must be permitted.
 pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfNoneMatch {
     let put = || {
-        let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
+        let body = ByteStream::from_static(TEST_BODY);
         client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send()
     };
     match put().await {
@@ -123,6 +128,34 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
     };
     let _ = client.delete_object().bucket(bucket).key(key).send().await;
     taken
+}
+
+/// Tests how the bucket treats `If-Match` on a put, by which a lease in a `.tflock` object is renewed: first where there
+/// is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal would
+/// bring a released lock back. `key` must not be in use. The test object is deleted again.
+pub(crate) async fn replace_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfMatch {
+    let put = || client.put_object().bucket(bucket).key(key).body(ByteStream::from_static(TEST_BODY));
+    let mut results = Vec::new();
+    for is_there in [false, true] {
+        if is_there && put().if_none_match("*").send().await.is_err() {
+            results.push(IfMatch::Unknown);
+            break;
+        }
+        results.push(match put().if_match(ANOTHERS).send().await {
+            Ok(_) => IfMatch::Ignored,
+            Err(error) => match (error.raw_response().map(|response| response.status().as_u16()), error.code()) {
+                (Some(412), _) | (Some(404), Some("NoSuchKey")) => IfMatch::Obeyed,
+                _ => IfMatch::Unknown,
+            },
+        });
+        if results.last() != Some(&IfMatch::Obeyed) {
+            break;
+        }
+    }
+    if results != [IfMatch::Unknown] {
+        let _ = client.delete_object().bucket(bucket).key(key).send().await;
+    }
+    results.last().copied().unwrap_or(IfMatch::Unknown)
 }
 
 /// Whether versioning is enabled, so that the bucket keeps old versions of its objects. False if the bucket reports no

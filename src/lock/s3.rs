@@ -18,6 +18,7 @@ use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint}
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
+use aws_types::service_config::ServiceConfigKey;
 use jiff::Timestamp;
 use md5::{Digest, Md5};
 use tokio::time::{Instant, timeout_at};
@@ -73,12 +74,7 @@ impl Object {
 /// Returns a client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
-    let endpoint = crate::aws::settings::endpoint(
-        backend,
-        ["endpoints.s3", "endpoint"],
-        ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
-    );
-    if let Some(endpoint) = endpoint {
+    if let Some(endpoint) = own_endpoint(backend) {
         builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
     if backend.flag("use_path_style") || backend.flag("force_path_style") {
@@ -88,6 +84,20 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
         builder = builder.interceptor(key);
     }
     Client::from_conf(builder.build())
+}
+
+/// Whether requests go to an endpoint that the backend, the environment or the shared files name. AWS's own endpoints
+/// are those that the SDK chooses, so for them this is false.
+pub(crate) fn has_custom_endpoint(backend: &CachedBackend, config: &aws_config::SdkConfig) -> bool {
+    let of_service = || {
+        let key = ServiceConfigKey::builder().service_id("S3").env("AWS_ENDPOINT_URL").profile("endpoint_url").build();
+        config.service_config()?.load_config(key.ok()?)
+    };
+    own_endpoint(backend).is_some() || config.endpoint_url().is_some() || of_service().is_some()
+}
+
+fn own_endpoint(backend: &CachedBackend) -> Option<String> {
+    crate::aws::settings::endpoint(backend, ["endpoints.s3", "endpoint"], ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"])
 }
 
 /// The encryption key `sse_customer_key`, which this interceptor adds to requests. S3 does not store such a key, so
