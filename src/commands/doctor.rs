@@ -17,10 +17,13 @@ use crate::console::{length_of_time, quoted, visible};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
+use crate::lease::grade::{self, FenceReason, Grade};
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
+use crate::settings::LeaseSettings;
+use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -103,7 +106,7 @@ impl Findings {
 }
 
 impl Doctor {
-    pub(super) fn run(self) -> Result<Finding, Trouble> {
+    pub(super) fn run(self, lease_settings: LeaseSettings) -> Result<Finding, Trouble> {
         let own_files = own_files(self.chdir.clone());
         let place = LocationArgs::directory_of(self.chdir);
         if let Some(workspace) = self.fix_digest {
@@ -117,6 +120,7 @@ impl Doctor {
         let mut findings = Findings { wrong: false };
         terraform(&mut findings, &own_files);
         journal(&mut findings);
+        lease(&mut findings, lease_settings);
         let backend_there = DataDirectory::read(&own_files).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
@@ -245,6 +249,36 @@ fn journal(findings: &mut Findings) {
         Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), Next::Do(next)),
     }
 }
+
+/// Says whether this host can promise to stop terraform before its lease lapses. Says nothing if there is no lease.
+fn lease(findings: &mut Findings, settings: LeaseSettings) {
+    let Some(terms) = settings.terms else { return };
+    let shares_terminal = std::env::var_os("TFW_TTY").is_some_and(|value| value == "shared");
+    let grade = grade::grade(&HostFacts::read(), shares_terminal, settings.clock);
+    let length = length_of_time(terms.length());
+    match grade {
+        Grade::Stop(reason) => findings.tell(
+            Health::Ok,
+            "lease",
+            &format!("{length}, grade stop: {reason}"),
+            if reason == FenceReason::UserVouches { Next::Do(VOUCHED) } else { Next::Nothing },
+        ),
+        Grade::None(reason) => findings.note(
+            "lease",
+            &format!("{length}, grade none: {reason}"),
+            Next::Do(&format!(
+                "other hosts see whether a run on this host renews its lease, but they ask before they release its lock\n{}",
+                if reason.can_be_vouched_for() { VOUCH } else { CANNOT_VOUCH }
+            )),
+        ),
+    }
+}
+
+const VOUCHED: &str =
+    "if this host is paused and its clock stands still, other hosts can release its lock while terraform is running";
+const VOUCH: &str = "if this host is never paused (not by a person, a snapshot or a laptop that sleeps below it), set TFW_CLOCK=steady: \
+     other hosts then release its lock without asking when its lease has lapsed";
+const CANNOT_VOUCH: &str = "TFW_CLOCK=steady does not change that";
 
 async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores) {
     let Directory { bucket, key, workspace, .. } = directory;

@@ -31,6 +31,7 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
+use crate::settings::LeaseSettings;
 use crate::supervise::outcome;
 use crate::sys::environment;
 use crate::sys::wait::Ended;
@@ -117,6 +118,18 @@ enum Command {
     Shim(shim::Shim),
 }
 
+impl Command {
+    /// Whether the command judges or releases locks, so that it needs the settings of the lease.
+    fn judges_locks(&self) -> bool {
+        match self {
+            Self::List(_) | Self::Show(_) | Self::Release(_) | Self::Audit(_) | Self::Doctor(_) | Self::Recover(_) => {
+                true
+            }
+            Self::History(_) | Self::ShellInit(_) | Self::Shim(_) => false,
+        }
+    }
+}
+
 /// Returns the arguments of `tf locks` if `arguments` are those of a `tf locks` command. Returns `None` if they are
 /// terraform's. `arguments` do not include the program's name. A `-chdir=DIR` before the word `locks` is accepted, as
 /// terraform accepts it before a command, and becomes `--chdir DIR`. If there are several, the last one counts.
@@ -145,17 +158,27 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     environment::unset_empty("AWS_");
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
-        Ok(Locks { command, list }) => match command.unwrap_or(Command::List(list)) {
-            Command::List(list) => list.run(),
-            Command::Show(show) => show.run(),
-            Command::Release(release) => release.run(),
-            Command::Audit(audit) => audit.run(),
-            Command::Recover(recover) => recover.run(),
-            Command::Doctor(doctor) => doctor.run(),
-            Command::History(history) => history.run(),
-            Command::ShellInit(shell_init) => shell_init.run(),
-            Command::Shim(shim) => shim.run(),
-        },
+        Ok(Locks { command, list }) => {
+            let command = command.unwrap_or(Command::List(list));
+            let lease = match LeaseSettings::read(|name| std::env::var_os(name)) {
+                Err(reason) if command.judges_locks() => {
+                    console::say(&reason.to_string());
+                    return Finding::Failed.code();
+                }
+                read => read.unwrap_or_default(),
+            };
+            match command {
+                Command::List(list) => list.run(),
+                Command::Show(show) => show.run(),
+                Command::Release(release) => release.run(),
+                Command::Audit(audit) => audit.run(),
+                Command::Recover(recover) => recover.run(),
+                Command::Doctor(doctor) => doctor.run(lease),
+                Command::History(history) => history.run(),
+                Command::ShellInit(shell_init) => shell_init.run(),
+                Command::Shim(shim) => shim.run(),
+            }
+        }
         Err(error) if error.use_stderr() => {
             console::say(error.render().to_string().trim_end());
             return Finding::Failed.code();

@@ -2,6 +2,7 @@
 //! may release the lock. These modules decide; they send no request and start no process.
 
 pub(crate) mod fence;
+pub(crate) mod grade;
 pub(crate) mod keeper;
 pub(crate) mod record;
 pub(crate) mod takeover;

@@ -16,6 +16,7 @@ pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
 #[allow(dead_code, clippy::allow_attributes, reason = "nothing renews a lease yet")]
 pub(crate) mod hangup_pipe;
+pub(crate) mod host_facts;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
