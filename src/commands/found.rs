@@ -229,7 +229,12 @@ mod tests {
         let store_key = StoreKey::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
         (
             store_key,
-            StoredLock::Object(crate::lock::s3::Object { body: body.into(), length: body.len() as u64, etag: None }),
+            StoredLock::Object(crate::lock::s3::Object {
+                body: body.into(),
+                member: crate::lease::record::Member::None,
+                length: body.len() as u64,
+                etag: None,
+            }),
         )
     }
 

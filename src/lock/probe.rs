@@ -6,7 +6,7 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
 
-use super::{dynamodb, s3};
+use super::{dynamodb, s3, service_time};
 use crate::aws::failure::Failure;
 
 /// A text that no lock has. It is the condition of a delete that must not delete anything.
@@ -44,7 +44,8 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
     match request.send().await {
         Ok(_) => Trial { answer: Ok(()), clock: None },
         Err(error) => {
-            let clock = error.raw_response().and_then(|response| response.headers().get("date")).and_then(clock);
+            let clock =
+                error.raw_response().and_then(|response| response.headers().get("date")).and_then(service_time::parse);
             let refused_by_condition = error.as_service_error().is_some_and(
                 aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
             );
@@ -67,7 +68,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
         let response = error.raw_response();
-        let clock = response.and_then(|response| response.headers().get("date")).and_then(clock);
+        let clock = response.and_then(|response| response.headers().get("date")).and_then(service_time::parse);
         let status = response.map(|response| response.status().as_u16());
         // A 404 also means that the bucket does not exist. That shows nothing about the permission.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
@@ -137,19 +138,4 @@ pub(crate) async fn keeps_versions(client: &aws_sdk_s3::Client, bucket: &str) ->
         .await
         .map_err(|error| s3::failure("s3:GetBucketVersioning", &error))?;
     Ok(answer.status == Some(aws_sdk_s3::types::BucketVersioningStatus::Enabled))
-}
-
-fn clock(date: &str) -> Option<Timestamp> {
-    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(date).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_services_clock_is_read() {
-        assert_eq!(clock("Tue, 24 Nov 2026 10:31:45 GMT"), "2026-11-24T10:31:45Z".parse().ok());
-        assert_eq!(clock("yesterday"), None);
-    }
 }

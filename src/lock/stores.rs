@@ -130,6 +130,8 @@ pub(crate) enum Removed {
 pub(crate) struct Stores {
     pub(crate) dynamodb: aws_sdk_dynamodb::Client,
     pub(crate) s3: aws_sdk_s3::Client,
+    /// How terraform writes a lock object with this backend.
+    pub(super) write_settings: s3::WriteSettings,
     region: String,
 }
 
@@ -143,7 +145,12 @@ impl Stores {
         let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
         let region = region.ok_or(settings::Unreachable::Region)?;
-        Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
+        Ok(Self {
+            dynamodb: dynamodb::client(backend, &config),
+            s3: s3::client(backend, &config),
+            write_settings: s3::WriteSettings::of(backend),
+            region,
+        })
     }
 
     /// Returns clients without credentials.
@@ -153,6 +160,7 @@ impl Stores {
         Self {
             dynamodb: aws_sdk_dynamodb::Client::new(&config),
             s3: aws_sdk_s3::Client::new(&config),
+            write_settings: s3::WriteSettings::default(),
             region: region.to_owned(),
         }
     }
