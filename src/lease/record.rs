@@ -22,7 +22,7 @@ pub(crate) const FIELD: &str = "tf";
 const FORMAT: u32 = 1;
 
 /// The largest record that is parsed, in bytes of JSON. `tf` writes at most half of it.
-const MAX_BYTES: usize = 2048;
+pub(crate) const MAX_BYTES: usize = 2048;
 
 /// What the holder's host promises about the time after its lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
