@@ -690,7 +690,7 @@ pub(crate) fn refused(
     command: impl Fn(&str) -> String,
     finishing: bool,
 ) -> String {
-    let lease = lease.and_then(lease_text::of_holder).map_or_else(String::new, |text| format!("\nits lease: {text}"));
+    let lease = lease.and_then(lease_text::of_holder).map_or_else(String::new, |text| format!("\n{text}"));
     let said = format!(
         "the lock is held by {}{lease}\n{}: {}",
         held(info, now),

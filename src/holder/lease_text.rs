@@ -19,7 +19,7 @@ pub(crate) fn length(length: Duration) -> String {
 /// Returns a lease in one line: its length, its age, its grade and its holder. `None` if it is not believed.
 pub(crate) fn of_holder(lease: &ObservedLease) -> Option<String> {
     let record = lease.shown_record()?;
-    let mut text = format!("{} lease", record.terms().map(Terms::length).map(length)?);
+    let mut text = format!("lease of {}", record.terms().map(Terms::length).map(length)?);
     if let Ok(known) = lease.known() {
         let _ = write!(text, ", renewed {} ago", length_of_time(known.age));
     }
@@ -100,12 +100,12 @@ mod tests {
     #[test]
     fn a_lease_in_one_line_says_how_old_it_is_and_who_holds_it() {
         for (lease, expected) in [
-            (of_ci(), Some("5 min lease, renewed 40 s ago, grade stop, held by runner@fv-7, https://ci/7")),
+            (of_ci(), Some("lease of 5 min, renewed 40 s ago, grade stop, held by runner@fv-7, https://ci/7")),
             (
                 ObservedLease { date: None, ..of_ci() },
-                Some("5 min lease, grade stop, held by runner@fv-7, https://ci/7"),
+                Some("lease of 5 min, grade stop, held by runner@fv-7, https://ci/7"),
             ),
-            (lease("id", 400, None, Fence::None), Some("5 min lease, renewed 6 min 40 s ago, grade none")),
+            (lease("id", 400, None, Fence::None), Some("lease of 5 min, renewed 6 min 40 s ago, grade none")),
             (lease("id", -60, None, Fence::None), None),
             (ObservedLease { record: Err(NotBelieved::Malformed), ..of_ci() }, None),
         ] {
