@@ -59,8 +59,8 @@ fn what_it_tries_leaves_a_standing_lock_alone(lock: Lock) {
 }
 for_each_lock!(what_it_tries_leaves_a_standing_lock_alone);
 
-/// What this host is, decides only whether it needs `TFW_CLOCK=steady`. The decisions have tests of their own, with the
-/// files of every kind of host.
+/// The host of this test decides whether it needs `TFW_CLOCK=steady`. The unit tests of the grade have the files of
+/// every kind of host.
 #[test]
 fn the_grade_of_a_lease_is_told_only_if_there_is_one() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
@@ -98,11 +98,13 @@ fn a_command_that_judges_locks_refuses_an_invalid_lease() {
     for (name, value) in [("TFW_LEASE", "5"), ("TFW_LEASE", "1s"), ("TFW_LEASE", "2h"), ("TFW_CLOCK", "maybe")] {
         let mut env = TestEnv::empty(Lock::DynamoDb);
         env.set(name, value);
-        for command in ["list", "show", "release", "audit", "recover", "doctor"] {
-            let end = locks(&env, &[command]);
-            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{command}: {end:?}");
-            assert!(end.err.starts_with("tf: ") && end.err.lines().count() == 1, "{command}: {end:?}");
-            assert!(end.err.contains(name) && end.err.contains(value), "{command}: {end:?}");
+        for arguments in
+            [&[][..], &["list"], &["show"], &["release"], &["audit", "--older-than", "1h"], &["recover"], &["doctor"]]
+        {
+            let end = locks(&env, arguments);
+            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{arguments:?}: {end:?}");
+            assert!(end.err.starts_with("tf: ") && end.err.lines().count() == 1, "{arguments:?}: {end:?}");
+            assert!(end.err.contains(name) && end.err.contains(value), "{arguments:?}: {end:?}");
         }
         for arguments in [&["history"][..], &["shell-init", "bash"]] {
             let end = locks(&env, arguments);

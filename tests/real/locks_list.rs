@@ -599,7 +599,7 @@ fn a_lease_that_is_not_believed_is_shown_harmlessly() {
     let mut texts: Vec<(String, &str)> =
         strange_records().into_iter().map(|(record, reason)| (record.to_string(), reason)).collect();
     let good = lease_record(A, 40).to_string();
-    texts.push((good.replacen("{", "{\"renewed\":1,", 1), "cannot be read"));
+    texts.push((good.replacen('{', "{\"renewed\":1,", 1), "cannot be read"));
     texts.push((format!("{good},\"tf\":{good}"), "cannot be read"));
     let items = strange_records().into_iter().map(|(record, reason)| (Err(record), reason));
     for (record, reason) in items.chain(texts.into_iter().map(|(text, reason)| (Ok(text), reason))) {
