@@ -19,8 +19,10 @@ use nix::sys::signal::Signal;
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::console::{argument, quoted};
 use crate::holder::evidence::{Judgement, Verdict};
+use crate::holder::lease_text;
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
+use crate::lease::observed::ObservedLease;
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
 use crate::lock::release_step::QUIET_WINDOW;
@@ -671,18 +673,30 @@ fn apart(one: Timestamp, other: Timestamp) -> String {
     length_of_time(other.duration_since(one).unsigned_abs())
 }
 
+/// The lock that terraform was refused.
+pub(crate) struct Refusal<'a> {
+    pub(crate) info: &'a LockInfo,
+    /// The lease record of the lock. `None` if it has none.
+    pub(crate) lease: Option<&'a ObservedLease>,
+    pub(crate) judgement: &'a Judgement,
+}
+
 /// Reports that terraform's lock request was refused: who holds the lock, whether the holder is alive, and which
 /// command to type. `command` returns a `tf locks` command for the location of the lock. `finishing` is true if `tf` is
 /// about to clean up after the holder, a dead run; there is no command to type in that case.
 pub(crate) fn refused(
-    info: &LockInfo,
-    judgement: &Judgement,
+    Refusal { info, lease, judgement }: &Refusal<'_>,
     now: Timestamp,
     command: impl Fn(&str) -> String,
     finishing: bool,
 ) -> String {
-    let said =
-        format!("the lock is held by {}\n{}: {}", held(info, now), judgement.verdict.of_the_holder(), judgement.reason);
+    let lease = lease.and_then(lease_text::of_holder).map_or_else(String::new, |text| format!("\n{text}"));
+    let said = format!(
+        "the lock is held by {}{lease}\n{}: {}",
+        held(info, now),
+        judgement.verdict.of_the_holder(),
+        judgement.reason
+    );
     let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,

@@ -134,8 +134,8 @@ async fn read(
             StoreKey::DynamoDb { table, .. } => format!("table {table}"),
             StoreKey::S3 { bucket, .. } => format!("bucket {bucket}"),
         };
-        match stores.read(&store_key).await {
-            Ok(found) => parts.extend(found.map(|found| (store_key, found))),
+        match stores.read_part(&store_key).await {
+            Ok(found) => parts.extend(found),
             // A backend that locks only in the table needs no permission on lock objects and creates none.
             Err(failure)
                 if failure.denied().is_some()

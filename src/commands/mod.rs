@@ -11,6 +11,7 @@ mod fix_digest;
 mod found;
 mod history;
 mod inventory;
+mod lease_view;
 mod list;
 mod output;
 mod own_path;

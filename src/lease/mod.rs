@@ -4,6 +4,7 @@
 pub(crate) mod fence;
 pub(crate) mod grade;
 pub(crate) mod keeper;
+pub(crate) mod observed;
 pub(crate) mod record;
 pub(crate) mod takeover;
 pub(crate) mod terms;

@@ -20,8 +20,9 @@ use super::deleted::Deleted;
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
-use crate::lease::record::{FIELD, NotBelieved, Record};
+use crate::lease::record::{FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
 use crate::terraform::backend::CachedBackend;
+use crate::terraform::lock_info::LockInfo;
 
 /// Returns a client for the table of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
@@ -120,7 +121,10 @@ impl Item {
     pub(crate) fn record(&self, lock: &str) -> Option<Result<Record, NotBelieved>> {
         let value = match self.0.get(FIELD)? {
             // Another type cannot be a record of ours, and its members could not be compared.
-            AttributeValue::M(map) => value_of(&AttributeValue::M(map.clone()), 0),
+            value @ AttributeValue::M(_) if size_of(value) > MAX_RECORD_BYTES => {
+                return Some(Err(NotBelieved::TooLarge));
+            }
+            value @ AttributeValue::M(_) => value_of(value, 0),
             _ => None,
         };
         Some(value.ok_or(NotBelieved::Malformed).and_then(|value| Record::of_value(&value, lock)))
@@ -449,11 +453,37 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
     })
 }
 
+/// An item that a scan has found.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ScannedItem {
+    /// The `LockID`.
+    pub(crate) key: String,
+    pub(crate) info: InfoAttribute,
+    /// The lease record, or the reason why it is not believed. `None` if the item has no attribute `tf`, or if it is
+    /// not a lock.
+    pub(crate) record: Option<Result<Record, NotBelieved>>,
+}
+
+impl ScannedItem {
+    fn of(mut attributes: HashMap<String, AttributeValue>) -> Self {
+        let key = match attributes.remove("LockID") {
+            Some(AttributeValue::S(text)) => text,
+            _ => String::new(),
+        };
+        let mut item = Item(attributes);
+        let lock = LockInfo::parse(item.info().text());
+        let record = lock.and_then(|lock| item.record(&lock.id));
+        Self { key, info: InfoAttribute::of(item.0.remove("Info")), record }
+    }
+}
+
 /// One page of a scan.
 #[derive(Debug, Default)]
 pub(crate) struct TablePage {
-    /// The `LockID` and the `Info` attribute of each item that is not a digest.
-    pub(crate) items: Vec<(String, InfoAttribute)>,
+    /// Each item that is not a digest.
+    pub(crate) items: Vec<ScannedItem>,
+    /// The service's time in the response. `None` if the response has none that counts ([`super::service_time`]).
+    pub(crate) date: Option<Timestamp>,
     /// How many items the service examined for this page, digests included.
     pub(crate) scanned: u64,
     /// How many read capacity units the page used. `None` if the service does not report it.
@@ -475,6 +505,7 @@ pub(crate) async fn scan(
     limit: Option<i32>,
     from: Option<HashMap<String, AttributeValue>>,
 ) -> Result<TablePage, Failure> {
+    let time = ServiceTime::default();
     let answer = client
         .scan()
         .table_name(table)
@@ -482,24 +513,21 @@ pub(crate) async fn scan(
         .total_segments(segment.of)
         .set_limit(limit)
         .set_exclusive_start_key(from)
-        .projection_expression("LockID, #info")
+        // The service charges for the whole item, whatever is projected.
+        .projection_expression("LockID, #info, #tf")
         // Most items of the table are digests of states, so leave those out.
         .filter_expression("attribute_exists(#info) OR attribute_not_exists(Digest)")
         .expression_attribute_names("#info", "Info")
+        .expression_attribute_names("#tf", FIELD)
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
+        .customize()
+        .interceptor(time.clone())
         .send()
         .await
         .map_err(|error| failure("dynamodb:Scan", &error))?;
-    let items = answer.items.unwrap_or_default().into_iter().map(|mut item| {
-        let text = |value: AttributeValue| match value {
-            AttributeValue::S(text) => Some(text),
-            _ => None,
-        };
-        let info = InfoAttribute::of(item.remove("Info"));
-        (item.remove("LockID").and_then(text).unwrap_or_default(), info)
-    });
     Ok(TablePage {
-        items: items.collect(),
+        items: answer.items.unwrap_or_default().into_iter().map(ScannedItem::of).collect(),
+        date: time.get(),
         scanned: answer.scanned_count.try_into().unwrap_or(0),
         consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
         next: answer.last_evaluated_key.filter(|key| !key.is_empty()),
@@ -638,6 +666,30 @@ mod tests {
         let mut without = with;
         without.0.remove(FIELD);
         assert_eq!(without, item("{}"));
+    }
+
+    #[test]
+    fn a_scanned_item_has_a_record_of_at_most_2_kib_and_only_if_it_is_a_lock() {
+        let lock = r#"{"ID":"id","Path":"b/k"}"#;
+        let scanned = |item: Item| ScannedItem::of(item.0);
+        let with = scanned(item(lock).with(&record()));
+        assert_eq!((with.key.as_str(), with.info.text()), ("bucket/key", lock));
+        assert!(with.record.is_some_and(|record| record.is_ok()));
+        assert_eq!(scanned(item(lock)).record, None);
+        assert_eq!(scanned(item("{}").with(&record())).record, None);
+        let text = |length: usize| AttributeValue::S("x".repeat(length));
+        for (value, reason) in [
+            (AttributeValue::M([("x".to_owned(), text(2048))].into()), NotBelieved::TooLarge),
+            (AttributeValue::M([("x".to_owned(), text(9))].into()), NotBelieved::Malformed),
+            (AttributeValue::M(HashMap::new()), NotBelieved::Malformed),
+            (text(300_000), NotBelieved::Malformed),
+            (AttributeValue::Null(true), NotBelieved::Malformed),
+            (AttributeValue::L(vec![AttributeValue::Bool(true)]), NotBelieved::Malformed),
+        ] {
+            let mut item = item(lock);
+            item.0.insert(FIELD.to_owned(), value);
+            assert_eq!(scanned(item).record, Some(Err(reason)));
+        }
     }
 
     #[test]

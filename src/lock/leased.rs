@@ -9,6 +9,7 @@ use super::s3::{self, ObjectKey};
 use super::stores::{LOCK_FILE, Removed, StoreKey, StoredLock, Stores};
 use super::written::Written;
 use crate::aws::failure::Failure;
+use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
 use crate::terraform::lock_info::new_id;
@@ -46,6 +47,34 @@ pub(crate) struct LeaseRead {
     /// The service's time in the response, in whole seconds. `None` if the response has none that counts
     /// ([`super::service_time`]); in S3, a response that there is no object never has one.
     pub(crate) date: Option<Timestamp>,
+}
+
+/// One part of a lock, for a person or a program that looks at it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct StoredPart {
+    pub(crate) store_key: StoreKey,
+    pub(crate) stored: StoredLock,
+    /// The lease record. `None` if the part has none, or if it is not a lock.
+    pub(crate) lease: Option<ObservedLease>,
+}
+
+impl StoredPart {
+    /// `record` was read with `stored`, in a response with the service's time `date`.
+    pub(crate) fn new(
+        store_key: StoreKey,
+        stored: StoredLock,
+        record: Option<Result<Record, NotBelieved>>,
+        date: Option<Timestamp>,
+    ) -> Self {
+        let region = store_key.region().to_owned();
+        Self { lease: record.map(|record| ObservedLease { record, date, region }), store_key, stored }
+    }
+
+    /// Whether `later` has the same lock and the same lease record, whatever the time of the read was.
+    pub(crate) fn is_same_as(&self, later: &Self) -> bool {
+        let record = |part: &Self| part.lease.as_ref().map(|lease| lease.record.clone());
+        self.stored == later.stored && record(self) == record(later)
+    }
 }
 
 /// The result of [`Stores::renew`]. Each variant has what is stored now; the next renewal is based on it.
@@ -126,6 +155,15 @@ impl Stores {
                 LeaseRead { lock: object.map(LeasedLock::of_object), date }
             }
         })
+    }
+
+    /// Reads one part of a lock as [`Stores::read_lease`] does. `None` if nothing is stored at `store_key`.
+    ///
+    /// # Errors
+    /// As [`Stores::read_lease`].
+    pub(crate) async fn read_part(&self, store_key: &StoreKey) -> Result<Option<StoredPart>, Failure> {
+        let LeaseRead { lock, date } = self.read_lease(store_key).await?;
+        Ok(lock.map(|lock| StoredPart::new(store_key.clone(), lock.stored, lock.record, date)))
     }
 
     /// As [`Stores::read_lease`]. A lock counts as absent only if two reads do not find it, because a single response

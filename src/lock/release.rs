@@ -27,6 +27,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
+use super::leased::StoredPart;
 use super::location::LockLocation;
 use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
@@ -263,13 +264,12 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
 /// Returns what is stored now at `location`, with one entry for each part of a lock. If there are two entries, they may
 /// belong to the locks of two different runs. A part that cannot be read is left out. Empty if the reads take longer
 /// than [`EXPLANATION_TIMEOUT`].
-pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
+pub(crate) async fn stored(location: &LockLocation) -> Vec<StoredPart> {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Explanation).await else { return Vec::new() };
-        let reads = services.parts.iter().map(|part| services.stores.read(part));
+        let reads = services.parts.iter().map(|part| services.stores.read_part(part));
         let read = futures_util::future::join_all(reads).await;
-        let read = services.parts.iter().zip(read);
-        read.filter_map(|(part, stored)| Some((part.clone(), stored.ok()??))).collect()
+        read.into_iter().filter_map(|part| part.ok()?).collect()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }

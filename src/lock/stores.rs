@@ -57,6 +57,13 @@ impl StoreKey {
         }
     }
 
+    /// Returns the region of the table, or the region through which the bucket is reached.
+    pub(crate) fn region(&self) -> &str {
+        match self {
+            Self::DynamoDb { region, .. } | Self::S3 { region, .. } => region,
+        }
+    }
+
     /// Describes the location for a person: the table or bucket, its region, and the item or object in it.
     pub(crate) fn describe(&self) -> String {
         match self {
