@@ -119,6 +119,81 @@ pub(crate) fn permission(
     if missing.is_zero() { Permission::Yes } else { Permission::Wait(missing) }
 }
 
+/// What a watcher does after it has read the lock and its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WatchStep {
+    /// The lock may be claimed now.
+    Claim,
+    /// It lapses soon or has lapsed, and must be seen unchanged for some time. The watcher reads everything that must
+    /// not change.
+    Compare,
+    /// Another host has claimed the lock, and is deleting it.
+    WaitForClaim,
+    /// The lock may not be taken over. A watcher that has time reads it again later.
+    Leave(Obstacle),
+}
+
+/// Decides what a watcher does about a lock that is not known to be unchanged for any time. `notice` is how long before
+/// the lapse it begins to compare, beside the quiet window, so that the quiet window does not delay the takeover. A
+/// connected holder renews its lease long before that. `None`: it does not begin before the lapse.
+///
+/// The other arguments are those of [`permission`]. The watcher has the consent of its user.
+pub(crate) fn watch_step(
+    record: Result<&Record, NotBelieved>,
+    now: Timestamp,
+    is_same_region: bool,
+    notice: Option<Duration>,
+) -> WatchStep {
+    let circumstances = Circumstances { consent: true, is_same_region, unchanged_for: Duration::ZERO };
+    match permission(record, now, circumstances) {
+        Permission::Yes => WatchStep::Claim,
+        Permission::Wait(_) => WatchStep::Compare,
+        Permission::No(Obstacle::Claimed) => WatchStep::WaitForClaim,
+        Permission::No(Obstacle::Fresh) => {
+            let lapses_soon = record.ok().zip(notice).and_then(|(record, notice)| {
+                let terms = record.terms()?;
+                Some(terms.time_to_lapse(record.renewed_at()?, now) <= terms.quiet_window() + notice)
+            });
+            if lapses_soon == Some(true) { WatchStep::Compare } else { WatchStep::Leave(Obstacle::Fresh) }
+        }
+        Permission::No(obstacle) => WatchStep::Leave(obstacle),
+    }
+}
+
+/// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
+/// away, and the requests of the holder may have been held back until it was back.
+const MAX_READ_GAP: Duration = Duration::from_secs(5);
+
+/// Counts for how long a watcher has seen the same, read by read. Times are counted from the begin of the watch.
+#[derive(Clone, Debug)]
+pub(crate) struct Unchanged<T> {
+    /// What was seen last, when it was seen first, and when the last read of it was completed. `None` if nothing was
+    /// seen, or if a read has failed since then.
+    seen: Option<(T, Duration, Duration)>,
+}
+
+impl<T: PartialEq> Unchanged<T> {
+    pub(crate) fn new() -> Self {
+        Self { seen: None }
+    }
+
+    /// Takes note of a read that failed or was not made.
+    pub(crate) fn miss(&mut self) {
+        self.seen = None;
+    }
+
+    /// Takes one more read, `now`. It was sent at `sent` and completed at `completed`. Returns how long nothing has
+    /// changed: from the end of the first read to the begin of this one.
+    pub(crate) fn see(&mut self, now: T, sent: Duration, completed: Duration) -> Duration {
+        let since = match self.seen.take() {
+            Some((last, since, read)) if last == now && completed.saturating_sub(read) <= MAX_READ_GAP => since,
+            _ => completed,
+        };
+        self.seen = Some((now, since, completed));
+        sent.saturating_sub(since)
+    }
+}
+
 /// What a taker has read after it sent its claim. The response to the claim itself may be lost, and the SDK may have
 /// sent it twice, so only this read decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +296,48 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_watcher_begins_to_compare_before_the_lapse() {
+        for (age, claimed, fence, same_region, expected) in [
+            (0, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            (214, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            // It lapses after 310 s, the quiet window is 90 s, and the notice is 5 s.
+            (215, None, Fence::Stop, true, WatchStep::Compare),
+            (311, None, Fence::Stop, true, WatchStep::Compare),
+            (1200, None, Fence::Stop, true, WatchStep::Compare),
+            (1201, None, Fence::Stop, true, WatchStep::Claim),
+            (1201, None, Fence::None, true, WatchStep::Leave(Obstacle::NoFence)),
+            (1201, None, Fence::Stop, false, WatchStep::Leave(Obstacle::AnotherRegion)),
+            (400, Some(70), Fence::Stop, true, WatchStep::WaitForClaim),
+            (400, Some(71), Fence::Stop, true, WatchStep::Claim),
+        ] {
+            let record = record(age, claimed, fence);
+            let step = |notice| watch_step(Ok(&record), now(), same_region, notice);
+            assert_eq!(step(Some(Duration::from_secs(5))), expected, "{age} {claimed:?} {fence:?} {same_region}");
+            let without = if age < 311 { WatchStep::Leave(Obstacle::Fresh) } else { expected };
+            assert_eq!(step(None), without, "{age} {claimed:?} {fence:?} {same_region}");
+        }
+        let step = watch_step(Err(NotBelieved::Format), now(), true, Some(Duration::from_hours(1)));
+        assert_eq!(step, WatchStep::Leave(Obstacle::NoLease(NotBelieved::Format)));
+    }
+
+    #[test]
+    fn only_reads_without_a_gap_and_without_a_change_count() {
+        let at = Duration::from_secs;
+        let mut unchanged = Unchanged::new();
+        assert_eq!(unchanged.see('a', at(0), at(1)), at(0));
+        assert_eq!(unchanged.see('a', at(2), at(3)), at(1));
+        assert_eq!(unchanged.see('a', at(7), at(8)), at(6));
+        // The holder has renewed its lease.
+        assert_eq!(unchanged.see('b', at(8), at(9)), at(0));
+        assert_eq!(unchanged.see('b', at(10), at(11)), at(1));
+        // The network was away.
+        assert_eq!(unchanged.see('b', at(16), at(17)), at(0));
+        unchanged.miss();
+        assert_eq!(unchanged.see('b', at(18), at(19)), at(0));
+        assert_eq!(unchanged.see('b', at(20), at(21)), at(1));
     }
 
     #[test]

@@ -74,6 +74,13 @@ impl Terms {
         now.duration_since(renewed) > signed(self.length + self.clock_tolerance())
     }
 
+    /// Returns how long it takes until a lease lapses that was renewed at `renewed`. Zero if it has lapsed. The arguments
+    /// are those of [`Terms::has_lapsed`].
+    pub(crate) fn time_to_lapse(self, renewed: Timestamp, now: Timestamp) -> Duration {
+        let left = signed(self.length + self.clock_tolerance()).saturating_sub(now.duration_since(renewed));
+        Duration::try_from(left).unwrap_or_default()
+    }
+
     /// How long a record must not change before its lock is taken over. If the clocks of the service's hosts differ by
     /// more than the tolerance, a holder that is connected renews its lease in this time.
     pub(crate) fn quiet_window(self) -> Duration {
@@ -159,6 +166,8 @@ mod tests {
             (36_000, true, true, false),
         ] {
             assert_eq!(terms.has_lapsed(renewed, after(seconds)), lapsed, "{seconds}");
+            let left = terms.time_to_lapse(renewed, after(seconds));
+            assert_eq!(left, Duration::from_secs(u64::try_from(310 - seconds).unwrap_or_default()), "{seconds}");
             assert_eq!(terms.has_lapsed_long_ago(renewed, after(seconds)), long_ago, "{seconds}");
             assert_eq!(terms.is_in_the_future(renewed, after(seconds)), future, "{seconds}");
         }
