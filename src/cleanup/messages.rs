@@ -23,9 +23,11 @@ use crate::holder::lease_text;
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lease::observed::ObservedLease;
+use crate::lease::takeover::Obstacle;
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
 use crate::lock::release_step::QUIET_WINDOW;
+use crate::lock::takeover::{Lapsed, Progress, Reason};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::errored_state::push_errored_state;
@@ -274,6 +276,64 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!(
         "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf})\ntf is cleaning up after that run"
     )
+}
+
+/// Describes the holder of a lock with a lease: the URL of its CI job, or `user@host`.
+fn leaseholder(Lapsed { info, record, .. }: &Lapsed) -> String {
+    let described = record.holder.describe();
+    if described.is_empty() { visible(&info.who) } else { described }
+}
+
+/// Says whose lease has lapsed, and when it was last renewed.
+pub(crate) fn lapsed_lease(lapsed: &Lapsed) -> String {
+    format!(
+        "the {} lease of {} was last renewed {} ago",
+        lease_text::length(lapsed.length()),
+        leaseholder(lapsed),
+        length_of_time(lapsed.renewed_ago())
+    )
+}
+
+/// Reports a step of a takeover.
+pub(crate) fn takeover(progress: Progress<'_>) -> String {
+    match progress {
+        Progress::Watches(lapsed, missing) => format!(
+            "a state lock blocks this run: {}; {}\nreleasing the lock if nothing changes for {}; to stop waiting, press ^C",
+            lock(&lapsed.info),
+            lapsed_lease(lapsed),
+            length_of_time(Duration::from_secs(missing.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)))
+        ),
+        Progress::WaitsFor(lapsed, claim) => format!(
+            "a state lock blocks this run: {}\n{} is releasing that lock, because {}; waiting for that",
+            lock(&lapsed.info),
+            visible(&claim.by),
+            lapsed_lease(lapsed)
+        ),
+        Progress::Took(lapsed) => {
+            format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
+        }
+        Progress::Gone(lapsed) => format!("the lock is already released: {}", lock(&lapsed.info)),
+        Progress::Renewed(lapsed) => {
+            format!("the lock is still held: {}; {} has renewed its lease", lock(&lapsed.info), leaseholder(lapsed))
+        }
+        Progress::Leaves(lapsed, reason) => format!(
+            "the lock was not released: {}; {}\n{}\nfor details, type: tf locks show {}",
+            lock(&lapsed.info),
+            lapsed_lease(lapsed),
+            match reason {
+                Reason::Obstacle(Obstacle::AnotherRegion) => {
+                    "tf does not release it, because that run uses another AWS region".to_owned()
+                }
+                Reason::Obstacle(_) => {
+                    "tf does not release it, because that host cannot stop terraform in every case, so it may still be running"
+                        .to_owned()
+                }
+                Reason::GlobalTable(reason) => visible_lines(reason),
+                Reason::Failure(failure) => visible_lines(&failure.to_string()),
+            },
+            argument(&lapsed.info.id)
+        ),
+    }
 }
 
 /// Reports that an earlier run did not end while this `tf` waited for it. `stops` is true if the `tf` of that run is

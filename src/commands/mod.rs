@@ -23,6 +23,7 @@ mod shim;
 mod show;
 mod staleness;
 
+use crate::cleanup::takeover_process;
 use crate::console;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -150,13 +151,16 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
 
 /// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
-    // This word is internal. Clap does not know it, because clap would offer it to users in help, completions and
+    // These words are internal. Clap does not know them, because clap would offer them to users in help, completions and
     // suggestions.
     if words == [event_command::WORD] {
         event_command::stand_between();
         return Finding::Nothing.code();
     }
     environment::unset_empty("AWS_");
+    if words == [takeover_process::WORD] {
+        return takeover_process::run();
+    }
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
         Ok(Locks { command, list }) => {

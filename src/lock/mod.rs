@@ -18,4 +18,5 @@ pub(crate) mod release_step;
 pub(crate) mod s3;
 pub(crate) mod service_time;
 pub(crate) mod stores;
+pub(crate) mod takeover;
 pub(crate) mod written;

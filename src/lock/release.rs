@@ -136,7 +136,7 @@ impl<'a> Services<'a> {
 
 /// Returns `Ok(None)` for a failure that shows that no lock can exist at the location: for example, a table or bucket
 /// that does not exist contains nothing. Returns any other result unchanged.
-fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
+pub(crate) fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
     match read {
         Err(failure) if failure.cause().excludes_locks() => {
             trace!("no lock can be there: {failure}");
@@ -552,7 +552,8 @@ impl Attempt<'_> {
         loop {
             // Both requests run concurrently, so that a slow service causes only one delay.
             let agreed = self.agreed;
-            let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
+            let is_global =
+                async { if agreed { Ok(None) } else { global_table(&services.stores, services.location).await } };
             let read = within(remaining(), part.service(), services.stores.read(part));
             let (stored, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
@@ -614,9 +615,9 @@ impl Attempt<'_> {
 /// is checked only in the region that receives the request. So the delete can remove a lock that was taken a moment ago
 /// in another region. `None` if the location has no table, or if the table does not have this problem. If the
 /// credentials do not permit this check, the table counts as not global, as nearly all tables are.
-async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
-    let Some(table) = &services.location.table else { return Ok(None) };
-    match dynamodb::describe(&services.stores.dynamodb, table).await {
+pub(crate) async fn global_table(stores: &Stores, location: &LockLocation) -> Result<Option<String>, Failure> {
+    let Some(table) = &location.table else { return Ok(None) };
+    match dynamodb::describe(&stores.dynamodb, table).await {
         Ok(described) if described.last_writer_wins() => Ok(Some(describe_global_table(table, &described.replicas))),
         Err(failure) if !failure.is_final() => Err(failure),
         Ok(_) | Err(_) => Ok(None),

@@ -36,6 +36,7 @@ use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
+use crate::cleanup::takeover_process;
 use crate::cleanup::terminal_report::TerminalReporter;
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
@@ -94,9 +95,16 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         }
         tried = recovery.tried;
     }
+    let takes_over = settings.lease.terms.filter(|_| settings.release);
+    if let Some(terms) = takes_over
+        && invocation.command_line.locks_selected_state(&invocation.arguments)
+        && let Some(signal) = takeover_process::before_run(&context.candidates, terms, &mut signals)
+    {
+        return Ok(Ended::Killed(signal));
+    }
     crash_point::reached("tf: begun");
     match Prepared::new(context, settings, &signals) {
-        Ok(prepared) => prepared.run(Waiting::new(tried), &mut signals),
+        Ok(prepared) => prepared.run(Waiting::new(tried, takes_over), &mut signals),
         Err(error) => {
             signals.stop_listening();
             Err(Unprepared(error))
