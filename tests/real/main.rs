@@ -58,6 +58,7 @@ mod silent_services;
 mod slow_credentials;
 mod stopped_together;
 mod survived;
+mod taken_over;
 mod terminal;
 mod two_at_once;
 mod where_it_is;
