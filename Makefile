@@ -31,6 +31,7 @@ recording: build tools ## record a real run again, into docs/rescue.svg
 .PHONY: test
 test: tools ## every test, against real terraform and a real protocol server
 	RUST_TEST_THREADS=$(THREADS) cargo test
+	RUST_TEST_THREADS=$(THREADS) cargo test --test lease_store store::
 	@tests/left-out
 
 .PHONY: unit
@@ -61,6 +62,18 @@ $(TOOLS)/coverage/.made:
 .PHONY: model
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
 	cargo test --test model
+
+.PHONY: fence
+fence: ## check the fence of a lease with real processes: a minute
+	cargo test --test fence
+
+.PHONY: lease-store
+lease-store: tools ## the requests for a lease, against services on loopback
+	cargo test --test lease_store store::
+
+.PHONY: leased
+leased: tools ## the tests with real terraform, with TFW_LEASE set
+	RUST_TEST_THREADS=$(THREADS) tests/leased
 
 .PHONY: one
 one: tools ## the tests whose name contains T, with their output: make one T=given_back
@@ -110,9 +123,13 @@ package-twice: ## build a release from two clones and compare all files byte for
 	package/twice
 
 .PHONY: bench
-bench: tools ## measure the cost of tf, as paired differences from bare terraform
+bench: tools ## measure the cost of tf and of a lease, as paired differences; BEFORE=an earlier tf to compare with
 	package/build
-	@$(TOOLS)/bin/python3 bench/bench.py --tf target/package/$$(rustc -vV | sed -n 's/^host: //p')/tf
+	@$(TOOLS)/bin/python3 bench/bench.py --tf target/package/$$(rustc -vV | sed -n 's/^host: //p')/tf $(if $(BEFORE),--before $(BEFORE)) $(if $(BUSY),--busy)
+
+.PHONY: bench-lease
+bench-lease: release tools ## renew 200 leases in one table with 5 write units a second: 10 min
+	@$(TOOLS)/bin/python3 bench/lease_scale.py
 
 .PHONY: bench-scan
 bench-scan: release tools ## measure a scan of a table with 100,000 items, and compare it with aws dynamodb scan

@@ -5,14 +5,17 @@ machine does meanwhile meets all of them alike. What is reported is the median o
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import re
 import shutil
 import signal
 import statistics
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -20,12 +23,51 @@ sys.path.insert(0, str(HERE / "demo"))
 from cloud import WAITS, Cloud, Work, provisioner, terraform_below
 
 
+@contextlib.contextmanager
+def ahead_of_others(is_asked):
+    """Runs this process and everything that it starts before the processes of others (SCHED_RR, needs root)."""
+    if is_asked:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        if is_asked:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+is_busy = False
+
+
+class With:
+    """A command with variables of its own."""
+
+    started = False
+
+    def __init__(self, command, **variables):
+        self.command, self.variables = command, variables
+
+    def until_started(self):
+        self.started = True
+        return self
+
+
 def once(work, command, environment=None):
+    """Runs a command. Returns the milliseconds until it ended, or, with `With.started`, until it printed something."""
+    started = isinstance(command, With) and command.started
+    if isinstance(command, With):
+        environment = {**(environment or work.environment), **command.variables}
+        command = command.command
     begun = time.perf_counter()
-    process = subprocess.run(
+    process = subprocess.Popen(
         command, cwd=work.directory, env=environment or work.environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if started else subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
+    if started:
+        os.read(process.stdout.fileno(), 1)
+        spent = (time.perf_counter() - begun) * 1000
+        process.communicate()
+        return spent, process.returncode
+    process.wait()
     return (time.perf_counter() - begun) * 1000, process.returncode
 
 
@@ -34,6 +76,11 @@ def rounds(work, commands, count, environment=None):
 
     Returns, for each command, its milliseconds in each round in which every command ended with 0.
     """
+    with ahead_of_others(is_busy):
+        return rounds_now(work, commands, count, environment)
+
+
+def rounds_now(work, commands, count, environment):
     times = {name: [] for name in commands}
     names = list(commands)
     for attempt in range(2 * count + 20):
@@ -54,9 +101,9 @@ def rounds(work, commands, count, environment=None):
     sys.exit(f"{commands} fail again and again")
 
 
-def more(times, name):
-    """The quartiles of what `name` took more than bare in the same round."""
-    return statistics.quantiles([wrapped - bare for wrapped, bare in zip(times[name], times["bare"])], n=4)
+def more(times, name, than="bare"):
+    """The quartiles of what `name` took more than `than` in the same round."""
+    return statistics.quantiles([wrapped - bare for wrapped, bare in zip(times[name], times[than])], n=4)
 
 
 def pairs(work, bare, wrapped, count, environment=None):
@@ -78,30 +125,76 @@ def resident(pid):
 
 
 def ours(pid):
-    """tf, and its guardian."""
+    """The pids of tf and of its helpers, by name."""
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    named = lambda child: pathlib.Path(f"/proc/{child}/comm").read_text().strip()
-    return [pid] + [int(child) for child in children if named(child) == "tf-guardian"]
+    named = {pathlib.Path(f"/proc/{child}/comm").read_text().strip(): int(child) for child in children}
+    return {"tf": pid, **{name: child for name, child in named.items() if name.startswith("tf-")}}
+
+
+def ran(pid):
+    """The seconds for which the threads of a process were on a processor."""
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+class Counter:
+    """Passes the bytes between a client and the cloud on, and lists the requests."""
+
+    def __init__(self, cloud):
+        self.cloud, self.requests = cloud, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            client = self.listener.accept()[0]
+            server = socket.create_connection(("127.0.0.1", self.cloud.port))
+            threading.Thread(target=self.copy, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self.copy, args=(server, client, False), daemon=True).start()
+
+    def copy(self, source, target, asks):
+        try:
+            while data := source.recv(1 << 16):
+                if asks and (line := re.match(rb"[A-Z]+ \S+ HTTP/1\.1\r\n", data)):
+                    operation = re.search(rb"(?i)x-amz-target: *\S+\.(\w+)", data)
+                    self.requests.append((operation[1] if operation else line[0]).decode().strip())
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--tf", default=str(HERE / "target/release/tf"))
+    parser.add_argument("--before", help="an earlier tf, to compare the supervised path with")
+    parser.add_argument("--busy", action="store_true", help="this machine has other load: run before it, with SCHED_RR")
+    parser.add_argument("--lease", action="store_true", help="only what a lease costs")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     options = parser.parse_args()
+    global is_busy
+    is_busy = options.busy
     few = 5 if options.quick else 1
     tf = pathlib.Path(options.tf).resolve()
     cloud = Cloud()
     try:
-        measure(cloud, tf, few)
+        title()
+        if not options.lease:
+            measure(cloud, tf, few)
+            print()
+        lease(cloud, tf, pathlib.Path(options.before).resolve() if options.before else None, few)
     finally:
         cloud.stop()
 
 
-def measure(cloud, tf, few):
+def title():
     print(f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
     print(subprocess.run(["terraform", "version"], capture_output=True, text=True, env={**os.environ, "CHECKPOINT_DISABLE": "1"}).stdout.splitlines()[0])
     print()
+
+
+def measure(cloud, tf, few):
     print(f"{'milliseconds':44} {'bare':>9} {'more':>9}   quartiles")
     work = Work(cloud, provisioner("true"), programs=[("tf", tf)])
     stub = work.root / "stub"
@@ -146,7 +239,7 @@ def measure(cloud, tf, few):
         work.forget("began", "go", "trace")
         run = work.start(["tf", "apply", "-auto-approve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         work.wait_for("began")
-        memory.append(sum(resident(pid) for pid in ours(run.pid)))
+        memory.append(sum(resident(pid) for pid in ours(run.pid).values()))
         os.kill(terraform_below(run.pid), signal.SIGKILL)
         run.wait()
         gone.append(any(cloud.locks("killed.tfstate")))
@@ -165,6 +258,79 @@ def measure(cloud, tf, few):
     print(f"locks left after {len(gone)} kills: {sum(gone)}")
     print(f"memory of tf and its guardian while terraform runs (PSS): {statistics.median(memory) / 1024:.1f} MiB   aim: 8")
     print(f"size of the binary: {tf.stat().st_size / 1e6:.1f} MB")
+
+
+def lease(cloud, tf, before, few):
+    """What TFW_LEASE costs."""
+    print(f"{'milliseconds':44} {'without':>9} {'more':>9}   quartiles")
+    work = Work(cloud, provisioner("true"), key="lease.tfstate", programs=[("tf", tf), ("tf-before", before)][: 2 if before else 1])
+    stub = work.root / "stub"
+    shutil.copy("/bin/true", stub)
+    environment = dict(work.environment, TFW_TERRAFORM=str(stub), TFW_CLOCK="steady")
+    program = str(work.root / "bin/tf")
+    # `never` leaves out the look at the lock before terraform starts, and nothing else.
+    plan = lambda **variables: With([program, "plan"], **variables)
+    leased = dict(TFW_LEASE="5m", TFW_RELEASE="never")
+    commands = {"unset": plan(), "set": plan(**leased), "unfenced": plan(**leased, TFW_CLOCK="")}
+    if before:
+        commands["before"] = [program + "-before", "plan"]
+    times = rounds(work, commands, 600 // few, environment)
+    median = lambda name: statistics.median(times[name])
+    if before:
+        line("TFW_LEASE unset, against before the lease", median("before"), more(times, "unset", "before"), "limit: 0.1")
+    line("set, a whole run without a lock", median("unset"), more(times, "set", "unset"))
+    line("  the same on a host without a fence", median("unset"), more(times, "unfenced", "unset"))
+    # In the place of terraform, a program that prints a word: the time until terraform starts.
+    prints = dict(environment, TFW_TERRAFORM=shutil.which("echo"))
+    commands = {name: command.until_started() for name, command in commands.items() if name != "before"}
+    times = rounds(work, commands, 600 // few, prints)
+    line("set, until terraform starts", median("unset"), more(times, "set", "unset"), "limit: +0.6")
+    line("  the same on a host without a fence", median("unset"), more(times, "unfenced", "unset"))
+    commands = {"without": plan(**leased).until_started(), "with": plan(TFW_LEASE="5m").until_started()}
+    times = rounds(work, commands, 200 // few, prints)
+    line("the look before terraform starts", median("without"), more(times, "with", "without"))
+    counter = Counter(cloud)
+    once(work, plan(TFW_LEASE="5m", AWS_ENDPOINT_URL=counter.url), environment)
+    print(f"{'  its requests':44} {' '.join(counter.requests)}")
+    commands = {"unset": plan(), "without the look": plan(**leased), "set": plan(TFW_LEASE="5m")}
+    for command in commands.values():
+        command.variables["TFW_CLOCK"] = "steady"
+    times = rounds(work, commands, 60 // few)
+    line("a real plan, set, without the look", median("unset"), more(times, "without the look", "unset"))
+    line("a real plan, set", median("unset"), more(times, "set", "unset"))
+    work.remove()
+
+    work = Work(cloud, provisioner(WAITS), key="held.tfstate", programs=[("tf", tf)])
+    work.environment.update(TFW_LEASE="1m", TFW_CLOCK="steady")
+    run = work.start(["tf", "apply", "-auto-approve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    item = lambda: cloud.dynamodb("GetItem", {"TableName": "locks", "Key": {"LockID": {"S": "bucket/held.tfstate"}}})["Item"]
+    work.wait_for("began")
+    for _ in range(200):
+        if "tf" in item():
+            break
+        time.sleep(0.05)
+    else:
+        sys.exit("no lease on the lock")
+    time.sleep(1)
+    processes = ours(run.pid)
+    begun, first = time.monotonic(), {name: ran(pid) for name, pid in processes.items()}
+    record = item()["tf"]
+    time.sleep(60)
+    spent = {name: ran(pid) - first[name] for name, pid in processes.items()}
+    elapsed = time.monotonic() - begun
+    memory = {name: resident(pid) / 1024 for name, pid in processes.items()}
+    renewed = record != item()["tf"]
+    (work.directory / "go").touch()
+    run.wait()
+    work.remove()
+    print()
+    print(f"while the lock is held, with a lease of 1 min (renewed meanwhile: {renewed})")
+    print(f"{'':14} {'PSS, MiB':>9} {'ms of processor time in 60 s':>29} {'until then':>11}")
+    for name in processes:
+        print(f"{name:14} {memory[name]:9.1f} {spent[name] * 1000:29.1f} {first[name] * 1000:11.1f}")
+    share = sum(spent.values()) / elapsed
+    print(f"{'together':14} {sum(memory.values()):9.1f} {sum(spent.values()) * 1000:29.1f} {sum(first.values()) * 1000:11.1f}")
+    print(f"memory: {sum(memory.values()):.1f} MiB, limit: 24; processor: {share:.3%} of a core, limit: 0.2 %")
 
 
 main()

@@ -15,6 +15,7 @@ mod generated_input;
 mod holder;
 mod journal;
 mod json;
+mod lease;
 mod lock;
 mod panics;
 mod settings;

@@ -3,6 +3,9 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
+use crate::lease::grade::Clock;
+use crate::lease::terms::Terms;
+
 /// The settings of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
@@ -19,6 +22,17 @@ pub(crate) struct Settings {
     /// `CI` or `TF_BUILD`: whether this is a CI job. The runner of such a job may exit without sending a signal to
     /// `tf`.
     pub(crate) ci: bool,
+    pub(crate) lease: LeaseSettings,
+}
+
+/// The settings of the lease. A run needs them, and so does every `tf locks` command that judges locks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LeaseSettings {
+    /// `TFW_LEASE`: the length of the lease that a run renews on its lock. If it is set, a lock whose lease has lapsed
+    /// is released without being asked. `None`: this run has no lease, and such a lock is only reported.
+    pub(crate) terms: Option<Terms>,
+    /// `TFW_CLOCK`.
+    pub(crate) clock: Clock,
 }
 
 /// The error for a variable whose value is invalid.
@@ -64,8 +78,45 @@ impl Settings {
             ci: ["CI", "TF_BUILD"].into_iter().any(|name| {
                 set(name).is_some_and(|value| !["false", "0", "no"].iter().any(|no| value.eq_ignore_ascii_case(no)))
             }),
+            lease: LeaseSettings::read(variable)?,
         })
     }
+}
+
+impl LeaseSettings {
+    /// Reads the settings as [`Settings::read`] does.
+    ///
+    /// # Errors
+    /// [`UnreadableSetting`] if a value is invalid. A team that sets a lease relies on it, so nothing must run without
+    /// it.
+    pub(crate) fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, UnreadableSetting> {
+        let set = |name| variable(name).filter(|value| !value.is_empty());
+        let terms = match set("TFW_LEASE") {
+            None => None,
+            Some(value) if value == "off" => None,
+            Some(value) => {
+                let terms = value.to_str().and_then(lease_length).and_then(Terms::new);
+                if terms.is_none() {
+                    let takes = "a time from 1m to 1h, such as 5m or 90s, or off";
+                    return Err(UnreadableSetting { name: "TFW_LEASE", value, takes });
+                }
+                terms
+            }
+        };
+        let clock = match set("TFW_CLOCK") {
+            None => Clock::NotVouchedFor,
+            Some(value) if value == "steady" => Clock::Steady,
+            Some(value) => return Err(UnreadableSetting { name: "TFW_CLOCK", value, takes: "steady or unset" }),
+        };
+        Ok(Self { terms, clock })
+    }
+}
+
+/// Parses the length of a lease. It needs a unit, because `TFW_LEASE=5` would otherwise mean 5 s to `tf` and 5 min to
+/// its user. It has whole seconds, because the record has.
+fn lease_length(text: &str) -> Option<Duration> {
+    let has_unit = text.ends_with(|last: char| last.is_ascii_alphabetic());
+    duration(text).filter(|length| has_unit && length.subsec_nanos() == 0)
 }
 
 /// Returns whether `TFW_RELEASE` is explicitly set to `auto`. A lock in a DynamoDB global table is released only if
@@ -118,9 +169,45 @@ mod tests {
             ("TFW_STOP_TIMEOUT", "99999999999999999999"),
             ("TFW_RELEASE", "yes"),
             ("TFW_TTY", "none"),
+            ("TFW_LEASE", "5"),
+            ("TFW_LEASE", "300"),
+            ("TFW_LEASE", "0s"),
+            ("TFW_LEASE", "1s"),
+            ("TFW_LEASE", "61m"),
+            ("TFW_LEASE", "2h"),
+            ("TFW_LEASE", "1d"),
+            ("TFW_LEASE", "60500ms"),
+            ("TFW_LEASE", "-5m"),
+            ("TFW_LEASE", "yes"),
+            ("TFW_LEASE", "OFF"),
+            ("TFW_CLOCK", "maybe"),
+            ("TFW_CLOCK", "Steady"),
         ] {
             let message = read(name, value).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains(value), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_lease_has_a_length_or_is_off() {
+        for (text, seconds) in [("5m", 300), ("90s", 90), ("60s", 60), ("1h", 3600), ("60m", 3600), ("90000ms", 90)] {
+            let lease = read("TFW_LEASE", text).unwrap().lease;
+            assert_eq!(lease.terms.map(Terms::length), Some(Duration::from_secs(seconds)), "{text}");
+            assert_eq!(lease.clock, Clock::NotVouchedFor);
+        }
+        for text in ["", "off"] {
+            assert_eq!(read("TFW_LEASE", text).unwrap().lease, LeaseSettings::default(), "{text:?}");
+        }
+        // A debug build accepts short leases, for the tests.
+        let short = read("TFW_LEASE", "2s").map(|settings| settings.lease.terms.is_some());
+        assert_eq!(short.unwrap_or_default(), cfg!(debug_assertions));
+    }
+
+    #[test]
+    fn a_clock_is_vouched_for_by_one_word() {
+        for (text, clock) in [("", Clock::NotVouchedFor), ("steady", Clock::Steady)] {
+            let lease = read("TFW_CLOCK", text).unwrap().lease;
+            assert_eq!(lease, LeaseSettings { terms: None, clock }, "{text:?}");
         }
     }
 

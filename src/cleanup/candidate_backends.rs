@@ -199,6 +199,7 @@ mod tests {
             (None, "default", "green", "workspace new green", vec!["green", "default", "green"]),
             (None, "a", "a", "workspace delete -force old", vec!["a", "old"]),
             (Some("v"), "a", "b", "workspace delete old", vec!["v", "old"]),
+            (None, "a", "a", "env delete old", vec!["a", "old"]),
             // A flag with its value in a word of its own: each word may be the name.
             (None, "a", "a", "workspace new -state x.tfstate green", vec!["a", "x.tfstate", "green"]),
             // Only the words of a workspace command are names of workspaces.

@@ -26,4 +26,9 @@ pub(crate) enum Why {
     Forced,
     /// The stop timeout (`TFW_STOP_TIMEOUT`) has expired.
     StopTimeout,
+    /// Its lock was taken over, or is another run's, while it was stopped.
+    LockLost,
+    /// It was stopped because its lease could not be renewed, and for a long time nobody knew whether it still has its
+    /// lock.
+    LeaseUnknown,
 }

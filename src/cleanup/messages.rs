@@ -19,11 +19,16 @@ use nix::sys::signal::Signal;
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::console::{argument, quoted};
 use crate::holder::evidence::{Judgement, Verdict};
+use crate::holder::lease_text;
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
+use crate::lease::fence::{INTERRUPTS_TO_END, Loss, Trouble};
+use crate::lease::observed::ObservedLease;
+use crate::lease::takeover::Obstacle;
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
 use crate::lock::release_step::QUIET_WINDOW;
+use crate::lock::takeover::{Lapsed, Progress, Reason};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
 use crate::terraform::errored_state::push_errored_state;
@@ -37,6 +42,8 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
     match (end.killed, end.ended) {
         (Some(Why::Forced), _) => "terraform was killed (third ^C)".to_owned(),
         (Some(Why::StopTimeout), _) => "terraform was killed (TFW_STOP_TIMEOUT expired)".to_owned(),
+        (Some(Why::LockLost), _) => "terraform was killed (its lock was lost)".to_owned(),
+        (Some(Why::LeaseUnknown), _) => "terraform was killed (its lease could not be renewed)".to_owned(),
         (None, Some(Ended::Killed(Signal::SIGKILL))) if end.out_of_memory => {
             "terraform was killed by SIGKILL (out of memory)".to_owned()
         }
@@ -46,6 +53,74 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
         (None, None) => "terraform was killed together with its tf".to_owned(),
     }
 }
+
+/// Reports that the kernel has stopped terraform because of its lease.
+pub(crate) fn lease_stopped(has_terminal: bool) -> String {
+    let end = if has_terminal { "\nto end it now, without saving its state, press ^C three times" } else { "" };
+    format!(
+        "terraform was stopped, because the lease of its lock was not renewed in time\n\
+         it goes on when the service answers and the lock is still this run's{end}"
+    )
+}
+
+/// Reports that a terraform goes on that was stopped because of its lease.
+pub(crate) fn lease_continued() -> &'static str {
+    "the lease was renewed, and terraform goes on"
+}
+
+/// Answers the ^C number `keys` while terraform is stopped because of its lease.
+pub(crate) fn key_while_stopped(keys: u8) -> String {
+    match INTERRUPTS_TO_END.saturating_sub(keys) {
+        0 => "ending the stopped terraform; its state is not saved".to_owned(),
+        more => format!(
+            "terraform is stopped, and stops gracefully when it goes on; to end it now, without saving its state, press \
+             ^C {more} more {}",
+            if more == 1 { "time" } else { "times" }
+        ),
+    }
+}
+
+/// Reports why terraform is asked to stop.
+pub(crate) fn lease_interrupts(trouble: &Trouble) -> String {
+    match trouble {
+        Trouble::Refused(reason) => format!(
+            "the lease of this run's lock cannot be renewed, so terraform is asked to stop: {}",
+            visible_lines(reason)
+        ),
+        Trouble::Gone => "somebody has deleted the lock of this run, so terraform is asked to stop".to_owned(),
+    }
+}
+
+/// Reports that a run has no lease. `reason` says why.
+pub(crate) fn no_lease(reason: &str) -> String {
+    format!(
+        "this run goes on without a lease: {}\nif this host vanishes, another host cannot release its lock without \
+         being asked",
+        visible_lines(reason)
+    )
+}
+
+/// Reports that terraform was killed because the run has lost its lock.
+pub(crate) fn lock_lost(loss: Option<&Loss>, program: &str) -> String {
+    let how = match loss {
+        Some(Loss::Claimed(claim)) => {
+            let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
+            format!("{} has taken over the lock of this run{at}, because its lease had lapsed", visible(&claim.by))
+        }
+        Some(Loss::Another { who, created }) => {
+            format!("the lock is held by another run now: {}, since {}", visible(who), visible(created))
+        }
+        Some(Loss::Gone) | None => "the lock of this run is gone: another host has released it".to_owned(),
+    };
+    format!(
+        "{how}\nterraform was killed before it could write, so what it has changed since its last write is not in the \
+         state\nto compare the state with the real resources, type: {program} plan"
+    )
+}
+
+/// Reports that the record of a lock that stays still promises a fence.
+pub(crate) const LEASE_STANDS: &str = "the lease of the lock that stays could not be withdrawn, so another host releases \
+     the lock when the lease has lapsed";
 
 /// The fields of a lock that identify it to a person.
 struct NamedLock<'a> {
@@ -272,6 +347,64 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
     format!(
         "terraform is waiting for a lock that may belong to a dead run on this host (pid {tf})\ntf is cleaning up after that run"
     )
+}
+
+/// Describes the holder of a lock with a lease: the URL of its CI job, or `user@host`.
+fn leaseholder(Lapsed { info, record, .. }: &Lapsed) -> String {
+    let described = record.holder.describe();
+    if described.is_empty() { visible(&info.who) } else { described }
+}
+
+/// Says whose lease has lapsed, and when it was last renewed.
+pub(crate) fn lapsed_lease(lapsed: &Lapsed) -> String {
+    format!(
+        "the {} lease of {} was last renewed {} ago",
+        lease_text::length(lapsed.length()),
+        leaseholder(lapsed),
+        length_of_time(lapsed.renewed_ago())
+    )
+}
+
+/// Reports a step of a takeover.
+pub(crate) fn takeover(progress: Progress<'_>) -> String {
+    match progress {
+        Progress::Watches(lapsed, missing) => format!(
+            "a state lock blocks this run: {}; {}\nreleasing the lock if nothing changes for {}; to stop waiting, press ^C",
+            lock(&lapsed.info),
+            lapsed_lease(lapsed),
+            length_of_time(Duration::from_secs(missing.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)))
+        ),
+        Progress::WaitsFor(lapsed, claim) => format!(
+            "a state lock blocks this run: {}\n{} is releasing that lock, because {}; waiting for that",
+            lock(&lapsed.info),
+            visible(&claim.by),
+            lapsed_lease(lapsed)
+        ),
+        Progress::Took(lapsed) => {
+            format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
+        }
+        Progress::Gone(lapsed) => format!("the lock is already released: {}", lock(&lapsed.info)),
+        Progress::Renewed(lapsed) => {
+            format!("the lock is still held: {}; {} has renewed its lease", lock(&lapsed.info), leaseholder(lapsed))
+        }
+        Progress::Leaves(lapsed, reason) => format!(
+            "the lock was not released: {}; {}\n{}\nfor details, type: tf locks show {}",
+            lock(&lapsed.info),
+            lapsed_lease(lapsed),
+            match reason {
+                Reason::Obstacle(Obstacle::AnotherRegion) => {
+                    "tf does not release it, because that run uses another AWS region".to_owned()
+                }
+                Reason::Obstacle(_) => {
+                    "tf does not release it, because that host cannot stop terraform in every case, so it may still be running"
+                        .to_owned()
+                }
+                Reason::GlobalTable(reason) => visible_lines(reason),
+                Reason::Failure(failure) => visible_lines(&failure.to_string()),
+            },
+            argument(&lapsed.info.id)
+        ),
+    }
 }
 
 /// Reports that an earlier run did not end while this `tf` waited for it. `stops` is true if the `tf` of that run is
@@ -671,18 +804,30 @@ fn apart(one: Timestamp, other: Timestamp) -> String {
     length_of_time(other.duration_since(one).unsigned_abs())
 }
 
+/// The lock that terraform was refused.
+pub(crate) struct Refusal<'a> {
+    pub(crate) info: &'a LockInfo,
+    /// The lease record of the lock. `None` if it has none.
+    pub(crate) lease: Option<&'a ObservedLease>,
+    pub(crate) judgement: &'a Judgement,
+}
+
 /// Reports that terraform's lock request was refused: who holds the lock, whether the holder is alive, and which
 /// command to type. `command` returns a `tf locks` command for the location of the lock. `finishing` is true if `tf` is
 /// about to clean up after the holder, a dead run; there is no command to type in that case.
 pub(crate) fn refused(
-    info: &LockInfo,
-    judgement: &Judgement,
+    Refusal { info, lease, judgement }: &Refusal<'_>,
     now: Timestamp,
     command: impl Fn(&str) -> String,
     finishing: bool,
 ) -> String {
-    let said =
-        format!("the lock is held by {}\n{}: {}", held(info, now), judgement.verdict.of_the_holder(), judgement.reason);
+    let lease = lease.and_then(lease_text::of_holder).map_or_else(String::new, |text| format!("\n{text}"));
+    let said = format!(
+        "the lock is held by {}{lease}\n{}: {}",
+        held(info, now),
+        judgement.verdict.of_the_holder(),
+        judgement.reason
+    );
     let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,

@@ -14,6 +14,7 @@ pub(crate) mod recovery_plan;
 pub(crate) mod recovery_process;
 pub(crate) mod release_all;
 pub(crate) mod run_context;
+pub(crate) mod takeover_process;
 pub(crate) mod terminal_report;
 pub(crate) mod waiter;
 pub(crate) mod working_directory;

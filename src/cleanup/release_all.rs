@@ -244,7 +244,7 @@ pub(crate) fn replaced(
         for location in candidates.of(lock) {
             locks.extend(waiter.block_on(release::stored(&location)).unwrap_or_default());
         }
-        let other = locks.iter().filter_map(|(_, locks)| locks.info()).find(|info| info.id == anothers.id);
+        let other = locks.iter().filter_map(|part| part.stored.info()).find(|info| info.id == anothers.id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {
             let why = format!("while its run was running, {} locked the same state, ID {}", info.who, info.id);
             history::record(&LockEvent::of_recorded(What::Replaced, by, lock, &why, None));

@@ -12,7 +12,7 @@ use std::ops::Deref;
 use crate::cleanup::after_run::{AfterRun, Ending};
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::clean_up::{EndedRun, LogState, Reporter};
-use crate::cleanup::messages::{self, Removal};
+use crate::cleanup::messages::{self, Refusal, Removal};
 use crate::cleanup::other_backend::NonS3Result;
 use crate::cleanup::recovery_process;
 use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending};
@@ -22,10 +22,11 @@ use crate::console;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::journal::runs::Replaced;
+use crate::lease::observed::ObservedLease;
+use crate::lock::leased::StoredPart;
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release;
-use crate::lock::stores::{StoreKey, StoredLock};
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 use crate::terraform::errored_state::errored_state;
@@ -262,28 +263,27 @@ impl TerminalReporter<'_> {
     ) {
         let found = stored_locks(location, candidates, waiter);
         let command = |words: &str| self.locks_command(words, unselected_workspace(location, candidates));
-        for (store_key, stored_locks) in found.iter().filter(|(_, stored_locks)| stored_locks.info().is_none()) {
-            let what = stored_locks.describe_no_lock();
+        for StoredPart { store_key, stored, .. } in found.iter().filter(|part| part.stored.info().is_none()) {
+            let what = stored.describe_no_lock();
             let found = messages::NoLock { place: &store_key.describe(), what: &what, path: &location.lock_path() };
             console::say(&messages::refused_by_no_lock(&found, &command(messages::RELEASE_NO_LOCK)));
         }
-        let mut locks: Vec<LockInfo> = found.iter().filter_map(|(_, stored_locks)| stored_locks.info()).collect();
-        locks.dedup();
-        for info in locks.into_iter().filter(|info| info.id != asked.id) {
+        for (info, lease) in locks_of(&found).into_iter().filter(|(info, _)| info.id != asked.id) {
             let host = HostView::look();
-            let judgement = host.judge(&info);
+            let judgement = host.judge(&info, lease.as_ref());
             trace!("refused by {}: {:?}", info.id, judgement.verdict);
             let dead =
                 host.dead_run(&info.id).filter(|_| self.after.context.release && judgement.verdict == Verdict::Dead);
             // If `tf` tried to finish the run a moment ago and failed, it is not tried again now. The reason was
             // reported.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
-            console::say(&messages::refused(&info, &judgement, Timestamp::now(), command, dead.is_some()));
+            let refusal = Refusal { info: &info, lease: lease.as_ref(), judgement: &judgement };
+            console::say(&messages::refused(&refusal, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {
                 recovery_process::wait_for(child, waiter);
                 let left = self::stored_locks(location, candidates, waiter);
-                if !left.iter().filter_map(|(_, left)| left.info()).any(|left| left.id == info.id) {
+                if !left.iter().filter_map(|left| left.stored.info()).any(|left| left.id == info.id) {
                     console::say(messages::TRY_AGAIN);
                 }
             }
@@ -349,13 +349,22 @@ fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBa
 
 /// Returns what is stored now at `location`, with one entry for each part of a lock. Leaves out a part that does not
 /// exist or cannot be read.
-fn stored_locks(
-    location: &LockLocation,
-    candidates: &CandidateBackends,
-    waiter: &mut Waiter<'_>,
-) -> Vec<(StoreKey, StoredLock)> {
+fn stored_locks(location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> Vec<StoredPart> {
     let _there = Within::enter(&candidates.working_directory);
     waiter.block_on(release::stored(location)).unwrap_or_default()
+}
+
+/// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has one.
+fn locks_of(parts: &[StoredPart]) -> Vec<(LockInfo, Option<ObservedLease>)> {
+    let mut locks: Vec<(LockInfo, Option<ObservedLease>)> = Vec::new();
+    for part in parts {
+        let Some(info) = part.stored.info() else { continue };
+        match locks.iter_mut().find(|(known, _)| *known == info) {
+            Some((_, lease)) => *lease = lease.take().or_else(|| part.lease.clone()),
+            None => locks.push((info, part.lease.clone())),
+        }
+    }
+    locks
 }
 
 /// Whether the request for `lock` most likely got no response before terraform exited at the time `at`. This is the
@@ -370,6 +379,32 @@ fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
 mod tests {
     use super::*;
     use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+
+    #[test]
+    fn two_parts_of_a_lock_are_one_lock_with_its_lease() {
+        use crate::lease::observed::tests::lease;
+        use crate::lease::record::Fence;
+        use crate::lock::dynamodb::InfoAttribute;
+        use crate::lock::stores::{StoreKey, StoredLock};
+        let part = |id: &str, age: Option<i64>| StoredPart {
+            store_key: StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() },
+            stored: StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#))),
+            lease: age.map(|age| lease(id, age, None, Fence::Stop)),
+        };
+        for (parts, expected) in [
+            (vec![part("a", None), part("a", Some(1))], vec![("a", Some(1))]),
+            (vec![part("a", Some(1)), part("a", Some(2))], vec![("a", Some(1))]),
+            (vec![part("a", None), part("b", Some(2))], vec![("a", None), ("b", Some(2))]),
+            (vec![part("", None)], vec![]),
+        ] {
+            let expected: Vec<_> = expected
+                .into_iter()
+                .map(|(id, age)| (id.to_owned(), age.map(|age| lease(id, age, None, Fence::Stop))))
+                .collect();
+            let found: Vec<_> = locks_of(&parts).into_iter().map(|(info, lease)| (info.id, lease)).collect();
+            assert_eq!(found, expected);
+        }
+    }
 
     #[test]
     fn a_request_was_waited_for_where_terraform_stayed_for_as_long_as_it_does_after_a_second_interrupt() {

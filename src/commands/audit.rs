@@ -15,6 +15,7 @@ use super::staleness::Staleness;
 use super::{Finding, inventory};
 use crate::holder::evidence::Verdict;
 use crate::json;
+use crate::lease::observed::ObservedLease;
 use crate::settings;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -59,6 +60,8 @@ struct Count {
     dead: u64,
     /// The number of locks that need attention.
     stale: u64,
+    /// The number of locks whose lease was not renewed in time. They count in the fields above too.
+    lease_lapsed: u64,
     /// The number of entries in a lock's place that are not locks or could not be read.
     unreadable: u64,
     /// How many of `unreadable` could not be read at all: whether they are locks is unknown.
@@ -97,6 +100,7 @@ impl Count {
             Verdict::Dead => self.dead += 1,
         }
         self.stale += u64::from(lock.stale);
+        self.lease_lapsed += u64::from(lock.lease.as_ref().is_some_and(ObservedLease::has_lapsed));
         if let Some(age) = lock.age(now) {
             self.oldest_age_seconds = self.oldest_age_seconds.max(age.as_secs_f64());
         }
@@ -121,6 +125,11 @@ impl Count {
         metric("_scanned", "Items, objects or states that were read.", &one(self.scanned.to_string()));
         metric("_scan_seconds", "Duration of the scan.", &one(self.scan_seconds.to_string()));
         metric("_scan_complete", "1 if everything was read.", &one(u8::from(self.complete).to_string()));
+        metric(
+            "_lease_lapsed",
+            "Locks whose lease was not renewed in time, by the service's clock.",
+            &one(self.lease_lapsed.to_string()),
+        );
         text
     }
 }

@@ -91,13 +91,12 @@ fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
 
 async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry>, Trouble> {
     let what = store_key.describe();
-    let stored = reach
+    let part = reach
         .stores
-        .read(&store_key)
+        .read_part(&store_key)
         .await
         .map_err(|failure| Trouble::failed(failure, &visible(&what), &reach.stores))?;
-    let parts = stored.map(|stored| (store_key, stored)).into_iter().collect();
-    let mut entries = pair(Wanted::default(), parts, None);
+    let mut entries = pair(Wanted::default(), part.into_iter().collect(), None);
     Staleness::default().judge(&mut entries, &HostView::look());
     Ok(entries)
 }
@@ -193,6 +192,7 @@ mod tests {
         ListedEntry::Lock(Box::new(FoundLock {
             info: LockInfo { id: id.to_owned(), ..LockInfo::default() },
             parts: vec![(place(path), stored)],
+            lease: None,
             workspace: Some(workspace.to_owned()),
             notes: Vec::new(),
             rival: None,

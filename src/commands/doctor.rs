@@ -18,10 +18,13 @@ use crate::console::{length_of_time, quoted, visible};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
+use crate::lease::grade::{self, FenceReason, Grade};
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
+use crate::settings::LeaseSettings;
+use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
@@ -113,7 +116,7 @@ impl Doctor {
         }
     }
 
-    pub(super) fn run(self) -> Result<Finding, Trouble> {
+    pub(super) fn run(self, lease_settings: LeaseSettings) -> Result<Finding, Trouble> {
         let own_files = own_files(self.chdir.clone());
         let change = self.change();
         let place = LocationArgs::directory_of(self.chdir);
@@ -123,6 +126,7 @@ impl Doctor {
         let mut findings = Findings { wrong: false };
         terraform(&mut findings, &own_files);
         journal(&mut findings);
+        lease(&mut findings, lease_settings);
         let backend_there = DataDirectory::read(&own_files).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
@@ -252,6 +256,36 @@ fn journal(findings: &mut Findings) {
     }
 }
 
+/// Says whether this host can promise to stop terraform before its lease lapses. Says nothing if there is no lease.
+fn lease(findings: &mut Findings, settings: LeaseSettings) {
+    let Some(terms) = settings.terms else { return };
+    let shares_terminal = std::env::var_os("TFW_TTY").is_some_and(|value| value == "shared");
+    let grade = grade::grade(&HostFacts::read(), shares_terminal, settings.clock);
+    let length = length_of_time(terms.length());
+    match grade {
+        Grade::Stop(reason) => findings.tell(
+            Health::Ok,
+            "lease",
+            &format!("{length}, grade stop: {reason}"),
+            if reason == FenceReason::UserVouches { Next::Do(VOUCHED) } else { Next::Nothing },
+        ),
+        Grade::None(reason) => findings.note(
+            "lease",
+            &format!("{length}, grade none: {reason}"),
+            Next::Do(&format!(
+                "other hosts see whether a run on this host renews its lease, but they ask before they release its lock\n{}",
+                if reason.can_be_vouched_for() { VOUCH } else { CANNOT_VOUCH }
+            )),
+        ),
+    }
+}
+
+const VOUCHED: &str =
+    "if this host is paused and its clock stands still, other hosts can release its lock while terraform is running";
+const VOUCH: &str = "if this host is never paused (not by a person, a snapshot or a laptop that sleeps below it), set TFW_CLOCK=steady: \
+     other hosts then release its lock without asking when its lease has lapsed";
+const CANNOT_VOUCH: &str = "TFW_CLOCK=steady does not change that";
+
 async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores) {
     let Directory { bucket, key, workspace, .. } = directory;
     let table = directory.table.as_deref();
@@ -326,6 +360,10 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let if_none_match =
             if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };
         conditional_put(findings, bucket, if_none_match);
+        if table.is_none() && answer.is_ok() && wants_leases() {
+            let lock = stores.object(bucket, &lock_key);
+            renewals(findings, bucket, stores.treatment_of_renewals(&lock).await);
+        }
         versions(findings, stores, bucket).await;
     }
     skew(findings, clock);
@@ -414,6 +452,24 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
             findings.note("If-Match", "could not find out whether conditional deletes are obeyed", Next::Nothing);
         }
     }
+}
+
+/// Whether the user has asked for leases.
+fn wants_leases() -> bool {
+    std::env::var_os("TFW_LEASE").is_some_and(|length| !length.is_empty() && length != "off")
+}
+
+fn renewals(findings: &mut Findings, bucket: &str, if_match: IfMatch) {
+    let why = match if_match {
+        IfMatch::Obeyed => return findings.ok("lease", "conditional writes are obeyed"),
+        IfMatch::Ignored => "ignores If-Match on a put, so that a renewal could bring a released lock back",
+        IfMatch::Unknown => "could not be asked whether it obeys If-Match on a put",
+    };
+    findings.note(
+        "lease",
+        &format!("the service of {} {why}: locks there get no lease", visible(bucket)),
+        Next::Do("to use leases, also lock with a DynamoDB table"),
+    );
 }
 
 fn conditional_put(findings: &mut Findings, bucket: &str, if_none_match: IfNoneMatch) {

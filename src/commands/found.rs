@@ -4,9 +4,12 @@ use jiff::Timestamp;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
+use super::lease_view::LeaseView;
 use crate::cleanup::messages::CLOCK_SLACK_WINDOW;
 use crate::console::visible;
 use crate::holder::evidence::{Judgement, Verdict};
+use crate::lease::observed::ObservedLease;
+use crate::lock::leased::StoredPart;
 use crate::lock::stores::{StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
@@ -17,6 +20,8 @@ pub(super) struct FoundLock {
     pub(super) info: LockInfo,
     /// The parts that exist, at least one: DynamoDB before S3.
     pub(super) parts: Vec<(StoreKey, StoredLock)>,
+    /// The lease record of the first part that has one. `None` if no part has one.
+    pub(super) lease: Option<ObservedLease>,
     /// The workspace; `None` if it is not known.
     pub(super) workspace: Option<String>,
     /// What is unusual about the lock, for example a missing part.
@@ -116,10 +121,10 @@ impl FoundLock {
 /// Combines the parts that were read at the locations of one state's lock. Parts with the same ID become one lock, and
 /// parts with different IDs become different locks. An entry that is not a lock becomes an [`UnreadableLock`]. If
 /// `workspace` is `None`, the workspace is derived from the key where possible. The holders are not judged yet.
-pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace: Option<&str>) -> Vec<ListedEntry> {
+pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&str>) -> Vec<ListedEntry> {
     let mut locks: Vec<FoundLock> = Vec::new();
     let mut unreadable: Vec<UnreadableLock> = Vec::new();
-    for (store_key, stored) in parts {
+    for StoredPart { store_key, stored, lease } in parts {
         let Some(info) = stored.info() else {
             let reason = why_unreadable(&stored);
             unreadable.push(UnreadableLock { reason, place: store_key, stored: Some(stored) });
@@ -127,6 +132,7 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
         };
         if let Some(lock) = locks.iter_mut().find(|lock| lock.info.id == info.id) {
             lock.parts.push((store_key, stored));
+            lock.lease = lock.lease.take().or(lease);
             continue;
         }
         locks.push(FoundLock {
@@ -135,6 +141,7 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<(StoreKey, StoredLock)>, workspace
             workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&store_key.path())),
             info,
             parts: vec![(store_key, stored)],
+            lease,
             judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
             stale: false,
         });
@@ -196,7 +203,7 @@ fn guess_workspace(path: &str) -> Option<String> {
 impl Serialize for FoundLock {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let places: Vec<&StoreKey> = self.parts.iter().map(|(store_key, _)| store_key).collect();
-        let mut object = serializer.serialize_struct("Lock", 14)?;
+        let mut object = serializer.serialize_struct("Lock", 15)?;
         object.serialize_field("id", &self.info.id)?;
         object.serialize_field("path", &self.path())?;
         object.serialize_field("workspace", &self.workspace)?;
@@ -211,6 +218,7 @@ impl Serialize for FoundLock {
         object.serialize_field("reason", &self.judgement.reason)?;
         object.serialize_field("evidence", &self.judgement.evidence)?;
         object.serialize_field("notes", &self.notes)?;
+        object.serialize_field("lease", &self.lease.as_ref().map(LeaseView::of))?;
         object.end()
     }
 }
@@ -218,19 +226,24 @@ impl Serialize for FoundLock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::observed::tests::lease;
+    use crate::lease::record::Fence;
     use crate::lock::dynamodb::InfoAttribute;
 
-    fn item(info: &str) -> (StoreKey, StoredLock) {
+    fn item(info: &str) -> StoredPart {
         let store_key = StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
-        (store_key, StoredLock::Item(InfoAttribute::Text(info.into())))
+        StoredPart { store_key, stored: StoredLock::Item(InfoAttribute::Text(info.into())), lease: None }
     }
 
-    fn object(body: &str) -> (StoreKey, StoredLock) {
+    fn object(body: &str) -> StoredPart {
         let store_key = StoreKey::S3 { bucket: "b".into(), key: "k.tflock".into(), region: "r".into() };
-        (
-            store_key,
-            StoredLock::Object(crate::lock::s3::Object { body: body.into(), length: body.len() as u64, etag: None }),
-        )
+        let stored = StoredLock::Object(crate::lock::s3::Object {
+            body: body.into(),
+            member: crate::lease::record::Member::None,
+            length: body.len() as u64,
+            etag: None,
+        });
+        StoredPart { store_key, stored, lease: None }
     }
 
     fn info(id: &str) -> String {
@@ -256,6 +269,22 @@ mod tests {
         let two = pair(BOTH, vec![item(&info("a")), object(&info("b"))], None);
         assert_eq!(locks(&two).len(), 2);
         assert!(locks(&two).iter().all(|lock| lock.notes[0].contains("another ID")));
+    }
+
+    #[test]
+    fn a_lock_has_the_lease_of_its_first_part_that_has_one() {
+        let with = |part: StoredPart, age| StoredPart { lease: Some(lease("a", age, None, Fence::Stop)), ..part };
+        let (item, object) = (|| item(&info("a")), || object(&info("a")));
+        for (parts, age) in [
+            (vec![item(), object()], None),
+            (vec![with(item(), 1), object()], Some(1)),
+            (vec![item(), with(object(), 2)], Some(2)),
+            (vec![with(item(), 1), with(object(), 2)], Some(1)),
+        ] {
+            let found = pair(BOTH, parts, None);
+            let expected = age.map(|age| lease("a", age, None, Fence::Stop));
+            assert_eq!(locks(&found)[0].lease, expected);
+        }
     }
 
     #[test]

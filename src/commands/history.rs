@@ -56,10 +56,12 @@ fn line(event: &LockEvent) -> String {
         What::Forced => "forced  ",
         What::Refused => "refused ",
         What::Replaced => "replaced",
+        What::TakenOver => "taken over",
     };
     let by = match event.by {
         By::Tf => "tf",
         By::Guardian => "its guardian",
+        By::Recovery if event.what == What::TakenOver => "tf",
         By::Recovery => "recovery",
         By::Command => "tf locks release",
     };

@@ -134,8 +134,8 @@ async fn read(
             StoreKey::DynamoDb { table, .. } => format!("table {table}"),
             StoreKey::S3 { bucket, .. } => format!("bucket {bucket}"),
         };
-        match stores.read(&store_key).await {
-            Ok(found) => parts.extend(found.map(|found| (store_key, found))),
+        match stores.read_part(&store_key).await {
+            Ok(found) => parts.extend(found),
             Err(failure) if failure.denied().is_some() && is_dispensable(&store_key, wanted) => unseen.set(true),
             Err(failure) => return Err(Trouble::failed(failure, &what, stores)),
         }

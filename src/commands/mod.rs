@@ -11,6 +11,7 @@ mod fix_digest;
 mod found;
 mod history;
 mod inventory;
+mod lease_view;
 mod list;
 mod output;
 mod own_path;
@@ -22,6 +23,7 @@ mod shim;
 mod show;
 mod staleness;
 
+use crate::cleanup::takeover_process;
 use crate::console;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -31,7 +33,8 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
-use crate::supervise::outcome;
+use crate::settings::LeaseSettings;
+use crate::supervise::{keeper, outcome};
 use crate::sys::environment;
 use crate::sys::wait::Ended;
 use connection::Trouble;
@@ -117,6 +120,18 @@ enum Command {
     Shim(shim::Shim),
 }
 
+impl Command {
+    /// Whether the command judges or releases locks, so that it needs the settings of the lease.
+    fn judges_locks(&self) -> bool {
+        match self {
+            Self::List(_) | Self::Show(_) | Self::Release(_) | Self::Audit(_) | Self::Doctor(_) | Self::Recover(_) => {
+                true
+            }
+            Self::History(_) | Self::ShellInit(_) | Self::Shim(_) => false,
+        }
+    }
+}
+
 /// Returns the arguments of `tf locks` if `arguments` are those of a `tf locks` command. Returns `None` if they are
 /// terraform's. `arguments` do not include the program's name. A `-chdir=DIR` before the word `locks` is accepted, as
 /// terraform accepts it before a command, and becomes `--chdir DIR`. If there are several, the last one counts.
@@ -136,26 +151,45 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
 
 /// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
-    // This word is internal. Clap does not know it, because clap would offer it to users in help, completions and
+    // These words are internal. Clap does not know them, because clap would offer them to users in help, completions and
     // suggestions.
     if words == [event_command::WORD] {
         event_command::stand_between();
         return Finding::Nothing.code();
     }
+    if let Some((word, descriptors)) = words.split_first()
+        && word == keeper::WORD
+    {
+        let is_done = keeper::keep(descriptors);
+        return if is_done { Finding::Nothing } else { Finding::Failed }.code();
+    }
     environment::unset_empty("AWS_");
+    if words == [takeover_process::WORD] {
+        return takeover_process::run();
+    }
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {
-        Ok(Locks { command, list }) => match command.unwrap_or(Command::List(list)) {
-            Command::List(list) => list.run(),
-            Command::Show(show) => show.run(),
-            Command::Release(release) => release.run(),
-            Command::Audit(audit) => audit.run(),
-            Command::Recover(recover) => recover.run(),
-            Command::Doctor(doctor) => doctor.run(),
-            Command::History(history) => history.run(),
-            Command::ShellInit(shell_init) => shell_init.run(),
-            Command::Shim(shim) => shim.run(),
-        },
+        Ok(Locks { command, list }) => {
+            let command = command.unwrap_or(Command::List(list));
+            let lease = match LeaseSettings::read(|name| std::env::var_os(name)) {
+                Err(reason) if command.judges_locks() => {
+                    console::say(&reason.to_string());
+                    return Finding::Failed.code();
+                }
+                read => read.unwrap_or_default(),
+            };
+            match command {
+                Command::List(list) => list.run(),
+                Command::Show(show) => show.run(),
+                Command::Release(release) => release.run(),
+                Command::Audit(audit) => audit.run(),
+                Command::Recover(recover) => recover.run(),
+                Command::Doctor(doctor) => doctor.run(lease),
+                Command::History(history) => history.run(),
+                Command::ShellInit(shell_init) => shell_init.run(),
+                Command::Shim(shim) => shim.run(),
+            }
+        }
         Err(error) if error.use_stderr() => {
             console::say(error.render().to_string().trim_end());
             return Finding::Failed.code();

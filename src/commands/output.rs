@@ -12,6 +12,7 @@ use unicode_width::UnicodeWidthStr;
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use crate::console::{ellipsis, length_of_time, visible};
 use crate::holder::evidence::Verdict;
+use crate::holder::lease_text;
 use crate::json;
 use crate::lock::stores::StoreKey;
 
@@ -193,6 +194,9 @@ fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
     let age = lock.age(now).map_or_else(|| "-".to_owned(), length_of_time);
     let created = lock.info.created().map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
     let mut reason = lock.judgement.reason.clone();
+    if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
+        reason = format!("{reason}; {lease}");
+    }
     for note in &lock.notes {
         reason = format!("{reason}; {note}");
     }
@@ -326,6 +330,9 @@ impl Table {
             more = format!("{more}{since}; ");
         }
         more = format!("{more}{}; ID {}, {}", lock.judgement.reason, visible(&lock.info.id), parts(lock));
+        if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
+            more = format!("{more}; {lease}");
+        }
         for note in &lock.notes {
             more = format!("{more}; {note}");
         }
@@ -401,6 +408,7 @@ mod tests {
     use super::*;
     use crate::commands::found::{Wanted, pair};
     use crate::holder::evidence::Judgement;
+    use crate::lock::leased::StoredPart;
     use crate::lock::stores::StoredLock;
 
     fn entry(who: &str, path: &str) -> ListedEntry {
@@ -409,7 +417,11 @@ mod tests {
         let store_key = StoreKey::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
         let mut entries = pair(
             Wanted::default(),
-            vec![(store_key, StoredLock::Item(crate::lock::dynamodb::InfoAttribute::Text(info.to_string())))],
+            vec![StoredPart {
+                store_key,
+                stored: StoredLock::Item(crate::lock::dynamodb::InfoAttribute::Text(info.to_string())),
+                lease: None,
+            }],
             None,
         );
         if let ListedEntry::Lock(lock) = &mut entries[0] {
@@ -428,13 +440,24 @@ mod tests {
     const STRANGE: [&str; 6] =
         ["root@vm", "\u{1b}]0;x\u{7}\u{1b}[2J", "a\nb\r\tc", "\u{202e}evil\u{2066}", "寿司@東京", "🔒"];
 
+    fn with_a_lease(entry: &mut ListedEntry, fact: &str) {
+        use crate::lease::observed::tests::lease;
+        let mut lease = lease("5e75cb05-d70c-4132-39e0-d2abba1b3077", 40, None, crate::lease::record::Fence::Stop);
+        if let (ListedEntry::Lock(lock), Ok(record)) = (entry, &mut lease.record) {
+            record.holder.user = fact.chars().take(2000).collect();
+            record.holder.job.clone_from(&record.holder.user);
+            lock.lease = Some(lease);
+        }
+    }
+
     /// Every line fits, whatever text the lock contains and whatever the terminal's width is.
     #[test]
     fn every_line_of_the_table_fits_the_terminal() {
         for width in [20, 40, 60, 80, 100, 132, 200] {
             for who in STRANGE.map(ToOwned::to_owned).into_iter().chain(["w".repeat(300_000)]) {
                 for path in ["b/k".to_owned(), format!("b/{}/prod.tfstate", "deep/".repeat(40)), who.clone()] {
-                    let entry = entry(&who, &path);
+                    let mut entry = entry(&who, &path);
+                    with_a_lease(&mut entry, &who);
                     let table = Table::new(width, Widths::of(std::slice::from_ref(&entry)));
                     let shown = table.lock(lock(&entry), "2026-11-24T13:12:00Z".parse().unwrap());
                     let plain = ::console::strip_ansi_codes(&shown).into_owned();
@@ -451,7 +474,8 @@ mod tests {
     #[test]
     fn a_lock_in_a_pipe_is_one_plain_line() {
         for who in STRANGE {
-            let entry = entry(who, "b/k");
+            let mut entry = entry(who, "b/k");
+            with_a_lease(&mut entry, who);
             let line = line(lock(&entry), Widths::USUAL, Timestamp::now());
             assert_eq!(line.matches('\n').count(), 1, "{line:?}");
             assert!(!line.trim_end().chars().any(char::is_control), "{line:?}");

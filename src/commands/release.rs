@@ -16,12 +16,15 @@ use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::staleness::Staleness;
 use super::{Finding, agreement, show};
 use crate::cleanup::messages;
+use crate::cleanup::takeover_process;
 use crate::console::{visible, visible_whole};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
+use crate::lock::leased::LeaseRead;
 use crate::lock::stores::{Removed, StoreKey, StoredLock};
+use crate::lock::takeover::{self, Taken};
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -40,6 +43,9 @@ Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released, or e
 const LIKELY: &str = "the holder is likely dead, but that is not proven. Release it?";
 /// The question before the deletion of an entry that is not a lock.
 const NO_LOCK: &str = "it is not a terraform lock, and every run is refused because of it. Delete it?";
+
+/// How often a forced release claims a lock whose holder renews its lease at the same time.
+const CLAIM_ATTEMPTS: u32 = 5;
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
@@ -275,7 +281,7 @@ impl Release {
             super::recover::in_a_process(run, self.reason.as_deref())?;
             let mut still = false;
             for (store_key, stored) in &lock.parts {
-                still |= read(reach, store_key).await?.as_ref() == Some(stored);
+                still |= read(reach, store_key).await?.is_some_and(|now| now.is_same_lock(stored));
             }
             if still {
                 console::say("not released; the messages above say why");
@@ -288,10 +294,14 @@ impl Release {
 
     /// Deletes every part of the lock, each on condition that it is still what was shown.
     async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
-        for (store_key, shown) in &lock.parts {
-            let now = read(reach, store_key).await?;
-            if now.as_ref().is_some_and(|now| now != shown) {
-                return self.changed(reach, lock).await;
+        let mut parts = lock.parts.clone();
+        for (store_key, shown) in &mut parts {
+            match read(reach, store_key).await? {
+                Some(now) if now == *shown => {}
+                // A holder that is alive renews its lease, so the object changes. `--force` means this holder too.
+                Some(now) if self.force.is_some() && now.is_same_lock(shown) => *shown = now,
+                Some(_) => return self.changed(reach, lock).await,
+                None => {}
             }
         }
         // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
@@ -305,9 +315,14 @@ impl Release {
             self.remember(What::Refused, again);
             return Ok(self.refuse(again));
         }
+        match self.claim(reach, lock).await? {
+            Some(Taken::Yes | Taken::Gone) => return Ok(self.was_released(lock)),
+            Some(Taken::Changed) => return self.changed(reach, lock).await,
+            None => {}
+        }
         let mut gone = true;
         let mut half = "";
-        for (store_key, shown) in &lock.parts {
+        for (store_key, shown) in &parts {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
                 Ok(Removed::Gone) => {
@@ -324,10 +339,44 @@ impl Release {
         if !gone {
             return self.changed(reach, lock).await;
         }
+        Ok(self.was_released(lock))
+    }
+
+    /// Releases a lock with an item that has a lease record. It is claimed first, so that a holder that renews its lease
+    /// in between keeps its lock, and so that a holder that is alive (`--force`) notices it and stops. Returns `None` if
+    /// the lock has no such item.
+    async fn claim(&self, reach: &Connection, lock: &FoundLock) -> Result<Option<Taken>, Trouble> {
+        let item = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }));
+        let object = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::S3 { .. }));
+        let Some((item, shown)) = item else { return Ok(None) };
+        let failed = |failure| Trouble::failed(failure, &visible(&item.describe()), &reach.stores);
+        for _ in 0..CLAIM_ATTEMPTS {
+            let LeaseRead { lock: now, date } = reach.stores.read_lease(item).await.map_err(failed)?;
+            let (Some(now), Some(date)) = (now, date) else { return Ok(None) };
+            if now.stored != *shown {
+                return Ok(Some(Taken::Changed));
+            }
+            let Some(Ok(record)) = &now.record else { return Ok(None) };
+            let shown_record = lock.lease.as_ref().and_then(|lease| lease.record.as_ref().ok());
+            if self.force.is_none() && shown_record != Some(record) {
+                return Ok(Some(Taken::Changed));
+            }
+            let by = takeover_process::by();
+            let object = object.map(|(store_key, _)| store_key);
+            let taken = takeover::release_item(&reach.stores, item, object, &now, (&by, date)).await.map_err(failed)?;
+            // A holder that is alive may renew its lease in between. `--force` means this holder too.
+            if taken != Taken::Changed || self.force.is_none() {
+                return Ok(Some(taken));
+            }
+        }
+        Ok(Some(Taken::Changed))
+    }
+
+    fn was_released(&self, lock: &FoundLock) -> Finding {
         let agreed = matches!(lock.verdict(), Verdict::Dead | Verdict::LikelyDead);
         self.remember(if agreed { What::Released } else { What::Forced }, lock);
         console::print(&format!("released the lock {}", visible(&lock.info.id)));
-        Ok(Finding::Nothing)
+        Finding::Nothing
     }
 
     /// Reports that the lock has changed since it was shown, and shows what is there now.

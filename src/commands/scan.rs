@@ -27,6 +27,7 @@ use super::staleness::Staleness;
 use crate::aws::failure::Failure;
 use crate::console::visible;
 use crate::holder::host::HostView;
+use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::signals::Signals;
@@ -334,8 +335,10 @@ impl SegmentReader {
                 }
             };
             from = page.next.clone();
-            let found = page.items.into_iter().flat_map(|(key, info)| {
-                pair(Wanted::default(), vec![(stores.item(&table, &key), StoredLock::Item(info))], None)
+            let date = page.date;
+            let found = page.items.into_iter().flat_map(|dynamodb::ScannedItem { key, info, record }| {
+                let part = StoredPart::new(stores.item(&table, &key), StoredLock::Item(info), record, date);
+                pair(Wanted::default(), vec![part], None)
             });
             let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
             if pages
@@ -383,9 +386,9 @@ impl SegmentReader {
             let (stores_here, failed) = (&stores, &failed);
             let found: Vec<Result<Vec<ListedEntry>, Trouble>> = stream::iter(store_keys)
                 .map(|store_key| async move {
-                    match stores_here.read(&store_key).await {
+                    match stores_here.read_part(&store_key).await {
                         Ok(None) => Ok(Vec::new()),
-                        Ok(Some(found)) => Ok(pair(Wanted::default(), vec![(store_key, found)], None)),
+                        Ok(Some(found)) => Ok(pair(Wanted::default(), vec![found], None)),
                         Err(failure) if failure.is_final() => {
                             let reason = visible(&failure.to_string());
                             Ok(vec![ListedEntry::UnreadableLock(UnreadableLock {
@@ -442,7 +445,7 @@ fn clamped(items: f64) -> i32 {
 }
 
 /// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
-/// read. If another lock is stored there by now, that lock is judged instead. If no lock is stored there any more, the
+/// read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored there any more, the
 /// entry is left out. Also returns how many locks were read again.
 async fn judged(
     mut entries: Vec<ListedEntry>,
@@ -463,12 +466,13 @@ async fn judged(
                 if !stale {
                     return Ok(vec![entry]);
                 }
-                let (store_key, before) = &lock.parts[0];
-                let Some(found) = stores.read(store_key).await? else { return Ok(Vec::new()) };
-                if found == *before {
+                let (store_key, read) = lock.parts[0].clone();
+                let before = StoredPart { store_key, stored: read, lease: lock.lease.clone() };
+                let Some(found) = stores.read_part(&before.store_key).await? else { return Ok(Vec::new()) };
+                if before.is_same_as(&found) {
                     return Ok(vec![entry]);
                 }
-                let mut changed = pair(Wanted::default(), vec![(store_key.clone(), found)], None);
+                let mut changed = pair(Wanted::default(), vec![found], None);
                 staleness.judge(&mut changed, &HostView::look());
                 Ok(changed)
             }

@@ -9,6 +9,7 @@ use super::Finding;
 use super::choose::{Choice, choose};
 use super::connection::{LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
+use super::lease_view;
 use super::output::{End, Output, Widths};
 use crate::cleanup::messages;
 use crate::console::{argument, length_of_time, visible, visible_whole};
@@ -122,6 +123,9 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     if let Some(workspace) = &lock.workspace {
         lines.push(("workspace".into(), visible(workspace)));
     }
+    if let Some(lease) = &lock.lease {
+        lines.extend(lease_view::lines(lease).into_iter().map(|(name, text)| (name.to_owned(), text)));
+    }
     let mut name = "stored in";
     for (store_key, _) in &lock.parts {
         lines.push((name.into(), visible(&store_key.describe())));
@@ -157,6 +161,7 @@ mod tests {
         FoundLock {
             info: LockInfo { id: "ID-7".into(), who: who.into(), path: "b/k".into(), ..LockInfo::default() },
             parts: vec![(place, StoredLock::Item(InfoAttribute::Text(r#"{"ID":"ID-7"}"#.into())))],
+            lease: None,
             workspace: None,
             notes: Vec::new(),
             rival: None,

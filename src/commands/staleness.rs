@@ -36,7 +36,7 @@ impl Staleness {
         let now = Timestamp::now();
         for entry in entries {
             if let ListedEntry::Lock(lock) = entry {
-                lock.judgement = host.judge(&lock.info);
+                lock.judgement = host.judge(&lock.info, lock.lease.as_ref());
                 lock.stale = self.is_met_by(lock, now);
             }
         }

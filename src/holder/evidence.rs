@@ -1,9 +1,13 @@
 //! Computes the verdict on a lock's holder. The verdict depends only on the observations ([`Seen`]) and on the lock.
 
 use crate::console;
+use crate::console::length_of_time;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
+use super::lease_text;
+use crate::lease::observed::{Freshness, KnownClaim, KnownLease, ObservedLease};
+use crate::lease::record::Fence;
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
@@ -11,7 +15,7 @@ use crate::time::saturating_add;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
-    /// It is proven that the holder is running.
+    /// It is proven that the holder is running, or the holder has renewed its lease in time.
     Alive,
     /// Nothing shows whether the holder is running.
     Unknown,
@@ -84,7 +88,8 @@ pub(crate) enum Claim {
     /// `disagrees` is the same as in [`Claim::Dead`].
     Late { disagrees: Option<&'static str>, had: bool },
     /// A run recorded the ID, but this process cannot determine whether that run is alive. `why` is the reason.
-    Foreign { why: &'static str },
+    /// `may_run_here` is true if processes that may belong to that run are running on this host.
+    Foreign { why: &'static str, may_run_here: bool },
 }
 
 /// A process that may be the holder.
@@ -101,6 +106,8 @@ pub(crate) struct PossibleHolder {
 pub(crate) struct Seen {
     /// `None` if neither the journal nor the pending requests have the lock's ID.
     pub(crate) claim: Option<Claim>,
+    /// The lease record beside the lock. `None` if the lock has none.
+    pub(crate) lease: Option<ObservedLease>,
     /// `user@host` of this user on this host, as terraform writes it.
     pub(crate) who: String,
     /// Whether this process can see every process of the machine, and not only those of a container.
@@ -129,15 +136,97 @@ pub(crate) struct Judgement {
 }
 
 /// Judges the holder of `lock`.
+///
+/// The journal of this host decides first, if it can. Then the lease decides: it is evidence on every host, because all
+/// its times are the service's. Only then does the likelihood count that this host has. A lease that has lapsed does
+/// not decide while a process is running on this host that may be the holder.
 pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     let mut evidence = Vec::new();
     let mut note = |seen: String, proves: &str| evidence.push(Evidence { seen, proves: proves.to_owned() });
-    let claimed = by_claim(seen.claim.as_ref(), &mut note);
-    let (verdict, reason) = match claimed {
-        Some(claimed) => claimed,
-        None => by_likelihood(lock, seen, &mut note),
+    let lease = seen.lease.as_ref();
+    let (verdict, reason) = match (by_claim(seen.claim.as_ref(), &mut note), &seen.claim) {
+        (Some((verdict, reason)), Some(Claim::Foreign { may_run_here, .. })) => {
+            by_lease(lease, Likelihood { verdict, reason, may_run_here: *may_run_here }, &mut note)
+        }
+        (Some(decided), _) => {
+            let undecided = Likelihood { verdict: decided.0, reason: String::new(), may_run_here: true };
+            by_lease(lease, undecided, &mut note);
+            decided
+        }
+        (None, _) => {
+            let likelihood = by_likelihood(lock, seen, &mut note);
+            by_lease(lease, likelihood, &mut note)
+        }
     };
     Judgement { verdict, reason, evidence }
+}
+
+/// What this host shows about a holder, without a proof.
+struct Likelihood {
+    verdict: Verdict,
+    reason: String,
+    /// Whether a process is running on this host that may be the holder.
+    may_run_here: bool,
+}
+
+/// Returns the verdict by the lease. If the lease does not decide, returns the one of `here`, and adds to its reason
+/// what the lease shows.
+fn by_lease(lease: Option<&ObservedLease>, here: Likelihood, note: &mut impl FnMut(String, &str)) -> (Verdict, String) {
+    let undecided = |shown: String| (here.verdict, format!("{}; {shown}", here.reason));
+    let lease = match lease.map(ObservedLease::known) {
+        None => return (here.verdict, here.reason),
+        Some(Err(doubt)) => {
+            note(doubt.to_string(), "nothing: the lock is judged as one without a lease");
+            return undecided(doubt.to_string());
+        }
+        Some(Ok(lease)) => lease,
+    };
+    let length = lease_text::length(lease.length);
+    let age = length_of_time(lease.age);
+    if lease.freshness == Freshness::Fresh {
+        let reason = format!("its lease was renewed {age} ago, by the service's clock");
+        note(
+            format!("the {length} lease of the lock was renewed {age} ago, by the service's clock"),
+            "that the holder is alive",
+        );
+        return (Verdict::Alive, reason);
+    }
+    if !lease.is_same_region {
+        let region = console::visible(&lease.record.region);
+        let shown = format!("its {length} lease was last renewed {age} ago, but in another region ({region})");
+        note(shown.clone(), "nothing: newer renewals may not have arrived in this region yet");
+        return undecided(shown);
+    }
+    let (shown, proves) = lapsed(&lease, &length, &age);
+    note(format!("{shown}, by the service's clock"), proves);
+    if here.may_run_here { undecided(shown) } else { (Verdict::LikelyDead, shown) }
+}
+
+/// Returns what a lapsed lease shows, and what that proves. `length` and `age` are those of the lease, in words.
+fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static str) {
+    const NO_PROMISE: &str = "its host does not promise to stop terraform in time";
+    match (lease.claim, lease.fence()) {
+        (Some(KnownClaim { claim, age, has_lapsed }), _) => {
+            let by = match console::visible(&claim.by) {
+                by if by.is_empty() => "another host".to_owned(),
+                by => by,
+            };
+            let rest = if has_lapsed { ", but has not released it" } else { "" };
+            let age = length_of_time(age);
+            (
+                format!("{by} claimed the lock {age} ago, because its lease had lapsed{rest}"),
+                "that the holder is likely dead",
+            )
+        }
+        (None, Fence::Stop) => (
+            format!("its {length} lease was last renewed {age} ago"),
+            "that the holder is likely dead: its host stops terraform before the lease lapses",
+        ),
+        (None, Fence::None) => (
+            format!("its {length} lease was last renewed {age} ago, but {NO_PROMISE}"),
+            "that the holder is likely dead, and no more: terraform may be running without its lease",
+        ),
+    }
 }
 
 fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Option<(Verdict, String)> {
@@ -204,20 +293,21 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
             );
             (Verdict::Dead, "the terraform that requested the lock died on this host before it got an answer".into())
         }
-        Some(Claim::Foreign { why }) => {
+        Some(Claim::Foreign { why, .. }) => {
             note(format!("the journal of this host has a record of this lock, but {why}"), "nothing");
             (Verdict::Unknown, format!("a run on this host recorded the lock, but {why}"))
         }
     })
 }
 
-fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &str)) -> (Verdict, String) {
+fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &str)) -> Likelihood {
+    let no_process = |verdict, reason| Likelihood { verdict, reason, may_run_here: false };
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);
     let shown = console::visible(theirs);
     if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
         note(format!("the lock's Who has the host name {shown:?}, which many machines have"), "nothing");
-        return (
+        return no_process(
             Verdict::Unknown,
             format!("the lock's Who does not identify a machine, because many machines have the name {shown:?}"),
         );
@@ -234,7 +324,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
         } else {
             format!("the lock was taken on another host ({shown})")
         };
-        return (Verdict::Unknown, reason);
+        return no_process(Verdict::Unknown, reason);
     }
     note(format!("the lock's Who has the name of this host, {shown}"), "little: two machines may have the same name");
     if !seen.sees_all {
@@ -242,14 +332,14 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
             "tf is running in a container".into(),
             "nothing: the holder may be outside that container, or in another container with this host name",
         );
-        return (
+        return no_process(
             Verdict::Unknown,
             "the lock's Who has the name of this host, but tf is in a container and cannot see all processes".into(),
         );
     }
     let Some(created) = lock.created() else {
         note("the lock's Created is not a time".into(), "nothing");
-        return (Verdict::Unknown, "the lock's Created is not a time".into());
+        return no_process(Verdict::Unknown, "the lock's Created is not a time".into());
     };
     if let Some(boot_time) = seen.boot_time.filter(|boot_time| saturating_add(created, CLOCK_SLACK_WINDOW) < *boot_time)
     {
@@ -257,7 +347,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
             format!("the lock was created before this host was started ({boot_time:.0})"),
             "that the holder is likely dead, if the lock's Who means this host",
         );
-        return (Verdict::LikelyDead, "the lock was created before this host was started".into());
+        return no_process(Verdict::LikelyDead, "the lock was created before this host was started".into());
     }
     let mut older = seen
         .terraforms
@@ -269,7 +359,8 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
             format!("{name} (pid {}) is running on this host and started before the lock was created", process.pid),
             "that the holder may be alive",
         );
-        return (Verdict::Unknown, format!("the holder may be {name} (pid {}) on this host", process.pid));
+        let reason = format!("the holder may be {name} (pid {}) on this host", process.pid);
+        return Likelihood { verdict: Verdict::Unknown, reason, may_run_here: true };
     }
     note(
         "no terraform that started before the lock was created is running on this host".into(),
@@ -277,13 +368,13 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &st
     );
     if lock.who == seen.who {
         note("the lock's Who is this user on this host".into(), "little");
-        return (
+        return no_process(
             Verdict::LikelyDead,
             "the lock's Who is this user on this host, where no terraform from that time is running".into(),
         );
     }
     note("the lock's Who is another user on this host".into(), "nothing");
-    (Verdict::Unknown, "the lock's Who is another user on this host".into())
+    no_process(Verdict::Unknown, "the lock's Who is another user on this host".into())
 }
 
 /// Returns the host name in a lock's `Who`: the part after the last `@`. A user name may contain an `@`, but a host
@@ -366,6 +457,8 @@ fn names_no_machine(host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::observed::tests::lease;
+    use crate::lease::record::NotBelieved;
 
     #[test]
     fn a_name_that_many_machines_have_names_none() {
@@ -454,7 +547,7 @@ mod tests {
             (Claim::Late { disagrees: None, had: false }, Verdict::Dead),
             (Claim::Late { disagrees: None, had: true }, Verdict::Dead),
             (Claim::Late { disagrees: Some("its Who differs"), had: false }, Verdict::Unknown),
-            (Claim::Foreign { why: "it ran on another machine" }, Verdict::Unknown),
+            (Claim::Foreign { why: "it ran on another machine", may_run_here: false }, Verdict::Unknown),
         ]
     }
 
@@ -522,6 +615,135 @@ mod tests {
     #[test]
     fn only_a_dead_or_likely_dead_holder_makes_a_lock_stale() {
         assert_eq!(Verdict::ALL.map(Verdict::is_stale), [false, false, true, true]);
+    }
+
+    /// Every lease with everything that this host can see: the journal decides first, then a lease of which something
+    /// is known, and a lapsed one only if no process of this host may be the holder.
+    #[test]
+    fn a_lease_decides_where_the_journal_does_not() {
+        let old = PossibleHolder { pid: 9, program: "terraform".into(), started: None };
+        let claims = || claims().into_iter().map(|(claim, _)| Some(claim)).chain([None]);
+        for (name, lease) in leases() {
+            for claim in claims().chain([Some(Claim::Foreign { why: "its processes run", may_run_here: true })]) {
+                for who in ["anna@vm", "bert@vm", "anna@other", "anna@localhost", "nobody", ""] {
+                    for bits in 0..4_u8 {
+                        let terraforms = if bits & 1 != 0 { vec![old.clone()] } else { Vec::new() };
+                        let sees_all = bits & 2 != 0;
+                        let without = Seen { claim: claim.clone(), sees_all, terraforms, ..seen() };
+                        let with = Seen { lease: Some(lease.clone()), ..without.clone() };
+                        let (without, with) = (judge(&lock(who, MADE), &without), judge(&lock(who, MADE), &with));
+                        let journal =
+                            matches!(claim, Some(Claim::Living { .. } | Claim::Dead { .. } | Claim::Late { .. }));
+                        let may_run_here = match claim {
+                            Some(Claim::Foreign { may_run_here, .. }) => may_run_here,
+                            _ => bits == 3 && who.ends_with("@vm"),
+                        };
+                        let expected = match name {
+                            _ if journal => without.verdict,
+                            "fresh" => Verdict::Alive,
+                            "lapsed" if !may_run_here => Verdict::LikelyDead,
+                            _ => without.verdict,
+                        };
+                        assert_eq!(with.verdict, expected, "{lease:?} {claim:?} {who} {bits}: {with:?}");
+                        // What this host shows is listed too, and the lease always is.
+                        assert_eq!(with.evidence.len(), without.evidence.len() + 1, "{with:?}");
+                        assert_eq!(with.evidence[..without.evidence.len()], without.evidence[..]);
+                        if journal {
+                            assert_eq!(with.reason, without.reason);
+                        } else if with.verdict == without.verdict && name != "lapsed" {
+                            assert!(with.reason.starts_with(&format!("{}; ", without.reason)), "{with:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns leases of all kinds. The name says what they show.
+    fn leases() -> Vec<(&'static str, ObservedLease)> {
+        let stop = |age, claimed| lease("id", age, claimed, Fence::Stop);
+        let not_believed = [
+            NotBelieved::TooLarge,
+            NotBelieved::Malformed,
+            NotBelieved::Format,
+            NotBelieved::AnotherLock,
+            NotBelieved::Length,
+            NotBelieved::Future,
+        ];
+        let not_believed =
+            not_believed.map(|reason| ("nothing", ObservedLease { record: Err(reason), ..stop(0, None) }));
+        let elsewhere = |lease| ObservedLease { region: "elsewhere".to_owned(), ..lease };
+        let leases = vec![
+            ("fresh", stop(40, None)),
+            ("fresh", lease("id", 40, None, Fence::None)),
+            ("fresh", elsewhere(stop(40, None))),
+            ("lapsed", stop(2820, None)),
+            ("lapsed", lease("id", 2820, None, Fence::None)),
+            ("lapsed", stop(2820, Some(5))),
+            ("lapsed", stop(2820, Some(100))),
+            ("nothing", elsewhere(stop(2820, None))),
+            ("nothing", elsewhere(stop(2820, Some(5)))),
+            ("nothing", stop(-60, None)),
+            ("nothing", ObservedLease { date: None, ..stop(2820, None) }),
+        ];
+        leases.into_iter().chain(not_believed).collect()
+    }
+
+    #[test]
+    fn a_lease_says_when_it_was_renewed_and_by_whom_it_was_claimed() {
+        let host = "the lock was taken on another host (other)";
+        for (lease, expected) in [
+            (lease("id", 40, None, Fence::Stop), "its lease was renewed 40 s ago, by the service's clock".to_owned()),
+            (lease("id", 2820, None, Fence::Stop), "its 5 min lease was last renewed 47 min 0 s ago".to_owned()),
+            (
+                lease("id", 2820, None, Fence::None),
+                "its 5 min lease was last renewed 47 min 0 s ago, but its host does not promise to stop terraform in time"
+                    .to_owned(),
+            ),
+            (
+                lease("id", 2820, Some(5), Fence::Stop),
+                "bert@ci-8 claimed the lock 5 s ago, because its lease had lapsed".to_owned(),
+            ),
+            (
+                lease("id", 2820, Some(100), Fence::Stop),
+                "bert@ci-8 claimed the lock 1 min 40 s ago, because its lease had lapsed, but has not released it"
+                    .to_owned(),
+            ),
+            (
+                ObservedLease { record: Err(NotBelieved::TooLarge), ..lease("id", 0, None, Fence::Stop) },
+                format!("{host}; its lease record is too large"),
+            ),
+            (
+                ObservedLease { region: "s".to_owned(), ..lease("id", 2820, None, Fence::Stop) },
+                format!("{host}; its 5 min lease was last renewed 47 min 0 s ago, but in another region (r)"),
+            ),
+        ] {
+            let seen = Seen { lease: Some(lease), ..seen() };
+            assert_eq!(judge(&lock("anna@other", MADE), &seen).reason, expected);
+        }
+    }
+
+    #[test]
+    fn a_lease_shows_no_raw_text_of_a_stranger() {
+        for region in ["r", "s"] {
+            let mut lease = lease("id", 2820, Some(5), Fence::Stop);
+            if let Ok(record) = &mut lease.record {
+                record.region = "r\u{1b}[2J".to_owned();
+                record.taken.as_mut().unwrap().by = "\u{1b}]0;x\u{7}\n\u{202e}".repeat(50);
+            }
+            region.clone_into(&mut lease.region);
+            if region == "r" {
+                "r\u{1b}[2J".clone_into(&mut lease.region);
+            }
+            let judgement = judge(&lock("anna@other", MADE), &Seen { lease: Some(lease), ..seen() });
+            let said = format!(
+                "{} {}",
+                judgement.reason,
+                judgement.evidence.iter().fold(String::new(), |all, one| all + &one.seen)
+            );
+            assert!(!said.chars().any(char::is_control) && !said.contains('\u{202e}'), "{said:?}");
+            assert!(said.len() < 4096, "{}", said.len());
+        }
     }
 
     #[test]

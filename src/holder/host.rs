@@ -12,6 +12,7 @@ use super::evidence::{Claim, Judgement, PossibleHolder, Seen, judge};
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{FoundRun, Journal, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
+use crate::lease::observed::ObservedLease;
 use crate::lock::proof::{self, Run};
 use crate::sys::plain_host;
 use crate::sys::process::{self, Process};
@@ -67,6 +68,7 @@ impl HostView {
         }
         let seen = Seen {
             claim: None,
+            lease: None,
             who: lock_info::who(),
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
             is_plain: plain_host::is_plain(),
@@ -76,9 +78,10 @@ impl HostView {
         Self { recorded, late, seen }
     }
 
-    /// Judges the holder of `lock`, which must have been read before this `HostView` was made.
-    pub(crate) fn judge(&self, lock: &LockInfo) -> Judgement {
-        judge(lock, &Seen { claim: self.claim(lock), ..self.seen.clone() })
+    /// Judges the holder of `lock`, which must have been read before this `HostView` was made. `lease` is the lease
+    /// record that was read with the lock. `None` if there is none.
+    pub(crate) fn judge(&self, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
+        judge(lock, &Seen { claim: self.claim(lock), lease: lease.cloned(), ..self.seen.clone() })
     }
 
     /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
@@ -111,7 +114,7 @@ impl HostView {
                     terraform: record.terraform,
                     command: format!("{} {}", record.program, record.command),
                 },
-                RunState::Foreign(why) => Claim::Foreign { why },
+                RunState::Foreign(why) => Claim::Foreign { why, may_run_here: *why == DOUBTFUL },
                 RunState::Recovering | RunState::Dead => {
                     let of_run = record.proof();
                     let recorded = record.log.unreleased().find(|recorded| recorded.id == lock.id)?;
@@ -207,7 +210,7 @@ mod tests {
         for (state, [agreeing, disagreeing]) in [
             (RunState::Dead, [dead(false, None), dead(false, who)]),
             (RunState::Recovering, [dead(true, None), dead(true, who)]),
-            (RunState::Foreign("why"), [Claim::Foreign { why: "why" }, Claim::Foreign { why: "why" }]),
+            (RunState::Foreign("why"), [(); 2].map(|()| Claim::Foreign { why: "why", may_run_here: false })),
             (
                 RunState::Living,
                 [0, 1].map(|_| Claim::Living {

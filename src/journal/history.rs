@@ -47,6 +47,9 @@ pub(crate) enum What {
     Refused,
     /// Another run locked the state while the run that held this lock was working.
     Replaced,
+    /// The lease of the lock had lapsed, so this host took the lock from its holder and released it.
+    #[serde(rename = "taken over")]
+    TakenOver,
 }
 
 /// The process that caused an event.
@@ -57,7 +60,7 @@ pub(crate) enum By {
     Tf,
     /// The guardian of that `tf`, after `tf` was killed.
     Guardian,
-    /// A later `tf`, or `tf locks recover`.
+    /// A later `tf`, or `tf locks recover`. For [`What::TakenOver`], a `tf` on any host whose terraform needs the lock.
     Recovery,
     /// A person, with `tf locks release`.
     Command,

@@ -30,17 +30,33 @@ pub(crate) struct HostIdentity {
     hardware: BTreeMap<String, Vec<String>>,
 }
 
-/// Returns the first 64 bits of the SHA-256 of `kind` and each identity. 64 bits are enough for a comparison. The
-/// record contains the hashes so that it does not contain serial numbers.
+/// Returns the first 64 bits of the SHA-256 of `kind` and `identity`, in hexadecimal digits. 64 bits are enough for a
+/// comparison. Records contain the hashes so that they do not contain serial numbers.
+pub(crate) fn hash(kind: &str, identity: &str) -> String {
+    let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
+    digest.iter().take(8).fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
-    let hash = |identity: &String| {
-        let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(identity).finalize();
-        digest.iter().take(8).fold(String::new(), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
-    };
-    identities.iter().map(hash).collect()
+    identities.iter().map(|identity| hash(kind, identity)).collect()
+}
+
+fn line(path: &str) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+/// Returns this machine's ID (machine-id(5)). `None` in many containers.
+pub(crate) fn machine_id() -> Option<String> {
+    let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    line("/etc/machine-id").filter(is_id).or_else(plain_host::machine_id)
+}
+
+/// Returns the ID of this boot (`/proc/sys/kernel/random/boot_id`). `None` if it cannot be read.
+pub(crate) fn boot_id() -> Option<String> {
+    line("/proc/sys/kernel/random/boot_id").filter(|id| !id.is_empty())
 }
 
 /// What this process can prove about a run that was started on a [`HostIdentity`].
@@ -57,11 +73,9 @@ pub(crate) enum Standpoint {
 impl HostIdentity {
     /// Returns the identity of this host. `journal` is a directory on the file system of the journal.
     pub(crate) fn here(journal: &Path) -> Self {
-        let line = |path| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
-        let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
         Self {
-            machine: line("/etc/machine-id").filter(is_id).or_else(plain_host::machine_id),
-            boot: line("/proc/sys/kernel/random/boot_id").filter(|id| !id.is_empty()),
+            machine: machine_id(),
+            boot: boot_id(),
             processes: process::pid_namespace(),
             filesystem: filesystem::identity(journal),
             hardware: machine::identities()

@@ -1,6 +1,8 @@
 //! The DynamoDB part of a lock: an item whose `LockID` is the lock's path and whose `Info` attribute is the lock's JSON
 //! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
+use std::collections::HashMap;
+
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
@@ -11,10 +13,16 @@ use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationI
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
+use jiff::Timestamp;
+use serde_json::Value;
 
 use super::deleted::Deleted;
+use super::service_time::ServiceTime;
+use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
+use crate::lease::record::{FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
 use crate::terraform::backend::CachedBackend;
+use crate::terraform::lock_info::LockInfo;
 
 /// Returns a client for the table of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
@@ -95,6 +103,107 @@ impl InfoAttribute {
     }
 }
 
+/// The item of a lock with all its attributes, as it was read.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Item(HashMap<String, AttributeValue>);
+
+/// The largest item that a write stores for one write capacity unit, in bytes (DynamoDB Developer Guide, "Read and
+/// write operations").
+pub(crate) const MAX_ITEM_BYTES: usize = 1024;
+
+impl Item {
+    /// Returns the `Info` attribute.
+    pub(crate) fn info(&self) -> InfoAttribute {
+        InfoAttribute::of(self.0.get("Info").cloned())
+    }
+
+    /// Parses the lease record of the lock `lock`. `None` if the item has no attribute `tf`.
+    pub(crate) fn record(&self, lock: &str) -> Option<Result<Record, NotBelieved>> {
+        let value = match self.0.get(FIELD)? {
+            // Another type cannot be a record of ours, and its members could not be compared.
+            value @ AttributeValue::M(_) if size_of(value) > MAX_RECORD_BYTES => {
+                return Some(Err(NotBelieved::TooLarge));
+            }
+            value @ AttributeValue::M(_) => value_of(value, 0),
+            _ => None,
+        };
+        Some(value.ok_or(NotBelieved::Malformed).and_then(|value| Record::of_value(&value, lock)))
+    }
+
+    /// Returns the item with `record` in place of its record. Facts about the holder are left out if the item would be
+    /// larger than [`MAX_ITEM_BYTES`].
+    fn with(&self, record: &Record) -> Self {
+        let with = |record: &Record| {
+            let mut item = self.clone();
+            item.0.insert(FIELD.to_owned(), attribute_of(&record.to_value()));
+            item
+        };
+        with(&record.cut(|record| with(record).size() <= MAX_ITEM_BYTES))
+    }
+
+    /// Returns the size of the item in bytes, as DynamoDB computes it.
+    fn size(&self) -> usize {
+        self.0.iter().map(|(name, value)| name.len() + size_of(value)).sum()
+    }
+}
+
+/// Returns the size of an attribute's value in bytes, as DynamoDB computes it (DynamoDB Developer Guide, "Item sizes
+/// and formats"). For a number it is the upper limit.
+fn size_of(value: &AttributeValue) -> usize {
+    match value {
+        AttributeValue::S(text) => text.len(),
+        AttributeValue::N(number) => number_size(number),
+        AttributeValue::B(bytes) => bytes.as_ref().len(),
+        AttributeValue::Ss(texts) => texts.iter().map(String::len).sum(),
+        AttributeValue::Ns(numbers) => numbers.iter().map(|number| number_size(number)).sum(),
+        AttributeValue::Bs(list) => list.iter().map(|bytes| bytes.as_ref().len()).sum(),
+        AttributeValue::M(map) => 3 + map.iter().map(|(name, value)| 1 + name.len() + size_of(value)).sum::<usize>(),
+        AttributeValue::L(list) => 3 + list.iter().map(|value| 1 + size_of(value)).sum::<usize>(),
+        _ => 1,
+    }
+}
+
+/// One byte for two digits, one more, and one more if the number is negative.
+fn number_size(number: &str) -> usize {
+    number.len().div_ceil(2) + 2
+}
+
+/// Returns the attribute value with the content of a JSON value.
+fn attribute_of(value: &Value) -> AttributeValue {
+    match value {
+        Value::Null => AttributeValue::Null(true),
+        Value::Bool(value) => AttributeValue::Bool(*value),
+        Value::Number(number) => AttributeValue::N(number.to_string()),
+        Value::String(text) => AttributeValue::S(text.clone()),
+        Value::Array(list) => AttributeValue::L(list.iter().map(attribute_of).collect()),
+        Value::Object(map) => {
+            AttributeValue::M(map.iter().map(|(name, value)| (name.clone(), attribute_of(value))).collect())
+        }
+    }
+}
+
+/// Returns the JSON value with the content of an attribute value that lies below `depth` others. `None` if JSON has no
+/// such value, or if it is nested more deeply than DynamoDB permits (32 levels).
+fn value_of(value: &AttributeValue, depth: usize) -> Option<Value> {
+    if depth > 32 {
+        return None;
+    }
+    Some(match value {
+        AttributeValue::Null(_) => Value::Null,
+        AttributeValue::Bool(value) => Value::Bool(*value),
+        AttributeValue::N(number) => Value::Number(serde_json::from_str(number).ok()?),
+        AttributeValue::S(text) => Value::String(text.clone()),
+        AttributeValue::L(list) => {
+            Value::Array(list.iter().map(|value| value_of(value, depth + 1)).collect::<Option<_>>()?)
+        }
+        AttributeValue::M(map) => {
+            let member = |(name, value): (&String, _)| Some((name.clone(), value_of(value, depth + 1)?));
+            Value::Object(map.iter().map(member).collect::<Option<_>>()?)
+        }
+        _ => return None,
+    })
+}
+
 /// The item of a lock: its table, and its `LockID`, which is `bucket/key` of the state.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ItemKey<'a> {
@@ -161,6 +270,140 @@ async fn attribute(
     Ok(answer.item.map(|mut item| item.remove(name)))
 }
 
+/// Reads the whole item as it is now (a consistent read), and the service's time in the response. The first is `None`
+/// if there is no such item.
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails, for example because there is no such table.
+pub(crate) async fn read_item(client: &Client, key: ItemKey<'_>) -> Result<(Option<Item>, Option<Timestamp>), Failure> {
+    let time = ServiceTime::default();
+    let request = client.get_item().table_name(key.table).key("LockID", key.lock_id()).consistent_read(true);
+    let answer = request.customize().interceptor(time.clone()).send().await;
+    let answer = answer.map_err(|error| failure("dynamodb:GetItem", &error))?;
+    Ok((answer.item.map(Item), time.get()))
+}
+
+/// Replaces the record of the item `read` by `record`, on the condition that it is still the same lock, is not claimed,
+/// and has no record that is as new ([`crate::lease::record::Renewal::replaces`]). Every other attribute is written as
+/// it was read. So a `PutItem` is enough, which terraform's own policy permits; an `UpdateItem` is not in that policy.
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails for a reason other than its condition. It may have been written
+/// nevertheless.
+pub(crate) async fn renew(
+    client: &Client,
+    key: ItemKey<'_>,
+    read: &Item,
+    record: &Record,
+) -> Result<Written<Item>, Failure> {
+    let number = |number: &dyn ToString| AttributeValue::N(number.to_string());
+    let renewal = record.renewal();
+    let condition = Condition::default()
+        .info(read)
+        .and("attribute_not_exists(#tf.#taken)")
+        .and(
+            "(attribute_not_exists(#tf) OR #tf.#renewed < :renewed OR (#tf.#renewed = :renewed AND #tf.#beat < :beat))",
+        )
+        .name("#tf", FIELD)
+        .name("#taken", "taken")
+        .name("#renewed", "renewed")
+        .name("#beat", "beat")
+        .value(":renewed", number(&renewal.renewed))
+        .value(":beat", number(&renewal.beat));
+    put(client, key, read.with(record), condition).await
+}
+
+/// Replaces the record of the item `read` by `claim`, on the condition that lock and record are exactly as they were
+/// read.
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails for a reason other than its condition. It may have been written
+/// nevertheless.
+pub(crate) async fn claim(
+    client: &Client,
+    key: ItemKey<'_>,
+    read: &Item,
+    claim: &Record,
+) -> Result<Written<Item>, Failure> {
+    put(client, key, read.with(claim), Condition::default().info(read).record(read)).await
+}
+
+/// Deletes the item, on the condition that lock and record are exactly those of `claimed`.
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails for a reason other than its condition.
+pub(crate) async fn delete_claimed(client: &Client, key: ItemKey<'_>, claimed: &Item) -> Result<Deleted, Failure> {
+    let condition = Condition::default().info(claimed).record(claimed);
+    let request = client
+        .delete_item()
+        .table_name(key.table)
+        .key("LockID", key.lock_id())
+        .condition_expression(condition.text)
+        .set_expression_attribute_names(Some(condition.names))
+        .set_expression_attribute_values(Some(condition.values).filter(|values| !values.is_empty()));
+    deleted(request.send().await)
+}
+
+/// The condition of a write.
+#[derive(Debug, Default)]
+struct Condition {
+    text: String,
+    names: HashMap<String, String>,
+    values: HashMap<String, AttributeValue>,
+}
+
+impl Condition {
+    /// `Info` is as in `item`.
+    fn info(self, item: &Item) -> Self {
+        self.equal("#info", "Info", ":info", item)
+    }
+
+    /// The record is as in `item`.
+    fn record(self, item: &Item) -> Self {
+        self.equal("#tf", FIELD, ":tf", item)
+    }
+
+    fn equal(self, name: &str, attribute: &str, value: &str, item: &Item) -> Self {
+        let condition = self.name(name, attribute);
+        match item.0.get(attribute) {
+            Some(read) => condition.and(&format!("{name} = {value}")).value(value, read.clone()),
+            // There must be an item: this is never true for a lock that is gone.
+            None => condition.and(&format!("attribute_exists(LockID) AND attribute_not_exists({name})")),
+        }
+    }
+
+    fn and(mut self, text: &str) -> Self {
+        if !self.text.is_empty() {
+            self.text.push_str(" AND ");
+        }
+        self.text.push_str(text);
+        self
+    }
+
+    fn name(mut self, name: &str, attribute: &str) -> Self {
+        self.names.insert(name.to_owned(), attribute.to_owned());
+        self
+    }
+
+    fn value(mut self, name: &str, value: AttributeValue) -> Self {
+        self.values.insert(name.to_owned(), value);
+        self
+    }
+}
+
+async fn put(client: &Client, key: ItemKey<'_>, item: Item, condition: Condition) -> Result<Written<Item>, Failure> {
+    let time = ServiceTime::default();
+    let request = client
+        .put_item()
+        .table_name(key.table)
+        .set_item(Some(item.0.clone()))
+        .condition_expression(condition.text)
+        .set_expression_attribute_names(Some(condition.names))
+        .set_expression_attribute_values(Some(condition.values).filter(|values| !values.is_empty()));
+    let answer = request.customize().interceptor(time.clone()).send().await;
+    Ok(if written(answer.map(drop))? { Written::Yes(item, time.get()) } else { Written::Changed })
+}
+
 /// The properties of a table on which a scan and a conditional delete depend.
 #[derive(Clone, Debug)]
 pub(crate) struct Description {
@@ -210,17 +453,43 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
     })
 }
 
+/// An item that a scan has found.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ScannedItem {
+    /// The `LockID`.
+    pub(crate) key: String,
+    pub(crate) info: InfoAttribute,
+    /// The lease record, or the reason why it is not believed. `None` if the item has no attribute `tf`, or if it is
+    /// not a lock.
+    pub(crate) record: Option<Result<Record, NotBelieved>>,
+}
+
+impl ScannedItem {
+    fn of(mut attributes: HashMap<String, AttributeValue>) -> Self {
+        let key = match attributes.remove("LockID") {
+            Some(AttributeValue::S(text)) => text,
+            _ => String::new(),
+        };
+        let mut item = Item(attributes);
+        let lock = LockInfo::parse(item.info().text());
+        let record = lock.and_then(|lock| item.record(&lock.id));
+        Self { key, info: InfoAttribute::of(item.0.remove("Info")), record }
+    }
+}
+
 /// One page of a scan.
 #[derive(Debug, Default)]
 pub(crate) struct TablePage {
-    /// The `LockID` and the `Info` attribute of each item that is not a digest.
-    pub(crate) items: Vec<(String, InfoAttribute)>,
+    /// Each item that is not a digest.
+    pub(crate) items: Vec<ScannedItem>,
+    /// The service's time in the response. `None` if the response has none that counts ([`super::service_time`]).
+    pub(crate) date: Option<Timestamp>,
     /// How many items the service examined for this page, digests included.
     pub(crate) scanned: u64,
     /// How many read capacity units the page used. `None` if the service does not report it.
     pub(crate) consumed: Option<f64>,
     /// The key after which the next page begins. `None` if this is the last page.
-    pub(crate) next: Option<std::collections::HashMap<String, AttributeValue>>,
+    pub(crate) next: Option<HashMap<String, AttributeValue>>,
 }
 
 /// Reads one page of a segment of a table. The page begins after the key `from`, or at the start of the segment if
@@ -234,8 +503,9 @@ pub(crate) async fn scan(
     table: &str,
     segment: Segment,
     limit: Option<i32>,
-    from: Option<std::collections::HashMap<String, AttributeValue>>,
+    from: Option<HashMap<String, AttributeValue>>,
 ) -> Result<TablePage, Failure> {
+    let time = ServiceTime::default();
     let answer = client
         .scan()
         .table_name(table)
@@ -243,24 +513,21 @@ pub(crate) async fn scan(
         .total_segments(segment.of)
         .set_limit(limit)
         .set_exclusive_start_key(from)
-        .projection_expression("LockID, #info")
+        // The service charges for the whole item, whatever is projected.
+        .projection_expression("LockID, #info, #tf")
         // Most items of the table are digests of states, so leave those out.
         .filter_expression("attribute_exists(#info) OR attribute_not_exists(Digest)")
         .expression_attribute_names("#info", "Info")
+        .expression_attribute_names("#tf", FIELD)
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
+        .customize()
+        .interceptor(time.clone())
         .send()
         .await
         .map_err(|error| failure("dynamodb:Scan", &error))?;
-    let items = answer.items.unwrap_or_default().into_iter().map(|mut item| {
-        let text = |value: AttributeValue| match value {
-            AttributeValue::S(text) => Some(text),
-            _ => None,
-        };
-        let info = InfoAttribute::of(item.remove("Info"));
-        (item.remove("LockID").and_then(text).unwrap_or_default(), info)
-    });
     Ok(TablePage {
-        items: items.collect(),
+        items: answer.items.unwrap_or_default().into_iter().map(ScannedItem::of).collect(),
+        date: time.get(),
         scanned: answer.scanned_count.try_into().unwrap_or(0),
         consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
         next: answer.last_evaluated_key.filter(|key| !key.is_empty()),
@@ -369,6 +636,115 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn item(info: &str) -> Item {
+        let attributes = [
+            ("LockID", AttributeValue::S("bucket/key".into())),
+            ("Info", AttributeValue::S(info.into())),
+            ("Owner", AttributeValue::Ss(vec!["a".into()])),
+        ];
+        Item(attributes.map(|(name, value)| (name.to_owned(), value)).into())
+    }
+
+    fn record() -> Record {
+        use crate::lease::record::{Claim, Fence, Renewal};
+        let terms = crate::lease::terms::Terms::new(std::time::Duration::from_mins(5)).unwrap();
+        let mut record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop);
+        record.keeper = u64::MAX;
+        record.holder.job = "j".repeat(600);
+        record.holder.host = "vm".to_owned();
+        record.taken = Some(Claim { by: "o@h".into(), at: -1, number: u64::MAX });
+        record
+    }
+
+    #[test]
+    fn an_item_has_the_record_that_was_put_into_it_and_every_other_attribute() {
+        let with = item("{}").with(&record());
+        assert_eq!(with.record("id"), Some(Ok(record())));
+        assert_eq!(with.record("other"), Some(Err(NotBelieved::AnotherLock)));
+        assert_eq!(item("{}").record("id"), None);
+        let mut without = with;
+        without.0.remove(FIELD);
+        assert_eq!(without, item("{}"));
+    }
+
+    #[test]
+    fn a_scanned_item_has_a_record_of_at_most_2_kib_and_only_if_it_is_a_lock() {
+        let lock = r#"{"ID":"id","Path":"b/k"}"#;
+        let scanned = |item: Item| ScannedItem::of(item.0);
+        let with = scanned(item(lock).with(&record()));
+        assert_eq!((with.key.as_str(), with.info.text()), ("bucket/key", lock));
+        assert!(with.record.is_some_and(|record| record.is_ok()));
+        assert_eq!(scanned(item(lock)).record, None);
+        assert_eq!(scanned(item("{}").with(&record())).record, None);
+        let text = |length: usize| AttributeValue::S("x".repeat(length));
+        for (value, reason) in [
+            (AttributeValue::M([("x".to_owned(), text(2048))].into()), NotBelieved::TooLarge),
+            (AttributeValue::M([("x".to_owned(), text(9))].into()), NotBelieved::Malformed),
+            (AttributeValue::M(HashMap::new()), NotBelieved::Malformed),
+            (text(300_000), NotBelieved::Malformed),
+            (AttributeValue::Null(true), NotBelieved::Malformed),
+            (AttributeValue::L(vec![AttributeValue::Bool(true)]), NotBelieved::Malformed),
+        ] {
+            let mut item = item(lock);
+            item.0.insert(FIELD.to_owned(), value);
+            assert_eq!(scanned(item).record, Some(Err(reason)));
+        }
+    }
+
+    #[test]
+    fn an_item_with_a_record_is_one_write_unit() {
+        let with = item(&"i".repeat(400)).with(&record());
+        assert!(with.size() <= MAX_ITEM_BYTES, "{}", with.size());
+        let stored = with.record("id").unwrap().unwrap();
+        assert_eq!((stored.holder.job.as_str(), stored.holder.host.as_str()), ("", "vm"));
+        // The paths of the lock alone are larger.
+        let large = item(&"i".repeat(2000)).with(&record()).record("id").unwrap().unwrap();
+        assert_eq!((large.holder.host.as_str(), large.renewal()), ("", record().renewal()));
+    }
+
+    #[test]
+    fn an_attribute_that_is_no_record_is_not_believed() {
+        let mut deep = AttributeValue::Null(true);
+        for _ in 0..40 {
+            deep = AttributeValue::M([("x".to_owned(), deep)].into());
+        }
+        let text = |text: String| AttributeValue::S(text);
+        let map = |name: &str, value| AttributeValue::M([(name.to_owned(), value)].into());
+        for (value, reason) in [
+            (text(record().to_json()), NotBelieved::Malformed),
+            (AttributeValue::M(HashMap::new()), NotBelieved::Malformed),
+            (AttributeValue::L(vec![]), NotBelieved::Malformed),
+            (map("v", AttributeValue::N("NaN".into())), NotBelieved::Malformed),
+            (map("v", AttributeValue::B(aws_sdk_dynamodb::primitives::Blob::new("x"))), NotBelieved::Malformed),
+            (map("x", text("x".repeat(3000))), NotBelieved::TooLarge),
+            (deep, NotBelieved::Malformed),
+        ] {
+            let mut item = item("{}");
+            item.0.insert(FIELD.to_owned(), value.clone());
+            assert_eq!(item.record("id"), Some(Err(reason)), "{value:?}");
+        }
+    }
+
+    /// DynamoDB Developer Guide, "Item sizes and formats".
+    #[test]
+    fn an_item_is_as_large_as_its_names_and_values() {
+        let number = |number: &str| AttributeValue::N(number.into());
+        for (value, size) in [
+            (AttributeValue::S("é".into()), 2),
+            (AttributeValue::Bool(true), 1),
+            (AttributeValue::Null(true), 1),
+            (AttributeValue::M(HashMap::new()), 3),
+            (AttributeValue::M([("ab".to_owned(), AttributeValue::S("cde".into()))].into()), 3 + 1 + 2 + 3),
+            (AttributeValue::L(vec![AttributeValue::S("cde".into())]), 3 + 1 + 3),
+            (AttributeValue::Ss(vec!["a".into(), "bc".into()]), 3),
+        ] {
+            assert_eq!(size_of(&value), size, "{value:?}");
+        }
+        assert!(
+            (2..=4).contains(&size_of(&number("27"))) && (10..=12).contains(&size_of(&number("-123456789012345678")))
+        );
+    }
 
     #[test]
     fn only_a_json_object_of_dynamodbs_is_an_answer() {

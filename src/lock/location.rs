@@ -5,6 +5,8 @@
 //! record that matches none of them is reported to the user, and `tf` never searches another backend's table for its
 //! lock: the record may come from a nested terraform or from `terraform_remote_state`, or it may be forged.
 
+use serde_json::{Value, json};
+
 use super::stores::{LOCK_FILE, StoreKey, Stores};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::data_directory::DataDirectory;
@@ -26,6 +28,24 @@ pub(crate) struct LockLocation {
 }
 
 impl LockLocation {
+    /// Returns the location for another process of `tf`. The result may contain credentials, as
+    /// [`CachedBackend::to_json`] says.
+    pub(crate) fn to_json(&self) -> Value {
+        let Self { backend, bucket, key, table, lock_file } = self;
+        json!({ "backend": backend.to_json(), "bucket": bucket, "key": key, "table": table, "lock_file": lock_file })
+    }
+
+    /// Returns the location that [`LockLocation::to_json`] has written. `None` if `json` is something else.
+    pub(crate) fn of_json(json: &Value) -> Option<Self> {
+        Some(Self {
+            backend: CachedBackend::of_json(json.get("backend")?.clone())?,
+            bucket: json.get("bucket")?.as_str()?.to_owned(),
+            key: json.get("key")?.as_str()?.to_owned(),
+            table: serde_json::from_value(json.get("table")?.clone()).ok()?,
+            lock_file: json.get("lock_file")?.as_bool()?,
+        })
+    }
+
     /// Returns the `LockID` of the part in DynamoDB, which is also the `Path` of the lock
     /// (backend/remote-state/s3/client.go, `lockPath`).
     pub(crate) fn lock_path(&self) -> String {
@@ -141,6 +161,19 @@ mod tests {
         let mut log = Log::default();
         log.read(lock_line(7, &format!("Attempting to lock remote state ({kind})..."), ID, "r").as_bytes());
         log.named().next().unwrap().clone()
+    }
+
+    #[test]
+    fn another_process_gets_the_whole_location() {
+        let backend = r#"{"bucket":"b","key":"k","secret_key":"s","dynamodb_table":"t","use_lockfile":true}"#;
+        for (table, lock_file) in [(Some("t".to_owned()), false), (None, true)] {
+            let backend = directory(backend).backend.unwrap();
+            let location = LockLocation { backend, bucket: "b".into(), key: "k".into(), table, lock_file };
+            let read = LockLocation::of_json(&location.to_json()).unwrap();
+            assert_eq!((&read.backend, &read.bucket, &read.key), (&location.backend, &location.bucket, &location.key));
+            assert_eq!((&read.table, read.lock_file), (&location.table, location.lock_file));
+        }
+        assert!(LockLocation::of_json(&json!({ "bucket": "b" })).is_none());
     }
 
     fn default() -> Vec<String> {

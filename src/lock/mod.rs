@@ -6,6 +6,7 @@
 pub(crate) mod deleted;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;
+pub(crate) mod leased;
 pub(crate) mod location;
 pub(crate) mod outcome;
 pub(crate) mod probe;
@@ -14,4 +15,7 @@ pub(crate) mod reached;
 pub(crate) mod release;
 pub(crate) mod release_step;
 pub(crate) mod s3;
+pub(crate) mod service_time;
 pub(crate) mod stores;
+pub(crate) mod takeover;
+pub(crate) mod written;

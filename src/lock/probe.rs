@@ -6,7 +6,7 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
 
-use super::{dynamodb, s3};
+use super::{dynamodb, s3, service_time};
 use crate::aws::failure::Failure;
 
 /// A text that no lock has. It is the condition of a delete that must not delete anything.
@@ -22,16 +22,22 @@ pub(crate) struct Trial {
     pub(crate) clock: Option<Timestamp>,
 }
 
-/// How a bucket treats the condition of a delete, `If-Match`.
+/// How a bucket treats the condition `If-Match` of a delete or a put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfMatch {
     /// The bucket obeys the condition.
     Obeyed,
-    /// The bucket ignores the condition: a delete deletes any object at the key.
+    /// The bucket ignores the condition: a delete deletes any object at the key, and a put replaces any object.
     Ignored,
-    /// Not known, because the delete failed for another reason, or because the test object could not be put.
+    /// Not known, because the request failed for another reason, or because the test object could not be put.
     Unknown,
 }
+
+/// The ETag of an object that does not exist.
+const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
+
+/// The body of the objects that these tests put.
+const TEST_BODY: &[u8] = b"tf locks doctor: this can be deleted";
 
 /// Tests whether a delete of the item `path` is permitted. The delete has a condition that no lock fulfils.
 pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Trial {
@@ -44,7 +50,8 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
     match request.send().await {
         Ok(_) => Trial { answer: Ok(()), clock: None },
         Err(error) => {
-            let clock = error.raw_response().and_then(|response| response.headers().get("date")).and_then(clock);
+            let clock =
+                error.raw_response().and_then(|response| response.headers().get("date")).and_then(service_time::parse);
             let refused_by_condition = error.as_service_error().is_some_and(
                 aws_sdk_dynamodb::operation::delete_item::DeleteItemError::is_conditional_check_failed_exception,
             );
@@ -63,11 +70,10 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 /// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
 /// `key` must not be in use, because a service that ignores the condition deletes any object there.
 pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Trial, IfMatch) {
-    const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
         let response = error.raw_response();
-        let clock = response.and_then(|response| response.headers().get("date")).and_then(clock);
+        let clock = response.and_then(|response| response.headers().get("date")).and_then(service_time::parse);
         let status = response.map(|response| response.status().as_u16());
         // A 404 also means that the bucket does not exist. That shows nothing about the permission.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
@@ -77,7 +83,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
     // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
-    let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
+    let body = ByteStream::from_static(TEST_BODY);
     if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
         return (permitted, IfMatch::Unknown);
     }
@@ -105,7 +111,7 @@ pub(crate) enum IfNoneMatch {
 /// and then deletes it. `key` must not be in use, and deleting an object there must be permitted.
 pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfNoneMatch {
     let put = || {
-        let body = ByteStream::from_static(b"tf locks doctor: this can be deleted");
+        let body = ByteStream::from_static(TEST_BODY);
         client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send()
     };
     match put().await {
@@ -124,6 +130,34 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
     taken
 }
 
+/// Tests how the bucket treats `If-Match` on a put, by which a lease in a `.tflock` object is renewed: first where there
+/// is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal would
+/// bring a released lock back. `key` must not be in use. The test object is deleted again.
+pub(crate) async fn replace_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfMatch {
+    let put = || client.put_object().bucket(bucket).key(key).body(ByteStream::from_static(TEST_BODY));
+    let mut results = Vec::new();
+    for is_there in [false, true] {
+        if is_there && put().if_none_match("*").send().await.is_err() {
+            results.push(IfMatch::Unknown);
+            break;
+        }
+        results.push(match put().if_match(ANOTHERS).send().await {
+            Ok(_) => IfMatch::Ignored,
+            Err(error) => match (error.raw_response().map(|response| response.status().as_u16()), error.code()) {
+                (Some(412), _) | (Some(404), Some("NoSuchKey")) => IfMatch::Obeyed,
+                _ => IfMatch::Unknown,
+            },
+        });
+        if results.last() != Some(&IfMatch::Obeyed) {
+            break;
+        }
+    }
+    if results != [IfMatch::Unknown] {
+        let _ = client.delete_object().bucket(bucket).key(key).send().await;
+    }
+    results.last().copied().unwrap_or(IfMatch::Unknown)
+}
+
 /// Whether versioning is enabled, so that the bucket keeps old versions of its objects. False if the bucket reports no
 /// versioning status.
 ///
@@ -137,19 +171,4 @@ pub(crate) async fn keeps_versions(client: &aws_sdk_s3::Client, bucket: &str) ->
         .await
         .map_err(|error| s3::failure("s3:GetBucketVersioning", &error))?;
     Ok(answer.status == Some(aws_sdk_s3::types::BucketVersioningStatus::Enabled))
-}
-
-fn clock(date: &str) -> Option<Timestamp> {
-    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(date).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_services_clock_is_read() {
-        assert_eq!(clock("Tue, 24 Nov 2026 10:31:45 GMT"), "2026-11-24T10:31:45Z".parse().ok());
-        assert_eq!(clock("yesterday"), None);
-    }
 }

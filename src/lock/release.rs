@@ -27,6 +27,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::digest::Comparison;
+use super::leased::StoredPart;
 use super::location::LockLocation;
 use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
@@ -135,7 +136,7 @@ impl<'a> Services<'a> {
 
 /// Returns `Ok(None)` for a failure that shows that no lock can exist at the location: for example, a table or bucket
 /// that does not exist contains nothing. Returns any other result unchanged.
-fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
+pub(crate) fn nothing_if_excluded<T>(read: Result<Option<T>, Failure>) -> Result<Option<T>, Failure> {
     match read {
         Err(failure) if failure.cause().excludes_locks() => {
             trace!("no lock can be there: {failure}");
@@ -274,13 +275,12 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
 /// Returns what is stored now at `location`, with one entry for each part of a lock. If there are two entries, they may
 /// belong to the locks of two different runs. A part that cannot be read is left out. Empty if the reads take longer
 /// than [`EXPLANATION_TIMEOUT`].
-pub(crate) async fn stored(location: &LockLocation) -> Vec<(StoreKey, StoredLock)> {
+pub(crate) async fn stored(location: &LockLocation) -> Vec<StoredPart> {
     let look = async {
         let Ok(services) = Services::connect(location, Purpose::Explanation).await else { return Vec::new() };
-        let reads = services.parts.iter().map(|part| services.stores.read(part));
+        let reads = services.parts.iter().map(|part| services.stores.read_part(part));
         let read = futures_util::future::join_all(reads).await;
-        let read = services.parts.iter().zip(read);
-        read.filter_map(|(part, stored)| Some((part.clone(), stored.ok()??))).collect()
+        read.into_iter().filter_map(|part| part.ok()?).collect()
     };
     timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
 }
@@ -605,7 +605,8 @@ impl Attempt<'_> {
         loop {
             // Both requests run concurrently, so that a slow service causes only one delay.
             let agreed = self.agreed;
-            let is_global = async { if agreed { Ok(None) } else { global_table(services).await } };
+            let is_global =
+                async { if agreed { Ok(None) } else { global_table(&services.stores, services.location).await } };
             let read = within(remaining(), part.service(), services.stores.read(part));
             let (stored, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
@@ -667,9 +668,9 @@ impl Attempt<'_> {
 /// is checked only in the region that receives the request. So the delete can remove a lock that was taken a moment ago
 /// in another region. `None` if the location has no table, or if the table does not have this problem. If the
 /// credentials do not permit this check, the table counts as not global, as nearly all tables are.
-async fn global_table(services: &Services<'_>) -> Result<Option<String>, Failure> {
-    let Some(table) = &services.location.table else { return Ok(None) };
-    needs_consent(table, dynamodb::describe(&services.stores.dynamodb, table).await)
+pub(crate) async fn global_table(stores: &Stores, location: &LockLocation) -> Result<Option<String>, Failure> {
+    let Some(table) = &location.table else { return Ok(None) };
+    needs_consent(table, dynamodb::describe(&stores.dynamodb, table).await)
 }
 
 /// Does the same as [`global_table`] with `described`, the description of `table`.

@@ -237,7 +237,8 @@ const MAX_READ_GAP: Duration = Duration::from_secs(5);
 
 /// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`], and the service
 /// could be reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
-/// sends it some seconds after the network is back.
+/// sends it after the network is back. It doubles the time between two attempts, so after an outage of more than about
+/// 25 s, that can be later than [`QUIET_WINDOW`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QuietWait {
     last: Look,

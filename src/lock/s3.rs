@@ -1,25 +1,33 @@
 //! The S3 part of a lock: an object in the same bucket as the state. Its key is the key of the state followed by
 //! `.tflock`, and its body is the lock's JSON (backend/remote-state/s3/client.go, `lockWithFile`).
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::RequestChecksumCalculation;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::RequestId;
 use aws_sdk_s3::operation::get_object::GetObjectInput;
 use aws_sdk_s3::operation::head_object::HeadObjectInput;
 use aws_sdk_s3::operation::put_object::PutObjectInput;
+use aws_sdk_s3::types::{ChecksumAlgorithm, ObjectCannedAcl, ServerSideEncryption};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::context::BeforeSerializationInterceptorContextMut;
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::base64;
 use aws_smithy_types::config_bag::ConfigBag;
+use aws_types::service_config::ServiceConfigKey;
+use jiff::Timestamp;
 use md5::{Digest, Md5};
 use tokio::time::{Instant, timeout_at};
 
 use super::deleted::Deleted;
+use super::service_time::ServiceTime;
+use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
+use crate::lease::record::{self, Member, Record};
 use crate::terraform::backend::CachedBackend;
 
 /// The largest object that is read as a lock, in bytes (1 MiB). No lock is larger.
@@ -28,24 +36,45 @@ const MAX_LOCK_BYTES: u64 = 1 << 20;
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
-    /// The body, in which every sequence that is not UTF-8 is replaced. Empty if the object is larger than
-    /// [`MAX_LOCK_BYTES`], because the body is not read then.
+    /// The body without the member `tf`, so that it is the text that terraform wrote. Every sequence that is not UTF-8
+    /// is replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`], because the body is not read then.
     pub(crate) body: String,
+    /// The member `tf` of the body: the lease record.
+    pub(crate) member: Member,
     /// The length of the object, in bytes.
     pub(crate) length: u64,
     /// The ETag of exactly these contents. `None` if the service sent none.
     pub(crate) etag: Option<String>,
 }
 
+impl Object {
+    /// `body` is the whole body, and `length` the length of the object in bytes.
+    fn new(body: &str, length: u64, etag: Option<String>) -> Self {
+        let (body, member) = record::split(body);
+        Self { body: body.into_owned(), member, length, etag }
+    }
+
+    /// Returns the ETag for the condition `If-Match`.
+    ///
+    /// # Errors
+    /// Returns a [`Failure`] if the object has no ETag or a weak one.
+    fn strong_etag(&self) -> Result<&str, Failure> {
+        let Some(etag) = &self.etag else {
+            return Err(Failure::no_answer("S3", "the service returned no ETag for the lock object"));
+        };
+        // If-Match uses the strong comparison, in which a weak ETag never matches (RFC 9110, 8.8.3.2 and 13.1.1).
+        if etag.starts_with("W/") {
+            let reason = "the service returns only weak ETags, which a conditional request cannot use";
+            return Err(Failure::refusal("S3", reason));
+        }
+        Ok(etag)
+    }
+}
+
 /// Returns a client for the bucket of `backend`.
 pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) -> Client {
     let mut builder = aws_sdk_s3::config::Builder::from(config);
-    let endpoint = crate::aws::settings::endpoint(
-        backend,
-        ["endpoints.s3", "endpoint"],
-        ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"],
-    );
-    if let Some(endpoint) = endpoint {
+    if let Some(endpoint) = own_endpoint(backend) {
         builder = builder.endpoint_url(endpoint).use_fips(false).use_dual_stack(false);
     }
     if backend.flag("use_path_style") || backend.flag("force_path_style") {
@@ -55,6 +84,20 @@ pub(crate) fn client(backend: &CachedBackend, config: &aws_config::SdkConfig) ->
         builder = builder.interceptor(key);
     }
     Client::from_conf(builder.build())
+}
+
+/// Whether requests go to an endpoint that the backend, the environment or the shared files name. AWS's own endpoints
+/// are those that the SDK chooses, so for them this is false.
+pub(crate) fn has_custom_endpoint(backend: &CachedBackend, config: &aws_config::SdkConfig) -> bool {
+    let of_service = || {
+        let key = ServiceConfigKey::builder().service_id("S3").env("AWS_ENDPOINT_URL").profile("endpoint_url").build();
+        config.service_config()?.load_config(key.ok()?)
+    };
+    own_endpoint(backend).is_some() || config.endpoint_url().is_some() || of_service().is_some()
+}
+
+fn own_endpoint(backend: &CachedBackend) -> Option<String> {
+    crate::aws::settings::endpoint(backend, ["endpoints.s3", "endpoint"], ["AWS_ENDPOINT_URL_S3", "AWS_S3_ENDPOINT"])
 }
 
 /// The encryption key `sse_customer_key`, which this interceptor adds to requests. S3 does not store such a key, so
@@ -121,10 +164,23 @@ impl Intercept for CustomerKey {
 /// Returns a [`Failure`] if the request fails, if S3 cannot have sent the response, or if the body does not arrive
 /// within [`body_timeout`].
 pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Option<Object>, Failure> {
-    let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
+    Ok(read_with_time(client, ObjectKey { bucket, key }).await?.0)
+}
+
+/// Reads the lock object, and the service's time in the response. Both are `None` if there is no object, or only a
+/// delete marker: such a response is not a success.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) async fn read_with_time(
+    client: &Client,
+    ObjectKey { bucket, key }: ObjectKey<'_>,
+) -> Result<(Option<Object>, Option<Timestamp>), Failure> {
+    let time = ServiceTime::default();
+    let Some(mut answer) = get(client, bucket, key, &time).await? else { return Ok((None, None)) };
     let etag = answer.e_tag.clone();
     let length = length(answer.content_length);
-    let too_large = |length| Ok(Some(Object { body: String::new(), length, etag: etag.clone() }));
+    let too_large = |length| Ok((Some(Object::new("", length, etag.clone())), time.get()));
     if let Some(length) = length.filter(|length| *length > MAX_LOCK_BYTES) {
         // An object of this size is not a lock. Its body is not read, because it may be arbitrarily large.
         return too_large(length);
@@ -138,7 +194,8 @@ pub(crate) async fn read(client: &Client, bucket: &str, key: &str) -> Result<Opt
             return too_large(body.len() as u64);
         }
     }
-    Ok(Some(Object { length: body.len() as u64, body: String::from_utf8_lossy(&body).into_owned(), etag }))
+    let object = Object::new(&String::from_utf8_lossy(&body), body.len() as u64, etag);
+    Ok((Some(object), time.get()))
 }
 
 /// Reads an object and passes each piece of its body to `take`. Returns the time at which the object was last written.
@@ -153,7 +210,7 @@ pub(crate) async fn stream(
     key: &str,
     mut take: impl FnMut(&[u8]),
 ) -> Result<Option<Option<jiff::Timestamp>>, Failure> {
-    let Some(mut answer) = get(client, bucket, key).await? else { return Ok(None) };
+    let Some(mut answer) = get(client, bucket, key, &ServiceTime::default()).await? else { return Ok(None) };
     let written = answer.last_modified.and_then(|at| jiff::Timestamp::from_second(at.secs()).ok());
     let until = Instant::now() + body_timeout(length(answer.content_length));
     while let Some(bytes) = timeout_at(until, answer.body.next()).await.map_err(|_| slow_body())? {
@@ -181,12 +238,14 @@ fn slow_body() -> Failure {
     Failure::no_answer("S3", "timed out while reading the object")
 }
 
+/// Requests an object. `time` gets the service's time in the response.
 async fn get(
     client: &Client,
     bucket: &str,
     key: &str,
+    time: &ServiceTime,
 ) -> Result<Option<aws_sdk_s3::operation::get_object::GetObjectOutput>, Failure> {
-    match client.get_object().bucket(bucket).key(key).send().await {
+    match client.get_object().bucket(bucket).key(key).customize().interceptor(time.clone()).send().await {
         Ok(answer) => {
             let headers =
                 Headers { etag: answer.e_tag(), content_type: answer.content_type(), request_id: answer.request_id() };
@@ -253,7 +312,7 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
         // The response to a HEAD request has no body. So it does not show whether S3 sent a 404, or what another error
         // means. The response to a GET request shows both.
         Err(error) if error.raw_response().is_some_and(|response| response.status().is_client_error()) => {
-            let answer = get(client, bucket, key).await?;
+            let answer = get(client, bucket, key, &ServiceTime::default()).await?;
             Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
         }
         Err(error) => Err(failure("s3:GetObject", &error)),
@@ -290,7 +349,76 @@ pub(crate) struct ObjectKey<'a> {
     pub(crate) key: &'a str,
 }
 
-/// Puts a lock, encrypted as `backend` specifies, if there is no object at `key`. Returns false if there is one, or if
+/// How terraform writes a lock object with a backend: its encryption, ACL, checksum and tags (client.go,
+/// `lockWithFile`; OpenTofu's client.go, `s3Lock`).
+#[derive(Clone, Default)]
+pub(crate) struct WriteSettings {
+    encryption: Encryption,
+    /// A canned ACL.
+    acl: Option<String>,
+    /// OpenTofu's `lock_tags`, as the query string that S3 expects.
+    tagging: Option<String>,
+    /// `skip_s3_checksum`.
+    has_no_checksum: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Encryption {
+    /// The bucket's default, or a customer key, which the client adds to each request ([`CustomerKey`]).
+    #[default]
+    Default,
+    Aes256,
+    /// The ID of a KMS key.
+    Kms(String),
+}
+
+impl std::fmt::Debug for WriteSettings {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("WriteSettings")
+    }
+}
+
+impl WriteSettings {
+    /// Returns the settings in `backend`.
+    pub(crate) fn of(backend: &CachedBackend) -> Self {
+        let encryption = match backend.string("kms_key_id") {
+            _ if !backend.flag("encrypt") || CustomerKey::of(backend).is_some() => Encryption::Default,
+            Some(id) => Encryption::Kms(id.to_owned()),
+            None => Encryption::Aes256,
+        };
+        let tags = backend.pairs("lock_tags").into_iter();
+        let tags: Vec<_> = tags.map(|(name, value)| format!("{}={}", encoded(name), encoded(value))).collect();
+        Self {
+            encryption,
+            acl: backend.string("acl").map(ToOwned::to_owned),
+            tagging: Some(tags.join("&")).filter(|tags| !tags.is_empty()),
+            has_no_checksum: backend.flag("skip_s3_checksum"),
+        }
+    }
+}
+
+/// Encodes every byte of `text` that has a meaning in a query string.
+fn encoded(text: &str) -> String {
+    let mut encoded = String::new();
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => encoded.push(char::from(byte)),
+            _ => drop(write!(encoded, "%{byte:02X}")),
+        }
+    }
+    encoded
+}
+
+/// The condition under which an object is put.
+#[derive(Clone, Copy)]
+enum PutCondition<'a> {
+    /// There is no object.
+    IfAbsent,
+    /// The object still has this ETag.
+    IfMatch(&'a str),
+}
+
+/// Puts a lock, as terraform does with `backend`, if there is no object at `key`. Returns false if there is one, or if
 /// one is being written at this moment.
 ///
 /// # Errors
@@ -299,25 +427,82 @@ pub(crate) struct ObjectKey<'a> {
 pub(crate) async fn put_if_absent(
     client: &Client,
     backend: &CachedBackend,
-    ObjectKey { bucket, key }: ObjectKey<'_>,
+    key: ObjectKey<'_>,
     body: &str,
 ) -> Result<bool, Failure> {
-    use aws_sdk_s3::types::ServerSideEncryption;
-    let mut request = client.put_object().bucket(bucket).key(key).if_none_match("*").content_type("application/json");
-    // With a customer key, the client's interceptor sets the encryption ([`CustomerKey`]).
-    if backend.flag("encrypt") && CustomerKey::of(backend).is_none() {
-        request = match backend.string("kms_key_id") {
-            Some(id) => request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(id),
-            None => request.server_side_encryption(ServerSideEncryption::Aes256),
-        };
+    let written = put(client, &WriteSettings::of(backend), key, PutCondition::IfAbsent, body).await?;
+    Ok(matches!(written, Written::Yes(..)))
+}
+
+/// Replaces the record of the lock object `read` by `record`, on the condition that the object is unchanged. Facts
+/// about the holder are left out if the body would be larger than [`MAX_BODY_BYTES`].
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails for a reason other than its condition. It may have been written
+/// nevertheless. Also if the lock is not of a form to which a record can be added.
+pub(crate) async fn renew(
+    client: &Client,
+    settings: &WriteSettings,
+    key: ObjectKey<'_>,
+    read: &Object,
+    record: &Record,
+) -> Result<Written<Object>, Failure> {
+    let with = |record: &Record| record::join(&read.body, &record.to_json());
+    let record = record.cut(|record| with(record).is_some_and(|body| body.len() <= MAX_BODY_BYTES));
+    // A byte that is not UTF-8 was replaced, so the text is not terraform's any more.
+    let body = with(&record).filter(|body| !body.contains(char::REPLACEMENT_CHARACTER));
+    let Some(body) = body else {
+        return Err(Failure::refusal("S3", "the lock object has no form to which a lease can be added"));
+    };
+    let condition = PutCondition::IfMatch(read.strong_etag()?);
+    Ok(match put(client, settings, key, condition, &body).await? {
+        Written::Yes(etag, time) => Written::Yes(Object::new(&body, body.len() as u64, etag), time),
+        Written::Changed => Written::Changed,
+    })
+}
+
+/// The largest body that a lock has with its lease record, in bytes. S3 has no such limit; it is the one of an item in
+/// DynamoDB ([`super::dynamodb::MAX_ITEM_BYTES`]).
+const MAX_BODY_BYTES: usize = super::dynamodb::MAX_ITEM_BYTES;
+
+/// Puts a lock. Returns its ETag.
+async fn put(
+    client: &Client,
+    settings: &WriteSettings,
+    ObjectKey { bucket, key }: ObjectKey<'_>,
+    condition: PutCondition<'_>,
+    body: &str,
+) -> Result<Written<Option<String>>, Failure> {
+    let mut request = client.put_object().bucket(bucket).key(key).content_type("application/json");
+    request = match condition {
+        PutCondition::IfAbsent => request.if_none_match("*"),
+        PutCondition::IfMatch(etag) => request.if_match(etag),
+    };
+    request = match &settings.encryption {
+        Encryption::Default => request,
+        Encryption::Aes256 => request.server_side_encryption(ServerSideEncryption::Aes256),
+        Encryption::Kms(id) => request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(id),
+    };
+    request = request.set_acl(settings.acl.as_deref().map(ObjectCannedAcl::from));
+    request = request.set_tagging(settings.tagging.clone());
+    let mut overridden = aws_sdk_s3::config::Builder::new();
+    if settings.has_no_checksum {
+        // Otherwise the SDK adds a CRC32, which some services do not accept.
+        overridden = overridden.request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
+    } else {
+        request = request.checksum_algorithm(ChecksumAlgorithm::Sha256);
     }
-    match request.body(body.as_bytes().to_vec().into()).send().await {
+    let time = ServiceTime::default();
+    let request = request.body(body.as_bytes().to_vec().into()).customize();
+    match request.config_override(overridden).interceptor(time.clone()).send().await {
         Ok(answer) if (Headers { etag: answer.e_tag(), content_type: None, request_id: None }).is_an_answer() => {
-            Ok(true)
+            Ok(Written::Yes(answer.e_tag, time.get()))
         }
         Ok(_) => Err(no_answer(200)),
-        Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
-            Some(409 | 412) => Ok(false),
+        Err(error) => match (error.raw_response().map(|response| response.status().as_u16()), condition) {
+            (Some(409 | 412), _) => Ok(Written::Changed),
+            // There is no object. A 404 without this code may be a proxy's, or mean that there is no bucket.
+            (Some(404), PutCondition::IfMatch(_)) if error.code() == Some("NoSuchKey") => Ok(Written::Changed),
             _ => Err(failure("s3:PutObject", &error)),
         },
     }
@@ -332,14 +517,7 @@ pub(crate) async fn put_if_absent(
 /// Returns a [`Failure`] if the object has no ETag or a weak one, or if the request fails for a reason other than its
 /// condition.
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
-    let Some(etag) = &object.etag else {
-        return Err(Failure::no_answer("S3", "the service returned no ETag for the lock object"));
-    };
-    // If-Match uses the strong comparison, in which a weak ETag never matches (RFC 9110, 8.8.3.2 and 13.1.1).
-    if etag.starts_with("W/") {
-        let reason = "the service returns only weak ETags, which a conditional delete cannot use";
-        return Err(Failure::refusal("S3", reason));
-    }
+    let etag = object.strong_etag()?;
     match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {
         Ok(_) => Ok(Deleted::Yes),
         Err(error) => {
@@ -370,6 +548,38 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_written_as_terraform_writes_it() {
+        let of = |config| WriteSettings::of(&crate::terraform::backend::tests::backend(config));
+        let key = base64::encode([7; 32]);
+        let with_key = format!(r#"{{"encrypt":true,"sse_customer_key":"{key}"}}"#);
+        for (config, encryption) in [
+            ("{}", Encryption::Default),
+            (r#"{"kms_key_id":"k"}"#, Encryption::Default),
+            (r#"{"encrypt":true}"#, Encryption::Aes256),
+            (r#"{"encrypt":true,"kms_key_id":"k"}"#, Encryption::Kms("k".into())),
+            (&with_key, Encryption::Default),
+        ] {
+            assert_eq!(of(config).encryption, encryption, "{config}");
+        }
+        let plain = of(r#"{"acl":"","lock_tags":{},"skip_s3_checksum":false}"#);
+        assert_eq!((plain.acl, plain.tagging, plain.has_no_checksum), (None, None, false));
+        let all = of(
+            r#"{"acl":"bucket-owner-full-control","lock_tags":{"a b":"c=&d","e":"\u00e9"},"skip_s3_checksum":true}"#,
+        );
+        assert_eq!(all.acl.as_deref(), Some("bucket-owner-full-control"));
+        assert_eq!(all.tagging.as_deref(), Some("a%20b=c%3D%26d&e=%C3%A9"));
+        assert!(all.has_no_checksum);
+    }
+
+    #[test]
+    fn only_a_strong_etag_is_a_condition() {
+        let object = |etag: Option<&str>| Object::new("", 0, etag.map(ToOwned::to_owned));
+        assert_eq!(object(Some("\"e\"")).strong_etag(), Ok("\"e\""));
+        assert!(object(Some("W/\"e\"")).strong_etag().is_err_and(|failure| failure.is_final()));
+        assert!(object(None).strong_etag().is_err_and(|failure| !failure.is_final()));
+    }
 
     #[test]
     fn an_object_has_an_etag_and_a_page_is_no_object() {

@@ -57,6 +57,13 @@ impl StoreKey {
         }
     }
 
+    /// Returns the region of the table, or the region through which the bucket is reached.
+    pub(crate) fn region(&self) -> &str {
+        match self {
+            Self::DynamoDb { region, .. } | Self::S3 { region, .. } => region,
+        }
+    }
+
     /// Describes the location for a person: the table or bucket, its region, and the item or object in it.
     pub(crate) fn describe(&self) -> String {
         match self {
@@ -88,6 +95,14 @@ impl StoredLock {
     /// Parses the lock. `None` for anything that is not a lock.
     pub(crate) fn info(&self) -> Option<LockInfo> {
         LockInfo::parse(self.text())
+    }
+
+    /// Whether this and `other` are the same lock. Its lease record and its ETag may differ.
+    pub(crate) fn is_same_lock(&self, other: &Self) -> bool {
+        match (self.info(), other.info()) {
+            (Some(_), Some(_)) => self.text() == other.text(),
+            _ => self == other,
+        }
     }
 
     /// Whether the content is a terraform state, which a person has put at a lock's location by mistake.
@@ -130,6 +145,10 @@ pub(crate) enum Removed {
 pub(crate) struct Stores {
     pub(crate) dynamodb: aws_sdk_dynamodb::Client,
     pub(crate) s3: aws_sdk_s3::Client,
+    /// How terraform writes a lock object with this backend.
+    pub(super) write_settings: s3::WriteSettings,
+    /// Whether S3 is reached at another endpoint than AWS's own.
+    pub(super) has_custom_s3: bool,
     region: String,
 }
 
@@ -143,7 +162,13 @@ impl Stores {
         let config = connect::connect(backend, purpose).await?;
         let region = config.region().map(ToString::to_string).filter(|region| !region.is_empty());
         let region = region.ok_or(settings::Unreachable::Region)?;
-        Ok(Self { dynamodb: dynamodb::client(backend, &config), s3: s3::client(backend, &config), region })
+        Ok(Self {
+            dynamodb: dynamodb::client(backend, &config),
+            s3: s3::client(backend, &config),
+            write_settings: s3::WriteSettings::of(backend),
+            has_custom_s3: s3::has_custom_endpoint(backend, &config),
+            region,
+        })
     }
 
     /// Returns clients without credentials.
@@ -153,6 +178,8 @@ impl Stores {
         Self {
             dynamodb: aws_sdk_dynamodb::Client::new(&config),
             s3: aws_sdk_s3::Client::new(&config),
+            write_settings: s3::WriteSettings::default(),
+            has_custom_s3: false,
             region: region.to_owned(),
         }
     }
@@ -249,6 +276,28 @@ pub(crate) fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLo
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_the_same_with_another_record() {
+        let object = |body: &str, etag: &str| {
+            let (body, member) = crate::lease::record::split(body);
+            let (length, etag) = (7, Some(etag.to_owned()));
+            StoredLock::Object(s3::Object { body: body.into_owned(), member, length, etag })
+        };
+        let lock = object(r#"{"ID":"a"}"#, "1");
+        for (other, is_same) in [
+            (object(r#"{"ID":"a","tf":{}}"#, "2"), true),
+            (object(r#"{"ID":"a","tf":7}"#, "2"), false),
+            (object(r#"{"ID":"b","tf":{}}"#, "1"), false),
+            (object("<html>", "1"), false),
+        ] {
+            assert_eq!(lock.is_same_lock(&other), is_same, "{other:?}");
+        }
+        assert!(!object("<html>", "1").is_same_lock(&object("<html>", "2")));
+        // After a renewal between the read and the delete, the lock is read and judged again.
+        let renewed = object(r#"{"ID":"a","tf":{}}"#, "2");
+        assert_eq!(removed(Deleted::Changed, &lock, Some(&renewed)), Some(Removed::Anothers));
+    }
 
     #[test]
     fn what_is_read_after_a_delete_decides() {

@@ -24,10 +24,12 @@ use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
+use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
 use crate::supervise::run_record::RunRecord;
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent, THIRD_KEY_WINDOW};
 use crate::supervise::waiting::Waiting;
+use crate::sys::boot_clock;
 use crate::sys::group_signal_watcher::GroupSignalWatcher;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
@@ -65,6 +67,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
     pub(crate) run_record: &'a mut RunRecord,
+    /// The lease of the run's lock. `None` without `TFW_LEASE`.
+    pub(crate) lease: Option<&'a mut RunLease>,
     /// Readable when the parent of `tf` has exited. `None` if that exit is not a request to stop, if the parent cannot
     /// be watched, or if the exit has been handled.
     pub(crate) parent: Option<OwnedFd>,
@@ -150,6 +154,7 @@ impl Supervision<'_> {
                 let group_signal_watcher = self.foreground.group_signal_watcher().map(GroupSignalWatcher::pid);
                 self.tree.reap_orphans(group_signal_watcher.as_slice());
             }
+            self.step_lease();
             if let Some(signal) = wait::stopped(self.terraform)
                 && let Stopped::ContinueSoon = self.stopped(signal)
             {
@@ -158,11 +163,12 @@ impl Supervision<'_> {
             let now = Instant::now();
             if continue_at.is_some_and(|at| at <= now) {
                 continue_at = None;
-                let _ = killpg(self.terraform, Signal::SIGCONT);
+                self.continue_group();
             }
             if read_at <= now {
                 self.recorder.read();
                 self.run_record.news(self.recorder);
+                self.follow_lease();
                 self.interrupt_next_terraform();
                 if look_at <= now {
                     self.run_record.note_outside_group(self.tree.outside_group(), self.recorder);
@@ -173,8 +179,12 @@ impl Supervision<'_> {
                     waiting.step(self.recorder.log(), &self.context.candidates, self.tree);
                 }
             }
-            if self.foreground.deadline().is_some_and(|at| at <= now) {
-                self.foreground.look();
+            // A group that the kernel has stopped for the lease does not need the terminal.
+            if self.foreground.deadline().is_some_and(|at| at <= now)
+                && !self.is_stopped_for_lease()
+                && self.foreground.look()
+            {
+                self.continue_group();
             }
             if self.unit_stop.is_some_and(|until| until <= now) {
                 // The guardian got no SIGTERM, so the signal was sent to `tf` alone (KillMode=mixed or process,
@@ -185,10 +195,11 @@ impl Supervision<'_> {
             self.asked(StopEvent::Time);
 
             let deadline = [
+                self.lease_deadline(),
                 self.unit_stop,
                 continue_at,
                 Some(read_at),
-                self.foreground.deadline(),
+                self.foreground.deadline().filter(|_| !self.is_stopped_for_lease()),
                 self.stop.deadline().and_then(|since_begun| self.context.begun.checked_add(since_begun)),
             ];
             self.wait(timeout(self.signals.is_queued(), &deadline, Instant::now()));
@@ -237,9 +248,12 @@ impl Supervision<'_> {
         );
         let guardian_at = awaited.len();
         let run_record = self.run_record.awaited();
+        let has_guardian = run_record.is_some();
         awaited.extend(run_record.map(|guardian| (guardian, PollFlags::POLLIN)));
+        // The events of the lease are handled in each round of the loop.
+        awaited.extend(self.lease.iter().flat_map(|lease| lease.awaited()).map(|end| (end, PollFlags::POLLIN)));
         let ready = poll::wait(&awaited, timeout);
-        let has_guardian_message = ready.get(guardian_at) == Some(&true);
+        let has_guardian_message = has_guardian && ready.get(guardian_at) == Some(&true);
         if self.pipes.step(&ready[pipes_from..pipes_to]) == Progress::ReaderGone {
             trace!("the reader of our output is gone");
             self.asked(StopEvent::ReaderGone);
@@ -265,12 +279,21 @@ impl Supervision<'_> {
             may_be_for_unit: self.may_be_for_all(sender),
         };
         match route(signal, origin, circumstances) {
-            Route::Ask(event) => self.asked(event),
+            Route::Ask(event) => {
+                if event == StopEvent::Keyboard
+                    && let Some(lease) = &mut self.lease
+                    && let Some(keys) = lease.note_key()
+                {
+                    console::say(&messages::key_while_stopped(keys));
+                }
+                self.asked(event);
+            }
             Route::AskGuardian => {
                 self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
             }
             Route::Suspend => self.suspend(),
             Route::NoteStoppedReader => self.foreground.note_stopped_ours(),
+            Route::PassToGroup if signal == Signal::SIGCONT => self.continue_group(),
             Route::PassToGroup => {
                 let _ = killpg(self.terraform, signal);
             }
@@ -420,12 +443,95 @@ impl Supervision<'_> {
         // not stop there either.
         let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
         trace!("stopped: {stopped}");
-        let _ = killpg(self.terraform, Signal::SIGCONT);
+        self.continue_group();
+    }
+
+    /// Continues terraform's group. With a lease, the group stays stopped if the kernel has stopped it for the lease.
+    fn continue_group(&self) {
+        match &self.lease {
+            Some(lease) => lease.continue_group(),
+            None => {
+                let _ = killpg(self.terraform, Signal::SIGCONT);
+            }
+        }
+    }
+
+    /// Makes terraform's group the foreground group and continues it. Returns whether it is the foreground group now.
+    fn give_foreground(&mut self) -> bool {
+        let is_given = self.foreground.give_foreground();
+        if is_given {
+            self.continue_group();
+        }
+        is_given
+    }
+
+    /// Begins the lease when terraform holds a lock, and ends it when that lock is gone.
+    fn follow_lease(&mut self) {
+        let Some(lease) = &mut self.lease else { return };
+        // The lock may be in a backend that only the plan names.
+        let candidates = || self.context.candidates.clone().with_plan(&self.context.planned_backends);
+        if lease.follow(self.recorder.log(), candidates, self.tree)
+            && let Some(orders) = lease.orders()
+        {
+            self.run_record.tell_lease(orders, self.recorder);
+        }
+    }
+
+    /// Whether the kernel has stopped terraform because of its lease.
+    fn is_stopped_for_lease(&self) -> bool {
+        self.lease.as_ref().is_some_and(|lease| lease.is_stopped())
+    }
+
+    fn lease_deadline(&self) -> Option<Instant> {
+        let at = self.lease.as_ref()?.deadline()?;
+        Some(Instant::now() + at.saturating_sub(boot_clock::now()))
+    }
+
+    /// Reads what has happened to the lease, and does what follows from it.
+    fn step_lease(&mut self) {
+        let has_terminal = matches!(self.foreground.foreground(), Foreground::Ours | Foreground::Terraforms);
+        let Some(lease) = &mut self.lease else { return };
+        if lease.stop_again() {
+            // Somebody else has continued terraform: `kill -CONT`, or a service manager with its SIGTERM.
+            trace!("terraform was continued by another process, and is stopped again");
+        }
+        let recorder = &mut *self.recorder;
+        let phase = |id: &str| match recorder.read().unreleased().find(|lock| lock.id == id) {
+            None => LockPhase::Gone,
+            Some(lock) if lock.progress.is_before_unlock() => LockPhase::Held,
+            Some(_) => LockPhase::Unlocking,
+        };
+        for effect in lease.step(has_terminal, phase) {
+            trace!("lease: {effect:?}");
+            match effect {
+                LeaseEffect::Stopped => {
+                    self.foreground.reclaim_foreground();
+                    console::say(&messages::lease_stopped(has_terminal));
+                }
+                LeaseEffect::Continued => console::say(messages::lease_continued()),
+                LeaseEffect::Interrupt(trouble) => {
+                    console::say(&messages::lease_interrupts(&trouble));
+                    self.asked(StopEvent::LeaseEnds);
+                }
+                LeaseEffect::Kill(reason) => self.asked(StopEvent::LeaseEnded(reason)),
+                LeaseEffect::NewFuse(pid) => self.tree.exclude(pid),
+                LeaseEffect::NoLease(reason) => console::say(&messages::no_lease(&reason)),
+            }
+        }
+        if let Some(lease) = &mut self.lease
+            && let Some(orders) = lease.new_orders()
+        {
+            self.run_record.tell_lease(orders, self.recorder);
+        }
     }
 
     /// Handles a stop of terraform by `signal`. Returns what remains to be done.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
+        if self.is_stopped_for_lease() {
+            // The pipe says whose stop it was, and not the signal. This stop is no ^Z, so `tf` does not stop itself.
+            return Stopped::Handled;
+        }
         match stop_reaction(self.group, signal) {
             StopReaction::StopWith(signal) => {
                 // The terminal stopped the whole group. The signal is blocked in this process, so this process must
@@ -441,7 +547,7 @@ impl Supervision<'_> {
                 self.foreground.reclaim_foreground();
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
                 if stopped || key {
-                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                    self.continue_group();
                 }
             }
         }
@@ -452,15 +558,15 @@ impl Supervision<'_> {
     fn wants_terminal(&mut self, signal: Signal) -> Stopped {
         match self.foreground.foreground() {
             Foreground::Terraforms => {
-                let _ = killpg(self.terraform, Signal::SIGCONT);
+                self.continue_group();
                 return Stopped::Handled;
             }
-            Foreground::Ours if self.foreground.give_foreground() => return Stopped::Handled,
+            Foreground::Ours if self.give_foreground() => return Stopped::Handled,
             Foreground::Others if self.stop_ourselves(signal, true) => {
                 // The shell has continued `tf`. With `fg`, the group of `tf` is now the foreground group. With `bg` it
                 // is not, so terraform stops again when it needs the terminal, and `tf` stops with it.
-                if self.foreground.foreground() != Foreground::Ours || !self.foreground.give_foreground() {
-                    let _ = killpg(self.terraform, Signal::SIGCONT);
+                if self.foreground.foreground() != Foreground::Ours || !self.give_foreground() {
+                    self.continue_group();
                 }
                 return Stopped::Handled;
             }

@@ -17,7 +17,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgrp, getpid};
 
 use crate::sys::group_signal_watcher::GroupSignalWatcher;
@@ -132,8 +132,9 @@ impl ForegroundControl {
         Foreground::of(group, self.own, self.terraform)
     }
 
-    /// Makes terraform's group the foreground group and continues it. Returns whether terraform's group is now the
-    /// foreground group. False if there is no terminal, or if the terminal's foreground group cannot be changed.
+    /// Makes terraform's group the foreground group. If this returns true, the caller continues the group. Returns
+    /// whether terraform's group is now the foreground group. False if there is no terminal, or if the terminal's
+    /// foreground group cannot be changed.
     pub(crate) fn give_foreground(&mut self) -> bool {
         let Some(terminal) = &self.terminal else { return false };
         if self.normal.is_none() {
@@ -152,7 +153,6 @@ impl ForegroundControl {
         self.search_until = Some(now + STOPPED_MEMBERS_WINDOW);
         self.next_look = Some(now + MIN_FOREGROUND_WINDOW);
         trace!("lent the terminal to group {}", self.terraform);
-        let _ = killpg(self.terraform, Signal::SIGCONT);
         true
     }
 
@@ -195,9 +195,9 @@ impl ForegroundControl {
     /// Reclaims the foreground if [`MIN_FOREGROUND_WINDOW`] has passed and the terminal has its previous modes again.
     ///
     /// Also searches terraform's group for a member that has stopped itself, for [`STOPPED_MEMBERS_WINDOW`]. If there
-    /// is one, and `tf` has made terraform's group the foreground group, continues the group. If the group of `tf` is
-    /// the foreground group instead, makes terraform's group the foreground group, and continues it.
-    pub(crate) fn look(&mut self) {
+    /// is one, and the group of `tf` is the foreground group, makes terraform's group the foreground group. Returns
+    /// whether the caller must continue terraform's group.
+    pub(crate) fn look(&mut self) -> bool {
         if self.since.is_some_and(|since| since.elapsed() >= MIN_FOREGROUND_WINDOW)
             && self.foreground().is_over(|| self.modes_are_normal())
         {
@@ -206,15 +206,14 @@ impl ForegroundControl {
         if self.search_until.is_some_and(|until| until < Instant::now()) {
             self.search_until = None;
         }
+        let mut must_continue = false;
         if self.search_until.is_some() && self.somebody_stopped() {
-            if self.terraform_has_foreground() {
-                let _ = killpg(self.terraform, Signal::SIGCONT);
-            } else if self.foreground() == Foreground::Ours {
-                self.give_foreground();
-            }
+            must_continue =
+                self.terraform_has_foreground() || (self.foreground() == Foreground::Ours && self.give_foreground());
         }
         let again = self.terraform_has_foreground() || self.search_until.is_some();
         self.next_look = again.then(|| Instant::now() + POLL_INTERVAL);
+        must_continue
     }
 
     fn modes_are_normal(&self) -> bool {

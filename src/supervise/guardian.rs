@@ -47,9 +47,12 @@ use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::recorder::Recorder;
+use crate::journal::run_mark::{is_jenkins_cookie, marks_us};
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::lock::reached::Reached;
+use crate::supervise::keeper::Orders;
 use crate::supervise::pipes::Pipes;
+use crate::supervise::run_lease::{RunLease, STOP_AGAIN_INTERVAL};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
@@ -60,7 +63,7 @@ use crate::sys::{detached, environment};
 use crate::terraform::log::{JSON_LIMIT, Log, UnnamedLock};
 use crate::trace::{self, trace};
 
-/// This constant and the following ones, up to [`OUTSIDE_GROUP`], are the kinds of messages from `tf`. A message
+/// This constant and the following ones, up to [`LEASE`], are the kinds of messages from `tf`. A message
 /// consists of its kind in 1 byte, the length of its payload in 4 bytes (little-endian), and the payload.
 ///
 /// A [`STARTED`] message reports that terraform was started. The payload is terraform's pid in 4 bytes, in native byte
@@ -79,6 +82,8 @@ const OVER: u8 = 5;
 /// The message contains the processes below terraform that have left its process group. The payload is the pid and the
 /// start time of each process, as JSON.
 const OUTSIDE_GROUP: u8 = 6;
+/// The message contains what a keeper of the run's lease needs to know. The payload is [`Orders`] as JSON.
+const LEASE: u8 = 7;
 
 /// This constant and [`UNIT_IS_STOPPED`] are the messages from the guardian. Each message is 1 byte, and [`Heard`]
 /// describes what it means.
@@ -143,6 +148,8 @@ pub(crate) struct GuardianContext<'a> {
     pub(crate) entry: Option<&'a JournalEntry>,
     pub(crate) record: Option<JournalRecord>,
     pub(crate) stop: Stop,
+    /// The lease of the run's lock. `None` without `TFW_LEASE`.
+    pub(crate) lease: Option<&'a mut RunLease>,
 }
 
 impl Guardian {
@@ -161,12 +168,8 @@ impl Guardian {
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
         keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
-        // Without a process list, the tree counts as dead when `tf` has no child left. So the guardian must not be a
-        // child of `tf`.
-        let is_listed = process::list() != ProcessList::Unavailable;
-        let parent =
-            if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us };
-        let pid = detached::run(c"tf-guardian", parent, &keep, || Watch::begin(its_end, context))?;
+        keep.extend(context.lease.iter().flat_map(|lease| lease.guardian_descriptors()));
+        let pid = detached::run(c"tf-guardian", parent(), &keep, || Watch::begin(its_end, context))?;
         Ok(Self { pid, socket, unsent: Vec::new() })
     }
 
@@ -236,6 +239,14 @@ impl Guardian {
     /// Fails if the guardian is gone.
     pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
         self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
+    }
+
+    /// Sends what a keeper of the run's lease needs to know, for a keeper that the guardian starts if `tf` dies.
+    ///
+    /// # Errors
+    /// Fails if the guardian is gone.
+    pub(crate) fn tell_lease(&mut self, orders: &Orders) -> io::Result<()> {
+        self.send(LEASE, &serde_json::to_vec(orders)?)
     }
 
     /// Reports that the run is over. The guardian then exits without further work. [`Guardian::wait`] waits for its
@@ -323,23 +334,18 @@ fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
     process::signal(terraform, Signal::SIGINT)
 }
 
+/// Returns which process must be the parent of the guardian and of the fuse. Without a process list, the tree counts as
+/// dead when `tf` has no child left. So they must not be children of `tf` then.
+pub(crate) fn parent() -> detached::Parent {
+    let is_listed = process::list() != ProcessList::Unavailable;
+    if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us }
+}
+
 /// Returns whether a runner would kill the descendants of this process, whatever their environment contains (Jenkins,
 /// ProcessTree.java, `killRecursively`). False if this process is the first process of a pid namespace. In this case,
 /// this process is init itself, and when it exits, the kernel kills all processes of the namespace.
 fn runner_kills_descendants() -> bool {
     std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
-}
-
-fn is_jenkins_cookie(name: &str) -> bool {
-    (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
-}
-
-/// Returns whether `name` is a variable that the guardian must remove from its environment. These are the variables by
-/// which a runner finds the processes of a job, and the mark of an outer run in which this run is nested
-/// ([`crate::journal::run_mark::RUN`]).
-fn marks_us(name: &str) -> bool {
-    is_jenkins_cookie(name)
-        || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | crate::journal::run_mark::RUN)
 }
 
 /// The bytes from the socket that were not processed yet.
@@ -385,6 +391,8 @@ struct Watch<'a> {
     /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
     /// `None` if there is no such log.
     news: Option<(u64, Log)>,
+    /// What a keeper of the run's lease needs to know. `None` as long as no lease has begun.
+    orders: Option<Orders>,
     /// Reads the signals that were sent to the guardian. These signals do not kill the guardian. `None` if they cannot
     /// be read.
     signals: Option<Signals>,
@@ -444,6 +452,9 @@ impl<'a> Watch<'a> {
     fn begin(socket: UnixStream, mut context: GuardianContext<'a>) {
         environment::forget(marks_us);
         environment::unset_empty("AWS_");
+        if let Some(lease) = &mut context.lease {
+            lease.become_guardians();
+        }
         context.tree.observe_as_guardian();
         crash_point::reached("guardian: watching");
         // Identifying the backends may take time. This does not delay terraform, because `tf` starts it at the same
@@ -462,6 +473,7 @@ impl<'a> Watch<'a> {
             received: Received::default(),
             still: false,
             news: None,
+            orders: None,
             signals,
             unit_is_stopped: false,
             reached,
@@ -488,7 +500,19 @@ impl<'a> Watch<'a> {
             let end_at = ended.is_some().then_some(1);
             awaited.extend(ended);
             awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
+            // While `tf` is stopped, only the guardian can stop a terraform again that somebody else continues although the
+            // kernel has stopped it for its lease.
+            let lease = self.context.lease.as_ref().filter(|_| self.still);
+            let deadline = if lease.is_some_and(|lease| lease.is_blown()) {
+                Some(deadline.map_or(STOP_AGAIN_INTERVAL, |at| at.min(STOP_AGAIN_INTERVAL)))
+            } else {
+                // The end of the fuse wakes nobody here.
+                lease.map(|_| STOP_AGAIN_INTERVAL * 5).into_iter().chain(deadline).min()
+            };
             let ready = poll::wait(&awaited, deadline);
+            if let Some(lease) = self.context.lease.as_ref().filter(|_| self.still) {
+                lease.stop_again_as_guardian();
+            }
             self.hear_signals();
             if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
@@ -574,6 +598,9 @@ impl<'a> Watch<'a> {
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
                 let identity = self.context.tree.started(pid);
+                if let Some(lease) = &mut self.context.lease {
+                    lease.started(pid);
+                }
                 if let Some(record) = &mut self.context.record {
                     record.terraform = Some(number);
                     record.tree = identity;
@@ -592,6 +619,7 @@ impl<'a> Watch<'a> {
                 self.context.tree.add_members(&processes);
                 write_survivors(self.context.entry, self.context.record.as_mut(), processes);
             }
+            LEASE => self.orders = serde_json::from_slice(payload).ok(),
             NEWS => {
                 if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
                     self.news = Some((offset, log));
@@ -640,6 +668,9 @@ impl<'a> Watch<'a> {
         let _ = std::env::set_current_dir(&self.context.run.current);
         self.context.pipes.discard_output();
         let ended = self.stop_terraform();
+        if let Some(lease) = &mut self.context.lease {
+            lease.end();
+        }
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let unfinished = self.clean_up(ended);
@@ -661,6 +692,7 @@ impl<'a> Watch<'a> {
     /// Returns how terraform ended. `None` if that is unknown, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
+        self.take_over_lease(&terraform);
         let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
@@ -686,8 +718,21 @@ impl<'a> Watch<'a> {
             // If terraform was stopped when its parent died, the kernel normally sends it SIGHUP and SIGCONT. If the
             // kernel does not do so, as in a session without a terminal, terraform acts on no signal until the guardian
             // continues it here.
-            if Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T') {
-                let _ = terraform.signal(Signal::SIGCONT);
+            //
+            // A terraform that the kernel has stopped for its lease is not continued. The kernel kills it, because the
+            // fuse and `tf` are gone.
+            let is_stopped = Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T');
+            match &mut self.context.lease {
+                Some(lease) => {
+                    lease.step_as_guardian();
+                    if is_stopped {
+                        lease.continue_group();
+                    }
+                }
+                None if is_stopped => {
+                    let _ = terraform.signal(Signal::SIGCONT);
+                }
+                None => {}
             }
             let mut awaited: Vec<_> =
                 terraform.process.iter().map(|process| (process.as_fd(), PollFlags::POLLIN)).collect();
@@ -718,6 +763,13 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease lasts.
+    fn take_over_lease(&mut self, terraform: &Terraform) {
+        let Some(lease) = &mut self.context.lease else { return };
+        let pidfd = terraform.process.as_ref().and_then(|process| process.try_clone().ok());
+        lease.take_over(self.orders.take(), pidfd);
+    }
+
     /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.
     fn interrupt(&self, terraform: &Terraform) {
         let orphaned_terraforms = self.context.tree.orphaned_terraforms();
@@ -741,7 +793,7 @@ impl<'a> Watch<'a> {
 
     /// Releases the locks that terraform has left. Returns the work that is left for the next `tf`.
     fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
-        let GuardianContext { run, tree, recorder, record, entry, stop, .. } = &mut self.context;
+        let GuardianContext { run, tree, recorder, record, entry, stop, lease, .. } = &mut self.context;
         let mut log = recorder.read().clone();
         if ended == Some(Ended::Exited(0)) && !stop.was_forced() {
             log.ended_well();
@@ -765,6 +817,9 @@ impl<'a> Watch<'a> {
         if !run.release {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
+            if let Some(lease) = lease {
+                lease.withdraw();
+            }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
                 unnamed: log.unreleased_unnamed().cloned().collect(),
@@ -773,7 +828,12 @@ impl<'a> Watch<'a> {
                 replaced: Vec::new(),
             };
         }
-        after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended)
+        let unfinished =
+            after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
+        if let Some(lease) = lease {
+            lease.withdraw();
+        }
+        unfinished
     }
 }
 

@@ -3,17 +3,22 @@
 //! This module sends no request to DynamoDB or S3; [`crate::lock`] does that.
 
 pub(crate) mod event_loop;
+pub(crate) mod fence;
 pub(crate) mod foreground;
+pub(crate) mod fuse;
 pub(crate) mod guardian;
+pub(crate) mod keeper;
 pub(crate) mod outcome;
 pub(crate) mod pipes;
 pub(crate) mod routing;
+pub(crate) mod run_lease;
 pub(crate) mod run_record;
 pub(crate) mod shim;
 pub(crate) mod step_outputs;
 pub(crate) mod stop;
 pub(crate) mod waiting;
 
+use crate::cleanup::end_of_run::Why;
 use crate::cleanup::invocation::Invocation;
 use crate::cleanup::run_context::RunContext;
 use crate::console;
@@ -36,24 +41,29 @@ use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
+use crate::cleanup::takeover_process;
 use crate::cleanup::terminal_report::TerminalReporter;
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
+use crate::holder::facts;
 use crate::journal::history::By;
 use crate::journal::known_programs::Program;
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
+use crate::lease::grade;
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
 use crate::supervise::event_loop::Supervision;
 use crate::supervise::foreground::ForegroundControl;
 use crate::supervise::guardian::{Guardian, GuardianContext};
 use crate::supervise::pipes::Pipes;
+use crate::supervise::run_lease::RunLease;
 use crate::supervise::run_record::RunRecord;
 use crate::supervise::stop::Stop;
 use crate::supervise::waiting::Waiting;
+use crate::sys::host_facts::HostFacts;
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
@@ -94,9 +104,16 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         }
         tried = recovery.tried;
     }
+    let takes_over = settings.lease.terms.filter(|_| settings.release);
+    if let Some(terms) = takes_over
+        && invocation.command_line.locks_selected_state(&invocation.arguments)
+        && let Some(signal) = takeover_process::before_run(&context.candidates, terms, &mut signals)
+    {
+        return Ok(Ended::Killed(signal));
+    }
     crash_point::reached("tf: begun");
     match Prepared::new(context, settings, &signals) {
-        Ok(prepared) => prepared.run(Waiting::new(tried), &mut signals),
+        Ok(prepared) => prepared.run(Waiting::new(tried, takes_over), &mut signals),
         Err(error) => {
             signals.stop_listening();
             Err(Unprepared(error))
@@ -121,6 +138,8 @@ struct Prepared<'a> {
     parent: Option<OwnedFd>,
     stop: Stop,
     run_record: RunRecord,
+    /// The lease of the run's lock. `None` without `TFW_LEASE`.
+    lease: Option<RunLease>,
     image: Image,
 }
 
@@ -163,6 +182,15 @@ impl<'a> Prepared<'a> {
         let image = context.invocation.image(&changes)?;
         let entry = enter_in_journal(&mut context, state, parent.as_ref().map(|(pid, _)| *pid), &mut inherited);
         crash_point::reached("tf: prepared");
+        let mut lease = settings.lease.terms.map(|terms| {
+            let host = HostFacts::read();
+            let grade = grade::grade(&host, settings.shared_terminal, settings.lease.clock);
+            trace!("a lease of {:?}, {grade:?}", terms.length());
+            RunLease::new(terms, facts::here(&host), grade.fence())
+        });
+        if let Some(lease) = &mut lease {
+            inherited.extend(lease.inheritable()?);
+        }
         let guardian = Guardian::fork(GuardianContext {
             run: &context,
             tf: nix::unistd::getpid(),
@@ -172,11 +200,15 @@ impl<'a> Prepared<'a> {
             entry: entry.as_ref().map(|(entry, _)| entry),
             record: entry.as_ref().map(|(_, record)| record.clone()),
             stop: stop.clone(),
+            lease: lease.as_mut(),
         });
         let guardian = guardian.inspect_err(|error| trace!("no guardian: {error}")).ok();
         crash_point::reached("tf: guarded");
         if let Some(pid) = guardian.as_ref().and_then(Guardian::pid) {
             tree.exclude(pid);
+        }
+        for fuse in lease.iter_mut().flat_map(|lease| lease.fork_fuse(guardian::parent())) {
+            tree.exclude(fuse);
         }
         process::become_subreaper();
         let run_record = RunRecord { guardian, entry, told: Told::default(), outside_group: Vec::new(), failed: false };
@@ -193,6 +225,7 @@ impl<'a> Prepared<'a> {
             parent,
             stop,
             run_record,
+            lease,
             image,
         })
     }
@@ -202,6 +235,11 @@ impl<'a> Prepared<'a> {
         let started = self.start(signals)?;
         let mut waiting = self.context.release.then_some(waiting);
         let ended = self.watch(started.terraform, waiting.as_mut(), signals);
+        // No renewal may come between a read and a delete of the lock. And the fuse must not stop what terraform has
+        // left on purpose.
+        if let Some(lease) = &mut self.lease {
+            lease.end();
+        }
         crash_point::reached("tf: terraform ended");
         let tried = waiting.map(|waiting| waiting.finish(&mut Waiter::Interactive(signals))).unwrap_or_default();
         let all_written = self.pipes.flush();
@@ -238,6 +276,9 @@ impl<'a> Prepared<'a> {
         self.pipes.close_writers();
         let identity = self.tree.started(terraform);
         self.run_record.started(terraform, identity);
+        if let Some(lease) = &mut self.lease {
+            lease.started(terraform);
+        }
         crash_point::reached("tf: started");
         // Terraform does not need the following steps, so they are done after its start.
         let memory_kills = process::out_of_memory_kills();
@@ -265,6 +306,7 @@ impl<'a> Prepared<'a> {
             recorder: &mut self.recorder,
             tree: &self.tree,
             run_record: &mut self.run_record,
+            lease: self.lease.as_mut(),
             parent: self.parent.take(),
             children_changed: false,
             outlived: false,
@@ -306,9 +348,20 @@ impl<'a> Prepared<'a> {
         let ending = after.judge(&candidates);
         let waiter = &mut Waiter::Interactive(signals);
         reporter.terraform_ended(ending, &candidates, waiter);
+        if self.stop.killed() == Some(Why::LockLost) {
+            let loss = self.lease.as_ref().and_then(RunLease::loss);
+            console::say(&messages::lock_lost(loss, &self.context.invocation.name.to_string_lossy()));
+        }
         let unfinished = if ending.may_have_left_a_lock(&log) {
             crash_point::reached("tf: locks may be held");
-            after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter)
+            let unfinished = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
+            // If the lock stays, nobody may take it without being asked.
+            if let Some(lease) = &mut self.lease
+                && !lease.withdraw()
+            {
+                console::say(messages::LEASE_STANDS);
+            }
+            unfinished
         } else {
             Unfinished::default()
         };

@@ -13,6 +13,7 @@ use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::supervise::guardian::{Guardian, Heard};
+use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
 use crate::terraform::log::{Log, LoggedLock};
 use crate::trace::trace;
@@ -84,6 +85,15 @@ impl RunRecord {
     pub(crate) fn note(&mut self, event: StopEvent, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.note(event).is_err()
+        {
+            self.guardian_is_gone(recorder);
+        }
+    }
+
+    /// Tells the guardian what a keeper of the run's lease needs to know.
+    pub(crate) fn tell_lease(&mut self, orders: &Orders, recorder: &Recorder) {
+        if let Some(guardian) = &mut self.guardian
+            && guardian.tell_lease(orders).is_err()
         {
             self.guardian_is_gone(recorder);
         }

@@ -8,6 +8,7 @@
 //! presses ^C three times.
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
+use crate::lease::fence::EndReason;
 use crate::sys::wait::Ended;
 use std::time::Duration;
 
@@ -40,6 +41,11 @@ pub(crate) enum StopEvent {
     ReaderGone,
     /// Terraform needs the terminal, but no person can answer at the terminal.
     NobodyCanAnswer,
+    /// The lease of terraform's lock cannot be renewed, or somebody has deleted the lock. Terraform can still save its
+    /// state.
+    LeaseEnds,
+    /// The kernel has stopped terraform because of its lease, and it must not go on.
+    LeaseEnded(EndReason),
     /// This is not a request. The time of [`Stop::deadline`] may have passed.
     Time,
 }
@@ -153,7 +159,8 @@ impl Stop {
                 }
                 vec![]
             }
-            StopEvent::ReaderGone | StopEvent::NobodyCanAnswer => self.graceful(now),
+            StopEvent::ReaderGone | StopEvent::NobodyCanAnswer | StopEvent::LeaseEnds => self.graceful(now),
+            StopEvent::LeaseEnded(reason) => self.lease_ended(reason),
             StopEvent::Time => match self.kill {
                 Some((at, why)) if at <= now => self.kill_now(why),
                 _ => vec![],
@@ -206,6 +213,17 @@ impl Stop {
         vec![Effect::SayForcing, Effect::InterruptTerraform]
     }
 
+    fn lease_ended(&mut self, reason: EndReason) -> Vec<Effect> {
+        if self.killed.is_some() {
+            return vec![];
+        }
+        self.kill_now(match reason {
+            EndReason::LockLost => Why::LockLost,
+            EndReason::Person => Why::Forced,
+            EndReason::TimedOut => Why::LeaseUnknown,
+        })
+    }
+
     fn kill_now(&mut self, why: Why) -> Vec<Effect> {
         self.kill = None;
         self.killed = Some(why);
@@ -218,7 +236,7 @@ mod tests {
     use super::*;
 
     /// Every event. If a new event is added, the match in [`number`] does not compile until it has that event too.
-    const ALL: [StopEvent; 8] = [
+    const ALL: [StopEvent; 10] = [
         StopEvent::Keyboard,
         StopEvent::KeyboardAtTerraform,
         StopEvent::Request,
@@ -227,6 +245,8 @@ mod tests {
         StopEvent::ReaderGone,
         StopEvent::NobodyCanAnswer,
         StopEvent::Time,
+        StopEvent::LeaseEnds,
+        StopEvent::LeaseEnded(EndReason::LockLost),
     ];
 
     fn number(event: StopEvent) -> usize {
@@ -239,6 +259,8 @@ mod tests {
             StopEvent::ReaderGone => 5,
             StopEvent::NobodyCanAnswer => 6,
             StopEvent::Time => 7,
+            StopEvent::LeaseEnds => 8,
+            StopEvent::LeaseEnded(_) => 9,
         }
     }
 
@@ -283,6 +305,7 @@ mod tests {
             let effects = Stop::new(false, None).decide(event, ms(1));
             let expected = match event {
                 StopEvent::KeyboardAtTerraform | StopEvent::RequestToAll | StopEvent::Time => vec![],
+                StopEvent::LeaseEnded(_) => vec![Effect::Kill(Why::LockLost)],
                 _ => vec![Effect::InterruptGroup],
             };
             assert_eq!(effects, expected, "{event:?}");
@@ -295,7 +318,8 @@ mod tests {
             for ignores in [false, true] {
                 for events in sequences(5) {
                     let keys = events.iter().filter(|event| **event == StopEvent::Keyboard).count();
-                    if keys >= 3 || (keys == 2 && events[0] != StopEvent::Keyboard) {
+                    let is_ended = events.iter().any(|event| matches!(event, StopEvent::LeaseEnded(_)));
+                    if is_ended || keys >= 3 || (keys == 2 && events[0] != StopEvent::Keyboard) {
                         continue;
                     }
                     let mut stop = Stop::new(ignores, None);
@@ -382,7 +406,8 @@ mod tests {
             let first = events.iter().position(|event| {
                 matches!(event, StopEvent::Request | StopEvent::RequestToAll | StopEvent::ParentGone)
             });
-            let forced = stop.was_forced() && stop.kill.is_some_and(|(_, why)| why == Why::Forced);
+            let ended = events.iter().any(|event| matches!(event, StopEvent::LeaseEnded(_)));
+            let forced = ended || (stop.was_forced() && stop.kill.is_some_and(|(_, why)| why == Why::Forced));
             let expected = first.map(|place| ms(25_001 + place as u64));
             if !forced {
                 assert_eq!(stop.deadline(), expected, "{events:?}");

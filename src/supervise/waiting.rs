@@ -2,7 +2,9 @@
 //! attempt succeeds. A run that died before this run started was normally finished before terraform started. This
 //! module handles a run that dies later, and tries again to finish a run that could not be finished before.
 //!
-//! Another `tf` process finishes the dead run, because a process that supervises a terraform sends no request to AWS
+//! With `TFW_LEASE`, it also watches the lock for which terraform waits, and takes it over when its lease has lapsed.
+//!
+//! Another `tf` process finishes the dead run or takes over the lock, because a process that supervises a terraform sends no request to AWS
 //! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
 
 use crate::cleanup::recovery_process;
@@ -18,9 +20,11 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
+use crate::cleanup::takeover_process::{Ended, TakeoverProcess};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::state_directory::StateDirectory;
-use crate::terraform::log::Log;
+use crate::lease::terms::Terms;
+use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
 /// How long a lock request must be without a response before the journal is searched for dead runs. The same time
@@ -48,26 +52,72 @@ pub(crate) struct Waiting {
     tried: HashMap<String, Instant>,
     /// The processes that are finishing a run, each with the ID of that run.
     at_work: Vec<(Child, String)>,
+    /// The terms of the lease of this run. `None` if it may not take over a lock.
+    takes_over: Option<Terms>,
+    /// The process that watches the lock for which terraform waits. `None` if terraform does not wait for a lock.
+    taker: Option<TakeoverProcess>,
+    /// When to start the next one, if the last one has ended by itself.
+    take_at: Option<Instant>,
+    /// Processes that were told to end, because terraform does not wait any more.
+    ending: Vec<Child>,
 }
 
 impl Waiting {
     /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished before
-    /// terraform started.
-    pub(crate) fn new(tried: Vec<Tried>) -> Self {
+    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock.
+    pub(crate) fn new(tried: Vec<Tried>, takes_over: Option<Terms>) -> Self {
         let now = Instant::now();
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { tried: tried.collect(), ..Self::default() }
+        Self { tried: tried.collect(), takes_over, ..Self::default() }
     }
 
     /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs.
     /// Call this each time the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
-        let waits = log.unreleased().any(|lock| lock.progress.held.is_none());
-        let next = next_search(self.look_at, waits, Instant::now());
+        let awaited = log.unreleased().find(|lock| lock.progress.held.is_none());
+        if awaited.is_none() {
+            self.ending.extend(self.taker.take().map(TakeoverProcess::into_child));
+            self.ending.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        }
+        let next = next_search(self.look_at, awaited.is_some(), Instant::now());
         self.look_at = next.at;
         if next.is_due {
             self.recover_dead_runs(here, tree);
+            if let Some(awaited) = awaited {
+                self.watch_lease(awaited, here, tree);
+            }
+        }
+    }
+
+    /// Starts a process that watches the lock `awaited`, if none is running.
+    fn watch_lease(&mut self, awaited: &RecordedLock, here: &CandidateBackends, tree: &Tree) {
+        let now = Instant::now();
+        match self.taker.as_mut().map(TakeoverProcess::ended) {
+            Some(None) => return,
+            Some(Some(ended)) => {
+                self.taker = None;
+                let pause = match ended {
+                    Ended::NoCredentials => CREDENTIALS_RETRY_INTERVAL,
+                    Ended::Over | Ended::Failed => RETRY_INTERVAL,
+                };
+                self.take_at = Some(now + pause);
+            }
+            None => {}
+        }
+        let Some(terms) = self.takes_over.filter(|_| self.take_at.is_none_or(|at| at <= now)) else { return };
+        let Some(location) = here.of(awaited).into_iter().next().or_else(|| here.selected()) else { return };
+        match TakeoverProcess::start(&location, here, terms, true) {
+            Ok(process) => {
+                if let Ok(pid) = i32::try_from(process.pid()) {
+                    tree.exclude(Pid::from_raw(pid));
+                }
+                self.taker = Some(process);
+            }
+            Err(error) => {
+                trace!("no process for the takeover: {error}");
+                self.take_at = Some(now + RETRY_INTERVAL);
+            }
         }
     }
 
@@ -112,7 +162,8 @@ impl Waiting {
     /// stderr to its end must wait for these processes anyway, because they have stderr open too. Returns the IDs of
     /// the runs that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
-        for (child, _) in self.at_work {
+        let takers = self.ending.into_iter().chain(self.taker.map(TakeoverProcess::into_child));
+        for child in self.at_work.into_iter().map(|(child, _)| child).chain(takers) {
             recovery_process::wait_for(child, waiter);
         }
         self.tried.into_keys().collect()
@@ -209,7 +260,7 @@ mod tests {
         assert_eq!(retry_interval(true), Duration::from_mins(10));
         let tried = |run: &str, lacks_credentials| Tried { run: run.into(), lacks_credentials };
         let before = Instant::now();
-        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)]);
+        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], None);
         let after = Instant::now();
         for (run, interval) in [("a", Duration::from_secs(15)), ("b", Duration::from_mins(10))] {
             let due = waiting.tried[run];

@@ -42,6 +42,39 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// Makes the program that `command` starts inherit `descriptors`, with their numbers. In this process they stay closed on
+/// exec.
+pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[BorrowedFd<'_>]) {
+    use std::os::unix::process::CommandExt;
+    let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    // SAFETY: the closure only calls fcntl(2), which is async-signal-safe (signal-safety(7)), on memory that was
+    // allocated before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            for number in &numbers {
+                if libc::fcntl(*number, libc::F_SETFD, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Takes the descriptors with these numbers, which this process has inherited. They are closed on exec from now on.
+/// `None` if one of them is a standard descriptor or is not open, or if a number occurs twice. Call this once, before
+/// this process opens anything.
+pub(crate) fn inherited(numbers: &[RawFd]) -> Option<Vec<OwnedFd>> {
+    let is_sound = numbers.iter().enumerate().all(|(place, number)| *number > 2 && !numbers[..place].contains(number));
+    // SAFETY: F_SETFD fails for a number that is not open, and changes nothing else.
+    let is_open = |number: &RawFd| unsafe { libc::fcntl(*number, libc::F_SETFD, libc::FD_CLOEXEC) } == 0;
+    if !is_sound || !numbers.iter().all(is_open) {
+        return None;
+    }
+    // SAFETY: the descriptors are open, each number occurs once, and nothing else in this process owns them.
+    Some(numbers.iter().map(|number| unsafe { OwnedFd::from_raw_fd(*number) }).collect())
+}
+
 /// Returns descriptor `number` of this process. `number` must be 0, 1 or 2. These three descriptors are always open,
 /// because Rust's runtime opens /dev/null in place of those that were closed at the start.
 pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {

@@ -3,6 +3,7 @@
 //! them.
 #![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
+pub(crate) mod boot_clock;
 pub(crate) mod descriptor;
 pub(crate) mod detached;
 pub(crate) mod disposition;
@@ -12,15 +13,19 @@ mod errno;
 pub(crate) mod file_id;
 pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
+pub(crate) mod hangup_pipe;
+pub(crate) mod host_facts;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
 pub(crate) mod memory;
 pub(crate) mod ownership;
+pub(crate) mod packet_socket;
 pub(crate) mod plain_file;
 pub(crate) mod plain_host;
 pub(crate) mod poll;
 pub(crate) mod process;
+pub(crate) mod readiness;
 pub(crate) mod session;
 pub(crate) mod shell_command;
 pub(crate) mod signals;

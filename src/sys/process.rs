@@ -486,10 +486,22 @@ impl Process {
         self.has_large_program(large) && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.thread)).is_ok()
     }
 
-    /// Returns whether the process is the guardian or the recovery of any run of `tf`: it executes this program, under
+    /// Returns whether all user IDs of the process (real, effective, saved) are the effective one of this process, so that
+    /// a signal of this process's user reaches it. False if they cannot be read.
+    pub(crate) fn has_our_user(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.thread)).unwrap_or_default();
+        let own = nix::unistd::geteuid().to_string();
+        let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+        ids.is_some_and(|ids| ids.split_ascii_whitespace().take(3).filter(|id| *id == own).count() == 3)
+    }
+
+    /// Returns whether the process is the guardian, the recovery, the fuse or the keeper of any run of `tf`: it executes this program, under
     /// one of the names that these processes give themselves.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
-        matches!(self.name.as_str(), "tf-guardian" | "tf-recovery") && self.runs_our_program() == Some(true)
+        matches!(
+            self.name.as_str(),
+            "tf-guardian" | "tf-recovery" | "tf-fuse" | "tf-spare" | "tf-keeper" | "tf-takeover"
+        ) && self.runs_our_program() == Some(true)
     }
 
     /// Returns whether the process executes a different program from this process. A forked child does so only after

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// A backend block in the form in which `init` caches it. It may contain credentials, so its `Debug` output does not
 /// contain the values, and `tf` never writes it to a file.
@@ -67,6 +67,20 @@ impl CachedBackend {
     pub(crate) fn of_parts(kind: &str, config: Map<String, Value>, version: &str) -> Self {
         let origin = BackendOrigin::of(version, &config);
         Self { kind: kind.to_owned(), config, origin }
+    }
+
+    /// Returns the block for another process of `tf`. The result contains the credentials of the block, if it has any,
+    /// so it must go through a pipe, and never into a file, an argument or a variable.
+    pub(crate) fn to_json(&self) -> Value {
+        json!({ "kind": self.kind, "config": self.config, "origin": self.origin })
+    }
+
+    /// Returns the block that [`CachedBackend::to_json`] has written. `None` if `json` is something else.
+    pub(crate) fn of_json(json: Value) -> Option<Self> {
+        let Value::Object(mut block) = json else { return None };
+        let Value::String(kind) = block.remove("kind")? else { return None };
+        let Value::Object(config) = block.remove("config")? else { return None };
+        Some(Self { kind, config, origin: serde_json::from_value(block.remove("origin")?).ok()? })
     }
 
     /// Whether OpenTofu wrote the block.

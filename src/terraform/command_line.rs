@@ -40,8 +40,10 @@ impl CommandLine {
         let (words, operands) = match rest {
             [] => (Vec::new(), &[][..]),
             [command, others @ ..] => {
-                let mut words = vec![command.clone()];
-                let nested = ["state", "workspace", "providers"].iter().any(|name| command == name);
+                // `env` is the earlier name of `workspace`. Terraform still accepts it (commands.go).
+                let command = if command == "env" { OsStr::new("workspace") } else { command.as_os_str() };
+                let mut words = vec![command.to_owned()];
+                let nested = ["state", "workspace", "providers"].iter().any(|name| command == *name);
                 match others {
                     [word, behind @ ..] if nested && !word.as_bytes().starts_with(b"-") => {
                         words.push(word.clone());
@@ -82,6 +84,18 @@ impl CommandLine {
             [b"providers", b"lock" | b"mirror"] | [b"workspace", b"show"] => more_arguments,
             _ => true,
         }
+    }
+
+    /// Whether the command locks the state of the selected workspace, unless `arguments`, the whole command line, say
+    /// `-lock=false`. `init` and `workspace` commands lock too, but only while they create or migrate a state.
+    pub(crate) fn locks_selected_state(&self, arguments: &[OsString]) -> bool {
+        let words: Vec<_> = self.words.iter().map(|word| word.as_bytes()).collect();
+        let locks = match words.as_slice() {
+            [b"plan" | b"apply" | b"destroy" | b"refresh" | b"import" | b"console" | b"taint" | b"untaint"] => true,
+            [b"state", word] => matches!(*word, b"mv" | b"rm" | b"push" | b"replace-provider"),
+            _ => false,
+        };
+        locks && !self.asks_for_help_or_version && !disables_locking(arguments)
     }
 
     /// Whether terraform ignores every SIGINT and SIGTERM during this command. Terraform catches both signals for all
@@ -133,6 +147,19 @@ pub(crate) fn logs_its_lock(command: &str) -> bool {
     matches!(command, "plan" | "apply" | "destroy" | "refresh" | "import" | "console")
 }
 
+/// Whether `arguments` contain `-lock=false` in any of Go's spellings of false (strconv.ParseBool).
+fn disables_locking(arguments: &[OsString]) -> bool {
+    let value = |argument: &OsString| {
+        let flag = argument.as_bytes().strip_prefix(b"-")?;
+        flag.strip_prefix(b"-").unwrap_or(flag).strip_prefix(b"lock=").map(<[u8]>::to_vec)
+    };
+    arguments
+        .iter()
+        .rev()
+        .find_map(value)
+        .is_some_and(|last| matches!(last.as_slice(), b"0" | b"f" | b"F" | b"false" | b"FALSE" | b"False"))
+}
+
 /// Returns the values of `-backend-config` in `arguments`. A value is the text after `=`, or the next word.
 pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     let mut found = Vec::new();
@@ -172,6 +199,33 @@ mod tests {
     fn parse(line: &str) -> CommandLine {
         let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
         CommandLine::parse(&arguments)
+    }
+
+    #[test]
+    fn a_command_that_locks_the_selected_state_is_known() {
+        for (line, expected) in [
+            ("plan", true),
+            ("-chdir=a apply -auto-approve", true),
+            ("destroy", true),
+            ("state mv a b", true),
+            ("state list", false),
+            ("untaint a", true),
+            ("plan -lock=true", true),
+            ("plan -lock-timeout=1m", true),
+            ("plan -lock=false", false),
+            ("plan --lock=F", false),
+            ("plan -lock=false -lock=true", true),
+            ("plan -help", false),
+            ("init", false),
+            ("output", false),
+            ("force-unlock x", false),
+            ("workspace new a", false),
+            ("env new a", false),
+            ("", false),
+        ] {
+            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            assert_eq!(CommandLine::parse(&arguments).locks_selected_state(&arguments), expected, "{line}");
+        }
     }
 
     #[test]

@@ -107,6 +107,8 @@ impl State {
             None => true,
             Some(Why::Forced) => is_forced,
             Some(Why::StopTimeout) => model.has_timeout,
+            // A run without a lease.
+            Some(Why::LockLost | Why::LeaseUnknown) => false,
         };
         // A terraform whose `tf` was killed is interrupted.
         let is_asked = !self.is_over() || self.is_tf_alive || self.ours + self.others > 0 || self.is_lost;

@@ -324,6 +324,8 @@ pub(crate) enum Victim {
     Guardian,
     Next,
     Contender,
+    /// Terraform, `tf` and its guardian at once, as when a container is killed.
+    WholeRun,
 }
 
 /// A process that cleans up.
@@ -1099,7 +1101,7 @@ impl Protocol {
                 }
                 RunState::Recovering => dead(true),
                 RunState::Dead => dead(false),
-                RunState::Doubtful => Claim::Foreign { why: "processes may belong to it" },
+                RunState::Doubtful => Claim::Foreign { why: "processes may belong to it", may_run_here: true },
             }),
             None => state.is_pending.then_some(Claim::Late { disagrees: None, had: false }),
         };
@@ -1174,7 +1176,9 @@ impl Model for Protocol {
                 Action::LandOurs(who),
             ]);
         }
-        for victim in [Victim::Terraform, Victim::Tf, Victim::Guardian, Victim::Next, Victim::Contender] {
+        for victim in
+            [Victim::Terraform, Victim::Tf, Victim::Guardian, Victim::Next, Victim::Contender, Victim::WholeRun]
+        {
             actions.push(Action::Kill(victim));
         }
     }
@@ -1353,6 +1357,16 @@ impl Protocol {
                     return None;
                 }
                 state.terraform = Terraform::Ended(Exit::Killed);
+                return state.kill();
+            }
+            Victim::WholeRun => {
+                let is_whole = state.terraform.is_alive() && state.tf.is_alive() && state.guardian.is_alive();
+                // While terraform is running, neither of the others has a request in flight.
+                if !is_whole || is_unseen {
+                    return None;
+                }
+                state.terraform = Terraform::Ended(Exit::Killed);
+                (state.tf, state.guardian) = (Cleaner::Killed, Cleaner::Killed);
                 return state.kill();
             }
             Victim::Contender => {

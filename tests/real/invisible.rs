@@ -378,14 +378,30 @@ fn a_terraform_that_cannot_be_run_is_an_error_of_the_shells_kind() {
 fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
     let mut env = TestEnv::empty(Lock::DynamoDb);
     stub(&mut env, "#!/bin/sh\ntouch began\n");
-    for (name, value) in [("TFW_STOP_TIMEOUT", "soon"), ("TFW_RELEASE", "perhaps"), ("TFW_TTY", "mine")] {
+    for (name, value) in [
+        ("TFW_STOP_TIMEOUT", "soon"),
+        ("TFW_RELEASE", "perhaps"),
+        ("TFW_TTY", "mine"),
+        ("TFW_LEASE", "5"),
+        ("TFW_LEASE", "1s"),
+        ("TFW_LEASE", "2h"),
+        ("TFW_LEASE", "yes"),
+        ("TFW_CLOCK", "maybe"),
+    ] {
         let mut command = env.command(env.bin().join("tf"));
         command.arg("apply").env(name, value);
         let end = Run::start(command).wait();
         assert_eq!(end.code(), Some(1), "{end:?}");
+        assert!(end.err.starts_with("tf: ") && end.err.lines().count() == 1, "{}", end.err);
         assert!(end.err.contains(name) && end.err.contains(value), "{}", end.err);
         assert!(!env.exists("began"));
     }
+    // A command that cannot lock has no lease, and so it has no invalid one.
+    let mut command = env.command(env.bin().join("tf"));
+    command.arg("version").env("TFW_LEASE", "yes").env("TFW_CLOCK", "maybe");
+    let end = Run::start(command).wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{end:?}");
+    assert!(env.exists("began"));
 }
 
 #[test]

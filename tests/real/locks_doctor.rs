@@ -59,6 +59,60 @@ fn what_it_tries_leaves_a_standing_lock_alone(lock: Lock) {
 }
 for_each_lock!(what_it_tries_leaves_a_standing_lock_alone);
 
+/// The host of this test decides whether it needs `TFW_CLOCK=steady`. The unit tests of the grade have the files of
+/// every kind of host.
+#[test]
+fn the_grade_of_a_lease_is_told_only_if_there_is_one() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let lease = |env: &TestEnv| -> Vec<String> {
+        let end = locks(env, &["doctor"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        let at = end.out.lines().position(|line| line.get(7..).is_some_and(|rest| rest.starts_with("lease: ")));
+        let lines: Vec<&str> = end.out.lines().collect();
+        let Some(at) = at else { return Vec::new() };
+        let below = lines[at + 1..].iter().take_while(|line| line.starts_with(' '));
+        std::iter::once(&lines[at]).chain(below).map(|line| (*line).to_owned()).collect()
+    };
+    env.set("TFW_LEASE", "off");
+    env.set("TFW_CLOCK", "steady");
+    assert!(lease(&env).is_empty());
+    env.set("TFW_LEASE", "5m");
+    let vouched = lease(&env);
+    assert!(vouched[0].contains("  lease: 5 min 0 s, grade "), "{vouched:?}");
+    env.set("TFW_CLOCK", "");
+    let plain = lease(&env);
+    let is_unknown = plain[0].contains("grade none") && plain.last().unwrap().contains("set TFW_CLOCK=steady");
+    if is_unknown {
+        assert!(vouched[0].starts_with("ok     lease: 5 min 0 s, grade stop: TFW_CLOCK=steady "), "{vouched:?}");
+    } else {
+        assert_eq!(plain, vouched);
+    }
+    env.set("TFW_TTY", "shared");
+    let shared = lease(&env);
+    assert!(shared[0].starts_with("note   lease: 5 min 0 s, grade none: "), "{shared:?}");
+    assert!(shared.last().unwrap().contains("TFW_CLOCK=steady does not change that"), "{shared:?}");
+}
+
+#[test]
+fn a_command_that_judges_locks_refuses_an_invalid_lease() {
+    for (name, value) in [("TFW_LEASE", "5"), ("TFW_LEASE", "1s"), ("TFW_LEASE", "2h"), ("TFW_CLOCK", "maybe")] {
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        env.set(name, value);
+        for arguments in
+            [&[][..], &["list"], &["show"], &["release"], &["audit", "--older-than", "1h"], &["recover"], &["doctor"]]
+        {
+            let end = locks(&env, arguments);
+            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{arguments:?}: {end:?}");
+            assert!(end.err.starts_with("tf: ") && end.err.lines().count() == 1, "{arguments:?}: {end:?}");
+            assert!(end.err.contains(name) && end.err.contains(value), "{arguments:?}: {end:?}");
+        }
+        for arguments in [&["history"][..], &["shell-init", "bash"]] {
+            let end = locks(&env, arguments);
+            assert_eq!(end.code(), Some(0), "{arguments:?}: {end:?}");
+        }
+    }
+}
+
 #[test]
 fn each_permission_that_is_missing_is_named() {
     type Asked = fn(&Message) -> bool;

@@ -17,7 +17,7 @@ use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::lock_json;
-use crate::support::{Ended, Lock, TestEnv};
+use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
 const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";
@@ -478,4 +478,173 @@ fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
     // 12 MB of locks against 1.2 MB. The peaks are in KiB.
     let (small, large) = (peak(10), peak(200));
     assert!(large < small + 10_000, "{small} KiB, {large} KiB");
+}
+
+/// Returns a lease record of the lock `id` that was renewed `age` seconds ago, for a lock of CI.
+fn lease_record(id: &str, age: i64) -> Value {
+    json!({
+        "v": 1, "lock": id, "renewed": jiff::Timestamp::now().as_second() - age, "beat": 7, "keeper": u64::MAX,
+        "lease": 300, "fence": "stop", "region": "us-east-1", "tf": "0.2.0",
+        "holder": { "user": "runner", "host": "fv-az7", "ci": "GitHub Actions",
+            "job": "https://github.com/o/r/actions/runs/1", "attempt": "2", "cloud": "i-0abc" },
+    })
+}
+
+/// Returns a JSON value as the attribute of an item.
+fn attribute(value: &Value) -> Value {
+    match value {
+        Value::Null => json!({ "NULL": true }),
+        Value::Bool(value) => json!({ "BOOL": value }),
+        Value::Number(number) => json!({ "N": number.to_string() }),
+        Value::String(text) => json!({ "S": text }),
+        Value::Array(list) => json!({ "L": list.iter().map(attribute).collect::<Vec<_>>() }),
+        Value::Object(map) => {
+            json!({ "M": map.iter().map(|(name, value)| (name.clone(), attribute(value))).collect::<serde_json::Map<_, _>>() })
+        }
+    }
+}
+
+/// Returns records that an attacker or a fault may leave, each with the reason why it is not believed. The reason is
+/// empty if the record is believed.
+fn strange_records() -> Vec<(Value, &'static str)> {
+    let with = |change: &dyn Fn(&mut Value)| {
+        let mut record = lease_record(A, 40);
+        change(&mut record);
+        record
+    };
+    vec![
+        (with(&|record| record["holder"]["job"] = "\u{1b}]0;owned\u{7}\u{1b}[2J\n\r\u{202e}evil".into()), ""),
+        (with(&|record| record["holder"]["job"] = "x".repeat(3000).into()), "too large"),
+        (with(&|record| record["more"] = vec!["x"; 20_000].into()), "too large"),
+        (with(&|record| record["renewed"] = "now".into()), "cannot be read"),
+        (with(&|record| record["renewed"] = i64::MAX.into()), "cannot be read"),
+        (with(&|record| record["holder"] = 7.into()), "cannot be read"),
+        (with(&|record| record["fence"] = "steel".into()), "cannot be read"),
+        (with(&|record| record["taken"] = true.into()), "cannot be read"),
+        (with(&|record| record["lock"] = B.into()), "the ID of another lock"),
+        (with(&|record| record["v"] = 2.into()), "a format"),
+        (with(&|record| record["lease"] = (10_u64 * 365 * 86_400).into()), "a length that nobody may choose"),
+        (lease_record(A, -3600), "renewed in the future"),
+        (json!([]), "cannot be read"),
+        (json!("text\u{1b}[2J"), "cannot be read"),
+        (Value::Null, "cannot be read"),
+    ]
+}
+
+fn put_leased(env: &TestEnv, path: &str, info: &str, record: &Value) {
+    let item = json!({ "LockID": { "S": path }, "Info": { "S": info }, "tf": attribute(record) });
+    cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
+}
+
+/// A lock object with a lease: the member `tf` is the last one, as `tf` writes it.
+fn with_member(info: &str, record: &str) -> String {
+    format!("{},\"tf\":{record}}}", info.strip_suffix('}').unwrap())
+}
+
+/// The fresh, the lapsed and the claimed lease of a lock of another host, from the table, the object and a scan.
+#[test]
+fn a_lease_shows_who_holds_a_lock_and_whether_the_holder_is_alive() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let env = TestEnv::new(lock, "true");
+        let info = of_anna(A, &env.path());
+        let put = |record: &Value| match lock {
+            Lock::File => drop(cloud().s3(
+                "PUT",
+                &format!("{}.tflock", env.path()),
+                with_member(&info, &record.to_string()).as_bytes(),
+            )),
+            _ => put_leased(&env, &env.path(), &info, record),
+        };
+        let mut claimed = lease_record(A, 2820);
+        claimed["taken"] = json!({ "by": "bert@ci-8", "at": jiff::Timestamp::now().as_second(), "number": 7 });
+        let mut weak = lease_record(A, 2820);
+        weak["fence"] = "none".into();
+        let bucket = ["list", "--bucket", &env.bucket, "--region", "us-east-1"];
+        let scan = if lock == Lock::File { bucket.to_vec() } else { table(&env, &[]) };
+        for (record, state, verdict, code, reason) in [
+            (lease_record(A, 40), "fresh", "alive", 0, "by the service's clock"),
+            (lease_record(A, 2820), "lapsed", "likely_dead", 2, "its 5 min lease was last renewed 47 min"),
+            (weak, "lapsed", "likely_dead", 2, "does not promise to stop terraform in time"),
+            (claimed, "claimed", "likely_dead", 2, "bert@ci-8 claimed the lock"),
+        ] {
+            put(&record);
+            for words in [vec!["list"], scan.clone(), vec!["show"]] {
+                let end = locks(&env, &[&words[..], &["--json"]].concat());
+                assert_eq!(end.code(), Some(code), "{words:?} {}", env.dump(&end));
+                assert_fits_the_schema(&env, &end.out);
+                let found = &parsed(&env, &end)["locks"][0];
+                assert_eq!((&found["verdict"], &found["lease"]["state"]), (&json!(verdict), &json!(state)), "{found}");
+                assert_eq!(found["lease"]["holder"]["job"], record["holder"]["job"]);
+                assert!(found["reason"].as_str().unwrap().contains(reason), "{found}");
+                let end = locks(&env, &words);
+                for fact in ["runner@fv-az7", "https://github.com/o/r/actions/runs/1", "i-0abc", reason] {
+                    assert!(end.out.contains(fact), "{words:?} {fact} {}", env.dump(&end));
+                }
+            }
+            let end = locks(&env, &["audit", "--older-than", "2h", "--prometheus"]);
+            let lapsed = format!("\ntf_locks_lease_lapsed {}\n", u8::from(code == 2));
+            assert!(end.out.contains(&lapsed), "{}", env.dump(&end));
+            let end = locks(&env, &["audit", "--older-than", "2h", "--json"]);
+            assert_fits(&env, "audit", &end.out);
+        }
+    }
+}
+
+/// A record that `tf` cannot have written changes no verdict, shows its reason, and does nothing to a terminal.
+#[test]
+fn a_lease_that_is_not_believed_is_shown_harmlessly() {
+    let env = TestEnv::new(Lock::Both, "true");
+    let info = of_anna(A, &env.path());
+    let object = format!("{}.tflock", env.path());
+    let mut texts: Vec<(String, &str)> =
+        strange_records().into_iter().map(|(record, reason)| (record.to_string(), reason)).collect();
+    let good = lease_record(A, 40).to_string();
+    texts.push((good.replacen('{', "{\"renewed\":1,", 1), "cannot be read"));
+    texts.push((format!("{good},\"tf\":{good}"), "cannot be read"));
+    let items = strange_records().into_iter().map(|(record, reason)| (Err(record), reason));
+    for (record, reason) in items.chain(texts.into_iter().map(|(text, reason)| (Ok(text), reason))) {
+        cloud().delete_item(&env.table, &env.path());
+        cloud().s3("DELETE", &object, b"");
+        match &record {
+            Err(record) => put_leased(&env, &env.path(), &info, record),
+            Ok(text) => drop(cloud().s3("PUT", &object, with_member(&info, text).as_bytes())),
+        }
+        let end = locks(&env, &["list", "--json"]);
+        assert_eq!(end.code(), Some(0), "{record:?} {}", env.dump(&end));
+        assert_fits_the_schema(&env, &end.out);
+        let found = &parsed(&env, &end)["locks"][0];
+        let (state, verdict) = if reason.is_empty() { ("fresh", "alive") } else { ("not_believed", "unknown") };
+        assert_eq!(
+            (&found["lease"]["state"], &found["verdict"]),
+            (&json!(state), &json!(verdict)),
+            "{record:?} {found}"
+        );
+        assert!(found["lease"]["reason"].as_str().unwrap_or_default().contains(reason), "{record:?} {found}");
+        for words in [&["list"][..], &["show"]] {
+            let end = locks(&env, words);
+            assert_eq!(end.code(), Some(0), "{words:?} {}", env.dump(&end));
+            assert!(end.out.contains(reason) && end.out.len() < 8192, "{words:?} {}", env.dump(&end));
+            let strange = |one: char| !matches!(one, '\n' | '…') && !(' '..='~').contains(&one);
+            assert!(!end.out.contains(strange), "{words:?} {:?}", end.out);
+        }
+    }
+}
+
+/// After a refusal, the lines below terraform's error say who holds the lock by its lease, and what to type.
+#[test]
+fn a_refused_run_says_who_holds_the_lock_by_its_lease() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    for (age, expected) in [
+        (40, ["the holder is alive: its lease was renewed", "wait until that run is over"]),
+        (2820, ["the holder is likely dead: its 5 min lease was last renewed 47 min", "tf locks release"]),
+    ] {
+        put_leased(&env, &env.path(), &of_anna(A, &env.path()), &lease_record(A, age));
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        let (_, ours) = end.err.split_once("tf: the lock is held by anna@elsewhere").unwrap();
+        assert!(ours.contains("tf: lease of 5 min, renewed"), "{}", env.dump(&end));
+        for fact in ["runner@fv-az7", "https://github.com/o/r/actions/runs/1", expected[0], expected[1]] {
+            assert!(ours.contains(fact), "{fact} {}", env.dump(&end));
+        }
+    }
 }

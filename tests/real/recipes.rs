@@ -70,8 +70,11 @@ struct System {
     environment: Vec<(&'static str, String)>,
 }
 
-fn stop_timeout(value: &Value) -> Vec<(&'static str, String)> {
-    vec![("TFW_STOP_TIMEOUT", value["TFW_STOP_TIMEOUT"].as_str().unwrap().to_owned())]
+/// Returns the variables of `tf` that a recipe sets. `timeout` and `lease` are the places of the recipe that set them.
+fn variables(timeout: &Value, lease: &Value) -> Vec<(&'static str, String)> {
+    [("TFW_STOP_TIMEOUT", timeout), ("TFW_LEASE", lease)]
+        .map(|(name, place)| (name, place[name].as_str().unwrap().to_owned()))
+        .into()
 }
 
 const GITHUB: &[&str] = &["bash", "-e"];
@@ -91,7 +94,7 @@ fn github(job: &str) -> System {
         install: text(&yaml("github/action.yml")["runs"]["steps"][0]["run"]),
         job: format!("{init}\n{}", text(&apply["run"])),
         last: text(&last["run"]),
-        environment: stop_timeout(&apply["env"]),
+        environment: variables(&apply["env"], &workflow["env"]),
     }
 }
 
@@ -103,7 +106,7 @@ fn gitlab() -> System {
         install: text(&job[".tf"]["before_script"]),
         job: text(&job["apply"]["script"]),
         last: text(&job[".tf"]["after_script"]),
-        environment: stop_timeout(&job[".tf"]["variables"]),
+        environment: variables(&job[".tf"]["variables"], &job[".tf"]["variables"]),
     }
 }
 
@@ -115,7 +118,7 @@ fn buildkite() -> System {
         install: fs::read_to_string(recipe("buildkite/hooks/pre-command")).unwrap(),
         job: text(&pipeline["steps"][1]["command"]),
         last: fs::read_to_string(recipe("buildkite/hooks/pre-exit")).unwrap(),
-        environment: stop_timeout(&pipeline["env"]),
+        environment: variables(&pipeline["env"], &pipeline["env"]),
     }
 }
 
@@ -130,7 +133,7 @@ fn azure() -> System {
         install: script(1),
         job: format!("{}\n{}", script(2).trim_start_matches("exec "), script(3)),
         last: script(4),
-        environment: stop_timeout(&pipeline["variables"]),
+        environment: variables(&pipeline["variables"], &pipeline["variables"]),
     }
 }
 
@@ -146,13 +149,14 @@ fn jenkins() -> System {
         rest = behind;
     }
     let [install, init, _plan, apply, last] = &scripts[..] else { panic!("{scripts:?}") };
+    let (lease, _) = file.split_once("TFW_LEASE = '").unwrap().1.split_once('\'').unwrap();
     System {
         name: "Jenkins",
         shell: &["sh", "-xe"],
         install: install.clone(),
         job: format!("{init}\n{apply}"),
         last: last.clone(),
-        environment: Vec::new(),
+        environment: vec![("TFW_LEASE", lease.to_owned())],
     }
 }
 
@@ -339,14 +343,17 @@ fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     let container = &pod["containers"][0];
     let words: Vec<&str> = container["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
     assert_eq!(words[0], "tf", "a shell in front would take the signal");
-    let entry = container["env"].as_array().unwrap().iter().find(|entry| entry["name"] == "TFW_STOP_TIMEOUT").unwrap();
-    let timeout: u64 = entry["value"].as_str().unwrap().trim_end_matches('s').parse().unwrap();
+    let variables = container["env"].as_array().unwrap();
+    let variable =
+        |name: &str| variables.iter().find(|entry| entry["name"] == name).unwrap()["value"].as_str().unwrap();
+    let timeout: u64 = variable("TFW_STOP_TIMEOUT").trim_end_matches('s').parse().unwrap();
     let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
     // 10 s for a write in flight, 20 s for a lock service that does not respond.
     assert!(timeout + 30 <= grace, "{timeout} {grace}");
 
     let mut env = TestEnv::new(Lock::File, WAITS);
-    env.set("TFW_STOP_TIMEOUT", entry["value"].as_str().unwrap());
+    env.set("TFW_STOP_TIMEOUT", variable("TFW_STOP_TIMEOUT"));
+    env.set("TFW_LEASE", variable("TFW_LEASE"));
     let mut command = env.command(env.bin().join(words[0]));
     command.args(&words[1..]);
     let run = Run::start(command);

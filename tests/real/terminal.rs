@@ -24,10 +24,10 @@ fn wait_for_result(terminal: &Terminal, result: &str) {
     );
 }
 
-const APPLY: &str = "apply -auto-approve -no-color";
+pub const APPLY: &str = "apply -auto-approve -no-color";
 
 /// Starts an interactive shell that prints `ready>` when it waits for a line.
-fn shell(env: &TestEnv) -> Terminal {
+pub fn shell(env: &TestEnv) -> Terminal {
     let mut command = env.command("bash");
     command.args(["--norc", "--noprofile", "-i"]).env("PS1", "ready> ");
     let terminal = Terminal::start(command);
@@ -71,7 +71,7 @@ fn asks_for_a_passphrase() -> Option<(TestEnv, Terminal)> {
     Some((env, terminal))
 }
 
-fn line_of(command: &str, arguments: &str) -> String {
+pub fn line_of(command: &str, arguments: &str) -> String {
     format!("{command} {arguments}; echo status=$?\n")
 }
 

@@ -4,6 +4,7 @@ pub mod authority;
 pub mod clean;
 pub mod cloud;
 pub mod http;
+pub mod lease;
 pub mod process;
 pub mod processes;
 pub mod proxy;

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getsid};
+use nix::unistd::Pid;
 
 use super::process::state;
 use super::{TestEnv, wait_for};
@@ -63,9 +63,21 @@ pub fn tf_of(env: &TestEnv) -> Pid {
 pub fn guardian_of(env: &TestEnv, tf: Pid) -> Pid {
     wait_for(
         "the guardian",
-        || ours(env).into_iter().find(|pid| *pid != tf && getsid(Some(*pid)) != getsid(Some(tf))),
+        || ours(env).into_iter().find(|pid| *pid != tf && is_named(*pid, "tf-guardian")),
         || format!("tf {tf}, ours {:?}\n{}", ours(env), env.trace()),
     )
+}
+
+/// Whether the process has this name in the process list.
+pub fn is_named(pid: Pid, name: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|found| found.trim_end() == name)
+}
+
+/// Returns the process of a [`TestEnv`] with the name `name`, such as `tf-fuse`.
+#[track_caller]
+pub fn named(env: &TestEnv, name: &str) -> Pid {
+    let find = || ours(env).into_iter().find(|pid| is_named(*pid, name));
+    wait_for(name, find, || format!("ours {:?}\n{}", ours(env), env.trace()))
 }
 
 pub fn is_gone(pid: Pid) -> bool {

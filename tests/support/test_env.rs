@@ -212,6 +212,10 @@ impl TestEnv {
             (TEST_HOST.into(), "0123456789abcdef0123456789abcdef".into()),
             ("AWS_ENDPOINT_URL".into(), format!("http://127.0.0.1:{}", cloud.port).into()),
         ];
+        // `make leased` runs all tests with a lease.
+        if let Some(length) = std::env::var_os("TF_TEST_LEASE") {
+            all.extend([("TFW_LEASE".into(), length), ("TFW_CLOCK".into(), "steady".into())]);
+        }
         for (name, value) in &self.environment {
             all.retain(|(known, _)| known != name);
             if value != UNSET {

@@ -1,0 +1,216 @@
+//! Starts another `tf` process that takes over the lock of a host that is gone, and contains the work of that process.
+//!
+//! The process has a session of its own, so that it does not get a ^C that interrupts terraform, and it cannot prompt at
+//! the terminal from which terraform reads. It reports on stderr. It ends when its stdin ends, but not between the claim
+//! of a lock and its delete. So it ends with the process that has started it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::another_tf;
+use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::messages;
+use crate::cleanup::working_directory;
+use crate::console;
+use crate::holder::ci_job::CiJob;
+use crate::journal::history::{self, By, LockEvent, What};
+use crate::lease::terms::Terms;
+use crate::lock::location::LockLocation;
+use crate::lock::takeover::{self, End, Progress, Taker, Until};
+use crate::panics;
+use crate::sys::poll;
+use crate::sys::session;
+use crate::sys::signals::Signals;
+use crate::terraform::lock_info::who;
+use crate::trace::trace;
+
+/// The word after `tf locks` that makes this program a taker. It is internal, so clap does not know it.
+pub(crate) const WORD: &str = "take-over";
+
+/// The exit code of a taker that had no credentials.
+const NO_CREDENTIALS: u8 = 1;
+
+/// The exit code of a taker whose requests failed.
+const FAILED: u8 = 2;
+
+/// What a taker needs to know. It reads this as one line of JSON from its stdin, because the backend may contain
+/// credentials.
+#[derive(Serialize, Deserialize)]
+struct Orders {
+    /// As [`LockLocation::to_json`].
+    location: Value,
+    /// The length of the lease of this host's own runs.
+    length: Duration,
+    /// Whether terraform waits for a lock, so that the taker watches until its stdin ends.
+    is_awaited: bool,
+    /// Terraform's working directory. Relative paths in the settings are relative to it.
+    directory: PathBuf,
+}
+
+/// A taker, as seen by the process that has started it.
+#[derive(Debug)]
+pub(crate) struct TakeoverProcess {
+    child: Child,
+}
+
+/// How a taker has ended, as its exit code says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Over,
+    NoCredentials,
+    Failed,
+}
+
+impl TakeoverProcess {
+    /// Starts a taker for the lock at `location`. `is_awaited` is true if terraform waits for a lock. The taker then
+    /// watches until it is told to end.
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub(crate) fn start(
+        location: &LockLocation,
+        here: &CandidateBackends,
+        terms: Terms,
+        is_awaited: bool,
+    ) -> std::io::Result<Self> {
+        let mut command = another_tf::locks(&[WORD])?;
+        // The end of stdout shows that the process has ended.
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        session::of_its_own(&mut command);
+        #[expect(clippy::disallowed_methods, reason = "this starts `tf`, not terraform; it needs only the setup above")]
+        let mut child = command.spawn()?;
+        let orders = Orders {
+            location: location.to_json(),
+            length: terms.length(),
+            is_awaited,
+            directory: here.working_directory.clone(),
+        };
+        let mut line = serde_json::to_vec(&orders)?;
+        line.push(b'\n');
+        // The pipe has room for more than any orders. A process that has ended is noticed by its stdout.
+        let _ = child.stdin.as_mut().map(|stdin| stdin.write_all(&line));
+        Ok(Self { child })
+    }
+
+    /// Returns the process ID.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Tells the process to end.
+    pub(crate) fn tell_to_end(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
+    /// Returns how the process has ended. `None` if it is still running.
+    pub(crate) fn ended(&mut self) -> Option<Ended> {
+        let status = self.child.try_wait().ok()??;
+        Some(match status.code().and_then(|code| u8::try_from(code).ok()) {
+            Some(0) => Ended::Over,
+            Some(NO_CREDENTIALS) => Ended::NoCredentials,
+            _ => Ended::Failed,
+        })
+    }
+
+    /// Tells the process to end, and returns its child process for the wait.
+    pub(crate) fn into_child(mut self) -> Child {
+        self.tell_to_end();
+        self.child
+    }
+
+    /// Waits until the process has ended. A signal that asks `tf` to stop tells the process to end, and is returned. A
+    /// second SIGINT kills it. If it had claimed the lock, the claim lapses.
+    fn wait(mut self, signals: &mut Signals) -> Option<Signal> {
+        let mut asked = None;
+        let stdout = self.child.stdout.take()?;
+        loop {
+            let awaited = [(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
+            let ready = poll::wait(&awaited, None);
+            while let Some(signal) = signals.next_stop() {
+                self.tell_to_end();
+                if asked.is_some() && signal == Signal::SIGINT {
+                    let _ = self.child.kill();
+                }
+                asked.get_or_insert(signal);
+            }
+            if ready.first() == Some(&true) {
+                let _ = self.child.wait();
+                return asked;
+            }
+        }
+    }
+}
+
+/// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. Returns the
+/// signal that asked `tf` to stop meanwhile. `None` if there was none. This process must have only one thread.
+pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut Signals) -> Option<Signal> {
+    let location = here.selected()?;
+    match TakeoverProcess::start(&location, here, terms, false) {
+        Ok(process) => process.wait(signals),
+        Err(error) => {
+            trace!("no process for the takeover: {error}");
+            None
+        }
+    }
+}
+
+/// Does the work of a taker, and returns its exit code.
+pub(crate) fn run() -> u8 {
+    session::become_helper(c"tf-takeover");
+    let mut orders = String::new();
+    let mut stdin = BufReader::new(std::io::stdin());
+    if stdin.read_line(&mut orders).is_err() {
+        return FAILED;
+    }
+    let Ok(Orders { location, length, is_awaited, directory }) = serde_json::from_str(&orders) else { return FAILED };
+    let (Some(location), Some(terms)) = (LockLocation::of_json(&location), Terms::new(length)) else { return FAILED };
+    working_directory::go(&directory);
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
+    let until = if is_awaited { Until::Told } else { Until::Decided };
+    let taker = Taker { by: by(), terms, until };
+    let (end_of_stdin, told) = tokio::sync::oneshot::channel::<()>();
+    // This thread ends with the process.
+    let listens = std::thread::Builder::new().spawn(move || {
+        let _ = std::io::copy(&mut stdin, &mut std::io::sink());
+        drop(end_of_stdin);
+    });
+    if listens.is_err() {
+        return FAILED;
+    }
+    let told = async {
+        let _ = told.await;
+    };
+    let end = panics::caught(|| runtime.block_on(takeover::take_over(&location, &taker, told, note)));
+    // Do not wait for a name lookup that hangs in a thread of its own.
+    runtime.shutdown_background();
+    trace!("takeover: {end:?}");
+    match end {
+        Some(End::Over) => 0,
+        Some(End::NoCredentials) => NO_CREDENTIALS,
+        Some(End::Failed) | None => FAILED,
+    }
+}
+
+/// Returns how a claim names this process: the URL of the CI job, or `user@host`.
+pub(crate) fn by() -> String {
+    let job = CiJob::of(&|name| std::env::var_os(name)).map(|job| job.job).unwrap_or_default();
+    if job.contains("://") { job } else { who() }
+}
+
+/// Reports what a taker has seen or done, and writes the history.
+fn note(progress: Progress<'_>) {
+    trace!("takeover: {progress:?}");
+    if let Progress::Took(lapsed) = progress {
+        let why = messages::lapsed_lease(lapsed);
+        history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
+    }
+    console::say(&messages::takeover(progress));
+}

@@ -1,0 +1,158 @@
+//! The texts about a lease and its holder. All facts in a lease record are untrusted.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use crate::console::{length_of_time, visible};
+use crate::lease::observed::ObservedLease;
+use crate::lease::record::{Fence, Holder};
+use crate::lease::terms::Terms;
+
+/// Returns the length of a lease in words: whole minutes without seconds, because that is how a user sets it.
+pub(crate) fn length(length: Duration) -> String {
+    match length.as_secs() {
+        seconds if seconds > 0 && seconds.is_multiple_of(60) => format!("{} min", seconds / 60),
+        _ => length_of_time(length),
+    }
+}
+
+/// Returns a lease in one line: its length, its age, its grade and its holder. `None` if it is not believed.
+pub(crate) fn of_holder(lease: &ObservedLease) -> Option<String> {
+    let record = lease.shown_record()?;
+    let mut text = format!("lease of {}", record.terms().map(Terms::length).map(length)?);
+    if let Ok(known) = lease.known() {
+        let _ = write!(text, ", renewed {} ago", length_of_time(known.age));
+    }
+    let _ = write!(text, ", grade {}", grade(record.fence));
+    if let Some(holder) = holder(&record.holder) {
+        let _ = write!(text, ", held by {holder}");
+    }
+    Some(text)
+}
+
+fn grade(fence: Fence) -> &'static str {
+    match fence {
+        Fence::Stop => "stop",
+        Fence::None => "none",
+    }
+}
+
+/// Returns a holder in one line: user and host, the CI job, the container and the cloud. Facts that the record does not
+/// have are left out. `None` if it has none of these.
+pub(crate) fn holder(holder: &Holder) -> Option<String> {
+    let facts: Vec<String> =
+        [who(holder), job(holder), container(holder), cloud(holder)].into_iter().flatten().collect();
+    Some(facts.join(", ")).filter(|facts| !facts.is_empty())
+}
+
+/// Returns `user@host`, or one of the two. `None` if the record has neither.
+pub(crate) fn who(holder: &Holder) -> Option<String> {
+    let (user, host) = (visible(&holder.user), visible(&holder.host));
+    match (user.is_empty(), host.is_empty()) {
+        (true, true) => None,
+        (false, false) => Some(format!("{user}@{host}")),
+        _ => Some(user + &host),
+    }
+}
+
+/// Returns the CI system, the URL of the job and its attempt. `None` if the record has none of these.
+pub(crate) fn job(holder: &Holder) -> Option<String> {
+    let attempt = if holder.attempt.is_empty() { String::new() } else { format!("attempt {}", holder.attempt) };
+    let facts = [&holder.ci, &holder.job, &attempt].into_iter().filter(|fact| !fact.is_empty());
+    let facts: Vec<String> = facts.map(|fact| visible(fact)).collect();
+    Some(facts.join(" ")).filter(|facts| !facts.is_empty())
+}
+
+/// Returns the container. `None` if the record has none.
+pub(crate) fn container(holder: &Holder) -> Option<String> {
+    let container = visible(&holder.container);
+    (!container.is_empty()).then(|| format!("container {container}"))
+}
+
+/// Returns the cloud's instance, task or pod. `None` if the record has none.
+pub(crate) fn cloud(holder: &Holder) -> Option<String> {
+    Some(visible(&holder.cloud)).filter(|cloud| !cloud.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::observed::tests::lease;
+    use crate::lease::record::NotBelieved;
+
+    fn of_ci() -> ObservedLease {
+        let mut lease = lease("id", 40, None, Fence::Stop);
+        if let Ok(record) = &mut lease.record {
+            record.holder.user = "runner".into();
+            record.holder.host = "fv-7".into();
+            record.holder.job = "https://ci/7".into();
+        }
+        lease
+    }
+
+    #[test]
+    fn a_length_is_shown_as_it_is_set() {
+        for (seconds, expected) in [(60, "1 min"), (300, "5 min"), (3600, "60 min"), (90, "1 min 30 s"), (2, "2 s")] {
+            assert_eq!(length(Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    #[test]
+    fn a_lease_in_one_line_says_how_old_it_is_and_who_holds_it() {
+        for (lease, expected) in [
+            (of_ci(), Some("lease of 5 min, renewed 40 s ago, grade stop, held by runner@fv-7, https://ci/7")),
+            (
+                ObservedLease { date: None, ..of_ci() },
+                Some("lease of 5 min, grade stop, held by runner@fv-7, https://ci/7"),
+            ),
+            (lease("id", 400, None, Fence::None), Some("lease of 5 min, renewed 6 min 40 s ago, grade none")),
+            (lease("id", -60, None, Fence::None), None),
+            (ObservedLease { record: Err(NotBelieved::Malformed), ..of_ci() }, None),
+        ] {
+            assert_eq!(of_holder(&lease).as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn a_holder_is_one_line_without_what_is_not_known() {
+        let all = Holder {
+            user: "runner".into(),
+            host: "fv-7".into(),
+            ci: "GitHub Actions".into(),
+            job: "https://github.com/o/r/actions/runs/1".into(),
+            attempt: "2".into(),
+            container: "c0ffee".into(),
+            cloud: "i-0abc".into(),
+            machine: "not shown".into(),
+            boot: "not shown".into(),
+        };
+        assert_eq!(
+            holder(&all).as_deref(),
+            Some(
+                "runner@fv-7, GitHub Actions https://github.com/o/r/actions/runs/1 attempt 2, container c0ffee, i-0abc"
+            )
+        );
+        assert_eq!(holder(&Holder { host: "h".into(), ..Holder::default() }).as_deref(), Some("h"));
+        assert_eq!(holder(&Holder { user: "u".into(), ..Holder::default() }).as_deref(), Some("u"));
+        assert_eq!(holder(&Holder { boot: "b".into(), ..Holder::default() }), None);
+    }
+
+    #[test]
+    fn a_strangers_text_is_made_visible() {
+        let evil = || "\u{1b}]0;x\u{7}\n\u{202e}".repeat(100);
+        let all = Holder {
+            user: evil(),
+            host: evil(),
+            ci: evil(),
+            job: evil(),
+            attempt: evil(),
+            container: evil(),
+            cloud: evil(),
+            machine: evil(),
+            boot: evil(),
+        };
+        let shown = holder(&all).unwrap();
+        assert!(!shown.chars().any(char::is_control) && !shown.contains('\u{202e}'), "{shown:?}");
+        assert!(shown.len() < 16_384, "{}", shown.len());
+    }
+}

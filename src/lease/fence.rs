@@ -1,0 +1,152 @@
+//! Decides what happens to a terraform that the kernel has stopped because its lease was not renewed in time. It is
+//! frozen first, then the lock is looked at, and only then does it go on or end: an outage alone is no reason to end it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::record::Claim;
+use super::terms::Terms;
+
+/// What a look at the lock shows while terraform is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) enum Look {
+    /// The lock is the run's, and its record was not claimed.
+    Ours,
+    /// The lock is gone, is another run's, or was claimed by another host.
+    Lost,
+    /// No response, or the service refused the request. Refused credentials may be renewed.
+    Unknown,
+}
+
+/// How a run has lost its lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Loss {
+    /// Another host has claimed it.
+    Claimed(Claim),
+    /// Another run holds it: `Who` and the time `Created` of its lock.
+    Another { who: String, created: String },
+    /// Nothing is stored there.
+    Gone,
+}
+
+/// Why terraform is asked to stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// The service refuses renewals.
+    Refused(String),
+    /// Somebody has deleted the lock.
+    Gone,
+}
+
+/// What is known about the stopped run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StoppedRun {
+    /// Whether a new fuse holds the stop pipe.
+    pub(crate) is_rearmed: bool,
+    /// Whether a new fuse can be made. If not, the run can only go on without a fence.
+    pub(crate) can_rearm: bool,
+    /// Whether the service has confirmed a renewal from which the deadline of the new fuse follows, or a later one. A
+    /// renewal without a fence counts, too. One from before the new fuse does not, even if its response is read later.
+    pub(crate) is_renewed: bool,
+    /// Whether a person at a terminal can end it.
+    pub(crate) has_terminal: bool,
+    /// How often that person has asked for the end.
+    pub(crate) interrupts: u8,
+    /// How long it has been stopped.
+    pub(crate) stopped_for: Duration,
+}
+
+/// The interrupts that end a stopped run. The terminal says so at the first one.
+pub(crate) const INTERRUPTS_TO_END: u8 = 3;
+
+/// Why a stopped run is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) enum EndReason {
+    /// The lock is another run's, or was claimed by another host.
+    LockLost,
+    /// A person has asked for the end.
+    Person,
+    /// For [`Terms::longest_stop`], nobody knew whether the run still has its lock.
+    TimedOut,
+}
+
+/// What to do with a stopped run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum FenceStep {
+    /// Make a new fuse. It holds the pipe before the renewal is sent.
+    Rearm,
+    /// Renew the lease.
+    Renew,
+    /// Renew the lease with a record that promises no fence. Then the fence is taken down.
+    RenewWithoutFence,
+    /// Continue terraform.
+    Continue,
+    /// Kill terraform and everything that it has started.
+    End(EndReason),
+    /// Look again.
+    LookAgain,
+}
+
+/// Decides what to do with a stopped run after a look at the lock.
+pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep {
+    if look == Look::Lost {
+        return FenceStep::End(EndReason::LockLost);
+    }
+    if run.interrupts >= INTERRUPTS_TO_END {
+        return FenceStep::End(EndReason::Person);
+    }
+    let step = match (look, run.is_rearmed, run.is_renewed) {
+        (Look::Ours, true, true) => FenceStep::Continue,
+        // It goes on without a fence. If a new fuse could be made, the one that was renewed for is dead again.
+        (Look::Ours, false, true) if !run.can_rearm => FenceStep::Continue,
+        (Look::Ours, true, false) => FenceStep::Renew,
+        (Look::Ours, false, _) if run.can_rearm => FenceStep::Rearm,
+        (Look::Ours, false, _) => FenceStep::RenewWithoutFence,
+        (Look::Unknown | Look::Lost, ..) => FenceStep::LookAgain,
+    };
+    // The service may show the lock and refuse the renewal for ever.
+    if step != FenceStep::Continue && !run.has_terminal && run.stopped_for >= terms.longest_stop() {
+        return FenceStep::End(EndReason::TimedOut);
+    }
+    step
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_run_goes_on_only_with_its_lock_and_ends_only_for_a_reason() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        for look in [Look::Ours, Look::Lost, Look::Unknown] {
+            for bits in 0..16_u8 {
+                for interrupts in [0, 2, 3] {
+                    for minutes in [0, 14, 15] {
+                        let bit = |place: u8| bits & (1 << place) != 0;
+                        let run = StoppedRun {
+                            is_rearmed: bit(0),
+                            can_rearm: bit(1),
+                            is_renewed: bit(2),
+                            has_terminal: bit(3),
+                            interrupts,
+                            stopped_for: Duration::from_mins(minutes),
+                        };
+                        let step = next_step(terms, look, run);
+                        let expected = match look {
+                            Look::Lost => FenceStep::End(EndReason::LockLost),
+                            _ if interrupts == 3 => FenceStep::End(EndReason::Person),
+                            Look::Ours if bit(2) && (bit(0) || !bit(1)) => FenceStep::Continue,
+                            _ if !bit(3) && minutes == 15 => FenceStep::End(EndReason::TimedOut),
+                            Look::Ours if bit(0) => FenceStep::Renew,
+                            Look::Ours if bit(1) => FenceStep::Rearm,
+                            Look::Ours => FenceStep::RenewWithoutFence,
+                            Look::Unknown => FenceStep::LookAgain,
+                        };
+                        assert_eq!(step, expected, "{look:?} {run:?}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Decides what the process that renews a lease does next. It has no clock of its own: it gets the times at which its
+//! requests were sent and answered, and the service's time in the responses.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::record::{Fence, Renewal};
+use super::terms::Terms;
+
+/// A response of the service, and the times of this host around it. They are of `CLOCK_BOOTTIME`, which counts the time
+/// in which the host was suspended (clock_gettime(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Response {
+    /// Before the request was sent.
+    pub(crate) sent: Duration,
+    /// After the response was read.
+    pub(crate) read: Duration,
+    /// The `Date` of the response. It has whole seconds.
+    pub(crate) date: Timestamp,
+}
+
+/// How much longer the service's time may take between two responses than this host's, until this host's clock counts
+/// as one that has stood still. It covers the whole seconds of `Date` and clocks that differ between the service's
+/// hosts.
+const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(6);
+
+/// Whether the clock of this host stood still between two responses, as in a virtual machine that was paused. A slow
+/// response cannot look like that, because the time from the first request to the last response is compared.
+pub(crate) fn has_stood_still(first: Response, last: Response) -> bool {
+    let here = last.read.saturating_sub(first.sent);
+    let there = last.date.duration_since(first.date);
+    there > SignedDuration::try_from(here).unwrap_or(SignedDuration::MAX).saturating_add(CLOCK_DIFFERENCE)
+}
+
+/// The next renewal of a lease, and until when the holder may work once the service has confirmed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct NextRenewal {
+    pub(crate) renewal: Renewal,
+    /// On `CLOCK_BOOTTIME`.
+    pub(crate) deadline: Duration,
+}
+
+/// Returns the renewal after the response `last`. `now` is the time of this host's `CLOCK_BOOTTIME`.
+///
+/// The record gets the service's time in `last`. The holder counts from before it sent that request. So whatever
+/// delayed the request or its response, the holder stops before others count the lease as lapsed.
+pub(crate) fn next_renewal(terms: Terms, last: Response, now: Duration) -> NextRenewal {
+    NextRenewal {
+        renewal: Renewal { renewed: last.date.as_second(), beat: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) },
+        deadline: last.sent.saturating_add(terms.working_time()),
+    }
+}
+
+/// What a keeper sees before each renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct KeeperSight {
+    /// Whether `tf` or its guardian has told it to end.
+    pub(crate) is_told_to_end: bool,
+    /// Whether the terraform that holds the lock has ended.
+    pub(crate) terraform_has_ended: bool,
+    /// Whether the stop pipe has hung up: the fuse is gone, and the kernel has stopped terraform.
+    pub(crate) stop_pipe_has_hung_up: bool,
+    /// Whether `tf` or its guardian is alive. Otherwise the leash has hung up.
+    pub(crate) is_supervised: bool,
+    /// Whether terraform is stopped, for whatever reason.
+    pub(crate) terraform_is_stopped: bool,
+}
+
+/// What a keeper does instead of the next renewal, or before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BeforeRenewal {
+    Renew,
+    /// It reads the lock and reports what it saw, but does not renew the lease.
+    Look,
+    /// It ends. If terraform has ended, the fuse is told so.
+    End,
+}
+
+/// Decides whether a keeper renews the lease. The lock of a dead run must never look alive.
+///
+/// If `tf` and its guardian are dead, nobody continues a stopped terraform. Then the lease is not renewed, and the fuse
+/// ends terraform at its deadline. Otherwise the lock would be held for ever by a run that does nothing.
+pub(crate) fn before_renewal(sight: KeeperSight) -> BeforeRenewal {
+    if sight.is_told_to_end || sight.terraform_has_ended || (!sight.is_supervised && sight.terraform_is_stopped) {
+        BeforeRenewal::End
+    } else if sight.stop_pipe_has_hung_up {
+        BeforeRenewal::Look
+    } else {
+        BeforeRenewal::Renew
+    }
+}
+
+/// What the service answered to a renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Answer {
+    Renewed,
+    /// Its condition was not met, and a read showed the lock with a record that this keeper has sent: the response to
+    /// an earlier copy was lost.
+    RenewedBefore,
+    /// Its condition was not met, and a read showed that the lock is gone, is another one, or was claimed.
+    Lost,
+    /// The service understood the request and refused it: a missing permission, expired credentials.
+    Refused,
+    /// No response, or none of the service.
+    None,
+}
+
+/// What a keeper does after an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KeeperStep {
+    /// It tells the fuse the new deadline, and renews again after an interval.
+    TellDeadline,
+    /// It renews again at once, and then at growing intervals.
+    Retry,
+    /// It reports that the lock is lost, and ends.
+    ReportLoss,
+    /// There never was a lease. It reports that, and ends. The fuse is taken down.
+    GiveUp,
+    /// It asks for one interrupt of terraform, and goes on. The lease cannot be renewed any more.
+    InterruptTerraform,
+}
+
+/// What a keeper has seen so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct History {
+    /// Whether any renewal was confirmed, or may have arrived although no answer came.
+    pub(crate) may_have_a_record: bool,
+    /// Whether it has asked for an interrupt.
+    pub(crate) has_interrupted: bool,
+}
+
+/// Decides what to do after `answer`. `unconfirmed` is how long ago the request was sent whose response had the
+/// `renewed` of the last confirmed record.
+pub(crate) fn after_answer(terms: Terms, history: History, answer: Answer, unconfirmed: Duration) -> KeeperStep {
+    match answer {
+        Answer::Renewed | Answer::RenewedBefore => KeeperStep::TellDeadline,
+        Answer::Lost => KeeperStep::ReportLoss,
+        Answer::Refused if !history.may_have_a_record => KeeperStep::GiveUp,
+        Answer::Refused if !history.has_interrupted && unconfirmed >= terms.refusal_time() => {
+            KeeperStep::InterruptTerraform
+        }
+        Answer::None | Answer::Refused => KeeperStep::Retry,
+    }
+}
+
+/// Returns the fence that the next record promises. Once the clock has stood still, it may do so again.
+pub(crate) fn fence(promised: Fence, first: Response, last: Response) -> Fence {
+    if has_stood_still(first, last) { Fence::None } else { promised }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terms() -> Terms {
+        Terms::new(Duration::from_mins(5)).unwrap()
+    }
+
+    fn response(sent: u64, read: u64, date: i64) -> Response {
+        Response {
+            sent: Duration::from_secs(sent),
+            read: Duration::from_secs(read),
+            date: Timestamp::from_second(1_790_000_000 + date).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_clock_that_stood_still_is_noticed_and_a_slow_response_is_not() {
+        for (first, last, expected) in [
+            (response(0, 1, 0), response(60, 61, 60), false),
+            (response(0, 1, 0), response(60, 61, 67), false),
+            (response(0, 1, 0), response(60, 61, 68), true),
+            (response(0, 30, 0), response(60, 61, 61), false),
+            (response(0, 1, 0), response(60, 120, 119), false),
+            (response(0, 1, 0), response(60, 61, 3600), true),
+            // The service's clock was set back.
+            (response(0, 1, 0), response(60, 61, -3600), false),
+        ] {
+            assert_eq!(has_stood_still(first, last), expected, "{first:?} {last:?}");
+            let promised = if expected { Fence::None } else { Fence::Stop };
+            assert_eq!(fence(Fence::Stop, first, last), promised);
+            assert_eq!(fence(Fence::None, first, last), Fence::None);
+        }
+    }
+
+    #[test]
+    fn the_holder_counts_from_before_the_request_whose_time_it_writes() {
+        let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160));
+        assert_eq!(next.renewal, Renewal { renewed: 1_790_000_007, beat: 160_000 });
+        assert_eq!(next.deadline, Duration::from_secs(340));
+    }
+
+    #[test]
+    fn a_keeper_renews_only_the_lease_of_a_terraform_that_works_or_will() {
+        for bits in 0..32_u8 {
+            let bit = |place: u8| bits & (1 << place) != 0;
+            let sight = KeeperSight {
+                is_told_to_end: bit(0),
+                terraform_has_ended: bit(1),
+                stop_pipe_has_hung_up: bit(2),
+                is_supervised: bit(3),
+                terraform_is_stopped: bit(4),
+            };
+            let expected = match (bit(0) || bit(1), bit(2), bit(3), bit(4)) {
+                (true, ..) | (false, _, false, true) => BeforeRenewal::End,
+                (false, true, ..) => BeforeRenewal::Look,
+                (false, false, ..) => BeforeRenewal::Renew,
+            };
+            assert_eq!(before_renewal(sight), expected, "{sight:?}");
+        }
+    }
+
+    #[test]
+    fn each_answer_has_its_step() {
+        use KeeperStep::{GiveUp, InterruptTerraform, ReportLoss, Retry, TellDeadline};
+        for record in [false, true] {
+            for interrupted in [false, true] {
+                for seconds in [0, 179, 180, 239] {
+                    let history = History { may_have_a_record: record, has_interrupted: interrupted };
+                    let step = |answer| after_answer(terms(), history, answer, Duration::from_secs(seconds));
+                    assert_eq!(step(Answer::Renewed), TellDeadline);
+                    assert_eq!(step(Answer::RenewedBefore), TellDeadline);
+                    assert_eq!(step(Answer::Lost), ReportLoss);
+                    assert_eq!(step(Answer::None), Retry);
+                    let refused = match (record, interrupted, seconds >= 180) {
+                        (false, ..) => GiveUp,
+                        (true, false, true) => InterruptTerraform,
+                        (true, ..) => Retry,
+                    };
+                    assert_eq!(step(Answer::Refused), refused, "{history:?} {seconds}");
+                }
+            }
+        }
+    }
+}

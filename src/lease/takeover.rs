@@ -1,0 +1,364 @@
+//! Decides whether the lock of another host may be released because its lease has lapsed.
+//!
+//! A taker first claims the lock: it replaces the record, on the condition that lock and record are still what it has
+//! read. That is the decision. A holder that has renewed its lease in the meantime keeps its lock, and of two takers one
+//! wins. Then the taker deletes the parts of the lock.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::record::{Fence, NotBelieved, Record};
+use super::terms::Terms;
+
+/// The state of a lock's lease, by the service's own time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeaseState {
+    /// The lock has no record that is believed. It is judged as one without a lease.
+    None(NotBelieved),
+    /// The holder renewed its lease in time.
+    Fresh,
+    /// The holder did not.
+    Lapsed,
+    /// Another host has claimed the lock and is about to delete it.
+    Claimed,
+    /// Another host has claimed the lock, and has not deleted it in the time of a claim.
+    ClaimLapsed,
+}
+
+/// Returns the state of the lease that `record` describes. `now` is the time of the response that contained it.
+pub(crate) fn state(record: Result<&Record, NotBelieved>, now: Timestamp) -> LeaseState {
+    let record = match record {
+        Ok(record) => record,
+        Err(reason) => return LeaseState::None(reason),
+    };
+    let (since, terms) = match &record.taken {
+        Some(claim) => (claim.at(), Some(Terms::of_claim())),
+        None => (record.renewed_at(), record.terms()),
+    };
+    let (Some(since), Some(terms)) = (since, terms) else { return LeaseState::None(NotBelieved::Malformed) };
+    if terms.is_in_the_future(since, now) {
+        return LeaseState::None(NotBelieved::Future);
+    }
+    let holder_has_lapsed = match (record.renewed_at(), record.terms()) {
+        (Some(renewed), Some(terms)) => terms.has_lapsed(renewed, now),
+        _ => false,
+    };
+    match (record.taken.is_some(), terms.has_lapsed(since, now)) {
+        (false, false) => LeaseState::Fresh,
+        (false, true) => LeaseState::Lapsed,
+        (true, false) => LeaseState::Claimed,
+        // A person may have claimed the lock of a holder that was renewed just before. It may work for the rest of its
+        // lease, because nothing but its own deadline stops it.
+        (true, true) if !holder_has_lapsed => LeaseState::Claimed,
+        (true, true) => LeaseState::ClaimLapsed,
+    }
+}
+
+/// What is known about the lock beside its record.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Circumstances {
+    /// Whether `TFW_LEASE` is set here, so that its lapsed lease may be used without being asked.
+    pub(crate) consent: bool,
+    /// Whether the record was written in the region in which it was read.
+    pub(crate) is_same_region: bool,
+    /// How long the lock and its record have been seen unchanged.
+    pub(crate) unchanged_for: Duration,
+}
+
+/// Why a lock may not be taken over without being asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    NoLease(NotBelieved),
+    Fresh,
+    Claimed,
+    /// The holder's host cannot stop it in every case ([`Fence::None`]).
+    NoFence,
+    AnotherRegion,
+    NoConsent,
+}
+
+/// Whether a taker may claim the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Permission {
+    No(Obstacle),
+    /// It must be seen unchanged for this long.
+    Wait(Duration),
+    Yes,
+}
+
+/// Decides whether the lock with this record may be claimed. `now` is the time of the response that contained it.
+pub(crate) fn permission(
+    record: Result<&Record, NotBelieved>,
+    now: Timestamp,
+    circumstances: Circumstances,
+) -> Permission {
+    let obstacle = match state(record, now) {
+        LeaseState::None(reason) => Some(Obstacle::NoLease(reason)),
+        LeaseState::Fresh => Some(Obstacle::Fresh),
+        LeaseState::Claimed => Some(Obstacle::Claimed),
+        LeaseState::Lapsed | LeaseState::ClaimLapsed => None,
+    };
+    if let Some(obstacle) = obstacle {
+        return Permission::No(obstacle);
+    }
+    let Ok(record) = record else { return Permission::No(Obstacle::NoLease(NotBelieved::Malformed)) };
+    if record.fence == Fence::None {
+        return Permission::No(Obstacle::NoFence);
+    }
+    if !circumstances.is_same_region {
+        return Permission::No(Obstacle::AnotherRegion);
+    }
+    if !circumstances.consent {
+        return Permission::No(Obstacle::NoConsent);
+    }
+    let (Some(renewed), Some(terms)) = (record.renewed_at(), record.terms()) else {
+        return Permission::No(Obstacle::NoLease(NotBelieved::Malformed));
+    };
+    // A claim stops the renewals. So the holder of a claimed lock cannot defeat the delete by renewing, and needs no
+    // further time: it has had its own.
+    let quiet = if terms.has_lapsed_long_ago(renewed, now) || record.taken.is_some() {
+        Duration::ZERO
+    } else {
+        terms.quiet_window()
+    };
+    let missing = quiet.saturating_sub(circumstances.unchanged_for);
+    if missing.is_zero() { Permission::Yes } else { Permission::Wait(missing) }
+}
+
+/// What a watcher does after it has read the lock and its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WatchStep {
+    /// The lock may be claimed now.
+    Claim,
+    /// It lapses soon or has lapsed, and must be seen unchanged for some time. The watcher reads everything that must
+    /// not change.
+    Compare,
+    /// Another host has claimed the lock, and is deleting it.
+    WaitForClaim,
+    /// The lock may not be taken over. A watcher that has time reads it again later.
+    Leave(Obstacle),
+}
+
+/// Decides what a watcher does about a lock that is not known to be unchanged for any time. `notice` is how long before
+/// the lapse it begins to compare, beside the quiet window, so that the quiet window does not delay the takeover. A
+/// connected holder renews its lease long before that. `None`: it does not begin before the lapse.
+///
+/// The other arguments are those of [`permission`]. The watcher has the consent of its user.
+pub(crate) fn watch_step(
+    record: Result<&Record, NotBelieved>,
+    now: Timestamp,
+    is_same_region: bool,
+    notice: Option<Duration>,
+) -> WatchStep {
+    let circumstances = Circumstances { consent: true, is_same_region, unchanged_for: Duration::ZERO };
+    match permission(record, now, circumstances) {
+        Permission::Yes => WatchStep::Claim,
+        Permission::Wait(_) => WatchStep::Compare,
+        Permission::No(Obstacle::Claimed) => WatchStep::WaitForClaim,
+        Permission::No(Obstacle::Fresh) => {
+            let lapses_soon = record.ok().zip(notice).and_then(|(record, notice)| {
+                let terms = record.terms()?;
+                Some(terms.time_to_lapse(record.renewed_at()?, now) <= terms.quiet_window() + notice)
+            });
+            if lapses_soon == Some(true) { WatchStep::Compare } else { WatchStep::Leave(Obstacle::Fresh) }
+        }
+        Permission::No(obstacle) => WatchStep::Leave(obstacle),
+    }
+}
+
+/// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
+/// away, and the requests of the holder may have been held back until it was back.
+const MAX_READ_GAP: Duration = Duration::from_secs(5);
+
+/// Counts for how long a watcher has seen the same, read by read. Times are counted from the begin of the watch.
+#[derive(Clone, Debug)]
+pub(crate) struct Unchanged<T> {
+    /// What was seen last, when it was seen first, and when the last read of it was completed. `None` if nothing was
+    /// seen, or if a read has failed since then.
+    seen: Option<(T, Duration, Duration)>,
+}
+
+impl<T: PartialEq> Unchanged<T> {
+    pub(crate) fn new() -> Self {
+        Self { seen: None }
+    }
+
+    /// Takes note of a read that failed or was not made.
+    pub(crate) fn miss(&mut self) {
+        self.seen = None;
+    }
+
+    /// Takes one more read, `now`. It was sent at `sent` and completed at `completed`. Returns how long nothing has
+    /// changed: from the end of the first read to the begin of this one.
+    pub(crate) fn see(&mut self, now: T, sent: Duration, completed: Duration) -> Duration {
+        let since = match self.seen.take() {
+            Some((last, since, read)) if last == now && completed.saturating_sub(read) <= MAX_READ_GAP => since,
+            _ => completed,
+        };
+        self.seen = Some((now, since, completed));
+        sent.saturating_sub(since)
+    }
+}
+
+/// What a taker has read after it sent its claim. The response to the claim itself may be lost, and the SDK may have
+/// sent it twice, so only this read decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AfterClaim {
+    /// The lock with this taker's claim.
+    Ours,
+    /// Nothing, or another lock.
+    Gone,
+    /// The lock with the record that the taker had read.
+    Unchanged,
+    /// The lock with another record, or with the claim of another taker.
+    Changed,
+}
+
+/// What a taker does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TakerStep {
+    /// It deletes the parts of the lock.
+    Delete,
+    /// The lock is gone. Nothing is left to do.
+    Done,
+    /// It sends its claim again.
+    ClaimAgain,
+    /// It starts again with a look at the lock.
+    LookAgain,
+}
+
+impl AfterClaim {
+    pub(crate) fn next(self) -> TakerStep {
+        match self {
+            Self::Ours => TakerStep::Delete,
+            Self::Gone => TakerStep::Done,
+            // A claim that is still on its way may only arrive where the record is as it was read.
+            Self::Unchanged => TakerStep::ClaimAgain,
+            Self::Changed => TakerStep::LookAgain,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{Claim, Renewal};
+    use super::*;
+
+    const NOW: i64 = 1_790_000_000;
+
+    fn record(age: i64, claimed: Option<i64>, fence: Fence) -> Record {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        let mut record = Record::new("id", terms, Renewal { renewed: NOW - age, beat: 7 }, fence);
+        record.taken = claimed.map(|age| Claim { by: "a@b".to_owned(), at: NOW - age, number: 1 });
+        record
+    }
+
+    fn now() -> Timestamp {
+        Timestamp::from_second(NOW).unwrap()
+    }
+
+    #[test]
+    fn a_lease_is_lapsed_if_it_was_not_renewed_in_its_time_and_the_clocks_tolerance() {
+        for (age, claimed, expected) in [
+            (0, None, LeaseState::Fresh),
+            (310, None, LeaseState::Fresh),
+            (311, None, LeaseState::Lapsed),
+            (-11, None, LeaseState::None(NotBelieved::Future)),
+            (400, Some(0), LeaseState::Claimed),
+            (400, Some(70), LeaseState::Claimed),
+            (400, Some(71), LeaseState::ClaimLapsed),
+            (310, Some(71), LeaseState::Claimed),
+            (310, Some(310), LeaseState::Claimed),
+            (311, Some(311), LeaseState::ClaimLapsed),
+            (400, Some(-11), LeaseState::None(NotBelieved::Future)),
+        ] {
+            assert_eq!(state(Ok(&record(age, claimed, Fence::Stop)), now()), expected, "{age} {claimed:?}");
+        }
+        assert_eq!(state(Err(NotBelieved::TooLarge), now()), LeaseState::None(NotBelieved::TooLarge));
+    }
+
+    #[test]
+    fn a_lock_is_claimed_only_if_everything_allows_it() {
+        for age in [0, 311, 1201] {
+            for claimed in [None, Some(0), Some(71)] {
+                for fence in [Fence::Stop, Fence::None] {
+                    for bits in 0..4_u8 {
+                        for unchanged in [0, 89, 90] {
+                            let circumstances = Circumstances {
+                                consent: bits & 1 != 0,
+                                is_same_region: bits & 2 != 0,
+                                unchanged_for: Duration::from_secs(unchanged),
+                            };
+                            let record = record(age, claimed, fence);
+                            let lapsed = age > 310 && claimed.is_none_or(|age| age > 70);
+                            let may = lapsed && fence == Fence::Stop && bits == 3;
+                            let needs_quiet = claimed.is_none() && age < 1201 && unchanged < 90;
+                            let found = permission(Ok(&record), now(), circumstances);
+                            let expected = match (may, needs_quiet) {
+                                (false, _) => matches!(found, Permission::No(_)),
+                                (true, true) => found == Permission::Wait(Duration::from_secs(90 - unchanged)),
+                                (true, false) => found == Permission::Yes,
+                            };
+                            assert!(expected, "{record:?} {circumstances:?}: {found:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_watcher_begins_to_compare_before_the_lapse() {
+        for (age, claimed, fence, same_region, expected) in [
+            (0, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            (214, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            // It lapses after 310 s, the quiet window is 90 s, and the notice is 5 s.
+            (215, None, Fence::Stop, true, WatchStep::Compare),
+            (311, None, Fence::Stop, true, WatchStep::Compare),
+            (1200, None, Fence::Stop, true, WatchStep::Compare),
+            (1201, None, Fence::Stop, true, WatchStep::Claim),
+            (1201, None, Fence::None, true, WatchStep::Leave(Obstacle::NoFence)),
+            (1201, None, Fence::Stop, false, WatchStep::Leave(Obstacle::AnotherRegion)),
+            (400, Some(70), Fence::Stop, true, WatchStep::WaitForClaim),
+            (400, Some(71), Fence::Stop, true, WatchStep::Claim),
+        ] {
+            let record = record(age, claimed, fence);
+            let step = |notice| watch_step(Ok(&record), now(), same_region, notice);
+            assert_eq!(step(Some(Duration::from_secs(5))), expected, "{age} {claimed:?} {fence:?} {same_region}");
+            let without = if age < 311 { WatchStep::Leave(Obstacle::Fresh) } else { expected };
+            assert_eq!(step(None), without, "{age} {claimed:?} {fence:?} {same_region}");
+        }
+        let step = watch_step(Err(NotBelieved::Format), now(), true, Some(Duration::from_hours(1)));
+        assert_eq!(step, WatchStep::Leave(Obstacle::NoLease(NotBelieved::Format)));
+    }
+
+    #[test]
+    fn only_reads_without_a_gap_and_without_a_change_count() {
+        let at = Duration::from_secs;
+        let mut unchanged = Unchanged::new();
+        assert_eq!(unchanged.see('a', at(0), at(1)), at(0));
+        assert_eq!(unchanged.see('a', at(2), at(3)), at(1));
+        assert_eq!(unchanged.see('a', at(7), at(8)), at(6));
+        // The holder has renewed its lease.
+        assert_eq!(unchanged.see('b', at(8), at(9)), at(0));
+        assert_eq!(unchanged.see('b', at(10), at(11)), at(1));
+        // The network was away.
+        assert_eq!(unchanged.see('b', at(16), at(17)), at(0));
+        unchanged.miss();
+        assert_eq!(unchanged.see('b', at(18), at(19)), at(0));
+        assert_eq!(unchanged.see('b', at(20), at(21)), at(1));
+    }
+
+    #[test]
+    fn a_taker_deletes_only_after_its_own_claim() {
+        for (read, step) in [
+            (AfterClaim::Ours, TakerStep::Delete),
+            (AfterClaim::Gone, TakerStep::Done),
+            (AfterClaim::Unchanged, TakerStep::ClaimAgain),
+            (AfterClaim::Changed, TakerStep::LookAgain),
+        ] {
+            assert_eq!(read.next(), step, "{read:?}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The times of a lease. All of them follow from its length.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+/// The longest accepted lease. A longer one would only make others wait longer for the lock of a dead host.
+const MAX_LENGTH: Duration = Duration::from_hours(1);
+
+/// The shortest accepted lease. Clouds pause virtual machines for up to 30 s, and a shorter lease would be lost then. A
+/// debug build accepts 2 s, for the tests.
+const MIN_LENGTH: Duration = if cfg!(debug_assertions) { Duration::from_secs(2) } else { Duration::from_mins(1) };
+
+/// The longest time between two renewals.
+const MAX_RENEWAL_INTERVAL: Duration = Duration::from_mins(1);
+
+/// How much the clocks of a service's hosts may differ before a lease counts as lapsed.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(10);
+
+/// S3 and DynamoDB refuse a request whose time differs from theirs by more than this. So the clocks of their own hosts
+/// do not differ by more, and a lease that lapsed so long ago needs no further wait.
+const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_mins(15);
+
+/// How long a claim counts, from the time at which its taker read the lock. A taker that dies must not keep others
+/// from the lock for the length of a long lease.
+pub(crate) const CLAIM_LENGTH: Duration = Duration::from_mins(1);
+
+/// The length of a lease, and all times that follow from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Terms {
+    length: Duration,
+}
+
+impl Terms {
+    /// Returns the terms of a lease of `length`. `None` if no holder may choose this length.
+    pub(crate) fn new(length: Duration) -> Option<Self> {
+        (MIN_LENGTH..=MAX_LENGTH).contains(&length).then_some(Self { length })
+    }
+
+    /// Returns the terms of a claim.
+    pub(crate) fn of_claim() -> Self {
+        Self { length: CLAIM_LENGTH }
+    }
+
+    pub(crate) fn length(self) -> Duration {
+        self.length
+    }
+
+    /// The time between two renewals, without the random part that keeps the runs of a fleet apart.
+    pub(crate) fn renewal_interval(self) -> Duration {
+        (self.length / 5).min(MAX_RENEWAL_INTERVAL)
+    }
+
+    /// How long the holder may work. It is counted from before the holder sent the request whose response had the
+    /// `renewed` of the record.
+    pub(crate) fn working_time(self) -> Duration {
+        self.length * 4 / 5
+    }
+
+    /// How long the service may refuse renewals until terraform gets an interrupt, counted like
+    /// [`Terms::working_time`].
+    pub(crate) fn refusal_time(self) -> Duration {
+        self.length * 3 / 5
+    }
+
+    /// How much the clocks of the service's hosts may differ.
+    fn clock_tolerance(self) -> Duration {
+        CLOCK_TOLERANCE.min(self.length / 6)
+    }
+
+    /// Whether a lease has lapsed that was renewed at `renewed`. `now` is the time of the response that contained it.
+    /// Both are times of the service.
+    pub(crate) fn has_lapsed(self, renewed: Timestamp, now: Timestamp) -> bool {
+        now.duration_since(renewed) > signed(self.length + self.clock_tolerance())
+    }
+
+    /// Returns how long it takes until a lease lapses that was renewed at `renewed`. Zero if it has lapsed. The arguments
+    /// are those of [`Terms::has_lapsed`].
+    pub(crate) fn time_to_lapse(self, renewed: Timestamp, now: Timestamp) -> Duration {
+        let left = signed(self.length + self.clock_tolerance()).saturating_sub(now.duration_since(renewed));
+        Duration::try_from(left).unwrap_or_default()
+    }
+
+    /// How long a record must not change before its lock is taken over. If the clocks of the service's hosts differ by
+    /// more than the tolerance, a holder that is connected renews its lease in this time.
+    pub(crate) fn quiet_window(self) -> Duration {
+        self.clock_tolerance().max(self.renewal_interval() * 3 / 2)
+    }
+
+    /// Whether a lease lapsed so long ago that the clocks of the service's hosts cannot explain it.
+    pub(crate) fn has_lapsed_long_ago(self, renewed: Timestamp, now: Timestamp) -> bool {
+        now.duration_since(renewed) > signed(self.length + MAX_CLOCK_DIFFERENCE)
+    }
+
+    /// Whether `renewed` is later than `now`, by more than the clocks of the service's hosts differ.
+    pub(crate) fn is_in_the_future(self, renewed: Timestamp, now: Timestamp) -> bool {
+        renewed.duration_since(now) > signed(self.clock_tolerance())
+    }
+
+    /// How long a stopped terraform waits for an answer of the service, if no person can end it at a terminal.
+    pub(crate) fn longest_stop(self) -> Duration {
+        (self.length * 3).max(Duration::from_mins(15))
+    }
+}
+
+fn signed(duration: Duration) -> SignedDuration {
+    SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terms(seconds: u64) -> Terms {
+        Terms::new(Duration::from_secs(seconds)).unwrap()
+    }
+
+    #[test]
+    fn a_length_that_nobody_may_choose_is_none() {
+        for seconds in [0, 1, 3601, u64::MAX] {
+            assert_eq!(Terms::new(Duration::from_secs(seconds)), None, "{seconds}");
+        }
+        for seconds in [60, 300, 3600] {
+            assert_eq!(terms(seconds).length(), Duration::from_secs(seconds));
+        }
+    }
+
+    /// A holder counts from before it sent the request whose time it wrote, so it has stopped before a taker may begin,
+    /// even if the service's clocks differ by this much in each direction.
+    #[test]
+    fn a_holder_stops_before_a_taker_begins() {
+        for (seconds, difference) in [(60, 10), (300, 34), (3600, 364)] {
+            let terms = terms(seconds);
+            // A `Date` has whole seconds.
+            let lapses_after = terms.length + terms.clock_tolerance();
+            let margin = lapses_after.checked_sub(terms.working_time() + Duration::from_secs(1)).unwrap();
+            assert!(margin >= Duration::from_secs(2 * difference), "{seconds}: {margin:?}");
+        }
+    }
+
+    #[test]
+    fn an_outage_of_two_fifths_of_the_lease_goes_unnoticed() {
+        for seconds in [60, 120, 300] {
+            let terms = terms(seconds);
+            // The last renewal before the outage carries the time of the response before it. The first one after the
+            // outage comes up to one interval after its end.
+            let tolerated = terms.working_time().checked_sub(terms.renewal_interval() * 2).unwrap();
+            assert!(tolerated >= terms.length() * 2 / 5, "{seconds}: {tolerated:?}");
+        }
+    }
+
+    #[test]
+    fn a_lease_lapses_by_the_time_of_the_service() {
+        let renewed: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+        let after = |seconds| renewed + SignedDuration::from_secs(seconds);
+        let terms = terms(300);
+        for (seconds, lapsed, long_ago, future) in [
+            (-3600, false, false, true),
+            (-11, false, false, true),
+            (-10, false, false, false),
+            (0, false, false, false),
+            (310, false, false, false),
+            (311, true, false, false),
+            (1200, true, false, false),
+            (1201, true, true, false),
+            (36_000, true, true, false),
+        ] {
+            assert_eq!(terms.has_lapsed(renewed, after(seconds)), lapsed, "{seconds}");
+            let left = terms.time_to_lapse(renewed, after(seconds));
+            assert_eq!(left, Duration::from_secs(u64::try_from(310 - seconds).unwrap_or_default()), "{seconds}");
+            assert_eq!(terms.has_lapsed_long_ago(renewed, after(seconds)), long_ago, "{seconds}");
+            assert_eq!(terms.is_in_the_future(renewed, after(seconds)), future, "{seconds}");
+        }
+        assert!(!terms.has_lapsed(Timestamp::MAX, Timestamp::MIN) && terms.has_lapsed(Timestamp::MIN, Timestamp::MAX));
+    }
+
+    #[test]
+    fn the_times_of_a_lease_of_five_minutes() {
+        let terms = terms(300);
+        let seconds = |duration: Duration| duration.as_secs();
+        assert_eq!(seconds(terms.renewal_interval()), 60);
+        assert_eq!(seconds(terms.refusal_time()), 180);
+        assert_eq!(seconds(terms.working_time()), 240);
+        assert_eq!(seconds(terms.quiet_window()), 90);
+        assert_eq!(seconds(terms.longest_stop()), 900);
+        assert_eq!(seconds(Terms::of_claim().quiet_window()), 18);
+    }
+}

@@ -1,0 +1,606 @@
+//! Takes over a lock whose lease has lapsed: watches the lock for as long as necessary, claims it, and deletes it.
+//!
+//! A write of the state, or a delete by terraform's own unlock, may still be in flight when the holder's host is gone.
+//! So the state and its digest are watched together with the lock. A taker that dies after its claim leaves a claim
+//! that lapses like a lease, and the next taker goes on from there.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::pin::pin;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::deleted::Deleted;
+use super::leased::{LeaseRead, LeasedLock};
+use super::location::LockLocation;
+use super::release::{self, EXPLANATION_TIMEOUT, SERVICE_TIMEOUT, nothing_if_excluded};
+use super::stores::{Removed, StoreKey, StoredLock, Stores};
+use crate::aws::connect;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::{Cause, Failure};
+use crate::crash_point;
+use crate::lease::record::{Claim, NotBelieved, Record};
+use crate::lease::takeover::{
+    Circumstances, Obstacle, Permission, TakerStep, Unchanged, WatchStep, permission, watch_step,
+};
+use crate::lease::terms::Terms;
+use crate::lock::dynamodb::ItemKey;
+use crate::lock::probe::IfMatch;
+use crate::lock::{dynamodb, s3};
+use crate::settings::release_is_asked_for;
+use crate::terraform::lock_info::LockInfo;
+use crate::trace::trace;
+
+/// The longest time between two reads of a lock that may not be taken over yet.
+const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The longest time between two reads of a lock that is compared with what was read before, or whose claim is waited
+/// for.
+const MAX_COMPARE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often a claim or a delete is tried while the lock is still what was read.
+const ATTEMPTS: u32 = 5;
+
+/// The time between two of these attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Who takes over a lock, and how long it watches.
+#[derive(Clone, Debug)]
+pub(crate) struct Taker {
+    /// As [`Claim::by`].
+    pub(crate) by: String,
+    /// The terms of the lease of this host's own runs. The intervals between two reads follow from them.
+    pub(crate) terms: Terms,
+    pub(crate) until: Until,
+}
+
+/// How long a taker watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// Until it knows that the lock may not be taken over now, or until it has taken it over. The first read has a
+    /// short time limit, because the start of terraform waits for it.
+    Decided,
+    /// Until it is told to end. Terraform waits for a lock.
+    Told,
+}
+
+/// What a taker has seen or done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Progress<'a> {
+    /// The lease has lapsed, and the lock is taken over if nothing changes for this time.
+    Watches(&'a Lapsed, Duration),
+    /// Another host has claimed the lock and is about to delete it.
+    WaitsFor(&'a Lapsed, &'a Claim),
+    /// The lock was released.
+    Took(&'a Lapsed),
+    /// The lock was watched, and is gone although this taker has not deleted it.
+    Gone(&'a Lapsed),
+    /// The lock was watched, and its holder has renewed the lease.
+    Renewed(&'a Lapsed),
+    /// The lease has lapsed, and the lock is not taken over.
+    Leaves(&'a Lapsed, &'a Reason),
+}
+
+/// Why a lock with a lapsed lease is not taken over.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Reason {
+    Obstacle(Obstacle),
+    /// As [`release::global_table`] says it.
+    GlobalTable(String),
+    /// A request has failed after the lock was seen.
+    Failure(Failure),
+}
+
+/// A lock with a lapsed lease, for a message.
+#[derive(Clone, Debug)]
+pub(crate) struct Lapsed {
+    pub(crate) info: LockInfo,
+    pub(crate) record: Record,
+    /// `bucket/key` of the state.
+    pub(crate) path: String,
+    /// The service's time when the lock was read.
+    pub(crate) now: Timestamp,
+}
+
+impl Lapsed {
+    /// Returns how long ago the lease was renewed, by the service's time.
+    pub(crate) fn renewed_ago(&self) -> Duration {
+        let renewed = self.record.renewed_at().unwrap_or(self.now);
+        Duration::try_from(self.now.duration_since(renewed)).unwrap_or_default()
+    }
+
+    /// Returns the length of the lease.
+    pub(crate) fn length(&self) -> Duration {
+        self.record.terms().map_or(Duration::ZERO, Terms::length)
+    }
+}
+
+/// Watches the lock at `location` and takes it over if its lease allows that ([`permission`]). Calls `report` for each
+/// step. When `told` is ready, the taker ends: at once if it has not claimed the lock, and otherwise after the delete.
+///
+/// Returns how the watch ended.
+pub(crate) async fn take_over(
+    location: &LockLocation,
+    taker: &Taker,
+    told: impl Future<Output = ()>,
+    mut report: impl FnMut(Progress<'_>),
+) -> End {
+    let mut told = pin!(told);
+    let (purpose, limit) = match taker.until {
+        Until::Decided => (Purpose::Explanation, EXPLANATION_TIMEOUT),
+        Until::Told => (Purpose::Work, Duration::MAX),
+    };
+    let connect = timeout(limit, Stores::connect(&location.backend, purpose));
+    let stores = tokio::select! {
+        () = &mut told => return End::Over,
+        stores = connect => stores,
+    };
+    let stores = match stores {
+        Ok(Ok(stores)) => stores,
+        Ok(Err(unreachable)) => {
+            trace!("takeover: {unreachable}");
+            return End::NoCredentials;
+        }
+        Err(_) => {
+            trace!("takeover: no credentials within {limit:?}");
+            return End::NoCredentials;
+        }
+    };
+    let Some(mut watch) = Watch::new(location, &stores, taker) else { return End::Over };
+    loop {
+        let decision = tokio::select! {
+            () = &mut told => return End::Over,
+            decision = watch.decide(&mut report) => decision,
+        };
+        let (lock, lapsed) = match decision {
+            Decision::End(end) => return end,
+            Decision::Take(take) => *take,
+        };
+        match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
+            Ok(Ok(Taken::Yes)) => report(Progress::Took(&lapsed)),
+            Ok(Ok(Taken::Gone)) => report(Progress::Gone(&lapsed)),
+            Ok(Ok(Taken::Changed)) => {
+                trace!("takeover: the lock changed before it was claimed");
+                continue;
+            }
+            // The claim or the delete may have succeeded. The next read shows it.
+            Ok(Err(failure)) => watch.failed(failure),
+            Err(_) => watch.failed(Failure::no_answer(watch.part.service(), "the request timed out")),
+        }
+        if watch.failure.is_none() {
+            watch.lapsed = None;
+            if taker.until == Until::Decided {
+                return End::Over;
+            }
+        }
+    }
+}
+
+/// How a watch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The lock may not be taken over now, is gone, or was taken over, or the taker was told to end.
+    Over,
+    /// The services could not be reached with the settings of the backend. In most cases there are no credentials.
+    NoCredentials,
+    /// A request has failed.
+    Failed,
+}
+
+enum Decision {
+    End(End),
+    /// The lock may be claimed, or is claimed by this taker.
+    Take(Box<(LeasedLock, Lapsed)>),
+}
+
+/// The result of an attempt to take over a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    Yes,
+    /// The lock was deleted by somebody else.
+    Gone,
+    /// The lock has changed, so that it must be judged again.
+    Changed,
+}
+
+/// What must not change beside the lock: everything that a request of the holder in flight would change.
+#[derive(Clone, Debug, PartialEq)]
+struct Rest {
+    /// A text that changes whenever the state changes.
+    state: Option<String>,
+    digest: Option<String>,
+    /// The object of a lock with two parts.
+    object: Option<StoredLock>,
+}
+
+/// What was reported about the lock that is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reported {
+    Watches,
+    WaitsFor,
+}
+
+/// Whether a lock in the table may be taken over. A global table is treated as for a release.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum TableCheck {
+    Unknown,
+    Usable,
+    /// The text is the reason against it ([`release::global_table`]).
+    Global(String),
+}
+
+struct Watch<'a> {
+    location: &'a LockLocation,
+    stores: &'a Stores,
+    taker: &'a Taker,
+    /// The part of the lock that has the record.
+    part: StoreKey,
+    /// The object of a lock with two parts.
+    object: Option<StoreKey>,
+    begun: Instant,
+    unchanged: Unchanged<(LeasedLock, Rest)>,
+    /// The claim of this taker. After a failed request, the lock may have it.
+    claim: Option<Claim>,
+    /// What was reported, and about which lock. `None` if nothing was reported about a lock that is still there.
+    lapsed: Option<(Reported, Lapsed)>,
+    /// The last failure, if nothing was read after it.
+    failure: Option<Failure>,
+    /// When the last read was completed. `None` if nothing was read yet.
+    read: Option<Instant>,
+    table: TableCheck,
+}
+
+impl<'a> Watch<'a> {
+    /// Returns `None` if the lock of `location` has no part.
+    fn new(location: &'a LockLocation, stores: &'a Stores, taker: &'a Taker) -> Option<Self> {
+        let mut parts = location.store_keys(stores).into_iter();
+        Some(Self {
+            location,
+            stores,
+            taker,
+            part: parts.next()?,
+            object: parts.next(),
+            begun: Instant::now(),
+            unchanged: Unchanged::new(),
+            claim: None,
+            lapsed: None,
+            failure: None,
+            read: None,
+            table: if release_is_asked_for() { TableCheck::Usable } else { TableCheck::Unknown },
+        })
+    }
+
+    fn look_interval(&self) -> Duration {
+        self.taker.terms.renewal_interval().min(MAX_LOOK_INTERVAL)
+    }
+
+    fn compare_interval(&self) -> Duration {
+        (self.taker.terms.renewal_interval() / 2).min(MAX_COMPARE_INTERVAL)
+    }
+
+    fn failed(&mut self, failure: Failure) {
+        trace!("takeover: {failure}");
+        self.unchanged.miss();
+        self.failure = Some(failure);
+    }
+
+    /// Reads the lock until it may be claimed, or until the watch is over.
+    async fn decide(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Decision {
+        loop {
+            let pause = match self.step(report).await {
+                Ok(Next::Decided(decision)) => return decision,
+                Ok(Next::Pause(pause)) => pause,
+                Err(failure) => {
+                    self.failed(failure);
+                    self.compare_interval()
+                }
+            };
+            if let Some(failure) = &self.failure
+                && self.is_too_much(failure)
+            {
+                if failure.cause() == Cause::ExpiredCredentials {
+                    connect::forget_credentials(&self.location.backend);
+                }
+                if let Some((_, lapsed)) = &self.lapsed {
+                    report(Progress::Leaves(lapsed, &Reason::Failure(failure.clone())));
+                }
+                return Decision::End(End::Failed);
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Whether a failure ends the watch. A watch during which terraform waits goes on while the service is silent.
+    fn is_too_much(&self, failure: &Failure) -> bool {
+        let is_silent = match self.taker.until {
+            Until::Decided => self.read.is_none_or(|read| read.elapsed() > SERVICE_TIMEOUT),
+            Until::Told => false,
+        };
+        is_silent || failure.is_final() || failure.cause() == Cause::ExpiredCredentials
+    }
+
+    /// Returns the limit for one read. The first read of a taker for whom the start of terraform waits has a shorter
+    /// one.
+    fn limit(&self) -> Duration {
+        let is_first = self.read.is_none() && self.taker.until == Until::Decided;
+        if is_first { EXPLANATION_TIMEOUT.saturating_sub(self.begun.elapsed()) } else { SERVICE_TIMEOUT }
+    }
+
+    async fn step(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Result<Next, Failure> {
+        let sent = self.begun.elapsed();
+        let read = self.within(self.limit(), self.stores.read_lease(&self.part)).await;
+        let LeaseRead { lock, date } = match read {
+            // No lock can be there, for example because the table does not exist.
+            Err(failure) if failure.cause().excludes_locks() => LeaseRead { lock: None, date: None },
+            read => read?,
+        };
+        (self.failure, self.read) = (None, Some(Instant::now()));
+        let Some(info) = lock.as_ref().and_then(|lock| lock.stored.info()) else {
+            return Ok(self.without_a_lock(report));
+        };
+        let (Some(lock), Some(now)) = (lock, date) else { return Ok(self.leave()) };
+        let record = lock
+            .record
+            .as_ref()
+            .map_or(Err(NotBelieved::Malformed), |record| record.as_ref().map_err(|reason| *reason));
+        let Ok(seen) = record else { return Ok(self.leave()) };
+        let lapsed = Lapsed { info, record: seen.clone(), path: self.location.lock_path(), now };
+        if self.claim.is_some() && seen.taken == self.claim {
+            return Ok(Next::Decided(Decision::Take(Box::new((lock, lapsed)))));
+        }
+        if self.lapsed.as_ref().is_some_and(|(_, before)| before.info.id != lapsed.info.id) {
+            // Another run has the lock now.
+            self.report_gone(report);
+        }
+        let is_same_region = seen.region == self.stores.region();
+        let notice = (self.taker.until == Until::Told).then(|| self.look_interval() * 2);
+        match watch_step(record, now, is_same_region, notice) {
+            WatchStep::Leave(obstacle @ (Obstacle::NoFence | Obstacle::AnotherRegion)) => {
+                return Ok(self.leaves(lapsed, &Reason::Obstacle(obstacle), report));
+            }
+            WatchStep::Leave(_) => {
+                if let Some((Reported::Watches, before)) = &self.lapsed {
+                    report(Progress::Renewed(before));
+                }
+                self.lapsed = None;
+                return Ok(self.leave());
+            }
+            WatchStep::WaitForClaim => {
+                if let Some(claim) = &seen.taken
+                    && !matches!(self.lapsed, Some((Reported::WaitsFor, _)))
+                {
+                    report(Progress::WaitsFor(&lapsed, claim));
+                    self.lapsed = Some((Reported::WaitsFor, lapsed));
+                }
+                return Ok(Next::Pause(self.compare_interval()));
+            }
+            WatchStep::Claim | WatchStep::Compare => {}
+        }
+        if let Some(reason) = self.global_table().await? {
+            return Ok(self.leaves(lapsed, &Reason::GlobalTable(reason), report));
+        }
+        let circumstances = |unchanged_for| Circumstances { consent: true, is_same_region, unchanged_for };
+        let mut may = permission(record, now, circumstances(Duration::ZERO));
+        if may != Permission::Yes {
+            let rest = self.rest().await?;
+            let unchanged_for = self.unchanged.see((lock.clone(), rest), sent, self.begun.elapsed());
+            may = permission(record, now, circumstances(unchanged_for));
+        }
+        Ok(match may {
+            Permission::Yes => Next::Decided(Decision::Take(Box::new((lock, lapsed)))),
+            Permission::Wait(missing) => {
+                if !matches!(self.lapsed, Some((Reported::Watches, _))) {
+                    report(Progress::Watches(&lapsed, missing));
+                    self.lapsed = Some((Reported::Watches, lapsed));
+                }
+                Next::Pause(missing.min(self.compare_interval()))
+            }
+            // It has not lapsed yet.
+            Permission::No(_) if self.taker.until == Until::Decided => Next::Decided(Decision::End(End::Over)),
+            Permission::No(_) => Next::Pause(self.compare_interval()),
+        })
+    }
+
+    /// What follows if the lock may not be taken over.
+    fn leave(&mut self) -> Next {
+        self.unchanged.miss();
+        match self.taker.until {
+            Until::Decided => Next::Decided(Decision::End(End::Over)),
+            Until::Told => Next::Pause(self.look_interval()),
+        }
+    }
+
+    /// What follows if the lease has lapsed and the lock may not be taken over. Reports it once for a lock.
+    fn leaves(&mut self, lapsed: Lapsed, reason: &Reason, report: &mut impl FnMut(Progress<'_>)) -> Next {
+        if self.lapsed.is_none() {
+            report(Progress::Leaves(&lapsed, reason));
+        }
+        self.lapsed = Some((Reported::WaitsFor, lapsed));
+        self.leave()
+    }
+
+    fn without_a_lock(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Next {
+        self.report_gone(report);
+        self.leave()
+    }
+
+    fn report_gone(&mut self, report: &mut impl FnMut(Progress<'_>)) {
+        if let Some((_, lapsed)) = self.lapsed.take() {
+            report(Progress::Gone(&lapsed));
+        }
+    }
+
+    /// Returns why a lock in this table is not taken over. `None` if nothing is wrong with the table. It is asked only
+    /// about a lock that would be taken over.
+    async fn global_table(&mut self) -> Result<Option<String>, Failure> {
+        match &self.table {
+            TableCheck::Usable => Ok(None),
+            TableCheck::Global(reason) => Ok(Some(reason.clone())),
+            TableCheck::Unknown => {
+                let asked = self.within(SERVICE_TIMEOUT, release::global_table(self.stores, self.location)).await?;
+                self.table = asked.clone().map_or(TableCheck::Usable, TableCheck::Global);
+                Ok(asked)
+            }
+        }
+    }
+
+    /// Reads everything that must not change beside the part with the record.
+    async fn rest(&self) -> Result<Rest, Failure> {
+        let Self { location: LockLocation { bucket, key, table, .. }, stores, object, .. } = self;
+        let read = async {
+            let state = s3::fingerprint(&stores.s3, bucket, key).await?;
+            let digest = match table {
+                Some(table) => {
+                    let path = &self.location.lock_path();
+                    nothing_if_excluded(dynamodb::digest(&stores.dynamodb, ItemKey { table, path }).await)?
+                }
+                None => None,
+            };
+            let object = match object {
+                Some(object) => nothing_if_excluded(stores.read(object).await)?,
+                None => None,
+            };
+            Ok(Rest { state, digest, object })
+        };
+        self.within(SERVICE_TIMEOUT, read).await
+    }
+
+    async fn within<T>(&self, limit: Duration, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let failed = || Failure::no_answer(self.part.service(), "the request timed out");
+        timeout(limit, Box::pin(work)).await.unwrap_or_else(|_| Err(failed()))
+    }
+
+    /// Claims and deletes `lock`, which was read at the service's time `now`.
+    async fn take(&mut self, lock: &LeasedLock, now: Timestamp) -> Result<Taken, Failure> {
+        if matches!(self.part, StoreKey::S3 { .. }) {
+            return take_object(self.stores, &self.part, lock).await;
+        }
+        let is_claimed = |claim: &Claim| record_of(lock).is_some_and(|record| record.taken.as_ref() == Some(claim));
+        if self.claim.as_ref().is_some_and(is_claimed) {
+            return delete(self.stores, &self.part, self.object.as_ref(), lock).await;
+        }
+        let claim = Claim { by: self.taker.by.clone(), at: now.as_second(), number: random() };
+        self.claim = Some(claim.clone());
+        claim_and_delete(self.stores, &self.part, self.object.as_ref(), lock, &claim).await
+    }
+}
+
+/// Releases a lock with a lease at the request of a person: claims the item `lock`, and deletes it and the other part
+/// at `object`, if that belongs to the same lock. From the claim on, a holder that is alive cannot renew its lease, so
+/// it stops. `by` is as [`Claim::by`], and `now` is the service's time when `lock` was read.
+///
+/// # Errors
+/// Returns a [`Failure`] if a request fails for a reason other than its condition. The lock may be claimed, or a part
+/// of it may be deleted, nevertheless.
+pub(crate) async fn release_item(
+    stores: &Stores,
+    item: &StoreKey,
+    object: Option<&StoreKey>,
+    lock: &LeasedLock,
+    (by, now): (&str, Timestamp),
+) -> Result<Taken, Failure> {
+    let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random() };
+    claim_and_delete(stores, item, object, lock, &claim).await
+}
+
+enum Next {
+    Decided(Decision),
+    /// Read again after this time.
+    Pause(Duration),
+}
+
+fn record_of(lock: &LeasedLock) -> Option<&Record> {
+    lock.record.as_ref()?.as_ref().ok()
+}
+
+/// Returns a random number for a claim.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+/// Claims the item `lock`, and deletes both parts of the lock.
+async fn claim_and_delete(
+    stores: &Stores,
+    item: &StoreKey,
+    object: Option<&StoreKey>,
+    lock: &LeasedLock,
+    claim: &Claim,
+) -> Result<Taken, Failure> {
+    crash_point::reached("takeover: begun");
+    for _ in 0..ATTEMPTS {
+        let (after, read) = stores.claim(item, lock, claim).await?;
+        match (after.next(), &read.lock) {
+            (TakerStep::Delete, Some(claimed)) => {
+                crash_point::reached("takeover: claimed");
+                return delete(stores, item, object, claimed).await;
+            }
+            (TakerStep::Done, _) => return Ok(Taken::Gone),
+            (TakerStep::LookAgain, _) => return Ok(Taken::Changed),
+            (TakerStep::ClaimAgain | TakerStep::Delete, _) => sleep(RETRY_INTERVAL).await,
+        }
+    }
+    Err(Failure::no_answer(item.service(), "the service does not store the claim of the lock"))
+}
+
+/// Deletes both parts of a lock that this taker has claimed.
+async fn delete(
+    stores: &Stores,
+    item: &StoreKey,
+    object: Option<&StoreKey>,
+    claimed: &LeasedLock,
+) -> Result<Taken, Failure> {
+    let removed = stores.delete_claimed(item, object, claimed).await?;
+    crash_point::reached("takeover: deleted");
+    match removed {
+        Removed::Gone => Ok(Taken::Yes),
+        // Only another taker changes a claimed lock, and only after the claim has lapsed.
+        Removed::Anothers => Ok(Taken::Changed),
+        Removed::Refused => {
+            Err(Failure::no_answer(item.service(), "the service confirmed the delete, but the lock is still there"))
+        }
+    }
+}
+
+/// Deletes a lock that is an object alone. The condition of the delete is the decision: the lock and its record are
+/// still what was read.
+async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> Result<Taken, Failure> {
+    if stores.treatment_of_deletes(object).await != IfMatch::Obeyed {
+        let reason = "it is not certain that the service obeys the condition of a delete (If-Match), so only a person can \
+                      release this lock: tf locks release";
+        return Err(Failure::refusal(object.service(), reason));
+    }
+    crash_point::reached("takeover: begun");
+    for _ in 0..ATTEMPTS {
+        let deleted = stores.delete(object, &lock.stored).await?;
+        let mut now = stores.read_lease(object).await?.lock;
+        if now.is_none() {
+            // A single response proves nothing.
+            now = stores.read_lease(object).await?.lock;
+        }
+        if let Some(taken) = taken(deleted, lock, now.as_ref()) {
+            return Ok(taken);
+        }
+        sleep(RETRY_INTERVAL).await;
+    }
+    Err(Failure::no_answer(object.service(), "the service confirmed the delete, but the lock is still there"))
+}
+
+/// Returns the result of a conditional delete of `lock`. `now` is what is there after the delete. `None` if that does
+/// not show the result, so that the delete must be repeated. If the response to the delete was lost, the result is
+/// [`Taken::Gone`], although this taker has deleted the lock.
+fn taken(deleted: Deleted, lock: &LeasedLock, now: Option<&LeasedLock>) -> Option<Taken> {
+    let is_same = match now {
+        None => false,
+        Some(now) => now.stored.info()?.id == lock.stored.info()?.id,
+    };
+    match deleted {
+        _ if now == Some(lock) => None,
+        Deleted::Changed if is_same => Some(Taken::Changed),
+        // The service has deleted what was read, and the holder cannot have written it again.
+        Deleted::Yes if is_same => None,
+        Deleted::Yes => Some(Taken::Yes),
+        Deleted::Changed => Some(Taken::Gone),
+    }
+}

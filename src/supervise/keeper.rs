@@ -1,0 +1,855 @@
+//! The keeper: another `tf` process, which renews the lease of the run's lock.
+//!
+//! A process that supervises a terraform sends no request to AWS, because it must fork with one thread and must handle
+//! signals at any time. So the keeper is this program again. `tf` starts it when the log shows that the lock is held.
+//! The keeper resolves terraform's credentials anew. It goes on while `tf` and terraform are suspended, and after the
+//! death of `tf`. The guardian then starts a keeper of its own as well, because the first one may have been killed
+//! together with `tf`. Two keepers of one run do no harm: the store accepts a renewal only if it is newer than the
+//! stored one, and a stored one that is newer confirms both.
+//!
+//! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
+//! and looks at it before each renewal: the lock of a dead terraform must not look alive.
+//!
+//! Between fork and exec, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe.
+//! If `tf` and the fuse die in that moment, terraform is killed only when the keeper has called exec. Until then at
+//! most a millisecond passes, and the lease is valid: the fuse dies by itself at 80 % of the lease.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncReadExt;
+
+use crate::aws::connect;
+use crate::aws::credentials::Purpose;
+use crate::aws::failure::{Cause, Failure};
+use crate::aws::settings::Unreachable;
+use crate::cleanup::working_directory;
+use crate::journal::run_mark::marks_us;
+use crate::lease::fence::{Look, Loss};
+use crate::lease::keeper::{
+    self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, after_answer, before_renewal,
+    next_renewal,
+};
+use crate::lease::record::{Fence as Promise, Holder, Record};
+use crate::lease::terms::Terms;
+use crate::lock::leased::{LeasedLock, Renewed};
+use crate::lock::location::LockLocation;
+use crate::lock::probe::IfMatch;
+use crate::lock::stores::{StoreKey, Stores};
+use crate::supervise::fence::Fence;
+use crate::supervise::fuse;
+use crate::sys::hangup_pipe::HangupPipe;
+use crate::sys::packet_socket::PacketSocket;
+use crate::sys::process::Process;
+use crate::sys::readiness::Readiness;
+use crate::sys::{boot_clock, descriptor, environment, poll, session};
+use crate::terraform::backend::CachedBackend;
+use crate::trace::trace;
+use crate::{another_tf, panics};
+
+/// The word after `tf locks` that makes this program a keeper. It is internal, so clap does not know it.
+pub(crate) const WORD: &str = "keep-lease";
+
+/// How long a keeper may take to end when it is told to. Then it is killed. A renewal of it that is in flight does no
+/// harm, because it has the condition that the lock still exists.
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What a keeper needs to know. It reads this as JSON from its stdin, because the backend may contain credentials.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    /// The lock's ID.
+    pub(crate) lock: String,
+    /// Where the lock may be.
+    pub(crate) places: Vec<Place>,
+    pub(crate) length: Duration,
+    /// What the host promises about the time after the lease.
+    pub(crate) fence: Promise,
+    pub(crate) holder: Holder,
+    /// The pid of the terraform that holds the lock.
+    pub(crate) terraform: i32,
+    /// Whether an earlier keeper of this run may have stored a record.
+    pub(crate) may_have_a_record: bool,
+    /// Whether the run has ended and its lock stays. The keeper then writes one record that promises no fence, so that
+    /// nobody takes the lock without being asked, and ends.
+    pub(crate) withdraws: bool,
+    /// Terraform's working directory. Relative paths in the settings are relative to it.
+    pub(crate) directory: PathBuf,
+}
+
+/// A location where the lock may be, as [`LockLocation`].
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Place {
+    backend: serde_json::Value,
+    bucket: String,
+    key: String,
+    table: Option<String>,
+    lock_file: bool,
+}
+
+impl Place {
+    /// Returns the place of `location`.
+    pub(crate) fn of(location: &LockLocation) -> Self {
+        Self {
+            backend: location.backend.to_json(),
+            bucket: location.bucket.clone(),
+            key: location.key.clone(),
+            table: location.table.clone(),
+            lock_file: location.lock_file,
+        }
+    }
+
+    fn location(&self) -> Option<LockLocation> {
+        Some(LockLocation {
+            backend: CachedBackend::of_json(self.backend.clone())?,
+            bucket: self.bucket.clone(),
+            key: self.key.clone(),
+            table: self.table.clone(),
+            lock_file: self.lock_file,
+        })
+    }
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}/{}", self.bucket, self.key)
+    }
+}
+
+/// What a keeper reports to the process that has started it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Report {
+    /// The service has confirmed a renewal. `fence` is what its record promises. `fuse` is the number of the fuse that
+    /// has confirmed the deadline of this renewal ([`fuse::Answer::fuse`]). `None` if none has.
+    Renewed { fence: Promise, fuse: Option<u32> },
+    /// What the lock looks like while the fuse is gone. `reason` says why it is unknown.
+    Looked { look: Look, loss: Option<Loss>, reason: String },
+    /// The lock is not the run's any more.
+    Lost(Loss),
+    /// The service has refused every renewal so far, so there is no lease. The keeper ends.
+    NoLease(String),
+    /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
+    Refused(String),
+}
+
+/// The descriptors that a keeper inherits.
+#[derive(Debug)]
+pub(crate) struct Inherited<'a> {
+    /// The fence of the run. `None` if the records promise none. The keeper gets its end of the socket to the fuse, and
+    /// the read ends of both pipes. It does not use the kill pipe: a pipe signals nobody if the process that holds its
+    /// last write end is also the only one with a read end.
+    pub(crate) fence: Option<&'a Fence>,
+    /// A pidfd of the terraform that holds the lock.
+    pub(crate) terraform: BorrowedFd<'a>,
+}
+
+/// A keeper, as seen by the process that has started it.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    process: Child,
+    socket: UnixStream,
+    /// The part of a report that has arrived.
+    received: Vec<u8>,
+}
+
+/// What a keeper has reported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    Report(Report),
+    /// Nothing new.
+    Nothing,
+    /// The keeper has ended.
+    Gone,
+}
+
+impl Keeper {
+    /// Starts a keeper.
+    ///
+    /// # Errors
+    /// If the process or its socket cannot be created.
+    pub(crate) fn start(orders: &Orders, inherited: &Inherited<'_>) -> io::Result<Self> {
+        let (socket, its_end) = UnixStream::pair()?;
+        socket.set_nonblocking(true)?;
+        let mut descriptors = vec![its_end.as_fd(), inherited.terraform];
+        if let Some(fence) = inherited.fence {
+            descriptors.extend([fence.keeper_end().as_fd(), fence.stop_pipe().as_fd(), fence.kill_pipe().as_fd()]);
+        }
+        let mut command = another_tf::locks(&[WORD])?;
+        command.args(descriptors.iter().map(|descriptor| descriptor.as_raw_fd().to_string()));
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(marks_us)) {
+            command.env_remove(name);
+        }
+        session::of_its_own(&mut command);
+        descriptor::inherit(&mut command, &descriptors);
+        #[expect(clippy::disallowed_methods, reason = "this starts `tf`, not terraform; it needs only the setup above")]
+        let mut process = command.spawn()?;
+        if let Some(mut stdin) = process.stdin.take() {
+            // The pipe has room for more than any orders. If the keeper has ended, its end is seen by its socket.
+            let _ = stdin.write_all(&serde_json::to_vec(orders)?);
+        }
+        Ok(Self { process, socket, received: Vec::new() })
+    }
+
+    /// Returns the socket. It is readable when the keeper has reported something or has ended.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Returns the keeper's next report, without waiting.
+    pub(crate) fn hear(&mut self) -> Heard {
+        let mut bytes = [0; 4096];
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                match serde_json::from_slice(&line) {
+                    Ok(report) => return Heard::Report(report),
+                    Err(error) => trace!("the keeper reports something unknown: {error}"),
+                }
+                continue;
+            }
+            match self.socket.read(&mut bytes) {
+                Ok(0) => return Heard::Gone,
+                Ok(length) => self.received.extend(&bytes[..length]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Heard::Nothing,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Heard::Gone,
+            }
+        }
+    }
+
+    /// Asks the keeper to look at the lock, or to renew, at once.
+    pub(crate) fn hurry(&self) {
+        let _ = (&self.socket).write(&[HURRY]);
+    }
+
+    /// Tells the keeper to end, and waits for its end.
+    pub(crate) fn end(mut self) {
+        let _ = (&self.socket).write(&[END]);
+        self.wait(END_TIMEOUT);
+    }
+
+    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
+    pub(crate) fn withdrawn(mut self) -> bool {
+        self.wait(LAST_RENEWAL_TIMEOUT)
+    }
+
+    /// Waits for the end of the keeper, and kills it after `limit`. Returns whether it has done what it was told.
+    fn wait(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            match self.process.try_wait() {
+                Ok(Some(status)) => return status.success(),
+                Ok(None) if Instant::now() < until => {}
+                _ => break,
+            }
+            poll::wait(&[(self.socket.as_fd(), nix::poll::PollFlags::empty())], Some(POLL_INTERVAL));
+        }
+        // A keeper that is frozen, or hangs in the kernel, does not end even if it is killed. Init reaps it after this
+        // process has ended.
+        let _ = self.process.kill();
+        let until = Instant::now() + END_TIMEOUT;
+        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
+            poll::wait(&[], Some(POLL_INTERVAL));
+        }
+        false
+    }
+}
+
+/// How often to check whether a keeper that was told to end has ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// The messages to a keeper. Each has 1 byte.
+const HURRY: u8 = b'h';
+const END: u8 = b'e';
+
+/// How long the last renewal of a keeper may take, which promises no fence.
+const LAST_RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The longest time for one request. A request that takes longer counts as unanswered. It may still arrive.
+const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The shortest and the longest pause after a request that failed.
+const MIN_PAUSE: Duration = Duration::from_millis(250);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// The longest pause after the source of the credentials has failed.
+const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
+
+/// Runs a keeper. `descriptors` are the arguments with the numbers of its descriptors, in the order of
+/// [`Keeper::start`]. Returns whether it has done what it was told.
+pub(crate) fn keep(descriptors: &[OsString]) -> bool {
+    let numbers: Option<Vec<RawFd>> = descriptors.iter().map(|number| number.to_str()?.parse().ok()).collect();
+    let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else { return false };
+    session::become_helper(c"tf-keeper");
+    environment::unset_empty("AWS_");
+    let mut orders = Vec::new();
+    let _ = io::stdin().lock().take(MAX_ORDERS_BYTES).read_to_end(&mut orders);
+    let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return false };
+    working_directory::go(&orders.directory);
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
+    let ended = panics::caught(|| runtime.block_on(KeeperProcess::run(orders, descriptors)));
+    trace!("keeper: {ended:?}");
+    // A name lookup may hang in a thread of the runtime.
+    runtime.shutdown_background();
+    matches!(ended, Some(Ok(true)))
+}
+
+/// The largest orders, in bytes.
+const MAX_ORDERS_BYTES: u64 = 1 << 20;
+
+/// What ends the wait of a keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wake {
+    /// The time of the next request has come.
+    Due,
+    /// The supervisor wants the next request at once.
+    Hurry,
+    /// The supervisor wants the keeper to end, or terraform has ended.
+    End(Ending),
+}
+
+/// What a keeper listens to.
+struct Link {
+    socket: tokio::net::UnixStream,
+    /// Whether the supervisor is gone. The keeper then goes on until terraform has ended.
+    is_abandoned: bool,
+    terraform: Readiness,
+    /// The rest of a report that has not been sent.
+    unsent: Vec<u8>,
+}
+
+impl Link {
+    /// Waits until `due`, or for the next event. With `None`, there is no such time.
+    async fn wake(&mut self, due: Option<tokio::time::Instant>) -> Wake {
+        loop {
+            let mut byte = [0];
+            let is_due = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = self.terraform.readable() => return Wake::End(Ending::TerraformEnded),
+                read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
+                    (Ok(1), END) => return Wake::End(Ending::Left),
+                    (Ok(1), _) => return Wake::Hurry,
+                    _ => self.is_abandoned = true,
+                },
+                () = is_due => return Wake::Due,
+            }
+        }
+    }
+
+    /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease must
+    /// be renewed all the same. If the socket is full, the report is lost. The next one says the same or is newer.
+    fn report(&mut self, report: &Report) {
+        trace!("keeper: {report:?}");
+        let Ok(line) = serde_json::to_vec(report) else { return };
+        if self.unsent.is_empty() {
+            self.unsent.extend(line);
+            self.unsent.push(b'\n');
+        }
+        while !self.unsent.is_empty() {
+            match self.socket.try_write(&self.unsent) {
+                Ok(length) => drop(self.unsent.drain(..length)),
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// What a keeper does after a step.
+struct Step {
+    report: Option<Report>,
+    /// When the next step is due.
+    pause: Duration,
+}
+
+/// The process of a keeper.
+struct KeeperProcess {
+    link: Link,
+    renewals: Renewals,
+}
+
+impl KeeperProcess {
+    /// Renews the lease until the keeper has to end. Returns whether it has done what it was told.
+    async fn run(orders: Orders, descriptors: Vec<OwnedFd>) -> io::Result<bool> {
+        let mut descriptors = descriptors.into_iter();
+        let (Some(socket), Some(terraform)) = (descriptors.next(), descriptors.next()) else { return Ok(false) };
+        let fence = KeeperFence::of(descriptors)?;
+        let socket = UnixStream::from(socket);
+        socket.set_nonblocking(true)?;
+        let link = Link {
+            socket: tokio::net::UnixStream::from_std(socket)?,
+            is_abandoned: false,
+            terraform: Readiness::of(terraform)?,
+            unsent: Vec::new(),
+        };
+        let Some(terms) = Terms::new(orders.length) else { return Ok(false) };
+        let mut process = Self { link, renewals: Renewals::new(orders, terms, fence) };
+        if process.renewals.orders.withdraws {
+            return Ok(process.renewals.withdraw().await);
+        }
+        // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform that
+        // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
+        if process.renew().await == Ending::TerraformEnded && process.link.is_abandoned {
+            process.renewals.end_fuse();
+        }
+        Ok(true)
+    }
+
+    /// Renews the lease until the keeper has to end.
+    async fn renew(&mut self) -> Ending {
+        let mut due = tokio::time::Instant::now();
+        loop {
+            match self.link.wake(Some(due)).await {
+                Wake::End(ending) => return ending,
+                Wake::Due | Wake::Hurry => {}
+            }
+            let before = before_renewal(KeeperSight {
+                is_told_to_end: false,
+                terraform_has_ended: false,
+                stop_pipe_has_hung_up: self.renewals.is_stopped(),
+                is_supervised: !self.link.is_abandoned,
+                terraform_is_stopped: self.renewals.terraform_is_stopped(),
+            });
+            if before == BeforeRenewal::End {
+                return Ending::Left;
+            }
+            let mut hurries = false;
+            let step = {
+                let step = self.renewals.step(before);
+                tokio::pin!(step);
+                loop {
+                    tokio::select! {
+                        biased;
+                        wake = self.link.wake(None) => match wake {
+                            Wake::End(ending) => return ending,
+                            Wake::Due | Wake::Hurry => hurries = true,
+                        },
+                        step = &mut step => break step,
+                    }
+                }
+            };
+            due = tokio::time::Instant::now() + if hurries { Duration::ZERO } else { step.pause };
+            if let Some(report) = step.report {
+                self.link.report(&report);
+                if matches!(report, Report::NoLease(_)) {
+                    return Ending::Left;
+                }
+            }
+        }
+    }
+}
+
+/// Why a keeper ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    TerraformEnded,
+    /// The supervisor wants it, or there is nothing to renew.
+    Left,
+}
+
+/// The renewals of one lease.
+struct Renewals {
+    orders: Orders,
+    terms: Terms,
+    /// `None` if the records promise nothing.
+    fence: Option<KeeperFence>,
+    /// What the records promise. Once it is [`Promise::None`], it stays so.
+    promised: Promise,
+    /// A random number, which tells the records of this keeper from those of others.
+    number: u64,
+    /// The clients, and the part of the lock that has the record. `None` until the lock was found.
+    store: Option<(Stores, StoreKey)>,
+    /// The lock as it was read or written last.
+    lock: Option<LeasedLock>,
+    /// The first response, by which a clock that stands still is noticed.
+    first: Option<Response>,
+    /// The last response whose time no renewal has written yet.
+    last: Option<Response>,
+    /// Whether the fuse has confirmed a deadline since the lock was read.
+    is_armed: bool,
+    /// When the request was sent whose time is in the last confirmed record.
+    confirmed: Duration,
+    history: History,
+    /// How many requests in a row were not answered.
+    failures: u32,
+    /// Whether the last attempt to connect has failed.
+    lacks_credentials: Cell<bool>,
+}
+
+impl Renewals {
+    fn new(orders: Orders, terms: Terms, fence: Option<KeeperFence>) -> Self {
+        let history = History { may_have_a_record: orders.may_have_a_record, has_interrupted: false };
+        Self {
+            promised: if fence.is_some() { orders.fence } else { Promise::None },
+            orders,
+            terms,
+            fence,
+            number: random(),
+            store: None,
+            lock: None,
+            first: None,
+            last: None,
+            is_armed: false,
+            confirmed: boot_clock::now(),
+            history,
+            failures: 0,
+            lacks_credentials: Cell::new(false),
+        }
+    }
+
+    /// Writes a record that promises no fence. Returns whether that was confirmed, or the lock is gone.
+    async fn withdraw(&mut self) -> bool {
+        loop {
+            // The supervisor kills this process when it has waited long enough.
+            let step = self.step(BeforeRenewal::Renew).await;
+            match step.report {
+                Some(Report::Renewed { .. } | Report::Lost(_)) => return true,
+                Some(Report::NoLease(_)) => return false,
+                _ => tokio::time::sleep(step.pause).await,
+            }
+        }
+    }
+
+    fn request_timeout(&self) -> Duration {
+        self.terms.renewal_interval().min(MAX_REQUEST_TIMEOUT).max(Duration::from_millis(500))
+    }
+
+    /// Whether the fuse is gone, so that terraform is stopped and no renewal may be sent.
+    fn is_stopped(&self) -> bool {
+        // A fence that was taken down, and a record that promises nothing, stop nobody.
+        self.promised == Promise::Stop && self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up())
+    }
+
+    /// Whether terraform is stopped, for whatever reason.
+    fn terraform_is_stopped(&self) -> bool {
+        let terraform = Process::look_up(Pid::from_raw(self.orders.terraform));
+        terraform.is_some_and(|terraform| terraform.state == 'T')
+    }
+
+    /// Sends the next request.
+    async fn step(&mut self, before: BeforeRenewal) -> Step {
+        match self.next_request(before).await {
+            Ok(step) => {
+                self.failures = 0;
+                step
+            }
+            Err((answer, reason)) => self.failed(answer, reason),
+        }
+    }
+
+    async fn next_request(&mut self, before: BeforeRenewal) -> Result<Step, (Answer, String)> {
+        if before == BeforeRenewal::Look {
+            (self.last, self.is_armed) = (None, false);
+            let (look, loss, reason) = match self.read().await {
+                Ok(None) => (Look::Ours, None, String::new()),
+                Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
+                Err((_, reason)) => (Look::Unknown, None, reason),
+            };
+            let report = Some(Report::Looked { look, loss, reason });
+            let pause = if self.lacks_credentials.get() { MAX_CREDENTIALS_PAUSE / 4 } else { LOOK_INTERVAL };
+            return Ok(Step { report, pause });
+        }
+        if self.last.is_none()
+            && let Some(loss) = self.read().await?
+        {
+            return Ok(self.lost(loss));
+        }
+        let Some(last) = self.last else {
+            return Err((Answer::Refused, "the service does not say its time".to_owned()));
+        };
+        let first = *self.first.get_or_insert(last);
+        self.promised = keeper::fence(self.promised, first, last);
+        let NextRenewal { renewal, deadline } = next_renewal(self.terms, last, boot_clock::now());
+        if self.promised == Promise::Stop && !self.is_armed {
+            match self.arm_first(deadline).await {
+                Some(answer) if answer.deadline.is_some() => self.is_armed = true,
+                // A fuse without a timer stops nobody, so the record must not promise a fence.
+                Some(_) => self.promised = Promise::None,
+                // The fuse is gone. The next step looks at the lock.
+                None => return Ok(Step { report: None, pause: MIN_PAUSE }),
+            }
+        }
+        let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
+            return Err((Answer::None, "the lock was not read".to_owned()));
+        };
+        let mut record = Record::new(&self.orders.lock, self.terms, renewal, self.promised);
+        (record.keeper, record.region, record.holder) =
+            (self.number, stores.region().to_owned(), self.orders.holder.clone());
+        let sent = boot_clock::now();
+        // From here on a record may be stored, even if no response arrives.
+        let had_record = std::mem::replace(&mut self.history.may_have_a_record, true);
+        let renewed = within(self.request_timeout(), stores.renew(key, lock, &record)).await;
+        let read = boot_clock::now();
+        let (seen, answer) = match renewed {
+            Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
+            // A record that was overtaken by another keeper's is as good: the stored one is at least as new.
+            Ok(Renewed::Before(seen) | Renewed::Overtaken(seen)) => (seen, Answer::RenewedBefore),
+            Ok(Renewed::Lost(seen)) => (seen, Answer::Lost),
+            Err(failure) => {
+                let answer = answer(&failure);
+                // The service has refused this request, so it has stored nothing.
+                self.history.may_have_a_record = had_record || answer.0 != Answer::Refused;
+                self.forget_connection_after(&failure);
+                return Err(answer);
+            }
+        };
+        self.last = seen.date.map(|date| Response { sent, read, date });
+        if after_answer(self.terms, self.history, answer, Duration::ZERO) == KeeperStep::ReportLoss {
+            return Ok(self.lost(loss(&self.orders.lock, seen.lock.as_ref()).unwrap_or(Loss::Gone)));
+        }
+        self.lock = seen.lock;
+        Ok(self.confirmed(last, deadline).await)
+    }
+
+    /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
+    async fn confirmed(&mut self, last: Response, deadline: Duration) -> Step {
+        self.confirmed = last.sent;
+        self.history.has_interrupted = false;
+        let fuse = if self.promised == Promise::Stop { self.arm(deadline).await } else { None };
+        let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
+        let report = Report::Renewed { fence: self.promised, fuse };
+        Step { report: Some(report), pause: jittered(self.terms.renewal_interval(), random()) }
+    }
+
+    /// Sends the fuse the deadline of a confirmed renewal, and returns its answer. `None` if it does not answer.
+    async fn arm(&self, deadline: Duration) -> Option<fuse::Answer> {
+        tokio::time::timeout(FUSE_TIMEOUT, self.fence.as_ref()?.arm(deadline)).await.ok()?
+    }
+
+    /// Makes sure that the fuse has a deadline, before the first renewal is sent. Returns its answer. `None` if it does
+    /// not answer.
+    async fn arm_first(&self, deadline: Duration) -> Option<fuse::Answer> {
+        tokio::time::timeout(FUSE_TIMEOUT, self.fence.as_ref()?.arm_first(deadline)).await.ok()?
+    }
+
+    fn lost(&mut self, loss: Loss) -> Step {
+        self.last = None;
+        Step { report: Some(Report::Lost(loss)), pause: self.terms.renewal_interval() }
+    }
+
+    fn failed(&mut self, answer: Answer, reason: String) -> Step {
+        trace!("keeper: {answer:?}: {reason}");
+        self.failures += 1;
+        // A source of credentials must not be asked again and again: a few failed requests may lock an account.
+        let longest = if self.lacks_credentials.get() {
+            MAX_CREDENTIALS_PAUSE
+        } else {
+            MAX_PAUSE.min(self.terms.renewal_interval())
+        };
+        let pause = (MIN_PAUSE * 2_u32.saturating_pow(self.failures.min(8) - 1)).min(longest);
+        let unconfirmed = boot_clock::now().saturating_sub(self.confirmed);
+        let report = match after_answer(self.terms, self.history, answer, unconfirmed) {
+            KeeperStep::GiveUp => Some(Report::NoLease(reason)),
+            KeeperStep::InterruptTerraform => {
+                self.history.has_interrupted = true;
+                Some(Report::Refused(reason))
+            }
+            KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => None,
+        };
+        Step { report, pause }
+    }
+
+    /// Reads the lock. Returns how it was lost. `None` if it is the run's.
+    async fn read(&mut self) -> Result<Option<Loss>, (Answer, String)> {
+        if self.store.is_none() {
+            self.store = Some(self.find().await?);
+        }
+        let Some((stores, key)) = &self.store else { return Err((Answer::None, "no place".to_owned())) };
+        let sent = boot_clock::now();
+        let mut seen = within(self.request_timeout(), stores.read_lease(key)).await;
+        if matches!(&seen, Ok(seen) if seen.lock.is_none()) {
+            // A single response proves nothing: a proxy may have sent it.
+            seen = within(self.request_timeout(), stores.read_lease(key)).await;
+        }
+        let seen = match seen {
+            Ok(seen) => seen,
+            Err(failure) => {
+                self.forget_connection_after(&failure);
+                return Err(answer(&failure));
+            }
+        };
+        let read = boot_clock::now();
+        self.last = seen.date.map(|date| Response { sent, read, date });
+        if seen.lock.as_ref().is_some_and(|lock| lock.stored.info().is_none()) {
+            return Err((Answer::None, "something that is not a lock is in its place".to_owned()));
+        }
+        let loss = loss(&self.orders.lock, seen.lock.as_ref());
+        self.lock = seen.lock;
+        Ok(loss)
+    }
+
+    /// Finds the place that holds the lock, and connects to its service.
+    async fn find(&self) -> Result<(Stores, StoreKey), (Answer, String)> {
+        let mut reason = (Answer::Refused, "the place of the lock is not known".to_owned());
+        for place in &self.orders.places {
+            let Some(location) = place.location() else { continue };
+            let stores = match Stores::connect(&location.backend, Purpose::Work).await {
+                Ok(stores) => stores,
+                Err(unreachable) => {
+                    // The next attempt asks for credentials again, because their source may work again by then.
+                    connect::forget_credentials(&location.backend);
+                    let is_silent = matches!(unreachable, Unreachable::Silent(_));
+                    let answer = if is_silent { Answer::None } else { Answer::Refused };
+                    reason = (answer, unreachable.to_string());
+                    self.lacks_credentials.set(true);
+                    continue;
+                }
+            };
+            self.lacks_credentials.set(false);
+            // The item has the record if there is one.
+            let Some(key) = location.store_keys(&stores).into_iter().next() else { continue };
+            let treatment = stores.treatment_of_renewals(&key);
+            match tokio::time::timeout(MAX_REQUEST_TIMEOUT, treatment).await {
+                Ok(IfMatch::Obeyed) => {}
+                // A renewal could bring back a lock that was deleted meanwhile.
+                Ok(IfMatch::Ignored) => {
+                    reason = (Answer::Refused, "the service ignores the condition of a renewal (If-Match)".to_owned());
+                    continue;
+                }
+                Ok(IfMatch::Unknown) | Err(_) => {
+                    let text = "it is not known whether the service obeys the condition of a renewal (If-Match)";
+                    reason = (Answer::Refused, text.to_owned());
+                    continue;
+                }
+            }
+            if self.orders.places.len() == 1 {
+                return Ok((stores, key));
+            }
+            match within(self.request_timeout(), stores.read(&key)).await {
+                Ok(found) => {
+                    if found.and_then(|found| found.info()).is_some_and(|info| info.id == self.orders.lock) {
+                        return Ok((stores, key));
+                    }
+                }
+                Err(failure) => reason = answer(&failure),
+            }
+        }
+        Err(reason)
+    }
+
+    /// If new credentials may help, makes the next attempt connect anew.
+    fn forget_connection_after(&mut self, failure: &Failure) {
+        if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing) {
+            return;
+        }
+        // The lock is read anew over the new connection.
+        (self.store, self.last, self.lock, self.is_armed) = (None, None, None, false);
+        for location in self.orders.places.iter().filter_map(Place::location) {
+            connect::forget_credentials(&location.backend);
+        }
+    }
+
+    /// Ends the fuse of a run of which only keeper and fuse are left. The fuse disarms both pipes.
+    fn end_fuse(&self) {
+        if let Some(fence) = &self.fence {
+            let _ = fuse::send_over(&fence.socket);
+        }
+    }
+}
+
+/// How long the fuse may take to answer.
+const FUSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a keeper holds of the fence.
+struct KeeperFence {
+    socket: PacketSocket,
+    /// The same socket, to wait for it.
+    answers: Readiness,
+    stop_pipe: HangupPipe,
+    /// Not used: see [`Inherited`].
+    _kill_pipe: OwnedFd,
+}
+
+impl KeeperFence {
+    /// Takes the descriptors. `None` if there are none.
+    fn of(mut descriptors: impl Iterator<Item = OwnedFd>) -> io::Result<Option<Self>> {
+        let (Some(socket), Some(stop_pipe), Some(kill_pipe)) =
+            (descriptors.next(), descriptors.next(), descriptors.next())
+        else {
+            return Ok(None);
+        };
+        let answers = Readiness::of(socket.try_clone()?)?;
+        let stop_pipe = HangupPipe::from_read_end(stop_pipe);
+        Ok(Some(Self { socket: socket.into(), answers, stop_pipe, _kill_pipe: kill_pipe }))
+    }
+
+    /// Sends the fuse the deadline of a confirmed renewal, and waits for the answer to it or to a later one.
+    async fn arm(&self, deadline: Duration) -> Option<fuse::Answer> {
+        fuse::send_deadline(&self.socket, deadline).ok()?;
+        self.answer(|answer| answer.deadline.is_none_or(|armed| armed >= deadline)).await
+    }
+
+    /// Sends the fuse the deadline of a renewal that is about to be sent, and waits for an answer.
+    async fn arm_first(&self, deadline: Duration) -> Option<fuse::Answer> {
+        fuse::send_first_deadline(&self.socket, deadline).ok()?;
+        self.answer(|_| true).await
+    }
+
+    async fn answer(&self, is_awaited: impl Fn(&fuse::Answer) -> bool) -> Option<fuse::Answer> {
+        loop {
+            let mut ready = self.answers.readable().await.ok()?;
+            match fuse::receive_answer(&self.socket) {
+                Some(answer) if is_awaited(&answer) => return Some(answer),
+                Some(_) => {}
+                None => ready.clear_ready(),
+            }
+        }
+    }
+}
+
+/// How often a keeper looks at the lock while terraform is stopped.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Returns how the lock `id` was lost, if `lock` is stored in its place. `None` if it was not lost.
+fn loss(id: &str, lock: Option<&LeasedLock>) -> Option<Loss> {
+    let Some(lock) = lock else { return Some(Loss::Gone) };
+    let info = lock.stored.info()?;
+    if info.id != id {
+        return Some(Loss::Another { who: info.who, created: info.created });
+    }
+    match &lock.record {
+        Some(Ok(Record { taken: Some(claim), .. })) => Some(Loss::Claimed(claim.clone())),
+        _ => None,
+    }
+}
+
+/// Returns what a failed request means for the lease.
+fn answer(failure: &Failure) -> (Answer, String) {
+    let answer = match failure.cause() {
+        Cause::NoAnswer | Cause::Passing => Answer::None,
+        _ => Answer::Refused,
+    };
+    (answer, failure.to_string())
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let late = || Err(Failure::no_answer("AWS", "the service has not answered in time"));
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| late())
+}
+
+/// Returns `interval`, changed by at most a tenth, so that the runs of a fleet do not renew at the same moment. `random`
+/// is any number.
+fn jittered(interval: Duration, random: u64) -> Duration {
+    let permille = u32::try_from(900 + random % 201).unwrap_or(1000);
+    interval * permille / 1000
+}
+
+/// Returns a random number.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // Each `RandomState` has new random keys.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}

@@ -1,0 +1,612 @@
+//! The lease of one run, as the process sees it that supervises terraform.
+//!
+//! When the log shows that terraform holds a lock, `tf` arms the fence and starts a keeper. From then on there are two
+//! cases:
+//!
+//! - The fuse is alive. The keeper renews the lease, and tells the fuse until when terraform may work.
+//! - The fuse is gone: it has reached its deadline, or was killed. The kernel has stopped terraform. `tf` waits for the
+//!   keeper's look at the lock. [`next_step`] decides what follows from it.
+//!
+//! The guardian holds the same descriptors, except the write end of the kill pipe. After the death of `tf` it starts a
+//! keeper of its own. It never continues a stopped terraform: if the fuse dies then, the kernel kills terraform.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::process_tree::Tree;
+use crate::journal::run_mark::marks_us;
+use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, next_step};
+use crate::lease::record::{Fence as Promise, Holder};
+use crate::lease::terms::Terms;
+use crate::supervise::fence::{self, Fence};
+use crate::supervise::keeper::{Heard, Inherited, Keeper, Orders, Place, Report};
+use crate::sys::boot_clock;
+use crate::sys::detached::Parent;
+use crate::sys::process::{self, Process};
+use crate::terraform::log::{Log, RecordedLock};
+use crate::trace::trace;
+
+/// How long to wait before a keeper that has died is replaced.
+const KEEPER_RESTART_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often to check whether somebody else has continued a terraform that the kernel has stopped.
+pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What the supervisor must do for the lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum LeaseEffect {
+    /// The kernel has stopped terraform. The supervisor takes the terminal back.
+    Stopped,
+    /// Terraform was continued.
+    Continued,
+    /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
+    Interrupt(Trouble),
+    /// Terraform and everything that it has started must be killed.
+    Kill(EndReason),
+    /// There is no lease. The text says why.
+    NoLease(String),
+    /// There is a new fuse with this pid. It does not belong to terraform's tree.
+    NewFuse(Pid),
+}
+
+/// How far terraform is with the lock of the lease, by its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LockPhase {
+    Held,
+    /// It has begun its unlock.
+    Unlocking,
+    /// It has finished its unlock.
+    Gone,
+}
+
+/// A terraform that the kernel has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stopped {
+    /// When, on the clock of [`boot_clock::now`].
+    since: Duration,
+    /// Whether a new fuse holds the stop pipe.
+    is_rearmed: bool,
+    /// Whether a new fuse could be made so far.
+    can_rearm: bool,
+    /// Whether the service has confirmed a renewal since the new fuse was made, or since the last look if none can be
+    /// made.
+    is_renewed: bool,
+    /// How often a person has pressed ^C since.
+    interrupts: u8,
+    /// What the last look has shown.
+    look: Look,
+}
+
+/// The lease of one run.
+#[derive(Debug)]
+pub(crate) struct RunLease {
+    terms: Terms,
+    holder: Holder,
+    /// What the records of this run promise.
+    promise: Promise,
+    /// `None` if the run promises nothing, or the fence was taken down.
+    fence: Option<Fence>,
+    /// Terraform's process group. `None` until terraform was started.
+    group: Option<Pid>,
+    /// `None` until the log shows a lock that is held.
+    orders: Option<Orders>,
+    /// A pidfd of the terraform that holds the lock.
+    terraform: Option<OwnedFd>,
+    keeper: Option<Keeper>,
+    /// When to start another keeper, on the clock of [`boot_clock::now`].
+    restart_at: Option<Duration>,
+    stopped: Option<Stopped>,
+    /// How the lock was lost.
+    loss: Option<Loss>,
+    /// Whether the orders have changed since the guardian got them.
+    has_new_orders: bool,
+    is_over: bool,
+}
+
+impl RunLease {
+    /// Creates the lease of a run that holds no lock yet. `promise` is what this host promises. Call this before the
+    /// guardian is forked.
+    pub(crate) fn new(terms: Terms, holder: Holder, promise: Promise) -> Self {
+        let prepared = || Fence::prepare(marks_us).inspect_err(|error| trace!("no fence: {error}")).ok();
+        let fence = if promise == Promise::Stop { prepared() } else { None };
+        let promise = if fence.is_some() { Promise::Stop } else { Promise::None };
+        Self {
+            terms,
+            holder,
+            promise,
+            fence,
+            group: None,
+            orders: None,
+            terraform: None,
+            keeper: None,
+            restart_at: None,
+            stopped: None,
+            loss: None,
+            has_new_orders: false,
+            is_over: false,
+        }
+    }
+
+    /// Records that terraform was started in the group `group`.
+    pub(crate) fn started(&mut self, group: Pid) {
+        self.group = Some(group);
+    }
+
+    /// Returns the descriptors to wait for: the stop pipe, which is readable when the fuse is gone, and the keeper.
+    pub(crate) fn awaited(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let pipe = self.fence.as_ref().filter(|_| self.orders.is_some() && self.stopped.is_none() && !self.is_over);
+        pipe.map(|fence| fence.stop_pipe().as_fd()).into_iter().chain(self.keeper.as_ref().map(Keeper::socket))
+    }
+
+    /// Returns when to call [`RunLease::step`] at the latest, on the clock of [`boot_clock::now`]. `None` if no time
+    /// matters.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let stop_again_at = self.is_stopped().then(|| boot_clock::now() + STOP_AGAIN_INTERVAL);
+        self.restart_at.into_iter().chain(stop_again_at).min()
+    }
+
+    /// Whether the kernel has stopped terraform, and it was not continued since.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.is_some() || self.fence.as_ref().is_some_and(|fence| self.orders.is_some() && fence.is_blown())
+    }
+
+    /// Returns how the lock was lost. `None` if it was not.
+    pub(crate) fn loss(&self) -> Option<&Loss> {
+        self.loss.as_ref()
+    }
+
+    /// Returns what a keeper needs to know, if it has changed since the last call. `None` if it has not, or if no lock is
+    /// held.
+    pub(crate) fn new_orders(&mut self) -> Option<&Orders> {
+        if !std::mem::take(&mut self.has_new_orders) {
+            return None;
+        }
+        self.orders()
+    }
+
+    /// Stops terraform's group again if somebody else has continued a member of it since the kernel has stopped it.
+    /// Returns whether that was necessary. Call this again and again while [`RunLease::is_stopped`].
+    pub(crate) fn stop_again(&self) -> bool {
+        self.is_stopped() && self.stop_group_again()
+    }
+
+    /// Whether the fuse is gone. The guardian does not know the rest of [`RunLease::is_stopped`].
+    pub(crate) fn is_blown(&self) -> bool {
+        self.fence.as_ref().is_some_and(Fence::is_blown)
+    }
+
+    /// Does the same as [`RunLease::stop_again`], in the guardian, while `tf` is suspended.
+    pub(crate) fn stop_again_as_guardian(&self) {
+        if self.is_blown() && self.stop_group_again() {
+            trace!("guardian: terraform was continued by another process, and is stopped again");
+        }
+    }
+
+    fn stop_group_again(&self) -> bool {
+        let Some(group) = self.group else { return false };
+        let runs = |process: &Process| process.group == group && !matches!(process.state, 'T' | 't' | 'Z' | 'X');
+        // The first look may be in the middle of a stop, so only a second one counts.
+        if !Process::all().iter().any(runs) || !Process::all().iter().any(runs) {
+            return false;
+        }
+        let _ = killpg(group, Signal::SIGSTOP);
+        true
+    }
+
+    /// Returns what a keeper needs to know. `None` if no lock is held.
+    pub(crate) fn orders(&self) -> Option<&Orders> {
+        self.orders.as_ref().filter(|_| !self.is_over)
+    }
+
+    /// Looks for a lock that terraform holds, and starts the lease of the first one. Ends the lease when the log shows
+    /// that this lock is gone. Call this when the log was read. Returns whether the lease has just begun.
+    pub(crate) fn follow(&mut self, log: &Log, candidates: impl FnOnce() -> CandidateBackends, tree: &Tree) -> bool {
+        if self.is_over {
+            return false;
+        }
+        if let Some(orders) = &self.orders {
+            let is_gone = !log.unreleased().any(|lock| lock.id == orders.lock);
+            if is_gone && self.stopped.is_none() {
+                trace!("the lock of the lease is gone");
+                self.end();
+            }
+            return false;
+        }
+        let Some(lock) = log.unreleased().find(|lock| lock.progress.held.is_some() && lock.progress.is_before_unlock())
+        else {
+            return false;
+        };
+        self.begin(lock, &candidates(), tree)
+    }
+
+    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
+        let Some(group) = self.group else { return false };
+        let places: Vec<Place> = candidates.of(lock).iter().map(Place::of).collect();
+        if places.is_empty() {
+            return false;
+        }
+        // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
+        // Then the kernel's signal to the group would not reach it, and the fence would promise too much.
+        let holder = tree.logging().into_iter().next();
+        let is_reached = holder.as_ref().is_some_and(|process| process.group == group && process.has_our_user());
+        let pid = holder.map_or(group, |process| process.pid);
+        self.terraform = process::open_pidfd(pid).ok();
+        if self.terraform.is_none() {
+            self.is_over = true;
+            return false;
+        }
+        if !is_reached {
+            trace!("the group does not contain the terraform that logs, so the lease promises nothing");
+            self.take_down();
+        }
+        if let Some(fence) = &self.fence
+            && let Err(error) = fence.arm(group)
+        {
+            trace!("the fence cannot be armed: {error}");
+            self.take_down();
+        }
+        self.orders = Some(Orders {
+            lock: lock.id.clone(),
+            places,
+            length: self.terms.length(),
+            fence: self.promise,
+            holder: self.holder.clone(),
+            terraform: pid.as_raw(),
+            may_have_a_record: false,
+            withdraws: false,
+            directory: candidates.working_directory.clone(),
+        });
+        self.start_keeper();
+        true
+    }
+
+    /// Starts a keeper with the orders of `tf`, which is dead. Only the guardian calls this.
+    pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<OwnedFd>) {
+        (self.keeper, self.orders, self.terraform) = (None, orders, terraform);
+        if self.orders.is_some() {
+            self.start_keeper();
+        }
+    }
+
+    /// Replaces a keeper that has died. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
+    /// being stopped already, so nothing that a keeper reports makes a difference.
+    pub(crate) fn step_as_guardian(&mut self) {
+        while let Some(keeper) = &mut self.keeper {
+            match keeper.hear() {
+                Heard::Nothing => break,
+                Heard::Report(report) => trace!("guardian: the keeper: {report:?}"),
+                Heard::Gone => {
+                    self.keeper = None;
+                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
+                }
+            }
+        }
+        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
+            self.start_keeper();
+        }
+    }
+
+    /// Returns the descriptors that the guardian must keep.
+    pub(crate) fn guardian_descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.fence.as_ref().map(Fence::guardian_descriptors).into_iter().flatten()
+    }
+
+    /// Makes this the guardian's view of the lease. Call this first in the guardian's process.
+    pub(crate) fn become_guardians(&mut self) {
+        if let Some(fence) = &mut self.fence {
+            fence.become_guardians();
+        }
+    }
+
+    /// Returns the descriptors that terraform must inherit. Drop them right after terraform was started.
+    ///
+    /// # Errors
+    /// The error of fcntl(2) if there is no free descriptor.
+    pub(crate) fn inheritable(&self) -> io::Result<Vec<OwnedFd>> {
+        self.fence.as_ref().map_or(Ok(Vec::new()), |fence| fence.inheritable_read_ends().map(Vec::from))
+    }
+
+    /// Forks the fuse and its spare. If that fails, this run promises nothing. Returns their pids. They do not belong to
+    /// terraform's tree. A process that is not a child of this process has no pid here.
+    pub(crate) fn fork_fuse(&mut self, parent: Parent) -> Vec<Pid> {
+        let Some(fence) = &mut self.fence else { return Vec::new() };
+        match fence.fork_fuse(parent) {
+            Ok(fuses) => fuses.into_iter().flatten().collect(),
+            Err(error) => {
+                trace!("no fuse: {error}");
+                (self.fence, self.promise) = (None, Promise::None);
+                Vec::new()
+            }
+        }
+    }
+
+    fn start_keeper(&mut self) {
+        let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return };
+        // A keeper whose records promise nothing must not heed the pipe of a fuse that is gone.
+        let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
+        let inherited = Inherited { fence, terraform: terraform.as_fd() };
+        self.restart_at = None;
+        match Keeper::start(orders, &inherited) {
+            Ok(keeper) => {
+                self.keeper = Some(keeper);
+                if let Some(orders) = &mut self.orders {
+                    orders.may_have_a_record = true;
+                }
+            }
+            Err(error) => {
+                trace!("no keeper: {error}");
+                self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
+            }
+        }
+    }
+
+    /// Reads what the keeper reports and whether the fuse is gone, and carries out what follows. Returns what the
+    /// caller must do. `has_terminal`: a person can end a stopped run. `phase` reads the log, and returns how far
+    /// terraform is with the lock with an ID.
+    pub(crate) fn step(&mut self, has_terminal: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
+        let mut effects = Vec::new();
+        if self.is_over || self.orders.is_none() {
+            return effects;
+        }
+        if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
+            trace!("the fuse is gone, and terraform is stopped");
+            self.stopped = Some(Stopped {
+                since: boot_clock::now(),
+                is_rearmed: false,
+                can_rearm: true,
+                is_renewed: false,
+                interrupts: 0,
+                look: Look::Unknown,
+            });
+            effects.push(LeaseEffect::Stopped);
+            if let Some(keeper) = &self.keeper {
+                keeper.hurry();
+            }
+        }
+        if let Some(stopped) = &mut self.stopped
+            && stopped.is_rearmed
+            && self.fence.as_ref().is_some_and(Fence::is_blown)
+        {
+            trace!("the new fuse is gone, too");
+            (stopped.is_rearmed, stopped.is_renewed) = (false, false);
+        }
+        while let Some(keeper) = &mut self.keeper {
+            match keeper.hear() {
+                Heard::Nothing => break,
+                Heard::Gone => {
+                    trace!("the keeper is gone");
+                    if let Some(keeper) = self.keeper.take() {
+                        keeper.end();
+                    }
+                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
+                }
+                Heard::Report(report) => effects.extend(self.heard(report, &mut phase)),
+            }
+        }
+        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
+            self.start_keeper();
+        }
+        effects.extend(self.step_while_stopped(has_terminal));
+        effects
+    }
+
+    /// Notes what the keeper reports.
+    fn heard(&mut self, report: Report, phase: &mut impl FnMut(&str) -> LockPhase) -> Option<LeaseEffect> {
+        trace!("the keeper: {report:?}");
+        if matches!(report, Report::Lost(_) | Report::Looked { look: Look::Lost, .. })
+            && let Some(orders) = &self.orders
+        {
+            // Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock, the
+            // log shows that by now. Then the lock of another run may be there as well.
+            match phase(&orders.lock) {
+                LockPhase::Gone => {
+                    self.end();
+                    return None;
+                }
+                // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
+                // another run has taken meanwhile. So only one that is not stopped goes on.
+                LockPhase::Unlocking if self.stopped.is_none() => return None,
+                LockPhase::Unlocking | LockPhase::Held => {}
+            }
+        }
+        match report {
+            Report::Renewed { fence, fuse } => {
+                let newest = self.fence.as_ref().map(Fence::fuse_number);
+                if let Some(stopped) = &mut self.stopped {
+                    // A renewal that only the old fuse knows says nothing about how long terraform may work.
+                    stopped.is_renewed = fence == Promise::None || (stopped.is_rearmed && fuse == newest);
+                    stopped.look = Look::Ours;
+                } else if fence == Promise::None && self.fence.is_some() {
+                    // The host's clock has stood still. From now on nobody takes the lock without being asked.
+                    self.take_down();
+                }
+                None
+            }
+            Report::Looked { look, loss, .. } => {
+                if let Some(stopped) = &mut self.stopped {
+                    stopped.look = look;
+                }
+                self.loss = loss;
+                None
+            }
+            Report::Lost(Loss::Gone) if self.stopped.is_none() => {
+                let is_new = self.loss.replace(Loss::Gone).is_none();
+                is_new.then_some(LeaseEffect::Interrupt(Trouble::Gone))
+            }
+            Report::Lost(loss) => {
+                self.loss = Some(loss);
+                Some(LeaseEffect::Kill(EndReason::LockLost))
+            }
+            Report::Refused(reason) => Some(LeaseEffect::Interrupt(Trouble::Refused(reason))),
+            Report::NoLease(reason) => {
+                self.take_down();
+                self.end();
+                self.orders = None;
+                Some(LeaseEffect::NoLease(reason))
+            }
+        }
+    }
+
+    fn step_while_stopped(&mut self, has_terminal: bool) -> Vec<LeaseEffect> {
+        let mut effects = Vec::new();
+        loop {
+            let Some(stopped) = self.stopped else { return effects };
+            let run = StoppedRun {
+                is_rearmed: stopped.is_rearmed,
+                can_rearm: stopped.can_rearm,
+                is_renewed: stopped.is_renewed,
+                has_terminal,
+                interrupts: stopped.interrupts,
+                stopped_for: boot_clock::now().saturating_sub(stopped.since),
+            };
+            let step = next_step(self.terms, stopped.look, run);
+            let fence = self.fence.as_mut();
+            match (step, fence, &mut self.stopped) {
+                (FenceStep::Rearm, Some(fence), Some(stopped)) => match fence.rearm() {
+                    Ok(fuse) => {
+                        trace!("a new fuse holds the stop pipe");
+                        (stopped.is_rearmed, stopped.is_renewed) = (true, false);
+                        effects.extend(fuse.map(LeaseEffect::NewFuse));
+                        self.hurry();
+                    }
+                    Err(error) => {
+                        trace!("no new fuse: {error}");
+                        stopped.can_rearm = false;
+                    }
+                },
+                // The keeper renews by itself.
+                (FenceStep::Renew | FenceStep::LookAgain | FenceStep::Rearm, ..) => return effects,
+                (FenceStep::RenewWithoutFence, ..) => {
+                    self.renew_without_fence();
+                    return effects;
+                }
+                (FenceStep::Continue, ..) => {
+                    effects.extend(self.go_on());
+                    effects.extend(self.fork_spare().map(LeaseEffect::NewFuse));
+                    return effects;
+                }
+                (FenceStep::End(reason), ..) => {
+                    effects.push(LeaseEffect::Kill(reason));
+                    return effects;
+                }
+            }
+        }
+    }
+
+    /// Continues terraform after a renewal.
+    fn go_on(&mut self) -> Option<LeaseEffect> {
+        let stopped = self.stopped.take()?;
+        match &self.fence {
+            Some(fence) if stopped.is_rearmed => {
+                if fence.give_kill_pipe().is_err() {
+                    // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
+                    self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
+                    return None;
+                }
+                self.continue_group();
+            }
+            _ => {
+                // The group is continued first. If `tf` died between the two, a group that is stopped would stay so.
+                if let Some(group) = self.group {
+                    let _ = killpg(group, Signal::SIGCONT);
+                }
+                self.take_down();
+            }
+        }
+        trace!("the lease is renewed, and terraform goes on");
+        Some(LeaseEffect::Continued)
+    }
+
+    /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the forked
+    /// process holds a write end can only delay a stop, and only if the fuse dies in it.
+    fn fork_spare(&mut self) -> Option<Pid> {
+        if self.stopped.is_some() {
+            return None;
+        }
+        let spare = self.fence.as_mut()?.fork_spare(Parent::Us);
+        spare.inspect_err(|error| trace!("no spare fuse: {error}")).ok().flatten()
+    }
+
+    /// Replaces the keeper by one whose records promise no fence.
+    fn renew_without_fence(&mut self) {
+        if self.promise == Promise::None {
+            return;
+        }
+        self.promise = Promise::None;
+        self.has_new_orders = true;
+        if let Some(orders) = &mut self.orders {
+            orders.fence = Promise::None;
+        }
+        if let Some(keeper) = self.keeper.take() {
+            keeper.end();
+        }
+        self.start_keeper();
+    }
+
+    fn hurry(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.hurry();
+        }
+    }
+
+    /// Takes the fence down: from now on nothing stops terraform.
+    fn take_down(&mut self) {
+        self.promise = Promise::None;
+        if let Some(orders) = &mut self.orders {
+            self.has_new_orders |= orders.fence == Promise::Stop;
+            orders.fence = Promise::None;
+        }
+        if let Some(mut fence) = self.fence.take() {
+            fence.end(self.group);
+        }
+    }
+
+    /// Continues terraform's group, unless the kernel has stopped it and its lock was not looked at since. Every
+    /// SIGCONT of `tf` to that group goes through here, because a SIGCONT discards a pending stop.
+    pub(crate) fn continue_group(&self) {
+        let Some(group) = self.group.filter(|_| self.stopped.is_none()) else { return };
+        fence::continue_group(self.fence.as_ref(), group);
+    }
+
+    /// Notes a ^C. If terraform is stopped, it does not get the ^C, and this returns how often a person has pressed it
+    /// since the stop. Otherwise returns `None`.
+    pub(crate) fn note_key(&mut self) -> Option<u8> {
+        let stopped = self.stopped.as_mut()?;
+        stopped.interrupts = stopped.interrupts.saturating_add(1);
+        Some(stopped.interrupts)
+    }
+
+    /// Ends the lease. Terraform has ended, or its lock is gone. The keeper has ended when this returns, so that no
+    /// renewal comes between a read and a delete of the lock.
+    pub(crate) fn end(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            keeper.end();
+        }
+        (self.restart_at, self.stopped, self.is_over) = (None, None, true);
+        if let Some(mut fence) = self.fence.take() {
+            fence.end(self.group);
+        }
+    }
+
+    /// Withdraws the promise of a lock that stays although the run has ended. Otherwise its lease would lapse, and
+    /// another host would take the lock. Call this after the cleanup. It reads the lock, and does nothing if that is gone.
+    /// Returns false if the promise could not be withdrawn, or if it is not known whether it stands.
+    pub(crate) fn withdraw(&mut self) -> bool {
+        // A keeper that was started may have stored a record, even if nothing was heard of it.
+        let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
+        let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
+        (orders.fence, orders.withdraws) = (Promise::None, true);
+        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd() }) {
+            Ok(keeper) => keeper.withdrawn(),
+            Err(error) => {
+                trace!("no keeper: {error}");
+                false
+            }
+        }
+    }
+}

@@ -1,0 +1,561 @@
+//! "A run with `TFW_LEASE` renews a lease on its lock, and stops working before anybody else may take the lock."
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::given_back::{is_dynamodb, through, writes_state};
+use super::terminal::{APPLY, line_of, shell};
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::{Run, state, terraform_below};
+use crate::support::processes::{
+    guardian_of, home, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+    wait_until_unlocked,
+};
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::WAITS;
+use crate::support::{Lock, Subject, TestEnv, wait_for};
+
+/// Returns a directory in which runs have a lease of `length`.
+pub fn leased(lock: Lock, length: &str) -> TestEnv {
+    let mut env = TestEnv::new(lock, WAITS);
+    env.set("TFW_LEASE", length).set("TFW_CLOCK", "steady");
+    env
+}
+
+/// Returns the record of the lock, as JSON. `None` if there is no lock, or if it has none.
+pub fn record(env: &TestEnv) -> Option<Value> {
+    let path = env.path();
+    if env.lock == Lock::File {
+        let lock: Value = serde_json::from_str(&cloud().object(&format!("{path}.tflock"))?).ok()?;
+        return lock.get("tf").cloned();
+    }
+    let answer = cloud()
+        .dynamodb("GetItem", &json!({"TableName": env.table, "Key": {"LockID": {"S": path}}, "ConsistentRead": true}));
+    let map = answer["Item"]["tf"]["M"].as_object()?.clone();
+    let plain = map.into_iter().map(|(name, value)| {
+        let value =
+            value["S"].as_str().map(Value::from).or_else(|| value["N"].as_str()?.parse::<u64>().ok().map(Value::from));
+        (name, value.unwrap_or_default())
+    });
+    Some(Value::Object(plain.collect()))
+}
+
+pub fn wait_for_renewal_after(env: &TestEnv, last: &Value) -> Value {
+    let is_newer = || record(env).filter(|now| now["beat"].as_u64() > last["beat"].as_u64());
+    wait_for("a renewal", is_newer, || format!("{:?}\n{}", record(env), env.trace()))
+}
+
+#[test]
+fn a_lease_is_renewed_while_terraform_works_and_nothing_is_left_after_it() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let env = leased(lock, "2s");
+        let run = env.start_apply(Subject::Tf);
+        let mut last = wait_for_renewal_after(&env, &Value::Null);
+        assert_eq!(last["fence"], "stop", "{last}\n{}", env.trace());
+        for _ in 0..5 {
+            last = wait_for_renewal_after(&env, &last);
+        }
+        env.unblock();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(!end.err.contains("tf:"), "{}", end.err);
+        env.assert_unlocked();
+        wait_until_all_is_gone(&env);
+    }
+}
+
+/// The state of another run. It is a valid one, which terraform would overwrite.
+const SUCCESSOR: &str = r#"{"version":4,"serial":7,"lineage":"5b6a1b9c-0000-4000-8000-000000000000","terraform_version":"1.11.4","outputs":{"successor":{"value":"x","type":"string"}},"resources":[],"check_results":null}"#;
+
+/// Waits until the process is stopped.
+#[track_caller]
+fn wait_until_stopped(env: &TestEnv, pid: Pid) {
+    wait_for("a stop", || (state(pid) == Some('T')).then_some(()), || format!("{:?}\n{}", state(pid), env.trace()));
+}
+
+/// Waits until the process runs or sleeps.
+#[track_caller]
+pub fn wait_until_it_goes_on(env: &TestEnv, pid: Pid) {
+    let goes_on = || state(pid).filter(|state| !matches!(state, 'T' | 'Z')).map(drop);
+    wait_for("terraform to go on", goes_on, || format!("{:?}\n{}", state(pid), env.trace()));
+}
+
+/// Starts an apply with a lease, and waits until its lease was renewed.
+#[track_caller]
+fn start(env: &TestEnv) -> Run {
+    let run = env.start_apply(Subject::Tf);
+    wait_for_renewal_after(env, &Value::Null);
+    run
+}
+
+#[track_caller]
+fn ends_well(env: &TestEnv, run: Run) {
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(env);
+}
+
+#[test]
+fn a_killed_fuse_stops_terraform_until_the_lock_was_looked_at_and_a_new_one_is_there() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let env = leased(lock, "4s");
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        for _ in 0..3 {
+            let fuse = named(&env, "tf-fuse");
+            kill(fuse, Signal::SIGKILL).unwrap();
+            wait_until_gone(&env, fuse);
+            let last = record(&env).unwrap_or_default();
+            wait_for_renewal_after(&env, &last);
+            wait_until_it_goes_on(&env, terraform);
+        }
+        assert_eq!(run.err().matches("terraform was stopped").count(), 3, "{}", run.err());
+        ends_well(&env, run);
+    }
+}
+
+#[test]
+fn a_killed_keeper_is_replaced_and_terraform_notices_nothing() {
+    let env = leased(Lock::Both, "4s");
+    let run = start(&env);
+    for _ in 0..3 {
+        let keeper = named(&env, "tf-keeper");
+        kill(keeper, Signal::SIGKILL).unwrap();
+        wait_until_gone(&env, keeper);
+        let last = record(&env).unwrap_or_default();
+        wait_for_renewal_after(&env, &last);
+    }
+    assert!(!run.err().contains("terraform was stopped"), "{}", run.err());
+    ends_well(&env, run);
+}
+
+#[test]
+fn without_tf_and_fuse_terraform_is_killed_at_once_and_the_guardian_releases_its_lock() {
+    let env = leased(Lock::Both, "4s");
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    let (tf, fuse) = (tf_of(&env), named(&env, "tf-fuse"));
+    for pid in [fuse, tf] {
+        kill(pid, Signal::SIGKILL).unwrap();
+    }
+    wait_until_gone(&env, terraform);
+    assert!(!env.trace().contains("guardian: interrupted terraform: true"), "{}", env.trace());
+    drop(run);
+    wait_until_unlocked(&env);
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
+fn the_guardian_stops_terraform_gracefully_and_its_own_keeper_renews_meanwhile() {
+    let mut env = leased(Lock::Both, "3s");
+    // The write of the state takes longer than the lease lasts.
+    let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    kill(tf_of(&env), Signal::SIGKILL).unwrap();
+    proxy.wait_until_held();
+    for _ in 0..10 {
+        let last = record(&env).unwrap_or_default();
+        wait_for_renewal_after(&env, &last);
+        assert_ne!(state(terraform), Some('T'), "{}", env.trace());
+    }
+    proxy.let_go();
+    drop(run);
+    wait_until_unlocked(&env);
+    wait_until_all_is_gone(&env);
+}
+
+/// The network of the proxy's clients: while it is away, no request arrives and no response comes.
+fn network(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = is_away.clone();
+    let rule = move |_: &Message| if away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass };
+    (through(env, rule), is_away)
+}
+
+#[test]
+fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "4s");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease of its lock was not renewed in time");
+        is_away.store(false, Ordering::SeqCst);
+        wait_until_it_goes_on(&env, terraform);
+        run.wait_for_err("the lease was renewed, and terraform goes on");
+        ends_well(&env, run);
+    }
+}
+
+#[test]
+fn a_stopped_terraform_whose_lock_another_run_holds_is_killed_before_it_writes() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "4s");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        let state = env.state();
+        let other = env.lock_of_another();
+        env.delete_lock();
+        env.put_lock(&other);
+        env.unblock();
+        is_away.store(false, Ordering::SeqCst);
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        for text in ["the lock is held by another run now", "is not in the state", "terraform plan"] {
+            assert!(end.err.contains(text), "{text}: {}", env.dump(&end));
+        }
+        assert_eq!(env.state(), state);
+        assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
+        wait_until_all_is_gone(&env);
+    }
+}
+
+#[test]
+fn a_tf_that_is_killed_while_terraform_is_stopped_takes_terraform_with_it() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    let (_proxy, is_away) = network(&mut env);
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_stopped(&env, terraform);
+    let state = env.state();
+    env.unblock();
+    kill(tf_of(&env), Signal::SIGKILL).unwrap();
+    wait_until_gone(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    assert_eq!(env.state(), state);
+    drop(run);
+    wait_until_unlocked(&env);
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
+fn terraform_is_asked_to_stop_if_somebody_deletes_its_lock_and_nothing_brings_the_lock_back() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let env = leased(lock, "4s");
+        let run = start(&env);
+        env.delete_lock();
+        run.wait_for_err("somebody has deleted the lock of this run");
+        env.unblock();
+        let end = run.wait();
+        assert_ne!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
+        wait_until_all_is_gone(&env);
+    }
+}
+
+/// A cgroup v2 of a test's own, which is removed at its end. Everything in it can be frozen.
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Returns the reason if no cgroup v2 can be created.
+    fn create(name: &str) -> Result<Self, String> {
+        let mounts = fs::read_to_string("/proc/self/mounts").map_err(|error| error.to_string())?;
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+        let root = mount.and_then(|line| line.split(' ').nth(1)).ok_or("there is no cgroup v2")?;
+        let path = Path::new(root).join(format!("tf-leased-{}-{name}", std::process::id()));
+        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    /// Returns the line of a shell script that puts the shell into this cgroup.
+    pub fn enter(&self) -> String {
+        format!("echo $$ > '{}/cgroup.procs'", self.0.display())
+    }
+
+    /// Starts an apply in this cgroup, and waits until its lease was renewed.
+    #[track_caller]
+    fn start(&self, env: &TestEnv) -> Run {
+        let mut command = env.command("sh");
+        let script = format!("{} && exec tf apply -auto-approve -no-color", self.enter());
+        command.args(["-c", &script]);
+        let run = Run::start(command);
+        env.wait_for_began(&run);
+        wait_for_renewal_after(env, &Value::Null);
+        run
+    }
+
+    pub fn freeze(&self, is_frozen: bool) {
+        let number = i32::from(is_frozen).to_string();
+        fs::write(self.0.join("cgroup.freeze"), &number).unwrap();
+        let events = || fs::read_to_string(self.0.join("cgroup.events")).unwrap();
+        let is_so = || events().lines().any(|line| line == format!("frozen {number}")).then_some(());
+        wait_for("the cgroup to freeze or thaw", is_so, events);
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let is_gone = || fs::remove_dir(&self.0).is_ok().then_some(());
+        wait_for("the end of the cgroup", is_gone, || format!("{:?}", fs::read_to_string(self.0.join("cgroup.procs"))));
+    }
+}
+
+/// Returns a new cgroup. `None` for an ordinary user, and on a machine without cgroup v2. These tests are listed in
+/// tests/left-out.
+pub fn cgroup(name: &str) -> Option<Cgroup> {
+    Cgroup::create(name).ok()
+}
+
+#[test]
+fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
+    let Some(cgroup) = cgroup("untouched") else { return };
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let env = leased(lock, "3s");
+        let run = cgroup.start(&env);
+        let fuse = named(&env, "tf-fuse");
+        cgroup.freeze(true);
+        wait_until_gone(&env, fuse);
+        cgroup.freeze(false);
+        run.wait_for_err("the lease was renewed, and terraform goes on");
+        ends_well(&env, run);
+    }
+}
+
+#[test]
+fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
+    let Some(cgroup) = cgroup("taken") else { return };
+    // More trials: TF_TEST_TRIALS=200.
+    let trials = std::env::var("TF_TEST_TRIALS").map_or(4, |number| number.parse().unwrap());
+    for (number, lock) in (0..trials).zip([Lock::DynamoDb, Lock::File, Lock::Both].into_iter().cycle()) {
+        let env = leased(lock, "2s");
+        let run = cgroup.start(&env);
+        let fuse = named(&env, "tf-fuse");
+        cgroup.freeze(true);
+        wait_until_gone(&env, fuse);
+        // The successor has the lock, has written its state, and terraform is about to write its own.
+        env.delete_lock();
+        let other = env.lock_of_another();
+        env.put_lock(&other);
+        assert_eq!(cloud().s3("PUT", &env.path(), SUCCESSOR.as_bytes()).status(), 200);
+        env.unblock();
+        cgroup.freeze(false);
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{number}: {}", env.dump(&end));
+        assert!(end.err.contains("the lock is held by another run now"), "{number}: {}", env.dump(&end));
+        assert_eq!(env.state().as_deref(), Some(SUCCESSOR), "{number}: {}", env.dump(&end));
+        assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
+        wait_until_all_is_gone(&env);
+    }
+}
+
+#[test]
+fn a_suspended_run_keeps_its_lease() {
+    let env = leased(Lock::Both, "3s");
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    let first = wait_for_renewal_after(&env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_until_stopped(&env, terraform);
+    // Three leases by the service's own clock.
+    let is_later = || record(&env).filter(|now| now["renewed"].as_u64() > first["renewed"].as_u64().map(|at| at + 9));
+    wait_for("three leases", is_later, || format!("{:?}\n{}", record(&env), env.trace()));
+    assert_eq!(state(terraform), Some('T'));
+    terminal.type_in("fg\n");
+    wait_until_it_goes_on(&env, terraform);
+    env.unblock();
+    terminal.wait_for("Apply complete!");
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn fg_does_not_continue_a_terraform_whose_lease_has_ended_meanwhile() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(&env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    let fuse = named(&env, "tf-fuse");
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_until_stopped(&env, terraform);
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_gone(&env, fuse);
+    let before = env.state();
+    // Terraform would write its state as soon as it ran.
+    env.unblock();
+    terminal.type_in("fg\n");
+    terminal.wait_for("terraform was stopped, because the lease");
+    assert_eq!(state(terraform), Some('T'), "{}", env.trace());
+    assert_eq!(env.state(), before);
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("Apply complete!");
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn a_sigcont_from_somebody_else_is_answered_with_a_stop() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    is_away.store(true, Ordering::SeqCst);
+    for round in 0..5 {
+        wait_until_stopped(&env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease");
+        killpg(terraform, Signal::SIGCONT).unwrap();
+        let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
+        wait_for("an answer", answers, || env.trace());
+    }
+    wait_until_stopped(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    wait_until_it_goes_on(&env, terraform);
+    ends_well(&env, run);
+}
+
+#[test]
+fn a_process_that_a_provisioner_left_runs_on_after_the_end() {
+    let mut env = TestEnv::new(Lock::Both, "sleep 1000 >/dev/null 2>&1 & echo $! > left");
+    env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let left = Pid::from_raw(env.read("left").trim().parse().unwrap());
+    let others = || marked(&home(&env)).into_iter().filter(|pid| *pid != left).collect::<Vec<_>>();
+    wait_for("the end of all others", || others().is_empty().then_some(()), || format!("{:?}", others()));
+    assert_eq!(state(left), Some('S'));
+    kill(left, Signal::SIGKILL).unwrap();
+}
+
+/// The processes of a run, and terraform.
+const PROCESSES: [&str; 5] = ["tf", "guardian", "keeper", "fuse", "terraform"];
+
+/// Kills each subset of the processes of a run, while terraform is running and while it is stopped. Afterwards nothing
+/// is left but a terraform that works with its lock, and the lock can be taken when terraform has ended.
+fn every_subset(is_stopped: bool) {
+    for subset in 1..1_u8 << PROCESSES.len() {
+        let mut env = leased(Lock::Both, "3s");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        let tf = tf_of(&env);
+        let terraform = terraform_below(run.pid());
+        let guardian = guardian_of(&env, tf);
+        if is_stopped {
+            is_away.store(true, Ordering::SeqCst);
+            wait_until_stopped(&env, terraform);
+        }
+        let find = |name: &str| ours(&env).into_iter().find(|pid| is_named(*pid, name));
+        let pids = [Some(tf), Some(guardian), find("tf-keeper"), find("tf-fuse"), Some(terraform)];
+        let victims: Vec<(&str, Pid)> = (0..PROCESSES.len())
+            .filter(|place| subset & (1 << place) != 0)
+            .filter_map(|place| Some((PROCESSES[place], pids[place]?)))
+            .collect();
+        let state = env.state();
+        for (_, pid) in &victims {
+            kill(*pid, Signal::SIGKILL).unwrap();
+        }
+        let has = |name: &str| victims.iter().any(|(victim, _)| *victim == name);
+        let what = format!("{victims:?}, stopped: {is_stopped}");
+        // A terraform that is stopped, or whose fuse is gone, dies with its `tf`.
+        if has("tf") && (is_stopped || has("fuse")) {
+            wait_until_gone(&env, terraform);
+            assert_eq!(env.state(), state, "{what}\n{}", env.trace());
+        }
+        is_away.store(false, Ordering::SeqCst);
+        env.unblock();
+        drop(run.wait());
+        wait_until_all_is_gone(&env);
+        // The guardian, or else the next run on this host, releases what is left.
+        let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(0), "{what}: {}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
+#[test]
+fn whoever_is_killed_while_terraform_works_nothing_is_left_and_the_lock_is_free_in_the_end() {
+    every_subset(false);
+}
+
+#[test]
+fn whoever_is_killed_while_terraform_is_stopped_nothing_is_left_and_the_lock_is_free_in_the_end() {
+    every_subset(true);
+}
+
+#[test]
+fn the_lock_that_a_run_leaves_on_purpose_promises_nothing() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "4s");
+        env.set("TFW_RELEASE", "never");
+        let run = start(&env);
+        run.kill_terraform();
+        let end = run.wait();
+        env.assert_locked();
+        assert_eq!(record(&env).unwrap()["fence"], "none", "{}", env.dump(&end));
+        env.unblock();
+        wait_until_all_is_gone(&env);
+    }
+}
+
+#[test]
+fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(&env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    let fuse = named(&env, "tf-fuse");
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_until_stopped(&env, terraform);
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_gone(&env, fuse);
+    killpg(terraform, Signal::SIGCONT).unwrap();
+    env.wait_for_trace("guardian: terraform was continued by another process, and is stopped again");
+    wait_until_stopped(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    terminal.type_in("fg\n");
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    env.unblock();
+    terminal.wait_for("Apply complete!");
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn a_keeper_whose_credentials_expire_asks_for_new_ones_and_terraform_notices_nothing() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    let has_expired = Arc::new(AtomicBool::new(false));
+    let expired = has_expired.clone();
+    // One renewal is refused.
+    let _proxy = through(&mut env, move |request| {
+        let is_renewal = is_dynamodb(request, ".PutItem") && request.text().contains("taken");
+        if is_renewal && expired.swap(false, Ordering::SeqCst) {
+            return ProxyAction::Answer(Message::answer(
+                "400 Bad Request",
+                r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,
+            ));
+        }
+        ProxyAction::Pass
+    });
+    let run = start(&env);
+    has_expired.store(true, Ordering::SeqCst);
+    wait_for("a refusal", || (!has_expired.load(Ordering::SeqCst)).then_some(()), || env.trace());
+    for _ in 0..5 {
+        let last = record(&env).unwrap_or_default();
+        wait_for_renewal_after(&env, &last);
+    }
+    assert_eq!(run.err(), "", "{}", env.trace());
+    ends_well(&env, run);
+}

@@ -1,0 +1,338 @@
+//! The lock of a host that is gone: its lease has lapsed, and the next run takes it over.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::locks_recover::recover;
+use super::survived::{assert_nothing_left, killed_whole};
+use crate::support::cloud::cloud;
+use crate::support::lease::{LEASED, record};
+use crate::support::process::Run;
+use crate::support::test_env::{id_of, lock_json};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
+
+const PLAN: [&str; 2] = ["plan", "-no-color"];
+
+/// Hours, in seconds: a lease that lapsed so long ago is not watched.
+const LONG_AGO: i64 = 3 * 3600;
+
+fn leased(lock: Lock, lease: &str) -> TestEnv {
+    let mut env = TestEnv::new(lock, "true");
+    env.set("TFW_LEASE", lease);
+    env
+}
+
+fn history(env: &TestEnv) -> Vec<Value> {
+    let path = env.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn takeovers(env: &TestEnv) -> usize {
+    history(env).iter().filter(|event| event["event"] == "taken over").count()
+}
+
+#[track_caller]
+fn assert_taken(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.code(), Some(0), "{}", env.dump(end));
+    assert!(end.err.contains("released the lock: ") && end.err.contains(LEASED), "{}", env.dump(end));
+    assert!(end.err.contains("https://ci.example/job/7"), "{}", env.dump(end));
+    env.assert_unlocked();
+    assert_eq!(takeovers(env), 1, "{:?}", history(env));
+}
+
+#[track_caller]
+fn assert_not_taken(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.code(), Some(1), "{}", env.dump(end));
+    assert!(end.err.contains("Error acquiring the state lock"), "{}", env.dump(end));
+    assert!(!end.err.contains("released the lock"), "{}", env.dump(end));
+    env.assert_locked();
+    assert_eq!(takeovers(env), 0, "{:?}", history(env));
+}
+
+fn a_lease_that_lapsed_hours_ago_is_taken_without_a_wait(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let told = env.directory.join("told");
+    env.set("TFW_ON_EVENT", format!("cat >> '{}'", told.display()));
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_taken(&env, &end);
+    assert_eq!(end.err.lines().filter(|line| line.starts_with("tf: ")).count(), 1, "{}", env.dump(&end));
+    assert!(end.err.contains("3 h"), "{}", env.dump(&end));
+    let event = &history(&env)[0];
+    assert_eq!(event["holder"], "runner@fv-az1");
+    assert!(event["why"].as_str().unwrap().contains("was last renewed 3 h 0 min ago"), "{event}");
+    let line = wait_for("the event", || Some(env.read("told")).filter(|text| text.ends_with('\n')), || env.trace());
+    assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), *event);
+}
+for_each_lock!(a_lease_that_lapsed_hours_ago_is_taken_without_a_wait);
+
+fn a_lease_that_lapsed_just_now_is_watched_first(lock: Lock) {
+    let env = leased(lock, "5s");
+    // It lapses after 5.8 s, and is watched for 1.5 s.
+    env.lock_with_lease(&record(8, 5));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_taken(&env, &end);
+    assert!(end.err.contains("if nothing changes for 2 s"), "{}", env.dump(&end));
+}
+for_each_lock!(a_lease_that_lapsed_just_now_is_watched_first);
+
+fn a_fresh_lease_is_respected(lock: Lock) {
+    let env = leased(lock, "5m");
+    env.lock_with_lease(&record(200, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+}
+for_each_lock!(a_fresh_lease_is_respected);
+
+fn without_a_promise_or_consent_nothing_is_taken(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let mut none = record(LONG_AGO, 300);
+    none["fence"] = "none".into();
+    let mut elsewhere = record(LONG_AGO, 300);
+    elsewhere["region"] = "eu-west-1".into();
+    for (record, said) in [(none, "cannot stop terraform"), (elsewhere, "another AWS region")] {
+        env.lock_with_lease(&record);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        assert!(end.err.contains(said) && end.err.contains("tf locks show"), "{}", env.dump(&end));
+    }
+    env.set("TFW_LEASE", "off");
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+    assert!(!env.trace().contains("no process for the takeover"), "{}", env.trace());
+}
+for_each_lock!(without_a_promise_or_consent_nothing_is_taken);
+
+fn a_hostile_record_never_leads_to_a_takeover(lock: Lock) {
+    let env = leased(lock, "5m");
+    let old = |name: &str, value: Value| {
+        let mut record = record(LONG_AGO, 300);
+        record[name] = value;
+        record
+    };
+    let hostile = [
+        // An hour ahead of the service.
+        record(-3600, 300),
+        old("v", 2.into()),
+        old("lock", "44444444-2222-3333-4444-555555555555".into()),
+        old("lease", 1.into()),
+        old("lease", 36_000.into()),
+        old("renewed", i64::MAX.into()),
+        old("renewed", i64::MIN.into()),
+        old("renewed", "0".into()),
+        old("fence", "maybe".into()),
+        old("taken", json!({ "by": "x", "at": i64::MAX, "number": 1 })),
+        old("taken", json!({ "by": "x" })),
+        old("tf", "x".repeat(3000).into()),
+        json!({}),
+    ];
+    for record in hostile {
+        env.lock_with_lease(&record);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        env.delete_lock();
+    }
+}
+for_each_lock!(a_hostile_record_never_leads_to_a_takeover);
+
+/// Twenty times, two plans meet the same lapsed lease. Exactly one of them takes the lock.
+fn of_two_takers_one_takes(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    env.set("TFW_LOG", "/dev/null");
+    let races = std::env::var("TF_TEST_RACES").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
+    for race in 0..races {
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let plans = [0, 1].map(|_| env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=30s"]));
+        let ends = plans.map(Run::wait);
+        for end in &ends {
+            // Terraform does not try again if the lock that refused it is gone when it reads it.
+            let is_terraforms_race =
+                ["unexpected end of JSON input", "NoSuchKey"].iter().any(|text| end.err.contains(text));
+            assert!(end.code() == Some(0) || is_terraforms_race, "{race}: {}", env.dump(end));
+        }
+        env.assert_unlocked();
+        let said = ends.iter().filter(|end| end.err.contains("released the lock: ")).count();
+        assert_eq!((said, takeovers(&env)), (1, race + 1), "{race}: {}{}", env.dump(&ends[0]), env.dump(&ends[1]));
+    }
+}
+for_each_lock!(of_two_takers_one_takes);
+
+/// The taker is dead, or its network is. Its claim lapses after a minute.
+#[test]
+fn a_claim_that_has_lapsed_is_taken_over() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let env = leased(lock, "5m");
+        let mut claimed = record(400, 300);
+        claimed["taken"] =
+            json!({ "by": "https://ci.example/job/8", "at": jiff::Timestamp::now().as_second() - 65, "number": 1 });
+        env.lock_with_lease(&claimed);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_taken(&env, &end);
+        assert!(end.err.contains("https://ci.example/job/8 is releasing that lock"), "{}", env.dump(&end));
+    }
+}
+
+#[cfg(feature = "crash-points")]
+#[test]
+fn a_taker_that_dies_leaves_a_claim_that_lapses() {
+    for lock in Lock::ALL {
+        for point in ["takeover: begun", "takeover: claimed", "takeover: deleted"] {
+            let env = leased(lock, "5m");
+            env.lock_with_lease(&record(LONG_AGO, 300));
+            let mut plan = env.command(env.bin().join("tf"));
+            plan.args(PLAN).env("TFW_CRASH", point);
+            let end = Run::start(plan).wait();
+            let is_claimed = point == "takeover: claimed" && lock != Lock::File;
+            let is_deleted = point == "takeover: deleted" || (lock == Lock::File && point != "takeover: begun");
+            assert_eq!(end.code() == Some(0), is_deleted, "{point}: {}", env.dump(&end));
+            if is_claimed {
+                let key = json!({ "TableName": env.table, "Key": { "LockID": { "S": env.path() } } });
+                let mut item = cloud().dynamodb("GetItem", &key)["Item"].clone();
+                let at = item["tf"]["M"]["taken"]["M"]["at"]["N"].as_str().unwrap().parse::<i64>().unwrap();
+                item["tf"]["M"]["taken"]["M"]["at"]["N"] = (at - 100).to_string().into();
+                cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
+            }
+            let end = env.run(Subject::Tf, &PLAN);
+            assert_eq!(end.code(), Some(0), "{lock:?} {point}: {}", env.dump(&end));
+            env.assert_unlocked();
+        }
+    }
+}
+
+/// The holder was not gone: it renews its lease while the lock is watched.
+fn a_holder_that_renews_in_between_keeps_its_lock(lock: Lock) {
+    let env = leased(lock, "30s");
+    // It is watched for 9 s.
+    env.lock_with_lease(&record(40, 30));
+    let run = env.start(Subject::Tf, &PLAN);
+    run.wait_for_err("if nothing changes for");
+    let mut renewed = record(0, 30);
+    renewed["beat"] = 8.into();
+    env.lock_with_lease(&renewed);
+    let end = run.wait();
+    assert_not_taken(&env, &end);
+    assert!(end.err.contains("has renewed its lease"), "{}", env.dump(&end));
+}
+for_each_lock!(a_holder_that_renews_in_between_keeps_its_lock);
+
+/// A write of the dead host lands while the lock is watched. The watch begins anew.
+#[test]
+fn a_write_in_flight_is_waited_for() {
+    let env = leased(Lock::Both, "10s");
+    env.lock_with_lease(&record(15, 10));
+    let run = env.start(Subject::Tf, &PLAN);
+    run.wait_for_err("if nothing changes for 3 s");
+    let state = json!({ "version": 4, "serial": 1, "lineage": "l", "terraform_version": "1.11.4", "outputs": {}, "resources": [] });
+    let begun = std::time::Instant::now();
+    cloud().s3("PUT", &env.path(), state.to_string().as_bytes());
+    let end = run.wait();
+    assert_taken(&env, &end);
+    assert!(begun.elapsed().as_secs() >= 3, "{:?}: {}", begun.elapsed(), env.dump(&end));
+}
+
+#[test]
+fn an_interrupt_ends_the_wait() {
+    let env = leased(Lock::Both, "1m");
+    env.lock_with_lease(&record(100, 60));
+    let run = env.start(Subject::Tf, &PLAN);
+    run.wait_for_err("if nothing changes for 18 s");
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(2), "{}", env.dump(&end));
+    assert!(end.out.is_empty(), "terraform was not started: {}", env.dump(&end));
+    env.assert_locked();
+}
+
+/// It watches while terraform waits, so that terraform goes on when the lease has lapsed.
+fn a_run_that_waits_for_the_lock_goes_on(lock: Lock) {
+    let env = leased(lock, "10s");
+    env.lock_with_lease(&record(0, 10));
+    let begun = std::time::Instant::now();
+    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=2m"]);
+    assert_taken(&env, &end);
+    assert!(begun.elapsed().as_secs() < 40, "{:?}: {}", begun.elapsed(), env.dump(&end));
+}
+for_each_lock!(a_run_that_waits_for_the_lock_goes_on);
+
+/// A run that waits for a living holder ends with its watcher.
+#[test]
+fn a_watcher_ends_when_terraform_gives_up() {
+    let env = leased(Lock::Both, "5m");
+    env.lock_with_lease(&record(0, 300));
+    let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=4s"]);
+    assert_not_taken(&env, &end);
+    assert!(env.trace().contains("takeover: Some(Over)"), "{}", env.dump(&end));
+}
+
+/// Where no lock is, the service gets one more read.
+#[test]
+fn a_lock_that_is_free_is_said_nothing_about() {
+    for lock in Lock::ALL {
+        let env = leased(lock, "5m");
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    }
+}
+
+fn a_person_who_releases_it_claims_it(lock: Lock) {
+    let env = leased(lock, "5m");
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &["locks", "release", "--force", LEASED]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+    assert_eq!(history(&env).len(), 1);
+}
+for_each_lock!(a_person_who_releases_it_claims_it);
+
+/// The host of a dead run comes back after its lock was taken over, or it recovers the run before that.
+#[test]
+fn a_recovery_and_a_takeover_release_a_lock_once() {
+    for lock in Lock::ALL {
+        for is_recovered_first in [false, true] {
+            let mut env = killed_whole(lock);
+            let info = env.locks().first().unwrap().clone();
+            let mut lapsed = record(LONG_AGO, 300);
+            lapsed["lock"] = id_of(&info).into();
+            env.put_lease(&info, &lapsed);
+            let recover_it = |env: &TestEnv, said: &str| {
+                let end = recover(env, &[]);
+                assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+                assert_eq!(end.out.contains("released the lock"), said == "released", "{}", env.dump(&end));
+                env.assert_unlocked();
+            };
+            if is_recovered_first {
+                recover_it(&env, "released");
+            }
+            // Another host has another journal.
+            let home = env.directory.parent().unwrap().join("home");
+            env.set("HOME", env.directory.parent().unwrap().join("other-home")).set("TFW_LEASE", "5m");
+            let end = env.run(Subject::Tf, &PLAN);
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+            assert_eq!(end.err.contains("released the lock"), !is_recovered_first, "{}", env.dump(&end));
+            env.set("HOME", home);
+            if !is_recovered_first {
+                recover_it(&env, "nothing");
+            }
+            assert_nothing_left(&env);
+        }
+    }
+}
+
+/// A lock without a record, and an entry that is not a lock, are left alone.
+#[test]
+fn a_lock_without_a_lease_is_judged_as_without_leases() {
+    for lock in Lock::ALL {
+        let env = leased(lock, "5m");
+        env.put_lock(&lock_json(LEASED, &env.path()));
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        env.put_lock("<html></html>");
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        env.assert_locked();
+    }
+}

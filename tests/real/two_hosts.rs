@@ -1,0 +1,629 @@
+//! The lease of a lock, seen from another host than the holder's. Both hosts are on this machine. Each has its own host
+//! name, machine-id, boot ID, home and working directory. Only root can make such hosts, so these tests are listed in
+//! tests/left-out.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::given_back::{is_dynamodb, takes_file, takes_item, through};
+use super::leased::{Cgroup, cgroup, record, wait_for_renewal_after};
+use super::locks_recover::recover;
+use crate::support::cloud::cloud;
+use crate::support::http::Message;
+use crate::support::process::Run;
+use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
+use crate::support::proxy::ProxyAction;
+use crate::support::test_env::{TEST_HOST, UNSET, WAITS, id_of};
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
+
+const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+const PLAN: [&str; 2] = ["plan", "-no-color"];
+
+/// What a host sets up in its own namespaces before it runs a program. $1 is its name, $2 and $3 are the files with its
+/// machine-id and its boot ID.
+const AS_HOST: &str = "echo \"$1\" > /proc/sys/kernel/hostname && mount --bind \"$2\" /etc/machine-id \
+                       && mount --bind \"$3\" /proc/sys/kernel/random/boot_id && shift 3 && exec \"$@\"";
+
+/// The job of the holder, as its record names it.
+const JOB: &str = "https://github.example/octo/infra/actions/runs/4711/attempts/2";
+
+struct Host {
+    env: TestEnv,
+    name: &'static str,
+    _kill_on_drop: KillOnDrop,
+}
+
+/// Returns the host `holder`, whose runs are jobs of a CI system and have a lease of `lease`. `None` without root.
+fn holder(lock: Lock, lease: &str) -> Option<Host> {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/etc/machine-id").exists() {
+        return None;
+    }
+    let mut env = TestEnv::new(lock, WAITS);
+    for (name, value) in [
+        ("GITHUB_ACTIONS", "true"),
+        ("GITHUB_SERVER_URL", "https://github.example"),
+        ("GITHUB_REPOSITORY", "octo/infra"),
+        ("GITHUB_RUN_ID", "4711"),
+        ("GITHUB_RUN_ATTEMPT", "2"),
+    ] {
+        env.set(name, value);
+    }
+    Some(Host::new(env, "holder", lease))
+}
+
+impl Host {
+    fn new(mut env: TestEnv, name: &'static str, lease: &str) -> Self {
+        let root = env.directory.parent().unwrap().to_owned();
+        let id = format!("{:032x}", name.bytes().fold(7_u128, |sum, byte| sum * 131 + u128::from(byte)));
+        fs::write(root.join("machine-id"), format!("{id}\n")).unwrap();
+        let boot = [&id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]].join("-");
+        fs::write(root.join("boot-id"), format!("{boot}\n")).unwrap();
+        fs::create_dir(root.join("runtime")).unwrap();
+        env.set(TEST_HOST, &id).set("XDG_RUNTIME_DIR", root.join("runtime"));
+        env.set("TFW_LEASE", lease).set("TFW_CLOCK", "steady");
+        let kill_on_drop = KillOnDrop(home(&env));
+        Self { env, name, _kill_on_drop: kill_on_drop }
+    }
+
+    /// Returns another host with its own directory, whose state is the same. Its resource runs `command`.
+    fn beside(&self, name: &'static str, command: &str) -> Self {
+        let mut env = TestEnv::empty(self.env.lock);
+        env.bucket.clone_from(&self.env.bucket);
+        env.table.clone_from(&self.env.table);
+        env.write_main("", command);
+        env.init();
+        let lease = self.env.environment.iter().rfind(|(name, _)| name == "TFW_LEASE").unwrap();
+        Self::new(env, name, lease.1.to_str().unwrap())
+    }
+
+    /// Starts a program on this host. Its process is the returned one, because everything before it is replaced by it.
+    /// `before` is the begin of the shell script that sets up the host.
+    fn start_after(&self, before: &str, program: &str, arguments: &[&str]) -> Run {
+        let root = self.env.directory.parent().unwrap();
+        let mut command = self.env.command("unshare");
+        command.args(["-u", "-m", "sh", "-c", &format!("{before}{AS_HOST}"), "sh", self.name]);
+        command.args([root.join("machine-id"), root.join("boot-id")]).arg(program).args(arguments);
+        Run::start(command)
+    }
+
+    fn start(&self, subject: Subject, arguments: &[&str]) -> Run {
+        self.start_after("", subject.name(), arguments)
+    }
+
+    fn run(&self, subject: Subject, arguments: &[&str]) -> Ended {
+        self.start(subject, arguments).wait()
+    }
+
+    /// Starts an apply, and waits until its lease was renewed.
+    #[track_caller]
+    fn work(&self) -> Run {
+        self.work_after("")
+    }
+
+    #[track_caller]
+    fn work_after(&self, before: &str) -> Run {
+        let run = self.start_after(before, "tf", &APPLY);
+        self.env.wait_for_began(&run);
+        let first = wait_for_renewal_after(&self.env, &Value::Null);
+        assert_eq!(first["fence"], "stop", "{first}\n{}", self.env.trace());
+        run
+    }
+
+    /// Kills everything that runs on this host.
+    fn kill(&self, run: Run) {
+        kill_all(&self.env);
+        drop(run);
+        self.env.assert_locked();
+    }
+
+    /// Kills everything that runs on this host, and removes its disk.
+    fn vanish(&self, run: Run) {
+        self.kill(run);
+        let home = self.env.directory.parent().unwrap().join("home");
+        for directory in [&home, &self.env.directory] {
+            fs::remove_dir_all(directory).unwrap();
+        }
+    }
+
+    /// Returns the only lock, as `tf locks list --json` shows it here.
+    #[track_caller]
+    fn listed(&self) -> Value {
+        let end = self.run(Subject::Tf, &["locks", "list", "--json"]);
+        let listed: Value = serde_json::from_str(&end.out).unwrap_or_else(|_| panic!("{}", self.dump(&end)));
+        let locks = listed["locks"].as_array().unwrap();
+        assert_eq!(locks.len(), 1, "{}", self.dump(&end));
+        locks[0].clone()
+    }
+
+    /// Waits until the lease of the only lock has lapsed by the service's own clock.
+    #[track_caller]
+    fn wait_until_lapsed(&self) -> Value {
+        let has_lapsed = || Some(self.listed()).filter(|lock| lock["lease"]["state"] == "lapsed");
+        wait_for("the lapse", has_lapsed, || format!("{:?}", record(&self.env)))
+    }
+
+    fn dump(&self, end: &Ended) -> String {
+        format!("on {}: {}", self.name, self.env.dump(end))
+    }
+}
+
+fn releases(end: &Ended) -> usize {
+    let said = |text: &str| text.lines().filter(|line| line.contains("released the lock")).count();
+    said(&end.out) + said(&end.err)
+}
+
+/// Asserts that a run was refused by the holder's lock, and that nothing was released.
+#[track_caller]
+fn assert_refused(host: &Host, end: &Ended) {
+    assert_eq!(end.code(), Some(1), "{}", host.dump(end));
+    assert!(end.err.contains("Error acquiring the state lock"), "{}", host.dump(end));
+    assert!(!end.err.contains("released"), "{}", host.dump(end));
+}
+
+fn the_lock_of_a_vanished_host_is_taken_after_its_lease_and_not_before(lock: Lock) {
+    let Some(holder) = holder(lock, "15s") else { return };
+    let other = holder.beside("other", "true");
+    let run = holder.work();
+    holder.vanish(run);
+
+    let found = other.listed();
+    let lease = &found["lease"];
+    assert_eq!((&found["verdict"], &lease["state"]), (&json!("alive"), &json!("fresh")), "{found}");
+    let holds = &lease["holder"];
+    assert_eq!((&holds["host"], &holds["job"]), (&json!("holder"), &json!(JOB)), "{found}");
+    assert_eq!(format!("{}@holder", holds["user"].as_str().unwrap()), found["who"].as_str().unwrap(), "{found}");
+    assert!(lease["renewed"].is_string() && lease["age_seconds"].as_u64() < Some(18), "{found}");
+    let end = other.run(Subject::Tf, &["locks", "show"]);
+    for text in [JOB, "@holder", "lease      15 s, renewed ", "holder is  alive"] {
+        assert!(end.out.contains(text), "{text}: {}", other.dump(&end));
+    }
+    let end = other.run(Subject::Tf, &PLAN);
+    assert_refused(&other, &end);
+    let (_, after) = end.err.split_once("Error acquiring the state lock").unwrap();
+    let (_, after) = after.split_once("tf: ").unwrap_or_else(|| panic!("{}", other.dump(&end)));
+    for text in [JOB, "@holder", "lease of 15 s, renewed ", "alive"] {
+        assert!(after.contains(text), "{text}: {}", other.dump(&end));
+    }
+
+    let found = other.wait_until_lapsed();
+    assert_eq!((&found["verdict"], &found["stale"]), (&json!("likely_dead"), &json!(true)), "{found}");
+    let end = other.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    let line = end.err.lines().find(|line| line.contains("released the lock")).unwrap();
+    assert!(line.starts_with("tf: ") && line.contains(JOB) && line.contains("15 s lease"), "{line}");
+    assert!(end.out.contains("Plan: 1 to add") && !end.err.contains("Error"), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+}
+for_each_lock!(the_lock_of_a_vanished_host_is_taken_after_its_lease_and_not_before);
+
+fn a_run_that_waits_for_a_vanished_host_goes_on_by_itself(lock: Lock) {
+    let Some(holder) = holder(lock, "4s") else { return };
+    let other = holder.beside("other", "true");
+    let run = holder.work();
+    let mut apply = APPLY.to_vec();
+    apply.push("-lock-timeout=5m");
+    let waiting = other.start(Subject::Tf, &apply);
+    waiting.wait_for_out("Acquiring state lock");
+    holder.vanish(run);
+    let begun = Instant::now();
+    let end = waiting.wait();
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    assert!(begun.elapsed() < Duration::from_secs(4 + 30), "{:?}: {}", begun.elapsed(), other.dump(&end));
+    assert!(end.out.contains("Apply complete!") && end.err.contains(JOB), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+    wait_until_all_is_gone(&other.env);
+}
+for_each_lock!(a_run_that_waits_for_a_vanished_host_goes_on_by_itself);
+
+/// It works for ten leases, while another host wants its lock all the time.
+fn a_host_that_works_never_loses_its_lock(lock: Lock) {
+    let Some(holder) = holder(lock, "3s") else { return };
+    let [waits, tries] = ["waits", "tries"].map(|name| holder.beside(name, "true"));
+    let run = holder.work();
+    let locks = holder.env.locks();
+    let id = id_of(&locks[0]);
+    let mut apply = APPLY.to_vec();
+    apply.push("-lock-timeout=10m");
+    let waiting = waits.start(Subject::Tf, &apply);
+    let is_over = AtomicBool::new(false);
+    let first = record(&holder.env).unwrap()["renewed"].as_u64().unwrap();
+    std::thread::scope(|scope| {
+        let plans = scope.spawn(|| {
+            let mut ends = Vec::new();
+            while !is_over.load(Ordering::SeqCst) {
+                ends.push(tries.run(Subject::Tf, &PLAN));
+            }
+            ends
+        });
+        let mut last = Value::Null;
+        while last["renewed"].as_u64() < Some(first + 30) {
+            last = wait_for_renewal_after(&holder.env, &last);
+            assert!(holder.env.locks().iter().all(|lock| id_of(lock) == id), "{:?}", holder.env.locks());
+            holder.env.assert_locked();
+            assert!(last.get("taken").is_none(), "{last}");
+        }
+        is_over.store(true, Ordering::SeqCst);
+        let ends = plans.join().unwrap();
+        assert!(!ends.is_empty());
+        for end in &ends {
+            assert_refused(&tries, end);
+        }
+    });
+    holder.env.unblock();
+    let end = run.wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
+    let end = waiting.wait();
+    assert_eq!((end.code(), releases(&end)), (Some(0), 0), "{}", waits.dump(&end));
+    holder.env.assert_unlocked();
+    wait_until_all_is_gone(&holder.env);
+}
+for_each_lock!(a_host_that_works_never_loses_its_lock);
+
+/// Starts an apply on `holder` in `cgroup`, and freezes it for longer than its lease. Its terraform writes its state as
+/// soon as it runs again.
+#[track_caller]
+fn frozen(holder: &Host, cgroup: &Cgroup) -> Run {
+    let run = holder.work_after(&format!("{} && ", cgroup.enter()));
+    let fuse = named(&holder.env, "tf-fuse");
+    cgroup.freeze(true);
+    wait_until_gone(&holder.env, fuse);
+    run
+}
+
+/// Lets the cgroup go on, and asserts that the run in it is killed, says `how`, and has written nothing.
+#[track_caller]
+fn assert_it_ends(holder: &Host, cgroup: &Cgroup, run: Run, how: &[&str]) {
+    let state = holder.env.state();
+    holder.env.unblock();
+    cgroup.freeze(false);
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", holder.dump(&end));
+    for text in how.iter().chain(&["is not in the state", "terraform plan"]) {
+        assert!(end.err.contains(text), "{text}: {}", holder.dump(&end));
+    }
+    assert_eq!(holder.env.state(), state, "{}", holder.dump(&end));
+    wait_until_all_is_gone(&holder.env);
+}
+
+fn a_frozen_host_whose_lock_another_host_has_used_writes_nothing(lock: Lock) {
+    let Some(cgroup) = cgroup(&format!("used-{lock:?}")) else { return };
+    let Some(holder) = holder(lock, "3s") else { return };
+    let other = holder.beside("other", "true");
+    let run = frozen(&holder, &cgroup);
+    other.wait_until_lapsed();
+    let end = other.run(Subject::Tf, &APPLY);
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+    assert!(other.env.state().unwrap().contains("terraform_data"), "{:?}", other.env.state());
+    // Whoever took it and when no longer stands anywhere.
+    assert_it_ends(&holder, &cgroup, run, &["the lock of this run is gone: another host has released it"]);
+    other.env.assert_unlocked();
+    let end = other.run(Subject::Tf, &PLAN);
+    assert!(end.code() == Some(0) && end.out.contains("No changes."), "{}", other.dump(&end));
+}
+for_each_lock!(a_frozen_host_whose_lock_another_host_has_used_writes_nothing);
+
+fn a_frozen_host_whose_lock_another_host_uses_names_that_host(lock: Lock) {
+    let Some(cgroup) = cgroup(&format!("uses-{lock:?}")) else { return };
+    let Some(holder) = holder(lock, "3s") else { return };
+    let other = holder.beside("other", WAITS);
+    let run = frozen(&holder, &cgroup);
+    other.wait_until_lapsed();
+    let taker = other.work();
+    let id = id_of(&other.env.locks()[0]);
+    assert_it_ends(&holder, &cgroup, run, &["the lock is held by another run now: ", "@other, since "]);
+    other.env.assert_locked();
+    assert!(other.env.locks().iter().all(|lock| id_of(lock) == id), "{:?}", other.env.locks());
+    other.env.unblock();
+    let end = taker.wait();
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+}
+for_each_lock!(a_frozen_host_whose_lock_another_host_uses_names_that_host);
+
+/// The taker has claimed the lock, and its delete is still on its way. An object has no claim, because its delete is the
+/// decision.
+#[test]
+fn a_frozen_host_whose_lock_is_claimed_says_by_whom_and_when() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let Some(cgroup) = cgroup(&format!("claimed-{lock:?}")) else { return };
+        let Some(holder) = holder(lock, "3s") else { return };
+        let mut other = holder.beside("other", "true");
+        let proxy = through(&mut other.env, hold_delete);
+        let run = frozen(&holder, &cgroup);
+        // A plan writes no state, so the state stays as it is, whoever works when.
+        let taker = other.start(Subject::Tf, &[&PLAN[..], &["-lock-timeout=5m"]].concat());
+        proxy.wait_until_held();
+        let how = ["@other has taken over the lock of this run at 20", "its lease had lapsed"];
+        assert_it_ends(&holder, &cgroup, run, &how);
+        proxy.let_go();
+        let end = taker.wait();
+        assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+        other.env.assert_unlocked();
+    }
+}
+
+/// Returns a number between 0 and 1.
+fn random() -> f64 {
+    let bytes = fs::read("/proc/sys/kernel/random/uuid").unwrap();
+    let text = String::from_utf8(bytes[..8].to_vec()).unwrap();
+    f64::from(u32::from_str_radix(&text, 16).unwrap()) / f64::from(u32::MAX)
+}
+
+fn trials(usual: usize) -> usize {
+    std::env::var("TF_TEST_TRIALS").map_or(usual, |number| number.parse().unwrap())
+}
+
+/// All processes of a run were killed, but its journal is intact. Its host recovers it at a random moment while another
+/// host takes over.
+fn a_host_that_comes_back_and_a_taker_release_a_lock_once(lock: Lock) {
+    for trial in 0..trials(4) {
+        let Some(holder) = holder(lock, "3s") else { return };
+        let other = holder.beside("other", "true");
+        let run = holder.work();
+        holder.env.wait_for_trace("journal written");
+        holder.kill(run);
+        other.wait_until_lapsed();
+        let taker = other.start(Subject::Tf, &PLAN);
+        taker.wait_for_err("if nothing changes for");
+        std::thread::sleep(Duration::from_secs_f64(random() * 1.5));
+        let back = holder.run(Subject::Tf, &["locks", "recover"]);
+        let end = taker.wait();
+        let both = format!("{trial}: {}{}", holder.dump(&back), other.dump(&end));
+        assert_eq!((back.code(), end.code()), (Some(0), Some(0)), "{both}");
+        assert_eq!(releases(&back) + releases(&end), 1, "{both}");
+        assert!(!back.out.contains("not released") && !end.err.contains("not released"), "{both}");
+        holder.env.assert_unlocked();
+        let again = recover(&holder.env, &[]);
+        assert_eq!((again.code(), again.out.as_str()), (Some(0), ""), "{}", holder.dump(&again));
+    }
+}
+for_each_lock!(a_host_that_comes_back_and_a_taker_release_a_lock_once);
+
+/// The taker has claimed the lock, and its delete is still on its way. The host that comes back knows that its run is
+/// dead, so it need not wait for the taker, which may be dead too.
+#[test]
+fn a_host_that_comes_back_while_its_lock_is_claimed_does_not_hinder_the_taker() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let Some(holder) = holder(lock, "3s") else { return };
+        let mut other = holder.beside("other", "true");
+        let proxy = through(&mut other.env, hold_delete);
+        let run = holder.work();
+        holder.env.wait_for_trace("journal written");
+        holder.kill(run);
+        other.wait_until_lapsed();
+        let taker = other.start(Subject::Tf, &PLAN);
+        proxy.wait_until_held();
+        let back = holder.run(Subject::Tf, &["locks", "recover"]);
+        proxy.let_go();
+        let end = taker.wait();
+        let both = format!("{}{}", holder.dump(&back), other.dump(&end));
+        assert_eq!((back.code(), end.code(), releases(&end)), (Some(0), Some(0), 1), "{both}");
+        holder.env.assert_unlocked();
+        let again = recover(&holder.env, &[]);
+        assert_eq!((again.code(), again.out.as_str()), (Some(0), ""), "{}", holder.dump(&again));
+    }
+}
+
+/// Holds the conditional delete of an item, as a taker sends it.
+fn hold_delete(request: &Message) -> ProxyAction {
+    let deletes = is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression");
+    if deletes { ProxyAction::Hold } else { ProxyAction::Pass }
+}
+
+fn bare_terraform_on_another_host_is_refused_waits_and_unlocks_as_ever(lock: Lock) {
+    let Some(holder) = holder(lock, "3s") else { return };
+    let other = holder.beside("other", "true");
+    let run = holder.work();
+    let id = id_of(&other.env.locks()[0]);
+    let end = other.run(Subject::Bare, &PLAN);
+    assert_eq!(end.code(), Some(1), "{}", other.dump(&end));
+    for text in ["Error acquiring the state lock", id.as_str(), "@holder", "OperationTypeApply"] {
+        assert!(end.err.contains(text), "{text}: {}", other.dump(&end));
+    }
+    let last = record(&holder.env).unwrap();
+    wait_for_renewal_after(&holder.env, &last);
+    // It waits for its turn, works with a lock without a record, and unlocks.
+    let waiting = other.start(Subject::Bare, &[&APPLY[..], &["-lock-timeout=5m"]].concat());
+    waiting.wait_for_out("Acquiring state lock");
+    holder.env.unblock();
+    let end = run.wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
+    let end = waiting.wait();
+    assert_eq!(end.code(), Some(0), "{}", other.dump(&end));
+    assert!(end.out.contains("Apply complete!"), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+}
+for_each_lock!(bare_terraform_on_another_host_is_refused_waits_and_unlocks_as_ever);
+
+/// Asserts that a holder whose lock somebody has deleted says so, and ends without bringing it back.
+#[track_caller]
+fn assert_not_brought_back(holder: &Host, run: Run) {
+    let is_locked = || assert!(holder.env.locks().is_empty(), "{:?}\n{}", holder.env.locks(), holder.env.trace());
+    let said = || {
+        is_locked();
+        run.err().contains("somebody has deleted the lock of this run").then_some(())
+    };
+    wait_for("the message", said, || format!("{}{}", run.err(), holder.env.trace()));
+    holder.env.unblock();
+    let end = run.wait();
+    is_locked();
+    assert_ne!(end.code(), Some(0), "{}", holder.dump(&end));
+    wait_until_all_is_gone(&holder.env);
+    is_locked();
+}
+
+/// At random moments between and during renewals, bare terraform removes the lock. More trials: TF_TEST_TRIALS=100.
+fn no_renewal_brings_a_lock_back_that_force_unlock_has_removed(lock: Lock) {
+    for _ in 0..trials(10) {
+        let Some(holder) = holder(lock, "2s") else { return };
+        let run = holder.work();
+        let id = id_of(&holder.env.locks()[0]);
+        // Renewals are 0.4 s apart.
+        std::thread::sleep(Duration::from_secs_f64(random() * 0.8));
+        let end = holder.env.run(Subject::Bare, &["force-unlock", "-force", &id]);
+        assert_eq!(end.code(), Some(0), "{}", holder.dump(&end));
+        assert_not_brought_back(&holder, run);
+    }
+}
+for_each_lock!(no_renewal_brings_a_lock_back_that_force_unlock_has_removed);
+
+/// The renewal arrives after the lock was removed.
+fn a_renewal_in_flight_does_not_bring_the_lock_back(lock: Lock) {
+    let Some(mut holder) = holder(lock, "4s") else { return };
+    let env = &mut holder.env;
+    let held = env.directory.join("hold");
+    let proxy = through(env, move |request| {
+        let renews = takes_item(request) || takes_file(request);
+        if renews && held.exists() { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = holder.work();
+    let id = id_of(&holder.env.locks()[0]);
+    holder.env.write("hold", "");
+    proxy.wait_until_held();
+    let other = holder.beside("other", "true");
+    let end = other.run(Subject::Bare, &["force-unlock", "-force", &id]);
+    assert_eq!(end.code(), Some(0), "{}", other.dump(&end));
+    holder.env.assert_unlocked();
+    proxy.let_go();
+    // It may be stopped for a moment, because a renewal was late.
+    let is_locked = || assert!(holder.env.locks().is_empty(), "{:?}\n{}", holder.env.locks(), holder.env.trace());
+    let is_told = || {
+        is_locked();
+        let err = run.err();
+        ["somebody has deleted the lock", "the lock of this run is gone"]
+            .iter()
+            .any(|text| err.contains(text))
+            .then_some(())
+    };
+    wait_for("the message", is_told, || format!("{}{}", run.err(), holder.env.trace()));
+    holder.env.unblock();
+    let end = run.wait();
+    assert_ne!(end.code(), Some(0), "{}", holder.dump(&end));
+    wait_until_all_is_gone(&holder.env);
+    is_locked();
+}
+for_each_lock!(a_renewal_in_flight_does_not_bring_the_lock_back);
+
+/// A library that gives a program another time of day: faketime(1).
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
+/// No clock but the service's decides: neither the holder's nor the taker's.
+#[test]
+fn a_clock_that_is_an_hour_off_changes_nothing() {
+    if !Path::new(FAKETIME).exists() {
+        return;
+    }
+    for (lock, hour) in [(Lock::DynamoDb, "+1h"), (Lock::File, "-1h"), (Lock::Both, "+1h"), (Lock::Both, "-1h")] {
+        for is_holder in [true, false] {
+            let Some(mut holder) = holder(lock, "3s") else { return };
+            let mut other = holder.beside("other", "true");
+            let wrong = if is_holder { &mut holder } else { &mut other };
+            wrong.env.set("LD_PRELOAD", FAKETIME).set("FAKETIME", hour).set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            let date = wrong.start_after("", "date", &["+%s"]).wait();
+            let ahead = date.out.trim().parse::<i64>().unwrap() - jiff::Timestamp::now().as_second();
+            assert!((3500..3700).contains(&ahead.abs()), "{}", wrong.dump(&date));
+            let run = holder.work();
+            let first = record(&holder.env).unwrap();
+            let mut last = first.clone();
+            // Two leases.
+            while last["renewed"].as_u64() < first["renewed"].as_u64().map(|at| at + 6) {
+                last = wait_for_renewal_after(&holder.env, &last);
+                assert_eq!(last["fence"], "stop", "{last}");
+            }
+            let found = other.listed();
+            assert_eq!(found["verdict"], "alive", "{found}");
+            assert!(found["lease"]["age_seconds"].as_u64() < Some(4), "{found}");
+            let end = other.run(Subject::Tf, &PLAN);
+            assert_refused(&other, &end);
+            assert!(!run.err().contains("terraform was stopped"), "{}", run.err());
+            holder.vanish(run);
+            let begun = Instant::now();
+            let end = other.run(Subject::Tf, &[&PLAN[..], &["-lock-timeout=5m"]].concat());
+            assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+            assert!(begun.elapsed() < Duration::from_secs(3 + 30), "{:?}", begun.elapsed());
+            other.env.assert_unlocked();
+        }
+    }
+}
+
+fn without_tfw_lease_nothing_is_written_beside_a_lock_and_nothing_is_taken(lock: Lock) {
+    let Some(mut holder) = holder(lock, "3s") else { return };
+    let mut other = holder.beside("other", "true");
+    other.env.set("TFW_LEASE", UNSET).set("TFW_CLOCK", UNSET);
+
+    // A run without it.
+    holder.env.set("TFW_LEASE", UNSET);
+    let run = holder.start(Subject::Tf, &APPLY);
+    holder.env.wait_for_began(&run);
+    holder.env.wait_for_trace("journal written");
+    assert_no_record(&holder.env);
+    assert!(!holder.env.trace().contains("keeper"), "{}", holder.env.trace());
+    holder.env.unblock();
+    let end = run.wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
+    holder.env.assert_unlocked();
+    fs::remove_file(holder.env.directory.join("began")).unwrap();
+    fs::remove_file(holder.env.directory.join("go")).unwrap();
+    holder.env.forget_state();
+
+    // A run with it, and then a host that has not set it.
+    holder.env.set("TFW_LEASE", "3s");
+    let run = holder.work();
+    holder.vanish(run);
+    let found = other.wait_until_lapsed();
+    assert_eq!(found["verdict"], "likely_dead", "{found}");
+    let before = (other.env.locks(), record(&other.env));
+    let end = other.run(Subject::Tf, &PLAN);
+    assert_refused(&other, &end);
+    for text in ["likely dead", "its 3 s lease was last renewed ", "tf locks release"] {
+        assert!(end.err.contains(text), "{text}: {}", other.dump(&end));
+    }
+    assert_eq!((other.env.locks(), record(&other.env)), before);
+    // It asks, and nobody can answer.
+    let end = other.run(Subject::Tf, &["locks", "release"]);
+    assert_eq!((end.code(), releases(&end)), (Some(1), 0), "{}", other.dump(&end));
+    assert_eq!((other.env.locks(), record(&other.env)), before);
+    let end = other.run(Subject::Tf, &["locks", "release", "--yes"]);
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+}
+for_each_lock!(without_tfw_lease_nothing_is_written_beside_a_lock_and_nothing_is_taken);
+
+/// Asserts that the lock is as terraform has written it.
+#[track_caller]
+fn assert_no_record(env: &TestEnv) {
+    env.assert_locked();
+    if env.lock != Lock::File {
+        let key = json!({ "TableName": env.table, "Key": { "LockID": { "S": env.path() } } });
+        let item = cloud().dynamodb("GetItem", &key)["Item"].as_object().unwrap().clone();
+        assert_eq!(item.keys().collect::<Vec<_>>(), ["Info", "LockID"]);
+    }
+    for lock in env.locks() {
+        let fields: Value = serde_json::from_str(&lock).unwrap();
+        let names: Vec<&String> = fields.as_object().unwrap().keys().collect();
+        assert_eq!(names, ["Created", "ID", "Info", "Operation", "Path", "Version", "Who"], "{lock}");
+        assert_eq!(fields["Info"], "", "{lock}");
+    }
+}
+
+/// A ^C during the wait for the lock of a vanished host ends the wait on this host, and leaves the lock.
+#[test]
+fn an_interrupt_leaves_the_lock_of_a_vanished_host() {
+    let Some(holder) = holder(Lock::Both, "10s") else { return };
+    let other = holder.beside("other", "true");
+    let run = holder.work();
+    holder.vanish(run);
+    let waiting = other.start(Subject::Tf, &[&PLAN[..], &["-lock-timeout=5m"]].concat());
+    waiting.wait_for_out("Acquiring state lock");
+    waiting.send(Signal::SIGINT);
+    let end = waiting.wait();
+    assert_eq!((end.code(), releases(&end)), (Some(1), 0), "{}", other.dump(&end));
+    other.env.assert_locked();
+    wait_until_all_is_gone(&other.env);
+}
