@@ -231,10 +231,11 @@ impl RunLease {
             return false;
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
-        // Then the kernel's signal to the group would not reach it, and the fence would promise too much.
-        let holder = tree.logging().into_iter().next();
-        let is_reached = holder.as_ref().is_some_and(|process| process.group == group && process.has_our_user());
-        let pid = holder.map_or(group, |process| process.pid);
+        // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
+        // found, for example because it is just starting or ending, the next call looks again.
+        let Some(holder) = tree.logging().into_iter().next() else { return false };
+        let is_reached = holder.group == group && holder.has_our_user();
+        let pid = holder.pid;
         self.terraform = process::open_pidfd(pid).ok();
         if self.terraform.is_none() {
             self.is_over = true;
