@@ -110,12 +110,12 @@ fn a_killed_fuse_stops_terraform_until_the_lock_was_looked_at_and_a_new_one_is_t
         let env = leased(lock, "4s");
         let run = start(&env);
         let terraform = terraform_below(run.pid());
-        for _ in 0..3 {
+        for round in 1..=3 {
             let fuse = named(&env, "tf-fuse");
             kill(fuse, Signal::SIGKILL).unwrap();
             wait_until_gone(&env, fuse);
-            let last = record(&env).unwrap_or_default();
-            wait_for_renewal_after(&env, &last);
+            let goes_on = || (run.err().matches("terraform goes on").count() == round).then_some(());
+            wait_for("terraform to go on", goes_on, || format!("{}{}", run.err(), env.trace()));
             wait_until_it_goes_on(&env, terraform);
         }
         assert_eq!(run.err().matches("terraform was stopped").count(), 3, "{}", run.err());
