@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::io::AsyncReadExt;
 
 use crate::aws::connect;
@@ -51,7 +52,6 @@ use crate::sys::packet_socket::PacketSocket;
 use crate::sys::process::Process;
 use crate::sys::readiness::Readiness;
 use crate::sys::{boot_clock, descriptor, environment, poll, session};
-use crate::terraform::backend::CachedBackend;
 use crate::trace::trace;
 use crate::{another_tf, panics};
 
@@ -63,12 +63,12 @@ pub(crate) const WORD: &str = "keep-lease";
 const END_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a keeper needs to know. It reads this as JSON from its stdin, because the backend may contain credentials.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Orders {
     /// The lock's ID.
     pub(crate) lock: String,
-    /// Where the lock may be.
-    pub(crate) places: Vec<Place>,
+    /// Where the lock may be, as [`LockLocation::to_json`].
+    pub(crate) places: Vec<Value>,
     pub(crate) length: Duration,
     /// What the host promises about the time after the lease.
     pub(crate) fence: Promise,
@@ -84,42 +84,10 @@ pub(crate) struct Orders {
     pub(crate) directory: PathBuf,
 }
 
-/// A location where the lock may be, as [`LockLocation`].
-#[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Place {
-    backend: serde_json::Value,
-    bucket: String,
-    key: String,
-    table: Option<String>,
-    lock_file: bool,
-}
-
-impl Place {
-    /// Returns the place of `location`.
-    pub(crate) fn of(location: &LockLocation) -> Self {
-        Self {
-            backend: location.backend.to_json(),
-            bucket: location.bucket.clone(),
-            key: location.key.clone(),
-            table: location.table.clone(),
-            lock_file: location.lock_file,
-        }
-    }
-
-    fn location(&self) -> Option<LockLocation> {
-        Some(LockLocation {
-            backend: CachedBackend::of_json(self.backend.clone())?,
-            bucket: self.bucket.clone(),
-            key: self.key.clone(),
-            table: self.table.clone(),
-            lock_file: self.lock_file,
-        })
-    }
-}
-
-impl std::fmt::Debug for Place {
+impl std::fmt::Debug for Orders {
+    /// Leaves out the places, which may contain credentials.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{}/{}", self.bucket, self.key)
+        write!(formatter, "lock {}, {:?}", self.lock, self.fence)
     }
 }
 
@@ -694,8 +662,7 @@ impl Renewals {
     /// Finds the place that holds the lock, and connects to its service.
     async fn find(&self) -> Result<(Stores, StoreKey), (Answer, String)> {
         let mut reason = (Answer::Refused, "the place of the lock is not known".to_owned());
-        for place in &self.orders.places {
-            let Some(location) = place.location() else { continue };
+        for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             let stores = match Stores::connect(&location.backend, Purpose::Work).await {
                 Ok(stores) => stores,
                 Err(unreachable) => {
@@ -747,7 +714,7 @@ impl Renewals {
         }
         // The lock is read anew over the new connection.
         (self.store, self.last, self.lock, self.is_armed) = (None, None, None, false);
-        for location in self.orders.places.iter().filter_map(Place::location) {
+        for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             connect::forget_credentials(&location.backend);
         }
     }

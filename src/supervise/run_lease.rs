@@ -23,8 +23,9 @@ use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, next_step};
 use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::terms::Terms;
+use crate::lock::location::LockLocation;
 use crate::supervise::fence::{self, Fence};
-use crate::supervise::keeper::{Heard, Inherited, Keeper, Orders, Place, Report};
+use crate::supervise::keeper::{Heard, Inherited, Keeper, Orders, Report};
 use crate::sys::boot_clock;
 use crate::sys::detached::Parent;
 use crate::sys::process::{self, Process};
@@ -226,7 +227,7 @@ impl RunLease {
 
     fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
         let Some(group) = self.group else { return false };
-        let places: Vec<Place> = candidates.of(lock).iter().map(Place::of).collect();
+        let places: Vec<_> = candidates.of(lock).iter().map(LockLocation::to_json).collect();
         if places.is_empty() {
             return false;
         }
