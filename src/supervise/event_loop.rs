@@ -489,8 +489,10 @@ impl Supervision<'_> {
 
     /// Reads what has happened to the lease, and does what follows from it.
     fn step_lease(&mut self) {
-        let has_terminal = matches!(self.foreground.foreground(), Foreground::Ours | Foreground::Terraforms);
         let Some(lease) = &mut self.lease else { return };
+        // A person can end a terraform that is stopped. Nobody asks otherwise.
+        let has_terminal =
+            lease.is_stopped() && matches!(self.foreground.foreground(), Foreground::Ours | Foreground::Terraforms);
         if lease.stop_again() {
             // Somebody else has continued terraform: `kill -CONT`, or a service manager with its SIGTERM.
             trace!("terraform was continued by another process, and is stopped again");
