@@ -6,34 +6,11 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-// The modules of the program, as in src/main.rs. Most of their items are not used here.
-macro_rules! modules {
-    ($($name:ident $path:literal)*) => {
-        $(#[allow(dead_code, unused_imports, clippy::allow_attributes)] #[path = $path] mod $name;)*
-    };
-}
+#[macro_use]
+#[path = "support/program.rs"]
+mod program;
 
-modules! {
-    another_tf "../src/another_tf.rs"
-    aws "../src/aws/mod.rs"
-    cleanup "../src/cleanup/mod.rs"
-    commands "../src/commands/mod.rs"
-    console "../src/console.rs"
-    crash_point "../src/crash_point.rs"
-    generated_input "../src/generated_input.rs"
-    holder "../src/holder/mod.rs"
-    journal "../src/journal/mod.rs"
-    json "../src/json.rs"
-    lease "../src/lease/mod.rs"
-    lock "../src/lock/mod.rs"
-    panics "../src/panics.rs"
-    settings "../src/settings.rs"
-    supervise "../src/supervise/mod.rs"
-    sys "../src/sys/mod.rs"
-    terraform "../src/terraform/mod.rs"
-    time "../src/time.rs"
-    trace "../src/trace.rs"
-}
+modules_of_the_program!();
 
 #[path = "model/interrupts.rs"]
 mod interrupts;

@@ -19,6 +19,7 @@ use crate::support::processes::{
     wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::terminal::Terminal;
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
@@ -377,21 +378,27 @@ fn a_suspended_run_keeps_its_lease() {
     wait_until_unlocked(&env);
 }
 
+/// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and terraform.
+fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
+    let mut terminal = shell(env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    let fuse = named(env, "tf-fuse");
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    wait_until_stopped(env, terraform);
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_gone(env, fuse);
+    (terminal, terraform)
+}
+
 #[test]
 fn fg_does_not_continue_a_terraform_whose_lease_has_ended_meanwhile() {
     let mut env = leased(Lock::DynamoDb, "3s");
     let (_proxy, is_away) = network(&mut env);
-    let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
-    env.wait_for_file("began");
-    wait_for_renewal_after(&env, &Value::Null);
-    let terraform = terraform_below(terminal.pid());
-    let fuse = named(&env, "tf-fuse");
-    terminal.type_in("\x1a");
-    terminal.wait_for("Stopped");
-    wait_until_stopped(&env, terraform);
-    is_away.store(true, Ordering::SeqCst);
-    wait_until_gone(&env, fuse);
+    let (mut terminal, terraform) = suspended_past_its_deadline(&env, &is_away);
     let before = env.state();
     // Terraform would write its state as soon as it ran.
     env.unblock();
@@ -511,17 +518,7 @@ fn the_lock_that_a_run_leaves_on_purpose_promises_nothing() {
 fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     let mut env = leased(Lock::DynamoDb, "3s");
     let (_proxy, is_away) = network(&mut env);
-    let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
-    env.wait_for_file("began");
-    wait_for_renewal_after(&env, &Value::Null);
-    let terraform = terraform_below(terminal.pid());
-    let fuse = named(&env, "tf-fuse");
-    terminal.type_in("\x1a");
-    terminal.wait_for("Stopped");
-    wait_until_stopped(&env, terraform);
-    is_away.store(true, Ordering::SeqCst);
-    wait_until_gone(&env, fuse);
+    let (mut terminal, terraform) = suspended_past_its_deadline(&env, &is_away);
     killpg(terraform, Signal::SIGCONT).unwrap();
     env.wait_for_trace("guardian: terraform was continued by another process, and is stopped again");
     wait_until_stopped(&env, terraform);
