@@ -157,7 +157,7 @@ pub(crate) mod tests {
             (310, None, Freshness::Fresh, 310),
             (311, None, Freshness::Lapsed, 311),
             (400, Some(5), Freshness::Lapsed, 400),
-            // Whoever may write the lock may claim it at any time.
+            // A person who may write the lock may claim it at any time.
             (40, Some(5), Freshness::Lapsed, 40),
             (400, Some(71), Freshness::Lapsed, 400),
         ] {

@@ -1,7 +1,7 @@
 //! The record that travels with a lock: who holds it, for how long, and when the lease was last renewed.
 //!
 //! In DynamoDB it is the attribute `tf` of the lock's item, a map. In S3 it is the last member of the lock's own JSON.
-//! Terraform and OpenTofu ignore members that they do not know. Whoever may write the lock may write the record, so
+//! Terraform and OpenTofu ignore members that they do not know. A person who may write the lock may write the record, so
 //! everything in it is untrusted.
 
 use std::borrow::Cow;
@@ -127,7 +127,7 @@ impl Member {
     }
 }
 
-/// What stands before the value of the member in a lock's text.
+/// The text before the value of the member, in a lock's text.
 const MEMBER: &str = ",\"tf\":";
 
 /// Separates the text of a lock object into the text that terraform wrote and the member `tf`. The first text is `text`

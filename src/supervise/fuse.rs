@@ -140,7 +140,7 @@ pub(crate) fn send_over(socket: &PacketSocket) -> io::Result<()> {
     socket.send(&Message::Over.encode())
 }
 
-/// Returns the next answer of the fuse, without waiting. `None` if there is none. Whoever waits for an answer must wait
+/// Returns the next answer of the fuse, without waiting. `None` if there is none. A caller that waits for an answer must wait
 /// for a hang-up of the stop pipe too, because a fuse that has died does not answer.
 pub(crate) fn receive_answer(socket: &PacketSocket) -> Option<Answer> {
     let mut buffer = [0; ANSWER_BYTES];

@@ -1,6 +1,6 @@
 //! A pipe that makes the kernel signal a process group when the last write end is closed.
 //!
-//! A process that dies closes its descriptors, so whoever holds the only write end cannot die without the signal. The
+//! A process that dies closes its descriptors, so the process with the only write end cannot die without the signal. The
 //! kernel sends it while it closes the descriptor, before the members of the group execute another instruction
 //! (`pipe_release`, fs/pipe.c; `kill_fasync`, fs/fcntl.c). So neither a frozen nor a killed supervisor delays it.
 //!

@@ -22,7 +22,7 @@ impl Readiness {
         Ok(Self(registered?))
     }
 
-    /// Waits until the descriptor is readable. Whoever then finds nothing to read must clear that state in the result.
+    /// Waits until the descriptor is readable. A caller that then finds nothing to read must clear that state in the result.
     ///
     /// # Errors
     /// If the runtime ends.

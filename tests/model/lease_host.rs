@@ -88,7 +88,7 @@ enum GoOn {
     SetBack,
 }
 
-/// How a run is ended by whoever supervises it. The order of the steps is the order here.
+/// How the process that supervises a run ends it. The order of the steps is the order here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Ending {
     /// The pipes are disarmed, and what is left of the group is continued.

@@ -490,12 +490,12 @@ fn every_subset(is_stopped: bool) {
 }
 
 #[test]
-fn whoever_is_killed_while_terraform_works_nothing_is_left_and_the_lock_is_free_in_the_end() {
+fn after_any_kill_while_terraform_works_nothing_is_left_and_the_lock_is_free_in_the_end() {
     every_subset(false);
 }
 
 #[test]
-fn whoever_is_killed_while_terraform_is_stopped_nothing_is_left_and_the_lock_is_free_in_the_end() {
+fn after_any_kill_while_terraform_is_stopped_nothing_is_left_and_the_lock_is_free_in_the_end() {
     every_subset(true);
 }
 

@@ -300,7 +300,7 @@ fn a_frozen_host_whose_lock_another_host_has_used_writes_nothing(lock: Lock) {
     assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
     other.env.assert_unlocked();
     assert!(other.env.state().unwrap().contains("terraform_data"), "{:?}", other.env.state());
-    // Whoever took it and when no longer stands anywhere.
+    // Nothing records any more who took it, and when.
     assert_it_ends(&holder, &cgroup, run, &["the lock of this run is gone: another host has released it"]);
     other.env.assert_unlocked();
     let end = other.run(Subject::Tf, &PLAN);
@@ -336,7 +336,7 @@ fn a_frozen_host_whose_lock_is_claimed_says_by_whom_and_when() {
         let mut other = holder.beside("other", "true");
         let proxy = through(&mut other.env, hold_delete);
         let run = frozen(&holder, &cgroup);
-        // A plan writes no state, so the state stays as it is, whoever works when.
+        // A plan writes no state, so the state stays as it is, in whatever order the runs work.
         let taker = other.start(Subject::Tf, &[&PLAN[..], &["-lock-timeout=5m"]].concat());
         proxy.wait_until_held();
         let how = ["@other has taken over the lock of this run at 20", "its lease had lapsed"];
