@@ -24,6 +24,7 @@ use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lease::fence::{INTERRUPTS_TO_END, Loss, Trouble};
 use crate::lease::observed::ObservedLease;
+use crate::lease::record::Claim;
 use crate::lease::takeover::Obstacle;
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
@@ -165,8 +166,17 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     let held = released.created.map_or_else(String::new, |created| {
         format!(", held for {}", length_of_time(now.duration_since(created).unsigned_abs()))
     });
-    let _ = write!(text, "\nreleased the lock: {}{held}", lock(recorded));
+    let released = released_or_claimed("the lock", released.claim.as_ref());
+    let _ = write!(text, "\n{released}: {}{held}", lock(recorded));
     text
+}
+
+/// Says that `what`, a lock, was released. `claim` is the claim that another host had on it: that host says that it has
+/// released the lock.
+fn released_or_claimed(what: &str, claim: Option<&Claim>) -> String {
+    let Some(claim) = claim else { return format!("released {what}") };
+    let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
+    format!("{what} is released; {} had claimed it{at}", visible(&claim.by))
 }
 
 /// Reports that the recorded digest does not match the state. The command in the message names `workspace` if it is not
@@ -499,13 +509,15 @@ pub(crate) fn recovering() -> String {
 }
 
 /// Reports that a lock of an earlier run was released.
-pub(crate) fn recovered(record: &JournalRecord, recorded: &RecordedLock, now: Timestamp) -> String {
-    format!(
-        "released the lock that an earlier run left (started {} ago, pid {}): {}",
-        length_of_time(now.duration_since(record.started).unsigned_abs()),
-        record.tf,
-        lock(recorded)
-    )
+pub(crate) fn recovered(
+    record: &JournalRecord,
+    recorded: &RecordedLock,
+    claim: Option<&Claim>,
+    now: Timestamp,
+) -> String {
+    let ago = length_of_time(now.duration_since(record.started).unsigned_abs());
+    let what = format!("the lock that an earlier run left (started {ago} ago, pid {})", record.tf);
+    format!("{}: {}", released_or_claimed(&what, claim), lock(recorded))
 }
 
 /// Reports what a recovery would do about a lock of a dead run.
@@ -976,6 +988,15 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Of two hosts, one says that it has released the lock.
+    #[test]
+    fn the_release_of_a_lock_that_another_host_has_claimed_names_that_host() {
+        let claim = Claim { by: "ci\u{7}@other".into(), at: 1_790_000_000, number: 7 };
+        let of = |claim| released_or_claimed("the lock", claim);
+        assert_eq!(of(None), "released the lock");
+        assert_eq!(of(Some(&claim)), "the lock is released; ci\\u{7}@other had claimed it at 2026-09-21T14:13:20Z");
+    }
 
     /// An unlock would let another run change what a provisioner of the dead run still changes.
     #[test]

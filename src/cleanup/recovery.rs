@@ -1038,7 +1038,7 @@ impl Reporter for RecoveryReporter<'_> {
         let (record, lock) = (self.record, &result.lock);
         match &result.outcome {
             Some(Outcome::Released(released)) => {
-                self.messages.push(messages::recovered(record, lock, self.now));
+                self.messages.push(messages::recovered(record, lock, released.claim.as_ref(), self.now));
                 if released.is_partial && is_remembered {
                     self.messages.push(messages::other_part_may_land(lock, true, ""));
                 }

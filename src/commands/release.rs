@@ -215,7 +215,7 @@ impl Release {
             let Some(stored) = stored else { continue };
             let shown = visible(&place.describe());
             match reach.stores.remove(place, stored).await {
-                Ok(Removed::Gone) => {
+                Ok(Removed::Gone(_) | Removed::GoneBefore) => {
                     let event = LockInfo::default();
                     let reason_given = self.reason.as_deref();
                     let why = format!("it was not a lock: {reason}");
@@ -325,7 +325,7 @@ impl Release {
         for (store_key, shown) in &parts {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
-                Ok(Removed::Gone) => {
+                Ok(Removed::Gone(_) | Removed::GoneBefore) => {
                     half = "\nthe other part of the lock was deleted, but this part still refuses every run";
                 }
                 Ok(Removed::Anothers) => gone = false,

@@ -1,12 +1,24 @@
 //! The result of a conditional delete.
 
+use crate::lease::record::Claim;
+
 /// The result of a conditional delete, as the service reports it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Deleted {
-    /// The service accepted the condition and deleted what was read.
-    Yes,
-    /// The condition failed, so nothing was deleted by this request, and the caller must read the location again. What
-    /// was read no longer exists, or something else has replaced it, or an earlier attempt of the same delete
-    /// succeeded: if the response to that attempt is lost, the SDK sends the request again.
+    /// The service accepted the condition and deleted what was read. With it, it has deleted this claim of another
+    /// host. `None` if the lock was not claimed.
+    Yes(Option<Claim>),
+    /// The condition failed, and the request was sent only once, so it has deleted nothing. What was read no longer
+    /// exists, or something else has replaced it. The caller must read the location again.
     Changed,
+    /// The condition failed, and the request was sent more than once: if the response to an attempt is lost, the SDK
+    /// sends the request again. So an earlier attempt may have deleted what was read.
+    Unclear,
+}
+
+impl Deleted {
+    /// The result of a request whose condition has failed. `were_several` is whether it was sent more than once.
+    pub(super) fn refused(were_several: bool) -> Self {
+        if were_several { Self::Unclear } else { Self::Changed }
+    }
 }

@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
+use aws_sdk_dynamodb::operation::delete_item::builders::DeleteItemFluentBuilder;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
-use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency, ProvisionedThroughputDescription};
+use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency, ProvisionedThroughputDescription, ReturnValue};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationInterceptorContextRef;
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
@@ -16,11 +17,12 @@ use aws_smithy_types::config_bag::ConfigBag;
 use jiff::Timestamp;
 use serde_json::Value;
 
+use super::attempts::Attempts;
 use super::deleted::Deleted;
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
-use crate::lease::record::{FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
+use crate::lease::record::{Claim, FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 
@@ -128,6 +130,12 @@ impl Item {
             _ => None,
         };
         Some(value.ok_or(NotBelieved::Malformed).and_then(|value| Record::of_value(&value, lock)))
+    }
+
+    /// Returns the claim of another host. `None` if there is none, or if the record is not believed.
+    fn claim(&self) -> Option<Claim> {
+        let lock = LockInfo::parse(self.info().text())?;
+        self.record(&lock.id)?.ok()?.taken
     }
 
     /// Returns the item with `record` in place of its record. Facts about the holder are left out if the item would be
@@ -341,7 +349,7 @@ pub(crate) async fn delete_claimed(client: &Client, key: ItemKey<'_>, claimed: &
         .condition_expression(condition.text)
         .set_expression_attribute_names(Some(condition.names))
         .set_expression_attribute_values(Some(condition.values).filter(|values| !values.is_empty()));
-    deleted(request.send().await)
+    send_delete(request).await
 }
 
 /// The condition of a write.
@@ -581,7 +589,7 @@ pub(crate) async fn delete_digest(client: &Client, item: ItemKey<'_>, old: &str)
         .key("LockID", item.digest_id())
         .condition_expression("Digest = :old")
         .expression_attribute_values(":old", AttributeValue::S(old.to_owned()));
-    deleted(request.send().await).map(|deleted| deleted == Deleted::Yes)
+    send_delete(request).await.map(|deleted| matches!(deleted, Deleted::Yes(_)))
 }
 
 fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> {
@@ -595,7 +603,8 @@ fn written(answer: Result<(), SdkError<PutItemError>>) -> Result<bool, Failure> 
 }
 
 /// Deletes the item, on the condition that its `Info` attribute is still exactly `info`. The condition never uses
-/// `contains`, because an empty or partial ID would match.
+/// `contains`, because an empty or partial ID would match. Its lease record may have changed. The response contains the
+/// deleted item, so it shows whether another host had claimed the lock when it was deleted.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for a reason other than its condition.
@@ -612,14 +621,19 @@ pub(crate) async fn delete(client: &Client, item: ItemKey<'_>, info: &InfoAttrib
             request.clone().condition_expression(condition)
         }
     };
-    deleted(request.send().await)
+    match send_delete(request.clone().return_values(ReturnValue::AllOld)).await {
+        // A policy may permit a delete that returns nothing (the condition key `dynamodb:ReturnValues`).
+        Err(failure) if failure.denied().is_some() => send_delete(request).await,
+        deleted => deleted,
+    }
 }
 
-fn deleted<T>(answer: Result<T, SdkError<DeleteItemError>>) -> Result<Deleted, Failure> {
-    match answer {
-        Ok(_) => Ok(Deleted::Yes),
+async fn send_delete(request: DeleteItemFluentBuilder) -> Result<Deleted, Failure> {
+    let attempts = Attempts::default();
+    match request.customize().interceptor(attempts.clone()).send().await {
+        Ok(answer) => Ok(Deleted::Yes(answer.attributes.and_then(|item| Item(item).claim()))),
         Err(error) if error.as_service_error().is_some_and(DeleteItemError::is_conditional_check_failed_exception) => {
-            Ok(Deleted::Changed)
+            Ok(Deleted::refused(attempts.were_several()))
         }
         Err(error) => Err(failure("dynamodb:DeleteItem", &error)),
     }

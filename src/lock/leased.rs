@@ -321,8 +321,8 @@ impl Stores {
             let now = self.read_lease_surely(item).await?;
             match after_claim(claim, claimed, now.lock.as_ref()) {
                 None => return Err(no_lock(item)),
-                Some(AfterClaim::Gone) => return Ok(Removed::Gone),
-                Some(AfterClaim::Changed) if deleted == Deleted::Changed => return Ok(Removed::Anothers),
+                Some(AfterClaim::Gone) => return Ok(Removed::Gone(None)),
+                Some(AfterClaim::Changed) if !matches!(deleted, Deleted::Yes(_)) => return Ok(Removed::Anothers),
                 Some(AfterClaim::Ours | AfterClaim::Unchanged | AfterClaim::Changed) => {
                     tokio::time::sleep(RETRY_INTERVAL).await;
                 }
@@ -335,7 +335,7 @@ impl Stores {
     /// lock: for a moment, another run may have the object and not yet the item.
     async fn remove_if_of(&self, object: &StoreKey, id: &str) -> Result<Removed, Failure> {
         for _ in 0..ATTEMPTS {
-            let Some(lock) = self.read_lease_surely(object).await?.lock else { return Ok(Removed::Gone) };
+            let Some(lock) = self.read_lease_surely(object).await?.lock else { return Ok(Removed::GoneBefore) };
             let Some(info) = lock.stored.info() else { return Err(no_lock(object)) };
             if info.id != id {
                 return Ok(Removed::Anothers);

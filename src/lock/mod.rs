@@ -3,6 +3,7 @@
 //! This module does not deal with child processes, signals or terminals. The `supervise` module does, but it does not
 //! deal with AWS.
 
+pub(crate) mod attempts;
 pub(crate) mod deleted;
 pub(crate) mod digest;
 pub(crate) mod dynamodb;

@@ -2,6 +2,7 @@
 
 use super::digest::Comparison;
 use crate::aws::failure::Failure;
+use crate::lease::record::Claim;
 
 /// The result of a release.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +99,9 @@ pub(crate) struct Released {
     /// Whether the log shows no response to the lock request, and one of the lock's two parts was never found. The
     /// request for that part may still land.
     pub(crate) is_partial: bool,
+    /// Another host had claimed the lock because its lease had lapsed, or a person had. That host reports the release
+    /// too. `None` if the lock was not claimed.
+    pub(crate) claim: Option<Claim>,
 }
 
 /// The result of the wait for a write that may have been in flight when terraform died.

@@ -40,6 +40,7 @@ use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::crash_point;
+use crate::lease::record::Claim;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
@@ -207,7 +208,9 @@ pub(crate) async fn release(
         purpose,
         renewed: false,
         begun: Instant::now(),
+        found: Vec::new(),
         asked_to_go: Vec::new(),
+        claim: None,
         created: None,
         deleted: false,
         write: None,
@@ -513,11 +516,15 @@ struct Attempt<'a> {
     begun: Instant,
     /// Whether new credentials were already requested, because a service reported that the old ones had expired.
     renewed: bool,
-    /// The parts that belonged to the run, and for which a delete request was sent.
+    /// The parts that were found and belonged to the run.
+    found: Vec<StoreKey>,
+    /// Those of them that a delete request of this release may have deleted.
     asked_to_go: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
     /// Whether this release has deleted at least one part.
     deleted: bool,
+    /// The claim of another host that was deleted with a part.
+    claim: Option<Claim>,
     /// The result of the wait for a write. `None` until nothing has changed for a whole [`QUIET_WINDOW`].
     write: Option<Write>,
     /// Whether a delete needs no further consent: the table is not a global table, or the user has set
@@ -588,12 +595,13 @@ impl Attempt<'_> {
 
     /// Collects the facts that are reported about the lock after its release.
     async fn released(&self, services: &Services<'_>) -> Released {
-        let unseen = services.parts.iter().any(|part| !self.asked_to_go.contains(part));
+        let unseen = services.parts.iter().any(|part| !self.found.contains(part));
         Released {
             created: self.created,
             write: self.write,
             digest_mismatch: digest_mismatch_now(services).await,
             is_partial: self.recorded.progress.held.is_none() && unseen,
+            claim: self.claim.clone(),
         }
     }
 
@@ -602,6 +610,7 @@ impl Attempt<'_> {
     async fn part(&mut self, services: &Services<'_>, part: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let remaining = || remaining(limit, begun);
+        let was_asked_to_go = self.asked_to_go.contains(part);
         loop {
             // Both requests run concurrently, so that a slow service causes only one delay.
             let agreed = self.agreed;
@@ -618,7 +627,7 @@ impl Attempt<'_> {
                 stored => stored?,
             };
             let Some(stored) = stored else {
-                return Ok(Judged::of_no_part(self.asked_to_go.contains(part)));
+                return Ok(Judged::of_no_part(was_asked_to_go));
             };
             let Some(info) = stored.info() else {
                 trace!("{part:?} holds no lock: {}", stored.describe_no_lock());
@@ -638,14 +647,25 @@ impl Attempt<'_> {
             }
             self.created = info.created();
             crash_point::reached("release: half judged");
+            if !self.found.contains(part) {
+                self.found.push(part.clone());
+            }
             if !self.asked_to_go.contains(part) {
                 self.asked_to_go.push(part.clone());
             }
             match within(remaining(), part.service(), services.stores.remove(part, &stored)).await? {
-                Removed::Gone => {
+                Removed::Gone(claim) => {
                     trace!("deleted {} in {part:?}", info.id);
                     crash_point::reached("release: half deleted");
+                    self.claim = claim.or(self.claim.take());
                     return Ok(Judged::Deleted);
+                }
+                Removed::GoneBefore => {
+                    trace!("somebody has deleted {} in {part:?}", info.id);
+                    if !was_asked_to_go {
+                        self.asked_to_go.retain(|asked| asked != part);
+                    }
+                    return Ok(Judged::of_no_part(was_asked_to_go));
                 }
                 Removed::Refused => {
                     return Err(Failure::no_answer(

@@ -23,6 +23,7 @@ use jiff::Timestamp;
 use md5::{Digest, Md5};
 use tokio::time::{Instant, timeout_at};
 
+use super::attempts::Attempts;
 use super::deleted::Deleted;
 use super::service_time::ServiceTime;
 use super::written::Written;
@@ -518,15 +519,17 @@ async fn put(
 /// condition.
 pub(crate) async fn delete(client: &Client, bucket: &str, key: &str, object: &Object) -> Result<Deleted, Failure> {
     let etag = object.strong_etag()?;
-    match client.delete_object().bucket(bucket).key(key).if_match(etag).send().await {
-        Ok(_) => Ok(Deleted::Yes),
+    let attempts = Attempts::default();
+    let request = client.delete_object().bucket(bucket).key(key).if_match(etag);
+    match request.customize().interceptor(attempts.clone()).send().await {
+        Ok(_) => Ok(Deleted::Yes(None)),
         Err(error) => {
             let status = error.raw_response().map(|response| response.status().as_u16());
             match (error.code(), status) {
                 // 412: there is another object. 404: there is no object. 409: an object is being written at this
                 // moment.
                 (Some("PreconditionFailed" | "NoSuchKey" | "ConditionalRequestConflict"), _)
-                | (_, Some(404 | 409 | 412)) => Ok(Deleted::Changed),
+                | (_, Some(404 | 409 | 412)) => Ok(Deleted::refused(attempts.were_several())),
                 _ => Err(failure("s3:DeleteObject", &error)),
             }
         }

@@ -10,6 +10,7 @@ use super::deleted::Deleted;
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
+use crate::lease::record::Claim;
 use crate::lock::{dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
@@ -130,10 +131,13 @@ impl StoredLock {
 }
 
 /// The result of [`Stores::remove`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Removed {
-    /// What was read no longer exists. Another lock may be stored at the location by now.
-    Gone,
+    /// What was read was deleted. Another lock may be stored at the location by now. With it, this claim of another host
+    /// was deleted; `None` if the lock was not claimed, or if that is not known because the response was lost.
+    Gone(Option<Claim>),
+    /// Somebody else has deleted what was read.
+    GoneBefore,
     /// The location now holds something other than what was read.
     Anothers,
     /// What was read still exists unchanged after 5 deletes: the service does not delete it.
@@ -239,10 +243,13 @@ impl Stores {
     /// Returns a [`Failure`] if a request fails, or if the location holds something that is not a lock after the delete
     /// of a lock. The delete may have succeeded nevertheless.
     pub(crate) async fn remove(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Removed, Failure> {
-        for _ in 0..5 {
-            let deleted = self.delete(store_key, stored).await?;
+        for attempt in 0..5 {
+            let mut deleted = self.delete(store_key, stored).await?;
+            if attempt > 0 && deleted == Deleted::Changed {
+                deleted = Deleted::Unclear;
+            }
             let now = self.read(store_key).await?;
-            match removed(deleted, stored, now.as_ref()) {
+            match removed(&deleted, stored, now.as_ref()) {
                 Some(removed) => return Ok(removed),
                 None if stored.info().is_some() && now.is_some_and(|now| now.info().is_none()) => {
                     return Err(Failure::no_answer(
@@ -259,8 +266,13 @@ impl Stores {
 
 /// Returns the result of a delete of `read`. `now` is what its location holds after the delete. `None` if that does not
 /// show the result, so that the delete must be repeated.
-pub(crate) fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
-    let Some(now) = now else { return Some(Removed::Gone) };
+pub(crate) fn removed(deleted: &Deleted, read: &StoredLock, now: Option<&StoredLock>) -> Option<Removed> {
+    let gone = match deleted {
+        Deleted::Yes(claim) => Removed::Gone(claim.clone()),
+        Deleted::Unclear => Removed::Gone(None),
+        Deleted::Changed => Removed::GoneBefore,
+    };
+    let Some(now) = now else { return Some(gone) };
     // Two findings do not show whether the lock is gone: the same content as before, and content that is not a lock
     // although a lock was read before.
     if now == read || (now.info().is_none() && read.info().is_some()) {
@@ -268,8 +280,8 @@ pub(crate) fn removed(deleted: Deleted, read: &StoredLock, now: Option<&StoredLo
     }
     let id = |stored: &StoredLock| stored.info().map(|info| info.id);
     match deleted {
-        Deleted::Yes if id(now) != id(read) => Some(Removed::Gone),
-        Deleted::Yes | Deleted::Changed => Some(Removed::Anothers),
+        Deleted::Yes(_) if id(now) != id(read) => Some(gone),
+        Deleted::Yes(_) | Deleted::Changed | Deleted::Unclear => Some(Removed::Anothers),
     }
 }
 
@@ -296,7 +308,7 @@ mod tests {
         assert!(!object("<html>", "1").is_same_lock(&object("<html>", "2")));
         // After a renewal between the read and the delete, the lock is read and judged again.
         let renewed = object(r#"{"ID":"a","tf":{}}"#, "2");
-        assert_eq!(removed(Deleted::Changed, &lock, Some(&renewed)), Some(Removed::Anothers));
+        assert_eq!(removed(&Deleted::Changed, &lock, Some(&renewed)), Some(Removed::Anothers));
     }
 
     #[test]
@@ -305,21 +317,30 @@ mod tests {
         let item = |id: &str| text(&format!(r#"{{"ID":"{id}"}}"#));
         let (ours, other, page) = (item("a"), item("b"), text("<html>"));
         let rewritten = text(r#"{"ID":"a","Who":"x"}"#);
+        let claim = Claim { by: "o@h".into(), at: 20, number: 7 };
+        let (yes, claimed) = (Deleted::Yes(None), Deleted::Yes(Some(claim.clone())));
+        let (changed, unclear) = (Deleted::Changed, Deleted::Unclear);
+        let gone = Removed::Gone(None);
         for (deleted, now, expected) in [
-            (Deleted::Yes, None, Some(Removed::Gone)),
-            (Deleted::Changed, None, Some(Removed::Gone)),
-            (Deleted::Yes, Some(&other), Some(Removed::Gone)),
-            (Deleted::Changed, Some(&other), Some(Removed::Anothers)),
-            (Deleted::Yes, Some(&rewritten), Some(Removed::Anothers)),
+            (&yes, None, Some(&gone)),
+            (&claimed, None, Some(&Removed::Gone(Some(claim)))),
+            (&unclear, None, Some(&gone)),
+            (&changed, None, Some(&Removed::GoneBefore)),
+            (&yes, Some(&other), Some(&gone)),
+            (&changed, Some(&other), Some(&Removed::Anothers)),
+            (&unclear, Some(&other), Some(&Removed::Anothers)),
+            (&yes, Some(&rewritten), Some(&Removed::Anothers)),
             // The service, or a proxy in front of it, reports a delete that did not happen.
-            (Deleted::Yes, Some(&ours), None),
-            (Deleted::Changed, Some(&ours), None),
-            (Deleted::Yes, Some(&page), None),
-            (Deleted::Changed, Some(&page), None),
+            (&yes, Some(&ours), None),
+            (&changed, Some(&ours), None),
+            (&unclear, Some(&ours), None),
+            (&yes, Some(&page), None),
+            (&changed, Some(&page), None),
+            (&unclear, Some(&page), None),
         ] {
-            assert_eq!(removed(deleted, &ours, now), expected, "{deleted:?} {now:?}");
+            assert_eq!(removed(deleted, &ours, now).as_ref(), expected, "{deleted:?} {now:?}");
         }
         // This case happens only if a person requests the delete of content that is not a lock.
-        assert_eq!(removed(Deleted::Changed, &page, Some(&other)), Some(Removed::Anothers));
+        assert_eq!(removed(&Deleted::Changed, &page, Some(&other)), Some(Removed::Anothers));
     }
 }

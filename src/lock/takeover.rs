@@ -554,7 +554,8 @@ async fn delete(
     let removed = stores.delete_claimed(item, object, claimed).await?;
     crash_point::reached("takeover: deleted");
     match removed {
-        Removed::Gone => Ok(Taken::Yes),
+        // While the claim stands, nobody else says that the lock was released.
+        Removed::Gone(_) | Removed::GoneBefore => Ok(Taken::Yes),
         // Only another taker changes a claimed lock, and only after the claim has lapsed.
         Removed::Anothers => Ok(Taken::Changed),
         Removed::Refused => {
@@ -572,14 +573,17 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
         return Err(Failure::refusal(object.service(), reason));
     }
     crash_point::reached("takeover: begun");
-    for _ in 0..ATTEMPTS {
-        let deleted = stores.delete(object, &lock.stored).await?;
+    for attempt in 0..ATTEMPTS {
+        let mut deleted = stores.delete(object, &lock.stored).await?;
+        if attempt > 0 && deleted == Deleted::Changed {
+            deleted = Deleted::Unclear;
+        }
         let mut now = stores.read_lease(object).await?.lock;
         if now.is_none() {
             // A single response proves nothing.
             now = stores.read_lease(object).await?.lock;
         }
-        if let Some(taken) = taken(deleted, lock, now.as_ref()) {
+        if let Some(taken) = taken(&deleted, lock, now.as_ref()) {
             return Ok(taken);
         }
         sleep(RETRY_INTERVAL).await;
@@ -588,19 +592,18 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
 }
 
 /// Returns the result of a conditional delete of `lock`. `now` is what is there after the delete. `None` if that does
-/// not show the result, so that the delete must be repeated. If the response to the delete was lost, the result is
-/// [`Taken::Gone`], although this taker has deleted the lock.
-fn taken(deleted: Deleted, lock: &LeasedLock, now: Option<&LeasedLock>) -> Option<Taken> {
+/// not show the result, so that the delete must be repeated.
+fn taken(deleted: &Deleted, lock: &LeasedLock, now: Option<&LeasedLock>) -> Option<Taken> {
     let is_same = match now {
         None => false,
         Some(now) => now.stored.info()?.id == lock.stored.info()?.id,
     };
     match deleted {
         _ if now == Some(lock) => None,
-        Deleted::Changed if is_same => Some(Taken::Changed),
+        Deleted::Changed | Deleted::Unclear if is_same => Some(Taken::Changed),
         // The service has deleted what was read, and the holder cannot have written it again.
-        Deleted::Yes if is_same => None,
-        Deleted::Yes => Some(Taken::Yes),
+        Deleted::Yes(_) if is_same => None,
+        Deleted::Yes(_) | Deleted::Unclear => Some(Taken::Yes),
         Deleted::Changed => Some(Taken::Gone),
     }
 }

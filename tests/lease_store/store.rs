@@ -232,9 +232,9 @@ fn a_claim_replaces_only_what_was_read_and_ends_the_renewals(lock: Lock) {
     let (after, now) = fixture.claim(&claimed, &claim(3));
     assert_eq!(after, AfterClaim::Ours);
     assert_eq!(fixture.delete_claimed(&claimed), Removed::Anothers);
-    assert_eq!(fixture.delete_claimed(&now.lock.clone().unwrap()), Removed::Gone);
+    assert_eq!(fixture.delete_claimed(&now.lock.clone().unwrap()), Removed::Gone(None));
     fixture.env.assert_unlocked();
-    assert_eq!(fixture.delete_claimed(&now.lock.unwrap()), Removed::Gone);
+    assert_eq!(fixture.delete_claimed(&now.lock.unwrap()), Removed::Gone(None));
     assert_eq!(fixture.claim(&claimed, &claim(4)).0, AfterClaim::Gone);
     fixture.env.assert_unlocked();
 }
@@ -256,7 +256,7 @@ fn the_object_of_another_lock_is_left_when_a_claimed_lock_is_deleted() {
     let (_, now) = fixture.claim(&fixture.lock(), &claim(1));
     let others = lock_json("11111111-2222-3333-4444-555555555555", &fixture.env.path());
     cloud().s3("PUT", &format!("{}.tflock", fixture.env.path()), others.as_bytes());
-    assert_eq!(fixture.delete_claimed(&now.lock.unwrap()), Removed::Gone);
+    assert_eq!(fixture.delete_claimed(&now.lock.unwrap()), Removed::Gone(None));
     assert_eq!(fixture.env.locks(), [others]);
 }
 
@@ -269,7 +269,7 @@ fn an_object_with_a_lapsed_lease_is_deleted_only_as_it_was_read() {
     assert_eq!(remove(&read), Ok(Removed::Anothers));
     assert_eq!(fixture.lock(), woken);
     assert!(fixture.runtime.block_on(fixture.stores.claim(&fixture.place, &woken, &claim(1))).is_err());
-    assert_eq!(remove(&woken), Ok(Removed::Gone));
+    assert_eq!(remove(&woken), Ok(Removed::Gone(None)));
     fixture.env.assert_unlocked();
 }
 
@@ -309,7 +309,7 @@ fn a_lock_with_something_else_in_the_place_of_the_record_gets_none() {
         assert!(renewed.is_err_and(|failure| failure.is_final()));
         assert_eq!(fixture.lock(), read);
         let removed = fixture.runtime.block_on(fixture.stores.remove(&fixture.place, &read.stored));
-        assert_eq!(removed, Ok(Removed::Gone));
+        assert_eq!(removed, Ok(Removed::Gone(None)));
     }
 }
 

@@ -785,9 +785,14 @@ impl Protocol {
                 let text = |owner: Owner| {
                     StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{}"}}"#, self.info(owner).id)))
                 };
-                let deleted = if met { Deleted::Yes } else { Deleted::Changed };
-                match removed(deleted, &text(Owner::Run), store[part].map(text).as_ref()) {
-                    Some(Removed::Gone) => {
+                let deleted = if met { Deleted::Yes(None) } else { Deleted::Changed };
+                match removed(&deleted, &text(Owner::Run), store[part].map(text).as_ref()) {
+                    Some(Removed::GoneBefore) => {
+                        now.asked_to_go[part] = false;
+                        now.parts[part] = PartResult::Absent;
+                        now.at = if place + 1 < parts.len() { At::Read(place + 1) } else { At::Combine };
+                    }
+                    Some(Removed::Gone(_)) => {
                         now.parts[part] = PartResult::Deleted;
                         now.was_deleted = true;
                         now.at = if place + 1 < parts.len() { At::Read(place + 1) } else { At::Combine };

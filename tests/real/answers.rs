@@ -52,7 +52,7 @@ fn reads_lock(request: &Message) -> bool {
 }
 
 /// Whether this is a delete of either part by `tf`. It has a condition, and terraform's has none.
-fn deletes_lock(request: &Message) -> bool {
+pub fn deletes_lock(request: &Message) -> bool {
     let item = is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression");
     item || (request.start.starts_with("DELETE ") && request.header("if-match").is_some())
 }

@@ -51,6 +51,23 @@ fn a_run_that_ends_well_sends_no_request_of_ours(lock: Lock) {
 }
 for_each_lock!(a_run_that_ends_well_sends_no_request_of_ours);
 
+/// The condition key `dynamodb:ReturnValues` of an IAM policy can forbid that a delete returns the item.
+#[test]
+fn a_policy_that_permits_only_deletes_that_return_nothing_is_enough() {
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let denied = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not with ALL_OLD"}"#;
+    let (_proxy, asked) = record(&mut env, move |request| {
+        let returns = request.text().contains("ReturnValues");
+        if returns { ProxyAction::Answer(Message::answer("400 Bad Request", denied)) } else { ProxyAction::Pass }
+    });
+    let run = env.start_apply(Subject::Tf);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(asked.lock().unwrap().iter().any(|request| request.text().contains("ReturnValues")));
+    env.assert_unlocked();
+}
+
 /// An IAM policy may be limited to these keys (docs/iam.md).
 #[test]
 fn each_request_is_about_a_lock_a_digest_or_a_state_of_the_backend() {

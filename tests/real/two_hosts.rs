@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use super::answers::deletes_lock;
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
 use super::leased::{Cgroup, cgroup, record, wait_for_renewal_after};
 use super::locks_recover::recover;
@@ -275,14 +276,15 @@ fn frozen(holder: &Host, cgroup: &Cgroup) -> Run {
     run
 }
 
-/// Lets the cgroup go on, and asserts that the run in it is killed, says `how`, and has written nothing.
+/// Lets the cgroup go on, and asserts that the run in it is killed, says `how`, has written nothing, and does not say that
+/// it has released the lock.
 #[track_caller]
 fn assert_it_ends(holder: &Host, cgroup: &Cgroup, run: Run, how: &[&str]) {
     let state = holder.env.state();
     holder.env.unblock();
     cgroup.freeze(false);
     let end = run.wait();
-    assert_eq!(end.signal(), Some(9), "{}", holder.dump(&end));
+    assert_eq!((end.signal(), releases(&end)), (Some(9), 0), "{}", holder.dump(&end));
     for text in how.iter().chain(&["is not in the state", "terraform plan"]) {
         assert!(end.err.contains(text), "{text}: {}", holder.dump(&end));
     }
@@ -339,7 +341,12 @@ fn a_frozen_host_whose_lock_is_claimed_says_by_whom_and_when() {
         // A plan writes no state, so the state stays as it is, in whatever order the runs work.
         let taker = other.start(Subject::Tf, &[&PLAN[..], &["-lock-timeout=5m"]].concat());
         proxy.wait_until_held();
-        let how = ["@other has taken over the lock of this run at 20", "its lease had lapsed"];
+        let how = [
+            "@other has taken over the lock of this run at 20",
+            "its lease had lapsed",
+            "the lock is released; ",
+            "@other had claimed it at 20",
+        ];
         assert_it_ends(&holder, &cgroup, run, &how);
         proxy.let_go();
         let end = taker.wait();
@@ -403,12 +410,41 @@ fn a_host_that_comes_back_while_its_lock_is_claimed_does_not_hinder_the_taker() 
         proxy.let_go();
         let end = taker.wait();
         let both = format!("{}{}", holder.dump(&back), other.dump(&end));
-        assert_eq!((back.code(), end.code(), releases(&end)), (Some(0), Some(0), 1), "{both}");
+        assert_eq!((back.code(), end.code()), (Some(0), Some(0)), "{both}");
+        assert_eq!((releases(&back), releases(&end)), (0, 1), "{both}");
+        for text in ["the lock that an earlier run left (started ", ") is released; ", "@other had claimed it at 20"] {
+            assert!(back.out.contains(text), "{text}: {both}");
+        }
         holder.env.assert_unlocked();
         let again = recover(&holder.env, &[]);
         assert_eq!((again.code(), again.out.as_str()), (Some(0), ""), "{}", holder.dump(&again));
     }
 }
+
+/// The host that comes back has read the lock, and its delete arrives after the taker's.
+fn a_host_whose_delete_comes_second_does_not_say_that_it_has_released_the_lock(lock: Lock) {
+    let Some(mut holder) = holder(lock, "3s") else { return };
+    let other = holder.beside("other", "true");
+    // The recovery uses the endpoint of the dead run.
+    let proxy =
+        through(&mut holder.env, |request| if deletes_lock(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = holder.work();
+    holder.env.wait_for_trace("journal written");
+    holder.kill(run);
+    other.wait_until_lapsed();
+    let back = holder.start(Subject::Tf, &["locks", "recover"]);
+    proxy.wait_until_held();
+    let end = other.run(Subject::Tf, &PLAN);
+    proxy.let_go();
+    let back = back.wait();
+    let both = format!("{}{}", holder.dump(&back), other.dump(&end));
+    assert_eq!((back.code(), end.code()), (Some(0), Some(0)), "{both}");
+    assert_eq!((releases(&back), releases(&end)), (0, 1), "{both}");
+    holder.env.assert_unlocked();
+    let again = recover(&holder.env, &[]);
+    assert_eq!((again.code(), again.out.as_str()), (Some(0), ""), "{}", holder.dump(&again));
+}
+for_each_lock!(a_host_whose_delete_comes_second_does_not_say_that_it_has_released_the_lock);
 
 /// Holds the conditional delete of an item, as a taker sends it.
 fn hold_delete(request: &Message) -> ProxyAction {
