@@ -1,6 +1,7 @@
 //! The DynamoDB part of a lock: an item whose `LockID` is the lock's path and whose `Info` attribute is the lock's JSON
 //! (backend/remote-state/s3/client.go, `lockWithDynamoDB`).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::Client;
@@ -22,6 +23,7 @@ use super::deleted::Deleted;
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
+use crate::lease::info_field;
 use crate::lease::record::{Claim, FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
@@ -81,6 +83,13 @@ fn is_an_answer(body: &[u8]) -> bool {
 pub(crate) enum InfoAttribute {
     /// A string, most likely the text of a lock.
     Text(String),
+    /// The text of a lock whose field `Info` says that the lock has a lease ([`info_field`]).
+    Filled {
+        /// The text that terraform wrote.
+        text: String,
+        /// The text that is stored.
+        stored: String,
+    },
     /// A value of another type.
     Other(AttributeValue),
     /// The item has no `Info` attribute.
@@ -90,16 +99,25 @@ pub(crate) enum InfoAttribute {
 impl InfoAttribute {
     fn of(value: Option<AttributeValue>) -> Self {
         match value {
-            Some(AttributeValue::S(text)) => Self::Text(text),
+            Some(AttributeValue::S(stored)) => match info_field::clear(&stored) {
+                Cow::Borrowed(_) => Self::Text(stored),
+                Cow::Owned(text) => Self::Filled { text, stored },
+            },
             Some(other) => Self::Other(other),
             None => Self::None,
         }
     }
 
-    /// Returns the string. Empty if the attribute is not a string or does not exist.
+    /// Returns the attribute with this string.
+    #[cfg(test)]
+    pub(super) fn of_text(text: &str) -> Self {
+        Self::of(Some(AttributeValue::S(text.to_owned())))
+    }
+
+    /// Returns the string, as terraform wrote it. Empty if the attribute is not a string or does not exist.
     pub(crate) fn text(&self) -> &str {
         match self {
-            Self::Text(text) => text,
+            Self::Text(text) | Self::Filled { text, .. } => text,
             Self::Other(_) | Self::None => "",
         }
     }
@@ -138,14 +156,28 @@ impl Item {
         self.record(&lock.id)?.ok()?.taken
     }
 
-    /// Returns the item with `record` in place of its record. Facts about the holder are left out if the item would be
-    /// larger than [`MAX_ITEM_BYTES`].
+    /// Returns the item with `record` in place of its record, and with the field `Info` that belongs to it. That field
+    /// is left as terraform wrote it, and then facts about the holder are left out, if the item would be larger than
+    /// [`MAX_ITEM_BYTES`].
     fn with(&self, record: &Record) -> Self {
-        let with = |record: &Record| {
+        let info = self.info();
+        let with = |record: &Record, text: Option<String>| {
             let mut item = self.clone();
             item.0.insert(FIELD.to_owned(), attribute_of(&record.to_value()));
+            if let Some(text) = text {
+                item.0.insert("Info".to_owned(), AttributeValue::S(text));
+            }
             item
         };
+        let filled = with(record, info_field::fill(info.text(), record));
+        if filled.size() <= MAX_ITEM_BYTES {
+            return filled;
+        }
+        let as_written = match info {
+            InfoAttribute::Filled { text, .. } => Some(text),
+            InfoAttribute::Text(_) | InfoAttribute::Other(_) | InfoAttribute::None => None,
+        };
+        let with = |record: &Record| with(record, as_written.clone());
         with(&record.cut(|record| with(record).size() <= MAX_ITEM_BYTES))
     }
 
@@ -614,7 +646,7 @@ pub(crate) async fn delete(client: &Client, item: ItemKey<'_>, info: &InfoAttrib
         request.clone().condition_expression("Info = :info").expression_attribute_values(":info", value)
     };
     let request = match info {
-        InfoAttribute::Text(text) => equals(AttributeValue::S(text.clone())),
+        InfoAttribute::Text(stored) | InfoAttribute::Filled { stored, .. } => equals(AttributeValue::S(stored.clone())),
         InfoAttribute::Other(value) => equals(value.clone()),
         InfoAttribute::None => {
             let condition = "attribute_exists(LockID) AND attribute_not_exists(Info)";

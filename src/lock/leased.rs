@@ -12,7 +12,7 @@ use crate::aws::failure::Failure;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
-use crate::terraform::lock_info::new_id;
+use crate::terraform::lock_info::{LockInfo, new_id};
 
 /// A lock and its lease record, as one consistent read found them. Two of them are equal if neither the lock nor its
 /// record has changed.
@@ -239,6 +239,24 @@ impl Stores {
             RenewStep::IsLost => Ok(Renewed::Lost(seen)),
             _ => Err(Failure::no_answer(store_key.service(), "the lock keeps changing")),
         }
+    }
+
+    /// Says in the object of a lock with two parts that the lock has the lease `record` ([`crate::lease::info_field`]):
+    /// terraform shows the object to everybody whom the lock refuses. Changes nothing if the object is not a part of
+    /// that lock, or if the service may ignore the condition of the write, which could then bring the object back after
+    /// it was deleted.
+    ///
+    /// # Errors
+    /// Returns a [`Failure`] if a request fails for a reason other than its condition. The object may have been written
+    /// nevertheless.
+    pub(crate) async fn fill_info(&self, object: &StoreKey, record: &Record) -> Result<(), Failure> {
+        let StoreKey::S3 { bucket, key, .. } = object else { return Ok(()) };
+        let Some(read) = s3::read(&self.s3, bucket, key).await? else { return Ok(()) };
+        let is_part = LockInfo::parse(&read.body).is_some_and(|info| info.id == record.lock);
+        if is_part && self.treatment_of_renewals(object).await == IfMatch::Obeyed {
+            s3::fill_info(&self.s3, &self.write_settings, ObjectKey { bucket, key }, &read, record).await?;
+        }
+        Ok(())
     }
 
     async fn write(

@@ -28,6 +28,7 @@ use super::deleted::Deleted;
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
+use crate::lease::info_field;
 use crate::lease::record::{self, Member, Record};
 use crate::terraform::backend::CachedBackend;
 
@@ -37,8 +38,8 @@ const MAX_LOCK_BYTES: u64 = 1 << 20;
 /// A lock object as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
-    /// The body without the member `tf`, so that it is the text that terraform wrote. Every sequence that is not UTF-8
-    /// is replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`], because the body is not read then.
+    /// The body without the member `tf` and with an empty field `Info` ([`info_field`]), so that it is the text that
+    /// terraform wrote. Every sequence that is not UTF-8 is replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`], because the body is not read then.
     pub(crate) body: String,
     /// The member `tf` of the body: the lease record.
     pub(crate) member: Member,
@@ -52,7 +53,7 @@ impl Object {
     /// `body` is the whole body, and `length` the length of the object in bytes.
     fn new(body: &str, length: u64, etag: Option<String>) -> Self {
         let (body, member) = record::split(body);
-        Self { body: body.into_owned(), member, length, etag }
+        Self { body: info_field::clear(&body).into_owned(), member, length, etag }
     }
 
     /// Returns the ETag for the condition `If-Match`.
@@ -436,7 +437,7 @@ pub(crate) async fn put_if_absent(
 }
 
 /// Replaces the record of the lock object `read` by `record`, on the condition that the object is unchanged. Facts
-/// about the holder are left out if the body would be larger than [`MAX_BODY_BYTES`].
+/// about the holder are left out if the body would be larger than [`MAX_BODY_BYTES`], the field `Info` first.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails for a reason other than its condition. It may have been written
@@ -448,10 +449,16 @@ pub(crate) async fn renew(
     read: &Object,
     record: &Record,
 ) -> Result<Written<Object>, Failure> {
-    let with = |record: &Record| record::join(&read.body, &record.to_json());
-    let record = record.cut(|record| with(record).is_some_and(|body| body.len() <= MAX_BODY_BYTES));
+    let with = |lock: &str, record: &Record| record::join(lock, &record.to_json());
+    let is_small = |body: &Option<String>| body.as_ref().is_some_and(|body| body.len() <= MAX_BODY_BYTES);
+    let filled = info_field::fill(&read.body, record).and_then(|lock| with(&lock, record));
+    let body = if is_small(&filled) {
+        filled
+    } else {
+        with(&read.body, &record.cut(|record| is_small(&with(&read.body, record))))
+    };
     // A byte that is not UTF-8 was replaced, so the text is not terraform's any more.
-    let body = with(&record).filter(|body| !body.contains(char::REPLACEMENT_CHARACTER));
+    let body = body.filter(|body| !body.contains(char::REPLACEMENT_CHARACTER));
     let Some(body) = body else {
         return Err(Failure::refusal("S3", "the lock object has no form to which a lease can be added"));
     };
@@ -460,6 +467,23 @@ pub(crate) async fn renew(
         Written::Yes(etag, time) => Written::Yes(Object::new(&body, body.len() as u64, etag), time),
         Written::Changed => Written::Changed,
     })
+}
+
+/// Fills the field `Info` of the lock object `read`, which has no record, on the condition that the object is unchanged.
+/// Does nothing if the object is not of the form in which terraform writes it.
+///
+/// # Errors
+/// As [`renew`].
+pub(crate) async fn fill_info(
+    client: &Client,
+    settings: &WriteSettings,
+    key: ObjectKey<'_>,
+    read: &Object,
+    record: &Record,
+) -> Result<(), Failure> {
+    let body = info_field::fill(&read.body, record).filter(|body| body.len() <= MAX_BODY_BYTES);
+    let Some(body) = body.filter(|_| read.member == Member::None) else { return Ok(()) };
+    put(client, settings, key, PutCondition::IfMatch(read.strong_etag()?), &body).await.map(drop)
 }
 
 /// The largest body that a lock has with its lease record, in bytes. S3 has no such limit; it is the one of an item in

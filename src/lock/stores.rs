@@ -290,6 +290,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_lock_is_the_same_whether_or_not_it_mentions_its_lease() {
+        const LOCK: &str = r#"{"ID":"a","Info":"","Who":"o@h"}"#;
+        let filled = LOCK.replace(r#""Info":"""#, r#""Info":"o@h (tf lease 5m)""#);
+        let item = |text: &str| StoredLock::Item(dynamodb::InfoAttribute::of_text(text));
+        assert!(item(LOCK).is_same_lock(&item(&filled)));
+        assert_eq!(item(&filled).text(), LOCK);
+        // The condition of a delete has the text that is stored. So the lock is read again after that has changed.
+        assert_eq!(removed(&Deleted::Changed, &item(LOCK), Some(&item(&filled))), Some(Removed::Anothers));
+    }
+
+    #[test]
     fn a_lock_is_the_same_with_another_record() {
         let object = |body: &str, etag: &str| {
             let (body, member) = crate::lease::record::split(body);

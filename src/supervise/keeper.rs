@@ -440,6 +440,10 @@ struct Renewals {
     number: u64,
     /// The clients, and the part of the lock that has the record. `None` until the lock was found.
     store: Option<(Stores, StoreKey)>,
+    /// The record that the lock's other part does not mention yet.
+    unmentioned: Option<Record>,
+    /// Whether the lock's other part was written.
+    is_mentioned: bool,
     /// The lock as it was read or written last.
     lock: Option<LeasedLock>,
     /// The first response, by which a clock that stands still is noticed.
@@ -467,6 +471,8 @@ impl Renewals {
             fence,
             number: random(),
             store: None,
+            unmentioned: None,
+            is_mentioned: false,
             lock: None,
             first: None,
             last: None,
@@ -530,6 +536,10 @@ impl Renewals {
             let pause = if self.lacks_credentials.get() { MAX_CREDENTIALS_PAUSE / 4 } else { LOOK_INTERVAL };
             return Ok(Step { report, pause });
         }
+        if let Some(record) = self.unmentioned.take() {
+            self.mention(&record).await;
+            return Ok(Step { report: None, pause: self.until_next_renewal() });
+        }
         if self.last.is_none()
             && let Some(loss) = self.read().await?
         {
@@ -579,7 +589,32 @@ impl Renewals {
             return Ok(self.lost(loss(&self.orders.lock, seen.lock.as_ref()).unwrap_or(Loss::Gone)));
         }
         self.lock = seen.lock;
-        Ok(self.confirmed(last, deadline).await)
+        let mut step = self.confirmed(last, deadline).await;
+        if !std::mem::replace(&mut self.is_mentioned, true) {
+            // The report goes first.
+            self.unmentioned = Some(record);
+            step.pause = Duration::ZERO;
+        }
+        Ok(step)
+    }
+
+    /// Writes into the lock's other part, if there is one, that the lock has a lease. Nothing depends on that, so it is
+    /// tried once.
+    async fn mention(&self, record: &Record) {
+        let Some((stores, key)) = &self.store else { return };
+        for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
+            let parts = location.store_keys(stores);
+            if let [first, object] = parts.as_slice()
+                && first == key
+                && let Err(failure) = within(self.request_timeout(), Box::pin(stores.fill_info(object, record))).await
+            {
+                trace!("keeper: the lock's object does not mention the lease: {failure}");
+            }
+        }
+    }
+
+    fn until_next_renewal(&self) -> Duration {
+        jittered(self.terms.renewal_interval(), random())
     }
 
     /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
@@ -589,7 +624,7 @@ impl Renewals {
         let fuse = if self.promised == Promise::Stop { self.arm(deadline).await } else { None };
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };
-        Step { report: Some(report), pause: jittered(self.terms.renewal_interval(), random()) }
+        Step { report: Some(report), pause: self.until_next_renewal() }
     }
 
     /// Sends the fuse the deadline of a confirmed renewal, and returns its answer. `None` if it does not answer.

@@ -144,12 +144,16 @@ fn a_renewal_changes_nothing_but_the_record(lock: Lock) {
         let key = format!("{}/{}", fixture.env.bucket, object_key(&fixture.env));
         let answer = cloud().s3("GET", &key, b"");
         assert_eq!(answer.header("content-type"), Some("application/json"));
-        let start = fixture.text.strip_suffix('}').unwrap();
+        let filled = fixture.text.replace(r#""Info":"""#, r#""Info":"anna@ci-7 (tf lease 5m)""#);
+        let start = filled.strip_suffix('}').unwrap();
         assert!(answer.text().starts_with(&format!("{start},\"tf\":{{")), "{}", answer.text());
     } else {
         let mut now = fixture.raw_item();
         assert!(now["tf"]["M"]["holder"]["M"]["host"]["S"] == "ci-7", "{now}");
         now.as_object_mut().unwrap().remove("tf");
+        let filled = fixture.text.replace(r#""Info":"""#, r#""Info":"anna@ci-7 (tf lease 5m)""#);
+        assert_eq!(now["Info"]["S"].as_str(), Some(filled.as_str()));
+        now["Info"]["S"] = json!(fixture.text);
         for item in [&mut now, &mut item] {
             let owner = item["Owner"]["SS"].as_array_mut().unwrap();
             owner.sort_by_key(ToString::to_string);

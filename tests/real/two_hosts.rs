@@ -457,9 +457,13 @@ fn bare_terraform_on_another_host_is_refused_waits_and_unlocks_as_ever(lock: Loc
     let other = holder.beside("other", "true");
     let run = holder.work();
     let id = id_of(&other.env.locks()[0]);
+    let lease = format!("{JOB} (tf lease 3s)");
+    let mentions_it = || other.env.locks().iter().all(|lock| lock.contains(&lease)).then_some(());
+    wait_for("the lease in the lock itself", mentions_it, || format!("{:?}", other.env.locks()));
     let end = other.run(Subject::Bare, &PLAN);
     assert_eq!(end.code(), Some(1), "{}", other.dump(&end));
-    for text in ["Error acquiring the state lock", id.as_str(), "@holder", "OperationTypeApply"] {
+    let info = format!("Info:      {lease}");
+    for text in ["Error acquiring the state lock", id.as_str(), "@holder", "OperationTypeApply", info.as_str()] {
         assert!(end.err.contains(text), "{text}: {}", other.dump(&end));
     }
     let last = record(&holder.env).unwrap();
