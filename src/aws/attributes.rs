@@ -86,6 +86,8 @@ const WEB_ROLE: &str = "a parameter of AssumeRoleWithWebIdentity";
 const ACCOUNTS: &str = "terraform checks the account before it locks, so a release does not";
 const CHECKS: &str = "it skips a check that terraform makes before it locks";
 const WRITING: &str = "how terraform writes objects; a release only reads and deletes";
+const WRITING_LOCKS: &str =
+    "how terraform writes objects; a release only reads and deletes; a lease writes the lock as terraform does";
 const RETRIES: &str = "how often terraform repeats a request; a release has its own limits";
 
 /// The attributes of the `backend "s3"` block.
@@ -177,11 +179,16 @@ pub(crate) const ATTRIBUTES: &[Setting] = &[
         "sse_customer_key is sent only with it; doctor --fix-digest writes its lock with it",
     ),
     setting("sse_customer_key", Both, Secret, "sent with every read of the lock and the state"),
-    setting("kms_key_id", Both, NoEffect, "a read needs no header for it; doctor --fix-digest writes its lock with it"),
-    setting("acl", Both, NoEffect, WRITING),
+    setting(
+        "kms_key_id",
+        Both,
+        NoEffect,
+        "a read needs no header for it; a lease and doctor --fix-digest write the lock with it",
+    ),
+    setting("acl", Both, NoEffect, WRITING_LOCKS),
     setting("state_tags", OpenTofu, NoEffect, WRITING),
-    setting("lock_tags", OpenTofu, NoEffect, WRITING),
-    setting("skip_s3_checksum", Both, NoEffect, WRITING),
+    setting("lock_tags", OpenTofu, NoEffect, WRITING_LOCKS),
+    setting("skip_s3_checksum", Both, NoEffect, WRITING_LOCKS),
     setting("allowed_account_ids", Both, NoEffect, ACCOUNTS),
     setting("forbidden_account_ids", Both, NoEffect, ACCOUNTS),
     setting("skip_credentials_validation", Both, NoEffect, CHECKS),

@@ -361,8 +361,7 @@ pub(crate) fn waiting_for_the_dead(tf: u32) -> String {
 
 /// Describes the holder of a lock with a lease: the URL of its CI job, or `user@host`.
 fn leaseholder(Lapsed { info, record, .. }: &Lapsed) -> String {
-    let described = record.holder.describe();
-    if described.is_empty() { visible(&info.who) } else { described }
+    lease_text::name(&record.holder).unwrap_or_else(|| visible(&info.who))
 }
 
 /// Says whose lease has lapsed, and when it was last renewed.

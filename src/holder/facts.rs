@@ -256,6 +256,7 @@ mod tests {
 
     use super::super::ci_job::tests::{ENVIRONMENTS, lookup};
     use super::*;
+    use crate::holder::lease_text;
 
     const ID: &str = "3f2a1b9c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c5d6e7f8";
     const OTHER: &str = "443579c837e6de9d2b28c81ff56328e90c168aa99c4f7afa741978c93f4417c0";
@@ -526,7 +527,11 @@ mod tests {
                 process = process.set(name, &format!("https://{SECRET}:{SECRET}@host/{SECRET}"));
             }
             let holder = process.holder("anna@ci-7");
-            let text = format!("{} {}", crate::json::to_string(&holder).unwrap(), holder.describe());
+            let text = format!(
+                "{} {}",
+                crate::json::to_string(&holder).unwrap(),
+                lease_text::name(&holder).unwrap_or_default()
+            );
             assert!(!text.contains(SECRET), "{text}");
             assert_eq!((holder.ci.as_str(), holder.job.as_str()), (system, job));
             assert!(holder.cloud.starts_with("pod prod/a "), "{text}");
@@ -574,6 +579,6 @@ mod tests {
     fn this_process_has_a_user_or_a_host() {
         let holder = here(&HostFacts::read());
         assert!(!holder.user.is_empty() || !holder.host.is_empty(), "{holder:?}");
-        assert!(!holder.describe().is_empty());
+        assert!(lease_text::name(&holder).is_some());
     }
 }

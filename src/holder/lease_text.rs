@@ -45,6 +45,21 @@ pub(crate) fn holder(holder: &Holder) -> Option<String> {
     Some(facts.join(", ")).filter(|facts| !facts.is_empty())
 }
 
+/// Returns a short name of a holder: the CI job, or else the user and the host; then the container and the cloud. For
+/// example, `anna@ci-7, container 3f2a1b9c4d5e`. `None` if the record has none of these.
+pub(crate) fn name(holder: &Holder) -> Option<String> {
+    let (ci, job) = (visible(&holder.ci), visible(&holder.job));
+    let name = match (job.is_empty(), ci.is_empty()) {
+        // A URL says the system by its host.
+        (false, is_unknown) if is_unknown || job.contains("://") => Some(job),
+        (false, _) => Some(format!("{ci} {job}")),
+        (true, true) => who(holder),
+        (true, false) => Some(who(holder).map_or_else(|| ci.clone(), |who| format!("{who} ({ci})"))),
+    };
+    let facts: Vec<String> = [name, container(holder), cloud(holder)].into_iter().flatten().collect();
+    Some(facts.join(", ")).filter(|facts| !facts.is_empty())
+}
+
 /// Returns `user@host`, or one of the two. `None` if the record has neither.
 pub(crate) fn who(holder: &Holder) -> Option<String> {
     let (user, host) = (visible(&holder.user), visible(&holder.host));
@@ -135,6 +150,37 @@ mod tests {
         assert_eq!(holder(&Holder { host: "h".into(), ..Holder::default() }).as_deref(), Some("h"));
         assert_eq!(holder(&Holder { user: "u".into(), ..Holder::default() }).as_deref(), Some("u"));
         assert_eq!(holder(&Holder { boot: "b".into(), ..Holder::default() }), None);
+    }
+
+    #[test]
+    fn the_name_of_a_holder_is_its_ci_job_or_else_its_user_and_host() {
+        let of = |[user, host, container, ci, job, cloud]: [&str; 6]| Holder {
+            user: user.into(),
+            host: host.into(),
+            container: container.into(),
+            ci: ci.into(),
+            job: job.into(),
+            cloud: cloud.into(),
+            attempt: "2".into(),
+            ..Holder::default()
+        };
+        for (facts, expected) in [
+            (["", "", "", "", "", ""], None),
+            (["anna", "ci-7", "", "", "", ""], Some("anna@ci-7")),
+            (["anna", "", "", "", "", ""], Some("anna")),
+            (["", "ci-7", "", "", "", ""], Some("ci-7")),
+            (["anna", "ci-7", "3f2a1b9c4d5e", "", "", ""], Some("anna@ci-7, container 3f2a1b9c4d5e")),
+            (["anna", "ci-7", "", "Atlantis", "", ""], Some("anna@ci-7 (Atlantis)")),
+            (["", "", "", "Atlantis", "", ""], Some("Atlantis")),
+            (["runner", "fv-az1", "", "GitHub Actions", "https://github.com/a/b", ""], Some("https://github.com/a/b")),
+            (["", "", "", "Spacelift", "infra/01H", "Azure"], Some("Spacelift infra/01H, Azure")),
+            (["", "", "", "", "infra/01H", ""], Some("infra/01H")),
+            (["a", "b", "", "", "", "pod prod/x, Amazon EC2 i-1"], Some("a@b, pod prod/x, Amazon EC2 i-1")),
+            // A record that somebody else has written.
+            (["a\u{1b}[2J", "b\nc", "", "", "", ""], Some("a\\u{1b}[2J@b\\u{a}c")),
+        ] {
+            assert_eq!(name(&of(facts)).as_deref(), expected, "{facts:?}");
+        }
     }
 
     #[test]

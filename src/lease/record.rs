@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::terms::Terms;
-use crate::console::visible;
 
 /// The name of the attribute and of the member.
 pub(crate) const FIELD: &str = "tf";
@@ -66,30 +65,6 @@ pub(crate) struct Holder {
 }
 
 impl Holder {
-    /// Describes the holder for a person, in one line that is safe for a terminal: the CI job's URL, or else the user
-    /// and the host; then the attempt, the container and the cloud. For example, `anna@ci-7, container 3f2a1b9c4d5e`.
-    /// Empty if nothing is known.
-    pub(crate) fn describe(&self) -> String {
-        let who = match (self.user.is_empty(), self.host.is_empty()) {
-            (true, true) => String::new(),
-            (false, true) => self.user.clone(),
-            (_, false) => format!("{}@{}", self.user, self.host),
-        };
-        let job = match (self.job.is_empty(), self.ci.is_empty()) {
-            (true, true) => who,
-            (true, false) if who.is_empty() => self.ci.clone(),
-            (true, false) => format!("{who} ({})", self.ci),
-            // A URL says the system by its host.
-            (false, _) if self.job.contains("://") || self.ci.is_empty() => self.job.clone(),
-            (false, _) => format!("{} {}", self.ci, self.job),
-        };
-        let labelled = |label: &str, text: &str| if text.is_empty() { String::new() } else { format!("{label}{text}") };
-        let parts =
-            [job, labelled("attempt ", &self.attempt), labelled("container ", &self.container), self.cloud.clone()];
-        let parts = parts.iter().filter(|part| !part.is_empty()).map(|part| visible(part));
-        parts.collect::<Vec<_>>().join(", ")
-    }
-
     fn facts(&mut self) -> Vec<&mut String> {
         vec![
             &mut self.user,
@@ -554,42 +529,5 @@ mod tests {
             }
             Ok(())
         });
-    }
-
-    #[test]
-    fn a_holder_is_described_in_one_line() {
-        let holder = |facts: &[(usize, &str)]| {
-            let mut holder = Holder::default();
-            for (place, text) in facts {
-                *holder.facts()[*place] = (*text).to_owned();
-            }
-            holder
-        };
-        let (user, host, container, ci, job, attempt, cloud) = (0, 1, 4, 5, 6, 7, 8);
-        for (facts, expected) in [
-            (&[][..], ""),
-            (&[(user, "anna"), (host, "ci-7")], "anna@ci-7"),
-            (&[(user, "anna")], "anna"),
-            (&[(host, "ci-7")], "@ci-7"),
-            (&[(user, "anna"), (host, "ci-7"), (container, "3f2a1b9c4d5e")], "anna@ci-7, container 3f2a1b9c4d5e"),
-            (&[(user, "anna"), (host, "ci-7"), (ci, "Atlantis")], "anna@ci-7 (Atlantis)"),
-            (&[(ci, "Atlantis")], "Atlantis"),
-            (
-                &[
-                    (user, "runner"),
-                    (host, "fv-az1"),
-                    (ci, "GitHub Actions"),
-                    (job, "https://github.com/a/b"),
-                    (attempt, "2"),
-                ],
-                "https://github.com/a/b, attempt 2",
-            ),
-            (&[(ci, "Spacelift"), (job, "infra/01H"), (cloud, "Azure")], "Spacelift infra/01H, Azure"),
-            (&[(user, "a"), (host, "b"), (cloud, "pod prod/x, Amazon EC2 i-1")], "a@b, pod prod/x, Amazon EC2 i-1"),
-            // A record that somebody else has written.
-            (&[(user, "a\u{1b}[2J"), (host, "b\nc")], "a\\u{1b}[2J@b\\u{a}c"),
-        ] {
-            assert_eq!(holder(facts).describe(), expected, "{facts:?}");
-        }
     }
 }
