@@ -58,11 +58,9 @@ pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus,
             },
             () = sleep(POLL_INTERVAL) => {
                 if let Some(status) = running.ended()? {
-                    // The pipe is still open, because the command has left a process in the background. The pipe now
+                    // The command may have left a process in the background, which keeps the pipe open. The pipe now
                     // contains all the output of the command itself.
-                    while let Ok(length @ 1..) = stdout.try_read(&mut buffer) {
-                        keep(&mut printed, &buffer[..length]);
-                    }
+                    keep_rest(&mut printed, &stdout);
                     return Ok((status, printed));
                 }
             }
@@ -73,6 +71,15 @@ pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus,
             return Ok((status, printed));
         }
         sleep(POLL_INTERVAL).await;
+    }
+}
+
+/// Adds everything that is in the pipe now. `Receiver::try_read` could miss it: without a new poll of the runtime, it does
+/// not read a pipe that was empty at the last poll.
+fn keep_rest(printed: &mut Vec<u8>, stdout: &Receiver) {
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = nix::unistd::read(stdout, &mut buffer) {
+        keep(printed, &buffer[..length]);
     }
 }
 
@@ -204,6 +211,21 @@ mod tests {
         assert_eq!((status.code(), printed.as_slice()), (Some(3), &b"hello"[..]));
         let (status, printed) = run(output("head -c 200000 /dev/zero", Asks::Nobody)).unwrap();
         assert_eq!((status.code(), printed.len()), (Some(0), MAX_OUTPUT_BYTES));
+    }
+
+    #[test]
+    fn what_it_prints_just_before_its_end_is_kept() {
+        let (end, write_end) = std::io::pipe().unwrap();
+        let printed = run(async {
+            let stdout = Receiver::from_owned_fd(end.into()).unwrap();
+            // The runtime has not polled the pipe since this write.
+            nix::unistd::write(&write_end, &[b'x'; 5000]).unwrap();
+            assert!(stdout.try_read(&mut [0]).is_err());
+            let mut printed = b"begun".to_vec();
+            keep_rest(&mut printed, &stdout);
+            printed
+        });
+        assert_eq!((printed.len(), &printed[..6]), (5005, &b"begunx"[..]));
     }
 
     #[test]
