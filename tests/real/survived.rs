@@ -778,14 +778,14 @@ const LONG_LOG: &str =
 fn a_lock_that_could_not_be_written_to_the_journal_is_found_in_a_long_log() {
     let grow = "touch began; while ! test -e grow; do sleep 0.02; done";
     let mut env = TestEnv::new(Lock::Both, &format!("{grow}; {LONG_LOG}; {WAITS}"));
-    // A directory in the place of the file that a write would create.
-    env.stand_in(
-        "blocks",
-        "#!/bin/sh\nfor run in \"$HOME\"/.local/state/tf/runs/*/; do\n  pid=$PPID\n  \
-         while [ $pid -le $((PPID + 99)) ]; do mkdir \"$run/record.$pid\"; pid=$((pid + 1)); done\ndone\n\
-         exec terraform \"$@\"\n",
-    );
-    let run = env.start_apply(Subject::Tf);
+    env.stand_in("waits", "#!/bin/sh\nwhile ! test -e blocked; do sleep 0.02; done\nexec terraform \"$@\"\n");
+    let run = env.start(Subject::Tf, &APPLY);
+    // The guardian writes the journal. A directory is in the place of the file that its write would create.
+    let guardian = guardian_of(&env, run.pid());
+    let record = wait_for("the record", || records(&env).pop(), || env.trace());
+    fs::create_dir(record.with_extension(guardian.to_string())).unwrap();
+    env.write("blocked", "");
+    env.wait_for_began(&run);
     env.assert_locked();
     env.wait_for_trace("journal written: false");
     let failed = || env.trace().matches("journal written: false").count();
