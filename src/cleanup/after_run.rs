@@ -5,7 +5,7 @@ use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::NonS3Cleanup;
 use crate::cleanup::clean_up::Permission;
 use crate::cleanup::clean_up::Reporter;
-use crate::cleanup::clean_up::{EndedRun, clean_up};
+use crate::cleanup::clean_up::{CleanUpResult, EndedRun, clean_up};
 use crate::cleanup::run_context::RunContext;
 use std::ops::Deref;
 use std::time::{Duration, Instant};
@@ -22,7 +22,6 @@ use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::history::By;
-use crate::journal::runs::Unfinished;
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
@@ -214,8 +213,7 @@ impl AfterRun<'_> {
         }
     }
 
-    /// Releases the locks that the run has left, and reports the results to `reporter`. Returns the work that is left
-    /// for the next `tf`.
+    /// Releases the locks that the run has left, and reports the results to `reporter`. Returns what is left.
     pub(crate) fn clean_up(
         &self,
         Ending { died, log_state, non_s3 }: Ending,
@@ -223,7 +221,7 @@ impl AfterRun<'_> {
         by: By,
         reporter: &mut dyn Reporter,
         waiter: &mut Waiter<'_>,
-    ) -> Unfinished {
+    ) -> CleanUpResult {
         let context = self.context;
         let permission = if context.release {
             let operation = match died {

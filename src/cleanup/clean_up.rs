@@ -120,6 +120,15 @@ pub(crate) struct Cleaned {
     lost_log_is_left: bool,
 }
 
+/// What is left after a cleanup.
+#[derive(Debug, Default)]
+pub(crate) struct CleanUpResult {
+    /// The work for the next `tf`.
+    pub(crate) unfinished: Unfinished,
+    /// The IDs of the locks that were kept on purpose ([`Because::is_on_purpose`]).
+    pub(crate) kept_on_purpose: Vec<String>,
+}
+
 /// Receives the results of a cleanup. `tf` writes them to stderr. A recovery collects them. A guardian discards them,
 /// because nobody reads its messages.
 pub(crate) trait Reporter {
@@ -229,14 +238,15 @@ pub(crate) const ORDER: [CleanUpStep; 7] = [
     CleanUpStep::ReleaseNonS3,
 ];
 
-/// Releases the locks that `run` has left. Returns the work that is left for the next `tf`.
-pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> Unfinished {
+/// Releases the locks that `run` has left. Returns what is left.
+pub(crate) fn clean_up(run: &EndedRun<'_>, reporter: &mut dyn Reporter, waiter: &mut Waiter<'_>) -> CleanUpResult {
     let _there = Within::enter(&run.candidates.working_directory);
     let mut cleaned = Cleaned::default();
     for step in ORDER {
         cleaned.take(step, run, reporter, waiter);
     }
-    cleaned.unfinished(run.log, reporter.is_read())
+    let kept_on_purpose = cleaned.kept_on_purpose();
+    CleanUpResult { unfinished: cleaned.unfinished(run.log, reporter.is_read()), kept_on_purpose }
 }
 
 /// Releases the locks `named` if [`EndedRun::permission`] allows it. Returns the result for each lock, even if no lock
@@ -348,6 +358,12 @@ impl Cleaned {
         self.remembered.contains(&result.lock.id)
     }
 
+    /// Returns the IDs of the locks that were kept on purpose.
+    fn kept_on_purpose(&self) -> Vec<String> {
+        let is_kept = |result: &&ReleaseResult| matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if because.is_on_purpose());
+        self.results.iter().filter(is_kept).map(|result| result.lock.id.clone()).collect()
+    }
+
     /// Returns the work that is left for the next `tf`. `log` is the log of the run.
     ///
     /// If a person has read the report (`is_read` is true), the result contains only what a later attempt may complete.
@@ -437,6 +453,34 @@ mod tests {
                     assert_eq!(unfinished.locks.len(), usize::from(expected && may_exist));
                 }
             }
+        }
+    }
+
+    /// The lease of a lock that was released or is gone needs no further request. The lease of a lock that could not be
+    /// released may lapse, because its run is dead.
+    #[test]
+    fn only_a_lock_that_stays_on_purpose_is_kept_on_purpose() {
+        let log = log();
+        let kept = |because| Some(Outcome::Kept { reason: String::new(), because });
+        for (outcome, expected) in [
+            (None, false),
+            (Some(Outcome::Released(Released::default())), false),
+            (Some(Outcome::Absent { anothers: None, excluded: false }), false),
+            (Some(Outcome::Absent { anothers: None, excluded: true }), false),
+            (kept(Because::Doubt), true),
+            (kept(Because::Never), true),
+            (kept(Because::StillRunning { several: false }), true),
+            (kept(Because::Unseen), true),
+            (kept(Because::NoLock), true),
+            (kept(Because::Claimed), true),
+            (kept(Because::NotYet), false),
+            (kept(Because::NoAnswer), false),
+            (kept(Because::NoCredentials), false),
+            (kept(Because::Denied("dynamodb:DeleteItem")), false),
+            (kept(Because::OtherAccount), false),
+        ] {
+            let ids = cleaned(&log, outcome.clone(), true).kept_on_purpose();
+            assert_eq!(ids, if expected { vec![ID.to_owned()] } else { Vec::new() }, "{outcome:?}");
         }
     }
 

@@ -999,7 +999,7 @@ fn clean_up_after(
         non_s3: non_s3.then(|| non_s3_cleanup(record, &candidates, program.as_ref())).flatten(),
     };
     let mut reporter = RecoveryReporter { record, audience, now, messages: Vec::new(), left: Left::Nothing };
-    let unfinished = clean_up(&run, &mut reporter, &mut Waiter::Unattended);
+    let unfinished = clean_up(&run, &mut reporter, &mut Waiter::Unattended).unfinished;
     let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));

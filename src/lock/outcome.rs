@@ -67,6 +67,17 @@ pub(crate) enum Because {
     OtherAccount,
 }
 
+impl Because {
+    /// Whether `tf` keeps the lock on purpose: an automatic release would be wrong, now and later. False if `tf` would
+    /// have released the lock, but could not.
+    pub(crate) fn is_on_purpose(self) -> bool {
+        match self {
+            Self::Doubt | Self::Never | Self::StillRunning { .. } | Self::Unseen | Self::NoLock | Self::Claimed => true,
+            Self::NotYet | Self::NoAnswer | Self::NoCredentials | Self::Denied(_) | Self::OtherAccount => false,
+        }
+    }
+}
+
 impl Outcome {
     /// Returns the outcome "not released, because of `reason`; a later attempt has the same result"
     /// ([`Because::Doubt`]).

@@ -818,7 +818,7 @@ impl<'a> Watch<'a> {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
             if let Some(lease) = lease {
-                lease.withdraw();
+                lease.withdraw(|_| true);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -828,12 +828,11 @@ impl<'a> Watch<'a> {
                 replaced: Vec::new(),
             };
         }
-        let unfinished =
-            after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
+        let left = after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
         if let Some(lease) = lease {
-            lease.withdraw();
+            lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id));
         }
-        unfinished
+        left.unfinished
     }
 }
 

@@ -354,14 +354,14 @@ impl<'a> Prepared<'a> {
         }
         let unfinished = if ending.may_have_left_a_lock(&log) {
             crash_point::reached("tf: locks may be held");
-            let unfinished = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
-            // If the lock stays, nobody may take it without being asked.
+            let left = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
+            // Nobody may take a lock that stays on purpose without being asked.
             if let Some(lease) = &mut self.lease
-                && !lease.withdraw()
+                && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id))
             {
                 console::say(messages::LEASE_STANDS);
             }
-            unfinished
+            left.unfinished
         } else {
             Unfinished::default()
         };

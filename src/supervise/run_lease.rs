@@ -595,12 +595,14 @@ impl RunLease {
         }
     }
 
-    /// Withdraws the promise of a lock that stays although the run has ended. Otherwise its lease would lapse, and
-    /// another host would take the lock. Call this after the cleanup. It reads the lock, and does nothing if that is gone.
-    /// Returns false if the promise could not be withdrawn, or if it is not known whether it stands.
-    pub(crate) fn withdraw(&mut self) -> bool {
+    /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
+    /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not be
+    /// released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID was kept
+    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands.
+    pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool) -> bool {
         // A keeper that was started may have stored a record, even if nothing was heard of it.
         let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
+        let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
         match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd() }) {

@@ -514,6 +514,38 @@ fn the_lock_that_a_run_leaves_on_purpose_promises_nothing() {
     }
 }
 
+/// A keeper that withdraws a promise may have to ask a person for credentials.
+#[test]
+fn after_a_release_nothing_more_is_asked_about_the_lease() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let env = leased(lock, "1m");
+        let run = start(&env);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("tf: released the lock") && !end.err.contains("the lease"), "{}", env.dump(&end));
+        env.assert_unlocked();
+        assert_eq!(env.trace().matches(" keeper: Some(").count(), 1, "{}", env.dump(&end));
+    }
+}
+
+/// The run is dead, so another host may release its lock when the lease has lapsed.
+#[test]
+fn the_lease_of_a_lock_that_could_not_be_released_is_left_to_lapse() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "1m");
+        let _proxy = through(&mut env, |request| {
+            let is_delete = request.asks_for("DeleteItem") || request.start.starts_with("DELETE ");
+            if request.is_ours() && is_delete { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+        });
+        let run = start(&env);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released") && !end.err.contains("the lease"), "{}", env.dump(&end));
+        env.assert_locked();
+        assert_eq!(record(&env).unwrap()["fence"], "stop", "{}", env.dump(&end));
+    }
+}
+
 #[test]
 fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     let mut env = leased(Lock::DynamoDb, "3s");
