@@ -206,7 +206,7 @@ impl Keeper {
 
     /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
     pub(crate) fn withdrawn(mut self) -> bool {
-        self.wait(LAST_RENEWAL_TIMEOUT)
+        self.wait(LAST_RENEWAL_TIMEOUT + END_TIMEOUT)
     }
 
     /// Waits for the end of the keeper, and kills it after `limit`. Returns whether it has done what it was told.
@@ -366,7 +366,9 @@ impl KeeperProcess {
         let Some(terms) = Terms::new(orders.length) else { return Ok(false) };
         let mut process = Self { link, renewals: Renewals::new(orders, terms, fence) };
         if process.renewals.orders.withdraws {
-            return Ok(process.renewals.withdraw().await);
+            // If this process were killed instead, a command that gives it credentials would leave processes behind.
+            let withdrawn = tokio::time::timeout(LAST_RENEWAL_TIMEOUT, process.renewals.withdraw()).await;
+            return Ok(withdrawn.unwrap_or(false));
         }
         // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform that
         // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
@@ -487,7 +489,6 @@ impl Renewals {
     /// Writes a record that promises no fence. Returns whether that was confirmed, or the lock is gone.
     async fn withdraw(&mut self) -> bool {
         loop {
-            // The supervisor kills this process when it has waited long enough.
             let step = self.step(BeforeRenewal::Renew).await;
             match step.report {
                 Some(Report::Renewed { .. } | Report::Lost(_)) => return true,

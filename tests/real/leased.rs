@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through, writes_state};
+use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
@@ -544,6 +545,21 @@ fn the_lease_of_a_lock_that_could_not_be_released_is_left_to_lapse() {
         env.assert_locked();
         assert_eq!(record(&env).unwrap()["fence"], "stop", "{}", env.dump(&end));
     }
+}
+
+#[test]
+fn a_command_that_is_too_slow_to_withdraw_a_promise_is_killed_with_all_that_it_started() {
+    let mut env = slow_credentials::by_a_command(Lock::DynamoDb, "sleep 1000 & wait");
+    env.set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady").set("TFW_RELEASE", "never");
+    let run = start(&env);
+    env.write("then", "");
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("the lease of the lock that stays could not be withdrawn"), "{}", env.dump(&end));
+    assert_eq!(env.read("asked").lines().count(), 1, "{}", env.dump(&end));
+    env.unblock();
+    wait_until_all_is_gone(&env);
+    env.assert_locked();
 }
 
 #[test]

@@ -25,7 +25,7 @@ const KEYS: &str = r#"{"Version":1,"AccessKeyId":"test","SecretAccessKey":"test"
 
 /// Returns a [`TestEnv`] whose credentials are printed by a command. The command does so immediately, unless the file
 /// `then` exists. Then it first adds a line to `asked` and runs the shell command `then`.
-fn by_a_command(lock: Lock, then: &str) -> TestEnv {
+pub fn by_a_command(lock: Lock, then: &str) -> TestEnv {
     let mut env = TestEnv::empty(lock);
     env.write_main("", WAITS);
     let script = format!("#!/bin/sh\nif test -e then; then\necho asked >> asked\n{then}\nfi\necho '{KEYS}'\n");
