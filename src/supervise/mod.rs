@@ -105,7 +105,9 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         tried = recovery.tried;
     }
     let takes_over = settings.lease.terms.filter(|_| settings.release);
+    // If a recovery got no credentials, a taker gets none either. Each attempt may send a message to a person's phone.
     if let Some(terms) = takes_over
+        && !tried.iter().any(|tried| tried.lacks_credentials)
         && invocation.command_line.locks_selected_state(&invocation.arguments)
         && let Some(signal) = takeover_process::before_run(&context.candidates, terms, &mut signals)
     {

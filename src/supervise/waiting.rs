@@ -35,7 +35,7 @@ const JOURNAL_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// again by then.
 const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 
-/// How long to wait before a dead run is tried again if it could not be finished because no credentials were available.
+/// How long to wait before a dead run, or the lock of another host, is tried again if no credentials were available.
 /// This is longer than [`RETRY_INTERVAL`], because each attempt requests credentials, and a few failed requests may
 /// lock an account.
 const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
@@ -56,7 +56,8 @@ pub(crate) struct Waiting {
     takes_over: Option<Terms>,
     /// The process that watches the lock for which terraform waits. `None` if terraform does not wait for a lock.
     taker: Option<TakeoverProcess>,
-    /// When to start the next one, if the last one has ended by itself.
+    /// When to start the next one, if the last one has ended by itself, or if a recovery got no credentials
+    /// before terraform started.
     take_at: Option<Instant>,
     /// Processes that were told to end, because terraform does not wait any more.
     ending: Vec<Child>,
@@ -67,9 +68,11 @@ impl Waiting {
     /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock.
     pub(crate) fn new(tried: Vec<Tried>, takes_over: Option<Terms>) -> Self {
         let now = Instant::now();
+        let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
+        let take_at = lacks_credentials.then(|| now + retry_interval(true));
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { tried: tried.collect(), takes_over, ..Self::default() }
+        Self { tried: tried.collect(), takes_over, take_at, ..Self::default() }
     }
 
     /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs.
@@ -97,11 +100,7 @@ impl Waiting {
             Some(None) => return,
             Some(Some(ended)) => {
                 self.taker = None;
-                let pause = match ended {
-                    Ended::NoCredentials => CREDENTIALS_RETRY_INTERVAL,
-                    Ended::Over | Ended::Failed => RETRY_INTERVAL,
-                };
-                self.take_at = Some(now + pause);
+                self.take_at = Some(now + retry_interval(ended == Ended::NoCredentials));
             }
             None => {}
         }
@@ -170,8 +169,8 @@ impl Waiting {
     }
 }
 
-/// How long to wait before a dead run is tried again. `lacks_credentials` is whether it could not be finished because
-/// no credentials were available.
+/// How long to wait before a dead run, or the lock of another host, is tried again. `lacks_credentials` is whether the
+/// last attempt failed because no credentials were available.
 fn retry_interval(lacks_credentials: bool) -> Duration {
     if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL }
 }
@@ -267,5 +266,9 @@ mod tests {
             assert!(before + interval <= due && due <= after + interval, "{run}");
             assert_eq!(attempt(Some(due), after), Attempt::Later, "what failed before terraform is not new");
         }
+        // A process that takes over a lock would ask for the same credentials.
+        let take_at = waiting.take_at.unwrap();
+        assert!(before + Duration::from_mins(10) <= take_at && take_at <= after + Duration::from_mins(10));
+        assert_eq!(Waiting::new(vec![tried("a", false)], None).take_at, None);
     }
 }
