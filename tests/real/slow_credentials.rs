@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::terraform_below;
+use crate::support::process::{Run, terraform_below};
 use crate::support::processes::{home, marked, tf_of, wait_until_all_is_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
@@ -40,6 +40,15 @@ pub fn by_a_command(lock: Lock, then: &str) -> TestEnv {
     env
 }
 
+/// Starts an apply. If it has a lease, waits until its keeper has got its credentials. So only what comes after the end
+/// of terraform asks for credentials from then on.
+#[track_caller]
+fn start_apply(env: &TestEnv) -> Run {
+    let run = env.start_apply(Subject::Tf);
+    env.wait_for_lease();
+    run
+}
+
 /// Returns how often the command was started since `then` exists.
 fn asked(env: &TestEnv) -> usize {
     env.read("asked").lines().count()
@@ -48,7 +57,7 @@ fn asked(env: &TestEnv) -> usize {
 #[test]
 fn a_command_that_is_slower_than_a_request_is_asked_once_and_the_lock_is_released() {
     let env = by_a_command(Lock::Both, &format!("sleep {}", SLOW.as_secs()));
-    let run = env.start_apply(Subject::Tf);
+    let run = start_apply(&env);
     env.write("then", "");
     run.kill_terraform();
     let end = run.wait();
@@ -66,7 +75,7 @@ fn a_command_that_fails_is_asked_once_and_named() {
         ("echo '{\"Version\":2}'; exit 0", "printed no credentials"),
     ] {
         let env = by_a_command(Lock::Both, then);
-        let run = env.start_apply(Subject::Tf);
+        let run = start_apply(&env);
         env.write("then", "");
         run.kill_terraform();
         let end = run.wait();
@@ -85,7 +94,7 @@ fn a_command_that_fails_is_asked_once_and_named() {
 #[test]
 fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started() {
     let env = by_a_command(Lock::File, "sleep 1000 & echo > waits; wait");
-    let run = env.start_apply(Subject::Tf);
+    let run = start_apply(&env);
     env.write("then", "");
     run.kill_terraform();
     env.wait_for_file("waits");
@@ -102,6 +111,7 @@ fn a_command_that_nobody_waits_for_any_more_is_killed_with_all_that_it_started()
 /// given as `then`.
 fn kill_the_terraform_of(env: &TestEnv, terminal: &Terminal) {
     env.wait_for_file("began");
+    env.wait_for_lease();
     env.write("then", "");
     kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
 }
@@ -313,7 +323,7 @@ fn who_gives_credentials_and_is_away_for_a_moment_is_asked_again() {
         let fails = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
         if fails { ProxyAction::Answer(Message::answer("503 Service Unavailable", "")) } else { ProxyAction::Pass }
     });
-    let run = env.start_apply(Subject::Tf);
+    let run = start_apply(&env);
     // More failures than one request has attempts.
     away.store(7, Ordering::SeqCst);
     run.kill_terraform();
@@ -335,7 +345,7 @@ fn a_role_that_is_slower_than_a_request_is_asked_for_once_and_the_lock_is_releas
         }
         ProxyAction::Pass
     });
-    let run = env.start_apply(Subject::Tf);
+    let run = start_apply(&env);
     slow.store(0, Ordering::SeqCst);
     run.kill_terraform();
     let end = run.wait();

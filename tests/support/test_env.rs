@@ -275,6 +275,15 @@ impl TestEnv {
         );
     }
 
+    /// If runs have a lease here, waits until the first renewal of one was confirmed. Otherwise returns at once.
+    #[track_caller]
+    pub fn wait_for_lease(&self) {
+        let is_leased = |(name, value): &(OsString, OsString)| name == "TFW_LEASE" && value != "off";
+        if self.environment().iter().any(is_leased) {
+            self.wait_for_trace("keeper: Renewed");
+        }
+    }
+
     pub fn trace(&self) -> String {
         self.read("trace")
     }
