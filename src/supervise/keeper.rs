@@ -198,9 +198,14 @@ impl Keeper {
         let _ = (&self.socket).write(&[HURRY]);
     }
 
+    /// Tells the keeper to end.
+    pub(crate) fn tell_to_end(&self) {
+        let _ = (&self.socket).write(&[END]);
+    }
+
     /// Tells the keeper to end, and waits for its end.
     pub(crate) fn end(mut self) {
-        let _ = (&self.socket).write(&[END]);
+        self.tell_to_end();
         self.wait(END_TIMEOUT);
     }
 
@@ -216,7 +221,9 @@ impl Keeper {
             match self.process.try_wait() {
                 Ok(Some(status)) => return status.success(),
                 Ok(None) if Instant::now() < until => {}
-                _ => break,
+                Ok(None) => break,
+                // The event loop has reaped it.
+                Err(_) => return false,
             }
             poll::wait(&[(self.socket.as_fd(), nix::poll::PollFlags::empty())], Some(POLL_INTERVAL));
         }

@@ -99,6 +99,8 @@ pub(crate) struct RunLease {
     /// A pidfd of the terraform that holds the lock.
     terraform: Option<OwnedFd>,
     keeper: Option<Keeper>,
+    /// Keepers that were told to end and were not waited for.
+    ending: Vec<Keeper>,
     /// When to start another keeper, on the clock of [`boot_clock::now`].
     restart_at: Option<Duration>,
     stopped: Option<Stopped>,
@@ -125,6 +127,7 @@ impl RunLease {
             orders: None,
             terraform: None,
             keeper: None,
+            ending: Vec::new(),
             restart_at: None,
             stopped: None,
             loss: None,
@@ -214,7 +217,7 @@ impl RunLease {
             let is_gone = !log.unreleased().any(|lock| lock.id == orders.lock);
             if is_gone && self.stopped.is_none() {
                 trace!("the lock of the lease is gone");
-                self.end();
+                self.let_go();
             }
             return false;
         }
@@ -407,7 +410,7 @@ impl RunLease {
             // log shows that by now. Then the lock of another run may be there as well.
             match phase(&orders.lock) {
                 LockPhase::Gone => {
-                    self.end();
+                    self.let_go();
                     return None;
                 }
                 // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
@@ -447,7 +450,7 @@ impl RunLease {
             Report::Refused(reason) => Some(LeaseEffect::Interrupt(Trouble::Refused(reason))),
             Report::NoLease(reason) => {
                 self.take_down();
-                self.end();
+                self.let_go();
                 self.orders = None;
                 Some(LeaseEffect::NoLease(reason))
             }
@@ -583,11 +586,19 @@ impl RunLease {
         Some(stopped.interrupts)
     }
 
-    /// Ends the lease. Terraform has ended, or its lock is gone. The keeper has ended when this returns, so that no
-    /// renewal comes between a read and a delete of the lock.
+    /// Ends the lease, because terraform has ended. The keeper has ended when this returns, so that no renewal comes between
+    /// a read and a delete of the lock.
     pub(crate) fn end(&mut self) {
+        self.let_go();
+        std::mem::take(&mut self.ending).into_iter().for_each(Keeper::end);
+    }
+
+    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper, because the caller has
+    /// to handle signals. A late renewal fails, because its lock is gone.
+    fn let_go(&mut self) {
         if let Some(keeper) = self.keeper.take() {
-            keeper.end();
+            keeper.tell_to_end();
+            self.ending.push(keeper);
         }
         (self.restart_at, self.stopped, self.is_over) = (None, None, true);
         if let Some(mut fence) = self.fence.take() {

@@ -562,6 +562,25 @@ fn a_command_that_is_too_slow_to_withdraw_a_promise_is_killed_with_all_that_it_s
     env.assert_locked();
 }
 
+/// A second terraform of a wrapper must get the interrupt, too.
+#[test]
+fn tf_handles_signals_while_its_keeper_ends() {
+    let mut env = leased(Lock::DynamoDb, "1m");
+    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\ntouch second\nsleep 1000\n");
+    let run = start(&env);
+    let keeper = named(&env, "tf-keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    env.unblock();
+    env.wait_for_trace("the lock of the lease is gone");
+    env.wait_for_file("second");
+    run.send(Signal::SIGTERM);
+    env.wait_for_trace("got SIGTERM");
+    assert_eq!(state(keeper), Some('T'), "{}", env.trace());
+    run.wait();
+    wait_until_all_is_gone(&env);
+    env.assert_unlocked();
+}
+
 #[test]
 fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     let mut env = leased(Lock::DynamoDb, "3s");
