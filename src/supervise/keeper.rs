@@ -21,6 +21,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
+use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
@@ -404,6 +406,7 @@ impl KeeperProcess {
                 return Ending::Left;
             }
             let mut hurries = false;
+            let is_testing = Rc::clone(&self.renewals.is_testing);
             let step = {
                 let step = self.renewals.step(before);
                 tokio::pin!(step);
@@ -411,7 +414,19 @@ impl KeeperProcess {
                     tokio::select! {
                         biased;
                         wake = self.link.wake(None) => match wake {
-                            Wake::End(ending) => return ending,
+                            Wake::End(ending) => {
+                                // A test of the service puts an object and deletes it again. After it, a read may have
+                                // begun, but no renewal: the keeper needs the response to the read first.
+                                let is_tested = |_: &mut Context<'_>| {
+                                    if is_testing.get() { Poll::Pending } else { Poll::Ready(()) }
+                                };
+                                tokio::select! {
+                                    biased;
+                                    () = std::future::poll_fn(is_tested) => {}
+                                    _ = &mut step => {}
+                                }
+                                return ending;
+                            }
                             Wake::Due | Wake::Hurry => hurries = true,
                         },
                         step = &mut step => break step,
@@ -466,6 +481,8 @@ struct Renewals {
     history: History,
     /// How many requests in a row were not answered.
     failures: u32,
+    /// Whether a test of the service has begun and not ended.
+    is_testing: Rc<Cell<bool>>,
     /// Whether the last attempt to connect has failed.
     lacks_credentials: Cell<bool>,
 }
@@ -489,6 +506,7 @@ impl Renewals {
             confirmed: boot_clock::now(),
             history,
             failures: 0,
+            is_testing: Rc::default(),
             lacks_credentials: Cell::new(false),
         }
     }
@@ -721,8 +739,10 @@ impl Renewals {
             self.lacks_credentials.set(false);
             // The item has the record if there is one.
             let Some(key) = location.store_keys(&stores).into_iter().next() else { continue };
-            let treatment = stores.treatment_of_renewals(&key);
-            match tokio::time::timeout(MAX_REQUEST_TIMEOUT, treatment).await {
+            self.is_testing.set(true);
+            let treatment = tokio::time::timeout(MAX_REQUEST_TIMEOUT, stores.treatment_of_renewals(&key)).await;
+            self.is_testing.set(false);
+            match treatment {
                 Ok(IfMatch::Obeyed) => {}
                 // A renewal could bring back a lock that was deleted meanwhile.
                 Ok(IfMatch::Ignored) => {

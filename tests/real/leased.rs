@@ -562,6 +562,37 @@ fn a_command_that_is_too_slow_to_withdraw_a_promise_is_killed_with_all_that_it_s
     env.assert_locked();
 }
 
+/// The test of the service puts an object and deletes it again. Without the delete, the object would stay for ever.
+#[test]
+fn a_keeper_that_is_told_to_end_while_it_tests_the_service_leaves_no_object() {
+    let mut env = leased(Lock::File, "1m");
+    // `tf` ends the keeper at the latest when terraform has ended.
+    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\nwhile ! test -e end; do sleep 0.02; done\n");
+    let is_there = AtomicBool::new(false);
+    let proxy = through(&mut env, move |request| {
+        let is_put = request.is_ours() && request.start.starts_with("PUT ");
+        if !is_put || request.start.contains("tfstate.tflock") {
+            return ProxyAction::Pass;
+        }
+        let is_first = request.header("if-none-match").is_some();
+        let is_next = !is_first && is_there.load(Ordering::SeqCst);
+        is_there.fetch_or(is_first, Ordering::SeqCst);
+        if is_next { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = env.start_apply(Subject::Tf);
+    proxy.wait_until_held();
+    env.unblock();
+    wait_until_unlocked(&env);
+    env.wait_for_trace("the lock of the lease is gone");
+    proxy.let_go();
+    let left = || cloud().s3("GET", &format!("{}?list-type=2", env.bucket), b"").text();
+    wait_for("no test object", || (!left().contains(".tflock")).then_some(()), left);
+    env.write("end", "");
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    wait_until_all_is_gone(&env);
+}
+
 /// A second terraform of a wrapper must get the interrupt, too.
 #[test]
 fn tf_handles_signals_while_its_keeper_ends() {
