@@ -146,9 +146,12 @@ fn without_tf_and_fuse_terraform_is_killed_at_once_and_the_guardian_releases_its
     let run = start(&env);
     let terraform = terraform_below(run.pid());
     let (tf, fuse) = (tf_of(&env), named(&env, "tf-fuse"));
-    for pid in [fuse, tf] {
-        kill(pid, Signal::SIGKILL).unwrap();
-    }
+    // The fuse may take longer to die than `tf`. Then the guardian interrupts terraform before the kernel kills it.
+    kill(tf, Signal::SIGSTOP).unwrap();
+    wait_until_stopped(&env, tf);
+    kill(fuse, Signal::SIGKILL).unwrap();
+    wait_until_gone(&env, fuse);
+    kill(tf, Signal::SIGKILL).unwrap();
     wait_until_gone(&env, terraform);
     assert!(!env.trace().contains("guardian: interrupted terraform: true"), "{}", env.trace());
     drop(run);

@@ -274,6 +274,8 @@ impl Place {
         self.forget();
         let run = self.env.start_apply(Subject::Tf);
         if let Some(policies) = then {
+            // A keeper must not lose a permission while it tests the service.
+            self.env.wait_for_lease();
             self.allow(policies);
         }
         run.kill_terraform();

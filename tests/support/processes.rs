@@ -101,7 +101,10 @@ pub fn wait_until_unlocked(env: &TestEnv) {
 /// Waits until no process of a [`TestEnv`] is running.
 #[track_caller]
 pub fn wait_until_all_is_gone(env: &TestEnv) {
-    wait_for("the end of all", || marked(&home(env)).is_empty().then_some(()), || format!("{:?}", marked(&home(env))));
+    let left = || marked(&home(env));
+    let name = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let shown = || left().iter().map(|pid| (*pid, state(*pid), name(pid))).collect::<Vec<_>>();
+    wait_for("the end of all", || left().is_empty().then_some(()), || format!("{:?}\n{}", shown(), env.trace()));
 }
 
 /// Returns the entries of /proc/locks for the lock files of all runs in the journal.
