@@ -142,7 +142,7 @@ impl HolderProcess {
                 let ahead = Duration::from_millis(milliseconds.parse().unwrap());
                 fuse::send_deadline(fence.keeper_end(), boot_clock::now() + ahead).unwrap();
                 poll::wait(&[(fence.keeper_end().as_fd(), PollFlags::POLLIN)], Some(TIMEOUT));
-                let answer = fuse::receive_answer(fence.keeper_end()).unwrap();
+                let answer = fuse::receive_answer(fence.keeper_end()).unwrap().unwrap();
                 let deadline = answer.deadline.map_or_else(|| "cannot".to_owned(), |at| at.as_nanos().to_string());
                 format!("{} {deadline}", answer.fuse)
             }
@@ -223,7 +223,7 @@ fn renew(fence: &Fence, leash: &UnixStream, terraform: Pid) {
             }
             is_alone = true;
         }
-        while fuse::receive_answer(fence.keeper_end()).is_some() {}
+        while fuse::receive_answer(fence.keeper_end()).is_ok_and(|answer| answer.is_some()) {}
     }
 }
 

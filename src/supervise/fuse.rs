@@ -140,19 +140,25 @@ pub(crate) fn send_over(socket: &PacketSocket) -> io::Result<()> {
     socket.send(&Message::Over.encode())
 }
 
-/// Returns the next answer of the fuse, without waiting. `None` if there is none. A caller that waits for an answer must wait
-/// for a hang-up of the stop pipe too, because a fuse that has died does not answer.
-pub(crate) fn receive_answer(socket: &PacketSocket) -> Option<Answer> {
+/// Returns the next answer of the fuse, without waiting. `None` if there is none. A caller that waits for an answer must
+/// wait for a hang-up of the stop pipe or for a limited time too, because a fuse that has died does not answer, and
+/// another process may hold its end.
+///
+/// # Errors
+/// `UnexpectedEof` if no process holds the fuse's end, so that no answer can arrive; or the error of recvmsg(2).
+pub(crate) fn receive_answer(socket: &PacketSocket) -> io::Result<Option<Answer>> {
     let mut buffer = [0; ANSWER_BYTES];
     loop {
         match socket.receive(&mut buffer) {
             Ok(Packet::Bytes(length, _)) => {
                 if let Some(answer) = Answer::decode(&buffer[..length]) {
-                    return Some(answer);
+                    return Ok(Some(answer));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
-            Ok(Packet::NotReady | Packet::EndOfSource) | Err(_) => return None,
+            Ok(Packet::NotReady) => return Ok(None),
+            Ok(Packet::EndOfSource) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) => return Err(error),
         }
     }
 }
@@ -413,20 +419,22 @@ mod tests {
     #[test]
     fn an_answer_is_found_behind_what_is_none_and_a_drained_socket_is_empty() {
         let (fuse, keeper) = PacketSocket::pair().unwrap();
-        assert_eq!(receive_answer(&keeper), None);
+        assert_eq!(receive_answer(&keeper).unwrap(), None);
         let answer = Answer { fuse: 1, deadline: Some(Duration::from_secs(5)) };
         fuse.send(b"?").unwrap();
         fuse.send(&[0; 40]).unwrap();
         fuse.send(&answer.encode()).unwrap();
-        assert_eq!(receive_answer(&keeper), Some(answer));
+        assert_eq!(receive_answer(&keeper).unwrap(), Some(answer));
         fuse.send(&answer.encode()).unwrap();
         fuse.send(&[0; 40]).unwrap();
         drain(&keeper);
-        assert_eq!(receive_answer(&keeper), None);
+        assert_eq!(receive_answer(&keeper).unwrap(), None);
         send_deadline(&keeper, Duration::from_secs(1)).unwrap();
         send_over(&keeper).unwrap();
         drop(keeper);
         drain(&fuse);
         assert!(matches!(fuse.receive(&mut [0; 8]), Ok(Packet::EndOfSource)));
+        // A caller that waits for an answer would wait for ever, and its socket stays readable.
+        assert_eq!(receive_answer(&fuse).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -831,7 +831,8 @@ impl KeeperFence {
     async fn answer(&self, is_awaited: impl Fn(&fuse::Answer) -> bool) -> Option<fuse::Answer> {
         loop {
             let mut ready = self.answers.readable().await.ok()?;
-            match fuse::receive_answer(&self.socket) {
+            // The runtime never clears the end of a socket, so only this call notices it.
+            match fuse::receive_answer(&self.socket).ok()? {
                 Some(answer) if is_awaited(&answer) => return Some(answer),
                 Some(_) => {}
                 None => ready.clear_ready(),
