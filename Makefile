@@ -138,8 +138,8 @@ bench-scan: release tools ## measure a scan of a table with 100,000 items, and c
 
 SEED ?= 1
 .PHONY: chaos
-chaos: build tools ## kill random processes while other runs compete: SECONDS=60 SEED=1; BARE=1 for terraform without tf
-	@$(TOOLS)/bin/python3 chaos/chaos.py --seconds $(if $(SECONDS),$(SECONDS),60) --seed $(SEED) $(if $(BARE),--bare)
+chaos: build tools ## kill random processes while other runs compete: SECONDS=60 SEED=1; LEASE=5m with a lease; BARE=1 for terraform without tf
+	@$(TOOLS)/bin/python3 chaos/chaos.py --seconds $(if $(SECONDS),$(SECONDS),60) --seed $(SEED) $(if $(BARE),--bare) $(if $(LEASE),--lease $(LEASE))
 
 .PHONY: soak
 soak: build tools ## make chaos for hours, on three hosts (namespaces) that share one cloud: HOURS=1 SEED=1 (needs root)

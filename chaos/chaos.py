@@ -639,7 +639,7 @@ class Chaos:
     kept_in = HERE / "target/chaos"
 
     def __init__(self, options, hosts=1):
-        self.seed, self.bare = options.seed, options.bare
+        self.seed, self.bare, self.lease = options.seed, options.bare, options.lease
         self.program = "terraform" if self.bare else "tf"
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="tf-chaos-")).resolve()
         self.cloud = Cloud()
@@ -668,6 +668,7 @@ class Chaos:
             "TERM": os.environ.get("TERM", "dumb"), "CHECKPOINT_DISABLE": "1",
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "TFW_STATE_DIR": str(self.root / "state"),
+            **({"TFW_LEASE": self.lease, "TFW_CLOCK": "steady"} if self.lease else {}),
         }
 
     def name_of(self, number):
@@ -905,6 +906,7 @@ def main():
     parser.add_argument("--round", type=int, help="begin with this round; with nothing else said, run it alone")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--bare", action="store_true", help="terraform without tf, for comparison; never fails")
+    parser.add_argument("--lease", metavar="LENGTH", help="run with TFW_LEASE=LENGTH")
     parser.add_argument("--tf", default=str(HERE / "target/debug/tf"))
     parser.add_argument("--keep", action="store_true", help="keep every round, and not only those that failed")
     parser.add_argument("--verbose", action="store_true", help="a line for each round")

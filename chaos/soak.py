@@ -640,6 +640,7 @@ def main():
     parser.add_argument("--verbose", action="store_true", help="a line for each round")
     options = parser.parse_args()
     options.bare = False
+    options.lease = None
     if lack := check_machine():
         sys.exit(f"soak: {lack}")
     # A crash of terraform is intended here.
