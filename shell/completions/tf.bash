@@ -67,7 +67,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks)
-            opts="-V --chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate --version list show release audit doctor history recover shell-init shim"
+            opts="-V --chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --rate --version list show release audit doctor history recover shell-init shim"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -82,6 +82,10 @@ _tf() {
                     return 0
                     ;;
                 --bucket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -113,7 +117,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__audit)
-            opts="--older-than --chdir --table --bucket --prefix --region --profile --endpoint-url --rate --json --prometheus"
+            opts="--older-than --chdir --table --bucket --from --prefix --region --profile --endpoint-url --rate --json --prometheus"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -132,6 +136,10 @@ _tf() {
                     return 0
                     ;;
                 --bucket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -199,7 +207,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__list)
-            opts="--chdir --table --bucket --prefix --region --profile --endpoint-url --json --rate"
+            opts="--chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --rate"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -214,6 +222,10 @@ _tf() {
                     return 0
                     ;;
                 --bucket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

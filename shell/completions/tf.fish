@@ -26,10 +26,11 @@ end
 
 complete -c tf -n "__fish_tf_needs_command" -f -a "locks" -d 'Show who holds terraform\'s state locks, check whether the holder is still running, and release the locks of dead runs'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l chdir -d 'Use the backend of this working directory, like terraform\'s -chdir' -r -F
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l table -d 'Look in this DynamoDB table, whatever the current directory is' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l table -d 'Look in this DynamoDB table, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l from -d 'Also read the tables and buckets in FILE (- for stdin): one on each line, with the options --table or --bucket, --prefix, --region, --profile, --endpoint-url and --rate' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l prefix -d 'Only look at objects whose key starts with PREFIX' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l region -d 'The region of the table or bucket (default: the region that the AWS CLI would use)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
@@ -45,10 +46,11 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcomm
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -f -a "shell-init" -d 'Print shell code that defines the alias `terraform=tf` and Tab completion for both names'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -f -a "shim" -d 'Create links named terraform and tofu in a directory, for scripts, which do not see aliases'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l chdir -d 'Use the backend of this working directory, like terraform\'s -chdir' -r -F
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l table -d 'Look in this DynamoDB table, whatever the current directory is' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l table -d 'Look in this DynamoDB table, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l from -d 'Also read the tables and buckets in FILE (- for stdin): one on each line, with the options --table or --bucket, --prefix, --region, --profile, --endpoint-url and --rate' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l prefix -d 'Only look at objects whose key starts with PREFIX' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l region -d 'The region of the table or bucket (default: the region that the AWS CLI would use)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
@@ -75,10 +77,11 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from release" -l dry-run -d 'Only print what would be done'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l older-than -d 'Only count locks older than this as stale: 90s, 45m, 2h, 3d' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l chdir -d 'Use the backend of this working directory, like terraform\'s -chdir' -r -F
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l table -d 'Look in this DynamoDB table, whatever the current directory is' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l table -d 'Look in this DynamoDB table, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l bucket -d 'Look at the .tflock objects in this S3 bucket, whatever the current directory is; can be given several times' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l from -d 'Also read the tables and buckets in FILE (- for stdin): one on each line, with the options --table or --bucket, --prefix, --region, --profile, --endpoint-url and --rate' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l prefix -d 'Only look at objects whose key starts with PREFIX' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l region -d 'The region of the table or bucket (default: the region that the AWS CLI would use)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r

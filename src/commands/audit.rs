@@ -7,26 +7,36 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use nix::sys::signal::Signal;
+
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
 use super::output::{Output, Widths};
-use super::scan::{Scan, Speed};
+use super::scan::{self, Scan, unless_stopped};
 use super::staleness::Staleness;
+use super::targets::{BadLine, Fleet, Speed, Tally, TargetArgs, TargetName, Targets};
 use super::{Finding, inventory};
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lease::observed::ObservedLease;
 use crate::settings;
+use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h
   tf locks audit --older-than 2h --table terraform-locks --json
   tf locks audit --older-than 2h --table terraform-locks --prometheus > /var/lib/node_exporter/tf_locks.prom
+  tf locks audit --older-than 2h --table terraform-locks --bucket my-states --region eu-west-1
+  tf locks audit --older-than 2h --from targets.txt
 
 A lock is stale if it is older than the given time and its holder is not known to be alive. Anything in the place of a
 lock that is not a lock counts too.
 
-Exit codes: 0 no lock is stale, 2 at least one lock is stale, 1 the command failed.";
+With several targets, or with --from, a line on stderr counts the locks of each target, and one the locks of all. If a
+target fails, the others are read nevertheless.
+
+Exit codes: 0 no lock is stale, 2 at least one lock is stale, 1 the command failed, 3 (only with several targets) a lock
+is stale and a target failed.";
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Audit {
@@ -34,7 +44,7 @@ pub(super) struct Audit {
     #[arg(long, value_name = "TIME", value_parser = age)]
     older_than: Duration,
     #[command(flatten)]
-    place: LocationArgs,
+    targets: TargetArgs,
     #[command(flatten)]
     speed: Speed,
     /// Print one JSON object with the counts
@@ -106,89 +116,237 @@ impl Count {
         }
     }
 
-    /// Formats the counts in the Prometheus text format, version 0.0.4.
-    fn metrics(&self) -> String {
-        let mut text = String::new();
-        let mut metric = |name: &str, help: &str, samples: &[(String, String)]| {
-            text = format!("{text}# HELP tf_locks{name} {help}\n# TYPE tf_locks{name} gauge\n");
-            for (labels, value) in samples {
-                text = format!("{text}tf_locks{name}{labels} {value}\n");
-            }
-        };
-        let by_verdict =
-            Verdict::ALL.map(|verdict| (format!("{{verdict=\"{}\"}}", verdict.word()), self.of(verdict).to_string()));
-        let one = |value: String| [(String::new(), value)];
-        metric("", "Locks that are held, by the verdict on their holders.", &by_verdict);
-        metric("_stale", "Locks that need attention.", &one(self.stale.to_string()));
-        metric("_unreadable", "Entries in the place of a lock that are not locks.", &one(self.unreadable.to_string()));
-        metric("_oldest_age_seconds", "Age of the oldest lock.", &one(self.oldest_age_seconds.to_string()));
-        metric("_scanned", "Items, objects or states that were read.", &one(self.scanned.to_string()));
-        metric("_scan_seconds", "Duration of the scan.", &one(self.scan_seconds.to_string()));
-        metric("_scan_complete", "1 if everything was read.", &one(u8::from(self.complete).to_string()));
-        metric(
-            "_lease_lapsed",
-            "Locks whose lease was not renewed in time, by the service's clock.",
-            &one(self.lease_lapsed.to_string()),
-        );
-        text
+    fn tally(&self) -> Tally {
+        Tally {
+            locks: Verdict::ALL.into_iter().map(|verdict| self.of(verdict)).sum(),
+            stale: self.stale,
+            no_locks: self.unreadable - self.unread,
+            unread: self.unread,
+        }
     }
+
+    /// Adds the counts of another target.
+    fn add_target(&mut self, other: &Self) {
+        self.alive += other.alive;
+        self.unknown += other.unknown;
+        self.likely_dead += other.likely_dead;
+        self.dead += other.dead;
+        self.stale += other.stale;
+        self.lease_lapsed += other.lease_lapsed;
+        self.unreadable += other.unreadable;
+        self.unread += other.unread;
+        self.scanned += other.scanned;
+        self.complete &= other.complete;
+        self.oldest_age_seconds = self.oldest_age_seconds.max(other.oldest_age_seconds);
+    }
+}
+
+/// The counts of one of several targets.
+#[derive(Debug, Serialize)]
+struct TargetCount {
+    target: TargetName,
+    /// Why the target could not be read; `None` if it was read. The counts are then those of the part that was read.
+    error: Option<String>,
+    #[serde(flatten)]
+    count: Count,
+}
+
+/// The counts of several targets.
+#[derive(Debug, Serialize)]
+struct FleetCount<'a> {
+    /// The sum over the targets. `complete` is true if every target is complete and every line names a target.
+    #[serde(flatten)]
+    total: Count,
+    targets: &'a [TargetCount],
+    bad_lines: &'a [BadLine],
+}
+
+/// Formats the counts in the Prometheus text format, version 0.0.4. `rows` has the labels of each target, without
+/// braces, and its counts. Of a target that could not be read (`true`), only the duration and the fact are given, because
+/// its counts are not known.
+fn metrics(rows: &[(String, &Count, bool)]) -> String {
+    let mut text = String::new();
+    let mut metric = |name: &str, help: &str, of_failed: bool, value: fn(&Count) -> String| {
+        let samples = rows.iter().filter(|(.., failed)| of_failed || !failed);
+        let samples = samples.map(|(labels, count, _)| (braced(labels), value(count))).collect::<Vec<_>>();
+        text.push_str(&family(name, help, &samples));
+    };
+    metric("_stale", "Locks that need attention.", false, |count| count.stale.to_string());
+    metric("_unreadable", "Entries in the place of a lock that are not locks.", false, |count| {
+        count.unreadable.to_string()
+    });
+    metric("_oldest_age_seconds", "Age of the oldest lock.", false, |count| count.oldest_age_seconds.to_string());
+    metric("_scanned", "Items, objects or states that were read.", false, |count| count.scanned.to_string());
+    metric("_scan_seconds", "Duration of the scan.", true, |count| count.scan_seconds.to_string());
+    metric("_scan_complete", "1 if everything was read.", true, |count| u8::from(count.complete).to_string());
+    metric("_lease_lapsed", "Locks whose lease was not renewed in time, by the service's clock.", false, |count| {
+        count.lease_lapsed.to_string()
+    });
+    let known = rows.iter().filter(|(.., failed)| !failed);
+    let by_verdict: Vec<_> = known
+        .flat_map(|(labels, count, _)| {
+            Verdict::ALL.map(|verdict| {
+                let comma = if labels.is_empty() { "" } else { "," };
+                (braced(&format!("{labels}{comma}verdict=\"{}\"", verdict.word())), count.of(verdict).to_string())
+            })
+        })
+        .collect();
+    family("", "Locks that are held, by the verdict on their holders.", &by_verdict) + &text
+}
+
+fn braced(labels: &str) -> String {
+    if labels.is_empty() { String::new() } else { format!("{{{labels}}}") }
+}
+
+/// Formats the gauge `tf_locks` + `name`. Each sample has its labels in braces, and its value. Without a sample, there is
+/// no gauge.
+fn family(name: &str, help: &str, samples: &[(String, String)]) -> String {
+    if samples.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("# HELP tf_locks{name} {help}\n# TYPE tf_locks{name} gauge\n");
+    for (labels, value) in samples {
+        text = format!("{text}tf_locks{name}{labels} {value}\n");
+    }
+    text
 }
 
 impl Audit {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
-            let begun = Instant::now();
-            let staleness = Staleness { older_than: Some(self.older_than) };
-            let Connection { target, stores } = self.place.reach().await?;
-            let silent = self.json || self.prometheus;
-            let now = Timestamp::now();
-            let mut count = Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() };
-            // With --json and --prometheus, only the counts are printed.
-            let is_shown = |entry: &ListedEntry| !silent && entry.is_stale();
-            let mut output = Output::new(false, Widths::USUAL)?;
-            if let ScanTarget::Directory(directory) = &target {
-                let inventory = inventory::take(directory, &stores, &staleness).await?;
-                for entry in &inventory.entries {
-                    count.add(entry, now);
-                    if is_shown(entry) {
-                        output.put(&output.render(entry)?)?;
-                    }
-                }
-                count.scanned = inventory.states;
-                if let Some(why) = inventory.incomplete {
-                    console::say(&why);
-                    count.complete = false;
-                }
-            } else {
-                let scan = Scan { target, stores, speed: self.speed, staleness };
-                let scanned = scan
-                    .run(&mut output, |entry| {
-                        count.add(entry, now);
-                        is_shown(entry)
-                    })
-                    .await?;
-                count.scanned = scanned.items;
-                if let Some(signal) = scanned.stopped {
-                    return Ok(Finding::Stopped(signal));
-                }
+            match self.targets.targets(self.speed)? {
+                Targets::One(place) => self.one(&place).await,
+                Targets::Several(fleet) => Box::pin(self.several(&fleet)).await,
             }
-            if count.unread > 0 {
-                console::say(&not_whole(count.unread));
-            }
-            count.scan_seconds = begun.elapsed().as_secs_f64();
-            if self.json {
-                console::print(&json::to_string(&count).map_err(|error| Trouble::Said(error.to_string()))?);
-            } else if self.prometheus {
-                console::print(&count.metrics());
-            }
-            // An entry that is not a lock blocks every run, however old it is, so it counts like a stale lock.
-            Ok(match (count.stale + count.unreadable - count.unread, count.complete) {
-                (1.., _) => Finding::Stale,
-                (0, false) => Finding::Failed,
-                (0, true) => Finding::Nothing,
-            })
         })
     }
+
+    fn empty_count(&self) -> Count {
+        Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() }
+    }
+
+    /// With `--json` and `--prometheus`, only the counts are printed.
+    fn is_silent(&self) -> bool {
+        self.json || self.prometheus
+    }
+
+    async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
+        let begun = Instant::now();
+        let connection = place.reach().await?;
+        let mut count = self.empty_count();
+        let mut output = Output::new(false, Widths::USUAL)?;
+        if let ScanTarget::Directory(directory) = &connection.target {
+            let staleness = Staleness { older_than: Some(self.older_than) };
+            let inventory = inventory::take(directory, &connection.stores, &staleness).await?;
+            for entry in &inventory.entries {
+                count.add(entry, Timestamp::now());
+                if !self.is_silent() && entry.is_stale() {
+                    output.put(&output.render(entry)?)?;
+                }
+            }
+            count.scanned = inventory.states;
+            if let Some(why) = inventory.incomplete {
+                console::say(&why);
+                count.complete = false;
+            }
+        } else {
+            let counted = self.scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut count).await?;
+            if let Some(signal) = counted {
+                return Ok(Finding::Stopped(signal));
+            }
+        }
+        if count.unread > 0 {
+            console::say(&not_whole(count.unread));
+        }
+        count.scan_seconds = begun.elapsed().as_secs_f64();
+        if self.json {
+            print_json(&count)?;
+        } else if self.prometheus {
+            console::print(&metrics(&[(String::new(), &count, false)]));
+        }
+        Ok(match (count.tally().needs_attention(), count.complete) {
+            (true, _) => Finding::Stale,
+            (false, false) => Finding::Failed,
+            (false, true) => Finding::Nothing,
+        })
+    }
+
+    /// Counts the locks of a table or a bucket, and shows the stale ones. Returns the signal that stopped the scan.
+    async fn scan(
+        &self,
+        Connection { target, stores }: Connection,
+        speed: Speed,
+        signals: &mut Signals,
+        output: &mut Output,
+        count: &mut Count,
+    ) -> Result<Option<Signal>, Trouble> {
+        let now = Timestamp::now();
+        let staleness = Staleness { older_than: Some(self.older_than) };
+        let scan = Scan { target, stores, speed, staleness };
+        let scanned = scan
+            .run(signals, output, |entry| {
+                count.add(entry, now);
+                !self.is_silent() && entry.is_stale()
+            })
+            .await?;
+        count.scanned = scanned.items;
+        Ok(scanned.stopped)
+    }
+
+    async fn several(&self, fleet: &Fleet) -> Result<Finding, Trouble> {
+        let begun = Instant::now();
+        let mut output = Output::new(false, Widths::USUAL)?;
+        let mut signals = scan::listen()?;
+        let mut total = Count { complete: fleet.bad_lines.is_empty(), ..self.empty_count() };
+        let mut counts = Vec::new();
+        for target in &fleet.targets {
+            let begun = Instant::now();
+            let mut count = self.empty_count();
+            let connection = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
+                Err(signal) => return Ok(Finding::Stopped(signal)),
+                Ok(connection) => connection,
+            };
+            let counted = match connection {
+                Ok(connection) => self.scan(connection, target.speed, &mut signals, &mut output, &mut count).await,
+                Err(trouble) => Err(trouble),
+            };
+            let name = target.name();
+            let error = match counted {
+                Ok(Some(signal)) => return Ok(Finding::Stopped(signal)),
+                Err(Trouble::ReaderGone) => return Err(Trouble::ReaderGone),
+                Ok(None) => None,
+                Err(trouble) => Some(trouble.to_string()),
+            };
+            count.complete &= error.is_none();
+            count.scan_seconds = begun.elapsed().as_secs_f64();
+            name.report(count.tally(), error.as_deref(), self.is_silent());
+            total.add_target(&count);
+            counts.push(TargetCount { target: name, error, count });
+        }
+        total.scan_seconds = begun.elapsed().as_secs_f64();
+        let failed = counts.iter().filter(|target| target.error.is_some()).count();
+        if self.json {
+            print_json(&FleetCount { total, targets: &counts, bad_lines: &fleet.bad_lines })?;
+        } else if self.prometheus {
+            let rows: Vec<_> =
+                counts.iter().map(|one| (one.target.labels(), &one.count, one.error.is_some())).collect();
+            let gauges = [
+                ("_targets", "Tables and buckets to read.", fleet.targets.len()),
+                ("_targets_failed", "Tables and buckets that could not be read.", failed),
+                ("_bad_lines", "Lines of the file with targets that name no target.", fleet.bad_lines.len()),
+            ];
+            let gauges = gauges.map(|(name, help, value)| family(name, help, &[(String::new(), value.to_string())]));
+            console::print(&(metrics(&rows) + &gauges.concat()));
+        } else {
+            console::say(&fleet.total(total.tally(), failed));
+        }
+        Ok(fleet.finding(total.tally(), failed))
+    }
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Trouble> {
+    console::print(&json::to_string(value).map_err(|error| Trouble::Said(error.to_string()))?);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub(super) struct LocationArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket"])]
     pub(super) chdir: Option<PathBuf>,
     /// Look in this DynamoDB table, whatever the current directory is
-    #[arg(long, value_name = "TABLE", group = "outside")]
+    #[arg(long, value_name = "TABLE", groups = ["outside", "rated"])]
     pub(super) table: Option<String>,
     /// Look at the .tflock objects in this S3 bucket, whatever the current directory is
     #[arg(long, value_name = "BUCKET", group = "outside")]
@@ -36,13 +36,13 @@ pub(super) struct LocationArgs {
     pub(super) prefix: Option<String>,
     /// The region of the table or bucket (default: the region that the AWS CLI would use)
     #[arg(long, value_name = "REGION", requires = "outside")]
-    region: Option<String>,
+    pub(super) region: Option<String>,
     /// The AWS profile to use
     #[arg(long, value_name = "PROFILE", requires = "outside")]
-    profile: Option<String>,
+    pub(super) profile: Option<String>,
     /// The endpoint URL, for a service that is not AWS itself
     #[arg(long, value_name = "URL", requires = "outside")]
-    endpoint_url: Option<String>,
+    pub(super) endpoint_url: Option<String>,
 }
 
 /// Where a command looks for locks.

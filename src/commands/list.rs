@@ -5,25 +5,31 @@ use clap::Args;
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
-use super::output::{End, Output, Widths};
-use super::scan::{Scan, Speed};
+use super::output::{End, FleetEnd, Output, TargetEnd, Widths};
+use super::scan::{self, Scan, Scanned, unless_stopped};
 use super::staleness::Staleness;
+use super::targets::{Fleet, Speed, Tally, TargetArgs, Targets};
 use super::{Finding, inventory};
-use crate::lock::stores::Stores;
+use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks                                        the locks of this directory's backend
   tf locks list --json | jq '.locks[].path'
   tf locks list --table terraform-locks --region eu-west-1
   tf locks list --bucket my-states --prefix prod/
+  tf locks list --from targets.txt
 
-Exit codes: 0 no lock is stale, 2 a lock is stale (dead or likely dead) or is not a lock, 1 the command failed.";
+With several targets, or with --from, a line on stderr counts the locks of each target, and one the locks of all. If a
+target fails, the others are listed nevertheless.
+
+Exit codes: 0 no lock is stale, 2 a lock is stale (dead or likely dead) or is not a lock, 1 the command failed, 3 (only
+with several targets) a lock is stale and a target failed.";
 
 /// The arguments of `tf locks list`, and of `tf locks` without a command.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct List {
     #[command(flatten)]
-    place: LocationArgs,
+    targets: TargetArgs,
     /// Print one JSON object, as described in docs/locks.schema.json
     #[arg(long)]
     json: bool,
@@ -38,55 +44,122 @@ impl List {
     /// Fails if the target cannot be reached, if a request fails, or if the result cannot be written.
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
-            let Connection { target, stores } = self.place.reach().await?;
-            let ScanTarget::Directory(directory) = &target else {
-                let output = Output::new(self.json, Widths::USUAL)?;
-                return self.list_scanned(target, stores, output).await;
-            };
-            let inventory = inventory::take(directory, &stores, &Staleness::default()).await?;
-            let entries = inventory.entries;
-            let stale = entries.iter().any(ListedEntry::is_stale);
-            let mut output = Output::new(self.json, Widths::of(&entries))?;
-            for entry in &entries {
-                let shown = output.render(entry)?;
-                output.put(&shown)?;
+            match self.targets.targets(self.speed)? {
+                Targets::One(place) => self.one(&place).await,
+                Targets::Several(fleet) => Box::pin(self.several(&fleet)).await,
             }
-            if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
-                let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
-                console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
-            }
-            let end = End { complete: inventory.incomplete.is_none(), scanned: inventory.states };
-            output.end(end)?;
-            if let Some(why) = &inventory.incomplete {
-                console::say(why);
-            }
-            Ok(match inventory.incomplete {
-                _ if stale => Finding::Stale,
-                Some(_) => Finding::Failed,
-                None => Finding::Nothing,
-            })
         })
     }
 
-    async fn list_scanned(&self, target: ScanTarget, stores: Stores, mut output: Output) -> Result<Finding, Trouble> {
-        let (mut stale, mut unread) = (false, 0);
-        let scan = Scan { target, stores, speed: self.speed, staleness: Staleness::default() };
-        let scanned = scan
-            .run(&mut output, |entry| {
-                stale |= entry.is_stale();
-                unread += u64::from(entry.is_unread());
-                true
-            })
-            .await?;
-        output.end(End { complete: scanned.stopped.is_none() && unread == 0, scanned: scanned.items })?;
-        if unread > 0 {
-            console::say(&not_whole(unread));
+    async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
+        let connection = place.reach().await?;
+        let ScanTarget::Directory(directory) = &connection.target else {
+            return self.list_scanned(connection).await;
+        };
+        let inventory = inventory::take(directory, &connection.stores, &Staleness::default()).await?;
+        let entries = inventory.entries;
+        let stale = entries.iter().any(ListedEntry::is_stale);
+        let mut output = Output::new(self.json, Widths::of(&entries))?;
+        for entry in &entries {
+            let shown = output.render(entry)?;
+            output.put(&shown)?;
         }
-        Ok(match scanned.stopped {
-            Some(signal) => Finding::Stopped(signal),
-            None if stale => Finding::Stale,
-            None if unread > 0 => Finding::Failed,
+        if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
+            let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
+            console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
+        }
+        output.end(&End { complete: inventory.incomplete.is_none(), scanned: inventory.states, fleet: None })?;
+        if let Some(why) = &inventory.incomplete {
+            console::say(why);
+        }
+        Ok(match inventory.incomplete {
+            _ if stale => Finding::Stale,
+            Some(_) => Finding::Failed,
             None => Finding::Nothing,
         })
     }
+
+    async fn list_scanned(&self, connection: Connection) -> Result<Finding, Trouble> {
+        let mut output = Output::new(self.json, Widths::USUAL)?;
+        let mut tally = Tally::default();
+        let scanned = scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut tally).await?;
+        let complete = scanned.stopped.is_none() && tally.unread == 0;
+        output.end(&End { complete, scanned: scanned.items, fleet: None })?;
+        if tally.unread > 0 {
+            console::say(&not_whole(tally.unread));
+        }
+        Ok(match scanned.stopped {
+            Some(signal) => Finding::Stopped(signal),
+            None if tally.needs_attention() => Finding::Stale,
+            None if tally.unread > 0 => Finding::Failed,
+            None => Finding::Nothing,
+        })
+    }
+
+    async fn several(&self, fleet: &Fleet) -> Result<Finding, Trouble> {
+        let mut output = Output::new(self.json, Widths::USUAL)?;
+        let mut signals = scan::listen()?;
+        let (mut total, mut items, mut targets) = (Tally::default(), 0, Vec::new());
+        let mut stopped = None;
+        for target in &fleet.targets {
+            let name = target.name();
+            output.next_target();
+            let mut tally = Tally::default();
+            let listed = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
+                Err(signal) => Ok(Scanned { items: 0, stopped: Some(signal) }),
+                Ok(Err(trouble)) => Err(trouble),
+                Ok(Ok(connection)) => scan(connection, target.speed, &mut signals, &mut output, &mut tally).await,
+            };
+            let (scanned, error) = match listed {
+                Ok(scanned) => (scanned, None),
+                Err(Trouble::ReaderGone) => return Err(Trouble::ReaderGone),
+                Err(trouble) => (Scanned::default(), Some(trouble.to_string())),
+            };
+            items += scanned.items;
+            stopped = scanned.stopped;
+            total.add(tally);
+            let complete = stopped.is_none() && error.is_none() && tally.unread == 0;
+            if stopped.is_none() {
+                name.report(tally, error.as_deref(), self.json);
+            }
+            targets.push(TargetEnd { target: name, error, complete, scanned: scanned.items });
+            if stopped.is_some() {
+                break;
+            }
+        }
+        let is_complete = targets.iter().all(|target| target.complete) && fleet.bad_lines.is_empty();
+        let failed = targets.iter().filter(|target| target.error.is_some()).count();
+        let bad_lines = fleet.bad_lines.clone();
+        output.end(&End { complete: is_complete, scanned: items, fleet: Some(FleetEnd { targets, bad_lines }) })?;
+        if let Some(signal) = stopped {
+            return Ok(Finding::Stopped(signal));
+        }
+        if !self.json {
+            console::say(&fleet.total(total, failed));
+        }
+        Ok(fleet.finding(total, failed))
+    }
+}
+
+/// Lists a table or a bucket, and counts its locks.
+async fn scan(
+    Connection { target, stores }: Connection,
+    speed: Speed,
+    signals: &mut Signals,
+    output: &mut Output,
+    tally: &mut Tally,
+) -> Result<Scanned, Trouble> {
+    let scan = Scan { target, stores, speed, staleness: Staleness::default() };
+    scan.run(signals, output, |entry| {
+        match entry {
+            ListedEntry::Lock(lock) => {
+                tally.locks += 1;
+                tally.stale += u64::from(lock.stale);
+            }
+            ListedEntry::UnreadableLock(entry) if entry.is_unread() => tally.unread += 1,
+            ListedEntry::UnreadableLock(_) => tally.no_locks += 1,
+        }
+        true
+    })
+    .await
 }

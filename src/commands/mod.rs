@@ -1,6 +1,7 @@
 //! The `tf locks` commands. Terraform has no command of that name, and this module never sees terraform's arguments.
 //!
-//! Exit codes: 0 if nothing needs attention, 2 if something does, and 1 if the command could not do what was asked.
+//! Exit codes: 0 if nothing needs attention, 2 if something does, 1 if the command could not do what was asked, and 3 for
+//! both, if a command has several targets.
 
 mod agreement;
 mod audit;
@@ -22,6 +23,7 @@ mod shell_init;
 mod shim;
 mod show;
 mod staleness;
+mod targets;
 
 use crate::cleanup::takeover_process;
 use crate::console;
@@ -48,6 +50,9 @@ pub(crate) enum Finding {
     Stale,
     /// The command did not do what was asked. The exit code is 1.
     Failed,
+    /// Of several targets, at least one has something that needs attention, and at least one could not be read. The
+    /// exit code is 3.
+    StaleAndFailed,
     /// A signal stopped the command, or, for SIGPIPE, the reader of stdout has exited. This process then dies of that
     /// signal.
     Stopped(Signal),
@@ -61,6 +66,7 @@ impl Finding {
             Self::Nothing => 0,
             Self::Failed => 1,
             Self::Stale => 2,
+            Self::StaleAndFailed => 3,
             Self::Stopped(signal) => outcome::end_as(Ended::Killed(signal)),
         }
     }

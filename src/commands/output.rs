@@ -7,9 +7,11 @@ use std::io::{self, BufWriter, Read, Seek, Write};
 
 use ::console::{Style, Term};
 use jiff::Timestamp;
+use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
+use super::targets::{BadLine, TargetName};
 use crate::console::{ellipsis, length_of_time, visible};
 use crate::holder::evidence::Verdict;
 use crate::holder::lease_text;
@@ -36,12 +38,42 @@ pub(super) struct Widths {
 }
 
 /// What is reported at the end of the output.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct End {
     /// Whether everything was checked.
     pub(super) complete: bool,
     /// The number of items, objects or states that were checked.
     pub(super) scanned: u64,
+    /// What is reported about several targets; `None` for one.
+    pub(super) fleet: Option<FleetEnd>,
+}
+
+/// What is reported about several targets.
+#[derive(Debug)]
+pub(super) struct FleetEnd {
+    pub(super) targets: Vec<TargetEnd>,
+    pub(super) bad_lines: Vec<BadLine>,
+}
+
+/// What is reported about one of several targets.
+#[derive(Debug, Serialize)]
+pub(super) struct TargetEnd {
+    pub(super) target: TargetName,
+    /// Why the target could not be read completely; `None` if no request failed.
+    pub(super) error: Option<String>,
+    /// Whether everything in the target was checked.
+    pub(super) complete: bool,
+    /// The number of items or objects that were checked.
+    pub(super) scanned: u64,
+}
+
+/// An entry of one of several targets.
+#[derive(Serialize)]
+struct InTarget<'a, T> {
+    #[serde(flatten)]
+    entry: &'a T,
+    /// The index of the target in `targets`.
+    target: usize,
 }
 
 impl Widths {
@@ -79,7 +111,7 @@ impl Output {
         let terminal = Term::stdout();
         if json {
             let out = BufWriter::new(io::stdout());
-            Ok(Self::Json(Json { out, later: tempfile::tempfile()?, locks: 0, unreadable: 0 }))
+            Ok(Self::Json(Json { out, later: tempfile::tempfile()?, locks: 0, unreadable: 0, target: None }))
         } else if terminal.is_term() {
             Ok(Self::Table(Table::new(usize::from(terminal.size().1), widths)))
         } else {
@@ -98,8 +130,8 @@ impl Output {
             (Self::Table(table), ListedEntry::UnreadableLock(unreadable)) => table.unreadable(unreadable),
             (Self::Lines(widths), ListedEntry::Lock(lock)) => line(lock, *widths, now),
             (Self::Lines(widths), ListedEntry::UnreadableLock(unreadable)) => unreadable_line(unreadable, *widths),
-            (Self::Json(_), ListedEntry::Lock(lock)) => json::to_string(lock)?,
-            (Self::Json(_), ListedEntry::UnreadableLock(unreadable)) => json::to_string(unreadable)?,
+            (Self::Json(json), ListedEntry::Lock(lock)) => json.text(&**lock)?,
+            (Self::Json(json), ListedEntry::UnreadableLock(unreadable)) => json.text(unreadable)?,
         };
         Ok(Shown { is_lock: matches!(entry, ListedEntry::Lock(_)), text })
     }
@@ -119,11 +151,18 @@ impl Output {
         }
     }
 
+    /// Begins the next of several targets. JSON says for each entry in which target it is.
+    pub(super) fn next_target(&mut self) {
+        if let Self::Json(json) = self {
+            json.target = Some(json.target.map_or(0, |target| target + 1));
+        }
+    }
+
     /// Writes the end of the output. Only JSON has one.
     ///
     /// # Errors
     /// Fails if it cannot be written, for example because the reader of stdout has exited.
-    pub(super) fn end(self, end: End) -> io::Result<()> {
+    pub(super) fn end(self, end: &End) -> io::Result<()> {
         match self {
             Self::Json(json) => json.end(end),
             Self::Table(_) | Self::Lines(_) => Ok(()),
@@ -376,9 +415,18 @@ pub(super) struct Json {
     later: File,
     locks: u64,
     unreadable: u64,
+    /// The index of the current target; `None` if there are not several.
+    target: Option<usize>,
 }
 
 impl Json {
+    fn text<T: Serialize>(&self, entry: &T) -> io::Result<String> {
+        Ok(match self.target {
+            None => json::to_string(entry)?,
+            Some(target) => json::to_string(&InTarget { entry, target })?,
+        })
+    }
+
     fn put(&mut self, shown: &Shown) -> io::Result<()> {
         let (out, count, first): (&mut dyn Write, _, _) = if shown.is_lock {
             (&mut self.out, &mut self.locks, "{\"locks\":[\n")
@@ -391,14 +439,19 @@ impl Json {
         out.write_all(shown.text.as_bytes())
     }
 
-    fn end(mut self, end: End) -> io::Result<()> {
+    fn end(mut self, end: &End) -> io::Result<()> {
         if self.locks == 0 {
             self.out.write_all(b"{\"locks\":[")?;
         }
         self.out.write_all(b"],\n\"unreadable\":[")?;
         self.later.rewind()?;
         io::copy(&mut Read::by_ref(&mut self.later), &mut self.out)?;
-        writeln!(self.out, "],\n\"complete\":{},\"scanned\":{}}}", end.complete, end.scanned)?;
+        write!(self.out, "],\n\"complete\":{},\"scanned\":{}", end.complete, end.scanned)?;
+        if let Some(FleetEnd { targets, bad_lines }) = &end.fleet {
+            let (targets, bad_lines) = (json::to_string(targets)?, json::to_string(bad_lines)?);
+            write!(self.out, ",\n\"targets\":{targets},\n\"bad_lines\":{bad_lines}")?;
+        }
+        self.out.write_all(b"}\n")?;
         self.out.flush()
     }
 }

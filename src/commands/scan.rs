@@ -13,7 +13,6 @@ use std::fs::File;
 use std::io::{self, BufReader, Seek};
 use std::time::Duration;
 
-use clap::Args;
 use futures_util::stream::{self, StreamExt};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
@@ -24,6 +23,7 @@ use super::connection::{ScanTarget, Trouble};
 use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
 use super::output::{Output, Shown};
 use super::staleness::Staleness;
+use super::targets::Speed;
 use crate::aws::failure::Failure;
 use crate::console::visible;
 use crate::holder::host::HostView;
@@ -31,19 +31,6 @@ use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::signals::Signals;
-
-/// How fast a table is read.
-#[derive(Args, Clone, Copy, Debug, Default)]
-pub(super) struct Speed {
-    /// Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table's; no limit if on-demand)
-    #[arg(long, value_name = "UNITS", requires = "table", value_parser = units)]
-    rate: Option<f64>,
-}
-
-fn units(text: &str) -> Result<f64, String> {
-    let number: f64 = text.parse().map_err(|_| "it must be a number".to_owned())?;
-    if number.is_finite() && number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) }
-}
 
 /// The share of a provisioned table's read capacity that a scan uses.
 const SHARE: f64 = 0.25;
@@ -124,11 +111,14 @@ impl Scan {
     /// Fails if a request fails or if the output cannot be written. Some entries may have been shown by then.
     pub(super) async fn run(
         &self,
+        signals: &mut Signals,
         output: &mut Output,
         mut each: impl FnMut(&ListedEntry) -> bool,
     ) -> Result<Scanned, Trouble> {
-        let mut signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
-        let (segments, total) = self.prepare().await?;
+        let (segments, total) = match unless_stopped(signals, self.prepare()).await {
+            Ok(prepared) => prepared?,
+            Err(signal) => return Ok(Scanned { items: 0, stopped: Some(signal) }),
+        };
         let progress = progress(total);
         let count = segments.len();
         let (sender, mut pages) = mpsc::channel(WAITING * count);
@@ -225,6 +215,31 @@ impl Scan {
             }
             ScanTarget::Bucket(bucket, prefix) => Ok((vec![Segment::Bucket(bucket.clone(), prefix.clone())], None)),
             ScanTarget::Directory(_) => Ok((Vec::new(), None)),
+        }
+    }
+}
+
+/// Starts to read the signals that stop a scan.
+///
+/// # Errors
+/// Fails if the signals cannot be read.
+pub(super) fn listen() -> Result<Signals, Trouble> {
+    Signals::listen().map_err(|error| Trouble::Said(error.to_string()))
+}
+
+/// Waits for `work`, unless a signal asks this process to stop.
+///
+/// # Errors
+/// Fails with that signal. `work` is then abandoned.
+pub(super) async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        if let Some(signal) = signals.next_stop() {
+            return Err(signal);
+        }
+        tokio::select! {
+            done = &mut work => return Ok(done),
+            () = sleep(POLL_INTERVAL) => {}
         }
     }
 }
@@ -524,13 +539,5 @@ mod tests {
         assert_eq!(next_limit(25.0, Cost { scanned: 25.0, consumed: 1.0 }), 625);
         assert_eq!(next_limit(25.0, Cost { scanned: 10.0, consumed: 500.0 }), 1);
         assert_eq!(next_limit(25.0, Cost { scanned: 0.0, consumed: 0.0 }), 25);
-    }
-
-    #[test]
-    fn a_rate_is_a_number_above_nothing() {
-        assert_eq!(units("2.5"), Ok(2.5));
-        for text in ["0", "-1", "NaN", "inf", "many", ""] {
-            assert!(units(text).is_err(), "{text}");
-        }
     }
 }

@@ -51,7 +51,7 @@ impl Show {
                 {
                     output.put(&output.render(&entry)?)?;
                 }
-                output.end(End { complete: true, scanned: 1 })?;
+                output.end(&End { complete: true, scanned: 1, fleet: None })?;
             } else {
                 if let Some(lock) = &lock {
                     console::print(&description(lock, Timestamp::now()));

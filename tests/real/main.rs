@@ -40,6 +40,7 @@ mod locks_list;
 mod locks_recover;
 mod locks_release;
 mod many_locks;
+mod many_targets;
 mod never_anothers;
 mod never_hangs;
 mod no_lock_at_all;
