@@ -38,9 +38,15 @@ pub(super) struct FoundLock {
 pub(super) struct UnreadableLock {
     pub(super) place: StoreKey,
     pub(super) reason: String,
-    /// The stored item or object. `None` if it could not be read; whether it is a lock is then unknown.
-    #[serde(skip)]
+    /// The stored item or object. `None` if it could not be read; whether it is a lock is then unknown. In JSON, only
+    /// whether it was read.
+    #[serde(rename = "read", serialize_with = "is_some")]
     pub(super) stored: Option<StoredLock>,
+}
+
+#[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
+fn is_some<T, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bool(value.is_some())
 }
 
 impl UnreadableLock {
