@@ -21,6 +21,7 @@ mod accounts;
 mod another_user;
 mod answers;
 mod any_key;
+mod audit_recipes;
 mod behind_wrappers;
 #[cfg(feature = "crash-points")]
 mod crash;

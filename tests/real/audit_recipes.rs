@@ -1,0 +1,242 @@
+//! Runs the files of shell/audit: the script of the timer, the command of the CronJob, and the script that keeps an issue
+//! open for each stale lock. `shell/ci/lint` checks their forms.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+
+use super::locks_release::{locks, old_lock};
+use crate::support::cloud::{cloud, tool};
+use crate::support::http::Message;
+use crate::support::process::Run;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{lock_json, which};
+use crate::support::{Ended, Lock, TestEnv};
+
+fn recipe(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/audit").join(name)
+}
+
+/// A table with a stale lock, and `targets.txt`, which names it.
+fn audited() -> TestEnv {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("AWS_REGION", "us-east-1");
+    old_lock(&env);
+    env.write("targets.txt", &format!("--table {}\n", env.table));
+    env
+}
+
+fn run(env: &TestEnv, recipe_name: &str, arguments: &[&str]) -> Ended {
+    let mut command = env.command(recipe(recipe_name));
+    command.args(arguments);
+    Run::start(command).wait()
+}
+
+#[test]
+fn the_script_of_the_timer_replaces_the_metrics_as_a_whole_and_never_by_nothing() {
+    let env = audited();
+    let audit = || run(&env, "systemd/tf-locks-audit", &["metrics.prom", "2h", "targets.txt"]);
+    let end = audit();
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    let expected = format!("tf_locks_stale{{kind=\"table\",name=\"{}\"}} 1\n", env.table);
+    assert!(env.read("metrics.prom").contains(&expected), "{}", env.read("metrics.prom"));
+    let file = fs::metadata(env.directory.join("metrics.prom")).unwrap();
+    assert_eq!(file.mode() & 0o777, 0o644);
+    env.write("targets.txt", &format!("--table {}\n--table no-such-table\n", env.table));
+    assert_eq!(audit().code(), Some(3));
+    assert!(env.read("metrics.prom").contains("\ntf_locks_targets_failed 1\n"));
+    assert_ne!(fs::metadata(env.directory.join("metrics.prom")).unwrap().ino(), file.ino(), "replaced, not rewritten");
+    let before = env.read("metrics.prom");
+    fs::remove_file(env.directory.join("targets.txt")).unwrap();
+    assert_eq!(audit().code(), Some(1));
+    assert_eq!(env.read("metrics.prom"), before);
+    let names = fs::read_dir(&env.directory).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let left: Vec<String> = names.filter(|name| name.starts_with("metrics.")).collect();
+    assert_eq!(left, ["metrics.prom"]);
+}
+
+#[test]
+fn the_job_in_kubernetes_fails_if_a_lock_is_stale() {
+    let env = audited();
+    let program = "import json, sys, yaml\nprint(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
+    let mut python = env.command(tool("python3"));
+    python.args(["-c", program]).arg(recipe("kubernetes/cronjob.yaml"));
+    let documents: Value = serde_json::from_str(&Run::start(python).wait().out).unwrap();
+    let targets = documents[1]["data"]["targets.txt"].as_str().unwrap();
+    let targets = targets.replace("terraform-locks", &env.table).replace("example-state", &env.bucket);
+    env.write("targets.txt", &targets.replace("eu-central-1", "us-east-1"));
+    let container = &documents[2]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0];
+    let words: Vec<&str> = container["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+    let words: Vec<&str> =
+        words.into_iter().map(|word| if word == "/etc/tf/targets.txt" { "targets.txt" } else { word }).collect();
+    assert_eq!(words[..2], ["tf", "locks"]);
+    let end = locks(&env, &words[2..]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    assert!(end.err.ends_with("tf: total: 1 lock, 1 stale in 2 targets\n"), "{}", end.err);
+    env.delete_lock();
+    assert_eq!(locks(&env, &words[2..]).code(), Some(0));
+}
+
+/// An alert or a panel about a metric that does not exist would never show anything.
+#[test]
+fn every_metric_in_the_alerts_and_in_the_dashboard_is_one_that_an_audit_prints() {
+    let env = audited();
+    let end = locks(&env, &["audit", "--older-than", "2h", "--from", "targets.txt", "--prometheus"]);
+    let printed: BTreeSet<&str> =
+        end.out.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let mut used = BTreeSet::new();
+    for name in ["prometheus/rules.yml", "prometheus/rules_test.yml", "grafana/dashboard.json"] {
+        let text = fs::read_to_string(recipe(name)).unwrap();
+        // The name of the file of metrics is not a metric.
+        let text = text.replace("tf_locks\\\\.prom", "").replace("tf_locks.prom", "");
+        let words = text.split(|character: char| !character.is_alphanumeric() && character != '_');
+        used.extend(words.filter(|word| word.starts_with("tf_")).map(ToOwned::to_owned));
+    }
+    let unknown: Vec<_> = used.iter().filter(|name| !printed.contains(name.as_str())).collect();
+    assert!(unknown.is_empty() && used.len() > 8, "{unknown:?} {printed:?}");
+}
+
+/// A stand-in for the API of GitHub, with the issues of one repository.
+#[derive(Default)]
+struct GitHub {
+    issues: Vec<Value>,
+    is_down: bool,
+}
+
+impl GitHub {
+    fn open(&self) -> Vec<&Value> {
+        self.issues.iter().filter(|issue| issue["state"] == "open").collect()
+    }
+
+    fn answer(&mut self, request: &Message) -> Message {
+        let (method, rest) = request.start.split_once(' ').unwrap();
+        let target = rest.split(' ').next().unwrap();
+        // A client that uses a proxy sends the whole URL.
+        let path = target.strip_prefix("http://api.github.localhost").unwrap_or(target);
+        let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+        let issue = path.strip_prefix("/repos/o/r/issues/").and_then(|number| number.parse::<usize>().ok());
+        let (status, answer) = match (method, issue) {
+            _ if self.is_down => ("503 Service Unavailable", json!({ "message": "no" })),
+            ("GET", None) if path == "/repos/o/r/issues?state=open&labels=stale-terraform-lock&per_page=100" => {
+                ("200 OK", json!(self.open()))
+            }
+            ("POST", None) if path == "/repos/o/r/issues" => {
+                let number = self.issues.len() + 1;
+                let issue = json!({ "number": number, "state": "open", "title": body["title"], "body": body["body"],
+                    "labels": body["labels"], "html_url": format!("https://github.com/o/r/issues/{number}") });
+                self.issues.push(issue.clone());
+                ("201 Created", issue)
+            }
+            ("PATCH", Some(number)) => {
+                self.issues[number - 1]["state"] = body["state"].clone();
+                ("200 OK", self.issues[number - 1].clone())
+            }
+            _ => ("404 Not Found", json!({ "message": request.start })),
+        };
+        let mut answer = Message::answer(status, &answer.to_string());
+        answer.headers[0].1 = "application/json; charset=utf-8".into();
+        answer
+    }
+}
+
+/// A `gh` that has only what the script uses.
+const STAND_IN: &str = r#"#!/bin/sh
+shift
+method=GET input= filter=. path=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --paginate) ;;
+    --silent) filter=empty ;;
+    --method) method=$2; shift ;;
+    --input) input=$2; shift ;;
+    --jq) filter=$2; shift ;;
+    *) path=$1 ;;
+  esac
+  shift
+done
+set -- -fsS -X "$method" "http://api.github.localhost/$path"
+if [ -n "$input" ]; then set -- "$@" --data-binary "@$input"; fi
+curl -x "$http_proxy" "$@" >gh.answer && jq -r "$filter" gh.answer
+"#;
+
+/// With the real `gh` if it is installed, and with a stand-in for it.
+#[test]
+fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
+    if which("jq").is_none() || which("curl").is_none() {
+        return;
+    }
+    for is_real in [true, false] {
+        if is_real && which("gh").is_none() {
+            continue;
+        }
+        let mut env = audited();
+        if !is_real {
+            fs::write(env.bin().join("gh"), STAND_IN).unwrap();
+            fs::set_permissions(env.bin().join("gh"), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let state: Arc<Mutex<GitHub>> = Arc::default();
+        let server = Arc::clone(&state);
+        let github = Proxy::start(0, move |request| ProxyAction::Answer(server.lock().unwrap().answer(request)));
+        env.set("GITHUB_REPOSITORY", "o/r").set("GH_TOKEN", "secret").set("GH_HOST", "github.localhost");
+        env.set("http_proxy", format!("http://127.0.0.1:{}", github.port));
+        let put = |path: &str, created: &str, operation: &str| {
+            let mut info: Value = serde_json::from_str(&lock_json(&format!("id-{path}"), path)).unwrap();
+            info["Who"] = "anna@elsewhere".into();
+            info["Operation"] = operation.into();
+            if !created.is_empty() {
+                info["Created"] = created.into();
+            }
+            cloud().put_item(&env.table, path, &info.to_string());
+        };
+        put("b/new", "", "OperationTypeApply");
+        put("b/old", "2026-01-01T00:00:00.123456Z", "x\n```\n# @everyone <!-- tf-lock -->\u{202e}\u{1b}[31m");
+        put("b/never", "yesterday", "OperationTypeApply");
+        cloud().put_item(&env.table, "b/junk", "{");
+        let sync = || run(&env, "github/stale-locks", &["targets.txt", "2"]);
+        let open_issues = || -> BTreeSet<String> {
+            let state = state.lock().unwrap();
+            state.open().iter().map(|issue| issue["title"].as_str().unwrap().to_owned()).collect()
+        };
+        let title_of = |path: &str| format!("Stale state lock: {path}");
+        let junk = "Not a lock, in the place of a state lock: b/junk".to_owned();
+        let all = BTreeSet::from([title_of(&env.path()), title_of("b/old"), title_of("b/never"), junk.clone()]);
+        for _ in 0..2 {
+            let end = sync();
+            assert_eq!(end.code(), Some(0), "real: {is_real} {}", env.dump(&end));
+            assert_eq!((open_issues(), state.lock().unwrap().issues.len()), (all.clone(), 4), "{}", env.dump(&end));
+        }
+        let hostile = {
+            let state = state.lock().unwrap();
+            let issue = state.issues.iter().find(|issue| issue["title"] == title_of("b/old")).unwrap();
+            assert_eq!(issue["labels"], json!(["stale-terraform-lock"]));
+            issue["body"].as_str().unwrap().to_owned()
+        };
+        let told = hostile.lines().find(|line| line.contains("@everyone")).unwrap();
+        assert!(told.starts_with("    operation: x?```?# @everyone"), "{hostile}");
+        assert!(!hostile.contains(['\u{202e}', '\u{1b}']), "{hostile:?}");
+        // A lock that is gone: its issue is closed. The others stay open.
+        cloud().delete_item(&env.table, "b/old");
+        assert_eq!(sync().code(), Some(0));
+        assert_eq!(open_issues(), &all - &BTreeSet::from([title_of("b/old")]));
+        // What is missing from an incomplete list may still be there.
+        cloud().delete_item(&env.table, "b/never");
+        env.write("targets.txt", &format!("--table {}\n--table no-such-table\n", env.table));
+        let end = sync();
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(open_issues().contains(&title_of("b/never")) && end.err.contains("no issue is closed"), "{}", end.err);
+        // Without the open issues, none is opened twice.
+        state.lock().unwrap().is_down = true;
+        env.write("targets.txt", &format!("--table {}\n", env.table));
+        let end = sync();
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains("the open issues could not be listed"), "{}", end.err);
+        state.lock().unwrap().is_down = false;
+        assert_eq!(sync().code(), Some(0));
+        assert_eq!(open_issues(), BTreeSet::from([title_of(&env.path()), junk]));
+        assert_eq!(state.lock().unwrap().issues.len(), 4);
+    }
+}
