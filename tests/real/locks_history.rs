@@ -1,16 +1,12 @@
 //! What was done to locks is recorded, and reported to a command for which `tf` does not wait.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
 use super::locks_release::locks;
-use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, id_of, lock_json, which};
+use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 fn history(env: &TestEnv) -> Vec<Value> {
@@ -79,41 +75,6 @@ fn what_a_person_releases_forces_and_is_refused_is_written_down_with_the_reason(
         "{:?}",
         shown.out
     );
-}
-
-/// The example script, with a stand-in for the chat service. The holder has a name that would notify everyone in the
-/// chat.
-#[test]
-fn the_example_tells_a_chat() {
-    if which("jq").is_none() || which("curl").is_none() {
-        return;
-    }
-    let mut env = TestEnv::new(Lock::DynamoDb, "true");
-    let posted: Arc<Mutex<Vec<Message>>> = Arc::default();
-    let chat_has = Arc::clone(&posted);
-    let chat = Proxy::start(0, move |request| {
-        chat_has.lock().unwrap().push(request.clone());
-        ProxyAction::Answer(Message::answer("200 OK", "ok"))
-    });
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/chat-webhook");
-    env.set("TFW_ON_EVENT", example).set("CHAT_WEBHOOK", format!("http://127.0.0.1:{}/hook", chat.port));
-    let mut info: Value =
-        serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", &env.path())).unwrap();
-    info["Who"] = format!("<!channel> & \"{}", "w".repeat(40_000)).into();
-    let text = info.to_string();
-    env.put_lock(&text);
-    let forced = locks(&env, &["release", "--force", &id_of(&text), "--reason", "it's \\ \"hers\""]);
-    assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
-    let post = wait_for("a post", || posted.lock().unwrap().first().cloned(), || env.trace());
-    assert!(post.start.starts_with("POST /hook "), "{post:?}");
-    assert_eq!(post.header("content-type"), Some("application/json"));
-    let body: Value = serde_json::from_slice(&post.body).unwrap();
-    let told = body["text"].as_str().unwrap();
-    assert!(
-        told.contains("forced") && told.contains(&env.path()) && told.contains("&lt;!channel&gt; &amp; \""),
-        "{told}"
-    );
-    assert!(!told.contains('<') && told.len() < 4000, "{told}");
 }
 
 #[test]

@@ -1,0 +1,152 @@
+//! The commands for `TFW_ON_EVENT` in `examples/`, with a stand-in for the service. `examples/check` checks the forms of
+//! their messages.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::locks_release::locks;
+use crate::support::cloud::free_port;
+use crate::support::http::Message;
+use crate::support::process::Run;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::{id_of, lock_json, which};
+use crate::support::{Lock, TestEnv, wait_for};
+
+/// Each command, and the variable with its URL.
+const EXAMPLES: [(&str, &str); 3] =
+    [("notify-slack", "NOTIFY_SLACK_URL"), ("notify-teams", "NOTIFY_TEAMS_URL"), ("notify-webhook", "NOTIFY_URL")];
+
+fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name)
+}
+
+fn can_run() -> bool {
+    which("jq").is_some() && which("curl").is_some()
+}
+
+/// Returns the command lines of all processes, as `ps` shows them.
+fn command_lines() -> String {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " ") + "\n").collect()
+}
+
+/// The posts that arrived, and the command lines at that moment.
+type Posts = Arc<Mutex<Vec<(Message, String)>>>;
+
+#[test]
+fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobody() {
+    if !can_run() {
+        return;
+    }
+    for (name, variable) in EXAMPLES {
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        let posts = Posts::default();
+        let service_has = Arc::clone(&posts);
+        let service = Proxy::start(0, move |request| {
+            let mut posts = service_has.lock().unwrap();
+            posts.push((request.clone(), command_lines()));
+            let status = if posts.len() == 1 { "503 Service Unavailable" } else { "200 OK" };
+            ProxyAction::Answer(Message::answer(status, "ok"))
+        });
+        let secret = format!("secret-of-{name}-{}", std::process::id());
+        env.set("TFW_ON_EVENT", example(name)).set("NOTIFY_TOKEN", format!("token-{secret}"));
+        env.set(variable, format!("http://127.0.0.1:{}/{secret}", service.port));
+        let mut info: Value =
+            serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", &env.path())).unwrap();
+        info["Who"] = format!("<!channel> & \"\u{202e}{}", "w".repeat(40_000)).into();
+        let text = info.to_string();
+        env.put_lock(&text);
+        let forced = locks(&env, &["release", "--force", &id_of(&text), "--reason", "it's $HOME \\ \"hers\""]);
+        assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
+        let second = || posts.lock().unwrap().get(1).cloned();
+        let (post, _) = wait_for("a second post", second, || format!("{:?} {}", posts.lock().unwrap(), env.trace()));
+        assert_eq!(post.start, format!("POST /{secret} HTTP/1.1"));
+        assert_eq!(post.header("content-type"), Some("application/json"));
+        for (other, lines) in &*posts.lock().unwrap() {
+            assert_eq!(other.body, post.body);
+            assert!(lines.contains("curl") && !lines.contains(&secret), "{lines}");
+        }
+        let body: Value = serde_json::from_slice(&post.body).unwrap();
+        match name {
+            "notify-slack" => {
+                let blocks = &body["blocks"];
+                let title = "State lock deleted by force";
+                assert_eq!(body["text"], format!("{title}: {}", env.path()));
+                assert_eq!(
+                    (&blocks[0]["type"], &blocks[0]["text"]["text"]),
+                    (&"header".into(), &title.into()),
+                    "{body}"
+                );
+                let fields = blocks[1]["fields"].as_array().unwrap();
+                let holder =
+                    fields.iter().find(|field| field["text"].as_str().unwrap().starts_with("held by: ")).unwrap();
+                // In plain text, Slack notifies nobody.
+                assert_eq!(holder["type"], "plain_text");
+                let holder = holder["text"].as_str().unwrap();
+                assert!(holder.starts_with("held by: <!channel> & \"?www") && holder.len() == 300, "{holder}");
+                let reason = "reason: it's $HOME \\ \"hers\"";
+                assert!(fields.iter().any(|field| field["text"] == reason), "{body}");
+            }
+            "notify-teams" => {
+                let card = &body["attachments"][0]["content"];
+                assert_eq!((&body["type"], &card["type"]), (&"message".into(), &"AdaptiveCard".into()), "{body}");
+                let values = card["body"].as_array().unwrap().iter().skip(1);
+                // Teams interprets Markdown in every other kind of element.
+                let runs: Vec<_> = values
+                    .map(|one| {
+                        assert_eq!(one["type"], "RichTextBlock");
+                        (one["inlines"][0]["text"].as_str().unwrap(), one["inlines"][1]["text"].as_str().unwrap())
+                    })
+                    .collect();
+                assert!(runs.contains(&("path: ", env.path().as_str())), "{runs:?}");
+                assert!(runs.contains(&("reason: ", "it's $HOME \\ \"hers\"")), "{runs:?}");
+            }
+            _ => {
+                assert_eq!(post.header("authorization"), Some(format!("Bearer token-{secret}").as_str()));
+                let history: Value = serde_json::from_str(&locks(&env, &["history", "--json"]).out).unwrap();
+                assert_eq!(body, history["events"][0]);
+            }
+        }
+    }
+}
+
+/// After 30 s, `tf` kills the command. A receiver that has been restarted in the meantime would not notice that.
+#[test]
+fn an_example_whose_receiver_is_gone_gives_up_in_time() {
+    if !can_run() {
+        return;
+    }
+    let env = TestEnv::empty(Lock::DynamoDb);
+    env.write("event", r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","id":"5e75","why":"x"}"#);
+    let begun = Instant::now();
+    let runs = EXAMPLES.map(|(name, variable)| {
+        let mut shell = env.command("sh");
+        shell.args(["-c", &format!("exec {} <event", example(name).display())]);
+        Run::start({
+            shell.env(variable, format!("http://127.0.0.1:{}/x", free_port()));
+            shell
+        })
+    });
+    for run in runs {
+        let end = run.wait();
+        assert_eq!(end.code(), Some(7), "{}", env.dump(&end));
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn an_example_without_its_url_says_which_variable_is_missing() {
+    if !can_run() {
+        return;
+    }
+    let env = TestEnv::empty(Lock::DynamoDb);
+    for (name, variable) in EXAMPLES {
+        let end = env.run_in_shell(&format!("echo '{{}}' | {}", example(name).display()));
+        assert_ne!(end.code(), Some(0), "{name} {}", env.dump(&end));
+        assert!(end.err.contains(variable), "{name} {}", end.err);
+    }
+}
