@@ -91,6 +91,8 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l fix-digest -d 'Make the recorded digest of a workspace\'s state match the state, while holding its lock' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -s y -l yes -d 'Do not ask for confirmation'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l dry-run -d 'Only print what would be done'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l since -d 'Only show events since TIME: a duration (90m, 2h, 7d), a date (2026-11-27, in UTC) or a time (2026-11-27T08:00:00Z)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l path -d 'Only show locks whose path (bucket/key) is PATH or below it' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l json -d 'Print one JSON object whose `events` are the lines of the history, oldest first'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l forget -d 'Drop the record of this lock, which no longer exists; nothing is released' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l run -d 'Only recover this run of the journal' -r

@@ -78,6 +78,37 @@ fn what_a_person_releases_forces_and_is_refused_is_written_down_with_the_reason(
 }
 
 #[test]
+fn a_history_is_filtered_by_time_and_by_path() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let other = format!("{}/dir/prod.tfstate.old", env.bucket);
+    for (path, id) in [(env.path(), "1"), (other.clone(), "2")] {
+        let text = lock_json(&format!("{id}5555555-3333-4444-5555-666666666666"), &path);
+        crate::support::cloud::cloud().put_item(&env.table, &path, &text);
+        let place = ["--table", &env.table, "--region", "us-east-1", &path];
+        let end = locks(&env, &[&["release", "--force", &id_of(&text)], &place[..]].concat());
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    }
+    let shown = |words: &[&str]| -> Vec<String> {
+        let end = locks(&env, &[&["history", "--json"], words].concat());
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        super::locks_list::assert_fits(&env, "history", &end.out);
+        let all: Value = serde_json::from_str(&end.out).unwrap();
+        all["events"].as_array().unwrap().iter().map(|event| event["path"].as_str().unwrap().to_owned()).collect()
+    };
+    let both = [env.path(), other];
+    assert_eq!(shown(&[]), both);
+    assert_eq!(shown(&["--path", &env.path()]), both[..1]);
+    assert_eq!(shown(&["--path", &env.bucket, "--since", "1h"]), both);
+    assert_eq!(shown(&["--path", &format!("{}/dir/", env.bucket), "--since", "2020-01-01"]), both);
+    assert!(shown(&["--since", "2100-01-01T00:00:00Z"]).is_empty());
+    assert!(shown(&["--path", "no-such-bucket"]).is_empty());
+    let end = locks(&env, &["history", "--path", &env.path()]);
+    assert_eq!(end.out.lines().count(), 1, "{}", end.out);
+    let end = locks(&env, &["history", "--since", "2026"]);
+    assert!(end.code() == Some(1) && end.err.contains("2026-11-27T08:00:00Z"), "{}", end.err);
+}
+
+#[test]
 fn a_dry_run_is_no_event() {
     let env = TestEnv::new(Lock::DynamoDb, "true");
     let text = lock_json("33333333-3333-4444-5555-666666666666", &env.path());
