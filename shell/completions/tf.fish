@@ -93,6 +93,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l dry-run -d 'Only print what would be done'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l since -d 'Only show events since TIME: a duration (90m, 2h, 7d), a date (2026-11-27, in UTC) or a time (2026-11-27T08:00:00Z)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l path -d 'Only show locks whose path (bucket/key) is PATH or below it' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l html -d 'Write one HTML page with a timeline to FILE (- for stdout)' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from history" -l json -d 'Print one JSON object whose `events` are the lines of the history, oldest first'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l forget -d 'Drop the record of this lock, which no longer exists; nothing is released' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from recover" -l run -d 'Only recover this run of the journal' -r

@@ -2,6 +2,7 @@
 //! refused or replaced by another run's lock.
 
 use crate::console;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -12,16 +13,19 @@ use serde::Serialize;
 
 use super::Finding;
 use super::connection::Trouble;
-use crate::console::visible;
+use super::history_page::{Page, by};
+use crate::console::{visible, visible_whole};
 use crate::journal::history;
-use crate::journal::history::{By, LockEvent, What};
+use crate::journal::history::{LockEvent, What};
 use crate::json;
 use crate::settings;
+use crate::terraform::lock_info;
 use crate::time::saturating_sub;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks history
   tf locks history --since 7d --path my-states/prod
+  tf locks history --since 30d --html history.html
   tf locks history --json | jq '.events[] | select(.event == \"forced\")'
 
 Exit codes: 0 it was shown, 1 the command failed.";
@@ -37,6 +41,9 @@ pub(super) struct History {
     /// Only show locks whose path (bucket/key) is PATH or below it
     #[arg(long, value_name = "PATH")]
     path: Option<String>,
+    /// Write one HTML page with a timeline to FILE (- for stdout)
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    html: Option<PathBuf>,
 }
 
 /// The beginning of the events to show.
@@ -92,6 +99,12 @@ impl History {
             first.is_none_or(|first| event.time >= first)
                 && self.path.as_ref().is_none_or(|path| is_below(&event.path, path))
         });
+        if let Some(file) = &self.html {
+            let who = lock_info::who();
+            let path = self.path.as_deref();
+            let page = Page { events: &events, unreadable, who: &who, since: first, path, now: Timestamp::now() };
+            return write(file, &page.html());
+        }
         if self.json {
             let text = json::to_string(&All { events: &events, unreadable });
             console::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
@@ -107,6 +120,23 @@ impl History {
     }
 }
 
+/// Writes the page to `file`, or to stdout for `-`.
+///
+/// # Errors
+/// Fails if the file cannot be written.
+fn write(file: &Path, html: &str) -> Result<Finding, Trouble> {
+    if file == Path::new("-") {
+        console::print(html);
+        return Ok(Finding::Nothing);
+    }
+    let shown = visible_whole(&file.display().to_string());
+    std::fs::write(file, html).map_err(|error| {
+        Trouble::Said(format!("could not write {shown}: {error}\nname a file in a directory that you can write to"))
+    })?;
+    console::print(&format!("wrote {shown}"));
+    Ok(Finding::Nothing)
+}
+
 fn line(event: &LockEvent) -> String {
     let what = match event.what {
         What::Released => "released",
@@ -115,13 +145,7 @@ fn line(event: &LockEvent) -> String {
         What::Replaced => "replaced",
         What::TakenOver => "taken over",
     };
-    let by = match event.by {
-        By::Tf => "tf",
-        By::Guardian => "its guardian",
-        By::Recovery if event.what == What::TakenOver => "tf",
-        By::Recovery => "recovery",
-        By::Command => "tf locks release",
-    };
+    let by = by(event);
     // For an entry that was not a lock, only its path is known.
     let lock = if event.id.is_empty() && event.holder.is_empty() {
         visible(&event.path)

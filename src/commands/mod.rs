@@ -11,6 +11,7 @@ mod doctor;
 mod fix_digest;
 mod found;
 mod history;
+mod history_page;
 mod inventory;
 mod lease_view;
 mod list;

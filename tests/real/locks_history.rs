@@ -108,6 +108,33 @@ fn a_history_is_filtered_by_time_and_by_path() {
     assert!(end.code() == Some(1) && end.err.contains("2026-11-27T08:00:00Z"), "{}", end.err);
 }
 
+/// The holder has a name that would be a script in a page.
+#[test]
+fn a_history_becomes_one_page_that_runs_no_script() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let mut info: Value =
+        serde_json::from_str(&lock_json("66666666-3333-4444-5555-666666666666", &env.path())).unwrap();
+    info["Who"] = "<script>alert(1)</script>\u{202e}".into();
+    let text = info.to_string();
+    env.put_lock(&text);
+    let forced = locks(&env, &["release", "--force", &id_of(&text), "--reason", "</td><img src=x>"]);
+    assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
+    let end = locks(&env, &["history", "--html", "page.html", "--since", "1h"]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), "wrote page.html\n"), "{}", env.dump(&end));
+    let page = env.read("page.html");
+    let path = env.path();
+    for expected in [&path, "&lt;script&gt;alert(1)", "&lt;/td&gt;&lt;img", "<b>1</b> forced", "Only events since"] {
+        assert!(page.contains(expected), "{expected} {page}");
+    }
+    assert!(!page.contains("<script") && !page.contains("<img") && !page.contains('\u{202e}'), "{page}");
+    let end = locks(&env, &["history", "--html", "-"]);
+    assert!(end.out.starts_with("<!DOCTYPE html>") && end.out.ends_with("</html>\n"), "{}", end.out);
+    let end = locks(&env, &["history", "--html", "no-such-directory/page.html"]);
+    assert_eq!(end.code(), Some(1));
+    assert!(end.err.contains("could not write no-such-directory/page.html: No such file"), "{}", end.err);
+    assert_eq!(locks(&env, &["history", "--html", "page.html", "--json"]).code(), Some(1));
+}
+
 #[test]
 fn a_dry_run_is_no_event() {
     let env = TestEnv::new(Lock::DynamoDb, "true");
