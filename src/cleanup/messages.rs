@@ -91,6 +91,16 @@ pub(crate) fn lease_interrupts(trouble: &Trouble) -> String {
     }
 }
 
+/// Reports that the processes fail that renew the lease. `how` says how the last one has.
+pub(crate) fn keepers_fail(how: &str) -> String {
+    format!(
+        "the process that renews the lease of this run's lock has failed several times in a row: {}\n\
+         it is started again; terraform is stopped if the lease is not renewed in time\n\
+         to see what it does, set TFW_LOG to the name of a file",
+        visible_lines(how)
+    )
+}
+
 /// Reports that a run has no lease. `reason` says why.
 pub(crate) fn no_lease(reason: &str) -> String {
     format!(

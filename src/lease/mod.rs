@@ -6,5 +6,7 @@ pub(crate) mod grade;
 pub(crate) mod keeper;
 pub(crate) mod observed;
 pub(crate) mod record;
+pub(crate) mod running_time;
 pub(crate) mod takeover;
 pub(crate) mod terms;
+pub(crate) mod watchdog;

@@ -516,7 +516,8 @@ impl Supervision<'_> {
                     self.asked(StopEvent::LeaseEnds);
                 }
                 LeaseEffect::Kill(reason) => self.asked(StopEvent::LeaseEnded(reason)),
-                LeaseEffect::NewFuse(pid) => self.tree.exclude(pid),
+                LeaseEffect::NewHelper(pid) => self.tree.exclude(pid),
+                LeaseEffect::KeepersFail(how) => console::say(&messages::keepers_fail(&how)),
                 LeaseEffect::NoLease(reason) => console::say(&messages::no_lease(&reason)),
             }
         }

@@ -7,6 +7,9 @@
 //! together with `tf`. Two keepers of one run do no harm: the store accepts a renewal only if it is newer than the
 //! stored one, and a stored one that is newer confirms both.
 //!
+//! The process that has started a keeper asks it for an answer every few seconds ([`Keeper::ping`]), and replaces it if it
+//! does not answer ([`super::keepers`]).
+//!
 //! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
 //! and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
@@ -20,7 +23,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
@@ -105,6 +108,8 @@ pub(crate) enum Report {
     NoLease(String),
     /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
     Refused(String),
+    /// The answer to [`Keeper::ping`].
+    Alive,
 }
 
 /// The descriptors that a keeper inherits.
@@ -198,36 +203,51 @@ impl Keeper {
         let _ = (&self.socket).write(&[HURRY]);
     }
 
-    /// Tells the keeper to end, and waits for its end.
-    pub(crate) fn end(mut self) {
+    /// Asks the keeper to report [`Report::Alive`].
+    pub(crate) fn ping(&self) {
+        let _ = (&self.socket).write(&[PING]);
+    }
+
+    /// Returns the pid of the keeper, which is a child of this process.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.process.id()).ok().map(Pid::from_raw)
+    }
+
+    /// Tells the keeper to end, and waits for its end. Returns how it ended. `None` if it did not end, even when it was
+    /// killed.
+    pub(crate) fn end(mut self) -> Option<ExitStatus> {
         let _ = (&self.socket).write(&[END]);
-        self.wait(END_TIMEOUT);
+        self.wait(END_TIMEOUT)
+    }
+
+    /// Kills the keeper. A stopped process dies of that, too.
+    pub(crate) fn kill(mut self) {
+        self.wait(Duration::ZERO);
     }
 
     /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
     pub(crate) fn withdrawn(mut self) -> bool {
-        self.wait(LAST_RENEWAL_TIMEOUT)
+        self.wait(LAST_RENEWAL_TIMEOUT).is_some_and(|status| status.success())
     }
 
-    /// Waits for the end of the keeper, and kills it after `limit`. Returns whether it has done what it was told.
-    fn wait(&mut self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        loop {
-            match self.process.try_wait() {
-                Ok(Some(status)) => return status.success(),
-                Ok(None) if Instant::now() < until => {}
-                _ => break,
-            }
-            poll::wait(&[(self.socket.as_fd(), nix::poll::PollFlags::empty())], Some(POLL_INTERVAL));
+    /// Waits for the end of the keeper, and kills it after `limit`. Returns how it ended. `None` if it did not end.
+    fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        if let Some(status) = self.wait_until(Instant::now() + limit) {
+            return Some(status);
         }
         // A keeper that is frozen, or hangs in the kernel, does not end even if it is killed. Init reaps it after this
         // process has ended.
         let _ = self.process.kill();
-        let until = Instant::now() + END_TIMEOUT;
-        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
-            poll::wait(&[], Some(POLL_INTERVAL));
+        self.wait_until(Instant::now() + END_TIMEOUT)
+    }
+
+    fn wait_until(&mut self, until: Instant) -> Option<ExitStatus> {
+        loop {
+            match self.process.try_wait() {
+                Ok(None) if Instant::now() < until => poll::wait(&[], Some(POLL_INTERVAL)),
+                ended => return ended.ok().flatten(),
+            };
         }
-        false
     }
 }
 
@@ -236,6 +256,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The messages to a keeper. Each has 1 byte.
 const HURRY: u8 = b'h';
+const PING: u8 = b'p';
 const END: u8 = b'e';
 
 /// How long the last renewal of a keeper may take, which promises no fence.
@@ -310,6 +331,7 @@ impl Link {
                 _ = self.terraform.readable() => return Wake::End(Ending::TerraformEnded),
                 read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
                     (Ok(1), END) => return Wake::End(Ending::Left),
+                    (Ok(1), PING) => self.report(&Report::Alive),
                     (Ok(1), _) => return Wake::Hurry,
                     _ => self.is_abandoned = true,
                 },
@@ -321,7 +343,9 @@ impl Link {
     /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease must
     /// be renewed all the same. If the socket is full, the report is lost. The next one says the same or is newer.
     fn report(&mut self, report: &Report) {
-        trace!("keeper: {report:?}");
+        if *report != Report::Alive {
+            trace!("keeper: {report:?}");
+        }
         let Ok(line) = serde_json::to_vec(report) else { return };
         if self.unsent.is_empty() {
             self.unsent.extend(line);

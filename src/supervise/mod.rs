@@ -8,6 +8,7 @@ pub(crate) mod foreground;
 pub(crate) mod fuse;
 pub(crate) mod guardian;
 pub(crate) mod keeper;
+pub(crate) mod keepers;
 pub(crate) mod outcome;
 pub(crate) mod pipes;
 pub(crate) mod routing;

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -25,15 +26,14 @@ use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::supervise::fence::{self, Fence};
-use crate::supervise::keeper::{Heard, Inherited, Keeper, Orders, Report};
+use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
+use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
 use crate::sys::detached::Parent;
+use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
-
-/// How long to wait before a keeper that has died is replaced.
-const KEEPER_RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
 pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
@@ -51,8 +51,10 @@ pub(crate) enum LeaseEffect {
     Kill(EndReason),
     /// There is no lease. The text says why.
     NoLease(String),
-    /// There is a new fuse with this pid. It does not belong to terraform's tree.
-    NewFuse(Pid),
+    /// There is a new fuse or keeper with this pid. It does not belong to terraform's tree.
+    NewHelper(Pid),
+    /// Several keepers in a row have failed. The text says how the last one has.
+    KeepersFail(String),
 }
 
 /// How far terraform is with the lock of the lease, by its log.
@@ -98,9 +100,7 @@ pub(crate) struct RunLease {
     orders: Option<Orders>,
     /// A pidfd of the terraform that holds the lock.
     terraform: Option<OwnedFd>,
-    keeper: Option<Keeper>,
-    /// When to start another keeper, on the clock of [`boot_clock::now`].
-    restart_at: Option<Duration>,
+    keepers: Keepers,
     stopped: Option<Stopped>,
     /// How the lock was lost.
     loss: Option<Loss>,
@@ -124,8 +124,7 @@ impl RunLease {
             group: None,
             orders: None,
             terraform: None,
-            keeper: None,
-            restart_at: None,
+            keepers: Keepers::new(terms),
             stopped: None,
             loss: None,
             has_new_orders: false,
@@ -141,14 +140,14 @@ impl RunLease {
     /// Returns the descriptors to wait for: the stop pipe, which is readable when the fuse is gone, and the keeper.
     pub(crate) fn awaited(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let pipe = self.fence.as_ref().filter(|_| self.orders.is_some() && self.stopped.is_none() && !self.is_over);
-        pipe.map(|fence| fence.stop_pipe().as_fd()).into_iter().chain(self.keeper.as_ref().map(Keeper::socket))
+        pipe.map(|fence| fence.stop_pipe().as_fd()).into_iter().chain(self.keepers.socket())
     }
 
     /// Returns when to call [`RunLease::step`] at the latest, on the clock of [`boot_clock::now`]. `None` if no time
     /// matters.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let stop_again_at = self.is_stopped().then(|| boot_clock::now() + STOP_AGAIN_INTERVAL);
-        self.restart_at.into_iter().chain(stop_again_at).min()
+        self.keepers.restart_at().into_iter().chain(stop_again_at).min()
     }
 
     /// Whether the kernel has stopped terraform, and it was not continued since.
@@ -263,32 +262,23 @@ impl RunLease {
             withdraws: false,
             directory: candidates.working_directory.clone(),
         });
-        self.start_keeper();
+        self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
         true
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead. Only the guardian calls this.
     pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<OwnedFd>) {
-        (self.keeper, self.orders, self.terraform) = (None, orders, terraform);
-        if self.orders.is_some() {
-            self.start_keeper();
-        }
+        (self.orders, self.terraform) = (orders, terraform);
+        self.start_keeper();
     }
 
-    /// Replaces a keeper that has died. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
+    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
     /// being stopped already, so nothing that a keeper reports makes a difference.
     pub(crate) fn step_as_guardian(&mut self) {
-        while let Some(keeper) = &mut self.keeper {
-            match keeper.hear() {
-                Heard::Nothing => break,
-                Heard::Report(report) => trace!("guardian: the keeper: {report:?}"),
-                Heard::Gone => {
-                    self.keeper = None;
-                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-                }
-            }
+        while let Some(news) = self.keepers.hear() {
+            trace!("guardian: the keeper: {news:?}");
         }
-        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
+        if self.keepers.is_restart_due() {
             self.start_keeper();
         }
     }
@@ -327,24 +317,22 @@ impl RunLease {
         }
     }
 
-    fn start_keeper(&mut self) {
-        let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return };
+    /// Starts a keeper if a lock is held. Returns its pid. `None` if none was started.
+    fn start_keeper(&mut self) -> Option<Pid> {
+        let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return None };
+        if poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+            // The terraform with the lock has ended, for example behind a shim that goes on. A keeper would end at once.
+            self.keepers.end();
+            return None;
+        }
         // A keeper whose records promise nothing must not heed the pipe of a fuse that is gone.
         let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
         let inherited = Inherited { fence, terraform: terraform.as_fd() };
-        self.restart_at = None;
-        match Keeper::start(orders, &inherited) {
-            Ok(keeper) => {
-                self.keeper = Some(keeper);
-                if let Some(orders) = &mut self.orders {
-                    orders.may_have_a_record = true;
-                }
-            }
-            Err(error) => {
-                trace!("no keeper: {error}");
-                self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-            }
+        let pid = self.keepers.start(orders, &inherited)?;
+        if let Some(orders) = &mut self.orders {
+            orders.may_have_a_record = true;
         }
+        Some(pid)
     }
 
     /// Reads what the keeper reports and whether the fuse is gone, and carries out what follows. Returns what the
@@ -366,9 +354,7 @@ impl RunLease {
                 look: Look::Unknown,
             });
             effects.push(LeaseEffect::Stopped);
-            if let Some(keeper) = &self.keeper {
-                keeper.hurry();
-            }
+            self.keepers.hurry();
         }
         if let Some(stopped) = &mut self.stopped
             && stopped.is_rearmed
@@ -377,21 +363,14 @@ impl RunLease {
             trace!("the new fuse is gone, too");
             (stopped.is_rearmed, stopped.is_renewed) = (false, false);
         }
-        while let Some(keeper) = &mut self.keeper {
-            match keeper.hear() {
-                Heard::Nothing => break,
-                Heard::Gone => {
-                    trace!("the keeper is gone");
-                    if let Some(keeper) = self.keeper.take() {
-                        keeper.end();
-                    }
-                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-                }
-                Heard::Report(report) => effects.extend(self.heard(report, &mut phase)),
+        while let Some(news) = self.keepers.hear() {
+            match news {
+                News::Report(report) => effects.extend(self.heard(report, &mut phase)),
+                News::Failing(how) => effects.push(LeaseEffect::KeepersFail(how)),
             }
         }
-        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
-            self.start_keeper();
+        if self.keepers.is_restart_due() {
+            effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
         }
         effects.extend(self.step_while_stopped(has_terminal));
         effects
@@ -444,6 +423,7 @@ impl RunLease {
                 self.loss = Some(loss);
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
+            Report::Alive => None,
             Report::Refused(reason) => Some(LeaseEffect::Interrupt(Trouble::Refused(reason))),
             Report::NoLease(reason) => {
                 self.take_down();
@@ -473,8 +453,8 @@ impl RunLease {
                     Ok(fuse) => {
                         trace!("a new fuse holds the stop pipe");
                         (stopped.is_rearmed, stopped.is_renewed) = (true, false);
-                        effects.extend(fuse.map(LeaseEffect::NewFuse));
-                        self.hurry();
+                        effects.extend(fuse.map(LeaseEffect::NewHelper));
+                        self.keepers.hurry();
                     }
                     Err(error) => {
                         trace!("no new fuse: {error}");
@@ -484,12 +464,12 @@ impl RunLease {
                 // The keeper renews by itself.
                 (FenceStep::Renew | FenceStep::LookAgain | FenceStep::Rearm, ..) => return effects,
                 (FenceStep::RenewWithoutFence, ..) => {
-                    self.renew_without_fence();
+                    effects.extend(self.renew_without_fence().map(LeaseEffect::NewHelper));
                     return effects;
                 }
                 (FenceStep::Continue, ..) => {
                     effects.extend(self.go_on());
-                    effects.extend(self.fork_spare().map(LeaseEffect::NewFuse));
+                    effects.extend(self.fork_spare().map(LeaseEffect::NewHelper));
                     return effects;
                 }
                 (FenceStep::End(reason), ..) => {
@@ -534,26 +514,18 @@ impl RunLease {
         spare.inspect_err(|error| trace!("no spare fuse: {error}")).ok().flatten()
     }
 
-    /// Replaces the keeper by one whose records promise no fence.
-    fn renew_without_fence(&mut self) {
+    /// Replaces the keeper by one whose records promise no fence. Returns the pid of the new one.
+    fn renew_without_fence(&mut self) -> Option<Pid> {
         if self.promise == Promise::None {
-            return;
+            return None;
         }
         self.promise = Promise::None;
         self.has_new_orders = true;
         if let Some(orders) = &mut self.orders {
             orders.fence = Promise::None;
         }
-        if let Some(keeper) = self.keeper.take() {
-            keeper.end();
-        }
-        self.start_keeper();
-    }
-
-    fn hurry(&self) {
-        if let Some(keeper) = &self.keeper {
-            keeper.hurry();
-        }
+        self.keepers.end();
+        self.start_keeper()
     }
 
     /// Takes the fence down: from now on nothing stops terraform.
@@ -586,10 +558,8 @@ impl RunLease {
     /// Ends the lease. Terraform has ended, or its lock is gone. The keeper has ended when this returns, so that no
     /// renewal comes between a read and a delete of the lock.
     pub(crate) fn end(&mut self) {
-        if let Some(keeper) = self.keeper.take() {
-            keeper.end();
-        }
-        (self.restart_at, self.stopped, self.is_over) = (None, None, true);
+        self.keepers.end();
+        (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
             fence.end(self.group);
         }

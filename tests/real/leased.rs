@@ -15,7 +15,7 @@ use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{
-    guardian_of, home, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+    guardian_of, home, is_gone, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
     wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
@@ -136,6 +136,48 @@ fn a_killed_keeper_is_replaced_and_terraform_notices_nothing() {
         wait_for_renewal_after(&env, &last);
     }
     assert!(!run.err().contains("terraform was stopped"), "{}", run.err());
+    ends_well(&env, run);
+}
+
+#[test]
+fn a_keeper_that_does_not_answer_is_replaced_before_terraform_must_stop() {
+    let env = leased(Lock::Both, "15s");
+    let run = start(&env);
+    let keeper = named(&env, "tf-keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    wait_until_gone(&env, keeper);
+    let last = record(&env).unwrap_or_default();
+    wait_for_renewal_after(&env, &last);
+    assert_eq!(run.err(), "", "{}", env.trace());
+    ends_well(&env, run);
+}
+
+#[test]
+fn a_terraform_that_was_stopped_because_its_keeper_does_not_answer_goes_on_by_itself() {
+    // The deadline comes before the keeper counts as silent.
+    let env = leased(Lock::Both, "2s");
+    let run = start(&env);
+    let keeper = named(&env, "tf-keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    run.wait_for_err("terraform was stopped, because the lease of its lock was not renewed in time");
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    assert!(is_gone(keeper), "{}", env.trace());
+    ends_well(&env, run);
+}
+
+#[test]
+fn keepers_that_fail_again_and_again_are_reported_once_and_terraform_goes_on_in_the_end() {
+    let env = leased(Lock::Both, "4s");
+    let run = start(&env);
+    for failures in 1..=5 {
+        let keeper = named(&env, "tf-keeper");
+        kill(keeper, Signal::SIGKILL).unwrap();
+        env.wait_for_trace(&format!("after {failures} failures: signal: 9 (SIGKILL)"));
+    }
+    let last = record(&env).unwrap_or_default();
+    wait_for_renewal_after(&env, &last);
+    let said = "the process that renews the lease of this run's lock has failed several times in a row: signal: 9";
+    assert_eq!(run.err().matches(said).count(), 1, "{}", run.err());
     ends_well(&env, run);
 }
 
