@@ -22,7 +22,8 @@
 //! `tf` died meanwhile, the kernel would continue terraform first. Only a process that was forked before cannot do that.
 //!
 //! One write end in a wrong process would keep a pipe silent. So every write end is closed on exec, and every process
-//! that `tf` forks without exec closes it: [`crate::sys::detached`] closes all descriptors that are not named.
+//! that `tf` forks without exec closes it: [`crate::sys::detached`] and [`crate::sys::group_signal_watcher`] close all
+//! descriptors that are not named.
 //!
 //! Without a lease there is no fence, and nothing of this exists.
 

@@ -75,6 +75,54 @@ pub(crate) fn inherited(numbers: &[RawFd]) -> Option<Vec<OwnedFd>> {
     Some(numbers.iter().map(|number| unsafe { OwnedFd::from_raw_fd(*number) }).collect())
 }
 
+/// Closes all descriptors from `lowest` up, except those in `keep`, which must be sorted. This process must have one
+/// thread.
+///
+/// # Safety
+/// Nothing in this process may use a descriptor that is closed here.
+pub(crate) unsafe fn close_from(lowest: RawFd, keep: &[RawFd]) {
+    let mut from = lowest;
+    for &kept in keep.iter().filter(|kept| **kept >= lowest) {
+        // SAFETY: as for this function.
+        unsafe { close_between(from, kept) };
+        from = kept + 1;
+    }
+    // SAFETY: as for this function.
+    unsafe { close_between(from, RawFd::MAX) };
+}
+
+/// The highest number of a descriptor that is closed without a list of the open ones: Linux before 5.9 or another system,
+/// and no /proc or /dev/fd. To close each number up to the limit could take minutes.
+const MAX_UNLISTED: RawFd = 1 << 16;
+
+/// Closes all descriptors from `from` to `to - 1`.
+///
+/// # Safety
+/// As for [`close_from`].
+unsafe fn close_between(from: RawFd, to: RawFd) {
+    if from >= to {
+        return;
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: as for this function.
+        let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
+        if closed == 0 {
+            return;
+        }
+    }
+    // This code is for Linux before 5.9 and for other systems.
+    let listed = ["/proc/self/fd", "/dev/fd"].iter().find_map(|directory| std::fs::read_dir(directory).ok());
+    let open: Vec<RawFd> = match listed {
+        Some(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),
+        None => (from..to.min(MAX_UNLISTED)).collect(),
+    };
+    for descriptor in open.into_iter().filter(|descriptor| (from..to).contains(descriptor)) {
+        // SAFETY: as for this function.
+        unsafe { libc::close(descriptor) };
+    }
+}
+
 /// Returns descriptor `number` of this process. `number` must be 0, 1 or 2. These three descriptors are always open,
 /// because Rust's runtime opens /dev/null in place of those that were closed at the start.
 pub(crate) fn standard(number: RawFd) -> BorrowedFd<'static> {
