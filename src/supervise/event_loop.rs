@@ -279,15 +279,15 @@ impl Supervision<'_> {
             may_be_for_unit: self.may_be_for_all(sender),
         };
         match route(signal, origin, circumstances) {
-            Route::Ask(event) => {
-                if event == StopEvent::Keyboard
-                    && let Some(lease) = &mut self.lease
-                    && let Some(keys) = lease.note_key()
-                {
+            Route::Ask(StopEvent::Keyboard) => {
+                if let Some(keys) = self.lease.as_mut().and_then(|lease| lease.note_key()) {
                     console::say(&messages::key_while_stopped(keys));
+                    self.asked(StopEvent::KeyboardWhileStopped);
+                } else {
+                    self.asked(StopEvent::Keyboard);
                 }
-                self.asked(event);
             }
+            Route::Ask(event) => self.asked(event),
             Route::AskGuardian => {
                 self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
             }
@@ -351,7 +351,9 @@ impl Supervision<'_> {
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
-                Effect::InterruptGroup => self.interrupt_behind_shim(event == StopEvent::Keyboard),
+                Effect::InterruptGroup => {
+                    self.interrupt_behind_shim(matches!(event, StopEvent::Keyboard | StopEvent::KeyboardWhileStopped));
+                }
                 Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {

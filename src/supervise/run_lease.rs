@@ -547,8 +547,8 @@ impl RunLease {
         fence::continue_group(self.fence.as_ref(), group);
     }
 
-    /// Notes a ^C. If terraform is stopped, it does not get the ^C, and this returns how often a person has pressed it
-    /// since the stop. Otherwise returns `None`.
+    /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is not
+    /// stopped.
     pub(crate) fn note_key(&mut self) -> Option<u8> {
         let stopped = self.stopped.as_mut()?;
         stopped.interrupts = stopped.interrupts.saturating_add(1);

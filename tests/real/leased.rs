@@ -436,6 +436,60 @@ fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal
     (terminal, terraform)
 }
 
+/// Starts an apply at a terminal, and takes the network away until the kernel has stopped terraform.
+fn stopped_at_a_terminal(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
+    let mut terminal = shell(env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_stopped(env, terraform);
+    terminal.wait_for("to end it now, without saving its state, press ^C three times");
+    (terminal, terraform)
+}
+
+#[test]
+fn three_keys_end_a_terraform_that_is_stopped_for_its_lease_and_nothing_else_is_offered() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let (mut terminal, terraform) = stopped_at_a_terminal(&env, &is_away);
+    let before = env.state();
+    terminal.type_in("\x03");
+    terminal.wait_for("press ^C 2 more times");
+    terminal.type_in("\x03");
+    terminal.wait_for("press ^C 1 more time");
+    terminal.type_in("\x03");
+    terminal.wait_for("ending the stopped terraform; its state is not saved");
+    wait_until_gone(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("status=137");
+    let screen = terminal.screen();
+    for text in ["to force it", "and will release its lock", "second interrupt", "Two interrupts"] {
+        assert!(!screen.contains(text), "{text}: {screen}");
+    }
+    assert_eq!(env.state(), before);
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn two_keys_while_terraform_is_stopped_for_its_lease_are_one_interrupt_when_it_goes_on() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let (mut terminal, _) = stopped_at_a_terminal(&env, &is_away);
+    for more in ["press ^C 2 more times", "press ^C 1 more time"] {
+        terminal.type_in("\x03");
+        terminal.wait_for(more);
+    }
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    terminal.wait_for("status=1");
+    let screen = terminal.screen();
+    assert!(!screen.contains("Two interrupts") && !screen.contains("to force it"), "{screen}");
+    assert_eq!(env.trace().matches("[InterruptGroup]").count(), 1, "{}", env.trace());
+    wait_until_unlocked(&env);
+}
+
 #[test]
 fn fg_does_not_continue_a_terraform_whose_lease_has_ended_meanwhile() {
     let mut env = leased(Lock::DynamoDb, "3s");
