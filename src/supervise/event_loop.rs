@@ -509,10 +509,17 @@ impl Supervision<'_> {
             trace!("lease: {effect:?}");
             match effect {
                 LeaseEffect::Stopped => {
-                    self.foreground.reclaim_foreground();
+                    self.foreground.take_from_stopped();
                     console::say(&messages::lease_stopped(has_terminal));
                 }
-                LeaseEffect::Continued => console::say(messages::lease_continued()),
+                LeaseEffect::Continue => {
+                    self.foreground.give_back_to_stopped();
+                    if self.lease.as_mut().is_some_and(|lease| lease.go_on(self.tree)) {
+                        console::say(messages::lease_continued());
+                    } else {
+                        self.foreground.take_from_stopped();
+                    }
+                }
                 LeaseEffect::Interrupt(trouble) => {
                     console::say(&messages::lease_interrupts(&trouble));
                     self.asked(StopEvent::LeaseEnds);

@@ -43,8 +43,8 @@ pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 pub(crate) enum LeaseEffect {
     /// The kernel has stopped terraform. The supervisor takes the terminal back.
     Stopped,
-    /// Terraform was continued.
-    Continued,
+    /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
+    Continue,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
     Interrupt(Trouble),
     /// Terraform and everything that it has started must be killed.
@@ -468,8 +468,7 @@ impl RunLease {
                     return effects;
                 }
                 (FenceStep::Continue, ..) => {
-                    effects.extend(self.go_on());
-                    effects.extend(self.fork_spare().map(LeaseEffect::NewHelper));
+                    effects.push(LeaseEffect::Continue);
                     return effects;
                 }
                 (FenceStep::End(reason), ..) => {
@@ -480,15 +479,15 @@ impl RunLease {
         }
     }
 
-    /// Continues terraform after a renewal.
-    fn go_on(&mut self) -> Option<LeaseEffect> {
-        let stopped = self.stopped.take()?;
+    /// Continues terraform after [`LeaseEffect::Continue`]. Returns false if it stays stopped.
+    pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
+        let Some(stopped) = self.stopped.take() else { return false };
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 if fence.give_kill_pipe().is_err() {
                     // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
                     self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
-                    return None;
+                    return false;
                 }
                 self.continue_group();
             }
@@ -501,7 +500,8 @@ impl RunLease {
             }
         }
         trace!("the lease is renewed, and terraform goes on");
-        Some(LeaseEffect::Continued)
+        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        true
     }
 
     /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the forked

@@ -491,6 +491,52 @@ fn two_keys_while_terraform_is_stopped_for_its_lease_are_one_interrupt_when_it_g
 }
 
 #[test]
+fn a_prompt_without_echo_goes_on_after_a_stop_for_the_lease_and_the_terminal_echoes_in_between() {
+    let script =
+        "bash -c 'read -s -p \"secret? \" secret </dev/tty 2>/dev/tty && echo $secret > answer'; touch answered";
+    let mut env = TestEnv::new(Lock::DynamoDb, script);
+    env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    wait_for_renewal_after(&env, &Value::Null);
+    terminal.wait_for("secret? ");
+    wait_for("no echo", || (!terminal.echoes()).then_some(()), || terminal.screen());
+    for round in 1..=2 {
+        is_away.store(true, Ordering::SeqCst);
+        terminal.wait_for_times("terraform was stopped, because the lease", round);
+        wait_for("an echo", || terminal.echoes().then_some(()), || terminal.screen());
+        is_away.store(false, Ordering::SeqCst);
+        terminal.wait_for_times("the lease was renewed, and terraform goes on", round);
+        wait_for("no echo", || (!terminal.echoes()).then_some(()), || terminal.screen());
+    }
+    terminal.type_in("sesame\n");
+    terminal.wait_for("status=0");
+    assert_eq!(env.read("answer"), "sesame\n");
+    assert!(!terminal.screen().contains("sesame"), "{}", terminal.screen());
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn the_approval_prompt_is_answered_after_a_stop_for_the_lease() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", "apply -no-color"));
+    terminal.wait_for("Enter a value:");
+    wait_for_renewal_after(&env, &Value::Null);
+    is_away.store(true, Ordering::SeqCst);
+    terminal.wait_for("terraform was stopped, because the lease");
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    terminal.type_in("yes\n");
+    terminal.wait_for("Apply complete!");
+    terminal.wait_for("status=0");
+    wait_until_unlocked(&env);
+}
+
+#[test]
 fn fg_does_not_continue_a_terraform_whose_lease_has_ended_meanwhile() {
     let mut env = leased(Lock::DynamoDb, "3s");
     let (_proxy, is_away) = network(&mut env);
