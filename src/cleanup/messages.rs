@@ -55,8 +55,8 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
 }
 
 /// Reports that the kernel has stopped terraform because of its lease.
-pub(crate) fn lease_stopped(has_terminal: bool) -> String {
-    let end = if has_terminal { "\nto end it now, without saving its state, press ^C three times" } else { "" };
+pub(crate) fn lease_stopped(has_person: bool) -> String {
+    let end = if has_person { "\nto end it now, without saving its state, press ^C three times" } else { "" };
     format!(
         "terraform was stopped, because the lease of its lock was not renewed in time\n\
          it goes on when the service answers and the lock is still this run's{end}"

@@ -50,10 +50,10 @@ pub(crate) struct StoppedRun {
     /// renewal without a fence counts, too. One from before the new fuse does not, even if its response is read later.
     pub(crate) is_renewed: bool,
     /// Whether a person at a terminal can end it.
-    pub(crate) has_terminal: bool,
+    pub(crate) has_person: bool,
     /// How often that person has asked for the end.
     pub(crate) interrupts: u8,
-    /// How long it has been stopped.
+    /// How long it has been stopped, without the time in which its supervisor did not run.
     pub(crate) stopped_for: Duration,
 }
 
@@ -106,7 +106,7 @@ pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep 
         (Look::Unknown | Look::Lost, ..) => FenceStep::LookAgain,
     };
     // The service may show the lock and refuse the renewal for ever.
-    if step != FenceStep::Continue && !run.has_terminal && run.stopped_for >= terms.longest_stop() {
+    if step != FenceStep::Continue && !run.has_person && run.stopped_for >= terms.longest_stop() {
         return FenceStep::End(EndReason::TimedOut);
     }
     step
@@ -128,7 +128,7 @@ mod tests {
                             is_rearmed: bit(0),
                             can_rearm: bit(1),
                             is_renewed: bit(2),
-                            has_terminal: bit(3),
+                            has_person: bit(3),
                             interrupts,
                             stopped_for: Duration::from_mins(minutes),
                         };

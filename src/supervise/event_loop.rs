@@ -69,6 +69,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) run_record: &'a mut RunRecord,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
     pub(crate) lease: Option<&'a mut RunLease>,
+    /// Whether this is a CI job ([`crate::settings::Settings::ci`]).
+    pub(crate) is_ci: bool,
     /// Readable when the parent of `tf` has exited. `None` if that exit is not a request to stop, if the parent cannot
     /// be watched, or if the exit has been handled.
     pub(crate) parent: Option<OwnedFd>,
@@ -492,9 +494,8 @@ impl Supervision<'_> {
     /// Reads what has happened to the lease, and does what follows from it.
     fn step_lease(&mut self) {
         let Some(lease) = &mut self.lease else { return };
-        // A person can end a terraform that is stopped. Nobody asks otherwise.
-        let has_terminal =
-            lease.is_stopped() && matches!(self.foreground.foreground(), Foreground::Ours | Foreground::Terraforms);
+        // Nobody asks unless terraform is stopped.
+        let has_person = lease.is_stopped() && has_person(self.is_ci, self.foreground.foreground());
         if lease.stop_again() {
             // Somebody else has continued terraform: `kill -CONT`, or a service manager with its SIGTERM.
             trace!("terraform was continued by another process, and is stopped again");
@@ -505,12 +506,12 @@ impl Supervision<'_> {
             Some(lock) if lock.progress.is_before_unlock() => LockPhase::Held,
             Some(_) => LockPhase::Unlocking,
         };
-        for effect in lease.step(has_terminal, phase) {
+        for effect in lease.step(has_person, phase) {
             trace!("lease: {effect:?}");
             match effect {
                 LeaseEffect::Stopped => {
                     self.foreground.take_from_stopped();
-                    console::say(&messages::lease_stopped(has_terminal));
+                    console::say(&messages::lease_stopped(has_person));
                 }
                 LeaseEffect::Continue => {
                     self.foreground.give_back_to_stopped();
@@ -589,6 +590,12 @@ impl Supervision<'_> {
         self.asked(StopEvent::NobodyCanAnswer);
         Stopped::ContinueSoon
     }
+}
+
+/// Whether a person at the terminal can end a terraform that is stopped for its lease, by pressing ^C. Some CI systems
+/// give a job a terminal, but no person types there.
+fn has_person(is_ci: bool, foreground: Foreground) -> bool {
+    !is_ci && matches!(foreground, Foreground::Ours | Foreground::Terraforms)
 }
 
 /// What remains to be done after a stop of terraform.
@@ -676,6 +683,15 @@ mod tests {
         ] {
             let expected = expected.map(Duration::from_millis);
             assert_eq!(timeout(is_queued, &deadlines, now), expected, "{is_queued} {deadlines:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_person_in_the_foreground_of_a_terminal_can_end_a_stopped_terraform_and_no_ci_job_has_one() {
+        for foreground in [Foreground::Ours, Foreground::Terraforms, Foreground::Others, Foreground::Gone] {
+            let is_ours = matches!(foreground, Foreground::Ours | Foreground::Terraforms);
+            assert_eq!(has_person(false, foreground), is_ours, "{foreground:?}");
+            assert!(!has_person(true, foreground), "{foreground:?}");
         }
     }
 

@@ -308,6 +308,7 @@ impl<'a> Prepared<'a> {
             tree: &self.tree,
             run_record: &mut self.run_record,
             lease: self.lease.as_mut(),
+            is_ci: self.settings.ci,
             parent: self.parent.take(),
             children_changed: false,
             outlived: false,

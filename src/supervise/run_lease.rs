@@ -23,6 +23,7 @@ use crate::cleanup::process_tree::Tree;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, next_step};
 use crate::lease::record::{Fence as Promise, Holder};
+use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::supervise::fence::{self, Fence};
@@ -70,8 +71,8 @@ pub(crate) enum LockPhase {
 /// A terraform that the kernel has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stopped {
-    /// When, on the clock of [`boot_clock::now`].
-    since: Duration,
+    /// For how long. The time in which the host or `tf` was suspended does not count: the keeper could not look then.
+    time: RunningTime,
     /// Whether a new fuse holds the stop pipe.
     is_rearmed: bool,
     /// Whether a new fuse could be made so far.
@@ -336,9 +337,9 @@ impl RunLease {
     }
 
     /// Reads what the keeper reports and whether the fuse is gone, and carries out what follows. Returns what the
-    /// caller must do. `has_terminal`: a person can end a stopped run. `phase` reads the log, and returns how far
+    /// caller must do. `has_person`: a person can end a stopped run with ^C. `phase` reads the log, and returns how far
     /// terraform is with the lock with an ID.
-    pub(crate) fn step(&mut self, has_terminal: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
+    pub(crate) fn step(&mut self, has_person: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
         let mut effects = Vec::new();
         if self.is_over || self.orders.is_none() {
             return effects;
@@ -346,7 +347,7 @@ impl RunLease {
         if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
             trace!("the fuse is gone, and terraform is stopped");
             self.stopped = Some(Stopped {
-                since: boot_clock::now(),
+                time: RunningTime::since(boot_clock::now()),
                 is_rearmed: false,
                 can_rearm: true,
                 is_renewed: false,
@@ -372,7 +373,7 @@ impl RunLease {
         if self.keepers.is_restart_due() {
             effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
         }
-        effects.extend(self.step_while_stopped(has_terminal));
+        effects.extend(self.step_while_stopped(has_person));
         effects
     }
 
@@ -434,17 +435,18 @@ impl RunLease {
         }
     }
 
-    fn step_while_stopped(&mut self, has_terminal: bool) -> Vec<LeaseEffect> {
+    fn step_while_stopped(&mut self, has_person: bool) -> Vec<LeaseEffect> {
         let mut effects = Vec::new();
         loop {
-            let Some(stopped) = self.stopped else { return effects };
+            let Some(stopped) = &mut self.stopped else { return effects };
+            let stopped_for = stopped.time.advance(boot_clock::now());
             let run = StoppedRun {
                 is_rearmed: stopped.is_rearmed,
                 can_rearm: stopped.can_rearm,
                 is_renewed: stopped.is_renewed,
-                has_terminal,
+                has_person,
                 interrupts: stopped.interrupts,
-                stopped_for: boot_clock::now().saturating_sub(stopped.since),
+                stopped_for,
             };
             let step = next_step(self.terms, stopped.look, run);
             let fence = self.fence.as_mut();

@@ -491,6 +491,25 @@ fn two_keys_while_terraform_is_stopped_for_its_lease_are_one_interrupt_when_it_g
 }
 
 #[test]
+fn a_ci_job_with_a_terminal_is_not_told_to_press_keys() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    env.set("CI", "true");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(&env, &Value::Null);
+    is_away.store(true, Ordering::SeqCst);
+    terminal.wait_for("it goes on when the service answers and the lock is still this run's");
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    assert!(!terminal.screen().contains("press ^C"), "{}", terminal.screen());
+    env.unblock();
+    terminal.wait_for("Apply complete!");
+    wait_until_unlocked(&env);
+}
+
+#[test]
 fn a_prompt_without_echo_goes_on_after_a_stop_for_the_lease_and_the_terminal_echoes_in_between() {
     let script =
         "bash -c 'read -s -p \"secret? \" secret </dev/tty 2>/dev/tty && echo $secret > answer'; touch answered";
