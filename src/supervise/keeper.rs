@@ -39,8 +39,8 @@ use crate::cleanup::working_directory;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::keeper::{
-    self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, after_answer, before_renewal,
-    next_renewal,
+    self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, Setback, after_answer,
+    before_renewal, next_renewal,
 };
 use crate::lease::record::{Fence as Promise, Holder, Record};
 use crate::lease::terms::Terms;
@@ -265,12 +265,12 @@ const LAST_RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest time for one request. A request that takes longer counts as unanswered. It may still arrive.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The shortest and the longest pause after a request that failed.
-const MIN_PAUSE: Duration = Duration::from_millis(250);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// How long to wait before the next step after the fuse has not answered.
+const FUSE_PAUSE: Duration = Duration::from_millis(250);
 
-/// The longest pause after the source of the credentials has failed.
-const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
+/// The longest pause after the source of the credentials has failed while terraform is stopped: a person may have logged
+/// in again.
+const MAX_CREDENTIALS_PAUSE_WHILE_STOPPED: Duration = Duration::from_secs(15);
 
 /// Runs a keeper. `descriptors` are the arguments with the numbers of its descriptors, in the order of
 /// [`Keeper::start`]. Returns whether it has done what it was told.
@@ -477,7 +477,8 @@ struct Renewals {
     history: History,
     /// How many requests in a row were not answered.
     failures: u32,
-    /// Whether the last attempt to connect has failed.
+    /// Whether the last attempt to connect has failed because there were no credentials. False if the service that
+    /// issues them did not respond.
     lacks_credentials: Cell<bool>,
 }
 
@@ -535,7 +536,9 @@ impl Renewals {
     async fn step(&mut self, before: BeforeRenewal) -> Step {
         match self.next_request(before).await {
             Ok(step) => {
-                self.failures = 0;
+                if !matches!(step.report, Some(Report::Looked { look: Look::Unknown, .. })) {
+                    self.failures = 0;
+                }
                 step
             }
             Err((answer, reason)) => self.failed(answer, reason),
@@ -548,13 +551,19 @@ impl Renewals {
             let (look, loss, reason) = match self.read().await {
                 Ok(None) => (Look::Ours, None, String::new()),
                 Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
-                Err((_, reason)) => (Look::Unknown, None, reason),
+                Err((answer, reason)) => {
+                    let pause = self.retry_pause(answer).min(MAX_CREDENTIALS_PAUSE_WHILE_STOPPED);
+                    return Ok(Step {
+                        report: Some(Report::Looked { look: Look::Unknown, loss: None, reason }),
+                        pause,
+                    });
+                }
             };
             let report = Some(Report::Looked { look, loss, reason });
-            let pause = if self.lacks_credentials.get() { MAX_CREDENTIALS_PAUSE / 4 } else { LOOK_INTERVAL };
-            return Ok(Step { report, pause });
+            return Ok(Step { report, pause: jittered(LOOK_INTERVAL, random()) });
         }
-        if self.last.is_none()
+        let is_outdated = |last| keeper::is_outdated(self.terms, last, boot_clock::now());
+        if self.last.is_none_or(is_outdated)
             && let Some(loss) = self.read().await?
         {
             return Ok(self.lost(loss));
@@ -571,7 +580,7 @@ impl Renewals {
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
                 Some(_) => self.promised = Promise::None,
                 // The fuse is gone. The next step looks at the lock.
-                None => return Ok(Step { report: None, pause: MIN_PAUSE }),
+                None => return Ok(Step { report: None, pause: FUSE_PAUSE }),
             }
         }
         let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
@@ -634,14 +643,7 @@ impl Renewals {
 
     fn failed(&mut self, answer: Answer, reason: String) -> Step {
         trace!("keeper: {answer:?}: {reason}");
-        self.failures += 1;
-        // A source of credentials must not be asked again and again: a few failed requests may lock an account.
-        let longest = if self.lacks_credentials.get() {
-            MAX_CREDENTIALS_PAUSE
-        } else {
-            MAX_PAUSE.min(self.terms.renewal_interval())
-        };
-        let pause = (MIN_PAUSE * 2_u32.saturating_pow(self.failures.min(8) - 1)).min(longest);
+        let pause = self.retry_pause(answer);
         let unconfirmed = boot_clock::now().saturating_sub(self.confirmed);
         let report = match after_answer(self.terms, self.history, answer, unconfirmed) {
             KeeperStep::GiveUp => Some(Report::NoLease(reason)),
@@ -652,6 +654,17 @@ impl Renewals {
             KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => None,
         };
         Step { report, pause }
+    }
+
+    /// Counts a failed request, and returns how long to wait before the next one.
+    fn retry_pause(&mut self, answer: Answer) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        let setback = match answer {
+            _ if self.lacks_credentials.get() => Setback::Credentials,
+            Answer::Busy => Setback::Busy,
+            _ => Setback::Failed,
+        };
+        keeper::retry_pause(self.terms, self.failures, setback, random())
     }
 
     /// Reads the lock. Returns how it was lost. `None` if it is the run's.
@@ -695,7 +708,7 @@ impl Renewals {
                     let is_silent = matches!(unreachable, Unreachable::Silent(_));
                     let answer = if is_silent { Answer::None } else { Answer::Refused };
                     reason = (answer, unreachable.to_string());
-                    self.lacks_credentials.set(true);
+                    self.lacks_credentials.set(!is_silent);
                     continue;
                 }
             };
@@ -733,7 +746,7 @@ impl Renewals {
 
     /// If new credentials may help, makes the next attempt connect anew.
     fn forget_connection_after(&mut self, failure: &Failure) {
-        if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing) {
+        if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing | Cause::Busy) {
             return;
         }
         // The lock is read anew over the new connection.
@@ -821,6 +834,7 @@ fn loss(id: &str, lock: Option<&LeasedLock>) -> Option<Loss> {
 fn answer(failure: &Failure) -> (Answer, String) {
     let answer = match failure.cause() {
         Cause::NoAnswer | Cause::Passing => Answer::None,
+        Cause::Busy => Answer::Busy,
         _ => Answer::Refused,
     };
     (answer, failure.to_string())

@@ -243,6 +243,27 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
 }
 
 #[test]
+fn the_first_renewal_after_an_outage_extends_the_lease_in_full() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut env = leased(lock, "30s");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        is_away.store(true, Ordering::SeqCst);
+        let last = record(&env).unwrap();
+        let now = || jiff::Timestamp::now().as_second();
+        // More than two intervals between renewals, and less than the time after which terraform is stopped.
+        let is_old = || (now() - last["renewed"].as_i64().unwrap() >= 15).then_some(());
+        wait_for("a record of 15 s ago", is_old, || env.trace());
+        let back = now();
+        is_away.store(false, Ordering::SeqCst);
+        let first = wait_for_renewal_after(&env, &last);
+        assert!(first["renewed"].as_i64().unwrap() >= back - 1, "{back}: {first}\n{}", env.trace());
+        assert_eq!(run.err(), "", "{}", env.trace());
+        ends_well(&env, run);
+    }
+}
+
+#[test]
 fn a_stopped_terraform_whose_lock_another_run_holds_is_killed_before_it_writes() {
     for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
         let mut env = leased(lock, "4s");
