@@ -185,6 +185,13 @@ pub(crate) fn after_answer(terms: Terms, history: History, answer: Answer, uncon
     }
 }
 
+/// Whether a stored record that another keeper of the run has written confirms a renewal. `sent` is what the record of
+/// that renewal promises, and `stored` what the stored one does. A stored record that promises more confirms nothing: the
+/// caller would take the fence down, or count a promise as withdrawn, while others rely on it.
+pub(crate) fn is_confirmed_by_another(sent: Fence, stored: Fence) -> bool {
+    sent == Fence::Stop || stored == Fence::None
+}
+
 /// Returns the fence that the next record promises. Once the clock has stood still, it may do so again.
 pub(crate) fn fence(promised: Fence, first: Response, last: Response) -> Fence {
     if has_stood_still(first, last) { Fence::None } else { promised }
@@ -265,6 +272,18 @@ mod tests {
             }
             assert_eq!(before, longest, "{setback:?}");
             assert_eq!(retry_pause(terms, 1, setback, 500), Duration::from_millis(250));
+        }
+    }
+
+    #[test]
+    fn a_stored_record_that_promises_more_confirms_nothing() {
+        for (sent, stored, expected) in [
+            (Fence::Stop, Fence::Stop, true),
+            (Fence::Stop, Fence::None, true),
+            (Fence::None, Fence::None, true),
+            (Fence::None, Fence::Stop, false),
+        ] {
+            assert_eq!(is_confirmed_by_another(sent, stored), expected, "{sent:?} {stored:?}");
         }
     }
 

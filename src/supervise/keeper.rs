@@ -44,7 +44,7 @@ use crate::lease::keeper::{
 };
 use crate::lease::record::{Fence as Promise, Holder, Record};
 use crate::lease::terms::Terms;
-use crate::lock::leased::{LeasedLock, Renewed};
+use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::location::LockLocation;
 use crate::lock::probe::IfMatch;
 use crate::lock::stores::{StoreKey, Stores};
@@ -596,6 +596,12 @@ impl Renewals {
         let read = boot_clock::now();
         let (seen, answer) = match renewed {
             Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
+            Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&seen) => {
+                // The next renewal is newer.
+                self.last = seen.date.map(|date| Response { sent, read, date });
+                self.lock = seen.lock;
+                return Err((Answer::None, "another keeper has stored a record that promises more".to_owned()));
+            }
             // A record that was overtaken by another keeper's is as good: the stored one is at least as new.
             Ok(Renewed::Before(seen) | Renewed::Overtaken(seen)) => (seen, Answer::RenewedBefore),
             Ok(Renewed::Lost(seen)) => (seen, Answer::Lost),
@@ -613,6 +619,12 @@ impl Renewals {
         }
         self.lock = seen.lock;
         Ok(self.confirmed(last, deadline).await)
+    }
+
+    /// Whether the record of another keeper, which `seen` has, confirms a renewal of this one.
+    fn is_confirmed_by(&self, seen: &LeaseRead) -> bool {
+        let stored = seen.lock.as_ref().and_then(|lock| lock.record.as_ref()?.as_ref().ok());
+        stored.is_none_or(|stored| keeper::is_confirmed_by_another(self.promised, stored.fence))
     }
 
     /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
