@@ -63,6 +63,11 @@ pub(crate) fn lease_stopped(has_person: bool) -> String {
     )
 }
 
+/// Reports why a terraform that was stopped because of its lease stays stopped.
+pub(crate) fn cannot_renew(reason: &str) -> String {
+    format!("the lease cannot be renewed: {}", visible_lines(reason))
+}
+
 /// Reports that a terraform goes on that was stopped because of its lease.
 pub(crate) fn lease_continued() -> &'static str {
     "the lease was renewed, and terraform goes on"

@@ -513,6 +513,7 @@ impl Supervision<'_> {
                     self.foreground.take_from_stopped();
                     console::say(&messages::lease_stopped(has_person));
                 }
+                LeaseEffect::CannotRenew(reason) => console::say(&messages::cannot_renew(&reason)),
                 LeaseEffect::Continue => {
                     self.foreground.give_back_to_stopped();
                     if self.lease.as_mut().is_some_and(|lease| lease.go_on(self.tree)) {

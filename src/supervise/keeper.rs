@@ -102,6 +102,9 @@ pub(crate) enum Report {
     Renewed { fence: Promise, fuse: Option<u32> },
     /// What the lock looks like while the fuse is gone. `reason` says why it is unknown.
     Looked { look: Look, loss: Option<Loss>, reason: String },
+    /// A request has failed for this reason. The keeper goes on. The same reason is not reported again until a request has
+    /// succeeded.
+    Failed(String),
     /// The lock is not the run's any more.
     Lost(Loss),
     /// The service has refused every renewal so far, so there is no lease. The keeper ends.
@@ -477,6 +480,8 @@ struct Renewals {
     history: History,
     /// How many requests in a row were not answered.
     failures: u32,
+    /// Why the last request has failed, as it was reported. `None` if it has not failed.
+    reason: Option<String>,
     /// Whether the last attempt to connect has failed because there were no credentials. False if the service that
     /// issues them did not respond.
     lacks_credentials: Cell<bool>,
@@ -499,6 +504,7 @@ impl Renewals {
             confirmed: boot_clock::now(),
             history,
             failures: 0,
+            reason: None,
             lacks_credentials: Cell::new(false),
         }
     }
@@ -537,7 +543,7 @@ impl Renewals {
         match self.next_request(before).await {
             Ok(step) => {
                 if !matches!(step.report, Some(Report::Looked { look: Look::Unknown, .. })) {
-                    self.failures = 0;
+                    (self.failures, self.reason) = (0, None);
                 }
                 step
             }
@@ -663,7 +669,10 @@ impl Renewals {
                 self.history.has_interrupted = true;
                 Some(Report::Refused(reason))
             }
-            KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => None,
+            KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => {
+                let is_new = self.reason.replace(reason.clone()).as_ref() != Some(&reason);
+                is_new.then_some(Report::Failed(reason))
+            }
         };
         Step { report, pause }
     }

@@ -354,6 +354,11 @@ impl<'a> Prepared<'a> {
             let loss = self.lease.as_ref().and_then(RunLease::loss);
             console::say(&messages::lock_lost(loss, &self.context.invocation.name.to_string_lossy()));
         }
+        if self.stop.killed() == Some(Why::LeaseUnknown)
+            && let Some(reason) = self.lease.as_ref().and_then(RunLease::reason)
+        {
+            console::say(&messages::cannot_renew(reason));
+        }
         let unfinished = if ending.may_have_left_a_lock(&log) {
             crash_point::reached("tf: locks may be held");
             let unfinished = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::journal::run_mark::marks_us;
-use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, next_step};
+use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, is_reason_due, next_step};
 use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
@@ -44,6 +44,8 @@ pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 pub(crate) enum LeaseEffect {
     /// The kernel has stopped terraform. The supervisor takes the terminal back.
     Stopped,
+    /// Terraform stays stopped for this reason.
+    CannotRenew(String),
     /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
     Continue,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
@@ -105,6 +107,10 @@ pub(crate) struct RunLease {
     stopped: Option<Stopped>,
     /// How the lock was lost.
     loss: Option<Loss>,
+    /// Why the last request of the keeper has failed. `None` if it has not failed.
+    reason: Option<String>,
+    /// The reason that was reported last since terraform was stopped, and when, on the clock of [`boot_clock::now`].
+    reported: Option<(String, Duration)>,
     /// Whether the orders have changed since the guardian got them.
     has_new_orders: bool,
     is_over: bool,
@@ -128,6 +134,8 @@ impl RunLease {
             keepers: Keepers::new(terms),
             stopped: None,
             loss: None,
+            reason: None,
+            reported: None,
             has_new_orders: false,
             is_over: false,
         }
@@ -354,6 +362,7 @@ impl RunLease {
                 interrupts: 0,
                 look: Look::Unknown,
             });
+            self.reported = None;
             effects.push(LeaseEffect::Stopped);
             self.keepers.hurry();
         }
@@ -374,7 +383,25 @@ impl RunLease {
             effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
         }
         effects.extend(self.step_while_stopped(has_person));
+        effects.extend(self.reason_to_report().map(LeaseEffect::CannotRenew));
         effects
+    }
+
+    /// Returns the reason why a stopped terraform cannot go on, if it must be reported now.
+    fn reason_to_report(&mut self) -> Option<String> {
+        let (_, reason) = (self.stopped.as_ref()?, self.reason.as_ref()?);
+        let now = boot_clock::now();
+        let reported = self.reported.as_ref().map(|(reason, at)| (reason.as_str(), now.saturating_sub(*at)));
+        if !is_reason_due(reported, reason) {
+            return None;
+        }
+        self.reported = Some((reason.clone(), now));
+        Some(reason.clone())
+    }
+
+    /// Returns why the last request of the keeper has failed. `None` if it has not failed.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
     }
 
     /// Notes what the keeper reports.
@@ -398,6 +425,7 @@ impl RunLease {
         }
         match report {
             Report::Renewed { fence, fuse } => {
+                self.reason = None;
                 let newest = self.fence.as_ref().map(Fence::fuse_number);
                 if let Some(stopped) = &mut self.stopped {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
@@ -409,7 +437,8 @@ impl RunLease {
                 }
                 None
             }
-            Report::Looked { look, loss, .. } => {
+            Report::Looked { look, loss, reason } => {
+                self.reason = (look == Look::Unknown).then_some(reason);
                 if let Some(stopped) = &mut self.stopped {
                     stopped.look = look;
                 }
@@ -425,7 +454,14 @@ impl RunLease {
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
-            Report::Refused(reason) => Some(LeaseEffect::Interrupt(Trouble::Refused(reason))),
+            Report::Failed(reason) => {
+                self.reason = Some(reason);
+                None
+            }
+            Report::Refused(reason) => {
+                self.reason = Some(reason.clone());
+                Some(LeaseEffect::Interrupt(Trouble::Refused(reason)))
+            }
             Report::NoLease(reason) => {
                 self.take_down();
                 self.end();

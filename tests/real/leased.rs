@@ -235,11 +235,30 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
         is_away.store(true, Ordering::SeqCst);
         wait_until_stopped(&env, terraform);
         run.wait_for_err("terraform was stopped, because the lease of its lock was not renewed in time");
+        run.wait_for_err("tf: the lease cannot be renewed: ");
         is_away.store(false, Ordering::SeqCst);
         wait_until_it_goes_on(&env, terraform);
         run.wait_for_err("the lease was renewed, and terraform goes on");
         ends_well(&env, run);
     }
+}
+
+#[test]
+fn a_stopped_terraform_whose_credentials_have_expired_says_so_and_goes_on_with_new_ones() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    let has_expired = Arc::new(AtomicBool::new(false));
+    let expired = has_expired.clone();
+    let _proxy = through(&mut env, move |request| {
+        if is_dynamodb(request, "Item") && expired.load(Ordering::SeqCst) { expiry() } else { ProxyAction::Pass }
+    });
+    let run = start(&env);
+    has_expired.store(true, Ordering::SeqCst);
+    kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
+    run.wait_for_err("terraform was stopped, because the lease");
+    run.wait_for_err("tf: the lease cannot be renewed: DynamoDB: ExpiredTokenException: expired");
+    has_expired.store(false, Ordering::SeqCst);
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    ends_well(&env, run);
 }
 
 #[test]
@@ -712,6 +731,14 @@ fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     wait_until_unlocked(&env);
 }
 
+/// The response of DynamoDB to expired credentials.
+fn expiry() -> ProxyAction {
+    ProxyAction::Answer(Message::answer(
+        "400 Bad Request",
+        r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,
+    ))
+}
+
 #[test]
 fn a_keeper_whose_credentials_expire_asks_for_new_ones_and_terraform_notices_nothing() {
     let mut env = leased(Lock::DynamoDb, "4s");
@@ -721,10 +748,7 @@ fn a_keeper_whose_credentials_expire_asks_for_new_ones_and_terraform_notices_not
     let _proxy = through(&mut env, move |request| {
         let is_renewal = is_dynamodb(request, ".PutItem") && request.text().contains("taken");
         if is_renewal && expired.swap(false, Ordering::SeqCst) {
-            return ProxyAction::Answer(Message::answer(
-                "400 Bad Request",
-                r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,
-            ));
+            return expiry();
         }
         ProxyAction::Pass
     });
