@@ -106,6 +106,11 @@ pub(crate) fn keepers_fail(how: &str) -> String {
     )
 }
 
+/// Reports that the second lock of a run has no lease. `path` is the lock's.
+pub(crate) fn lock_without_lease(path: &str) -> String {
+    format!("the lock of {} has no lease: a run has a lease only for its first lock", visible(path))
+}
+
 /// Reports that a run has no lease. `reason` says why.
 pub(crate) fn no_lease(reason: &str) -> String {
     format!(

@@ -479,6 +479,9 @@ impl Supervision<'_> {
         {
             self.run_record.tell_lease(orders, self.recorder);
         }
+        if let Some(lock) = lease.lock_without_lease(self.recorder.log()) {
+            console::say(&messages::lock_without_lease(&lock.path));
+        }
     }
 
     /// Whether the kernel has stopped terraform because of its lease.

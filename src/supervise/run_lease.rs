@@ -109,6 +109,10 @@ pub(crate) struct RunLease {
     loss: Option<Loss>,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
     reason: Option<String>,
+    /// The ID of the lock that has the lease, or had it. `None` if no lock had one.
+    leased: Option<String>,
+    /// Whether a lock without a lease was reported.
+    has_reported_lock: bool,
     /// The reason that was reported last since terraform was stopped, and when, on the clock of [`boot_clock::now`].
     reported: Option<(String, Duration)>,
     /// Whether the orders have changed since the guardian got them.
@@ -136,6 +140,8 @@ impl RunLease {
             loss: None,
             reason: None,
             reported: None,
+            leased: None,
+            has_reported_lock: false,
             has_new_orders: false,
             is_over: false,
         }
@@ -233,6 +239,15 @@ impl RunLease {
         self.begin(lock, &candidates(), tree)
     }
 
+    /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it. `None`
+    /// if there is none, or if one was returned before.
+    pub(crate) fn lock_without_lease<'a>(&mut self, log: &'a Log) -> Option<&'a RecordedLock> {
+        let leased = self.leased.as_deref().filter(|_| !self.has_reported_lock)?;
+        let lock = lock_besides(log, leased);
+        self.has_reported_lock = lock.is_some();
+        lock
+    }
+
     fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
         let Some(group) = self.group else { return false };
         let places: Vec<_> = candidates.of(lock).iter().map(LockLocation::to_json).collect();
@@ -260,6 +275,7 @@ impl RunLease {
             trace!("the fence cannot be armed: {error}");
             self.take_down();
         }
+        self.leased = Some(lock.id.clone());
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places,
@@ -465,7 +481,7 @@ impl RunLease {
             Report::NoLease(reason) => {
                 self.take_down();
                 self.end();
-                self.orders = None;
+                (self.orders, self.leased) = (None, None);
                 Some(LeaseEffect::NoLease(reason))
             }
         }
@@ -617,6 +633,36 @@ impl RunLease {
                 trace!("no keeper: {error}");
                 false
             }
+        }
+    }
+}
+
+/// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
+fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
+    let is_held = |lock: &&RecordedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
+    log.unreleased().filter(is_held).find(|lock| lock.id != leased)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::tests::{ID, lock_line};
+
+    #[test]
+    fn only_a_lock_that_is_held_beside_the_one_with_the_lease_has_none() {
+        const OTHER: &str = "0f0e0d0c-0000-4000-8000-000000000001";
+        const REQUESTED: &str = "Attempting to lock remote state (DynamoDB only)...";
+        let mut log = Log::default();
+        for (second, message, id, expected) in [
+            (1, REQUESTED, ID, None),
+            (2, "Locked remote state (DynamoDB only)", ID, None),
+            (3, REQUESTED, OTHER, None),
+            (4, "Locked remote state (DynamoDB only)", OTHER, Some(OTHER)),
+            (5, "Attempting to unlock remote state (DynamoDB only)...", OTHER, None),
+            (6, "Unlocked remote state (DynamoDB only)", OTHER, None),
+        ] {
+            log.read(lock_line(second, message, id, id).as_bytes());
+            assert_eq!(lock_besides(&log, ID).map(|lock| lock.id.as_str()), expected, "{second}");
         }
     }
 }

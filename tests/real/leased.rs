@@ -244,6 +244,29 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
 }
 
 #[test]
+fn a_second_lock_of_a_run_has_no_lease_and_that_is_said_once() {
+    let mut env = leased(Lock::DynamoDb, "10s");
+    let terraform = crate::support::test_env::terraform();
+    let again = format!("'{}' apply -auto-approve -no-color -replace=terraform_data.a", terraform.display());
+    env.stand_in(
+        "twice",
+        &format!("#!/bin/sh\n'{}' \"$@\"\nrm go began\n{again}\ntouch third\n{again}\n", terraform.display()),
+    );
+    let run = start(&env);
+    env.unblock();
+    let path = env.path();
+    run.wait_for_err(&format!("tf: the lock of {path} has no lease: a run has a lease only for its first lock"));
+    assert_eq!(record(&env), None, "{}", env.trace());
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(env.exists("third"));
+    assert_eq!(end.err.matches("has no lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
 fn a_stopped_terraform_whose_credentials_have_expired_says_so_and_goes_on_with_new_ones() {
     let mut env = leased(Lock::DynamoDb, "4s");
     let has_expired = Arc::new(AtomicBool::new(false));
