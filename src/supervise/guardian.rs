@@ -818,7 +818,7 @@ impl<'a> Watch<'a> {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
             if let Some(lease) = lease {
-                lease.withdraw();
+                lease.withdraw(&mut Waiter::Unattended);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -831,7 +831,7 @@ impl<'a> Watch<'a> {
         let unfinished =
             after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
         if let Some(lease) = lease {
-            lease.withdraw();
+            lease.withdraw(&mut Waiter::Unattended);
         }
         unfinished
     }

@@ -35,6 +35,7 @@ use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
+use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
@@ -228,9 +229,18 @@ impl Keeper {
         self.wait(Duration::ZERO);
     }
 
-    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
-    pub(crate) fn withdrawn(mut self) -> bool {
-        self.wait(LAST_RENEWAL_TIMEOUT).is_some_and(|status| status.success())
+    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone. The
+    /// first SIGINT ends the wait.
+    pub(crate) fn withdrawn(mut self, waiter: &mut Waiter<'_>) -> bool {
+        let until = Instant::now() + LAST_RENEWAL_TIMEOUT;
+        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
+            if waiter.interrupts() > 0 {
+                trace!("a SIGINT ends the wait for the withdrawal of the promise");
+                break;
+            }
+            waiter.wait(WITHDRAWAL_POLL_INTERVAL);
+        }
+        self.wait(Duration::ZERO).is_some_and(|status| status.success())
     }
 
     /// Waits for the end of the keeper, and kills it after `limit`. Returns how it ended. `None` if it did not end.
@@ -256,6 +266,9 @@ impl Keeper {
 
 /// How often to check whether a keeper that was told to end has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How often to check whether a keeper that withdraws a promise has ended.
+const WITHDRAWAL_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The messages to a keeper. Each has 1 byte.
 const HURRY: u8 = b'h';

@@ -364,7 +364,7 @@ impl<'a> Prepared<'a> {
             let unfinished = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
             // If the lock stays, nobody may take it without being asked.
             if let Some(lease) = &mut self.lease
-                && !lease.withdraw()
+                && !lease.withdraw(waiter)
             {
                 console::say(messages::LEASE_STANDS);
             }

@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
+use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, is_reason_due, next_step};
 use crate::lease::record::{Fence as Promise, Holder};
@@ -621,14 +622,18 @@ impl RunLease {
 
     /// Withdraws the promise of a lock that stays although the run has ended. Otherwise its lease would lapse, and
     /// another host would take the lock. Call this after the cleanup. It reads the lock, and does nothing if that is gone.
-    /// Returns false if the promise could not be withdrawn, or if it is not known whether it stands.
-    pub(crate) fn withdraw(&mut self) -> bool {
+    /// Returns false if the promise could not be withdrawn, or if it is not known whether it stands. A SIGINT ends the
+    /// wait for it.
+    pub(crate) fn withdraw(&mut self, waiter: &mut Waiter<'_>) -> bool {
         // A keeper that was started may have stored a record, even if nothing was heard of it.
         let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
         match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd() }) {
-            Ok(keeper) => keeper.withdrawn(),
+            Ok(keeper) => {
+                trace!("the promise of the lease is being withdrawn");
+                keeper.withdrawn(waiter)
+            }
             Err(error) => {
                 trace!("no keeper: {error}");
                 false

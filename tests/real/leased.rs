@@ -739,6 +739,23 @@ fn the_lock_that_a_run_leaves_on_purpose_promises_nothing() {
 }
 
 #[test]
+fn a_key_ends_the_wait_for_a_service_that_does_not_withdraw_the_promise() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    env.set("TFW_RELEASE", "never");
+    let (_proxy, is_away) = network(&mut env);
+    let run = start(&env);
+    is_away.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    env.wait_for_trace("the promise of the lease is being withdrawn");
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(env.trace().contains("a SIGINT ends the wait for the withdrawal"), "{}", env.trace());
+    assert!(end.err.contains("could not be withdrawn"), "{}", env.dump(&end));
+    env.unblock();
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
 fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     let mut env = leased(Lock::DynamoDb, "3s");
     let (_proxy, is_away) = network(&mut env);
