@@ -20,8 +20,10 @@ pub(crate) struct Keepers {
     failures: u32,
     /// When to start the next keeper, on the clock of [`boot_clock::now`]. `None` if none has to be started.
     restart_at: Option<Duration>,
-    /// Whether the failures were reported. They are reported once.
+    /// Whether the failures were reported, or are about to be. They are reported once.
     is_reported: bool,
+    /// How the last keeper has failed, if that must be reported now.
+    unreported: Option<String>,
 }
 
 /// A keeper that is running, or has ended and was not heard since.
@@ -44,7 +46,7 @@ pub(crate) enum News {
 impl Keepers {
     /// Creates the keepers of a lease that has not begun.
     pub(crate) fn new(terms: Terms) -> Self {
-        Self { terms, running: None, failures: 0, restart_at: None, is_reported: false }
+        Self { terms, running: None, failures: 0, restart_at: None, is_reported: false, unreported: None }
     }
 
     /// Starts a keeper in place of the last one, which must have ended. Returns its pid: it is a child of this process.
@@ -59,9 +61,7 @@ impl Keepers {
                 pid
             }
             Err(error) => {
-                trace!("no keeper: {error}");
-                self.failures = failures(self.terms, self.failures, Duration::ZERO);
-                self.restart_at = Some(now + restart_pause(self.failures));
+                self.failed(Duration::ZERO, format!("it cannot be started: {error}"));
                 None
             }
         }
@@ -87,6 +87,9 @@ impl Keepers {
     /// second: it also notices that the keeper does not answer, and kills it then.
     pub(crate) fn hear(&mut self) -> Option<News> {
         loop {
+            if let Some(how) = self.unreported.take() {
+                return Some(News::Failing(how));
+            }
             let running = self.running.as_mut()?;
             let heard = running.keeper.hear();
             if matches!(heard, Heard::Report(_)) {
@@ -95,32 +98,38 @@ impl Keepers {
             match heard {
                 Heard::Report(Report::Alive) => {}
                 Heard::Report(report) => return Some(News::Report(report)),
-                Heard::Gone => return self.replace(true),
+                Heard::Gone => self.replace(true),
                 Heard::Nothing => match running.watchdog.step(self.terms, boot_clock::now()) {
                     WatchdogStep::Wait => return None,
                     WatchdogStep::Ping => running.keeper.ping(),
-                    WatchdogStep::Replace => return self.replace(false),
+                    WatchdogStep::Replace => self.replace(false),
                 },
             }
         }
     }
 
     /// Ends a keeper that has failed, and plans the start of the next one. `has_ended`: its end of the socket is closed.
-    fn replace(&mut self, has_ended: bool) -> Option<News> {
-        let Running { keeper, since, .. } = self.running.take()?;
-        let now = boot_clock::now();
+    fn replace(&mut self, has_ended: bool) {
+        let Some(Running { keeper, since, .. }) = self.running.take() else { return };
+        let lived = boot_clock::now().saturating_sub(since);
         let how = if has_ended {
             keeper.end().map_or_else(|| "it does not end".to_owned(), |status| status.to_string())
         } else {
             keeper.kill();
             format!("it did not answer for {} s", self.terms.keeper_timeout().as_secs())
         };
-        self.failures = failures(self.terms, self.failures, now.saturating_sub(since));
+        self.failed(lived, how);
+    }
+
+    /// Notes that a keeper has failed after it has worked for `lived`, and plans the start of the next one.
+    fn failed(&mut self, lived: Duration, how: String) {
+        self.failures = failures(self.terms, self.failures, lived);
         let pause = restart_pause(self.failures);
-        self.restart_at = Some(now + pause);
+        self.restart_at = Some(boot_clock::now() + pause);
         trace!("the keeper is replaced in {pause:?}, after {} failures: {how}", self.failures);
-        let is_new = self.failures >= FAILURES_TO_REPORT && !std::mem::replace(&mut self.is_reported, true);
-        is_new.then_some(News::Failing(how))
+        if self.failures >= FAILURES_TO_REPORT && !std::mem::replace(&mut self.is_reported, true) {
+            self.unreported = Some(how);
+        }
     }
 
     /// Asks the keeper to look at the lock, or to renew, at once.
