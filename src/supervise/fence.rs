@@ -29,7 +29,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -142,6 +142,12 @@ impl Fence {
     /// Returns the kill pipe. The keeper must inherit its read end.
     pub(crate) fn kill_pipe(&self) -> &HangupPipe {
         &self.kill
+    }
+
+    /// Returns the write end of the kill pipe. A process that this one starts must close it at once. `None` in the
+    /// guardian, and before the first fuse was forked.
+    pub(crate) fn kill_write_end(&self) -> Option<BorrowedFd<'_>> {
+        self.kill_write_end.as_ref().map(AsFd::as_fd)
     }
 
     /// Returns the keeper's end of the deadline socket. The keeper must inherit it.

@@ -13,9 +13,9 @@
 //! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
 //! and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
-//! Between fork and exec, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe.
-//! If `tf` and the fuse die in that moment, terraform is killed only when the keeper has called exec. Until then at
-//! most a millisecond passes, and the lease is valid: the fuse dies by itself at 80 % of the lease.
+//! When it is forked, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe. It
+//! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and if
+//! `tf` died in that moment, the kernel would continue terraform.
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -125,6 +125,8 @@ pub(crate) struct Inherited<'a> {
     pub(crate) fence: Option<&'a Fence>,
     /// A pidfd of the terraform that holds the lock.
     pub(crate) terraform: BorrowedFd<'a>,
+    /// The write end of the kill pipe, which the keeper closes as soon as it was forked. `None` if this process has none.
+    pub(crate) kill_write_end: Option<BorrowedFd<'a>>,
 }
 
 /// A keeper, as seen by the process that has started it.
@@ -159,6 +161,9 @@ impl Keeper {
             descriptors.extend([fence.keeper_end().as_fd(), fence.stop_pipe().as_fd(), fence.kill_pipe().as_fd()]);
         }
         let mut command = another_tf::locks(&[WORD])?;
+        if let Some(write_end) = inherited.kill_write_end {
+            descriptor::close_after_fork(&mut command, write_end);
+        }
         command.args(descriptors.iter().map(|descriptor| descriptor.as_raw_fd().to_string()));
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(marks_us)) {

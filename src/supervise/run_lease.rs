@@ -353,7 +353,8 @@ impl RunLease {
         }
         // A keeper whose records promise nothing must not heed the pipe of a fuse that is gone.
         let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
-        let inherited = Inherited { fence, terraform: terraform.as_fd() };
+        let kill_write_end = self.fence.as_ref().and_then(Fence::kill_write_end);
+        let inherited = Inherited { fence, terraform: terraform.as_fd(), kill_write_end };
         let pid = self.keepers.start(orders, &inherited)?;
         if let Some(orders) = &mut self.orders {
             orders.may_have_a_record = true;
@@ -629,7 +630,7 @@ impl RunLease {
         let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
-        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd() }) {
+        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
             Ok(keeper) => {
                 trace!("the promise of the lease is being withdrawn");
                 keeper.withdrawn(waiter)

@@ -61,6 +61,21 @@ pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[Borrow
     }
 }
 
+/// Makes the process that `command` starts close `descriptor` as soon as it was forked, and not only when it calls exec.
+/// Call this before other functions that prepare `command`.
+pub(crate) fn close_after_fork(command: &mut std::process::Command, descriptor: BorrowedFd<'_>) {
+    use std::os::unix::process::CommandExt;
+    let number = descriptor.as_raw_fd();
+    // SAFETY: the closure only calls close(2), which is async-signal-safe (signal-safety(7)). The child uses the
+    // descriptor for nothing, and would close it on exec.
+    unsafe {
+        command.pre_exec(move || {
+            libc::close(number);
+            Ok(())
+        });
+    }
+}
+
 /// Takes the descriptors with these numbers, which this process has inherited. They are closed on exec from now on.
 /// `None` if one of them is a standard descriptor or is not open, or if a number occurs twice. Call this once, before
 /// this process opens anything.
@@ -221,5 +236,33 @@ fn moved_bytes(result: isize) -> io::Result<Moved> {
             error if error.kind() == io::ErrorKind::Interrupted => Ok(Moved::NotReady),
             error => Err(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
+    fn a_descriptor_is_closed_in_the_child_before_the_rest_is_prepared() {
+        let (_read_end, write_end) = pipe().unwrap();
+        for closes in [false, true] {
+            let mut command = Command::new("true");
+            if closes {
+                close_after_fork(&mut command, write_end.as_fd());
+            }
+            let number = write_end.as_raw_fd();
+            // SAFETY: the closure only calls fcntl(2), which is async-signal-safe.
+            unsafe {
+                command.pre_exec(move || {
+                    if libc::fcntl(number, libc::F_GETFD) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+                });
+            }
+            let error = command.stdin(Stdio::null()).status().map_err(|error| error.raw_os_error());
+            assert_eq!(error.err(), closes.then_some(Some(libc::EBADF)));
+        }
     }
 }
