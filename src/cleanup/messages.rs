@@ -100,7 +100,7 @@ pub(crate) fn lease_interrupts(trouble: &Trouble) -> String {
 pub(crate) fn keepers_fail(how: &str) -> String {
     format!(
         "the process that renews the lease of this run's lock has failed several times in a row: {}\n\
-         it is started again; terraform is stopped if the lease is not renewed in time\n\
+         it is started again; the lease is not extended until that succeeds\n\
          to see what it does, set TFW_LOG to the name of a file",
         visible_lines(how)
     )
